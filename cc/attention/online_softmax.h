@@ -1,0 +1,43 @@
+// The running state of a softmax whose logits arrive in blocks, so that a window is read once and
+// its logits are never all held (Milakov & Gimelshein 2018, arXiv 1805.02867).
+
+#ifndef CONTINUAL_TRANSFORMERS_ATTENTION_ONLINE_SOFTMAX_H_
+#define CONTINUAL_TRANSFORMERS_ATTENTION_ONLINE_SOFTMAX_H_
+
+#include <cmath>
+#include <limits>
+
+namespace continual_transformers {
+
+template <typename T>
+struct OnlineSoftmax {
+  // The largest logit so far; -infinity while there was none.
+  T max = -std::numeric_limits<T>::infinity();
+  // The sum of Weight(logit) over the logits so far.
+  T denominator = 0;
+
+  // Makes room for logits up to `block_max`. Whatever was accumulated with earlier weights must be
+  // multiplied by the result; that of the denominator is done here.
+  T Raise(T block_max) {
+    if (!(block_max > max)) return T(1);
+    const T rescale = std::exp(max - block_max);
+    max = block_max;
+    denominator *= rescale;
+    return rescale;
+  }
+
+  // The weight, before normalization, of a logit that is not above `max`. A NaN gives NaN. Where
+  // every logit so far is -infinity the reference is 0: -infinity - -infinity would be NaN and
+  // spoil the finite logits still to come.
+  T Weight(T logit) const {
+    return std::exp(logit - (max == -std::numeric_limits<T>::infinity() ? T(0) : max));
+  }
+
+  // What turns sums of weights into probabilities. Nothing attended gives 0, so that the output is
+  // zeros and not 0/0.
+  T Normalizer() const { return denominator == T(0) ? T(0) : T(1) / denominator; }
+};
+
+}  // namespace continual_transformers
+
+#endif  // CONTINUAL_TRANSFORMERS_ATTENTION_ONLINE_SOFTMAX_H_

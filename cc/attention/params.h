@@ -1,0 +1,62 @@
+// What a kernel is told: plain structs of pointers, sizes and strides, filled in one place by the
+// caller. They hold no framework types, so the CPU kernels here and the launchers in cuda/ take the
+// same ones.
+//
+// Letters: S streams held, M streams stepped in this call, T steps in this call, H heads, N window,
+// D key size, Dv value size.
+
+#ifndef CONTINUAL_TRANSFORMERS_ATTENTION_PARAMS_H_
+#define CONTINUAL_TRANSFORMERS_ATTENTION_PARAMS_H_
+
+#include <cstdint>
+
+namespace continual_transformers {
+
+// Distance, in elements, between neighbours along each axis. The innermost axis is always
+// contiguous. A stride of 0 broadcasts.
+struct Strides {
+  int64_t stream;
+  int64_t step;
+  int64_t head;
+};
+
+template <typename T>
+struct SingleOutputParams {
+  // This call's projected steps.
+  const T* query;  // [M, T, H, D]
+  Strides query_strides;
+  const T* key;  // [M, T, H, D]
+  Strides key_strides;
+  const T* value;  // [M, T, H, Dv]
+  Strides value_strides;
+
+  // The streams' state. Step number p of a stream lives in row p mod N of its ring.
+  T* key_cache;             // [S, H, N, D]
+  T* value_cache;           // [S, H, N, Dv]
+  const int64_t* position;  // [S], steps taken before this call
+  const int32_t* streams;   // [M], distinct, each in [0, S)
+
+  // Which columns of the window may be attended to, oldest first; null: all. The innermost axis, of
+  // size N, is contiguous.
+  const bool* mask;  // [M, H, T, N]
+  Strides mask_strides;
+
+  T* output;  // [M, T, H, Dv]
+  Strides output_strides;
+  T* scores;  // [M, H, T, N], oldest column first; null: not wanted
+  Strides scores_strides;
+
+  int64_t num_streams;  // M
+  int64_t num_steps;    // T
+  int64_t num_heads;    // H
+  int64_t window;       // N
+  int64_t key_dim;      // D
+  int64_t value_dim;    // Dv
+
+  T scale;            // what a logit, query . key, is multiplied by
+  bool update_state;  // false: attend as if the steps were taken, and leave the rings as they are
+};
+
+}  // namespace continual_transformers
+
+#endif  // CONTINUAL_TRANSFORMERS_ATTENTION_PARAMS_H_

@@ -1,0 +1,34 @@
+// Where the steps of a stream lie in its ring. Step number p lives in row p mod N and is never
+// moved, so any run of at most N successive steps is at most two contiguous spans of rows. A kernel
+// asks once, outside its loops, and has no wrap-around to test inside them.
+
+#ifndef CONTINUAL_TRANSFORMERS_ATTENTION_RING_CACHE_H_
+#define CONTINUAL_TRANSFORMERS_ATTENTION_RING_CACHE_H_
+
+#include <algorithm>
+#include <cstdint>
+
+namespace continual_transformers {
+
+struct RingSpan {
+  int64_t first_row;
+  int64_t rows;
+};
+
+// `before_wrap` holds the older steps; `after_wrap` is empty unless the run passes the ring's end.
+struct RingSpans {
+  RingSpan before_wrap;
+  RingSpan after_wrap;
+};
+
+// The rows of steps first_step, ..., first_step + steps - 1 in a ring of `window` rows, where
+// first_step >= 0 and 0 <= steps <= window.
+inline RingSpans FindRingSpans(int64_t first_step, int64_t steps, int64_t window) {
+  const int64_t row = first_step % window;
+  const int64_t before = std::min(steps, window - row);
+  return {{row, before}, {0, steps - before}};
+}
+
+}  // namespace continual_transformers
+
+#endif  // CONTINUAL_TRANSFORMERS_ATTENTION_RING_CACHE_H_

@@ -1,0 +1,11 @@
+// A mark that the loader reads from the library's bytes before it loads it: TensorFlow's C++ API is
+// not stable, so a library of another minor version may crash where it should have explained
+// itself.
+
+#ifndef CONTINUAL_TRANSFORMERS_TENSORFLOW
+#error "The build defines TensorFlow's version as a string literal: see setup.py, third_party/."
+#endif
+
+extern "C" __attribute__((visibility("default"), used)) const char
+    continual_transformers_build_info[] =
+        "continual-transformers-tf built for TensorFlow " CONTINUAL_TRANSFORMERS_TENSORFLOW ".";

@@ -1,0 +1,280 @@
+// The ops' kernels: check everything, allocate, share out over threads, call, and only then let the
+// streams' positions advance. Whatever fails, fails before any state has changed.
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <utility>
+
+#include "absl/container/inlined_vector.h"
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "cc/attention/params.h"
+#include "cc/attention/single_output.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/resource_mgr.h"
+#include "tensorflow/core/framework/resource_var.h"
+#include "tensorflow/core/framework/tensor_util.h"
+#include "tensorflow/core/lib/core/threadpool.h"
+
+namespace continual_transformers {
+namespace {
+
+using absl::Status;
+using tensorflow::DataType;
+using tensorflow::DataTypeString;
+using tensorflow::DataTypeToEnum;
+using tensorflow::OpInputList;
+using tensorflow::OpKernel;
+using tensorflow::OpKernelConstruction;
+using tensorflow::OpKernelContext;
+using tensorflow::Tensor;
+using tensorflow::TensorShape;
+using tensorflow::Var;
+using tensorflow::core::RefCountPtr;
+
+template <typename... Args>
+Status InvalidArgument(const Args&... args) {
+  return absl::InvalidArgumentError(absl::StrCat("SingleOutputAttention: ", args...));
+}
+
+// The three variables of a cache, locked against every other op until this goes out of scope.
+class LockedCache {
+ public:
+  LockedCache() = default;
+  LockedCache(const LockedCache&) = delete;
+  LockedCache& operator=(const LockedCache&) = delete;
+  ~LockedCache() {
+    for (Var* var : locked_) var->mu()->unlock();
+  }
+
+  Status Lock(OpKernelContext* ctx, int first_input, DataType dtype) {
+    const std::array<DataType, 3> dtypes = {dtype, dtype, tensorflow::DT_INT64};
+    for (int i = 0; i < 3; ++i) {
+      TF_RETURN_IF_ERROR(LookupResource(ctx, HandleFromInput(ctx, first_input + i), &vars_[i]));
+    }
+    // In the order of their addresses, so that two ops on the same variables cannot each hold what
+    // the other waits for. A variable given twice is locked once.
+    std::array<Var*, 3> ordered = {vars_[0].get(), vars_[1].get(), vars_[2].get()};
+    std::sort(ordered.begin(), ordered.end());
+    const auto end = std::unique(ordered.begin(), ordered.end());
+    for (auto var = ordered.begin(); var != end; ++var) {
+      (*var)->mu()->lock();
+      locked_.push_back(*var);
+    }
+    for (int i = 0; i < 3; ++i) TF_RETURN_IF_ERROR(PrepareInPlaceUpdate(dtypes[i], i));
+    return absl::OkStatus();
+  }
+
+  Tensor* key() { return vars_[0]->tensor(); }
+  Tensor* value() { return vars_[1]->tensor(); }
+  Tensor* position() { return vars_[2]->tensor(); }
+
+ private:
+  Status PrepareInPlaceUpdate(DataType dtype, int i) {
+    static constexpr const char* kNames[] = {"key_cache", "value_cache", "position"};
+    Var* var = vars_[i].get();
+    if (!var->is_initialized) {
+      return InvalidArgument("expected initialized variables, but ", kNames[i], " is not");
+    }
+    if (var->tensor()->dtype() != dtype) {
+      return InvalidArgument("expected ", kNames[i], " to hold ", DataTypeString(dtype),
+                             ", but got ", DataTypeString(var->tensor()->dtype()));
+    }
+    // From now on whoever reads the variable gets a copy; one who holds its buffer keeps the values
+    // as they were, in the old buffer.
+    var->copy_on_read_mode.store(true);
+    if (!var->tensor()->RefCountIsOne()) {
+      *var->tensor() = tensorflow::tensor::DeepCopy(*var->tensor());
+    }
+    return absl::OkStatus();
+  }
+
+  std::array<RefCountPtr<Var>, 3> vars_;
+  absl::InlinedVector<Var*, 3> locked_;
+};
+
+Status ExpectShape(const char* name, const Tensor& tensor, const TensorShape& expected) {
+  if (tensor.shape() == expected) return absl::OkStatus();
+  return InvalidArgument("expected ", name, " of shape ", expected.DebugString(), ", but got ",
+                         tensor.shape().DebugString());
+}
+
+Status ExpectRank(const char* name, const Tensor& tensor, int rank, const char* axes) {
+  if (tensor.dims() == rank) return absl::OkStatus();
+  return InvalidArgument("expected ", name, " of rank ", rank, ", ", axes, ", but got ",
+                         tensor.shape().DebugString());
+}
+
+// Each stream within the cache and named once; a stream twice in one call has no order of steps.
+Status CheckStreams(const int32_t* streams, int64_t count, const int64_t* position,
+                    int64_t num_held) {
+  bool ascending = true;
+  for (int64_t m = 0; m < count; ++m) {
+    if (streams[m] < 0 || streams[m] >= num_held) {
+      return InvalidArgument("expected streams in [0, ", num_held,
+                             "), the streams that the cache holds, but got ", streams[m],
+                             " at index ", m);
+    }
+    if (position[streams[m]] < 0) {
+      return InvalidArgument("expected position >= 0, but got ", position[streams[m]],
+                             " for stream ", streams[m]);
+    }
+    ascending = ascending && (m == 0 || streams[m] > streams[m - 1]);
+  }
+  if (ascending) return absl::OkStatus();
+  absl::InlinedVector<bool, 1024> seen(num_held, false);
+  for (int64_t m = 0; m < count; ++m) {
+    if (seen[streams[m]]) {
+      return InvalidArgument("expected each stream once in a call, but got ", streams[m], " twice");
+    }
+    seen[streams[m]] = true;
+  }
+  return absl::OkStatus();
+}
+
+Strides BatchTimeHead(int64_t steps, int64_t heads, int64_t size) {
+  return {/*stream=*/steps * heads * size, /*step=*/heads * size, /*head=*/size};
+}
+
+Strides BatchHeadTime(int64_t heads, int64_t steps, int64_t size) {
+  return {/*stream=*/heads * steps * size, /*step=*/size, /*head=*/steps * size};
+}
+
+template <typename T>
+class SingleOutputAttentionOp : public OpKernel {
+ public:
+  explicit SingleOutputAttentionOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("return_attention_scores", &return_attention_scores_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("update_state", &update_state_));
+  }
+
+  void Compute(OpKernelContext* ctx) override {
+    LockedCache cache;
+    OP_REQUIRES_OK(ctx, cache.Lock(ctx, 3, DataTypeToEnum<T>::value));
+    SingleOutputParams<T> params;
+    OP_REQUIRES_OK(ctx, FillInputs(ctx, &cache, &params));
+
+    Tensor* output = nullptr;
+    Tensor* scores = nullptr;
+    const int64_t columns = return_attention_scores_ ? params.window : 0;
+    OP_REQUIRES_OK(
+        ctx, ctx->allocate_output(
+                 0, {params.num_streams, params.num_steps, params.num_heads, params.value_dim},
+                 &output));
+    OP_REQUIRES_OK(
+        ctx, ctx->allocate_output(
+                 1, {params.num_streams, params.num_heads, params.num_steps, columns}, &scores));
+    params.output = output->flat<T>().data();
+    params.output_strides = BatchTimeHead(params.num_steps, params.num_heads, params.value_dim);
+    params.scores = return_attention_scores_ ? scores->flat<T>().data() : nullptr;
+    params.scores_strides = BatchHeadTime(params.num_heads, params.num_steps, params.window);
+
+    // ParallelFor stays on this thread where its own estimate says that sharing out costs more.
+    auto* workers = ctx->device()->tensorflow_cpu_worker_threads()->workers;
+    workers->ParallelFor(
+        params.num_streams * params.num_heads,
+        tensorflow::thread::ThreadPool::SchedulingParams::Adaptive(
+            SingleOutputCyclesPerPair(params)),
+        [&params](int64_t begin, int64_t end) { SingleOutputAttention(params, begin, end); });
+
+    if (!update_state_) return;
+    auto position = cache.position()->template flat<int64_t>();
+    for (int64_t m = 0; m < params.num_streams; ++m) {
+      position(params.streams[m]) += params.num_steps;
+    }
+  }
+
+ private:
+  Status FillInputs(OpKernelContext* ctx, LockedCache* cache, SingleOutputParams<T>* p) const {
+    const Tensor& query = ctx->input(0);
+    const Tensor& key = ctx->input(1);
+    const Tensor& value = ctx->input(2);
+    const Tensor& streams = ctx->input(6);
+    const Tensor& scale = ctx->input(7);
+
+    TF_RETURN_IF_ERROR(ExpectRank("query", query, 4, "[M, T, H, D]"));
+    TF_RETURN_IF_ERROR(ExpectRank("value", value, 4, "[M, T, H, Dv]"));
+    TF_RETURN_IF_ERROR(ExpectRank("key_cache", *cache->key(), 4, "[S, H, N, D]"));
+    TF_RETURN_IF_ERROR(ExpectRank("streams", streams, 1, "[M]"));
+    TF_RETURN_IF_ERROR(ExpectShape("scale", scale, {}));
+    p->num_streams = query.dim_size(0);
+    p->num_steps = query.dim_size(1);
+    p->num_heads = query.dim_size(2);
+    p->key_dim = query.dim_size(3);
+    p->value_dim = value.dim_size(3);
+    p->window = cache->key()->dim_size(2);
+    const int64_t num_held = cache->key()->dim_size(0);
+    const int64_t m = p->num_streams, t = p->num_steps, h = p->num_heads, n = p->window;
+    const int64_t d = p->key_dim, dv = p->value_dim;
+    if (t < 1 || h < 1 || n < 1 || d < 1 || dv < 1) {
+      return InvalidArgument(
+          "expected at least one step, head, feature and row of the window, "
+          "but got query [M, T, H, D] = ",
+          query.shape().DebugString(), ", value [M, T, H, Dv] = ", value.shape().DebugString(),
+          " and key_cache [S, H, N, D] = ", cache->key()->shape().DebugString());
+    }
+    TF_RETURN_IF_ERROR(ExpectShape("key", key, {m, t, h, d}));
+    TF_RETURN_IF_ERROR(ExpectShape("value", value, {m, t, h, dv}));
+    TF_RETURN_IF_ERROR(ExpectShape("key_cache", *cache->key(), {num_held, h, n, d}));
+    TF_RETURN_IF_ERROR(ExpectShape("value_cache", *cache->value(), {num_held, h, n, dv}));
+    TF_RETURN_IF_ERROR(ExpectShape("position", *cache->position(), {num_held}));
+    TF_RETURN_IF_ERROR(ExpectShape("streams", streams, {m}));
+    TF_RETURN_IF_ERROR(FillMask(ctx, p));
+    p->streams = streams.flat<int32_t>().data();
+    p->position = cache->position()->template flat<int64_t>().data();
+    TF_RETURN_IF_ERROR(CheckStreams(p->streams, m, p->position, num_held));
+
+    p->query = query.flat<T>().data();
+    p->query_strides = BatchTimeHead(t, h, d);
+    p->key = key.flat<T>().data();
+    p->key_strides = p->query_strides;
+    p->value = value.flat<T>().data();
+    p->value_strides = BatchTimeHead(t, h, dv);
+    p->key_cache = cache->key()->template flat<T>().data();
+    p->value_cache = cache->value()->template flat<T>().data();
+    p->scale = static_cast<T>(scale.scalar<double>()());
+    p->update_state = update_state_;
+    return absl::OkStatus();
+  }
+
+  // At most one mask, each of whose axes but the last may be 1, which a stride of 0 broadcasts.
+  static Status FillMask(OpKernelContext* ctx, SingleOutputParams<T>* p) {
+    OpInputList masks;
+    TF_RETURN_IF_ERROR(ctx->input_list("attention_mask", &masks));
+    p->mask = nullptr;
+    if (masks.size() == 0) return absl::OkStatus();
+    const Tensor& mask = masks[0];
+    const TensorShape full = {p->num_streams, p->num_heads, p->num_steps, p->window};
+    bool fits = masks.size() == 1 && mask.dims() == 4 && mask.dim_size(3) == p->window;
+    for (int axis = 0; fits && axis < 3; ++axis) {
+      fits = mask.dim_size(axis) == 1 || mask.dim_size(axis) == full.dim_size(axis);
+    }
+    if (!fits) {
+      return InvalidArgument("expected attention_mask of shape ", full.DebugString(),
+                             ", [M, H, T, N], where M, H and T may be 1, but got ",
+                             mask.shape().DebugString());
+    }
+    p->mask = mask.flat<bool>().data();
+    p->mask_strides = BatchHeadTime(mask.dim_size(1), mask.dim_size(2), p->window);
+    if (mask.dim_size(0) == 1) p->mask_strides.stream = 0;
+    if (mask.dim_size(1) == 1) p->mask_strides.head = 0;
+    if (mask.dim_size(2) == 1) p->mask_strides.step = 0;
+    return absl::OkStatus();
+  }
+
+  bool return_attention_scores_;
+  bool update_state_;
+};
+
+#define REGISTER_CPU(T)                                                       \
+  REGISTER_KERNEL_BUILDER(Name("ContinualTransformers>SingleOutputAttention") \
+                              .Device(tensorflow::DEVICE_CPU)                 \
+                              .TypeConstraint<T>("T"),                        \
+                          SingleOutputAttentionOp<T>)
+REGISTER_CPU(float);
+REGISTER_CPU(double);
+#undef REGISTER_CPU
+
+}  // namespace
+}  // namespace continual_transformers

@@ -1,0 +1,160 @@
+"""Positional encoding that goes round, for streams without an end."""
+
+import keras
+import tensorflow as tf
+
+from continual_transformers_tf.layers.call_mode import ContinualLayer
+from continual_transformers_tf.layers.inputs import step_input
+from continual_transformers_tf.ops.stream_state import StreamState, check_integer
+
+
+@keras.saving.register_keras_serializable("continual_transformers_tf")
+class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
+    """Adds learned rows in turn, and begins again with the first after the last.
+
+    An endless stream has no last position; what attention needs is that the steps of one window
+    differ. (Recycling positional encoding; Hedegaard & Iosifidis, "Continual Transformers", ICLR
+    2023, arXiv 2201.06268, which takes 2N - 1 rows for windows of N steps.)
+
+    The index, the row that is next, is the streams' state and not among the weights: that of a
+    stream moves with its steps, that of all with regular calls.
+
+    Args:
+        max_len: how many rows there are.
+        embed_dim: E, the features of a row.
+        call_update_index_steps: how far a regular call moves the index: 1 where windows slide by a
+            step, 0 where every window begins at the same row.
+        call_mode: what calling the layer does: "regular", "step" or "steps".
+        **kwargs: `name`, `dtype` and the like.
+
+    Returns:
+        A tensor of the shape of the input.
+
+    Raises:
+        ValueError: at construction, if a size is not a positive integer.
+    """
+
+    def __init__(
+        self, max_len, embed_dim, call_update_index_steps=1, *, call_mode="regular", **kwargs
+    ):
+        check_integer("max_len", max_len, at_least=1)
+        check_integer("embed_dim", embed_dim, at_least=1)
+        check_integer("call_update_index_steps", call_update_index_steps, at_least=0)
+        super().__init__(**kwargs)
+        self._max_len = int(max_len)
+        self._embed_dim = int(embed_dim)
+        self._call_update_index_steps = int(call_update_index_steps)
+        self.call_mode = call_mode
+        # The index of stream s is start + position[s].
+        with tf.init_scope():
+            self._start = tf.Variable(0, trainable=False, name="start", dtype=tf.int64)
+        self._state = StreamState(0, name="state")
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "max_len": self._max_len,
+            "embed_dim": self._embed_dim,
+            "call_update_index_steps": self._call_update_index_steps,
+        }
+
+    def build(self, input_shape):
+        self.embeddings = self.add_weight(
+            shape=(self._max_len, self._embed_dim),
+            initializer=keras.initializers.RandomNormal(stddev=0.02),
+            name="embeddings",
+        )
+
+    def call(self, x, streams=None, update_state=True):
+        mode = self.active_call_mode
+        if mode == "regular":
+            return self.call_regular(x)
+        call = self.call_step if mode == "step" else self.call_steps
+        return call(x, streams=streams, update_state=update_state)
+
+    def call_regular(self, x):
+        """Adds rows index, index + 1, ... to windows; moves on by `call_update_index_steps`.
+
+        Args:
+            x: `(B, T, E)`; window i begins at the index of stream i.
+        """
+        x = self._input(x, 3)
+        # Windows beyond the streams that are held begin where a new stream would.
+        position = tf.concat([self._state.position, tf.zeros([1], tf.int64)], 0)
+        window = tf.minimum(tf.range(tf.shape(x)[0]), tf.shape(position)[0] - 1)
+        output = self._add_rows(x, tf.gather(position, window))
+        self._start.assign_add(self._call_update_index_steps)
+        return output
+
+    def call_step(self, x, *, streams=None, update_state=True):
+        """Adds to each stream's step the row at its index; moves these streams on by 1.
+
+        Args:
+            x: `(M, E)`.
+            streams: integers `[M]`, which stream each row belongs to, in any order, each once.
+                None: row i is stream i, and there is made room for M streams.
+            update_state: whether to move on.
+
+        Raises:
+            ValueError: if shapes, dtypes or streams do not fit; no stream has then moved.
+        """
+        x = self._input(x, 2)
+        return tf.squeeze(self._take_steps(x[:, tf.newaxis], streams, update_state), 1)
+
+    def call_steps(self, x, *, streams=None, update_state=True):
+        """Adds the rows of T steps; moves these streams on by T.
+
+        Args:
+            x: `(M, T, E)`.
+            streams, update_state: as `call_step` has them.
+
+        Raises:
+            ValueError: as `call_step`.
+        """
+        return self._take_steps(self._input(x, 3), streams, update_state)
+
+    def compute_output_spec(self, x, *args, **kwargs):
+        return keras.KerasTensor(x.shape, dtype=self.compute_dtype)
+
+    def ensure_streams(self, streams):
+        """Makes room for streams 0, ..., streams - 1. Those that are held keep their index."""
+        check_integer("streams", streams, at_least=0)
+        self._state.ensure_streams(streams)
+
+    def clean_state(self, streams=None):
+        """Streams begin again where a new one would; None: all, at the first row."""
+        if streams is None:
+            self._start.assign(0)
+        self._state.clean_state(streams)
+
+    def _input(self, x, rank):
+        x = step_input("x", x, rank, self.compute_dtype)
+        if x.shape[-1] != self._embed_dim:
+            raise ValueError(
+                f"Expected x of {self._embed_dim} features, embed_dim, but got {tuple(x.shape)}"
+            )
+        if not self.built:
+            with tf.init_scope():
+                self.build(x.shape)
+        return x
+
+    def _take_steps(self, x, streams, update_state):
+        rows = tf.shape(x)[0] if x.shape[0] is None else x.shape[0]
+        if streams is None:
+            streams = self._state.streams_of_call(None, rows)
+        else:
+            streams = self._state.checked(streams)
+            if not streams.shape.is_compatible_with(x.shape[:1]):
+                raise ValueError(f"Expected {rows} streams, as x has rows, but got {streams.shape}")
+        position = tf.gather(self._state.position, streams)
+        output = self._add_rows(x, position)
+        if update_state:
+            steps = tf.cast(tf.shape(x)[1], tf.int64)
+            self._state.position.scatter_nd_update(streams[:, tf.newaxis], position + steps)
+        return output
+
+    def _add_rows(self, x, position):
+        """x [M, T, E] + the rows from start + position [M] on."""
+        steps = tf.range(tf.shape(x, tf.int64)[1])
+        index = tf.math.floormod(self._start + position[:, tf.newaxis] + steps, self._max_len)
+        return x + tf.cast(tf.gather(self.embeddings.value, index), self.compute_dtype)

@@ -1,0 +1,204 @@
+"""The continual single-output transformer encoder."""
+
+import keras
+import tensorflow as tf
+
+from continual_transformers_tf.layers.call_mode import ContinualLayer
+from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
+from continual_transformers_tf.layers.inputs import step_input
+from continual_transformers_tf.ops.stream_state import check_integer
+
+LAYER_NORM_EPSILON = 1e-6
+
+
+@keras.saving.register_keras_serializable("continual_transformers_tf")
+class CoSiTransformerEncoder(ContinualLayer, keras.layers.Layer):
+    """A transformer encoder block that gives the newest step's output, on windows and on streams.
+
+    Attention, residual, layer norm, feed-forward with GELU, residual, layer norm (post-norm), of
+    the newest step only: continual single-output attention leaves nothing else to compute
+    (Hedegaard & Iosifidis, "Continual Transformers", ICLR 2023, arXiv 2201.06268).
+
+    Args:
+        seq_len: N, the window: how many of the newest steps the newest attends to.
+        embed_dim: E, the features of input and output, and the size of each head's keys.
+        num_heads: H.
+        ff_dim: the features between the two layers of the feed-forward part.
+        dropout_rate: of the dropout before each residual; acts in training, on windows.
+        call_mode: what calling the layer does: "regular", "step" or "steps".
+        warm_up: as `CoSiMultiHeadAttention` has it.
+        **kwargs: `name`, `dtype` and the like.
+
+    Attributes:
+        attention: the block's `CoSiMultiHeadAttention`.
+
+    Returns:
+        What the call mode's method returns: `call_regular`, `call_step`, `call_steps`.
+
+    Raises:
+        ValueError: at construction, if a size is not a positive integer.
+    """
+
+    def __init__(
+        self,
+        seq_len,
+        embed_dim,
+        num_heads,
+        ff_dim,
+        dropout_rate=0.1,
+        call_mode="regular",
+        *,
+        warm_up="none",
+        **kwargs,
+    ):
+        check_integer("embed_dim", embed_dim, at_least=1)
+        check_integer("ff_dim", ff_dim, at_least=1)
+        super().__init__(**kwargs)
+        self._config = dict(
+            seq_len=seq_len,
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            ff_dim=ff_dim,
+            dropout_rate=dropout_rate,
+            warm_up=warm_up,
+        )
+        self.call_mode = call_mode
+        policy = dict(dtype=self.dtype_policy)
+        self.attention = CoSiMultiHeadAttention(
+            seq_len, num_heads, embed_dim, warm_up=warm_up, name="attention", **policy
+        )
+        self.attention_dropout = keras.layers.Dropout(dropout_rate, **policy)
+        self.attention_norm = keras.layers.LayerNormalization(epsilon=LAYER_NORM_EPSILON, **policy)
+        self.feed_forward = keras.layers.Dense(ff_dim, activation="gelu", **policy)
+        self.feed_forward_output = keras.layers.Dense(embed_dim, **policy)
+        self.feed_forward_dropout = keras.layers.Dropout(dropout_rate, **policy)
+        self.output_norm = keras.layers.LayerNormalization(epsilon=LAYER_NORM_EPSILON, **policy)
+
+    @property
+    def seq_len(self):
+        """N, the window: how many of the newest steps the newest attends to."""
+        return self.attention.seq_len
+
+    @property
+    def receptive_field(self):
+        """How many steps an output depends on."""
+        return self.attention.receptive_field
+
+    @property
+    def delay(self):
+        """Steps between an input and the output that belongs to it."""
+        return self.attention.delay
+
+    def get_config(self):
+        return {**super().get_config(), **self._config}
+
+    def build(self, input_shape):
+        features = self._config["embed_dim"]
+        if input_shape[-1] != features:
+            raise ValueError(f"Expected {features} features, embed_dim, but got {input_shape}")
+        if not self.attention.built:  # It may have been called by itself.
+            self.attention.build(input_shape)
+        newest = (None, features)
+        self.attention_norm.build(newest)
+        self.feed_forward.build(newest)
+        self.feed_forward_output.build((None, self._config["ff_dim"]))
+        self.output_norm.build(newest)
+
+    def call(self, x, training=None, streams=None, update_state=True):
+        if self.active_call_mode == "regular":
+            return self.call_regular(x, training)
+        call = self.call_step if self.active_call_mode == "step" else self.call_steps
+        return call(x, training, streams=streams, update_state=update_state)
+
+    def call_regular(self, x, training=None):
+        """The newest step's output of whole windows; the streams' state plays no part.
+
+        Args:
+            x: `(B, T, E)`, windows, oldest step first.
+
+        Returns:
+            `(B, 1, E)`.
+        """
+        x = self._input(x, 3)
+        attended = self.attention.call_regular(x, training=training)
+        return self._feed_forward(x[:, -1:], attended, training)
+
+    def call_step(self, x, training=None, *, streams=None, update_state=True):
+        """Takes one step of M streams.
+
+        Args:
+            x: `(M, E)`.
+            training: whether dropout acts.
+            streams, update_state: as `CoSiMultiHeadAttention.call_step` has them.
+
+        Returns:
+            `(M, E)`, or None while the window fills (see `warm_up`).
+
+        Raises:
+            ValueError, tf.errors.InvalidArgumentError: if shapes, dtypes or streams do not fit. The
+                streams then go on as if the call had not been made.
+        """
+        x = self._input(x, 2)
+        attended = self.attention.call_step(x, streams=streams, update_state=update_state)
+        return None if attended is None else self._feed_forward(x, attended, training)
+
+    def call_steps(self, x, training=None, *, streams=None, update_state=True):
+        """Takes T steps of M streams: the same outputs and state as T calls of `call_step`.
+
+        Args:
+            x: `(M, T, E)`.
+            training, streams, update_state: as `call_step` has them.
+
+        Returns:
+            `(M, T', E)` or None, as `CoSiMultiHeadAttention.call_steps`.
+
+        Raises:
+            ValueError, tf.errors.InvalidArgumentError: as `call_step`; and if T = 0.
+        """
+        x = self._input(x, 3)
+        attended = self.attention.call_steps(x, streams=streams, update_state=update_state)
+        if attended is None:
+            return None
+        return self._feed_forward(x[:, -tf.shape(attended)[1] :], attended, training)
+
+    def compute_output_spec(self, x, *args, **kwargs):
+        shape = self.attention.compute_output_shape(x.shape)
+        return keras.KerasTensor(shape, dtype=self.compute_dtype)
+
+    @property
+    def ready(self):
+        """bool tensor `[S]`: which of the streams held have a full window."""
+        return self.attention.ready
+
+    def ensure_streams(self, streams):
+        """Makes room for streams 0, ..., streams - 1. Those that are held keep their state."""
+        self.attention.ensure_streams(streams)
+
+    def clean_state(self, streams=None):
+        """Forgets what streams (None: all) have seen."""
+        self.attention.clean_state(streams)
+
+    def get_state(self, streams=None):
+        """The state of streams, a dict of dicts of NumPy arrays, for `set_state`."""
+        return {"attention": self.attention.get_state(streams)}
+
+    def set_state(self, state, streams=None):
+        """Puts back what `get_state` gave; see `AttentionCache.set_state`."""
+        if not isinstance(state, dict) or set(state) != {"attention"}:
+            got = sorted(state) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"Expected a state with ['attention'], but got {got}")
+        self.attention.set_state(state["attention"], streams)
+
+    def _input(self, x, rank):
+        x = step_input("x", x, rank, self.compute_dtype)
+        if not self.built:
+            with tf.init_scope():
+                self.build(x.shape)
+        return x
+
+    def _feed_forward(self, newest, attended, training):
+        attended = self.attention_dropout(attended, training=training)
+        attended = self.attention_norm(newest + attended)
+        output = self.feed_forward_output(self.feed_forward(attended))
+        output = self.feed_forward_dropout(output, training=training)
+        return self.output_norm(attended + output)

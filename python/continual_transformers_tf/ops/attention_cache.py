@@ -1,0 +1,86 @@
+"""The state of streams under attention: rings of keys and values."""
+
+import numpy as np
+import tensorflow as tf
+
+from continual_transformers_tf.ops.stream_state import StreamState, check_integer
+
+
+class AttentionCache(StreamState):
+    """The keys and values of the window of each stream, changed in place by the attention ops.
+
+    Step number p of a stream lies in row p mod N of its rings and is never moved. The variables are
+    public, so that an op of one's own can use them; only the attention ops and the methods here
+    should write to them.
+
+    Args:
+        streams: S, how many streams are held at first, numbered from 0.
+        num_heads: H.
+        seq_len: N, the rows of each ring: how many of the newest steps a query attends to.
+        key_dim: D, the size of a head's keys.
+        value_dim: Dv, the size of a head's values; None: key_dim.
+        dtype: of keys and values.
+
+    Attributes:
+        key: tf.Variable `[S, H, N, D]`.
+        value: tf.Variable `[S, H, N, Dv]`.
+        position: tf.Variable int64 `[S]`, the steps each stream has taken.
+
+    Raises:
+        ValueError: if a size is not a positive integer (streams: not negative).
+    """
+
+    def __init__(
+        self, streams, num_heads, seq_len, key_dim, value_dim=None, dtype="float32", name=None
+    ):
+        value_dim = key_dim if value_dim is None else value_dim
+        sizes = dict(num_heads=num_heads, seq_len=seq_len, key_dim=key_dim, value_dim=value_dim)
+        for size_name, size in sizes.items():
+            check_integer(size_name, size, at_least=1)
+        self.seq_len = seq_len
+        self.dtype = tf.as_dtype(dtype)
+        rows = dict(
+            key=([num_heads, seq_len, key_dim], self.dtype),
+            value=([num_heads, seq_len, value_dim], self.dtype),
+        )
+        super().__init__(streams, rows, name=name)
+        self._all_ready = False
+        self._cleaned_in_graph = False
+
+    @property
+    def ready(self):
+        """bool tensor `[S]`: which streams' windows are full."""
+        return self.position >= self.seq_len
+
+    def ready_steps(self, streams, steps, pending):
+        """How many of a call's newest steps had a full window. Eager mode only.
+
+        Args:
+            streams: int32 tensor `[M]`, the call's streams.
+            steps: T, the steps of the call.
+            pending: whether the positions are still those from before the call.
+
+        Returns:
+            int from 0 to T: that of the stream that has come furthest.
+        """
+        # Once every stream is ready it stays so until one comes, is cleaned or is set, and a step
+        # need not read the positions. A graph may clean streams without Python's knowledge.
+        if self._all_ready and not self._cleaned_in_graph:
+            return steps
+        position = self.position.numpy()
+        self._all_ready = bool((position >= self.seq_len).all())
+        taken = position[streams.numpy()] + (steps if pending else 0)
+        return int(np.clip(taken - self.seq_len + 1, 0, steps).max(initial=0))
+
+    def _grow(self, streams):
+        self._all_ready = False
+        super()._grow(streams)
+
+    def clean_state(self, streams=None):
+        self._all_ready = False
+        self._cleaned_in_graph |= not tf.executing_eagerly()
+        super().clean_state(streams)
+
+    def set_state(self, state, streams=None):
+        self._all_ready = False
+        super().set_state(state, streams)

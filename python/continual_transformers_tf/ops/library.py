@@ -1,0 +1,132 @@
+"""Loading the fused op library, and the choice between it and plain TensorFlow."""
+
+import functools
+import os
+import re
+import warnings
+from pathlib import Path
+
+import tensorflow as tf
+from tensorflow.python.framework import kernels as kernel_registry
+from tensorflow.python.ops import control_flow_util
+
+LIBRARY_NAME = "libcontinual_transformers.so"
+LIBRARY_PATH = Path(__file__).resolve().parent.parent / LIBRARY_NAME
+
+BACKEND_VARIABLE = "CONTINUAL_TRANSFORMERS_BACKEND"
+BACKENDS = ("auto", "fused", "tensorflow")
+
+# Written into the library by cc/tensorflow/build_info.cc.
+_BUILD_INFO = re.compile(rb"continual-transformers-tf built for TensorFlow (\d+\.\d+[^ \0]*)\.\0")
+
+_HOW_TO_BUILD = (
+    "To build it for this TensorFlow, with a C++17 compiler (Debian and Ubuntu: "
+    "`apt install g++`): `pip install --force-reinstall --no-deps --no-cache-dir .` in a checkout "
+    "of continual-transformers-tf."
+)
+
+
+def built_for(path):
+    """The version of TensorFlow that an op library was built for.
+
+    Args:
+        path: the library's path.
+
+    Returns:
+        A string, such as "2.21.0"; None where the file is not an op library of this package.
+    """
+    found = _BUILD_INFO.search(Path(path).read_bytes())
+    return found.group(1).decode() if found else None
+
+
+@functools.cache
+def _load():
+    """Loads the library once. Returns (its Python module, None) or (None, the reason)."""
+    if not LIBRARY_PATH.exists():
+        return None, f"{LIBRARY_PATH} does not exist. {_HOW_TO_BUILD}"
+    # The version is read from the file's bytes before anything is loaded: a library of another
+    # version may crash the process where it should have said what is wrong.
+    version = built_for(LIBRARY_PATH)
+    if version is None:
+        return None, (
+            f"{LIBRARY_PATH} is not an op library of continual-transformers-tf. {_HOW_TO_BUILD}"
+        )
+    if version.split(".")[:2] != tf.__version__.split(".")[:2]:
+        return None, (
+            f"{LIBRARY_PATH} was built for TensorFlow {version}, but this is TensorFlow "
+            f"{tf.__version__}; TensorFlow's C++ API changes with every minor version. "
+            f"{_HOW_TO_BUILD}"
+        )
+    try:
+        return tf.load_op_library(str(LIBRARY_PATH)), None
+    except (tf.errors.OpError, RuntimeError) as error:
+        return None, f"{LIBRARY_PATH} could not be loaded: {error}. {_HOW_TO_BUILD}"
+
+
+def backend():
+    """What CONTINUAL_TRANSFORMERS_BACKEND asks for: "auto", "fused" or "tensorflow".
+
+    Raises:
+        ValueError: if it is set to anything else.
+    """
+    choice = os.environ.get(BACKEND_VARIABLE, "auto")
+    if choice not in BACKENDS:
+        raise ValueError(f"Expected {BACKEND_VARIABLE} to be one of {BACKENDS}, but got {choice!r}")
+    return choice
+
+
+@functools.cache
+def _warn_once(reason):
+    warnings.warn(
+        "continual_transformers_tf runs without its fused kernels, in plain TensorFlow: the same "
+        f"results, slower. The reason: {reason} (Set {BACKEND_VARIABLE}=tensorflow to choose plain "
+        "TensorFlow and see this no more.)",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def fused_ops():
+    """The module with the fused ops, or None where plain TensorFlow is to be used.
+
+    Raises:
+        ImportError: under CONTINUAL_TRANSFORMERS_BACKEND=fused, where the library cannot be loaded.
+        ValueError: if CONTINUAL_TRANSFORMERS_BACKEND has no meaning.
+    """
+    choice = backend()
+    if choice == "tensorflow":
+        return None
+    module, reason = _load()
+    if module is None:
+        if choice == "fused":
+            raise ImportError(f"{BACKEND_VARIABLE}=fused, but {reason}")
+        _warn_once(reason)
+        return None
+    # XLA knows no custom ops; inside jit_compile=True the plain twin is traced.
+    if not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(
+        tf.compat.v1.get_default_graph()
+    ):
+        return None
+    return module
+
+
+def kernels():
+    """The device types that have fused kernels in this process.
+
+    Returns:
+        A frozenset of names such as "CPU"; empty where plain TensorFlow is used: `load_error` says
+        why.
+    """
+    if load_error() is not None:
+        return frozenset()
+    registered = kernel_registry.get_registered_kernels_for_op(
+        "ContinualTransformers>SingleOutputAttention"
+    )
+    return frozenset(kernel.device_type for kernel in registered.kernel)
+
+
+def load_error():
+    """Why there are no fused kernels in this process: a sentence, or None where there are."""
+    if backend() == "tensorflow":
+        return f"{BACKEND_VARIABLE}=tensorflow asks for plain TensorFlow"
+    return _load()[1]

@@ -1,0 +1,142 @@
+"""Continual single-output attention on projected steps: the fused op, or its plain twin."""
+
+import functools
+import math
+
+import tensorflow as tf
+
+from continual_transformers_tf.ops import library, single_output_twin
+from continual_transformers_tf.ops.stream_state import stream_tensor
+
+FUSED_DTYPES = (tf.float32, tf.float64)
+
+
+def single_output_attention(
+    query,
+    key,
+    value,
+    cache,
+    *,
+    streams=None,
+    attention_mask=None,
+    scale=None,
+    return_attention_scores=False,
+    update_state=True,
+):
+    """Takes steps of streams: each step's query attends to the newest N steps of its stream.
+
+    The N steps end with the step itself, whose key and value are among them. While a stream has
+    taken fewer than N steps, it attends to those there are. Continual single-output attention of
+    Hedegaard & Iosifidis, "Continual Transformers" (ICLR 2023, arXiv 2201.06268), section 3.3.
+
+    Args:
+        query: `[M, H, D]`, one step of M streams, or `[M, T, H, D]`, T steps. Of the cache's dtype.
+        key: of the shape of query.
+        value: `[M, H, Dv]` or `[M, T, H, Dv]`.
+        cache: an `AttentionCache` of S streams; changed in place.
+        streams: integers `[M]`, which stream each row belongs to, in any order, each once; None:
+            row i is stream i.
+        attention_mask: bool, which steps of the window may be attended to, oldest first (column
+            N - 1 is the newest step): `[N]`, `[M, N]`, `[M, H, N]` or `[M, H, T, N]`. None: all.
+        scale: what the logits are multiplied by; None: 1 / sqrt(D).
+        return_attention_scores: whether to return the softmax too.
+        update_state: if False, nothing changes: the output is that of the next real call.
+
+    Returns:
+        `[M, H, Dv]` or `[M, T, H, Dv]`, zeros where everything is masked. With
+        return_attention_scores also `[M, H, N]` or `[M, H, T, N]`: the softmax over the window,
+        oldest step first, 0 where there was no step yet.
+
+    Raises:
+        ValueError, tf.errors.InvalidArgumentError: if shapes, dtypes or streams do not fit the
+            cache or each other. The cache is then as it was.
+    """
+    query, key, value = (tf.convert_to_tensor(x, dtype=cache.dtype) for x in (query, key, value))
+    one_step = query.shape.rank == 3
+    if one_step:
+        query, key, value = (tf.expand_dims(x, 1) for x in (query, key, value))
+    output, scores = attend_steps(
+        query,
+        key,
+        value,
+        cache,
+        streams=stream_tensor(tf.range(tf.shape(query)[0]) if streams is None else streams),
+        attention_mask=expand_mask(attention_mask),
+        scale=scale,
+        return_attention_scores=return_attention_scores,
+        update_state=update_state,
+    )
+    if one_step:
+        output = tf.squeeze(output, 1)
+    if not return_attention_scores:
+        return output
+    return output, tf.squeeze(scores, 2) if one_step else scores
+
+
+def attend_steps(
+    query,
+    key,
+    value,
+    cache,
+    *,
+    streams,
+    attention_mask=None,
+    scale=None,
+    return_attention_scores=False,
+    update_state=True,
+):
+    """`single_output_attention` for those who hold tensors of the right ranks: one op, eagerly.
+
+    Args:
+        query, key, value: tensors `[M, T, H, D]` and `[M, T, H, Dv]`.
+        cache, scale, return_attention_scores, update_state: as there.
+        streams: int32 tensor `[M]`.
+        attention_mask: bool tensor `[M, H, T, N]`, the first three axes may be 1; or None.
+
+    Returns:
+        (output `[M, T, H, Dv]`, scores `[M, H, T, N]`, or of no columns where not wanted).
+    """
+    fused = library.fused_ops() if cache.dtype in FUSED_DTYPES else None
+    take_steps = single_output_twin.attend_steps
+    if fused is not None:
+        take_steps = fused.continual_transformers_single_output_attention
+    return take_steps(
+        query=query,
+        key=key,
+        value=value,
+        key_cache=cache.key.handle if fused else cache.key,
+        value_cache=cache.value.handle if fused else cache.value,
+        position=cache.position.handle if fused else cache.position,
+        streams=streams,
+        scale=_scale(1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale),
+        attention_mask=[] if attention_mask is None else [attention_mask],
+        return_attention_scores=return_attention_scores,
+        update_state=update_state,
+    )
+
+
+def expand_mask(mask):
+    """A user's mask, `[N]`, `[M, N]`, `[M, H, N]` or `[M, H, T, N]`, with its missing axes as 1."""
+    if mask is None:
+        return None
+    mask = tf.convert_to_tensor(mask)
+    if mask.dtype != tf.bool:
+        raise ValueError(f"Expected attention_mask to be bool, but got {mask.dtype.name}")
+    for axis in {1: (0, 0, 0), 2: (1, 1), 3: (2,), 4: ()}.get(mask.shape.rank, (None,)):
+        if axis is None:
+            raise ValueError(
+                "Expected attention_mask of shape [N], [M, N], [M, H, N] or [M, H, T, N], but got "
+                f"{mask.shape}"
+            )
+        mask = tf.expand_dims(mask, axis)
+    return mask
+
+
+def _scale(scale):
+    return _constant_scale(scale) if tf.executing_eagerly() else tf.constant(scale, tf.float64)
+
+
+# A float handed to an eager op becomes a tensor at every call; these few are kept.
+@functools.lru_cache(maxsize=64)
+def _constant_scale(scale):
+    return tf.constant(scale, tf.float64)

@@ -1,0 +1,175 @@
+"""The plain-TensorFlow twin of the fused op: the same signature, the same results.
+
+It gathers each query's window and attends to it, which any TensorFlow runs, on any device, under
+XLA too, and which is easy to see to be right. What it lacks is the fused op's speed, and its lock:
+two threads must not step one cache at the same time.
+"""
+
+import tensorflow as tf
+
+from continual_transformers_tf.ops.stream_state import check_streams
+
+# Windows are gathered for this many steps at a time at the most: the memory of a call of many steps
+# is that of this many windows.
+STEPS_PER_CHUNK = 64
+
+
+def attend_steps(
+    query,
+    key,
+    value,
+    key_cache,
+    value_cache,
+    position,
+    streams,
+    scale,
+    attention_mask,
+    return_attention_scores,
+    update_state,
+):
+    """See `ContinualTransformers>SingleOutputAttention` in cc/tensorflow/ops.cc.
+
+    Differs in what it takes for the cache: variables, not their handles.
+    """
+    mask = attention_mask[0] if attention_mask else None
+    _check_static(query, key, value, key_cache, value_cache, streams, mask)
+    with tf.control_dependencies(_check_values(query, streams, position)):
+        start = tf.gather(position, streams)  # [M]
+    seq_len = key_cache.shape[2]
+    scale = tf.cast(scale, query.dtype)
+
+    # The N steps before this call and its own, in order: column c is step start - N + c.
+    key_steps = tf.transpose(key, (0, 2, 1, 3))  # [M, H, T, D]
+    value_steps = tf.transpose(value, (0, 2, 1, 3))
+    keys = tf.concat([_unroll(key_cache, streams, start), key_steps], 2)
+    values = tf.concat([_unroll(value_cache, streams, start), value_steps], 2)
+
+    num_steps = query.shape[1]
+    chunk = STEPS_PER_CHUNK if num_steps is not None else tf.shape(query)[1]
+    outputs, scores = [], []
+    for first in range(0, num_steps if num_steps is not None else 1, STEPS_PER_CHUNK):
+        steps = tf.range(first, tf.minimum(first + chunk, tf.shape(query)[1]))
+        # Step t's window is columns t + 1, ..., t + N.
+        columns = steps[:, tf.newaxis] + 1 + tf.range(seq_len)  # [t, N]
+        step_of = start[:, tf.newaxis, tf.newaxis] - seq_len + tf.cast(columns, tf.int64)
+        attended = (step_of >= 0)[:, tf.newaxis]  # [M, 1, t, N]
+        if mask is not None:
+            attended &= mask if mask.shape[2] == 1 else tf.gather(mask, steps, axis=2)
+        output, weights = _attend(
+            tf.gather(query, steps, axis=1),
+            tf.gather(keys, columns, axis=2),
+            tf.gather(values, columns, axis=2),
+            attended,
+            scale,
+        )
+        outputs.append(output)
+        scores.append(weights)
+
+    output = tf.concat(outputs, 1)
+    scores = tf.concat(scores, 2)
+    if not return_attention_scores:
+        scores = scores[..., :0]
+    if update_state:
+        # What is read is read before the state changes; in a graph only this says so.
+        with tf.control_dependencies([keys, values, start]):
+            _write(key_cache, streams, start, key_steps)
+            _write(value_cache, streams, start, value_steps)
+            steps = tf.cast(tf.shape(query)[1], tf.int64)
+            position.scatter_nd_update(streams[:, tf.newaxis], start + steps)
+    return output, scores
+
+
+def _attend(query, keys, values, attended, scale):
+    """query [M, t, H, D], keys [M, H, t, N, D], values [M, H, t, N, Dv], attended [M, *, t, N]."""
+    # Selected, not multiplied by zero: what may not be attended to can be NaN.
+    keys = tf.where(attended[..., tf.newaxis], keys, 0)
+    values = tf.where(attended[..., tf.newaxis], values, 0)
+    logits = scale * tf.einsum("mthd,mhtnd->mhtn", query, keys)
+    logits = tf.where(attended, logits, -float("inf"))
+    highest = tf.reduce_max(logits, -1, keepdims=True)
+    highest = tf.where(tf.math.is_inf(highest) & (highest < 0), tf.zeros_like(highest), highest)
+    weights = tf.exp(logits - highest)
+    # A row where nothing is attended to: zeros, not 0 / 0.
+    weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights, -1, keepdims=True))
+    return tf.einsum("mhtn,mhtnd->mthd", weights, values), weights
+
+
+def _unroll(cache, streams, start):
+    """The rings of streams, oldest row first: [M, H, N, size]."""
+    seq_len = cache.shape[2]
+    order = tf.range(seq_len, dtype=tf.int64)
+    rows = tf.math.floormod(start[:, tf.newaxis] + order, seq_len)
+    return tf.gather(tf.gather(cache, streams), rows, axis=2, batch_dims=1)
+
+
+def _write(cache, streams, start, steps):
+    """Writes steps [M, H, T, size] into the rings; of more than N, the newest N."""
+    _, num_heads, seq_len, _ = cache.shape
+    taken = tf.shape(steps)[2]
+    kept = tf.minimum(taken, seq_len)
+    steps = steps[:, :, taken - kept :]
+    newest = tf.range(taken - kept, taken)
+    rows = tf.math.floormod(
+        start[:, tf.newaxis] + tf.cast(newest, tf.int64), tf.cast(seq_len, tf.int64)
+    )
+    shape = tf.stack([tf.shape(streams)[0], num_heads, kept])
+    indices = tf.stack(
+        [
+            tf.broadcast_to(streams[:, tf.newaxis, tf.newaxis], shape),
+            tf.broadcast_to(tf.range(num_heads)[tf.newaxis, :, tf.newaxis], shape),
+            tf.broadcast_to(tf.cast(rows, tf.int32)[:, tf.newaxis], shape),
+        ],
+        -1,
+    )
+    cache.scatter_nd_update(indices, steps)
+
+
+def _check_static(query, key, value, key_cache, value_cache, streams, mask):
+    """What the shapes that are known say, as the op's shape function has it."""
+    for name, tensor, axes in (
+        ("query", query, "[M, T, H, D]"),
+        ("key", key, "[M, T, H, D]"),
+        ("value", value, "[M, T, H, Dv]"),
+    ):
+        if tensor.shape.rank != 4:
+            raise ValueError(f"Expected {name} of rank 4, {axes}, but got {tensor.shape}")
+    m, t, h, d = query.shape
+    _, held_heads, n, held_d = key_cache.shape
+    dv = value_cache.shape[3]
+    for name, tensor, expected in (
+        ("query", query, [m, t, held_heads, held_d]),
+        ("key", key, [m, t, h, d]),
+        ("value", value, [m, t, h, dv]),
+        ("streams", streams, [m]),
+    ):
+        if not tensor.shape.is_compatible_with(expected):
+            raise ValueError(f"Expected {name} of shape {expected}, but got {tensor.shape}")
+    if t == 0:
+        raise ValueError(f"Expected at least one step, but got query {query.shape}")
+    if mask is not None:
+        fits = mask.shape.rank == 4 and all(
+            got in (1, None, full) or full is None
+            for got, full in zip(mask.shape[:3], (m, h, t), strict=True)
+        )
+        if not fits or mask.shape[3] not in (None, n):
+            raise ValueError(
+                f"Expected attention_mask of shape {[m, h, t, n]}, [M, H, T, N], where M, H and T "
+                f"may be 1, but got {mask.shape}"
+            )
+
+
+def _check_values(query, streams, position):
+    """What only the values can say. Eagerly it is said at once; in a graph by the ops returned."""
+    if tf.executing_eagerly():
+        check_streams(streams.numpy(), int(tf.shape(position)[0]))
+        return []
+    held = tf.shape(position)[0]
+    in_order = tf.sort(streams)
+    return [
+        tf.debugging.assert_positive(tf.shape(query)[1], "Expected at least one step, but got 0"),
+        tf.debugging.assert_non_negative(streams, "Expected streams >= 0"),
+        tf.debugging.assert_less(streams, held, "Expected streams that the cache holds"),
+        tf.debugging.assert_less(
+            in_order[:-1], in_order[1:], "Expected each stream once in a call"
+        ),
+    ]

@@ -1,0 +1,205 @@
+"""What streams keep between calls: variables with one row a stream."""
+
+import numpy as np
+import tensorflow as tf
+
+
+class StreamState(tf.Module):
+    """Variables whose first axis is the stream, and the number of steps each stream has taken.
+
+    Streams are numbered from 0. More can come; those that are held keep their state.
+
+    Args:
+        streams: S, how many streams are held at first.
+        rows: dict from a name to (the shape of a stream's row, dtype): what is kept beside the
+            position. Each becomes an attribute, a `tf.Variable [S, ...]`.
+
+    Attributes:
+        position: tf.Variable int64 `[S]`, the steps each stream has taken.
+
+    Raises:
+        ValueError: if `streams` is not an integer >= 0.
+    """
+
+    def __init__(self, streams, rows=None, name=None):
+        super().__init__(name=name)
+        check_integer("streams", streams, at_least=0)
+        self._names = (*(rows or {}), "position")
+        # The number of streams is left open in the variables' shapes, so that they can grow without
+        # becoming other variables, which traced functions would not know.
+        with tf.init_scope():
+            for row_name, (shape, dtype) in {**(rows or {}), "position": ([], tf.int64)}.items():
+                variable = tf.Variable(
+                    tf.zeros([streams, *shape], dtype),
+                    shape=[None, *shape],
+                    trainable=False,
+                    name=row_name,
+                )
+                setattr(self, row_name, variable)
+        self._streams = streams  # At least so many are held: a graph may have made room for more.
+        self._row_streams = {}
+
+    @property
+    def _variables(self):
+        return {name: getattr(self, name) for name in self._names}
+
+    def ensure_streams(self, streams):
+        """Makes room for streams 0, ..., streams - 1.
+
+        Args:
+            streams: int, or in a graph an int32 scalar tensor.
+        """
+        if tf.is_tensor(streams):
+            held = tf.shape(self.position)[0]
+            tf.cond(streams > held, lambda: self._grow(streams), lambda: tf.no_op())
+        elif streams > self._streams:
+            with tf.init_scope():
+                self._grow(streams)
+            self._streams = streams
+
+    def _grow(self, streams):
+        missing = tf.maximum(streams - tf.shape(self.position)[0], 0)
+        for variable in self._variables.values():
+            rest = tf.zeros(tf.concat([[missing], tf.shape(variable)[1:]], 0), variable.dtype)
+            variable.assign(tf.concat([variable, rest], 0))
+
+    def streams_of_call(self, streams, rows):
+        """The streams that a call's rows belong to, with room made for them if it names none.
+
+        Args:
+            streams: integers `[M]`, as the user gave them; or None: row i is stream i.
+            rows: M, an int, or in a graph an int32 scalar tensor.
+
+        Returns:
+            int32 tensor `[M]`. Whether named streams are held, and each named once, is for the op
+            to check.
+
+        Raises:
+            ValueError: if `streams` is not a vector of integers.
+        """
+        if streams is not None:
+            return stream_tensor(streams)
+        self.ensure_streams(rows)
+        if not tf.executing_eagerly():
+            return tf.range(rows)
+        if rows not in self._row_streams:  # A tf.range would cost every step one more op.
+            self._row_streams[rows] = tf.range(rows)
+        return self._row_streams[rows]
+
+    def checked(self, streams):
+        """`stream_tensor(streams)`, of which every one is known to be held; eager mode only.
+
+        Raises:
+            ValueError: if a stream is not held, or is named twice.
+        """
+        streams = stream_tensor(streams)
+        if tf.executing_eagerly():
+            check_streams(streams.numpy(), int(tf.shape(self.position)[0]))
+        return streams
+
+    def clean_state(self, streams=None):
+        """Forgets everything that streams have seen: they begin again.
+
+        Args:
+            streams: integers `[M]`, which ones; None: all.
+
+        Raises:
+            ValueError: if a stream is not held, or is named twice.
+        """
+        # A row that no step has written since is never read, so all but the position may stay.
+        if streams is None:
+            self.position.assign(tf.zeros_like(self.position))
+        else:
+            streams = self.checked(streams)
+            zeros = tf.zeros_like(streams, dtype=tf.int64)
+            self.position.scatter_nd_update(streams[:, tf.newaxis], zeros)
+
+    def get_state(self, streams=None):
+        """The state of streams, as plain data. Eager mode only.
+
+        Args:
+            streams: integers `[M]`, which ones, in this order; None: all.
+
+        Returns:
+            A dict of NumPy arrays, one for each variable, of M rows.
+
+        Raises:
+            ValueError: if a stream is not held, or is named twice.
+        """
+        chosen = slice(None) if streams is None else self.checked(streams).numpy()
+        return {name: variable.numpy()[chosen] for name, variable in self._variables.items()}
+
+    def set_state(self, state, streams=None):
+        """Puts back what `get_state` gave, here or elsewhere, of streams of the same sizes.
+
+        Args:
+            state: what `get_state` gave, of M streams.
+            streams: integers `[M]`, which streams take it; None: it becomes the whole state, of
+                streams 0, ..., M - 1.
+
+        Raises:
+            ValueError: if the state does not fit; this state then stays as it was.
+        """
+        variables = self._variables
+        if not isinstance(state, dict) or set(state) != set(variables):
+            got = sorted(state) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"Expected a state with {sorted(variables)}, but got {got}")
+        state = {name: np.asarray(state[name]) for name in variables}
+        indices = None if streams is None else self.checked(streams)[:, tf.newaxis]
+        rows = np.size(state["position"]) if streams is None else indices.shape[0]
+        for name, variable in variables.items():
+            expected = (variable.dtype.as_numpy_dtype, (rows, *variable.shape[1:]))
+            got = (state[name].dtype, state[name].shape)
+            if got != expected:
+                raise ValueError(
+                    f"Expected the state's {name} to be {variable.dtype.name} "
+                    f"{list(expected[1])}, but got {got[0]} {list(got[1])}"
+                )
+        if (state["position"] < 0).any():
+            raise ValueError(f"Expected positions >= 0, but got {state['position'].tolist()}")
+        for name, variable in variables.items():
+            if streams is None:
+                variable.assign(state[name])
+            else:
+                variable.scatter_nd_update(indices, state[name])
+        if streams is None:
+            self._streams = rows
+
+
+def check_integer(name, value, at_least):
+    """Raises ValueError unless `value` is an integer, and not below `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < at_least:
+        raise ValueError(f"Expected {name} to be an integer >= {at_least}, but got {value!r}")
+
+
+def check_streams(streams, held):
+    """Raises ValueError unless `streams`, a NumPy array, names streams that are held, each once."""
+    outside = streams[(streams < 0) | (streams >= held)]
+    if outside.size:
+        raise ValueError(
+            f"Expected streams in [0, {held}), the streams that are held, but got {outside[0]}. "
+            "(`ensure_streams` makes room for more.)"
+        )
+    numbers, counts = np.unique(streams, return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(
+            f"Expected each stream once in a call, but got {numbers[counts > 1][0]} twice"
+        )
+
+
+def stream_tensor(streams):
+    """Numbers of streams, as a user gives them, as an int32 tensor `[M]`.
+
+    Raises:
+        ValueError: if they are not a vector of integers.
+    """
+    if not tf.is_tensor(streams):
+        streams = np.asarray(streams)
+        if streams.dtype.kind not in "iu" and streams.size:
+            raise ValueError(f"Expected streams to be integers, but got {streams.dtype} {streams}")
+    elif not streams.dtype.is_integer:
+        raise ValueError(f"Expected streams to be integers, but got {streams.dtype.name}")
+    streams = tf.cast(streams, tf.int32)
+    if streams.shape.rank not in (None, 1):
+        raise ValueError(f"Expected streams of shape [M], but got {tuple(streams.shape)}")
+    return streams

@@ -1,0 +1,100 @@
+"""pip's way in: the metadata that depends on TensorFlow, and the op library, built with the system's
+compiler against the TensorFlow that is installed where the package is going."""
+
+import os
+import runpy
+import shutil
+import site
+import sysconfig
+from importlib import metadata
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+VERSION = "0.1.0"
+CC = runpy.run_path("cc/library.bzl")
+# Set by the Bazel build of the wheel: the library is there and only to be packed.
+PREBUILT_LIBRARY = os.environ.get("CONTINUAL_TRANSFORMERS_PREBUILT_LIBRARY")
+
+
+def find_tensorflow():
+    """(folder, version) of the TensorFlow installed, or None.
+
+    pip builds in an environment of its own, whose Python cannot import what is installed beside it;
+    but the folders in which that lies are those of the same interpreter.
+    """
+    paths = sysconfig.get_paths()
+    folders = list(dict.fromkeys([paths["purelib"], paths["platlib"], site.getusersitepackages()]))
+    for folder in [*folders, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]:
+        for distribution in metadata.distributions(path=[folder]):
+            if distribution.name in ("tensorflow", "tensorflow-cpu", "tensorflow_cpu"):
+                headers = Path(folder, "tensorflow", "include", "tensorflow")
+                if headers.is_dir():
+                    return Path(folder, "tensorflow"), distribution.version
+    return None
+
+
+TENSORFLOW = find_tensorflow()
+MINOR = ".".join(TENSORFLOW[1].split(".")[:2]) if TENSORFLOW else CC["TENSORFLOW_DEFAULT"]
+
+
+class build_op_library(build_ext):
+    """Builds the op library: an extension in all but its name, which knows no version of Python."""
+
+    def get_ext_filename(self, fullname):
+        return str(Path(*fullname.split(".")[:-1], CC["LIBRARY_NAME"]))
+
+    def build_extension(self, ext):
+        if PREBUILT_LIBRARY:
+            target = Path(self.get_ext_fullpath(ext.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(PREBUILT_LIBRARY, target)
+            return
+        if TENSORFLOW is None:
+            raise SystemExit(
+                "continual-transformers-tf: no TensorFlow to build for. Install one first, "
+                f"`pip install 'tensorflow-cpu=={MINOR}.*'`, or leave pip's build isolation on."
+            )
+        folder, version = TENSORFLOW
+        print(f"building the op library for TensorFlow {version}, {folder}")
+        ext.define_macros += [("CONTINUAL_TRANSFORMERS_TENSORFLOW", f'"{version}"')]
+        # -isystem: TensorFlow's headers warn of their own deprecations.
+        # -g0: Python's own flags ask for debug information, 4 MB of it.
+        ext.extra_compile_args += ["-isystem", str(folder / "include"), "-g0"]
+        ext.extra_link_args += [f"-L{folder}"]
+        super().build_extension(ext)
+
+
+class bdist_platform_wheel(bdist_wheel):
+    """The library is tied to the platform and to TensorFlow, and to no version of Python."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    # The local part says which TensorFlow the library was built for: pip shows it.
+    version=f"{VERSION}+tf{MINOR}",
+    ext_modules=[
+        Extension(
+            "continual_transformers_tf.op_library",
+            sources=[f"cc/{name}" for name in CC["ATTENTION_SOURCES"] + CC["TENSORFLOW_SOURCES"]],
+            depends=["setup.py", "cc/library.bzl"]
+            + [f"cc/{name}" for name in CC["ATTENTION_HEADERS"]],
+            include_dirs=["."],
+            extra_compile_args=CC["COMPILER_OPTIONS"] + CC["TENSORFLOW_OPTIONS"],
+            extra_link_args=["-l:libtensorflow_framework.so.2"],
+            language="c++",
+        )
+    ],
+    cmdclass={"build_ext": build_op_library, "bdist_wheel": bdist_platform_wheel},
+    setup_requires=[] if TENSORFLOW or PREBUILT_LIBRARY else [f"tensorflow-cpu=={MINOR}.*"],
+    extras_require={
+        "cpu": [f"tensorflow-cpu=={MINOR}.*"],
+        "gpu": [f"tensorflow[and-cuda]=={MINOR}.*"],
+        "demo": ["matplotlib", "rich", "seglearn"],
+        "test": ["clang-format==23.1.5", "pytest", "pytest-xdist", "ruff==0.17.6"],
+    },
+)
