@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from continual_transformers_tf.layers.call_mode import ContinualLayer
 from continual_transformers_tf.layers.inputs import step_input
+from continual_transformers_tf.layers.projection import project_heads, project_output
 from continual_transformers_tf.ops.attention_cache import AttentionCache
 from continual_transformers_tf.ops.single_output import attend_steps, expand_mask
 from continual_transformers_tf.ops.stream_state import check_integer
@@ -113,7 +114,7 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         self._state = None
         self._band = None
         if sliding_window is not None and sliding_window < seq_len:
-            self._band = np.arange(seq_len) >= seq_len - sliding_window
+            self._band = (np.arange(seq_len) >= seq_len - sliding_window)[None, None, None]
 
     @property
     def seq_len(self):
@@ -357,19 +358,22 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         self._ensure_built(query, value, key)
         self._check_features(query, value, key)
 
-        rows, steps = query.shape[0], 1 if rank == 2 else query.shape[1]
-        rows = tf.shape(query)[0] if rows is None else rows
-        steps = tf.shape(query)[1] if steps is None else steps
-        cache = self._cache
-        streams = cache.streams_of_call(streams, rows)
+        if rank == 2:
+            one = query
+            query = tf.expand_dims(one, 1)
+            value = query if value is one else tf.expand_dims(value, 1)
+            key = query if key is one else tf.expand_dims(key, 1)
+        cache, dtype = self._cache, self.compute_dtype
+        streams = cache.streams_of_call(
+            streams, tf.shape(query)[0] if query.shape[0] is None else query.shape[0]
+        )
         mask = expand_mask(attention_mask)
         if self._band is not None:
-            mask = self._band[None, None, None] if mask is None else mask & self._band
-
+            mask = self._band if mask is None else mask & self._band
         attended, scores = attend_steps(
-            self._project(self._query_dense, query, rows, steps),
-            self._project(self._key_dense, key, rows, steps),
-            self._project(self._value_dense, value, rows, steps),
+            project_heads(query, self._query_dense, dtype),
+            project_heads(key, self._key_dense, dtype),
+            project_heads(value, self._value_dense, dtype),
             cache,
             streams=streams,
             attention_mask=mask,
@@ -378,22 +382,20 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
             update_state=update_state,
         )
         if self._use_gate:
-            attended *= tf.sigmoid(self._project(self._gate_dense, query, rows, steps))
+            attended *= tf.sigmoid(project_heads(query, self._gate_dense, dtype))
         if self._warm_up == "none" and tf.executing_eagerly():
+            steps = query.shape[1]
             ready = cache.ready_steps(streams, steps, pending=not update_state)
             if ready == 0:
                 return None, None
             if ready < steps:
                 attended, scores = attended[:, steps - ready :], scores[:, :, steps - ready :]
-                steps = ready
-        lead = (rows,) if rank == 2 else (rows, steps)
-        output = self._project_output(attended, lead)
-        if not with_scores:
-            return output, None
-        return output, tf.squeeze(scores, 2) if rank == 2 else scores
-
-    # What a step is made of. The projections are plain matrix products: a call of a Keras layer
-    # would cost a step more than the attention does.
+        output = project_output(attended, self._output_dense, dtype)
+        if rank == 2:
+            output = tf.squeeze(output, 1)
+        if with_scores:
+            return output, tf.squeeze(scores, 2) if rank == 2 else scores
+        return output, None
 
     def _check_features(self, query, value, key):
         """Before anything is computed; Keras' regular call checks by its own einsums."""
@@ -413,30 +415,6 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
             # Whatever graph is being traced, the weights are made outside it.
             with tf.init_scope():
                 self.build(query.shape, value.shape, (value if key is None else key).shape)
-
-    def _project(self, dense, x, rows, steps):
-        """(M, E) or (M, T, E) -> [M, T, H, size], by the weights of an EinsumDense."""
-        kernel = tf.cast(dense.kernel, self.compute_dtype)
-        features, num_heads, size = kernel.shape
-        if x.shape.rank == 3:
-            x = tf.reshape(x, (-1, features))
-        x = tf.matmul(x, tf.reshape(kernel, (features, num_heads * size)))
-        if self._use_bias:
-            x += tf.reshape(tf.cast(dense.bias, self.compute_dtype), (-1,))
-        return tf.reshape(x, (rows, steps, num_heads, size))
-
-    def _project_output(self, attended, lead):
-        """[M, T, H, Dv] -> (*lead, *output_shape)."""
-        dense = self._output_dense
-        kernel = tf.cast(dense.kernel, self.compute_dtype)
-        num_heads, size, *output_shape = kernel.shape
-        kernel = tf.reshape(kernel, (num_heads * size, -1))
-        x = tf.matmul(tf.reshape(attended, (-1, num_heads * size)), kernel)
-        if self._use_bias:
-            x += tf.reshape(tf.cast(dense.bias, self.compute_dtype), (-1,))
-        if len(lead) == 1 and len(output_shape) == 1:
-            return x
-        return tf.reshape(x, (*lead, *output_shape))
 
     # Symbolic shapes.
 

@@ -11,7 +11,7 @@ from tensorflow.python.framework import kernels as kernel_registry
 from tensorflow.python.ops import control_flow_util
 
 LIBRARY_NAME = "libcontinual_transformers.so"
-LIBRARY_PATH = Path(__file__).resolve().parent.parent / LIBRARY_NAME
+LIBRARY_PATH = Path(__file__).parent.parent / LIBRARY_NAME
 
 BACKEND_VARIABLE = "CONTINUAL_TRANSFORMERS_BACKEND"
 BACKENDS = ("auto", "fused", "tensorflow")

@@ -49,7 +49,7 @@ class StreamState(tf.Module):
         Args:
             streams: int, or in a graph an int32 scalar tensor.
         """
-        if tf.is_tensor(streams):
+        if not isinstance(streams, (int, np.integer)):
             held = tf.shape(self.position)[0]
             tf.cond(streams > held, lambda: self._grow(streams), lambda: tf.no_op())
         elif streams > self._streams:

@@ -1,0 +1,39 @@
+"""Packs the library that Bazel built into a wheel: `bazel run //bazel:wheel -- FOLDER`.
+
+The metadata is setup.py's, as for pip; only the compiler is not called a second time.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+RUNFILES = Path(__file__).parent.parent
+LIBRARY = RUNFILES / "python" / "continual_transformers_tf" / "libcontinual_transformers.so"
+
+
+def main(folder):
+    # Relative to where `bazel run` was typed, not to where Bazel runs this.
+    folder = Path(os.environ.get("BUILD_WORKING_DIRECTORY", "."), folder)
+    with tempfile.TemporaryDirectory() as tree:
+        library = shutil.copy(LIBRARY, Path(tree, "prebuilt.so"))
+        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+            shutil.copy(RUNFILES / name, tree)
+        for name in ("cc", "python"):
+            shutil.copytree(
+                RUNFILES / name,
+                Path(tree, name),
+                ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+            )
+        subprocess.run(
+            [sys.executable, "-m", "pip", "wheel", tree, "--no-deps", "--no-build-isolation"]
+            + ["--wheel-dir", folder],
+            env={**os.environ, "CONTINUAL_TRANSFORMERS_PREBUILT_LIBRARY": library},
+            check=True,
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "dist")
