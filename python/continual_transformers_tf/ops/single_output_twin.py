@@ -34,7 +34,8 @@ def attend_steps(
     mask = attention_mask[0] if attention_mask else None
     _check_static(query, key, value, key_cache, value_cache, streams, mask)
     with tf.control_dependencies(_check_values(query, streams, position)):
-        start = tf.gather(position, streams)  # [M]
+        streams = tf.identity(streams)  # What comes after waits for the checks.
+    start = tf.gather(position, streams)  # [M]
     seq_len = key_cache.shape[2]
     scale = tf.cast(scale, query.dtype)
 

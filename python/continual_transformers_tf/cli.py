@@ -1,0 +1,88 @@
+"""The command line: `continual-transformers`."""
+
+import json
+import os
+from pathlib import Path
+
+import click
+
+# TensorFlow's start-up chatter would bury what a command has to say. It must be set before the
+# import, which is inside the commands also so that --help answers at once.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+@click.group()
+@click.version_option(package_name="continual-transformers-tf")
+def main():
+    """Streaming attention for TensorFlow."""
+
+
+@main.command()
+def info():
+    """Say which kernels are loaded, and if none are, why."""
+    import keras
+    import tensorflow as tf
+
+    import continual_transformers_tf as ct
+
+    click.echo(f"TensorFlow {tf.__version__}, Keras {keras.__version__}")
+    click.echo(f"op library {ct.ops.LIBRARY_PATH}")
+    click.echo(f"fused kernels: {', '.join(sorted(ct.ops.kernels())) or 'none'}")
+    if ct.ops.load_error():
+        click.echo(f"the reason: {ct.ops.load_error()}")
+
+
+@main.command()
+@click.option(
+    "--picture",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    default="continual-transformers-demo.png",
+    show_default=True,
+    help="Where to write the picture of a stream.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON and nothing else.")
+@click.option(
+    "--recordings",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Stream only so many recordings of each person.  [default: all]",
+)
+def demo(picture, as_json, recordings):
+    """Stream a smartwatch, worn by people the model never saw, through a trained transformer."""
+    try:
+        import matplotlib  # noqa: F401
+        import rich.console
+    except ModuleNotFoundError as missing:
+        raise click.ClickException(
+            f"{missing.name} is missing: pip install 'continual-transformers-tf[demo]'"
+        ) from missing
+    from continual_transformers_tf.demo import report, stream, watch
+    from continual_transformers_tf.demo.model import trained_model
+
+    console = rich.console.Console(stderr=as_json, quiet=as_json)
+    console.print("Loading the watch's recordings and the trained model ...")
+    try:
+        people = stream.wearers_of(watch.load_recordings(watch.HELD_OUT))
+    except ModuleNotFoundError as missing:
+        raise click.ClickException(str(missing)) from missing
+    people = [person._replace(recordings=person.recordings[:recordings]) for person in people]
+    steps = sum(len(r.samples) for person in people for r in person.recordings)
+    with report.LiveLine(console, steps) as line:
+        result = stream.stream(trained_model(), people, on_step=line)
+        line.finish()
+    summary = report.summarize(people, result)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    report.draw(picture, people[0], result.predictions[0])
+    if as_json:
+        click.echo(json.dumps({**summary, "picture": str(picture.resolve())}, indent=2))
+    else:
+        console.print(report.table(summary))
+        console.print(f"The stream of person {people[0].subject}, drawn: {picture.resolve()}")
+    if summary["disagreements"]:
+        raise click.ClickException(
+            f"{summary['disagreements']} predictions of the stream differ from those on windows"
+        )
+
+
+if __name__ == "__main__":
+    main()

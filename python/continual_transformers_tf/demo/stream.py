@@ -1,0 +1,153 @@
+"""The demo itself: people whom the model never saw, streamed sample by sample."""
+
+import time
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+import continual_transformers_tf as ct
+from continual_transformers_tf.demo.model import SEQ_LEN
+from continual_transformers_tf.demo.windows import WindowModel
+
+# How often a step is followed by the windows' answer to the same question, to time both in one run.
+STEPS_PER_RIVAL = 50
+WARM_UP_STEPS = 20  # Not timed: the first calls trace and allocate.
+
+
+class Wearer(NamedTuple):
+    """One person's recordings, one after the other: what a stream is fed."""
+
+    subject: int
+    recordings: list
+
+
+class StreamResult(NamedTuple):
+    """What streaming gave.
+
+    Attributes:
+        predictions: for each wearer, for each recording, the predictions of the steps with a full
+            window: int `[T - N + 1]`.
+        window_predictions: the same, of the rival.
+        step_microseconds: of each timed call of the stream's step.
+        window_microseconds: of each timed call of the rival, on the same streams.
+    """
+
+    predictions: list
+    window_predictions: list
+    step_microseconds: np.ndarray
+    window_microseconds: np.ndarray
+
+
+def wearers_of(recordings):
+    """Recordings by the person who wore the watch."""
+    subjects = dict.fromkeys(recording.subject for recording in recordings)
+    return [Wearer(s, [r for r in recordings if r.subject == s]) for s in subjects]
+
+
+def stream(model, wearers, on_step=None):
+    """Steps all wearers' streams together, one sample of each at a time.
+
+    A stream begins anew with each recording, which is another exercise; the others go on.
+
+    Args:
+        model: a trained `WatchModel`.
+        wearers: list of `Wearer`; wearer i is stream i.
+        on_step: called after each step with (steps taken by all streams together, list of (wearer,
+            recording, logits [7]), one for each stream that took the step).
+
+    Returns:
+        A `StreamResult`.
+    """
+    rival = WindowModel(model)
+    step = tf.function(
+        lambda samples, streams: _step(model, samples, streams),
+        input_signature=[
+            tf.TensorSpec([None, 6], tf.float32),
+            tf.TensorSpec([None], tf.int32),
+        ],
+    )
+    model.ensure_streams(len(wearers))
+    model.clean_state()
+    cursors = [_Cursor(wearer) for wearer in wearers]
+    step_times, window_times = [], []
+    taken = calls = 0
+    while active := [i for i, cursor in enumerate(cursors) if not cursor.done]:
+        begins = [i for i in active if cursors[i].time == 0]
+        if begins:
+            model.clean_state(streams=begins)
+        samples = tf.constant(np.stack([cursors[i].sample for i in active]))
+        streams = tf.constant(active, tf.int32)
+        started = time.perf_counter()
+        logits = step(samples, streams).numpy()
+        step_times.append(time.perf_counter() - started)
+        for row, i in zip(logits, active, strict=True):
+            cursors[i].answer(int(row.argmax()))
+        if calls % STEPS_PER_RIVAL == 0 and all(cursors[i].has_window for i in active):
+            windows = tf.constant(np.stack([cursors[i].window for i in active]))
+            first_step = tf.constant([cursors[i].time + 1 - SEQ_LEN for i in active], tf.int64)
+            started = time.perf_counter()
+            rival.logits(windows, first_step).numpy()
+            window_times.append(time.perf_counter() - started)
+        now = [
+            (wearers[i], cursors[i].recording, row) for i, row in zip(active, logits, strict=True)
+        ]
+        for i in active:
+            cursors[i].advance()
+        taken, calls = taken + len(active), calls + 1
+        if on_step is not None:
+            on_step(taken, now)
+    return StreamResult(
+        predictions=[cursor.predictions for cursor in cursors],
+        window_predictions=[
+            [rival.predictions(recording.samples) for recording in wearer.recordings]
+            for wearer in wearers
+        ],
+        step_microseconds=np.array(step_times[WARM_UP_STEPS:]) * 1e6,
+        window_microseconds=np.array(window_times[1:]) * 1e6,
+    )
+
+
+def _step(model, samples, streams):
+    with ct.call_mode("step"):
+        return model(samples, streams=streams)
+
+
+class _Cursor:
+    """Where a stream stands in its wearer's recordings."""
+
+    def __init__(self, wearer):
+        self._recordings = iter(wearer.recordings)
+        self.predictions = []
+        self._next_recording()
+
+    def _next_recording(self):
+        self.recording = next(self._recordings, None)
+        self.time = 0
+        if self.recording is not None:
+            self.predictions.append([])
+
+    @property
+    def done(self):
+        return self.recording is None
+
+    @property
+    def has_window(self):
+        return self.time + 1 >= SEQ_LEN
+
+    @property
+    def sample(self):
+        return self.recording.samples[self.time]
+
+    @property
+    def window(self):
+        return self.recording.samples[self.time + 1 - SEQ_LEN : self.time + 1]
+
+    def answer(self, prediction):
+        if self.has_window:
+            self.predictions[-1].append(prediction)
+
+    def advance(self):
+        self.time += 1
+        if self.time == len(self.recording.samples):
+            self._next_recording()

@@ -1,0 +1,65 @@
+"""The data: ten people's shoulder exercises, seen by the smartwatch on their wrist.
+
+It comes inside the package seglearn (Burns, Leung, Hardisty, Whyne, Henry & McLachlin, "Shoulder
+physiotherapy exercise recognition: machine learning the inertial signals from a smartwatch", 2018).
+"""
+
+from importlib import util
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+SAMPLE_RATE = 50  # Hz
+CHANNELS = ("ax", "ay", "az", "wx", "wy", "wz")  # Accelerometer in g, gyroscope in rad/s.
+EXERCISES = ("PEN", "ABD", "FEL", "IR", "ER", "TRAP", "ROW")
+EXERCISE_NAMES = (
+    "pendulum",
+    "abduction",
+    "forward elevation",
+    "internal rotation",
+    "external rotation",
+    "trapezius extension",
+    "row",
+)
+
+SUBJECTS = tuple(range(1, 11))
+HELD_OUT = (8, 9, 10)  # Training never sees them.
+
+# A left arm's movement is the mirror image of a right arm's. A reflection along x turns it into one:
+# it negates that component of an acceleration, and the other two of a rate of turn, which is an
+# axial vector. A watch knows which wrist it is on.
+_MIRROR = np.array([-1, 1, 1, 1, -1, -1], np.float32)
+
+
+class Recording(NamedTuple):
+    """One person doing one exercise."""
+
+    subject: int
+    exercise: int  # An index into EXERCISES.
+    samples: np.ndarray  # float32 [T, 6]
+
+
+def load_recordings(subjects=SUBJECTS):
+    """The recordings of these subjects, in their order, left wrists mirrored.
+
+    Raises:
+        ModuleNotFoundError: if seglearn is not installed; it comes with the extra `demo`.
+    """
+    # Found, not imported: only its data is wanted, and importing it wants pandas, which it does not
+    # install.
+    package = util.find_spec("seglearn")
+    if package is None:
+        raise ModuleNotFoundError(
+            "The demo's data comes with seglearn: `pip install continual-transformers-tf[demo]`"
+        )
+    path = Path(package.origin).parent / "data" / "watch_dataset.npy"
+    data = np.load(path, allow_pickle=True).item()
+    recordings = []
+    for subject in subjects:
+        for i in np.flatnonzero(data["subject"] == subject):
+            samples = data["X"][i].astype(np.float32)
+            is_left = data["side"][i] == 0
+            samples = samples * _MIRROR if is_left else samples
+            recordings.append(Recording(subject, int(data["y"][i]), samples))
+    return recordings

@@ -1,0 +1,64 @@
+"""The demo's rival: the same model and weights, but every window computed anew, with Keras alone."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from continual_transformers_tf.demo.model import EMBED_DIM, NUM_HEADS, SEQ_LEN
+
+BATCH_SIZE = 256
+
+
+class WindowModel:
+    """A trained `WatchModel` with `keras.layers.MultiHeadAttention` in place of continual attention.
+
+    Args:
+        model: the `WatchModel` whose weights it takes.
+    """
+
+    def __init__(self, model):
+        self._model = model
+        self._attention = keras.layers.MultiHeadAttention(NUM_HEADS, EMBED_DIM)
+        self._attention.build((None, SEQ_LEN, EMBED_DIM), (None, SEQ_LEN, EMBED_DIM))
+        self._attention.set_weights(model.encoder.attention.get_weights())
+        self.logits = tf.function(
+            self._logits,
+            input_signature=[
+                tf.TensorSpec([None, SEQ_LEN, 6], tf.float32),
+                tf.TensorSpec([None], tf.int64),
+            ],
+        )
+
+    def _logits(self, windows, first_step):
+        """The logits of windows [B, N, 6] whose oldest samples are their streams' first_step'th."""
+        model, encoder = self._model, self._model.encoder
+        table = model.position.embeddings.value
+        rows = first_step[:, tf.newaxis] + tf.range(SEQ_LEN, dtype=tf.int64)
+        rows = tf.math.floormod(rows, tf.shape(table, tf.int64)[0])
+        x = model.embed(windows) + tf.gather(table, rows)
+        # Only the newest step's query is asked for, so nothing else is computed that a user of
+        # Keras could leave out.
+        x = encoder.attention_norm(x[:, -1] + self._attention(x[:, -1:], x)[:, 0])
+        x = encoder.output_norm(x + encoder.feed_forward_output(encoder.feed_forward(x)))
+        return model.classifier(x)
+
+    def predictions(self, samples):
+        """What the model says at each step of a recording [T, 6] that ends a full window: [T - N + 1]."""
+        windows = np.lib.stride_tricks.sliding_window_view(samples, SEQ_LEN, axis=0)
+        windows = windows.transpose(0, 2, 1)
+        first_step = np.arange(len(windows))
+        return np.concatenate(
+            [
+                self.logits(windows[i : i + BATCH_SIZE], first_step[i : i + BATCH_SIZE])
+                .numpy()
+                .argmax(-1)
+                for i in range(0, len(windows), BATCH_SIZE)
+            ]
+        )
+
+
+def window_accuracy(model, recordings):
+    """The share of full windows of these recordings that the model gets right."""
+    window_model = WindowModel(model)
+    right = [window_model.predictions(r.samples) == r.exercise for r in recordings]
+    return float(np.concatenate(right).mean())

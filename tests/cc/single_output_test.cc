@@ -1,0 +1,274 @@
+// The kernel on raw pointers, against a reference in double that keeps each stream's whole history.
+
+#include "cc/attention/single_output.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <random>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cc/attention/params.h"
+#include "gtest/gtest.h"
+
+namespace continual_transformers {
+namespace {
+
+struct Sizes {
+  int64_t window, key_dim, value_dim, steps;
+  int64_t heads = 2;
+};
+
+// A buffer whose data is not aligned to more than its element, and which has NaN on either side.
+template <typename T>
+class Unaligned {
+ public:
+  explicit Unaligned(int64_t size, T fill = std::numeric_limits<T>::quiet_NaN())
+      : data_(size + 2, fill) {
+    data_.front() = data_.back() = std::numeric_limits<T>::quiet_NaN();
+  }
+  T* data() { return data_.data() + 1; }
+  T& operator[](int64_t i) { return data_[i + 1]; }
+  bool Intact() const { return std::isnan(data_.front()) && std::isnan(data_.back()); }
+
+ private:
+  std::vector<T> data_;
+};
+
+// Everything one call touches, for streams at the given positions.
+template <typename T>
+class Call {
+ public:
+  Call(const Sizes& sizes, const std::vector<int64_t>& positions,
+       const std::vector<int32_t>& streams)
+      : sizes_(sizes),
+        positions_(positions),
+        streams_(streams),
+        query_(Rows() * sizes.key_dim),
+        key_(Rows() * sizes.key_dim),
+        value_(Rows() * sizes.value_dim),
+        key_cache_(Held() * sizes.heads * sizes.window * sizes.key_dim),
+        value_cache_(Held() * sizes.heads * sizes.window * sizes.value_dim),
+        output_(Rows() * sizes.value_dim),
+        scores_(Rows() * sizes.window),
+        old_keys_(Held()),
+        old_values_(Held()) {
+    for (int64_t i = 0; i < Rows() * sizes.key_dim; ++i) query_[i] = Random();
+    for (int64_t i = 0; i < Rows() * sizes.key_dim; ++i) key_[i] = Random();
+    for (int64_t i = 0; i < Rows() * sizes.value_dim; ++i) value_[i] = Random();
+    // Rows that no step has written stay NaN.
+    for (int64_t s = 0; s < Held(); ++s) {
+      const int64_t taken = std::min(positions[s], sizes.window);
+      for (int64_t p = positions[s] - taken; p < positions[s]; ++p) {
+        for (int64_t h = 0; h < sizes.heads; ++h) {
+          const int64_t row = (s * sizes.heads + h) * sizes.window + p % sizes.window;
+          for (int64_t d = 0; d < sizes.key_dim; ++d) {
+            old_keys_[s].push_back(key_cache_[row * sizes.key_dim + d] = Random());
+          }
+          for (int64_t d = 0; d < sizes.value_dim; ++d) {
+            old_values_[s].push_back(value_cache_[row * sizes.value_dim + d] = Random());
+          }
+        }
+      }
+    }
+  }
+
+  SingleOutputParams<T> Params() {
+    SingleOutputParams<T> p = {};
+    const int64_t t = sizes_.steps, h = sizes_.heads;
+    const auto strides = [&](int64_t size) { return Strides{t * h * size, h * size, size}; };
+    p.query = query_.data();
+    p.key = key_.data();
+    p.value = value_.data();
+    p.output = output_.data();
+    p.scores = scores_.data();
+    p.query_strides = p.key_strides = strides(sizes_.key_dim);
+    p.value_strides = p.output_strides = strides(sizes_.value_dim);
+    p.scores_strides = {h * t * sizes_.window, sizes_.window, t * sizes_.window};
+    p.key_cache = key_cache_.data();
+    p.value_cache = value_cache_.data();
+    p.position = positions_.data();
+    p.streams = streams_.data();
+    p.num_streams = streams_.size();
+    p.num_steps = t;
+    p.num_heads = h;
+    p.window = sizes_.window;
+    p.key_dim = sizes_.key_dim;
+    p.value_dim = sizes_.value_dim;
+    p.scale = T(1) / std::sqrt(T(sizes_.key_dim));
+    p.update_state = true;
+    return p;
+  }
+
+  // Compares output and scores with the reference, and the rings with what must be in them.
+  void Check(double bound) {
+    const Sizes& z = sizes_;
+    for (size_t m = 0; m < streams_.size(); ++m) {
+      for (int64_t h = 0; h < z.heads; ++h) {
+        for (int64_t t = 0; t < z.steps; ++t) CheckStep(m, h, t, bound);
+        CheckRing(m, h);
+      }
+    }
+    EXPECT_TRUE(query_.Intact() && key_.Intact() && value_.Intact() && output_.Intact() &&
+                scores_.Intact() && key_cache_.Intact() && value_cache_.Intact());
+  }
+
+ private:
+  int64_t Held() const { return positions_.size(); }
+  int64_t Rows() const { return streams_.size() * sizes_.steps * sizes_.heads; }
+  T Random() { return distribution_(random_); }
+
+  // Feature d of step p of a stream in this call, from the history before it or from its inputs.
+  double Feature(bool of_key, int64_t m, int64_t h, int64_t p, int64_t d) {
+    const int64_t size = of_key ? sizes_.key_dim : sizes_.value_dim;
+    const int32_t stream = streams_[m];
+    const int64_t position = positions_[stream];
+    if (p >= position) {
+      const int64_t row = (m * sizes_.steps + p - position) * sizes_.heads + h;
+      return (of_key ? key_ : value_)[row * size + d];
+    }
+    const int64_t first = position - std::min(position, sizes_.window);
+    const auto& old = of_key ? old_keys_[stream] : old_values_[stream];
+    return old[((p - first) * sizes_.heads + h) * size + d];
+  }
+
+  void CheckStep(int64_t m, int64_t h, int64_t t, double bound) {
+    const Sizes& z = sizes_;
+    const int64_t newest = positions_[streams_[m]] + t;
+    const int64_t oldest = std::max<int64_t>(0, newest - z.window + 1);
+    const int64_t row = (m * z.steps + t) * z.heads + h;
+    std::vector<double> weights;
+    double denominator = 0;
+    for (int64_t p = oldest; p <= newest; ++p) {
+      double logit = 0;
+      for (int64_t d = 0; d < z.key_dim; ++d) {
+        logit += query_[row * z.key_dim + d] * Feature(true, m, h, p, d);
+      }
+      weights.push_back(std::exp(logit / std::sqrt(static_cast<double>(z.key_dim))));
+      denominator += weights.back();
+    }
+    for (int64_t d = 0; d < z.value_dim; ++d) {
+      double expected = 0;
+      for (int64_t p = oldest; p <= newest; ++p) {
+        expected += weights[p - oldest] / denominator * Feature(false, m, h, p, d);
+      }
+      ASSERT_NEAR(output_[row * z.value_dim + d], expected, bound);
+    }
+    const int64_t unfilled = z.window - (newest - oldest + 1);
+    for (int64_t c = 0; c < z.window; ++c) {
+      const double expected = c < unfilled ? 0 : weights[c - unfilled] / denominator;
+      const int64_t scores_row = (m * z.heads + h) * z.steps + t;
+      ASSERT_NEAR(scores_[scores_row * z.window + c], expected, bound);
+    }
+  }
+
+  void CheckRing(int64_t m, int64_t h) {
+    const Sizes& z = sizes_;
+    const int64_t end = positions_[streams_[m]] + z.steps;
+    for (int64_t p = std::max<int64_t>(0, end - z.window); p < end; ++p) {
+      const int64_t row = (streams_[m] * z.heads + h) * z.window + p % z.window;
+      for (int64_t d = 0; d < z.key_dim; ++d) {
+        ASSERT_EQ(key_cache_[row * z.key_dim + d], Feature(true, m, h, p, d));
+      }
+      for (int64_t d = 0; d < z.value_dim; ++d) {
+        ASSERT_EQ(value_cache_[row * z.value_dim + d], Feature(false, m, h, p, d));
+      }
+    }
+  }
+
+  Sizes sizes_;
+  std::vector<int64_t> positions_;
+  std::vector<int32_t> streams_;
+  std::mt19937 random_{7};
+  std::normal_distribution<T> distribution_;
+  Unaligned<T> query_, key_, value_, key_cache_, value_cache_, output_, scores_;
+  std::vector<std::vector<double>> old_keys_, old_values_;
+};
+
+template <typename T>
+class SingleOutputTest : public ::testing::Test {
+ public:
+  static constexpr double kBound = sizeof(T) == 4 ? 5e-6 : 1e-13;
+};
+
+using Types = ::testing::Types<float, double>;
+TYPED_TEST_SUITE(SingleOutputTest, Types);
+
+TYPED_TEST(SingleOutputTest, Grid) {
+  for (int64_t n : {1, 2, 3, 16, 17, 64, 65, 120}) {
+    for (int64_t d : {1, 7, 12, 15, 16, 17, 24, 33, 64, 128}) {
+      for (int64_t t : {int64_t{1}, int64_t{2}, n, n + 5}) {
+        const Sizes sizes = {n, d, d == 16 ? d : d / 2 + 3, t};
+        SCOPED_TRACE("N " + std::to_string(n) + " D " + std::to_string(d) + " T " +
+                     std::to_string(t));
+        Call<TypeParam> call(sizes, {0, 1, n - 1, n, n + 1, 2 * n + 3}, {4, 0, 3, 1, 5, 2});
+        const auto params = call.Params();
+        SingleOutputAttention(params, 0, params.num_streams * params.num_heads);
+        call.Check(this->kBound);
+        if (this->HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+TYPED_TEST(SingleOutputTest, AnySplitOfThePairsGivesTheSameBits) {
+  const Sizes sizes = {17, 12, 9, 3, /*heads=*/3};
+  Call<TypeParam> whole(sizes, {20, 5, 0}, {2, 0});
+  Call<TypeParam> split(sizes, {20, 5, 0}, {2, 0});
+  const auto p = whole.Params(), q = split.Params();
+  SingleOutputAttention(p, 0, 6);
+  for (const auto& [begin, end] : {std::tuple(4, 6), std::tuple(0, 1), std::tuple(1, 4)}) {
+    SingleOutputAttention(q, begin, end);
+  }
+  EXPECT_TRUE(std::equal(p.output, p.output + 2 * 3 * 3 * 9, q.output));
+  split.Check(this->kBound);
+}
+
+TYPED_TEST(SingleOutputTest, PeekingLeavesTheRings) {
+  const Sizes sizes = {5, 4, 4, 7};
+  Call<TypeParam> real(sizes, {9}, {0}), peek(sizes, {9}, {0});
+  auto p = peek.Params();
+  p.update_state = false;
+  const std::vector<TypeParam> before(p.key_cache, p.key_cache + 2 * 5 * 4);
+  SingleOutputAttention(p, 0, 2);
+  EXPECT_TRUE(std::equal(before.begin(), before.end(), p.key_cache));
+  const auto q = real.Params();
+  SingleOutputAttention(q, 0, 2);
+  EXPECT_TRUE(std::equal(q.output, q.output + 7 * 2 * 4, p.output));
+}
+
+TYPED_TEST(SingleOutputTest, AMaskBroadcastsByStridesOfZero) {
+  const Sizes sizes = {6, 4, 4, 2};
+  Call<TypeParam> call(sizes, {9}, {0});
+  auto p = call.Params();
+  const bool mask[6] = {true, false, true, true, false, true};
+  p.mask = mask;
+  p.mask_strides = {0, 0, 0};
+  SingleOutputAttention(p, 0, 2);
+  for (int row = 0; row < 4; ++row) {
+    TypeParam sum = 0;
+    for (int c = 0; c < 6; ++c) {
+      EXPECT_EQ(p.scores[row * 6 + c] > 0, mask[c]);
+      sum += p.scores[row * 6 + c];
+    }
+    EXPECT_NEAR(sum, 1, 1e-6);
+  }
+}
+
+TYPED_TEST(SingleOutputTest, NothingAttendedGivesZeros) {
+  const Sizes sizes = {6, 4, 3, 1};
+  Call<TypeParam> call(sizes, {9}, {0});
+  auto p = call.Params();
+  const bool mask[6] = {};
+  p.mask = mask;
+  p.mask_strides = {0, 0, 0};
+  SingleOutputAttention(p, 0, 2);
+  for (int i = 0; i < 6; ++i) EXPECT_EQ(p.output[i], 0);
+  for (int i = 0; i < 12; ++i) EXPECT_EQ(p.scores[i], 0);
+}
+
+}  // namespace
+}  // namespace continual_transformers
