@@ -32,6 +32,27 @@ def sliding_windows(x, seq_len):
     return np.stack([x[t : t + seq_len] for t in range(len(x) - seq_len + 1)])
 
 
+def newest_of_multi_head_attention(weights, windows):
+    """The newest row of multi-head self-attention on each window.
+
+    Args:
+        weights: kernel [E, H, D] and bias [H, D] of query, key and value, and of the output
+            [H, D, E] and [E], as `keras.layers.MultiHeadAttention` orders them.
+        windows: [..., N, E].
+
+    Returns:
+        [..., E].
+    """
+    wq, bq, wk, bk, wv, bv, wo, bo = weights
+    windows = windows.astype(np.float64)
+    query = np.einsum("...e,ehd->...hd", windows[..., -1, :], wq) + bq
+    key = np.einsum("...ne,ehd->...nhd", windows, wk) + bk
+    value = np.einsum("...ne,ehd->...nhd", windows, wv) + bv
+    logits = np.einsum("...hd,...nhd->...hn", query, key) / np.sqrt(wq.shape[-1])
+    output = np.einsum("...hn,...nhd->...hd", softmax(logits), value)
+    return np.einsum("...hd,hde->...e", output, wo) + bo
+
+
 class Stream:
     """One stream: every key and value it has ever seen."""
 

@@ -170,6 +170,9 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
                 )
         super().build(*shapes)
         self._features = tuple(shape[-1] for shape in shapes)
+        # Its variables are made here and not by the first step: a function that makes variables is
+        # traced twice.
+        self._state = self._cache
 
     def call(
         self,
@@ -369,7 +372,8 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         )
         mask = expand_mask(attention_mask)
         if self._band is not None:
-            mask = self._band if mask is None else mask & self._band
+            band = tf.convert_to_tensor(self._band)
+            mask = band if mask is None else mask & band
         attended, scores = attend_steps(
             project_heads(query, self._query_dense, dtype),
             project_heads(key, self._key_dense, dtype),

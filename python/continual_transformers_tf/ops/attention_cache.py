@@ -74,7 +74,7 @@ class AttentionCache(StreamState):
 
     def _grow(self, streams):
         self._all_ready = False
-        super()._grow(streams)
+        return super()._grow(streams)
 
     def clean_state(self, streams=None):
         self._all_ready = False

@@ -51,7 +51,7 @@ class StreamState(tf.Module):
         """
         if not isinstance(streams, (int, np.integer)):
             held = tf.shape(self.position)[0]
-            tf.cond(streams > held, lambda: self._grow(streams), lambda: tf.no_op())
+            tf.cond(streams > held, lambda: self._grow(streams), lambda: held)
         elif streams > self._streams:
             with tf.init_scope():
                 self._grow(streams)
@@ -62,6 +62,7 @@ class StreamState(tf.Module):
         for variable in self._variables.values():
             rest = tf.zeros(tf.concat([[missing], tf.shape(variable)[1:]], 0), variable.dtype)
             variable.assign(tf.concat([variable, rest], 0))
+        return streams
 
     def streams_of_call(self, streams, rows):
         """The streams that a call's rows belong to, with room made for them if it names none.
