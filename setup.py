@@ -1,5 +1,8 @@
-"""pip's way in: the metadata that depends on TensorFlow, and the op library, built with the system's
-compiler against the TensorFlow that is installed where the package is going."""
+"""pip's way in: the metadata that depends on TensorFlow, and the op library.
+
+The library is built with the system's compiler against the TensorFlow that is installed where the
+package is going.
+"""
 
 import os
 import runpy

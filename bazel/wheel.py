@@ -28,8 +28,10 @@ def main(folder):
                 ignore=shutil.ignore_patterns("*.so", "__pycache__"),
             )
         subprocess.run(
-            [sys.executable, "-m", "pip", "wheel", tree, "--no-deps", "--no-build-isolation"]
-            + ["--wheel-dir", folder],
+            [
+                *(sys.executable, "-m", "pip", "wheel", tree),
+                *("--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)),
+            ],
             env={**os.environ, "CONTINUAL_TRANSFORMERS_PREBUILT_LIBRARY": library},
             check=True,
         )

@@ -1,4 +1,4 @@
-"""What the op library is made of: read by Bazel (cc/BUILD) and, being plain Python too, by setup.py."""
+"""What the op library is made of: read by Bazel and, being plain Python too, by setup.py."""
 
 LIBRARY_NAME = "libcontinual_transformers.so"
 
@@ -27,8 +27,8 @@ COMPILER_OPTIONS = [
     "-fvisibility=hidden",
 ]
 
-# Those that TensorFlow's own headers must be compiled with, as tf.sysconfig.get_compile_flags() says
-# of the wheels on PyPI.
+# What TensorFlow's own headers must be compiled with, as tf.sysconfig.get_compile_flags() says of
+# the wheels on PyPI.
 TENSORFLOW_OPTIONS = [
     "-D_GLIBCXX_USE_CXX11_ABI=1",
     "-DEIGEN_MAX_ALIGN_BYTES=64",

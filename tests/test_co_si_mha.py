@@ -3,11 +3,11 @@
 import keras
 import numpy as np
 import pytest
-import reference
 import tensorflow as tf
-from conftest import BAD_INPUT
 
 import continual_transformers_tf as ct
+import reference
+from conftest import BAD_INPUT
 
 N, H, D, E = 6, 3, 5, 7  # The window and sizes of tests that are about something else.
 
@@ -165,7 +165,9 @@ def test_keras_masks_of_the_inputs_are_heeded(random):
 def test_all_outputs_are_exactly_keras(random):
     layer, regular = pair(random=random, layer_options=dict(single_output=False))
     x, y = random.normal(size=(2, 2, N, E)).astype("float32")
-    np.testing.assert_array_equal(layer(x, y, use_causal_mask=True), regular(x, y, use_causal_mask=True))
+    np.testing.assert_array_equal(
+        layer(x, y, use_causal_mask=True), regular(x, y, use_causal_mask=True)
+    )
     np.testing.assert_array_equal(layer(x), regular(x, x))
 
 
@@ -386,7 +388,9 @@ def test_symbolic_shapes(mode):
     lead = (None,) if mode == "step" else (None, None)
     x = keras.KerasTensor((*lead, E))
     output, scores = layer(x, return_attention_scores=True)
-    assert output.shape == {"step": (None, E), "steps": (None, None, E), "regular": (None, 1, E)}[mode]
+    assert (
+        output.shape == {"step": (None, E), "steps": (None, None, E), "regular": (None, 1, E)}[mode]
+    )
     assert scores.shape[:2] == (None, H)
     assert layer.compute_output_shape(x.shape) == output.shape
 
@@ -429,7 +433,7 @@ def test_inside_a_graph_warm_up_is_partial_and_nothing_retraces(backend, random)
 
 
 def test_a_graph_makes_room_for_as_many_streams_as_come(backend, random):
-    layer, regular = pair(random=random)
+    layer, _ = pair(random=random)
     step = tf.function(layer.call_steps, input_signature=[tf.TensorSpec([None, None, E])])
     x = random.normal(size=(3, N, E)).astype("float32")
     assert step(x[:1, :1]).shape == (1, 1, E)

@@ -4,11 +4,11 @@ import threading
 
 import numpy as np
 import pytest
-import reference
 import tensorflow as tf
-from conftest import BAD_INPUT
 
 import continual_transformers_tf as ct
+import reference
+from conftest import BAD_INPUT
 from continual_transformers_tf.ops import AttentionCache, single_output_attention
 
 WINDOWS = (1, 2, 3, 16, 17, 64, 120, 1000)
@@ -95,9 +95,7 @@ def test_steps_in_one_call_equal_calls_of_one_step(backend, random, dtype):
     many, _ = cache_at(positions, *sizes[:1], *sizes[1:], dtype, np.random.default_rng(1))
     query, key, value = steps_of(3, 12, 3, 8, 6, dtype, random)
     together = single_output_attention(query, key, value, many)
-    apart = [
-        single_output_attention(query[:, t], key[:, t], value[:, t], one) for t in range(12)
-    ]
+    apart = [single_output_attention(query[:, t], key[:, t], value[:, t], one) for t in range(12)]
     assert reference.relative_error(together, np.stack(apart, 1)) < reference.BOUNDS[dtype]
     for name, array in one.get_state().items():
         np.testing.assert_array_equal(array, many.get_state()[name])
@@ -110,7 +108,11 @@ def test_attention_mask(backend, random, rank, t):
     cache, streams = cache_at([0, 3, 11], h, n, d, dv, "float32", random)
     shape = {1: (n,), 2: (m, n), 3: (m, h, n), 4: (m, h, t, n)}[rank]
     mask = random.random(shape) < 0.6
-    axes = {1: (None, None, None), 2: (slice(None), None, None), 3: (slice(None), slice(None), None)}
+    axes = {
+        1: (None, None, None),
+        2: (slice(None), None, None),
+        3: (slice(None), slice(None), None),
+    }
     full = np.broadcast_to(mask[axes.get(rank, ())], (m, h, t, n))
     inputs = steps_of(m, t, h, d, dv, "float32", random)
     output, scores = single_output_attention(
@@ -223,9 +225,7 @@ def test_state_moves_to_another_cache_bit_for_bit(backend, random):
     there.set_state(here.get_state(streams=[2, 1]), streams=[0, 3])
     inputs = steps_of(2, 6, 2, 8, 6, "float32", random)
     expected = single_output_attention(*inputs, here, streams=[2, 1])
-    np.testing.assert_array_equal(
-        single_output_attention(*inputs, there, streams=[0, 3]), expected
-    )
+    np.testing.assert_array_equal(single_output_attention(*inputs, there, streams=[0, 3]), expected)
     whole = AttentionCache(0, 2, 5, 8, 6)
     whole.set_state(here.get_state())
     np.testing.assert_array_equal(whole.position, here.position)
@@ -283,7 +283,9 @@ GOOD = dict(
 BAD = {
     "rank of query": dict(query=np.zeros((2, 8), np.float32)),
     "heads of query": dict(query=np.zeros((2, 1, 4, 8), np.float32)),
-    "size of query and key": {name: np.zeros((2, 1, 3, 9), np.float32) for name in ("query", "key")},
+    "size of query and key": {
+        name: np.zeros((2, 1, 3, 9), np.float32) for name in ("query", "key")
+    },
     "size of key": dict(key=np.zeros((2, 1, 3, 9), np.float32)),
     "steps of key": dict(key=np.zeros((2, 2, 3, 8), np.float32)),
     "rows of value": dict(value=np.zeros((1, 1, 3, 6), np.float32)),
@@ -454,9 +456,7 @@ def test_threads_on_one_cache(monkeypatch, random, same_stream):
             ring_value = steps[state["key"][0, :, row].tobytes()]
             np.testing.assert_array_equal(state["value"][0, :, row], ring_value)
         return
-    expected, _ = expected_of(
-        [reference.Stream(n) for _ in range(threads)], query, key, value
-    )
+    expected, _ = expected_of([reference.Stream(n) for _ in range(threads)], query, key, value)
     together = np.stack([np.stack(of_thread, 1)[0] for of_thread in outputs])
     assert reference.relative_error(together, expected) < 5e-6
 

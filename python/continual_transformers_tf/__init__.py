@@ -1,4 +1,4 @@
-"""Continual transformers for TensorFlow: attention that answers at every step of an endless stream."""
+"""Transformers for TensorFlow that answer at every step of an endless stream."""
 
 import importlib.util
 

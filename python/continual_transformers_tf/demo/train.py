@@ -1,7 +1,7 @@
-"""Trains the demo's model: `python -m continual_transformers_tf.demo.train`, a few minutes on two cores.
+"""Trains the demo's model: `python -m continual_transformers_tf.demo.train`.
 
-It trains on windows, by regular calls, as any Keras model, and writes the weights that the package
-ships, and beside them a record of how they came about.
+It takes a few minutes on two cores. It trains on windows, by regular calls, as any Keras model, and
+writes the weights that the package ships, and beside them a record of how they came about.
 """
 
 import json

@@ -26,7 +26,7 @@ EXERCISE_NAMES = (
 SUBJECTS = tuple(range(1, 11))
 HELD_OUT = (8, 9, 10)  # Training never sees them.
 
-# A left arm's movement is the mirror image of a right arm's. A reflection along x turns it into one:
+# A left arm's movement is the mirror image of a right arm's, and a reflection along x makes it one:
 # it negates that component of an acceleration, and the other two of a rate of turn, which is an
 # axial vector. A watch knows which wrist it is on.
 _MIRROR = np.array([-1, 1, 1, 1, -1, -1], np.float32)

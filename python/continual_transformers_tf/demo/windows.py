@@ -1,4 +1,4 @@
-"""The demo's rival: the same model and weights, but every window computed anew, with Keras alone."""
+"""The demo's rival: the same model and weights, every window computed anew, with Keras alone."""
 
 import keras
 import numpy as np
@@ -10,7 +10,7 @@ BATCH_SIZE = 256
 
 
 class WindowModel:
-    """A trained `WatchModel` with `keras.layers.MultiHeadAttention` in place of continual attention.
+    """A trained `WatchModel` with `keras.layers.MultiHeadAttention` for its attention.
 
     Args:
         model: the `WatchModel` whose weights it takes.
@@ -43,7 +43,7 @@ class WindowModel:
         return model.classifier(x)
 
     def predictions(self, samples):
-        """What the model says at each step of a recording [T, 6] that ends a full window: [T - N + 1]."""
+        """What the model says of each full window of a recording [T, 6]: [T - N + 1]."""
         windows = np.lib.stride_tricks.sliding_window_view(samples, SEQ_LEN, axis=0)
         windows = windows.transpose(0, 2, 1)
         first_step = np.arange(len(windows))

@@ -1,9 +1,9 @@
 """Continual layers for Keras: one file a layer."""
 
-from continual_transformers_tf.layers.call_mode import call_mode
 from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
+from continual_transformers_tf.layers.continual_layer import call_mode
 
 __all__ = [
     "CircularPositionalEncoding",

@@ -3,7 +3,7 @@
 import keras
 import tensorflow as tf
 
-from continual_transformers_tf.layers.call_mode import ContinualLayer
+from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.inputs import step_input
 from continual_transformers_tf.ops.stream_state import StreamState, check_integer
 
@@ -48,7 +48,7 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         # The index of stream s is start + position[s].
         with tf.init_scope():
             self._start = tf.Variable(0, trainable=False, name="start", dtype=tf.int64)
-        self._state = StreamState(0, name="state")
+        self._stream_state = StreamState(0, name="state")
 
     def get_config(self):
         return {
@@ -80,7 +80,7 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         """
         x = self._input(x, 3)
         # Windows beyond the streams that are held begin where a new stream would.
-        position = tf.concat([self._state.position, tf.zeros([1], tf.int64)], 0)
+        position = tf.concat([self._stream_state.position, tf.zeros([1], tf.int64)], 0)
         window = tf.minimum(tf.range(tf.shape(x)[0]), tf.shape(position)[0] - 1)
         output = self._add_rows(x, tf.gather(position, window))
         self._start.assign_add(self._call_update_index_steps)
@@ -116,16 +116,11 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
     def compute_output_spec(self, x, *args, **kwargs):
         return keras.KerasTensor(x.shape, dtype=self.compute_dtype)
 
-    def ensure_streams(self, streams):
-        """Makes room for streams 0, ..., streams - 1. Those that are held keep their index."""
-        check_integer("streams", streams, at_least=0)
-        self._state.ensure_streams(streams)
-
     def clean_state(self, streams=None):
         """Streams begin again where a new one would; None: all, at the first row."""
         if streams is None:
             self._start.assign(0)
-        self._state.clean_state(streams)
+        super().clean_state(streams)
 
     def _input(self, x, rank):
         x = step_input("x", x, rank, self.compute_dtype)
@@ -141,16 +136,16 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
     def _take_steps(self, x, streams, update_state):
         rows = tf.shape(x)[0] if x.shape[0] is None else x.shape[0]
         if streams is None:
-            streams = self._state.streams_of_call(None, rows)
+            streams = self._stream_state.streams_of_call(None, rows)
         else:
-            streams = self._state.checked(streams)
+            streams = self._stream_state.checked(streams)
             if not streams.shape.is_compatible_with(x.shape[:1]):
                 raise ValueError(f"Expected {rows} streams, as x has rows, but got {streams.shape}")
-        position = tf.gather(self._state.position, streams)
+        position = tf.gather(self._stream_state.position, streams)
         output = self._add_rows(x, position)
         if update_state:
             steps = tf.cast(tf.shape(x)[1], tf.int64)
-            self._state.position.scatter_nd_update(streams[:, tf.newaxis], position + steps)
+            self._stream_state.position.scatter_nd_update(streams[:, tf.newaxis], position + steps)
         return output
 
     def _add_rows(self, x, position):

@@ -4,8 +4,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from continual_transformers_tf.layers.call_mode import ContinualLayer
-from continual_transformers_tf.layers.inputs import step_input
+from continual_transformers_tf.layers.continual_layer import ContinualLayer
+from continual_transformers_tf.layers.inputs import check_features, step_input
 from continual_transformers_tf.layers.projection import project_heads, project_output
 from continual_transformers_tf.ops.attention_cache import AttentionCache
 from continual_transformers_tf.ops.single_output import attend_steps, expand_mask
@@ -128,13 +128,7 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
 
     @property
     def receptive_field(self):
-        """How many steps an output depends on."""
         return self._seq_len
-
-    @property
-    def delay(self):
-        """Steps between an input and the output that belongs to it."""
-        return 0
 
     def get_config(self):
         config = super().get_config()
@@ -172,7 +166,7 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         self._features = tuple(shape[-1] for shape in shapes)
         # Its variables are made here and not by the first step: a function that makes variables is
         # traced twice.
-        self._state = self._cache
+        _ = self._stream_state
 
     def call(
         self,
@@ -359,14 +353,14 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         value = query if value is None else step_input("value", value, rank, self.compute_dtype)
         key = value if key is None else step_input("key", key, rank, self.compute_dtype)
         self._ensure_built(query, value, key)
-        self._check_features(query, value, key)
+        check_features(dict(query=query, value=value, key=key), self._features)
 
         if rank == 2:
             one = query
             query = tf.expand_dims(one, 1)
             value = query if value is one else tf.expand_dims(value, 1)
             key = query if key is one else tf.expand_dims(key, 1)
-        cache, dtype = self._cache, self.compute_dtype
+        cache, dtype = self._stream_state, self.compute_dtype
         streams = cache.streams_of_call(
             streams, tf.shape(query)[0] if query.shape[0] is None else query.shape[0]
         )
@@ -401,19 +395,6 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
             return output, tf.squeeze(scores, 2) if rank == 2 else scores
         return output, None
 
-    def _check_features(self, query, value, key):
-        """Before anything is computed; Keras' regular call checks by its own einsums."""
-        for name, x, features in zip(
-            ("query", "value", "key"), (query, value, key), self._features, strict=True
-        ):
-            if x.shape[-1] != features or not x.shape[:-1].is_compatible_with(query.shape[:-1]):
-                raise ValueError(
-                    f"Expected {name} of shape {(*query.shape[:-1], features)}, but got "
-                    f"{tuple(x.shape)}"
-                )
-        if query.shape.rank == 3 and query.shape[1] == 0:
-            raise ValueError(f"Expected at least one step, but got query {tuple(query.shape)}")
-
     def _ensure_built(self, query, value, key):
         if not self.built:
             # Whatever graph is being traced, the weights are made outside it.
@@ -446,7 +427,7 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
     # The streams' state.
 
     @property
-    def _cache(self):
+    def _stream_state(self):
         if self._state is None:
             self._state = AttentionCache(
                 0, self._num_heads, self._seq_len, self._key_dim, self._value_dim,
@@ -457,21 +438,4 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
     @property
     def ready(self):
         """bool tensor `[S]`: which of the streams held have a full window."""
-        return self._cache.ready
-
-    def ensure_streams(self, streams):
-        """Makes room for streams 0, ..., streams - 1. Those that are held keep their state."""
-        check_integer("streams", streams, at_least=0)
-        self._cache.ensure_streams(streams)
-
-    def clean_state(self, streams=None):
-        """Forgets what streams have seen; see `AttentionCache.clean_state`."""
-        self._cache.clean_state(streams)
-
-    def get_state(self, streams=None):
-        """The state of streams, a dict of NumPy arrays; see `AttentionCache.get_state`."""
-        return self._cache.get_state(streams)
-
-    def set_state(self, state, streams=None):
-        """Puts back what `get_state` gave; see `AttentionCache.set_state`."""
-        self._cache.set_state(state, streams)
+        return self._stream_state.ready

@@ -3,8 +3,8 @@
 import keras
 import tensorflow as tf
 
-from continual_transformers_tf.layers.call_mode import ContinualLayer
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
+from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.inputs import step_input
 from continual_transformers_tf.ops.stream_state import check_integer
 
@@ -81,13 +81,7 @@ class CoSiTransformerEncoder(ContinualLayer, keras.layers.Layer):
 
     @property
     def receptive_field(self):
-        """How many steps an output depends on."""
         return self.attention.receptive_field
-
-    @property
-    def delay(self):
-        """Steps between an input and the output that belongs to it."""
-        return self.attention.delay
 
     def get_config(self):
         return {**super().get_config(), **self._config}
@@ -162,7 +156,9 @@ class CoSiTransformerEncoder(ContinualLayer, keras.layers.Layer):
         return self._feed_forward(x[:, -tf.shape(attended)[1] :], attended, training)
 
     def compute_output_spec(self, x, *args, **kwargs):
-        shape = self.attention.compute_output_shape(x.shape)
+        shape = x.shape
+        if self.active_call_mode == "regular":
+            shape = (shape[0], 1, shape[2])
         return keras.KerasTensor(shape, dtype=self.compute_dtype)
 
     @property
@@ -170,24 +166,9 @@ class CoSiTransformerEncoder(ContinualLayer, keras.layers.Layer):
         """bool tensor `[S]`: which of the streams held have a full window."""
         return self.attention.ready
 
-    def ensure_streams(self, streams):
-        """Makes room for streams 0, ..., streams - 1. Those that are held keep their state."""
-        self.attention.ensure_streams(streams)
-
-    def clean_state(self, streams=None):
-        """Forgets what streams (None: all) have seen."""
-        self.attention.clean_state(streams)
-
-    def get_state(self, streams=None):
-        """The state of streams, a dict of dicts of NumPy arrays, for `set_state`."""
-        return {"attention": self.attention.get_state(streams)}
-
-    def set_state(self, state, streams=None):
-        """Puts back what `get_state` gave; see `AttentionCache.set_state`."""
-        if not isinstance(state, dict) or set(state) != {"attention"}:
-            got = sorted(state) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"Expected a state with ['attention'], but got {got}")
-        self.attention.set_state(state["attention"], streams)
+    @property
+    def _stream_state(self):
+        return self.attention
 
     def _input(self, x, rank):
         x = step_input("x", x, rank, self.compute_dtype)

@@ -23,3 +23,19 @@ def step_input(name, x, rank, dtype):
     if not x.dtype.is_floating:
         raise ValueError(f"Expected {name} of a floating dtype, but got {x.dtype.name}")
     return tf.cast(x, dtype)
+
+
+def check_features(inputs, features):
+    """Raises ValueError unless tensors have the features a layer was built for, and the same rows.
+
+    Args:
+        inputs: dict from a name to a tensor `(M, E)` or `(M, T, E)`; the first sets M and T.
+        features: the E of each, in their order.
+    """
+    first = next(iter(inputs.values()))
+    for (name, x), size in zip(inputs.items(), features, strict=True):
+        if x.shape[-1] != size or not x.shape[:-1].is_compatible_with(first.shape[:-1]):
+            expected = (*first.shape[:-1], size)
+            raise ValueError(f"Expected {name} of shape {expected}, but got {tuple(x.shape)}")
+    if first.shape.rank == 3 and first.shape[1] == 0:
+        raise ValueError(f"Expected at least one step, but got {tuple(first.shape)}")

@@ -20,7 +20,7 @@ def project_heads(x, dense, dtype):
 
 
 def project_output(x, dense, dtype):
-    """x [M, T, H, Dv] by the kernel [H, Dv, ...] and bias [...] of an `EinsumDense` -> [M, T, ...]."""
+    """x [M, T, H, Dv] by the kernel [H, Dv, ...] of an `EinsumDense`, plus bias -> [M, T, ...]."""
     kernel = _value(dense.kernel, dtype)
     num_heads, size, *features = kernel.shape
     y = tf.matmul(

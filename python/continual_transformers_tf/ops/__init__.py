@@ -1,4 +1,4 @@
-"""The functional core: attention on projected steps, the streams' state, and the kernels' loader."""
+"""The functional core: attention on projected steps, the state of streams, the kernels' loader."""
 
 from continual_transformers_tf.ops.attention_cache import AttentionCache
 from continual_transformers_tf.ops.library import LIBRARY_PATH, kernels, load_error

@@ -1,0 +1,116 @@
+"""What all continual layers have: how they are called, and the state of their streams."""
+
+import contextlib
+import contextvars
+
+from continual_transformers_tf.ops.stream_state import check_integer
+
+CALL_MODES = ("regular", "step", "steps")
+
+_override = contextvars.ContextVar("continual_transformers_call_mode", default=None)
+
+
+def _check(mode):
+    if mode not in CALL_MODES:
+        raise ValueError(f"Expected call_mode to be one of {CALL_MODES}, but got {mode!r}")
+    return mode
+
+
+@contextlib.contextmanager
+def call_mode(mode):
+    """Within it, every continual layer is called in `mode`, whatever its own call mode is.
+
+    ```python
+    with ct.call_mode("step"):
+        y = model(x)
+    ```
+
+    It holds for the thread (or the asynchronous task) that entered it. A `tf.function` keeps the
+    mode that it was traced in.
+
+    Args:
+        mode: "regular", "step" or "steps".
+
+    Raises:
+        ValueError: if `mode` is none of these.
+    """
+    token = _override.set(_check(mode))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+class ContinualLayer:
+    """Mixed into a Keras layer: `call` does what the call mode says, and streams have a state.
+
+    The layer gives `call_regular`, `call_step` and `call_steps`, and `_stream_state`: a
+    `StreamState`, or another continual layer that has the state.
+    """
+
+    @property
+    def call_mode(self):
+        """What calling the layer does: "regular", "step" or "steps"; see `ct.call_mode`."""
+        return self._call_mode
+
+    @call_mode.setter
+    def call_mode(self, mode):
+        self._call_mode = _check(mode)
+
+    @property
+    def active_call_mode(self):
+        """The call mode in force: that of `ct.call_mode` where one is entered, or the layer's."""
+        return _override.get() or self._call_mode
+
+    @property
+    def receptive_field(self):
+        """How many steps an output depends on."""
+        return 1
+
+    @property
+    def delay(self):
+        """Steps between an input and the output that belongs to it."""
+        return 0
+
+    def ensure_streams(self, streams):
+        """Makes room for streams 0, ..., streams - 1. Those that are held keep their state."""
+        check_integer("streams", streams, at_least=0)
+        self._stream_state.ensure_streams(streams)
+
+    def clean_state(self, streams=None):
+        """Forgets what streams have seen: they begin again.
+
+        Args:
+            streams: integers `[M]`, which ones; None: all.
+
+        Raises:
+            ValueError: if a stream is not held, or is named twice.
+        """
+        self._stream_state.clean_state(streams)
+
+    def get_state(self, streams=None):
+        """The state of streams, a dict of NumPy arrays with one row a stream. Eager mode only.
+
+        Args:
+            streams: integers `[M]`, which ones, in this order; None: all.
+
+        Raises:
+            ValueError: if a stream is not held, or is named twice.
+        """
+        return self._stream_state.get_state(streams)
+
+    def set_state(self, state, streams=None):
+        """Puts back what `get_state` gave, here or in another layer of the same sizes.
+
+        Args:
+            state: what `get_state` gave, of M streams.
+            streams: integers `[M]`, which streams take it; None: it becomes the whole state, of
+                streams 0, ..., M - 1.
+
+        Raises:
+            ValueError: if the state does not fit; the streams then stay as they were.
+        """
+        self._stream_state.set_state(state, streams)
+
+    def get_config(self):
+        return {**super().get_config(), "call_mode": self._call_mode}

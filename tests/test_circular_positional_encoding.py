@@ -1,0 +1,117 @@
+"""CircularPositionalEncoding: which row each step gets, on windows and on streams."""
+
+import keras
+import numpy as np
+import pytest
+
+import continual_transformers_tf as ct
+
+ROWS, E = 5, 3
+
+
+def encoding(**options):
+    layer = ct.CircularPositionalEncoding(ROWS, E, **options)
+    layer.build((None, None, E))
+    table = np.arange(1, ROWS + 1, dtype="float32")[:, None] * np.ones(E, "float32")
+    layer.set_weights([table])
+    return layer
+
+
+def rows_of(output):
+    """Which row was added to zeros: an index for each step."""
+    output = np.asarray(output)
+    assert (output == output[..., :1]).all()
+    return (output[..., 0] - 1).astype(int).tolist()
+
+
+def zeros(*shape):
+    return np.zeros((*shape, E), np.float32)
+
+
+def test_regular_calls_move_by_the_steps_asked_for():
+    layer = encoding()
+    assert rows_of(layer(zeros(2, 7))) == [[0, 1, 2, 3, 4, 0, 1]] * 2
+    assert rows_of(layer(zeros(1, 3))) == [[1, 2, 3]]
+    still = encoding(call_update_index_steps=0)
+    assert rows_of(still(zeros(1, 3))) == rows_of(still(zeros(1, 3))) == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("portions", [[12], [1] * 12, [5, 1, 6], [1, 11]])
+def test_steps_go_round(portions):
+    layer = encoding()
+    rows = [row for t in portions for row in rows_of(layer.call_steps(zeros(2, t)))[1]]
+    assert rows == [i % ROWS for i in range(12)]
+    assert rows_of(layer.call_step(zeros(2))) == [12 % ROWS] * 2
+
+
+def test_steps_continue_windows_as_in_the_original_package():
+    """Its test: a whole window, and the same in steps, from the same index."""
+    layer = encoding(call_update_index_steps=0)
+    whole = rows_of(layer(zeros(2, 4)))
+    steps = rows_of(layer.call_steps(zeros(2, 3)))
+    last = rows_of(layer.call_step(zeros(2)))
+    assert [[*s, t] for s, t in zip(steps, last, strict=True)] == whole
+    moving = encoding()
+    moving(zeros(2, 4))
+    assert rows_of(moving.call_step(zeros(2))) == [1, 1]
+
+
+def test_each_stream_has_its_index():
+    layer = encoding()
+    layer.ensure_streams(3)
+    layer.call_steps(zeros(1, 2), streams=[2])
+    assert rows_of(layer.call_step(zeros(2), streams=[2, 0])) == [2, 0]
+    assert rows_of(layer.call_step(zeros(3), update_state=False)) == [1, 0, 3]
+    assert rows_of(layer.call_step(zeros(4))) == [1, 0, 3, 0]
+    layer.clean_state(streams=[0])
+    assert rows_of(layer.call_step(zeros(4))) == [0, 1, 4, 1]
+    layer.clean_state()
+    assert rows_of(layer.call_step(zeros(4))) == [0] * 4
+
+
+def test_call_modes_and_training():
+    layer = encoding(call_mode="steps")
+    assert rows_of(layer(zeros(1, 2))) == [[0, 1]]
+    with ct.call_mode("step"):
+        assert rows_of(layer(zeros(1))) == [2]
+    model = keras.Sequential([encoding(), keras.layers.Flatten(), keras.layers.Dense(1)])
+    model.compile("adam", "mse")
+    model.fit(np.ones((8, 4, E)), np.ones((8, 1)), epochs=2, verbose=0, batch_size=4)
+    before = model.layers[0].get_weights()[0]
+    assert (before != encoding().get_weights()[0]).any()
+
+
+def test_the_index_is_not_a_weight_and_the_layer_comes_back_from_a_file(tmp_path):
+    model = keras.Sequential([keras.Input((4, E)), encoding(name="position")])
+    model(zeros(1, 4))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert len(loaded.layers[0].weights) == 1
+    assert rows_of(loaded(zeros(1, 4))) == [[0, 1, 2, 3]]
+    assert loaded.layers[0].get_config() == model.layers[0].get_config()
+
+
+@pytest.mark.parametrize("sizes", [(0, 3), (3, 0), (2.5, 3), (3, 3, -1)])
+def test_bad_construction(sizes):
+    with pytest.raises(ValueError, match="Expected"):
+        ct.CircularPositionalEncoding(*sizes)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        dict(x=zeros(2, 3)),
+        dict(x=np.zeros((2, E + 1), np.float32)),
+        dict(x=np.zeros((2, E), np.int32)),
+        dict(x=zeros(2), streams=[0, 7]),
+        dict(x=zeros(2), streams=[1, 1]),
+        dict(x=zeros(2), streams=[0]),
+        dict(x=zeros(2), streams=[0.5, 1.5]),
+    ],
+)
+def test_bad_input_moves_nothing(call):
+    layer = encoding()
+    layer.call_steps(zeros(2, 3))
+    with pytest.raises(ValueError, match="Expected"):
+        layer.call_step(**call)
+    assert rows_of(layer.call_step(zeros(2))) == [3, 3]

@@ -1,0 +1,163 @@
+"""CoSiTransformerEncoder against the regular encoder: Keras' layers with the same weights."""
+
+import keras
+import numpy as np
+import pytest
+
+import continual_transformers_tf as ct
+import reference
+from conftest import BAD_INPUT
+
+N, E, H, FF = 6, 8, 2, 12
+
+
+class RegularEncoder:
+    """The encoder in `keras.layers`, all rows of it."""
+
+    def __init__(self, layer):
+        attention, norm1, hidden, output, norm2 = (
+            keras.layers.MultiHeadAttention(H, E),
+            keras.layers.LayerNormalization(epsilon=1e-6),
+            keras.layers.Dense(FF, activation=keras.activations.gelu),
+            keras.layers.Dense(E),
+            keras.layers.LayerNormalization(epsilon=1e-6),
+        )
+        inputs = keras.Input((None, E))
+        x = norm1(inputs + attention(inputs, inputs))
+        self.model = keras.Model(inputs, norm2(x + output(hidden(x))))
+        weights = layer.get_weights()
+        for part in (attention, norm1, hidden, output, norm2):
+            part.set_weights([weights.pop(0) for _ in part.weights])
+        assert not weights
+
+    def newest(self, window):
+        return self.model(window)[:, -1].numpy()
+
+
+@pytest.fixture
+def layer(random):
+    layer = ct.CoSiTransformerEncoder(N, E, H, FF)
+    layer.build((None, N, E))
+    layer.set_weights([random.normal(scale=0.5, size=w.shape) for w in layer.weights])
+    return layer
+
+
+def test_modes_equal_the_regular_encoder(backend, random, layer):
+    regular = RegularEncoder(layer)
+    x = random.normal(size=(3, 3 * N, E)).astype("float32")
+    for t in range(2 * N):
+        output = layer.call_step(x[:, t])
+        if t < N - 1:
+            assert output is None
+            continue
+        window = x[:, t - N + 1 : t + 1]
+        expected = regular.newest(window)
+        assert output.shape == (3, E)
+        assert reference.relative_error(output, expected) < 1e-5
+        assert reference.relative_error(layer(window)[:, 0], expected) < 1e-5
+    steps = layer.call_steps(x[:, 2 * N :])
+    assert steps.shape == (3, N, E)
+    assert reference.relative_error(steps[:, -1], regular.newest(x[:, -N:])) < 1e-5
+
+
+def test_a_program_written_for_the_original_package(random):
+    layer = ct.CoSiTransformerEncoder(
+        seq_len=10, embed_dim=2, num_heads=2, ff_dim=16, dropout_rate=0.1, call_mode="regular"
+    )
+    x = random.normal(size=(3, 11, 2)).astype("float32")
+    first, second = layer(x[:, :10]), layer(x[:, 1:])
+    assert first.shape == (3, 1, 2)
+    assert layer.call_steps(x[:, :1]) is None
+    assert layer.call_step(x[:, 1]) is None
+    np.testing.assert_allclose(layer.call_steps(x[:, 2:10]), first, atol=1e-5)
+    np.testing.assert_allclose(layer.call_step(x[:, 10]), second[:, 0], atol=1e-5)
+
+
+def test_weights_and_their_order(layer):
+    paths = [weight.path.split("/", 1)[1] for weight in layer.weights]
+    assert paths[:8] == [
+        f"attention/{part}/{kind}"
+        for part in ("query", "key", "value", "attention_output")
+        for kind in ("kernel", "bias")
+    ]
+    assert len(paths) == 16
+
+
+def test_partial_warm_up_streams_and_state(backend, random):
+    layer = ct.CoSiTransformerEncoder(N, E, H, FF, warm_up="partial", call_mode="step")
+    x = random.normal(size=(2, N, E)).astype("float32")
+    layer.ensure_streams(2)
+    assert layer(x[:1, 0], streams=[1]).shape == (1, E)
+    for t in range(N):
+        layer(x[:, t])
+    np.testing.assert_array_equal(layer.ready, [True, True])
+    state = layer.get_state()
+    peek = layer(x[:, 0], update_state=False)
+    expected = layer(x[:, 0])
+    np.testing.assert_array_equal(peek, expected)
+    layer.clean_state(streams=[0])
+    np.testing.assert_array_equal(layer.ready, [False, True])
+    layer.set_state(state)
+    np.testing.assert_array_equal(layer(x[:, 0]), expected)
+    with pytest.raises(ValueError, match="Expected"):
+        layer.set_state({"position": state["position"]})
+    assert (layer.receptive_field, layer.delay, layer.seq_len) == (N, 0, N)
+
+
+def test_dropout_acts_in_training_only(random):
+    layer = ct.CoSiTransformerEncoder(N, E, H, FF, dropout_rate=0.5)
+    x = random.normal(size=(2, N, E)).astype("float32")
+    np.testing.assert_array_equal(layer(x), layer(x, training=False))
+    assert (layer(x, training=True).numpy() != layer(x).numpy()).any()
+
+
+def test_trains_on_windows_and_comes_back_from_a_file(tmp_path, random):
+    inputs = keras.Input((N, E))
+    layer = ct.CoSiTransformerEncoder(N, E, H, FF)
+    model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Flatten()(layer(inputs))))
+    x = random.normal(size=(64, N, E)).astype("float32")
+    model.compile("adam", "mse")
+    losses = model.fit(x, x[:, 0, :1] + x[:, -1, 1:2], epochs=4, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(loaded(x[:2]), model(x[:2]), atol=1e-6)
+    again = loaded.layers[1]
+    assert again.get_config() == layer.get_config()
+    np.testing.assert_allclose(again.call_steps(x[:2]), layer.call_steps(x[:2]), atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["step", "steps", "regular"])
+def test_symbolic_shapes(mode):
+    layer = ct.CoSiTransformerEncoder(N, E, H, FF, call_mode=mode)
+    lead = (None,) if mode == "step" else (None, None)
+    expected = {"step": (None, E), "steps": (None, None, E), "regular": (None, 1, E)}[mode]
+    assert layer(keras.KerasTensor((*lead, E))).shape == expected
+
+
+@pytest.mark.parametrize("what", [dict(seq_len=0), dict(embed_dim=0), dict(ff_dim=1.5)], ids=str)
+def test_bad_construction(what):
+    with pytest.raises(ValueError, match="Expected"):
+        ct.CoSiTransformerEncoder(
+            **{**dict(seq_len=N, embed_dim=E, num_heads=H, ff_dim=FF), **what}
+        )
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        dict(x=np.zeros((2, 1, E), np.float32)),
+        dict(x=np.zeros((2, E + 1), np.float32)),
+        dict(x=np.zeros((2, E), np.int64)),
+        dict(x=np.zeros((2, E), np.float32), streams=[0, 9]),
+        dict(x=np.zeros((2, E), np.float32), streams=[0, 0]),
+    ],
+)
+def test_bad_input_changes_nothing(backend, random, layer, call):
+    layer.call_steps(random.normal(size=(2, N, E)))
+    before = layer.get_state()
+    with pytest.raises(BAD_INPUT, match="(?i)expected"):
+        layer.call_step(**call)
+    for name, array in layer.get_state().items():
+        np.testing.assert_array_equal(array, before[name])
+    assert layer.call_step(np.zeros((2, E), np.float32)).shape == (2, E)
