@@ -6,6 +6,6 @@
 #error "The build defines TensorFlow's version as a string literal: see setup.py, third_party/."
 #endif
 
-extern "C" __attribute__((visibility("default"), used)) const char
-    continual_transformers_build_info[] =
-        "continual-transformers-tf built for TensorFlow " CONTINUAL_TRANSFORMERS_TENSORFLOW ".";
+extern "C" __attribute__((visibility("default"), used))
+const char continual_transformers_build_info[] =
+    "continual-transformers-tf built for TensorFlow " CONTINUAL_TRANSFORMERS_TENSORFLOW ".";

@@ -1,14 +1,13 @@
 """The command line: `continual-transformers`."""
 
 import json
-import os
 from pathlib import Path
 
 import click
+import keras
+import tensorflow as tf
 
-# TensorFlow's start-up chatter would bury what a command has to say. It must be set before the
-# import, which is inside the commands also so that --help answers at once.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import continual_transformers_tf as ct
 
 
 @click.group()
@@ -20,11 +19,6 @@ def main():
 @main.command()
 def info():
     """Say which kernels are loaded, and if none are, why."""
-    import keras
-    import tensorflow as tf
-
-    import continual_transformers_tf as ct
-
     click.echo(f"TensorFlow {tf.__version__}, Keras {keras.__version__}")
     click.echo(f"op library {ct.ops.LIBRARY_PATH}")
     click.echo(f"fused kernels: {', '.join(sorted(ct.ops.kernels())) or 'none'}")

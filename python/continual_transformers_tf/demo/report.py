@@ -89,8 +89,7 @@ def table(summary):
     """The figures as a `rich.table.Table`."""
     people = ", ".join(map(str, summary["subjects"]))
     result = Table(
-        title=f"{summary['predictions']:,} predictions of {summary['recordings']} recordings by "
-        f"people the model never saw ({people})",
+        title=f"{summary['predictions']:,} predictions for people the model never saw: {people}",
         caption=f"Both as tf.function, medians, {len(summary['subjects'])} streams a step; fused "
         f"kernels: {', '.join(summary['kernels']) or 'none'}.",
     )

@@ -1,0 +1,60 @@
+# Each target is a thin line that a person could type; .venv is made where there is none.
+
+PYTHON ?= python3
+BAZEL ?= bazel
+# Debian's Bazel has no network: see .bazelrc.
+BAZEL_FLAGS ?= $(if $(wildcard /usr/share/bazel/rules/java),--config=offline)
+# One worker a core. The tests hold little, but each worker imports TensorFlow.
+PYTEST_FLAGS ?= -n auto
+
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+BIN := .venv/bin
+RUN_BAZEL := bazel/offline/configure.sh && PATH="$(CURDIR)/$(BIN):$$PATH" $(BAZEL)
+TENSORFLOW = $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('cc/library.bzl')['TENSORFLOW_DEFAULT'])")
+FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc tests/cc/*.cc)
+
+.PHONY: demo test test-slow lint format bazel-build bazel-test wheel clean
+
+demo: .venv/installed
+	$(BIN)/continual-transformers demo --picture build/demo.png
+
+test: .venv/installed
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+
+# The tests that take minutes: wheels in clean environments.
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED_CC)
+
+format: .venv/installed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(FORMATTED_CC)
+
+bazel-build: .venv/installed
+	$(RUN_BAZEL) build $(BAZEL_FLAGS) //...
+
+bazel-test: .venv/installed
+	$(RUN_BAZEL) test $(BAZEL_FLAGS) //...
+
+# Into dist/.
+wheel: .venv/installed
+	$(RUN_BAZEL) run $(BAZEL_FLAGS) //bazel:wheel -- "$(CURDIR)/dist"
+
+clean:
+	rm -rf .venv build dist
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv || { echo "No virtual environment: on Debian, apt install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+
+# TensorFlow first: the op library is then built for it, and not for one that pip would fetch for the
+# build alone.
+.venv/installed: .venv/bin/python setup.py pyproject.toml $(wildcard cc/*.bzl cc/*/*)
+	$(BIN)/python -m pip install --quiet "tensorflow-cpu==$(TENSORFLOW).*"
+	$(BIN)/python -m pip install --quiet --editable ".[cpu,demo,test]"
+	touch $@

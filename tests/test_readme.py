@@ -1,0 +1,42 @@
+"""Every snippet of the README: the Python runs here, the commands run here or in .ci/run."""
+
+import re
+import shlex
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from continual_transformers_tf import cli
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_python_snippets_run_one_after_the_other():
+    python = [code for language, code in SNIPPETS if language == "python"]
+    assert len(python) >= 4
+    namespace = {}
+    for code in python:
+        exec(compile(code, "README.md", "exec"), namespace)
+    assert namespace["logits"].shape == (1, 2)
+    assert namespace["y"] is None
+
+
+def test_commands_run():
+    assert {language for language, _ in SNIPPETS} == {"python", "bash"}
+    commands = [
+        line for language, code in SNIPPETS if language == "bash" for line in code.splitlines()
+    ]
+    in_ci = (ROOT / ".ci" / "run").read_text()
+    packaging = (ROOT / "tests" / "test_packaging.py").read_text()
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        if program == "continual-transformers":
+            assert CliRunner().invoke(cli.main, arguments).exit_code == 0
+        elif program == "make":
+            assert f"step {command}\n" in in_ci
+        else:
+            # test_packaging.py installs the wheel and its extra into an environment of its own.
+            assert command == "pip install '.[cpu]'"
+            assert "continual-transformers-tf[cpu] @" in packaging
