@@ -471,6 +471,17 @@ def test_eagerly_one_op(monkeypatch, executed_ops):
     assert executed_ops == ["ContinualTransformers>SingleOutputAttention"]
 
 
+def test_a_dtype_without_a_fused_kernel_is_plain_tensorflow(monkeypatch, random):
+    inputs = steps_of(2, 3, 2, 8, 6, "float32", random)
+    expected, _ = expected_of([reference.Stream(5), reference.Stream(5)], *inputs)
+    half = AttentionCache(2, 2, 5, 8, 6, "bfloat16")
+    output = single_output_attention(*(tf.cast(x, "bfloat16") for x in inputs), half)
+    assert reference.relative_error(tf.cast(output, "float32"), expected) < 0.03
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
+    with pytest.raises(ValueError, match="but got bfloat16 on CPU"):
+        single_output_attention(*(tf.cast(x, "bfloat16") for x in inputs), half)
+
+
 def test_kernels():
     assert ct.ops.kernels() == {"CPU"}
     assert ct.ops.load_error() is None

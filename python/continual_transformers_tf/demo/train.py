@@ -14,6 +14,7 @@ import numpy as np
 
 from continual_transformers_tf.demo import watch
 from continual_transformers_tf.demo.model import SEQ_LEN, WEIGHTS, build_model
+from continual_transformers_tf.demo.random_forest import random_forest_accuracy
 from continual_transformers_tf.demo.windows import window_accuracy
 
 BATCH_SIZE = 128
@@ -118,13 +119,15 @@ def main(epochs, seed, output):
     """Train the demo's model on all subjects but the held-out ones."""
     started = time.time()
     subjects = [subject for subject in watch.SUBJECTS if subject not in watch.HELD_OUT]
-    model = train(watch.load_recordings(subjects), epochs, seed)
-    accuracy = window_accuracy(model, watch.load_recordings(watch.HELD_OUT))
+    recordings, held_out = map(watch.load_recordings, (subjects, watch.HELD_OUT))
+    model = train(recordings, epochs, seed)
+    accuracy = window_accuracy(model, held_out)
     model.save_weights(output)
     record = dict(
         trained_on_subjects=subjects,
         held_out_subjects=watch.HELD_OUT,
         held_out_window_accuracy=round(accuracy, 4),
+        held_out_random_forest_accuracy=round(random_forest_accuracy(recordings, held_out), 4),
         epochs=epochs,
         seed=seed,
         seconds=round(time.time() - started),

@@ -9,6 +9,12 @@ from continual_transformers_tf.demo.model import EMBED_DIM, NUM_HEADS, SEQ_LEN
 BATCH_SIZE = 256
 
 
+def windows_of(samples):
+    """Every full window of a recording: [T, 6] -> [T - N + 1, N, 6], a view."""
+    windows = np.lib.stride_tricks.sliding_window_view(samples, SEQ_LEN, axis=0)
+    return windows.transpose(0, 2, 1)
+
+
 class WindowModel:
     """A trained `WatchModel` with `keras.layers.MultiHeadAttention` for its attention.
 
@@ -44,8 +50,7 @@ class WindowModel:
 
     def predictions(self, samples):
         """What the model says of each full window of a recording [T, 6]: [T - N + 1]."""
-        windows = np.lib.stride_tricks.sliding_window_view(samples, SEQ_LEN, axis=0)
-        windows = windows.transpose(0, 2, 1)
+        windows = windows_of(samples)
         first_step = np.arange(len(windows))
         return np.concatenate(
             [

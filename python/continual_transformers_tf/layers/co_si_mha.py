@@ -111,7 +111,9 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         self._single_output = bool(single_output)
         self._warm_up = warm_up
         self.call_mode = call_mode
-        self._state = None
+        self._stream_state = AttentionCache(
+            0, num_heads, seq_len, key_dim, self._value_dim, self.compute_dtype, name="state"
+        )
         self._band = None
         if sliding_window is not None and sliding_window < seq_len:
             self._band = (np.arange(seq_len) >= seq_len - sliding_window)[None, None, None]
@@ -164,9 +166,6 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
                 )
         super().build(*shapes)
         self._features = tuple(shape[-1] for shape in shapes)
-        # Its variables are made here and not by the first step: a function that makes variables is
-        # traced twice.
-        _ = self._stream_state
 
     def call(
         self,
@@ -423,17 +422,6 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         else:
             scores = (*heads, *query.shape[1:-1], self._seq_len)
         return output, keras.KerasTensor(scores, dtype=self.compute_dtype)
-
-    # The streams' state.
-
-    @property
-    def _stream_state(self):
-        if self._state is None:
-            self._state = AttentionCache(
-                0, self._num_heads, self._seq_len, self._key_dim, self._value_dim,
-                self.compute_dtype, name="state",
-            )  # fmt: skip
-        return self._state
 
     @property
     def ready(self):

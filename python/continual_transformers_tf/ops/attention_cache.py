@@ -25,6 +25,7 @@ class AttentionCache(StreamState):
         key: tf.Variable `[S, H, N, D]`.
         value: tf.Variable `[S, H, N, Dv]`.
         position: tf.Variable int64 `[S]`, the steps each stream has taken.
+        device_type: of the device that holds them, such as "CPU".
 
     Raises:
         ValueError: if a size is not a positive integer (streams: not negative).
@@ -44,6 +45,8 @@ class AttentionCache(StreamState):
             value=([num_heads, seq_len, value_dim], self.dtype),
         )
         super().__init__(streams, rows, name=name)
+        device = tf.DeviceSpec.from_string(self.key.device)
+        self.device_type = device.device_type or "CPU"
         self._all_ready = False
         self._cleaned_in_graph = False
 

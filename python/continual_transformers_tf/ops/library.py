@@ -13,6 +13,8 @@ from tensorflow.python.ops import control_flow_util
 LIBRARY_NAME = "libcontinual_transformers.so"
 LIBRARY_PATH = Path(__file__).parent.parent / LIBRARY_NAME
 
+FUSED_DTYPES = (tf.float32, tf.float64)
+
 BACKEND_VARIABLE = "CONTINUAL_TRANSFORMERS_BACKEND"
 BACKENDS = ("auto", "fused", "tensorflow")
 
@@ -86,12 +88,17 @@ def _warn_once(reason):
     )
 
 
-def fused_ops():
+def fused_ops(dtype, device_type):
     """The module with the fused ops, or None where plain TensorFlow is to be used.
+
+    Args:
+        dtype: tf.DType of the streams' state.
+        device_type: of the device that holds it, such as "CPU".
 
     Raises:
         ImportError: under CONTINUAL_TRANSFORMERS_BACKEND=fused, where the library cannot be loaded.
-        ValueError: if CONTINUAL_TRANSFORMERS_BACKEND has no meaning.
+        ValueError: if CONTINUAL_TRANSFORMERS_BACKEND has no meaning; or is "fused", and there is no
+            kernel for this dtype or device.
     """
     choice = backend()
     if choice == "tensorflow":
@@ -101,6 +108,14 @@ def fused_ops():
         if choice == "fused":
             raise ImportError(f"{BACKEND_VARIABLE}=fused, but {reason}")
         _warn_once(reason)
+        return None
+    if dtype not in FUSED_DTYPES or device_type not in _registered_device_types():
+        if choice == "fused":
+            raise ValueError(
+                f"Expected, under {BACKEND_VARIABLE}=fused, streams' state of "
+                f"{' or '.join(t.name for t in FUSED_DTYPES)} on "
+                f"{' or '.join(_registered_device_types())}, but got {dtype.name} on {device_type}"
+            )
         return None
     # XLA knows no custom ops; inside jit_compile=True the plain twin is traced.
     if not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(
@@ -119,6 +134,11 @@ def kernels():
     """
     if load_error() is not None:
         return frozenset()
+    return _registered_device_types()
+
+
+@functools.cache
+def _registered_device_types():
     registered = kernel_registry.get_registered_kernels_for_op(
         "ContinualTransformers>SingleOutputAttention"
     )

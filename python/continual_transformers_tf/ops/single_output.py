@@ -8,8 +8,6 @@ import tensorflow as tf
 from continual_transformers_tf.ops import library, single_output_twin
 from continual_transformers_tf.ops.stream_state import stream_tensor
 
-FUSED_DTYPES = (tf.float32, tf.float64)
-
 
 def single_output_attention(
     query,
@@ -96,7 +94,7 @@ def attend_steps(
     Returns:
         (output `[M, T, H, Dv]`, scores `[M, H, T, N]`, or of no columns where not wanted).
     """
-    fused = library.fused_ops() if cache.dtype in FUSED_DTYPES else None
+    fused = library.fused_ops(cache.dtype, cache.device_type)
     take_steps = single_output_twin.attend_steps
     if fused is not None:
         take_steps = fused.continual_transformers_single_output_attention
