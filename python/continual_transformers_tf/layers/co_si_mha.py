@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.inputs import check_features, step_input
-from continual_transformers_tf.layers.projection import project_heads, project_output
+from continual_transformers_tf.layers.step_ops import project_heads, project_output
 from continual_transformers_tf.ops.attention_cache import AttentionCache
 from continual_transformers_tf.ops.single_output import attend_steps, expand_mask
 from continual_transformers_tf.ops.stream_state import check_integer

@@ -6,6 +6,7 @@ import tensorflow as tf
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.inputs import step_input
+from continual_transformers_tf.layers.step_ops import dense, layer_norm
 from continual_transformers_tf.ops.stream_state import check_integer
 
 LAYER_NORM_EPSILON = 1e-6
@@ -134,7 +135,7 @@ class CoSiTransformerEncoder(ContinualLayer, keras.layers.Layer):
         """
         x = self._input(x, 2)
         attended = self.attention.call_step(x, streams=streams, update_state=update_state)
-        return None if attended is None else self._feed_forward(x, attended, training)
+        return None if attended is None else self._step_feed_forward(x, attended, training)
 
     def call_steps(self, x, training=None, *, streams=None, update_state=True):
         """Takes T steps of M streams: the same outputs and state as T calls of `call_step`.
@@ -153,7 +154,7 @@ class CoSiTransformerEncoder(ContinualLayer, keras.layers.Layer):
         attended = self.attention.call_steps(x, streams=streams, update_state=update_state)
         if attended is None:
             return None
-        return self._feed_forward(x[:, -tf.shape(attended)[1] :], attended, training)
+        return self._step_feed_forward(x[:, -tf.shape(attended)[1] :], attended, training)
 
     def compute_output_spec(self, x, *args, **kwargs):
         shape = x.shape
@@ -176,6 +177,18 @@ class CoSiTransformerEncoder(ContinualLayer, keras.layers.Layer):
             with tf.init_scope():
                 self.build(x.shape)
         return x
+
+    def _step_feed_forward(self, newest, attended, training):
+        """`_feed_forward` by plain ops, for steps."""
+        dtype = self.compute_dtype
+        if training:
+            attended = self.attention_dropout(attended, training=True)
+        attended = layer_norm(newest + attended, self.attention_norm, dtype)
+        output = dense(attended, self.feed_forward, dtype)
+        output = dense(output, self.feed_forward_output, dtype)
+        if training:
+            output = self.feed_forward_dropout(output, training=True)
+        return layer_norm(attended + output, self.output_norm, dtype)
 
     def _feed_forward(self, newest, attended, training):
         attended = self.attention_dropout(attended, training=training)

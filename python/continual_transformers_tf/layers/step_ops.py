@@ -1,7 +1,7 @@
-"""The projections of multi-head attention in a step: plain matrix products with a layer's weights.
+"""What Keras layers compute, by plain ops with the layers' weights, for a step.
 
-A call of the Keras layers that hold the weights would cost a step more than its attention does:
-eagerly, one `EinsumDense` takes about 400 microseconds where the five ops here take 80.
+A call of the Keras layer would cost a step more than its attention does: eagerly, on the machine
+where an attention op takes 22 microseconds, a `Dense` takes 380, a `LayerNormalization` 760.
 """
 
 import functools
@@ -28,6 +28,26 @@ def project_output(x, dense, dtype):
         tf.reshape(kernel, _shape(num_heads * size, -1)),
     )
     return _add_bias(tf.reshape(y, _shape(*_lead(x), *features)), dense, dtype)
+
+
+def dense(x, layer, dtype):
+    """What a `Dense` layer computes of x [M, E] or [M, T, E]."""
+    kernel = _value(layer.kernel, dtype)
+    features, units = kernel.shape
+    if x.shape.rank == 2:
+        y = tf.matmul(x, kernel)
+    else:
+        y = tf.matmul(tf.reshape(x, _shape(-1, features)), kernel)
+        y = tf.reshape(y, _shape(*_lead(x), units))
+    return layer.activation(_add_bias(y, layer, dtype))
+
+
+def layer_norm(x, layer, dtype):
+    """What a `LayerNormalization` layer over the last axis computes of x [..., E]."""
+    centred = x - tf.reduce_mean(x, -1, keepdims=True)
+    variance = tf.reduce_mean(tf.square(centred), -1, keepdims=True)
+    normal = centred * tf.math.rsqrt(variance + layer.epsilon)
+    return normal * _value(layer.gamma, dtype) + _value(layer.beta, dtype)
 
 
 def _value(variable, dtype):
