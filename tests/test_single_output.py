@@ -423,42 +423,60 @@ def test_inside_xla_the_twin_is_traced(random):
     assert reference.relative_error(step(*map(tf.constant, inputs)), expected) < 5e-6
 
 
-@pytest.mark.parametrize("same_stream", [False, True])
-def test_threads_on_one_cache(monkeypatch, random, same_stream):
-    """Each call is as if it were alone: with streams of their own, threads disturb no one; on one
-    stream, some order of the calls must explain the state."""
-    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
-    h, n, d, threads, calls = 4, 32, 16, 4, 200
-    cache = AttentionCache(threads, h, n, d)
-    query, key, value = steps_of(threads, calls, h, d, d, "float32", random)
-    outputs = [[] for _ in range(threads)]
+def run_in_threads(run, threads):
     begin = threading.Barrier(threads)
 
-    def run(i):
+    def start(i):
         begin.wait()
-        for t in range(calls):
-            step = (x[i : i + 1, t] for x in (query, key, value))
-            stream = [0 if same_stream else i]
-            outputs[i].append(single_output_attention(*step, cache, streams=stream).numpy())
+        run(i)
 
-    workers = [threading.Thread(target=run, args=(i,)) for i in range(threads)]
+    workers = [threading.Thread(target=start, args=(i,)) for i in range(threads)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
 
-    if same_stream:
-        assert int(cache.position[0]) == threads * calls
-        # Every row of the ring is some step's, whole: all heads of its key and of its value.
-        steps = {key[i, t].tobytes(): value[i, t] for i in range(threads) for t in range(calls)}
-        state = cache.get_state()
-        for row in range(n):
-            ring_value = steps[state["key"][0, :, row].tobytes()]
-            np.testing.assert_array_equal(state["value"][0, :, row], ring_value)
-        return
+
+def test_threads_with_streams_of_their_own_disturb_no_one(monkeypatch, random):
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
+    h, n, d, threads, calls = 4, 32, 16, 4, 200
+    cache = AttentionCache(threads, h, n, d)
+    query, key, value = steps_of(threads, calls, h, d, d, "float32", random)
+    outputs = np.empty_like(value)
+
+    def run(i):
+        for t in range(calls):
+            step = (x[i : i + 1, t] for x in (query, key, value))
+            outputs[i, t] = single_output_attention(*step, cache, streams=[i])[0]
+
+    run_in_threads(run, threads)
     expected, _ = expected_of([reference.Stream(n) for _ in range(threads)], query, key, value)
-    together = np.stack([np.stack(of_thread, 1)[0] for of_thread in outputs])
-    assert reference.relative_error(together, expected) < 5e-6
+    assert reference.relative_error(outputs, expected) < 5e-6
+
+
+def test_threads_on_one_stream_take_turns(monkeypatch, random):
+    """Each call is whole: the ring is the steps of the last calls, one call after the other."""
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
+    h, steps, d, threads, calls = 16, 16, 64, 4, 60
+    n = 4 * steps
+    cache = AttentionCache(1, h, n, d)
+    # Every element of a call's keys and values is the call's own number.
+    numbers = np.arange(threads * calls, dtype=np.float32).reshape(threads, calls)
+    shape = (1, steps, h, d)
+
+    def run(i):
+        for number in numbers[i]:
+            x = tf.fill(shape, number)
+            single_output_attention(x, x, x, cache)
+
+    run_in_threads(run, threads)
+    assert int(cache.position[0]) == threads * calls * steps
+    state = cache.get_state()
+    for rings in (state["key"], state["value"]):
+        last_calls = rings[0].transpose(1, 0, 2).reshape(4, -1)  # A row a call.
+        assert (last_calls == last_calls[:, :1]).all()
+    np.testing.assert_array_equal(state["key"], state["value"])
+    assert len(set(state["key"][0, 0, ::steps, 0])) == 4
 
 
 def test_eagerly_one_op(monkeypatch, executed_ops):
