@@ -8,6 +8,7 @@ import os
 import runpy
 import shutil
 import site
+import sys
 import sysconfig
 from importlib import metadata
 from pathlib import Path
@@ -29,8 +30,9 @@ def find_tensorflow():
     but the folders in which that lies are those of the same interpreter.
     """
     paths = sysconfig.get_paths()
-    folders = list(dict.fromkeys([paths["purelib"], paths["platlib"], site.getusersitepackages()]))
-    for folder in [*folders, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]:
+    folders = [paths["purelib"], paths["platlib"], site.getusersitepackages()]
+    # sys.path: where pip puts what it fetched for the build alone.
+    for folder in dict.fromkeys([*folders, *filter(os.path.isdir, sys.path)]):
         for distribution in metadata.distributions(path=[folder]):
             if distribution.name in ("tensorflow", "tensorflow-cpu", "tensorflow_cpu"):
                 headers = Path(folder, "tensorflow", "include", "tensorflow")

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import continual_transformers_tf as ct
 
@@ -69,6 +70,39 @@ def test_each_stream_has_its_index():
     assert rows_of(layer.call_step(zeros(4))) == [0] * 4
 
 
+@pytest.mark.parametrize("temporal_dim", [2, -1])
+def test_time_on_the_last_axis(temporal_dim):
+    x = np.random.default_rng(0).normal(size=(2, 4, E)).astype("float32")
+    first, last = encoding(), encoding(temporal_dim=temporal_dim)
+    for call in ("call_regular", "call_steps"):
+        expected = np.swapaxes(getattr(first, call)(x), 1, 2)
+        np.testing.assert_array_equal(getattr(last, call)(np.swapaxes(x, 1, 2)), expected)
+    np.testing.assert_array_equal(last.call_step(x[:, 0]), first.call_step(x[:, 0]))
+
+
+def test_streams_go_on_in_another_layer():
+    here, there = encoding(), encoding()
+    here(zeros(1, 3))
+    here.call_steps(zeros(3, 4))
+    there.set_state(here.get_state())
+    assert rows_of(there.call_step(zeros(3))) == rows_of(here.call_step(zeros(3)))
+    here.call_step(zeros(1), streams=[1])
+    there.set_state(here.get_state(streams=[1]), streams=[2])
+    assert rows_of(there.call_step(zeros(3))) == [1, 1, 2]
+    with pytest.raises(ValueError, match="Expected"):
+        there.set_state({"position": np.array([1])})
+
+
+def test_a_graph_moves_no_stream_of_a_call_that_fails():
+    layer = encoding()
+    layer.ensure_streams(3)
+    step = tf.function(lambda x, streams: layer.call_step(x, streams=streams))
+    for bad in ([0, 0], [0, 7], [-1, 0]):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="Expected"):
+            step(zeros(2), tf.constant(bad))
+    assert layer.get_state()["index"].tolist() == [0, 0, 0]
+
+
 def test_call_modes_and_training():
     layer = encoding(call_mode="steps")
     assert rows_of(layer(zeros(1, 2))) == [[0, 1]]
@@ -91,7 +125,7 @@ def test_the_index_is_not_a_weight_and_the_layer_comes_back_from_a_file(tmp_path
     assert loaded.layers[0].get_config() == model.layers[0].get_config()
 
 
-@pytest.mark.parametrize("sizes", [(0, 3), (3, 0), (2.5, 3), (3, 3, -1)])
+@pytest.mark.parametrize("sizes", [(0, 3), (3, 0), (2.5, 3), (3, 3, -1), (3, 3, 1, 0)])
 def test_bad_construction(sizes):
     with pytest.raises(ValueError, match="Expected"):
         ct.CircularPositionalEncoding(*sizes)

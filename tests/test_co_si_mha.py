@@ -1,5 +1,7 @@
 """CoSiMultiHeadAttention against keras.layers.MultiHeadAttention on sliding windows."""
 
+import tempfile
+
 import keras
 import numpy as np
 import pytest
@@ -397,7 +399,12 @@ def test_symbolic_shapes(mode):
     assert (
         output.shape == {"step": (None, E), "steps": (None, None, E), "regular": (None, 1, E)}[mode]
     )
-    assert scores.shape[:2] == (None, H)
+    scores_shapes = {
+        "step": (None, H, N),
+        "steps": (None, H, None, N),
+        "regular": (None, H, 1, None),
+    }
+    assert scores.shape == scores_shapes[mode]
     assert layer.compute_output_shape(x.shape) == output.shape
 
 
@@ -518,6 +525,76 @@ def test_bad_input_is_named_and_changes_nothing(backend, random, what):
     for name, array in layer.get_state().items():
         np.testing.assert_array_equal(array, before[name])
     assert layer.call_step(STEP).shape == (2, E)
+
+
+def test_a_failing_call_holds_no_more_streams_and_builds_no_layer(backend, random):
+    layer, _ = pair(random=random)
+    layer.call_step(STEP)
+    with pytest.raises(BAD_INPUT, match="(?i)expected"):
+        layer.call_step(np.ones((5, E), np.float32), attention_mask=np.ones((4, N), bool))
+    assert layer.get_state()["position"].tolist() == [1, 1]
+    new = ct.CoSiMultiHeadAttention(N, H, D)
+    with pytest.raises(BAD_INPUT, match="(?i)expected"):
+        new.call_step(STEP, value=np.ones((3, E + 2), np.float32))
+    assert not new.built
+    new.call_step(STEP)
+
+
+def test_a_step_is_ready_by_what_has_really_been_taken(backend, random):
+    """However the state came about: in a graph, by a checkpoint, by streams a graph made room for."""
+    layer, _ = pair(random=random)
+    x = random.normal(size=(3, N, E)).astype("float32")
+    checkpoint = tf.train.Checkpoint(state=layer._stream_state)
+    layer.call_steps(x[:, :2])
+    young = checkpoint.save(tempfile.mkdtemp() + "/state")
+    assert layer.call_steps(x[:, 2:]) is not None
+    checkpoint.restore(young)
+    assert layer.call_step(x[:, 2]) is None
+    graph = tf.function(layer.call_steps, input_signature=[tf.TensorSpec([None, None, E])])
+    graph(x)
+    assert layer.call_step(x[:, 0]) is not None
+    graph(np.ones((5, 1, E), np.float32))
+    assert layer.call_step(x[:2, 0], streams=[3, 4]) is None
+
+
+def test_a_mask_of_the_query_is_that_of_the_newest_row(random):
+    x = random.normal(size=(2, N, E)).astype("float32")
+    x[0, :2] = 0
+    layer, _ = pair(random=random)
+    output = layer(keras.layers.Masking()(x))
+    assert keras.src.backend.get_keras_mask(output).shape == (2, 1)
+    assert keras.layers.LSTM(3)(output).shape == (2, 3)
+
+
+def test_low_rank_additions_stream(random):
+    layer, _ = pair(random=random)
+    layer.query_dense.enable_lora(2)
+    x = random.normal(size=(1, N, E)).astype("float32")
+    for weight in layer.query_dense.trainable_weights:
+        weight.assign(random.normal(size=weight.shape))
+    assert reference.relative_error(layer.call_steps(x), layer(x).numpy()) < 5e-6
+
+
+def test_regular_input_of_another_rank_is_named_and_lists_are_taken(random):
+    layer, _ = pair(random=random)
+    with pytest.raises(ValueError, match=r"query of shape \(B, T, E\), but got \(2, 7\)"):
+        layer.call_regular(STEP)
+    x = random.normal(size=(1, N, E)).astype("float32")
+    assert layer.call_regular(x.tolist()).shape == (1, 1, E)
+
+
+def test_state_is_part_of_a_saved_model(tmp_path, random):
+    layer, _ = pair(random=random)
+    x = tf.constant(random.normal(size=(2, N + 2, E)).astype("float32"))
+    module = tf.Module()
+    module.layer = layer
+    module.step = tf.function(layer.call_step, input_signature=[tf.TensorSpec([None, E])])
+    for t in range(N):
+        module.step(x[:, t])
+    tf.saved_model.save(module, str(tmp_path / "saved"))
+    loaded = tf.saved_model.load(str(tmp_path / "saved"))
+    for t in range(N, N + 2):
+        np.testing.assert_array_equal(loaded.step(x[:, t]), module.step(x[:, t]))
 
 
 def test_no_steps_and_training_with_dropout_are_refused(random):

@@ -84,6 +84,8 @@ def break_library(package, how):
         other = re.sub(rb"^\d+", lambda digits: b"9" * len(digits[0]), version)
         content = content.replace(b"TensorFlow " + version, b"TensorFlow " + other)
         library_path.write_bytes(content)
+    elif how == "a folder":
+        library_path.mkdir()
     elif how == "broken":
         mark = content.index(b"continual-transformers-tf built for")
         library_path.write_bytes(content[mark : mark + 100])
@@ -99,6 +101,7 @@ def break_library(package, how):
             rf"built for TensorFlow 9\S*, but this is TensorFlow {tf.__version__}",
         ),
         ("broken", "could not be loaded"),
+        ("a folder", "could not be read"),
     ],
 )
 def test_without_its_library_everything_runs_and_one_warning_says_why(copied_package, how, reason):

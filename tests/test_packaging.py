@@ -44,39 +44,43 @@ def test_the_version_stands_in_one_place():
     assert "version = " not in (ROOT / "pyproject.toml").read_text().split("[tool.", 1)[0]
 
 
-def check_in_clean_environment(wheel, folder):
-    """Installs the wheel with its extra `cpu` into a new environment and streams there."""
-    minor = ".".join(tf.__version__.split(".")[:2])
-    assert f"+tf{minor}-py3-none-" in wheel.name
+def environment_with(requirement, folder):
+    """A new environment in which this is installed by pip, with what it asks for."""
     venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    subprocess.run(
-        [
-            python,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            f"continual-transformers-tf[cpu] @ {wheel.as_uri()}",
-        ],
-        check=True,
-    )
-    output = subprocess.run(
-        [python, "-c", PROGRAM], cwd=folder, check=True, capture_output=True, text=True
-    ).stdout
-    facts = json.loads(output.splitlines()[-1])
+    subprocess.run([folder / "bin/python", "-m", "pip", "install", "-q", requirement], check=True)
+    return folder
+
+
+def check_streams_in(environment):
+    """The package streams there with the kernels that were installed with it."""
+
+    def run(*command):
+        return subprocess.run(
+            command, cwd=environment, check=True, capture_output=True, text=True
+        ).stdout
+
+    facts = json.loads(run(environment / "bin/python", "-c", PROGRAM).splitlines()[-1])
     assert facts["kernels"] == ["CPU"]
     assert facts["error"] is None
     assert facts["answered"] == [False, False, False, True, True]
-    assert Path(facts["library"]).is_relative_to(folder)
-    info = subprocess.run(
-        [folder / "bin" / "continual-transformers", "info"],
-        cwd=folder,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    assert "fused kernels: CPU" in info.stdout
+    assert Path(facts["library"]).is_relative_to(environment)
+    assert "fused kernels: CPU" in run(environment / "bin/continual-transformers", "info")
+
+
+def check_wheel(wheel, folder):
+    """It says which TensorFlow it is for, and streams in an environment of its own."""
+    minor = ".".join(tf.__version__.split(".")[:2])
+    assert f"+tf{minor}-py3-none-" in wheel.name
+    check_streams_in(environment_with(f"continual-transformers-tf[cpu] @ {wheel.as_uri()}", folder))
+
+
+@pytest.mark.slow
+def test_the_readme_s_installation_where_there_is_no_tensorflow_yet(tmp_path):
+    """`pip install '.[cpu]'`: pip fetches a TensorFlow to build for, and installs its like."""
+    checkout = tmp_path / "checkout"
+    ignored = shutil.ignore_patterns(".venv", "build", "dist", "bazel-*", "*.so", "*.egg-info")
+    shutil.copytree(ROOT, checkout, ignore=ignored)
+    check_streams_in(environment_with(f"{checkout}[cpu]", tmp_path / "environment"))
 
 
 @pytest.mark.slow
@@ -86,7 +90,7 @@ def test_the_wheel_that_pip_builds(tmp_path):
         check=True,
     )
     (wheel,) = tmp_path.glob("*.whl")
-    check_in_clean_environment(wheel, tmp_path / "environment")
+    check_wheel(wheel, tmp_path / "environment")
 
 
 @pytest.mark.slow
@@ -95,4 +99,4 @@ def test_the_wheel_that_bazel_builds(tmp_path):
     shutil.rmtree(ROOT / "dist", ignore_errors=True)
     subprocess.run(["make", "wheel"], cwd=ROOT, check=True)
     (wheel,) = (ROOT / "dist").glob("*.whl")
-    check_in_clean_environment(wheel, tmp_path / "environment")
+    check_wheel(wheel, tmp_path / "environment")

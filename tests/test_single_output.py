@@ -299,6 +299,8 @@ BAD = {
     "stream beyond": dict(streams=[0, 5]),
     "stream negative": dict(streams=[-1, 1]),
     "stream twice": dict(streams=[1, 1]),
+    "stream beyond int32": dict(streams=np.array([0, 2**32])),
+    "stream tensor beyond int32": dict(streams=tf.constant([0, 2**32], tf.int64)),
     "streams too few": dict(streams=[1]),
     "streams not a vector": dict(streams=[[0, 1]]),
     "streams not integers": dict(streams=[0.0, 1.0]),
@@ -339,6 +341,23 @@ def test_a_cache_of_another_shape_is_refused(monkeypatch, name, value):
     setattr(cache, name, value)
     with pytest.raises(BAD_INPUT, match="(?i)expected|shape"):
         single_output_attention(**GOOD, cache=cache)
+
+
+def test_a_position_near_the_end_of_63_bits_is_refused(monkeypatch, random):
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
+    cache, _ = cache_at([3, 9, 2], 3, 5, 8, 6, "float32", random)
+    state = cache.get_state()
+    state["position"][1] = 2**63 - 1
+    cache.set_state(state)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="63 bits"):
+        single_output_attention(**GOOD, cache=cache)
+    np.testing.assert_array_equal(cache.position, [3, 2**63 - 1, 2])
+
+
+def test_a_smaller_state_leaves_the_others_clean(backend, random):
+    cache, _ = cache_at([3, 9, 2], 3, 5, 8, 6, "float32", random)
+    cache.set_state(cache.get_state(streams=[1]))
+    np.testing.assert_array_equal(cache.position, [9, 0, 0])
 
 
 def test_state_that_does_not_fit_is_refused(random):
@@ -394,6 +413,35 @@ def test_graph_with_unknown_sizes(backend, random):
             step(*inputs, tf.constant(bad))
     for name, array in cache.get_state().items():
         np.testing.assert_array_equal(array, before[name])
+
+
+@pytest.mark.parametrize(
+    "what", ["mask of other rows", "steps of key", "rows of value", "no steps", "streams too few"]
+)
+def test_a_graph_with_unknown_sizes_checks_them_when_it_runs(backend, random, what):
+    cache, _ = cache_at([3, 9, 2], 3, 5, 8, 6, "float32", random)
+    before = cache.get_state()
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec([None, None, 3, 8]),
+            tf.TensorSpec([None, None, 3, 8]),
+            tf.TensorSpec([None, None, 3, 6]),
+            tf.TensorSpec([None], tf.int32),
+            tf.TensorSpec([None, 5], tf.bool),
+        ]
+    )
+    def step(query, key, value, streams, mask):
+        return single_output_attention(
+            query, key, value, cache, streams=streams, attention_mask=mask
+        )
+
+    good = {**GOOD, "attention_mask": np.ones((2, 5), bool)}
+    with pytest.raises(tf.errors.InvalidArgumentError, match="(?i)expected"):
+        step(*{**good, **BAD[what]}.values())
+    for name, array in cache.get_state().items():
+        np.testing.assert_array_equal(array, before[name])
+    assert step(*good.values()).shape == (2, 1, 3, 6)
 
 
 def test_shapes_are_checked_while_tracing(backend):
@@ -454,6 +502,31 @@ def test_threads_with_streams_of_their_own_disturb_no_one(monkeypatch, random):
     assert reference.relative_error(outputs, expected) < 5e-6
 
 
+def test_streams_come_while_others_step(monkeypatch, random):
+    """Making room copies the rings: no step may fall between the copy and its return."""
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
+    h, n, d, calls, rooms = 4, 64, 16, 1500, 60
+    cache = AttentionCache(1, h, n, d)
+    numbers = tf.range(1.0, calls + 1)[:, None, None] + tf.zeros((1, h, d))
+
+    def run(i):
+        if i == 1:
+            for streams in range(2, rooms):
+                cache.ensure_streams(streams)
+                cache.get_state()
+            return
+        for t in range(calls):
+            x = numbers[t : t + 1]
+            single_output_attention(x, x, x, cache, streams=[0])
+
+    run_in_threads(run, 2)
+    state = cache.get_state(streams=[0])
+    assert state["position"][0] == calls
+    steps = np.roll(state["key"][0], -(calls % n), axis=1)  # Oldest first.
+    newest = np.arange(calls - n + 1, calls + 1)
+    assert (steps == newest[None, :, None]).all()
+
+
 def test_threads_on_one_stream_take_turns(monkeypatch, random):
     """Each call is whole: the ring is the steps of the last calls, one call after the other."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
@@ -498,6 +571,38 @@ def test_a_dtype_without_a_fused_kernel_is_plain_tensorflow(monkeypatch, random)
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     with pytest.raises(ValueError, match="but got bfloat16 on CPU"):
         single_output_attention(*(tf.cast(x, "bfloat16") for x in inputs), half)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_with_large_logits(random, dtype):
+    cache = AttentionCache(1, 2, 5, 16, dtype=dtype)
+    query, key, value = (tf.cast(x, dtype) for x in steps_of(1, 9, 2, 16, 16, "float32", random))
+    output = single_output_attention(query * 30, key * 30, value, cache)
+    assert np.isfinite(tf.cast(output, "float32")).all()
+
+
+@pytest.mark.parametrize("scale", [0.5, np.float32(0.5), tf.constant(0.5)])
+def test_scale(backend, random, scale):
+    cache, streams = cache_at([4], 2, 5, 8, 6, "float32", random)
+    inputs = steps_of(1, 2, 2, 8, 6, "float32", random)
+    expected, _ = expected_of(streams, *inputs, scale=0.5)
+    output = single_output_attention(*inputs, cache, scale=scale)
+    assert reference.relative_error(output, expected) < 5e-6
+
+
+def test_the_fused_op_says_that_it_has_no_gradient_and_the_twin_has_one(monkeypatch, random):
+    inputs = [tf.constant(x) for x in steps_of(1, 4, 2, 8, 6, "float32", random)]
+    for backend in ("fused", "tensorflow"):
+        monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", backend)
+        cache = AttentionCache(1, 2, 3, 8, 6)
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            loss = tf.reduce_sum(single_output_attention(*inputs, cache) ** 2)
+        if backend == "fused":
+            with pytest.raises(LookupError, match="no gradient: train on windows"):
+                tape.gradient(loss, inputs)
+        else:
+            assert all(np.abs(g).sum() > 0 for g in tape.gradient(loss, inputs))
 
 
 def test_kernels():

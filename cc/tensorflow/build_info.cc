@@ -3,7 +3,7 @@
 // itself.
 
 #ifndef CONTINUAL_TRANSFORMERS_TENSORFLOW
-#error "The build defines TensorFlow's version as a string literal: see setup.py, third_party/."
+#error "The build defines TensorFlow's version as a string literal: see setup.py and bazel/."
 #endif
 
 extern "C" __attribute__((visibility("default"), used))

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <utility>
+#include <limits>
 
 #include "absl/container/inlined_vector.h"
 #include "absl/status/status.h"
@@ -112,31 +112,29 @@ Status ExpectRank(const char* name, const Tensor& tensor, int rank, const char* 
                          tensor.shape().DebugString());
 }
 
-// Each stream within the cache and named once; a stream twice in one call has no order of steps.
-Status CheckStreams(const int32_t* streams, int64_t count, const int64_t* position,
-                    int64_t num_held) {
+// Each stream within the cache and named once: a stream twice in one call has no order of steps.
+Status CheckStreams(const int32_t* streams, int64_t count, int64_t num_steps,
+                    const int64_t* position, int64_t num_held) {
   bool ascending = true;
   for (int64_t m = 0; m < count; ++m) {
     if (streams[m] < 0 || streams[m] >= num_held) {
       return InvalidArgument("expected streams in [0, ", num_held,
-                             "), the streams that the cache holds, but got ", streams[m],
-                             " at index ", m);
+                             "), the streams that are held, but got ", streams[m], " at index ", m,
+                             ". (ensure_streams makes room for more.)");
     }
-    if (position[streams[m]] < 0) {
-      return InvalidArgument("expected position >= 0, but got ", position[streams[m]],
-                             " for stream ", streams[m]);
+    const int64_t taken = position[streams[m]];
+    if (taken < 0 || taken > std::numeric_limits<int64_t>::max() - num_steps) {
+      return InvalidArgument("expected a position >= 0 with room for ", num_steps,
+                             " more steps in 63 bits, but got ", taken, " for stream ", streams[m]);
     }
     ascending = ascending && (m == 0 || streams[m] > streams[m - 1]);
   }
   if (ascending) return absl::OkStatus();
-  absl::InlinedVector<bool, 1024> seen(num_held, false);
-  for (int64_t m = 0; m < count; ++m) {
-    if (seen[streams[m]]) {
-      return InvalidArgument("expected each stream once in a call, but got ", streams[m], " twice");
-    }
-    seen[streams[m]] = true;
-  }
-  return absl::OkStatus();
+  absl::InlinedVector<int32_t, 64> sorted(streams, streams + count);
+  std::sort(sorted.begin(), sorted.end());
+  const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
+  if (twice == sorted.end()) return absl::OkStatus();
+  return InvalidArgument("expected each stream once in a call, but got ", *twice, " twice");
 }
 
 Strides BatchTimeHead(int64_t steps, int64_t heads, int64_t size) {
@@ -171,6 +169,8 @@ class SingleOutputAttentionOp : public OpKernel {
     OP_REQUIRES_OK(
         ctx, ctx->allocate_output(
                  1, {params.num_streams, params.num_heads, params.num_steps, columns}, &scores));
+    Tensor* steps_taken = nullptr;
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(2, {params.num_streams}, &steps_taken));
     params.output = output->flat<T>().data();
     params.output_strides = BatchTimeHead(params.num_steps, params.num_heads, params.value_dim);
     params.scores = return_attention_scores_ ? scores->flat<T>().data() : nullptr;
@@ -187,10 +187,11 @@ class SingleOutputAttentionOp : public OpKernel {
           [&params](int64_t begin, int64_t end) { SingleOutputAttention(params, begin, end); });
     }
 
-    if (!update_state_) return;
     auto position = cache.position()->template flat<int64_t>();
     for (int64_t m = 0; m < params.num_streams; ++m) {
-      position(params.streams[m]) += params.num_steps;
+      const int64_t taken = position(params.streams[m]) + params.num_steps;
+      steps_taken->vec<int64_t>()(m) = taken;
+      if (update_state_) position(params.streams[m]) = taken;
     }
   }
 
@@ -232,7 +233,7 @@ class SingleOutputAttentionOp : public OpKernel {
     TF_RETURN_IF_ERROR(FillMask(ctx, p));
     p->streams = streams.flat<int32_t>().data();
     p->position = cache->position()->template flat<int64_t>().data();
-    TF_RETURN_IF_ERROR(CheckStreams(p->streams, m, p->position, num_held));
+    TF_RETURN_IF_ERROR(CheckStreams(p->streams, m, t, p->position, num_held));
 
     p->query = query.flat<T>().data();
     p->query_strides = BatchTimeHead(t, h, d);

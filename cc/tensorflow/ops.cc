@@ -83,6 +83,7 @@ Status SingleOutputAttentionShape(InferenceContext* c) {
   TF_RETURN_IF_ERROR(c->GetAttr("return_attention_scores", &return_attention_scores));
   c->set_output(0, c->MakeShape({m, t, h, dv}));
   c->set_output(1, c->MakeShape({m, h, t, return_attention_scores ? n : c->MakeDim(0)}));
+  c->set_output(2, c->Vector(m));
   return absl::OkStatus();
 }
 
@@ -99,6 +100,7 @@ REGISTER_OP("ContinualTransformers>SingleOutputAttention")
     .Input("attention_mask: num_masks * bool")
     .Output("output: T")
     .Output("attention_scores: T")
+    .Output("steps_taken: int64")
     .Attr("T: {float, double}")
     .Attr("num_masks: int >= 0 = 0")
     .Attr("return_attention_scores: bool = false")
@@ -126,6 +128,8 @@ attention_mask: None, or one of shape [M, H, T, N], each of the first three axes
 output: [M, T, H, Dv]. Zeros where every column is masked.
 attention_scores: [M, H, T, N], the softmax, column N - 1 the newest step and 0 where there is no
   step yet; [M, H, T, 0] without return_attention_scores.
+steps_taken: [M], the steps that each of these streams has taken, this call's among them, as they
+  are after a real call. A window is full from N on.
 update_state: If false, the outputs are those of a real call, but the caches and positions stay.
 )doc");
 

@@ -1,6 +1,7 @@
 """Positional encoding that goes round, for streams without an end."""
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
@@ -24,6 +25,8 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         embed_dim: E, the features of a row.
         call_update_index_steps: how far a regular call moves the index: 1 where windows slide by a
             step, 0 where every window begins at the same row.
+        temporal_dim: which axis of windows and of several steps is time: 1, `(B, T, E)`, or 2,
+            `(B, E, T)`.
         call_mode: what calling the layer does: "regular", "step" or "steps".
         **kwargs: `name`, `dtype` and the like.
 
@@ -35,12 +38,21 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
     """
 
     def __init__(
-        self, max_len, embed_dim, call_update_index_steps=1, *, call_mode="regular", **kwargs
+        self,
+        max_len,
+        embed_dim,
+        call_update_index_steps=1,
+        temporal_dim=1,
+        call_mode="regular",
+        **kwargs,
     ):
         check_integer("max_len", max_len, at_least=1)
         check_integer("embed_dim", embed_dim, at_least=1)
         check_integer("call_update_index_steps", call_update_index_steps, at_least=0)
+        if temporal_dim not in (1, 2, -1, -2):
+            raise ValueError(f"Expected temporal_dim to be 1 or 2, but got {temporal_dim!r}")
         super().__init__(**kwargs)
+        self._temporal_dim = temporal_dim % 3
         self._max_len = int(max_len)
         self._embed_dim = int(embed_dim)
         self._call_update_index_steps = int(call_update_index_steps)
@@ -56,6 +68,7 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
             "max_len": self._max_len,
             "embed_dim": self._embed_dim,
             "call_update_index_steps": self._call_update_index_steps,
+            "temporal_dim": self._temporal_dim,
         }
 
     def build(self, input_shape):
@@ -78,13 +91,13 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         Args:
             x: `(B, T, E)`; window i begins at the index of stream i.
         """
-        x = self._input(x, 3)
+        x = self._steps_input(x)
         # Windows beyond the streams that are held begin where a new stream would.
         position = tf.concat([self._stream_state.position, tf.zeros([1], tf.int64)], 0)
         window = tf.minimum(tf.range(tf.shape(x)[0]), tf.shape(position)[0] - 1)
         output = self._add_rows(x, tf.gather(position, window))
         self._start.assign_add(self._call_update_index_steps)
-        return output
+        return self._time_in_place(output)
 
     def call_step(self, x, *, streams=None, update_state=True):
         """Adds to each stream's step the row at its index; moves these streams on by 1.
@@ -111,7 +124,8 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         Raises:
             ValueError: as `call_step`.
         """
-        return self._take_steps(self._input(x, 3), streams, update_state)
+        output = self._take_steps(self._steps_input(x), streams, update_state)
+        return self._time_in_place(output)
 
     def compute_output_spec(self, x, *args, **kwargs):
         return keras.KerasTensor(x.shape, dtype=self.compute_dtype)
@@ -121,6 +135,36 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         if streams is None:
             self._start.assign(0)
         super().clean_state(streams)
+
+    def get_state(self, streams=None):
+        """The state of streams: a dict of "index", int64 `[M]`, the row that is next.
+
+        Args:
+            streams: integers `[M]`, which ones, in this order; None: all.
+
+        Raises:
+            ValueError: if a stream is not held, or is named twice.
+        """
+        position = self._stream_state.get_state(streams)["position"]
+        return {"index": (position + self._start.numpy()) % self._max_len}
+
+    def set_state(self, state, streams=None):
+        """Puts back what `get_state` gave, here or in another layer; see `ContinualLayer`."""
+        if not isinstance(state, dict) or set(state) != {"index"}:
+            got = sorted(state) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"Expected a state with ['index'], but got {got}")
+        position = (np.asarray(state["index"]) - self._start.numpy()) % self._max_len
+        self._stream_state.set_state({"position": position}, streams)
+
+    def _steps_input(self, x):
+        """Windows or several steps as (B, T, E), wherever the user has time."""
+        x = tf.convert_to_tensor(x)
+        if self._temporal_dim == 2 and x.shape.rank == 3:
+            x = tf.transpose(x, (0, 2, 1))
+        return self._input(x, 3)
+
+    def _time_in_place(self, x):
+        return tf.transpose(x, (0, 2, 1)) if self._temporal_dim == 2 else x
 
     def _input(self, x, rank):
         x = step_input("x", x, rank, self.compute_dtype)
@@ -134,18 +178,19 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         return x
 
     def _take_steps(self, x, streams, update_state):
+        state = self._stream_state
         rows = tf.shape(x)[0] if x.shape[0] is None else x.shape[0]
-        if streams is None:
-            streams = self._stream_state.streams_of_call(None, rows)
-        else:
-            streams = self._stream_state.checked(streams)
-            if not streams.shape.is_compatible_with(x.shape[:1]):
-                raise ValueError(f"Expected {rows} streams, as x has rows, but got {streams.shape}")
-        position = tf.gather(self._stream_state.position, streams)
-        output = self._add_rows(x, position)
-        if update_state:
-            steps = tf.cast(tf.shape(x)[1], tf.int64)
-            self._stream_state.position.scatter_nd_update(streams[:, tf.newaxis], position + steps)
+        named = streams is not None
+        streams = state.checked(streams) if named else state.streams_of_call(None, rows)
+        if not streams.shape.is_compatible_with(x.shape[:1]):
+            raise ValueError(f"Expected {rows} streams, as x has rows, but got {streams.shape[0]}")
+        with state.lock:
+            position = tf.gather(state.position, streams)
+            output = self._add_rows(x, position)
+            if update_state:
+                steps = tf.cast(tf.shape(x)[1], tf.int64)
+                with tf.control_dependencies([output]):  # In a graph: if that fails, none moves.
+                    state.position.scatter_nd_update(streams[:, tf.newaxis], position + steps)
         return output
 
     def _add_rows(self, x, position):

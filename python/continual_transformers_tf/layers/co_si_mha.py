@@ -5,7 +5,7 @@ import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
-from continual_transformers_tf.layers.inputs import check_features, step_input
+from continual_transformers_tf.layers.inputs import check_features, check_same_rows, step_input
 from continual_transformers_tf.layers.step_ops import project_heads, project_output
 from continual_transformers_tf.ops.attention_cache import AttentionCache
 from continual_transformers_tf.ops.single_output import attend_steps, expand_mask
@@ -235,7 +235,11 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
             `(B, 1, E)`, the newest query's row; with `single_output=False` all, `(B, T, E)`. With
             return_attention_scores also the scores, `(B, H, 1, S)` or `(B, H, T, S)`.
         """
-        value = query if value is None else value
+        query = keras.ops.convert_to_tensor(query)
+        value = query if value is None else keras.ops.convert_to_tensor(value)
+        for name, x in (("query", query), ("value", value)):
+            if len(x.shape) != 3:
+                raise ValueError(f"Expected {name} of shape (B, T, E), but got {tuple(x.shape)}")
         self._ensure_built(query, value, key)
         masks = dict(
             query_mask=query_mask,
@@ -348,26 +352,30 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
                 "Expected training=False in a step, which has no dropout, but got training=True "
                 f"with dropout={self._dropout}: train on windows, by regular calls"
             )
-        query = step_input("query", query, rank, self.compute_dtype)
-        value = query if value is None else step_input("value", value, rank, self.compute_dtype)
-        key = value if key is None else step_input("key", key, rank, self.compute_dtype)
+        dtype = self.compute_dtype
+        query = step_input("query", query, rank, dtype)
+        value = query if value is None else step_input("value", value, rank, dtype)
+        key = value if key is None else step_input("key", key, rank, dtype)
+        check_same_rows(query=query, value=value, key=key)
         self._ensure_built(query, value, key)
-        check_features(dict(query=query, value=value, key=key), self._features)
-
+        for name, x, size in zip(
+            ("query", "value", "key"), (query, value, key), self._features, strict=True
+        ):
+            check_features(name, x, size)
         if rank == 2:
             one = query
             query = tf.expand_dims(one, 1)
             value = query if value is one else tf.expand_dims(value, 1)
             key = query if key is one else tf.expand_dims(key, 1)
-        cache, dtype = self._stream_state, self.compute_dtype
-        streams = cache.streams_of_call(
-            streams, tf.shape(query)[0] if query.shape[0] is None else query.shape[0]
-        )
-        mask = expand_mask(attention_mask)
+        cache = self._stream_state
+        mask = expand_mask(attention_mask, query, cache)
         if self._band is not None:
             band = tf.convert_to_tensor(self._band)
             mask = band if mask is None else mask & band
-        attended, scores = attend_steps(
+        streams = cache.streams_of_call(
+            streams, tf.shape(query)[0] if query.shape[0] is None else query.shape[0]
+        )
+        attended, scores, steps_taken = attend_steps(
             project_heads(query, self._query_dense, dtype),
             project_heads(key, self._key_dense, dtype),
             project_heads(value, self._value_dense, dtype),
@@ -382,7 +390,8 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
             attended *= tf.sigmoid(project_heads(query, self._gate_dense, dtype))
         if self._warm_up == "none" and tf.executing_eagerly():
             steps = query.shape[1]
-            ready = cache.ready_steps(streams, steps, pending=not update_state)
+            furthest = steps_taken.numpy().max(initial=0)
+            ready = max(0, min(steps, int(furthest) - self._seq_len + 1))
             if ready == 0:
                 return None, None
             if ready < steps:
@@ -400,7 +409,12 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
             with tf.init_scope():
                 self.build(query.shape, value.shape, (value if key is None else key).shape)
 
-    # Symbolic shapes.
+    # Symbolic shapes, and masks.
+
+    def compute_mask(self, inputs, previous_mask):
+        if previous_mask is None or self.active_call_mode != "regular" or not self._single_output:
+            return previous_mask
+        return previous_mask[:, -1:]
 
     def compute_output_shape(self, query_shape, value_shape=None, key_shape=None):
         lead = tuple(query_shape[:-1])

@@ -25,17 +25,20 @@ def step_input(name, x, rank, dtype):
     return tf.cast(x, dtype)
 
 
-def check_features(inputs, features):
-    """Raises ValueError unless tensors have the features a layer was built for, and the same rows.
-
-    Args:
-        inputs: dict from a name to a tensor `(M, E)` or `(M, T, E)`; the first sets M and T.
-        features: the E of each, in their order.
-    """
+def check_same_rows(**inputs):
+    """Raises ValueError unless tensors `(M, E)` or `(M, T, E)` agree in M and T, which is not 0."""
     first = next(iter(inputs.values()))
-    for (name, x), size in zip(inputs.items(), features, strict=True):
-        if x.shape[-1] != size or not x.shape[:-1].is_compatible_with(first.shape[:-1]):
-            expected = (*first.shape[:-1], size)
+    for name, x in inputs.items():
+        if not x.shape[:-1].is_compatible_with(first.shape[:-1]):
+            expected = (*first.shape[:-1], x.shape[-1])
             raise ValueError(f"Expected {name} of shape {expected}, but got {tuple(x.shape)}")
     if first.shape.rank == 3 and first.shape[1] == 0:
         raise ValueError(f"Expected at least one step, but got {tuple(first.shape)}")
+
+
+def check_features(name, x, features):
+    """Raises ValueError unless the last axis of a tensor is what the layer was built for."""
+    if x.shape[-1] != features:
+        raise ValueError(
+            f"Expected {name} of shape {(*x.shape[:-1], features)}, but got {tuple(x.shape)}"
+        )

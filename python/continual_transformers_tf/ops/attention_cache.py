@@ -1,6 +1,5 @@
 """The state of streams under attention: rings of keys and values."""
 
-import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf.ops.stream_state import StreamState, check_integer
@@ -47,43 +46,8 @@ class AttentionCache(StreamState):
         super().__init__(streams, rows, name=name)
         device = tf.DeviceSpec.from_string(self.key.device)
         self.device_type = device.device_type or "CPU"
-        self._all_ready = False
-        self._cleaned_in_graph = False
 
     @property
     def ready(self):
         """bool tensor `[S]`: which streams' windows are full."""
         return self.position >= self.seq_len
-
-    def ready_steps(self, streams, steps, pending):
-        """How many of a call's newest steps had a full window. Eager mode only.
-
-        Args:
-            streams: int32 tensor `[M]`, the call's streams.
-            steps: T, the steps of the call.
-            pending: whether the positions are still those from before the call.
-
-        Returns:
-            int from 0 to T: that of the stream that has come furthest.
-        """
-        # Once every stream is ready it stays so until one comes, is cleaned or is set, and a step
-        # need not read the positions. A graph may clean streams without Python's knowledge.
-        if self._all_ready and not self._cleaned_in_graph:
-            return steps
-        position = self.position.numpy()
-        self._all_ready = bool((position >= self.seq_len).all())
-        taken = position[streams.numpy()] + (steps if pending else 0)
-        return int(np.clip(taken - self.seq_len + 1, 0, steps).max(initial=0))
-
-    def _grow(self, streams):
-        self._all_ready = False
-        return super()._grow(streams)
-
-    def clean_state(self, streams=None):
-        self._all_ready = False
-        self._cleaned_in_graph |= not tf.executing_eagerly()
-        super().clean_state(streams)
-
-    def set_state(self, state, streams=None):
-        self._all_ready = False
-        super().set_state(state, streams)

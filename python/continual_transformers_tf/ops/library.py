@@ -48,7 +48,10 @@ def _load():
         return None, f"{LIBRARY_PATH} does not exist. {_HOW_TO_BUILD}"
     # The version is read from the file's bytes before anything is loaded: a library of another
     # version may crash the process where it should have said what is wrong.
-    version = built_for(LIBRARY_PATH)
+    try:
+        version = built_for(LIBRARY_PATH)
+    except OSError as error:
+        return None, f"{LIBRARY_PATH} could not be read: {error}. {_HOW_TO_BUILD}"
     if version is None:
         return None, (
             f"{LIBRARY_PATH} is not an op library of continual-transformers-tf. {_HOW_TO_BUILD}"

@@ -53,13 +53,13 @@ def single_output_attention(
     one_step = query.shape.rank == 3
     if one_step:
         query, key, value = (tf.expand_dims(x, 1) for x in (query, key, value))
-    output, scores = attend_steps(
+    output, scores, _ = attend_steps(
         query,
         key,
         value,
         cache,
         streams=stream_tensor(tf.range(tf.shape(query)[0]) if streams is None else streams),
-        attention_mask=expand_mask(attention_mask),
+        attention_mask=expand_mask(attention_mask, query, cache),
         scale=scale,
         return_attention_scores=return_attention_scores,
         update_state=update_state,
@@ -92,45 +92,77 @@ def attend_steps(
         attention_mask: bool tensor `[M, H, T, N]`, the first three axes may be 1; or None.
 
     Returns:
-        (output `[M, T, H, Dv]`, scores `[M, H, T, N]`, or of no columns where not wanted).
+        (output `[M, T, H, Dv]`, scores `[M, H, T, N]`, or of no columns where not wanted, and
+        int64 `[M]`, the steps that each of these streams has taken, these among them).
     """
     fused = library.fused_ops(cache.dtype, cache.device_type)
     take_steps = single_output_twin.attend_steps
     if fused is not None:
         take_steps = fused.continual_transformers_single_output_attention
-    return take_steps(
-        query=query,
-        key=key,
-        value=value,
-        key_cache=cache.key.handle if fused else cache.key,
-        value_cache=cache.value.handle if fused else cache.value,
-        position=cache.position.handle if fused else cache.position,
-        streams=streams,
-        scale=_scale(1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale),
-        attention_mask=[] if attention_mask is None else [attention_mask],
-        return_attention_scores=return_attention_scores,
-        update_state=update_state,
+    with cache.lock:
+        return take_steps(
+            query=query,
+            key=key,
+            value=value,
+            key_cache=cache.key.handle if fused else cache.key,
+            value_cache=cache.value.handle if fused else cache.value,
+            position=cache.position.handle if fused else cache.position,
+            streams=streams,
+            scale=_scale(1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale),
+            attention_mask=[] if attention_mask is None else [attention_mask],
+            return_attention_scores=return_attention_scores,
+            update_state=update_state,
+        )
+
+
+@tf.RegisterGradient("ContinualTransformers>SingleOutputAttention")
+def _no_gradient(op, *_):
+    raise LookupError(
+        f"The fused op {op.type} has no gradient: train on windows, by regular calls, or in steps "
+        f"with {library.BACKEND_VARIABLE}=tensorflow, whose plain ops have gradients"
     )
 
 
-def expand_mask(mask):
-    """A user's mask, `[N]`, `[M, N]`, `[M, H, N]` or `[M, H, T, N]`, with its missing axes as 1."""
+def expand_mask(mask, query, cache):
+    """A user's mask with its missing axes as 1: bool tensor `[M, H, T, N]`, or None for None.
+
+    Args:
+        mask: `[N]`, `[M, N]`, `[M, H, N]` or `[M, H, T, N]`.
+        query: tensor `[M, T, ...]`, whose M and T it must fit.
+        cache: the `AttentionCache` whose H and N it must fit.
+
+    Raises:
+        ValueError: if it is not bool, or does not fit.
+    """
     if mask is None:
         return None
     mask = tf.convert_to_tensor(mask)
     if mask.dtype != tf.bool:
         raise ValueError(f"Expected attention_mask to be bool, but got {mask.dtype.name}")
-    for axis in {1: (0, 0, 0), 2: (1, 1), 3: (2,), 4: ()}.get(mask.shape.rank, (None,)):
-        if axis is None:
-            raise ValueError(
-                "Expected attention_mask of shape [N], [M, N], [M, H, N] or [M, H, T, N], but got "
-                f"{mask.shape}"
-            )
+    m, t, (_, h, n, _) = query.shape[0], query.shape[1], cache.key.shape
+    letters, full = {
+        1: ("[N]", (n,)),
+        2: ("[M, N]", (m, n)),
+        3: ("[M, H, N]", (m, h, n)),
+        4: ("[M, H, T, N]", (m, h, t, n)),
+    }.get(mask.shape.rank, ("[N], [M, N], [M, H, N] or [M, H, T, N]", ()))
+    fits = len(full) == mask.shape.rank and all(
+        got == size or got is None or size is None or (got == 1 and axis < len(full) - 1)
+        for axis, (got, size) in enumerate(zip(mask.shape, full, strict=True))
+    )
+    if not fits:
+        raise ValueError(
+            f"Expected attention_mask of shape {letters}, with M = {m}, H = {h}, T = {t} and "
+            f"N = {n}, but got {tuple(mask.shape)}"
+        )
+    for axis in {1: (0, 0, 0), 2: (1, 1), 3: (2,), 4: ()}[len(full)]:
         mask = tf.expand_dims(mask, axis)
     return mask
 
 
 def _scale(scale):
+    if tf.is_tensor(scale):
+        return tf.cast(scale, tf.float64)
     return _constant_scale(scale) if tf.executing_eagerly() else tf.constant(scale, tf.float64)
 
 

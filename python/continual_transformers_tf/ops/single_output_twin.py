@@ -1,13 +1,14 @@
 """The plain-TensorFlow twin of the fused op: the same signature, the same results.
 
 It gathers each query's window and attends to it, which any TensorFlow runs, on any device, under
-XLA too, and which is easy to see to be right. What it lacks is the fused op's speed, and its lock:
-two threads must not step one cache at the same time.
+XLA too, and which is easy to see to be right. What it lacks is the fused op's speed, and in a graph
+its lock: two threads must not step one cache at the same time. XLA leaves assertions out, so under
+`jit_compile=True` the numbers of streams are not checked.
 """
 
 import tensorflow as tf
 
-from continual_transformers_tf.ops.stream_state import check_streams
+from continual_transformers_tf.ops.stream_state import check_streams, stream_assertions
 
 # Windows are gathered for this many steps at a time at the most: the memory of a call of many steps
 # is that of this many windows.
@@ -32,12 +33,13 @@ def attend_steps(
     Differs in what it takes for the cache: variables, not their handles.
     """
     mask = attention_mask[0] if attention_mask else None
-    _check_static(query, key, value, key_cache, value_cache, streams, mask)
-    with tf.control_dependencies(_check_values(query, streams, position)):
+    _check_static(query, key, value, key_cache, value_cache, streams)
+    with tf.control_dependencies(
+        _check_values(query, key, value, streams, position, mask, key_cache)
+    ):
         streams = tf.identity(streams)  # What comes after waits for the checks.
     start = tf.gather(position, streams)  # [M]
     seq_len = key_cache.shape[2]
-    scale = tf.cast(scale, query.dtype)
 
     # The N steps before this call and its own, in order: column c is step start - N + c.
     key_steps = tf.transpose(key, (0, 2, 1, 3))  # [M, H, T, D]
@@ -70,18 +72,22 @@ def attend_steps(
     scores = tf.concat(scores, 2)
     if not return_attention_scores:
         scores = scores[..., :0]
+    steps_taken = start + tf.cast(tf.shape(query)[1], tf.int64)
     if update_state:
-        # What is read is read before the state changes; in a graph only this says so.
-        with tf.control_dependencies([keys, values, start]):
+        # In a graph, what is read is read before the state changes, and what fails has failed.
+        with tf.control_dependencies([keys, values, output, scores]):
             _write(key_cache, streams, start, key_steps)
             _write(value_cache, streams, start, value_steps)
-            steps = tf.cast(tf.shape(query)[1], tf.int64)
-            position.scatter_nd_update(streams[:, tf.newaxis], start + steps)
-    return output, scores
+            position.scatter_nd_update(streams[:, tf.newaxis], steps_taken)
+    return output, scores, steps_taken
 
 
 def _attend(query, keys, values, attended, scale):
     """query [M, t, H, D], keys [M, H, t, N, D], values [M, H, t, N, Dv], attended [M, *, t, N]."""
+    dtype = query.dtype
+    if dtype.size < 4:  # Half precision is what is kept, not what is computed in.
+        query, keys, values = (tf.cast(x, tf.float32) for x in (query, keys, values))
+    scale = tf.cast(scale, query.dtype)
     # Selected, not multiplied by zero: what may not be attended to can be NaN.
     keys = tf.where(attended[..., tf.newaxis], keys, 0)
     values = tf.where(attended[..., tf.newaxis], values, 0)
@@ -92,7 +98,8 @@ def _attend(query, keys, values, attended, scale):
     weights = tf.exp(logits - highest)
     # A row where nothing is attended to: zeros, not 0 / 0.
     weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights, -1, keepdims=True))
-    return tf.einsum("mhtn,mhtnd->mthd", weights, values), weights
+    output = tf.einsum("mhtn,mhtnd->mthd", weights, values)
+    return tf.cast(output, dtype), tf.cast(weights, dtype)
 
 
 def _unroll(cache, streams, start):
@@ -125,7 +132,7 @@ def _write(cache, streams, start, steps):
     cache.scatter_nd_update(indices, steps)
 
 
-def _check_static(query, key, value, key_cache, value_cache, streams, mask):
+def _check_static(query, key, value, key_cache, value_cache, streams):
     """What the shapes that are known say, as the op's shape function has it."""
     for name, tensor, axes in (
         ("query", query, "[M, T, H, D]"),
@@ -135,7 +142,7 @@ def _check_static(query, key, value, key_cache, value_cache, streams, mask):
         if tensor.shape.rank != 4:
             raise ValueError(f"Expected {name} of rank 4, {axes}, but got {tensor.shape}")
     m, t, h, d = query.shape
-    _, held_heads, n, held_d = key_cache.shape
+    _, held_heads, _, held_d = key_cache.shape
     dv = value_cache.shape[3]
     for name, tensor, expected in (
         ("query", query, [m, t, held_heads, held_d]),
@@ -147,30 +154,32 @@ def _check_static(query, key, value, key_cache, value_cache, streams, mask):
             raise ValueError(f"Expected {name} of shape {expected}, but got {tensor.shape}")
     if t == 0:
         raise ValueError(f"Expected at least one step, but got query {query.shape}")
-    if mask is not None:
-        fits = mask.shape.rank == 4 and all(
-            got in (1, None, full) or full is None
-            for got, full in zip(mask.shape[:3], (m, h, t), strict=True)
-        )
-        if not fits or mask.shape[3] not in (None, n):
-            raise ValueError(
-                f"Expected attention_mask of shape {[m, h, t, n]}, [M, H, T, N], where M, H and T "
-                f"may be 1, but got {mask.shape}"
-            )
 
 
-def _check_values(query, streams, position):
+def _check_values(query, key, value, streams, position, mask, key_cache):
     """What only the values can say. Eagerly it is said at once; in a graph by the ops returned."""
     if tf.executing_eagerly():
         check_streams(streams.numpy(), int(tf.shape(position)[0]))
         return []
-    held = tf.shape(position)[0]
-    in_order = tf.sort(streams)
-    return [
-        tf.debugging.assert_positive(tf.shape(query)[1], "Expected at least one step, but got 0"),
-        tf.debugging.assert_non_negative(streams, "Expected streams >= 0"),
-        tf.debugging.assert_less(streams, held, "Expected streams that the cache holds"),
-        tf.debugging.assert_less(
-            in_order[:-1], in_order[1:], "Expected each stream once in a call"
+    shape = tf.shape(query)
+    assertions = [
+        tf.debugging.assert_positive(shape[1], "Expected at least one step, but got 0"),
+        tf.debugging.assert_equal(tf.shape(key), shape, "Expected key of the shape of query"),
+        tf.debugging.assert_equal(
+            tf.shape(value)[:3], shape[:3], "Expected value of the M, T and H of query"
         ),
+        tf.debugging.assert_equal(
+            tf.shape(streams)[0], shape[0], "Expected as many streams as query has rows"
+        ),
+        *stream_assertions(streams, tf.shape(position)[0]),
     ]
+    if mask is not None:
+        got = tf.shape(mask)
+        full = tf.gather(shape, [0, 2, 1])
+        assertions += [
+            tf.debugging.Assert(
+                tf.reduce_all((got[:3] == 1) | (got[:3] == full)) & (got[3] == key_cache.shape[2]),
+                ["Expected attention_mask of shape [M, H, T, N], with M, H, T", full, "got", got],
+            )
+        ]
+    return assertions

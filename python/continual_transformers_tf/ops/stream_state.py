@@ -1,13 +1,20 @@
 """What streams keep between calls: variables with one row a stream."""
 
+import threading
+
 import numpy as np
 import tensorflow as tf
+
+_LARGEST = np.iinfo(np.int32).max
 
 
 class StreamState(tf.Module):
     """Variables whose first axis is the stream, and the number of steps each stream has taken.
 
-    Streams are numbered from 0. More can come; those that are held keep their state.
+    Streams are numbered from 0. More can come, and none goes: those that are held keep their state.
+
+    Eager calls from several threads take turns, by `lock`. A graph knows no such lock: while one
+    runs in another thread, make no room for streams and set no state.
 
     Args:
         streams: S, how many streams are held at first.
@@ -16,6 +23,7 @@ class StreamState(tf.Module):
 
     Attributes:
         position: tf.Variable int64 `[S]`, the steps each stream has taken.
+        lock: held by every eager call that reads or writes the variables.
 
     Raises:
         ValueError: if `streams` is not an integer >= 0.
@@ -36,8 +44,9 @@ class StreamState(tf.Module):
                     name=row_name,
                 )
                 setattr(self, row_name, variable)
+        self.lock = threading.RLock()
         self._streams = streams  # At least so many are held: a graph may have made room for more.
-        self._row_streams = {}
+        self._row_streams = tf.range(0)
 
     @property
     def _variables(self):
@@ -53,9 +62,9 @@ class StreamState(tf.Module):
             held = tf.shape(self.position)[0]
             tf.cond(streams > held, lambda: self._grow(streams), lambda: held)
         elif streams > self._streams:
-            with tf.init_scope():
+            with tf.init_scope(), self.lock:
                 self._grow(streams)
-            self._streams = streams
+                self._streams = streams
 
     def _grow(self, streams):
         missing = tf.maximum(streams - tf.shape(self.position)[0], 0)
@@ -83,20 +92,24 @@ class StreamState(tf.Module):
         self.ensure_streams(rows)
         if not tf.executing_eagerly():
             return tf.range(rows)
-        if rows not in self._row_streams:  # A tf.range would cost every step one more op.
-            self._row_streams[rows] = tf.range(rows)
-        return self._row_streams[rows]
+        row_streams = self._row_streams
+        if row_streams.shape[0] != rows:  # A tf.range would cost every step one more op.
+            self._row_streams = row_streams = tf.range(rows)
+        return row_streams
 
     def checked(self, streams):
-        """`stream_tensor(streams)`, of which every one is known to be held; eager mode only.
+        """`stream_tensor(streams)`, of which each is known to be held, and named once.
 
         Raises:
-            ValueError: if a stream is not held, or is named twice.
+            ValueError: if one is not; in a graph tf.errors.InvalidArgumentError, when it runs.
         """
         streams = stream_tensor(streams)
+        held = tf.shape(self.position)[0]
         if tf.executing_eagerly():
-            check_streams(streams.numpy(), int(tf.shape(self.position)[0]))
-        return streams
+            check_streams(streams.numpy(), int(held))
+            return streams
+        with tf.control_dependencies(stream_assertions(streams, held)):
+            return tf.identity(streams)
 
     def clean_state(self, streams=None):
         """Forgets everything that streams have seen: they begin again.
@@ -108,12 +121,13 @@ class StreamState(tf.Module):
             ValueError: if a stream is not held, or is named twice.
         """
         # A row that no step has written since is never read, so all but the position may stay.
-        if streams is None:
-            self.position.assign(tf.zeros_like(self.position))
-        else:
-            streams = self.checked(streams)
-            zeros = tf.zeros_like(streams, dtype=tf.int64)
-            self.position.scatter_nd_update(streams[:, tf.newaxis], zeros)
+        with self.lock:
+            if streams is None:
+                self.position.assign(tf.zeros_like(self.position))
+            else:
+                streams = self.checked(streams)
+                zeros = tf.zeros_like(streams, dtype=tf.int64)
+                self.position.scatter_nd_update(streams[:, tf.newaxis], zeros)
 
     def get_state(self, streams=None):
         """The state of streams, as plain data. Eager mode only.
@@ -127,16 +141,17 @@ class StreamState(tf.Module):
         Raises:
             ValueError: if a stream is not held, or is named twice.
         """
-        chosen = slice(None) if streams is None else self.checked(streams).numpy()
-        return {name: variable.numpy()[chosen] for name, variable in self._variables.items()}
+        with self.lock:
+            chosen = slice(None) if streams is None else self.checked(streams).numpy()
+            return {name: variable.numpy()[chosen] for name, variable in self._variables.items()}
 
     def set_state(self, state, streams=None):
         """Puts back what `get_state` gave, here or elsewhere, of streams of the same sizes.
 
         Args:
             state: what `get_state` gave, of M streams.
-            streams: integers `[M]`, which streams take it; None: it becomes the whole state, of
-                streams 0, ..., M - 1.
+            streams: integers `[M]`, which streams take it; None: streams 0, ..., M - 1, for which
+                there is made room, and others that are held begin again.
 
         Raises:
             ValueError: if the state does not fit; this state then stays as it was.
@@ -146,8 +161,7 @@ class StreamState(tf.Module):
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"Expected a state with {sorted(variables)}, but got {got}")
         state = {name: np.asarray(state[name]) for name in variables}
-        indices = None if streams is None else self.checked(streams)[:, tf.newaxis]
-        rows = np.size(state["position"]) if streams is None else indices.shape[0]
+        rows = np.size(state["position"]) if streams is None else stream_tensor(streams).shape[0]
         for name, variable in variables.items():
             expected = (variable.dtype.as_numpy_dtype, (rows, *variable.shape[1:]))
             got = (state[name].dtype, state[name].shape)
@@ -158,13 +172,14 @@ class StreamState(tf.Module):
                 )
         if (state["position"] < 0).any():
             raise ValueError(f"Expected positions >= 0, but got {state['position'].tolist()}")
-        for name, variable in variables.items():
+        with self.lock:
             if streams is None:
-                variable.assign(state[name])
-            else:
+                self.ensure_streams(rows)
+                self.clean_state()
+                streams = np.arange(rows)
+            indices = self.checked(streams)[:, tf.newaxis]
+            for name, variable in variables.items():
                 variable.scatter_nd_update(indices, state[name])
-        if streams is None:
-            self._streams = rows
 
 
 def check_integer(name, value, at_least):
@@ -188,19 +203,37 @@ def check_streams(streams, held):
         )
 
 
+def stream_assertions(streams, held):
+    """`check_streams` for a graph: ops that fail, when they run, where it would raise."""
+    in_order = tf.sort(streams)
+    return [
+        tf.debugging.assert_non_negative(streams, "Expected streams >= 0"),
+        tf.debugging.assert_less(streams, held, "Expected streams that are held"),
+        tf.debugging.assert_less(
+            in_order[:-1], in_order[1:], "Expected each stream once in a call"
+        ),
+    ]
+
+
 def stream_tensor(streams):
     """Numbers of streams, as a user gives them, as an int32 tensor `[M]`.
 
     Raises:
-        ValueError: if they are not a vector of integers.
+        ValueError: if they are not a vector of integers, or are beyond int32.
     """
-    if not tf.is_tensor(streams):
+    if tf.is_tensor(streams):
+        if not streams.dtype.is_integer:
+            raise ValueError(f"Expected streams to be integers, but got {streams.dtype.name}")
+        if streams.dtype != tf.int32:
+            # A number beyond int32 must not come round to a stream that is held.
+            streams = tf.cast(tf.clip_by_value(tf.cast(streams, tf.int64), -1, _LARGEST), tf.int32)
+    else:
         streams = np.asarray(streams)
         if streams.dtype.kind not in "iu" and streams.size:
             raise ValueError(f"Expected streams to be integers, but got {streams.dtype} {streams}")
-    elif not streams.dtype.is_integer:
-        raise ValueError(f"Expected streams to be integers, but got {streams.dtype.name}")
-    streams = tf.cast(streams, tf.int32)
+        if streams.size and not (streams.min() >= -_LARGEST and streams.max() <= _LARGEST):
+            raise ValueError(f"Expected streams to fit into int32, but got {streams}")
+        streams = tf.constant(streams, tf.int32)
     if streams.shape.rank not in (None, 1):
         raise ValueError(f"Expected streams of shape [M], but got {tuple(streams.shape)}")
     return streams
