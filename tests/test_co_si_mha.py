@@ -1,7 +1,5 @@
 """CoSiMultiHeadAttention against keras.layers.MultiHeadAttention on sliding windows."""
 
-import tempfile
-
 import keras
 import numpy as np
 import pytest
@@ -9,38 +7,7 @@ import tensorflow as tf
 
 import continual_transformers_tf as ct
 import reference
-from conftest import BAD_INPUT
-
-N, H, D, E = 6, 3, 5, 7  # The window and sizes of tests that are about something else.
-
-
-def pair(seq_len=N, num_heads=H, key_dim=D, features=E, *, random, layer_options=None, **options):
-    """A continual layer and the regular one with the same weights, none of them zero."""
-    dtype = options.get("dtype", "float32")
-    regular = keras.layers.MultiHeadAttention(num_heads, key_dim, **options)
-    regular.build((None, seq_len, features), (None, seq_len, features))
-    regular.set_weights([random.normal(scale=0.4, size=w.shape) for w in regular.weights])
-    layer = ct.CoSiMultiHeadAttention(
-        seq_len, num_heads, key_dim, **options, **(layer_options or {})
-    )
-    layer.build((None, seq_len, features))
-    layer.set_weights(regular.get_weights())
-    assert layer.compute_dtype == dtype
-    return layer, regular
-
-
-def newest_of_windows(regular, x, seq_len, **kwargs):
-    """What the regular layer says of each full window of x [B, T, E]: [B, T - N + 1, E]."""
-    windows = reference.sliding_windows(x.swapaxes(0, 1), seq_len)  # [T', N, B, E]
-    windows = windows.transpose(2, 0, 1, 3)
-    batch, count = windows.shape[:2]
-    flat = windows.reshape(batch * count, *windows.shape[2:])
-    regular = tf.function(regular, reduce_retracing=True)
-    newest = [
-        regular(flat[i : i + 256], flat[i : i + 256], **kwargs)[:, -1]
-        for i in range(0, len(flat), 256)
-    ]
-    return np.concatenate(newest).reshape(batch, count, -1)
+from co_si_mha_cases import D, E, H, N, newest_of_windows, pair
 
 
 @pytest.mark.parametrize(
@@ -101,20 +68,6 @@ def test_steps_in_any_portions(backend, random, lengths, dtype):
         stepped.call_step(x[:, t])
     for name, array in stepped.get_state().items():
         np.testing.assert_allclose(layer.get_state()[name], array, rtol=1e-5, atol=1e-6)
-
-
-def test_partial_warm_up_equals_regular_attention_on_the_shorter_sequence(backend, random):
-    layer, regular = pair(random=random, layer_options=dict(warm_up="partial"))
-    x = random.normal(size=(2, N + 2, E)).astype("float32")
-    for t in range(N + 2):
-        window = x[:, max(0, t - N + 1) : t + 1]
-        expected = regular(window, window)[:, -1].numpy()
-        assert reference.relative_error(layer.call_step(x[:, t]), expected) < 5e-6
-        np.testing.assert_array_equal(layer.ready, [t >= N - 1] * 2)
-    layer.clean_state()
-    together = layer.call_steps(x)
-    assert together.shape == (2, N + 2, E)
-    assert reference.relative_error(together[:, -1], expected) < 5e-6
 
 
 def test_scores_are_those_of_the_regular_layer(backend, random):
@@ -301,77 +254,6 @@ def test_a_program_written_for_the_original_package(random):
     np.testing.assert_allclose(step, expected[:, -1], atol=1e-6)
 
 
-def test_streams_of_different_ages_in_any_order(backend, random):
-    layer, regular = pair(random=random, layer_options=dict(warm_up="partial"))
-    layer.ensure_streams(5)
-    history = [[] for _ in range(5)]
-    for _ in range(25):
-        streams = random.permutation(5)[: random.integers(1, 5)]
-        x = random.normal(size=(len(streams), E)).astype("float32")
-        output = layer.call_step(x, streams=streams)
-        for row, stream in enumerate(streams):
-            history[stream].append(x[row])
-            window = np.stack(history[stream][-N:])[None]
-            expected = regular(window, window)[0, -1].numpy()
-            assert reference.relative_error(output[row], expected) < 1e-5
-    np.testing.assert_array_equal(layer.ready, [len(h) >= N for h in history])
-    layer.clean_state(streams=[3])
-    history[3] = []
-    np.testing.assert_array_equal(layer.ready, [len(h) >= N for h in history])
-
-
-def test_warm_up_none_with_streams_of_different_ages(backend, random):
-    """None while no stream of the call is ready; and ready tells which rows are full."""
-    layer, _ = pair(random=random)
-    layer.ensure_streams(2)
-    x = random.normal(size=(2, 2 * N, E)).astype("float32")
-    layer.call_steps(x[:1, :N], streams=[0])
-    assert layer.call_step(x[1:, 0], streams=[1]) is None
-    assert layer.call_step(x[:, 1]).shape == (2, E)
-    np.testing.assert_array_equal(layer.ready, [True, False])
-    layer.clean_state(streams=[0])
-    assert layer.call_step(x[:, 2]) is None
-    # Stream 1 has come furthest: after its steps 4, ..., N + 2, three of them end a full window.
-    assert layer.call_steps(x[:, : N - 1]).shape == (2, 3, E)
-
-
-def test_more_rows_are_more_streams(backend, random):
-    layer, regular = pair(random=random)
-    x = random.normal(size=(3, N + 1, E)).astype("float32")
-    layer.call_steps(x[:1, :-1])
-    layer.ensure_streams(3)
-    layer.call_steps(x[1:, :-1], streams=[1, 2])
-    expected = newest_of_windows(regular, x, N)
-    assert reference.relative_error(layer.call_step(x[:, -1]), expected[:, -1]) < 5e-6
-
-
-def test_peeking_with_and_without_prior_state(backend, random):
-    layer, _ = pair(random=random, layer_options=dict(warm_up="partial"))
-    x = random.normal(size=(2, 3, E)).astype("float32")
-    peek = layer.call_step(x[:, 0], update_state=False)
-    np.testing.assert_array_equal(layer.get_state()["position"], [0, 0])
-    np.testing.assert_array_equal(layer.call_step(x[:, 0]), peek)
-    peek = layer.call_steps(x[:, 1:], update_state=False)
-    np.testing.assert_array_equal(layer.call_steps(x[:, 1:]), peek)
-    strict, _ = pair(random=random)
-    for t in range(N - 1):
-        assert strict.call_step(x[:, 0]) is None
-        assert (strict.call_step(x[:, 0], update_state=False) is None) == (t + 1 < N - 1)
-
-
-def test_state_goes_on_in_another_layer_bit_for_bit(backend, random):
-    layer, _ = pair(random=random)
-    x = random.normal(size=(2, N + 4, E)).astype("float32")
-    layer.call_steps(x[:, : N + 1])
-    other, _ = pair(random=random)
-    other.set_weights(layer.get_weights())
-    other.set_state(layer.get_state())
-    for t in range(N + 1, N + 4):
-        np.testing.assert_array_equal(other.call_step(x[:, t]), layer.call_step(x[:, t]))
-    with pytest.raises(ValueError, match="Expected"):
-        other.set_state({"position": 3})
-
-
 def test_config_and_file_round_trip(tmp_path, random):
     inputs = keras.Input((N, E))
     layer = ct.CoSiMultiHeadAttention(
@@ -421,39 +303,6 @@ def test_trained_on_windows_then_streamed(random):
     assert reference.relative_error(steps, layer(x).numpy()) < 5e-6
 
 
-def test_inside_a_graph_warm_up_is_partial_and_nothing_retraces(backend, random):
-    layer, regular = pair(random=random)
-    traces = []
-
-    @tf.function
-    def step(x):
-        traces.append(1)
-        return layer.call_step(x)
-
-    x = random.normal(size=(2, N + 3, E)).astype("float32")
-    for t in range(N + 3):
-        output = step(tf.constant(x[:, t]))
-        window = x[:, max(0, t - N + 1) : t + 1]
-        assert reference.relative_error(output, regular(window, window)[:, -1].numpy()) < 5e-6
-    assert len(traces) == 1
-    np.testing.assert_array_equal(layer.ready, [True, True])
-    # The eager layer knows how far the graph has come.
-    assert layer.call_step(x[:, 0]) is not None
-
-    clean = tf.function(layer.clean_state)
-    clean()
-    assert layer.call_step(x[:, 0]) is None
-
-
-def test_a_graph_makes_room_for_as_many_streams_as_come(backend, random):
-    layer, _ = pair(random=random)
-    step = tf.function(layer.call_steps, input_signature=[tf.TensorSpec([None, None, E])])
-    x = random.normal(size=(3, N, E)).astype("float32")
-    assert step(x[:1, :1]).shape == (1, 1, E)
-    assert step(x).shape == (3, N, E)
-    np.testing.assert_array_equal(layer.get_state()["position"], [N + 1, N, N])
-
-
 def test_eagerly_one_op_attends(monkeypatch, executed_ops, random):
     """The projections are matrix products; all the rest is in the one custom op."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
@@ -468,93 +317,6 @@ def test_eagerly_one_op_attends(monkeypatch, executed_ops, random):
         "AddV2", "ExpandDims", "MatMul", "ReadVariableOp", "Reshape", "Squeeze",
     }  # fmt: skip
     assert executed_ops.count("MatMul") == 4
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(seq_len=0),
-        dict(seq_len=2.5),
-        dict(seq_len=True),
-        dict(num_heads=0),
-        dict(key_dim=-1),
-        dict(attention_axes=2),
-        dict(attention_axes=(1, 2)),
-        dict(warm_up="full"),
-        dict(call_mode="walk"),
-    ],
-    ids=str,
-)
-def test_bad_construction(options):
-    with pytest.raises(ValueError, match="(?i)expected"):
-        ct.CoSiMultiHeadAttention(**{**dict(seq_len=N, num_heads=H, key_dim=D), **options})
-
-
-STEP = np.ones((2, E), np.float32)
-BAD = {
-    "rank": dict(query=np.ones((2, 1, E), np.float32)),
-    "features of query": dict(query=np.ones((2, E + 1), np.float32)),
-    "features of value": dict(query=STEP, value=np.ones((2, E + 1), np.float32)),
-    "rows of key": dict(query=STEP, value=STEP, key=np.ones((3, E), np.float32)),
-    "dtype": dict(query=np.ones((2, E), np.int32)),
-    "stream beyond": dict(query=STEP, streams=[0, 9]),
-    "stream negative": dict(query=STEP, streams=[-1, 0]),
-    "stream twice": dict(query=STEP, streams=[1, 1]),
-    "streams too many": dict(query=STEP, streams=[0, 1, 2]),
-    "streams not integers": dict(query=STEP, streams=["a", "b"]),
-    "mask of another window": dict(query=STEP, attention_mask=np.ones((2, N + 1), bool)),
-    "mask not bool": dict(query=STEP, attention_mask=np.ones((2, N), np.int32)),
-}
-
-
-@pytest.mark.parametrize("what", BAD)
-def test_bad_input_is_named_and_changes_nothing(backend, random, what):
-    layer, _ = pair(random=random, layer_options=dict(warm_up="partial"))
-    layer.call_steps(random.normal(size=(2, N - 2, E)))
-    before = layer.get_state()
-    with pytest.raises(BAD_INPUT, match="(?i)expected"):
-        layer.call_step(**BAD[what])
-    for name, array in layer.get_state().items():
-        np.testing.assert_array_equal(array, before[name])
-    steps = {
-        name: x[:, None] if name in ("query", "value", "key") else x
-        for name, x in BAD[what].items()
-    }
-    with pytest.raises(BAD_INPUT, match="(?i)expected"):
-        layer.call_steps(**steps)
-    for name, array in layer.get_state().items():
-        np.testing.assert_array_equal(array, before[name])
-    assert layer.call_step(STEP).shape == (2, E)
-
-
-def test_a_failing_call_holds_no_more_streams_and_builds_no_layer(backend, random):
-    layer, _ = pair(random=random)
-    layer.call_step(STEP)
-    with pytest.raises(BAD_INPUT, match="(?i)expected"):
-        layer.call_step(np.ones((5, E), np.float32), attention_mask=np.ones((4, N), bool))
-    assert layer.get_state()["position"].tolist() == [1, 1]
-    new = ct.CoSiMultiHeadAttention(N, H, D)
-    with pytest.raises(BAD_INPUT, match="(?i)expected"):
-        new.call_step(STEP, value=np.ones((3, E + 2), np.float32))
-    assert not new.built
-    new.call_step(STEP)
-
-
-def test_a_step_is_ready_by_what_has_really_been_taken(backend, random):
-    """However the state came about: in a graph, by a checkpoint, by streams a graph made room for."""
-    layer, _ = pair(random=random)
-    x = random.normal(size=(3, N, E)).astype("float32")
-    checkpoint = tf.train.Checkpoint(state=layer._stream_state)
-    layer.call_steps(x[:, :2])
-    young = checkpoint.save(tempfile.mkdtemp() + "/state")
-    assert layer.call_steps(x[:, 2:]) is not None
-    checkpoint.restore(young)
-    assert layer.call_step(x[:, 2]) is None
-    graph = tf.function(layer.call_steps, input_signature=[tf.TensorSpec([None, None, E])])
-    graph(x)
-    assert layer.call_step(x[:, 0]) is not None
-    graph(np.ones((5, 1, E), np.float32))
-    assert layer.call_step(x[:2, 0], streams=[3, 4]) is None
 
 
 def test_a_mask_of_the_query_is_that_of_the_newest_row(random):
@@ -573,39 +335,6 @@ def test_low_rank_additions_stream(random):
     for weight in layer.query_dense.trainable_weights:
         weight.assign(random.normal(size=weight.shape))
     assert reference.relative_error(layer.call_steps(x), layer(x).numpy()) < 5e-6
-
-
-def test_regular_input_of_another_rank_is_named_and_lists_are_taken(random):
-    layer, _ = pair(random=random)
-    with pytest.raises(ValueError, match=r"query of shape \(B, T, E\), but got \(2, 7\)"):
-        layer.call_regular(STEP)
-    x = random.normal(size=(1, N, E)).astype("float32")
-    assert layer.call_regular(x.tolist()).shape == (1, 1, E)
-
-
-def test_state_is_part_of_a_saved_model(tmp_path, random):
-    layer, _ = pair(random=random)
-    x = tf.constant(random.normal(size=(2, N + 2, E)).astype("float32"))
-    module = tf.Module()
-    module.layer = layer
-    module.step = tf.function(layer.call_step, input_signature=[tf.TensorSpec([None, E])])
-    for t in range(N):
-        module.step(x[:, t])
-    tf.saved_model.save(module, str(tmp_path / "saved"))
-    loaded = tf.saved_model.load(str(tmp_path / "saved"))
-    for t in range(N, N + 2):
-        np.testing.assert_array_equal(loaded.step(x[:, t]), module.step(x[:, t]))
-
-
-def test_no_steps_and_training_with_dropout_are_refused(random):
-    layer, _ = pair(random=random, dropout=0.5)
-    with pytest.raises(ValueError, match="at least one step"):
-        layer.call_steps(np.ones((2, 0, E), np.float32))
-    with pytest.raises(ValueError, match="dropout"):
-        layer.call_step(STEP, training=True)
-    with pytest.raises(ValueError, match="mask"), ct.call_mode("step"):
-        layer(STEP, key_mask=np.ones(2, bool))
-    assert layer.get_state()["position"].sum() == 0
 
 
 def test_receptive_field_and_delay():

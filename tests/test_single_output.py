@@ -1,65 +1,18 @@
 """Continual single-output attention on projected steps, against the float64 reference."""
 
-import threading
-
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import continual_transformers_tf as ct
 import reference
-from conftest import BAD_INPUT
 from continual_transformers_tf.ops import AttentionCache, single_output_attention
+from single_output_cases import GOOD, cache_at, expected_of, steps_of
 
 WINDOWS = (1, 2, 3, 16, 17, 64, 120, 1000)
+
+
 KEY_DIMS = (1, 12, 16, 24, 33, 64, 128)
-
-
-def cache_at(positions, num_heads, seq_len, key_dim, value_dim, dtype, random):
-    """A cache whose streams have taken so many steps, and their references.
-
-    Ring rows that no step has written hold NaN.
-    """
-    cache = AttentionCache(len(positions), num_heads, seq_len, key_dim, value_dim, dtype)
-    state = cache.get_state()
-    state["position"][:] = positions
-    for name in ("key", "value"):
-        state[name][:] = np.nan
-    streams = []
-    for s, position in enumerate(positions):
-        taken = min(position, seq_len)
-        keys = random.normal(size=(taken, num_heads, key_dim)).astype(dtype)
-        values = random.normal(size=(taken, num_heads, value_dim)).astype(dtype)
-        for i in range(taken):
-            row = (position - taken + i) % seq_len
-            state["key"][s, :, row] = keys[i]
-            state["value"][s, :, row] = values[i]
-        streams.append(reference.Stream(seq_len, keys, values))
-    cache.set_state(state)
-    return cache, streams
-
-
-def steps_of(m, t, num_heads, key_dim, value_dim, dtype, random):
-    query, key = random.normal(size=(2, m, t, num_heads, key_dim)).astype(dtype)
-    return query, key, random.normal(size=(m, t, num_heads, value_dim)).astype(dtype)
-
-
-def expected_of(streams, query, key, value, scale=None, mask=None):
-    """Steps the references: output [M, T, H, Dv], scores [M, H, T, N]; mask [M, H, T, N]."""
-    pairs = [
-        [
-            stream.step(*(x[m, t] for x in (query, key, value)), scale, mask=mask_of(mask, m, t))
-            for t in range(query.shape[1])
-        ]
-        for m, stream in enumerate(streams)
-    ]
-    output = np.array([[output for output, _ in steps] for steps in pairs])
-    scores = np.array([[scores for _, scores in steps] for steps in pairs])
-    return output, scores.transpose(0, 2, 1, 3)
-
-
-def mask_of(mask, m, t):
-    return None if mask is None else mask[m, :, t]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -208,182 +161,6 @@ def test_no_drift_after_100_000_steps(monkeypatch, random):
     assert int(cache.position[0]) == 100_000
 
 
-@pytest.mark.parametrize("t", [1, 3, 9])
-def test_peeking_gives_the_next_output_and_changes_nothing(backend, random, t):
-    cache, _ = cache_at([0, 5, 12], 2, 4, 8, 6, "float32", random)
-    inputs = steps_of(3, t, 2, 8, 6, "float32", random)
-    before = cache.get_state()
-    peek = single_output_attention(*inputs, cache, update_state=False)
-    for name, array in cache.get_state().items():
-        np.testing.assert_array_equal(array, before[name])
-    np.testing.assert_array_equal(single_output_attention(*inputs, cache), peek)
-
-
-def test_state_moves_to_another_cache_bit_for_bit(backend, random):
-    here, _ = cache_at([3, 9, 2], 2, 5, 8, 6, "float32", random)
-    there = AttentionCache(4, 2, 5, 8, 6)
-    there.set_state(here.get_state(streams=[2, 1]), streams=[0, 3])
-    inputs = steps_of(2, 6, 2, 8, 6, "float32", random)
-    expected = single_output_attention(*inputs, here, streams=[2, 1])
-    np.testing.assert_array_equal(single_output_attention(*inputs, there, streams=[0, 3]), expected)
-    whole = AttentionCache(0, 2, 5, 8, 6)
-    whole.set_state(here.get_state())
-    np.testing.assert_array_equal(whole.position, here.position)
-
-
-def test_clean_streams_begin_again_and_others_go_on(backend, random):
-    cache, streams = cache_at([7, 9], 2, 5, 8, 8, "float32", random)
-    cache.clean_state(streams=[0])
-    streams[0] = reference.Stream(5)
-    inputs = steps_of(2, 3, 2, 8, 8, "float32", random)
-    expected, _ = expected_of(streams, *inputs)
-    assert reference.relative_error(single_output_attention(*inputs, cache), expected) < 5e-6
-    np.testing.assert_array_equal(cache.ready, [False, True])
-    cache.clean_state()
-    np.testing.assert_array_equal(cache.position, [0, 0])
-
-
-def test_room_for_more_streams_leaves_those_held(backend, random):
-    cache, streams = cache_at([7, 9], 2, 5, 8, 8, "float32", random)
-    cache.ensure_streams(4)
-    streams += [reference.Stream(5), reference.Stream(5)]
-    inputs = steps_of(4, 2, 2, 8, 8, "float32", random)
-    expected, _ = expected_of(streams, *inputs)
-    assert reference.relative_error(single_output_attention(*inputs, cache), expected) < 5e-6
-    cache.ensure_streams(1)
-    assert cache.get_state()["position"].shape == (4,)
-
-
-def test_what_was_read_before_a_step_stays_as_it_was(backend, random):
-    """The step changes the variables in place, but never a tensor that someone holds."""
-    cache, _ = cache_at([7], 2, 5, 8, 8, "float32", random)
-    tensor = cache.key.read_value()
-    before = tensor.numpy().copy()
-    for _ in range(3):
-        single_output_attention(*steps_of(1, 2, 2, 8, 8, "float32", random), cache)
-    np.testing.assert_array_equal(tensor, before)
-    assert (cache.key.numpy() != before).any()
-
-
-def test_no_streams_at_all(backend):
-    cache = AttentionCache(2, 3, 4, 5, 6)
-    empty = np.zeros((0, 3, 5), np.float32)
-    output = single_output_attention(
-        empty, empty, np.zeros((0, 3, 6), np.float32), cache, streams=[]
-    )
-    assert output.shape == (0, 3, 6)
-
-
-GOOD = dict(
-    query=np.zeros((2, 1, 3, 8), np.float32),
-    key=np.zeros((2, 1, 3, 8), np.float32),
-    value=np.zeros((2, 1, 3, 6), np.float32),
-    streams=[0, 1],
-)
-BAD = {
-    "rank of query": dict(query=np.zeros((2, 8), np.float32)),
-    "heads of query": dict(query=np.zeros((2, 1, 4, 8), np.float32)),
-    "size of query and key": {
-        name: np.zeros((2, 1, 3, 9), np.float32) for name in ("query", "key")
-    },
-    "size of key": dict(key=np.zeros((2, 1, 3, 9), np.float32)),
-    "steps of key": dict(key=np.zeros((2, 2, 3, 8), np.float32)),
-    "rows of value": dict(value=np.zeros((1, 1, 3, 6), np.float32)),
-    "size of value": dict(value=np.zeros((2, 1, 3, 8), np.float32)),
-    "dtype of query": dict(query=tf.zeros((2, 1, 3, 8), tf.float64)),
-    "dtype of value": dict(value=tf.zeros((2, 1, 3, 6), tf.int32)),
-    "no steps": {
-        name: np.zeros((2, 0, 3, 8 if name != "value" else 6), np.float32)
-        for name in ("query", "key", "value")
-    },
-    "stream beyond": dict(streams=[0, 5]),
-    "stream negative": dict(streams=[-1, 1]),
-    "stream twice": dict(streams=[1, 1]),
-    "stream beyond int32": dict(streams=np.array([0, 2**32])),
-    "stream tensor beyond int32": dict(streams=tf.constant([0, 2**32], tf.int64)),
-    "streams too few": dict(streams=[1]),
-    "streams not a vector": dict(streams=[[0, 1]]),
-    "streams not integers": dict(streams=[0.0, 1.0]),
-    "mask of another window": dict(attention_mask=np.ones(6, bool)),
-    "mask of other rows": dict(attention_mask=np.ones((3, 5), bool)),
-    "mask of too many axes": dict(attention_mask=np.ones((1, 2, 3, 1, 5), bool)),
-    "mask not bool": dict(attention_mask=np.ones(5, np.float32)),
-}
-
-
-@pytest.mark.parametrize("what", BAD)
-def test_bad_input_is_named_and_changes_nothing(backend, random, what):
-    cache, _ = cache_at([3, 9, 2], 3, 5, 8, 6, "float32", random)
-    before = cache.get_state()
-    with pytest.raises(BAD_INPUT) as error:
-        single_output_attention(**{**GOOD, **BAD[what]}, cache=cache)
-    message = str(error.value).lower()
-    assert any(word in message for word in ("expected", "requested", "must be"))
-    for name, array in cache.get_state().items():
-        np.testing.assert_array_equal(array, before[name])
-    single_output_attention(**GOOD, cache=cache)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("key", tf.Variable(tf.zeros([3, 3, 5, 9]))),
-        ("value", tf.Variable(tf.zeros([3, 3, 6, 6]))),
-        ("value", tf.Variable(tf.zeros([3, 3, 5, 6], tf.float64))),
-        ("key", tf.Variable(tf.zeros([3, 5, 8]))),
-        ("position", tf.Variable(tf.zeros([2], tf.int64))),
-    ],
-)
-def test_a_cache_of_another_shape_is_refused(monkeypatch, name, value):
-    """By the kernel itself: `AttentionCache` would not let it happen."""
-    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
-    cache = AttentionCache(3, 3, 5, 8, 6)
-    setattr(cache, name, value)
-    with pytest.raises(BAD_INPUT, match="(?i)expected|shape"):
-        single_output_attention(**GOOD, cache=cache)
-
-
-def test_a_position_near_the_end_of_63_bits_is_refused(monkeypatch, random):
-    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
-    cache, _ = cache_at([3, 9, 2], 3, 5, 8, 6, "float32", random)
-    state = cache.get_state()
-    state["position"][1] = 2**63 - 1
-    cache.set_state(state)
-    with pytest.raises(tf.errors.InvalidArgumentError, match="63 bits"):
-        single_output_attention(**GOOD, cache=cache)
-    np.testing.assert_array_equal(cache.position, [3, 2**63 - 1, 2])
-
-
-def test_a_smaller_state_leaves_the_others_clean(backend, random):
-    cache, _ = cache_at([3, 9, 2], 3, 5, 8, 6, "float32", random)
-    cache.set_state(cache.get_state(streams=[1]))
-    np.testing.assert_array_equal(cache.position, [9, 0, 0])
-
-
-def test_state_that_does_not_fit_is_refused(random):
-    cache, _ = cache_at([3, 9], 2, 5, 8, 8, "float32", random)
-    state = cache.get_state()
-    other = AttentionCache(2, 2, 5, 4, 8)
-    for wrong in (
-        {**state, "key": state["key"][:1]},
-        {**state, "key": state["key"].astype("float64")},
-        {**state, "position": np.array([-1, 2])},
-        {name: state[name] for name in ("key", "value")},
-        other.get_state(),
-        7,
-    ):
-        with pytest.raises(ValueError, match="Expected"):
-            cache.set_state(wrong)
-    for name, array in cache.get_state().items():
-        np.testing.assert_array_equal(array, state[name])
-
-
-@pytest.mark.parametrize("sizes", [(1, 0, 4, 4), (1, 2, 0, 4), (1, 2, 4, -1), (-1, 2, 4, 4)])
-def test_sizes_of_a_cache(sizes):
-    with pytest.raises(ValueError, match="Expected .* to be an integer"):
-        AttentionCache(*sizes)
-
-
 def test_graph_with_unknown_sizes(backend, random):
     h, n, d, dv = 2, 5, 8, 6
     cache, streams = cache_at([0, 3, 12], h, n, d, dv, "float32", random)
@@ -415,51 +192,6 @@ def test_graph_with_unknown_sizes(backend, random):
         np.testing.assert_array_equal(array, before[name])
 
 
-@pytest.mark.parametrize(
-    "what", ["mask of other rows", "steps of key", "rows of value", "no steps", "streams too few"]
-)
-def test_a_graph_with_unknown_sizes_checks_them_when_it_runs(backend, random, what):
-    cache, _ = cache_at([3, 9, 2], 3, 5, 8, 6, "float32", random)
-    before = cache.get_state()
-
-    @tf.function(
-        input_signature=[
-            tf.TensorSpec([None, None, 3, 8]),
-            tf.TensorSpec([None, None, 3, 8]),
-            tf.TensorSpec([None, None, 3, 6]),
-            tf.TensorSpec([None], tf.int32),
-            tf.TensorSpec([None, 5], tf.bool),
-        ]
-    )
-    def step(query, key, value, streams, mask):
-        return single_output_attention(
-            query, key, value, cache, streams=streams, attention_mask=mask
-        )
-
-    good = {**GOOD, "attention_mask": np.ones((2, 5), bool)}
-    with pytest.raises(tf.errors.InvalidArgumentError, match="(?i)expected"):
-        step(*{**good, **BAD[what]}.values())
-    for name, array in cache.get_state().items():
-        np.testing.assert_array_equal(array, before[name])
-    assert step(*good.values()).shape == (2, 1, 3, 6)
-
-
-def test_shapes_are_checked_while_tracing(backend):
-    cache = AttentionCache(2, 3, 5, 8, 6)
-
-    @tf.function
-    def step(query, key, value):
-        return single_output_attention(query, key, value, cache, streams=[0, 1])
-
-    good = [GOOD[name] for name in ("query", "key", "value")]
-    assert step.get_concrete_function(*good).output_shapes == (2, 1, 3, 6)
-    for i, shape in ((0, (2, 1, 4, 8)), (1, (2, 1, 3, 9)), (2, (2, 2, 3, 6)), (0, (2, 0, 3, 8))):
-        bad = list(good)
-        bad[i] = np.zeros(shape, np.float32)
-        with pytest.raises(ValueError, match="(?i)expected|must be equal|compatible"):
-            step.get_concrete_function(*bad)
-
-
 def test_inside_xla_the_twin_is_traced(random):
     cache, streams = cache_at([0, 3], 2, 5, 8, 6, "float32", random)
     chosen = tf.constant([0, 1])
@@ -469,87 +201,6 @@ def test_inside_xla_the_twin_is_traced(random):
     inputs = steps_of(2, 3, 2, 8, 6, "float32", random)
     expected, _ = expected_of(streams, *inputs)
     assert reference.relative_error(step(*map(tf.constant, inputs)), expected) < 5e-6
-
-
-def run_in_threads(run, threads):
-    begin = threading.Barrier(threads)
-
-    def start(i):
-        begin.wait()
-        run(i)
-
-    workers = [threading.Thread(target=start, args=(i,)) for i in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-
-
-def test_threads_with_streams_of_their_own_disturb_no_one(monkeypatch, random):
-    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
-    h, n, d, threads, calls = 4, 32, 16, 4, 200
-    cache = AttentionCache(threads, h, n, d)
-    query, key, value = steps_of(threads, calls, h, d, d, "float32", random)
-    outputs = np.empty_like(value)
-
-    def run(i):
-        for t in range(calls):
-            step = (x[i : i + 1, t] for x in (query, key, value))
-            outputs[i, t] = single_output_attention(*step, cache, streams=[i])[0]
-
-    run_in_threads(run, threads)
-    expected, _ = expected_of([reference.Stream(n) for _ in range(threads)], query, key, value)
-    assert reference.relative_error(outputs, expected) < 5e-6
-
-
-def test_streams_come_while_others_step(monkeypatch, random):
-    """Making room copies the rings: no step may fall between the copy and its return."""
-    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
-    h, n, d, calls, rooms = 4, 64, 16, 1500, 60
-    cache = AttentionCache(1, h, n, d)
-    numbers = tf.range(1.0, calls + 1)[:, None, None] + tf.zeros((1, h, d))
-
-    def run(i):
-        if i == 1:
-            for streams in range(2, rooms):
-                cache.ensure_streams(streams)
-                cache.get_state()
-            return
-        for t in range(calls):
-            x = numbers[t : t + 1]
-            single_output_attention(x, x, x, cache, streams=[0])
-
-    run_in_threads(run, 2)
-    state = cache.get_state(streams=[0])
-    assert state["position"][0] == calls
-    steps = np.roll(state["key"][0], -(calls % n), axis=1)  # Oldest first.
-    newest = np.arange(calls - n + 1, calls + 1)
-    assert (steps == newest[None, :, None]).all()
-
-
-def test_threads_on_one_stream_take_turns(monkeypatch, random):
-    """Each call is whole: the ring is the steps of the last calls, one call after the other."""
-    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
-    h, steps, d, threads, calls = 16, 16, 64, 4, 60
-    n = 4 * steps
-    cache = AttentionCache(1, h, n, d)
-    # Every element of a call's keys and values is the call's own number.
-    numbers = np.arange(threads * calls, dtype=np.float32).reshape(threads, calls)
-    shape = (1, steps, h, d)
-
-    def run(i):
-        for number in numbers[i]:
-            x = tf.fill(shape, number)
-            single_output_attention(x, x, x, cache)
-
-    run_in_threads(run, threads)
-    assert int(cache.position[0]) == threads * calls * steps
-    state = cache.get_state()
-    for rings in (state["key"], state["value"]):
-        last_calls = rings[0].transpose(1, 0, 2).reshape(4, -1)  # A row a call.
-        assert (last_calls == last_calls[:, :1]).all()
-    np.testing.assert_array_equal(state["key"], state["value"])
-    assert len(set(state["key"][0, 0, ::steps, 0])) == 4
 
 
 def test_eagerly_one_op(monkeypatch, executed_ops):

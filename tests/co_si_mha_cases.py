@@ -1,0 +1,39 @@
+"""Pairs of layers with the same weights, for the tests of CoSiMultiHeadAttention."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import continual_transformers_tf as ct
+import reference
+
+N, H, D, E = 6, 3, 5, 7  # The window and sizes of tests that are about something else.
+
+
+def pair(seq_len=N, num_heads=H, key_dim=D, features=E, *, random, layer_options=None, **options):
+    """A continual layer and the regular one with the same weights, none of them zero."""
+    dtype = options.get("dtype", "float32")
+    regular = keras.layers.MultiHeadAttention(num_heads, key_dim, **options)
+    regular.build((None, seq_len, features), (None, seq_len, features))
+    regular.set_weights([random.normal(scale=0.4, size=w.shape) for w in regular.weights])
+    layer = ct.CoSiMultiHeadAttention(
+        seq_len, num_heads, key_dim, **options, **(layer_options or {})
+    )
+    layer.build((None, seq_len, features))
+    layer.set_weights(regular.get_weights())
+    assert layer.compute_dtype == dtype
+    return layer, regular
+
+
+def newest_of_windows(regular, x, seq_len, **kwargs):
+    """What the regular layer says of each full window of x [B, T, E]: [B, T - N + 1, E]."""
+    windows = reference.sliding_windows(x.swapaxes(0, 1), seq_len)  # [T', N, B, E]
+    windows = windows.transpose(2, 0, 1, 3)
+    batch, count = windows.shape[:2]
+    flat = windows.reshape(batch * count, *windows.shape[2:])
+    regular = tf.function(regular, reduce_retracing=True)
+    newest = [
+        regular(flat[i : i + 256], flat[i : i + 256], **kwargs)[:, -1]
+        for i in range(0, len(flat), 256)
+    ]
+    return np.concatenate(newest).reshape(batch, count, -1)

@@ -1,0 +1,159 @@
+"""The streams of CoSiMultiHeadAttention: their ages, their state, eagerly and in graphs."""
+
+import tempfile
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import reference
+from co_si_mha_cases import E, N, newest_of_windows, pair
+
+
+def test_streams_of_different_ages_in_any_order(backend, random):
+    layer, regular = pair(random=random, layer_options=dict(warm_up="partial"))
+    layer.ensure_streams(5)
+    history = [[] for _ in range(5)]
+    for _ in range(25):
+        streams = random.permutation(5)[: random.integers(1, 5)]
+        x = random.normal(size=(len(streams), E)).astype("float32")
+        output = layer.call_step(x, streams=streams)
+        for row, stream in enumerate(streams):
+            history[stream].append(x[row])
+            window = np.stack(history[stream][-N:])[None]
+            expected = regular(window, window)[0, -1].numpy()
+            assert reference.relative_error(output[row], expected) < 1e-5
+    np.testing.assert_array_equal(layer.ready, [len(h) >= N for h in history])
+    layer.clean_state(streams=[3])
+    history[3] = []
+    np.testing.assert_array_equal(layer.ready, [len(h) >= N for h in history])
+
+
+def test_warm_up_none_with_streams_of_different_ages(backend, random):
+    """None while no stream of the call is ready; and ready tells which rows are full."""
+    layer, _ = pair(random=random)
+    layer.ensure_streams(2)
+    x = random.normal(size=(2, 2 * N, E)).astype("float32")
+    layer.call_steps(x[:1, :N], streams=[0])
+    assert layer.call_step(x[1:, 0], streams=[1]) is None
+    assert layer.call_step(x[:, 1]).shape == (2, E)
+    np.testing.assert_array_equal(layer.ready, [True, False])
+    layer.clean_state(streams=[0])
+    assert layer.call_step(x[:, 2]) is None
+    # Stream 1 has come furthest: after its steps 4, ..., N + 2, three of them end a full window.
+    assert layer.call_steps(x[:, : N - 1]).shape == (2, 3, E)
+
+
+def test_more_rows_are_more_streams(backend, random):
+    layer, regular = pair(random=random)
+    x = random.normal(size=(3, N + 1, E)).astype("float32")
+    layer.call_steps(x[:1, :-1])
+    layer.ensure_streams(3)
+    layer.call_steps(x[1:, :-1], streams=[1, 2])
+    expected = newest_of_windows(regular, x, N)
+    assert reference.relative_error(layer.call_step(x[:, -1]), expected[:, -1]) < 5e-6
+
+
+def test_peeking_with_and_without_prior_state(backend, random):
+    layer, _ = pair(random=random, layer_options=dict(warm_up="partial"))
+    x = random.normal(size=(2, 3, E)).astype("float32")
+    peek = layer.call_step(x[:, 0], update_state=False)
+    np.testing.assert_array_equal(layer.get_state()["position"], [0, 0])
+    np.testing.assert_array_equal(layer.call_step(x[:, 0]), peek)
+    peek = layer.call_steps(x[:, 1:], update_state=False)
+    np.testing.assert_array_equal(layer.call_steps(x[:, 1:]), peek)
+    strict, _ = pair(random=random)
+    for t in range(N - 1):
+        assert strict.call_step(x[:, 0]) is None
+        assert (strict.call_step(x[:, 0], update_state=False) is None) == (t + 1 < N - 1)
+
+
+def test_state_goes_on_in_another_layer_bit_for_bit(backend, random):
+    layer, _ = pair(random=random)
+    x = random.normal(size=(2, N + 4, E)).astype("float32")
+    layer.call_steps(x[:, : N + 1])
+    other, _ = pair(random=random)
+    other.set_weights(layer.get_weights())
+    other.set_state(layer.get_state())
+    for t in range(N + 1, N + 4):
+        np.testing.assert_array_equal(other.call_step(x[:, t]), layer.call_step(x[:, t]))
+    with pytest.raises(ValueError, match="Expected"):
+        other.set_state({"position": 3})
+
+
+def test_inside_a_graph_warm_up_is_partial_and_nothing_retraces(backend, random):
+    layer, regular = pair(random=random)
+    traces = []
+
+    @tf.function
+    def step(x):
+        traces.append(1)
+        return layer.call_step(x)
+
+    x = random.normal(size=(2, N + 3, E)).astype("float32")
+    for t in range(N + 3):
+        output = step(tf.constant(x[:, t]))
+        window = x[:, max(0, t - N + 1) : t + 1]
+        assert reference.relative_error(output, regular(window, window)[:, -1].numpy()) < 5e-6
+    assert len(traces) == 1
+    np.testing.assert_array_equal(layer.ready, [True, True])
+    # The eager layer knows how far the graph has come.
+    assert layer.call_step(x[:, 0]) is not None
+
+    clean = tf.function(layer.clean_state)
+    clean()
+    assert layer.call_step(x[:, 0]) is None
+
+
+def test_a_graph_makes_room_for_as_many_streams_as_come(backend, random):
+    layer, _ = pair(random=random)
+    step = tf.function(layer.call_steps, input_signature=[tf.TensorSpec([None, None, E])])
+    x = random.normal(size=(3, N, E)).astype("float32")
+    assert step(x[:1, :1]).shape == (1, 1, E)
+    assert step(x).shape == (3, N, E)
+    np.testing.assert_array_equal(layer.get_state()["position"], [N + 1, N, N])
+
+
+def test_a_step_is_ready_by_what_has_really_been_taken(backend, random):
+    """However the state came about: in a graph, by a checkpoint, by room that a graph made."""
+    layer, _ = pair(random=random)
+    x = random.normal(size=(3, N, E)).astype("float32")
+    checkpoint = tf.train.Checkpoint(state=layer._stream_state)
+    layer.call_steps(x[:, :2])
+    young = checkpoint.save(tempfile.mkdtemp() + "/state")
+    assert layer.call_steps(x[:, 2:]) is not None
+    checkpoint.restore(young)
+    assert layer.call_step(x[:, 2]) is None
+    graph = tf.function(layer.call_steps, input_signature=[tf.TensorSpec([None, None, E])])
+    graph(x)
+    assert layer.call_step(x[:, 0]) is not None
+    graph(np.ones((5, 1, E), np.float32))
+    assert layer.call_step(x[:2, 0], streams=[3, 4]) is None
+
+
+def test_state_is_part_of_a_saved_model(tmp_path, random):
+    layer, _ = pair(random=random)
+    x = tf.constant(random.normal(size=(2, N + 2, E)).astype("float32"))
+    module = tf.Module()
+    module.layer = layer
+    module.step = tf.function(layer.call_step, input_signature=[tf.TensorSpec([None, E])])
+    for t in range(N):
+        module.step(x[:, t])
+    tf.saved_model.save(module, str(tmp_path / "saved"))
+    loaded = tf.saved_model.load(str(tmp_path / "saved"))
+    for t in range(N, N + 2):
+        np.testing.assert_array_equal(loaded.step(x[:, t]), module.step(x[:, t]))
+
+
+def test_partial_warm_up_equals_regular_attention_on_the_shorter_sequence(backend, random):
+    layer, regular = pair(random=random, layer_options=dict(warm_up="partial"))
+    x = random.normal(size=(2, N + 2, E)).astype("float32")
+    for t in range(N + 2):
+        window = x[:, max(0, t - N + 1) : t + 1]
+        expected = regular(window, window)[:, -1].numpy()
+        assert reference.relative_error(layer.call_step(x[:, t]), expected) < 5e-6
+        np.testing.assert_array_equal(layer.ready, [t >= N - 1] * 2)
+    layer.clean_state()
+    together = layer.call_steps(x)
+    assert together.shape == (2, N + 2, E)
+    assert reference.relative_error(together[:, -1], expected) < 5e-6
