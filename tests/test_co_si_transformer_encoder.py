@@ -104,6 +104,26 @@ def test_partial_warm_up_streams_and_state(backend, random):
     assert (layer.receptive_field, layer.delay, layer.seq_len) == (N, 0, N)
 
 
+def test_the_state_of_a_model_is_that_of_its_layers(random):
+    position = ct.CircularPositionalEncoding(2 * N - 1, E)
+    layer = ct.CoSiTransformerEncoder(N, E, H, FF, warm_up="partial")
+    model = keras.Sequential([position, layer])
+    ct.ensure_streams(model, 3)
+    x = random.normal(size=(2, E)).astype("float32")
+    with ct.call_mode("step"):
+        first = model(x)
+        assert (model(x).numpy() != first.numpy()).any()
+        ct.clean_state(model, streams=[1])
+        second = model(x)
+        np.testing.assert_array_equal(second[1], first[1])
+        assert (second[0].numpy() != first[0].numpy()).any()
+        ct.clean_state(model)
+        np.testing.assert_array_equal(model(x), first)
+    assert layer.get_state()["position"].shape == (3,)
+    with pytest.raises(ValueError, match="Expected"):
+        ct.clean_state(model, streams=[3])
+
+
 def test_dropout_acts_in_training_only(random):
     layer = ct.CoSiTransformerEncoder(N, E, H, FF, dropout_rate=0.5)
     x = random.normal(size=(2, N, E)).astype("float32")

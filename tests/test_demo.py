@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import continual_transformers_tf as ct
 from continual_transformers_tf import cli
 from continual_transformers_tf.demo import model, report, stream, train, watch
 
@@ -55,8 +56,8 @@ def test_the_shipped_weights_beat_the_random_forest_on_people_they_never_saw():
 def stream_accuracy(trained, recordings):
     """All recordings at once, each a stream, in portions: the stream, in a second."""
     right = []
-    trained.ensure_streams(len(recordings))
-    with stream.ct.call_mode("steps"):
+    ct.ensure_streams(trained, len(recordings))
+    with ct.call_mode("steps"):
         for number, recording in enumerate(recordings):
             logits = trained(recording.samples[np.newaxis], streams=[number])[0].numpy()
             predictions = logits.argmax(-1)[model.SEQ_LEN - 1 :]
@@ -72,7 +73,7 @@ def test_training_learns_and_makes_what_the_demo_loads(tmp_path):
     loaded.load_weights(tmp_path / "watch.weights.h5")
     people = stream.wearers_of([r._replace(samples=r.samples[:300]) for r in recordings[:1]])
     result = stream.stream(loaded, people)
-    summary = report.summarize(people, result)
+    summary = report.summarize(people, result, stream.on_windows(loaded, people))
     assert summary["disagreements"] == 0
     assert summary["predictions"] == 300 - model.SEQ_LEN + 1
 
@@ -98,4 +99,4 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     result = CliRunner().invoke(cli.main, ["demo"])
     assert result.exit_code == 1
-    assert "pip install 'continual-transformers-tf[demo]'" in result.output
+    assert "pip install '.[demo]'" in result.output

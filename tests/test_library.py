@@ -1,5 +1,7 @@
 """The loader: which kernels it finds, and what it says where it finds none."""
 
+import contextlib
+import io
 import os
 import re
 import shutil
@@ -48,9 +50,12 @@ def copied_package(tmp_path):
     )
 
 
-def run(package, **environment):
+INFO = "from continual_transformers_tf import cli; cli.main(['info'])"
+
+
+def run(package, program=PROGRAM, **environment):
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", program],
         env={**os.environ, "PYTHONPATH": str(package.parent), "TF_CPP_MIN_LOG_LEVEL": "3"}
         | environment,
         capture_output=True,
@@ -105,7 +110,8 @@ def break_library(package, how):
     ],
 )
 def test_without_its_library_everything_runs_and_one_warning_says_why(copied_package, how, reason):
-    fused = answer(run(copied_package).stdout)
+    with contextlib.redirect_stdout(io.StringIO()) as fused:
+        exec(PROGRAM, {})
     break_library(copied_package, how)
     result = run(copied_package)
     assert result.returncode == 0, result.stderr
@@ -115,11 +121,18 @@ def test_without_its_library_everything_runs_and_one_warning_says_why(copied_pac
     assert len(warnings) == 1
     assert re.search(reason, warnings[0])
     assert "pip install" in warnings[0]
-    assert answer(result.stdout) == fused
+    assert answer(result.stdout) == answer(fused.getvalue())
 
     refused = run(copied_package, CONTINUAL_TRANSFORMERS_BACKEND="fused")
     assert refused.returncode != 0
     assert re.search(f"ImportError: .*{reason}", refused.stderr)
+
+
+def test_info_fails_where_fused_kernels_are_asked_for_and_there_are_none(copied_package):
+    break_library(copied_package, "missing")
+    result = run(copied_package, INFO, CONTINUAL_TRANSFORMERS_BACKEND="fused")
+    assert result.returncode == 1
+    assert "fused kernels: none" in result.stdout
 
 
 def test_a_backend_that_does_not_exist(monkeypatch):

@@ -4,8 +4,8 @@ import importlib.util
 
 if importlib.util.find_spec("tensorflow") is None:
     raise ImportError(
-        "continual_transformers_tf needs TensorFlow: `pip install continual-transformers-tf[cpu]`, "
-        "or `[gpu]` for CUDA"
+        "continual_transformers_tf needs TensorFlow: install it with one of its extras, as by "
+        "`pip install '.[cpu]'` in a checkout, or '.[gpu]' for CUDA"
     )
 
 from continual_transformers_tf import ops
@@ -14,6 +14,8 @@ from continual_transformers_tf.layers import (
     CoSiMultiHeadAttention,
     CoSiTransformerEncoder,
     call_mode,
+    clean_state,
+    ensure_streams,
 )
 
 __all__ = [
@@ -21,5 +23,7 @@ __all__ = [
     "CoSiMultiHeadAttention",
     "CoSiTransformerEncoder",
     "call_mode",
+    "clean_state",
+    "ensure_streams",
     "ops",
 ]

@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 import continual_transformers_tf as ct
+from continual_transformers_tf.ops import library
 
 
 @click.group()
@@ -18,12 +19,17 @@ def main():
 
 @main.command()
 def info():
-    """Say which kernels are loaded, and if none are, why."""
+    """Say which kernels are loaded, and if none are, why.
+
+    The exit status is 1 where CONTINUAL_TRANSFORMERS_BACKEND=fused asks for kernels and none are.
+    """
     click.echo(f"TensorFlow {tf.__version__}, Keras {keras.__version__}")
     click.echo(f"op library {ct.ops.LIBRARY_PATH}")
     click.echo(f"fused kernels: {', '.join(sorted(ct.ops.kernels())) or 'none'}")
     if ct.ops.load_error():
         click.echo(f"the reason: {ct.ops.load_error()}")
+        if library.backend() == "fused":
+            raise SystemExit(1)
 
 
 @main.command()
@@ -34,7 +40,7 @@ def info():
     show_default=True,
     help="Where to write the picture of a stream.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON and nothing else.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON, not as a table.")
 @click.option(
     "--recordings",
     type=click.IntRange(min=1),
@@ -48,7 +54,7 @@ def demo(picture, as_json, recordings):
         import rich.console
     except ModuleNotFoundError as missing:
         raise click.ClickException(
-            f"{missing.name} is missing: pip install 'continual-transformers-tf[demo]'"
+            f"{missing.name} is missing: `pip install '.[demo]'` in a checkout"
         ) from missing
     from continual_transformers_tf.demo import report, stream, watch
     from continual_transformers_tf.demo.model import trained_model
@@ -61,10 +67,14 @@ def demo(picture, as_json, recordings):
         raise click.ClickException(str(missing)) from missing
     people = [person._replace(recordings=person.recordings[:recordings]) for person in people]
     steps = sum(len(r.samples) for person in people for r in person.recordings)
+    model = trained_model()
+    console.print(report.legend())
     with report.LiveLine(console, steps) as line:
-        result = stream.stream(trained_model(), people, on_step=line)
+        result = stream.stream(model, people, on_step=line)
         line.finish()
-    summary = report.summarize(people, result)
+    with console.status("Every window of the same, computed anew, to compare ..."):
+        window_predictions = stream.on_windows(model, people)
+    summary = report.summarize(people, result, window_predictions)
     picture.parent.mkdir(parents=True, exist_ok=True)
     report.draw(picture, people[0], result.predictions[0])
     if as_json:

@@ -49,16 +49,6 @@ class WatchModel(keras.Model):
         x = self.encoder(x, training=training, streams=streams)
         return self.classifier(x)
 
-    def ensure_streams(self, streams):
-        """Makes room for streams 0, ..., streams - 1."""
-        self.position.ensure_streams(streams)
-        self.encoder.ensure_streams(streams)
-
-    def clean_state(self, streams=None):
-        """Forgets what streams (None: all) have seen."""
-        self.position.clean_state(streams)
-        self.encoder.clean_state(streams)
-
 
 def build_model():
     """A `WatchModel` with new weights."""
@@ -73,5 +63,5 @@ def trained_model():
     model = build_model()
     with resources.as_file(WEIGHTS) as path:
         model.load_weights(path)
-    model.clean_state()
+    ct.clean_state(model)
     return model

@@ -21,9 +21,9 @@ class LiveLine:
 
     def __init__(self, console, total):
         self._progress = Progress(
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             TaskProgressColumn(),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
             TextColumn("{task.description}"),
             console=console,
         )
@@ -56,11 +56,23 @@ def _thought(wearer, recording, logits):
     probabilities /= probabilities.sum()
     guess = int(probabilities.argmax())
     color = "green" if guess == recording.exercise else "red"
-    return f"person {wearer.subject}: [{color}]{EXERCISES[guess]:>4} {probabilities[guess]:4.0%}[/]"
+    return f"{wearer.subject:>2}: [{color}]{EXERCISES[guess]:>4} {probabilities[guess]:4.0%}[/]"
 
 
-def summarize(wearers, result):
-    """The demo's figures, as plain data for `--json`."""
+def legend():
+    """What the live line's words and colors mean."""
+    names = ", ".join(f"{a} {b}" for a, b in zip(EXERCISES, EXERCISE_NAMES, strict=True))
+    return f"What each person is doing ({names}): [green]right[/], [red]wrong[/]"
+
+
+def summarize(wearers, result, window_predictions):
+    """The demo's figures, as plain data for `--json`.
+
+    Args:
+        wearers: list of `Wearer`.
+        result: the `StreamResult` of their streams.
+        window_predictions: what `on_windows` says of the same.
+    """
     truth = [
         np.full(len(predictions), recording.exercise)
         for wearer, of_wearer in zip(wearers, result.predictions, strict=True)
@@ -68,7 +80,7 @@ def summarize(wearers, result):
     ]
     truth = np.concatenate(truth)
     streamed = np.concatenate([p for of_wearer in result.predictions for p in of_wearer])
-    windowed = np.concatenate([p for of_wearer in result.window_predictions for p in of_wearer])
+    windowed = np.concatenate([p for of_wearer in window_predictions for p in of_wearer])
     step, window = np.median(result.step_microseconds), np.median(result.window_microseconds)
     return dict(
         subjects=[wearer.subject for wearer in wearers],

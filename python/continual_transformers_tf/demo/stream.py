@@ -28,13 +28,11 @@ class StreamResult(NamedTuple):
     Attributes:
         predictions: for each wearer, for each recording, the predictions of the steps with a full
             window: int `[T - N + 1]`.
-        window_predictions: the same, of the rival.
         step_microseconds: of each timed call of the stream's step.
         window_microseconds: of each timed call of the rival, on the same streams.
     """
 
     predictions: list
-    window_predictions: list
     step_microseconds: np.ndarray
     window_microseconds: np.ndarray
 
@@ -67,15 +65,15 @@ def stream(model, wearers, on_step=None):
             tf.TensorSpec([None], tf.int32),
         ],
     )
-    model.ensure_streams(len(wearers))
-    model.clean_state()
+    ct.ensure_streams(model, len(wearers))
+    ct.clean_state(model)
     cursors = [_Cursor(wearer) for wearer in wearers]
     step_times, window_times = [], []
     taken = calls = 0
     while active := [i for i, cursor in enumerate(cursors) if not cursor.done]:
         begins = [i for i in active if cursors[i].time == 0]
         if begins:
-            model.clean_state(streams=begins)
+            ct.clean_state(model, streams=begins)
         samples = tf.constant(np.stack([cursors[i].sample for i in active]))
         streams = tf.constant(active, tf.int32)
         started = time.perf_counter()
@@ -99,13 +97,15 @@ def stream(model, wearers, on_step=None):
             on_step(taken, now)
     return StreamResult(
         predictions=[cursor.predictions for cursor in cursors],
-        window_predictions=[
-            [rival.predictions(recording.samples) for recording in wearer.recordings]
-            for wearer in wearers
-        ],
         step_microseconds=np.array(step_times[WARM_UP_STEPS:]) * 1e6,
         window_microseconds=np.array(window_times[1:]) * 1e6,
     )
+
+
+def on_windows(model, wearers):
+    """`StreamResult.predictions`, of every window computed anew."""
+    rival = WindowModel(model)
+    return [[rival.predictions(r.samples) for r in wearer.recordings] for wearer in wearers]
 
 
 def _step(model, samples, streams):

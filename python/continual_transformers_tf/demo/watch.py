@@ -51,7 +51,7 @@ def load_recordings(subjects=SUBJECTS):
     package = util.find_spec("seglearn")
     if package is None:
         raise ModuleNotFoundError(
-            "The demo's data comes with seglearn: `pip install continual-transformers-tf[demo]`"
+            "The demo's data comes with seglearn: `pip install '.[demo]'` in a checkout"
         )
     path = Path(package.origin).parent / "data" / "watch_dataset.npy"
     data = np.load(path, allow_pickle=True).item()

@@ -3,11 +3,17 @@
 from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
-from continual_transformers_tf.layers.continual_layer import call_mode
+from continual_transformers_tf.layers.continual_layer import (
+    call_mode,
+    clean_state,
+    ensure_streams,
+)
 
 __all__ = [
     "CircularPositionalEncoding",
     "CoSiMultiHeadAttention",
     "CoSiTransformerEncoder",
     "call_mode",
+    "clean_state",
+    "ensure_streams",
 ]

@@ -23,8 +23,10 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
     Args:
         max_len: how many rows there are.
         embed_dim: E, the features of a row.
-        call_update_index_steps: how far a regular call moves the index: 1 where windows slide by a
-            step, 0 where every window begins at the same row.
+        call_update_index_steps: how far a regular call moves the index. With 1, windows that slide
+            by a step get the rows that the stream would, and a model in training meets every row
+            at every place; but two calls on the same window then differ. With 0 every window begins
+            at the same row.
         temporal_dim: which axis of windows and of several steps is time: 1, `(B, T, E)`, or 2,
             `(B, E, T)`.
         call_mode: what calling the layer does: "regular", "step" or "steps".
@@ -127,8 +129,8 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         output = self._take_steps(self._steps_input(x), streams, update_state)
         return self._time_in_place(output)
 
-    def compute_output_spec(self, x, *args, **kwargs):
-        return keras.KerasTensor(x.shape, dtype=self.compute_dtype)
+    def compute_output_shape(self, input_shape):
+        return tuple(input_shape)
 
     def clean_state(self, streams=None):
         """Streams begin again where a new one would; None: all, at the first row."""

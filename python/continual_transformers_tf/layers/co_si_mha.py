@@ -25,7 +25,8 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
     Iosifidis, "Continual Transformers" (ICLR 2023, arXiv 2201.06268).
 
     Args:
-        seq_len: N, the window: how many of the newest steps a query attends to.
+        seq_len: N, the window: how many of the newest steps a step's query attends to. A regular
+            call attends to all of the window that it is given, of whatever length.
         num_heads, ..., seed: as `keras.layers.MultiHeadAttention` has them. `attention_axes` can
             only be time, axis 1. `sliding_window` narrows the window of a step as it does that of
             a regular call. `dropout` acts in regular calls.

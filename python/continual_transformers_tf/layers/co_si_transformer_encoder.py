@@ -21,11 +21,12 @@ class CoSiTransformerEncoder(ContinualLayer, keras.layers.Layer):
     (Hedegaard & Iosifidis, "Continual Transformers", ICLR 2023, arXiv 2201.06268).
 
     Args:
-        seq_len: N, the window: how many of the newest steps the newest attends to.
+        seq_len: N, the window: how many of the newest steps a step attends to. A regular call
+            attends to all of the window that it is given, of whatever length.
         embed_dim: E, the features of input and output, and the size of each head's keys.
         num_heads: H.
         ff_dim: the features between the two layers of the feed-forward part.
-        dropout_rate: of the dropout before each residual; acts in training, on windows.
+        dropout_rate: of the dropout before each residual, which acts where `training` is true.
         call_mode: what calling the layer does: "regular", "step" or "steps".
         warm_up: as `CoSiMultiHeadAttention` has it.
         **kwargs: `name`, `dtype` and the like.
@@ -156,11 +157,10 @@ class CoSiTransformerEncoder(ContinualLayer, keras.layers.Layer):
             return None
         return self._step_feed_forward(x[:, -tf.shape(attended)[1] :], attended, training)
 
-    def compute_output_spec(self, x, *args, **kwargs):
-        shape = x.shape
+    def compute_output_shape(self, input_shape):
         if self.active_call_mode == "regular":
-            shape = (shape[0], 1, shape[2])
-        return keras.KerasTensor(shape, dtype=self.compute_dtype)
+            return (input_shape[0], 1, input_shape[2])
+        return tuple(input_shape)
 
     @property
     def ready(self):

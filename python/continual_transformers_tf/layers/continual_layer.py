@@ -26,7 +26,7 @@ def call_mode(mode):
     ```
 
     It holds for the thread (or the asynchronous task) that entered it. A `tf.function` keeps the
-    mode that it was traced in.
+    mode that it was traced in; so does `model.predict`, which traces one at its first call.
 
     Args:
         mode: "regular", "step" or "steps".
@@ -39,6 +39,37 @@ def call_mode(mode):
         yield
     finally:
         _override.reset(token)
+
+
+def ensure_streams(model, streams):
+    """Makes room for streams 0, ..., streams - 1 in every continual layer of a model.
+
+    Those that are held keep their state.
+
+    Args:
+        model: a `keras.Model` or `keras.layers.Layer`.
+        streams: int.
+    """
+    for layer in _continual_layers(model):
+        layer.ensure_streams(streams)
+
+
+def clean_state(model, streams=None):
+    """Forgets what streams have seen, in every continual layer of a Keras model or layer.
+
+    Args:
+        model: a `keras.Model` or `keras.layers.Layer`.
+        streams: integers `[M]`, which ones; None: all.
+
+    Raises:
+        ValueError: if a stream is not held, or is named twice.
+    """
+    for layer in _continual_layers(model):
+        layer.clean_state(streams)
+
+
+def _continual_layers(model):
+    return [layer for layer in model._flatten_layers() if isinstance(layer, ContinualLayer)]
 
 
 class ContinualLayer:
