@@ -44,9 +44,9 @@ class StreamState(tf.Module):
                     name=row_name,
                 )
                 setattr(self, row_name, variable)
+            self._row_streams = tf.range(0)
         self.lock = threading.RLock()
         self._streams = streams  # At least so many are held: a graph may have made room for more.
-        self._row_streams = tf.range(0)
 
     @property
     def _variables(self):
