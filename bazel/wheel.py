@@ -4,6 +4,7 @@ The metadata is setup.py's, as for pip; only the compiler is not called a second
 """
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import tempfile
 from pathlib import Path
 
 RUNFILES = Path(__file__).parent.parent
-LIBRARY = RUNFILES / "python" / "continual_transformers_tf" / "libcontinual_transformers.so"
+LIBRARY_NAME = runpy.run_path(str(RUNFILES / "cc" / "library.bzl"))["LIBRARY_NAME"]
+LIBRARY = RUNFILES / "python" / "continual_transformers_tf" / LIBRARY_NAME
 
 
 def main(folder):

@@ -114,7 +114,7 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
             ValueError: if shapes, dtypes or streams do not fit; no stream has then moved.
         """
         x = self._input(x, 2)
-        return tf.squeeze(self._take_steps(x[:, tf.newaxis], streams, update_state), 1)
+        return tf.squeeze(self._take_steps(tf.expand_dims(x, 1), streams, update_state), 1)
 
     def call_steps(self, x, *, streams=None, update_state=True):
         """Adds the rows of T steps; moves these streams on by T.
@@ -192,11 +192,11 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
             if update_state:
                 steps = tf.cast(tf.shape(x)[1], tf.int64)
                 with tf.control_dependencies([output]):  # In a graph: if that fails, none moves.
-                    state.position.scatter_nd_update(streams[:, tf.newaxis], position + steps)
+                    state.position.scatter_nd_update(tf.expand_dims(streams, 1), position + steps)
         return output
 
     def _add_rows(self, x, position):
         """x [M, T, E] + the rows from start + position [M] on."""
         steps = tf.range(tf.shape(x, tf.int64)[1])
-        index = tf.math.floormod(self._start + position[:, tf.newaxis] + steps, self._max_len)
+        index = tf.math.floormod(self._start + tf.expand_dims(position, 1) + steps, self._max_len)
         return x + tf.cast(tf.gather(self.embeddings.value, index), self.compute_dtype)

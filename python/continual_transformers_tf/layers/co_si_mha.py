@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.inputs import check_features, check_same_rows, step_input
-from continual_transformers_tf.layers.step_ops import project_heads, project_output
+from continual_transformers_tf.layers.step_ops import product
 from continual_transformers_tf.ops.attention_cache import AttentionCache
 from continual_transformers_tf.ops.single_output import attend_steps, expand_mask
 from continual_transformers_tf.ops.stream_state import check_integer
@@ -377,9 +377,9 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
             streams, tf.shape(query)[0] if query.shape[0] is None else query.shape[0]
         )
         attended, scores, steps_taken = attend_steps(
-            project_heads(query, self._query_dense, dtype),
-            project_heads(key, self._key_dense, dtype),
-            project_heads(value, self._value_dense, dtype),
+            product(query, self._query_dense, dtype),
+            product(key, self._key_dense, dtype),
+            product(value, self._value_dense, dtype),
             cache,
             streams=streams,
             attention_mask=mask,
@@ -388,7 +388,7 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
             update_state=update_state,
         )
         if self._use_gate:
-            attended *= tf.sigmoid(project_heads(query, self._gate_dense, dtype))
+            attended *= tf.sigmoid(product(query, self._gate_dense, dtype))
         if self._warm_up == "none" and tf.executing_eagerly():
             steps = query.shape[1]
             furthest = steps_taken.numpy().max(initial=0)
@@ -397,7 +397,7 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
                 return None, None
             if ready < steps:
                 attended, scores = attended[:, steps - ready :], scores[:, :, steps - ready :]
-        output = project_output(attended, self._output_dense, dtype)
+        output = product(attended, self._output_dense, dtype, axes=2)
         if rank == 2:
             output = tf.squeeze(output, 1)
         if with_scores:

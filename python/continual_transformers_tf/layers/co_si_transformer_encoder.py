@@ -6,7 +6,7 @@ import tensorflow as tf
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.inputs import step_input
-from continual_transformers_tf.layers.step_ops import dense, layer_norm
+from continual_transformers_tf.layers.step_ops import layer_norm, product
 from continual_transformers_tf.ops.stream_state import check_integer
 
 LAYER_NORM_EPSILON = 1e-6
@@ -184,8 +184,8 @@ class CoSiTransformerEncoder(ContinualLayer, keras.layers.Layer):
         if training:
             attended = self.attention_dropout(attended, training=True)
         attended = layer_norm(newest + attended, self.attention_norm, dtype)
-        output = dense(attended, self.feed_forward, dtype)
-        output = dense(output, self.feed_forward_output, dtype)
+        output = self.feed_forward.activation(product(attended, self.feed_forward, dtype))
+        output = product(output, self.feed_forward_output, dtype)
         if training:
             output = self.feed_forward_dropout(output, training=True)
         return layer_norm(attended + output, self.output_norm, dtype)

@@ -135,8 +135,8 @@ class ContinualLayer:
 
         Args:
             state: what `get_state` gave, of M streams.
-            streams: integers `[M]`, which streams take it; None: it becomes the whole state, of
-                streams 0, ..., M - 1.
+            streams: integers `[M]`, which streams take it; None: streams 0, ..., M - 1, for which
+                there is made room, and others that are held begin again.
 
         Raises:
             ValueError: if the state does not fit; the streams then stay as they were.

@@ -5,42 +5,26 @@ where an attention op takes 22 microseconds, a `Dense` takes 380, a `LayerNormal
 """
 
 import functools
+import math
 
 import keras
 import tensorflow as tf
 
 
-def project_heads(x, dense, dtype):
-    """x [M, T, E] by the kernel [E, H, D] and bias [H, D] of an `EinsumDense` -> [M, T, H, D]."""
-    kernel = _value(dense.kernel, dtype)
-    features, num_heads, size = kernel.shape
-    y = tf.matmul(
-        tf.reshape(x, _shape(-1, features)), tf.reshape(kernel, _shape(features, num_heads * size))
-    )
-    return _add_bias(tf.reshape(y, _shape(*_lead(x), num_heads, size)), dense, dtype)
+def product(x, layer, dtype, axes=1):
+    """The last `axes` axes of x by the first of a layer's kernel, plus its bias.
 
-
-def project_output(x, dense, dtype):
-    """x [M, T, H, Dv] by the kernel [H, Dv, ...] of an `EinsumDense`, plus bias -> [M, T, ...]."""
-    kernel = _value(dense.kernel, dtype)
-    num_heads, size, *features = kernel.shape
-    y = tf.matmul(
-        tf.reshape(x, _shape(-1, num_heads * size)),
-        tf.reshape(kernel, _shape(num_heads * size, -1)),
-    )
-    return _add_bias(tf.reshape(y, _shape(*_lead(x), *features)), dense, dtype)
-
-
-def dense(x, layer, dtype):
-    """What a `Dense` layer computes of x [M, E] or [M, T, E]."""
+    With one axis that is what a `Dense` layer computes before its activation, and the projection of
+    x [M, T, E] by the kernel [E, H, D] of an `EinsumDense`; with two, that of x [M, T, H, Dv] by a
+    kernel [H, Dv, ...].
+    """
     kernel = _value(layer.kernel, dtype)
-    features, units = kernel.shape
-    if x.shape.rank == 2:
-        y = tf.matmul(x, kernel)
-    else:
-        y = tf.matmul(tf.reshape(x, _shape(-1, features)), kernel)
-        y = tf.reshape(y, _shape(*_lead(x), units))
-    return layer.activation(_add_bias(y, layer, dtype))
+    contracted, features = kernel.shape[:axes], kernel.shape[axes:]
+    size = math.prod(contracted)
+    lead = [tf.shape(x)[i] if n is None else n for i, n in enumerate(x.shape[:-axes])]
+    y = tf.matmul(_reshape(x, -1, size), _reshape(kernel, size, math.prod(features)))
+    y = _reshape(y, *lead, *features)
+    return y if layer.bias is None else y + _value(layer.bias, dtype)
 
 
 def layer_norm(x, layer, dtype):
@@ -57,17 +41,10 @@ def _value(variable, dtype):
     return tf.cast(variable.value.value() if is_variable else variable, dtype)
 
 
-def _add_bias(x, dense, dtype):
-    return x if dense.bias is None else x + _value(dense.bias, dtype)
-
-
-def _lead(x):
-    """M and T: ints where they are known, and otherwise tensors."""
-    return [tf.shape(x)[i] if size is None else size for i, size in enumerate(x.shape[:2])]
-
-
-def _shape(*sizes):
-    return _constant_shape(sizes) if tf.executing_eagerly() else sizes
+def _reshape(x, *sizes):
+    if x.shape.rank == len(sizes) == 2:  # A matrix already: the callers differ in rank only.
+        return x
+    return tf.reshape(x, _constant_shape(sizes) if tf.executing_eagerly() else sizes)
 
 
 # Sizes handed to an eager reshape become a tensor at every call, which takes as long as four ops.

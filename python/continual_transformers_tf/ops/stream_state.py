@@ -1,5 +1,6 @@
 """What streams keep between calls: variables with one row a stream."""
 
+import functools
 import threading
 
 import numpy as np
@@ -44,7 +45,6 @@ class StreamState(tf.Module):
                     name=row_name,
                 )
                 setattr(self, row_name, variable)
-            self._row_streams = tf.range(0)
         self.lock = threading.RLock()
         self._streams = streams  # At least so many are held: a graph may have made room for more.
 
@@ -92,10 +92,7 @@ class StreamState(tf.Module):
         self.ensure_streams(rows)
         if not tf.executing_eagerly():
             return tf.range(rows)
-        row_streams = self._row_streams
-        if row_streams.shape[0] != rows:  # A tf.range would cost every step one more op.
-            self._row_streams = row_streams = tf.range(rows)
-        return row_streams
+        return _first_streams(rows)
 
     def checked(self, streams):
         """`stream_tensor(streams)`, of which each is known to be held, and named once.
@@ -180,6 +177,12 @@ class StreamState(tf.Module):
             indices = self.checked(streams)[:, tf.newaxis]
             for name, variable in variables.items():
                 variable.scatter_nd_update(indices, state[name])
+
+
+# A tf.range would cost every eager step one more op.
+@functools.lru_cache(maxsize=16)
+def _first_streams(rows):
+    return tf.range(rows)
 
 
 def check_integer(name, value, at_least):
