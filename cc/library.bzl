@@ -3,6 +3,7 @@
 LIBRARY_NAME = "libcontinual_transformers.so"
 
 ATTENTION_HEADERS = [
+    "attention/half.h",
     "attention/online_softmax.h",
     "attention/params.h",
     "attention/ring_cache.h",

@@ -7,6 +7,8 @@ import numpy as np
 
 # max|output - reference| / max|reference| at the most, for logits of order one.
 BOUNDS = {"float32": 5e-6, "float64": 1e-12}
+# What rounding to a type costs at the most, relative to the number: half the distance of neighbours.
+ROUNDING = {"bfloat16": 2**-8, "float16": 2**-11}
 
 
 def softmax(logits, axis=-1):
@@ -60,17 +62,24 @@ class Stream:
         self.seq_len = seq_len
         self.keys = [np.asarray(key, np.float64) for key in keys]
         self.values = [np.asarray(value, np.float64) for value in values]
+        self.has_key = [True] * len(self.keys)
 
-    def step(self, query, key, value, scale=None, mask=None):
+    def step(self, query, key, value, scale=None, mask=None, has_key=True):
         """One step: [H, D], [H, D], [H, Dv], mask [H, N] -> output [H, Dv], scores [H, N]."""
         self.keys.append(np.asarray(key, np.float64))
         self.values.append(np.asarray(value, np.float64))
+        self.has_key.append(bool(has_key))
+        query = np.asarray(query, np.float64)
+        has_key = np.array(self.has_key[-self.seq_len :])
         keys = np.stack(self.keys[-self.seq_len :])
         values = np.stack(self.values[-self.seq_len :])
         filled = len(keys)
+        allowed = np.broadcast_to(has_key, (len(query), filled))
         if mask is not None:
-            mask = mask[:, self.seq_len - filled :]
-        output, scores = attention(np.asarray(query, np.float64), keys, values, scale, mask)
+            allowed = allowed & mask[:, self.seq_len - filled :]
+        # What is not attended to may be NaN.
+        keys, values = (np.where(has_key[:, None, None], x, 0) for x in (keys, values))
+        output, scores = attention(query, keys, values, scale, allowed)
         unfilled = np.zeros((len(query), self.seq_len - filled))
         return output, np.concatenate([unfilled, scores], 1)
 

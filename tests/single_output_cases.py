@@ -26,6 +26,7 @@ def cache_at(positions, num_heads, seq_len, key_dim, value_dim, dtype, random):
             row = (position - taken + i) % seq_len
             state["key"][s, :, row] = keys[i]
             state["value"][s, :, row] = values[i]
+            state["key_mask"][s, row] = True
         streams.append(reference.Stream(seq_len, keys, values))
     cache.set_state(state)
     return cache, streams
@@ -36,11 +37,19 @@ def steps_of(m, t, num_heads, key_dim, value_dim, dtype, random):
     return query, key, random.normal(size=(m, t, num_heads, value_dim)).astype(dtype)
 
 
-def expected_of(streams, query, key, value, scale=None, mask=None):
-    """Steps the references: output [M, T, H, Dv], scores [M, H, T, N]; mask [M, H, T, N]."""
+def expected_of(streams, query, key, value, scale=None, mask=None, key_mask=None):
+    """Steps the references: output [M, T, H, Dv], scores [M, H, T, N].
+
+    mask [M, H, T, N], key_mask [M, T].
+    """
     pairs = [
         [
-            stream.step(*(x[m, t] for x in (query, key, value)), scale, mask=mask_of(mask, m, t))
+            stream.step(
+                *(x[m, t] for x in (query, key, value)),
+                scale,
+                mask=None if mask is None else mask[m, :, t],
+                has_key=key_mask is None or key_mask[m, t],
+            )
             for t in range(query.shape[1])
         ]
         for m, stream in enumerate(streams)
@@ -48,10 +57,6 @@ def expected_of(streams, query, key, value, scale=None, mask=None):
     output = np.array([[output for output, _ in steps] for steps in pairs])
     scores = np.array([[scores for _, scores in steps] for steps in pairs])
     return output, scores.transpose(0, 2, 1, 3)
-
-
-def mask_of(mask, m, t):
-    return None if mask is None else mask[m, :, t]
 
 
 GOOD = dict(
@@ -90,4 +95,8 @@ BAD = {
     "mask of other rows": dict(attention_mask=np.ones((3, 5), bool)),
     "mask of too many axes": dict(attention_mask=np.ones((1, 2, 3, 1, 5), bool)),
     "mask not bool": dict(attention_mask=np.ones(5, np.float32)),
+    "key mask of other steps": dict(key_mask=np.ones((2, 2), bool)),
+    "key mask of other rows": dict(key_mask=np.ones((3, 1), bool)),
+    "key mask of another rank": dict(key_mask=np.ones(2, bool)),
+    "key mask not bool": dict(key_mask=np.ones((2, 1), np.int32)),
 }

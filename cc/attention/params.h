@@ -20,19 +20,25 @@ struct Strides {
   int64_t head;
 };
 
-template <typename T>
+// T is what is computed in, float or double; C what keys and values are kept in: T, or under float
+// one of the types of half.h.
+template <typename T, typename C = T>
 struct SingleOutputParams {
   // This call's projected steps.
   const T* query;  // [M, T, H, D]
   Strides query_strides;
-  const T* key;  // [M, T, H, D]
+  const C* key;  // [M, T, H, D]
   Strides key_strides;
-  const T* value;  // [M, T, H, Dv]
+  const C* value;  // [M, T, H, Dv]
   Strides value_strides;
+  // Which of this call's steps have a key; one that has none advances its stream, but is never
+  // attended to, now or later. Null: all.
+  const bool* key_mask;  // [M, T]
 
   // The streams' state. Step number p of a stream lives in row p mod N of its ring.
-  T* key_cache;             // [S, H, N, D]
-  T* value_cache;           // [S, H, N, Dv]
+  C* key_cache;             // [S, H, N, D]
+  C* value_cache;           // [S, H, N, Dv]
+  bool* key_mask_cache;     // [S, N]
   const int64_t* position;  // [S], steps taken before this call
   const int32_t* streams;   // [M], distinct, each in [0, S)
 
@@ -55,6 +61,12 @@ struct SingleOutputParams {
 
   T scale;            // what a logit, query . key, is multiplied by
   bool update_state;  // false: attend as if the steps were taken, and leave the rings as they are
+
+  // Where the N - 1 steps before this call are copied, oldest first, before any row is overwritten:
+  // what a gradient needs of the rings. Steps that were never taken are zeros. Null: not wanted.
+  C* window_key;          // [M, H, N - 1, D]
+  C* window_value;        // [M, H, N - 1, Dv]
+  bool* window_key_mask;  // [M, N - 1]
 };
 
 }  // namespace continual_transformers

@@ -13,14 +13,19 @@ namespace continual_transformers {
 
 // Takes the T steps of the (stream, head) pairs begin, ..., end - 1, where pair m * H + h is head h
 // of the call's m-th stream. Pairs touch disjoint memory: any split of [0, M * H) over threads
-// gives the same bits. Positions are only read; whoever calls advances them when all pairs are
-// done. Instantiated for float and double.
-template <typename T>
-void SingleOutputAttention(const SingleOutputParams<T>& params, int64_t begin, int64_t end);
+// gives the same bits. Instantiated for (T, C) of (float, float), (float, BFloat16),
+// (float, Float16) and (double, double).
+template <typename T, typename C>
+void SingleOutputAttention(const SingleOutputParams<T, C>& params, int64_t begin, int64_t end);
+
+// When all pairs are done: writes what the heads of a stream share, its key mask. Positions are
+// only read; whoever calls advances them.
+template <typename T, typename C>
+void WriteKeyMask(const SingleOutputParams<T, C>& params);
 
 // Roughly what one (stream, head) pair costs with a full window, in CPU cycles.
-template <typename T>
-int64_t SingleOutputCyclesPerPair(const SingleOutputParams<T>& params);
+template <typename T, typename C>
+int64_t SingleOutputCyclesPerPair(const SingleOutputParams<T, C>& params);
 
 }  // namespace continual_transformers
 

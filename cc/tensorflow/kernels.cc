@@ -9,6 +9,7 @@
 #include "absl/container/inlined_vector.h"
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "cc/attention/half.h"
 #include "cc/attention/params.h"
 #include "cc/attention/single_output.h"
 #include "tensorflow/core/framework/op_kernel.h"
@@ -44,7 +45,7 @@ Status InvalidArgument(const Args&... args) {
   return absl::InvalidArgumentError(absl::StrCat("SingleOutputAttention: ", args...));
 }
 
-// The three variables of a cache, locked against every other op until this goes out of scope.
+// The variables of a cache, locked against every other op until this goes out of scope.
 class LockedCache {
  public:
   LockedCache() = default;
@@ -54,31 +55,38 @@ class LockedCache {
     for (Var* var : locked_) var->mu()->unlock();
   }
 
+  // `dtype`: of keys and values.
   Status Lock(OpKernelContext* ctx, int first_input, DataType dtype) {
-    const std::array<DataType, 3> dtypes = {dtype, dtype, tensorflow::DT_INT64};
-    for (int i = 0; i < 3; ++i) {
+    const std::array<DataType, kVariables> dtypes = {dtype, dtype, tensorflow::DT_BOOL,
+                                                     tensorflow::DT_INT64};
+    for (int i = 0; i < kVariables; ++i) {
       TF_RETURN_IF_ERROR(LookupResource(ctx, HandleFromInput(ctx, first_input + i), &vars_[i]));
     }
     // In the order of their addresses, so that two ops on the same variables cannot each hold what
     // the other waits for. A variable given twice is locked once.
-    std::array<Var*, 3> ordered = {vars_[0].get(), vars_[1].get(), vars_[2].get()};
+    std::array<Var*, kVariables> ordered;
+    for (int i = 0; i < kVariables; ++i) ordered[i] = vars_[i].get();
     std::sort(ordered.begin(), ordered.end());
     const auto end = std::unique(ordered.begin(), ordered.end());
     for (auto var = ordered.begin(); var != end; ++var) {
       (*var)->mu()->lock();
       locked_.push_back(*var);
     }
-    for (int i = 0; i < 3; ++i) TF_RETURN_IF_ERROR(PrepareInPlaceUpdate(dtypes[i], i));
+    for (int i = 0; i < kVariables; ++i) TF_RETURN_IF_ERROR(PrepareInPlaceUpdate(dtypes[i], i));
     return absl::OkStatus();
   }
 
   Tensor* key() { return vars_[0]->tensor(); }
   Tensor* value() { return vars_[1]->tensor(); }
-  Tensor* position() { return vars_[2]->tensor(); }
+  Tensor* key_mask() { return vars_[2]->tensor(); }
+  Tensor* position() { return vars_[3]->tensor(); }
 
  private:
+  static constexpr int kVariables = 4;
+
   Status PrepareInPlaceUpdate(DataType dtype, int i) {
-    static constexpr const char* kNames[] = {"key_cache", "value_cache", "position"};
+    static constexpr const char* kNames[] = {"key_cache", "value_cache", "key_mask_cache",
+                                             "position"};
     Var* var = vars_[i].get();
     if (!var->is_initialized) {
       return InvalidArgument("expected initialized variables, but ", kNames[i], " is not");
@@ -96,8 +104,8 @@ class LockedCache {
     return absl::OkStatus();
   }
 
-  std::array<RefCountPtr<Var>, 3> vars_;
-  absl::InlinedVector<Var*, 3> locked_;
+  std::array<RefCountPtr<Var>, kVariables> vars_;
+  absl::InlinedVector<Var*, kVariables> locked_;
 };
 
 Status ExpectShape(const char* name, const Tensor& tensor, const TensorShape& expected) {
@@ -145,36 +153,47 @@ Strides BatchHeadTime(int64_t heads, int64_t steps, int64_t size) {
   return {/*stream=*/heads * steps * size, /*step=*/size, /*head=*/steps * size};
 }
 
-template <typename T>
+// How a type of a ring is called by TensorFlow; the bits are the same.
+template <typename C>
+struct TensorFlowType {
+  using type = C;
+};
+template <>
+struct TensorFlowType<BFloat16> {
+  using type = Eigen::bfloat16;
+};
+template <>
+struct TensorFlowType<Float16> {
+  using type = Eigen::half;
+};
+template <typename C>
+constexpr DataType kDataType = DataTypeToEnum<typename TensorFlowType<C>::type>::value;
+
+template <typename C>
+C* Data(Tensor* tensor) {
+  return reinterpret_cast<C*>(tensor->flat<typename TensorFlowType<C>::type>().data());
+}
+template <typename C>
+const C* Data(const Tensor& tensor) {
+  return reinterpret_cast<const C*>(tensor.flat<typename TensorFlowType<C>::type>().data());
+}
+
+template <typename T, typename C>
 class SingleOutputAttentionOp : public OpKernel {
  public:
   explicit SingleOutputAttentionOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("return_attention_scores", &return_attention_scores_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("return_window", &return_window_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("update_state", &update_state_));
   }
 
   void Compute(OpKernelContext* ctx) override {
     LockedCache cache;
-    OP_REQUIRES_OK(ctx, cache.Lock(ctx, 3, DataTypeToEnum<T>::value));
-    SingleOutputParams<T> params;
+    OP_REQUIRES_OK(ctx, cache.Lock(ctx, 3, kDataType<C>));
+    SingleOutputParams<T, C> params = {};
     OP_REQUIRES_OK(ctx, FillInputs(ctx, &cache, &params));
-
-    Tensor* output = nullptr;
-    Tensor* scores = nullptr;
-    const int64_t columns = return_attention_scores_ ? params.window : 0;
-    OP_REQUIRES_OK(
-        ctx, ctx->allocate_output(
-                 0, {params.num_streams, params.num_steps, params.num_heads, params.value_dim},
-                 &output));
-    OP_REQUIRES_OK(
-        ctx, ctx->allocate_output(
-                 1, {params.num_streams, params.num_heads, params.num_steps, columns}, &scores));
     Tensor* steps_taken = nullptr;
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(2, {params.num_streams}, &steps_taken));
-    params.output = output->flat<T>().data();
-    params.output_strides = BatchTimeHead(params.num_steps, params.num_heads, params.value_dim);
-    params.scores = return_attention_scores_ ? scores->flat<T>().data() : nullptr;
-    params.scores_strides = BatchHeadTime(params.num_heads, params.num_steps, params.window);
+    OP_REQUIRES_OK(ctx, AllocateOutputs(ctx, &params, &steps_taken));
 
     const int64_t pairs = params.num_streams * params.num_heads;
     const int64_t cycles_per_pair = SingleOutputCyclesPerPair(params);
@@ -186,6 +205,7 @@ class SingleOutputAttentionOp : public OpKernel {
           pairs, SchedulingParams::Adaptive(cycles_per_pair),
           [&params](int64_t begin, int64_t end) { SingleOutputAttention(params, begin, end); });
     }
+    WriteKeyMask(params);
 
     auto position = cache.position()->template flat<int64_t>();
     for (int64_t m = 0; m < params.num_streams; ++m) {
@@ -196,12 +216,12 @@ class SingleOutputAttentionOp : public OpKernel {
   }
 
  private:
-  Status FillInputs(OpKernelContext* ctx, LockedCache* cache, SingleOutputParams<T>* p) const {
+  Status FillInputs(OpKernelContext* ctx, LockedCache* cache, SingleOutputParams<T, C>* p) const {
     const Tensor& query = ctx->input(0);
     const Tensor& key = ctx->input(1);
     const Tensor& value = ctx->input(2);
-    const Tensor& streams = ctx->input(6);
-    const Tensor& scale = ctx->input(7);
+    const Tensor& streams = ctx->input(7);
+    const Tensor& scale = ctx->input(8);
 
     TF_RETURN_IF_ERROR(ExpectRank("query", query, 4, "[M, T, H, D]"));
     TF_RETURN_IF_ERROR(ExpectRank("value", value, 4, "[M, T, H, Dv]"));
@@ -228,35 +248,49 @@ class SingleOutputAttentionOp : public OpKernel {
     TF_RETURN_IF_ERROR(ExpectShape("value", value, {m, t, h, dv}));
     TF_RETURN_IF_ERROR(ExpectShape("key_cache", *cache->key(), {num_held, h, n, d}));
     TF_RETURN_IF_ERROR(ExpectShape("value_cache", *cache->value(), {num_held, h, n, dv}));
+    TF_RETURN_IF_ERROR(ExpectShape("key_mask_cache", *cache->key_mask(), {num_held, n}));
     TF_RETURN_IF_ERROR(ExpectShape("position", *cache->position(), {num_held}));
     TF_RETURN_IF_ERROR(ExpectShape("streams", streams, {m}));
-    TF_RETURN_IF_ERROR(FillMask(ctx, p));
+    TF_RETURN_IF_ERROR(FillMasks(ctx, p));
     p->streams = streams.flat<int32_t>().data();
     p->position = cache->position()->template flat<int64_t>().data();
     TF_RETURN_IF_ERROR(CheckStreams(p->streams, m, t, p->position, num_held));
 
     p->query = query.flat<T>().data();
     p->query_strides = BatchTimeHead(t, h, d);
-    p->key = key.flat<T>().data();
+    p->key = Data<C>(key);
     p->key_strides = p->query_strides;
-    p->value = value.flat<T>().data();
+    p->value = Data<C>(value);
     p->value_strides = BatchTimeHead(t, h, dv);
-    p->key_cache = cache->key()->template flat<T>().data();
-    p->value_cache = cache->value()->template flat<T>().data();
+    p->key_cache = Data<C>(cache->key());
+    p->value_cache = Data<C>(cache->value());
+    p->key_mask_cache = cache->key_mask()->template flat<bool>().data();
     p->scale = static_cast<T>(scale.scalar<double>()());
     p->update_state = update_state_;
     return absl::OkStatus();
   }
 
-  // At most one mask, each of whose axes but the last may be 1, which a stride of 0 broadcasts.
-  static Status FillMask(OpKernelContext* ctx, SingleOutputParams<T>* p) {
-    OpInputList masks;
-    TF_RETURN_IF_ERROR(ctx->input_list("attention_mask", &masks));
-    p->mask = nullptr;
-    if (masks.size() == 0) return absl::OkStatus();
-    const Tensor& mask = masks[0];
+  // At most one of each; those that are not given stay null.
+  static Status FillMasks(OpKernelContext* ctx, SingleOutputParams<T, C>* p) {
+    OpInputList attention_masks, key_masks;
+    TF_RETURN_IF_ERROR(ctx->input_list("attention_mask", &attention_masks));
+    TF_RETURN_IF_ERROR(ctx->input_list("key_mask", &key_masks));
+    if (attention_masks.size() > 1 || key_masks.size() > 1) {
+      return InvalidArgument("expected at most one attention_mask and one key_mask, but got ",
+                             attention_masks.size(), " and ", key_masks.size());
+    }
+    if (key_masks.size() == 1) {
+      TF_RETURN_IF_ERROR(ExpectShape("key_mask", key_masks[0], {p->num_streams, p->num_steps}));
+      p->key_mask = key_masks[0].flat<bool>().data();
+    }
+    return attention_masks.size() == 1 ? FillAttentionMask(attention_masks[0], p)
+                                       : absl::OkStatus();
+  }
+
+  // Each axis but the last may be 1, which a stride of 0 broadcasts.
+  static Status FillAttentionMask(const Tensor& mask, SingleOutputParams<T, C>* p) {
     const TensorShape full = {p->num_streams, p->num_heads, p->num_steps, p->window};
-    bool fits = masks.size() == 1 && mask.dims() == 4 && mask.dim_size(3) == p->window;
+    bool fits = mask.dims() == 4 && mask.dim_size(3) == p->window;
     for (int axis = 0; fits && axis < 3; ++axis) {
       fits = mask.dim_size(axis) == 1 || mask.dim_size(axis) == full.dim_size(axis);
     }
@@ -273,17 +307,47 @@ class SingleOutputAttentionOp : public OpKernel {
     return absl::OkStatus();
   }
 
+  Status AllocateOutputs(OpKernelContext* ctx, SingleOutputParams<T, C>* p,
+                         Tensor** steps_taken) const {
+    const int64_t m = p->num_streams, t = p->num_steps, h = p->num_heads, n = p->window;
+    const int64_t columns = return_attention_scores_ ? n : 0;
+    const int64_t before = return_window_ ? n - 1 : 0;
+    Tensor *output, *scores, *window_key, *window_value, *window_key_mask;
+    TF_RETURN_IF_ERROR(ctx->allocate_output(0, {m, t, h, p->value_dim}, &output));
+    TF_RETURN_IF_ERROR(ctx->allocate_output(1, {m, h, t, columns}, &scores));
+    TF_RETURN_IF_ERROR(ctx->allocate_output(2, {m}, steps_taken));
+    TF_RETURN_IF_ERROR(ctx->allocate_output(3, {m, h, before, p->key_dim}, &window_key));
+    TF_RETURN_IF_ERROR(ctx->allocate_output(4, {m, h, before, p->value_dim}, &window_value));
+    TF_RETURN_IF_ERROR(ctx->allocate_output(5, {m, before}, &window_key_mask));
+    p->output = output->flat<T>().data();
+    p->output_strides = BatchTimeHead(t, h, p->value_dim);
+    if (return_attention_scores_) {
+      p->scores = scores->flat<T>().data();
+      p->scores_strides = BatchHeadTime(h, t, n);
+    }
+    if (return_window_) {
+      p->window_key = Data<C>(window_key);
+      p->window_value = Data<C>(window_value);
+      p->window_key_mask = window_key_mask->flat<bool>().data();
+    }
+    return absl::OkStatus();
+  }
+
   bool return_attention_scores_;
+  bool return_window_;
   bool update_state_;
 };
 
-#define REGISTER_CPU(T)                                                       \
+#define REGISTER_CPU(T, C)                                                    \
   REGISTER_KERNEL_BUILDER(Name("ContinualTransformers>SingleOutputAttention") \
                               .Device(tensorflow::DEVICE_CPU)                 \
-                              .TypeConstraint<T>("T"),                        \
-                          SingleOutputAttentionOp<T>)
-REGISTER_CPU(float);
-REGISTER_CPU(double);
+                              .TypeConstraint<T>("T")                         \
+                              .TypeConstraint<TensorFlowType<C>::type>("C"),  \
+                          SingleOutputAttentionOp<T, C>)
+REGISTER_CPU(float, float);
+REGISTER_CPU(float, BFloat16);
+REGISTER_CPU(float, Float16);
+REGISTER_CPU(double, double);
 #undef REGISTER_CPU
 
 }  // namespace

@@ -5,12 +5,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "cc/attention/half.h"
 #include "cc/attention/params.h"
 #include "gtest/gtest.h"
 
@@ -22,24 +24,53 @@ struct Sizes {
   int64_t heads = 2;
 };
 
+template <typename T>
+T Nan() {
+  return std::numeric_limits<T>::quiet_NaN();
+}
+template <>
+BFloat16 Nan<BFloat16>() {
+  return {0x7fc0};
+}
+template <>
+Float16 Nan<Float16>() {
+  return {0x7e00};
+}
+
+// A number of a few bits, which all types hold exactly.
+template <typename T>
+T Exactly(int quarters) {
+  return T(quarters) / 4;
+}
+template <>
+BFloat16 Exactly<BFloat16>(int quarters) {
+  return {static_cast<uint16_t>(BitsOfFloat(quarters / 4.0f) >> 16)};
+}
+template <>
+Float16 Exactly<Float16>(int quarters) {
+  const uint32_t bits = BitsOfFloat(quarters / 4.0f), magnitude = bits & 0x7fffffff;
+  const uint32_t half = magnitude == 0 ? 0 : (magnitude >> 13) - ((127 - 15) << 10);
+  return {static_cast<uint16_t>(half | bits >> 31 << 15)};
+}
+
 // A buffer whose data is not aligned to more than its element, and which has NaN on either side.
 template <typename T>
 class Unaligned {
  public:
-  explicit Unaligned(int64_t size, T fill = std::numeric_limits<T>::quiet_NaN())
-      : data_(size + 2, fill) {
-    data_.front() = data_.back() = std::numeric_limits<T>::quiet_NaN();
-  }
+  explicit Unaligned(int64_t size) : data_(size + 2, Nan<T>()) {}
   T* data() { return data_.data() + 1; }
   T& operator[](int64_t i) { return data_[i + 1]; }
-  bool Intact() const { return std::isnan(data_.front()) && std::isnan(data_.back()); }
+  bool Intact() const {
+    return std::isnan(Widen(data_.front())) && std::isnan(Widen(data_.back()));
+  }
 
  private:
   std::vector<T> data_;
 };
 
-// Everything one call touches, for streams at the given positions.
-template <typename T>
+// Everything one call touches, for streams at the given positions. About one step in five has no
+// key, and holds NaN instead.
+template <typename T, typename C>
 class Call {
  public:
   Call(const Sizes& sizes, const std::vector<int64_t>& positions,
@@ -54,30 +85,49 @@ class Call {
         value_cache_(Held() * sizes.heads * sizes.window * sizes.value_dim),
         output_(Rows() * sizes.value_dim),
         scores_(Rows() * sizes.window),
+        window_key_(Pairs() * (sizes.window - 1) * sizes.key_dim),
+        window_value_(Pairs() * (sizes.window - 1) * sizes.value_dim),
+        key_mask_(streams.size() * sizes.steps),
+        key_mask_cache_(Held() * sizes.window),
+        window_key_mask_(streams.size() * (sizes.window - 1)),
         old_keys_(Held()),
-        old_values_(Held()) {
-    for (int64_t i = 0; i < Rows() * sizes.key_dim; ++i) query_[i] = Random();
-    for (int64_t i = 0; i < Rows() * sizes.key_dim; ++i) key_[i] = Random();
-    for (int64_t i = 0; i < Rows() * sizes.value_dim; ++i) value_[i] = Random();
+        old_values_(Held()),
+        old_key_mask_(Held()) {
+    for (char& has_key : key_mask_) has_key = random_() % 5 != 0;
+    for (int64_t i = 0; i < Rows() * sizes.key_dim; ++i) query_[i] = T(distribution_(random_));
+    for (int64_t row = 0; row < Rows(); ++row) {
+      const bool has_key = key_mask_[row / sizes.heads];
+      for (int64_t d = 0; d < sizes.key_dim; ++d) {
+        key_[row * sizes.key_dim + d] = has_key ? Random() : Nan<C>();
+      }
+      for (int64_t d = 0; d < sizes.value_dim; ++d) {
+        value_[row * sizes.value_dim + d] = has_key ? Random() : Nan<C>();
+      }
+    }
     // Rows that no step has written stay NaN.
     for (int64_t s = 0; s < Held(); ++s) {
       const int64_t taken = std::min(positions[s], sizes.window);
       for (int64_t p = positions[s] - taken; p < positions[s]; ++p) {
+        const bool has_key = random_() % 5 != 0;
+        old_key_mask_[s].push_back(has_key);
+        key_mask_cache_[s * sizes.window + p % sizes.window] = has_key;
         for (int64_t h = 0; h < sizes.heads; ++h) {
           const int64_t row = (s * sizes.heads + h) * sizes.window + p % sizes.window;
           for (int64_t d = 0; d < sizes.key_dim; ++d) {
-            old_keys_[s].push_back(key_cache_[row * sizes.key_dim + d] = Random());
+            const C x = has_key ? Random() : Nan<C>();
+            old_keys_[s].push_back(Widen(key_cache_[row * sizes.key_dim + d] = x));
           }
           for (int64_t d = 0; d < sizes.value_dim; ++d) {
-            old_values_[s].push_back(value_cache_[row * sizes.value_dim + d] = Random());
+            const C x = has_key ? Random() : Nan<C>();
+            old_values_[s].push_back(Widen(value_cache_[row * sizes.value_dim + d] = x));
           }
         }
       }
     }
   }
 
-  SingleOutputParams<T> Params() {
-    SingleOutputParams<T> p = {};
+  SingleOutputParams<T, C> Params() {
+    SingleOutputParams<T, C> p = {};
     const int64_t t = sizes_.steps, h = sizes_.heads;
     const auto strides = [&](int64_t size) { return Strides{t * h * size, h * size, size}; };
     p.query = query_.data();
@@ -90,6 +140,11 @@ class Call {
     p.scores_strides = {h * t * sizes_.window, sizes_.window, t * sizes_.window};
     p.key_cache = key_cache_.data();
     p.value_cache = value_cache_.data();
+    p.key_mask = reinterpret_cast<bool*>(key_mask_.data());
+    p.key_mask_cache = reinterpret_cast<bool*>(key_mask_cache_.data());
+    p.window_key = window_key_.data();
+    p.window_value = window_value_.data();
+    p.window_key_mask = reinterpret_cast<bool*>(window_key_mask_.data());
     p.position = positions_.data();
     p.streams = streams_.data();
     p.num_streams = streams_.size();
@@ -110,16 +165,27 @@ class Call {
       for (int64_t h = 0; h < z.heads; ++h) {
         for (int64_t t = 0; t < z.steps; ++t) CheckStep(m, h, t, bound);
         CheckRing(m, h);
+        CheckWindow(m, h);
       }
     }
     EXPECT_TRUE(query_.Intact() && key_.Intact() && value_.Intact() && output_.Intact() &&
-                scores_.Intact() && key_cache_.Intact() && value_cache_.Intact());
+                scores_.Intact() && key_cache_.Intact() && value_cache_.Intact() &&
+                window_key_.Intact() && window_value_.Intact());
   }
 
  private:
   int64_t Held() const { return positions_.size(); }
-  int64_t Rows() const { return streams_.size() * sizes_.steps * sizes_.heads; }
-  T Random() { return distribution_(random_); }
+  int64_t Pairs() const { return streams_.size() * sizes_.heads; }
+  int64_t Rows() const { return Pairs() * sizes_.steps; }
+  C Random() { return Exactly<C>(static_cast<int>(random_() % 17) - 8); }
+
+  // Whether step p of a stream in this call has a key.
+  bool HasKey(int64_t m, int64_t p) {
+    const int32_t stream = streams_[m];
+    const int64_t position = positions_[stream];
+    if (p >= position) return key_mask_[m * sizes_.steps + p - position];
+    return old_key_mask_[stream][p - position + std::min(position, sizes_.window)];
+  }
 
   // Feature d of step p of a stream in this call, from the history before it or from its inputs.
   double Feature(bool of_key, int64_t m, int64_t h, int64_t p, int64_t d) {
@@ -128,7 +194,7 @@ class Call {
     const int64_t position = positions_[stream];
     if (p >= position) {
       const int64_t row = (m * sizes_.steps + p - position) * sizes_.heads + h;
-      return (of_key ? key_ : value_)[row * size + d];
+      return Widen((of_key ? key_ : value_)[row * size + d]);
     }
     const int64_t first = position - std::min(position, sizes_.window);
     const auto& old = of_key ? old_keys_[stream] : old_values_[stream];
@@ -144,16 +210,19 @@ class Call {
     double denominator = 0;
     for (int64_t p = oldest; p <= newest; ++p) {
       double logit = 0;
-      for (int64_t d = 0; d < z.key_dim; ++d) {
+      for (int64_t d = 0; d < z.key_dim && HasKey(m, p); ++d) {
         logit += query_[row * z.key_dim + d] * Feature(true, m, h, p, d);
       }
-      weights.push_back(std::exp(logit / std::sqrt(static_cast<double>(z.key_dim))));
+      logit /= std::sqrt(static_cast<double>(z.key_dim));
+      weights.push_back(HasKey(m, p) ? std::exp(logit) : 0);
       denominator += weights.back();
     }
+    if (denominator == 0) denominator = 1;  // Nothing to attend to: zeros.
     for (int64_t d = 0; d < z.value_dim; ++d) {
       double expected = 0;
       for (int64_t p = oldest; p <= newest; ++p) {
-        expected += weights[p - oldest] / denominator * Feature(false, m, h, p, d);
+        if (HasKey(m, p))
+          expected += weights[p - oldest] / denominator * Feature(false, m, h, p, d);
       }
       ASSERT_NEAR(output_[row * z.value_dim + d], expected, bound);
     }
@@ -165,17 +234,42 @@ class Call {
     }
   }
 
+  // Equal, where NaN equals NaN.
+  static void ExpectSame(double got, double expected) {
+    if (std::isnan(got) && std::isnan(expected)) return;
+    ASSERT_EQ(got, expected);
+  }
+
   void CheckRing(int64_t m, int64_t h) {
     const Sizes& z = sizes_;
     const int64_t end = positions_[streams_[m]] + z.steps;
     for (int64_t p = std::max<int64_t>(0, end - z.window); p < end; ++p) {
       const int64_t row = (streams_[m] * z.heads + h) * z.window + p % z.window;
       for (int64_t d = 0; d < z.key_dim; ++d) {
-        ASSERT_EQ(key_cache_[row * z.key_dim + d], Feature(true, m, h, p, d));
+        ExpectSame(Widen(key_cache_[row * z.key_dim + d]), Feature(true, m, h, p, d));
       }
       for (int64_t d = 0; d < z.value_dim; ++d) {
-        ASSERT_EQ(value_cache_[row * z.value_dim + d], Feature(false, m, h, p, d));
+        ExpectSame(Widen(value_cache_[row * z.value_dim + d]), Feature(false, m, h, p, d));
       }
+      ASSERT_EQ(bool(key_mask_cache_[streams_[m] * z.window + p % z.window]), HasKey(m, p));
+    }
+  }
+
+  // The steps before the call, oldest first, as they were before it.
+  void CheckWindow(int64_t m, int64_t h) {
+    const Sizes& z = sizes_;
+    const int64_t position = positions_[streams_[m]];
+    for (int64_t i = 0; i < z.window - 1; ++i) {
+      const int64_t p = position - (z.window - 1) + i;
+      const int64_t row = (m * z.heads + h) * (z.window - 1) + i;
+      for (int64_t d = 0; d < z.key_dim; ++d) {
+        ExpectSame(Widen(window_key_[row * z.key_dim + d]), p < 0 ? 0 : Feature(true, m, h, p, d));
+      }
+      for (int64_t d = 0; d < z.value_dim; ++d) {
+        ExpectSame(Widen(window_value_[row * z.value_dim + d]),
+                   p < 0 ? 0 : Feature(false, m, h, p, d));
+      }
+      ASSERT_EQ(bool(window_key_mask_[m * (z.window - 1) + i]), p >= 0 && HasKey(m, p));
     }
   }
 
@@ -183,18 +277,31 @@ class Call {
   std::vector<int64_t> positions_;
   std::vector<int32_t> streams_;
   std::mt19937 random_{7};
-  std::normal_distribution<T> distribution_;
-  Unaligned<T> query_, key_, value_, key_cache_, value_cache_, output_, scores_;
+  std::normal_distribution<double> distribution_;
+  Unaligned<T> query_;
+  Unaligned<C> key_, value_, key_cache_, value_cache_;
+  Unaligned<T> output_, scores_;
+  Unaligned<C> window_key_, window_value_;
+  std::vector<char> key_mask_, key_mask_cache_, window_key_mask_;
   std::vector<std::vector<double>> old_keys_, old_values_;
+  std::vector<std::vector<bool>> old_key_mask_;
 };
 
-template <typename T>
+// What is computed in, and what keys and values are kept in.
+template <typename T, typename C>
+struct Pair {
+  using Compute = T;
+  using Cache = C;
+};
+
+template <typename P>
 class SingleOutputTest : public ::testing::Test {
  public:
-  static constexpr double kBound = sizeof(T) == 4 ? 5e-6 : 1e-13;
+  static constexpr double kBound = sizeof(typename P::Compute) == 4 ? 5e-6 : 1e-13;
 };
 
-using Types = ::testing::Types<float, double>;
+using Types = ::testing::Types<Pair<float, float>, Pair<float, BFloat16>, Pair<float, Float16>,
+                               Pair<double, double>>;
 TYPED_TEST_SUITE(SingleOutputTest, Types);
 
 TYPED_TEST(SingleOutputTest, Grid) {
@@ -204,9 +311,11 @@ TYPED_TEST(SingleOutputTest, Grid) {
         const Sizes sizes = {n, d, d == 16 ? d : d / 2 + 3, t};
         SCOPED_TRACE("N " + std::to_string(n) + " D " + std::to_string(d) + " T " +
                      std::to_string(t));
-        Call<TypeParam> call(sizes, {0, 1, n - 1, n, n + 1, 2 * n + 3}, {4, 0, 3, 1, 5, 2});
+        Call<typename TypeParam::Compute, typename TypeParam::Cache> call(
+            sizes, {0, 1, n - 1, n, n + 1, 2 * n + 3}, {4, 0, 3, 1, 5, 2});
         const auto params = call.Params();
         SingleOutputAttention(params, 0, params.num_streams * params.num_heads);
+        WriteKeyMask(params);
         call.Check(this->kBound);
         if (this->HasFatalFailure()) return;
       }
@@ -216,25 +325,30 @@ TYPED_TEST(SingleOutputTest, Grid) {
 
 TYPED_TEST(SingleOutputTest, AnySplitOfThePairsGivesTheSameBits) {
   const Sizes sizes = {17, 12, 9, 3, /*heads=*/3};
-  Call<TypeParam> whole(sizes, {20, 5, 0}, {2, 0});
-  Call<TypeParam> split(sizes, {20, 5, 0}, {2, 0});
+  Call<typename TypeParam::Compute, typename TypeParam::Cache> whole(sizes, {20, 5, 0}, {2, 0});
+  Call<typename TypeParam::Compute, typename TypeParam::Cache> split(sizes, {20, 5, 0}, {2, 0});
   const auto p = whole.Params(), q = split.Params();
   SingleOutputAttention(p, 0, 6);
   for (const auto& [begin, end] : {std::tuple(4, 6), std::tuple(0, 1), std::tuple(1, 4)}) {
     SingleOutputAttention(q, begin, end);
   }
+  WriteKeyMask(q);
   EXPECT_TRUE(std::equal(p.output, p.output + 2 * 3 * 3 * 9, q.output));
   split.Check(this->kBound);
 }
 
 TYPED_TEST(SingleOutputTest, PeekingLeavesTheRings) {
   const Sizes sizes = {5, 4, 4, 7};
-  Call<TypeParam> real(sizes, {9}, {0}), peek(sizes, {9}, {0});
+  Call<typename TypeParam::Compute, typename TypeParam::Cache> real(sizes, {9}, {0}),
+      peek(sizes, {9}, {0});
   auto p = peek.Params();
   p.update_state = false;
-  const std::vector<TypeParam> before(p.key_cache, p.key_cache + 2 * 5 * 4);
+  const std::vector<typename TypeParam::Cache> before(p.key_cache, p.key_cache + 2 * 5 * 4);
+  const std::vector<bool> mask_before(p.key_mask_cache, p.key_mask_cache + 5);
   SingleOutputAttention(p, 0, 2);
-  EXPECT_TRUE(std::equal(before.begin(), before.end(), p.key_cache));
+  WriteKeyMask(p);
+  EXPECT_EQ(std::memcmp(before.data(), p.key_cache, before.size() * sizeof(before[0])), 0);
+  EXPECT_TRUE(std::equal(mask_before.begin(), mask_before.end(), p.key_mask_cache));
   const auto q = real.Params();
   SingleOutputAttention(q, 0, 2);
   EXPECT_TRUE(std::equal(q.output, q.output + 7 * 2 * 4, p.output));
@@ -242,14 +356,19 @@ TYPED_TEST(SingleOutputTest, PeekingLeavesTheRings) {
 
 TYPED_TEST(SingleOutputTest, AMaskBroadcastsByStridesOfZero) {
   const Sizes sizes = {6, 4, 4, 2};
-  Call<TypeParam> call(sizes, {9}, {0});
+  Call<typename TypeParam::Compute, typename TypeParam::Cache> call(sizes, {9}, {0});
   auto p = call.Params();
   const bool mask[6] = {true, false, true, true, false, true};
   p.mask = mask;
   p.mask_strides = {0, 0, 0};
+  p.key_mask = nullptr;
+  std::fill_n(p.key_mask_cache, 6, true);
+  std::fill_n(p.key_cache, 2 * 6 * 4, Exactly<typename TypeParam::Cache>(1));
+  std::fill_n(const_cast<typename TypeParam::Cache*>(p.key), 2 * 2 * 4,
+              Exactly<typename TypeParam::Cache>(2));
   SingleOutputAttention(p, 0, 2);
   for (int row = 0; row < 4; ++row) {
-    TypeParam sum = 0;
+    double sum = 0;
     for (int c = 0; c < 6; ++c) {
       EXPECT_EQ(p.scores[row * 6 + c] > 0, mask[c]);
       sum += p.scores[row * 6 + c];
@@ -260,7 +379,7 @@ TYPED_TEST(SingleOutputTest, AMaskBroadcastsByStridesOfZero) {
 
 TYPED_TEST(SingleOutputTest, NothingAttendedGivesZeros) {
   const Sizes sizes = {6, 4, 3, 1};
-  Call<TypeParam> call(sizes, {9}, {0});
+  Call<typename TypeParam::Compute, typename TypeParam::Cache> call(sizes, {9}, {0});
   auto p = call.Params();
   const bool mask[6] = {};
   p.mask = mask;

@@ -13,8 +13,6 @@ from tensorflow.python.ops import control_flow_util
 LIBRARY_NAME = "libcontinual_transformers.so"
 LIBRARY_PATH = Path(__file__).parent.parent / LIBRARY_NAME
 
-FUSED_DTYPES = (tf.float32, tf.float64)
-
 BACKEND_VARIABLE = "CONTINUAL_TRANSFORMERS_BACKEND"
 BACKENDS = ("auto", "fused", "tensorflow")
 
@@ -91,17 +89,16 @@ def _warn_once(reason):
     )
 
 
-def fused_ops(dtype, device_type):
+def fused_ops(device_type):
     """The module with the fused ops, or None where plain TensorFlow is to be used.
 
     Args:
-        dtype: tf.DType of the streams' state.
-        device_type: of the device that holds it, such as "CPU".
+        device_type: of the device that holds the streams' state, such as "CPU".
 
     Raises:
         ImportError: under CONTINUAL_TRANSFORMERS_BACKEND=fused, where the library cannot be loaded.
-        ValueError: if CONTINUAL_TRANSFORMERS_BACKEND has no meaning; or is "fused", and there is no
-            kernel for this dtype or device.
+        ValueError: if CONTINUAL_TRANSFORMERS_BACKEND has no meaning; or is "fused", and there are
+            no kernels for this device.
     """
     choice = backend()
     if choice == "tensorflow":
@@ -112,12 +109,11 @@ def fused_ops(dtype, device_type):
             raise ImportError(f"{BACKEND_VARIABLE}=fused, but {reason}")
         _warn_once(reason)
         return None
-    if dtype not in FUSED_DTYPES or device_type not in _registered_device_types():
+    if device_type not in _registered_device_types():
         if choice == "fused":
             raise ValueError(
-                f"Expected, under {BACKEND_VARIABLE}=fused, streams' state of "
-                f"{' or '.join(t.name for t in FUSED_DTYPES)} on "
-                f"{' or '.join(_registered_device_types())}, but got {dtype.name} on {device_type}"
+                f"Expected, under {BACKEND_VARIABLE}=fused, streams' state on "
+                f"{' or '.join(_registered_device_types())}, but got {device_type}"
             )
         return None
     # XLA knows no custom ops; inside jit_compile=True the plain twin is traced.

@@ -4,8 +4,9 @@ import functools
 import math
 
 import tensorflow as tf
+from tensorflow.python.eager import record
 
-from continual_transformers_tf.ops import library, single_output_twin
+from continual_transformers_tf.ops import library, single_output_gradient, single_output_twin
 from continual_transformers_tf.ops.stream_state import stream_tensor
 
 
@@ -17,6 +18,7 @@ def single_output_attention(
     *,
     streams=None,
     attention_mask=None,
+    key_mask=None,
     scale=None,
     return_attention_scores=False,
     update_state=True,
@@ -27,48 +29,65 @@ def single_output_attention(
     taken fewer than N steps, it attends to those there are. Continual single-output attention of
     Hedegaard & Iosifidis, "Continual Transformers" (ICLR 2023, arXiv 2201.06268), section 3.3.
 
+    Gradients flow to this call's queries, keys and values, and to the scale; the steps before are
+    constants to them. A graph that is differentiated from outside, by a tape around a `tf.function`
+    and not within it, has gradients where it takes several steps in a call.
+
     Args:
-        query: `[M, H, D]`, one step of M streams, or `[M, T, H, D]`, T steps. Of the cache's dtype.
-        key: of the shape of query.
+        query: `[M, H, D]`, one step of M streams, or `[M, T, H, D]`, T steps. Of the cache's dtype
+            or the dtype that it computes in.
+        key: of the shape and dtype of query.
         value: `[M, H, Dv]` or `[M, T, H, Dv]`.
         cache: an `AttentionCache` of S streams; changed in place.
         streams: integers `[M]`, which stream each row belongs to, in any order, each once; None:
             row i is stream i.
         attention_mask: bool, which steps of the window may be attended to, oldest first (column
             N - 1 is the newest step): `[N]`, `[M, N]`, `[M, H, N]` or `[M, H, T, N]`. None: all.
+        key_mask: bool `[M]` or `[M, T]`, which of these steps have a key: one that has none is
+            attended to neither now nor later, but its stream advances. None: all.
         scale: what the logits are multiplied by; None: 1 / sqrt(D).
         return_attention_scores: whether to return the softmax too.
         update_state: if False, nothing changes: the output is that of the next real call.
 
     Returns:
-        `[M, H, Dv]` or `[M, T, H, Dv]`, zeros where everything is masked. With
-        return_attention_scores also `[M, H, N]` or `[M, H, T, N]`: the softmax over the window,
-        oldest step first, 0 where there was no step yet.
+        `[M, H, Dv]` or `[M, T, H, Dv]`, of the query's dtype; zeros where everything is masked.
+        With return_attention_scores also `[M, H, N]` or `[M, H, T, N]`: the softmax over the
+        window, oldest step first, 0 where there was no step yet.
 
     Raises:
         ValueError, tf.errors.InvalidArgumentError: if shapes, dtypes or streams do not fit the
             cache or each other. The cache is then as it was.
     """
-    query, key, value = (tf.convert_to_tensor(x, dtype=cache.dtype) for x in (query, key, value))
+    if not tf.is_tensor(query):
+        query = tf.convert_to_tensor(query, dtype=cache.compute_dtype)
+    dtype = query.dtype
+    if dtype not in (cache.dtype, cache.compute_dtype):
+        raise ValueError(
+            f"Expected query to be {cache.dtype.name}, as the cache, or "
+            f"{cache.compute_dtype.name}, but got {dtype.name}"
+        )
+    key, value = (tf.convert_to_tensor(x, dtype=dtype) for x in (key, value))
     one_step = query.shape.rank == 3
     if one_step:
         query, key, value = (tf.expand_dims(x, 1) for x in (query, key, value))
     output, scores, _ = attend_steps(
-        query,
-        key,
-        value,
+        tf.cast(query, cache.compute_dtype),
+        tf.cast(key, cache.dtype),
+        tf.cast(value, cache.dtype),
         cache,
         streams=stream_tensor(tf.range(tf.shape(query)[0]) if streams is None else streams),
         attention_mask=expand_mask(attention_mask, query, cache),
+        key_mask=expand_key_mask("key_mask", key_mask, query, one_step),
         scale=scale,
         return_attention_scores=return_attention_scores,
         update_state=update_state,
     )
     if one_step:
         output = tf.squeeze(output, 1)
+    output = tf.cast(output, dtype)
     if not return_attention_scores:
         return output
-    return output, tf.squeeze(scores, 2) if one_step else scores
+    return output, tf.cast(tf.squeeze(scores, 2) if one_step else scores, dtype)
 
 
 def attend_steps(
@@ -79,48 +98,75 @@ def attend_steps(
     *,
     streams,
     attention_mask=None,
+    key_mask=None,
     scale=None,
     return_attention_scores=False,
     update_state=True,
+    training=None,
+    dropout=None,
 ):
     """`single_output_attention` for those who hold tensors of the right ranks: one op, eagerly.
 
     Args:
-        query, key, value: tensors `[M, T, H, D]` and `[M, T, H, Dv]`.
+        query: tensor `[M, T, H, D]` of the cache's compute dtype.
+        key, value: tensors `[M, T, H, D]` and `[M, T, H, Dv]` of the cache's dtype.
         cache, scale, return_attention_scores, update_state: as there.
         streams: int32 tensor `[M]`.
         attention_mask: bool tensor `[M, H, T, N]`, the first three axes may be 1; or None.
+        key_mask: bool tensor `[M, T]`, or None.
+        training: whether a graph may be asked for gradients; None: where it takes several steps.
+        dropout: what is applied to the scores before they weight the values; None: nothing. With
+            it plain TensorFlow is used: the fused op has no random numbers.
 
     Returns:
         (output `[M, T, H, Dv]`, scores `[M, H, T, N]`, or of no columns where not wanted, and
         int64 `[M]`, the steps that each of these streams has taken, these among them).
     """
-    fused = library.fused_ops(cache.dtype, cache.device_type)
-    take_steps = single_output_twin.attend_steps
-    if fused is not None:
-        take_steps = fused.continual_transformers_single_output_attention
-    with cache.lock:
-        return take_steps(
-            query=query,
-            key=key,
-            value=value,
-            key_cache=cache.key.handle if fused else cache.key,
-            value_cache=cache.value.handle if fused else cache.value,
-            position=cache.position.handle if fused else cache.position,
-            streams=streams,
-            scale=_scale(1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale),
-            attention_mask=[] if attention_mask is None else [attention_mask],
-            return_attention_scores=return_attention_scores,
-            update_state=update_state,
-        )
-
-
-@tf.RegisterGradient("ContinualTransformers>SingleOutputAttention")
-def _no_gradient(op, *_):
-    raise LookupError(
-        f"The fused op {op.type} has no gradient: train on windows, by regular calls, or in steps "
-        f"with {library.BACKEND_VARIABLE}=tensorflow, whose plain ops have gradients"
+    fused = library.fused_ops(cache.device_type) if dropout is None else None
+    scale = _scale(1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale)
+    inputs = dict(query=query, key=key, value=value, streams=streams, scale=scale)
+    options = dict(
+        attention_mask=[] if attention_mask is None else [attention_mask],
+        key_mask=[] if key_mask is None else [key_mask],
+        return_attention_scores=return_attention_scores,
+        update_state=update_state,
     )
+    with cache.lock:
+        if fused is None:
+            return single_output_twin.attend_steps(
+                **inputs,
+                key_cache=cache.key,
+                value_cache=cache.value,
+                key_mask_cache=cache.key_mask,
+                position=cache.position,
+                dropout=dropout,
+                **options,
+            )
+        return fused.continual_transformers_single_output_attention(
+            **inputs,
+            key_cache=cache.key.handle,
+            value_cache=cache.value.handle,
+            key_mask_cache=cache.key_mask.handle,
+            position=cache.position.handle,
+            return_window=_gradient_may_be_wanted([query, key, value, scale], training),
+            **options,
+        )[:3]
+
+
+def _gradient_may_be_wanted(inputs, training):
+    """Whether the op is to return what its gradient needs, which costs it a copy of the window."""
+    if record.should_record_backprop(inputs):
+        return True
+    # A graph does not see a tape outside it. One of a single step is taken to be serving, for which
+    # the copy would be half its time; to one of many steps it adds little.
+    return not tf.executing_eagerly() and (
+        inputs[0].shape[1] != 1 if training is None else bool(training)
+    )
+
+
+tf.RegisterGradient("ContinualTransformers>SingleOutputAttention")(
+    single_output_gradient.op_gradient
+)
 
 
 def expand_mask(mask, query, cache):
@@ -136,9 +182,7 @@ def expand_mask(mask, query, cache):
     """
     if mask is None:
         return None
-    mask = tf.convert_to_tensor(mask)
-    if mask.dtype != tf.bool:
-        raise ValueError(f"Expected attention_mask to be bool, but got {mask.dtype.name}")
+    mask = _bool_tensor("attention_mask", mask)
     m, t, (_, h, n, _) = query.shape[0], query.shape[1], cache.key.shape
     letters, full = {
         1: ("[N]", (n,)),
@@ -157,6 +201,37 @@ def expand_mask(mask, query, cache):
         )
     for axis in {1: (0, 0, 0), 2: (1, 1), 3: (2,), 4: ()}[len(full)]:
         mask = tf.expand_dims(mask, axis)
+    return mask
+
+
+def expand_key_mask(name, mask, query, one_step):
+    """A user's mask of this call's steps as a bool tensor `[M, T]`, or None for None.
+
+    Args:
+        name: of the argument, for the message.
+        mask: `[M]` if `one_step`, or else `[M, T]`.
+        query: tensor `[M, T, ...]`, whose M and T it must fit.
+        one_step: whether the call is of one step.
+
+    Raises:
+        ValueError: if it is not bool, or does not fit.
+    """
+    if mask is None:
+        return None
+    mask = _bool_tensor(name, mask)
+    expected = query.shape[:1] if one_step else query.shape[:2]
+    if mask.shape.rank != len(expected) or not mask.shape.is_compatible_with(expected):
+        raise ValueError(
+            f"Expected {name} of shape {'[M]' if one_step else '[M, T]'}, {tuple(expected)}, but "
+            f"got {tuple(mask.shape)}"
+        )
+    return tf.expand_dims(mask, 1) if one_step else mask
+
+
+def _bool_tensor(name, mask):
+    mask = tf.convert_to_tensor(mask)
+    if mask.dtype != tf.bool:
+        raise ValueError(f"Expected {name} to be bool, but got {mask.dtype.name}")
     return mask
 
 

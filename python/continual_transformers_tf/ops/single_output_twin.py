@@ -21,21 +21,27 @@ def attend_steps(
     value,
     key_cache,
     value_cache,
+    key_mask_cache,
     position,
     streams,
     scale,
     attention_mask,
+    key_mask,
     return_attention_scores,
     update_state,
+    dropout=None,
 ):
     """See `ContinualTransformers>SingleOutputAttention` in cc/tensorflow/ops.cc.
 
-    Differs in what it takes for the cache: variables, not their handles.
+    Differs in what it takes for the cache: variables, not their handles; in `dropout`, which is
+    applied to the scores before they weight the values; and in that it need not return a window for
+    its gradient.
     """
     mask = attention_mask[0] if attention_mask else None
     _check_static(query, key, value, key_cache, value_cache, streams)
+    key_mask = key_mask[0] if key_mask else tf.ones(tf.shape(query)[:2], bool)
     with tf.control_dependencies(
-        _check_values(query, key, value, streams, position, mask, key_cache)
+        _check_values(query, key, value, streams, position, mask, key_mask, key_cache)
     ):
         streams = tf.identity(streams)  # What comes after waits for the checks.
     start = tf.gather(position, streams)  # [M]
@@ -46,6 +52,7 @@ def attend_steps(
     value_steps = tf.transpose(value, (0, 2, 1, 3))
     keys = tf.concat([_unroll(key_cache, streams, start), key_steps], 2)
     values = tf.concat([_unroll(value_cache, streams, start), value_steps], 2)
+    has_key = tf.concat([_unroll(key_mask_cache, streams, start), key_mask], 1)
 
     num_steps = query.shape[1]
     chunk = STEPS_PER_CHUNK if num_steps is not None else tf.shape(query)[1]
@@ -55,7 +62,8 @@ def attend_steps(
         # Step t's window is columns t + 1, ..., t + N.
         columns = steps[:, tf.newaxis] + 1 + tf.range(seq_len)  # [t, N]
         step_of = start[:, tf.newaxis, tf.newaxis] - seq_len + tf.cast(columns, tf.int64)
-        attended = (step_of >= 0)[:, tf.newaxis]  # [M, 1, t, N]
+        attended = (step_of >= 0) & tf.gather(has_key, columns, axis=1)
+        attended = attended[:, tf.newaxis]  # [M, 1, t, N]
         if mask is not None:
             attended &= mask if mask.shape[2] == 1 else tf.gather(mask, steps, axis=2)
         output, weights = _attend(
@@ -64,6 +72,7 @@ def attend_steps(
             tf.gather(values, columns, axis=2),
             attended,
             scale,
+            dropout,
         )
         outputs.append(output)
         scores.append(weights)
@@ -78,19 +87,18 @@ def attend_steps(
         with tf.control_dependencies([keys, values, output, scores]):
             _write(key_cache, streams, start, key_steps)
             _write(value_cache, streams, start, value_steps)
+            _write(key_mask_cache, streams, start, key_mask)
             position.scatter_nd_update(streams[:, tf.newaxis], steps_taken)
     return output, scores, steps_taken
 
 
-def _attend(query, keys, values, attended, scale):
+def _attend(query, keys, values, attended, scale, dropout):
     """query [M, t, H, D], keys [M, H, t, N, D], values [M, H, t, N, Dv], attended [M, *, t, N]."""
-    dtype = query.dtype
-    if dtype.size < 4:  # Half precision is what is kept, not what is computed in.
-        query, keys, values = (tf.cast(x, tf.float32) for x in (query, keys, values))
-    scale = tf.cast(scale, query.dtype)
+    dtype = query.dtype  # Half precision is what is kept, not what is computed in.
+    scale = tf.cast(scale, dtype)
     # Selected, not multiplied by zero: what may not be attended to can be NaN.
-    keys = tf.where(attended[..., tf.newaxis], keys, 0)
-    values = tf.where(attended[..., tf.newaxis], values, 0)
+    keys = tf.where(attended[..., tf.newaxis], tf.cast(keys, dtype), 0)
+    values = tf.where(attended[..., tf.newaxis], tf.cast(values, dtype), 0)
     logits = scale * tf.einsum("mthd,mhtnd->mhtn", query, keys)
     logits = tf.where(attended, logits, -float("inf"))
     highest = tf.reduce_max(logits, -1, keepdims=True)
@@ -98,38 +106,46 @@ def _attend(query, keys, values, attended, scale):
     weights = tf.exp(logits - highest)
     # A row where nothing is attended to: zeros, not 0 / 0.
     weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights, -1, keepdims=True))
-    output = tf.einsum("mhtn,mhtnd->mthd", weights, values)
-    return tf.cast(output, dtype), tf.cast(weights, dtype)
+    dropped = weights if dropout is None else dropout(weights)
+    return tf.einsum("mhtn,mhtnd->mthd", dropped, values), weights
 
 
 def _unroll(cache, streams, start):
-    """The rings of streams, oldest row first: [M, H, N, size]."""
-    seq_len = cache.shape[2]
+    """The rings [S, H, N, size] or [S, N] of streams, oldest row first: M for S."""
+    axis = 1 if cache.shape.rank == 2 else 2
+    seq_len = cache.shape[axis]
     order = tf.range(seq_len, dtype=tf.int64)
     rows = tf.math.floormod(start[:, tf.newaxis] + order, seq_len)
-    return tf.gather(tf.gather(cache, streams), rows, axis=2, batch_dims=1)
+    return tf.gather(tf.gather(cache, streams), rows, axis=axis, batch_dims=1)
 
 
 def _write(cache, streams, start, steps):
-    """Writes steps [M, H, T, size] into the rings; of more than N, the newest N."""
-    _, num_heads, seq_len, _ = cache.shape
-    taken = tf.shape(steps)[2]
+    """Writes steps [M, H, T, size] or [M, T] into the rings; of more than N, the newest N."""
+    if cache.shape.rank == 2:
+        seq_len, taken = cache.shape[1], tf.shape(steps)[1]
+    else:
+        _, num_heads, seq_len, _ = cache.shape
+        taken = tf.shape(steps)[2]
     kept = tf.minimum(taken, seq_len)
-    steps = steps[:, :, taken - kept :]
     newest = tf.range(taken - kept, taken)
     rows = tf.math.floormod(
         start[:, tf.newaxis] + tf.cast(newest, tf.int64), tf.cast(seq_len, tf.int64)
     )
+    rows = tf.cast(rows, tf.int32)
+    if cache.shape.rank == 2:
+        indices = tf.stack([tf.broadcast_to(streams[:, tf.newaxis], tf.shape(rows)), rows], -1)
+        cache.scatter_nd_update(indices, steps[:, taken - kept :])
+        return
     shape = tf.stack([tf.shape(streams)[0], num_heads, kept])
     indices = tf.stack(
         [
             tf.broadcast_to(streams[:, tf.newaxis, tf.newaxis], shape),
             tf.broadcast_to(tf.range(num_heads)[tf.newaxis, :, tf.newaxis], shape),
-            tf.broadcast_to(tf.cast(rows, tf.int32)[:, tf.newaxis], shape),
+            tf.broadcast_to(rows[:, tf.newaxis], shape),
         ],
         -1,
     )
-    cache.scatter_nd_update(indices, steps)
+    cache.scatter_nd_update(indices, steps[:, :, taken - kept :])
 
 
 def _check_static(query, key, value, key_cache, value_cache, streams):
@@ -156,7 +172,7 @@ def _check_static(query, key, value, key_cache, value_cache, streams):
         raise ValueError(f"Expected at least one step, but got query {query.shape}")
 
 
-def _check_values(query, key, value, streams, position, mask, key_cache):
+def _check_values(query, key, value, streams, position, mask, key_mask, key_cache):
     """What only the values can say. Eagerly it is said at once; in a graph by the ops returned."""
     if tf.executing_eagerly():
         check_streams(streams.numpy(), int(tf.shape(position)[0]))
@@ -170,6 +186,9 @@ def _check_values(query, key, value, streams, position, mask, key_cache):
         ),
         tf.debugging.assert_equal(
             tf.shape(streams)[0], shape[0], "Expected as many streams as query has rows"
+        ),
+        tf.debugging.assert_equal(
+            tf.shape(key_mask), shape[:2], "Expected key_mask of the M and T of query"
         ),
         *stream_assertions(streams, tf.shape(position)[0]),
     ]

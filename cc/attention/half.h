@@ -1,0 +1,54 @@
+// The 16-bit floating types that a ring may hold. A kernel only ever reads them, into float: what
+// writes them is whoever projects a step, and the ring takes the bits as they are.
+
+#ifndef CONTINUAL_TRANSFORMERS_ATTENTION_HALF_H_
+#define CONTINUAL_TRANSFORMERS_ATTENTION_HALF_H_
+
+#include <cstdint>
+#include <cstring>
+
+namespace continual_transformers {
+
+// The upper half of a float: 8 bits of exponent, 7 of mantissa.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// IEEE 754 binary16: 5 bits of exponent, 10 of mantissa.
+struct Float16 {
+  uint16_t bits;
+};
+
+inline float FloatOfBits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+inline uint32_t BitsOfFloat(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+// What a ring's element is in the type that is computed in.
+inline float Widen(float x) { return x; }
+inline double Widen(double x) { return x; }
+inline float Widen(BFloat16 x) { return FloatOfBits(static_cast<uint32_t>(x.bits) << 16); }
+
+// Without a branch, so that a loop of it is vectorised, and without arithmetic on subnormal floats,
+// which TensorFlow's threads flush to zero.
+inline float Widen(Float16 x) {
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  // The exponent is moved to where a float has it and given a float's bias; the highest stays so.
+  const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
+  const uint32_t normal = ((magnitude << 13) + (uint32_t{127 - 15} << 23)) | special;
+  const uint32_t subnormal =
+      BitsOfFloat(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  return FloatOfBits((magnitude < 0x400u ? subnormal : normal) | sign);
+}
+
+}  // namespace continual_transformers
+
+#endif  // CONTINUAL_TRANSFORMERS_ATTENTION_HALF_H_
