@@ -7,7 +7,7 @@ import numpy as np
 
 # max|output - reference| / max|reference| at the most, for logits of order one.
 BOUNDS = {"float32": 5e-6, "float64": 1e-12}
-# What rounding to a type costs at the most, relative to the number: half the distance of neighbours.
+# What rounding to a type costs at the most, relative to the number.
 ROUNDING = {"bfloat16": 2**-8, "float16": 2**-11}
 
 

@@ -6,7 +6,7 @@ import tensorflow as tf
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.inputs import step_input
-from continual_transformers_tf.layers.step_ops import layer_norm, product
+from continual_transformers_tf.layers.step_ops import layer_norm, project
 from continual_transformers_tf.ops.stream_state import check_integer
 
 LAYER_NORM_EPSILON = 1e-6
@@ -135,7 +135,9 @@ class CoSiTransformerEncoder(ContinualLayer, keras.layers.Layer):
                 streams then go on as if the call had not been made.
         """
         x = self._input(x, 2)
-        attended = self.attention.call_step(x, streams=streams, update_state=update_state)
+        attended = self.attention.call_step(
+            x, training=training, streams=streams, update_state=update_state
+        )
         return None if attended is None else self._step_feed_forward(x, attended, training)
 
     def call_steps(self, x, training=None, *, streams=None, update_state=True):
@@ -152,7 +154,9 @@ class CoSiTransformerEncoder(ContinualLayer, keras.layers.Layer):
             ValueError, tf.errors.InvalidArgumentError: as `call_step`; and if T = 0.
         """
         x = self._input(x, 3)
-        attended = self.attention.call_steps(x, streams=streams, update_state=update_state)
+        attended = self.attention.call_steps(
+            x, training=training, streams=streams, update_state=update_state
+        )
         if attended is None:
             return None
         return self._step_feed_forward(x[:, -tf.shape(attended)[1] :], attended, training)
@@ -184,8 +188,8 @@ class CoSiTransformerEncoder(ContinualLayer, keras.layers.Layer):
         if training:
             attended = self.attention_dropout(attended, training=True)
         attended = layer_norm(newest + attended, self.attention_norm, dtype)
-        output = self.feed_forward.activation(product(attended, self.feed_forward, dtype))
-        output = product(output, self.feed_forward_output, dtype)
+        output = project(attended, self.feed_forward, dtype, training)
+        output = project(output, self.feed_forward_output, dtype, training)
         if training:
             output = self.feed_forward_dropout(output, training=True)
         return layer_norm(attended + output, self.output_norm, dtype)

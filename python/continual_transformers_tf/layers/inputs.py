@@ -1,7 +1,9 @@
-"""What every continual layer asks of its inputs."""
+"""What every continual layer asks of its inputs and options."""
 
+import keras
 import tensorflow as tf
 
+HALF_DTYPES = ("bfloat16", "float16")
 _AXES = {2: "(M, E), one step of M streams", 3: "(M, T, E), T steps"}
 
 
@@ -42,3 +44,20 @@ def check_features(name, x, features):
         raise ValueError(
             f"Expected {name} of shape {(*x.shape[:-1], features)}, but got {tuple(x.shape)}"
         )
+
+
+def checked_cache_dtype(dtype, compute_dtype):
+    """The name of what keys and values are kept in; None, for the compute dtype, is itself.
+
+    Raises:
+        ValueError: if it is neither the compute dtype, nor a half of float32.
+    """
+    if dtype is None:
+        return None
+    dtype = keras.backend.standardize_dtype(dtype)
+    if dtype == compute_dtype or (dtype in HALF_DTYPES and compute_dtype == "float32"):
+        return dtype
+    raise ValueError(
+        f"Expected cache_dtype to be None or the compute dtype, {compute_dtype}, or under float32 "
+        f"one of {HALF_DTYPES}, but got {dtype!r}"
+    )

@@ -11,13 +11,30 @@ import keras
 import tensorflow as tf
 
 
-def product(x, layer, dtype, axes=1):
-    """The last `axes` axes of x by the first of a layer's kernel, plus its bias.
+def project(x, layer, dtype, training=None, axes=1):
+    """What a `Dense` or `EinsumDense` layer computes: the last `axes` axes of x by its kernel.
 
-    With one axis that is what a `Dense` layer computes before its activation, and the projection of
-    x [M, T, E] by the kernel [E, H, D] of an `EinsumDense`; with two, that of x [M, T, H, Dv] by a
-    kernel [H, Dv, ...].
+    With one axis that is x [M, T, E] by a kernel [E, H, D]; with two, x [M, T, H, Dv] by a kernel
+    [H, Dv, ...]. The layer itself is called where only it knows what to do: where it is quantized,
+    and where its activity is regularized in training.
     """
+    if layer.quantization_mode is not None or (training and layer.activity_regularizer):
+        return layer(x)
+    y = _product(x, layer, dtype, axes)
+    activation = layer.activation
+    return y if activation is keras.activations.linear else _PLAIN.get(activation, activation)(y)
+
+
+# Keras' own take several ops, or leave their argument on the result for a loss to find.
+_PLAIN = {keras.activations.sigmoid: tf.sigmoid, keras.activations.relu: tf.nn.relu}
+
+
+def cast(x, dtype):
+    """x itself where it is of the dtype, which tf.cast takes three times as long to see."""
+    return x if x.dtype == dtype else tf.cast(x, dtype)
+
+
+def _product(x, layer, dtype, axes):
     kernel = _value(layer.kernel, dtype)
     contracted, features = kernel.shape[:axes], kernel.shape[axes:]
     size = math.prod(contracted)

@@ -1,0 +1,176 @@
+"""What a step of `CoSiMultiHeadAttention` does: project, attend in one op, project back."""
+
+import numpy as np
+import tensorflow as tf
+
+from continual_transformers_tf.layers.inputs import check_features, check_same_rows, step_input
+from continual_transformers_tf.layers.step_ops import cast, project
+from continual_transformers_tf.ops.delay import delayed_steps, put_steps
+from continual_transformers_tf.ops.single_output import attend_steps, expand_key_mask, expand_mask
+
+
+def take_steps(
+    layer,
+    rank,
+    query,
+    value,
+    key,
+    attention_mask,
+    query_mask,
+    value_mask,
+    key_mask,
+    use_causal_mask,
+    return_attention_scores,
+    training,
+    streams,
+    update_state,
+):
+    """One step (rank 2) or several (rank 3); the arguments of `call_step` and `call_steps`.
+
+    Returns:
+        (outputs, scores or None), or (None, None) while the window fills.
+    """
+    query, value, key = _inputs(layer, rank, query, value, key)
+    cache, dtype = layer._stream_state, layer.compute_dtype
+    mask = _window_mask(layer, expand_mask(attention_mask, query, cache), use_causal_mask)
+    query_mask, value_mask, key_mask = (
+        expand_key_mask(name, given, query, rank == 2)
+        for name, given in (
+            ("query_mask", query_mask),
+            ("value_mask", value_mask),
+            ("key_mask", key_mask),
+        )
+    )
+    streams = cache.streams_of_call(
+        streams, tf.shape(query)[0] if query.shape[0] is None else query.shape[0]
+    )
+    keys = project(key, layer._key_dense, dtype, training)
+    values = project(value, layer._value_dense, dtype, training)
+    asks = {"query": project(query, layer._query_dense, dtype, training)}
+    if layer._use_gate:
+        asks["gate"] = project(query, layer._gate_dense, dtype, training)
+    if query_mask is not None:
+        asks["query_mask"] = query_mask
+
+    with cache.lock:
+        if layer.delay > 0:
+            streams = cache.checked(streams)
+            position = tf.gather(cache.position, streams)
+            new, asks = _exchange(layer, asks, streams, position)
+        if "query_mask" in asks:
+            asking = tf.expand_dims(tf.expand_dims(asks["query_mask"], 1), 3)  # [M, 1, T, 1]
+            mask = asking & (tf.ones([1, 1, 1, layer.seq_len], bool) if mask is None else mask)
+        attended, scores, steps_taken = attend_steps(
+            cast(asks["query"], cache.compute_dtype),
+            cast(keys, cache.dtype),
+            cast(values, cache.dtype),
+            cache,
+            streams=streams,
+            attention_mask=mask,
+            key_mask=_both(value_mask, key_mask),
+            scale=layer._inverse_sqrt_key_dim,
+            return_attention_scores=return_attention_scores,
+            update_state=update_state,
+            training=training,
+            dropout=_dropout(layer, training),
+        )
+        if layer.delay > 0 and update_state:
+            with tf.control_dependencies([attended]):  # In a graph: if that fails, nothing is put.
+                for name, steps in new.items():
+                    put_steps(getattr(cache, name), steps, streams, position)
+
+    attended, scores = cast(attended, dtype), cast(scores, dtype)
+    if layer._use_gate:
+        attended *= asks["gate"]
+    unready = _unready_steps(layer, query, steps_taken)
+    if unready == query.shape[1]:
+        return None, None
+    if unready > 0:
+        attended, scores = attended[:, unready:], scores[:, :, unready:]
+    output = project(attended, layer._output_dense, dtype, training, axes=2)
+    if rank == 2:
+        output, scores = tf.squeeze(output, 1), tf.squeeze(scores, 2)
+    return output, scores if return_attention_scores else None
+
+
+def _inputs(layer, rank, query, value, key):
+    """query, value and key as tensors `(M, T, E)` that fit each other and the layer."""
+    if layer._no_steps is not None:
+        raise ValueError(
+            f"Expected regular calls only: with {layer._no_steps} the layer is a "
+            "keras.layers.MultiHeadAttention, and a step adds to windows (B, T, E) along time"
+        )
+    dtype = layer.compute_dtype
+    query = step_input("query", query, rank, dtype)
+    value = query if value is None else step_input("value", value, rank, dtype)
+    key = value if key is None else step_input("key", key, rank, dtype)
+    check_same_rows(query=query, value=value, key=key)
+    layer._ensure_built(query, value, key)
+    for name, x, size in zip(
+        ("query", "value", "key"), (query, value, key), layer._features, strict=True
+    ):
+        check_features(name, x, size)
+    if rank == 3:
+        return query, value, key
+    # Self-attention is seen by its inputs being one and the same.
+    steps = tf.expand_dims(query, 1)
+    values = steps if value is query else tf.expand_dims(value, 1)
+    if key is value:
+        return steps, values, values
+    return steps, values, steps if key is query else tf.expand_dims(key, 1)
+
+
+def _window_mask(layer, mask, use_causal_mask):
+    """A user's mask, and what else the layer does not let the query of its window attend to."""
+    columns = np.arange(layer.seq_len)
+    at = layer.seq_len - 1 - layer.delay  # The query's own column.
+    allowed = np.full(layer.seq_len, True)
+    if layer._sliding_window is not None:
+        allowed &= np.abs(columns - at) < layer._sliding_window
+    if use_causal_mask:
+        allowed &= columns <= at
+    if allowed.all():
+        return mask
+    allowed = tf.constant(allowed[None, None, None])
+    return allowed if mask is None else mask & allowed
+
+
+def _exchange(layer, asks, streams, position):
+    """This call's queries, and what goes with them, for those whose turn it is.
+
+    Returns:
+        (what is to be put into the rings, what is asked now).
+    """
+    shape = tf.shape(asks["query"])[:2]
+    new = {"query_mask": tf.ones(shape, bool), **asks}
+    cache = layer._stream_state
+    due = {
+        name: delayed_steps(getattr(cache, name), steps, streams, position)
+        for name, steps in new.items()
+    }
+    # Before as many steps as it is delayed by there is no query.
+    step = tf.expand_dims(position, 1) + tf.range(tf.cast(shape[1], tf.int64))
+    due["query_mask"] &= step >= layer.delay
+    return new, due
+
+
+def _both(mask, other):
+    if mask is None or other is None:
+        return mask if other is None else other
+    return mask & other
+
+
+def _dropout(layer, training):
+    if not training or layer._dropout == 0:
+        return None
+    return lambda scores: layer._dropout_layer(scores, training=True)
+
+
+def _unready_steps(layer, query, steps_taken):
+    """How many of a call's oldest steps give no output: all, while the window fills."""
+    first = layer.seq_len if layer.warm_up == "none" else layer.delay + 1
+    if first == 1 or not tf.executing_eagerly():
+        return 0
+    steps = query.shape[1]
+    furthest = int(steps_taken.numpy().max(initial=0))
+    return steps - max(0, min(steps, furthest - first + 1))

@@ -1,0 +1,40 @@
+"""Rings that give back what was put into them some steps ago.
+
+A ring is a `tf.Variable [S, D, ...]` with D >= 1; step number p of a stream lies in row p mod D.
+"""
+
+import tensorflow as tf
+
+
+def delayed_steps(ring, steps, streams, position):
+    """What the newest steps of streams are exchanged for: the steps of D steps before.
+
+    Args:
+        ring: the steps before this call.
+        steps: tensor `[M, T, ...]` of the ring's dtype, this call's.
+        streams: int32 tensor `[M]`, streams that are held, each once.
+        position: int64 tensor `[M]`, the steps that each of these streams has taken before.
+
+    Returns:
+        `[M, T, ...]`: steps position - D, ..., position - D + T - 1. Of those below 0, which no
+        stream has taken, there is something, without a meaning.
+    """
+    taken = tf.shape(steps)[1]
+    older = tf.minimum(taken, ring.shape[1])
+    leaving = tf.gather_nd(ring, _rows(ring, streams, position, older))
+    return tf.concat([leaving, steps[:, : taken - older]], 1)
+
+
+def put_steps(ring, steps, streams, position):
+    """Puts the newest steps of streams into a ring; the arguments are those of `delayed_steps`."""
+    taken = tf.shape(steps)[1]
+    kept = tf.minimum(taken, ring.shape[1])
+    first = position + tf.cast(taken - kept, tf.int64)
+    ring.scatter_nd_update(_rows(ring, streams, first, kept), steps[:, taken - kept :])
+
+
+def _rows(ring, streams, first_step, count):
+    """Where `count` steps of streams lie, from first_step `[M]` on: int32 `[M, count, 2]`."""
+    steps = tf.expand_dims(first_step, 1) + tf.range(tf.cast(count, tf.int64))
+    rows = tf.cast(tf.math.floormod(steps, tf.constant(ring.shape[1], tf.int64)), tf.int32)
+    return tf.stack([tf.broadcast_to(tf.expand_dims(streams, 1), tf.shape(rows)), rows], -1)
