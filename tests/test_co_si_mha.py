@@ -195,19 +195,6 @@ def test_weights_are_those_of_the_keras_layer(random):
     regular.set_weights(layer.get_weights())
 
 
-@pytest.mark.parametrize("mask_rank", [1, 2, 3])
-def test_attention_mask_in_a_step(backend, random, mask_rank):
-    layer, regular = pair(random=random)
-    x = random.normal(size=(2, N, E)).astype("float32")
-    mask = random.random({1: (N,), 2: (2, N), 3: (2, H, N)}[mask_rank]) < 0.6
-    layer.call_steps(x[:, :-1])
-    output = layer.call_step(x[:, -1], attention_mask=mask)
-    full = {1: (None, None, None), 2: (slice(None), None, None), 3: (..., None, slice(None))}
-    full = np.broadcast_to(mask[full[mask_rank]], (2, H, N, N))
-    expected = regular(x, x, attention_mask=full)[:, -1].numpy()
-    assert reference.relative_error(output, expected) < 5e-6
-
-
 def test_call_modes(random):
     layer, regular = pair(random=random)
     x = random.normal(size=(2, N + 3, E)).astype("float32")
@@ -317,15 +304,6 @@ def test_eagerly_one_op_attends(monkeypatch, executed_ops, random):
         "AddV2", "ExpandDims", "MatMul", "ReadVariableOp", "Reshape", "Squeeze",
     }  # fmt: skip
     assert executed_ops.count("MatMul") == 4
-
-
-def test_a_mask_of_the_query_is_that_of_the_newest_row(random):
-    x = random.normal(size=(2, N, E)).astype("float32")
-    x[0, :2] = 0
-    layer, _ = pair(random=random)
-    output = layer(keras.layers.Masking()(x))
-    assert keras.src.backend.get_keras_mask(output).shape == (2, 1)
-    assert keras.layers.LSTM(3)(output).shape == (2, 3)
 
 
 def test_low_rank_additions_stream(random):

@@ -11,6 +11,7 @@ if importlib.util.find_spec("tensorflow") is None:
 from continual_transformers_tf import ops
 from continual_transformers_tf.layers import (
     CircularPositionalEncoding,
+    CleanState,
     CoSiMultiHeadAttention,
     CoSiTransformerEncoder,
     call_mode,
@@ -20,6 +21,7 @@ from continual_transformers_tf.layers import (
 
 __all__ = [
     "CircularPositionalEncoding",
+    "CleanState",
     "CoSiMultiHeadAttention",
     "CoSiTransformerEncoder",
     "call_mode",

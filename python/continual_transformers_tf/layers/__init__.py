@@ -1,5 +1,6 @@
 """Continual layers for Keras: one file a layer."""
 
+from continual_transformers_tf.layers.callbacks import CleanState
 from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
@@ -11,6 +12,7 @@ from continual_transformers_tf.layers.continual_layer import (
 
 __all__ = [
     "CircularPositionalEncoding",
+    "CleanState",
     "CoSiMultiHeadAttention",
     "CoSiTransformerEncoder",
     "call_mode",

@@ -246,6 +246,9 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         streams=None,
         update_state=True,
     ):
+        if value is None and value_mask is None:
+            # Keras fills in the masks that come with its arguments, and value is none of them.
+            value_mask = getattr(query, "_keras_mask", None)
         arguments = dict(
             query_mask=query_mask,
             value_mask=value_mask,

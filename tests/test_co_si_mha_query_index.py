@@ -1,0 +1,133 @@
+"""CoSiMultiHeadAttention whose output is that of an older step's query."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import continual_transformers_tf as ct
+import reference
+from co_si_mha_cases import E, H, N, pair
+
+
+def expected_rows(regular, x, index, **kwargs):
+    """The regular layer's row at `index` of each full window of x [B, T, E]: [B, T - N + 1, E]."""
+    windows = [x[:, t : t + N] for t in range(x.shape[1] - N + 1)]
+    return np.stack([regular(w, w, **kwargs)[:, index] for w in windows], 1)
+
+
+@pytest.mark.parametrize("index", [0, 2, N - 1, -1, -2, -N])
+@pytest.mark.parametrize("options", [{}, dict(use_gate=True), dict(sliding_window=2)], ids=str)
+@pytest.mark.parametrize("lengths", [[1] * 20, [3, 1, 7, 9], [20]], ids=str)
+def test_equals_the_regular_layers_row(backend, random, index, options, lengths):
+    layer, regular = pair(random=random, layer_options=dict(query_index=index), **options)
+    x = random.normal(size=(2, 20, E)).astype("float32")
+    expected = expected_rows(regular, x, index)
+    assert reference.relative_error(layer(x[:, :N])[:, 0], expected[:, 0]) < 5e-6
+    outputs, first = [], 0
+    for length in lengths:
+        steps = x[:, first : first + length]
+        first += length
+        peek = layer.call_steps(steps, update_state=False)
+        output = layer.call_steps(steps)
+        if output is None:
+            assert peek is None
+        else:
+            np.testing.assert_array_equal(peek, output)
+            outputs.append(output)
+    assert reference.relative_error(np.concatenate(outputs, 1), expected) < 5e-6
+
+
+def test_delay_and_receptive_field():
+    for index, delay in ((-1, 0), (-2, 1), (-N, N - 1), (0, N - 1), (2, N - 3), (N - 1, 0)):
+        layer = ct.CoSiMultiHeadAttention(N, H, 4, query_index=index)
+        assert (layer.delay, layer.receptive_field) == (delay, N)
+        assert layer.get_config()["query_index"] == index
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_partial_warm_up_begins_with_the_first_query(backend, random, in_graph):
+    """From then on it is the row of that query in the shorter sequence."""
+    layer, regular = pair(random=random, layer_options=dict(query_index=-3, warm_up="partial"))
+    x = random.normal(size=(2, N + 3, E)).astype("float32")
+    step = tf.function(layer.call_step) if in_graph else layer.call_step
+    for t in range(N + 3):
+        output = step(tf.constant(x[:, t]))
+        if t < 2:
+            if in_graph:  # The output of an attention to nothing: the projection's bias.
+                bias = np.tile(regular.get_weights()[-1], (2, 1))
+                np.testing.assert_allclose(output, bias, rtol=1e-6)
+            else:
+                assert output is None
+            continue
+        window = x[:, max(0, t - N + 1) : t + 1]
+        assert reference.relative_error(output, regular(window, window)[:, -3].numpy()) < 5e-6
+    layer.clean_state()
+    assert layer.call_steps(x).shape == (2, N + 1, E)
+
+
+def test_masks(backend, random):
+    """The causal mask hides what came after the query; a query's mask goes with the query."""
+    layer, regular = pair(random=random, layer_options=dict(query_index=-3))
+    x = random.normal(size=(2, N + 4, E)).astype("float32")
+    expected = expected_rows(regular, x, -3, use_causal_mask=True)
+    assert reference.relative_error(layer.call_steps(x, use_causal_mask=True), expected) < 5e-6
+    causal = layer(x[:, :N], use_causal_mask=True)
+    assert reference.relative_error(causal[:, 0], expected[:, 0]) < 5e-6
+
+    layer.clean_state()
+    query_mask = np.ones((2, N + 4), bool)
+    query_mask[1, N] = False
+    outputs = layer.call_steps(x, query_mask=query_mask).numpy()
+    expected = expected_rows(regular, x, -3)
+    expected[1, N - (N - 3)] = regular.get_weights()[-1]  # Step N is the query two steps later.
+    assert reference.relative_error(outputs, expected) < 5e-6
+
+
+def test_streams_of_different_ages_and_state_that_moves(backend, random):
+    layer, regular = pair(random=random, layer_options=dict(query_index=1, use_gate=False))
+    other, _ = pair(random=random, layer_options=dict(query_index=1))
+    other.set_weights(layer.get_weights())
+    layer.ensure_streams(3)
+    history = [[] for _ in range(3)]
+    for i in range(40):
+        streams = random.permutation(3)[: random.integers(1, 4)]
+        x = random.normal(size=(len(streams), E)).astype("float32")
+        output = layer.call_step(x, streams=streams)
+        for row, stream in enumerate(streams):
+            history[stream].append(x[row])
+            if len(history[stream]) >= N:
+                window = np.stack(history[stream][-N:])[None]
+                expected = regular(window, window)[0, 1].numpy()
+                assert reference.relative_error(output[row], expected) < 1e-5
+        if i == 25:
+            other.set_state(layer.get_state())
+            layer = other
+    layer.clean_state(streams=[1])
+    assert layer.call_step(x[:1], streams=[1]) is None
+
+
+@pytest.mark.parametrize("what", [dict(streams=[0, 5]), dict(attention_mask=np.ones(N + 1, bool))])
+def test_a_failing_call_leaves_the_waiting_queries(backend, random, what):
+    layer, _ = pair(random=random, layer_options=dict(query_index=0, warm_up="partial"))
+    x = random.normal(size=(2, E)).astype("float32")
+    layer.call_step(x)
+    before = layer.get_state()
+    with pytest.raises(ValueError, match="Expected"):
+        layer.call_step(x, **what)
+    graph = tf.function(lambda x: layer.call_step(x, **what))
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match="(?i)expected"):
+        graph(tf.constant(x))
+    for name, array in layer.get_state().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+@pytest.mark.parametrize("index", [N, -N - 1, 1.5, None])
+def test_an_index_outside_the_window_is_refused(index):
+    with pytest.raises(ValueError, match="query_index"):
+        ct.CoSiMultiHeadAttention(N, H, 4, query_index=index)
+
+
+def test_a_window_without_such_a_query_is_refused(random):
+    layer, _ = pair(random=random, layer_options=dict(query_index=4))
+    with pytest.raises(ValueError, match="step 4, query_index, but got 3 steps"):
+        layer(np.zeros((1, 3, E), np.float32))
