@@ -18,14 +18,18 @@ from continual_transformers_tf.layers import (
     clean_state,
     ensure_streams,
 )
+from continual_transformers_tf.models import StreamingModel, convert, export
 
 __all__ = [
     "CircularPositionalEncoding",
     "CleanState",
     "CoSiMultiHeadAttention",
     "CoSiTransformerEncoder",
+    "StreamingModel",
     "call_mode",
     "clean_state",
+    "convert",
     "ensure_streams",
+    "export",
     "ops",
 ]

@@ -64,6 +64,10 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
             self._start = tf.Variable(0, trainable=False, name="start", dtype=tf.int64)
         self._stream_state = StreamState(0, name="state")
 
+    @property
+    def input_features(self):
+        return {"x": self._embed_dim}
+
     def get_config(self):
         return {
             **super().get_config(),

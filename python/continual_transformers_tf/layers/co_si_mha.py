@@ -7,11 +7,10 @@ import tensorflow as tf
 from continual_transformers_tf.layers.co_si_steps import take_steps
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.from_regular import co_si_from_regular
-from continual_transformers_tf.layers.inputs import checked_cache_dtype
+from continual_transformers_tf.layers.inputs import WARM_UPS, checked_cache_dtype
 from continual_transformers_tf.ops.attention_cache import AttentionCache
 from continual_transformers_tf.ops.stream_state import check_integer
 
-WARM_UPS = ("none", "partial")
 TIME_AXES = ((1,), (-2,))
 
 
@@ -173,6 +172,10 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
     @property
     def delay(self):
         return (self._seq_len - 1 if self._query_index >= 0 else -1) - self._query_index
+
+    @property
+    def input_features(self):
+        return dict(zip(("query", "value", "key"), self._features, strict=True))
 
     def get_config(self):
         return {

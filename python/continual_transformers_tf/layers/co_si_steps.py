@@ -168,7 +168,7 @@ def _dropout(layer, training):
 
 def _unready_steps(layer, query, steps_taken):
     """How many of a call's oldest steps give no output: all, while the window fills."""
-    first = layer.seq_len if layer.warm_up == "none" else layer.delay + 1
+    first = layer.seq_len if layer.active_warm_up == "none" else layer.delay + 1
     if first == 1 or not tf.executing_eagerly():
         return 0
     steps = query.shape[1]

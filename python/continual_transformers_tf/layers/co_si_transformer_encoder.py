@@ -85,6 +85,10 @@ class CoSiTransformerEncoder(ContinualLayer, keras.layers.Layer):
     def receptive_field(self):
         return self.attention.receptive_field
 
+    @property
+    def input_features(self):
+        return {"x": self._config["embed_dim"]}
+
     def get_config(self):
         return {**super().get_config(), **self._config}
 

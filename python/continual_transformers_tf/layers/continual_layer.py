@@ -3,11 +3,14 @@
 import contextlib
 import contextvars
 
+import tensorflow as tf
+
 from continual_transformers_tf.ops.stream_state import check_integer
 
 CALL_MODES = ("regular", "step", "steps")
 
 _override = contextvars.ContextVar("continual_transformers_call_mode", default=None)
+_always_partial = contextvars.ContextVar("continual_transformers_always_partial", default=False)
 
 
 def _check(mode):
@@ -39,6 +42,16 @@ def call_mode(mode):
         yield
     finally:
         _override.reset(token)
+
+
+@contextlib.contextmanager
+def always_partial():
+    """Within it, layers warm up as with `warm_up="partial"`: a whole of layers warms up as one."""
+    token = _always_partial.set(True)
+    try:
+        yield
+    finally:
+        _always_partial.reset(token)
 
 
 def ensure_streams(model, streams):
@@ -94,6 +107,18 @@ class ContinualLayer:
         return _override.get() or self._call_mode
 
     @property
+    def active_warm_up(self):
+        """The warm-up in force: the layer's, but "partial" in a graph and within a whole."""
+        if _always_partial.get() or not tf.executing_eagerly():
+            return "partial"
+        return self.warm_up
+
+    @property
+    def position(self):
+        """int64 tensor `[S]`: the steps that each of the streams held has taken."""
+        return self._stream_state.position
+
+    @property
     def receptive_field(self):
         """How many steps an output depends on."""
         return 1
@@ -103,9 +128,15 @@ class ContinualLayer:
         """Steps between an input and the output that belongs to it."""
         return 0
 
+    @property
+    def input_features(self):
+        """The inputs of a step of a built layer, in order: a dict from names to sizes."""
+        raise NotImplementedError
+
     def ensure_streams(self, streams):
         """Makes room for streams 0, ..., streams - 1. Those that are held keep their state."""
-        check_integer("streams", streams, at_least=0)
+        if not tf.is_tensor(streams):
+            check_integer("streams", streams, at_least=0)
         self._stream_state.ensure_streams(streams)
 
     def clean_state(self, streams=None):

@@ -3,6 +3,7 @@
 import keras
 import tensorflow as tf
 
+WARM_UPS = ("none", "partial")
 HALF_DTYPES = ("bfloat16", "float16")
 _AXES = {2: "(M, E), one step of M streams", 3: "(M, T, E), T steps"}
 

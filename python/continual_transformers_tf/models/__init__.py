@@ -1,0 +1,7 @@
+"""Whole models: Keras models that stream, made from those that do not; and what serves them."""
+
+from continual_transformers_tf.models.convert import convert
+from continual_transformers_tf.models.export import export
+from continual_transformers_tf.models.streaming_model import StreamingModel
+
+__all__ = ["StreamingModel", "convert", "export"]

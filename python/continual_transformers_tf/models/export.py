@@ -1,0 +1,125 @@
+"""SavedModels that take steps of streams: served with no Keras, and with no Python."""
+
+import keras
+import tensorflow as tf
+
+from continual_transformers_tf.layers.continual_layer import ContinualLayer
+from continual_transformers_tf.ops.stream_state import check_integer
+
+
+def export(model, path, streams=None, inputs=None):
+    """Writes a SavedModel whose signatures take steps of streams.
+
+    It holds the streams' state as it is, and goes on from there wherever it is loaded: the state is
+    variables and no constants. What loads it must first load the op library, by
+    `tf.load_op_library(ct.ops.LIBRARY_PATH)` or in C `TF_LoadLibrary`; it needs neither this package
+    nor Keras. With CONTINUAL_TRANSFORMERS_BACKEND=tensorflow at export it needs no op library
+    either.
+
+    The signatures, M being any number of streams:
+
+    - `step`: the inputs, float `(M, E)`, "x" or each by its name, and "streams", int32 `(M,)`: which
+      stream each row belongs to, each once. Outputs "y" `(M, ...)`, or of several each by its name,
+      and "ready", bool `(M,)`: whose window is full. Before, y is that of `warm_up="partial"`.
+    - `clean`: "streams", int32 `(M,)`: these begin again. Output "position", int64 `(M,)`: zeros.
+    - `ensure_streams`: "count", an int32 scalar: makes room for streams 0, ..., count - 1. Output
+      "count": how many are held then.
+
+    Args:
+        model: a built continual layer (`CoSiMultiHeadAttention`, `CoSiTransformerEncoder`,
+            `CircularPositionalEncoding`) or a `StreamingModel`.
+        path: the folder to write.
+        streams: make room for so many; None: those that are held.
+        inputs: the names of what a layer is called with, of "query", "value" and "key"; None: its
+            one input, "x".
+
+    Raises:
+        ValueError: if the model is not a built continual layer or `StreamingModel`, or `inputs` has
+            no meaning.
+    """
+    if not isinstance(model, ContinualLayer):
+        raise ValueError(
+            f"Expected a continual layer or a StreamingModel, but got {model!r}. (ct.convert makes a "
+            "StreamingModel of a Keras model.)"
+        )
+    if not model.built:
+        raise ValueError(f"Expected a built layer, but {model.name} has never been called")
+    if streams is not None:
+        check_integer("streams", streams, at_least=1)
+        model.ensure_streams(streams)
+    signature = _input_signature(model, inputs)
+
+    module = tf.Module()
+    module.model = model
+
+    def step(streams, **steps):
+        given = list(steps.values())
+        if isinstance(model, keras.Model):
+            y = model.call_step(
+                keras.tree.pack_sequence_as(model.model.input, given), streams=streams
+            )
+        else:
+            y = model.call_step(*given, streams=streams)
+        outputs = _by_name(y)
+        # After the step: TensorFlow keeps the order of what reads and writes a variable.
+        ready = tf.gather(model.position, streams) >= model.receptive_field
+        return {**outputs, "ready": ready}
+
+    def clean(streams):
+        model.clean_state(streams)
+        return {"position": tf.gather(model.position, streams)}
+
+    def ensure_streams(count):
+        model.ensure_streams(count)
+        return {"count": tf.shape(model.position)[0]}
+
+    numbers = tf.TensorSpec([None], tf.int32, name="streams")
+    count = tf.TensorSpec([], tf.int32, name="count")
+    module.step = tf.function(step).get_concrete_function(
+        numbers, **{name: spec for name, spec in signature.items()}
+    )
+    module.clean = tf.function(clean).get_concrete_function(numbers)
+    module.ensure_streams = tf.function(ensure_streams).get_concrete_function(count)
+    tf.saved_model.save(
+        module,
+        str(path),
+        signatures={
+            "step": module.step,
+            "clean": module.clean,
+            "ensure_streams": module.ensure_streams,
+        },
+    )
+
+
+def _input_signature(model, inputs):
+    """A dict from the name of an input to its tf.TensorSpec."""
+    if isinstance(model, keras.Model):
+        if inputs is not None:
+            raise ValueError(f"Expected no inputs, which a model names itself, but got {inputs}")
+        symbolic = model.model.inputs
+        names = ["x"] if len(symbolic) == 1 else [x.name for x in symbolic]
+        return {
+            name: tf.TensorSpec([None, *x.shape[2:]], x.dtype, name=name)
+            for name, x in zip(names, symbolic, strict=True)
+        }
+    features = model.input_features
+    allowed = list(features)[: len(features)]
+    names = ["x"] if inputs is None else list(inputs)
+    if inputs is None and len(set(features.values())) > 1:
+        names = allowed
+    if names != ["x"] and names != allowed[: len(names)]:
+        raise ValueError(f"Expected inputs to be the first of {allowed}, but got {inputs}")
+    sizes = list(features.values())
+    return {
+        name: tf.TensorSpec([None, sizes[i]], model.compute_dtype, name=name)
+        for i, name in enumerate(names)
+    }
+
+
+def _by_name(outputs):
+    flat = keras.tree.flatten(outputs)
+    if len(flat) == 1:
+        return {"y": flat[0]}
+    if isinstance(outputs, dict):
+        return {str(name): y for name, y in outputs.items()}
+    return {f"y_{i}": y for i, y in enumerate(flat)}

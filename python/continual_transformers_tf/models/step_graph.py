@@ -1,0 +1,306 @@
+"""How the graph of a Keras model is run on steps of streams, and whether it can be.
+
+A tensor of the graph is, for each window, one of three things, and in steps always `(M, T, ...)`:
+
+- "window": `(B, T, ...)`, a row for every step of the window;
+- "newest": `(B, 1, ...)`, that of the newest step alone;
+- "sample": `(B, ...)`, the newest step's, its axis of time gone.
+
+What computes each row of a window from that row alone computes the same of a step. What is given the
+newest step alone may be anything: it is run on every step as if that were a sample of a batch. And
+attention keeps what it needs of the steps before.
+"""
+
+import dataclasses
+import inspect
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from continual_transformers_tf.layers.continual_layer import ContinualLayer
+
+# Layers that compute each row of a window from that row alone.
+ROW_WISE = (
+    keras.layers.Activation,
+    keras.layers.Add,
+    keras.layers.AlphaDropout,
+    keras.layers.Average,
+    keras.layers.BatchNormalization,
+    keras.layers.Dense,
+    keras.layers.Dropout,
+    keras.layers.ELU,
+    keras.layers.Embedding,
+    keras.layers.GaussianDropout,
+    keras.layers.GaussianNoise,
+    keras.layers.Identity,
+    keras.layers.LayerNormalization,
+    keras.layers.LeakyReLU,
+    keras.layers.Masking,
+    keras.layers.Maximum,
+    keras.layers.Minimum,
+    keras.layers.Multiply,
+    keras.layers.ReLU,
+    keras.layers.Rescaling,
+    keras.layers.RMSNormalization,
+    keras.layers.Softmax,
+    keras.layers.Subtract,
+    keras.layers.UnitNormalization,
+)
+# keras.ops, by the names of their classes, which are not public.
+ROW_WISE_OPS = frozenset(
+    [
+        "Absolute",
+        "Add",
+        "Cast",
+        "Divide",
+        "Elu",
+        "Exp",
+        "Gelu",
+        "LeakyRelu",
+        "Log",
+        "Maximum",
+        "Minimum",
+        "Multiply",
+        "Negative",
+        "Power",
+        "Relu",
+        "Relu6",
+        "Selu",
+        "Sigmoid",
+        "Silu",
+        "Sin",
+        "Softplus",
+        "Sqrt",
+        "Square",
+        "Subtract",
+        "Tanh",
+        "TrueDivide",
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """What is known of a tensor of the graph before it is run."""
+
+    kind: str  # "window", "newest" or "sample", as above.
+    # Whether a row of a window depends on no later one: only then are rows known as they come.
+    causal: bool
+    receptive_field: int
+
+
+class StepGraph:
+    """The graph of a functional or sequential model, planned for steps.
+
+    Args:
+        model: a built `keras.Model` that is functional or sequential.
+
+    Attributes:
+        problems: why it cannot be run on steps: sentences that name the layer; none if it can.
+        layers: its continual layers, in the order in which they are run.
+        receptive_field: how many steps an output depends on.
+    """
+
+    def __init__(self, model, inputs=None):
+        self._model = _functional(model)
+        self._plan = {}  # Of a node's id: the method that runs it.
+        self._inner = {}  # Of a nested model's id: its StepGraph.
+        self.problems = []
+        self.layers = []
+        if self._model is None:
+            self.problems.append(
+                f"{model.name} is neither a functional nor a built sequential model, and so has no "
+                "graph to be read: give it CoSiMultiHeadAttention.from_regular(...) for its layers"
+            )
+            return
+        if inputs is None:
+            inputs = [Tensor("window", True, 1)] * len(self._model.inputs)
+            self.problems += [
+                f"the input {x.name} of shape {x.shape} has no axis of time: expected (B, T, E), or "
+                "(B, T) of integers"
+                for x in self._model.inputs
+                if len(x.shape) < 3 and not (len(x.shape) == 2 and "int" in x.dtype)
+            ]
+        outputs = self._walk(inputs, self._plan_node)
+        self.outputs = keras.tree.flatten(outputs)
+        self.receptive_field = max(x.receptive_field for x in self.outputs)
+
+    def run(self, inputs, **options):
+        """Takes T steps.
+
+        Args:
+            inputs: tensors `(M, T, ...)`, in the structure of the model's inputs.
+            **options: training, streams and update_state, for those who take them.
+
+        Returns:
+            Tensors `(M, T, ...)`, in the structure of the model's outputs.
+        """
+        inputs = keras.tree.flatten(inputs)
+        return self._walk(inputs, lambda node, values: self._plan[id(node)](node, values, options))
+
+    def _walk(self, inputs, visit):
+        """The outputs, where visit(node, values) says what a node makes of the values so far."""
+        values = {id(x): y for x, y in zip(self._model.inputs, inputs, strict=True)}
+        for depth in sorted(self._model._nodes_by_depth, reverse=True):
+            for node in self._model._nodes_by_depth[depth]:
+                if not node.is_input:
+                    outputs = keras.tree.flatten(visit(node, values))
+                    values.update((id(x), y) for x, y in zip(node.outputs, outputs, strict=True))
+        outputs = [values[id(x)] for x in self._model.outputs]
+        return keras.tree.pack_sequence_as(self._model._outputs_struct, outputs)
+
+    # Planning.
+
+    def _plan_node(self, node, values):
+        op = node.operation
+        args, kwargs = node.arguments.fill_in(values)
+        inputs = [x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, Tensor)]
+        causal = all(x.causal for x in inputs)
+        field = max(x.receptive_field for x in inputs)
+        kinds = {x.kind for x in inputs}
+        if isinstance(op, ContinualLayer):
+            self._plan[id(node)] = self._run_continual
+            causal = self._plan_continual(node, args, kwargs, inputs) and causal
+            field += op.receptive_field - 1
+            return [
+                Tensor("newest" if x.shape[1] == 1 else "window", causal, field)
+                for x in node.outputs
+            ]
+        if isinstance(op, keras.Model) and _functional(op) is not None:
+            graph = self._inner[id(op)] = StepGraph(op, inputs)
+            self._plan[id(node)] = self._run_model
+            self.problems += graph.problems
+            for layer in graph.layers:
+                self._add_layer(layer)
+            return graph.outputs
+        if "window" not in kinds:
+            self._plan[id(node)] = self._run_on_samples
+            return [Tensor(_kind_of_one(x), causal, field) for x in node.outputs]
+        newest = _newest_row(op, args, kwargs)
+        if newest is not None:
+            self._plan[id(node)] = self._run_identity
+            return [Tensor(newest, causal, field)]
+        if kinds != {"window"}:
+            self._refuse(node, "mixes whole windows with what is of their newest step alone")
+        elif not _is_row_wise(node, args, kwargs):
+            self._refuse(node, "needs more of a window than the row that it gives a result for")
+        self._plan[id(node)] = self._run_row_wise
+        return [Tensor("window", causal, field)] * len(node.outputs)
+
+    def _plan_continual(self, node, args, kwargs, inputs):
+        """Whether the outputs depend on no later steps than the inputs do."""
+        layer = node.operation
+        self._add_layer(layer)
+        if layer.delay > 0:
+            self._refuse(node, f"has its outputs {layer.delay} steps after its inputs")
+        if any(x.kind != "window" for x in inputs):
+            self._refuse(node, "is given the newest step alone, where it needs windows")
+        if not isinstance(layer, keras.layers.MultiHeadAttention):
+            return all(x.kind == "window" for x in inputs)
+        given = inspect.signature(layer.call).bind(*args, **kwargs).arguments
+        unknown = [k for k, x in given.items() if k not in STEP_ARGUMENTS and x is not None]
+        unknown = [k for k in unknown if given[k] is not False]
+        if unknown:
+            self._refuse(node, f"is called with {', '.join(unknown)}, which is of whole windows")
+        attended = [x for k, x in given.items() if k in ("value", "key") and x is not None]
+        if not all(x.causal for x in attended or inputs):
+            self._refuse(
+                node,
+                "attends to the outputs of an attention that itself sees later steps, so that those "
+                "of older steps would change with every step (mended by use_causal_mask=True there)",
+            )
+        return bool(given.get("use_causal_mask"))
+
+    def _add_layer(self, layer):
+        if any(layer is other for other in self.layers):
+            self.problems.append(
+                f"{layer.name} is called more than once: each call needs a state of its own"
+            )
+        self.layers.append(layer)
+
+    def _refuse(self, node, why):
+        self.problems.append(f"{node.operation.name}, a {type(node.operation).__name__}, {why}")
+
+    # Running.
+
+    def _run_continual(self, node, values, options):
+        kept = {name: options[name] for name in ("streams", "update_state")}
+        return _call(node, values, options, **kept)
+
+    def _run_model(self, node, values, options):
+        inner = [values[id(x)] for x in node.input_tensors]
+        return self._inner[id(node.operation)].run(inner, **options)
+
+    def _run_identity(self, node, values, options):
+        return values[id(node.input_tensors[0])]
+
+    def _run_row_wise(self, node, values, options):
+        return _call(node, values, options)
+
+    def _run_on_samples(self, node, values, options):
+        """Steps take the place of samples: (M, T, ...) becomes (M * T, ...), and comes back."""
+        inputs = [x for x in node.input_tensors if id(x) in values]
+        lead = tf.shape(values[id(inputs[0])])[:2]
+        samples = {id(x): _to_samples(x, values[id(x)]) for x in inputs}
+        outputs = keras.tree.flatten(_call(node, samples, options))
+        return [_to_steps(x, y, lead) for x, y in zip(node.outputs, outputs, strict=True)]
+
+
+# What attention may be called with in the graph of a model; the rest is of whole windows.
+STEP_ARGUMENTS = ("query", "value", "key", "use_causal_mask", "training")
+
+
+def _functional(model):
+    """The functional model that a model is, or has within it; None where there is none."""
+    if isinstance(model, keras.Sequential):
+        return model._functional
+    return model if hasattr(model, "_nodes_by_depth") else None
+
+
+def _kind_of_one(tensor):
+    """What a tensor that is of the newest step alone still is: with an axis of time, or without."""
+    return "newest" if len(tensor.shape) > 2 and tensor.shape[1] == 1 else "sample"
+
+
+def _to_samples(symbolic, x):
+    axis_of_time = [1] if _kind_of_one(symbolic) == "newest" else []
+    return tf.reshape(x, tf.concat([[-1], axis_of_time, tf.shape(x)[2:]], 0))
+
+
+def _to_steps(symbolic, x, lead):
+    first = 2 if _kind_of_one(symbolic) == "newest" else 1
+    return tf.reshape(x, tf.concat([lead, tf.shape(x)[first:]], 0))
+
+
+def _newest_row(op, args, kwargs):
+    """The kind of x[:, -1:] or x[:, -1], a window's newest row; None for anything else."""
+    if type(op).__name__ != "GetItem":
+        return None
+    key = args[1] if len(args) > 1 else kwargs.get("key")
+    if not isinstance(key, (tuple, list)) or len(key) < 2 or key[0] != slice(None):
+        return None
+    if not all(k is Ellipsis or k == slice(None) for k in key[2:]):
+        return None
+    return "sample" if key[1] == -1 else "newest" if key[1] == slice(-1, None) else None
+
+
+def _is_row_wise(node, args, kwargs):
+    op, rank = node.operation, len(node.input_tensors[0].shape)
+    if isinstance(op, keras.layers.EinsumDense):
+        inputs, output = op.equation.replace("...", "<>").split("->")
+        return inputs[:2] == output[:2]
+    if isinstance(op, keras.layers.Concatenate) or type(op) in ROW_WISE:
+        axis = getattr(op, "axis", -1)
+        axes = axis if isinstance(axis, (list, tuple)) else [axis]
+        return all(axis % rank > 1 for axis in axes)
+    # An array that is added to a window, say, may hold a row for each of its steps.
+    arrays = [x for x in keras.tree.flatten((args, kwargs)) if not isinstance(x, Tensor)]
+    return type(op).__name__ in ROW_WISE_OPS and all(np.ndim(x) < 2 for x in arrays)
+
+
+def _call(node, values, options, **more):
+    args, kwargs = node.arguments.fill_in(values)
+    if getattr(node.operation, "_call_has_training_arg", False):
+        kwargs = {"training": options["training"], **kwargs}
+    return node.operation(*args, **kwargs, **more)

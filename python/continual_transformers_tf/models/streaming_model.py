@@ -1,0 +1,239 @@
+"""A Keras model that answers at every step of an endless stream."""
+
+import keras
+import tensorflow as tf
+
+from continual_transformers_tf.layers.continual_layer import (
+    ContinualLayer,
+    always_partial,
+    call_mode,
+)
+from continual_transformers_tf.layers.inputs import WARM_UPS
+from continual_transformers_tf.models.step_graph import StepGraph
+
+
+@keras.saving.register_keras_serializable("continual_transformers_tf")
+class StreamingModel(ContinualLayer, keras.Model):
+    """A functional or sequential Keras model, window by window as ever, or step by step.
+
+    A step gives what a regular call gives for the newest step of the window. Layers that compute each
+    row of a window from that row alone take steps as they are; `CoSiMultiHeadAttention` and the other
+    continual layers keep what they need of the steps before; and what comes after the newest row has
+    been taken, as by `x[:, -1]`, may be anything. `ct.convert` makes such a model of one with
+    `keras.layers.MultiHeadAttention`.
+
+    Where attention follows attention, the earlier must be causal (`use_causal_mask=True`). In a
+    stream it then sees the newest `seq_len` steps and not the window's beginning: steps equal regular
+    calls on sequences of at most `seq_len` steps, and go on as the same model with
+    `sliding_window=seq_len` would.
+
+    Args:
+        model: a functional model, or a sequential one that is built. It is not copied.
+        warm_up: "none": in eager mode, steps give None until a stream's receptive field is full;
+            "partial": the outputs of shorter sequences. As `CoSiMultiHeadAttention` has it, for the
+            model as a whole and instead of its layers' own.
+        call_mode: what calling the model does: "regular", "step" or "steps".
+        **kwargs: `name` and the like.
+
+    Attributes:
+        model: the model that was given.
+
+    Raises:
+        ValueError: at construction, if the model cannot be run on steps: for every layer that stands
+            in the way the reason.
+    """
+
+    def __init__(self, model, warm_up="none", call_mode="regular", **kwargs):
+        if warm_up not in WARM_UPS:
+            raise ValueError(f"Expected warm_up to be one of {WARM_UPS}, but got {warm_up!r}")
+        if not isinstance(model, keras.Model):
+            raise ValueError(f"Expected a keras.Model, but got {model!r}")
+        graph = StepGraph(model)
+        problems = list(dict.fromkeys(graph.problems))
+        if not problems and not graph.layers:
+            problems = ["it has no layer of continual_transformers_tf"]
+        if problems:
+            raise ValueError(
+                f"{model.name} cannot be run on the steps of a stream:\n"
+                + "\n".join(f"- {problem}" for problem in problems)
+            )
+        super().__init__(**{"name": f"streaming_{model.name}", **kwargs})
+        self.model = model
+        self._graph = graph
+        self._warm_up = warm_up
+        self.call_mode = call_mode
+        self.built = True
+
+    @property
+    def warm_up(self):
+        """What a step gives while the receptive field fills: "none" or "partial"."""
+        return self._warm_up
+
+    @property
+    def receptive_field(self):
+        return self._graph.receptive_field
+
+    def get_config(self):
+        return {
+            "name": self.name,
+            "model": keras.saving.serialize_keras_object(self.model),
+            "warm_up": self._warm_up,
+            "call_mode": self._call_mode,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        model = keras.saving.deserialize_keras_object(config["model"], custom_objects)
+        return cls(**{**config, "model": model})
+
+    def call(self, inputs, training=None, streams=None, update_state=True):
+        if self.active_call_mode == "regular":
+            return self.call_regular(inputs, training)
+        call = self.call_step if self.active_call_mode == "step" else self.call_steps
+        return call(inputs, training, streams=streams, update_state=update_state)
+
+    def call_regular(self, inputs, training=None):
+        """The model's outputs for whole windows; the streams' state plays no part."""
+        with call_mode("regular"):
+            return self.model(inputs, training=training)
+
+    def call_step(self, inputs, training=None, *, streams=None, update_state=True):
+        """Takes one step of M streams.
+
+        Args:
+            inputs: the model's inputs without their axis of time: `(M, ...)`.
+            training: whether this is training.
+            streams, update_state: as `CoSiMultiHeadAttention.call_step` has them.
+
+        Returns:
+            The model's outputs for the newest step, `(M, ...)`, or None while the receptive field
+            fills (see `warm_up`).
+
+        Raises:
+            ValueError, tf.errors.InvalidArgumentError: if shapes, dtypes or streams do not fit. The
+                streams then go on as if the call had not been made.
+        """
+        steps = keras.tree.map_structure(
+            lambda x: tf.expand_dims(x, 1), self._inputs(inputs, axes_of_steps=1)
+        )
+        outputs = self._take_steps(steps, training, streams, update_state)
+        return keras.tree.map_structure(lambda y: None if y is None else tf.squeeze(y, 1), outputs)
+
+    def call_steps(self, inputs, training=None, *, streams=None, update_state=True):
+        """Takes T steps of M streams: the same outputs and state as T calls of `call_step`.
+
+        Args:
+            inputs: the model's inputs, `(M, T, ...)`.
+            training, streams, update_state: as `call_step` has them.
+
+        Returns:
+            `(M, T', ...)` or None, as `CoSiMultiHeadAttention.call_steps`.
+
+        Raises:
+            ValueError, tf.errors.InvalidArgumentError: as `call_step`; and if T = 0.
+        """
+        inputs = self._inputs(inputs, axes_of_steps=2)
+        return self._take_steps(inputs, training, streams, update_state)
+
+    def _inputs(self, inputs, axes_of_steps):
+        """The inputs as tensors, with the features that the model was built for."""
+        flat = keras.tree.flatten(inputs)
+        if len(flat) != len(self.model.inputs):
+            raise ValueError(f"Expected {len(self.model.inputs)} inputs, but got {len(flat)}")
+        tensors = []
+        for x, symbolic in zip(flat, self.model.inputs, strict=True):
+            x = tf.convert_to_tensor(x)
+            lead = [None] * axes_of_steps
+            expected = [*lead, *symbolic.shape[2:]]
+            if not x.shape.is_compatible_with(expected):
+                letters = "(M" if axes_of_steps == 1 else "(M, T"
+                features = "".join(f", {n}" for n in symbolic.shape[2:])
+                raise ValueError(
+                    f"Expected {symbolic.name} of shape {letters}{features}), but got "
+                    f"{tuple(x.shape)}"
+                )
+            if axes_of_steps == 2 and x.shape[1] == 0:
+                raise ValueError(f"Expected at least one step, but got {tuple(x.shape)}")
+            tensors.append(tf.cast(x, symbolic.dtype))
+        return keras.tree.pack_sequence_as(inputs, tensors)
+
+    def _take_steps(self, inputs, training, streams, update_state):
+        first = keras.tree.flatten(inputs)[0]
+        with call_mode("steps"), always_partial():
+            outputs = self._graph.run(
+                inputs, training=training, streams=streams, update_state=update_state
+            )
+        if self._warm_up == "partial" or not tf.executing_eagerly():
+            return outputs
+        rows = range(first.shape[0]) if streams is None else streams
+        taken = tf.gather(self.position, tf.cast(rows, tf.int32)).numpy().max(initial=0)
+        steps = first.shape[1]
+        furthest = taken if update_state else taken + steps
+        ready = int(max(0, min(steps, furthest - self.receptive_field + 1)))
+        return keras.tree.map_structure(lambda y: y[:, steps - ready :] if ready else None, outputs)
+
+    def compute_output_shape(self, input_shape):
+        return self.model.compute_output_shape(input_shape)
+
+    # The state of the streams: that of the layers, in which all have taken the same steps.
+
+    @property
+    def position(self):
+        return self._graph.layers[0].position
+
+    @property
+    def ready(self):
+        """bool tensor `[S]`: which of the streams held have a full receptive field."""
+        return self.position >= self.receptive_field
+
+    def ensure_streams(self, streams):
+        """Makes room for streams 0, ..., streams - 1. Those that are held keep their state."""
+        for layer in self._graph.layers:
+            layer.ensure_streams(streams)
+
+    def clean_state(self, streams=None):
+        """Forgets what streams have seen: they begin again.
+
+        Args:
+            streams: integers `[M]`, which ones; None: all.
+
+        Raises:
+            ValueError: if a stream is not held, or is named twice.
+        """
+        for layer in self._graph.layers:
+            layer.clean_state(streams)
+
+    def get_state(self, streams=None):
+        """The state of streams: a dict from the number of each continual layer to its state.
+
+        Args:
+            streams: integers `[M]`, which ones, in this order; None: all.
+
+        Raises:
+            ValueError: if a stream is not held, or is named twice.
+        """
+        return {str(i): layer.get_state(streams) for i, layer in enumerate(self._graph.layers)}
+
+    def set_state(self, state, streams=None):
+        """Puts back what `get_state` gave, here or in another model of the same layers.
+
+        Args:
+            state: what `get_state` gave, of M streams.
+            streams: integers `[M]`, which streams take it; None: streams 0, ..., M - 1, for which
+                there is made room, and others that are held begin again.
+
+        Raises:
+            ValueError: if the state does not fit; the streams then stay as they were.
+        """
+        layers = {str(i): layer for i, layer in enumerate(self._graph.layers)}
+        if not isinstance(state, dict) or set(state) != set(layers):
+            got = sorted(state) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"Expected a state with {sorted(layers)}, but got {got}")
+        before = self.get_state()
+        try:
+            for name, layer in layers.items():
+                layer.set_state(state[name], streams)
+        except ValueError:
+            for name, layer in layers.items():
+                layer.set_state(before[name])
+            raise
