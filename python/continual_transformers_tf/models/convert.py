@@ -31,8 +31,8 @@ def convert(model, seq_len, **options):
     cache_dtype = options.pop("cache_dtype", None)
     if not isinstance(model, keras.Model):
         raise ValueError(
-            f"Expected a keras.Model, but got {model!r}. (CoSiMultiHeadAttention.from_regular makes "
-            "a layer of a layer.)"
+            f"Expected a keras.Model, but got {model!r}. (For a layer alone there is "
+            "CoSiMultiHeadAttention.from_regular.)"
         )
     problems = []
 

@@ -11,16 +11,17 @@ def export(model, path, streams=None, inputs=None):
     """Writes a SavedModel whose signatures take steps of streams.
 
     It holds the streams' state as it is, and goes on from there wherever it is loaded: the state is
-    variables and no constants. What loads it must first load the op library, by
-    `tf.load_op_library(ct.ops.LIBRARY_PATH)` or in C `TF_LoadLibrary`; it needs neither this package
-    nor Keras. With CONTINUAL_TRANSFORMERS_BACKEND=tensorflow at export it needs no op library
-    either.
+    variables and no constants. What loads it must first load the op library, in Python by
+    `tf.load_op_library(ct.ops.LIBRARY_PATH)` and in C by `TF_LoadLibrary`; it needs neither this
+    package nor Keras. With CONTINUAL_TRANSFORMERS_BACKEND=tensorflow at export it needs no op
+    library either.
 
     The signatures, M being any number of streams:
 
-    - `step`: the inputs, float `(M, E)`, "x" or each by its name, and "streams", int32 `(M,)`: which
-      stream each row belongs to, each once. Outputs "y" `(M, ...)`, or of several each by its name,
-      and "ready", bool `(M,)`: whose window is full. Before, y is that of `warm_up="partial"`.
+    - `step`: the inputs, float `(M, E)`, "x" or each by its name, and "streams", int32 `(M,)`:
+      which stream each row belongs to, each once. Outputs "y" `(M, ...)`, or of several each by its
+      name, and "ready", bool `(M,)`: whose window is full. Before, y is that of
+      `warm_up="partial"`.
     - `clean`: "streams", int32 `(M,)`: these begin again. Output "position", int64 `(M,)`: zeros.
     - `ensure_streams`: "count", an int32 scalar: makes room for streams 0, ..., count - 1. Output
       "count": how many are held then.
@@ -39,8 +40,8 @@ def export(model, path, streams=None, inputs=None):
     """
     if not isinstance(model, ContinualLayer):
         raise ValueError(
-            f"Expected a continual layer or a StreamingModel, but got {model!r}. (ct.convert makes a "
-            "StreamingModel of a Keras model.)"
+            f"Expected a continual layer or a StreamingModel, but got {model!r}. (ct.convert makes "
+            "one of a Keras model.)"
         )
     if not model.built:
         raise ValueError(f"Expected a built layer, but {model.name} has never been called")
@@ -55,9 +56,8 @@ def export(model, path, streams=None, inputs=None):
     def step(streams, **steps):
         given = list(steps.values())
         if isinstance(model, keras.Model):
-            y = model.call_step(
-                keras.tree.pack_sequence_as(model.model.input, given), streams=streams
-            )
+            given = keras.tree.pack_sequence_as(model.model.input, given)
+            y = model.call_step(given, streams=streams)
         else:
             y = model.call_step(*given, streams=streams)
         outputs = _by_name(y)
@@ -75,9 +75,7 @@ def export(model, path, streams=None, inputs=None):
 
     numbers = tf.TensorSpec([None], tf.int32, name="streams")
     count = tf.TensorSpec([], tf.int32, name="count")
-    module.step = tf.function(step).get_concrete_function(
-        numbers, **{name: spec for name, spec in signature.items()}
-    )
+    module.step = tf.function(step).get_concrete_function(numbers, **signature)
     module.clean = tf.function(clean).get_concrete_function(numbers)
     module.ensure_streams = tf.function(ensure_streams).get_concrete_function(count)
     tf.saved_model.save(
@@ -103,16 +101,14 @@ def _input_signature(model, inputs):
             for name, x in zip(names, symbolic, strict=True)
         }
     features = model.input_features
-    allowed = list(features)[: len(features)]
-    names = ["x"] if inputs is None else list(inputs)
-    if inputs is None and len(set(features.values())) > 1:
-        names = allowed
-    if names != ["x"] and names != allowed[: len(names)]:
-        raise ValueError(f"Expected inputs to be the first of {allowed}, but got {inputs}")
-    sizes = list(features.values())
+    if inputs is None:
+        # One input serves as all, unless they are of different sizes.
+        inputs = ["x"] if len(set(features.values())) == 1 else list(features)
+    elif not inputs or list(inputs) != list(features)[: len(inputs)]:
+        raise ValueError(f"Expected inputs to be the first of {list(features)}, but got {inputs}")
     return {
-        name: tf.TensorSpec([None, sizes[i]], model.compute_dtype, name=name)
-        for i, name in enumerate(names)
+        name: tf.TensorSpec([None, size], model.compute_dtype, name=name)
+        for name, size in zip(inputs, features.values(), strict=False)
     }
 
 

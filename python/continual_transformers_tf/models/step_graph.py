@@ -6,9 +6,9 @@ A tensor of the graph is, for each window, one of three things, and in steps alw
 - "newest": `(B, 1, ...)`, that of the newest step alone;
 - "sample": `(B, ...)`, the newest step's, its axis of time gone.
 
-What computes each row of a window from that row alone computes the same of a step. What is given the
-newest step alone may be anything: it is run on every step as if that were a sample of a batch. And
-attention keeps what it needs of the steps before.
+What computes each row of a window from that row alone computes the same of a step. What is given
+the newest step alone may be anything: it is run on every step as if that were a sample of a batch.
+And attention keeps what it needs of the steps before.
 """
 
 import dataclasses
@@ -48,36 +48,11 @@ ROW_WISE = (
     keras.layers.UnitNormalization,
 )
 # keras.ops, by the names of their classes, which are not public.
-ROW_WISE_OPS = frozenset(
-    [
-        "Absolute",
-        "Add",
-        "Cast",
-        "Divide",
-        "Elu",
-        "Exp",
-        "Gelu",
-        "LeakyRelu",
-        "Log",
-        "Maximum",
-        "Minimum",
-        "Multiply",
-        "Negative",
-        "Power",
-        "Relu",
-        "Relu6",
-        "Selu",
-        "Sigmoid",
-        "Silu",
-        "Sin",
-        "Softplus",
-        "Sqrt",
-        "Square",
-        "Subtract",
-        "Tanh",
-        "TrueDivide",
-    ]
-)
+ROW_WISE_OPS = {
+    "Absolute", "Add", "Cast", "Divide", "Elu", "Exp", "Gelu", "LeakyRelu", "Log", "Maximum",
+    "Minimum", "Multiply", "Negative", "Power", "Relu", "Relu6", "Selu", "Sigmoid", "Silu", "Sin",
+    "Softplus", "Sqrt", "Square", "Subtract", "Tanh", "TrueDivide",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +92,8 @@ class StepGraph:
         if inputs is None:
             inputs = [Tensor("window", True, 1)] * len(self._model.inputs)
             self.problems += [
-                f"the input {x.name} of shape {x.shape} has no axis of time: expected (B, T, E), or "
-                "(B, T) of integers"
+                f"the input {x.name} of shape {x.shape} has no axis of time: expected (B, T, E), "
+                "or (B, T) of integers"
                 for x in self._model.inputs
                 if len(x.shape) < 3 and not (len(x.shape) == 2 and "int" in x.dtype)
             ]
@@ -185,6 +160,10 @@ class StepGraph:
             self._refuse(node, "mixes whole windows with what is of their newest step alone")
         elif not _is_row_wise(node, args, kwargs):
             self._refuse(node, "needs more of a window than the row that it gives a result for")
+            # What follows is judged as if it had given what it seems to give.
+            rank = len(node.input_tensors[0].shape)
+            kinds = ["window" if len(x.shape) >= rank else "sample" for x in node.outputs]
+            return [Tensor(kind, causal, field) for kind in kinds]
         self._plan[id(node)] = self._run_row_wise
         return [Tensor("window", causal, field)] * len(node.outputs)
 
@@ -207,8 +186,8 @@ class StepGraph:
         if not all(x.causal for x in attended or inputs):
             self._refuse(
                 node,
-                "attends to the outputs of an attention that itself sees later steps, so that those "
-                "of older steps would change with every step (mended by use_causal_mask=True there)",
+                "attends to the outputs of an attention that itself sees later steps: those of "
+                "older steps change with every step (use_causal_mask=True there would mend it)",
             )
         return bool(given.get("use_causal_mask"))
 

@@ -16,15 +16,15 @@ from continual_transformers_tf.models.step_graph import StepGraph
 class StreamingModel(ContinualLayer, keras.Model):
     """A functional or sequential Keras model, window by window as ever, or step by step.
 
-    A step gives what a regular call gives for the newest step of the window. Layers that compute each
-    row of a window from that row alone take steps as they are; `CoSiMultiHeadAttention` and the other
-    continual layers keep what they need of the steps before; and what comes after the newest row has
-    been taken, as by `x[:, -1]`, may be anything. `ct.convert` makes such a model of one with
-    `keras.layers.MultiHeadAttention`.
+    A step gives what a regular call gives for the newest step of the window. Layers that compute
+    each row of a window from that row alone take steps as they are; `CoSiMultiHeadAttention` and
+    the other continual layers keep what they need of the steps before; and what comes after the
+    newest row has been taken, as by `x[:, -1]`, may be anything. `ct.convert` makes such a model of
+    one with `keras.layers.MultiHeadAttention`.
 
     Where attention follows attention, the earlier must be causal (`use_causal_mask=True`). In a
-    stream it then sees the newest `seq_len` steps and not the window's beginning: steps equal regular
-    calls on sequences of at most `seq_len` steps, and go on as the same model with
+    stream it then sees the newest `seq_len` steps and not the window's beginning: steps equal
+    regular calls on sequences of at most `seq_len` steps, and go on as the same model with
     `sliding_window=seq_len` would.
 
     Args:
@@ -39,8 +39,8 @@ class StreamingModel(ContinualLayer, keras.Model):
         model: the model that was given.
 
     Raises:
-        ValueError: at construction, if the model cannot be run on steps: for every layer that stands
-            in the way the reason.
+        ValueError: at construction, if the model cannot be run on steps: for every layer that
+            stands in the way the reason.
     """
 
     def __init__(self, model, warm_up="none", call_mode="regular", **kwargs):
