@@ -50,11 +50,8 @@ def export(model, path, streams=None, inputs=None):
         model.ensure_streams(streams)
     signature = _input_signature(model, inputs)
 
-    module = tf.Module()
-    module.model = model
-
     def step(streams, **steps):
-        given = list(steps.values())
+        given = [steps[name] for name in signature]  # tf.function has them in its own order.
         if isinstance(model, keras.Model):
             given = keras.tree.pack_sequence_as(model.model.input, given)
             y = model.call_step(given, streams=streams)
@@ -75,18 +72,19 @@ def export(model, path, streams=None, inputs=None):
 
     numbers = tf.TensorSpec([None], tf.int32, name="streams")
     count = tf.TensorSpec([], tf.int32, name="count")
-    module.step = tf.function(step).get_concrete_function(numbers, **signature)
-    module.clean = tf.function(clean).get_concrete_function(numbers)
-    module.ensure_streams = tf.function(ensure_streams).get_concrete_function(count)
-    tf.saved_model.save(
-        module,
-        str(path),
-        signatures={
-            "step": module.step,
-            "clean": module.clean,
-            "ensure_streams": module.ensure_streams,
-        },
-    )
+    signatures = {
+        "step": tf.function(step).get_concrete_function(numbers, **signature),
+        "clean": tf.function(clean).get_concrete_function(numbers),
+        "ensure_streams": tf.function(ensure_streams).get_concrete_function(count),
+    }
+    module = tf.Module()
+    # Not the model: TensorFlow would write Keras' variables twice, and outside Python restore the
+    # copies that no function uses.
+    used = {v.ref(): v for function in signatures.values() for v in function.graph.variables}
+    module.kept = list(used.values())
+    for name, function in signatures.items():
+        setattr(module, name, function)
+    tf.saved_model.save(module, str(path), signatures=signatures)
 
 
 def _input_signature(model, inputs):
