@@ -10,8 +10,8 @@ def co_si_from_regular(cls, layer, seq_len, options):
         raise ValueError(f"Expected a keras.layers.MultiHeadAttention, but got {layer!r}")
     if type(layer)._compute_attention is not regular._compute_attention:
         raise ValueError(
-            f"Expected the attention of keras.layers.MultiHeadAttention, but {layer.name}, a "
-            f"{type(layer).__name__}, has one of its own"
+            f"Expected the attention of keras.layers.MultiHeadAttention, but {layer.name} "
+            f"({type(layer).__name__}) has one of its own"
         )
     if not layer.built:
         raise ValueError(

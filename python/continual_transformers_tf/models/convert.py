@@ -47,7 +47,7 @@ def convert(model, seq_len, **options):
             except ValueError as error:
                 problems.append(str(error))
         elif isinstance(layer, keras.layers.GroupQueryAttention):
-            problems.append(f"{layer.name}, a {type(layer).__name__}, has no continual twin here")
+            problems.append(f"{layer.name} ({type(layer).__name__}) has no continual twin here")
         return layer.__class__.from_config(layer.get_config())
 
     if not model.built:

@@ -199,7 +199,7 @@ class StepGraph:
         self.layers.append(layer)
 
     def _refuse(self, node, why):
-        self.problems.append(f"{node.operation.name}, a {type(node.operation).__name__}, {why}")
+        self.problems.append(f"{node.operation.name} ({type(node.operation).__name__}) {why}")
 
     # Running.
 
@@ -270,7 +270,7 @@ def _is_row_wise(node, args, kwargs):
         inputs, output = op.equation.replace("...", "<>").split("->")
         return inputs[:2] == output[:2]
     if isinstance(op, keras.layers.Concatenate) or type(op) in ROW_WISE:
-        axis = getattr(op, "axis", -1)
+        axis = getattr(op, "axis", ())
         axes = axis if isinstance(axis, (list, tuple)) else [axis]
         return all(axis % rank > 1 for axis in axes)
     # An array that is added to a window, say, may hold a row for each of its steps.

@@ -1,0 +1,362 @@
+"""ct.convert and StreamingModel: Keras models that stream with the weights that they have."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import continual_transformers_tf as ct
+import reference
+
+N, E, H, D = 6, 8, 2, 4
+
+
+def attention(name=None, **options):
+    return keras.layers.MultiHeadAttention(H, D, name=name, **options)
+
+
+def one_block(x):
+    """A pre-norm block and a head on its newest row, with operators between layers."""
+    y = keras.layers.LayerNormalization()(x)
+    x = x + attention()(y, y)
+    y = keras.layers.Dense(2 * E, activation="gelu")(keras.layers.LayerNormalization()(x))
+    x = keras.layers.Add()([x, keras.layers.Dropout(0.1)(keras.layers.Dense(E)(y))])
+    return keras.layers.Dense(3, activation="softmax")(x[:, -1])
+
+
+def causal_stack(x):
+    for _ in range(3):
+        x = keras.layers.LayerNormalization()(x + attention()(x, x, use_causal_mask=True))
+    return keras.layers.Dense(3)(x)
+
+
+def causal_then_full(x):
+    x = x + attention()(x, x, use_causal_mask=True)
+    x = keras.layers.BatchNormalization()(x + attention()(x, x))
+    return keras.layers.Dense(2)(keras.layers.BatchNormalization()(x[:, -1, :]))
+
+
+def query_from_later(x):
+    """The newest query may come from an attention that sees everything: it is asked but once."""
+    y = attention()(x, x)
+    return attention()(y, x)[:, -1]
+
+
+def of_the_newest_alone(x):
+    """After x[:, -1:] a layer may do what it likes: it is run on every step by itself."""
+    y = attention(use_gate=True, value_dim=3)(x, x)[:, -1:]
+    y = keras.layers.Flatten()(keras.layers.Conv1D(4, 1)(y))
+    return keras.layers.Reshape((2, 2))(keras.layers.Dense(4)(y))
+
+
+def nested(x):
+    inner_input = keras.Input((None, E))
+    inner = keras.Model(inner_input, attention()(inner_input, inner_input) + inner_input)
+    return keras.layers.Dense(2)(keras.Sequential([inner, keras.layers.ReLU()])(x))
+
+
+def masked(x):
+    x = keras.layers.Masking()(x)
+    return keras.layers.Dense(2)(attention()(x, x))
+
+
+def already_ours(x):
+    x = ct.CircularPositionalEncoding(2 * N, E, call_update_index_steps=0)(x)
+    return keras.layers.Dense(2)(keras.layers.Flatten()(ct.CoSiTransformerEncoder(N, E, H, 9)(x)))
+
+
+MODELS = [
+    one_block, causal_stack, causal_then_full, query_from_later, of_the_newest_alone, nested,
+    masked, already_ours,
+]  # fmt: skip
+
+
+def model_of(function, random, length=N):
+    inputs = keras.Input((length, E))
+    model = keras.Model(inputs, function(inputs))
+    model.set_weights([0.1 + random.random(size=w.shape) * 0.6 for w in model.weights])
+    return model
+
+
+def newest(y, x):
+    """The row of the newest step, where there are rows of all."""
+    return y[:, -1] if len(y.shape) == 3 and y.shape[1] == x.shape[1] else y
+
+
+@pytest.mark.parametrize("function", MODELS, ids=lambda f: f.__name__)
+def test_steps_give_what_a_regular_call_gives_for_the_newest_step(backend, random, function):
+    model = model_of(function, random)
+    streaming = ct.convert(model, seq_len=N, warm_up="partial")
+    for w, other in zip(streaming.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(w, other)
+    x = random.normal(size=(3, N, E)).astype("float32")
+    if function is masked:
+        x[1, :2] = 0
+    whole = model(x).numpy()
+    assert reference.relative_error(streaming(x), whole.astype("float64")) < 1e-6
+    expected = newest(whole, x).astype("float64")
+    together = streaming.call_steps(x)
+    assert reference.relative_error(together[:, -1], expected) < 2e-5
+    streaming.clean_state()
+    apart = [streaming.call_step(x[:, t]) for t in range(N)]
+    assert reference.relative_error(apart[-1], expected) < 2e-5
+    assert reference.relative_error(np.stack(apart, 1), together.numpy().astype("float64")) < 2e-5
+
+
+@pytest.mark.parametrize("function", [one_block, of_the_newest_alone, nested])
+def test_with_one_attention_it_is_the_model_on_every_sliding_window(backend, random, function):
+    model = model_of(function, random)
+    streaming = ct.convert(model, seq_len=N)
+    x = random.normal(size=(2, 4 * N, E)).astype("float32")
+    step = [streaming.call_step(x[:, t]) for t in range(N + 5)]
+    assert step[: N - 1] == [None] * (N - 1)
+    with ct.call_mode("step"):
+        graph = tf.function(streaming)
+        step += [graph(tf.constant(x[:, t])) for t in range(N + 5, 4 * N)]
+    for t in range(N - 1, 4 * N):
+        window = x[:, t - N + 1 : t + 1]
+        expected = newest(model(window).numpy(), window).astype("float64")
+        assert reference.relative_error(step[t], expected) < 2e-5
+    np.testing.assert_array_equal(streaming.ready, [True, True])
+
+
+def test_a_causal_stack_goes_on_as_one_with_a_sliding_window(backend, random):
+    model = model_of(causal_stack, random, length=None)
+    streaming = ct.convert(model, seq_len=N)
+    sliding = keras.models.clone_model(
+        model,
+        clone_function=lambda layer: layer.__class__.from_config(
+            {**layer.get_config(), "sliding_window": N}
+            if isinstance(layer, keras.layers.MultiHeadAttention)
+            else layer.get_config()
+        ),
+    )
+    sliding.set_weights(model.get_weights())
+    x = random.normal(size=(2, 5 * N, E)).astype("float32")
+    field = 1 + 3 * (N - 1)
+    assert streaming.receptive_field == field
+    outputs = streaming.call_steps(x)
+    assert outputs.shape == (2, 5 * N - field + 1, 3)
+    expected = sliding(x).numpy()[:, field - 1 :].astype("float64")
+    assert reference.relative_error(outputs, expected) < 2e-5
+
+
+def test_streams_and_state(backend, random):
+    streaming = ct.convert(model_of(causal_then_full, random), seq_len=N, warm_up="partial")
+    alone = ct.convert(streaming.model, seq_len=N, warm_up="partial")
+    streaming.ensure_streams(4)
+    x = random.normal(size=(2, 9, E)).astype("float32")
+    got = [streaming.call_step(x[:, t], streams=[3, 1]) for t in range(4)]
+    peek = streaming.call_step(x[:, 4], streams=[3, 1], update_state=False)
+    expected = [alone.call_step(x[:, t]) for t in range(5)]
+    np.testing.assert_allclose([*got, peek], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(streaming.position, [0, 4, 0, 4])
+    state = streaming.get_state(streams=[1])
+    streaming.set_state(state, streams=[0])
+    got = streaming.call_steps(np.stack([x[1, 4:], x[0, 4:]]), streams=[0, 3])
+    alone.clean_state()
+    expected = alone.call_steps(x)[:, 4:].numpy()
+    np.testing.assert_allclose(got, expected[::-1], rtol=1e-5, atol=1e-6)
+    streaming.clean_state(streams=[3])
+    np.testing.assert_array_equal(streaming.position, [9, 4, 0, 0])
+    before = streaming.get_state()
+    with pytest.raises(ValueError, match="Expected"):
+        streaming.set_state({**state, "1": {}}, streams=[0])
+    bad = [dict(streams=[1, 9]), dict(streams=[1, 1])]
+    for options in bad:
+        with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match="(?i)expected"):
+            streaming.call_step(x[:, 0], **options)
+    for wrong in (x[:, 0, :3], x[:, :1], x):
+        with pytest.raises(ValueError, match=r"of shape \(M, 8\)"):
+            streaming.call_step(wrong)
+    for name, layer in streaming.get_state().items():
+        for part, array in layer.items():
+            np.testing.assert_array_equal(array, before[name][part])
+
+
+def test_several_inputs_and_outputs(backend, random):
+    """Cross-attention between two streams that step together; inputs and outputs by name."""
+    first, second = keras.Input((N, E), name="first"), keras.Input((N, 3), name="second")
+    x = attention()(first, keras.layers.Dense(E)(second))
+    outputs = {"all": x, "newest": keras.layers.Dense(2)(x[:, -1])}
+    model = keras.Model({"first": first, "second": second}, outputs)
+    streaming = ct.convert(model, seq_len=N, warm_up="partial")
+    inputs = {
+        "first": random.normal(size=(2, N, E)).astype("float32"),
+        "second": random.normal(size=(2, N, 3)).astype("float32"),
+    }
+    expected = model(inputs)
+    for t in range(N):
+        got = streaming.call_step({name: x[:, t] for name, x in inputs.items()})
+    assert set(got) == {"all", "newest"}
+    np.testing.assert_allclose(got["all"], expected["all"][:, -1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got["newest"], expected["newest"], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="2 inputs"):
+        streaming.call_step(inputs["first"][:, 0])
+
+
+def test_numbers_of_tokens_stream(backend, random):
+    inputs = keras.Input((N,), dtype="int32")
+    x = keras.layers.Embedding(20, E)(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(20)(attention()(x, x)))
+    streaming = ct.convert(model, seq_len=N, warm_up="partial")
+    tokens = random.integers(0, 20, size=(2, N))
+    for t in range(N):
+        got = streaming.call_step(tokens[:, t])
+    np.testing.assert_allclose(got, model(tokens)[:, -1], rtol=1e-5, atol=1e-6)
+
+
+def test_saved_cloned_and_trained(backend, random, tmp_path):
+    streaming = ct.convert(model_of(one_block, random), seq_len=N, warm_up="partial")
+    x = random.normal(size=(8, N, E)).astype("float32")
+    streaming.compile("adam", "mse", jit_compile=False)
+    loss = streaming.fit(x, np.ones((8, 3)), epochs=3, verbose=0).history["loss"]
+    assert loss[-1] < loss[0]
+    streaming.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    expected = streaming.call_steps(x).numpy()
+    np.testing.assert_allclose(loaded.call_steps(x), expected, rtol=1e-5, atol=1e-6)
+    assert (loaded.warm_up, loaded.call_mode) == ("partial", "regular")
+    loaded.save_weights(tmp_path / "model.weights.h5")
+    streaming.load_weights(tmp_path / "model.weights.h5")
+    other = ct.StreamingModel.from_config(streaming.get_config())
+    other.set_weights(streaming.get_weights())
+    np.testing.assert_allclose(other.call_steps(x), expected, rtol=1e-5, atol=1e-6)
+    with ct.call_mode("steps"):
+        predicted = other.predict(x, verbose=0, callbacks=[ct.CleanState()])
+    np.testing.assert_allclose(predicted, expected, rtol=1e-5, atol=1e-6)
+    quantized = ct.convert(model_of(one_block, random), seq_len=N, cache_dtype="bfloat16")
+    (layer,) = quantized._graph.layers
+    assert layer.get_config()["cache_dtype"] == "bfloat16"
+
+
+def sequential(*layers):
+    return lambda x: keras.Sequential(list(layers))(x)
+
+
+def twice(x):
+    layer = attention("shared")
+    return layer(x, x) + layer(x, x)
+
+
+def with_positions(x):
+    return attention()(x, x) + np.ones((N, E), "float32")
+
+
+CANNOT = {
+    "convolution": (lambda x: attention()(*[keras.layers.Conv1D(E, 3)(x)] * 2), "conv1d"),
+    "pooling": (
+        lambda x: keras.layers.GlobalAveragePooling1D(name="pool")(attention()(x, x)), "pool"
+    ),
+    "flatten": (lambda x: keras.layers.Flatten(name="flat")(attention()(x, x)), "flat"),
+    "recurrence": (lambda x: keras.layers.LSTM(4, name="memory")(attention()(x, x)), "memory"),
+    "norm over time": (
+        lambda x: keras.layers.LayerNormalization(axis=1, name="norm")(attention()(x, x)), "norm"
+    ),
+    "softmax over time": (
+        lambda x: keras.layers.Softmax(axis=-2, name="soft")(attention()(x, x)), "soft"
+    ),
+    "concatenation in time": (
+        lambda x: keras.layers.Concatenate(axis=1, name="longer")([attention()(x, x), x]), "longer"
+    ),
+    "a row for each step": (with_positions, "Add"),
+    "another row": (lambda x: attention()(x, x)[:, 2], "GetItem"),
+    "windows with their newest": (lambda x: attention()(x, x) + x[:, -1:], "newest step alone"),
+    "attention to attention": (
+        lambda x: attention("second")(*[attention("first")(x, x)] * 2), "second"
+    ),
+    "twice": (twice, "shared"),
+    "a mask of windows": (
+        lambda x: attention("veiled")(x, x, attention_mask=np.ones((1, N, N), bool)), "veiled"
+    ),
+    "grouped queries": (
+        lambda x: keras.layers.GroupQueryAttention(4, 2, 1, name="grouped")(x, x), "grouped"
+    ),
+    "no attention": (lambda x: keras.layers.Dense(2)(x), "no layer of"),
+    "delayed": (
+        lambda x: ct.CoSiMultiHeadAttention(N, H, D, query_index=0, name="late")(x), "late"
+    ),
+    "other axes": (
+        lambda x: attention("squares", attention_axes=(1, 2))(x[:, :, None], x[:, :, None]),
+        "squares|GetItem",
+    ),
+    "the newest alone": (
+        lambda x: ct.CoSiMultiHeadAttention(N, H, D, name="after")(
+            ct.CoSiMultiHeadAttention(N, H, D)(x)
+        ),
+        "after",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CANNOT)
+def test_what_cannot_be_converted_is_named(random, what):
+    function, named = CANNOT[what]
+    model = model_of(function, random)
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=rf"cannot be (converted|run on).*[\s\S]*{named}"):
+        ct.convert(model, seq_len=N)
+    for w, other in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(w, other)
+
+
+def test_all_that_stands_in_the_way_is_named_at_once(random):
+    def function(x):
+        x = keras.layers.Conv1D(E, 3, padding="same", name="conv")(x)
+        x = attention("first")(x, x) + x
+        return keras.layers.Dense(2)(keras.layers.Flatten(name="flat")(attention("second")(x, x)))
+
+    with pytest.raises(ValueError, match="cannot be run on the steps") as error:
+        ct.convert(model_of(function, random), seq_len=N)
+    lines = str(error.value).splitlines()[1:]
+    assert [line.split(" (")[0] for line in lines] == ["- conv", "- second", "- flat"]
+
+
+class Subclassed(keras.Model):
+    def call(self, x):
+        return x
+
+
+def test_models_without_a_graph_and_other_things_are_refused():
+    subclassed = Subclassed(name="mine")
+    subclassed(np.ones((1, N, E)))
+    with pytest.raises(ValueError, match="mine is neither a functional nor"):
+        ct.convert(subclassed, seq_len=N)
+    with pytest.raises(ValueError, match="never been called"):
+        ct.convert(keras.Sequential([keras.layers.Dense(2)]), seq_len=N)
+    with pytest.raises(ValueError, match=r"Expected a keras\.Model"):
+        ct.convert(attention(), seq_len=N)
+    inputs = keras.Input((E,))
+    with pytest.raises(ValueError, match="no axis of time"):
+        ct.convert(keras.Model(inputs, keras.layers.Dense(2)(inputs)), seq_len=N)
+    with pytest.raises(ValueError, match="warm_up"):
+        ct.StreamingModel(keras.Sequential([keras.Input((N, E))]), warm_up="cold")
+
+
+def test_from_regular(backend, random):
+    regular = keras.layers.MultiHeadAttention(H, D, value_dim=3, use_gate=True, name="mine")
+    x = random.normal(size=(2, N, E)).astype("float32")
+    with pytest.raises(ValueError, match="mine was never called"):
+        ct.CoSiMultiHeadAttention.from_regular(regular, seq_len=N)
+    regular(x, x)
+    layer = ct.CoSiMultiHeadAttention.from_regular(regular, seq_len=N, warm_up="partial")
+    assert (layer.name, layer.seq_len, layer.warm_up) == ("mine", N, "partial")
+    expected = regular(x, x)[:, -1].numpy()
+    assert reference.relative_error(layer.call_steps(x)[:, -1], expected) < 5e-6
+    assert layer(x).shape == (2, 1, E)
+    again = ct.CoSiMultiHeadAttention.from_regular(layer, seq_len=3)
+    assert (again.seq_len, again.warm_up) == (3, "partial")
+
+    class Own(keras.layers.MultiHeadAttention):
+        def _compute_attention(self, *args, **kwargs):
+            return super()._compute_attention(*args, **kwargs)
+
+    own = Own(H, D)
+    own(x, x)
+    with pytest.raises(ValueError, match="has one of its own"):
+        ct.CoSiMultiHeadAttention.from_regular(own, seq_len=N)
+    with pytest.raises(ValueError, match="Expected a keras"):
+        ct.CoSiMultiHeadAttention.from_regular(keras.layers.Dense(2), seq_len=N)
+    regular.query_dense.enable_lora(2)
+    with pytest.raises(ValueError, match="low-rank"):
+        ct.CoSiMultiHeadAttention.from_regular(regular, seq_len=N)
