@@ -100,6 +100,6 @@ setup(
         "cpu": [f"tensorflow-cpu=={MINOR}.*"],
         "gpu": [f"tensorflow[and-cuda]=={MINOR}.*"],
         "demo": ["matplotlib", "rich", "seglearn"],
-        "test": ["clang-format==23.1.5", "pytest", "pytest-xdist", "ruff==0.17.6"],
+        "test": ["clang-format==23.1.5", "hypothesis", "pytest", "pytest-xdist", "ruff==0.17.6"],
     },
 )

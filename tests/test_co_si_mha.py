@@ -241,42 +241,6 @@ def test_a_program_written_for_the_original_package(random):
     np.testing.assert_allclose(step, expected[:, -1], atol=1e-6)
 
 
-def test_config_and_file_round_trip(tmp_path, random):
-    inputs = keras.Input((N, E))
-    layer = ct.CoSiMultiHeadAttention(
-        N, H, D, value_dim=4, warm_up="partial", sliding_window=4, use_gate=True
-    )
-    model = keras.Model(inputs, layer(inputs))
-    x = random.normal(size=(2, N, E)).astype("float32")
-    layer.call_steps(x)  # The state is not saved.
-    model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    np.testing.assert_array_equal(loaded(x), model(x))
-    again = loaded.layers[1]
-    assert again.get_config() == layer.get_config()
-    assert again.get_state()["position"].size == 0
-    layer.clean_state()
-    np.testing.assert_array_equal(again.call_steps(x), layer.call_steps(x))
-
-
-@pytest.mark.parametrize("mode", ["step", "steps", "regular"])
-def test_symbolic_shapes(mode):
-    layer = ct.CoSiMultiHeadAttention(N, H, D, call_mode=mode)
-    lead = (None,) if mode == "step" else (None, None)
-    x = keras.KerasTensor((*lead, E))
-    output, scores = layer(x, return_attention_scores=True)
-    assert (
-        output.shape == {"step": (None, E), "steps": (None, None, E), "regular": (None, 1, E)}[mode]
-    )
-    scores_shapes = {
-        "step": (None, H, N),
-        "steps": (None, H, None, N),
-        "regular": (None, H, 1, None),
-    }
-    assert scores.shape == scores_shapes[mode]
-    assert layer.compute_output_shape(x.shape) == output.shape
-
-
 def test_trained_on_windows_then_streamed(random):
     layer = ct.CoSiMultiHeadAttention(N, H, D)
     model = keras.Sequential([layer, keras.layers.Flatten(), keras.layers.Dense(1)])

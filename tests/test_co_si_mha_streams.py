@@ -1,10 +1,7 @@
 """The streams of CoSiMultiHeadAttention: their ages, their state, eagerly and in graphs."""
 
-import tempfile
-
 import numpy as np
 import pytest
-import tensorflow as tf
 
 import reference
 from co_si_mha_cases import E, N, newest_of_windows, pair
@@ -79,70 +76,6 @@ def test_state_goes_on_in_another_layer_bit_for_bit(backend, random):
         np.testing.assert_array_equal(other.call_step(x[:, t]), layer.call_step(x[:, t]))
     with pytest.raises(ValueError, match="Expected"):
         other.set_state({"position": 3})
-
-
-def test_inside_a_graph_warm_up_is_partial_and_nothing_retraces(backend, random):
-    layer, regular = pair(random=random)
-    traces = []
-
-    @tf.function
-    def step(x):
-        traces.append(1)
-        return layer.call_step(x)
-
-    x = random.normal(size=(2, N + 3, E)).astype("float32")
-    for t in range(N + 3):
-        output = step(tf.constant(x[:, t]))
-        window = x[:, max(0, t - N + 1) : t + 1]
-        assert reference.relative_error(output, regular(window, window)[:, -1].numpy()) < 5e-6
-    assert len(traces) == 1
-    np.testing.assert_array_equal(layer.ready, [True, True])
-    # The eager layer knows how far the graph has come.
-    assert layer.call_step(x[:, 0]) is not None
-
-    clean = tf.function(layer.clean_state)
-    clean()
-    assert layer.call_step(x[:, 0]) is None
-
-
-def test_a_graph_makes_room_for_as_many_streams_as_come(backend, random):
-    layer, _ = pair(random=random)
-    step = tf.function(layer.call_steps, input_signature=[tf.TensorSpec([None, None, E])])
-    x = random.normal(size=(3, N, E)).astype("float32")
-    assert step(x[:1, :1]).shape == (1, 1, E)
-    assert step(x).shape == (3, N, E)
-    np.testing.assert_array_equal(layer.get_state()["position"], [N + 1, N, N])
-
-
-def test_a_step_is_ready_by_what_has_really_been_taken(backend, random):
-    """However the state came about: in a graph, by a checkpoint, by room that a graph made."""
-    layer, _ = pair(random=random)
-    x = random.normal(size=(3, N, E)).astype("float32")
-    checkpoint = tf.train.Checkpoint(state=layer._stream_state)
-    layer.call_steps(x[:, :2])
-    young = checkpoint.save(tempfile.mkdtemp() + "/state")
-    assert layer.call_steps(x[:, 2:]) is not None
-    checkpoint.restore(young)
-    assert layer.call_step(x[:, 2]) is None
-    graph = tf.function(layer.call_steps, input_signature=[tf.TensorSpec([None, None, E])])
-    graph(x)
-    assert layer.call_step(x[:, 0]) is not None
-    graph(np.ones((5, 1, E), np.float32))
-    assert layer.call_step(x[:2, 0], streams=[3, 4]) is None
-
-
-def test_state_is_part_of_a_saved_model(tmp_path, random):
-    layer, _ = pair(random=random)
-    x = tf.constant(random.normal(size=(2, N + 2, E)).astype("float32"))
-    module = tf.Module()
-    module.layer = layer
-    module.step = tf.function(layer.call_step, input_signature=[tf.TensorSpec([None, E])])
-    for t in range(N):
-        module.step(x[:, t])
-    tf.saved_model.save(module, str(tmp_path / "saved"))
-    loaded = tf.saved_model.load(str(tmp_path / "saved"))
-    for t in range(N, N + 2):
-        np.testing.assert_array_equal(loaded.step(x[:, t]), module.step(x[:, t]))
 
 
 def test_partial_warm_up_equals_regular_attention_on_the_shorter_sequence(backend, random):

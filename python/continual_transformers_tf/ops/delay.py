@@ -5,6 +5,8 @@ A ring is a `tf.Variable [S, D, ...]` with D >= 1; step number p of a stream lie
 
 import tensorflow as tf
 
+from continual_transformers_tf.ops.library import in_xla
+
 
 def delayed_steps(ring, steps, streams, position):
     """What the newest steps of streams are exchanged for: the steps of D steps before.
@@ -21,7 +23,11 @@ def delayed_steps(ring, steps, streams, position):
     """
     taken = tf.shape(steps)[1]
     older = tf.minimum(taken, ring.shape[1])
-    leaving = tf.gather_nd(ring, _rows(ring, streams, position, older))
+    rows = _rows(ring, streams, position, older)
+    if in_xla():  # Which gathers from no variable by rows; whole rings are then copied.
+        leaving = tf.gather(tf.gather(ring, streams), rows[..., 1], axis=1, batch_dims=1)
+    else:
+        leaving = tf.gather_nd(ring, rows)
     return tf.concat([leaving, steps[:, : taken - older]], 1)
 
 

@@ -117,11 +117,14 @@ def fused_ops(device_type):
             )
         return None
     # XLA knows no custom ops; inside jit_compile=True the plain twin is traced.
-    if not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(
+    return None if in_xla() else module
+
+
+def in_xla():
+    """Whether a graph is being traced for XLA, by jit_compile=True."""
+    return not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(
         tf.compat.v1.get_default_graph()
-    ):
-        return None
-    return module
+    )
 
 
 def kernels():
