@@ -1,7 +1,10 @@
 """The streams of CoSiMultiHeadAttention: their ages, their state, eagerly and in graphs."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import reference
 from co_si_mha_cases import E, N, newest_of_windows, pair
@@ -90,3 +93,23 @@ def test_partial_warm_up_equals_regular_attention_on_the_shorter_sequence(backen
     together = layer.call_steps(x)
     assert together.shape == (2, N + 2, E)
     assert reference.relative_error(together[:, -1], expected) < 5e-6
+
+
+def test_100_000_steps_show_no_drift_and_no_growth_of_memory(monkeypatch, random):
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
+    layer, regular = pair(random=random, layer_options=dict(warm_up="partial", query_index=-2))
+    x = random.normal(size=(2, 1000, E)).astype("float32")
+    steps = tf.function(layer.call_steps)
+    resident = []
+    for i in range(100):
+        for t in range(0, 1000, 50):
+            outputs = steps(tf.constant(x[:, t : t + 50]))
+        for t in range(5):
+            layer.call_step(x[:, t], update_state=False)  # Eager calls leave nothing behind either.
+        if i in (9, 99):
+            resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
+    np.testing.assert_array_equal(layer.position, [100_000] * 2)
+    windows = [x[:, 1000 - N - i : 1000 - i] for i in range(20)]
+    expected = np.stack([regular(w, w)[:, -2] for w in windows[::-1]], 1)
+    assert reference.relative_error(outputs[:, -20:], expected) < 5e-6
+    assert resident[1] - resident[0] < 4e6, resident

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import continual_transformers_tf as ct
 
-settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)
+settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True, database=None)
 settings.load_profile("ci")
 
 # Outputs that take other roads to the same numbers, in float32; those that take the same are equal.

@@ -13,7 +13,8 @@ README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-def test_python_snippets_run_one_after_the_other():
+def test_python_snippets_run_one_after_the_other(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # They may write files.
     python = [code for language, code in SNIPPETS if language == "python"]
     assert len(python) >= 4
     namespace = {}
@@ -21,6 +22,7 @@ def test_python_snippets_run_one_after_the_other():
         exec(compile(code, "README.md", "exec"), namespace)
     assert namespace["logits"].shape == (1, 2)
     assert namespace["y"].shape == (2, 2)
+    assert (tmp_path / "exported" / "saved_model.pb").exists()
 
 
 def test_commands_run():

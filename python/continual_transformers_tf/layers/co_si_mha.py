@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from continual_transformers_tf.layers.co_si_regular import at_query_index, attend_windows
 from continual_transformers_tf.layers.co_si_steps import take_steps
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.from_regular import co_si_from_regular
@@ -230,7 +231,7 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
                 raise ValueError(
                     f"Expected {name} of shape (B, T, E), or (B, E) for a step, but got {shape}"
                 )
-            self._no_steps = f"{name} of shape {shape}"
+            self._no_steps = self._no_steps or f"{name} of shape {shape}"
         super().build(*shapes)
         self._features = tuple(shape[-1] for shape in shapes)
 
@@ -290,53 +291,20 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
             `(B, T, E)`. With return_attention_scores also the scores, `(B, H, 1, S)` or
             `(B, H, T, S)`.
         """
-        query = keras.ops.convert_to_tensor(query)
-        value = query if value is None else keras.ops.convert_to_tensor(value)
-        if self._single_output:
-            for name, x in (("query", query), ("value", value)):
-                if len(x.shape) != 3:
-                    raise ValueError(
-                        f"Expected {name} of shape (B, T, E), but got {tuple(x.shape)}"
-                    )
-        self._ensure_built(query, value, key)
-        masks = dict(
+        return attend_windows(
+            self,
+            super().call,
+            query,
+            value,
+            key,
+            return_attention_scores,
+            training,
+            use_causal_mask,
             query_mask=query_mask,
             value_mask=value_mask,
             key_mask=key_mask,
             attention_mask=attention_mask,
         )
-        plain = (
-            all(mask is None for mask in masks.values())
-            and not use_causal_mask
-            and self._sliding_window is None
-        )
-        # With nothing that depends on a query's place among the others, the others need not be
-        # computed: N times less attention.
-        only_one = self._single_output and plain
-        result = super().call(
-            self._at_query_index(query, 1) if only_one else query,
-            value,
-            key,
-            return_attention_scores=return_attention_scores,
-            training=training,
-            use_causal_mask=use_causal_mask,
-            **masks,
-        )
-        if not self._single_output or only_one:
-            return result
-        if return_attention_scores:
-            return self._at_query_index(result[0], 1), self._at_query_index(result[1], 2)
-        return self._at_query_index(result, 1)
-
-    def _at_query_index(self, x, axis):
-        """The one row of x at `query_index` of this axis, which is kept."""
-        index, size = self._query_index, x.shape[axis]
-        if size is not None and not -size <= index < size:
-            raise ValueError(
-                f"Expected windows that have a step {index}, query_index, but got {size} steps"
-            )
-        lead = (slice(None),) * axis
-        return x[(*lead, slice(index, None))][(*lead, slice(1))]
 
     def call_step(
         self,
@@ -437,7 +405,7 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
     def compute_mask(self, inputs, previous_mask):
         if previous_mask is None or self.active_call_mode != "regular" or not self._single_output:
             return previous_mask
-        return self._at_query_index(previous_mask, 1)
+        return at_query_index(self, previous_mask, 1)
 
     def compute_output_shape(self, query_shape, value_shape=None, key_shape=None):
         value_shape = query_shape if value_shape is None else value_shape

@@ -1,0 +1,57 @@
+"""What a regular call of `CoSiMultiHeadAttention` does: Keras' own attention, and one row of it."""
+
+import keras
+
+
+def attend_windows(
+    layer,
+    attend,
+    query,
+    value,
+    key,
+    return_attention_scores,
+    training,
+    use_causal_mask,
+    **masks,
+):
+    """The arguments of `call_regular`; `attend` is the call of Keras' layer."""
+    query = keras.ops.convert_to_tensor(query)
+    value = query if value is None else keras.ops.convert_to_tensor(value)
+    if layer._single_output:
+        for name, x in (("query", query), ("value", value)):
+            if len(x.shape) != 3:
+                raise ValueError(f"Expected {name} of shape (B, T, E), but got {tuple(x.shape)}")
+    layer._ensure_built(query, value, key)
+    plain = (
+        all(mask is None for mask in masks.values())
+        and not use_causal_mask
+        and layer._sliding_window is None
+    )
+    # With nothing that depends on a query's place among the others, the others need not be
+    # computed: N times less attention.
+    only_one = layer._single_output and plain
+    result = attend(
+        at_query_index(layer, query, 1) if only_one else query,
+        value,
+        key,
+        return_attention_scores=return_attention_scores,
+        training=training,
+        use_causal_mask=use_causal_mask,
+        **masks,
+    )
+    if not layer._single_output or only_one:
+        return result
+    if return_attention_scores:
+        return at_query_index(layer, result[0], 1), at_query_index(layer, result[1], 2)
+    return at_query_index(layer, result, 1)
+
+
+def at_query_index(layer, x, axis):
+    """The one row of x at `query_index` of this axis, which is kept."""
+    index, size = layer._query_index, x.shape[axis]
+    if size is not None and not -size <= index < size:
+        raise ValueError(
+            f"Expected windows that have a step {index}, query_index, but got {size} steps"
+        )
+    lead = (slice(None),) * axis
+    return x[(*lead, slice(index, None))][(*lead, slice(1))]
