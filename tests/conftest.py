@@ -2,6 +2,7 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -26,6 +27,8 @@ def backend(request, monkeypatch):
 
 @pytest.fixture
 def random():
+    """Random numbers; Keras' and TensorFlow's are seeded too."""
+    keras.utils.set_random_seed(20260611)
     return np.random.default_rng(20260611)
 
 

@@ -92,6 +92,7 @@ def stepped(layer, x):
     return np.stack(outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["attention", "whole"])
 def test_in_a_fresh_python_with_nothing_but_the_op_library(monkeypatch, random, tmp_path, name):
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
@@ -133,6 +134,7 @@ def built(tmp_path_factory):
     return folder / "stream", result.stdout
 
 
+@pytest.mark.slow
 def test_the_readme_of_the_example(built):
     _, printed = built
     lines = [line.split() for line in printed.splitlines()]
@@ -140,6 +142,7 @@ def test_the_readme_of_the_example(built):
     assert all(len(line) == 1 + 5 for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["attention", "encoder", "whole"])
 def test_in_cpp_without_python(monkeypatch, built, random, tmp_path, name):
     """The same numbers, from streams that go on, begin anew, and are refused."""
