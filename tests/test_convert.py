@@ -19,7 +19,8 @@ def one_block(x):
     """A pre-norm block and a head on its newest row, with operators between layers."""
     y = keras.layers.LayerNormalization()(x)
     x = x + attention()(y, y)
-    y = keras.layers.Dense(2 * E, activation="gelu")(keras.layers.LayerNormalization()(x))
+    y = keras.layers.TimeDistributed(keras.layers.LayerNormalization())(x)
+    y = keras.layers.Dense(2 * E, activation="gelu")(y)
     x = keras.layers.Add()([x, keras.layers.Dropout(0.1)(keras.layers.Dense(E)(y))])
     return keras.layers.Dense(3, activation="softmax")(x[:, -1])
 
@@ -206,6 +207,14 @@ def test_numbers_of_tokens_stream(backend, random):
     np.testing.assert_allclose(got, model(tokens)[:, -1], rtol=1e-5, atol=1e-6)
 
 
+def test_what_mixes_tokens_is_refused():
+    inputs = keras.Input((N,), dtype="int32")
+    x = keras.layers.Dense(N, name="mixed")(keras.layers.Identity()(inputs))
+    x = keras.layers.Embedding(20, E)(x)
+    with pytest.raises(ValueError, match="mixed"):
+        ct.convert(keras.Model(inputs, attention()(x, x)), seq_len=N)
+
+
 def test_saved_cloned_and_trained(backend, random, tmp_path):
     streaming = ct.convert(model_of(one_block, random), seq_len=N, warm_up="partial")
     x = random.normal(size=(8, N, E)).astype("float32")
@@ -239,6 +248,10 @@ def twice(x):
     return layer(x, x) + layer(x, x)
 
 
+def newest_embedding(x):
+    return keras.layers.Conv1D(E, N, name="embedding")(x)  # (B, 1, E), of all the steps.
+
+
 def with_positions(x):
     return attention()(x, x) + np.ones((N, E), "float32")
 
@@ -260,6 +273,17 @@ CANNOT = {
         lambda x: keras.layers.Concatenate(axis=1, name="longer")([attention()(x, x), x]), "longer"
     ),
     "a row for each step": (with_positions, "Add"),
+    "an array over tokens": (
+        lambda x: attention()(*[keras.layers.Dense(E)(x) + np.ones((1, N, 1), "float32")] * 2),
+        "Add",
+    ),
+    "one row for all": (
+        lambda x: attention()(*[keras.layers.Add(name="spread")([x, newest_embedding(x)])] * 2),
+        "spread|embedding",
+    ),
+    "other lengths": (
+        lambda x: attention("uneven")(x, keras.layers.ZeroPadding1D(1)(x)), "uneven"
+    ),
     "another row": (lambda x: attention()(x, x)[:, 2], "GetItem"),
     "windows with their newest": (lambda x: attention()(x, x) + x[:, -1:], "newest step alone"),
     "attention to attention": (

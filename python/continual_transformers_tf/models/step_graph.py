@@ -45,6 +45,7 @@ ROW_WISE = (
     keras.layers.RMSNormalization,
     keras.layers.Softmax,
     keras.layers.Subtract,
+    keras.layers.TimeDistributed,
     keras.layers.UnitNormalization,
 )
 # keras.ops, by the names of their classes, which are not public.
@@ -182,6 +183,9 @@ class StepGraph:
         unknown = [k for k in unknown if given[k] is not False]
         if unknown:
             self._refuse(node, f"is called with {', '.join(unknown)}, which is of whole windows")
+        windows = [x for x in node.input_tensors if len(x.shape) == 3 and x.shape[1] != 1]
+        if _lengths_differ(windows):
+            self._refuse(node, "attends between windows of different lengths")
         attended = [x for k, x in given.items() if k in ("value", "key") and x is not None]
         if not all(x.causal for x in attended or inputs):
             self._refuse(
@@ -266,6 +270,10 @@ def _newest_row(op, args, kwargs):
 
 def _is_row_wise(node, args, kwargs):
     op, rank = node.operation, len(node.input_tensors[0].shape)
+    if rank == 2:  # Numbers of tokens, (B, T): their last axis is time.
+        return type(op) in (keras.layers.Embedding, keras.layers.Identity)
+    if any(len(x.shape) != rank for x in node.input_tensors) or _lengths_differ(node.input_tensors):
+        return False  # One would be broadcast over the other's time.
     if isinstance(op, keras.layers.EinsumDense):
         inputs, output = op.equation.replace("...", "<>").split("->")
         return inputs[:2] == output[:2]
@@ -275,7 +283,12 @@ def _is_row_wise(node, args, kwargs):
         return all(axis % rank > 1 for axis in axes)
     # An array that is added to a window, say, may hold a row for each of its steps.
     arrays = [x for x in keras.tree.flatten((args, kwargs)) if not isinstance(x, Tensor)]
-    return type(op).__name__ in ROW_WISE_OPS and all(np.ndim(x) < 2 for x in arrays)
+    return type(op).__name__ in ROW_WISE_OPS and all(np.ndim(x) <= rank - 2 for x in arrays)
+
+
+def _lengths_differ(tensors):
+    """Whether windows are known to be of different lengths."""
+    return len({x.shape[1] for x in tensors} - {None}) > 1
 
 
 def _call(node, values, options, **more):
