@@ -125,8 +125,12 @@ def test_a_global_policy_of_keras(backend, random):
     try:
         keras.config.set_dtype_policy("mixed_float16")
         layer = ct.CoSiMultiHeadAttention(N, H, D, warm_up="partial")
-        assert layer.call_step(random.normal(size=(2, E))).dtype == "float16"
+        step = random.normal(size=(2, E))
+        peek = layer.call_step(step, update_state=False)
+        assert peek.dtype == "float16"
         assert layer.weights[0].dtype == "float32"
+        with ct.call_mode("step"):  # Through Keras' __call__, which casts variables by itself.
+            np.testing.assert_array_equal(layer(step), peek)
         inputs = keras.Input((N, E))
         model = keras.Model(inputs, keras.layers.Dense(1, dtype="float32")(layer(inputs)))
         model.compile("sgd", "mse")

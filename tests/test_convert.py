@@ -239,8 +239,28 @@ def test_saved_cloned_and_trained(backend, random, tmp_path):
     assert layer.get_config()["cache_dtype"] == "bfloat16"
 
 
-def sequential(*layers):
-    return lambda x: keras.Sequential(list(layers))(x)
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
+def test_under_policies_of_keras(backend, random, policy):
+    before = keras.config.dtype_policy()
+    try:
+        keras.config.set_dtype_policy(policy)
+        model = model_of(causal_then_full, random)
+        streaming = ct.convert(model, seq_len=N, warm_up="partial")
+        x = random.normal(size=(2, N, E))
+        got, expected = streaming.call_steps(x)[:, -1], model(x)
+        assert got.dtype == expected.dtype == model.compute_dtype
+        bound = 1e-6 if policy == "float64" else 8 * reference.ROUNDING[model.compute_dtype]
+        got, expected = (tf.cast(y, "float64").numpy() for y in (got, expected))
+        assert reference.relative_error(got, expected) < bound
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def test_a_streaming_model_is_converted_as_what_it_holds(random):
+    streaming = ct.convert(model_of(one_block, random), seq_len=N, warm_up="partial")
+    again = ct.convert(streaming, seq_len=N, warm_up="partial")
+    x = random.normal(size=(2, N, E)).astype("float32")
+    np.testing.assert_array_equal(again.call_steps(x), streaming.call_steps(x))
 
 
 def twice(x):

@@ -53,9 +53,10 @@ def layer_norm(x, layer, dtype):
 
 
 def _value(variable, dtype):
-    # A kernel with a low-rank addition (LoRA) is a tensor already.
-    is_variable = isinstance(variable, keras.Variable)
-    return tf.cast(variable.value.value() if is_variable else variable, dtype)
+    # A kernel with a low-rank addition (LoRA) is a tensor already; and in a call of a layer with
+    # mixed precision, so is what Keras gives for a variable.
+    value = variable.value if isinstance(variable, keras.Variable) else variable
+    return tf.cast(value.value() if isinstance(value, tf.Variable) else value, dtype)
 
 
 def _reshape(x, *sizes):

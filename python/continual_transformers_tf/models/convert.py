@@ -34,6 +34,8 @@ def convert(model, seq_len, **options):
             f"Expected a keras.Model, but got {model!r}. (For a layer alone there is "
             "CoSiMultiHeadAttention.from_regular.)"
         )
+    if isinstance(model, StreamingModel):
+        model = model.model
     problems = []
 
     def convert_layer(layer):
