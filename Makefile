@@ -11,7 +11,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 BIN := .venv/bin
 RUN_BAZEL := bazel/offline/configure.sh && PATH="$(CURDIR)/$(BIN):$$PATH" $(BAZEL)
 TENSORFLOW = $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('cc/library.bzl')['TENSORFLOW_DEFAULT'])")
-FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc tests/cc/*.cc)
+FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc tests/cc/*.cc examples/cpp/*.cc)
 
 .PHONY: demo test test-slow lint format bazel-build bazel-test wheel clean
 
