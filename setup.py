@@ -67,7 +67,9 @@ class build_op_library(build_ext):
         ext.define_macros += [("CONTINUAL_TRANSFORMERS_TENSORFLOW", f'"{version}"')]
         # -isystem: TensorFlow's headers warn of their own deprecations.
         # -g0: Python's own flags ask for debug information, 4 MB of it.
-        ext.extra_compile_args += ["-isystem", str(folder / "include"), "-g0"]
+        for include in ("include", CC["HIGHWAY_INCLUDE"]):
+            ext.extra_compile_args += ["-isystem", str(folder / include)]
+        ext.extra_compile_args += ["-g0"]
         ext.extra_link_args += [f"-L{folder}"]
         super().build_extension(ext)
 
@@ -87,7 +89,7 @@ setup(
             "continual_transformers_tf.op_library",
             sources=[f"cc/{name}" for name in CC["ATTENTION_SOURCES"] + CC["TENSORFLOW_SOURCES"]],
             depends=["setup.py", "cc/library.bzl"]
-            + [f"cc/{name}" for name in CC["ATTENTION_HEADERS"]],
+            + [f"cc/{name}" for name in CC["ATTENTION_HEADERS"] + CC["TENSORFLOW_HEADERS"]],
             include_dirs=["."],
             extra_compile_args=CC["COMPILER_OPTIONS"] + CC["TENSORFLOW_OPTIONS"],
             extra_link_args=["-l:libtensorflow_framework.so.2"],

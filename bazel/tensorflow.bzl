@@ -1,5 +1,7 @@
 """TensorFlow as an external repository: that of the python3 on PATH, as pip installed it."""
 
+load("//cc:library.bzl", "HIGHWAY_INCLUDE")
+
 _FACTS = """
 import importlib.metadata, importlib.util, pathlib
 folder = pathlib.Path(importlib.util.find_spec("tensorflow").submodule_search_locations[0])
@@ -25,7 +27,10 @@ def _tensorflow_configure_impl(repository_ctx):
     repository_ctx.template(
         "BUILD",
         repository_ctx.attr._build_file,
-        substitutions = {"{VERSION}": version},
+        substitutions = {
+            "{HIGHWAY_INCLUDE}": HIGHWAY_INCLUDE,
+            "{VERSION}": version,
+        },
         executable = False,
     )
 

@@ -3,21 +3,45 @@
 LIBRARY_NAME = "libcontinual_transformers.so"
 
 ATTENTION_HEADERS = [
+    "attention/co_si_mha_step.h",
+    "attention/dense.h",
+    "attention/elementwise.h",
     "attention/half.h",
     "attention/online_softmax.h",
     "attention/params.h",
     "attention/ring_cache.h",
+    "attention/rows.h",
     "attention/single_output.h",
+    "attention/targets.h",
+    "attention/threads.h",
+    "attention/vector_math-inl.h",
+    "attention/window_pass-inl.h",
 ]
 
 ATTENTION_SOURCES = [
+    "attention/co_si_mha_step.cc",
+    "attention/dense.cc",
+    "attention/elementwise.cc",
     "attention/single_output.cc",
+    "attention/targets.cc",
+]
+
+TENSORFLOW_HEADERS = [
+    "tensorflow/bound_variables.h",
+    "tensorflow/inputs.h",
+    "tensorflow/locked_variables.h",
+    "tensorflow/threads.h",
 ]
 
 TENSORFLOW_SOURCES = [
+    "tensorflow/bound_variables.cc",
     "tensorflow/build_info.cc",
-    "tensorflow/kernels.cc",
+    "tensorflow/co_si_mha_step_kernel.cc",
+    "tensorflow/inputs.cc",
+    "tensorflow/locked_variables.cc",
     "tensorflow/ops.cc",
+    "tensorflow/single_output_kernel.cc",
+    "tensorflow/threads.cc",
 ]
 
 COMPILER_OPTIONS = [
@@ -34,6 +58,9 @@ TENSORFLOW_OPTIONS = [
     "-D_GLIBCXX_USE_CXX11_ABI=1",
     "-DEIGEN_MAX_ALIGN_BYTES=64",
 ]
+
+# Where in TensorFlow's headers those of Google Highway are.
+HIGHWAY_INCLUDE = "include/external/com_google_highway"
 
 # The minor version of TensorFlow that is built for where none is installed.
 TENSORFLOW_DEFAULT = "2.21"

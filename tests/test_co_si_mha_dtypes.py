@@ -55,7 +55,7 @@ def test_half_precision(backend, random, dtype, seq_len):
     (N, H, D, E), (64, 4, 32, 128), (120, 16, 12, 192),
 ])  # fmt: skip
 def test_a_smaller_ring(backend, random, cache_dtype, bound, seq_len, num_heads, key_dim, features):
-    """Half the bytes; the rest of the layer is float32, and T calls are one call, bit for bit."""
+    """Half the bytes; the rest of the layer is float32."""
     options = dict(cache_dtype=cache_dtype)
     layer, regular = pair(
         seq_len, num_heads, key_dim, features, random=random, layer_options=options
@@ -77,9 +77,13 @@ def test_a_smaller_ring(backend, random, cache_dtype, bound, seq_len, num_heads,
     layer.clean_state()
     apart = [layer.call_step(x[:, t]) for t in range(x.shape[1])]
     apart = np.stack(apart[seq_len - 1 :], 1)
-    assert reference.relative_error(apart, together.numpy().astype("float64")) < 5e-6
+    # Projections that differ in a float's last bit may fall to different sides of a half's.
+    assert reference.relative_error(apart, together.numpy().astype("float64")) < bound / 50
+    one_unit = {"bfloat16": 2**-7, "float16": 2**-10}[cache_dtype]
     for name, array in layer.get_state().items():
-        np.testing.assert_array_equal(array, state[name])
+        np.testing.assert_allclose(
+            array.astype("float32"), state[name].astype("float32"), rtol=one_unit
+        )
 
 
 @pytest.mark.parametrize(

@@ -26,12 +26,25 @@ struct OnlineSoftmax {
     return rescale;
   }
 
-  // The weight, before normalization, of a logit that is not above `max`. A NaN gives NaN. Where
-  // every logit so far is -infinity the reference is 0: -infinity - -infinity would be NaN and
-  // spoil the finite logits still to come.
-  T Weight(T logit) const {
-    return std::exp(logit - (max == -std::numeric_limits<T>::infinity() ? T(0) : max));
+  // Adds the logits that `other` has seen. What was accumulated here must be multiplied by the
+  // first of the pair, and what was accumulated there by the second, and added.
+  struct Factors {
+    T own, others;
+  };
+  Factors Merge(const OnlineSoftmax& other) {
+    const T own = Raise(other.max);
+    const T others = other.max == max ? T(1) : std::exp(other.max - Reference());
+    denominator += other.denominator * others;
+    return {own, others};
   }
+
+  // What is subtracted from a logit before its exponential is taken: the maximum. Where every logit
+  // so far is -infinity it is 0: -infinity - -infinity would be NaN and spoil the finite logits
+  // still to come.
+  T Reference() const { return max == -std::numeric_limits<T>::infinity() ? T(0) : max; }
+
+  // The weight, before normalization, of a logit that is not above `max`. A NaN gives NaN.
+  T Weight(T logit) const { return std::exp(logit - Reference()); }
 
   // What turns sums of weights into probabilities. Nothing attended gives 0, so that the output is
   // zeros and not 0/0.

@@ -67,6 +67,12 @@ struct SingleOutputParams {
   C* window_key;          // [M, H, N - 1, D]
   C* window_value;        // [M, H, N - 1, Dv]
   bool* window_key_mask;  // [M, N - 1]
+
+  // Into how many parts a window is cut, so that threads can share it; 1: none. Only where
+  // num_steps is 1, and neither scores nor window_key are wanted. Each part leaves its sum of
+  // values, its maximum and its denominator here, until all are merged.
+  int64_t window_parts;
+  T* parts;  // [M, H, window_parts, Dv + 2]
 };
 
 }  // namespace continual_transformers

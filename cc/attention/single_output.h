@@ -11,21 +11,25 @@
 
 namespace continual_transformers {
 
-// Takes the T steps of the (stream, head) pairs begin, ..., end - 1, where pair m * H + h is head h
-// of the call's m-th stream. Pairs touch disjoint memory: any split of [0, M * H) over threads
-// gives the same bits. Instantiated for (T, C) of (float, float), (float, BFloat16),
-// (float, Float16) and (double, double).
+// How a call is shared out. The T steps of one (stream, head) are one task; or where heads are too
+// few for the threads and windows long, one part of the window of one (stream, head).
+struct SingleOutputPlan {
+  int64_t window_parts;     // What params.window_parts is to be.
+  int64_t tasks;            // M * H * window_parts.
+  int64_t cycles_per_task;  // Roughly, with full windows.
+};
+template <typename T, typename C>
+SingleOutputPlan PlanSingleOutput(const SingleOutputParams<T, C>& params, int64_t threads);
+
+// Takes tasks begin, ..., end - 1: any split of them over threads gives the same bits. Instantiated
+// for (T, C) of (float, float), (float, BFloat16), (float, Float16) and (double, double).
 template <typename T, typename C>
 void SingleOutputAttention(const SingleOutputParams<T, C>& params, int64_t begin, int64_t end);
 
-// When all pairs are done: writes what the heads of a stream share, its key mask. Positions are
-// only read; whoever calls advances them.
+// When all tasks are done: merges the parts of windows, and writes what the heads of a stream
+// share, its key mask. Positions are only read; whoever calls advances them.
 template <typename T, typename C>
-void WriteKeyMask(const SingleOutputParams<T, C>& params);
-
-// Roughly what one (stream, head) pair costs with a full window, in CPU cycles.
-template <typename T, typename C>
-int64_t SingleOutputCyclesPerPair(const SingleOutputParams<T, C>& params);
+void FinishSingleOutput(const SingleOutputParams<T, C>& params);
 
 }  // namespace continual_transformers
 

@@ -170,5 +170,121 @@ window_key_mask: [M, N - 1], likewise.
 update_state: If false, the outputs are those of a real call, but the caches and positions stay.
 )doc");
 
+REGISTER_OP("ContinualTransformers>BindVariables")
+    .Input("variables: num_variables * resource")
+    .Output("bound: resource")
+    .Attr("num_variables: int >= 1")
+    .SetIsStateful()
+    .SetShapeFn([](InferenceContext* c) {
+      c->set_output(0, c->Scalar());
+      return absl::OkStatus();
+    })
+    .Doc(R"doc(
+Makes one resource of many variables, for eager ops, which spend time on every input.
+
+bound: Keeps the variables alive, and follows what is assigned to them.
+)doc");
+
+// The kernel checks what is not checked here.
+Status CoSiMultiHeadAttentionStepShape(InferenceContext* c) {
+  const auto expect_rank = [c](const char* name, int rank) {
+    std::vector<ShapeHandle> inputs;
+    TF_RETURN_IF_ERROR(c->input(name, &inputs));
+    for (ShapeHandle& input : inputs) TF_RETURN_IF_ERROR(c->WithRank(input, rank, &input));
+    return absl::OkStatus();
+  };
+  for (const char* name : {"query", "value", "key"}) TF_RETURN_IF_ERROR(expect_rank(name, 2));
+  for (const char* name : {"streams", "query_mask", "key_mask"}) {
+    TF_RETURN_IF_ERROR(expect_rank(name, 1));
+  }
+  TF_RETURN_IF_ERROR(expect_rank("attention_mask", 4));
+
+  // What the variables' shapes say, where the graph knows them.
+  int values, keys, variables, scores, first_step;
+  bool use_bias;
+  TF_RETURN_IF_ERROR(c->GetAttr("num_values", &values));
+  TF_RETURN_IF_ERROR(c->GetAttr("num_keys", &keys));
+  TF_RETURN_IF_ERROR(c->GetAttr("num_variables", &variables));
+  TF_RETURN_IF_ERROR(c->GetAttr("num_scores", &scores));
+  TF_RETURN_IF_ERROR(c->GetAttr("first_step", &first_step));
+  TF_RETURN_IF_ERROR(c->GetAttr("use_bias", &use_bias));
+  const auto shape_of_variable = [&](int i) {
+    const auto* shapes = c->input_handle_shapes_and_types(1 + values + keys + i);
+    return shapes == nullptr || shapes->empty() ? c->UnknownShape() : (*shapes)[0].shape;
+  };
+  const DimensionHandle m = first_step > 0 ? c->UnknownDim() : c->Dim(c->input(0), 0);
+  ShapeHandle cache = c->UnknownShapeOfRank(4), result = c->UnknownShape();
+  if (variables > 1) {
+    TF_RETURN_IF_ERROR(c->WithRank(shape_of_variable(0), 4, &cache));
+    const ShapeHandle kernel = shape_of_variable(variables - (use_bias ? 2 : 1));
+    if (c->RankKnown(kernel) && c->Rank(kernel) >= 2) {
+      ShapeHandle features;
+      TF_RETURN_IF_ERROR(c->Subshape(kernel, 2, &features));
+      TF_RETURN_IF_ERROR(c->Concatenate(c->Vector(m), features, &result));
+    }
+  }
+  c->set_output(0, result);
+  if (scores == 1) c->set_output(1, c->MakeShape({m, c->Dim(cache, 1), c->Dim(cache, 2)}));
+  return absl::OkStatus();
+}
+
+REGISTER_OP("ContinualTransformers>CoSiMultiHeadAttentionStep")
+    .Input("query: T")
+    .Input("value: num_values * T")
+    .Input("key: num_keys * T")
+    .Input("variables: num_variables * resource")
+    .Input("streams: num_streams * int32")
+    .Input("attention_mask: num_attention_masks * bool")
+    .Input("query_mask: num_query_masks * bool")
+    .Input("key_mask: num_key_masks * bool")
+    .Output("result: T")
+    .Output("attention_scores: num_scores * T")
+    .Attr("T: {float, double}")
+    .Attr("num_values: int >= 0 = 0")
+    .Attr("num_keys: int >= 0 = 0")
+    .Attr("num_variables: int >= 1")
+    .Attr("num_streams: int >= 0 = 0")
+    .Attr("num_attention_masks: int >= 0 = 0")
+    .Attr("num_query_masks: int >= 0 = 0")
+    .Attr("num_key_masks: int >= 0 = 0")
+    .Attr("num_scores: int >= 0 = 0")
+    .Attr("use_bias: bool = true")
+    .Attr("use_gate: bool = false")
+    .Attr("use_delay: bool = false")
+    .Attr("first_step: int >= 0 = 0")
+    .Attr("update_state: bool = true")
+    .SetIsStateful()
+    .SetShapeFn(CoSiMultiHeadAttentionStepShape)
+    .Doc(R"doc(
+Takes one step of M streams through a whole multi-head attention layer: projections, continual
+single-output attention (arXiv 2201.06268) with logits query . key / sqrt(D), projection back.
+
+query: [M, E].
+value: None, which is the query, or one of shape [M, Ev].
+key: None, which is the value, or one of shape [M, Ek].
+variables: One resource that binds them, or in this order:
+  the rings, key [S, H, N, D] and value [S, H, N, Dv], of type T, or under float bfloat16 or half;
+  bool [S, N], which steps have a key; int64 [S], the steps each stream has taken;
+  with use_delay the queries that wait for their turn, [S, delay, H, D] of type T, bool [S, delay],
+  and with use_gate [S, delay, H, Dv] of type T: whose turn it is to attend is then the query of
+  `delay` steps before, and row p mod delay has that of step number p until then;
+  kernel and, with use_bias, bias of the layers for query, key, value, with use_gate gate, and
+  output: kernels [features, H, D or Dv], of the output [H, Dv, ...], of type T, or under float all
+  of bfloat16; biases of type T.
+streams: None, row i then is stream i, or one of shape [M]. Which stream each row belongs to;
+  distinct, each in [0, S).
+attention_mask: None, or one of shape [M, H, 1, N], whose first two axes may be 1. Column N - 1 is
+  the newest step; where false, the step is not attended to.
+query_mask: None, or one of shape [M]. Where false, the query attends to nothing.
+key_mask: None, or one of shape [M]. Where false, the step has no key: its stream advances, but the
+  step is attended to neither now nor later.
+result: [M, ...], the output's features; no rows before first_step.
+attention_scores: With num_scores = 1, the softmax, [M, H, N]; no rows before first_step.
+first_step: The step from which on there are outputs: while none of these streams has taken so many,
+  this one among them, they only take it.
+use_gate: Whether what is attended is multiplied by the sigmoid of a layer of the query's.
+update_state: If false, the outputs are those of a real call, but the state stays.
+)doc");
+
 }  // namespace
 }  // namespace continual_transformers

@@ -41,6 +41,27 @@ TEST(OnlineSoftmaxTest, AnyBlockingGivesTheSoftmaxOfTheWhole) {
   }
 }
 
+TEST(OnlineSoftmaxTest, MergedHalvesAreTheWhole) {
+  const std::vector<double> logits = {0.5, -3, 700, 699, -kInfinity, 701.5, 0};
+  for (size_t middle = 0; middle <= logits.size(); ++middle) {
+    OnlineSoftmax<double> whole, half[2];
+    double sum = 0, part[2] = {};
+    for (size_t i = 0; i < logits.size(); ++i) {
+      const auto add = [&](OnlineSoftmax<double>* softmax, double* to) {
+        *to *= softmax->Raise(logits[i]);
+        softmax->denominator += softmax->Weight(logits[i]);
+        *to += softmax->Weight(logits[i]) * i;
+      };
+      add(&whole, &sum);
+      add(&half[i >= middle], &part[i >= middle]);
+    }
+    const auto factors = half[0].Merge(half[1]);
+    EXPECT_EQ(half[0].max, whole.max);
+    EXPECT_NEAR(half[0].denominator, whole.denominator, 1e-14);
+    EXPECT_NEAR(part[0] * factors.own + part[1] * factors.others, sum, 1e-14);
+  }
+}
+
 TEST(OnlineSoftmaxTest, EmptyGivesZero) {
   OnlineSoftmax<float> softmax;
   EXPECT_EQ(softmax.Normalizer(), 0.0f);

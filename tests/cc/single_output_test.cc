@@ -14,6 +14,7 @@
 
 #include "cc/attention/half.h"
 #include "cc/attention/params.h"
+#include "cc/attention/targets.h"
 #include "gtest/gtest.h"
 
 namespace continual_transformers {
@@ -126,6 +127,19 @@ class Call {
     }
   }
 
+  // A step whose windows are cut into parts. It gives no scores, and no window for a gradient.
+  SingleOutputParams<T, C> ParamsInParts(int64_t parts) {
+    SingleOutputParams<T, C> p = Params();
+    parts_.resize(Pairs() * parts * (sizes_.value_dim + 2));
+    p.window_parts = parts;
+    p.parts = parts_.data();
+    p.scores = nullptr;
+    p.window_key = p.window_value = nullptr;
+    p.window_key_mask = nullptr;
+    check_scores_ = false;
+    return p;
+  }
+
   SingleOutputParams<T, C> Params() {
     SingleOutputParams<T, C> p = {};
     const int64_t t = sizes_.steps, h = sizes_.heads;
@@ -155,6 +169,7 @@ class Call {
     p.value_dim = sizes_.value_dim;
     p.scale = T(1) / std::sqrt(T(sizes_.key_dim));
     p.update_state = true;
+    p.window_parts = 1;
     return p;
   }
 
@@ -165,7 +180,7 @@ class Call {
       for (int64_t h = 0; h < z.heads; ++h) {
         for (int64_t t = 0; t < z.steps; ++t) CheckStep(m, h, t, bound);
         CheckRing(m, h);
-        CheckWindow(m, h);
+        if (check_scores_) CheckWindow(m, h);
       }
     }
     EXPECT_TRUE(query_.Intact() && key_.Intact() && value_.Intact() && output_.Intact() &&
@@ -227,7 +242,7 @@ class Call {
       ASSERT_NEAR(output_[row * z.value_dim + d], expected, bound);
     }
     const int64_t unfilled = z.window - (newest - oldest + 1);
-    for (int64_t c = 0; c < z.window; ++c) {
+    for (int64_t c = 0; c < z.window && check_scores_; ++c) {
       const double expected = c < unfilled ? 0 : weights[c - unfilled] / denominator;
       const int64_t scores_row = (m * z.heads + h) * z.steps + t;
       ASSERT_NEAR(scores_[scores_row * z.window + c], expected, bound);
@@ -285,23 +300,39 @@ class Call {
   std::vector<char> key_mask_, key_mask_cache_, window_key_mask_;
   std::vector<std::vector<double>> old_keys_, old_values_;
   std::vector<std::vector<bool>> old_key_mask_;
+  std::vector<T> parts_;
+  bool check_scores_ = true;
 };
 
-// What is computed in, and what keys and values are kept in.
-template <typename T, typename C>
-struct Pair {
+// What is computed in, what keys and values are kept in, and what it runs on.
+template <typename T, typename C, Target target>
+struct Kernel {
   using Compute = T;
   using Cache = C;
+  static constexpr Target kTarget = target;
 };
 
-template <typename P>
+template <typename K>
 class SingleOutputTest : public ::testing::Test {
  public:
-  static constexpr double kBound = sizeof(typename P::Compute) == 4 ? 5e-6 : 1e-13;
+  using OneCall = Call<typename K::Compute, typename K::Cache>;
+  static constexpr double kBound = sizeof(typename K::Compute) == 4 ? 5e-6 : 1e-13;
+
+  void SetUp() override {
+    const std::string error = UseTarget(NameOf(K::kTarget));
+    if (!error.empty()) GTEST_SKIP() << error;
+  }
+  void TearDown() override { UseTarget(""); }
 };
 
-using Types = ::testing::Types<Pair<float, float>, Pair<float, BFloat16>, Pair<float, Float16>,
-                               Pair<double, double>>;
+#define ON(TARGET)                                                               \
+  Kernel<float, float, Target::TARGET>, Kernel<float, BFloat16, Target::TARGET>, \
+      Kernel<float, Float16, Target::TARGET>, Kernel<double, double, Target::TARGET>
+#if defined(__x86_64__)
+using Types = ::testing::Types<ON(kAvx3), ON(kAvx2), ON(kSse2)>;
+#else
+using Types = ::testing::Types<ON(kNeon)>;
+#endif
 TYPED_TEST_SUITE(SingleOutputTest, Types);
 
 TYPED_TEST(SingleOutputTest, Grid) {
@@ -311,11 +342,11 @@ TYPED_TEST(SingleOutputTest, Grid) {
         const Sizes sizes = {n, d, d == 16 ? d : d / 2 + 3, t};
         SCOPED_TRACE("N " + std::to_string(n) + " D " + std::to_string(d) + " T " +
                      std::to_string(t));
-        Call<typename TypeParam::Compute, typename TypeParam::Cache> call(
-            sizes, {0, 1, n - 1, n, n + 1, 2 * n + 3}, {4, 0, 3, 1, 5, 2});
+        typename TestFixture::OneCall call(sizes, {0, 1, n - 1, n, n + 1, 2 * n + 3},
+                                           {4, 0, 3, 1, 5, 2});
         const auto params = call.Params();
         SingleOutputAttention(params, 0, params.num_streams * params.num_heads);
-        WriteKeyMask(params);
+        FinishSingleOutput(params);
         call.Check(this->kBound);
         if (this->HasFatalFailure()) return;
       }
@@ -323,30 +354,62 @@ TYPED_TEST(SingleOutputTest, Grid) {
   }
 }
 
-TYPED_TEST(SingleOutputTest, AnySplitOfThePairsGivesTheSameBits) {
+TYPED_TEST(SingleOutputTest, AnySplitOfTheTasksGivesTheSameBits) {
   const Sizes sizes = {17, 12, 9, 3, /*heads=*/3};
-  Call<typename TypeParam::Compute, typename TypeParam::Cache> whole(sizes, {20, 5, 0}, {2, 0});
-  Call<typename TypeParam::Compute, typename TypeParam::Cache> split(sizes, {20, 5, 0}, {2, 0});
+  typename TestFixture::OneCall whole(sizes, {20, 5, 0}, {2, 0});
+  typename TestFixture::OneCall split(sizes, {20, 5, 0}, {2, 0});
   const auto p = whole.Params(), q = split.Params();
   SingleOutputAttention(p, 0, 6);
   for (const auto& [begin, end] : {std::tuple(4, 6), std::tuple(0, 1), std::tuple(1, 4)}) {
     SingleOutputAttention(q, begin, end);
   }
-  WriteKeyMask(q);
+  FinishSingleOutput(q);
   EXPECT_TRUE(std::equal(p.output, p.output + 2 * 3 * 3 * 9, q.output));
   split.Check(this->kBound);
 }
 
+TYPED_TEST(SingleOutputTest, PartsOfWindowsMerge) {
+  for (int64_t n : {1, 2, 3, 16, 17, 64, 65, 120, 1000}) {
+    for (int64_t parts : {2, 3, 7}) {
+      const Sizes sizes = {n, 12, 33, 1};
+      SCOPED_TRACE("N " + std::to_string(n) + " parts " + std::to_string(parts));
+      typename TestFixture::OneCall call(sizes, {0, 1, n - 1, n, n + 1, 2 * n + 3},
+                                         {4, 0, 3, 1, 5, 2});
+      const auto params = call.ParamsInParts(parts);
+      const int64_t tasks = params.num_streams * params.num_heads * parts;
+      SingleOutputAttention(params, tasks / 3, tasks);
+      SingleOutputAttention(params, 0, tasks / 3);
+      FinishSingleOutput(params);
+      call.Check(this->kBound);
+      if (this->HasFatalFailure()) return;
+    }
+  }
+}
+
+TYPED_TEST(SingleOutputTest, WhereAWindowIsCutIntoParts) {
+  typename TestFixture::OneCall call({100'000, 4, 4, 1, /*heads=*/1}, {9}, {0});
+  auto p = call.Params();
+  p.scores = nullptr;
+  p.window_key = nullptr;
+  EXPECT_EQ(PlanSingleOutput(p, 1).window_parts, 1);
+  EXPECT_EQ(PlanSingleOutput(p, 4).window_parts, 4);
+  EXPECT_EQ(PlanSingleOutput(p, 4).tasks, 4);
+  p.num_heads = 4;  // Heads enough.
+  EXPECT_EQ(PlanSingleOutput(p, 4).window_parts, 1);
+  p.num_heads = 1;
+  p.scores = p.output;  // Scores are normalized in one piece.
+  EXPECT_EQ(PlanSingleOutput(p, 4).window_parts, 1);
+}
+
 TYPED_TEST(SingleOutputTest, PeekingLeavesTheRings) {
   const Sizes sizes = {5, 4, 4, 7};
-  Call<typename TypeParam::Compute, typename TypeParam::Cache> real(sizes, {9}, {0}),
-      peek(sizes, {9}, {0});
+  typename TestFixture::OneCall real(sizes, {9}, {0}), peek(sizes, {9}, {0});
   auto p = peek.Params();
   p.update_state = false;
   const std::vector<typename TypeParam::Cache> before(p.key_cache, p.key_cache + 2 * 5 * 4);
   const std::vector<bool> mask_before(p.key_mask_cache, p.key_mask_cache + 5);
   SingleOutputAttention(p, 0, 2);
-  WriteKeyMask(p);
+  FinishSingleOutput(p);
   EXPECT_EQ(std::memcmp(before.data(), p.key_cache, before.size() * sizeof(before[0])), 0);
   EXPECT_TRUE(std::equal(mask_before.begin(), mask_before.end(), p.key_mask_cache));
   const auto q = real.Params();
@@ -356,7 +419,7 @@ TYPED_TEST(SingleOutputTest, PeekingLeavesTheRings) {
 
 TYPED_TEST(SingleOutputTest, AMaskBroadcastsByStridesOfZero) {
   const Sizes sizes = {6, 4, 4, 2};
-  Call<typename TypeParam::Compute, typename TypeParam::Cache> call(sizes, {9}, {0});
+  typename TestFixture::OneCall call(sizes, {9}, {0});
   auto p = call.Params();
   const bool mask[6] = {true, false, true, true, false, true};
   p.mask = mask;
@@ -379,7 +442,7 @@ TYPED_TEST(SingleOutputTest, AMaskBroadcastsByStridesOfZero) {
 
 TYPED_TEST(SingleOutputTest, NothingAttendedGivesZeros) {
   const Sizes sizes = {6, 4, 3, 1};
-  Call<typename TypeParam::Compute, typename TypeParam::Cache> call(sizes, {9}, {0});
+  typename TestFixture::OneCall call(sizes, {9}, {0});
   auto p = call.Params();
   const bool mask[6] = {};
   p.mask = mask;

@@ -5,10 +5,15 @@ import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf.layers.co_si_regular import at_query_index, attend_windows
+from continual_transformers_tf.layers.co_si_step import one_op_step
 from continual_transformers_tf.layers.co_si_steps import take_steps
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.from_regular import co_si_from_regular
-from continual_transformers_tf.layers.inputs import WARM_UPS, checked_cache_dtype
+from continual_transformers_tf.layers.inputs import (
+    WARM_UPS,
+    checked_cache_dtype,
+    checked_weights_dtype,
+)
 from continual_transformers_tf.ops.attention_cache import AttentionCache
 from continual_transformers_tf.ops.stream_state import check_integer
 
@@ -47,6 +52,11 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
             dtype of float32, "bfloat16" or "float16" halve the ring and round every key and value
             as it comes: with those of order one, outputs moved by 0.3 % and by 0.04 % at the most
             (`tests/test_co_si_mha_dtypes.py` holds 1 % and 0.15 %).
+        weights_dtype: what kernels are kept in for steps that are one fused op. None: the layer's
+            own variables. Under float32, "bfloat16" halves what a step reads: a copy is made at the
+            first such step, and after `set_weights`, `load_weights` and `convert_weights`; with
+            weights of order one outputs moved by WEIGHTS_MOVED at the most
+            (`tests/test_co_si_mha_dtypes.py`). Everything else uses the layer's own.
         call_mode: what calling the layer does: "regular", "step" or "steps".
         **kwargs: `name`, `dtype` and the like.
 
@@ -89,6 +99,7 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         single_output=True,
         warm_up="none",
         cache_dtype=None,
+        weights_dtype=None,
         call_mode="regular",
         **kwargs,
     ):
@@ -134,7 +145,9 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         self._single_output = bool(single_output)
         self._warm_up = warm_up
         self._cache_dtype = checked_cache_dtype(cache_dtype, self.compute_dtype)
+        self._weights_dtype = checked_weights_dtype(weights_dtype, self.compute_dtype)
         self.call_mode = call_mode
+        self._one_op_step = None  # Gathered at the first step that needs it.
         # Why no step can be taken, where the layer is only Keras' own.
         self._no_steps = None if along_time else f"attention_axes={attention_axes!r}"
         self._stream_state = AttentionCache(
@@ -162,6 +175,11 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         return self._seq_len
 
     @property
+    def weights_dtype(self):
+        """What a step's kernels are kept in: None for the layer's own, or "bfloat16"."""
+        return self._weights_dtype
+
+    @property
     def warm_up(self):
         """What a step gives while the window fills: "none" or "partial"."""
         return self._warm_up
@@ -187,6 +205,7 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
             "single_output": self._single_output,
             "warm_up": self._warm_up,
             "cache_dtype": self._cache_dtype,
+            "weights_dtype": self._weights_dtype,
         }
 
     @classmethod
@@ -347,10 +366,17 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
             ValueError, tf.errors.InvalidArgumentError: if shapes, dtypes or streams do not fit. The
                 streams then go on as if the call had not been made.
         """
-        outputs = take_steps(
-            self, 2, query, value, key, attention_mask, query_mask, value_mask, key_mask,
-            use_causal_mask, return_attention_scores, training, streams, update_state,
-        )  # fmt: skip
+        step = one_op_step(self, training)
+        if step is not None:
+            outputs = step(
+                query, value, key, attention_mask, query_mask, value_mask, key_mask,
+                use_causal_mask, return_attention_scores, streams, update_state,
+            )  # fmt: skip
+        else:
+            outputs = take_steps(
+                self, 2, query, value, key, attention_mask, query_mask, value_mask, key_mask,
+                use_causal_mask, return_attention_scores, training, streams, update_state,
+            )  # fmt: skip
         return outputs if return_attention_scores else outputs[0]
 
     def call_steps(
@@ -393,6 +419,19 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
             use_causal_mask, return_attention_scores, training, streams, update_state,
         )  # fmt: skip
         return outputs if return_attention_scores else outputs[0]
+
+    def convert_weights(self):
+        """Takes the kernels as they are now for steps in `weights_dtype`: after training, say."""
+        if self._one_op_step is not None:
+            self._one_op_step.convert_weights()
+
+    def set_weights(self, weights):
+        super().set_weights(weights)
+        self.convert_weights()
+
+    def load_own_variables(self, store):
+        super().load_own_variables(store)
+        self._one_op_step = None  # Its sublayers' variables are loaded after it.
 
     def _ensure_built(self, query, value, key):
         if not self.built:

@@ -1,8 +1,8 @@
 """What a step of `CoSiMultiHeadAttention` does: project, attend in one op, project back."""
 
-import numpy as np
 import tensorflow as tf
 
+from continual_transformers_tf.layers.co_si_step import fixed_mask
 from continual_transformers_tf.layers.inputs import check_features, check_same_rows, step_input
 from continual_transformers_tf.layers.step_ops import cast, project
 from continual_transformers_tf.ops.delay import delayed_steps, put_steps
@@ -32,7 +32,10 @@ def take_steps(
     """
     query, value, key = _inputs(layer, rank, query, value, key)
     cache, dtype = layer._stream_state, layer.compute_dtype
-    mask = _window_mask(layer, expand_mask(attention_mask, query, cache), use_causal_mask)
+    mask = fixed_mask(layer, use_causal_mask)
+    if attention_mask is not None:
+        given = expand_mask(attention_mask, query.shape[0], query.shape[1], cache)
+        mask = given if mask is None else mask & given
     query_mask, value_mask, key_mask = (
         expand_key_mask(name, given, query, rank == 2)
         for name, given in (
@@ -118,21 +121,6 @@ def _inputs(layer, rank, query, value, key):
     if key is value:
         return steps, values, values
     return steps, values, steps if key is query else tf.expand_dims(key, 1)
-
-
-def _window_mask(layer, mask, use_causal_mask):
-    """A user's mask, and what else the layer does not let the query of its window attend to."""
-    columns = np.arange(layer.seq_len)
-    at = layer.seq_len - 1 - layer.delay  # The query's own column.
-    allowed = np.full(layer.seq_len, True)
-    if layer._sliding_window is not None:
-        allowed &= np.abs(columns - at) < layer._sliding_window
-    if use_causal_mask:
-        allowed &= columns <= at
-    if allowed.all():
-        return mask
-    allowed = tf.constant(allowed[None, None, None])
-    return allowed if mask is None else mask & allowed
 
 
 def _exchange(layer, asks, streams, position):

@@ -62,3 +62,19 @@ def checked_cache_dtype(dtype, compute_dtype):
         f"Expected cache_dtype to be None or the compute dtype, {compute_dtype}, or under float32 "
         f"one of {HALF_DTYPES}, but got {dtype!r}"
     )
+
+
+def checked_weights_dtype(dtype, compute_dtype):
+    """The name of what a step's kernels are kept in; None for the layer's own variables.
+
+    Raises:
+        ValueError: if it is neither the compute dtype, nor bfloat16 under float32.
+    """
+    if dtype is None or keras.backend.standardize_dtype(dtype) == compute_dtype:
+        return None
+    if keras.backend.standardize_dtype(dtype) == "bfloat16" and compute_dtype == "float32":
+        return "bfloat16"
+    raise ValueError(
+        f"Expected weights_dtype to be None or the compute dtype, {compute_dtype}, or under "
+        f'float32 "bfloat16", but got {dtype!r}'
+    )

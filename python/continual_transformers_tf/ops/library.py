@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import tensorflow as tf
+from tensorflow.python.eager import context
 from tensorflow.python.framework import kernels as kernel_registry
 from tensorflow.python.ops import control_flow_util
 
@@ -122,7 +123,7 @@ def fused_ops(device_type):
 
 def in_xla():
     """Whether a graph is being traced for XLA, by jit_compile=True."""
-    return not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(
+    return not context.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(
         tf.compat.v1.get_default_graph()
     )
 

@@ -76,7 +76,7 @@ def single_output_attention(
         tf.cast(value, cache.dtype),
         cache,
         streams=stream_tensor(tf.range(tf.shape(query)[0]) if streams is None else streams),
-        attention_mask=expand_mask(attention_mask, query, cache),
+        attention_mask=expand_mask(attention_mask, query.shape[0], query.shape[1], cache),
         key_mask=expand_key_mask("key_mask", key_mask, query, one_step),
         scale=scale,
         return_attention_scores=return_attention_scores,
@@ -169,12 +169,12 @@ tf.RegisterGradient("ContinualTransformers>SingleOutputAttention")(
 )
 
 
-def expand_mask(mask, query, cache):
+def expand_mask(mask, m, t, cache):
     """A user's mask with its missing axes as 1: bool tensor `[M, H, T, N]`, or None for None.
 
     Args:
         mask: `[N]`, `[M, N]`, `[M, H, N]` or `[M, H, T, N]`.
-        query: tensor `[M, T, ...]`, whose M and T it must fit.
+        m, t: M and T; None where they are not known.
         cache: the `AttentionCache` whose H and N it must fit.
 
     Raises:
@@ -183,7 +183,7 @@ def expand_mask(mask, query, cache):
     if mask is None:
         return None
     mask = _bool_tensor("attention_mask", mask)
-    m, t, (_, h, n, _) = query.shape[0], query.shape[1], cache.key.shape
+    _, h, n, _ = cache.key.shape
     letters, full = {
         1: ("[N]", (n,)),
         2: ("[M, N]", (m, n)),

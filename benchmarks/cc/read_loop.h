@@ -1,0 +1,16 @@
+// The bound that a step is measured against: a plain vector loop that reads the same bytes.
+
+#ifndef CONTINUAL_TRANSFORMERS_BENCHMARKS_READ_LOOP_H_
+#define CONTINUAL_TRANSFORMERS_BENCHMARKS_READ_LOOP_H_
+
+#include <cstddef>
+
+namespace continual_transformers {
+
+// The exclusive or of the bytes, read by whole vectors of the target in use; the last few of them,
+// fewer than eight vectors, are left out.
+unsigned char ReadLoop(const void* data, size_t bytes);
+
+}  // namespace continual_transformers
+
+#endif  // CONTINUAL_TRANSFORMERS_BENCHMARKS_READ_LOOP_H_

@@ -1,0 +1,207 @@
+#include "cc/attention/dense.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "cc/attention/half.h"
+#include "cc/attention/targets.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cc/attention/dense.cc"
+#include "hwy/foreach_target.h"
+// After foreach_target.h, or they would be there for one target only.
+#include "cc/attention/vector_math-inl.h"
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace continual_transformers {
+namespace HWY_NAMESPACE {
+
+// From so many rows on the kernel is copied into panels that the rows then share.
+constexpr int64_t kFewRows = 4;
+
+// A few rows at a time: for one or two, the kernel is read in the order in which it lies, several
+// rows of it at once, and the output waits in the nearest cache.
+template <typename T, typename W>
+class FewRows {
+ public:
+  explicit FewRows(const Dense<T, W>& dense) : dense_(dense) {}
+
+  void Columns(int64_t begin, int64_t end) const {
+    for (int64_t m = 0; m < dense_.rows; ++m) {
+      T* output = dense_.output + m * dense_.outputs;
+      if (dense_.bias == nullptr) {
+        std::fill(output + begin, output + end, T(0));
+      } else {
+        std::copy(dense_.bias + begin, dense_.bias + end, output + begin);
+      }
+    }
+    for (int64_t first = begin; first < end; first += kTile) {
+      const int64_t last = std::min(end, first + kTile);
+      int64_t i = 0;
+      for (; i + 8 <= dense_.inputs; i += 8) {
+        for (int64_t m = 0; m < dense_.rows; ++m) AddRows<8>(m, i, first, last);
+      }
+      for (; i < dense_.inputs; ++i) {
+        for (int64_t m = 0; m < dense_.rows; ++m) AddRows<1>(m, i, first, last);
+      }
+    }
+  }
+
+ private:
+  using D = hn::ScalableTag<T>;
+  using V = hn::Vec<D>;
+  static constexpr int64_t kLanes = hn::Lanes(D());
+  static constexpr int64_t kTile = 1024;
+
+  // output[m] += input[m][i] * kernel[i] over kRows rows from i on, kRows = 8 or 1.
+  template <int kRows>
+  void AddRows(int64_t m, int64_t i, int64_t first, int64_t last) const {
+    const D d;
+    const T* HWY_RESTRICT x = dense_.input + m * dense_.inputs + i;
+    const W* HWY_RESTRICT w = dense_.kernel + i * dense_.outputs;
+    const int64_t stride = dense_.outputs;
+    T* HWY_RESTRICT y = dense_.output + m * dense_.outputs;
+    V scale[kRows];
+    for (int r = 0; r < kRows; ++r) scale[r] = hn::Set(d, x[r]);
+    int64_t c = first;
+    for (; c + kLanes <= last; c += kLanes) {
+      // Two chains, so that none is waited for.
+      V even = hn::LoadU(d, y + c), odd = hn::Zero(d);
+      for (int r = 0; r < kRows; r += 2) {
+        even = hn::MulAdd(scale[r], LoadWide(d, w + r * stride + c), even);
+        if (r + 1 < kRows) {
+          odd = hn::MulAdd(scale[r + 1], LoadWide(d, w + (r + 1) * stride + c), odd);
+        }
+      }
+      hn::StoreU(hn::Add(even, odd), d, y + c);
+    }
+    if (c < last) {
+      const size_t rest = last - c;
+      V sum = hn::LoadN(d, y + c, rest);
+      for (int r = 0; r < kRows; ++r) {
+        sum = hn::MulAdd(scale[r], LoadWideN(d, w + r * stride + c, rest), sum);
+      }
+      hn::StoreN(sum, d, y + c, rest);
+    }
+  }
+
+  const Dense<T, W>& dense_;
+};
+
+// Many rows: a panel of the kernel, some vectors wide, is copied together once, widened, and then
+// multiplied by kFewRows rows at a time, whose sums stay in registers.
+template <typename T, typename W>
+class ManyRows {
+ public:
+  explicit ManyRows(const Dense<T, W>& dense) : dense_(dense), panel_(dense.inputs * kWidth) {}
+
+  void Columns(int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; c += kWidth) {
+      const int64_t width = std::min(kWidth, end - c);
+      CopyPanel(c, width);
+      for (int64_t m = 0; m < dense_.rows; m += kFewRows) Multiply(m, c, width);
+    }
+  }
+
+ private:
+  using D = hn::ScalableTag<T>;
+  using V = hn::Vec<D>;
+  static constexpr int64_t kLanes = hn::Lanes(D());
+  // 4 x 4 sums of 32 registers, 4 x 2 of 16.
+  static constexpr int64_t kVectors = HWY_TARGET == HWY_AVX3 || !HWY_ARCH_X86 ? 4 : 2;
+  static constexpr int64_t kWidth = kVectors * kLanes;
+
+  void CopyPanel(int64_t column, int64_t width) {
+    const D d;
+    for (int64_t i = 0; i < dense_.inputs; ++i) {
+      const W* w = dense_.kernel + i * dense_.outputs + column;
+      T* to = panel_.data() + i * kWidth;
+      for (int64_t c = 0; c < kWidth; c += kLanes) {
+        const int64_t rest = std::max<int64_t>(0, std::min(kLanes, width - c));
+        hn::StoreU(rest == kLanes ? LoadWide(d, w + c) : LoadWideN(d, w + c, rest), d, to + c);
+      }
+    }
+  }
+
+  // Rows m, ..., m + kFewRows - 1, of which the last stands in for those that there are not.
+  void Multiply(int64_t m, int64_t column, int64_t width) const {
+    const D d;
+    const int64_t last = dense_.rows - 1, inputs = dense_.inputs;
+    const T* HWY_RESTRICT x0 = dense_.input + m * inputs;
+    const T* HWY_RESTRICT x1 = dense_.input + std::min(m + 1, last) * inputs;
+    const T* HWY_RESTRICT x2 = dense_.input + std::min(m + 2, last) * inputs;
+    const T* HWY_RESTRICT x3 = dense_.input + std::min(m + 3, last) * inputs;
+    V sum[kFewRows][kVectors];
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const int64_t rest = std::max<int64_t>(0, std::min(kLanes, width - v * kLanes));
+      const V bias = dense_.bias == nullptr ? hn::Zero(d)
+                                            : hn::LoadN(d, dense_.bias + column + v * kLanes, rest);
+      for (int64_t r = 0; r < kFewRows; ++r) sum[r][v] = bias;
+    }
+    const T* HWY_RESTRICT w = panel_.data();
+    for (int64_t i = 0; i < inputs; ++i, w += kWidth) {
+      const V s0 = hn::Set(d, x0[i]), s1 = hn::Set(d, x1[i]);
+      const V s2 = hn::Set(d, x2[i]), s3 = hn::Set(d, x3[i]);
+      for (int64_t v = 0; v < kVectors; ++v) {
+        const V kernel = hn::LoadU(d, w + v * kLanes);
+        sum[0][v] = hn::MulAdd(s0, kernel, sum[0][v]);
+        sum[1][v] = hn::MulAdd(s1, kernel, sum[1][v]);
+        sum[2][v] = hn::MulAdd(s2, kernel, sum[2][v]);
+        sum[3][v] = hn::MulAdd(s3, kernel, sum[3][v]);
+      }
+    }
+    for (int64_t r = 0; r < std::min(kFewRows, dense_.rows - m); ++r) {
+      T* output = dense_.output + (m + r) * dense_.outputs + column;
+      for (int64_t v = 0; v < kVectors; ++v) {
+        const int64_t rest = std::max<int64_t>(0, std::min(kLanes, width - v * kLanes));
+        hn::StoreN(sum[r][v], d, output + v * kLanes, rest);
+      }
+    }
+  }
+
+  const Dense<T, W>& dense_;
+  std::vector<T> panel_;
+};
+
+template <typename T, typename W>
+void MultiplyColumns(const Dense<T, W>& dense, int64_t begin, int64_t end) {
+  if (dense.rows < kFewRows) {
+    FewRows<T, W>(dense).Columns(begin, end);
+  } else {
+    ManyRows<T, W>(dense).Columns(begin, end);
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace continual_transformers
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace continual_transformers {
+
+template <typename T, typename W>
+int64_t DenseCyclesPerTask(const Dense<T, W>& dense) {
+  // Of one row, what it takes to read the kernel from beyond the first cache, 16 bytes a cycle; of
+  // many, to multiply, 8 products a cycle.
+  const int64_t products = dense.inputs * kDenseColumns;
+  return products * static_cast<int64_t>(sizeof(W)) / 16 + products * dense.rows / 8;
+}
+
+template <typename T, typename W>
+void TakeDenseTasks(const Dense<T, W>& dense, int64_t begin, int64_t end) {
+  const int64_t last = std::min(end * kDenseColumns, dense.outputs);
+  CONTINUAL_TRANSFORMERS_DISPATCH(MultiplyColumns, dense, begin * kDenseColumns, last);
+}
+
+#define INSTANTIATE(T, W)                                        \
+  template int64_t DenseCyclesPerTask<T, W>(const Dense<T, W>&); \
+  template void TakeDenseTasks<T, W>(const Dense<T, W>&, int64_t, int64_t)
+INSTANTIATE(float, float);
+INSTANTIATE(float, BFloat16);
+INSTANTIATE(double, double);
+#undef INSTANTIATE
+
+}  // namespace continual_transformers
+#endif  // HWY_ONCE

@@ -1,0 +1,144 @@
+// What the kernels ask of their inputs, and how they look at them.
+
+#ifndef CONTINUAL_TRANSFORMERS_TENSORFLOW_INPUTS_H_
+#define CONTINUAL_TRANSFORMERS_TENSORFLOW_INPUTS_H_
+
+#include <array>
+#include <cstdint>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "cc/attention/half.h"
+#include "cc/attention/params.h"
+#include "cc/tensorflow/locked_variables.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/tensor.h"
+#include "tensorflow/core/framework/types.h"
+
+namespace continual_transformers {
+
+template <typename... Args>
+absl::Status InvalidArgument(const Args&... args) {
+  return absl::InvalidArgumentError(absl::StrCat(args...));
+}
+
+absl::Status ExpectShape(const char* name, const tensorflow::Tensor& tensor,
+                         const tensorflow::TensorShape& expected);
+absl::Status ExpectRank(const char* name, const tensorflow::Tensor& tensor, int rank,
+                        const char* axes);
+
+// That CONTINUAL_TRANSFORMERS_TARGET, where it is set, names a target that there is.
+absl::Status ExpectTarget();
+
+// How a type of a ring is called by TensorFlow; the bits are the same.
+template <typename C>
+struct TensorFlowType {
+  using type = C;
+};
+template <>
+struct TensorFlowType<BFloat16> {
+  using type = Eigen::bfloat16;
+};
+template <>
+struct TensorFlowType<Float16> {
+  using type = Eigen::half;
+};
+template <typename C>
+constexpr tensorflow::DataType kDataType =
+    tensorflow::DataTypeToEnum<typename TensorFlowType<C>::type>::value;
+
+template <typename C>
+C* Data(tensorflow::Tensor* tensor) {
+  return reinterpret_cast<C*>(tensor->flat<typename TensorFlowType<C>::type>().data());
+}
+template <typename C>
+const C* Data(const tensorflow::Tensor& tensor) {
+  return reinterpret_cast<const C*>(tensor.flat<typename TensorFlowType<C>::type>().data());
+}
+
+inline Strides BatchTimeHead(int64_t steps, int64_t heads, int64_t size) {
+  return {/*stream=*/steps * heads * size, /*step=*/heads * size, /*head=*/size};
+}
+
+inline Strides BatchHeadTime(int64_t heads, int64_t steps, int64_t size) {
+  return {/*stream=*/heads * steps * size, /*step=*/size, /*head=*/steps * size};
+}
+
+// The variables of an `AttentionCache`, and which of its streams a call is about.
+class AttentionState {
+ public:
+  // Locks `cache`, which is key_cache, value_cache, key_mask_cache and position, with keys and
+  // values of `dtype`; and `others` with them. They must outlive this.
+  absl::Status Lock(const std::array<tensorflow::Var*, 4>& cache, tensorflow::DataType dtype,
+                    absl::Span<const LockedVariables::Variable> others = {});
+
+  tensorflow::Tensor* key() { return cache_[0]->tensor(); }
+  tensorflow::Tensor* value() { return cache_[1]->tensor(); }
+  tensorflow::Tensor* key_mask() { return cache_[2]->tensor(); }
+  tensorflow::Tensor* position() { return cache_[3]->tensor(); }
+
+  // Sets everything of `p` that is about the state, when its sizes are set: checks that the cache
+  // and the streams fit those.
+  template <typename T, typename C>
+  absl::Status Fill(const tensorflow::Tensor& streams, SingleOutputParams<T, C>* p) {
+    TF_RETURN_IF_ERROR(CheckSizes(p->num_streams, p->num_steps, p->num_heads, p->window, p->key_dim,
+                                  p->value_dim, streams));
+    p->streams = streams.flat<int32_t>().data();
+    p->position = position()->flat<int64_t>().data();
+    p->key_cache = Data<C>(key());
+    p->value_cache = Data<C>(value());
+    p->key_mask_cache = key_mask()->flat<bool>().data();
+    return absl::OkStatus();
+  }
+
+  // Advances the streams of a call that has been taken.
+  template <typename T, typename C>
+  void Advance(const SingleOutputParams<T, C>& p) {
+    if (!p.update_state) return;
+    auto positions = position()->flat<int64_t>();
+    for (int64_t m = 0; m < p.num_streams; ++m) positions(p.streams[m]) += p.num_steps;
+  }
+
+ private:
+  absl::Status CheckSizes(int64_t streams_stepped, int64_t steps, int64_t heads, int64_t window,
+                          int64_t key_dim, int64_t value_dim, const tensorflow::Tensor& streams);
+
+  std::array<tensorflow::Var*, 4> cache_;
+  LockedVariables locked_;
+};
+
+// At most one mask, whose axes but the last may be 1, which a stride of 0 broadcasts.
+template <typename T, typename C>
+absl::Status FillAttentionMask(tensorflow::OpKernelContext* ctx, SingleOutputParams<T, C>* p) {
+  tensorflow::OpInputList masks;
+  TF_RETURN_IF_ERROR(ctx->input_list("attention_mask", &masks));
+  if (masks.size() == 0) return absl::OkStatus();
+  if (masks.size() > 1) {
+    return InvalidArgument("expected at most one attention_mask, but got ", masks.size());
+  }
+  const tensorflow::Tensor& mask = masks[0];
+  const tensorflow::TensorShape full = {p->num_streams, p->num_heads, p->num_steps, p->window};
+  bool fits = mask.dims() == 4 && mask.dim_size(3) == p->window;
+  for (int axis = 0; fits && axis < 3; ++axis) {
+    fits = mask.dim_size(axis) == 1 || mask.dim_size(axis) == full.dim_size(axis);
+  }
+  if (!fits) {
+    return InvalidArgument("expected attention_mask of shape ", full.DebugString(),
+                           ", [M, H, T, N], where M, H and T may be 1, but got ",
+                           mask.shape().DebugString());
+  }
+  p->mask = mask.flat<bool>().data();
+  p->mask_strides = BatchHeadTime(mask.dim_size(1), mask.dim_size(2), p->window);
+  if (mask.dim_size(0) == 1) p->mask_strides.stream = 0;
+  if (mask.dim_size(1) == 1) p->mask_strides.head = 0;
+  if (mask.dim_size(2) == 1) p->mask_strides.step = 0;
+  return absl::OkStatus();
+}
+
+// At most one mask of `expected` shape, into *data; null where none is given.
+absl::Status FillMask(tensorflow::OpKernelContext* ctx, const char* name,
+                      const tensorflow::TensorShape& expected, const bool** data);
+
+}  // namespace continual_transformers
+
+#endif  // CONTINUAL_TRANSFORMERS_TENSORFLOW_INPUTS_H_

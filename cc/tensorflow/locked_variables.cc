@@ -1,0 +1,54 @@
+#include "cc/tensorflow/locked_variables.h"
+
+#include <algorithm>
+
+#include "cc/tensorflow/inputs.h"
+#include "tensorflow/core/framework/tensor_util.h"
+
+namespace continual_transformers {
+namespace {
+
+using absl::Status;
+using tensorflow::DataTypeString;
+using tensorflow::Var;
+
+Status PrepareInPlaceUpdate(const LockedVariables::Variable& variable) {
+  Var* var = variable.var;
+  if (!var->is_initialized) {
+    return InvalidArgument("expected initialized variables, but ", variable.name, " is not");
+  }
+  if (var->tensor()->dtype() != variable.dtype) {
+    return InvalidArgument("expected ", variable.name, " to hold ", DataTypeString(variable.dtype),
+                           ", but got ", DataTypeString(var->tensor()->dtype()));
+  }
+  // From now on whoever reads the variable gets a copy; one who holds its buffer keeps the values
+  // as they were, in the old buffer.
+  var->copy_on_read_mode.store(true);
+  if (!var->tensor()->RefCountIsOne()) {
+    *var->tensor() = tensorflow::tensor::DeepCopy(*var->tensor());
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+LockedVariables::~LockedVariables() {
+  for (Var* var : locked_) var->mu()->unlock();
+}
+
+Status LockedVariables::Lock(absl::Span<const Variable> variables) {
+  absl::InlinedVector<Var*, 8> ordered;
+  for (const Variable& variable : variables) ordered.push_back(variable.var);
+  // In the order of their addresses, so that two ops on the same variables cannot each hold what
+  // the other waits for. A variable given twice is locked once.
+  std::sort(ordered.begin(), ordered.end());
+  ordered.erase(std::unique(ordered.begin(), ordered.end()), ordered.end());
+  for (Var* var : ordered) {
+    var->mu()->lock();
+    locked_.push_back(var);
+  }
+  for (const Variable& variable : variables) TF_RETURN_IF_ERROR(PrepareInPlaceUpdate(variable));
+  return absl::OkStatus();
+}
+
+}  // namespace continual_transformers

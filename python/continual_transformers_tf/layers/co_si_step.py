@@ -1,0 +1,224 @@
+"""A step of `CoSiMultiHeadAttention` as one op: no Keras call, nothing rebuilt from step to step."""
+
+import functools
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.eager import context, record
+from tensorflow.python.framework.ops import EagerTensor
+
+from continual_transformers_tf.layers.inputs import check_features, check_same_rows, step_input
+from continual_transformers_tf.ops.co_si_mha_step import BoundVariables, co_si_mha_step
+from continual_transformers_tf.ops.library import fused_ops, in_xla
+from continual_transformers_tf.ops.single_output import expand_key_mask, expand_mask
+
+PLAIN_DTYPES = ("float32", "float64")
+
+
+class OneOpStep:
+    """What the op needs of a layer, gathered once.
+
+    Args:
+        layer: a built `CoSiMultiHeadAttention`.
+        fused: the module with the fused ops.
+    """
+
+    def __init__(self, layer, fused):
+        self._layer = layer
+        self._fused = fused
+        self._dtype = tf.as_dtype(layer.compute_dtype)
+        self._dense = _dense_layers(layer)
+        # A layer that is quantized, or given a low-rank addition, has another kernel than here.
+        self._kernels = tuple(dense._kernel for dense in self._dense)
+        self._features = layer._features[0]
+        self._narrow = None
+        self.convert_weights()
+        self._masks = {causal: fixed_mask(layer, causal) for causal in (False, True)}
+
+    def __deepcopy__(self, memo):
+        return None  # Of the copy's own variables it is gathered anew.
+
+    def fits(self):
+        """Whether the layer's kernels still are those that were gathered."""
+        for dense, kernel in zip(self._dense, self._kernels, strict=True):
+            if dense._kernel is not kernel or dense.lora_enabled:
+                return False
+        return True
+
+    def convert_weights(self):
+        """Takes the kernels as they are now, in the layer's `weights_dtype`."""
+        layer, cache = self._layer, self._layer._stream_state
+        weights_dtype = layer.weights_dtype
+        if weights_dtype is None:
+            kernels = [kernel.value for kernel in self._kernels]
+        else:
+            with tf.init_scope():
+                narrow = [tf.cast(kernel.value, weights_dtype) for kernel in self._kernels]
+                if self._narrow is None:
+                    self._narrow = [tf.Variable(kernel, trainable=False) for kernel in narrow]
+                else:
+                    for variable, kernel in zip(self._narrow, narrow, strict=True):
+                        variable.assign(kernel)
+            kernels = self._narrow
+        rings = []
+        if layer.delay > 0:
+            rings = [cache.query, cache.query_mask] + ([cache.gate] if layer._use_gate else [])
+        weights = []
+        for dense, kernel in zip(self._dense, kernels, strict=True):
+            weights += [kernel] if dense.bias is None else [kernel, dense.bias.value]
+        state = [cache.key, cache.value, cache.key_mask, cache.position]
+        self._variables = BoundVariables(self._fused, state + rings + weights)
+
+    def __call__(
+        self,
+        query,
+        value,
+        key,
+        attention_mask,
+        query_mask,
+        value_mask,
+        key_mask,
+        use_causal_mask,
+        return_attention_scores,
+        streams,
+        update_state,
+    ):
+        """A step's outputs and scores, or (None, None) while the window fills."""
+        layer, cache = self._layer, self._layer._stream_state
+        rows, query, value, key = self._inputs(query, value, key)
+        masks = _NO_MASKS
+        fixed = self._masks[use_causal_mask]
+        if not (fixed is attention_mask is query_mask is value_mask is key_mask is None):
+            masks = _masks(fixed, attention_mask, query_mask, value_mask, key_mask, query, cache)
+        if streams is None:
+            cache.ensure_streams(tf.shape(query)[0] if rows is None else rows)
+        # The first step of a stream that gives an output.
+        first = layer.seq_len if layer.active_warm_up == "none" else layer.delay + 1
+        if first == 1 or not context.executing_eagerly():
+            first = 0
+        with cache.lock:
+            result, scores = co_si_mha_step(
+                self._fused,
+                query,
+                _NONE if value is None else [value],
+                _NONE if key is None else [key],
+                self._variables,
+                _NONE if streams is None else [cache.streams_of_call(streams, rows)],
+                masks,
+                self._attributes(first, bool(update_state), bool(return_attention_scores)),
+            )
+        if first and result._shape_tuple()[0] == 0:
+            return None, None
+        return result, scores[0] if scores else None
+
+    @functools.cache  # noqa: B019, a handful for as long as the layer lives
+    def _attributes(self, first_step, update_state, return_attention_scores):
+        layer = self._layer
+        # Each one that is given costs an eager call 0.3 us: those that are the op's defaults are not.
+        attributes = {"num_scores": int(return_attention_scores)}
+        if first_step > 0:
+            attributes["first_step"] = first_step
+        if not update_state:
+            attributes["update_state"] = False
+        if not layer._use_bias:
+            attributes["use_bias"] = False
+        if layer._use_gate:
+            attributes["use_gate"] = True
+        if layer.delay > 0:
+            attributes["use_delay"] = True
+        return tuple(x for pair in attributes.items() for x in pair)
+
+    def _inputs(self, query, value, key):
+        """M, and tensors that fit each other and the layer; None for what is left out."""
+        if value is None and key is None and query.__class__ is EagerTensor:
+            # What serving gives: seen at a glance.
+            shape = query._shape_tuple()
+            if len(shape) == 2 and shape[1] == self._features and query.dtype is self._dtype:
+                return shape[0], query, None, None
+        layer = self._layer
+        given = {"query": query, "value": value, "key": key}
+        tensors = {
+            name: step_input(name, x, 2, layer.compute_dtype)
+            for name, x in given.items()
+            if x is not None
+        }
+        check_same_rows(**tensors)
+        sizes = dict(zip(given, layer._features, strict=True))
+        query = tensors["query"]
+        value = tensors.get("value", query)
+        key = tensors.get("key", value)
+        for name, x in (("query", query), ("value", value), ("key", key)):
+            check_features(name, x, sizes[name])
+        return query.shape[0], query, tensors.get("value"), tensors.get("key")
+
+
+def one_op_step(layer, training):
+    """The layer's `OneOpStep`, or None where its steps are to be taken by several ops.
+
+    Those are training, and whatever else may be differentiated; 16-bit layers, whose products
+    TensorFlow rounds in its own way; and layers whose weights are not what Keras makes at first.
+    """
+    if training or record.could_possibly_record() or not layer.built:
+        return None
+    step = layer._one_op_step
+    if step is None or not step.fits():
+        step = layer._one_op_step = _gather(layer)
+    elif not context.executing_eagerly() and in_xla():  # Where the library's ops are not known.
+        return None
+    return step
+
+
+# Made once: a step that makes ten short-lived lists keeps Python's garbage collector busy.
+_NONE = []
+_NO_MASKS = (_NONE, _NONE, _NONE)
+
+
+def _masks(fixed, attention_mask, query_mask, value_mask, key_mask, query, cache):
+    """What the op takes of the user's masks and the layer's own."""
+    if attention_mask is not None:
+        given = expand_mask(attention_mask, query.shape[0], 1, cache)
+        fixed = given if fixed is None else fixed & given
+    query_mask, value_mask, key_mask = (
+        None if mask is None else expand_key_mask(name, mask, query, True)[:, 0]
+        for name, mask in (
+            ("query_mask", query_mask),
+            ("value_mask", value_mask),
+            ("key_mask", key_mask),
+        )
+    )
+    if key_mask is None or value_mask is None:
+        key_mask = value_mask if key_mask is None else key_mask
+    else:
+        key_mask &= value_mask
+    return tuple([] if mask is None else [mask] for mask in (fixed, query_mask, key_mask))
+
+
+def _gather(layer):
+    fused = fused_ops(layer._stream_state.device_type)
+    plain = layer.compute_dtype in PLAIN_DTYPES and layer.variable_dtype == layer.compute_dtype
+    if fused is None or not plain or layer._no_steps is not None:
+        return None
+    for dense in _dense_layers(layer):
+        if dense.quantization_mode is not None or dense.lora_enabled:
+            return None
+    return OneOpStep(layer, fused)
+
+
+def _dense_layers(layer):
+    gate = [layer._gate_dense] if layer._use_gate else []
+    return (layer._query_dense, layer._key_dense, layer._value_dense, *gate, layer._output_dense)
+
+
+def fixed_mask(layer, use_causal_mask):
+    """What the layer does not let the query of its window attend to: `[1, 1, 1, N]`, or None."""
+    columns = np.arange(layer.seq_len)
+    at = layer.seq_len - 1 - layer.delay  # The query's own column.
+    allowed = np.full(layer.seq_len, True)
+    if layer._sliding_window is not None:
+        allowed &= np.abs(columns - at) < layer._sliding_window
+    if use_causal_mask:
+        allowed &= columns <= at
+    if allowed.all():
+        return None
+    with tf.init_scope():
+        return tf.constant(allowed[None, None, None])
