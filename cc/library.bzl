@@ -9,6 +9,7 @@ ATTENTION_HEADERS = [
     "attention/half.h",
     "attention/online_softmax.h",
     "attention/params.h",
+    "attention/read_loop.h",
     "attention/ring_cache.h",
     "attention/rows.h",
     "attention/single_output.h",
@@ -22,6 +23,7 @@ ATTENTION_SOURCES = [
     "attention/co_si_mha_step.cc",
     "attention/dense.cc",
     "attention/elementwise.cc",
+    "attention/read_loop.cc",
     "attention/single_output.cc",
     "attention/targets.cc",
 ]
@@ -34,6 +36,7 @@ TENSORFLOW_HEADERS = [
 ]
 
 TENSORFLOW_SOURCES = [
+    "attention/c_api.cc",
     "tensorflow/bound_variables.cc",
     "tensorflow/build_info.cc",
     "tensorflow/co_si_mha_step_kernel.cc",

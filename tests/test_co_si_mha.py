@@ -254,10 +254,12 @@ def test_trained_on_windows_then_streamed(random):
     assert reference.relative_error(steps, layer(x).numpy()) < 5e-6
 
 
-@pytest.mark.parametrize("options", [{}, dict(use_gate=True), dict(query_index=2)])
+@pytest.mark.parametrize(
+    "options", [{}, dict(use_gate=True), dict(layer_options=dict(query_index=2))]
+)
 def test_an_eager_step_is_one_op(monkeypatch, executed_ops, random, options):
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
-    layer, _ = pair(random=random, layer_options=options)
+    layer, _ = pair(random=random, **options)
     x = tf.constant(random.normal(size=(2, E)).astype("float32"))
     for _ in range(N + 1):
         executed_ops.clear()

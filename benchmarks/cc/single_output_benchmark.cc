@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "benchmark/benchmark.h"
-#include "benchmarks/cc/read_loop.h"
 #include "cc/attention/half.h"
 #include "cc/attention/params.h"
+#include "cc/attention/read_loop.h"
 #include "cc/attention/single_output.h"
 #include "cc/attention/targets.h"
 

@@ -26,6 +26,12 @@ def info():
     click.echo(f"TensorFlow {tf.__version__}, Keras {keras.__version__}")
     click.echo(f"op library {ct.ops.LIBRARY_PATH}")
     click.echo(f"fused kernels: {', '.join(sorted(ct.ops.kernels())) or 'none'}")
+    if ct.ops.kernels():
+        try:
+            targets, in_use = ct.ops.cpu_targets()
+        except ValueError as error:
+            raise click.ClickException(str(error)) from error
+        click.echo(f"CPU instructions: {in_use} of {', '.join(targets)}")
     if ct.ops.load_error():
         click.echo(f"the reason: {ct.ops.load_error()}")
         if library.backend() == "fused":

@@ -1,4 +1,4 @@
-"""A step of `CoSiMultiHeadAttention` as one op: no Keras call, nothing rebuilt from step to step."""
+"""A step of `CoSiMultiHeadAttention` as one op: no Keras call, nothing rebuilt per step."""
 
 import functools
 
@@ -114,7 +114,7 @@ class OneOpStep:
     @functools.cache  # noqa: B019, a handful for as long as the layer lives
     def _attributes(self, first_step, update_state, return_attention_scores):
         layer = self._layer
-        # Each one that is given costs an eager call 0.3 us: those that are the op's defaults are not.
+        # Each that is given costs an eager call 0.3 us, so the op's defaults are left out.
         attributes = {"num_scores": int(return_attention_scores)}
         if first_step > 0:
             attributes["first_step"] = first_step

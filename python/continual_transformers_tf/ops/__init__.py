@@ -1,12 +1,13 @@
 """The functional core: attention on projected steps, the state of streams, the kernels' loader."""
 
 from continual_transformers_tf.ops.attention_cache import AttentionCache
-from continual_transformers_tf.ops.library import LIBRARY_PATH, kernels, load_error
+from continual_transformers_tf.ops.library import LIBRARY_PATH, cpu_targets, kernels, load_error
 from continual_transformers_tf.ops.single_output import single_output_attention
 
 __all__ = [
     "LIBRARY_PATH",
     "AttentionCache",
+    "cpu_targets",
     "kernels",
     "load_error",
     "single_output_attention",

@@ -28,7 +28,7 @@ class BoundVariables:
         self._bound = [bound]
 
     def op_inputs(self, eager):
-        """What the op takes: eagerly one resource; in a graph, which may be saved, each variable."""
+        """What the op takes: eagerly one resource; in a graph, which may be saved, them all."""
         return self._bound if eager else [variable.handle for variable in self._variables]
 
 

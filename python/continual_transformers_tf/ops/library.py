@@ -1,5 +1,6 @@
 """Loading the fused op library, and the choice between it and plain TensorFlow."""
 
+import ctypes
 import functools
 import os
 import re
@@ -146,6 +147,52 @@ def _registered_device_types():
         "ContinualTransformers>SingleOutputAttention"
     )
     return frozenset(kernel.device_type for kernel in registered.kernel)
+
+
+def cpu_targets():
+    """The vector instruction sets that the fused CPU kernels can use here.
+
+    Returns:
+        (names, fastest first; the one in use: the fastest, or what CONTINUAL_TRANSFORMERS_TARGET
+        named when the library was loaded).
+
+    Raises:
+        RuntimeError: if there are no fused kernels (`load_error` says why).
+        ValueError: if CONTINUAL_TRANSFORMERS_TARGET names none of them.
+    """
+    library = native_library()
+    error = library.continual_transformers_target_error().decode()
+    if error:
+        raise ValueError(error)
+    names = library.continual_transformers_targets().decode().split(",")
+    return names, library.continual_transformers_target().decode()
+
+
+def read_bytes(array):
+    """Reads a NumPy array's bytes by a plain vector loop: the bound that a step is measured against.
+
+    Args:
+        array: contiguous.
+    """
+    native_library().continual_transformers_read(array.ctypes.data, array.nbytes)
+
+
+@functools.cache
+def native_library():
+    """What of the library needs no TensorFlow, by ctypes (`cc/attention/c_api.cc`).
+
+    Raises:
+        RuntimeError: if it cannot be loaded.
+    """
+    module, reason = _load()
+    if module is None:
+        raise RuntimeError(reason)
+    library = ctypes.CDLL(str(LIBRARY_PATH))
+    for name in ("target", "targets", "target_error"):
+        getattr(library, f"continual_transformers_{name}").restype = ctypes.c_char_p
+    read = library.continual_transformers_read
+    read.argtypes, read.restype = [ctypes.c_void_p, ctypes.c_size_t], ctypes.c_ubyte
+    return library
 
 
 def load_error():

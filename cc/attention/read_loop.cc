@@ -1,4 +1,4 @@
-#include "benchmarks/cc/read_loop.h"
+#include "cc/attention/read_loop.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -6,7 +6,7 @@
 #include "cc/attention/targets.h"
 
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "benchmarks/cc/read_loop.cc"
+#define HWY_TARGET_INCLUDE "cc/attention/read_loop.cc"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 

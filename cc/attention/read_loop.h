@@ -1,7 +1,7 @@
 // The bound that a step is measured against: a plain vector loop that reads the same bytes.
 
-#ifndef CONTINUAL_TRANSFORMERS_BENCHMARKS_READ_LOOP_H_
-#define CONTINUAL_TRANSFORMERS_BENCHMARKS_READ_LOOP_H_
+#ifndef CONTINUAL_TRANSFORMERS_ATTENTION_READ_LOOP_H_
+#define CONTINUAL_TRANSFORMERS_ATTENTION_READ_LOOP_H_
 
 #include <cstddef>
 
@@ -13,4 +13,4 @@ unsigned char ReadLoop(const void* data, size_t bytes);
 
 }  // namespace continual_transformers
 
-#endif  // CONTINUAL_TRANSFORMERS_BENCHMARKS_READ_LOOP_H_
+#endif  // CONTINUAL_TRANSFORMERS_ATTENTION_READ_LOOP_H_
