@@ -169,7 +169,7 @@ def cpu_targets():
 
 
 def read_bytes(array):
-    """Reads a NumPy array's bytes by a plain vector loop: the bound that a step is measured against.
+    """Reads a NumPy array's bytes by a plain vector loop: the bound of what a step takes.
 
     Args:
         array: contiguous.
