@@ -369,8 +369,8 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         step = one_op_step(self, training)
         if step is not None:
             outputs = step(
-                query, value, key, attention_mask, query_mask, value_mask, key_mask,
-                use_causal_mask, return_attention_scores, streams, update_state,
+                return_attention_scores, query, value, key, attention_mask, query_mask,
+                value_mask, key_mask, use_causal_mask, streams, update_state,
             )  # fmt: skip
         else:
             outputs = take_steps(

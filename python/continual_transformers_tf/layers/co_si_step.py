@@ -1,7 +1,5 @@
 """A step of `CoSiMultiHeadAttention` as one op: no Keras call, nothing rebuilt per step."""
 
-import functools
-
 import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager import context, record
@@ -32,6 +30,7 @@ class OneOpStep:
         self._kernels = tuple(dense._kernel for dense in self._dense)
         self._features = layer._features[0]
         self._narrow = None
+        self._attributes = {}
         self.convert_weights()
         self._masks = {causal: fixed_mask(layer, causal) for causal in (False, True)}
 
@@ -69,8 +68,24 @@ class OneOpStep:
         state = [cache.key, cache.value, cache.key_mask, cache.position]
         self._variables = BoundVariables(self._fused, state + rings + weights)
 
-    def __call__(
+    # TensorFlow looks up the line of every Python frame above an eager op, which takes the longer the
+    # further down its function a line is. So the functions that are open then are few and short: in
+    # one long one a step of E=128 took 6 us more.
+    def __call__(self, return_attention_scores, *arguments):
+        """A step's outputs and scores, or (None, None) while the window fills.
+
+        Args:
+            return_attention_scores: whether to return the scores too.
+            *arguments: those of `_op_arguments`.
+        """
+        inputs, attributes = self._op_arguments(return_attention_scores, *arguments)
+        with self._layer._stream_state.lock:
+            outputs = co_si_mha_step(self._fused, inputs, attributes)
+        return _result(*outputs)
+
+    def _op_arguments(
         self,
+        return_attention_scores,
         query,
         value,
         key,
@@ -79,12 +94,12 @@ class OneOpStep:
         value_mask,
         key_mask,
         use_causal_mask,
-        return_attention_scores,
         streams,
         update_state,
     ):
-        """A step's outputs and scores, or (None, None) while the window fills."""
+        """The op's inputs and attributes, for the arguments of `call_step`."""
         layer, cache = self._layer, self._layer._stream_state
+        eager = context.executing_eagerly()
         rows, query, value, key = self._inputs(query, value, key)
         masks = _NO_MASKS
         fixed = self._masks[use_causal_mask]
@@ -94,29 +109,25 @@ class OneOpStep:
             cache.ensure_streams(tf.shape(query)[0] if rows is None else rows)
         # The first step of a stream that gives an output.
         first = layer.seq_len if layer.active_warm_up == "none" else layer.delay + 1
-        if first == 1 or not context.executing_eagerly():
-            first = 0
-        with cache.lock:
-            result, scores = co_si_mha_step(
-                self._fused,
-                query,
-                _NONE if value is None else [value],
-                _NONE if key is None else [key],
-                self._variables,
-                _NONE if streams is None else [cache.streams_of_call(streams, rows)],
-                masks,
-                self._attributes(first, bool(update_state), bool(return_attention_scores)),
-            )
-        if first and result._shape_tuple()[0] == 0:
-            return None, None
-        return result, scores[0] if scores else None
+        inputs = (
+            query,
+            _NONE if value is None else [value],
+            _NONE if key is None else [key],
+            self._variables.op_inputs(eager),
+            _NONE if streams is None else [cache.streams_of_call(streams, rows)],
+            *masks,
+        )
+        kind = (first if eager else 0, bool(update_state), bool(return_attention_scores))
+        attributes = self._attributes.get(kind)
+        if attributes is None:
+            attributes = self._attributes[kind] = self._op_attributes(*kind)
+        return inputs, attributes
 
-    @functools.cache  # noqa: B019, a handful for as long as the layer lives
-    def _attributes(self, first_step, update_state, return_attention_scores):
+    def _op_attributes(self, first_step, update_state, return_attention_scores):
         layer = self._layer
         # Each that is given costs an eager call 0.3 us, so the op's defaults are left out.
         attributes = {"num_scores": int(return_attention_scores)}
-        if first_step > 0:
+        if first_step > 1:
             attributes["first_step"] = first_step
         if not update_state:
             attributes["update_state"] = False
@@ -166,6 +177,12 @@ def one_op_step(layer, training):
     elif not context.executing_eagerly() and in_xla():  # Where the library's ops are not known.
         return None
     return step
+
+
+def _result(result, scores):
+    if result.__class__ is EagerTensor and result._shape_tuple()[0] == 0:
+        return None, None
+    return result, scores[0] if scores else None
 
 
 # Made once: a step that makes ten short-lived lists keeps Python's garbage collector busy.

@@ -32,15 +32,12 @@ class BoundVariables:
         return self._bound if eager else [variable.handle for variable in self._variables]
 
 
-def co_si_mha_step(fused, query, value, key, variables, streams, masks, attributes):
+def co_si_mha_step(fused, inputs, attributes):
     """Calls the op; see its documentation, in `cc/tensorflow/ops.cc`.
 
     Args:
         fused: the module with the fused ops.
-        query: tensor `[M, E]`.
-        value, key, streams: lists of one tensor, or of none.
-        variables: `BoundVariables`.
-        masks: lists of one tensor or none, for attention_mask, query_mask and key_mask.
+        inputs: the op's inputs, in order; of lists those that are left out are empty.
         attributes: the op's, as a tuple (name, value, name, value, ...); `num_scores` among them.
 
     Returns:
@@ -51,24 +48,18 @@ def co_si_mha_step(fused, query, value, key, variables, streams, masks, attribut
     """
     ctx = context.context()
     if not ctx.executing_eagerly():
-        return fused.continual_transformers_co_si_multi_head_attention_step(
-            query,
-            value,
-            key,
-            variables.op_inputs(eager=False),
-            streams,
-            *masks,
-            **dict(zip(attributes[::2], attributes[1::2], strict=True)),
-        )
+        return _in_graph(fused, inputs, attributes)
     # What the generated function does, without the 8 us that it takes for looking at every argument
     # and setting every attribute to its default.
     try:
-        return pywrap_tfe.TFE_Py_FastPathExecute(
-            ctx, OP, None, query, value, key, variables.op_inputs(eager=True), streams, *masks,
-            *attributes,
-        )  # fmt: skip
+        return pywrap_tfe.TFE_Py_FastPathExecute(ctx, OP, None, *inputs, *attributes)
     except core._NotOkStatusException as error:
         ops.raise_from_not_ok_status(error, None)
+
+
+def _in_graph(fused, inputs, attributes):
+    attributes = dict(zip(attributes[::2], attributes[1::2], strict=True))
+    return fused.continual_transformers_co_si_multi_head_attention_step(*inputs, **attributes)
 
 
 @tf.RegisterGradient(OP)
