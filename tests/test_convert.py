@@ -175,6 +175,49 @@ def test_streams_and_state(backend, random):
             np.testing.assert_array_equal(array, before[name][part])
 
 
+def test_state_of_a_model_that_begins_with_an_encoding(random):
+    """Whose index goes round, where the model's position does not."""
+    inputs = keras.Input((N, E))
+    x = ct.CircularPositionalEncoding(N, E)(inputs)
+    streaming = ct.convert(keras.Model(inputs, attention()(x, x)), seq_len=N)
+    x = random.normal(size=(2, N + 1, E)).astype("float32")
+    assert streaming.call_steps(x) is not None
+    state = streaming.get_state()
+    streaming.clean_state()
+    streaming.set_state(state)
+    np.testing.assert_array_equal(streaming.position, [N + 1, N + 1])
+    assert streaming.ready.numpy().all()
+    with pytest.raises(ValueError, match="Expected"):
+        streaming.set_state({**state, "1": {}})
+    np.testing.assert_array_equal(streaming.position, [N + 1, N + 1])
+    assert streaming.call_step(x[:, 0]) is not None
+
+
+def test_a_state_that_does_not_fit_leaves_every_layer_as_it_was(random, monkeypatch):
+    streaming = ct.convert(model_of(causal_then_full, random), seq_len=N)
+    streaming.call_steps(random.normal(size=(2, 3, E)).astype("float32"))
+    before = streaming.get_state()
+    others = {name: array[:1] for name, array in before["1"].items()}
+    behind = {**before["1"], "position": before["1"]["position"] - 1}
+    for bad in (others, behind, {**others, "position": [[]]}, None, {**before["1"], "key": "k"}):
+        with pytest.raises(ValueError, match="Expected"):
+            streaming.set_state({**before, "1": bad})
+    second = streaming._graph.layers[1]._stream_state
+    set_state = second.set_state
+
+    def no_memory(*args):
+        monkeypatch.setattr(second, "set_state", set_state)
+        raise tf.errors.ResourceExhaustedError(None, None, "out of memory")
+
+    monkeypatch.setattr(second, "set_state", no_memory)
+    zeros = {i: {part: 0 * x for part, x in layer.items()} for i, layer in before.items()}
+    with pytest.raises(tf.errors.ResourceExhaustedError):
+        streaming.set_state(zeros)
+    for name, layer in streaming.get_state().items():
+        for part, array in layer.items():
+            np.testing.assert_array_equal(array, before[name][part])
+
+
 def test_several_inputs_and_outputs(backend, random):
     """Cross-attention between two streams that step together; inputs and outputs by name."""
     first, second = keras.Input((N, E), name="first"), keras.Input((N, 3), name="second")

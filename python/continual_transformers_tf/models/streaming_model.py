@@ -1,6 +1,7 @@
 """A Keras model that answers at every step of an endless stream."""
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf.layers.continual_layer import (
@@ -229,11 +230,17 @@ class StreamingModel(ContinualLayer, keras.Model):
         if not isinstance(state, dict) or set(state) != set(layers):
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"Expected a state with {sorted(layers)}, but got {got}")
+        taken = [x["position"] for x in state.values() if isinstance(x, dict) and "position" in x]
+        if not all(np.array_equal(x, taken[0]) for x in taken):
+            raise ValueError(
+                "Expected a state in which all layers have taken the same steps, but got positions "
+                f"{[np.asarray(x).tolist() for x in taken]}"
+            )
         before = self.get_state()
         try:
             for name, layer in layers.items():
                 layer.set_state(state[name], streams)
-        except ValueError:
+        except Exception:
             for name, layer in layers.items():
                 layer.set_state(before[name])
             raise

@@ -117,14 +117,18 @@ class StreamState(tf.Module):
         Raises:
             ValueError: if a stream is not held, or is named twice.
         """
-        # A row that no step has written since is never read, so all but the position may stay.
+        # A row that no step has written since is never read, so all but single numbers, such as the
+        # position, may stay.
+        numbers = [v for v in self._variables.values() if v.shape.rank == 1]
         with self.lock:
-            if streams is None:
-                self.position.assign(tf.zeros_like(self.position))
-            else:
+            if streams is not None:
                 streams = self.checked(streams)
-                zeros = tf.zeros_like(streams, dtype=tf.int64)
-                self.position.scatter_nd_update(streams[:, tf.newaxis], zeros)
+            for number in numbers:
+                if streams is None:
+                    number.assign(tf.zeros_like(number))
+                else:
+                    zeros = tf.zeros_like(streams, dtype=number.dtype)
+                    number.scatter_nd_update(streams[:, tf.newaxis], zeros)
 
     def get_state(self, streams=None):
         """The state of streams, as plain data. Eager mode only.
