@@ -122,6 +122,10 @@ def test_a_graph_moves_no_stream_of_a_call_that_fails():
     for bad in ([0, 0], [0, 7], [-1, 0]):
         with pytest.raises(tf.errors.InvalidArgumentError, match="Expected"):
             step(zeros(2), tf.constant(bad))
+    open_sizes = [tf.TensorSpec([None, E]), tf.TensorSpec([None], tf.int32)]
+    step = tf.function(lambda x, s: layer.call_step(x, streams=s), input_signature=open_sizes)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="Expected as many streams"):
+        step(zeros(3), tf.constant([2]))
     assert layer.get_state()["index"].tolist() == [0, 0, 0]
 
 

@@ -198,9 +198,7 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         state = self._stream_state
         rows = tf.shape(x)[0] if x.shape[0] is None else x.shape[0]
         named = streams is not None
-        streams = state.checked(streams) if named else state.streams_of_call(None, rows)
-        if not streams.shape.is_compatible_with(x.shape[:1]):
-            raise ValueError(f"Expected {rows} streams, as x has rows, but got {streams.shape[0]}")
+        streams = state.checked(streams, rows) if named else state.streams_of_call(None, rows)
         with state.lock:
             position = tf.gather(state.position, streams)
             output = self._add_rows(x, tf.gather(state.offset, streams) + position)

@@ -94,18 +94,29 @@ class StreamState(tf.Module):
             return tf.range(rows)
         return _first_streams(rows)
 
-    def checked(self, streams):
+    def checked(self, streams, rows=None):
         """`stream_tensor(streams)`, of which each is known to be held, and named once.
 
+        Args:
+            streams: integers `[M]`, as the user gave them.
+            rows: M, where it is known from elsewhere: an int, or in a graph an int32 scalar tensor.
+
         Raises:
-            ValueError: if one is not; in a graph tf.errors.InvalidArgumentError, when it runs.
+            ValueError: if one is not, or they are not M; in a graph
+                tf.errors.InvalidArgumentError, when it runs.
         """
         streams = stream_tensor(streams)
         held = tf.shape(self.position)[0]
+        if isinstance(rows, int) and not streams.shape.is_compatible_with([rows]):
+            raise ValueError(f"Expected {rows} streams, one a row, but got {streams.shape[0]}")
         if tf.executing_eagerly():
             check_streams(streams.numpy(), int(held))
             return streams
-        with tf.control_dependencies(stream_assertions(streams, held)):
+        assertions = stream_assertions(streams, held)
+        if rows is not None:
+            message = "Expected as many streams as there are rows"
+            assertions.append(tf.debugging.assert_equal(tf.shape(streams)[0], rows, message))
+        with tf.control_dependencies(assertions):
             return tf.identity(streams)
 
     def clean_state(self, streams=None):
