@@ -239,6 +239,52 @@ def test_several_inputs_and_outputs(backend, random):
         streaming.call_step(inputs["first"][:, 0])
 
 
+@pytest.mark.parametrize("call", ["eager", "graph"])
+def test_inputs_that_do_not_fit_each_other_move_no_layer(backend, random, call):
+    """Where each attends to its own, and only what comes after them could tell."""
+    first, second = keras.Input((N, E), name="first"), keras.Input((N, E), name="second")
+    x = attention()(first, first) + attention()(second, second)
+    streaming = ct.convert(keras.Model([first, second], x), seq_len=N, warm_up="partial")
+    x = random.normal(size=(3, 4, E)).astype("float32")
+    streaming.call_steps([x, x])
+    bad = (x[:2, :2], x[:, :2]), (x[:, :2], x[:2, :2]), (x[:1, :2], x[:, :2]), (x, x[:, :1])
+    call_steps, call_step, error = streaming.call_steps, streaming.call_step, ValueError
+    if call == "graph":
+        error = tf.errors.InvalidArgumentError
+        steps, step = ([tf.TensorSpec([None] * i + [E])] * 2 for i in (2, 1))
+        call_steps = tf.function(lambda *x: streaming.call_steps(x), input_signature=steps)
+        call_step = tf.function(lambda *x: streaming.call_step(x), input_signature=step)
+    for pair in bad:
+        with pytest.raises(error, match="Expected"):
+            call_steps(*pair) if call == "graph" else call_steps(pair)
+        if len(pair[0]) != len(pair[1]):
+            pair = [x[:, 0] for x in pair]
+            with pytest.raises(error, match="Expected"):
+                call_step(*pair) if call == "graph" else call_step(pair)
+    for layer in streaming._graph.layers:
+        np.testing.assert_array_equal(layer.position, [4, 4, 4])
+
+
+def test_inputs_by_other_names_are_refused(random):
+    first, second = keras.Input((N, E), name="first"), keras.Input((N, E), name="second")
+    y = attention()(first, second)
+    x, z = random.normal(size=(2, 2, E)).astype("float32")
+    for inputs in ({"b": first, "a": second}, [first, second]):
+        model = ct.convert(keras.Model(inputs, y), seq_len=N, warm_up="partial")
+        names = list(inputs) if isinstance(inputs, dict) else ["first", "second"]
+        expected = model.call_step(dict(zip(names, (x, z), strict=True)), update_state=False)
+        got = model.call_step(dict(zip(names[::-1], (z, x), strict=True)), update_state=False)
+        np.testing.assert_array_equal(got, expected)
+        if isinstance(inputs, dict):
+            with pytest.raises(ValueError, match="Expected inputs by the names of 'b' and 'a'"):
+                model.call_step([x, z])
+        else:
+            np.testing.assert_array_equal(model.call_step((x, z), update_state=False), expected)
+        with pytest.raises(ValueError, match="Expected inputs by the names"):
+            model.call_step({"b": x, "second": z})
+        np.testing.assert_array_equal(model.position, [0, 0])
+
+
 def test_numbers_of_tokens_stream(backend, random):
     inputs = keras.Input((N,), dtype="int32")
     x = keras.layers.Embedding(20, E)(inputs)
@@ -248,6 +294,8 @@ def test_numbers_of_tokens_stream(backend, random):
     for t in range(N):
         got = streaming.call_step(tokens[:, t])
     np.testing.assert_allclose(got, model(tokens)[:, -1], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="Expected .* of integers, but got float64"):
+        streaming.call_step(tokens[:, 0] + 0.5)
 
 
 def test_what_mixes_tokens_is_refused():

@@ -106,13 +106,12 @@ class StepGraph:
         """Takes T steps.
 
         Args:
-            inputs: tensors `(M, T, ...)`, in the structure of the model's inputs.
+            inputs: tensors `(M, T, ...)`, in the order of the model's inputs.
             **options: training, streams and update_state, for those who take them.
 
         Returns:
             Tensors `(M, T, ...)`, in the structure of the model's outputs.
         """
-        inputs = keras.tree.flatten(inputs)
         return self._walk(inputs, lambda node, values: self._plan[id(node)](node, values, options))
 
     def _walk(self, inputs, visit):
