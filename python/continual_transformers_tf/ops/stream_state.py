@@ -172,7 +172,10 @@ class StreamState(tf.Module):
         if not isinstance(state, dict) or set(state) != set(variables):
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"Expected a state with {sorted(variables)}, but got {got}")
-        state = {name: np.asarray(state[name]) for name in variables}
+        state = {
+            name: _as_kept(state[name], variable.dtype.as_numpy_dtype)
+            for name, variable in variables.items()
+        }
         rows = np.size(state["position"]) if streams is None else stream_tensor(streams).shape[0]
         for name, variable in variables.items():
             expected = (variable.dtype.as_numpy_dtype, (rows, *variable.shape[1:]))
@@ -192,6 +195,14 @@ class StreamState(tf.Module):
             indices = self.checked(streams)[:, tf.newaxis]
             for name, variable in variables.items():
                 variable.scatter_nd_update(indices, state[name])
+
+
+def _as_kept(array, dtype):
+    """An array of the state, which may come from a file of NumPy's: these know no bfloat16."""
+    array = np.asarray(array)
+    if np.dtype(dtype).kind == "V" and array.dtype == np.dtype((np.void, np.dtype(dtype).itemsize)):
+        return array.view(dtype)
+    return array
 
 
 # A tf.range would cost every eager step one more op.
