@@ -210,3 +210,14 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
             ct.export(layer, tmp_path, **bad)
     with pytest.raises(ValueError, match="ct.convert makes"):
         ct.export(keras.Sequential([keras.Input((N, E)), keras.layers.Dense(1)]), tmp_path)
+
+
+def test_names_that_the_signatures_need_are_refused(tmp_path):
+    inputs = {name: keras.Input((N, E), name=name) for name in ("x", "streams")}
+    x = keras.layers.MultiHeadAttention(H, D)(*inputs.values())
+    with pytest.raises(ValueError, match="Expected no input by the name of 'streams'"):
+        ct.export(ct.convert(keras.Model(inputs, x), N), tmp_path)
+    y = keras.layers.MultiHeadAttention(H, D)(inputs["x"], inputs["x"])
+    ready = keras.Model(inputs["x"], {"ready": y, "y": y})
+    with pytest.raises(ValueError, match="Expected no output by the name of 'ready'"):
+        ct.export(ct.convert(ready, N), tmp_path)

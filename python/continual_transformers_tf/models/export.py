@@ -35,8 +35,8 @@ def export(model, path, streams=None, inputs=None):
             one input, "x".
 
     Raises:
-        ValueError: if the model is not a built continual layer or `StreamingModel`, or `inputs` has
-            no meaning.
+        ValueError: if the model is not a built continual layer or `StreamingModel`, `inputs` has
+            no meaning, or an input or output has a name that the signature needs.
     """
     if not isinstance(model, ContinualLayer):
         raise ValueError(
@@ -94,6 +94,12 @@ def _input_signature(model, inputs):
             raise ValueError(f"Expected no inputs, which a model names itself, but got {inputs}")
         symbolic = model.model.inputs
         names = ["x"] if len(symbolic) == 1 else [x.name for x in symbolic]
+        if "streams" in names:
+            raise ValueError(f"Expected no input by the name of 'streams', but got {names}")
+        if isinstance(model.model.output, dict) and "ready" in model.model.output:
+            raise ValueError(
+                f"Expected no output by the name of 'ready', but got {sorted(model.model.output)}"
+            )
         return {
             name: tf.TensorSpec([None, *x.shape[2:]], x.dtype, name=name)
             for name, x in zip(names, symbolic, strict=True)
