@@ -43,6 +43,13 @@ def query_from_later(x):
     return attention()(y, x)[:, -1]
 
 
+def row_by_row(x):
+    for equation in ("abc,cd->abd", "...x,xy->...y"):
+        shape = (None, E) if equation[1] == "b" else E
+        x = keras.layers.EinsumDense(equation, shape, bias_axes=equation[-1])(x)
+    return attention()(x, x)
+
+
 def of_the_newest_alone(x):
     """After x[:, -1:] a layer may do what it likes: it is run on every step by itself."""
     y = attention(use_gate=True, value_dim=3)(x, x)[:, -1:]
@@ -67,8 +74,8 @@ def already_ours(x):
 
 
 MODELS = [
-    one_block, causal_stack, causal_then_full, query_from_later, of_the_newest_alone, nested,
-    masked, already_ours,
+    one_block, causal_stack, causal_then_full, row_by_row, query_from_later, of_the_newest_alone,
+    nested, masked, already_ours,
 ]  # fmt: skip
 
 
@@ -354,6 +361,56 @@ def test_a_streaming_model_is_converted_as_what_it_holds(random):
     np.testing.assert_array_equal(again.call_steps(x), streaming.call_steps(x))
 
 
+@pytest.mark.parametrize("function", [one_block, already_ours])
+def test_what_streams_already_takes_the_options_that_are_given(random, function):
+    """Whatever made it: its own are kept where they are left out."""
+    streaming = ct.convert(
+        model_of(function, random, None), N, warm_up="partial", call_mode="steps", name="mine"
+    )
+    again = ct.convert(streaming, seq_len=4)
+    assert (again.receptive_field, again.warm_up, again.call_mode) == (4, "partial", "steps")
+    assert (again.name, streaming.receptive_field) == ("mine", N)
+    x = random.normal(size=(2, 4, E)).astype("float32")
+    expected = newest(streaming.model(x).numpy(), x).astype("float64")
+    assert reference.relative_error(again(x)[:, -1], expected) < 2e-5
+    assert ct.convert(streaming, 4, warm_up="none").warm_up == "none"
+    if function is already_ours:
+        with pytest.raises(ValueError, match="takes no cache_dtype"):
+            ct.convert(streaming, N, cache_dtype="bfloat16")
+        return
+    half = ct.convert(streaming, N, cache_dtype="bfloat16")
+    for model in (half, ct.convert(half, N)):
+        assert model._graph.layers[0].get_config()["cache_dtype"] == "bfloat16"
+
+
+def test_a_streaming_model_inside_another(backend, random):
+    inner = ct.convert(model_of(causal_stack, random), N, warm_up="none", name="inner")
+    inputs = keras.Input((N, E))
+    outer = keras.Model(inputs, keras.layers.Dense(2)(inner(keras.layers.ReLU()(inputs))))
+    streaming = ct.StreamingModel(outer, warm_up="partial")
+    x = random.normal(size=(2, N, E)).astype("float32")
+    expected = outer(x).numpy().astype("float64")
+    assert reference.relative_error(streaming.call_steps(x), expected) < 2e-5
+    assert streaming.receptive_field == inner.receptive_field
+    state = streaming.get_state()
+    streaming.clean_state()
+    streaming.set_state(state)
+    np.testing.assert_array_equal(streaming.position, [N, N])
+    shorter = ct.convert(streaming, 3, cache_dtype="bfloat16")
+    assert shorter.receptive_field == 1 + 3 * 2
+    for w, other in zip(shorter.get_weights(), streaming.get_weights(), strict=True):
+        np.testing.assert_array_equal(w, other)
+
+
+def test_a_streaming_model_that_sees_later_steps_is_attended_to_by_none(random):
+    inputs = keras.Input((N, E))
+    inner = ct.convert(keras.Model(inputs, attention()(inputs, inputs)), N)
+    inputs = keras.Input((N, E))
+    outer = keras.Model(inputs, attention("second")(*[inner(inputs)] * 2))
+    with pytest.raises(ValueError, match="second .* itself sees later steps"):
+        ct.convert(outer, N)
+
+
 def twice(x):
     layer = attention("shared")
     return layer(x, x) + layer(x, x)
@@ -365,6 +422,11 @@ def newest_embedding(x):
 
 def with_positions(x):
     return attention()(x, x) + np.ones((N, E), "float32")
+
+
+class Exp(keras.layers.Layer):
+    def call(self, x):
+        return keras.ops.cumsum(x, 1)
 
 
 CANNOT = {
@@ -415,6 +477,29 @@ CANNOT = {
         lambda x: attention("squares", attention_axes=(1, 2))(x[:, :, None], x[:, :, None]),
         "squares|GetItem",
     ),
+    "a kernel over time": (
+        lambda x: attention()(
+            *[keras.layers.EinsumDense("abc,bcd->abd", (N, E), name="each")(x)] * 2
+        ),
+        "each",
+    ),
+    "a bias over time": (
+        lambda x: attention()(
+            *[keras.layers.EinsumDense("abc,cd->abd", (N, E), bias_axes="bd", name="each")(x)] * 2
+        ),
+        "each",
+    ),
+    "a product over time": (
+        lambda x: attention()(
+            *[keras.layers.EinsumDense("...tx,ts->...sx", (N, E), name="across")(x)] * 2
+        ),
+        "across",
+    ),
+    "axes without a stream": (
+        lambda x: attention("over", attention_axes=(2,))(x[:, :, None], x[:, :, None])[:, -1],
+        "over .CoSiMultiHeadAttention. takes no steps",
+    ),
+    "a layer of the name of an op": (lambda x: attention()(Exp(name="mine")(x), x), "mine"),
     "the newest alone": (
         lambda x: ct.CoSiMultiHeadAttention(N, H, D, name="after")(
             ct.CoSiMultiHeadAttention(N, H, D)(x)

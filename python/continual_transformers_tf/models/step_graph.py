@@ -13,6 +13,7 @@ And attention keeps what it needs of the steps before.
 
 import dataclasses
 import inspect
+import re
 
 import keras
 import numpy as np
@@ -134,6 +135,16 @@ class StepGraph:
         causal = all(x.causal for x in inputs)
         field = max(x.receptive_field for x in inputs)
         kinds = {x.kind for x in inputs}
+        if isinstance(op, keras.Model):
+            # A StreamingModel is, as a part of another, the model that it holds.
+            inner = op.model if isinstance(op, ContinualLayer) else op
+            if _functional(inner) is not None:
+                graph = self._inner[id(op)] = StepGraph(inner, inputs)
+                self._plan[id(node)] = self._run_model
+                self.problems += graph.problems
+                for layer in graph.layers:
+                    self._add_layer(layer)
+                return graph.outputs
         if isinstance(op, ContinualLayer):
             self._plan[id(node)] = self._run_continual
             causal = self._plan_continual(node, args, kwargs, inputs) and causal
@@ -142,13 +153,6 @@ class StepGraph:
                 Tensor("newest" if x.shape[1] == 1 else "window", causal, field)
                 for x in node.outputs
             ]
-        if isinstance(op, keras.Model) and _functional(op) is not None:
-            graph = self._inner[id(op)] = StepGraph(op, inputs)
-            self._plan[id(node)] = self._run_model
-            self.problems += graph.problems
-            for layer in graph.layers:
-                self._add_layer(layer)
-            return graph.outputs
         if "window" not in kinds:
             self._plan[id(node)] = self._run_on_samples
             return [Tensor(_kind_of_one(x), causal, field) for x in node.outputs]
@@ -175,6 +179,8 @@ class StepGraph:
             self._refuse(node, f"has its outputs {layer.delay} steps after its inputs")
         if any(x.kind != "window" for x in inputs):
             self._refuse(node, "is given the newest step alone, where it needs windows")
+        if getattr(layer, "_no_steps", None) is not None:
+            self._refuse(node, f"takes no steps, with {layer._no_steps}")
         if not isinstance(layer, keras.layers.MultiHeadAttention):
             return all(x.kind == "window" for x in inputs)
         given = inspect.signature(layer.call).bind(*args, **kwargs).arguments
@@ -257,7 +263,7 @@ def _to_steps(symbolic, x, lead):
 
 def _newest_row(op, args, kwargs):
     """The kind of x[:, -1:] or x[:, -1], a window's newest row; None for anything else."""
-    if type(op).__name__ != "GetItem":
+    if _name_of_op(op) != "GetItem":
         return None
     key = args[1] if len(args) > 1 else kwargs.get("key")
     if not isinstance(key, (tuple, list)) or len(key) < 2 or key[0] != slice(None):
@@ -267,6 +273,11 @@ def _newest_row(op, args, kwargs):
     return "sample" if key[1] == -1 else "newest" if key[1] == slice(-1, None) else None
 
 
+def _name_of_op(op):
+    """The name of the class of one of keras.ops; None for whatever else may have such a name."""
+    return type(op).__name__ if type(op).__module__.startswith("keras.src.ops.") else None
+
+
 def _is_row_wise(node, args, kwargs):
     op, rank = node.operation, len(node.input_tensors[0].shape)
     if rank == 2:  # Numbers of tokens, (B, T): their last axis is time.
@@ -274,15 +285,23 @@ def _is_row_wise(node, args, kwargs):
     if any(len(x.shape) != rank for x in node.input_tensors) or _lengths_differ(node.input_tensors):
         return False  # One would be broadcast over the other's time.
     if isinstance(op, keras.layers.EinsumDense):
-        inputs, output = op.equation.replace("...", "<>").split("->")
-        return inputs[:2] == output[:2]
+        return _einsum_is_row_wise(op, rank)
     if isinstance(op, keras.layers.Concatenate) or type(op) in ROW_WISE:
         axis = getattr(op, "axis", ())
         axes = axis if isinstance(axis, (list, tuple)) else [axis]
         return all(axis % rank > 1 for axis in axes)
     # An array that is added to a window, say, may hold a row for each of its steps.
     arrays = [x for x in keras.tree.flatten((args, kwargs)) if not isinstance(x, Tensor)]
-    return type(op).__name__ in ROW_WISE_OPS and all(np.ndim(x) <= rank - 2 for x in arrays)
+    return _name_of_op(op) in ROW_WISE_OPS and all(np.ndim(x) <= rank - 2 for x in arrays)
+
+
+def _einsum_is_row_wise(layer, rank):
+    """Whether an EinsumDense leaves the first two axes alone, and no weight depends on time."""
+    given, kernel, output = re.fullmatch(r"(.*),(.*)->(.*)", layer.equation).groups()
+    rest = "0123456789"[: rank - len(given.replace("...", ""))]  # The axes that are not named.
+    given, output = (x.replace("...", rest) for x in (given, output))
+    weights = kernel + (layer.bias_axes or "")
+    return given[:2] == output[:2] and given[1] not in weights
 
 
 def _lengths_differ(tensors):

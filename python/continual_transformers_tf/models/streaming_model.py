@@ -177,7 +177,7 @@ class StreamingModel(ContinualLayer, keras.Model):
             outputs = self._graph.run(
                 inputs, training=training, streams=streams, update_state=update_state
             )
-        if self._warm_up == "partial" or not tf.executing_eagerly():
+        if self.active_warm_up == "partial":
             return outputs
         rows = range(first.shape[0]) if streams is None else streams
         taken = tf.gather(self.position, tf.cast(rows, tf.int32)).numpy().max(initial=0)
