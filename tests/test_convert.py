@@ -292,6 +292,56 @@ def test_inputs_by_other_names_are_refused(random):
         np.testing.assert_array_equal(model.position, [0, 0])
 
 
+def pooled(a):
+    return keras.layers.GlobalAveragePooling1D()(a)
+
+
+def convolved(a):
+    return keras.layers.Conv1D(3, 1)(keras.layers.Dense(4)(a))
+
+
+def row(a):
+    return keras.layers.Dense(3)(a[:, 0])
+
+
+@pytest.mark.parametrize("length", [None, N])
+@pytest.mark.parametrize("of_newest", [pooled, convolved, row], ids=lambda f: f.__name__)
+def test_the_newest_is_known_where_the_window_is_of_any_length(backend, random, of_newest, length):
+    """Its axis of time is there, though the shape of x[:, -1:] does not tell that it is 1."""
+    model = model_of(lambda x: of_newest(attention()(x, x)[:, -1:]), random, length)
+    streaming = ct.convert(model, seq_len=N, warm_up="partial")
+    x = random.normal(size=(2, N, E)).astype("float32")
+    expected = model(x).numpy().astype("float64")
+    steps = streaming.call_steps(x)[:, -1]
+    streaming.clean_state()
+    for t in range(N):
+        step = streaming.call_step(x[:, t])
+    if of_newest is convolved:
+        expected = expected[:, 0]
+    assert reference.relative_error(steps, expected) < 2e-5
+    assert reference.relative_error(step, expected) < 2e-5
+
+
+@pytest.mark.parametrize("length", [None, N])
+def test_the_newest_token_may_be_embedded(backend, random, length):
+    inputs = keras.Input((length,), dtype="int32")
+    x = keras.layers.Embedding(20, E)(inputs)
+    newest = keras.layers.Embedding(20, E)(inputs[:, -1:])
+    model = keras.Model(inputs, attention()(x, x)[:, -1:] + newest)
+    streaming = ct.convert(model, seq_len=N, warm_up="partial")
+    tokens = random.integers(0, 20, size=(2, N))
+    for t in range(N):
+        got = streaming.call_step(tokens[:, t])
+    np.testing.assert_allclose(got, model(tokens)[:, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_what_needs_more_than_the_newest_is_named():
+    inputs = keras.Input((None, E))
+    x = keras.layers.Conv1D(3, 3, name="wide")(attention()(inputs, inputs)[:, -1:])
+    with pytest.raises(ValueError, match="wide .Conv1D. cannot be run on the newest step alone"):
+        ct.convert(keras.Model(inputs, x), seq_len=N)
+
+
 def test_numbers_of_tokens_stream(backend, random):
     inputs = keras.Input((N,), dtype="int32")
     x = keras.layers.Embedding(20, E)(inputs)

@@ -65,6 +65,7 @@ class Tensor:
     # Whether a row of a window depends on no later one: only then are rows known as they come.
     causal: bool
     receptive_field: int
+    shape: tuple  # For each window. That of the graph may leave open that newest is one step.
 
 
 class StepGraph:
@@ -82,7 +83,8 @@ class StepGraph:
     def __init__(self, model, inputs=None):
         self._model = _functional(model)
         self._plan = {}  # Of a node's id: the method that runs it.
-        self._inner = {}  # Of a nested model's id: its StepGraph.
+        self._inner = {}  # Of the id of a nested model's node: its StepGraph.
+        self._known = {}  # Of the id of a tensor of the graph: its Tensor.
         self.problems = []
         self.layers = []
         if self._model is None:
@@ -92,14 +94,14 @@ class StepGraph:
             )
             return
         if inputs is None:
-            inputs = [Tensor("window", True, 1)] * len(self._model.inputs)
+            inputs = [Tensor("window", True, 1, tuple(x.shape)) for x in self._model.inputs]
             self.problems += [
                 f"the input {x.name} of shape {x.shape} has no axis of time: expected (B, T, E), "
                 "or (B, T) of integers"
                 for x in self._model.inputs
                 if len(x.shape) < 3 and not (len(x.shape) == 2 and "int" in x.dtype)
             ]
-        outputs = self._walk(inputs, self._plan_node)
+        outputs = self._walk(inputs, self._plan_node, self._known)
         self.outputs = keras.tree.flatten(outputs)
         self.receptive_field = max(x.receptive_field for x in self.outputs)
 
@@ -113,11 +115,16 @@ class StepGraph:
         Returns:
             Tensors `(M, T, ...)`, in the structure of the model's outputs.
         """
-        return self._walk(inputs, lambda node, values: self._plan[id(node)](node, values, options))
+        return self._walk(
+            inputs, lambda node, values: self._plan[id(node)](node, values, options), {}
+        )
 
-    def _walk(self, inputs, visit):
-        """The outputs, where visit(node, values) says what a node makes of the values so far."""
-        values = {id(x): y for x, y in zip(self._model.inputs, inputs, strict=True)}
+    def _walk(self, inputs, visit, values):
+        """The outputs, where visit(node, values) says what a node makes of the values so far.
+
+        `values`, at first empty, goes from the ids of the graph's tensors to their values.
+        """
+        values.update((id(x), y) for x, y in zip(self._model.inputs, inputs, strict=True))
         for depth in sorted(self._model._nodes_by_depth, reverse=True):
             for node in self._model._nodes_by_depth[depth]:
                 if not node.is_input:
@@ -139,7 +146,7 @@ class StepGraph:
             # A StreamingModel is, as a part of another, the model that it holds.
             inner = op.model if isinstance(op, ContinualLayer) else op
             if _functional(inner) is not None:
-                graph = self._inner[id(op)] = StepGraph(inner, inputs)
+                graph = self._inner[id(node)] = StepGraph(inner, inputs)
                 self._plan[id(node)] = self._run_model
                 self.problems += graph.problems
                 for layer in graph.layers:
@@ -150,16 +157,19 @@ class StepGraph:
             causal = self._plan_continual(node, args, kwargs, inputs) and causal
             field += op.receptive_field - 1
             return [
-                Tensor("newest" if x.shape[1] == 1 else "window", causal, field)
+                Tensor("newest" if x.shape[1] == 1 else "window", causal, field, tuple(x.shape))
                 for x in node.outputs
             ]
         if "window" not in kinds:
             self._plan[id(node)] = self._run_on_samples
-            return [Tensor(_kind_of_one(x), causal, field) for x in node.outputs]
+            shapes = self._shapes_of_newest(node, values)
+            return [Tensor(_kind_of_one(shape), causal, field, shape) for shape in shapes]
         newest = _newest_row(op, args, kwargs)
         if newest is not None:
             self._plan[id(node)] = self._run_identity
-            return [Tensor(newest, causal, field)]
+            lead, *features = node.outputs[0].shape
+            shape = (lead, 1, *features[1:]) if newest == "newest" else (lead, *features)
+            return [Tensor(newest, causal, field, shape)]
         if kinds != {"window"}:
             self._refuse(node, "mixes whole windows with what is of their newest step alone")
         elif not _is_row_wise(node, args, kwargs):
@@ -167,9 +177,27 @@ class StepGraph:
             # What follows is judged as if it had given what it seems to give.
             rank = len(node.input_tensors[0].shape)
             kinds = ["window" if len(x.shape) >= rank else "sample" for x in node.outputs]
-            return [Tensor(kind, causal, field) for kind in kinds]
+            return [
+                Tensor(kind, causal, field, tuple(x.shape))
+                for kind, x in zip(kinds, node.outputs, strict=True)
+            ]
         self._plan[id(node)] = self._run_row_wise
-        return [Tensor("window", causal, field)] * len(node.outputs)
+        return [Tensor("window", causal, field, tuple(x.shape)) for x in node.outputs]
+
+    def _shapes_of_newest(self, node, values):
+        """The shapes of what a node makes of the newest step alone."""
+        given = {
+            id(x): keras.KerasTensor(values[id(x)].shape, dtype=x.dtype)
+            for x in node.input_tensors
+            if id(x) in values
+        }
+        args, kwargs = node.arguments.fill_in(given)
+        try:
+            outputs = node.operation.compute_output_spec(*args, **kwargs)
+        except ValueError as error:
+            self._refuse(node, f"cannot be run on the newest step alone: {error}")
+            outputs = node.outputs
+        return [tuple(x.shape) for x in keras.tree.flatten(outputs)]
 
     def _plan_continual(self, node, args, kwargs, inputs):
         """Whether the outputs depend on no later steps than the inputs do."""
@@ -218,7 +246,7 @@ class StepGraph:
 
     def _run_model(self, node, values, options):
         inner = [values[id(x)] for x in node.input_tensors]
-        return self._inner[id(node.operation)].run(inner, **options)
+        return self._inner[id(node)].run(inner, **options)
 
     def _run_identity(self, node, values, options):
         return values[id(node.input_tensors[0])]
@@ -230,9 +258,12 @@ class StepGraph:
         """Steps take the place of samples: (M, T, ...) becomes (M * T, ...), and comes back."""
         inputs = [x for x in node.input_tensors if id(x) in values]
         lead = tf.shape(values[id(inputs[0])])[:2]
-        samples = {id(x): _to_samples(x, values[id(x)]) for x in inputs}
+        samples = {id(x): _to_samples(self._known[id(x)].kind, values[id(x)]) for x in inputs}
         outputs = keras.tree.flatten(_call(node, samples, options))
-        return [_to_steps(x, y, lead) for x, y in zip(node.outputs, outputs, strict=True)]
+        return [
+            _to_steps(self._known[id(x)].kind, y, lead)
+            for x, y in zip(node.outputs, outputs, strict=True)
+        ]
 
 
 # What attention may be called with in the graph of a model; the rest is of whole windows.
@@ -246,18 +277,18 @@ def _functional(model):
     return model if hasattr(model, "_nodes_by_depth") else None
 
 
-def _kind_of_one(tensor):
+def _kind_of_one(shape):
     """What a tensor that is of the newest step alone still is: with an axis of time, or without."""
-    return "newest" if len(tensor.shape) > 2 and tensor.shape[1] == 1 else "sample"
+    return "newest" if len(shape) > 2 and shape[1] == 1 else "sample"
 
 
-def _to_samples(symbolic, x):
-    axis_of_time = [1] if _kind_of_one(symbolic) == "newest" else []
+def _to_samples(kind, x):
+    axis_of_time = [1] if kind == "newest" else []
     return tf.reshape(x, tf.concat([[-1], axis_of_time, tf.shape(x)[2:]], 0))
 
 
-def _to_steps(symbolic, x, lead):
-    first = 2 if _kind_of_one(symbolic) == "newest" else 1
+def _to_steps(kind, x, lead):
+    first = 2 if kind == "newest" else 1
     return tf.reshape(x, tf.concat([lead, tf.shape(x)[first:]], 0))
 
 
