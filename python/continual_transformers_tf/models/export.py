@@ -53,7 +53,7 @@ def export(model, path, streams=None, inputs=None):
     def step(streams, **steps):
         given = [steps[name] for name in signature]  # tf.function has them in its own order.
         if isinstance(model, keras.Model):
-            given = keras.tree.pack_sequence_as(model.model.input, given)
+            given = keras.tree.pack_sequence_as(model._graph.model.input, given)
             y = model.call_step(given, streams=streams)
         else:
             y = model.call_step(*given, streams=streams)
@@ -96,9 +96,10 @@ def _input_signature(model, inputs):
         names = ["x"] if len(symbolic) == 1 else [x.name for x in symbolic]
         if "streams" in names:
             raise ValueError(f"Expected no input by the name of 'streams', but got {names}")
-        if isinstance(model.model.output, dict) and "ready" in model.model.output:
+        outputs = model._graph.model.output
+        if isinstance(outputs, dict) and "ready" in outputs:
             raise ValueError(
-                f"Expected no output by the name of 'ready', but got {sorted(model.model.output)}"
+                f"Expected no output by the name of 'ready', but got {sorted(outputs)}"
             )
         return {
             name: tf.TensorSpec([None, *x.shape[2:]], x.dtype, name=name)

@@ -75,30 +75,31 @@ class StepGraph:
         model: a built `keras.Model` that is functional or sequential.
 
     Attributes:
+        model: the functional model that the model is, or has within it; None if there is none.
         problems: why it cannot be run on steps: sentences that name the layer; none if it can.
         layers: its continual layers, in the order in which they are run.
         receptive_field: how many steps an output depends on.
     """
 
     def __init__(self, model, inputs=None):
-        self._model = _functional(model)
+        self.model = _functional(model)
         self._plan = {}  # Of a node's id: the method that runs it.
         self._inner = {}  # Of the id of a nested model's node: its StepGraph.
         self._known = {}  # Of the id of a tensor of the graph: its Tensor.
         self.problems = []
         self.layers = []
-        if self._model is None:
+        if self.model is None:
             self.problems.append(
                 f"{model.name} is neither a functional nor a built sequential model, and so has no "
                 "graph to be read: give it CoSiMultiHeadAttention.from_regular(...) for its layers"
             )
             return
         if inputs is None:
-            inputs = [Tensor("window", True, 1, tuple(x.shape)) for x in self._model.inputs]
+            inputs = [Tensor("window", True, 1, tuple(x.shape)) for x in self.model.inputs]
             self.problems += [
                 f"the input {x.name} of shape {x.shape} has no axis of time: expected (B, T, E), "
                 "or (B, T) of integers"
-                for x in self._model.inputs
+                for x in self.model.inputs
                 if len(x.shape) < 3 and not (len(x.shape) == 2 and "int" in x.dtype)
             ]
         outputs = self._walk(inputs, self._plan_node, self._known)
@@ -124,14 +125,14 @@ class StepGraph:
 
         `values`, at first empty, goes from the ids of the graph's tensors to their values.
         """
-        values.update((id(x), y) for x, y in zip(self._model.inputs, inputs, strict=True))
-        for depth in sorted(self._model._nodes_by_depth, reverse=True):
-            for node in self._model._nodes_by_depth[depth]:
+        values.update((id(x), y) for x, y in zip(self.model.inputs, inputs, strict=True))
+        for depth in sorted(self.model._nodes_by_depth, reverse=True):
+            for node in self.model._nodes_by_depth[depth]:
                 if not node.is_input:
                     outputs = keras.tree.flatten(visit(node, values))
                     values.update((id(x), y) for x, y in zip(node.outputs, outputs, strict=True))
-        outputs = [values[id(x)] for x in self._model.outputs]
-        return keras.tree.pack_sequence_as(self._model._outputs_struct, outputs)
+        outputs = [values[id(x)] for x in self.model.outputs]
+        return keras.tree.pack_sequence_as(self.model._outputs_struct, outputs)
 
     # Planning.
 

@@ -158,7 +158,8 @@ class StreamingModel(ContinualLayer, keras.Model):
 
     def _by_name(self, inputs):
         """The inputs in the structure of the model's own, where one of the two is a dict."""
-        own = self.model.input
+        # A sequential model knows its own only if it was called as a part of another.
+        own = self._graph.model.input
         names = list(own) if isinstance(own, dict) else [x.name for x in self.model.inputs]
         expected = f"Expected inputs by the names of {' and '.join(map(repr, names))}"
         if not isinstance(inputs, dict):
