@@ -93,6 +93,28 @@ def test_streams_go_on_in_another_layer():
         there.set_state({"position": np.array([1])})
 
 
+def test_the_position_goes_with_the_index():
+    """The index goes round; the steps taken do not, and the two lie apart where windows moved."""
+    here, there = encoding(), encoding()
+    here(zeros(1, 3))  # The index of all is now one further.
+    here.call_steps(zeros(2, ROWS + 2))
+    state = here.get_state()
+    assert state["position"].tolist() == [ROWS + 2] * 2
+    there.set_state(state)
+    np.testing.assert_array_equal(there.position, [ROWS + 2] * 2)
+    assert rows_of(there.call_step(zeros(2))) == rows_of(here.call_step(zeros(2))) == [3, 3]
+    there.clean_state(streams=[1])
+    assert rows_of(there.call_step(zeros(3))) == [4, 0, 0]
+    there.clean_state()
+    assert rows_of(there.call_step(zeros(2))) == [0, 0]
+    there.set_state(state)
+    there.set_state({name: array[:1] for name, array in state.items()})
+    assert rows_of(there.call_step(zeros(2))) == [3, 0]
+    for bad in (dict(index=np.array([1])), dict(index=[0.5, 1.5]), dict(position=np.array([-1]))):
+        with pytest.raises(ValueError, match="Expected"):
+            there.set_state({**state, **bad})
+
+
 def test_a_graph_moves_no_stream_of_a_call_that_fails():
     layer = encoding()
     layer.ensure_streams(3)
@@ -100,6 +122,10 @@ def test_a_graph_moves_no_stream_of_a_call_that_fails():
     for bad in ([0, 0], [0, 7], [-1, 0]):
         with pytest.raises(tf.errors.InvalidArgumentError, match="Expected"):
             step(zeros(2), tf.constant(bad))
+    open_sizes = [tf.TensorSpec([None, E]), tf.TensorSpec([None], tf.int32)]
+    step = tf.function(lambda x, s: layer.call_step(x, streams=s), input_signature=open_sizes)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="Expected as many streams"):
+        step(zeros(3), tf.constant([2]))
     assert layer.get_state()["index"].tolist() == [0, 0, 0]
 
 

@@ -131,6 +131,61 @@ def test_a_mask_of_the_query_is_that_of_the_newest_row(random):
     assert keras.layers.LSTM(3)(output).shape == (2, 3)
 
 
+@pytest.mark.parametrize("mode", ["step", "steps"])
+def test_a_masked_step_that_warms_up_is_none_and_harms_no_other_call(backend, random, mode):
+    layer, _ = pair(random=random, layer_options=dict(call_mode=mode))
+    x = random.normal(size=(2, E) if mode == "step" else (2, 2, E)).astype("float32")
+    assert layer(keras.layers.Masking()(x)) is None
+    output, scores = layer(keras.layers.Masking()(x), return_attention_scores=True)
+    assert output is scores is None
+    assert keras.src.backend.get_keras_mask(None) is None
+    taken = 2 if mode == "step" else 4
+    np.testing.assert_array_equal(layer.position, [taken, taken])
+
+
+def test_the_mask_of_steps_is_that_of_the_steps_that_are_given(backend, random):
+    """Masks go through layer after layer, whatever of the steps has warmed up."""
+    options = dict(single_output=False, call_mode="steps")
+    first, second = (pair(random=random, layer_options=options)[0] for _ in range(2))
+    x = random.normal(size=(2, 3 * N, E)).astype("float32")
+    x[:, N + 2] = x[1, 2 * N] = 0
+    mask = (x != 0).any(-1)
+
+    output = second(first(keras.layers.Masking()(x)))
+    np.testing.assert_array_equal(output._keras_mask, mask[:, 2 * (N - 1) :])
+    first.clean_state()
+    second.clean_state()
+    expected = first.call_steps(x, key_mask=mask)
+    expected = second.call_steps(expected, key_mask=mask[:, N - 1 :]).numpy()
+    assert reference.relative_error(output, expected) < 5e-6
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None, E])])
+    def graph(x):
+        return first(keras.layers.Masking()(x))._keras_mask
+
+    np.testing.assert_array_equal(graph(x), mask)
+    with ct.call_mode("step"):
+        step = first(keras.layers.Masking()(x[:, N + 2]))
+    np.testing.assert_array_equal(step._keras_mask, [False, False])
+
+
+def test_the_methods_of_steps_heed_the_masks_that_they_are_given(random):
+    layer, _ = pair(random=random)
+    x = random.normal(size=(2, N, E)).astype("float32")
+    x[:, :2] = 0
+    output = layer.call_steps(keras.layers.Masking()(x))
+    layer.clean_state()
+    np.testing.assert_array_equal(output, layer.call_steps(x))
+
+
+def test_with_a_delay_steps_carry_no_mask(random):
+    """That of the newest steps would be that of others than the outputs'."""
+    options = dict(query_index=-3, warm_up="partial", call_mode="steps")
+    layer, _ = pair(random=random, layer_options=options)
+    x = random.normal(size=(2, N, E)).astype("float32")
+    assert keras.src.backend.get_keras_mask(layer(keras.layers.Masking()(x))) is None
+
+
 def test_masks_in_a_graph_of_unknown_sizes(backend, random):
     layer, _ = pair(random=random, layer_options=dict(warm_up="partial"))
     other, _ = pair(random=random, layer_options=dict(warm_up="partial"))

@@ -106,6 +106,36 @@ def test_streams_of_different_ages_and_state_that_moves(backend, random):
     assert layer.call_step(x[:1], streams=[1]) is None
 
 
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_a_gate_that_waited_is_forgotten_with_its_stream(backend, random, in_graph):
+    """Whatever it was: until a query's turn has come there is no gate to be multiplied by."""
+    layer_options = dict(query_index=0, warm_up="partial")
+    layer, regular = pair(random=random, use_gate=True, layer_options=layer_options)
+    layer.call_steps(np.full((1, 2 * N, E), np.nan, np.float32))
+    layer.clean_state()
+    step = tf.function(layer.call_step) if in_graph else layer.call_step
+    x = random.normal(size=(1, N, E)).astype("float32")
+    outputs = [step(tf.constant(x[:, t])) for t in range(N)]
+    assert all(np.isfinite(output).all() for output in outputs if output is not None)
+    assert reference.relative_error(outputs[-1], regular(x, x)[:, 0].numpy()) < 5e-6
+
+
+def test_too_few_streams_are_named(backend, random):
+    layer, _ = pair(random=random, layer_options=dict(query_index=0, warm_up="partial"))
+    layer.ensure_streams(3)
+    x = random.normal(size=(3, E)).astype("float32")
+    for streams in ([0], [0, 1]):
+        with pytest.raises(ValueError, match="Expected 3 streams"):
+            layer.call_step(x, streams=streams)
+        step = tf.function(
+            lambda x, streams: layer.call_step(x, streams=streams),
+            input_signature=[tf.TensorSpec([None, E]), tf.TensorSpec([None], tf.int32)],
+        )
+        with pytest.raises(tf.errors.InvalidArgumentError, match="Expected as many streams"):
+            step(x, tf.constant(streams))
+    np.testing.assert_array_equal(layer.position, [0, 0, 0])
+
+
 @pytest.mark.parametrize("what", [dict(streams=[0, 5]), dict(attention_mask=np.ones(N + 1, bool))])
 def test_a_failing_call_leaves_the_waiting_queries(backend, random, what):
     layer, _ = pair(random=random, layer_options=dict(query_index=0, warm_up="partial"))
@@ -127,7 +157,17 @@ def test_an_index_outside_the_window_is_refused(index):
         ct.CoSiMultiHeadAttention(N, H, 4, query_index=index)
 
 
-def test_a_window_without_such_a_query_is_refused(random):
-    layer, _ = pair(random=random, layer_options=dict(query_index=4))
-    with pytest.raises(ValueError, match="step 4, query_index, but got 3 steps"):
-        layer(np.zeros((1, 3, E), np.float32))
+@pytest.mark.parametrize("index", [4, -5])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_window_without_such_a_query_is_refused(random, index, causal):
+    layer, _ = pair(random=random, layer_options=dict(query_index=index))
+    with pytest.raises(ValueError, match=f"step {index}, query_index, but got 3 steps"):
+        layer(np.zeros((1, 3, E), np.float32), use_causal_mask=causal)
+    x = random.normal(size=(1, N, E)).astype("float32")
+    graph = tf.function(
+        lambda x: layer(x, use_causal_mask=causal),
+        input_signature=[tf.TensorSpec([None, None, E])],
+    )
+    np.testing.assert_allclose(graph(x), layer(x, use_causal_mask=causal), rtol=1e-5, atol=1e-6)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"step {index}, query_index"):
+        graph(x[:, :3])

@@ -132,6 +132,18 @@ def test_dropout_acts_on_the_scores_in_training_alone(backend, random):
     assert all(g is not None for g in tape.gradient(loss, layer.trainable_variables))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "mixed_bfloat16", "mixed_float16"])
+def test_dropout_in_half_precision(random, dtype):
+    """Keras' dropout gives its own compute dtype, where the scores are float32."""
+    layer = ct.CoSiMultiHeadAttention(N, H, D, dropout=0.5, dtype=dtype, warm_up="partial")
+    x = random.normal(size=(4, T, E)).astype("float32")
+    with tf.GradientTape() as tape:
+        output = layer.call_steps(x, training=True)
+    assert output.dtype == layer.compute_dtype
+    gradients = tape.gradient(output, layer.trainable_variables)
+    assert all(np.isfinite(tf.cast(g, "float32")).all() for g in (output, *gradients))
+
+
 def test_regularized_activity_and_constraints_in_steps(backend, random):
     """What Keras' sublayers do besides their product is done in training by steps too."""
     layer, _ = pair(random=random, activity_regularizer="l2", kernel_constraint="non_neg")

@@ -43,6 +43,13 @@ def query_from_later(x):
     return attention()(y, x)[:, -1]
 
 
+def row_by_row(x):
+    for equation in ("abc,cd->abd", "...x,xy->...y"):
+        shape = (None, E) if equation[1] == "b" else E
+        x = keras.layers.EinsumDense(equation, shape, bias_axes=equation[-1])(x)
+    return attention()(x, x)
+
+
 def of_the_newest_alone(x):
     """After x[:, -1:] a layer may do what it likes: it is run on every step by itself."""
     y = attention(use_gate=True, value_dim=3)(x, x)[:, -1:]
@@ -67,8 +74,8 @@ def already_ours(x):
 
 
 MODELS = [
-    one_block, causal_stack, causal_then_full, query_from_later, of_the_newest_alone, nested,
-    masked, already_ours,
+    one_block, causal_stack, causal_then_full, row_by_row, query_from_later, of_the_newest_alone,
+    nested, masked, already_ours,
 ]  # fmt: skip
 
 
@@ -175,6 +182,49 @@ def test_streams_and_state(backend, random):
             np.testing.assert_array_equal(array, before[name][part])
 
 
+def test_state_of_a_model_that_begins_with_an_encoding(random):
+    """Whose index goes round, where the model's position does not."""
+    inputs = keras.Input((N, E))
+    x = ct.CircularPositionalEncoding(N, E)(inputs)
+    streaming = ct.convert(keras.Model(inputs, attention()(x, x)), seq_len=N)
+    x = random.normal(size=(2, N + 1, E)).astype("float32")
+    assert streaming.call_steps(x) is not None
+    state = streaming.get_state()
+    streaming.clean_state()
+    streaming.set_state(state)
+    np.testing.assert_array_equal(streaming.position, [N + 1, N + 1])
+    assert streaming.ready.numpy().all()
+    with pytest.raises(ValueError, match="Expected"):
+        streaming.set_state({**state, "1": {}})
+    np.testing.assert_array_equal(streaming.position, [N + 1, N + 1])
+    assert streaming.call_step(x[:, 0]) is not None
+
+
+def test_a_state_that_does_not_fit_leaves_every_layer_as_it_was(random, monkeypatch):
+    streaming = ct.convert(model_of(causal_then_full, random), seq_len=N)
+    streaming.call_steps(random.normal(size=(2, 3, E)).astype("float32"))
+    before = streaming.get_state()
+    others = {name: array[:1] for name, array in before["1"].items()}
+    behind = {**before["1"], "position": before["1"]["position"] - 1}
+    for bad in (others, behind, {**others, "position": [[]]}, None, {**before["1"], "key": "k"}):
+        with pytest.raises(ValueError, match="Expected"):
+            streaming.set_state({**before, "1": bad})
+    second = streaming._graph.layers[1]._stream_state
+    set_state = second.set_state
+
+    def no_memory(*args):
+        monkeypatch.setattr(second, "set_state", set_state)
+        raise tf.errors.ResourceExhaustedError(None, None, "out of memory")
+
+    monkeypatch.setattr(second, "set_state", no_memory)
+    zeros = {i: {part: 0 * x for part, x in layer.items()} for i, layer in before.items()}
+    with pytest.raises(tf.errors.ResourceExhaustedError):
+        streaming.set_state(zeros)
+    for name, layer in streaming.get_state().items():
+        for part, array in layer.items():
+            np.testing.assert_array_equal(array, before[name][part])
+
+
 def test_several_inputs_and_outputs(backend, random):
     """Cross-attention between two streams that step together; inputs and outputs by name."""
     first, second = keras.Input((N, E), name="first"), keras.Input((N, 3), name="second")
@@ -196,6 +246,102 @@ def test_several_inputs_and_outputs(backend, random):
         streaming.call_step(inputs["first"][:, 0])
 
 
+@pytest.mark.parametrize("call", ["eager", "graph"])
+def test_inputs_that_do_not_fit_each_other_move_no_layer(backend, random, call):
+    """Where each attends to its own, and only what comes after them could tell."""
+    first, second = keras.Input((N, E), name="first"), keras.Input((N, E), name="second")
+    x = attention()(first, first) + attention()(second, second)
+    streaming = ct.convert(keras.Model([first, second], x), seq_len=N, warm_up="partial")
+    x = random.normal(size=(3, 4, E)).astype("float32")
+    streaming.call_steps([x, x])
+    bad = (x[:2, :2], x[:, :2]), (x[:, :2], x[:2, :2]), (x[:1, :2], x[:, :2]), (x, x[:, :1])
+    call_steps, call_step, error = streaming.call_steps, streaming.call_step, ValueError
+    if call == "graph":
+        error = tf.errors.InvalidArgumentError
+        steps, step = ([tf.TensorSpec([None] * i + [E])] * 2 for i in (2, 1))
+        call_steps = tf.function(lambda *x: streaming.call_steps(x), input_signature=steps)
+        call_step = tf.function(lambda *x: streaming.call_step(x), input_signature=step)
+    for pair in bad:
+        with pytest.raises(error, match="Expected"):
+            call_steps(*pair) if call == "graph" else call_steps(pair)
+        if len(pair[0]) != len(pair[1]):
+            pair = [x[:, 0] for x in pair]
+            with pytest.raises(error, match="Expected"):
+                call_step(*pair) if call == "graph" else call_step(pair)
+    for layer in streaming._graph.layers:
+        np.testing.assert_array_equal(layer.position, [4, 4, 4])
+
+
+def test_inputs_by_other_names_are_refused(random):
+    first, second = keras.Input((N, E), name="first"), keras.Input((N, E), name="second")
+    y = attention()(first, second)
+    x, z = random.normal(size=(2, 2, E)).astype("float32")
+    for inputs in ({"b": first, "a": second}, [first, second]):
+        model = ct.convert(keras.Model(inputs, y), seq_len=N, warm_up="partial")
+        names = list(inputs) if isinstance(inputs, dict) else ["first", "second"]
+        expected = model.call_step(dict(zip(names, (x, z), strict=True)), update_state=False)
+        got = model.call_step(dict(zip(names[::-1], (z, x), strict=True)), update_state=False)
+        np.testing.assert_array_equal(got, expected)
+        if isinstance(inputs, dict):
+            with pytest.raises(ValueError, match="Expected inputs by the names of 'b' and 'a'"):
+                model.call_step([x, z])
+        else:
+            np.testing.assert_array_equal(model.call_step((x, z), update_state=False), expected)
+        with pytest.raises(ValueError, match="Expected inputs by the names"):
+            model.call_step({"b": x, "second": z})
+        np.testing.assert_array_equal(model.position, [0, 0])
+
+
+def pooled(a):
+    return keras.layers.GlobalAveragePooling1D()(a)
+
+
+def convolved(a):
+    return keras.layers.Conv1D(3, 1)(keras.layers.Dense(4)(a))
+
+
+def row(a):
+    return keras.layers.Dense(3)(a[:, 0])
+
+
+@pytest.mark.parametrize("length", [None, N])
+@pytest.mark.parametrize("of_newest", [pooled, convolved, row], ids=lambda f: f.__name__)
+def test_the_newest_is_known_where_the_window_is_of_any_length(backend, random, of_newest, length):
+    """Its axis of time is there, though the shape of x[:, -1:] does not tell that it is 1."""
+    model = model_of(lambda x: of_newest(attention()(x, x)[:, -1:]), random, length)
+    streaming = ct.convert(model, seq_len=N, warm_up="partial")
+    x = random.normal(size=(2, N, E)).astype("float32")
+    expected = model(x).numpy().astype("float64")
+    steps = streaming.call_steps(x)[:, -1]
+    streaming.clean_state()
+    for t in range(N):
+        step = streaming.call_step(x[:, t])
+    if of_newest is convolved:
+        expected = expected[:, 0]
+    assert reference.relative_error(steps, expected) < 2e-5
+    assert reference.relative_error(step, expected) < 2e-5
+
+
+@pytest.mark.parametrize("length", [None, N])
+def test_the_newest_token_may_be_embedded(backend, random, length):
+    inputs = keras.Input((length,), dtype="int32")
+    x = keras.layers.Embedding(20, E)(inputs)
+    newest = keras.layers.Embedding(20, E)(inputs[:, -1:])
+    model = keras.Model(inputs, attention()(x, x)[:, -1:] + newest)
+    streaming = ct.convert(model, seq_len=N, warm_up="partial")
+    tokens = random.integers(0, 20, size=(2, N))
+    for t in range(N):
+        got = streaming.call_step(tokens[:, t])
+    np.testing.assert_allclose(got, model(tokens)[:, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_what_needs_more_than_the_newest_is_named():
+    inputs = keras.Input((None, E))
+    x = keras.layers.Conv1D(3, 3, name="wide")(attention()(inputs, inputs)[:, -1:])
+    with pytest.raises(ValueError, match="wide .Conv1D. cannot be run on the newest step alone"):
+        ct.convert(keras.Model(inputs, x), seq_len=N)
+
+
 def test_numbers_of_tokens_stream(backend, random):
     inputs = keras.Input((N,), dtype="int32")
     x = keras.layers.Embedding(20, E)(inputs)
@@ -205,6 +351,8 @@ def test_numbers_of_tokens_stream(backend, random):
     for t in range(N):
         got = streaming.call_step(tokens[:, t])
     np.testing.assert_allclose(got, model(tokens)[:, -1], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="Expected .* of integers, but got float64"):
+        streaming.call_step(tokens[:, 0] + 0.5)
 
 
 def test_what_mixes_tokens_is_refused():
@@ -263,6 +411,56 @@ def test_a_streaming_model_is_converted_as_what_it_holds(random):
     np.testing.assert_array_equal(again.call_steps(x), streaming.call_steps(x))
 
 
+@pytest.mark.parametrize("function", [one_block, already_ours])
+def test_what_streams_already_takes_the_options_that_are_given(random, function):
+    """Whatever made it: its own are kept where they are left out."""
+    streaming = ct.convert(
+        model_of(function, random, None), N, warm_up="partial", call_mode="steps", name="mine"
+    )
+    again = ct.convert(streaming, seq_len=4)
+    assert (again.receptive_field, again.warm_up, again.call_mode) == (4, "partial", "steps")
+    assert (again.name, streaming.receptive_field) == ("mine", N)
+    x = random.normal(size=(2, 4, E)).astype("float32")
+    expected = newest(streaming.model(x).numpy(), x).astype("float64")
+    assert reference.relative_error(again(x)[:, -1], expected) < 2e-5
+    assert ct.convert(streaming, 4, warm_up="none").warm_up == "none"
+    if function is already_ours:
+        with pytest.raises(ValueError, match="takes no cache_dtype"):
+            ct.convert(streaming, N, cache_dtype="bfloat16")
+        return
+    half = ct.convert(streaming, N, cache_dtype="bfloat16")
+    for model in (half, ct.convert(half, N)):
+        assert model._graph.layers[0].get_config()["cache_dtype"] == "bfloat16"
+
+
+def test_a_streaming_model_inside_another(backend, random):
+    inner = ct.convert(model_of(causal_stack, random), N, warm_up="none", name="inner")
+    inputs = keras.Input((N, E))
+    outer = keras.Model(inputs, keras.layers.Dense(2)(inner(keras.layers.ReLU()(inputs))))
+    streaming = ct.StreamingModel(outer, warm_up="partial")
+    x = random.normal(size=(2, N, E)).astype("float32")
+    expected = outer(x).numpy().astype("float64")
+    assert reference.relative_error(streaming.call_steps(x), expected) < 2e-5
+    assert streaming.receptive_field == inner.receptive_field
+    state = streaming.get_state()
+    streaming.clean_state()
+    streaming.set_state(state)
+    np.testing.assert_array_equal(streaming.position, [N, N])
+    shorter = ct.convert(streaming, 3, cache_dtype="bfloat16")
+    assert shorter.receptive_field == 1 + 3 * 2
+    for w, other in zip(shorter.get_weights(), streaming.get_weights(), strict=True):
+        np.testing.assert_array_equal(w, other)
+
+
+def test_a_streaming_model_that_sees_later_steps_is_attended_to_by_none(random):
+    inputs = keras.Input((N, E))
+    inner = ct.convert(keras.Model(inputs, attention()(inputs, inputs)), N)
+    inputs = keras.Input((N, E))
+    outer = keras.Model(inputs, attention("second")(*[inner(inputs)] * 2))
+    with pytest.raises(ValueError, match="second .* itself sees later steps"):
+        ct.convert(outer, N)
+
+
 def twice(x):
     layer = attention("shared")
     return layer(x, x) + layer(x, x)
@@ -274,6 +472,11 @@ def newest_embedding(x):
 
 def with_positions(x):
     return attention()(x, x) + np.ones((N, E), "float32")
+
+
+class Exp(keras.layers.Layer):
+    def call(self, x):
+        return keras.ops.cumsum(x, 1)
 
 
 CANNOT = {
@@ -324,6 +527,29 @@ CANNOT = {
         lambda x: attention("squares", attention_axes=(1, 2))(x[:, :, None], x[:, :, None]),
         "squares|GetItem",
     ),
+    "a kernel over time": (
+        lambda x: attention()(
+            *[keras.layers.EinsumDense("abc,bcd->abd", (N, E), name="each")(x)] * 2
+        ),
+        "each",
+    ),
+    "a bias over time": (
+        lambda x: attention()(
+            *[keras.layers.EinsumDense("abc,cd->abd", (N, E), bias_axes="bd", name="each")(x)] * 2
+        ),
+        "each",
+    ),
+    "a product over time": (
+        lambda x: attention()(
+            *[keras.layers.EinsumDense("...tx,ts->...sx", (N, E), name="across")(x)] * 2
+        ),
+        "across",
+    ),
+    "axes without a stream": (
+        lambda x: attention("over", attention_axes=(2,))(x[:, :, None], x[:, :, None])[:, -1],
+        "over .CoSiMultiHeadAttention. takes no steps",
+    ),
+    "a layer of the name of an op": (lambda x: attention()(Exp(name="mine")(x), x), "mine"),
     "the newest alone": (
         lambda x: ct.CoSiMultiHeadAttention(N, H, D, name="after")(
             ct.CoSiMultiHeadAttention(N, H, D)(x)
@@ -391,16 +617,43 @@ def test_from_regular(backend, random):
     again = ct.CoSiMultiHeadAttention.from_regular(layer, seq_len=3)
     assert (again.seq_len, again.warm_up) == (3, "partial")
 
-    class Own(keras.layers.MultiHeadAttention):
-        def _compute_attention(self, *args, **kwargs):
-            return super()._compute_attention(*args, **kwargs)
-
-    own = Own(H, D)
-    own(x, x)
-    with pytest.raises(ValueError, match="has one of its own"):
-        ct.CoSiMultiHeadAttention.from_regular(own, seq_len=N)
     with pytest.raises(ValueError, match="Expected a keras"):
         ct.CoSiMultiHeadAttention.from_regular(keras.layers.Dense(2), seq_len=N)
     regular.query_dense.enable_lora(2)
     with pytest.raises(ValueError, match="low-rank"):
         ct.CoSiMultiHeadAttention.from_regular(regular, seq_len=N)
+
+
+@pytest.mark.parametrize(
+    "name", ["call", "_compute_attention", "_compute_attention_mask", "_masked_softmax"]
+)
+def test_an_attention_of_ones_own_is_refused(random, name):
+    def call(self, query, value, key=None, **kwargs):
+        return keras.layers.MultiHeadAttention.call(self, query, value, key, **kwargs)
+
+    def other(self, *args, **kwargs):
+        return getattr(keras.layers.MultiHeadAttention, name)(self, *args, **kwargs)
+
+    own = {name: call if name == "call" else other}
+    layer = type("Own", (keras.layers.MultiHeadAttention,), own)(H, D, name="mine")
+    x = random.normal(size=(2, N, E)).astype("float32")
+    layer(x, x, use_causal_mask=True)
+    with pytest.raises(ValueError, match=f"Expected the {name} of .*mine .Own. has one of its own"):
+        ct.CoSiMultiHeadAttention.from_regular(layer, seq_len=N)
+    inputs = keras.Input((N, E))
+    with pytest.raises(ValueError, match="cannot be converted.*[\\s\\S]*mine .Own. has one of its"):
+        ct.convert(keras.Model(inputs, layer(inputs, inputs)), seq_len=N)
+
+
+def test_a_subclass_of_the_streaming_layer_takes_what_it_is(random):
+    class Mine(ct.CoSiMultiHeadAttention):
+        def call(self, query, value=None, **kwargs):
+            return super().call(query, value, **kwargs)
+
+    x = random.normal(size=(2, N, E)).astype("float32")
+    layer = ct.CoSiMultiHeadAttention(N, H, D)
+    layer(x)
+    mine = Mine.from_regular(Mine.from_regular(layer, seq_len=N), seq_len=N)
+    np.testing.assert_array_equal(mine(x), layer(x))
+    with pytest.raises(ValueError, match="has one of its own"):
+        ct.CoSiMultiHeadAttention.from_regular(mine, seq_len=N)

@@ -210,3 +210,25 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
             ct.export(layer, tmp_path, **bad)
     with pytest.raises(ValueError, match="ct.convert makes"):
         ct.export(keras.Sequential([keras.Input((N, E)), keras.layers.Dense(1)]), tmp_path)
+
+
+def test_names_that_the_signatures_need_are_refused(tmp_path):
+    inputs = {name: keras.Input((N, E), name=name) for name in ("x", "streams")}
+    x = keras.layers.MultiHeadAttention(H, D)(*inputs.values())
+    with pytest.raises(ValueError, match="Expected no input by the name of 'streams'"):
+        ct.export(ct.convert(keras.Model(inputs, x), N), tmp_path)
+    y = keras.layers.MultiHeadAttention(H, D)(inputs["x"], inputs["x"])
+    ready = keras.Model(inputs["x"], {"ready": y, "y": y})
+    with pytest.raises(ValueError, match="Expected no output by the name of 'ready'"):
+        ct.export(ct.convert(ready, N), tmp_path)
+
+
+def test_a_sequential_model_that_was_never_in_another(random, tmp_path):
+    model = keras.Sequential([ct.CoSiMultiHeadAttention(N, H, D), keras.layers.Dense(2)])
+    x = random.normal(size=(2, N, E)).astype("float32")
+    model(x)
+    streaming = ct.StreamingModel(model, warm_up="partial")
+    ct.export(streaming, tmp_path / "saved", streams=2)
+    step = tf.saved_model.load(str(tmp_path / "saved")).signatures["step"]
+    got = step(x=tf.constant(x[:, 0]), streams=tf.range(2))
+    np.testing.assert_allclose(got["y"], streaming.call_step(x[:, 0]), rtol=1e-5, atol=1e-6)

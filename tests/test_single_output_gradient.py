@@ -118,6 +118,20 @@ def test_what_is_not_attended_to_has_no_gradient_and_does_no_harm(backend, rando
         np.testing.assert_array_equal(gradient[:, 2], 0 * gradient[:, 2])
 
 
+def test_a_query_that_attends_to_nothing_may_hold_anything(backend, random):
+    cache, inputs, weights, *_ = case(random, 5, 3)
+    mask = np.ones((3, 1, 3, 5), bool)
+    mask[1, :, 1] = False
+    query, key, value = (x.numpy() for x in inputs)
+    query[1, 1] = np.nan
+    inputs = [tf.constant(x) for x in (query, key, value)]
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        loss = loss_of(inputs, cache, weights, mask)
+    for gradient in tape.gradient(loss, inputs):
+        assert np.isfinite(gradient).all()
+
+
 @pytest.mark.parametrize("t", [1, 4])
 def test_in_a_graph(backend, random, t):
     """With the tape within it; and around it, where it takes several steps."""

@@ -59,10 +59,11 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         self._embed_dim = int(embed_dim)
         self._call_update_index_steps = int(call_update_index_steps)
         self.call_mode = call_mode
-        # The index of stream s is start + position[s].
+        # The index of stream s is start + offset[s] + position[s]. It has an offset where its state
+        # came from a layer that had another start.
         with tf.init_scope():
             self._start = tf.Variable(0, trainable=False, name="start", dtype=tf.int64)
-        self._stream_state = StreamState(0, name="state")
+        self._stream_state = StreamState(0, {"offset": ([], tf.int64)}, name="state")
 
     @property
     def input_features(self):
@@ -99,9 +100,10 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         """
         x = self._steps_input(x)
         # Windows beyond the streams that are held begin where a new stream would.
-        position = tf.concat([self._stream_state.position, tf.zeros([1], tf.int64)], 0)
-        window = tf.minimum(tf.range(tf.shape(x)[0]), tf.shape(position)[0] - 1)
-        output = self._add_rows(x, tf.gather(position, window))
+        state = self._stream_state
+        moved = tf.concat([state.offset + state.position, tf.zeros([1], tf.int64)], 0)
+        window = tf.minimum(tf.range(tf.shape(x)[0]), tf.shape(moved)[0] - 1)
+        output = self._add_rows(x, tf.gather(moved, window))
         self._start.assign_add(self._call_update_index_steps)
         return self._time_in_place(output)
 
@@ -143,7 +145,9 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         super().clean_state(streams)
 
     def get_state(self, streams=None):
-        """The state of streams: a dict of "index", int64 `[M]`, the row that is next.
+        """The state of streams: a dict of int64 arrays `[M]`. Eager mode only.
+
+        It has "index", the row that is next, and "position", how many steps were taken.
 
         Args:
             streams: integers `[M]`, which ones, in this order; None: all.
@@ -151,16 +155,23 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         Raises:
             ValueError: if a stream is not held, or is named twice.
         """
-        position = self._stream_state.get_state(streams)["position"]
-        return {"index": (position + self._start.numpy()) % self._max_len}
+        state = self._stream_state.get_state(streams)
+        index = (self._start.numpy() + state["offset"] + state["position"]) % self._max_len
+        return {"index": index, "position": state["position"]}
 
     def set_state(self, state, streams=None):
         """Puts back what `get_state` gave, here or in another layer; see `ContinualLayer`."""
-        if not isinstance(state, dict) or set(state) != {"index"}:
+        if not isinstance(state, dict) or set(state) != {"index", "position"}:
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"Expected a state with ['index'], but got {got}")
-        position = (np.asarray(state["index"]) - self._start.numpy()) % self._max_len
-        self._stream_state.set_state({"position": position}, streams)
+            raise ValueError(f"Expected a state with ['index', 'position'], but got {got}")
+        index, position = (np.asarray(state[name]) for name in ("index", "position"))
+        if index.shape != position.shape or not index.dtype == position.dtype == np.int64:
+            raise ValueError(
+                "Expected the state's index and position to be int64 [M], but got "
+                f"{index.dtype} {list(index.shape)} and {position.dtype} {list(position.shape)}"
+            )
+        offset = (index - self._start.numpy() - position) % self._max_len
+        self._stream_state.set_state({"offset": offset, "position": position}, streams)
 
     def _steps_input(self, x):
         """Windows or several steps as (B, T, E), wherever the user has time."""
@@ -187,20 +198,18 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         state = self._stream_state
         rows = tf.shape(x)[0] if x.shape[0] is None else x.shape[0]
         named = streams is not None
-        streams = state.checked(streams) if named else state.streams_of_call(None, rows)
-        if not streams.shape.is_compatible_with(x.shape[:1]):
-            raise ValueError(f"Expected {rows} streams, as x has rows, but got {streams.shape[0]}")
+        streams = state.checked(streams, rows) if named else state.streams_of_call(None, rows)
         with state.lock:
             position = tf.gather(state.position, streams)
-            output = self._add_rows(x, position)
+            output = self._add_rows(x, tf.gather(state.offset, streams) + position)
             if update_state:
                 steps = tf.cast(tf.shape(x)[1], tf.int64)
                 with tf.control_dependencies([output]):  # In a graph: if that fails, none moves.
                     state.position.scatter_nd_update(tf.expand_dims(streams, 1), position + steps)
         return output
 
-    def _add_rows(self, x, position):
-        """x [M, T, E] + the rows from start + position [M] on."""
+    def _add_rows(self, x, moved):
+        """x [M, T, E] + the rows from start + moved [M] on."""
         steps = tf.range(tf.shape(x, tf.int64)[1])
-        index = tf.math.floormod(self._start + tf.expand_dims(position, 1) + steps, self._max_len)
+        index = tf.math.floormod(self._start + tf.expand_dims(moved, 1) + steps, self._max_len)
         return x + tf.cast(tf.gather(self.embeddings.value, index), self.compute_dtype)

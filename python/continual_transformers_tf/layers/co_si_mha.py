@@ -284,7 +284,10 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         if self.active_call_mode == "regular":
             return self.call_regular(query, value, key, **arguments)
         call = self.call_step if self.active_call_mode == "step" else self.call_steps
-        return call(query, value, key, **arguments, streams=streams, update_state=update_state)
+        mask = getattr(query, "_keras_mask", None)
+        outputs = call(query, value, key, **arguments, streams=streams, update_state=update_state)
+        self._put_mask(mask, outputs[0] if return_attention_scores else outputs)
+        return outputs
 
     def call_regular(
         self,
@@ -442,9 +445,20 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
     # Symbolic shapes, and masks.
 
     def compute_mask(self, inputs, previous_mask):
-        if previous_mask is None or self.active_call_mode != "regular" or not self._single_output:
-            return previous_mask
-        return at_query_index(self, previous_mask, 1)
+        # Keras puts it on whatever a call has returned. Of steps that may be None, or fewer than
+        # there were: `call` does it.
+        if previous_mask is None or self.active_call_mode != "regular":
+            return None
+        return at_query_index(self, previous_mask, 1) if self._single_output else previous_mask
+
+    def _put_mask(self, mask, output):
+        """Puts Keras' mask of this call's steps on their output."""
+        # A delayed output's mask came with a step of an earlier call, and was not kept.
+        if mask is None or output is None or self.delay > 0:
+            return
+        if mask.shape.rank == 2:
+            mask = mask[:, -tf.shape(output)[1] :]
+        output._keras_mask = mask
 
     def compute_output_shape(self, query_shape, value_shape=None, key_shape=None):
         value_shape = query_shape if value_shape is None else value_shape

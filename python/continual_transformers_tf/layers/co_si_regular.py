@@ -1,6 +1,7 @@
 """What a regular call of `CoSiMultiHeadAttention` does: Keras' own attention, and one row of it."""
 
 import keras
+import tensorflow as tf
 
 
 def attend_windows(
@@ -49,9 +50,13 @@ def attend_windows(
 def at_query_index(layer, x, axis):
     """The one row of x at `query_index` of this axis, which is kept."""
     index, size = layer._query_index, x.shape[axis]
+    expected = f"Expected windows that have a step {index}, query_index, but got"
     if size is not None and not -size <= index < size:
-        raise ValueError(
-            f"Expected windows that have a step {index}, query_index, but got {size} steps"
-        )
+        raise ValueError(f"{expected} {size} steps")
+    if size is None and tf.is_tensor(x):  # In a graph; symbolic tensors have no values to check.
+        size = tf.shape(x)[axis]
+        fits = tf.debugging.Assert((-size <= index) & (index < size), [expected, size, "steps"])
+        with tf.control_dependencies([fits]):
+            x = tf.identity(x)
     lead = (slice(None),) * axis
     return x[(*lead, slice(index, None))][(*lead, slice(1))]

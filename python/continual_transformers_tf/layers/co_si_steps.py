@@ -44,9 +44,8 @@ def take_steps(
             ("key_mask", key_mask),
         )
     )
-    streams = cache.streams_of_call(
-        streams, tf.shape(query)[0] if query.shape[0] is None else query.shape[0]
-    )
+    rows = tf.shape(query)[0] if query.shape[0] is None else query.shape[0]
+    streams = cache.streams_of_call(streams, rows)
     keys = project(key, layer._key_dense, dtype, training)
     values = project(value, layer._value_dense, dtype, training)
     asks = {"query": project(query, layer._query_dense, dtype, training)}
@@ -57,7 +56,7 @@ def take_steps(
 
     with cache.lock:
         if layer.delay > 0:
-            streams = cache.checked(streams)
+            streams = cache.checked(streams, rows)
             position = tf.gather(cache.position, streams)
             new, asks = _exchange(layer, asks, streams, position)
         if "query_mask" in asks:
@@ -138,7 +137,10 @@ def _exchange(layer, asks, streams, position):
     }
     # Before as many steps as it is delayed by there is no query.
     step = tf.expand_dims(position, 1) + tf.range(tf.cast(shape[1], tf.int64))
-    due["query_mask"] &= step >= layer.delay
+    waited = step >= layer.delay
+    due["query_mask"] &= waited
+    if "gate" in due:  # Selected: what an earlier stream left there may be NaN.
+        due["gate"] = tf.where(waited[:, :, tf.newaxis, tf.newaxis], due["gate"], 0)
     return new, due
 
 

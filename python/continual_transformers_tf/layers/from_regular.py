@@ -2,17 +2,29 @@
 
 import keras
 
+# What a regular call computes with; not every version of Keras has all of them.
+COMPUTATION = (
+    "call",
+    "_compute_attention",
+    "_compute_attention_mask",
+    "_compute_causal_mask",
+    "_compute_sliding_window_mask",
+    "_masked_softmax",
+)
+
 
 def co_si_from_regular(cls, layer, seq_len, options):
     """See `CoSiMultiHeadAttention.from_regular`."""
     regular = keras.layers.MultiHeadAttention
     if not isinstance(layer, regular):
         raise ValueError(f"Expected a keras.layers.MultiHeadAttention, but got {layer!r}")
-    if type(layer)._compute_attention is not regular._compute_attention:
-        raise ValueError(
-            f"Expected the attention of keras.layers.MultiHeadAttention, but {layer.name} "
-            f"({type(layer).__name__}) has one of its own"
-        )
+    for name in COMPUTATION:
+        method = getattr(type(layer), name, None)
+        if not any(vars(base).get(name) is method for base in cls.__mro__):
+            raise ValueError(
+                f"Expected the {name} of keras.layers.MultiHeadAttention, but {layer.name} "
+                f"({type(layer).__name__}) has one of its own"
+            )
     if not layer.built:
         raise ValueError(
             f"Expected a built layer, which has weights to take, but {layer.name} was never called"

@@ -11,15 +11,16 @@ def convert(model, seq_len, **options):
     """A model with the weights of a Keras model, which also answers at every step of a stream.
 
     Every `keras.layers.MultiHeadAttention` becomes a `CoSiMultiHeadAttention` with a window of
-    `seq_len` steps. Regular calls give what they gave; steps give what a regular call gives for the
-    newest step of the window (see `StreamingModel`).
+    `seq_len` steps, and layers that are continual already get that window. Regular calls give what
+    they gave; steps give what a regular call gives for the newest step of the window (see
+    `StreamingModel`).
 
     Args:
         model: a functional or built sequential `keras.Model`, models within it likewise. It stays
             as it is.
         seq_len: N, the window: how many of the newest steps a step's query attends to.
         **options: `warm_up`, `call_mode` and `name` of the `StreamingModel`, and `cache_dtype` of
-            its attention.
+            its attention. What is left out stays as it was in a model that streams already.
 
     Returns:
         A `StreamingModel`. Its weights are copies.
@@ -28,27 +29,32 @@ def convert(model, seq_len, **options):
         ValueError: if something in the model cannot be converted, or run on steps: for every layer
             that stands in the way the reason.
     """
-    cache_dtype = options.pop("cache_dtype", None)
+    attention = {"seq_len": seq_len}
+    if options.get("cache_dtype") is not None:
+        attention["cache_dtype"] = options["cache_dtype"]
+    options.pop("cache_dtype", None)
     if not isinstance(model, keras.Model):
         raise ValueError(
             f"Expected a keras.Model, but got {model!r}. (For a layer alone there is "
             "CoSiMultiHeadAttention.from_regular.)"
         )
+    options = {"name": model.name, **options}
     if isinstance(model, StreamingModel):
+        options = {"warm_up": model.warm_up, "call_mode": model.call_mode, **options}
         model = model.model
     problems = []
 
     def convert_layer(layer):
-        if isinstance(layer, ContinualLayer):
-            return layer.__class__.from_config(layer.get_config())
-        if isinstance(layer, keras.layers.MultiHeadAttention):
-            try:
-                return CoSiMultiHeadAttention.from_regular(
-                    layer, seq_len, single_output=False, cache_dtype=cache_dtype
-                )
-            except ValueError as error:
-                problems.append(str(error))
-        elif isinstance(layer, keras.layers.GroupQueryAttention):
+        try:
+            if isinstance(layer, StreamingModel):
+                return convert(layer, **attention)
+            if isinstance(layer, ContinualLayer):
+                return _with_options(layer, attention)
+            if isinstance(layer, keras.layers.MultiHeadAttention):
+                return CoSiMultiHeadAttention.from_regular(layer, single_output=False, **attention)
+        except ValueError as error:
+            problems.append(str(error))
+        if isinstance(layer, keras.layers.GroupQueryAttention):
             problems.append(f"{layer.name} ({type(layer).__name__}) has no continual twin here")
         return layer.__class__.from_config(layer.get_config())
 
@@ -64,4 +70,14 @@ def convert(model, seq_len, **options):
         raise ValueError(
             f"{model.name} cannot be converted:\n" + "\n".join(f"- {p}" for p in problems)
         )
-    return StreamingModel(copy, **{"name": model.name, **options})
+    return StreamingModel(copy, **options)
+
+
+def _with_options(layer, options):
+    """A continual layer like another, with these options where it has a window."""
+    config = layer.get_config()
+    if "seq_len" in config:
+        if not set(options) <= set(config):
+            raise ValueError(f"{layer.name} ({type(layer).__name__}) takes no cache_dtype")
+        config |= options
+    return layer.__class__.from_config(config)

@@ -35,8 +35,8 @@ def export(model, path, streams=None, inputs=None):
             one input, "x".
 
     Raises:
-        ValueError: if the model is not a built continual layer or `StreamingModel`, or `inputs` has
-            no meaning.
+        ValueError: if the model is not a built continual layer or `StreamingModel`, `inputs` has
+            no meaning, or an input or output has a name that the signature needs.
     """
     if not isinstance(model, ContinualLayer):
         raise ValueError(
@@ -53,7 +53,7 @@ def export(model, path, streams=None, inputs=None):
     def step(streams, **steps):
         given = [steps[name] for name in signature]  # tf.function has them in its own order.
         if isinstance(model, keras.Model):
-            given = keras.tree.pack_sequence_as(model.model.input, given)
+            given = keras.tree.pack_sequence_as(model._graph.model.input, given)
             y = model.call_step(given, streams=streams)
         else:
             y = model.call_step(*given, streams=streams)
@@ -94,6 +94,13 @@ def _input_signature(model, inputs):
             raise ValueError(f"Expected no inputs, which a model names itself, but got {inputs}")
         symbolic = model.model.inputs
         names = ["x"] if len(symbolic) == 1 else [x.name for x in symbolic]
+        if "streams" in names:
+            raise ValueError(f"Expected no input by the name of 'streams', but got {names}")
+        outputs = model._graph.model.output
+        if isinstance(outputs, dict) and "ready" in outputs:
+            raise ValueError(
+                f"Expected no output by the name of 'ready', but got {sorted(outputs)}"
+            )
         return {
             name: tf.TensorSpec([None, *x.shape[2:]], x.dtype, name=name)
             for name, x in zip(names, symbolic, strict=True)

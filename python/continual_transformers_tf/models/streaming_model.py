@@ -1,6 +1,7 @@
 """A Keras model that answers at every step of an endless stream."""
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf.layers.continual_layer import (
@@ -113,9 +114,7 @@ class StreamingModel(ContinualLayer, keras.Model):
             ValueError, tf.errors.InvalidArgumentError: if shapes, dtypes or streams do not fit. The
                 streams then go on as if the call had not been made.
         """
-        steps = keras.tree.map_structure(
-            lambda x: tf.expand_dims(x, 1), self._inputs(inputs, axes_of_steps=1)
-        )
+        steps = [tf.expand_dims(x, 1) for x in self._inputs(inputs, axes_of_steps=1)]
         outputs = self._take_steps(steps, training, streams, update_state)
         return keras.tree.map_structure(lambda y: None if y is None else tf.squeeze(y, 1), outputs)
 
@@ -136,34 +135,50 @@ class StreamingModel(ContinualLayer, keras.Model):
         return self._take_steps(inputs, training, streams, update_state)
 
     def _inputs(self, inputs, axes_of_steps):
-        """The inputs as tensors, with the features that the model was built for."""
-        flat = keras.tree.flatten(inputs)
+        """The inputs as a list of tensors, with the features that the model was built for."""
+        flat = keras.tree.flatten(self._by_name(inputs))
         if len(flat) != len(self.model.inputs):
             raise ValueError(f"Expected {len(self.model.inputs)} inputs, but got {len(flat)}")
+        letters = ("M", "T")[:axes_of_steps]
         tensors = []
         for x, symbolic in zip(flat, self.model.inputs, strict=True):
             x = tf.convert_to_tensor(x)
-            lead = [None] * axes_of_steps
-            expected = [*lead, *symbolic.shape[2:]]
-            if not x.shape.is_compatible_with(expected):
-                letters = "(M" if axes_of_steps == 1 else "(M, T"
-                features = "".join(f", {n}" for n in symbolic.shape[2:])
+            features = symbolic.shape[2:]
+            if not x.shape.is_compatible_with([*[None] * axes_of_steps, *features]):
+                expected = ", ".join(str(n) for n in (*letters, *features))
                 raise ValueError(
-                    f"Expected {symbolic.name} of shape {letters}{features}), but got "
-                    f"{tuple(x.shape)}"
+                    f"Expected {symbolic.name} of shape ({expected}), but got {tuple(x.shape)}"
                 )
             if axes_of_steps == 2 and x.shape[1] == 0:
                 raise ValueError(f"Expected at least one step, but got {tuple(x.shape)}")
+            if x.dtype.is_floating and "int" in symbolic.dtype:
+                raise ValueError(f"Expected {symbolic.name} of integers, but got {x.dtype.name}")
             tensors.append(tf.cast(x, symbolic.dtype))
-        return keras.tree.pack_sequence_as(inputs, tensors)
+        return _of_same_steps(tensors, letters)
+
+    def _by_name(self, inputs):
+        """The inputs in the structure of the model's own, where one of the two is a dict."""
+        # A sequential model knows its own only if it was called as a part of another.
+        own = self._graph.model.input
+        names = list(own) if isinstance(own, dict) else [x.name for x in self.model.inputs]
+        expected = f"Expected inputs by the names of {' and '.join(map(repr, names))}"
+        if not isinstance(inputs, dict):
+            if isinstance(own, dict) and len(keras.tree.flatten(inputs)) == len(names) > 1:
+                raise ValueError(f"{expected}, but got a {type(inputs).__name__}")
+            return inputs
+        if set(inputs) != set(names):
+            raise ValueError(f"{expected}, but got {sorted(inputs)}")
+        if isinstance(own, dict):
+            return type(own)((name, inputs[name]) for name in names)
+        return [inputs[name] for name in names]
 
     def _take_steps(self, inputs, training, streams, update_state):
-        first = keras.tree.flatten(inputs)[0]
+        first = inputs[0]
         with call_mode("steps"), always_partial():
             outputs = self._graph.run(
                 inputs, training=training, streams=streams, update_state=update_state
             )
-        if self._warm_up == "partial" or not tf.executing_eagerly():
+        if self.active_warm_up == "partial":
             return outputs
         rows = range(first.shape[0]) if streams is None else streams
         taken = tf.gather(self.position, tf.cast(rows, tf.int32)).numpy().max(initial=0)
@@ -229,11 +244,36 @@ class StreamingModel(ContinualLayer, keras.Model):
         if not isinstance(state, dict) or set(state) != set(layers):
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"Expected a state with {sorted(layers)}, but got {got}")
+        taken = [x["position"] for x in state.values() if isinstance(x, dict) and "position" in x]
+        if not all(np.array_equal(x, taken[0]) for x in taken):
+            raise ValueError(
+                "Expected a state in which all layers have taken the same steps, but got positions "
+                f"{[np.asarray(x).tolist() for x in taken]}"
+            )
         before = self.get_state()
         try:
             for name, layer in layers.items():
                 layer.set_state(state[name], streams)
-        except ValueError:
+        except Exception:
             for name, layer in layers.items():
                 layer.set_state(before[name])
             raise
+
+
+def _of_same_steps(tensors, letters):
+    """The tensors, known to agree in their first axes: where they do not, no layer has moved yet.
+
+    Raises:
+        ValueError: if they do not; in a graph tf.errors.InvalidArgumentError, when it runs.
+    """
+    first, axes = tensors[0], len(letters)
+    expected = f"Expected inputs of the same {' and '.join(letters)}"
+    for x in tensors[1:]:
+        if not x.shape[:axes].is_compatible_with(first.shape[:axes]):
+            raise ValueError(f"{expected}, but got {tuple(first.shape)} and {tuple(x.shape)}")
+    if len(tensors) == 1 or all(x.shape[:axes].is_fully_defined() for x in tensors):
+        return tensors
+    sizes = tf.shape(first)[:axes]
+    fits = [tf.debugging.assert_equal(tf.shape(x)[:axes], sizes, expected) for x in tensors[1:]]
+    with tf.control_dependencies(fits):
+        return [tf.identity(x) for x in tensors]

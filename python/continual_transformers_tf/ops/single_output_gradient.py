@@ -89,9 +89,9 @@ def _gradients(query, keys, values, has_key, position, mask, scale, d_output, d_
         q, k, v = query[:, :, chunk], keys[:, :, span], values[:, :, span]
         products = tf.where(attended, tf.matmul(q, k, transpose_b=True), 0)
         weights = _softmax(scale * products, attended)
-        # What was not attended to may be NaN, and zero times NaN is NaN. What was has by now made
-        # the weights NaN, or the loss.
-        k, v = (tf.where(tf.math.is_finite(x), x, 0) for x in (k, v))
+        # What was not attended to, or attended to nothing, may be NaN, and zero times NaN is NaN.
+        # What was has by now made the weights NaN, or the loss.
+        q, k, v = (tf.where(tf.math.is_finite(x), x, 0) for x in (q, k, v))
         d_weights = tf.matmul(d_output[:, :, chunk], v, transpose_b=True)
         if d_scores is not None:
             d_weights += tf.where(attended, _by_age(d_scores[:, :, chunk], age), 0)

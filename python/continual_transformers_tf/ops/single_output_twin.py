@@ -106,7 +106,7 @@ def _attend(query, keys, values, attended, scale, dropout):
     weights = tf.exp(logits - highest)
     # A row where nothing is attended to: zeros, not 0 / 0.
     weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights, -1, keepdims=True))
-    dropped = weights if dropout is None else dropout(weights)
+    dropped = weights if dropout is None else tf.cast(dropout(weights), dtype)
     return tf.einsum("mhtn,mhtnd->mthd", dropped, values), weights
 
 

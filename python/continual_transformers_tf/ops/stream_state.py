@@ -94,18 +94,29 @@ class StreamState(tf.Module):
             return tf.range(rows)
         return _first_streams(rows)
 
-    def checked(self, streams):
+    def checked(self, streams, rows=None):
         """`stream_tensor(streams)`, of which each is known to be held, and named once.
 
+        Args:
+            streams: integers `[M]`, as the user gave them.
+            rows: M, where it is known from elsewhere: an int, or in a graph an int32 scalar tensor.
+
         Raises:
-            ValueError: if one is not; in a graph tf.errors.InvalidArgumentError, when it runs.
+            ValueError: if one is not, or they are not M; in a graph
+                tf.errors.InvalidArgumentError, when it runs.
         """
         streams = stream_tensor(streams)
         held = tf.shape(self.position)[0]
+        if isinstance(rows, int) and not streams.shape.is_compatible_with([rows]):
+            raise ValueError(f"Expected {rows} streams, one a row, but got {streams.shape[0]}")
         if tf.executing_eagerly():
             check_streams(streams.numpy(), int(held))
             return streams
-        with tf.control_dependencies(stream_assertions(streams, held)):
+        assertions = stream_assertions(streams, held)
+        if rows is not None:
+            message = "Expected as many streams as there are rows"
+            assertions.append(tf.debugging.assert_equal(tf.shape(streams)[0], rows, message))
+        with tf.control_dependencies(assertions):
             return tf.identity(streams)
 
     def clean_state(self, streams=None):
@@ -117,14 +128,18 @@ class StreamState(tf.Module):
         Raises:
             ValueError: if a stream is not held, or is named twice.
         """
-        # A row that no step has written since is never read, so all but the position may stay.
+        # A row that no step has written since is never read, so all but single numbers, such as the
+        # position, may stay.
+        numbers = [v for v in self._variables.values() if v.shape.rank == 1]
         with self.lock:
-            if streams is None:
-                self.position.assign(tf.zeros_like(self.position))
-            else:
+            if streams is not None:
                 streams = self.checked(streams)
-                zeros = tf.zeros_like(streams, dtype=tf.int64)
-                self.position.scatter_nd_update(streams[:, tf.newaxis], zeros)
+            for number in numbers:
+                if streams is None:
+                    number.assign(tf.zeros_like(number))
+                else:
+                    zeros = tf.zeros_like(streams, dtype=number.dtype)
+                    number.scatter_nd_update(streams[:, tf.newaxis], zeros)
 
     def get_state(self, streams=None):
         """The state of streams, as plain data. Eager mode only.
@@ -157,7 +172,10 @@ class StreamState(tf.Module):
         if not isinstance(state, dict) or set(state) != set(variables):
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"Expected a state with {sorted(variables)}, but got {got}")
-        state = {name: np.asarray(state[name]) for name in variables}
+        state = {
+            name: _as_kept(state[name], variable.dtype.as_numpy_dtype)
+            for name, variable in variables.items()
+        }
         rows = np.size(state["position"]) if streams is None else stream_tensor(streams).shape[0]
         for name, variable in variables.items():
             expected = (variable.dtype.as_numpy_dtype, (rows, *variable.shape[1:]))
@@ -177,6 +195,14 @@ class StreamState(tf.Module):
             indices = self.checked(streams)[:, tf.newaxis]
             for name, variable in variables.items():
                 variable.scatter_nd_update(indices, state[name])
+
+
+def _as_kept(array, dtype):
+    """An array of the state, which may come from a file of NumPy's: these know no bfloat16."""
+    array = np.asarray(array)
+    if np.dtype(dtype).kind == "V" and array.dtype == np.dtype((np.void, np.dtype(dtype).itemsize)):
+        return array.view(dtype)
+    return array
 
 
 # A tf.range would cost every eager step one more op.
