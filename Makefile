@@ -11,9 +11,9 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 BIN := .venv/bin
 RUN_BAZEL := bazel/offline/configure.sh && PATH="$(CURDIR)/$(BIN):$$PATH" $(BAZEL)
 TENSORFLOW = $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('cc/library.bzl')['TENSORFLOW_DEFAULT'])")
-FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc tests/cc/*.cc examples/cpp/*.cc)
+FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc tests/cc/*.cc benchmarks/cc/*.cc examples/cpp/*.cc)
 
-.PHONY: demo test test-slow lint format bazel-build bazel-test wheel clean
+.PHONY: demo test test-slow lint format bazel-build bazel-test sanitize bench-cc wheel clean
 
 demo: .venv/installed
 	$(BIN)/continual-transformers demo --picture build/demo.png
@@ -21,7 +21,7 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
 
-# The tests that take minutes: wheels in clean environments.
+# The tests that take minutes: wheels in clean environments, every target of the kernels.
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
 
@@ -40,6 +40,15 @@ bazel-build: .venv/installed
 
 bazel-test: .venv/installed
 	$(RUN_BAZEL) test $(BAZEL_FLAGS) //...
+
+# The C++ tests with AddressSanitizer and UBSan, and with ThreadSanitizer.
+sanitize: .venv/installed
+	$(RUN_BAZEL) test $(BAZEL_FLAGS) --config=asan //tests:cc
+	$(RUN_BAZEL) test $(BAZEL_FLAGS) --config=tsan //tests:cc
+
+# The kernels alone, next to a plain read of the same bytes.
+bench-cc: .venv/installed
+	$(RUN_BAZEL) run $(BAZEL_FLAGS) //benchmarks:single_output_benchmark
 
 # Into dist/.
 wheel: .venv/installed

@@ -4,6 +4,6 @@ set -euo pipefail
 offline=$(cd "$(dirname "$0")" && pwd)
 target=$offline/../../build/offline.bazelrc
 mkdir -p "$(dirname "$target")"
-for repository in googletest:com_google_googletest remote_coverage_tools rules_cc; do
+for repository in benchmark:com_google_benchmark googletest:com_google_googletest remote_coverage_tools rules_cc; do
   echo "build:offline --override_repository=${repository#*:}=$offline/${repository%%:*}"
 done >"$target"

@@ -68,9 +68,6 @@ class OneOpStep:
         state = [cache.key, cache.value, cache.key_mask, cache.position]
         self._variables = BoundVariables(self._fused, state + rings + weights)
 
-    # TensorFlow looks up the line of every Python frame above an eager op, which takes the longer the
-    # further down its function a line is. So the functions that are open then are few and short: in
-    # one long one a step of E=128 took 6 us more.
     def __call__(self, return_attention_scores, *arguments):
         """A step's outputs and scores, or (None, None) while the window fills.
 

@@ -4,6 +4,7 @@ import tensorflow as tf
 from tensorflow.python import pywrap_tfe
 from tensorflow.python.eager import context, core
 from tensorflow.python.framework import ops
+from tensorflow.python.ops import resource_variable_ops
 
 OP = "ContinualTransformers>CoSiMultiHeadAttentionStep"
 
@@ -29,7 +30,12 @@ class BoundVariables:
 
     def op_inputs(self, eager):
         """What the op takes: eagerly one resource; in a graph, which may be saved, them all."""
-        return self._bound if eager else [variable.handle for variable in self._variables]
+        if eager:
+            return self._bound
+        for variable in self._variables:
+            # As reading it would: a graph that is saved has to know what it is made of.
+            resource_variable_ops.variable_accessed(variable)
+        return [variable.handle for variable in self._variables]
 
 
 def co_si_mha_step(fused, inputs, attributes):

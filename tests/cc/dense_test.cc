@@ -1,0 +1,125 @@
+// x W + b, against sums in double, on every target.
+
+#include "cc/attention/dense.h"
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cc/attention/elementwise.h"
+#include "cc/attention/half.h"
+#include "cc/attention/targets.h"
+#include "gtest/gtest.h"
+
+namespace continual_transformers {
+namespace {
+
+template <typename W>
+W Rounded(double x) {
+  return static_cast<W>(x);
+}
+template <>
+BFloat16 Rounded<BFloat16>(double x) {
+  return {static_cast<uint16_t>(BitsOfFloat(static_cast<float>(x)) >> 16)};
+}
+
+class DenseTest : public ::testing::TestWithParam<Target> {
+ protected:
+  void SetUp() override { ASSERT_EQ(UseTarget(NameOf(GetParam())), ""); }
+  void TearDown() override { UseTarget(""); }
+
+  // Both in one piece and in three, which must be the same bits. The element behind each buffer's
+  // last is NaN, and stays so.
+  template <typename T, typename W>
+  void Check(int64_t rows, int64_t inputs, int64_t outputs, bool use_bias, double bound) {
+    SCOPED_TRACE("M " + std::to_string(rows) + " " + std::to_string(inputs) + " x " +
+                 std::to_string(outputs));
+    std::normal_distribution<double> normal;
+    const T nan = std::numeric_limits<T>::quiet_NaN();
+    std::vector<T> x(rows * inputs + 1, nan), bias(outputs + 1, nan);
+    std::vector<T> y(rows * outputs + 1, nan), parts = y;
+    std::vector<W> w(inputs * outputs + 1, Rounded<W>(nan));
+    for (int64_t i = 0; i < rows * inputs; ++i) x[i] = normal(random_);
+    for (int64_t i = 0; i < inputs * outputs; ++i) w[i] = Rounded<W>(normal(random_));
+    for (int64_t i = 0; i < outputs; ++i) bias[i] = normal(random_);
+    Dense<T, W> dense = {x.data(), w.data(), use_bias ? bias.data() : nullptr, y.data(), rows,
+                         inputs,   outputs};
+    const int64_t tasks = DenseTasks(outputs);
+    TakeDenseTasks(dense, 0, tasks);
+    dense.output = parts.data();
+    TakeDenseTasks(dense, tasks / 2, tasks);
+    TakeDenseTasks(dense, 0, tasks / 3);
+    TakeDenseTasks(dense, tasks / 3, tasks / 2);
+    for (int64_t m = 0; m < rows; ++m) {
+      for (int64_t o = 0; o < outputs; ++o) {
+        double expected = use_bias ? bias[o] : 0, scale = 1;
+        for (int64_t i = 0; i < inputs; ++i) {
+          const double product = x[m * inputs + i] * static_cast<double>(Widen(w[i * outputs + o]));
+          expected += product;
+          scale += std::abs(product);
+        }
+        ASSERT_NEAR(y[m * outputs + o], expected, bound * scale);
+        ASSERT_EQ(y[m * outputs + o], parts[m * outputs + o]);
+      }
+    }
+    EXPECT_TRUE(std::isnan(y.back()) && std::isnan(parts.back()));
+  }
+
+  std::mt19937 random_{3};
+};
+
+TEST_P(DenseTest, Grid) {
+  for (int64_t rows : {0, 1, 2, 3, 4, 5, 7, 8, 33}) {
+    for (int64_t inputs : {1, 7, 8, 33, 128}) {
+      for (int64_t outputs : {1, 15, 16, 17, 63, 64, 65, 200, 1100}) {
+        const bool use_bias = (rows + inputs) % 2 == 0;
+        Check<float, float>(rows, inputs, outputs, use_bias, 1e-6);
+        Check<float, BFloat16>(rows, inputs, outputs, use_bias, 1e-6);
+        Check<double, double>(rows, inputs, outputs, use_bias, 1e-15);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+TEST_P(DenseTest, NarrowRoundsToTheNearestEven) {
+  // Of bfloat16 a unit at 1 is 2^-7, of half 2^-10.
+  const std::vector<float> x = {1,     1 + 0x1p-8f, 1 + 0x1.8p-7f, -1 - 0x1.1p-8f,
+                                3e38f, 0,           -0.0f,         INFINITY};
+  const std::vector<uint16_t> expected = {0x3f80, 0x3f80, 0x3f82, 0xbf81,
+                                          0x7f62, 0,      0x8000, 0x7f80};
+  std::vector<BFloat16> narrow(x.size());
+  Narrow(x.data(), static_cast<int64_t>(x.size()), narrow.data());
+  for (size_t i = 0; i < x.size(); ++i) EXPECT_EQ(narrow[i].bits, expected[i]) << x[i];
+
+  const std::vector<float> y = {1, 1 + 0x1p-11f, 1 + 0x1.8p-10f, -1 - 0x1.1p-11f, 0x1p-24f, 65504};
+  const std::vector<uint16_t> halves = {0x3c00, 0x3c00, 0x3c02, 0xbc01, 0x0001, 0x7bff};
+  std::vector<Float16> half(y.size());
+  Narrow(y.data(), static_cast<int64_t>(y.size()), half.data());
+  for (size_t i = 0; i < y.size(); ++i) EXPECT_EQ(half[i].bits, halves[i]) << y[i];
+}
+
+template <typename T>
+void CheckSigmoid(double bound) {
+  std::vector<T> x;
+  for (int i = -2000; i <= 2000; ++i) x.push_back(i * T(0.4));
+  std::vector<T> y = x;
+  Sigmoid(y.data(), static_cast<int64_t>(y.size()));
+  for (size_t i = 0; i < x.size(); ++i) {
+    EXPECT_NEAR(y[i], 1 / (1 + std::exp(-static_cast<double>(x[i]))), bound) << x[i];
+  }
+}
+
+TEST_P(DenseTest, Sigmoid) {
+  CheckSigmoid<float>(2e-7);
+  CheckSigmoid<double>(4e-16);
+}
+
+INSTANTIATE_TEST_SUITE_P(Targets, DenseTest, ::testing::ValuesIn(AvailableTargets()),
+                         [](const auto& info) { return NameOf(info.param); });
+
+}  // namespace
+}  // namespace continual_transformers
