@@ -1,0 +1,282 @@
+"""The whole layer's step as one op: equal to the same step by several, and what it is made of."""
+
+import copy
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import continual_transformers_tf as ct
+import reference
+from co_si_mha_cases import E, H, N, pair
+from conftest import BAD_INPUT
+
+# Every combination in few cases: inputs, masks, scores, and what the layer is made of.
+LAYERS = [
+    {},
+    dict(use_bias=False),
+    dict(use_gate=True),
+    dict(value_dim=3, output_shape=(2, 4)),
+    dict(dtype="float64", use_gate=True),
+    dict(query_index=0),
+    dict(query_index=-3, use_gate=True, value_dim=2),
+    dict(sliding_window=3, query_index=2),
+    dict(cache_dtype="bfloat16"),
+    dict(cache_dtype="float16", use_bias=False),
+    dict(warm_up="none", query_index=1),
+]
+
+
+@pytest.mark.parametrize("options", LAYERS, ids=str)
+def test_one_op_is_the_several_ops(monkeypatch, random, options):
+    """The same weights, steps, streams and masks: the outputs, scores and state of plain ops."""
+    options = {"warm_up": "partial", **options}
+    layers = {}
+    for backend in ("fused", "tensorflow"):
+        layers[backend] = layer = ct.CoSiMultiHeadAttention(N, H, 5, **options)
+        layer.build((None, 1, E), (None, 1, E + 1), (None, 1, E + 2))
+        keras.utils.set_random_seed(1)
+        layer.set_weights([np.random.normal(scale=0.4, size=w.shape) for w in layer.weights])
+        layer.ensure_streams(4)
+    exact = 1e-12 if options.get("dtype") == "float64" else 5e-6
+    # A float's last bit may send a key to the other side of a half's.
+    bound = {"bfloat16": 2e-2, "float16": 2e-3}.get(options.get("cache_dtype"), exact)
+    for step in range(3 * N):
+        m = random.integers(1, 5)
+        x = [random.normal(size=(m, size)) for size in (E, E + 1, E + 2)]
+        arguments = dict(
+            streams=random.permutation(4)[:m] if step % 2 or m < 4 else None,
+            attention_mask=random.random((m, H, N)) < 0.8 if step % 3 == 0 else None,
+            query_mask=random.random(m) < 0.8 if step % 4 == 0 else None,
+            key_mask=random.random(m) < 0.8 if step % 5 == 0 else None,
+            value_mask=random.random(m) < 0.8 if step % 3 == 1 else None,
+            use_causal_mask=step % 7 == 0,
+            update_state=step % 6 != 5,
+            return_attention_scores=True,
+        )
+        results = {}
+        for backend, layer in layers.items():
+            monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", backend)
+            results[backend] = layer.call_step(*x, **arguments)
+        (output, scores), (expected, expected_scores) = results.values()
+        assert (output is None) == (expected is None)
+        if output is not None:
+            assert output.shape == expected.shape
+            assert output.dtype == expected.dtype
+            assert reference.relative_error(output, expected.numpy()) < bound
+            np.testing.assert_allclose(scores, expected_scores, atol=bound)
+    assert layers["fused"]._one_op_step is not None
+    assert layers["tensorflow"]._one_op_step is None
+    states = [layer.get_state() for layer in layers.values()]
+    for name, array in states[0].items():
+        if name == "key_mask" or array.dtype.kind in "ib":
+            np.testing.assert_array_equal(array, states[1][name])
+
+
+def plain_step(layer, x):
+    """The same by several ops: under a tape, which asks for a gradient."""
+    with tf.GradientTape():
+        return layer.call_step(x)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 31])
+@pytest.mark.parametrize(("features", "heads", "size"), [(24, 3, 8), (33, 1, 33), (130, 5, 12)])
+def test_rows_and_sizes(monkeypatch, random, rows, features, heads, size):
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
+    layer, _ = pair(17, heads, size, features, random=random, layer_options=dict(warm_up="partial"))
+    for _ in range(3):
+        x = random.normal(size=(rows, features)).astype("float32")
+        state = layer.get_state()
+        expected = plain_step(layer, x).numpy()
+        layer.set_state(state)
+        assert reference.relative_error(layer.call_step(x), expected) < 5e-6
+
+
+def test_weights_that_change_are_heeded(monkeypatch, random):
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
+    layer, _ = pair(random=random, layer_options=dict(warm_up="partial"))
+    x = random.normal(size=(1, E)).astype("float32")
+    layer.call_step(x)
+    layer.output_dense.kernel.assign(2 * layer.output_dense.kernel)
+    state = layer.get_state()
+    expected = plain_step(layer, x).numpy()
+    layer.set_state(state)
+    assert reference.relative_error(layer.call_step(x), expected) < 5e-6
+
+
+def test_a_low_rank_addition_ends_the_one_op(monkeypatch, executed_ops, random):
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
+    layer, _ = pair(random=random, layer_options=dict(warm_up="partial"))
+    x = tf.constant(random.normal(size=(1, E)).astype("float32"))
+    layer.call_step(x)
+    layer.value_dense.enable_lora(2)
+    executed_ops.clear()
+    layer.call_step(x)
+    assert "ContinualTransformers>SingleOutputAttention" in executed_ops
+
+
+def test_a_step_is_differentiated_by_several_ops(monkeypatch, random):
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
+    layer, _ = pair(random=random, layer_options=dict(warm_up="partial"))
+    x = tf.Variable(random.normal(size=(1, E)).astype("float32"))
+    layer.call_step(x)
+    with tf.GradientTape() as tape:
+        y = tf.reduce_sum(layer.call_step(x) ** 2)
+    assert all(g is not None for g in tape.gradient(y, layer.trainable_weights))
+    graph = tf.function(layer.call_step)
+    graph(x)  # Traced for serving, with no tape about it.
+    with tf.GradientTape() as tape:
+        y = tf.reduce_sum(graph(x))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="training=True"):
+        tape.gradient(y, x)
+
+
+def test_a_deep_copy_steps_by_itself(monkeypatch, random):
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
+    layer, _ = pair(random=random, layer_options=dict(warm_up="partial"))
+    x = random.normal(size=(1, E)).astype("float32")
+    layer.call_step(x)
+    step = layer._one_op_step
+    assert copy.deepcopy(step) is None  # It would bind the first layer's variables.
+
+
+@pytest.mark.parametrize("what", [
+    dict(streams=[0, 7]), dict(streams=[1, 1]), dict(streams=[0]), dict(key_mask=[True]),
+    dict(query_mask=[True, False, True]), dict(attention_mask=np.ones((2, N + 1), bool)),
+    dict(attention_mask=np.ones((2, H, N), np.float32)),
+], ids=str)  # fmt: skip
+def test_what_does_not_fit_changes_nothing(monkeypatch, random, what):
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
+    layer, _ = pair(random=random, layer_options=dict(warm_up="partial"))
+    x = random.normal(size=(2, E)).astype("float32")
+    layer.call_step(x)
+    before = layer.get_state()
+    with pytest.raises(BAD_INPUT, match="(?i)expected"):
+        layer.call_step(x, **what)
+    for name, array in layer.get_state().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+# Kernels in bfloat16.
+
+
+@pytest.mark.parametrize(("features", "heads"), [(32, 4), (192, 16)])
+def test_weights_in_half_the_bytes(monkeypatch, random, features, heads):
+    """Outputs move by less than a bfloat16's unit, 2^-8; all else uses the layer's own weights."""
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
+    exact, regular = pair(40, heads, features // heads, features, random=random)
+    # Projections of order one.
+    weights = [w * 2.5 / np.sqrt(features) if w.ndim == 3 else w for w in regular.get_weights()]
+    exact.set_weights(weights)
+    config = {**exact.get_config(), "weights_dtype": "bfloat16"}
+    layer = ct.CoSiMultiHeadAttention.from_config(config)
+    layer.build((None, 40, features))
+    layer.set_weights(weights)
+    for x in random.normal(size=(45, 2, features)).astype("float32"):
+        expected, got = exact.call_step(x), layer.call_step(x)
+        if expected is not None:
+            assert 1e-5 < reference.relative_error(got, expected.numpy()) < 2**-8
+    assert layer.weights[0].dtype == "float32"
+    windows = random.normal(size=(2, 40, features)).astype("float32")
+    np.testing.assert_array_equal(layer(windows), exact(windows))
+
+
+def test_converted_weights_follow_when_told(monkeypatch, random, tmp_path):
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
+    layer, _ = pair(random=random, layer_options=dict(warm_up="partial", weights_dtype="bfloat16"))
+    x = random.normal(size=(1, E)).astype("float32")
+
+    def peek():
+        return layer.call_step(x, update_state=False).numpy()
+
+    first = peek()
+    doubled = [2 * w for w in layer.get_weights()]
+    for weight, value in zip(layer.weights, doubled, strict=True):
+        weight.assign(value)
+    stale = peek()
+    layer.convert_weights()
+    fresh = peek()
+    assert reference.relative_error(fresh, first) > 0.1
+    # Biases are not converted, so what was stale had moved a little.
+    assert reference.relative_error(stale, fresh) > 0.1
+    layer.set_weights([w / 2 for w in doubled])
+    np.testing.assert_array_equal(peek(), first)
+    model = keras.Sequential([keras.Input((N, E)), layer])
+    model.save_weights(tmp_path / "w.weights.h5")
+    layer.set_weights(doubled)
+    model.load_weights(tmp_path / "w.weights.h5")
+    np.testing.assert_array_equal(peek(), first)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weights_dtype"),
+    [("float32", "float16"), ("float64", "bfloat16"), ("float32", "int8")],
+)
+def test_which_weights_there_are(dtype, weights_dtype):
+    with pytest.raises(ValueError, match="weights_dtype"):
+        ct.CoSiMultiHeadAttention(N, H, 4, dtype=dtype, weights_dtype=weights_dtype)
+
+
+# Vector instructions.
+
+
+def test_the_targets_are_named():
+    names, in_use = ct.ops.cpu_targets()
+    assert in_use in names
+    assert set(names) <= {"AVX3", "AVX2", "SSE2", "NEON"}
+
+
+def run_with_target(target, *arguments):
+    environment = {**os.environ, "CONTINUAL_TRANSFORMERS_TARGET": target}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True
+    )
+
+
+def test_a_target_that_there_is_not_is_refused():
+    step = (
+        "import numpy as np, continual_transformers_tf as ct;"
+        "ct.CoSiMultiHeadAttention(4, 2, 4).call_step(np.zeros((1, 8), 'float32'))"
+    )
+    result = run_with_target("AVX1024", "-c", step)
+    assert result.returncode != 0
+    assert "CONTINUAL_TRANSFORMERS_TARGET: expected one of the targets" in result.stderr
+    assert "but got AVX1024" in result.stderr
+    assert all(name in result.stderr for name in ct.ops.cpu_targets()[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ct.ops.cpu_targets()[0][1:] if ct.ops.kernels() else [])
+def test_every_target_passes_the_tests(target):
+    """Those of the kernels and of the layer; `make test` itself runs on the fastest."""
+    here = Path(__file__).parent
+    tests = [here / f"test_{name}.py" for name in ("single_output", "co_si_mha", "co_si_mha_step")]
+    command = ["-m", "pytest", "-q", "-m", "not slow", "-k", "not tensorflow", *map(str, tests)]
+    result = run_with_target(target, *command)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def test_steps_allocate_nothing_that_grows_with_the_window(monkeypatch, random):
+    """Memory of the process over many steps of a window of 16 MB: less than one more window."""
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
+    layer, _ = pair(65_536, 1, 32, 32, random=random, layer_options=dict(warm_up="partial"))
+    x = random.normal(size=(1, 32)).astype("float32")
+
+    def resident():
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    for _ in range(20):
+        layer.call_step(x)
+    before = resident()
+    for _ in itertools.repeat(None, 200):
+        layer.call_step(x)
+    assert resident() - before < 8e6
+    ring = layer.get_state(streams=[0])
+    assert sum(array.nbytes for array in ring.values()) <= 1.02 * 65_536 * 64 * 4
