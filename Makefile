@@ -13,7 +13,7 @@ RUN_BAZEL := bazel/offline/configure.sh && PATH="$(CURDIR)/$(BIN):$$PATH" $(BAZE
 TENSORFLOW = $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('cc/library.bzl')['TENSORFLOW_DEFAULT'])")
 FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc tests/cc/*.cc benchmarks/cc/*.cc examples/cpp/*.cc)
 
-.PHONY: demo test test-slow lint format bazel-build bazel-test sanitize bench-cc wheel clean
+.PHONY: demo test test-slow lint format bazel-build bazel-test sanitize bench bench-cc wheel clean
 
 demo: .venv/installed
 	$(BIN)/continual-transformers demo --picture build/demo.png
@@ -45,6 +45,12 @@ bazel-test: .venv/installed
 sanitize: .venv/installed
 	$(RUN_BAZEL) test $(BAZEL_FLAGS) --config=asan //tests:cc
 	$(RUN_BAZEL) test $(BAZEL_FLAGS) --config=tsan //tests:cc
+
+# Against everyone else, into build/ and docs/benchmarks.md; a quarter of an hour.
+bench: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable ".[bench]"
+	$(BIN)/continual-transformers bench --json build/bench.json --picture docs/benchmarks.png \
+	  --markdown docs/benchmarks.md
 
 # The kernels alone, next to a plain read of the same bytes.
 bench-cc: .venv/installed

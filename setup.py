@@ -101,6 +101,15 @@ setup(
     extras_require={
         "cpu": [f"tensorflow-cpu=={MINOR}.*"],
         "gpu": [f"tensorflow[and-cuda]=={MINOR}.*"],
+        # Who the race is against.
+        "bench": [
+            "continual-inference==1.2.4",
+            "matplotlib",
+            "onnx",
+            "onnxruntime",
+            "rich",
+            "torch==2.13.0",
+        ],
         "demo": ["matplotlib", "rich", "seglearn"],
         "test": ["clang-format==23.1.5", "hypothesis", "pytest", "pytest-xdist", "ruff==0.17.6"],
     },

@@ -1,6 +1,7 @@
 """The command line: `continual-transformers`."""
 
 import json
+import sys
 from pathlib import Path
 
 import click
@@ -9,6 +10,8 @@ import tensorflow as tf
 
 import continual_transformers_tf as ct
 from continual_transformers_tf.ops import library
+
+PATH = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.group()
@@ -92,6 +95,70 @@ def demo(picture, as_json, recordings):
         raise click.ClickException(
             f"{summary['disagreements']} predictions of the stream differ from those on windows"
         )
+
+
+@main.command()
+@click.option("--quick", is_flag=True, help="Tiny sizes for a moment: to see that it works.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(1, 2),
+    show_default=True,
+    help="How many each rival may use.",
+)
+@click.option("--only", multiple=True, metavar="RIVAL", help="Who takes part.  [default: all]")
+@click.option("--json", "json_path", type=PATH, help="Where to write everything.")
+@click.option("--from-json", type=PATH, help="Report what was written there, and run nothing.")
+@click.option("--picture", type=PATH, help="Where to draw it.")
+@click.option("--markdown", type=PATH, help="Where to write the page of the docs.")
+def bench(quick, rounds, threads, only, json_path, from_json, picture, markdown):
+    """Race a step of the whole layer against every other way to take it."""
+    try:
+        import matplotlib  # noqa: F401
+        import rich.console
+        import rich.progress
+    except ModuleNotFoundError as missing:
+        raise click.ClickException(
+            f"{missing.name} is missing: `pip install '.[bench]'` in a checkout"
+        ) from missing
+    from continual_transformers_tf.bench import race, report
+    from continual_transformers_tf.bench.rivals import MODULES
+
+    unknown = set(only) - set(MODULES)
+    if unknown:
+        raise click.BadParameter(f"expected rivals of {', '.join(MODULES)}, but got {unknown}")
+    if from_json:
+        found = json.loads(from_json.read_text())
+    else:
+        columns = (*rich.progress.Progress.get_default_columns(),)
+        with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
+            task = bar.add_task("", total=None)
+            found = race.run(
+                threads,
+                rounds,
+                quick,
+                only,
+                lambda done, total, now: bar.update(
+                    task, completed=done, total=total, description=now
+                ),
+            )
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 200)
+    for count in sorted({entry["threads"] for entry in found["results"]}):
+        console.print(report.table(found, count))
+    for name, why in found["missing"].items():
+        hint = ": pip install '.[bench]' in a checkout" if "missing" in why else ""
+        console.print(f"{name} did not take part: {why}{hint}", markup=False)
+    for path, write in (
+        (json_path, lambda path: path.write_text(json.dumps(found, indent=1) + "\n")),
+        (picture, lambda path: report.draw(path, found)),
+        (markdown, lambda path: path.write_text(report.markdown(found))),
+    ):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path)
+            console.print(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The race: a step of the whole layer against every rival, and against its bound."""

@@ -1,0 +1,140 @@
+"""Runs the race: every rival in a process of its own, one timed after another, in rounds."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+
+from continual_transformers_tf.bench.rivals import MODULES
+from continual_transformers_tf.bench.sizes import QUICK, STREAMS, TABLE, WINDOWS
+
+GROWTH_RIVALS = ("ours", "ours_bfloat16", "torch_sdpa", "onnxruntime", "read_bound")
+RECOMPUTED_UP_TO = 1024  # Beyond this window a recomputed step takes long to show what is plain.
+
+
+class Rival:
+    """A worker's process."""
+
+    def __init__(self, name, threads):
+        self.name = name
+        command = [sys.executable, "-m", "continual_transformers_tf.bench.worker", name]
+        self._process = subprocess.Popen(
+            [*command, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def ask(self, what, **arguments):
+        """An answer of the worker: a dict, in which "missing" or "error" say what is wrong."""
+        try:
+            self._process.stdin.write(json.dumps([what, arguments]) + "\n")
+            self._process.stdin.flush()
+            return json.loads(self._process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            return {"error": f"its process ended with status {self._process.wait()}"}
+
+    def stop(self):
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def races(quick):
+    """What is run: (part, size, its rivals)."""
+    if quick:
+        return [("table", size, tuple(MODULES)) for size in QUICK]
+    found = [("table", size, tuple(MODULES)) for size in TABLE]
+    for size in WINDOWS:
+        recomputed = ("keras_recompute",) if size.seq_len <= RECOMPUTED_UP_TO else ()
+        found.append(("windows", size, GROWTH_RIVALS + recomputed))
+    found += [("streams", size, ("ours", "torch_sdpa", "onnxruntime")) for size in STREAMS]
+    return found
+
+
+def run(threads, rounds, quick, only, progress):
+    """The whole race.
+
+    Args:
+        threads: list of ints, how many threads each rival may use; only the table is run with more
+            than one.
+        rounds: int.
+        quick: whether to run tiny sizes for a moment, to see that it works.
+        only: the names of rivals that take part; empty: all.
+        progress: called with (done, of how many, what comes now).
+
+    Returns:
+        A dict that is JSON.
+    """
+    plan = [
+        (count, part, size, [name for name in names if (not only or name in only)
+                             and (name != "ours_apart" or size.streams > 1)])
+        for count in threads
+        for part, size, names in races(quick)
+        if count == 1 or part == "table"
+    ]  # fmt: skip
+    results, missing, versions, memory = [], {}, {}, []
+    total = sum(len(names) for *_, names in plan) * rounds
+    done, processes = 0, {}
+    for count, part, size, names in plan:
+        entry = {"part": part, "threads": count, "size": size._asdict(), "rivals": {}}
+        medians = {}
+        for name in names:
+            progress(done, total, f"{size}, {name} gets ready")
+            if (name, count) not in processes:
+                processes[name, count] = Rival(name, count)
+            answer = processes[name, count].ask("prepare", size=size)
+            if answer:
+                missing[name] = answer
+                done += rounds
+            else:
+                medians[name] = []
+        for _ in range(rounds):
+            for name, found in medians.items():
+                progress(done, total, f"{size}, {name}")
+                burst = dict(seconds=0.01, least=2) if quick else dict(seconds=0.12, least=4)
+                found.append(processes[name, count].ask("burst", **burst)["median"])
+                done += 1
+        for name, found in medians.items():
+            figures = {"median": statistics.median(found), "least": min(found), "most": max(found)}
+            entry["rivals"][name] = figures
+        if "ours" in medians and count == 1:
+            held = processes["ours", count].ask("memory", steps=20 if quick else 200)
+            memory.append({"size": size._asdict(), "ring": size.ring_bytes, **held})
+        results.append(entry)
+    for process in processes.values():
+        versions.update(process.ask("versions"))
+        process.stop()
+    progress(total, total, "done")
+    return {
+        "machine": machine(),
+        "versions": versions,
+        "rounds": rounds,
+        "missing": missing,
+        "results": results,
+        "memory": memory,
+    }
+
+
+def machine():
+    """What it ran on: a dict."""
+    from continual_transformers_tf.ops import cpu_targets
+
+    found = {
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "python": sys.version.split()[0],
+    }
+    found["instructions"] = cpu_targets()[1]
+    try:
+        lines = subprocess.run(["lscpu"], capture_output=True, text=True).stdout.splitlines()
+    except OSError:
+        return found
+    wanted = ("Model name", "L1d cache", "L2 cache", "L3 cache")
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() in wanted:
+            found[key.strip()] = value.strip()
+    return found

@@ -1,0 +1,230 @@
+"""What the race found: a table, a picture, the goals, and the page of the docs."""
+
+from collections import defaultdict
+
+from continual_transformers_tf.bench.rivals import DESCRIPTIONS, MODULES
+from continual_transformers_tf.bench.sizes import Size, goals
+
+# Of the whole layer eagerly: this many times its read bound, plus one op dispatch.
+BOUND_GOAL, BOUND_FROM = 1.5, 512
+
+
+def rows(found, part="table", threads=1):
+    """The results of a part: a list of (Size, dict from rival to its figures)."""
+    return [
+        (Size(**entry["size"]), entry["rivals"])
+        for entry in found["results"]
+        if entry["part"] == part and entry["threads"] == threads
+    ]
+
+
+def check_goals(found):
+    """Every goal against a rival, as far as it was measured.
+
+    Returns:
+        A list of (Size, rival, how many times faster ours is to be, and is).
+    """
+    checked = []
+    for size, rivals in rows(found):
+        for rival, goal in goals(size).items():
+            if rival in rivals and "ours" in rivals:
+                ratio = rivals[rival]["median"] / rivals["ours"]["median"]
+                checked.append((size, rival, goal, ratio))
+    return checked
+
+
+def table(found, threads=1):
+    """A rich.table.Table: microseconds of a step, and how many times ours."""
+    import rich.table
+
+    made = rich.table.Table(title=f"One step of the whole layer, {threads} thread(s), µs (× ours)")
+    made.add_column("")
+    sizes = rows(found, threads=threads)
+    for size, _ in sizes:
+        made.add_column(str(size), justify="right")
+    for name in MODULES:
+        if any(name in rivals for _, rivals in sizes):
+            made.add_row(name, *(_cell(rivals, name) for _, rivals in sizes))
+    return made
+
+
+def _cell(rivals, name):
+    if name not in rivals:
+        return ""
+    median = rivals[name]["median"]
+    text = f"{median:.1f}" if median < 100 else f"{median:,.0f}"
+    ours = rivals.get("ours")
+    return text if name == "ours" or not ours else f"{text} ({median / ours['median']:.2g})"
+
+
+def markdown(found):
+    """docs/benchmarks.md, whole."""
+    machine, versions = found["machine"], found["versions"]
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `make bench` (`continual-transformers bench --markdown docs/benchmarks.md`): "
+        "do not edit. Every rival runs in a process of its own; in each round all are timed one "
+        f"after another. Medians over {found['rounds']} rounds, in microseconds, and in brackets "
+        "how many times ours. Absolute times are of that machine on that day; the ratios are what "
+        "counts.",
+        "",
+        "Machine: " + ", ".join(f"{key} {value}" for key, value in machine.items()) + ".",
+        "",
+        "Versions: " + ", ".join(f"{key} {value}" for key, value in sorted(versions.items())) + ".",
+        "",
+    ]
+    if found["missing"]:
+        lines += [f"Did not take part: {name}: {why}." for name, why in found["missing"].items()]
+        lines.append("")
+    lines += ["| rival | what it is |", "| --- | --- |"]
+    lines += [f"| `{name}` | {text} |" for name, text in DESCRIPTIONS.items()]
+    threads = sorted({entry["threads"] for entry in found["results"]})
+    for count in threads:
+        sizes = rows(found, threads=count)
+        lines += ["", f"## One step of the whole layer, {count} thread{'s'[: count > 1]}", ""]
+        lines += _markdown_table(
+            ["", *(str(size) for size, _ in sizes)],
+            [
+                [f"`{name}`", *(_cell(rivals, name) for _, rivals in sizes)]
+                for name in MODULES
+                if any(name in rivals for _, rivals in sizes)
+            ],
+        )
+    lines += ["", "![latency against the window, and against streams](benchmarks.png)"]
+    lines += _goals_section(found) + _growth_section(found) + _memory_section(found)
+    return "\n".join(lines) + "\n"
+
+
+def _goals_section(found):
+    lines = ["", "## Goals", "", "How many times faster `ours` is than a rival, one thread.", ""]
+    lines += _markdown_table(
+        ["size", "rival", "goal", "measured", ""],
+        [
+            [str(size), f"`{rival}`", f"{goal:g}×", f"{ratio:.2g}×", _reached(ratio >= goal)]
+            for size, rival, goal, ratio in check_goals(found)
+        ],
+    )
+    bound = [
+        (size, rivals["ours"]["median"], rivals["read_bound"]["median"])
+        for size, rivals in rows(found)
+        if size.features >= BOUND_FROM and size.streams == 1 and {"ours", "read_bound"} <= {*rivals}
+    ]
+    dispatch = dispatch_of(found)
+    if not bound or dispatch is None:
+        return lines
+    lines += [
+        "",
+        f"Against the read bound of rings and weights, E ≥ {BOUND_FROM}: the goal is within "
+        f"{BOUND_GOAL} × plus one op dispatch, {dispatch:.0f} µs, which is what `ours` takes of "
+        "the smallest window with the smallest weights above its bound.",
+        "",
+    ]
+    return lines + _markdown_table(
+        ["size", "µs", "bound", "beyond dispatch, × bound", ""],
+        [
+            [str(size), f"{ours:.0f}", f"{read:.0f}", f"{(ours - dispatch) / read:.2f}",
+             _reached(ours - dispatch <= BOUND_GOAL * read)]
+            for size, ours, read in bound
+        ],
+    )  # fmt: skip
+
+
+def dispatch_of(found):
+    """Microseconds that a step takes beside its work: of the smallest window, less its bound."""
+    windows = rows(found, "windows")
+    if not windows or not {"ours", "read_bound"} <= {*windows[0][1]}:
+        return None
+    rivals = windows[0][1]
+    return rivals["ours"]["median"] - rivals["read_bound"]["median"]
+
+
+def _growth_section(found):
+    lines = []
+    for part, title in (
+        ("windows", "How cost grows with the window"),
+        ("streams", "How cost grows with streams in one call"),
+    ):
+        sizes = rows(found, part)
+        if not sizes:
+            continue
+        names = [name for name in MODULES if any(name in rivals for _, rivals in sizes)]
+        lines += ["", f"## {title}", ""]
+        lines += _markdown_table(
+            ["size", *(f"`{name}`" for name in names)],
+            [[str(size), *(_cell(rivals, name) for name in names)] for size, rivals in sizes],
+        )
+    return lines
+
+
+def _memory_section(found):
+    what = (
+        "The state against the arithmetic of the ring, and what the process grew by over 200 steps."
+    )
+    lines = ["", "## Memory", "", what + " In bytes.", ""]
+    return lines + _markdown_table(
+        ["size", "ring", "state", "×", "growth"],
+        [
+            [str(Size(**entry["size"])), f"{entry['ring']:,}", f"{entry['state']:,}",
+             f"{entry['state'] / entry['ring']:.3f}", f"{entry['growth']:,}"]
+            for entry in found["memory"] if "state" in entry
+        ],
+    )  # fmt: skip
+
+
+def _reached(reached):
+    return "reached" if reached else "**not reached**"
+
+
+def _markdown_table(head, body):
+    lines = [head, ["---"] * len(head), *body]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def draw(path, found):
+    """The picture: latency against the window and against streams, log-log, and the table."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = dict(zip(MODULES, plt.get_cmap("tab20").colors, strict=False))
+    figure, axes = plt.subplots(1, 3, figsize=(18, 6), width_ratios=[1, 1, 1.4])
+    lines = {}
+    for axis, part, letter in ((axes[0], "windows", "seq_len"), (axes[1], "streams", "streams")):
+        curves = defaultdict(list)
+        for size, rivals in rows(found, part):
+            for name, figures in rivals.items():
+                curves[name].append((getattr(size, letter), figures["median"]))
+        for name, points in curves.items():
+            style = "k--" if name == "read_bound" else "o-"
+            (lines[name],) = axis.plot(
+                *zip(*points, strict=True),
+                style,
+                label=name,
+                **({} if name == "read_bound" else {"color": colours[name]}),
+            )
+        axis.set(xscale="log", yscale="log", ylabel="µs a step")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set(xlabel="N, steps in the window (E=128, H=4)", title="The window")
+    axes[1].set(xlabel="streams in one call (N=64, E=128, H=4)", title="Streams")
+    sizes = rows(found)
+    names = [name for name in MODULES if any(name in rivals for _, rivals in sizes)]
+    width = 0.85 / max(1, len(names))
+    for i, name in enumerate(names):
+        bars = [
+            (x, rivals[name]["median"]) for x, (_, rivals) in enumerate(sizes) if name in rivals
+        ]
+        lines[name] = axes[2].bar(
+            [x + (i - len(names) / 2) * width for x, _ in bars],
+            [y for _, y in bars],
+            width,
+            color="black" if name == "read_bound" else colours[name],
+            label=name,
+        )
+    axes[2].set_xticks(range(len(sizes)), [str(size) for size, _ in sizes], rotation=30, ha="right")
+    axes[2].set(yscale="log", ylabel="µs a step", title="The table, one thread")
+    figure.legend(lines.values(), lines, loc="lower center", ncols=6, frameon=False)
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

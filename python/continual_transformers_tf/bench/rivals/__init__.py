@@ -1,0 +1,82 @@
+"""The rivals: each module names its own in RIVALS, a dict from a name to what makes one.
+
+What makes one takes a size and a layer's weights (`weights_of`), and gives a function that takes a
+step's inputs as `inputs_of` gives them, and returns its outputs, `[M, E]`. Its window is full.
+"""
+
+import importlib
+
+import numpy as np
+
+# The module of each, which imports what the rival needs.
+MODULES = {
+    "ours": "tensorflow",
+    "ours_bfloat16": "tensorflow",
+    "ours_graph": "tensorflow",
+    "ours_apart": "tensorflow",
+    "tensorflow_ring": "tensorflow",
+    "keras_recompute": "tensorflow",
+    "keras_xla": "tensorflow",
+    "continual_inference": "torch",
+    "torch_sdpa": "torch",
+    "onnxruntime": "onnx",
+    "read_bound": "read_bound",
+}
+DESCRIPTIONS = {
+    "ours": "CoSiMultiHeadAttention.call_step, eager, one op",
+    "ours_bfloat16": "the same with weights and rings in bfloat16",
+    "ours_graph": "the same in a tf.function",
+    "ours_apart": "one call for each stream",
+    "tensorflow_ring": "a ring in plain TensorFlow, tf.function",
+    "keras_recompute": "keras.layers.MultiHeadAttention on the window, tf.function",
+    "keras_xla": "the same, compiled by XLA",
+    "continual_inference": "SingleOutputMultiheadAttention.forward_step",
+    "torch_sdpa": "PyTorch, its scaled_dot_product_attention on a ring",
+    "onnxruntime": "ONNX Runtime, the ring by concat, I/O binding",
+    "read_bound": "a plain read of the rings' and the weights' bytes",
+}
+
+
+def make(name, size, threads):
+    """A rival's step, ready to take inputs.
+
+    Raises:
+        ModuleNotFoundError: if what it needs is not installed.
+    """
+    module = importlib.import_module(f"{__name__}.{MODULES[name]}_rivals")
+    return module.RIVALS[name](size, weights_of(size), threads)
+
+
+def weights_of(size):
+    """The same weights for all: kernels [E, E] and biases [E] of q, k, v and the output."""
+    random = np.random.default_rng(7)
+    scale = 1 / np.sqrt(size.features)
+    return [
+        (
+            random.normal(scale=scale, size=(size.features, size.features)).astype(np.float32),
+            random.normal(scale=0.1, size=size.features).astype(np.float32),
+        )
+        for _ in range(4)
+    ]
+
+
+def past_of(size):
+    """The steps that fill the window, oldest first: [N, M, E]."""
+    random = np.random.default_rng(11)
+    return random.normal(size=(size.seq_len, size.streams, size.features)).astype(np.float32)
+
+
+def rings_of(size, weights):
+    """Keys and values of the steps that fill the window: [M, H, N, D] each."""
+    past = past_of(size)
+    shape = (size.seq_len, size.streams, size.heads, size.head)
+    return [
+        np.ascontiguousarray((past @ kernel + bias).reshape(shape).transpose(1, 2, 0, 3))
+        for kernel, bias in weights[1:3]
+    ]
+
+
+def inputs_of(size, steps):
+    """The steps that are timed: [steps, M, E]."""
+    random = np.random.default_rng(13)
+    return random.normal(size=(steps, size.streams, size.features)).astype(np.float32)
