@@ -67,7 +67,8 @@ def markdown(found):
         "do not edit. Every rival runs in a process of its own; in each round all are timed one "
         f"after another. Medians over {found['rounds']} rounds, in microseconds, and in brackets "
         "how many times ours. Absolute times are of that machine on that day; the ratios are what "
-        "counts.",
+        "counts. That all rivals compute the same is tested: "
+        "`test_every_rival_computes_the_same`.",
         "",
         "Machine: " + ", ".join(f"{key} {value}" for key, value in machine.items()) + ".",
         "",
