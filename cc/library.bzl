@@ -30,6 +30,7 @@ ATTENTION_SOURCES = [
 
 TENSORFLOW_HEADERS = [
     "tensorflow/bound_variables.h",
+    "tensorflow/co_si_mha_step_call.h",
     "tensorflow/inputs.h",
     "tensorflow/locked_variables.h",
     "tensorflow/threads.h",
@@ -39,7 +40,9 @@ TENSORFLOW_SOURCES = [
     "attention/c_api.cc",
     "tensorflow/bound_variables.cc",
     "tensorflow/build_info.cc",
+    "tensorflow/co_si_mha_step_call.cc",
     "tensorflow/co_si_mha_step_kernel.cc",
+    "tensorflow/direct_step.cc",
     "tensorflow/inputs.cc",
     "tensorflow/locked_variables.cc",
     "tensorflow/ops.cc",

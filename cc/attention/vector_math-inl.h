@@ -34,6 +34,22 @@ struct HighwayType<Float16> {
   using type = hwy::float16_t;
 };
 
+// 16-bit lanes as floats.
+template <class D, class V>
+HWY_INLINE hn::Vec<D> Promote(D d, V narrow) {
+  const hn::Vec<D> wide = hn::PromoteTo(d, narrow);
+#if HWY_TARGET == HWY_SSE2
+  // Without an instruction for it Highway takes infinities and NaNs of binary16 for numbers, from
+  // 2^16 on, where binary16 has none.
+  if constexpr (std::is_same_v<hn::TFromV<V>, hwy::float16_t>) {
+    const auto infinity = hn::Inf(d);
+    const auto special = hn::Ge(hn::Abs(wide), hn::Set(d, 0x1p16f));
+    return hn::Or(wide, hn::IfThenElseZero(special, infinity));
+  }
+#endif
+  return wide;
+}
+
 // Lanes(d) elements from `p`, of any alignment, in the type that is computed in.
 template <class D, typename C>
 HWY_INLINE hn::Vec<D> LoadWide(D d, const C* p) {
@@ -42,7 +58,7 @@ HWY_INLINE hn::Vec<D> LoadWide(D d, const C* p) {
   } else {
     using H = typename HighwayType<C>::type;
     const hn::Rebind<H, D> narrow;
-    return hn::PromoteTo(d, hn::LoadU(narrow, reinterpret_cast<const H*>(p)));
+    return Promote(d, hn::LoadU(narrow, reinterpret_cast<const H*>(p)));
   }
 }
 
@@ -55,7 +71,7 @@ HWY_INLINE hn::Vec<D> LoadWideN(D d, const C* p, size_t count) {
     const hn::Rebind<typename HighwayType<C>::type, D> narrow;
     const hn::Rebind<uint16_t, D> bits;
     const auto loaded = hn::LoadN(bits, reinterpret_cast<const uint16_t*>(p), count);
-    return hn::PromoteTo(d, hn::BitCast(narrow, loaded));
+    return Promote(d, hn::BitCast(narrow, loaded));
   }
 }
 

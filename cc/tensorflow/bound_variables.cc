@@ -36,7 +36,7 @@ class BindVariablesOp : public OpKernel {
     OP_REQUIRES_OK(ctx, ctx->allocate_output(0, {}, &bound));
     // Gone with the last tensor that holds the handle.
     bound->scalar<ResourceHandle>()() = ResourceHandle::MakeRefCountingHandle(
-        new BoundVariables(std::move(variables)), ctx->device()->name());
+        new BoundVariables(std::move(variables), ctx->device()), ctx->device()->name());
   }
 };
 

@@ -7,6 +7,7 @@
 
 #include "absl/container/inlined_vector.h"
 #include "absl/status/status.h"
+#include "tensorflow/core/framework/device_base.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/resource_base.h"
 #include "tensorflow/core/framework/resource_var.h"
@@ -19,12 +20,16 @@ using Variables = absl::InlinedVector<tensorflow::core::RefCountPtr<tensorflow::
 // them.
 class BoundVariables : public tensorflow::ResourceBase {
  public:
-  explicit BoundVariables(Variables variables) : variables_(std::move(variables)) {}
+  BoundVariables(Variables variables, tensorflow::DeviceBase* device)
+      : variables_(std::move(variables)), device_(device) {}
   std::string DebugString() const override { return "bound variables"; }
   const Variables& variables() const { return variables_; }
+  // That which bound them, and outlives them.
+  tensorflow::DeviceBase* device() const { return device_; }
 
  private:
   const Variables variables_;
+  tensorflow::DeviceBase* const device_;
 };
 
 // The variables of an op's input list, or those that its only input binds.
@@ -32,8 +37,7 @@ class VariablesOfInput {
  public:
   absl::Status Look(tensorflow::OpKernelContext* ctx, const char* input);
 
-  int size() const { return variables_->size(); }
-  tensorflow::Var* operator[](int i) const { return (*variables_)[i].get(); }
+  const Variables& all() const { return *variables_; }
 
  private:
   tensorflow::core::RefCountPtr<BoundVariables> bound_;

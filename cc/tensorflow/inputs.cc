@@ -85,16 +85,21 @@ Status AttentionState::CheckSizes(int64_t streams_stepped, int64_t steps, int64_
                       position()->flat<int64_t>().data(), held);
 }
 
-Status FillMask(OpKernelContext* ctx, const char* name, const TensorShape& expected,
-                const bool** data) {
-  tensorflow::OpInputList masks;
-  TF_RETURN_IF_ERROR(ctx->input_list(name, &masks));
-  if (masks.size() == 0) return absl::OkStatus();
-  if (masks.size() > 1) {
-    return InvalidArgument("expected at most one ", name, ", but got ", masks.size());
+Status OptionalInput(OpKernelContext* ctx, const char* name, const Tensor** input) {
+  tensorflow::OpInputList inputs;
+  TF_RETURN_IF_ERROR(ctx->input_list(name, &inputs));
+  if (inputs.size() > 1) {
+    return InvalidArgument("expected at most one ", name, ", but got ", inputs.size());
   }
-  TF_RETURN_IF_ERROR(ExpectShape(name, masks[0], expected));
-  *data = masks[0].flat<bool>().data();
+  *input = inputs.size() == 0 ? nullptr : &inputs[0];
+  return absl::OkStatus();
+}
+
+Status FillMask(const char* name, const Tensor* mask, const TensorShape& expected,
+                const bool** data) {
+  if (mask == nullptr) return absl::OkStatus();
+  TF_RETURN_IF_ERROR(ExpectShape(name, *mask, expected));
+  *data = mask->flat<bool>().data();
   return absl::OkStatus();
 }
 

@@ -30,6 +30,10 @@ absl::Status ExpectRank(const char* name, const tensorflow::Tensor& tensor, int 
 // That CONTINUAL_TRANSFORMERS_TARGET, where it is set, names a target that there is.
 absl::Status ExpectTarget();
 
+// An input that may be left out, which is a list of at most one; null where it is.
+absl::Status OptionalInput(tensorflow::OpKernelContext* ctx, const char* name,
+                           const tensorflow::Tensor** input);
+
 // How a type of a ring is called by TensorFlow; the bits are the same.
 template <typename C>
 struct TensorFlowType {
@@ -107,16 +111,11 @@ class AttentionState {
   LockedVariables locked_;
 };
 
-// At most one mask, whose axes but the last may be 1, which a stride of 0 broadcasts.
+// The mask's axes but the last may be 1, which a stride of 0 broadcasts. Null: there is none.
 template <typename T, typename C>
-absl::Status FillAttentionMask(tensorflow::OpKernelContext* ctx, SingleOutputParams<T, C>* p) {
-  tensorflow::OpInputList masks;
-  TF_RETURN_IF_ERROR(ctx->input_list("attention_mask", &masks));
-  if (masks.size() == 0) return absl::OkStatus();
-  if (masks.size() > 1) {
-    return InvalidArgument("expected at most one attention_mask, but got ", masks.size());
-  }
-  const tensorflow::Tensor& mask = masks[0];
+absl::Status FillAttentionMask(const tensorflow::Tensor* given, SingleOutputParams<T, C>* p) {
+  if (given == nullptr) return absl::OkStatus();
+  const tensorflow::Tensor& mask = *given;
   const tensorflow::TensorShape full = {p->num_streams, p->num_heads, p->num_steps, p->window};
   bool fits = mask.dims() == 4 && mask.dim_size(3) == p->window;
   for (int axis = 0; fits && axis < 3; ++axis) {
@@ -135,8 +134,8 @@ absl::Status FillAttentionMask(tensorflow::OpKernelContext* ctx, SingleOutputPar
   return absl::OkStatus();
 }
 
-// At most one mask of `expected` shape, into *data; null where none is given.
-absl::Status FillMask(tensorflow::OpKernelContext* ctx, const char* name,
+// The data of a mask of `expected` shape into *data; null: there is none.
+absl::Status FillMask(const char* name, const tensorflow::Tensor* mask,
                       const tensorflow::TensorShape& expected, const bool** data);
 
 }  // namespace continual_transformers

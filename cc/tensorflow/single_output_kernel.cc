@@ -47,7 +47,7 @@ class SingleOutputAttentionOp : public OpKernel {
     Tensor* steps_taken = nullptr;
     OP_REQUIRES_OK(ctx, AllocateOutputs(ctx, &params, &steps_taken));
 
-    const Threads threads = ThreadsOf(ctx);
+    const Threads threads = ThreadsOf(ctx->device());
     const SingleOutputPlan plan = PlanSingleOutput(params, threads.count);
     params.window_parts = plan.window_parts;
     Tensor parts;
@@ -93,8 +93,11 @@ class SingleOutputAttentionOp : public OpKernel {
     const Tensor& scale = ctx->input(8);
     TF_RETURN_IF_ERROR(ExpectShape("scale", scale, {}));
     p->scale = static_cast<T>(scale.scalar<double>()());
-    TF_RETURN_IF_ERROR(FillAttentionMask(ctx, p));
-    TF_RETURN_IF_ERROR(FillMask(ctx, "key_mask", {m, t}, &p->key_mask));
+    const Tensor *attention_mask, *key_mask;
+    TF_RETURN_IF_ERROR(OptionalInput(ctx, "attention_mask", &attention_mask));
+    TF_RETURN_IF_ERROR(FillAttentionMask(attention_mask, p));
+    TF_RETURN_IF_ERROR(OptionalInput(ctx, "key_mask", &key_mask));
+    TF_RETURN_IF_ERROR(FillMask("key_mask", key_mask, {m, t}, &p->key_mask));
     p->query = query.flat<T>().data();
     p->query_strides = BatchTimeHead(t, h, d);
     p->key = Data<C>(key);

@@ -14,8 +14,8 @@ constexpr int64_t kCyclesWorthSharing = 500'000;
 
 }  // namespace
 
-Threads ThreadsOf(tensorflow::OpKernelContext* ctx) {
-  auto* workers = ctx->device()->tensorflow_cpu_worker_threads();
+Threads ThreadsOf(tensorflow::DeviceBase* device) {
+  auto* workers = device->tensorflow_cpu_worker_threads();
   const auto share = [pool = workers->workers](int64_t tasks, int64_t cycles_per_task,
                                                const auto& f) {
     if (tasks * cycles_per_task < kCyclesWorthSharing) {

@@ -4,12 +4,12 @@
 #define CONTINUAL_TRANSFORMERS_TENSORFLOW_THREADS_H_
 
 #include "cc/attention/threads.h"
-#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/device_base.h"
 
 namespace continual_transformers {
 
-// Those of the op's device.
-Threads ThreadsOf(tensorflow::OpKernelContext* ctx);
+// Those of a device.
+Threads ThreadsOf(tensorflow::DeviceBase* device);
 
 }  // namespace continual_transformers
 

@@ -1,4 +1,5 @@
-// The exponential on every target, against the C library's in a wider type.
+// The vector mathematics on every target: the exponential against the C library's in a wider type,
+// widened halves against those of half.h.
 
 #include <algorithm>
 #include <cmath>
@@ -30,6 +31,15 @@ void ExpAll(std::vector<T>* x) {
   }
 }
 
+// `out` has a size that is a multiple of 64.
+template <typename C>
+void WidenAll(const std::vector<C>& in, std::vector<float>* out) {
+  const hn::ScalableTag<float> d;
+  for (size_t i = 0; i < in.size(); i += hn::Lanes(d)) {
+    hn::StoreU(LoadWide(d, in.data() + i), d, out->data() + i);
+  }
+}
+
 }  // namespace HWY_NAMESPACE
 }  // namespace continual_transformers
 HWY_AFTER_NAMESPACE();
@@ -50,6 +60,28 @@ std::vector<T> Exp(std::vector<T> x) {
   ExpOnTarget(&x);
   x.resize(size);
   return x;
+}
+
+template <typename C>
+void WidenOnTarget(const std::vector<C>& in, std::vector<float>* out) {
+  CONTINUAL_TRANSFORMERS_DISPATCH(WidenAll, in, out);
+}
+
+// Every value that C has, infinities and NaNs of any payload among them.
+template <typename C>
+void ExpectEveryValueIsWidened() {
+  std::vector<C> every(1 << 16);
+  for (size_t i = 0; i < every.size(); ++i) every[i].bits = static_cast<uint16_t>(i);
+  std::vector<float> wide(every.size());
+  WidenOnTarget(every, &wide);
+  for (size_t i = 0; i < every.size(); ++i) {
+    const float exact = Widen(every[i]);
+    if (std::isnan(exact)) {
+      EXPECT_TRUE(std::isnan(wide[i])) << i;
+    } else {
+      EXPECT_EQ(BitsOfFloat(wide[i]), BitsOfFloat(exact)) << i;
+    }
+  }
 }
 
 // Of the targets that multiply and add with one rounding, 1.2 would do.
@@ -107,6 +139,11 @@ TEST_P(VectorMathTest, ExpOfWhatIsNoNumber) {
   EXPECT_EQ(got[4], 0);
   EXPECT_EQ(Exp<double>({-std::numeric_limits<double>::infinity()})[0], 0);
   EXPECT_TRUE(std::isnan(Exp<double>({std::nan("")})[0]));
+}
+
+TEST_P(VectorMathTest, EveryHalfIsWidened) {
+  ExpectEveryValueIsWidened<BFloat16>();
+  ExpectEveryValueIsWidened<Float16>();
 }
 
 INSTANTIATE_TEST_SUITE_P(Targets, VectorMathTest, ::testing::ValuesIn(AvailableTargets()),

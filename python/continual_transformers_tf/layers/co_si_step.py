@@ -5,8 +5,10 @@ import tensorflow as tf
 from tensorflow.python.eager import context, record
 from tensorflow.python.framework.ops import EagerTensor
 
+from continual_transformers_tf.layers.continual_layer import always_partial_here
 from continual_transformers_tf.layers.inputs import check_features, check_same_rows, step_input
 from continual_transformers_tf.ops.co_si_mha_step import BoundVariables, co_si_mha_step
+from continual_transformers_tf.ops.direct_step import direct_step
 from continual_transformers_tf.ops.library import fused_ops, in_xla
 from continual_transformers_tf.ops.single_output import expand_key_mask, expand_mask
 
@@ -31,8 +33,8 @@ class OneOpStep:
         self._features = layer._features[0]
         self._narrow = None
         self._attributes = {}
-        self.convert_weights()
         self._masks = {causal: fixed_mask(layer, causal) for causal in (False, True)}
+        self.convert_weights()
 
     def __deepcopy__(self, memo):
         return None  # Of the copy's own variables it is gathered anew.
@@ -67,6 +69,30 @@ class OneOpStep:
             weights += [kernel] if dense.bias is None else [kernel, dense.bias.value]
         state = [cache.key, cache.value, cache.key_mask, cache.position]
         self._variables = BoundVariables(self._fused, state + rings + weights)
+        self._direct = direct_step(
+            self._variables, layer._use_bias, layer._use_gate, layer.delay > 0
+        )
+
+    def direct(self, query, value, key, use_causal_mask, streams, update_state):
+        """An eager step's outputs, None while the window fills; NotImplemented: take it by the op.
+
+        That is slower by what TensorFlow's runtime takes, and does all that this does not: masks,
+        scores, room for more streams, and errors.
+        """
+        if self._direct is None or self._masks[use_causal_mask] is not None:
+            return NotImplemented
+        layer = self._layer
+        if streams.__class__ is list:
+            streams = np.array(streams)
+        with layer._stream_state.lock:
+            return self._direct(
+                query, value, key, streams, self._first_step(always_partial_here()), update_state
+            )
+
+    def _first_step(self, partial):
+        """The first step of a stream that gives an output."""
+        layer = self._layer
+        return layer.delay + 1 if partial or layer.warm_up == "partial" else layer.seq_len
 
     def __call__(self, return_attention_scores, *arguments):
         """A step's outputs and scores, or (None, None) while the window fills.
@@ -104,8 +130,7 @@ class OneOpStep:
             masks = _masks(fixed, attention_mask, query_mask, value_mask, key_mask, query, cache)
         if streams is None:
             cache.ensure_streams(tf.shape(query)[0] if rows is None else rows)
-        # The first step of a stream that gives an output.
-        first = layer.seq_len if layer.active_warm_up == "none" else layer.delay + 1
+        first = self._first_step(layer.active_warm_up == "partial")
         inputs = (
             query,
             _NONE if value is None else [value],

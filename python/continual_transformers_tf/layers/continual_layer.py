@@ -54,6 +54,11 @@ def always_partial():
         _always_partial.reset(token)
 
 
+def always_partial_here():
+    """Whether `always_partial` is entered."""
+    return _always_partial.get()
+
+
 def ensure_streams(model, streams):
     """Makes room for streams 0, ..., streams - 1 in every continual layer of a model.
 
@@ -109,7 +114,7 @@ class ContinualLayer:
     @property
     def active_warm_up(self):
         """The warm-up in force: the layer's, but "partial" in a graph and within a whole."""
-        if _always_partial.get() or not tf.executing_eagerly():
+        if always_partial_here() or not tf.executing_eagerly():
             return "partial"
         return self.warm_up
 

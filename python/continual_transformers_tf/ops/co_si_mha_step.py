@@ -28,6 +28,11 @@ class BoundVariables:
             )
         self._bound = [bound]
 
+    @property
+    def tensor(self):
+        """The resource that binds them, an eager tensor."""
+        return self._bound[0]
+
     def op_inputs(self, eager):
         """What the op takes: eagerly one resource; in a graph, which may be saved, them all."""
         if eager:

@@ -1,0 +1,49 @@
+// A call of CoSiMultiHeadAttentionStep, whoever makes it: check everything, allocate, call, and only
+// then let the streams' positions advance. Whatever fails, fails before any state has changed.
+
+#ifndef CONTINUAL_TRANSFORMERS_TENSORFLOW_CO_SI_MHA_STEP_CALL_H_
+#define CONTINUAL_TRANSFORMERS_TENSORFLOW_CO_SI_MHA_STEP_CALL_H_
+
+#include <cstdint>
+
+#include "absl/status/status.h"
+#include "cc/attention/threads.h"
+#include "cc/tensorflow/bound_variables.h"
+#include "tensorflow/core/framework/tensor.h"
+
+namespace continual_transformers {
+
+// The op's attributes: which variables there are, and what is wanted.
+struct CoSiMhaStepOptions {
+  bool use_bias, use_gate, use_delay, return_attention_scores, update_state;
+  int64_t first_step;
+
+  int rings() const { return use_delay ? (use_gate ? 3 : 2) : 0; }
+  int weights_per_layer() const { return use_bias ? 2 : 1; }
+  int layers() const { return use_gate ? 5 : 4; }
+  int variables() const { return kCache + rings() + layers() * weights_per_layer(); }
+
+  static constexpr int kCache = 4;
+};
+
+// Null where left out, which query is not.
+struct CoSiMhaStepInputs {
+  const tensorflow::Tensor *query, *value, *key, *streams, *attention_mask, *query_mask, *key_mask;
+};
+
+class CoSiMhaStepOutputs {
+ public:
+  virtual ~CoSiMhaStepOutputs() = default;
+  // Makes output 0, the result, or 1, the scores.
+  virtual absl::Status Allocate(int index, tensorflow::DataType dtype,
+                                const tensorflow::TensorShape& shape,
+                                tensorflow::Tensor** tensor) = 0;
+};
+
+absl::Status CallCoSiMhaStep(const CoSiMhaStepOptions& options, const CoSiMhaStepInputs& inputs,
+                             const Variables& variables, const Threads& threads,
+                             CoSiMhaStepOutputs* outputs);
+
+}  // namespace continual_transformers
+
+#endif  // CONTINUAL_TRANSFORMERS_TENSORFLOW_CO_SI_MHA_STEP_CALL_H_

@@ -1,0 +1,267 @@
+// A step called from Python without TensorFlow's eager runtime: for a small layer that takes three
+// times as long to call the op as the op takes (docs/benchmarks.md, "What a call costs").
+//
+// What is called here of Python's and TensorFlow's own is looked up by name when Python asks for
+// it: the library has to load where there is no Python, and goes without any header of Python's, so
+// that one library serves all its versions. Whatever is out of the ordinary is declined, and the
+// caller then takes the step by the op, which finds the same error in it, if it is one: a step that
+// fails has changed nothing.
+
+#include <dlfcn.h>
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <string>
+
+#include "absl/status/status.h"
+#include "cc/attention/targets.h"
+#include "cc/tensorflow/bound_variables.h"
+#include "cc/tensorflow/co_si_mha_step_call.h"
+#include "cc/tensorflow/inputs.h"
+#include "cc/tensorflow/threads.h"
+#include "tensorflow/c/eager/c_api_experimental.h"
+#include "tensorflow/core/framework/resource_handle.h"
+#include "tensorflow/core/platform/denormal.h"
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+namespace tensorflow {
+class TensorHandle;  // What a TFE_TensorHandle is, without the headers that it would take.
+}
+
+namespace continual_transformers {
+namespace {
+
+using absl::Status;
+using tensorflow::DataType;
+using tensorflow::Tensor;
+using tensorflow::TensorHandle;
+
+struct PyObject;  // Python's own begins likewise, and is as little looked into here.
+
+// As Python's stable ABI lays it out.
+struct PyBuffer {
+  void* data;
+  PyObject* owner;
+  intptr_t bytes, item_bytes;
+  int readonly, axes;
+  char* format;
+  intptr_t *shape, *strides, *suboffsets;
+  void* internal;
+};
+constexpr int kContiguousOfFormat = 0x38 | 0x4;  // PyBUF_C_CONTIGUOUS | PyBUF_FORMAT
+
+// What there is to call. Names are those of Python and TensorFlow.
+struct Runtime {
+  void* (*PyEval_SaveThread)();
+  void (*PyEval_RestoreThread)(void*);
+  int (*PyObject_GetBuffer)(PyObject*, PyBuffer*, int);
+  void (*PyBuffer_Release)(PyBuffer*);
+  void (*PyErr_Clear)();
+  void (*Py_IncRef)(PyObject*);
+  PyObject* none;            // Py_None
+  PyObject* not_implemented;  // Py_NotImplemented
+
+  bool (*EagerTensor_CheckExact)(const PyObject*);
+  TFE_TensorHandle* (*EagerTensor_Handle)(const PyObject*);
+  PyObject* (*EagerTensorFromHandle)(TFE_TensorHandle*, bool);
+  decltype(&TFE_ContextGetExecutorForThread) ContextGetExecutorForThread;
+  decltype(&TFE_ExecutorIsAsync) ExecutorIsAsync;
+  decltype(&TFE_DeleteExecutor) DeleteExecutor;
+  decltype(&TFE_TensorHandleBackingDeviceName) BackingDeviceName;
+  // Member functions, of which `this` is the first argument.
+  Status (*TensorOfHandle)(const TensorHandle*, const Tensor**);
+  TFE_TensorHandle* (*HandleOfTensor)(const Tensor&);
+
+  // Looks everything up. Returns what could not be found, or "".
+  std::string Find(const char* tensorflow_library) {
+    std::string missing;
+    void* library = dlopen(tensorflow_library, RTLD_LAZY | RTLD_NOLOAD);
+    if (library == nullptr) return tensorflow_library;
+    const auto find = [&](void* where, const char* name, auto* to) {
+      void* symbol = dlsym(where, name);
+      if (symbol == nullptr) missing += (missing.empty() ? "" : ", ") + std::string(name);
+      std::memcpy(to, &symbol, sizeof(symbol));
+    };
+    find(RTLD_DEFAULT, "PyEval_SaveThread", &PyEval_SaveThread);
+    find(RTLD_DEFAULT, "PyEval_RestoreThread", &PyEval_RestoreThread);
+    find(RTLD_DEFAULT, "PyObject_GetBuffer", &PyObject_GetBuffer);
+    find(RTLD_DEFAULT, "PyBuffer_Release", &PyBuffer_Release);
+    find(RTLD_DEFAULT, "PyErr_Clear", &PyErr_Clear);
+    find(RTLD_DEFAULT, "Py_IncRef", &Py_IncRef);
+    find(RTLD_DEFAULT, "_Py_NoneStruct", &none);
+    find(RTLD_DEFAULT, "_Py_NotImplementedStruct", &not_implemented);
+    find(library, "_Z22EagerTensor_CheckExactPK7_object", &EagerTensor_CheckExact);
+    find(library, "_Z18EagerTensor_HandlePK7_object", &EagerTensor_Handle);
+    find(library, "_Z21EagerTensorFromHandleP16TFE_TensorHandleb", &EagerTensorFromHandle);
+    find(library, "TFE_ContextGetExecutorForThread", &ContextGetExecutorForThread);
+    find(library, "TFE_ExecutorIsAsync", &ExecutorIsAsync);
+    find(library, "TFE_DeleteExecutor", &DeleteExecutor);
+    find(library, "TFE_TensorHandleBackingDeviceName", &BackingDeviceName);
+    find(library, "_ZNK10tensorflow12TensorHandle6TensorEPPKNS_6TensorE", &TensorOfHandle);
+    find(library, "_ZN10tensorflow12TensorHandle17CreateLocalHandleERKNS_6TensorE",
+         &HandleOfTensor);
+    return missing;
+  }
+};
+
+Runtime runtime;
+
+// An eager tensor that lies in the host's memory; null where it is anything else.
+const Tensor* TensorOf(PyObject* object) {
+  if (!runtime.EagerTensor_CheckExact(object)) return nullptr;
+  TFE_TensorHandle* handle = runtime.EagerTensor_Handle(object);
+  thread_local TF_Status* status = TF_NewStatus();
+  const char* device = runtime.BackingDeviceName(handle, status);
+  const Tensor* tensor;
+  if (TF_GetCode(status) != TF_OK || std::strstr(device, "CPU:") == nullptr ||
+      !runtime.TensorOfHandle(reinterpret_cast<TensorHandle*>(handle), &tensor).ok()) {
+    return nullptr;
+  }
+  return tensor;
+}
+
+// A tensor of `dtype` with the elements of an array of NumPy's that has `axes`: the same type, or
+// of int32 another integer's, if they fit. False where the object is anything else.
+bool CopyArray(PyObject* object, DataType dtype, int axes, Tensor* tensor) {
+  PyBuffer buffer;
+  if (runtime.PyObject_GetBuffer(object, &buffer, kContiguousOfFormat) != 0) {
+    runtime.PyErr_Clear();
+    return false;
+  }
+  const auto copy = [&] {
+    const char format = buffer.format[0];
+    if (buffer.format[1] != 0 || buffer.axes != axes) return false;
+    tensorflow::TensorShape shape;
+    for (int axis = 0; axis < axes; ++axis) shape.AddDim(buffer.shape[axis]);
+    *tensor = Tensor(dtype, shape);
+    if (dtype == tensorflow::DT_INT32 && format == 'l') {
+      const int64_t* from = static_cast<const int64_t*>(buffer.data);
+      auto to = tensor->flat<int32_t>();
+      for (int64_t i = 0; i < to.size(); ++i) {
+        if (from[i] < 0 || from[i] > std::numeric_limits<int32_t>::max()) return false;
+        to(i) = static_cast<int32_t>(from[i]);
+      }
+      return true;
+    }
+    const char expected = dtype == tensorflow::DT_INT32 ? 'i'
+                          : dtype == tensorflow::DT_FLOAT ? 'f'
+                                                          : 'd';
+    if (format == expected) std::memcpy(tensor->data(), buffer.data, buffer.bytes);
+    return format == expected;
+  };
+  const bool copied = copy();
+  runtime.PyBuffer_Release(&buffer);
+  return copied;
+}
+
+// An argument of a step: an eager tensor, an array, or None.
+class Argument {
+ public:
+  // False where it is none of these.
+  bool Read(PyObject* object, DataType dtype, int axes) {
+    if (object == runtime.none) return true;
+    tensor_ = TensorOf(object);
+    if (tensor_ != nullptr) return tensor_->dtype() == dtype;
+    tensor_ = &copy_;
+    return CopyArray(object, dtype, axes, &copy_);
+  }
+  const Tensor* tensor() const { return tensor_; }
+
+ private:
+  const Tensor* tensor_ = nullptr;
+  Tensor copy_;
+};
+
+class OneOutput : public CoSiMhaStepOutputs {
+ public:
+  Status Allocate(int, DataType dtype, const tensorflow::TensorShape& shape,
+                  Tensor** tensor) override {
+    tensor_ = Tensor(dtype, shape);
+    *tensor = &tensor_;
+    return absl::OkStatus();
+  }
+  const Tensor& tensor() const { return tensor_; }
+
+ private:
+  Tensor tensor_;
+};
+
+// Whether operations of this thread may still be under way when they have returned.
+bool IsAsync(TFE_Context* context) {
+  TFE_Executor* executor = runtime.ContextGetExecutorForThread(context);
+  const bool async = runtime.ExecutorIsAsync(executor);
+  runtime.DeleteExecutor(executor);
+  return async;
+}
+
+PyObject* NewReference(PyObject* object) {
+  runtime.Py_IncRef(object);
+  return object;
+}
+
+}  // namespace
+
+// Makes the function below ready to be called. `tensorflow_library` is a shared library of
+// TensorFlow's that depends on all others. Returns the names of what is not there, or "".
+EXPORTED const char* continual_transformers_find_runtime(const char* tensorflow_library) {
+  static std::string missing;
+  missing = runtime.Find(tensorflow_library);
+  return missing.c_str();
+}
+
+// Takes the step of CoSiMultiHeadAttentionStep, whose `variables` are an eager tensor of what
+// BindVariables gave. Returns a new reference: to an eager tensor, the result; to None, while none
+// of these streams has come as far as `first_step`; or to NotImplemented, and then no step was
+// taken. To be called with Python's lock held, which other threads have while the step is computed.
+EXPORTED PyObject* continual_transformers_co_si_mha_step(
+    TFE_Context* context, PyObject* variables, PyObject* query, PyObject* value, PyObject* key,
+    PyObject* streams, int64_t first_step, bool use_bias, bool use_gate, bool use_delay,
+    bool update_state) {
+  const auto declined = [] { return NewReference(runtime.not_implemented); };
+  if (IsAsync(context) || !TargetError().empty()) return declined();
+  const Tensor* handle = TensorOf(variables);
+  if (handle == nullptr) return declined();
+  const auto bound =
+      handle->scalar<tensorflow::ResourceHandle>()().GetResource<BoundVariables>();
+  if (!bound.ok()) return declined();
+
+  DataType dtype;
+  {
+    tensorflow::Var* key_cache = (*bound)->variables()[0].get();
+    tensorflow::tf_shared_lock lock(*key_cache->mu());
+    const bool wide = key_cache->tensor()->dtype() == tensorflow::DT_DOUBLE;
+    dtype = wide ? tensorflow::DT_DOUBLE : tensorflow::DT_FLOAT;
+  }
+  Argument queries, values, keys, numbers;
+  if (query == runtime.none || !queries.Read(query, dtype, 2) || !values.Read(value, dtype, 2) ||
+      !keys.Read(key, dtype, 2) || !numbers.Read(streams, tensorflow::DT_INT32, 1)) {
+    return declined();
+  }
+  const CoSiMhaStepOptions options = {use_bias,     use_gate, use_delay, /*scores=*/false,
+                                      update_state, first_step};
+  CoSiMhaStepInputs inputs = {};
+  inputs.query = queries.tensor();
+  inputs.value = values.tensor();
+  inputs.key = keys.tensor();
+  inputs.streams = numbers.tensor();
+  OneOutput output;
+  void* state = runtime.PyEval_SaveThread();
+  Status status;
+  {
+    // As the runtime has it, so that the bits are the op's.
+    const tensorflow::port::ScopedFlushDenormal flush;
+    status = CallCoSiMhaStep(options, inputs, (*bound)->variables(),
+                             ThreadsOf((*bound)->device()), &output);
+  }
+  runtime.PyEval_RestoreThread(state);
+  if (!status.ok()) return declined();
+  if (output.tensor().dim_size(0) == 0 && queries.tensor()->dim_size(0) > 0) {
+    return NewReference(runtime.none);
+  }
+  return runtime.EagerTensorFromHandle(runtime.HandleOfTensor(output.tensor()),
+                                       /*is_packed=*/false);
+}
+
+}  // namespace continual_transformers

@@ -1,0 +1,77 @@
+"""The one-op step, called without TensorFlow's eager runtime (`cc/tensorflow/direct_step.cc`).
+
+An eager op of this size costs five times as long to call as to compute. What the direct call cannot
+do it declines, and the caller then takes the step by the op: other inputs than eager tensors on the
+CPU and NumPy arrays, and every error.
+"""
+
+import ctypes
+import functools
+
+from tensorflow.python import _pywrap_tensorflow_internal
+from tensorflow.python.eager import context, record
+
+from continual_transformers_tf.ops import library
+
+
+class DirectStep:
+    """Calls the op `CoSiMultiHeadAttentionStep` of a layer directly.
+
+    Args:
+        bound: a `BoundVariables`.
+        use_bias, use_gate, use_delay: attributes of the op.
+    """
+
+    def __init__(self, bound, use_bias, use_gate, use_delay):
+        self._take = _function()
+        self._bound = bound.tensor
+        self._flags = bool(use_bias), bool(use_gate), bool(use_delay)
+        self._eager = context.context()
+        capsule = ctypes.pythonapi.PyCapsule_GetPointer
+        capsule.restype, capsule.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        self._eager_handle = capsule(self._eager._handle, None)
+
+    def __call__(self, query, value, key, streams, first_step, update_state):
+        """Takes a step.
+
+        Args:
+            query, value, key, streams: inputs of the op, eager tensors or NumPy arrays; None where
+                they are left out.
+            first_step, update_state: attributes of the op.
+
+        Returns:
+            The result, an eager tensor; None, before the first step that has one; or
+            NotImplemented: no step was taken.
+        """
+        thread = self._eager._thread_local_data
+        # A tape has to see the op, and so does a debugger.
+        if not thread.is_eager or thread.op_callbacks or record.could_possibly_record():
+            return NotImplemented
+        return self._take(
+            self._eager_handle, self._bound, query, value, key, streams, first_step, *self._flags,
+            update_state,
+        )  # fmt: skip
+
+
+def direct_step(bound, use_bias, use_gate, use_delay):
+    """A `DirectStep`, or None where this TensorFlow lacks something of what it calls."""
+    return None if _function() is None else DirectStep(bound, use_bias, use_gate, use_delay)
+
+
+@functools.cache
+def _function():
+    try:
+        # Python's lock is held: the function gives it up while it computes.
+        native = ctypes.PyDLL(str(library.LIBRARY_PATH))
+        find = native.continual_transformers_find_runtime
+        find.restype, find.argtypes = ctypes.c_char_p, [ctypes.c_char_p]
+        if find(_pywrap_tensorflow_internal.__file__.encode()):
+            return None
+    except (AttributeError, OSError):
+        return None
+    take = native.continual_transformers_co_si_mha_step
+    take.restype = ctypes.py_object
+    take.argtypes = [
+        ctypes.c_void_p, *[ctypes.py_object] * 5, ctypes.c_int64, *[ctypes.c_bool] * 4
+    ]  # fmt: skip
+    return take
