@@ -11,11 +11,18 @@ N, H, D, E = 6, 3, 5, 7  # The window and sizes of tests that are about somethin
 
 
 def pair(seq_len=N, num_heads=H, key_dim=D, features=E, *, random, layer_options=None, **options):
-    """A continual layer and the regular one with the same weights, none of them zero."""
+    """A continual layer and the regular one with the same weights, none of them zero.
+
+    Projections of inputs of order one are of order one, and so are logits.
+    """
     dtype = options.get("dtype", "float32")
     regular = keras.layers.MultiHeadAttention(num_heads, key_dim, **options)
     regular.build((None, seq_len, features), (None, seq_len, features))
-    regular.set_weights([random.normal(scale=0.4, size=w.shape) for w in regular.weights])
+    outputs = regular.output_dense.kernel
+    regular.set_weights([
+        random.normal(scale=np.prod(w.shape[: 2 if w is outputs else 1]) ** -0.5, size=w.shape)
+        for w in regular.weights
+    ])  # fmt: skip
     layer = ct.CoSiMultiHeadAttention(
         seq_len, num_heads, key_dim, **options, **(layer_options or {})
     )

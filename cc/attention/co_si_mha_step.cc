@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <type_traits>
 
 #include "cc/attention/dense.h"
 #include "cc/attention/elementwise.h"
@@ -85,11 +86,17 @@ class Stepper {
   }
 
   void Attend() {
-    std::unique_ptr<C[]> narrow(new C[rows_ * (key_size_ + value_size_)]);
-    Narrow(key_, rows_ * (key_size_ + value_size_), narrow.get());  // They lie side by side.
+    std::unique_ptr<C[]> narrow;
     attention_.query = query_;
-    attention_.key = narrow.get();
-    attention_.value = narrow.get() + rows_ * key_size_;
+    if constexpr (std::is_same_v<T, C>) {
+      attention_.key = key_;
+      attention_.value = value_;
+    } else {
+      narrow.reset(new C[rows_ * (key_size_ + value_size_)]);
+      Narrow(key_, rows_ * (key_size_ + value_size_), narrow.get());  // They lie side by side.
+      attention_.key = narrow.get();
+      attention_.value = narrow.get() + rows_ * key_size_;
+    }
     attention_.output = attended_;
     attention_.query_strides = attention_.key_strides = {key_size_, key_size_, attention_.key_dim};
     attention_.value_strides =

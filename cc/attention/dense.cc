@@ -26,9 +26,7 @@ constexpr int64_t kFewRows = 4;
 template <typename T, typename W>
 class FewRows {
  public:
-  explicit FewRows(const Dense<T, W>& dense)
-      : dense_(dense),
-        prefetch_(dense.inputs * dense.outputs * static_cast<int64_t>(sizeof(W)) > kNearBytes) {}
+  explicit FewRows(const Dense<T, W>& dense) : dense_(dense) {}
 
   void Columns(int64_t begin, int64_t end) const {
     for (int64_t m = 0; m < dense_.rows; ++m) {
@@ -42,14 +40,9 @@ class FewRows {
     for (int64_t first = begin; first < end; first += kTile) {
       const int64_t last = std::min(end, first + kTile);
       int64_t i = 0;
-      for (; i + 8 <= dense_.inputs; i += 8) {
-        for (int64_t m = 0; m < dense_.rows; ++m) {
-          if (prefetch_ && m == 0) {
-            AddRows<8, true>(m, i, first, last);
-          } else {
-            AddRows<8, false>(m, i, first, last);
-          }
-        }
+      for (; i + 4 <= dense_.inputs; i += 4) {
+        AddRows<4, true>(0, i, first, last);
+        for (int64_t m = 1; m < dense_.rows; ++m) AddRows<4, false>(m, i, first, last);
       }
       for (; i < dense_.inputs; ++i) {
         for (int64_t m = 0; m < dense_.rows; ++m) AddRows<1, false>(m, i, first, last);
@@ -62,13 +55,15 @@ class FewRows {
   using V = hn::Vec<D>;
   static constexpr int64_t kLanes = hn::Lanes(D());
   static constexpr int64_t kTile = 1024;
-  // Of kernels beyond the second cache the rows that come next are asked for: a step through 16 of
-  // 4 MB took 1.0 times as long as a plain read, and 1.15 without; but those of 1 MB 1.4, and 1.2
-  // without (AVX3, Zen 4). Lost: every vector of the kernel for two or three rows at once, 790 us
-  // instead of 710 for two rows of four such kernels.
-  static constexpr int64_t kNearBytes = 2 << 20;
+  // How far ahead in a row of the kernel the processor is asked for it; by itself it sees four rows
+  // as four streams, and begins anew at each. Medians of four kernels of 4 MB, against a plain read
+  // (AVX2, Zen 3): 1.0; without asking 1.3, and by eight rows 1.1. Lost: asking for the rows that
+  // come next instead, 1.1 by four and 1.6 by eight; sums that wait in registers while all rows go
+  // by, 1.7; and for two or three rows of the output every vector of the kernel at once.
+  static constexpr int64_t kAheadBytes = 1024, kLineBytes = 64;
+  static constexpr int64_t kLine = std::max<int64_t>(kLanes, kLineBytes / sizeof(W));
 
-  // output[m] += input[m][i] * kernel[i] over kRows rows from i on, kRows = 8 or 1.
+  // output[m] += input[m][i] * kernel[i] over kRows rows from i on, kRows = 4 or 1.
   template <int kRows, bool kPrefetch>
   void AddRows(int64_t m, int64_t i, int64_t first, int64_t last) const {
     const D d;
@@ -78,23 +73,23 @@ class FewRows {
     T* HWY_RESTRICT y = dense_.output + m * dense_.outputs;
     V scale[kRows];
     for (int r = 0; r < kRows; ++r) scale[r] = hn::Set(d, x[r]);
+    const auto add = [&](int64_t c) HWY_ATTR {
+      V sum = hn::LoadU(d, y + c);
+      for (int r = 0; r < kRows; ++r) {
+        sum = hn::MulAdd(scale[r], LoadWide(d, w + r * stride + c), sum);
+      }
+      hn::StoreU(sum, d, y + c);
+    };
     int64_t c = first;
-    for (; c + kLanes <= last; c += kLanes) {
+    for (; c + kLine <= last; c += kLine) {
       if constexpr (kPrefetch) {
         for (int r = 0; r < kRows; ++r) {
-          __builtin_prefetch(w + (r + kRows) * stride + c, /*rw=*/0, /*locality=*/2);
+          __builtin_prefetch(reinterpret_cast<const char*>(w + r * stride + c) + kAheadBytes);
         }
       }
-      // Two chains, so that none is waited for.
-      V even = hn::LoadU(d, y + c), odd = hn::Zero(d);
-      for (int r = 0; r < kRows; r += 2) {
-        even = hn::MulAdd(scale[r], LoadWide(d, w + r * stride + c), even);
-        if (r + 1 < kRows) {
-          odd = hn::MulAdd(scale[r + 1], LoadWide(d, w + (r + 1) * stride + c), odd);
-        }
-      }
-      hn::StoreU(hn::Add(even, odd), d, y + c);
+      for (int64_t lane = 0; lane < kLine; lane += kLanes) add(c + lane);
     }
+    for (; c + kLanes <= last; c += kLanes) add(c);
     if (c < last) {
       const size_t rest = last - c;
       V sum = hn::LoadN(d, y + c, rest);
@@ -106,7 +101,6 @@ class FewRows {
   }
 
   const Dense<T, W>& dense_;
-  const bool prefetch_;
 };
 
 // Many rows: a panel of the kernel, some vectors wide, is copied together once, widened, and then
@@ -171,7 +165,10 @@ class ManyRows {
         sum[3][v] = hn::MulAdd(s3, kernel, sum[3][v]);
       }
     }
-    for (int64_t r = 0; r < std::min(kFewRows, dense_.rows - m); ++r) {
+    // To a constant end, or the compiler would keep the sums in memory: 14 products a cycle become 4
+    // (AVX2, Zen 3).
+    for (int64_t r = 0; r < kFewRows; ++r) {
+      if (m + r > last) break;
       T* output = dense_.output + (m + r) * dense_.outputs + column;
       for (int64_t v = 0; v < kVectors; ++v) {
         const int64_t rest = std::max<int64_t>(0, std::min(kLanes, width - v * kLanes));

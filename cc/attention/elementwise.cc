@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
 #include "cc/attention/half.h"
 #include "cc/attention/targets.h"
@@ -30,19 +29,14 @@ HWY_INLINE void Transform(T* x, int64_t size, const F& f) {
 
 template <typename T, typename C>
 void NarrowAll(const T* from, int64_t size, C* to) {
-  if constexpr (std::is_same_v<T, C>) {
-    std::copy_n(from, size, to);
-  } else {
-    const hn::ScalableTag<T> d;
-    using H = typename HighwayType<C>::type;
-    const hn::Rebind<H, decltype(d)> narrow;
-    const hn::Rebind<uint16_t, decltype(d)> bits;
-    constexpr int64_t kLanes = hn::Lanes(d);
-    for (int64_t i = 0; i < size; i += kLanes) {
-      const size_t count = std::min(kLanes, size - i);
-      const auto lanes = hn::DemoteTo(narrow, hn::LoadN(d, from + i, count));
-      hn::StoreN(hn::BitCast(bits, lanes), bits, reinterpret_cast<uint16_t*>(to + i), count);
-    }
+  const hn::ScalableTag<T> d;
+  const hn::Rebind<typename HighwayType<C>::type, decltype(d)> narrow;
+  const hn::Rebind<uint16_t, decltype(d)> bits;
+  constexpr int64_t kLanes = hn::Lanes(d);
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const size_t count = std::min(kLanes, size - i);
+    const auto lanes = hn::DemoteTo(narrow, hn::LoadN(d, from + i, count));
+    hn::StoreN(hn::BitCast(bits, lanes), bits, reinterpret_cast<uint16_t*>(to + i), count);
   }
 }
 
@@ -83,10 +77,8 @@ void Multiply(T* x, const T* factor, int64_t size) {
   CONTINUAL_TRANSFORMERS_DISPATCH(MultiplyAll, x, factor, size);
 }
 
-template void Narrow<float, float>(const float*, int64_t, float*);
 template void Narrow<float, BFloat16>(const float*, int64_t, BFloat16*);
 template void Narrow<float, Float16>(const float*, int64_t, Float16*);
-template void Narrow<double, double>(const double*, int64_t, double*);
 template void Sigmoid<float>(float*, int64_t);
 template void Sigmoid<double>(double*, int64_t);
 template void Multiply<float>(float*, const float*, int64_t);

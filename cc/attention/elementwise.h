@@ -8,7 +8,7 @@
 namespace continual_transformers {
 
 // to[i] = from[i] in what a ring keeps, rounded to the nearest, ties to even. Instantiated for
-// (T, C) of (float, float), (float, BFloat16), (float, Float16) and (double, double).
+// (T, C) of (float, BFloat16) and (float, Float16).
 template <typename T, typename C>
 void Narrow(const T* from, int64_t size, C* to);
 

@@ -214,11 +214,13 @@ EXPORTED const char* continual_transformers_find_runtime(const char* tensorflow_
 // Takes the step of CoSiMultiHeadAttentionStep, whose `variables` are an eager tensor of what
 // BindVariables gave. Returns a new reference: to an eager tensor, the result; to None, while none
 // of these streams has come as far as `first_step`; or to NotImplemented, and then no step was
-// taken. To be called with Python's lock held, which other threads have while the step is computed.
-EXPORTED PyObject* continual_transformers_co_si_mha_step(
-    TFE_Context* context, PyObject* variables, PyObject* query, PyObject* value, PyObject* key,
-    PyObject* streams, int64_t first_step, bool use_bias, bool use_gate, bool use_delay,
-    bool update_state) {
+// taken. `options` has a bit for each of use_bias, use_gate, use_delay and update_state, in this
+// order from the lowest: each argument takes ctypes 0.1 us. To be called with Python's lock held,
+// which other threads have while the step is computed.
+EXPORTED PyObject* continual_transformers_co_si_mha_step(TFE_Context* context, PyObject* variables,
+                                                         PyObject* query, PyObject* value,
+                                                         PyObject* key, PyObject* streams,
+                                                         int64_t first_step, int options) {
   const auto declined = [] { return NewReference(runtime.not_implemented); };
   if (IsAsync(context) || !TargetError().empty()) return declined();
   const Tensor* handle = TensorOf(variables);
@@ -239,8 +241,9 @@ EXPORTED PyObject* continual_transformers_co_si_mha_step(
       !keys.Read(key, dtype, 2) || !numbers.Read(streams, tensorflow::DT_INT32, 1)) {
     return declined();
   }
-  const CoSiMhaStepOptions options = {use_bias,     use_gate, use_delay, /*scores=*/false,
-                                      update_state, first_step};
+  const CoSiMhaStepOptions step_options = {(options & 1) != 0, (options & 2) != 0,
+                                           (options & 4) != 0, /*return_attention_scores=*/false,
+                                           (options & 8) != 0, first_step};
   CoSiMhaStepInputs inputs = {};
   inputs.query = queries.tensor();
   inputs.value = values.tensor();
@@ -252,7 +255,7 @@ EXPORTED PyObject* continual_transformers_co_si_mha_step(
   {
     // As the runtime has it, so that the bits are the op's.
     const tensorflow::port::ScopedFlushDenormal flush;
-    status = CallCoSiMhaStep(options, inputs, (*bound)->variables(),
+    status = CallCoSiMhaStep(step_options, inputs, (*bound)->variables(),
                              ThreadsOf((*bound)->device()), &output);
   }
   runtime.PyEval_RestoreThread(state);

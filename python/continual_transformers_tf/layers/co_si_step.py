@@ -85,9 +85,8 @@ class OneOpStep:
         if streams.__class__ is list:
             streams = np.array(streams)
         with layer._stream_state.lock:
-            return self._direct(
-                query, value, key, streams, self._first_step(always_partial_here()), update_state
-            )
+            first_step = self._first_step(always_partial_here())
+            return self._direct(query, value, key, streams, first_step, bool(update_state))
 
     def _first_step(self, partial):
         """The first step of a stream that gives an output."""

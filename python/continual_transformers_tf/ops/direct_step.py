@@ -25,7 +25,8 @@ class DirectStep:
     def __init__(self, bound, use_bias, use_gate, use_delay):
         self._take = _function()
         self._bound = bound.tensor
-        self._flags = bool(use_bias), bool(use_gate), bool(use_delay)
+        options = bool(use_bias) | bool(use_gate) << 1 | bool(use_delay) << 2
+        self._options = {False: options, True: options | 1 << 3}  # By update_state.
         self._eager = context.context()
         capsule = ctypes.pythonapi.PyCapsule_GetPointer
         capsule.restype, capsule.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
@@ -48,8 +49,8 @@ class DirectStep:
         if not thread.is_eager or thread.op_callbacks or record.could_possibly_record():
             return NotImplemented
         return self._take(
-            self._eager_handle, self._bound, query, value, key, streams, first_step, *self._flags,
-            update_state,
+            self._eager_handle, self._bound, query, value, key, streams, first_step,
+            self._options[update_state],
         )  # fmt: skip
 
 
@@ -71,7 +72,5 @@ def _function():
         return None
     take = native.continual_transformers_co_si_mha_step
     take.restype = ctypes.py_object
-    take.argtypes = [
-        ctypes.c_void_p, *[ctypes.py_object] * 5, ctypes.c_int64, *[ctypes.c_bool] * 4
-    ]  # fmt: skip
+    take.argtypes = [ctypes.c_void_p, *[ctypes.py_object] * 5, ctypes.c_int64, ctypes.c_int]
     return take
