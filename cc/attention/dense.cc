@@ -165,8 +165,8 @@ class ManyRows {
         sum[3][v] = hn::MulAdd(s3, kernel, sum[3][v]);
       }
     }
-    // To a constant end, or the compiler would keep the sums in memory: 14 products a cycle become 4
-    // (AVX2, Zen 3).
+    // To a constant end, or the compiler would keep the sums in memory: 14 products a cycle become
+    // 4 (AVX2, Zen 3).
     for (int64_t r = 0; r < kFewRows; ++r) {
       if (m + r > last) break;
       T* output = dense_.output + (m + r) * dense_.outputs + column;
@@ -183,6 +183,7 @@ class ManyRows {
 
 template <typename T, typename W>
 void MultiplyColumns(const Dense<T, W>& dense, int64_t begin, int64_t end) {
+  if (dense.rows == 0) return;
   if (dense.rows < kFewRows) {
     FewRows<T, W>(dense).Columns(begin, end);
   } else {

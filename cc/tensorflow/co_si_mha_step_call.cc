@@ -85,9 +85,9 @@ class Call {
       rings.push_back({variables_[CoSiMhaStepOptions::kCache + i].get(), kNames[i],
                        i == 1 ? tensorflow::DT_BOOL : kDataType<T>});
     }
-    return state_.Lock({variables_[0].get(), variables_[1].get(), variables_[2].get(),
-                        variables_[3].get()},
-                       kDataType<C>, rings);
+    return state_.Lock(
+        {variables_[0].get(), variables_[1].get(), variables_[2].get(), variables_[3].get()},
+        kDataType<C>, rings);
   }
 
   Status FillInputs(TensorShape* result_shape) {

@@ -1,5 +1,5 @@
-// A call of CoSiMultiHeadAttentionStep, whoever makes it: check everything, allocate, call, and only
-// then let the streams' positions advance. Whatever fails, fails before any state has changed.
+// A call of CoSiMultiHeadAttentionStep, whoever makes it: check everything, allocate, call, and
+// only then let the streams' positions advance. Whatever fails, fails before any state has changed.
 
 #ifndef CONTINUAL_TRANSFORMERS_TENSORFLOW_CO_SI_MHA_STEP_CALL_H_
 #define CONTINUAL_TRANSFORMERS_TENSORFLOW_CO_SI_MHA_STEP_CALL_H_

@@ -55,8 +55,8 @@ class CoSiMultiHeadAttentionStepOp : public OpKernel {
     OP_REQUIRES_OK(ctx, OptionalInput(ctx, "query_mask", &inputs.query_mask));
     OP_REQUIRES_OK(ctx, OptionalInput(ctx, "key_mask", &inputs.key_mask));
     OpOutputs outputs(ctx);
-    OP_REQUIRES_OK(ctx, CallCoSiMhaStep(options_, inputs, variables.all(),
-                                        ThreadsOf(ctx->device()), &outputs));
+    OP_REQUIRES_OK(ctx, CallCoSiMhaStep(options_, inputs, variables.all(), ThreadsOf(ctx->device()),
+                                        &outputs));
   }
 
  private:

@@ -60,7 +60,7 @@ struct Runtime {
   void (*PyBuffer_Release)(PyBuffer*);
   void (*PyErr_Clear)();
   void (*Py_IncRef)(PyObject*);
-  PyObject* none;            // Py_None
+  PyObject* none;             // Py_None
   PyObject* not_implemented;  // Py_NotImplemented
 
   bool (*EagerTensor_CheckExact)(const PyObject*);
@@ -145,7 +145,7 @@ bool CopyArray(PyObject* object, DataType dtype, int axes, Tensor* tensor) {
       }
       return true;
     }
-    const char expected = dtype == tensorflow::DT_INT32 ? 'i'
+    const char expected = dtype == tensorflow::DT_INT32   ? 'i'
                           : dtype == tensorflow::DT_FLOAT ? 'f'
                                                           : 'd';
     if (format == expected) std::memcpy(tensor->data(), buffer.data, buffer.bytes);
@@ -225,8 +225,7 @@ EXPORTED PyObject* continual_transformers_co_si_mha_step(TFE_Context* context, P
   if (IsAsync(context) || !TargetError().empty()) return declined();
   const Tensor* handle = TensorOf(variables);
   if (handle == nullptr) return declined();
-  const auto bound =
-      handle->scalar<tensorflow::ResourceHandle>()().GetResource<BoundVariables>();
+  const auto bound = handle->scalar<tensorflow::ResourceHandle>()().GetResource<BoundVariables>();
   if (!bound.ok()) return declined();
 
   DataType dtype;
@@ -260,7 +259,7 @@ EXPORTED PyObject* continual_transformers_co_si_mha_step(TFE_Context* context, P
   }
   runtime.PyEval_RestoreThread(state);
   if (!status.ok()) return declined();
-  if (output.tensor().dim_size(0) == 0 && queries.tensor()->dim_size(0) > 0) {
+  if (output.tensor().dim_size(0) == 0 && first_step > 1) {
     return NewReference(runtime.none);
   }
   return runtime.EagerTensorFromHandle(runtime.HandleOfTensor(output.tensor()),

@@ -103,7 +103,12 @@ class OneOpStep:
         inputs, attributes = self._op_arguments(return_attention_scores, *arguments)
         with self._layer._stream_state.lock:
             outputs = co_si_mha_step(self._fused, inputs, attributes)
-        return _result(*outputs)
+        result, scores = outputs
+        # Of no streams at all there are no outputs either way.
+        warms_up = "first_step" in attributes
+        if warms_up and result.__class__ is EagerTensor and result._shape_tuple()[0] == 0:
+            return None, None
+        return result, scores[0] if scores else None
 
     def _op_arguments(
         self,
@@ -172,7 +177,7 @@ class OneOpStep:
         tensors = {
             name: step_input(name, x, 2, layer.compute_dtype)
             for name, x in given.items()
-            if x is not None
+            if x is not None or name == "query"
         }
         check_same_rows(**tensors)
         sizes = dict(zip(given, layer._features, strict=True))
@@ -198,12 +203,6 @@ def one_op_step(layer, training):
     elif not context.executing_eagerly() and in_xla():  # Where the library's ops are not known.
         return None
     return step
-
-
-def _result(result, scores):
-    if result.__class__ is EagerTensor and result._shape_tuple()[0] == 0:
-        return None, None
-    return result, scores[0] if scores else None
 
 
 # Made once: a step that makes ten short-lived lists keeps Python's garbage collector busy.
