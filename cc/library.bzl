@@ -3,6 +3,7 @@
 LIBRARY_NAME = "libcontinual_transformers.so"
 
 ATTENTION_HEADERS = [
+    "attention/co_si_encoder_step.h",
     "attention/co_si_mha_step.h",
     "attention/dense.h",
     "attention/elementwise.h",
@@ -20,6 +21,7 @@ ATTENTION_HEADERS = [
 ]
 
 ATTENTION_SOURCES = [
+    "attention/co_si_encoder_step.cc",
     "attention/co_si_mha_step.cc",
     "attention/dense.cc",
     "attention/elementwise.cc",

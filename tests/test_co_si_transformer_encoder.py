@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import continual_transformers_tf as ct
 import reference
@@ -14,17 +15,23 @@ N, E, H, FF = 6, 8, 2, 12
 class RegularEncoder:
     """The encoder in `keras.layers`, all rows of it."""
 
-    def __init__(self, layer):
+    def __init__(self, layer, key_dim=E, norm_first=False, activation="gelu", epsilon=1e-6):
+        dtype = layer.compute_dtype
         attention, norm1, hidden, output, norm2 = (
-            keras.layers.MultiHeadAttention(H, E),
-            keras.layers.LayerNormalization(epsilon=1e-6),
-            keras.layers.Dense(FF, activation=keras.activations.gelu),
-            keras.layers.Dense(E),
-            keras.layers.LayerNormalization(epsilon=1e-6),
+            keras.layers.MultiHeadAttention(H, key_dim, dtype=dtype),
+            keras.layers.LayerNormalization(epsilon=epsilon, dtype=dtype),
+            keras.layers.Dense(FF, activation=activation, dtype=dtype),
+            keras.layers.Dense(E, dtype=dtype),
+            keras.layers.LayerNormalization(epsilon=epsilon, dtype=dtype),
         )
-        inputs = keras.Input((None, E))
-        x = norm1(inputs + attention(inputs, inputs))
-        self.model = keras.Model(inputs, norm2(x + output(hidden(x))))
+        inputs = keras.Input((None, E), dtype=dtype)
+        if norm_first:
+            x = norm1(inputs)
+            x = inputs + attention(x, x)
+            self.model = keras.Model(inputs, x + output(hidden(norm2(x))))
+        else:
+            x = norm1(inputs + attention(inputs, inputs))
+            self.model = keras.Model(inputs, norm2(x + output(hidden(x))))
         weights = layer.get_weights()
         for part in (attention, norm1, hidden, output, norm2):
             part.set_weights([weights.pop(0) for _ in part.weights])
@@ -58,6 +65,100 @@ def test_modes_equal_the_regular_encoder(backend, random, layer):
     steps = layer.call_steps(x[:, 2 * N :])
     assert steps.shape == (3, N, E)
     assert reference.relative_error(steps[:, -1], regular.newest(x[:, -N:])) < 1e-5
+
+
+@pytest.mark.parametrize("options", [
+    dict(norm_first=True),
+    dict(activation="relu", key_dim=3),
+    dict(activation="linear", epsilon=0.1),
+    dict(activation="silu", norm_first=True),
+    dict(activation="gelu", dtype="float64"),
+    dict(norm_first=True, activation="relu", dtype="float64"),
+], ids=str)  # fmt: skip
+def test_what_a_block_may_be(backend, random, executed_ops, options):
+    layer = ct.CoSiTransformerEncoder(N, E, H, FF, **options)
+    layer.build((None, N, E))
+    layer.set_weights([random.normal(scale=0.5, size=w.shape) for w in layer.weights])
+    dtype = options.pop("dtype", "float32")
+    regular = RegularEncoder(layer, **options)
+    x = random.normal(size=(3, 2 * N, E)).astype(dtype)
+    # Keras rounds the attention's scale to float32.
+    bound = 1e-5 if dtype == "float32" else 1e-7
+    for t in range(2 * N):
+        output = layer.call_step(x[:, t])
+        if t >= N - 1:
+            window = x[:, t - N + 1 : t + 1]
+            assert output.dtype == dtype
+            assert reference.relative_error(output, regular.newest(window)) < bound
+            assert reference.relative_error(layer(window)[:, 0], regular.newest(window)) < bound
+    fused = backend == "fused" and options.get("activation") != "silu"
+    assert ("ContinualTransformers>CoSiTransformerEncoderStep" in executed_ops) == fused
+    layer.clean_state()
+    steps = layer.call_steps(x)
+    assert reference.relative_error(steps[:, -1], output.numpy()) < bound
+    again = ct.CoSiTransformerEncoder.from_config(layer.get_config())
+    assert again.get_config() == layer.get_config()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("options", [
+    {}, dict(norm_first=True), dict(activation="relu"), dict(dtype="float64"),
+    dict(cache_dtype="bfloat16", weights_dtype="bfloat16"),
+], ids=str)  # fmt: skip
+def test_one_op_is_the_several_ops(monkeypatch, random, rows, options):
+    """Streams in any order and of different ages, more than one vector and a rest of features."""
+    bound = {"float64": 1e-12}.get(options.get("dtype"), 5e-6)
+    if "weights_dtype" in options:
+        bound = 2e-2
+    layers = {}
+    for backend in ("fused", "tensorflow"):
+        monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", backend)
+        layers[backend] = layer = ct.CoSiTransformerEncoder(
+            5, 37, 2, 75, key_dim=9, warm_up="partial", **options
+        )
+        layer.build((None, 5, 37))
+        weights = np.random.default_rng(5)
+        layer.set_weights([weights.normal(scale=0.3, size=w.shape) for w in layer.weights])
+        layer.ensure_streams(9)
+    for step in range(8):
+        x = random.normal(size=(rows, 37)) * 3
+        arguments = dict(streams=random.permutation(9)[:rows], update_state=step % 3 != 2)
+        outputs = {}
+        for backend, layer in layers.items():
+            monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", backend)
+            outputs[backend] = layer.call_step(x.astype(layer.compute_dtype), **arguments)
+        assert reference.relative_error(outputs["fused"], outputs["tensorflow"].numpy()) < bound
+    assert layers["fused"]._one_op_step is not None
+
+
+def test_in_a_graph_and_exported_it_is_the_same_op(monkeypatch, random, layer):
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
+    x = random.normal(size=(2, E)).astype("float32")
+    for _ in range(N):
+        layer.call_step(x)
+    graph = tf.function(layer.call_step)
+    before = layer.get_state()
+    expected = layer.call_step(x).numpy()
+    layer.set_state(before)
+    np.testing.assert_array_equal(graph(x), expected)
+    types = {op.type for op in graph.get_concrete_function(x).graph.get_operations()}
+    assert "ContinualTransformers>CoSiTransformerEncoderStep" in types
+    with tf.GradientTape() as tape:  # A tape inside: by several ops, which have gradients.
+        y = tf.reduce_sum(layer.call_step(x))
+    assert all(g is not None for g in tape.gradient(y, layer.trainable_weights))
+
+
+def test_weights_that_change_are_heeded(monkeypatch, random, layer):
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
+    x = random.normal(size=(1, E)).astype("float32")
+    layer.call_steps(np.repeat(x[:, None], N, 1))
+    first = layer.call_step(x, update_state=False).numpy()
+    layer.feed_forward.kernel.assign(2 * layer.feed_forward.kernel)
+    changed = layer.call_step(x, update_state=False).numpy()
+    assert reference.relative_error(changed, first) > 1e-2
+    layer.feed_forward.enable_lora(2)  # The op knows of none.
+    np.testing.assert_allclose(layer.call_step(x, update_state=False), changed, atol=1e-5)
+    assert layer._one_op_step is None
 
 
 def test_a_program_written_for_the_original_package(random):
@@ -155,9 +256,21 @@ def test_symbolic_shapes(mode):
     assert layer(keras.KerasTensor((*lead, E))).shape == expected
 
 
-@pytest.mark.parametrize("what", [dict(seq_len=0), dict(embed_dim=0), dict(ff_dim=1.5)], ids=str)
+@pytest.mark.parametrize(
+    "what",
+    [
+        dict(seq_len=0),
+        dict(embed_dim=0),
+        dict(ff_dim=1.5),
+        dict(key_dim=0),
+        dict(activation="none"),
+        dict(weights_dtype="int8"),
+        dict(cache_dtype="int8"),
+    ],
+    ids=str,
+)
 def test_bad_construction(what):
-    with pytest.raises(ValueError, match="Expected"):
+    with pytest.raises(ValueError, match="Expected|activation|key_dim"):
         ct.CoSiTransformerEncoder(
             **{**dict(seq_len=N, embed_dim=E, num_heads=H, ff_dim=FF), **what}
         )
@@ -171,6 +284,8 @@ def test_bad_construction(what):
         dict(x=np.zeros((2, E), np.int64)),
         dict(x=np.zeros((2, E), np.float32), streams=[0, 9]),
         dict(x=np.zeros((2, E), np.float32), streams=[0, 0]),
+        dict(x=np.zeros((2, E), np.float32), streams=[0]),
+        dict(x=None),
     ],
 )
 def test_bad_input_changes_nothing(backend, random, layer, call):

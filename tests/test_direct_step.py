@@ -85,10 +85,14 @@ def test_the_bits_are_the_ops(random, taken, options):
         np.testing.assert_array_equal(array, op.get_state()[name])
 
 
-@pytest.mark.parametrize("convert", [
-    list, tuple, np.array, np.int32, np.int64, np.uint8, tf.constant,
-    lambda s: tf.constant(s, tf.int64), lambda s: np.repeat(s, 2)[::2],
-], ids=["list", "tuple", "array", "int32", "int64", "uint8", "tensor", "int64 tensor", "strided"])  # fmt: skip
+@pytest.mark.parametrize(
+    "convert",
+    [
+        list, tuple, np.array, np.int32, np.int64, np.uint8, tf.constant,
+        lambda s: tf.constant(s, tf.int64), lambda s: np.repeat(s, 2)[::2],
+    ],
+    ids=["list", "tuple", "array", "i4", "i8", "u1", "tensor", "i8 tensor", "strided"],
+)  # fmt: skip
 def test_streams_of_any_kind(random, convert):
     layer, _ = pair(random=random, layer_options=dict(warm_up="partial"))
     layer.ensure_streams(9)
@@ -165,6 +169,26 @@ def test_operations_under_way_come_first(random, taken):
         layer.call_step(x)
     assert taken[-1] is False
     assert layer.position.numpy().tolist() == [3]
+
+
+@pytest.mark.parametrize("options", [{}, dict(norm_first=True), dict(activation="relu")], ids=str)
+def test_the_bits_of_an_encoder_are_the_ops(random, taken, options):
+    layers = [ct.CoSiTransformerEncoder(N, E, H, 11, **options) for _ in range(2)]
+    for layer in layers:
+        layer.build((None, E))
+        layer.set_weights(layers[0].get_weights())
+        layer.ensure_streams(2)
+        layer.call_step(np.zeros((0, E), "float32"))
+    layers[1]._one_op_step._direct = None
+    del taken[:]
+    for step in range(2 * N):
+        x = random.normal(size=(2, E)).astype("float32")
+        streams = [None, [1, 0]][step % 2]
+        output, expected = (layer.call_step(x, streams=streams) for layer in layers)
+        assert (output is None) == (expected is None) == (step < N - 1)
+        if output is not None:
+            np.testing.assert_array_equal(output, expected)
+    assert taken == [True] * 2 * N
 
 
 def test_errors_are_the_ops(random):

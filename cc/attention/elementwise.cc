@@ -1,6 +1,7 @@
 #include "cc/attention/elementwise.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "cc/attention/half.h"
@@ -55,6 +56,61 @@ void MultiplyAll(T* x, const T* factor, int64_t size) {
   for (int64_t i = 0; i < size; ++i) x[i] *= factor[i];
 }
 
+template <typename T>
+void AddAll(T* x, const T* other, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) x[i] += other[i];
+}
+
+template <typename T>
+void GeluAll(T* x, int64_t size) {
+  Transform(x, size, [](auto d, auto v, int64_t) HWY_ATTR {
+    const auto a = hn::Mul(hn::Abs(v), hn::Set(d, static_cast<T>(0.70710678118654752)));
+    const auto tail = ErfcOfNonNegative(d, a);
+    const auto below = hn::Lt(v, hn::Zero(d));
+    const auto twice = hn::IfThenElse(below, tail, hn::Sub(hn::Set(d, T(2)), tail));
+    return hn::Mul(hn::Mul(hn::Set(d, T(0.5)), v), twice);
+  });
+}
+
+template <typename T>
+void ReluAll(T* x, int64_t size) {
+  // A NaN stays one.
+  for (int64_t i = 0; i < size; ++i) x[i] = x[i] < 0 ? T(0) : x[i];
+}
+
+// The sum over a row of f(x, lanes); lanes past its end are zeros to it.
+template <typename T, class F>
+HWY_INLINE T SumOver(const T* x, int64_t size, const F& f) {
+  const hn::ScalableTag<T> d;
+  constexpr int64_t kLanes = hn::Lanes(d);
+  auto sum = hn::Zero(d);
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) sum = hn::Add(sum, f(d, hn::LoadU(d, x + i)));
+  if (i < size) {
+    const auto rest = f(d, hn::LoadN(d, x + i, size - i));
+    sum = hn::Add(sum, hn::IfThenElseZero(hn::FirstN(d, size - i), rest));
+  }
+  return hn::ReduceSum(d, sum);
+}
+
+template <typename T>
+void NormalizeAll(const LayerNorm<T>& norm, const T* x, int64_t rows, int64_t size, T* y) {
+  for (int64_t row = 0; row < rows; ++row, x += size, y += size) {
+    const T mean = SumOver(x, size, [](auto, auto v) HWY_ATTR { return v; }) / size;
+    // Not the mean of the squares less the square of the mean, which cancels.
+    const T variance = SumOver(x, size,
+                               [mean](auto d, auto v) HWY_ATTR {
+                                 const auto centred = hn::Sub(v, hn::Set(d, mean));
+                                 return hn::Mul(centred, centred);
+                               }) /
+                       size;
+    const T factor = 1 / std::sqrt(variance + norm.epsilon);
+    for (int64_t i = 0; i < size; ++i) {
+      y[i] = (x[i] - mean) * factor * norm.scale[i] + norm.offset[i];
+    }
+  }
+}
+
 }  // namespace HWY_NAMESPACE
 }  // namespace continual_transformers
 HWY_AFTER_NAMESPACE();
@@ -77,12 +133,38 @@ void Multiply(T* x, const T* factor, int64_t size) {
   CONTINUAL_TRANSFORMERS_DISPATCH(MultiplyAll, x, factor, size);
 }
 
+template <typename T>
+void Add(T* x, const T* other, int64_t size) {
+  CONTINUAL_TRANSFORMERS_DISPATCH(AddAll, x, other, size);
+}
+
+template <typename T>
+void Gelu(T* x, int64_t size) {
+  CONTINUAL_TRANSFORMERS_DISPATCH(GeluAll, x, size);
+}
+
+template <typename T>
+void Relu(T* x, int64_t size) {
+  CONTINUAL_TRANSFORMERS_DISPATCH(ReluAll, x, size);
+}
+
+template <typename T>
+void Normalize(const LayerNorm<T>& norm, const T* x, int64_t rows, int64_t size, T* y) {
+  CONTINUAL_TRANSFORMERS_DISPATCH(NormalizeAll, norm, x, rows, size, y);
+}
+
 template void Narrow<float, BFloat16>(const float*, int64_t, BFloat16*);
 template void Narrow<float, Float16>(const float*, int64_t, Float16*);
-template void Sigmoid<float>(float*, int64_t);
-template void Sigmoid<double>(double*, int64_t);
-template void Multiply<float>(float*, const float*, int64_t);
-template void Multiply<double>(double*, const double*, int64_t);
+#define INSTANTIATE(T)                              \
+  template void Sigmoid<T>(T*, int64_t);            \
+  template void Multiply<T>(T*, const T*, int64_t); \
+  template void Add<T>(T*, const T*, int64_t);      \
+  template void Gelu<T>(T*, int64_t);               \
+  template void Relu<T>(T*, int64_t);               \
+  template void Normalize<T>(const LayerNorm<T>&, const T*, int64_t, int64_t, T*)
+INSTANTIATE(float);
+INSTANTIATE(double);
+#undef INSTANTIATE
 
 }  // namespace continual_transformers
 #endif  // HWY_ONCE

@@ -20,6 +20,32 @@ void Sigmoid(T* x, int64_t size);
 template <typename T>
 void Multiply(T* x, const T* factor, int64_t size);
 
+// x[i] += other[i].
+template <typename T>
+void Add(T* x, const T* other, int64_t size);
+
+// x[i] = x[i] * P(Z <= x[i]) of a standard normal Z (Hendrycks & Gimpel 2016, arXiv 1606.08415):
+// GELU itself and not its approximation by tanh.
+template <typename T>
+void Gelu(T* x, int64_t size);
+
+// x[i] = max(x[i], 0).
+template <typename T>
+void Relu(T* x, int64_t size);
+
+// What layer normalization multiplies and adds, [size] each.
+template <typename T>
+struct LayerNorm {
+  const T* scale;
+  const T* offset;
+  T epsilon;
+};
+
+// Each row of y [rows, size] is that of x, less its mean, over its standard deviation (of variance
+// plus epsilon), scaled and offset. x and y may be the same.
+template <typename T>
+void Normalize(const LayerNorm<T>& norm, const T* x, int64_t rows, int64_t size, T* y);
+
 }  // namespace continual_transformers
 
 #endif  // CONTINUAL_TRANSFORMERS_ATTENTION_ELEMENTWISE_H_

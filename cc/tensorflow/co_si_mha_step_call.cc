@@ -60,7 +60,14 @@ class Call {
       attention_.scores = has_outputs ? scores->flat<T>().data() : nullptr;
       attention_.scores_strides = BatchHeadTime(h, 1, n);
     }
-    TakeCoSiMhaStep(step_, threads);
+    if (options_.encoder.has_value()) {
+      CoSiEncoderStep<T, C, W> encoder = {};
+      encoder.result = step_.result;
+      TF_RETURN_IF_ERROR(FillEncoder(&encoder));
+      TakeCoSiEncoderStep(encoder, threads);
+    } else {
+      TakeCoSiMhaStep(step_, threads);
+    }
     state_.Advance(attention_);
     return absl::OkStatus();
   }
@@ -171,6 +178,47 @@ class Call {
     TF_RETURN_IF_ERROR(ExpectDtype("biases", bias, kDataType<T>));
     TF_RETURN_IF_ERROR(ExpectShape("a bias", bias, expected));
     *data = bias.flat<T>().data();
+    return absl::OkStatus();
+  }
+
+  // What is round the attention, whose input and output have as many features: its norm, two dense
+  // layers, and their norm.
+  Status FillEncoder(CoSiEncoderStep<T, C, W>* encoder) const {
+    const int64_t features = step_.query.inputs;
+    const int first = options_.attention_weights();
+    const Tensor &hidden = weights_[first + 2], &output = weights_[first + 4];
+    for (const Tensor& kernel : {hidden, output}) {
+      TF_RETURN_IF_ERROR(ExpectDtype("kernels", kernel, kDataType<W>));
+    }
+    TF_RETURN_IF_ERROR(ExpectRank("the hidden layer's kernel", hidden, 2, "[E, F]"));
+    const int64_t width = hidden.dim_size(1);
+    TF_RETURN_IF_ERROR(ExpectShape("the hidden layer's kernel", hidden, {features, width}));
+    TF_RETURN_IF_ERROR(ExpectShape("the feed-forward kernel", output, {width, features}));
+    const auto vector = [&](int i, int64_t size, const T** data) {
+      const Tensor& tensor = weights_[first + i];
+      TF_RETURN_IF_ERROR(ExpectDtype("biases and norms", tensor, kDataType<T>));
+      TF_RETURN_IF_ERROR(ExpectShape("a bias or norm", tensor, {size}));
+      *data = tensor.flat<T>().data();
+      return absl::OkStatus();
+    };
+    encoder->hidden = {nullptr, Data<W>(hidden), nullptr, features};
+    encoder->output = {nullptr, Data<W>(output), nullptr, width};
+    encoder->hidden_features = width;
+    TF_RETURN_IF_ERROR(vector(0, features, &encoder->attention_norm.scale));
+    TF_RETURN_IF_ERROR(vector(1, features, &encoder->attention_norm.offset));
+    TF_RETURN_IF_ERROR(vector(3, width, &encoder->hidden.bias));
+    TF_RETURN_IF_ERROR(vector(5, features, &encoder->output.bias));
+    TF_RETURN_IF_ERROR(vector(6, features, &encoder->output_norm.scale));
+    TF_RETURN_IF_ERROR(vector(7, features, &encoder->output_norm.offset));
+    const T epsilon = static_cast<T>(options_.encoder->epsilon);
+    encoder->attention_norm.epsilon = encoder->output_norm.epsilon = epsilon;
+    encoder->activation = options_.encoder->activation;
+    encoder->norm_first = options_.encoder->norm_first;
+    encoder->attention = step_;
+    if (step_.output_features != features) {
+      return InvalidArgument("expected attention from ", features, " features to as many, but got ",
+                             step_.output_features);
+    }
     return absl::OkStatus();
   }
 

@@ -1,27 +1,44 @@
-// A call of CoSiMultiHeadAttentionStep, whoever makes it: check everything, allocate, call, and
-// only then let the streams' positions advance. Whatever fails, fails before any state has changed.
+// A call of CoSiMultiHeadAttentionStep or CoSiTransformerEncoderStep, whoever makes it: check
+// everything, allocate, call, and only then let the streams' positions advance. Whatever fails,
+// fails before any state has changed.
 
 #ifndef CONTINUAL_TRANSFORMERS_TENSORFLOW_CO_SI_MHA_STEP_CALL_H_
 #define CONTINUAL_TRANSFORMERS_TENSORFLOW_CO_SI_MHA_STEP_CALL_H_
 
 #include <cstdint>
+#include <optional>
 
 #include "absl/status/status.h"
+#include "cc/attention/co_si_encoder_step.h"
 #include "cc/attention/threads.h"
 #include "cc/tensorflow/bound_variables.h"
 #include "tensorflow/core/framework/tensor.h"
 
 namespace continual_transformers {
 
+// What of an encoder there is round the attention.
+struct CoSiEncoderOptions {
+  bool norm_first;
+  Activation activation;
+  double epsilon;  // Of the layer norms.
+
+  static constexpr int kVariables = 8;
+};
+
 // The op's attributes: which variables there are, and what is wanted.
 struct CoSiMhaStepOptions {
   bool use_bias, use_gate, use_delay, return_attention_scores, update_state;
   int64_t first_step;
+  std::optional<CoSiEncoderOptions> encoder;
 
   int rings() const { return use_delay ? (use_gate ? 3 : 2) : 0; }
   int weights_per_layer() const { return use_bias ? 2 : 1; }
   int layers() const { return use_gate ? 5 : 4; }
-  int variables() const { return kCache + rings() + layers() * weights_per_layer(); }
+  int attention_weights() const { return layers() * weights_per_layer(); }
+  int variables() const {
+    return kCache + rings() + attention_weights() +
+           (encoder.has_value() ? CoSiEncoderOptions::kVariables : 0);
+  }
 
   static constexpr int kCache = 4;
 };

@@ -1,4 +1,6 @@
-// CoSiMultiHeadAttentionStep's kernel.
+// The kernels of CoSiMultiHeadAttentionStep and CoSiTransformerEncoderStep.
+
+#include <string>
 
 #include "absl/status/status.h"
 #include "cc/tensorflow/bound_variables.h"
@@ -60,12 +62,50 @@ class CoSiMultiHeadAttentionStepOp : public OpKernel {
   }
 
  private:
-  CoSiMhaStepOptions options_;
+  CoSiMhaStepOptions options_ = {};
+};
+
+class CoSiTransformerEncoderStepOp : public OpKernel {
+ public:
+  explicit CoSiTransformerEncoderStepOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
+    OP_REQUIRES_OK(ctx, ExpectTarget());
+    options_.use_bias = true;
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("first_step", &options_.first_step));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("update_state", &options_.update_state));
+    CoSiEncoderOptions encoder;
+    float epsilon;
+    std::string activation;
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("norm_first", &encoder.norm_first));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("epsilon", &epsilon));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("activation", &activation));
+    encoder.epsilon = epsilon;
+    encoder.activation = activation == "gelu"   ? Activation::kGelu
+                         : activation == "relu" ? Activation::kRelu
+                                                : Activation::kLinear;
+    options_.encoder = encoder;
+  }
+
+  void Compute(OpKernelContext* ctx) override {
+    VariablesOfInput variables;
+    OP_REQUIRES_OK(ctx, variables.Look(ctx, "variables"));
+    CoSiMhaStepInputs inputs = {};
+    inputs.query = &ctx->input(0);
+    OP_REQUIRES_OK(ctx, OptionalInput(ctx, "streams", &inputs.streams));
+    OpOutputs outputs(ctx);
+    OP_REQUIRES_OK(ctx, CallCoSiMhaStep(options_, inputs, variables.all(), ThreadsOf(ctx->device()),
+                                        &outputs));
+  }
+
+ private:
+  CoSiMhaStepOptions options_ = {};
 };
 
 REGISTER_KERNEL_BUILDER(
     Name("ContinualTransformers>CoSiMultiHeadAttentionStep").Device(tensorflow::DEVICE_CPU),
     CoSiMultiHeadAttentionStepOp);
+REGISTER_KERNEL_BUILDER(
+    Name("ContinualTransformers>CoSiTransformerEncoderStep").Device(tensorflow::DEVICE_CPU),
+    CoSiTransformerEncoderStepOp);
 
 }  // namespace
 }  // namespace continual_transformers

@@ -214,13 +214,17 @@ EXPORTED const char* continual_transformers_find_runtime(const char* tensorflow_
 // Takes the step of CoSiMultiHeadAttentionStep, whose `variables` are an eager tensor of what
 // BindVariables gave. Returns a new reference: to an eager tensor, the result; to None, while none
 // of these streams has come as far as `first_step`; or to NotImplemented, and then no step was
-// taken. `options` has a bit for each of use_bias, use_gate, use_delay and update_state, in this
-// order from the lowest: each argument takes ctypes 0.1 us. To be called with Python's lock held,
-// which other threads have while the step is computed.
-EXPORTED PyObject* continual_transformers_co_si_mha_step(TFE_Context* context, PyObject* variables,
-                                                         PyObject* query, PyObject* value,
-                                                         PyObject* key, PyObject* streams,
-                                                         int64_t first_step, int options) {
+// taken. To be called with Python's lock held, which other threads have while the step is computed.
+//
+// `options` has the attributes of the op, for each argument takes ctypes 0.1 us: a bit each for
+// use_bias, use_gate, use_delay, update_state, whether the op is CoSiTransformerEncoderStep, and
+// its norm_first, in this order from the lowest; above them the number of its activation. `epsilon`
+// is that op's, too.
+EXPORTED PyObject* continual_transformers_co_si_step(TFE_Context* context, PyObject* variables,
+                                                     PyObject* query, PyObject* value,
+                                                     PyObject* key, PyObject* streams,
+                                                     int64_t first_step, int options,
+                                                     double epsilon) {
   const auto declined = [] { return NewReference(runtime.not_implemented); };
   if (IsAsync(context) || !TargetError().empty()) return declined();
   const Tensor* handle = TensorOf(variables);
@@ -240,9 +244,14 @@ EXPORTED PyObject* continual_transformers_co_si_mha_step(TFE_Context* context, P
       !keys.Read(key, dtype, 2) || !numbers.Read(streams, tensorflow::DT_INT32, 1)) {
     return declined();
   }
-  const CoSiMhaStepOptions step_options = {(options & 1) != 0, (options & 2) != 0,
-                                           (options & 4) != 0, /*return_attention_scores=*/false,
-                                           (options & 8) != 0, first_step};
+  const auto bit = [options](int i) { return (options >> i & 1) != 0; };
+  CoSiMhaStepOptions step_options = {};
+  step_options.use_bias = bit(0);
+  step_options.use_gate = bit(1);
+  step_options.use_delay = bit(2);
+  step_options.update_state = bit(3);
+  step_options.first_step = first_step;
+  if (bit(4)) step_options.encoder = {bit(5), static_cast<Activation>(options >> 6), epsilon};
   CoSiMhaStepInputs inputs = {};
   inputs.query = queries.tensor();
   inputs.value = values.tensor();

@@ -286,5 +286,54 @@ use_gate: Whether what is attended is multiplied by the sigmoid of a layer of th
 update_state: If false, the outputs are those of a real call, but the state stays.
 )doc");
 
+Status CoSiTransformerEncoderStepShape(InferenceContext* c) {
+  ShapeHandle x, unused;
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(0), 2, &x));
+  std::vector<ShapeHandle> streams;
+  TF_RETURN_IF_ERROR(c->input("streams", &streams));
+  for (const ShapeHandle& shape : streams) TF_RETURN_IF_ERROR(c->WithRank(shape, 1, &unused));
+  int first_step;
+  TF_RETURN_IF_ERROR(c->GetAttr("first_step", &first_step));
+  const DimensionHandle m = first_step > 0 ? c->UnknownDim() : c->Dim(x, 0);
+  c->set_output(0, c->Matrix(m, c->Dim(x, 1)));
+  return absl::OkStatus();
+}
+
+REGISTER_OP("ContinualTransformers>CoSiTransformerEncoderStep")
+    .Input("x: T")
+    .Input("variables: num_variables * resource")
+    .Input("streams: num_streams * int32")
+    .Output("result: T")
+    .Attr("T: {float, double}")
+    .Attr("num_variables: int >= 1")
+    .Attr("num_streams: int >= 0 = 0")
+    .Attr("norm_first: bool = false")
+    .Attr("activation: {'linear', 'gelu', 'relu'} = 'gelu'")
+    .Attr("epsilon: float = 1e-6")
+    .Attr("first_step: int >= 0 = 0")
+    .Attr("update_state: bool = true")
+    .SetIsStateful()
+    .SetShapeFn(CoSiTransformerEncoderStepShape)
+    .Doc(R"doc(
+Takes one step of M streams through a transformer encoder block: the attention of
+CoSiMultiHeadAttentionStep, residual, layer norm, two dense layers, residual, layer norm.
+
+x: [M, E].
+variables: One resource that binds them, or in this order:
+  those of CoSiMultiHeadAttentionStep with use_bias, without gate and delay;
+  scale and offset, [E], of the layer norm of the attention;
+  kernel and bias of the hidden layer, [E, F] and [F], and of the output, [F, E] and [E];
+  scale and offset, [E], of the layer norm of the output.
+streams: None, row i then is stream i, or one of shape [M]. Which stream each row belongs to;
+  distinct, each in [0, S).
+result: [M, E]; no rows before first_step.
+norm_first: Whether each norm is of what goes into the attention and the dense layers, and not of
+  the sums with what comes out of them.
+activation: Of the hidden layer.
+epsilon: What the layer norms add to the variance.
+first_step: The step from which on there are outputs, as CoSiMultiHeadAttentionStep has it.
+update_state: If false, the outputs are those of a real call, but the state stays.
+)doc");
+
 }  // namespace
 }  // namespace continual_transformers

@@ -31,6 +31,14 @@ void ExpAll(std::vector<T>* x) {
   }
 }
 
+template <typename T>
+void ErfcAll(std::vector<T>* x) {
+  const hn::ScalableTag<T> d;
+  for (size_t i = 0; i < x->size(); i += hn::Lanes(d)) {
+    hn::StoreU(ErfcOfNonNegative(d, hn::LoadU(d, x->data() + i)), d, x->data() + i);
+  }
+}
+
 // `out` has a size that is a multiple of 64.
 template <typename C>
 void WidenAll(const std::vector<C>& in, std::vector<float>* out) {
@@ -60,6 +68,26 @@ std::vector<T> Exp(std::vector<T> x) {
   ExpOnTarget(&x);
   x.resize(size);
   return x;
+}
+
+template <typename T>
+void ErfcOnTarget(std::vector<T>* x) {
+  CONTINUAL_TRANSFORMERS_DISPATCH(ErfcAll, x);
+}
+
+// The largest relative error over [0, end), where results are normal.
+template <typename T>
+double LargestErrorOfErfc(double end) {
+  std::vector<T> xs;
+  for (int i = 0; i < 640'000; ++i) xs.push_back(static_cast<T>(end * i / 640'000));
+  std::vector<T> got = xs;
+  ErfcOnTarget(&got);
+  double largest = 0;
+  for (size_t i = 0; i < xs.size(); ++i) {
+    const long double exact = std::erfc(static_cast<long double>(xs[i]));
+    largest = std::max(largest, static_cast<double>(std::abs(got[i] / exact - 1)));
+  }
+  return largest;
 }
 
 template <typename C>
@@ -139,6 +167,22 @@ TEST_P(VectorMathTest, ExpOfWhatIsNoNumber) {
   EXPECT_EQ(got[4], 0);
   EXPECT_EQ(Exp<double>({-std::numeric_limits<double>::infinity()})[0], 0);
   EXPECT_TRUE(std::isnan(Exp<double>({std::nan("")})[0]));
+}
+
+TEST_P(VectorMathTest, Erfc) {
+  EXPECT_LT(LargestErrorOfErfc<float>(4), 2e-6);
+  EXPECT_LT(LargestErrorOfErfc<float>(9), 1e-5);  // x^2 is off by 4e-6.
+  EXPECT_LT(LargestErrorOfErfc<double>(4), 1e-14);
+  EXPECT_LT(LargestErrorOfErfc<double>(25), 2e-13);
+  std::vector<float> special(64, 0);
+  special[1] = std::numeric_limits<float>::infinity();
+  special[2] = std::nanf("");
+  special[3] = 1e30f;
+  ErfcOnTarget(&special);
+  EXPECT_NEAR(special[0], 1, 2e-7);
+  EXPECT_EQ(special[1], 0);
+  EXPECT_TRUE(std::isnan(special[2]));
+  EXPECT_EQ(special[3], 0);
 }
 
 TEST_P(VectorMathTest, EveryHalfIsWidened) {

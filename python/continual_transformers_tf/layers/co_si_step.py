@@ -7,7 +7,7 @@ from tensorflow.python.framework.ops import EagerTensor
 
 from continual_transformers_tf.layers.continual_layer import always_partial_here
 from continual_transformers_tf.layers.inputs import check_features, check_same_rows, step_input
-from continual_transformers_tf.ops.co_si_mha_step import BoundVariables, co_si_mha_step
+from continual_transformers_tf.ops.co_si_step import MHA_STEP, BoundVariables, co_si_step
 from continual_transformers_tf.ops.direct_step import direct_step
 from continual_transformers_tf.ops.library import fused_ops, in_xla
 from continual_transformers_tf.ops.single_output import expand_key_mask, expand_mask
@@ -23,18 +23,52 @@ class OneOpStep:
         fused: the module with the fused ops.
     """
 
+    encoder = False  # Whether there is more of a layer than the attention.
+
     def __init__(self, layer, fused):
         self._layer = layer
+        self._attention = layer.attention if self.encoder else layer
+        self._cache = self._attention._stream_state
         self._fused = fused
         self._dtype = tf.as_dtype(layer.compute_dtype)
-        self._dense = _dense_layers(layer)
+        self._dense = self.dense_layers(layer)
         # A layer that is quantized, or given a low-rank addition, has another kernel than here.
         self._kernels = tuple(dense._kernel for dense in self._dense)
-        self._features = layer._features[0]
+        self._features = self._attention._features[0]
         self._narrow = None
         self._attributes = {}
-        self._masks = {causal: fixed_mask(layer, causal) for causal in (False, True)}
+        self._masks = {causal: fixed_mask(self._attention, causal) for causal in (False, True)}
         self.convert_weights()
+
+    @staticmethod
+    def dense_layers(layer):
+        """The layer's dense layers, in the order of the op's variables."""
+        gate = [layer._gate_dense] if layer._use_gate else []
+        return (
+            layer._query_dense,
+            layer._key_dense,
+            layer._value_dense,
+            *gate,
+            layer._output_dense,
+        )
+
+    @classmethod
+    def of(cls, layer):
+        """That of a built layer, or None where the op cannot take the layer's steps."""
+        plain = layer.compute_dtype in PLAIN_DTYPES and layer.variable_dtype == layer.compute_dtype
+        if not plain or not cls.takes(layer):
+            return None
+        for dense in cls.dense_layers(layer):
+            if dense.quantization_mode is not None or dense.lora_enabled:
+                return None
+        attention = layer.attention if cls.encoder else layer
+        fused = fused_ops(attention._stream_state.device_type)
+        return None if fused is None else cls(layer, fused)
+
+    @staticmethod
+    def takes(layer):
+        """Whether the op knows what the layer is made of."""
+        return layer._no_steps is None
 
     def __deepcopy__(self, memo):
         return None  # Of the copy's own variables it is gathered anew.
@@ -48,8 +82,8 @@ class OneOpStep:
 
     def convert_weights(self):
         """Takes the kernels as they are now, in the layer's `weights_dtype`."""
-        layer, cache = self._layer, self._layer._stream_state
-        weights_dtype = layer.weights_dtype
+        attention, cache = self._attention, self._cache
+        weights_dtype = attention.weights_dtype
         if weights_dtype is None:
             kernels = [kernel.value for kernel in self._kernels]
         else:
@@ -62,16 +96,19 @@ class OneOpStep:
                         variable.assign(kernel)
             kernels = self._narrow
         rings = []
-        if layer.delay > 0:
-            rings = [cache.query, cache.query_mask] + ([cache.gate] if layer._use_gate else [])
+        if attention.delay > 0:
+            rings = [cache.query, cache.query_mask]
+            rings += [cache.gate] if attention._use_gate else []
+        state = [cache.key, cache.value, cache.key_mask, cache.position]
+        self._variables = BoundVariables(self._fused, state + rings + self._weights(kernels))
+        self._direct = direct_step(self._variables, self._layer_attributes(), self.encoder)
+
+    def _weights(self, kernels):
+        """The weights in the op's order; of dense layers these kernels."""
         weights = []
         for dense, kernel in zip(self._dense, kernels, strict=True):
             weights += [kernel] if dense.bias is None else [kernel, dense.bias.value]
-        state = [cache.key, cache.value, cache.key_mask, cache.position]
-        self._variables = BoundVariables(self._fused, state + rings + weights)
-        self._direct = direct_step(
-            self._variables, layer._use_bias, layer._use_gate, layer.delay > 0
-        )
+        return weights
 
     def direct(self, query, value, key, use_causal_mask, streams, update_state):
         """An eager step's outputs, None while the window fills; NotImplemented: take it by the op.
@@ -81,17 +118,18 @@ class OneOpStep:
         """
         if self._direct is None or self._masks[use_causal_mask] is not None:
             return NotImplemented
-        layer = self._layer
         if streams.__class__ is list:
             streams = np.array(streams)
-        with layer._stream_state.lock:
+        with self._cache.lock:
             first_step = self._first_step(always_partial_here())
             return self._direct(query, value, key, streams, first_step, bool(update_state))
 
     def _first_step(self, partial):
         """The first step of a stream that gives an output."""
-        layer = self._layer
-        return layer.delay + 1 if partial or layer.warm_up == "partial" else layer.seq_len
+        attention = self._attention
+        if partial or attention.warm_up == "partial":
+            return attention.delay + 1
+        return attention.seq_len
 
     def __call__(self, return_attention_scores, *arguments):
         """A step's outputs and scores, or (None, None) while the window fills.
@@ -101,9 +139,8 @@ class OneOpStep:
             *arguments: those of `_op_arguments`.
         """
         inputs, attributes = self._op_arguments(return_attention_scores, *arguments)
-        with self._layer._stream_state.lock:
-            outputs = co_si_mha_step(self._fused, inputs, attributes)
-        result, scores = outputs
+        with self._cache.lock:
+            result, scores = co_si_step(self._fused, MHA_STEP, inputs, attributes)
         # Of no streams at all there are no outputs either way.
         warms_up = "first_step" in attributes
         if warms_up and result.__class__ is EagerTensor and result._shape_tuple()[0] == 0:
@@ -125,7 +162,7 @@ class OneOpStep:
         update_state,
     ):
         """The op's inputs and attributes, for the arguments of `call_step`."""
-        layer, cache = self._layer, self._layer._stream_state
+        layer, cache = self._layer, self._cache
         eager = context.executing_eagerly()
         rows, query, value, key = self._inputs(query, value, key)
         masks = _NO_MASKS
@@ -143,27 +180,33 @@ class OneOpStep:
             _NONE if streams is None else [cache.streams_of_call(streams, rows)],
             *masks,
         )
-        kind = (first if eager else 0, bool(update_state), bool(return_attention_scores))
-        attributes = self._attributes.get(kind)
-        if attributes is None:
-            attributes = self._attributes[kind] = self._op_attributes(*kind)
-        return inputs, attributes
+        first = first if eager else 0
+        return inputs, self._attributes_of(first, update_state, bool(return_attention_scores))
 
-    def _op_attributes(self, first_step, update_state, return_attention_scores):
-        layer = self._layer
-        # Each that is given costs an eager call 0.3 us, so the op's defaults are left out.
-        attributes = {"num_scores": int(return_attention_scores)}
-        if first_step > 1:
-            attributes["first_step"] = first_step
-        if not update_state:
-            attributes["update_state"] = False
+    def _layer_attributes(self):
+        """The op's attributes that are the layer's own, but for those that have their defaults."""
+        layer, attributes = self._layer, {}
         if not layer._use_bias:
             attributes["use_bias"] = False
         if layer._use_gate:
             attributes["use_gate"] = True
         if layer.delay > 0:
             attributes["use_delay"] = True
-        return tuple(x for pair in attributes.items() for x in pair)
+        return attributes
+
+    def _attributes_of(self, first_step, update_state, num_scores=None):
+        """The op's attributes of a kind of call, as a tuple that is made once."""
+        kind = (first_step, bool(update_state), num_scores)
+        if kind not in self._attributes:
+            # Each that is given costs an eager call 0.3 us, so the op's defaults are left out.
+            attributes = {} if num_scores is None else {"num_scores": int(num_scores)}
+            if first_step > 1:
+                attributes["first_step"] = first_step
+            if not update_state:
+                attributes["update_state"] = False
+            attributes |= self._layer_attributes()
+            self._attributes[kind] = tuple(x for pair in attributes.items() for x in pair)
+        return self._attributes[kind]
 
     def _inputs(self, query, value, key):
         """M, and tensors that fit each other and the layer; None for what is left out."""
@@ -189,7 +232,7 @@ class OneOpStep:
         return query.shape[0], query, tensors.get("value"), tensors.get("key")
 
 
-def one_op_step(layer, training):
+def one_op_step(layer, training, kind=OneOpStep):
     """The layer's `OneOpStep`, or None where its steps are to be taken by several ops.
 
     Those are training, and whatever else may be differentiated; 16-bit layers, whose products
@@ -199,7 +242,7 @@ def one_op_step(layer, training):
         return None
     step = layer._one_op_step
     if step is None or not step.fits():
-        step = layer._one_op_step = _gather(layer)
+        step = layer._one_op_step = kind.of(layer)
     elif not context.executing_eagerly() and in_xla():  # Where the library's ops are not known.
         return None
     return step
@@ -228,22 +271,6 @@ def _masks(fixed, attention_mask, query_mask, value_mask, key_mask, query, cache
     else:
         key_mask &= value_mask
     return tuple([] if mask is None else [mask] for mask in (fixed, query_mask, key_mask))
-
-
-def _gather(layer):
-    fused = fused_ops(layer._stream_state.device_type)
-    plain = layer.compute_dtype in PLAIN_DTYPES and layer.variable_dtype == layer.compute_dtype
-    if fused is None or not plain or layer._no_steps is not None:
-        return None
-    for dense in _dense_layers(layer):
-        if dense.quantization_mode is not None or dense.lora_enabled:
-            return None
-    return OneOpStep(layer, fused)
-
-
-def _dense_layers(layer):
-    gate = [layer._gate_dense] if layer._use_gate else []
-    return (layer._query_dense, layer._key_dense, layer._value_dense, *gate, layer._output_dense)
 
 
 def fixed_mask(layer, use_causal_mask):

@@ -20,6 +20,8 @@ def step_input(name, x, rank, dtype):
     Raises:
         ValueError: if the rank is another, or the dtype not floating.
     """
+    if x is None:
+        raise ValueError(f"Expected {name} of shape {_AXES[rank]}, but got None")
     x = tf.convert_to_tensor(x)
     if x.shape.rank != rank:
         raise ValueError(f"Expected {name} of shape {_AXES[rank]}, but got {tuple(x.shape)}")

@@ -25,8 +25,17 @@ def project(x, layer, dtype, training=None, axes=1):
     return y if activation is keras.activations.linear else _PLAIN.get(activation, activation)(y)
 
 
+def _gelu(x):
+    # Keras rounds the root of 2 to float32: in float64 it is off by 5e-9.
+    return 0.5 * x * tf.math.erfc(x * -math.sqrt(0.5))
+
+
 # Keras' own take several ops, or leave their argument on the result for a loss to find.
-_PLAIN = {keras.activations.sigmoid: tf.sigmoid, keras.activations.relu: tf.nn.relu}
+_PLAIN = {
+    keras.activations.sigmoid: tf.sigmoid,
+    keras.activations.relu: tf.nn.relu,
+    keras.activations.gelu: _gelu,
+}
 
 
 def cast(x, dtype):

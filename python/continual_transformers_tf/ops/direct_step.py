@@ -13,19 +13,31 @@ from tensorflow.python.eager import context, record
 
 from continual_transformers_tf.ops import library
 
+# Those that the op has, in the order of `Activation` in cc/attention/co_si_encoder_step.h.
+ACTIVATIONS = ("linear", "gelu", "relu")
+
 
 class DirectStep:
-    """Calls the op `CoSiMultiHeadAttentionStep` of a layer directly.
+    """Calls the op `CoSiMultiHeadAttentionStep` or `CoSiTransformerEncoderStep` directly.
 
     Args:
         bound: a `BoundVariables`.
-        use_bias, use_gate, use_delay: attributes of the op.
+        attributes: a dict of the op's attributes; those that are left out have their defaults.
+        encoder: whether the op is that of the encoder.
     """
 
-    def __init__(self, bound, use_bias, use_gate, use_delay):
+    def __init__(self, bound, attributes, encoder):
         self._take = _function()
         self._bound = bound.tensor
-        options = bool(use_bias) | bool(use_gate) << 1 | bool(use_delay) << 2
+        options = (
+            attributes.get("use_bias", True)
+            | attributes.get("use_gate", False) << 1
+            | attributes.get("use_delay", False) << 2
+            | encoder << 4
+            | attributes.get("norm_first", False) << 5
+            | ACTIVATIONS.index(attributes.get("activation", "linear")) << 6
+        )
+        self._epsilon = attributes.get("epsilon", 0.0)
         self._options = {False: options, True: options | 1 << 3}  # By update_state.
         self._eager = context.context()
         capsule = ctypes.pythonapi.PyCapsule_GetPointer
@@ -50,13 +62,13 @@ class DirectStep:
             return NotImplemented
         return self._take(
             self._eager_handle, self._bound, query, value, key, streams, first_step,
-            self._options[update_state],
+            self._options[update_state], self._epsilon,
         )  # fmt: skip
 
 
-def direct_step(bound, use_bias, use_gate, use_delay):
+def direct_step(bound, attributes, encoder=False):
     """A `DirectStep`, or None where this TensorFlow lacks something of what it calls."""
-    return None if _function() is None else DirectStep(bound, use_bias, use_gate, use_delay)
+    return None if _function() is None else DirectStep(bound, attributes, encoder)
 
 
 @functools.cache
@@ -70,7 +82,9 @@ def _function():
             return None
     except (AttributeError, OSError):
         return None
-    take = native.continual_transformers_co_si_mha_step
+    take = native.continual_transformers_co_si_step
     take.restype = ctypes.py_object
-    take.argtypes = [ctypes.c_void_p, *[ctypes.py_object] * 5, ctypes.c_int64, ctypes.c_int]
+    take.argtypes = [
+        ctypes.c_void_p, *[ctypes.py_object] * 5, ctypes.c_int64, ctypes.c_int, ctypes.c_double
+    ]  # fmt: skip
     return take

@@ -1,4 +1,4 @@
-"""One step of a whole attention layer, as one fused op."""
+"""One step of a whole attention layer, or of an encoder round it, as one fused op."""
 
 import tensorflow as tf
 from tensorflow.python import pywrap_tfe
@@ -6,7 +6,8 @@ from tensorflow.python.eager import context, core
 from tensorflow.python.framework import ops
 from tensorflow.python.ops import resource_variable_ops
 
-OP = "ContinualTransformers>CoSiMultiHeadAttentionStep"
+MHA_STEP = "ContinualTransformers>CoSiMultiHeadAttentionStep"
+ENCODER_STEP = "ContinualTransformers>CoSiTransformerEncoderStep"
 
 
 class BoundVariables:
@@ -43,37 +44,40 @@ class BoundVariables:
         return [variable.handle for variable in self._variables]
 
 
-def co_si_mha_step(fused, inputs, attributes):
-    """Calls the op; see its documentation, in `cc/tensorflow/ops.cc`.
+def co_si_step(fused, op, inputs, attributes):
+    """Calls one of the ops; see their documentation, in `cc/tensorflow/ops.cc`.
 
     Args:
         fused: the module with the fused ops.
+        op: its name, MHA_STEP or ENCODER_STEP.
         inputs: the op's inputs, in order; of lists those that are left out are empty.
-        attributes: the op's, as a tuple (name, value, name, value, ...); `num_scores` among them.
+        attributes: the op's, as a tuple (name, value, name, value, ...); of MHA_STEP `num_scores`
+            among them.
 
     Returns:
-        [result, [attention_scores] or []].
+        MHA_STEP: [result, [attention_scores] or []]. ENCODER_STEP: the result.
 
     Raises:
         tf.errors.InvalidArgumentError: if anything does not fit; the state then stays as it was.
     """
     ctx = context.context()
     if not ctx.executing_eagerly():
-        return _in_graph(fused, inputs, attributes)
+        return _in_graph(fused, op, inputs, attributes)
     # What the generated function does, without the 8 us that it takes for looking at every argument
     # and setting every attribute to its default.
     try:
-        return pywrap_tfe.TFE_Py_FastPathExecute(ctx, OP, None, *inputs, *attributes)
+        return pywrap_tfe.TFE_Py_FastPathExecute(ctx, op, None, *inputs, *attributes)
     except core._NotOkStatusException as error:
         ops.raise_from_not_ok_status(error, None)
 
 
-def _in_graph(fused, inputs, attributes):
+def _in_graph(fused, op, inputs, attributes):
     attributes = dict(zip(attributes[::2], attributes[1::2], strict=True))
-    return fused.continual_transformers_co_si_multi_head_attention_step(*inputs, **attributes)
+    if op == MHA_STEP:
+        return fused.continual_transformers_co_si_multi_head_attention_step(*inputs, **attributes)
+    return fused.continual_transformers_co_si_transformer_encoder_step(*inputs, **attributes)
 
 
-@tf.RegisterGradient(OP)
 def _gradient(op, *_):
     # None where TensorFlow only prepares for gradients, as it does when it saves a graph.
     message = (
@@ -83,3 +87,7 @@ def _gradient(op, *_):
     with tf.control_dependencies([tf.debugging.Assert(False, [message])]):
         of_query = tf.identity(tf.zeros_like(op.inputs[0]))
     return [of_query] + [None] * (len(op.inputs) - 1)
+
+
+for _op in (MHA_STEP, ENCODER_STEP):
+    tf.RegisterGradient(_op)(_gradient)

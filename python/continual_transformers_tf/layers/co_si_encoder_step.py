@@ -1,0 +1,75 @@
+"""A step of `CoSiTransformerEncoder` as one op: no Keras call, nothing rebuilt per step."""
+
+import keras
+import tensorflow as tf
+from tensorflow.python.eager import context
+from tensorflow.python.framework.ops import EagerTensor
+
+from continual_transformers_tf.layers.co_si_step import OneOpStep
+from continual_transformers_tf.layers.inputs import check_features
+from continual_transformers_tf.ops.co_si_step import ENCODER_STEP, co_si_step
+
+# How the op calls Keras' activations; a block with another takes its steps by several ops.
+ACTIVATIONS = {
+    keras.activations.gelu: "gelu",
+    keras.activations.relu: "relu",
+    keras.activations.linear: "linear",
+}
+
+
+class OneOpEncoderStep(OneOpStep):
+    """What the op needs of an encoder, gathered once.
+
+    Args:
+        layer: a built `CoSiTransformerEncoder`.
+        fused: the module with the fused ops.
+    """
+
+    encoder = True
+
+    @staticmethod
+    def dense_layers(layer):
+        attention = OneOpStep.dense_layers(layer.attention)
+        return (*attention, layer.feed_forward, layer.feed_forward_output)
+
+    @staticmethod
+    def takes(layer):
+        return layer.feed_forward.activation in ACTIVATIONS
+
+    def _weights(self, kernels):
+        layer, weights = self._layer, super()._weights(kernels)
+        norms = (layer.attention_norm, layer.output_norm)
+        before, after = ([norm.gamma.value, norm.beta.value] for norm in norms)
+        return [*weights[:-4], *before, *weights[-4:], *after]
+
+    def _layer_attributes(self):
+        layer = self._layer
+        return {
+            "norm_first": layer.norm_first,
+            "activation": ACTIVATIONS[layer.feed_forward.activation],
+            "epsilon": layer.attention_norm.epsilon,
+        }
+
+    def __call__(self, x, streams, update_state):
+        """A step's outputs, or None while the window fills.
+
+        Args:
+            x: a tensor `(M, E)` of the compute dtype.
+            streams, update_state: as `CoSiTransformerEncoder.call_step` has them.
+        """
+        check_features("x", x, self._features)
+        cache, eager = self._cache, context.executing_eagerly()
+        rows = x.shape[0]
+        if streams is None:
+            cache.ensure_streams(tf.shape(x)[0] if rows is None else rows)
+        else:
+            streams = cache.streams_of_call(streams, rows)
+        first = self._first_step(self._attention.active_warm_up == "partial") if eager else 0
+        attributes = self._attributes_of(first, update_state)
+        inputs = (x, self._variables.op_inputs(eager), [] if streams is None else [streams])
+        with cache.lock:
+            result = co_si_step(self._fused, ENCODER_STEP, inputs, attributes)
+        # Of no streams at all there are no outputs either way.
+        if first > 1 and result.__class__ is EagerTensor and result._shape_tuple()[0] == 0:
+            return None
+        return result
