@@ -23,7 +23,7 @@ MODULES = {
     "read_bound": "read_bound",
 }
 DESCRIPTIONS = {
-    "ours": "CoSiMultiHeadAttention.call_step, eager, one op",
+    "ours": "CoSiMultiHeadAttention.call_step, eager",
     "ours_bfloat16": "the same with weights and rings in bfloat16",
     "ours_graph": "the same in a tf.function",
     "ours_apart": "one call for each stream",
