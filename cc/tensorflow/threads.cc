@@ -7,25 +7,34 @@
 namespace continual_transformers {
 namespace {
 
-// Below this a call stays on its caller's thread. Two threads of a 2-core AMD Zen 4 took 210 us for
-// 250,000 cycles of work where one took 126, came out even at 500,000, and took 290 against 425 at
-// a million. ParallelFor by itself would share out from 200,000 on.
-constexpr int64_t kCyclesWorthSharing = 500'000;
+// Below this a call stays on its caller's thread. Medians on a 2-core AMD Zen 3, of steps in a tight
+// loop and of steps every 4 ms, whose second thread has gone to sleep:
+//
+//   shared from, cycles            never   500,000   250,000   150,000
+//   N=4096 H=4 D=32, hot           105 us      104        66
+//                    cold          400         400       480       600
+//   N=64 E=128, 32 streams, hot    152         150       146       100
+//                           cold   430         435       430       610
+//   N=64 E=1024, hot               560         297       280       260
+constexpr int64_t kCyclesWorthSharing = 250'000;
 
 }  // namespace
 
 Threads ThreadsOf(tensorflow::DeviceBase* device) {
   auto* workers = device->tensorflow_cpu_worker_threads();
-  const auto share = [pool = workers->workers](int64_t tasks, int64_t cycles_per_task,
-                                               const auto& f) {
-    if (tasks * cycles_per_task < kCyclesWorthSharing) {
+  const int64_t threads = workers->num_threads;
+  const auto share = [pool = workers->workers, threads](int64_t tasks, int64_t cycles_per_task,
+                                                        const auto& f) {
+    if (threads == 1 || tasks * cycles_per_task < kCyclesWorthSharing) {
       f(0, tasks);
     } else {
+      // One run of tasks for each thread. TensorFlow's adaptive blocks were single tasks, strips of
+      // 64 columns of a kernel: two threads then took as long as one, 718 us for N=64 E=1024.
       using Scheduling = tensorflow::thread::ThreadPool::SchedulingParams;
-      pool->ParallelFor(tasks, Scheduling::Adaptive(cycles_per_task), f);
+      pool->ParallelFor(tasks, Scheduling::Fixed((tasks + threads - 1) / threads), f);
     }
   };
-  return {workers->num_threads, share};
+  return {threads, share};
 }
 
 }  // namespace continual_transformers
