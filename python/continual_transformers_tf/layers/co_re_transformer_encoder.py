@@ -130,7 +130,7 @@ class CoReTransformerEncoder(TransformerEncoderBlock):
         return (*input_shape[:-1], self.seq_len, input_shape[-1])
 
     def _take_windows(self, x, streams, update_state):
-        """The window of each step, `(M, T, N, E)`, and which of its steps were taken `(M, T, N)`."""
+        """Each step's window, `(M, T, N, E)`, and which of its steps were taken, `(M, T, N)`."""
         state, n = self._window, self.seq_len
         rows, steps = tf.shape(x)[0], tf.shape(x)[1]
         streams = state.streams_of_call(streams, x.shape[0] or rows)
