@@ -102,8 +102,8 @@ def _goals_section(found):
         "",
         "## Goals",
         "",
-        "How many times faster `ours` is than a rival, one thread; and how many times faster a plain "
-        "read of rings and weights in float32 is, which no step in float32 can beat.",
+        "How many times faster `ours` is than a rival, one thread; and how many times faster a "
+        "plain read of rings and weights in float32 is, which no step in float32 can beat.",
         "",
     ]
     figures = dict(rows(found))
