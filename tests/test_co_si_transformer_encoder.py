@@ -8,37 +8,7 @@ import tensorflow as tf
 import continual_transformers_tf as ct
 import reference
 from conftest import BAD_INPUT
-
-N, E, H, FF = 6, 8, 2, 12
-
-
-class RegularEncoder:
-    """The encoder in `keras.layers`, all rows of it."""
-
-    def __init__(self, layer, key_dim=E, norm_first=False, activation="gelu", epsilon=1e-6):
-        dtype = layer.compute_dtype
-        attention, norm1, hidden, output, norm2 = (
-            keras.layers.MultiHeadAttention(H, key_dim, dtype=dtype),
-            keras.layers.LayerNormalization(epsilon=epsilon, dtype=dtype),
-            keras.layers.Dense(FF, activation=activation, dtype=dtype),
-            keras.layers.Dense(E, dtype=dtype),
-            keras.layers.LayerNormalization(epsilon=epsilon, dtype=dtype),
-        )
-        inputs = keras.Input((None, E), dtype=dtype)
-        if norm_first:
-            x = norm1(inputs)
-            x = inputs + attention(x, x)
-            self.model = keras.Model(inputs, x + output(hidden(norm2(x))))
-        else:
-            x = norm1(inputs + attention(inputs, inputs))
-            self.model = keras.Model(inputs, norm2(x + output(hidden(x))))
-        weights = layer.get_weights()
-        for part in (attention, norm1, hidden, output, norm2):
-            part.set_weights([weights.pop(0) for _ in part.weights])
-        assert not weights
-
-    def newest(self, window):
-        return self.model(window)[:, -1].numpy()
+from encoder_cases import FF, E, H, N, RegularEncoder
 
 
 @pytest.fixture
@@ -68,7 +38,7 @@ def test_modes_equal_the_regular_encoder(backend, random, layer):
 
 
 @pytest.mark.parametrize("options", [
-    dict(norm_first=True),
+    dict(norm_first=True, use_bias=False),
     dict(activation="relu", key_dim=3),
     dict(activation="linear", epsilon=0.1),
     dict(activation="silu", norm_first=True),

@@ -69,7 +69,7 @@ class CoSiTransformerEncoderStepOp : public OpKernel {
  public:
   explicit CoSiTransformerEncoderStepOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
     OP_REQUIRES_OK(ctx, ExpectTarget());
-    options_.use_bias = true;
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("use_bias", &options_.use_bias));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("first_step", &options_.first_step));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("update_state", &options_.update_state));
     CoSiEncoderOptions encoder;

@@ -307,6 +307,7 @@ REGISTER_OP("ContinualTransformers>CoSiTransformerEncoderStep")
     .Attr("T: {float, double}")
     .Attr("num_variables: int >= 1")
     .Attr("num_streams: int >= 0 = 0")
+    .Attr("use_bias: bool = true")
     .Attr("norm_first: bool = false")
     .Attr("activation: {'linear', 'gelu', 'relu'} = 'gelu'")
     .Attr("epsilon: float = 1e-6")
@@ -320,13 +321,14 @@ CoSiMultiHeadAttentionStep, residual, layer norm, two dense layers, residual, la
 
 x: [M, E].
 variables: One resource that binds them, or in this order:
-  those of CoSiMultiHeadAttentionStep with use_bias, without gate and delay;
+  those of CoSiMultiHeadAttentionStep, without gate and delay;
   scale and offset, [E], of the layer norm of the attention;
   kernel and bias of the hidden layer, [E, F] and [F], and of the output, [F, E] and [E];
   scale and offset, [E], of the layer norm of the output.
 streams: None, row i then is stream i, or one of shape [M]. Which stream each row belongs to;
   distinct, each in [0, S).
 result: [M, E]; no rows before first_step.
+use_bias: Whether the attention's layers have biases.
 norm_first: Whether each norm is of what goes into the attention and the dense layers, and not of
   the sums with what comes out of them.
 activation: Of the hidden layer.

@@ -44,7 +44,8 @@ class OneOpEncoderStep(OneOpStep):
 
     def _layer_attributes(self):
         layer = self._layer
-        return {
+        bias = {} if layer.attention._use_bias else {"use_bias": False}
+        return bias | {
             "norm_first": layer.norm_first,
             "activation": ACTIVATIONS[layer.feed_forward.activation],
             "epsilon": layer.attention_norm.epsilon,

@@ -24,7 +24,7 @@ def attend_windows(
                 raise ValueError(f"Expected {name} of shape (B, T, E), but got {tuple(x.shape)}")
     layer._ensure_built(query, value, key)
     plain = (
-        all(mask is None for mask in masks.values())
+        masks["query_mask"] is masks["attention_mask"] is None
         and not use_causal_mask
         and layer._sliding_window is None
     )

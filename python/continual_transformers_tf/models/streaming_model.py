@@ -1,20 +1,16 @@
 """A Keras model that answers at every step of an endless stream."""
 
 import keras
-import numpy as np
 import tensorflow as tf
 
-from continual_transformers_tf.layers.continual_layer import (
-    ContinualLayer,
-    always_partial,
-    call_mode,
-)
+from continual_transformers_tf.layers.composite_layer import CompositeLayer
+from continual_transformers_tf.layers.continual_layer import always_partial, call_mode
 from continual_transformers_tf.layers.inputs import WARM_UPS
 from continual_transformers_tf.models.step_graph import StepGraph
 
 
 @keras.saving.register_keras_serializable("continual_transformers_tf")
-class StreamingModel(ContinualLayer, keras.Model):
+class StreamingModel(CompositeLayer, keras.Model):
     """A functional or sequential Keras model, window by window as ever, or step by step.
 
     A step gives what a regular call gives for the newest step of the window. Layers that compute
@@ -190,74 +186,14 @@ class StreamingModel(ContinualLayer, keras.Model):
     def compute_output_shape(self, input_shape):
         return self.model.compute_output_shape(input_shape)
 
-    # The state of the streams: that of the layers, in which all have taken the same steps.
-
     @property
-    def position(self):
-        return self._graph.layers[0].position
+    def parts(self):
+        return self._graph.layers
 
     @property
     def ready(self):
         """bool tensor `[S]`: which of the streams held have a full receptive field."""
         return self.position >= self.receptive_field
-
-    def ensure_streams(self, streams):
-        """Makes room for streams 0, ..., streams - 1. Those that are held keep their state."""
-        for layer in self._graph.layers:
-            layer.ensure_streams(streams)
-
-    def clean_state(self, streams=None):
-        """Forgets what streams have seen: they begin again.
-
-        Args:
-            streams: integers `[M]`, which ones; None: all.
-
-        Raises:
-            ValueError: if a stream is not held, or is named twice.
-        """
-        for layer in self._graph.layers:
-            layer.clean_state(streams)
-
-    def get_state(self, streams=None):
-        """The state of streams: a dict from the number of each continual layer to its state.
-
-        Args:
-            streams: integers `[M]`, which ones, in this order; None: all.
-
-        Raises:
-            ValueError: if a stream is not held, or is named twice.
-        """
-        return {str(i): layer.get_state(streams) for i, layer in enumerate(self._graph.layers)}
-
-    def set_state(self, state, streams=None):
-        """Puts back what `get_state` gave, here or in another model of the same layers.
-
-        Args:
-            state: what `get_state` gave, of M streams.
-            streams: integers `[M]`, which streams take it; None: streams 0, ..., M - 1, for which
-                there is made room, and others that are held begin again.
-
-        Raises:
-            ValueError: if the state does not fit; the streams then stay as they were.
-        """
-        layers = {str(i): layer for i, layer in enumerate(self._graph.layers)}
-        if not isinstance(state, dict) or set(state) != set(layers):
-            got = sorted(state) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"Expected a state with {sorted(layers)}, but got {got}")
-        taken = [x["position"] for x in state.values() if isinstance(x, dict) and "position" in x]
-        if not all(np.array_equal(x, taken[0]) for x in taken):
-            raise ValueError(
-                "Expected a state in which all layers have taken the same steps, but got positions "
-                f"{[np.asarray(x).tolist() for x in taken]}"
-            )
-        before = self.get_state()
-        try:
-            for name, layer in layers.items():
-                layer.set_state(state[name], streams)
-        except Exception:
-            for name, layer in layers.items():
-                layer.set_state(before[name])
-            raise
 
 
 def _of_same_steps(tensors, letters):

@@ -31,6 +31,20 @@ def delayed_steps(ring, steps, streams, position):
     return tf.concat([leaving, steps[:, : taken - older]], 1)
 
 
+def steps_before(ring, streams, position, count):
+    """The `count` newest steps of streams before this call, oldest first: `[M, count, ...]`.
+
+    Args:
+        ring, streams, position: as `delayed_steps` has them.
+        count: int, at most D. Of steps that no stream has taken there is something, without a
+            meaning.
+    """
+    rows = _rows(ring, streams, position - count, count)
+    if in_xla():  # See `delayed_steps`.
+        return tf.gather(tf.gather(ring, streams), rows[..., 1], axis=1, batch_dims=1)
+    return tf.gather_nd(ring, rows)
+
+
 def put_steps(ring, steps, streams, position):
     """Puts the newest steps of streams into a ring; the arguments are those of `delayed_steps`."""
     taken = tf.shape(steps)[1]

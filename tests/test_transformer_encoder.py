@@ -1,0 +1,216 @@
+"""Stacks of any depth: both kinds against regular encoders on windows."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import continual_transformers_tf as ct
+import reference
+from conftest import BAD_INPUT
+from encoder_cases import FF, E, H, N, RegularStack
+
+DEPTHS = [1, 2, 3, 6]
+
+
+def stack(random, depth, kind, n=N, **options):
+    layer = ct.TransformerEncoder(depth, n, E, H, FF, kind=kind, **options)
+    layer.build((None, n, E))
+    layer.set_weights([random.normal(scale=0.4, size=w.shape) for w in layer.weights])
+    return layer
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("options", [{}, dict(norm_first=True, use_bias=False)], ids=str)
+def test_retroactive_is_the_regular_encoder_on_every_window(backend, random, depth, options):
+    layer = stack(random, depth, "retroactive", **options)
+    regular = RegularStack(layer, **options)
+    assert (layer.receptive_field, layer.delay) == (N, 0)
+    x = random.normal(size=(2, 2 * N + 3, E)).astype("float32")
+    for t in range(2 * N):
+        output = layer.call_step(x[:, t])
+        if t < N - 1:
+            assert output is None
+            continue
+        window = x[:, t - N + 1 : t + 1]
+        expected = regular(window)[:, -1].numpy()
+        assert reference.relative_error(output, expected) < 2e-5
+        assert reference.relative_error(layer(window)[:, 0], expected) < 2e-5
+    assert layer.ready.numpy().all()
+    steps = layer.call_steps(x[:, 2 * N :])
+    assert steps.shape == (2, 3, E)
+    assert reference.relative_error(steps[:, -1], regular(x[:, -N:])[:, -1].numpy()) < 2e-5
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_retroactive_warms_up_as_the_shorter_sequence(backend, random, depth):
+    layer = stack(random, depth, "retroactive", warm_up="partial")
+    regular = RegularStack(layer)
+    x = random.normal(size=(2, N + 1, E)).astype("float32")
+    steps = layer.call_steps(x, update_state=False)
+    for t in range(N + 1):
+        output = layer.call_step(x[:, t])
+        expected = regular(x[:, max(0, t - N + 1) : t + 1])[:, -1].numpy()
+        assert reference.relative_error(output, expected) < 2e-5
+        assert reference.relative_error(steps[:, t], expected) < 2e-5
+
+
+def banded(layer, x, n=N):
+    """The newest output of regular blocks in which each step attends to the n newest up to it."""
+    regular = RegularStack(layer)
+    for block in regular.blocks:
+        # Each row from a window of its own, which ends with it.
+        rows = [block(x[:, max(0, t - n + 1) : t + 1])[:, -1] for t in range(x.shape[1])]
+        x = np.stack(rows, 1)
+    return x[:, -1]
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_single_output_is_a_band_in_every_layer(backend, random, depth):
+    n = 3
+    layer = stack(random, depth, "single_output", n)
+    field = 1 + depth * (n - 1)
+    assert (layer.receptive_field, layer.delay) == (field, 0)
+    x = random.normal(size=(2, field + 4, E)).astype("float32")
+    for t in range(field + 4):
+        output = layer.call_step(x[:, t])
+        assert (output is None) == (t < field - 1)
+        if output is not None:
+            window = x[:, t - field + 1 : t + 1]
+            expected = banded(layer, window, n)
+            assert reference.relative_error(output, expected) < 2e-5
+            assert reference.relative_error(layer(window)[:, 0], expected) < 2e-5
+            # What is before the receptive field plays no part.
+            assert reference.relative_error(layer(x[:, : t + 1])[:, 0], expected) < 2e-5
+    np.testing.assert_array_equal(layer.ready, [True, True])
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_single_output_warms_up_as_the_shorter_sequence(backend, random, depth):
+    layer = stack(random, depth, "single_output", 4, warm_up="partial")
+    x = random.normal(size=(2, 7, E)).astype("float32")
+    for t in range(7):
+        output = layer.call_step(x[:, t])
+        expected = banded(layer, x[:, : t + 1], 4)
+        assert reference.relative_error(output, expected) < 2e-5
+        assert reference.relative_error(layer(x[:, : t + 1])[:, 0], expected) < 2e-5
+
+
+@pytest.mark.parametrize("kind", ["single_output", "retroactive"])
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("lengths", [[25], [1] * 25, [2, 9, 1, 13]], ids=str)
+def test_steps_are_one_call(backend, random, kind, depth, lengths):
+    """Outputs, and the state: streams of different ages, in another order at each call."""
+    n = 4
+    layer = stack(random, depth, kind, n)
+    whole = stack(random, depth, kind, n)
+    whole.set_weights(layer.get_weights())
+    x = random.normal(size=(2, 25, E)).astype("float32")
+    expected = whole.call_steps(x).numpy()
+    layer.ensure_streams(5)
+    outputs, first = [], 0
+    for i, length in enumerate(lengths):
+        order = [0, 1] if i % 2 else [1, 0]
+        chunk = x[order, first : first + length]
+        streams = [4 - s for s in order]
+        peek = layer.call_steps(chunk, streams=streams, update_state=False)
+        if length == 1:
+            output = layer.call_step(chunk[:, 0], streams=streams)
+            output = None if output is None else output[:, tf.newaxis]
+        else:
+            output = layer.call_steps(chunk, streams=streams)
+        assert (peek is None) == (output is None)
+        if output is not None:
+            assert reference.relative_error(peek, output.numpy()) < 2e-5
+            outputs.append(output.numpy()[order])  # Either order is its own inverse.
+        first += length
+    outputs = np.concatenate(outputs, 1)
+    assert outputs.shape == expected.shape == (2, 25 - layer.receptive_field + 1, E)
+    assert reference.relative_error(outputs, expected) < 2e-5
+    got, wanted = layer.get_state(streams=[4, 3]), whole.get_state()
+    for part, state in wanted.items():
+        np.testing.assert_array_equal(got[part]["position"], state["position"])
+
+
+@pytest.mark.parametrize("kind", ["single_output", "retroactive"])
+def test_trained_on_steps_it_is_what_streams(random, kind):
+    """fit in "steps" mode from a clean state; then the same outputs step by step."""
+    layer = ct.TransformerEncoder(2, 4, E, H, FF, kind=kind, dropout_rate=0.0, warm_up="partial")
+    model = keras.Sequential([layer, keras.layers.Dense(1)])
+    x = random.normal(size=(24, 10, E)).astype("float32")
+    y = np.cumsum(x[..., :1], 1)
+    ct.ensure_streams(model, 24)
+    with ct.call_mode("steps"):
+        model.compile("adam", "mse")
+        history = model.fit(
+            x, y, batch_size=24, epochs=6, verbose=0, callbacks=[ct.CleanState()]
+        ).history["loss"]
+        ct.clean_state(model)
+        expected = model.predict(x, batch_size=24, verbose=0)
+    assert history[-1] < history[0]
+    ct.clean_state(model)
+    for t in range(10):
+        output = model.layers[-1](layer.call_step(x[:, t]))
+        assert reference.relative_error(output, expected[:, t]) < 2e-5
+
+
+@pytest.mark.parametrize("kind", ["single_output", "retroactive"])
+def test_comes_back_from_a_file_and_takes_steps_in_graphs(tmp_path, random, kind):
+    inputs = keras.Input((N, E))
+    layer = ct.TransformerEncoder(2, N, E, H, FF, kind=kind, norm_first=True, activation="relu")
+    assert layer.final_norm is not None
+    model = keras.Model(inputs, layer(inputs))
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras").layers[1]
+    assert again.get_config() == layer.get_config()
+    x = random.normal(size=(2, 2 * N, E)).astype("float32")
+    np.testing.assert_allclose(again(x[:, :N]), layer(x[:, :N]), atol=1e-6)
+    layer.ensure_streams(2)
+    step = tf.function(layer.call_step)
+    outputs = [step(tf.constant(x[:, t])) for t in range(2 * N)]
+    assert step.experimental_get_tracing_count() == 1
+    expected = again.call_steps(x)
+    np.testing.assert_allclose(outputs[-1], expected[:, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["single_output", "retroactive"])
+def test_state_goes_on_elsewhere(random, kind):
+    layer, other = (stack(random, 2, kind, warm_up="partial") for _ in range(2))
+    other.set_weights(layer.get_weights())
+    x = random.normal(size=(2, N + 2, E)).astype("float32")
+    layer.call_steps(x[:, :N])
+    other.set_state(layer.get_state())
+    np.testing.assert_array_equal(other.call_step(x[:, N]), layer.call_step(x[:, N]))
+    layer.clean_state()
+    assert layer.position.numpy().tolist() == [0, 0]
+    with pytest.raises(ValueError, match="Expected"):
+        layer.set_state({"0": {}})
+
+
+@pytest.mark.parametrize("what", [
+    dict(num_layers=0), dict(kind="both"), dict(warm_up="full"), dict(seq_len=0), dict(ff_dim=0),
+    dict(embed_dim=1.5), dict(num_heads=0), dict(cache_dtype="int8"),
+], ids=str)  # fmt: skip
+def test_bad_construction(what):
+    arguments = dict(num_layers=2, seq_len=N, embed_dim=E, num_heads=H, ff_dim=FF)
+    with pytest.raises(ValueError, match="Expected|num_heads"):
+        ct.TransformerEncoder(**{**arguments, **what})
+
+
+@pytest.mark.parametrize("kind", ["single_output", "retroactive"])
+@pytest.mark.parametrize("call", [
+    dict(x=np.zeros((2, 1, E), np.float32)), dict(x=np.zeros((2, E + 1), np.float32)),
+    dict(x=np.zeros((2, E), np.int64)), dict(x=None),
+    dict(x=np.zeros((2, E), np.float32), streams=[0, 9]),
+    dict(x=np.zeros((2, E), np.float32), streams=[0, 0]),
+    dict(x=np.zeros((2, E), np.float32), streams=[0]),
+])  # fmt: skip
+def test_bad_input_changes_nothing(backend, random, kind, call):
+    layer = stack(random, 2, kind)
+    layer.call_steps(random.normal(size=(2, N, E)))
+    before = layer.get_state()
+    with pytest.raises(BAD_INPUT, match="(?i)expected"):
+        layer.call_step(**call)
+    for part, state in layer.get_state().items():
+        for name, array in state.items():
+            np.testing.assert_array_equal(array, before[part][name])
