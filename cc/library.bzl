@@ -11,6 +11,9 @@ ATTENTION_HEADERS = [
     "attention/online_softmax.h",
     "attention/params.h",
     "attention/read_loop.h",
+    "attention/retroactive.h",
+    "attention/retroactive_params.h",
+    "attention/retroactive_row-inl.h",
     "attention/ring_cache.h",
     "attention/rows.h",
     "attention/single_output.h",
@@ -26,6 +29,7 @@ ATTENTION_SOURCES = [
     "attention/dense.cc",
     "attention/elementwise.cc",
     "attention/read_loop.cc",
+    "attention/retroactive.cc",
     "attention/single_output.cc",
     "attention/targets.cc",
 ]
@@ -48,6 +52,7 @@ TENSORFLOW_SOURCES = [
     "tensorflow/inputs.cc",
     "tensorflow/locked_variables.cc",
     "tensorflow/ops.cc",
+    "tensorflow/retroactive_kernel.cc",
     "tensorflow/single_output_kernel.cc",
     "tensorflow/threads.cc",
 ]

@@ -84,6 +84,38 @@ class Stream:
         return output, np.concatenate([unfilled, scores], 1)
 
 
+class RetroactiveStream:
+    """One stream: every query, key and value it has ever seen."""
+
+    def __init__(self, seq_len, queries=(), keys=(), values=()):
+        self.seq_len = seq_len
+        self.steps = [
+            tuple(np.asarray(x, np.float64) for x in step)
+            for step in zip(queries, keys, values, strict=True)
+        ]
+        self.has_key = [True] * len(self.steps)
+
+    def step(self, query, key, value, scale=None, has_key=True, compute=True):
+        """One step: [H, D], [H, D], [H, Dv] -> [H, N, Dv], or None where it need not be computed.
+
+        Row N - 1 is that of the newest step's query; rows of steps never taken are zeros.
+        """
+        self.steps.append(tuple(np.asarray(x, np.float64) for x in (query, key, value)))
+        self.has_key.append(bool(has_key))
+        if not compute:
+            return None
+        queries, keys, values = map(np.stack, zip(*self.steps[-self.seq_len :], strict=True))
+        has_key = np.array(self.has_key[-self.seq_len :])
+        # What is not attended to may be NaN.
+        keys, values = (np.where(has_key[:, None, None], x, 0) for x in (keys, values))
+        scale = 1 / np.sqrt(queries.shape[-1]) if scale is None else scale
+        queries, keys, values = (x.swapaxes(0, 1) for x in (queries, keys, values))  # [H, n, ...]
+        logits = np.where(has_key, scale * (queries @ keys.swapaxes(1, 2)), -np.inf)
+        output = softmax(logits) @ values
+        unfilled = np.zeros((len(output), self.seq_len - output.shape[1], output.shape[2]))
+        return np.concatenate([unfilled, output], 1)
+
+
 def relative_error(output, expected):
     """max|output - expected| / max|expected|; NaN anywhere gives NaN."""
     output = np.asarray(output, np.float64)

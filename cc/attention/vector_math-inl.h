@@ -121,7 +121,8 @@ HWY_INLINE hn::Vec<D> PowerOfTwo(D d, hn::Vec<D> n) {
 
 // exp(x) for x <= 0, which is all that a softmax asks for. Within 1.4 units in the last place of
 // the exact value (tests/cc/vector_math_test.cc); 0 where that would be subnormal, for x below
-// -87.3365 or -708.396; NaN for NaN.
+// -87.3365 or -708.396; NaN for NaN. Up to x = 64 it is as exact, where a softmax's reference need
+// not be its maximum.
 //
 // x = n ln 2 + r with |r| <= ln 2 / 2, ln 2 as a sum of two so that r is exact to its last bits
 // (Cody & Waite 1980); exp(r) by the polynomials of least maximal error, of degree 6 and 11.

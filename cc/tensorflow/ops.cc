@@ -170,6 +170,112 @@ window_key_mask: [M, N - 1], likewise.
 update_state: If false, the outputs are those of a real call, but the caches and positions stay.
 )doc");
 
+Status RetroactiveAttentionShape(InferenceContext* c) {
+  ShapeHandle query, key, value, streams, unused, key_mask;
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(0), 4, &query));
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(1), 4, &key));
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(2), 4, &value));
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(11), 1, &streams));
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(12), 0, &unused));
+  DimensionHandle m = c->Dim(query, 0), t = c->Dim(query, 1), h = c->Dim(query, 2);
+  DimensionHandle d = c->Dim(query, 3), dv = c->Dim(value, 3);
+  DimensionHandle s = c->UnknownDim(), n = c->UnknownDim();
+  for (ShapeHandle input : {key, value}) {
+    TF_RETURN_IF_ERROR(c->Merge(m, c->Dim(input, 0), &m));
+    TF_RETURN_IF_ERROR(c->Merge(t, c->Dim(input, 1), &t));
+    TF_RETURN_IF_ERROR(c->Merge(h, c->Dim(input, 2), &h));
+  }
+  TF_RETURN_IF_ERROR(c->Merge(d, c->Dim(key, 3), &d));
+  TF_RETURN_IF_ERROR(c->Merge(m, c->Dim(streams, 0), &m));
+
+  // The variables from input 3 on; an axis of size 2 or 3 is of that size.
+  const DimensionHandle two = c->MakeDim(2), three = c->MakeDim(3);
+  std::vector<DimensionHandle*> axes[] = {
+      {&s, &h, &n, &d}, {&s, &h, &n, &dv},     {&s, &n},          {&s},
+      {&s, &h, &n, &d}, {&s, &h, nullptr, &n}, {&s, &h, &n, &dv}, {&s, nullptr}};
+  for (int i = 0; i < 8; ++i) {
+    ShapeHandle variable;
+    const int rank = axes[i].size();
+    TF_RETURN_IF_ERROR(c->WithRank(VariableShape(c, 3 + i), rank, &variable));
+    for (int axis = 0; axis < rank; ++axis) {
+      DimensionHandle fixed = rank == 4 ? three : two;
+      DimensionHandle* expected = axes[i][axis] == nullptr ? &fixed : axes[i][axis];
+      TF_RETURN_IF_ERROR(c->Merge(*expected, c->Dim(variable, axis), expected));
+    }
+  }
+  if (c->ValueKnown(t) && c->Value(t) < 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("expected at least one step, query [M, T, H, D] with T >= 1, but got ",
+                     c->DebugString(query)));
+  }
+  bool given;
+  TF_RETURN_IF_ERROR(OptionalInput(c, "key_mask", 2, &key_mask, &given));
+  if (given) {
+    TF_RETURN_IF_ERROR(c->Merge(m, c->Dim(key_mask, 0), &m));
+    TF_RETURN_IF_ERROR(c->Merge(t, c->Dim(key_mask, 1), &t));
+  }
+  c->set_output(0, c->MakeShape({m, t, h, n, dv}));
+  c->set_output(1, c->Vector(m));
+  return absl::OkStatus();
+}
+
+REGISTER_OP("ContinualTransformers>RetroactiveAttention")
+    .Input("query: T")
+    .Input("key: T")
+    .Input("value: T")
+    .Input("key_cache: resource")
+    .Input("value_cache: resource")
+    .Input("key_mask_cache: resource")
+    .Input("position: resource")
+    .Input("query_cache: resource")
+    .Input("softmax: resource")
+    .Input("weighted_sum: resource")
+    .Input("made_with: resource")
+    .Input("streams: int32")
+    .Input("scale: double")
+    .Input("key_mask: num_key_masks * bool")
+    .Output("output: T")
+    .Output("steps_taken: int64")
+    .Attr("T: {float, double}")
+    .Attr("num_key_masks: int >= 0 = 0")
+    .Attr("algorithm: {'auto', 'update', 'recompute'} = 'auto'")
+    .Attr("update_state: bool = true")
+    .SetIsStateful()
+    .SetShapeFn(RetroactiveAttentionShape)
+    .Doc(R"doc(
+Takes T steps of M streams: continual retroactive attention (arXiv 2201.06268).
+
+At step t of a stream the queries of the N newest steps that end with it all attend to these N
+steps. The caches are rings, changed in place: step number p of a stream is row p mod N. Only then
+do the streams' positions advance by T. While fewer than N steps were taken, those there are attend
+to each other.
+
+query: [M, T, H, D].
+key: [M, T, H, D].
+value: [M, T, H, Dv].
+key_cache: A variable of type T, [S, H, N, D].
+value_cache: A variable of type T, [S, H, N, Dv].
+key_mask_cache: A variable of type bool, [S, N]: which steps have a key.
+position: A variable of type int64, [S]: the steps each stream has taken.
+query_cache: A variable of type T, [S, H, N, D].
+softmax: A variable of type double, [S, H, 3, N]: of each row of the window what is subtracted from
+  its logits, its denominator, and the largest denominator since it was last computed exactly.
+weighted_sum: A variable of type double, [S, H, N, Dv], each row's sum of values.
+made_with: A variable of type double, [S, 2]: the arithmetic that the rows' weights were computed in,
+  and their scale. Rows that were made with others than this call's are computed anew; 0 is nobody's.
+streams: [M]. Which stream each row belongs to; distinct, each in [0, S).
+scale: What the logits, query . key, are multiplied by; usually 1 / sqrt(D).
+key_mask: None, or one of shape [M, T]. Where false, the step has no key: it is attended to neither
+  now nor later, but its query attends.
+output: [M, T, H, N, Dv], the outputs of the N queries, row N - 1 the newest step's; zeros for steps
+  that were never taken, and where no step has a key.
+steps_taken: [M], the steps that each of these streams has taken, this call's among them, as they
+  are after a real call. A window is full from N on.
+algorithm: "update" adds the new key to each row and takes the oldest away; "recompute" computes each
+  row anew; "auto" is whichever is faster at these sizes.
+update_state: If false, the outputs are those of a real call, but the caches and positions stay.
+)doc");
+
 REGISTER_OP("ContinualTransformers>BindVariables")
     .Input("variables: num_variables * resource")
     .Output("bound: resource")

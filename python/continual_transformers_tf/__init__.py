@@ -12,6 +12,7 @@ from continual_transformers_tf import ops
 from continual_transformers_tf.layers import (
     CircularPositionalEncoding,
     CleanState,
+    CoReMultiHeadAttention,
     CoSiMultiHeadAttention,
     CoSiTransformerEncoder,
     call_mode,
@@ -23,6 +24,7 @@ from continual_transformers_tf.models import StreamingModel, convert, export
 __all__ = [
     "CircularPositionalEncoding",
     "CleanState",
+    "CoReMultiHeadAttention",
     "CoSiMultiHeadAttention",
     "CoSiTransformerEncoder",
     "StreamingModel",

@@ -30,7 +30,7 @@ def take_steps(
     Returns:
         (outputs, scores or None), or (None, None) while the window fills.
     """
-    query, value, key = _inputs(layer, rank, query, value, key)
+    query, value, key = step_inputs(layer, rank, query, value, key)
     cache, dtype = layer._stream_state, layer.compute_dtype
     mask = fixed_mask(layer, use_causal_mask)
     if attention_mask is not None:
@@ -69,12 +69,12 @@ def take_steps(
             cache,
             streams=streams,
             attention_mask=mask,
-            key_mask=_both(value_mask, key_mask),
+            key_mask=both_masks(value_mask, key_mask),
             scale=layer._inverse_sqrt_key_dim,
             return_attention_scores=return_attention_scores,
             update_state=update_state,
             training=training,
-            dropout=_dropout(layer, training),
+            dropout=scores_dropout(layer, training),
         )
         if layer.delay > 0 and update_state:
             with tf.control_dependencies([attended]):  # In a graph: if that fails, nothing is put.
@@ -84,7 +84,7 @@ def take_steps(
     attended, scores = cast(attended, dtype), cast(scores, dtype)
     if layer._use_gate:
         attended *= asks["gate"]
-    unready = _unready_steps(layer, query, steps_taken)
+    unready = unready_steps(layer, query, steps_taken)
     if unready == query.shape[1]:
         return None, None
     if unready > 0:
@@ -95,7 +95,7 @@ def take_steps(
     return output, scores if return_attention_scores else None
 
 
-def _inputs(layer, rank, query, value, key):
+def step_inputs(layer, rank, query, value, key):
     """query, value and key as tensors `(M, T, E)` that fit each other and the layer."""
     if layer._no_steps is not None:
         raise ValueError(
@@ -144,19 +144,21 @@ def _exchange(layer, asks, streams, position):
     return new, due
 
 
-def _both(mask, other):
+def both_masks(mask, other):
+    """Where both are true; None for a mask that is left out."""
     if mask is None or other is None:
         return mask if other is None else other
     return mask & other
 
 
-def _dropout(layer, training):
+def scores_dropout(layer, training):
+    """What is applied to attention's scores, or None where nothing is."""
     if not training or layer._dropout == 0:
         return None
     return lambda scores: layer._dropout_layer(scores, training=True)
 
 
-def _unready_steps(layer, query, steps_taken):
+def unready_steps(layer, query, steps_taken):
     """How many of a call's oldest steps give no output: all, while the window fills."""
     first = layer.seq_len if layer.active_warm_up == "none" else layer.delay + 1
     if first == 1 or not tf.executing_eagerly():

@@ -123,7 +123,7 @@ def attend_steps(
         int64 `[M]`, the steps that each of these streams has taken, these among them).
     """
     fused = library.fused_ops(cache.device_type) if dropout is None else None
-    scale = _scale(1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale)
+    scale = scale_tensor(1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale)
     inputs = dict(query=query, key=key, value=value, streams=streams, scale=scale)
     options = dict(
         attention_mask=[] if attention_mask is None else [attention_mask],
@@ -235,7 +235,8 @@ def _bool_tensor(name, mask):
     return mask
 
 
-def _scale(scale):
+def scale_tensor(scale):
+    """What the logits are multiplied by as a float64 tensor, which the ops take."""
     if tf.is_tensor(scale):
         return tf.cast(scale, tf.float64)
     return _constant_scale(scale) if tf.executing_eagerly() else tf.constant(scale, tf.float64)

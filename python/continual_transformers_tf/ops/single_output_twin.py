@@ -38,10 +38,10 @@ def attend_steps(
     its gradient.
     """
     mask = attention_mask[0] if attention_mask else None
-    _check_static(query, key, value, key_cache, value_cache, streams)
+    check_static(query, key, value, key_cache, value_cache, streams)
     key_mask = key_mask[0] if key_mask else tf.ones(tf.shape(query)[:2], bool)
     with tf.control_dependencies(
-        _check_values(query, key, value, streams, position, mask, key_mask, key_cache)
+        check_values(query, key, value, streams, position, mask, key_mask, key_cache)
     ):
         streams = tf.identity(streams)  # What comes after waits for the checks.
     start = tf.gather(position, streams)  # [M]
@@ -50,9 +50,9 @@ def attend_steps(
     # The N steps before this call and its own, in order: column c is step start - N + c.
     key_steps = tf.transpose(key, (0, 2, 1, 3))  # [M, H, T, D]
     value_steps = tf.transpose(value, (0, 2, 1, 3))
-    keys = tf.concat([_unroll(key_cache, streams, start), key_steps], 2)
-    values = tf.concat([_unroll(value_cache, streams, start), value_steps], 2)
-    has_key = tf.concat([_unroll(key_mask_cache, streams, start), key_mask], 1)
+    keys = tf.concat([unroll(key_cache, streams, start), key_steps], 2)
+    values = tf.concat([unroll(value_cache, streams, start), value_steps], 2)
+    has_key = tf.concat([unroll(key_mask_cache, streams, start), key_mask], 1)
 
     num_steps = query.shape[1]
     chunk = STEPS_PER_CHUNK if num_steps is not None else tf.shape(query)[1]
@@ -85,9 +85,9 @@ def attend_steps(
     if update_state:
         # In a graph, what is read is read before the state changes, and what fails has failed.
         with tf.control_dependencies([keys, values, output, scores]):
-            _write(key_cache, streams, start, key_steps)
-            _write(value_cache, streams, start, value_steps)
-            _write(key_mask_cache, streams, start, key_mask)
+            write(key_cache, streams, start, key_steps)
+            write(value_cache, streams, start, value_steps)
+            write(key_mask_cache, streams, start, key_mask)
             position.scatter_nd_update(streams[:, tf.newaxis], steps_taken)
     return output, scores, steps_taken
 
@@ -99,18 +99,22 @@ def _attend(query, keys, values, attended, scale, dropout):
     # Selected, not multiplied by zero: what may not be attended to can be NaN.
     keys = tf.where(attended[..., tf.newaxis], tf.cast(keys, dtype), 0)
     values = tf.where(attended[..., tf.newaxis], tf.cast(values, dtype), 0)
-    logits = scale * tf.einsum("mthd,mhtnd->mhtn", query, keys)
+    weights = softmax(scale * tf.einsum("mthd,mhtnd->mhtn", query, keys), attended)
+    dropped = weights if dropout is None else tf.cast(dropout(weights), dtype)
+    return tf.einsum("mhtn,mhtnd->mthd", dropped, values), weights
+
+
+def softmax(logits, attended):
+    """The softmax over the last axis, of what is attended to; zeros where nothing is."""
     logits = tf.where(attended, logits, -float("inf"))
     highest = tf.reduce_max(logits, -1, keepdims=True)
     highest = tf.where(tf.math.is_inf(highest) & (highest < 0), tf.zeros_like(highest), highest)
     weights = tf.exp(logits - highest)
     # A row where nothing is attended to: zeros, not 0 / 0.
-    weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights, -1, keepdims=True))
-    dropped = weights if dropout is None else tf.cast(dropout(weights), dtype)
-    return tf.einsum("mhtn,mhtnd->mthd", dropped, values), weights
+    return tf.math.divide_no_nan(weights, tf.reduce_sum(weights, -1, keepdims=True))
 
 
-def _unroll(cache, streams, start):
+def unroll(cache, streams, start):
     """The rings [S, H, N, size] or [S, N] of streams, oldest row first: M for S."""
     axis = 1 if cache.shape.rank == 2 else 2
     seq_len = cache.shape[axis]
@@ -119,7 +123,7 @@ def _unroll(cache, streams, start):
     return tf.gather(tf.gather(cache, streams), rows, axis=axis, batch_dims=1)
 
 
-def _write(cache, streams, start, steps):
+def write(cache, streams, start, steps):
     """Writes steps [M, H, T, size] or [M, T] into the rings; of more than N, the newest N."""
     if cache.shape.rank == 2:
         seq_len, taken = cache.shape[1], tf.shape(steps)[1]
@@ -148,7 +152,7 @@ def _write(cache, streams, start, steps):
     cache.scatter_nd_update(indices, steps[:, :, taken - kept :])
 
 
-def _check_static(query, key, value, key_cache, value_cache, streams):
+def check_static(query, key, value, key_cache, value_cache, streams):
     """What the shapes that are known say, as the op's shape function has it."""
     for name, tensor, axes in (
         ("query", query, "[M, T, H, D]"),
@@ -172,7 +176,7 @@ def _check_static(query, key, value, key_cache, value_cache, streams):
         raise ValueError(f"Expected at least one step, but got query {query.shape}")
 
 
-def _check_values(query, key, value, streams, position, mask, key_mask, key_cache):
+def check_values(query, key, value, streams, position, mask, key_mask, key_cache):
     """What only the values can say. Eagerly it is said at once; in a graph by the ops returned."""
     if tf.executing_eagerly():
         check_streams(streams.numpy(), int(tf.shape(position)[0]))

@@ -1,0 +1,352 @@
+#include "cc/attention/retroactive.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "cc/attention/params.h"
+#include "cc/attention/retroactive_params.h"
+#include "cc/attention/targets.h"
+
+#ifndef CONTINUAL_TRANSFORMERS_ATTENTION_RETROACTIVE_CC_ONCE_
+#define CONTINUAL_TRANSFORMERS_ATTENTION_RETROACTIVE_CC_ONCE_
+namespace continual_transformers {
+
+// What is written to made_with: by whose arithmetic, and with which scale.
+struct MadeWith {
+  double arithmetic;
+  double scale;
+};
+
+// The number of the target in use, whose order of sums decides the bits of a weight. 0, what a new
+// or cleaned stream has, is that of rows without a softmax. To be changed, for all, with the order
+// of sums: state may be kept in files.
+template <typename T>
+MadeWith MadeWithOf(const RetroactiveParams<T>& params) {
+  if (params.recompute) return {0, 0};
+  return {1.0 + static_cast<int>(TargetInUse()), static_cast<double>(params.scale)};
+}
+
+// What is left after a subtraction is exact enough down to this fraction of the sums' peak. Sums of
+// float weights and values are off by at most 2 N 2^-53 of the peak, so 2e-13 for N = 1000, for
+// which a bound of 5e-6 leaves much room, and one of 1e-12 little.
+template <typename T>
+constexpr double kLeastOfPeak = sizeof(T) == 4 ? 0x1p-20 : 0x1p-3;
+
+}  // namespace continual_transformers
+#endif  // CONTINUAL_TRANSFORMERS_ATTENTION_RETROACTIVE_CC_ONCE_
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cc/attention/retroactive.cc"
+#include "hwy/foreach_target.h"
+// After foreach_target.h, or they would be there for one target only.
+#include "cc/attention/retroactive_row-inl.h"
+#include "cc/attention/rows.h"
+#include "cc/attention/window_pass-inl.h"
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace continual_transformers {
+namespace HWY_NAMESPACE {
+
+// The state of one head of one stream.
+template <typename T>
+struct HeadState {
+  T* query;
+  T* key;
+  T* value;
+  double* reference;
+  double* denominator;
+  double* peak;
+  double* weighted_sum;
+};
+
+// What a task needs beside the state, kept from one task to the next.
+template <typename T>
+struct Scratch {
+  explicit Scratch(const RetroactiveParams<T>& p)
+      : fresh_logits(p.window + kPadding),
+        leaving_logits(p.window + kPadding),
+        leaving_key(p.key_dim),
+        fresh_value(p.value_dim),
+        leaving_value(p.value_dim),
+        key_mask(p.window) {
+    if (p.update_state) return;
+    ring.resize(p.window * (2 * p.key_dim + p.value_dim));
+    sums.resize(p.window * (3 + p.value_dim));
+  }
+
+  std::vector<T> fresh_logits, leaving_logits;
+  std::vector<T> leaving_key;
+  std::vector<double> fresh_value, leaving_value;
+  std::vector<char> key_mask;  // The stream's, which its heads share, as of the step.
+  std::vector<int64_t> inexact;
+  // Where a call that only peeks takes its steps.
+  std::vector<T> ring;
+  std::vector<double> sums;
+};
+
+template <typename T>
+class RetroactiveHead {
+ public:
+  RetroactiveHead(const RetroactiveParams<T>& params, int64_t pair, Scratch<T>* scratch)
+      : p_(params), s_(*scratch), m_(pair / params.num_heads), h_(pair % params.num_heads) {
+    const int64_t stream = params.streams[m_], n = params.window;
+    const int64_t ring = stream * params.num_heads + h_;
+    const int64_t key_size = n * params.key_dim, value_size = n * params.value_dim;
+    position_ = params.position[stream];
+    double* softmax = params.softmax + ring * 3 * n;
+    state_ = {params.query_cache + ring * key_size,
+              params.key_cache + ring * key_size,
+              params.value_cache + ring * value_size,
+              softmax,
+              softmax + n,
+              softmax + 2 * n,
+              params.weighted_sum + ring * value_size};
+    if (!params.update_state) CopyState(key_size, value_size);
+    std::copy_n(params.key_mask_cache + stream * n, n, Mask());
+    const MadeWith now = MadeWithOf(params);
+    const double* then = params.made_with + 2 * stream;
+    exact_ = then[0] == now.arithmetic && then[1] == now.scale;
+  }
+
+  void Run() {
+    for (int64_t t = 0; t < p_.num_steps; ++t) TakeStep(t);
+  }
+
+ private:
+  bool* Mask() { return reinterpret_cast<bool*>(s_.key_mask.data()); }
+
+  template <typename U>
+  U* At(U* base, const Strides& strides, int64_t t) const {
+    return base + m_ * strides.stream + h_ * strides.head + t * strides.step;
+  }
+
+  void CopyState(int64_t key_size, int64_t value_size) {
+    const HeadState<T> real = state_;
+    T* ring = s_.ring.data();
+    double* sums = s_.sums.data();
+    const int64_t n = p_.window;
+    state_ = {ring,     ring + key_size, ring + 2 * key_size, sums,
+              sums + n, sums + 2 * n,    sums + 3 * n};
+    std::copy_n(real.query, key_size, state_.query);
+    std::copy_n(real.key, key_size, state_.key);
+    std::copy_n(real.value, value_size, state_.value);
+    std::copy_n(real.reference, 3 * n, state_.reference);
+    std::copy_n(real.weighted_sum, value_size, state_.weighted_sum);
+  }
+
+  void TakeStep(int64_t t) {
+    const int64_t n = p_.window, d = p_.key_dim, dv = p_.value_dim;
+    const int64_t step = position_ + t;
+    row_ = step % n;
+    filled_ = std::min(step + 1, n);
+    output_ = At(p_.output, p_.output_strides, t);
+    for (int64_t column = 0; column < n - filled_; ++column) {
+      std::fill_n(output_ + column * p_.output_row_stride, dv, T(0));
+    }
+
+    T* key = state_.key + row_ * d;
+    T* value = state_.value + row_ * dv;
+    had_key_ = step >= n && Mask()[row_];
+    has_key_ = p_.key_mask == nullptr || p_.key_mask[m_ * p_.num_steps + t];
+    std::fill(s_.leaving_value.begin(), s_.leaving_value.end(), 0);
+    std::fill(s_.fresh_value.begin(), s_.fresh_value.end(), 0);
+    if (had_key_) {
+      std::copy_n(key, d, s_.leaving_key.data());
+      std::copy_n(value, dv, s_.leaving_value.data());
+    }
+    std::copy_n(At(p_.query, p_.query_strides, t), d, state_.query + row_ * d);
+    std::copy_n(At(p_.key, p_.key_strides, t), d, key);
+    std::copy_n(At(p_.value, p_.value_strides, t), dv, value);
+    Mask()[row_] = has_key_;
+    if (has_key_) std::copy_n(value, dv, s_.fresh_value.data());
+
+    if (p_.recompute) {
+      for (int64_t i = 0; i < filled_; ++i) Recompute(i);
+      return;
+    }
+    s_.inexact.assign(1, row_);
+    if (exact_ && AllFinite(s_.leaving_value)) {
+      UpdateRows();
+    } else {
+      // A value of infinity or NaN that leaves has left nothing of any sum it was in.
+      for (int64_t i = 0; i < filled_; ++i) {
+        if (i != row_) s_.inexact.push_back(i);
+      }
+    }
+    for (int64_t i : s_.inexact) ComputeExactly(i);
+    exact_ = true;
+  }
+
+  // The output of the row of the query at index i of the ring.
+  T* OutputOf(int64_t i) const {
+    const int64_t age = i <= row_ ? row_ - i : row_ - i + p_.window;
+    return output_ + (p_.window - 1 - age) * p_.output_row_stride;
+  }
+
+  static double Normalizer(double denominator) { return denominator == 0 ? 0 : 1 / denominator; }
+
+  static bool AllFinite(const std::vector<double>& v) {
+    double zero = 0;  // Infinity and NaN times 0 are NaN.
+    for (double x : v) zero += x * 0;
+    return zero == 0;
+  }
+
+  // All rows but the newest: the new key comes, the oldest leaves. Notes those for which that is
+  // not exact enough.
+  void UpdateRows() {
+    T* HWY_RESTRICT fresh = s_.fresh_logits.data();
+    T* HWY_RESTRICT leaving = s_.leaving_logits.data();
+    const T* fresh_key = state_.key + row_ * p_.key_dim;
+    if (had_key_) {
+      DotsOfTwo(fresh_key, s_.leaving_key.data(), state_.query, filled_, p_.key_dim, p_.scale,
+                fresh, leaving);
+    } else {
+      DotsOfOne(fresh_key, state_.query, filled_, p_.key_dim, p_.scale, fresh);
+    }
+    WeighAgainstReferences(has_key_, fresh);
+    WeighAgainstReferences(had_key_, leaving);
+    for (int64_t i = 0; i < filled_; ++i) {
+      if (i == row_) continue;
+      const double before = state_.denominator[i];
+      const double denominator = before + static_cast<double>(fresh[i]) - leaving[i];
+      // A NaN that stays is left alone, and one that leaves has left nothing of the sums.
+      if (denominator < kLeastOfPeak<T> * state_.peak[i] || fresh[i] > kMostWeight ||
+          std::isnan(leaving[i]) || (before == 0 && has_key_)) {
+        s_.inexact.push_back(i);
+        continue;
+      }
+      state_.denominator[i] = denominator;
+      state_.peak[i] = std::max(state_.peak[i], denominator);
+      ExchangeValues({fresh[i], leaving[i], s_.fresh_value.data(), s_.leaving_value.data()},
+                     Normalizer(denominator), p_.value_dim, state_.weighted_sum + i * p_.value_dim,
+                     OutputOf(i));
+    }
+  }
+
+  // Turns the logits of a key and every row's query into weights; all 0 where there is no key.
+  void WeighAgainstReferences(bool attended, T* HWY_RESTRICT logits) const {
+    if (!attended) {
+      std::fill_n(logits, filled_, T(0));
+      return;
+    }
+    const double* HWY_RESTRICT reference = state_.reference;
+    for (int64_t i = 0; i < filled_; ++i) logits[i] -= static_cast<T>(reference[i]);
+    TurnIntoWeights(logits, filled_);
+  }
+
+  void ComputeExactly(int64_t i) {
+    T* HWY_RESTRICT weights = s_.fresh_logits.data();
+    const bool* mask = Mask();
+    constexpr T kNotAttended = -std::numeric_limits<T>::infinity();
+    DotsOfOne(state_.query + i * p_.key_dim, state_.key, filled_, p_.key_dim, p_.scale, weights);
+    T max = kNotAttended;
+    for (int64_t j = 0; j < filled_; ++j) {
+      if (!mask[j]) weights[j] = kNotAttended;
+      if (weights[j] > max) max = weights[j];
+    }
+    const T reference = max == kNotAttended ? T(0) : max;
+    for (int64_t j = 0; j < filled_; ++j) weights[j] -= reference;
+    TurnIntoWeights(weights, filled_);
+    double denominator = 0;
+    for (int64_t j = 0; j < filled_; ++j) denominator += weights[j];
+    state_.reference[i] = reference;
+    state_.denominator[i] = state_.peak[i] = denominator;
+    SumValues(state_.value, p_.value_dim, weights, mask, filled_, Normalizer(denominator),
+              state_.weighted_sum + i * p_.value_dim, OutputOf(i));
+  }
+
+  // The output of a row without its softmax's state: as single-output attention computes it.
+  void Recompute(int64_t i) {
+    SingleOutputParams<T, T> params = {};
+    params.num_streams = p_.num_streams;
+    params.num_heads = p_.num_heads;
+    params.window = p_.window;
+    params.key_dim = p_.key_dim;
+    params.value_dim = p_.value_dim;
+    params.scale = p_.scale;
+    WindowPass<T, T> pass(state_.query + i * p_.key_dim, params, nullptr, nullptr, OutputOf(i));
+    pass.Attend({state_.key, p_.key_dim, state_.value, p_.value_dim, Mask(), filled_}, 0);
+    pass.Finish(0, p_.window);
+  }
+
+  static constexpr double kMostWeight = 1.142007389815684e26;  // e^kMostAboveReference
+
+  const RetroactiveParams<T>& p_;
+  Scratch<T>& s_;
+  const int64_t m_;
+  const int64_t h_;
+  HeadState<T> state_;
+  int64_t position_;
+  bool exact_;  // Whether the rows' softmax can be updated.
+  // Of the step being taken: its row, how many rows there then are, whether it has a key, whether
+  // one leaves, and where its outputs go.
+  int64_t row_ = 0;
+  int64_t filled_ = 0;
+  bool has_key_ = false;
+  bool had_key_ = false;
+  T* output_ = nullptr;
+};
+
+template <typename T>
+void TakeRetroactiveTasks(const RetroactiveParams<T>& params, int64_t begin, int64_t end) {
+  if (begin >= end) return;
+  Scratch<T> scratch(params);
+  for (int64_t task = begin; task < end; ++task) {
+    RetroactiveHead<T>(params, task, &scratch).Run();
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace continual_transformers
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace continual_transformers {
+
+template <typename T>
+bool RecomputingIsFaster(const RetroactiveParams<T>& params) {
+  return params.window <= 2;
+}
+
+template <typename T>
+int64_t RetroactiveCyclesPerTask(const RetroactiveParams<T>& params) {
+  const int64_t row = 8 + (params.key_dim + params.value_dim) * sizeof(T) / 24;
+  return params.num_steps * params.window * (params.recompute ? params.window : 4) * row;
+}
+
+template <typename T>
+void RetroactiveAttention(const RetroactiveParams<T>& params, int64_t begin, int64_t end) {
+  CONTINUAL_TRANSFORMERS_DISPATCH(TakeRetroactiveTasks, params, begin, end);
+}
+
+template <typename T>
+void FinishRetroactive(const RetroactiveParams<T>& params) {
+  if (!params.update_state) return;
+  const int64_t steps = params.num_steps, window = params.window;
+  const MadeWith now = MadeWithOf(params);
+  for (int64_t m = 0; m < params.num_streams; ++m) {
+    const int64_t stream = params.streams[m], position = params.position[stream];
+    bool* ring = params.key_mask_cache + stream * window;
+    for (int64_t t = std::max<int64_t>(0, steps - window); t < steps; ++t) {
+      ring[(position + t) % window] = params.key_mask == nullptr || params.key_mask[m * steps + t];
+    }
+    params.made_with[2 * stream] = now.arithmetic;
+    params.made_with[2 * stream + 1] = now.scale;
+  }
+}
+
+#define INSTANTIATE(T)                                                                  \
+  template bool RecomputingIsFaster<T>(const RetroactiveParams<T>&);                    \
+  template int64_t RetroactiveCyclesPerTask<T>(const RetroactiveParams<T>&);            \
+  template void RetroactiveAttention<T>(const RetroactiveParams<T>&, int64_t, int64_t); \
+  template void FinishRetroactive<T>(const RetroactiveParams<T>&)
+INSTANTIATE(float);
+INSTANTIATE(double);
+#undef INSTANTIATE
+
+}  // namespace continual_transformers
+#endif  // HWY_ONCE

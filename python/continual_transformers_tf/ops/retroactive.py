@@ -1,0 +1,162 @@
+"""Continual retroactive attention on projected steps: the fused op, or its plain twin."""
+
+import math
+
+import tensorflow as tf
+from tensorflow.python.eager import record
+
+from continual_transformers_tf.ops import library, retroactive_twin
+from continual_transformers_tf.ops.single_output import expand_key_mask, scale_tensor
+from continual_transformers_tf.ops.stream_state import stream_tensor
+
+ALGORITHMS = ("auto", "update", "recompute")
+
+
+def retroactive_attention(
+    query,
+    key,
+    value,
+    cache,
+    *,
+    streams=None,
+    key_mask=None,
+    scale=None,
+    algorithm="auto",
+    update_state=True,
+):
+    """Takes steps of streams: after each, all queries of the window attend to all of the window.
+
+    The window is the N newest steps. While a stream has taken fewer, those there are attend to each
+    other. Continual retroactive attention of Hedegaard & Iosifidis, "Continual Transformers" (ICLR
+    2023, arXiv 2201.06268), section 3.2, made stable: for logits of any size and any number of
+    steps it is as exact as an attention that is computed anew.
+
+    Gradients flow to this call's queries, keys and values, and to the scale; the steps before are
+    constants to them. Where a gradient is recorded the call is taken in plain TensorFlow; a graph
+    that is differentiated from outside, by a tape around a `tf.function` and not within it, has no
+    gradients.
+
+    Args:
+        query: `[M, H, D]`, one step of M streams, or `[M, T, H, D]`, T steps. Of the cache's dtype.
+        key: of the shape and dtype of query.
+        value: `[M, H, Dv]` or `[M, T, H, Dv]`.
+        cache: a `RetroactiveCache` of S streams; changed in place.
+        streams: integers `[M]`, which stream each row belongs to, in any order, each once; None:
+            row i is stream i.
+        key_mask: bool `[M]` or `[M, T]`, which of these steps have a key: one that has none is
+            attended to neither now nor later, but its query attends. None: all.
+        scale: what the logits are multiplied by; None: 1 / sqrt(D).
+        algorithm: "update": each row of the window gains the new key and loses the oldest;
+            "recompute": each is computed anew; "auto": whichever is faster at these sizes. The
+            results are equal but for rounding. Plain TensorFlow always computes them anew.
+        update_state: if False, nothing changes: the output is that of the next real call.
+
+    Returns:
+        `[M, H, N, Dv]` or `[M, T, H, N, Dv]`: the outputs of the window's queries, oldest first.
+        Zeros for steps that were never taken, and where no step has a key.
+
+    Raises:
+        ValueError, tf.errors.InvalidArgumentError: if shapes, dtypes or streams do not fit the
+            cache or each other. The cache is then as it was.
+    """
+    if not tf.is_tensor(query):
+        query = tf.convert_to_tensor(query, dtype=cache.dtype)
+    if query.dtype != cache.dtype:
+        raise ValueError(
+            f"Expected query to be {cache.dtype.name}, as the cache, but got {query.dtype.name}"
+        )
+    key, value = (tf.convert_to_tensor(x, dtype=query.dtype) for x in (key, value))
+    one_step = query.shape.rank == 3
+    if one_step:
+        query, key, value = (tf.expand_dims(x, 1) for x in (query, key, value))
+    output, _ = attend_all_steps(
+        query,
+        key,
+        value,
+        cache,
+        streams=stream_tensor(tf.range(tf.shape(query)[0]) if streams is None else streams),
+        key_mask=expand_key_mask("key_mask", key_mask, query, one_step),
+        scale=scale,
+        algorithm=algorithm,
+        update_state=update_state,
+    )
+    return tf.squeeze(output, 1) if one_step else output
+
+
+def attend_all_steps(
+    query,
+    key,
+    value,
+    cache,
+    *,
+    streams,
+    key_mask=None,
+    scale=None,
+    algorithm="auto",
+    update_state=True,
+    training=None,
+    dropout=None,
+):
+    """`retroactive_attention` for those who hold tensors of the right ranks: one op, eagerly.
+
+    Args:
+        query, key, value: tensors `[M, T, H, D]`, twice, and `[M, T, H, Dv]`, of the cache's dtype.
+        cache, scale, algorithm, update_state: as there.
+        streams: int32 tensor `[M]`.
+        key_mask: bool tensor `[M, T]`, or None.
+        training: whether a graph may be asked for gradients from outside.
+        dropout: what is applied to the scores before they weight the values; None: nothing.
+
+    Returns:
+        (output `[M, T, H, N, Dv]`, and int64 `[M]`, the steps that each of these streams has taken,
+        these among them).
+    """
+    check_algorithm(algorithm)
+    scale = scale_tensor(1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale)
+    inputs = dict(query=query, key=key, value=value, streams=streams, scale=scale)
+    masks = [] if key_mask is None else [key_mask]
+    # The fused op has neither a gradient nor random numbers.
+    plain = training or dropout is not None or record.should_record_backprop(list(inputs.values()))
+    fused = None if plain else library.fused_ops(cache.device_type)
+    with cache.lock:
+        if fused is None:
+            return retroactive_twin.attend_all_steps(
+                **inputs,
+                key_cache=cache.key,
+                value_cache=cache.value,
+                key_mask_cache=cache.key_mask,
+                position=cache.position,
+                query_cache=cache.query,
+                made_with=cache.made_with,
+                key_mask=masks,
+                update_state=update_state,
+                dropout=dropout,
+            )
+        return fused.continual_transformers_retroactive_attention(
+            **inputs,
+            key_cache=cache.key.handle,
+            value_cache=cache.value.handle,
+            key_mask_cache=cache.key_mask.handle,
+            position=cache.position.handle,
+            query_cache=cache.query.handle,
+            softmax=cache.softmax.handle,
+            weighted_sum=cache.weighted_sum.handle,
+            made_with=cache.made_with.handle,
+            key_mask=masks,
+            algorithm=algorithm,
+            update_state=update_state,
+        )
+
+
+def check_algorithm(algorithm):
+    """Raises ValueError unless it is one of `ALGORITHMS`."""
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"Expected algorithm to be one of {ALGORITHMS}, but got {algorithm!r}")
+
+
+@tf.RegisterGradient("ContinualTransformers>RetroactiveAttention")
+def _no_gradient(op, *gradients):
+    raise LookupError(
+        "Retroactive attention in a graph has a gradient only where a tape within the graph records "
+        "it, or where its layer is called with training=True: it is then taken in plain TensorFlow"
+    )

@@ -1,0 +1,103 @@
+"""The plain-TensorFlow twin of the fused op: the same results, every row computed anew.
+
+What `single_output_twin` says of itself holds here too. Of the rows' softmax it keeps nothing, and
+marks what the fused op has kept as made with nobody's arithmetic, so that this begins anew.
+"""
+
+import tensorflow as tf
+
+from continual_transformers_tf.ops.single_output_twin import (
+    check_static,
+    check_values,
+    softmax,
+    unroll,
+    write,
+)
+
+# Windows are gathered for so many steps at a time that together they have about as many rows: the
+# memory of a call of many steps is that of so many rows, and their scores over the window.
+ROWS_PER_CHUNK = 2048
+
+
+def attend_all_steps(
+    query,
+    key,
+    value,
+    key_cache,
+    value_cache,
+    key_mask_cache,
+    position,
+    query_cache,
+    made_with,
+    streams,
+    scale,
+    key_mask,
+    update_state,
+    dropout=None,
+):
+    """See `ContinualTransformers>RetroactiveAttention` in cc/tensorflow/ops.cc.
+
+    Differs in what it takes for the cache: variables, not their handles, and only those that it
+    uses; and in `dropout`, which is applied to the scores before they weight the values.
+    """
+    check_static(query, key, value, key_cache, value_cache, streams)
+    key_mask = key_mask[0] if key_mask else tf.ones(tf.shape(query)[:2], bool)
+    with tf.control_dependencies(
+        check_values(query, key, value, streams, position, None, key_mask, key_cache)
+    ):
+        streams = tf.identity(streams)  # What comes after waits for the checks.
+    start = tf.gather(position, streams)  # [M]
+    seq_len = key_cache.shape[2]
+
+    # The N steps before this call and its own, in order: column c is step start - N + c.
+    new = [tf.transpose(x, (0, 2, 1, 3)) for x in (query, key, value)]  # [M, H, T, D or Dv]
+    caches = (query_cache, key_cache, value_cache)
+    queries, keys, values = (
+        tf.concat([unroll(cache, streams, start), steps], 2)
+        for cache, steps in zip(caches, new, strict=True)
+    )
+    has_key = tf.concat([unroll(key_mask_cache, streams, start), key_mask], 1)
+
+    num_steps = query.shape[1]
+    chunk = max(1, ROWS_PER_CHUNK // seq_len) if num_steps is not None else tf.shape(query)[1]
+    outputs = []
+    for first in [0] if num_steps is None else range(0, num_steps, chunk):
+        steps = tf.range(first, tf.minimum(first + chunk, tf.shape(query)[1]))
+        # Step t's window is columns t + 1, ..., t + N.
+        columns = steps[:, tf.newaxis] + 1 + tf.range(seq_len)  # [t, N]
+        step_of = start[:, tf.newaxis, tf.newaxis] - seq_len + tf.cast(columns, tf.int64)
+        taken = step_of >= 0
+        output = _attend(
+            *(tf.gather(x, columns, axis=2) for x in (queries, keys, values)),
+            taken[:, tf.newaxis],
+            (taken & tf.gather(has_key, columns, axis=1))[:, tf.newaxis],
+            scale,
+            dropout,
+        )
+        outputs.append(output)
+
+    output = tf.concat(outputs, 1)
+    steps_taken = start + tf.cast(tf.shape(query)[1], tf.int64)
+    if update_state:
+        # In a graph, what is read is read before the state changes, and what fails has failed.
+        with tf.control_dependencies([queries, keys, values, output]):
+            for cache, steps in zip(caches, new, strict=True):
+                write(cache, streams, start, steps)
+            write(key_mask_cache, streams, start, key_mask)
+            nobodys = tf.zeros([tf.shape(streams)[0], 2], made_with.dtype)
+            made_with.scatter_nd_update(streams[:, tf.newaxis], nobodys)
+            position.scatter_nd_update(streams[:, tf.newaxis], steps_taken)
+    return output, steps_taken
+
+
+def _attend(queries, keys, values, taken, attended, scale, dropout):
+    """queries and keys [M, H, t, N, D], values [M, H, t, N, Dv], taken and attended [M, 1, t, N]."""
+    # Selected, not multiplied by zero: what no step has written, or must not be attended to, can be
+    # NaN.
+    queries = tf.where(taken[..., tf.newaxis], queries, 0)
+    keys, values = (tf.where(attended[..., tf.newaxis], x, 0) for x in (keys, values))
+    logits = tf.cast(scale, queries.dtype) * tf.einsum("mhtrd,mhtnd->mhtrn", queries, keys)
+    weights = softmax(logits, attended[..., tf.newaxis, :] & taken[..., tf.newaxis])
+    if dropout is not None:
+        weights = dropout(weights)
+    return tf.einsum("mhtrn,mhtnd->mthrd", weights, values)

@@ -1,0 +1,303 @@
+"""Continual retroactive attention on projected steps, against the float64 reference."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import reference
+from continual_transformers_tf.ops import RetroactiveCache, retroactive_attention
+from retroactive_cases import GOOD, cache_at, expected_of, steps_of
+
+WINDOWS = (1, 2, 3, 16, 17, 64, 120)
+KEY_DIMS = (1, 12, 16, 24, 33, 64, 128)
+WAYS = ["update", "recompute", "tensorflow"]
+
+
+@pytest.fixture(params=WAYS)
+def algorithm(request, monkeypatch):
+    """Runs a test with each of the fused op's algorithms, and in plain TensorFlow."""
+    plain = request.param == "tensorflow"
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "tensorflow" if plain else "fused")
+    return "auto" if plain else request.param
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("seq_len", WINDOWS)
+@pytest.mark.parametrize("key_dim", KEY_DIMS)
+def test_grid(algorithm, random, key_dim, seq_len, dtype):
+    """Streams of all ages in one call, in some order, T steps, then two more; every position."""
+    n, num_heads = seq_len, 2
+    value_dim = key_dim if key_dim in (1, 64) else key_dim // 2 + 3
+    # Long calls of wide windows are compared at one size only: the reference is what takes the time.
+    for t in (1, 2, n, n + 5) if n < 64 or key_dim == 12 else (1, 2):
+        positions = random.permutation([0, 1, n - 1, n, n + 1, 2 * n + 3])
+        cache, streams = cache_at(positions, num_heads, n, key_dim, value_dim, dtype, random)
+        chosen = random.permutation(len(positions))[:4]
+        for steps in (t, 2):
+            sizes = (len(chosen), steps, num_heads, key_dim, value_dim)
+            inputs = steps_of(*sizes, dtype=dtype, random=random)
+            output = retroactive_attention(*inputs, cache, streams=chosen, algorithm=algorithm)
+            newest = steps if n < 64 else min(steps, 3)
+            expected = expected_of([streams[s] for s in chosen], *inputs, newest=newest)
+            assert output.dtype == dtype
+            assert output.shape == (4, steps, num_heads, n, value_dim)
+            error = reference.relative_error(output[:, steps - newest :], expected)
+            assert error < reference.BOUNDS[dtype]
+        positions[chosen] += t + 2
+        np.testing.assert_array_equal(cache.position, positions)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("key_dim", [12, 64])
+def test_a_window_of_1000(monkeypatch, random, key_dim, dtype):
+    """Three windows long: each row has been updated as often as any ever is."""
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
+    n, h = 1000, 1
+    cache = RetroactiveCache(1, h, n, key_dim, dtype=dtype)
+    stream = reference.RetroactiveStream(n)
+    for steps in [100] * 30:
+        inputs = steps_of(1, steps, h, key_dim, key_dim, dtype=dtype, random=random)
+        output = retroactive_attention(*inputs, cache, algorithm="update")
+        expected = expected_of([stream], *inputs, newest=1)
+        assert reference.relative_error(output[:, -1:], expected) < reference.BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_steps_in_one_call_equal_calls_of_one_step(algorithm, random, dtype):
+    positions = [0, 4, 13]
+    one, _ = cache_at(positions, 3, 5, 8, 6, dtype, np.random.default_rng(1))
+    many, _ = cache_at(positions, 3, 5, 8, 6, dtype, np.random.default_rng(1))
+    inputs = steps_of(3, 12, 3, 8, 6, dtype=dtype, random=random)
+    together = retroactive_attention(*inputs, many, algorithm=algorithm)
+    apart = [
+        retroactive_attention(*(x[:, t] for x in inputs), one, algorithm=algorithm)
+        for t in range(12)
+    ]
+    np.testing.assert_allclose(np.stack(apart, 1), together, rtol=1e-5, atol=1e-6)
+    for name, array in one.get_state().items():
+        np.testing.assert_allclose(many.get_state()[name], array, rtol=1e-5, atol=1e-6)
+
+
+def test_peeking_is_the_next_step_and_changes_nothing(algorithm, random):
+    for n, t in ((1, 1), (5, 1), (5, 3), (5, 9)):
+        cache, streams = cache_at([0, 3, 12], 2, n, 8, 6, "float32", random)
+        for _ in range(2):
+            before = cache.get_state()
+            inputs = steps_of(3, t, 2, 8, 6, dtype="float32", random=random)
+            peeked = retroactive_attention(
+                *inputs, cache, algorithm=algorithm, update_state=False
+            )
+            for name, array in cache.get_state().items():
+                np.testing.assert_array_equal(array, before[name])
+            output = retroactive_attention(*inputs, cache, algorithm=algorithm)
+            np.testing.assert_array_equal(output, peeked)
+            assert reference.relative_error(output, expected_of(streams, *inputs)) < 5e-6
+
+
+@pytest.mark.parametrize("t", [1, 3, 9])
+def test_a_step_without_a_key_is_never_attended_to(algorithm, random, t):
+    """Neither now nor later, whatever its key and value hold; its query attends."""
+    m, h, n, d = 3, 2, 7, 4
+    cache, streams = cache_at([0, 3, 11], h, n, d, d, "float32", random)
+    for round_ in range(36 // t):
+        inputs = steps_of(m, t, h, d, d, dtype="float32", random=random)
+        key_mask = random.random((m, t)) < (0.6 if round_ % 4 else 0.1)
+        for x in inputs[1:]:
+            x[~key_mask] = random.choice([np.nan, np.inf, 3.0])
+        expected = expected_of(streams, *inputs, key_mask=key_mask)
+        one = t == 1
+        output = retroactive_attention(
+            *((x[:, 0] for x in inputs) if one else inputs),
+            cache,
+            key_mask=key_mask[:, 0] if one else key_mask,
+            algorithm=algorithm,
+        )
+        assert reference.relative_error(output[:, None] if one else output, expected) < 5e-6
+
+
+def test_where_no_step_has_a_key_there_are_zeros(algorithm, random):
+    n = 4
+    cache = RetroactiveCache(1, 1, n, 3)
+    for t in range(3 * n):
+        inputs = steps_of(1, 1, 3, 3, dtype="float32", random=random)
+        has_key = np.array([t in (1, n + 3)])
+        # A logit far below 0 is as good as any where it is the only one.
+        output = retroactive_attention(
+            100 * inputs[0], -100 * np.abs(inputs[1]), inputs[2], cache, key_mask=has_key,
+            algorithm=algorithm,
+        )  # fmt: skip
+        taken = min(t + 1, n)
+        alone = [i for i in (1, n + 3) if t - n < i <= t]
+        assert (output.numpy()[0, 0, : n - taken] == 0).all()
+        assert (np.abs(output.numpy()[0, 0, n - taken :]).max(-1) > 0).all() == bool(alone)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_what_is_not_finite_stays_in_its_stream_and_leaves_with_its_window(
+    algorithm, random, where, bad
+):
+    h, n, d = 2, 6, 4
+    cache, streams = cache_at([9, 9], h, n, d, d, "float32", random)
+    inputs = steps_of(2, 20, h, d, d, dtype="float32", random=random)
+    inputs[where][0, 2] = bad
+    outputs = np.concatenate(
+        [
+            retroactive_attention(*(x[:, t : t + 2] for x in inputs), cache, algorithm=algorithm)
+            for t in range(0, 20, 2)
+        ],
+        1,
+    )
+    with np.errstate(all="ignore"):
+        expected = expected_of(streams, *inputs)
+    assert reference.relative_error(outputs[1], expected[1]) < 5e-6
+    assert reference.relative_error(outputs[0, 2 + n :], expected[0, 2 + n :]) < 5e-6
+    assert reference.relative_error(outputs[0, :2], expected[0, :2]) < 5e-6
+    if where == 0:  # A query's own row only.
+        for t in range(2, 2 + n):
+            others = np.arange(n) != n - 1 - (t - 2)
+            error = reference.relative_error(outputs[0, t][:, others], expected[0, t][:, others])
+            assert error < 5e-6
+
+
+def test_infinite_logits_that_pass_do_not_spoil_finite_ones(algorithm):
+    """A key of -infinity has weight zero, wherever in the window it lies."""
+    cache = RetroactiveCache(1, 1, 5, 1)
+    ones = np.ones((1, 1, 1, 1), np.float32)
+    for _ in range(7):
+        output = retroactive_attention(ones, ones * -np.inf, ones, cache, algorithm=algorithm)
+        np.testing.assert_array_equal(output, np.zeros((1, 1, 1, 5, 1)))
+    for _ in range(7):
+        output = retroactive_attention(ones, ones, 5 * ones, cache, algorithm=algorithm)
+    np.testing.assert_array_equal(output, np.full((1, 1, 1, 5, 1), 5.0))
+
+
+def test_another_way_can_go_on_at_any_step(monkeypatch, random):
+    """Update, recompute and plain TensorFlow, any of them after any other, one scale or another."""
+    h, n, d, dv = 2, 7, 8, 6
+    cache, streams = cache_at([0, 3, 12], h, n, d, dv, "float32", random)
+    for _ in range(60):
+        way = random.choice(WAYS)
+        plain = way == "tensorflow"
+        monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "tensorflow" if plain else "fused")
+        chosen = random.permutation(3)[: random.integers(1, 4)]
+        scale = random.choice([0.1, 0.5])
+        sizes = (len(chosen), random.integers(1, 4), h, d, dv)
+        inputs = steps_of(*sizes, dtype="float32", random=random)
+        output = retroactive_attention(
+            *inputs,
+            cache,
+            streams=chosen,
+            scale=scale,
+            algorithm="auto" if plain else way,
+            update_state=random.random() < 0.5,
+        )
+        position = cache.position.numpy()
+        before = [(list(streams[s].steps), list(streams[s].has_key)) for s in chosen]
+        expected = expected_of([streams[s] for s in chosen], *inputs, scale=scale)
+        assert reference.relative_error(output, expected) < 5e-6
+        for s, (steps, has_key) in zip(chosen, before, strict=True):
+            if len(streams[s].steps) > min(position[s], 10**9) - cache_start(s, n):
+                streams[s].steps, streams[s].has_key = steps, has_key
+
+
+def cache_start(stream, n):
+    """How many steps of the streams at 0, 3 and 12 their references do not know."""
+    return max(0, [0, 3, 12][stream] - n)
+
+
+def test_a_cleaned_stream_begins_again(algorithm, random):
+    cache, _ = cache_at([9, 20], 2, 5, 8, 6, "float32", random)
+    inputs = steps_of(2, 7, 2, 8, 6, dtype="float32", random=random)
+    retroactive_attention(*inputs, cache, algorithm=algorithm)
+    cache.clean_state([1])
+    fresh = reference.RetroactiveStream(5)
+    inputs = steps_of(1, 7, 2, 8, 6, dtype="float32", random=random)
+    output = retroactive_attention(*inputs, cache, streams=[1], algorithm=algorithm)
+    assert reference.relative_error(output, expected_of([fresh], *inputs)) < 5e-6
+
+
+def test_graph_with_unknown_sizes(algorithm, random):
+    h, n, d, dv = 2, 5, 8, 6
+    cache, streams = cache_at([0, 3, 12], h, n, d, dv, "float32", random)
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec([None, None, h, d]),
+            tf.TensorSpec([None, None, h, d]),
+            tf.TensorSpec([None, None, h, dv]),
+            tf.TensorSpec([None], tf.int32),
+        ]
+    )
+    def step(query, key, value, chosen):
+        output = retroactive_attention(
+            query, key, value, cache, streams=chosen, algorithm=algorithm
+        )
+        assert output.shape.as_list() == [None, None, h, n, dv]
+        return output
+
+    for chosen, t in (([0, 1, 2], 1), ([2, 0], 4), ([1], 9)):
+        inputs = steps_of(len(chosen), t, h, d, dv, dtype="float32", random=random)
+        expected = expected_of([streams[s] for s in chosen], *inputs)
+        assert reference.relative_error(step(*inputs, tf.constant(chosen)), expected) < 5e-6
+    before = cache.get_state()
+    inputs = steps_of(2, 1, h, d, dv, dtype="float32", random=random)
+    for bad in ([0, 3], [1, 1], [-1, 0]):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="(?i)expected"):
+            step(*inputs, tf.constant(bad))
+    for name, array in cache.get_state().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_inside_xla_the_twin_is_traced(random):
+    cache, streams = cache_at([0, 3], 2, 5, 8, 6, "float32", random)
+    chosen = tf.constant([0, 1])
+    step = tf.function(
+        lambda *inputs: retroactive_attention(*inputs, cache, streams=chosen), jit_compile=True
+    )
+    inputs = steps_of(2, 3, 2, 8, 6, dtype="float32", random=random)
+    expected = expected_of(streams, *inputs)
+    assert reference.relative_error(step(*map(tf.constant, inputs)), expected) < 5e-6
+
+
+def test_eagerly_one_op(monkeypatch, executed_ops):
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
+    cache = RetroactiveCache(2, 3, 5, 8, 6)
+    tensors = [tf.constant(GOOD[name]) for name in ("query", "key", "value")]
+    streams = tf.constant([0, 1])
+    executed_ops.clear()
+    retroactive_attention(*tensors, cache, streams=streams)
+    assert executed_ops == ["ContinualTransformers>RetroactiveAttention"]
+
+
+def test_gradients_are_those_of_finite_differences(backend, random):
+    """Of the call's own steps; what is in the rings is constant to them."""
+    cache, _ = cache_at([3, 9], 2, 4, 3, 2, "float64", random)
+    inputs = [tf.constant(x) for x in steps_of(2, 5, 2, 3, 2, dtype="float64", random=random)]
+    weights = random.normal(size=(2, 5, 2, 4, 2))
+
+    def loss(*inputs):
+        return tf.reduce_sum(weights * retroactive_attention(*inputs, cache, update_state=False))
+
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        total = loss(*inputs)
+    gradients = tape.gradient(total, inputs)
+    for i, gradient in enumerate(gradients):
+        direction = random.normal(size=gradient.shape)
+        nearby = [
+            loss(*(x + sign * 1e-6 * direction if i == j else x for j, x in enumerate(inputs)))
+            for sign in (1, -1)
+        ]
+        numeric = (nearby[0] - nearby[1]) / 2e-6
+        np.testing.assert_allclose(tf.reduce_sum(gradient * direction), numeric, rtol=1e-6)
+
+
+def test_a_graph_differentiated_from_outside_says_why_it_cannot_be(monkeypatch, random):
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
+    cache, _ = cache_at([3], 2, 4, 3, 3, "float32", random)
+    inputs = [tf.constant(x) for x in steps_of(1, 2, 2, 3, 3, dtype="float32", random=random)]
+    step = tf.function(lambda *inputs: retroactive_attention(*inputs, cache))
+    with pytest.raises(LookupError, match="training=True"), tf.GradientTape() as tape:
+        tape.watch(inputs)
+        tape.gradient(step(*inputs), inputs)
