@@ -12,6 +12,8 @@ from continual_transformers_tf import ops
 from continual_transformers_tf.layers import (
     CircularPositionalEncoding,
     CleanState,
+    CoDelay,
+    CoResidual,
     CoSiMultiHeadAttention,
     CoSiTransformerEncoder,
     call_mode,
@@ -23,6 +25,8 @@ from continual_transformers_tf.models import StreamingModel, convert, export
 __all__ = [
     "CircularPositionalEncoding",
     "CleanState",
+    "CoDelay",
+    "CoResidual",
     "CoSiMultiHeadAttention",
     "CoSiTransformerEncoder",
     "StreamingModel",

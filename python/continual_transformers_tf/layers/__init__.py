@@ -2,6 +2,8 @@
 
 from continual_transformers_tf.layers.callbacks import CleanState
 from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
+from continual_transformers_tf.layers.co_delay import CoDelay
+from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
 from continual_transformers_tf.layers.continual_layer import (
@@ -13,6 +15,8 @@ from continual_transformers_tf.layers.continual_layer import (
 __all__ = [
     "CircularPositionalEncoding",
     "CleanState",
+    "CoDelay",
+    "CoResidual",
     "CoSiMultiHeadAttention",
     "CoSiTransformerEncoder",
     "call_mode",
