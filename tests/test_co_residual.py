@@ -135,7 +135,7 @@ def test_delay_and_receptive_field(random):
 
 
 def test_masks_of_keras_and_arguments_of_the_layer(random):
-    layer, regular = residual(random, warm_up="partial")
+    layer, _ = residual(random, warm_up="partial")
     x = random.normal(size=(2, N, E)).astype("float32")
     x[1, 2:4] = 0
     masking = keras.layers.Masking()

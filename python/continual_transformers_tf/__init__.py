@@ -20,7 +20,7 @@ from continual_transformers_tf.layers import (
     clean_state,
     ensure_streams,
 )
-from continual_transformers_tf.models import StreamingModel, convert, export
+from continual_transformers_tf.models import StreamingModel, convert, cost, export, from_torch
 
 __all__ = [
     "CircularPositionalEncoding",
@@ -33,7 +33,9 @@ __all__ = [
     "call_mode",
     "clean_state",
     "convert",
+    "cost",
     "ensure_streams",
     "export",
+    "from_torch",
     "ops",
 ]
