@@ -175,3 +175,63 @@ def test_bad_input_moves_nothing(call):
     with pytest.raises(ValueError, match="Expected"):
         layer.call_step(**call)
     assert rows_of(layer.call_step(zeros(2))) == [3, 3]
+
+
+def test_sinusoids_go_round_and_are_no_weights():
+    rows, features = 2 * 8 - 1, 8
+    layer = ct.CircularPositionalEncoding(rows, features, 0, encoding="sinusoidal")
+    table = layer(np.zeros((1, rows, features), np.float32)).numpy()[0]
+    assert layer.weights == []
+    # In float64 from the definition: each pair goes round a whole number of times, fewer and fewer.
+    times = [7, 4, 2, 1]
+    angles = 2 * np.pi * np.arange(rows)[:, None] * times / rows
+    np.testing.assert_allclose(table[:, 0::2], np.sin(angles), atol=1e-6)
+    np.testing.assert_allclose(table[:, 1::2], np.cos(angles), atol=1e-6)
+    # How alike rows are depends on how far apart they lie, round the end too; and no two are equal.
+    alike = table @ table.T
+    for i in range(rows):
+        np.testing.assert_allclose(np.roll(alike[i], -i), alike[0], atol=1e-5)
+    assert alike[0, 1:].max() < alike[0, 0] - 0.1
+    steps = layer.call_steps(np.zeros((1, 2 * rows, features), np.float32))
+    np.testing.assert_array_equal(steps[0], [*table, *table])
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 3), (6, 1), (6, 2), (9, 5), (3, 64), (127, 1024)])
+def test_sinusoids_of_any_size_tell_rows_apart(sizes):
+    layer = ct.CircularPositionalEncoding(*sizes, 0, encoding="sinusoidal")
+    table = layer(np.zeros((1, *sizes), np.float32)).numpy()[0]
+    assert table.shape == sizes
+    assert np.isfinite(table).all()
+    assert np.abs(table).max() <= 1
+    if sizes[1] > 1:
+        assert len(np.unique(table.round(5), axis=0)) == sizes[0]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_sinusoids_stream_are_saved_and_exported(tmp_path, dtype):
+    inputs = keras.Input((4, E), dtype=dtype)
+    layer = ct.CircularPositionalEncoding(
+        ROWS, E, 0, encoding="sinusoidal", dtype=dtype, name="position"
+    )
+    model = keras.Model(inputs, layer(inputs))
+    x = tf.cast(np.random.default_rng(0).normal(size=(2, 4, E)), dtype)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(x), model(x))
+    streaming = ct.StreamingModel(loaded)
+    np.testing.assert_array_equal(streaming.call_steps(x), model(x))
+    again = loaded.get_layer("position")
+    assert again.get_config() == layer.get_config()
+    streaming.clean_state(streams=[1])
+    state = again.get_state()
+    ct.export(again, tmp_path / "saved")
+    step = tf.saved_model.load(str(tmp_path / "saved")).signatures["step"]
+    y = step(x=x[:, 0], streams=tf.constant([0, 1]))["y"]
+    assert y.dtype == dtype
+    layer.set_state(state)
+    np.testing.assert_array_equal(y, layer.call_step(x[:, 0]))
+
+
+def test_bad_encoding():
+    with pytest.raises(ValueError, match="Expected encoding to be one of .* but got 'fourier'"):
+        ct.CircularPositionalEncoding(ROWS, E, encoding="fourier")

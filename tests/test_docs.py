@@ -36,3 +36,22 @@ def test_every_argument_of_the_attention_has_a_row(function):
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     arguments = set(inspect.signature(function).parameters) - {"self", "kwargs"}
     assert arguments <= named, arguments - named
+
+
+def test_every_public_name_of_the_transformer_modules_there_has_a_row():
+    co = pytest.importorskip("continual", reason="continual-inference is not installed")
+    modules = [co.transformer, co.positional_encoding, co.delay]
+    public = {name for module in modules for name in module.__all__}
+    public |= {"SingleOutputMultiheadAttention", "RetroactiveMultiheadAttention"}
+    rows = re.findall(r"^\| ([^|]*) \|", DOCS["features.md"], re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)", row)}
+    assert public <= named, public - named
+
+
+def test_every_row_of_the_features_has_a_test_or_says_why_not():
+    rows = re.findall(r"^\| ([^|]*) \| ([^|]*) \| ([^|]*) \|$", DOCS["features.md"], re.MULTILINE)
+    assert len(rows) > 40
+    for there, here, test in rows:
+        assert (
+            "`test_" in test or "left out" in here or "not yet" in here or there in ("there", "---")
+        )

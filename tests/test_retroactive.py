@@ -84,9 +84,7 @@ def test_peeking_is_the_next_step_and_changes_nothing(algorithm, random):
         for _ in range(2):
             before = cache.get_state()
             inputs = steps_of(3, t, 2, 8, 6, dtype="float32", random=random)
-            peeked = retroactive_attention(
-                *inputs, cache, algorithm=algorithm, update_state=False
-            )
+            peeked = retroactive_attention(*inputs, cache, algorithm=algorithm, update_state=False)
             for name, array in cache.get_state().items():
                 np.testing.assert_array_equal(array, before[name])
             output = retroactive_attention(*inputs, cache, algorithm=algorithm)

@@ -12,26 +12,46 @@ from continual_transformers_tf import ops
 from continual_transformers_tf.layers import (
     CircularPositionalEncoding,
     CleanState,
+    CoDelay,
     CoReMultiHeadAttention,
+    CoResidual,
+    CoReTransformerEncoder,
     CoSiMultiHeadAttention,
     CoSiTransformerEncoder,
+    TransformerEncoder,
     call_mode,
     clean_state,
     ensure_streams,
 )
-from continual_transformers_tf.models import StreamingModel, convert, export
+from continual_transformers_tf.models import (
+    StreamingModel,
+    co_audio_transformer,
+    co_oad_tr,
+    convert,
+    cost,
+    export,
+    from_torch,
+)
 
 __all__ = [
     "CircularPositionalEncoding",
     "CleanState",
+    "CoDelay",
     "CoReMultiHeadAttention",
+    "CoReTransformerEncoder",
+    "CoResidual",
     "CoSiMultiHeadAttention",
     "CoSiTransformerEncoder",
     "StreamingModel",
+    "TransformerEncoder",
     "call_mode",
     "clean_state",
+    "co_audio_transformer",
+    "co_oad_tr",
     "convert",
+    "cost",
     "ensure_streams",
     "export",
+    "from_torch",
     "ops",
 ]

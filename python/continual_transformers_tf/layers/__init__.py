@@ -2,7 +2,10 @@
 
 from continual_transformers_tf.layers.callbacks import CleanState
 from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
+from continual_transformers_tf.layers.co_delay import CoDelay
 from continual_transformers_tf.layers.co_re_mha import CoReMultiHeadAttention
+from continual_transformers_tf.layers.co_re_transformer_encoder import CoReTransformerEncoder
+from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
 from continual_transformers_tf.layers.continual_layer import (
@@ -10,13 +13,18 @@ from continual_transformers_tf.layers.continual_layer import (
     clean_state,
     ensure_streams,
 )
+from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
 
 __all__ = [
     "CircularPositionalEncoding",
     "CleanState",
+    "CoDelay",
     "CoReMultiHeadAttention",
+    "CoReTransformerEncoder",
+    "CoResidual",
     "CoSiMultiHeadAttention",
     "CoSiTransformerEncoder",
+    "TransformerEncoder",
     "call_mode",
     "clean_state",
     "ensure_streams",

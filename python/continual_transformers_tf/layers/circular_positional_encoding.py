@@ -8,10 +8,12 @@ from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.inputs import step_input
 from continual_transformers_tf.ops.stream_state import StreamState, check_integer
 
+ENCODINGS = ("learned", "sinusoidal")
+
 
 @keras.saving.register_keras_serializable("continual_transformers_tf")
 class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
-    """Adds learned rows in turn, and begins again with the first after the last.
+    """Adds rows in turn, and begins again with the first after the last.
 
     An endless stream has no last position; what attention needs is that the steps of one window
     differ. (Recycling positional encoding; Hedegaard & Iosifidis, "Continual Transformers", ICLR
@@ -30,13 +32,18 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         temporal_dim: which axis of windows and of several steps is time: 1, `(B, T, E)`, or 2,
             `(B, E, T)`.
         call_mode: what calling the layer does: "regular", "step" or "steps".
+        encoding: what the rows are. "learned": weights. "sinusoidal": sines and cosines in turn,
+            of frequencies that fall from feature to feature and each go round a whole number of
+            times in `max_len` rows, so that the last row is followed by the first as any row is by
+            the next, and how alike two rows are depends only on how far apart they lie. There are
+            then no weights.
         **kwargs: `name`, `dtype` and the like.
 
     Returns:
         A tensor of the shape of the input.
 
     Raises:
-        ValueError: at construction, if a size is not a positive integer.
+        ValueError: at construction, if a size is not a positive integer, or `encoding` is neither.
     """
 
     def __init__(
@@ -46,6 +53,8 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         call_update_index_steps=1,
         temporal_dim=1,
         call_mode="regular",
+        *,
+        encoding="learned",
         **kwargs,
     ):
         check_integer("max_len", max_len, at_least=1)
@@ -53,17 +62,25 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         check_integer("call_update_index_steps", call_update_index_steps, at_least=0)
         if temporal_dim not in (1, 2, -1, -2):
             raise ValueError(f"Expected temporal_dim to be 1 or 2, but got {temporal_dim!r}")
+        if encoding not in ENCODINGS:
+            raise ValueError(f"Expected encoding to be one of {ENCODINGS}, but got {encoding!r}")
         super().__init__(**kwargs)
         self._temporal_dim = temporal_dim % 3
         self._max_len = int(max_len)
         self._embed_dim = int(embed_dim)
         self._call_update_index_steps = int(call_update_index_steps)
+        self._encoding = encoding
         self.call_mode = call_mode
         # The index of stream s is start + offset[s] + position[s]. It has an offset where its state
         # came from a layer that had another start.
         with tf.init_scope():
             self._start = tf.Variable(0, trainable=False, name="start", dtype=tf.int64)
         self._stream_state = StreamState(0, {"offset": ([], tf.int64)}, name="state")
+
+    @property
+    def temporal_dim(self):
+        """Which axis of windows and of several steps is time."""
+        return self._temporal_dim
 
     @property
     def input_features(self):
@@ -76,9 +93,15 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
             "embed_dim": self._embed_dim,
             "call_update_index_steps": self._call_update_index_steps,
             "temporal_dim": self._temporal_dim,
+            "encoding": self._encoding,
         }
 
     def build(self, input_shape):
+        if self._encoding == "sinusoidal":
+            with tf.init_scope():
+                rows = sinusoids(self._max_len, self._embed_dim)
+                self._rows = tf.constant(rows, self.compute_dtype)
+            return
         self.embeddings = self.add_weight(
             shape=(self._max_len, self._embed_dim),
             initializer=keras.initializers.RandomNormal(stddev=0.02),
@@ -212,4 +235,18 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         """x [M, T, E] + the rows from start + moved [M] on."""
         steps = tf.range(tf.shape(x, tf.int64)[1])
         index = tf.math.floormod(self._start + tf.expand_dims(moved, 1) + steps, self._max_len)
+        if self._encoding == "sinusoidal":
+            return x + tf.gather(self._rows, index)
         return x + tf.cast(tf.gather(self.embeddings.value, index), self.compute_dtype)
+
+
+def sinusoids(rows, features):
+    """Rows `[rows, features]` that go round: sines and cosines in turn, float64.
+
+    Feature pair i goes round a whole number of times: from (rows - 1) // 2, beyond which sines of
+    slower ones come back, down to once, which tells all rows apart, in equal ratios.
+    """
+    fastest = max(1, (rows - 1) // 2)
+    times = np.round(np.geomspace(1, fastest, (features + 1) // 2))[::-1]
+    angles = 2 * np.pi / rows * np.outer(np.arange(rows), times)
+    return np.stack([np.sin(angles), np.cos(angles)], -1).reshape(rows, -1)[:, :features]

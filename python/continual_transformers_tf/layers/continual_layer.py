@@ -135,7 +135,10 @@ class ContinualLayer:
 
     @property
     def input_features(self):
-        """The inputs of a step of a built layer, in order: a dict from names to sizes."""
+        """The inputs of a step of a built layer, in order: a dict from names to sizes.
+
+        A size is a number of features, or the shape of a row, a tuple.
+        """
         raise NotImplementedError
 
     def ensure_streams(self, streams):

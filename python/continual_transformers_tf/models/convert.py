@@ -2,6 +2,7 @@
 
 import keras
 
+from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.models.streaming_model import StreamingModel
@@ -48,6 +49,9 @@ def convert(model, seq_len, **options):
         try:
             if isinstance(layer, StreamingModel):
                 return convert(layer, **attention)
+            if isinstance(layer, CoResidual):
+                within = keras.saving.serialize_keras_object(convert_layer(layer.layer))
+                return CoResidual.from_config({**layer.get_config(), "layer": within})
             if isinstance(layer, ContinualLayer):
                 return _with_options(layer, attention)
             if isinstance(layer, keras.layers.MultiHeadAttention):

@@ -1,6 +1,7 @@
 """SavedModels that take steps of streams: served with no Keras, and with no Python."""
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
@@ -28,7 +29,7 @@ def export(model, path, streams=None, inputs=None):
 
     Args:
         model: a built continual layer (`CoSiMultiHeadAttention`, `CoSiTransformerEncoder`,
-            `CircularPositionalEncoding`) or a `StreamingModel`.
+            `CircularPositionalEncoding`, `CoDelay`, `CoResidual`) or a `StreamingModel`.
         path: the folder to write.
         streams: make room for so many; None: those that are held.
         inputs: the names of what a layer is called with, of "query", "value" and "key"; None: its
@@ -112,7 +113,7 @@ def _input_signature(model, inputs):
     elif not inputs or list(inputs) != list(features)[: len(inputs)]:
         raise ValueError(f"Expected inputs to be the first of {list(features)}, but got {inputs}")
     return {
-        name: tf.TensorSpec([None, size], model.compute_dtype, name=name)
+        name: tf.TensorSpec([None, *np.atleast_1d(size)], model.compute_dtype, name=name)
         for name, size in zip(inputs, features.values(), strict=False)
     }
 

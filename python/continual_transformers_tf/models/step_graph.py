@@ -19,6 +19,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 
 # Layers that compute each row of a window from that row alone.
@@ -208,6 +209,8 @@ class StepGraph:
             self._refuse(node, f"has its outputs {layer.delay} steps after its inputs")
         if any(x.kind != "window" for x in inputs):
             self._refuse(node, "is given the newest step alone, where it needs windows")
+        while isinstance(layer, CoResidual):  # Which is called as the layer within is.
+            layer = layer.layer
         if getattr(layer, "_no_steps", None) is not None:
             self._refuse(node, f"takes no steps, with {layer._no_steps}")
         if not isinstance(layer, keras.layers.MultiHeadAttention):

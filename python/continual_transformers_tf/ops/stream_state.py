@@ -33,20 +33,35 @@ class StreamState(tf.Module):
     def __init__(self, streams, rows=None, name=None):
         super().__init__(name=name)
         check_integer("streams", streams, at_least=0)
-        self._names = (*(rows or {}), "position")
+        self._names = ()
+        for row_name, (shape, dtype) in {**(rows or {}), "position": ([], tf.int64)}.items():
+            self._add_variable(row_name, streams, shape, dtype)
+        self.lock = threading.RLock()
+        self._streams = streams  # At least so many are held: a graph may have made room for more.
+
+    def add_row(self, name, shape, dtype):
+        """Keeps one thing more of each stream, for layers that learn its shape when they are built.
+
+        Args:
+            name: of the new attribute, a `tf.Variable [S, *shape]` of zeros.
+            shape: of a stream's row.
+            dtype: of the variable.
+        """
+        with self.lock, tf.init_scope():
+            self._add_variable(name, tf.shape(self.position)[0], shape, dtype)
+
+    def _add_variable(self, name, streams, shape, dtype):
         # The number of streams is left open in the variables' shapes, so that they can grow without
         # becoming other variables, which traced functions would not know.
         with tf.init_scope():
-            for row_name, (shape, dtype) in {**(rows or {}), "position": ([], tf.int64)}.items():
-                variable = tf.Variable(
-                    tf.zeros([streams, *shape], dtype),
-                    shape=[None, *shape],
-                    trainable=False,
-                    name=row_name,
-                )
-                setattr(self, row_name, variable)
-        self.lock = threading.RLock()
-        self._streams = streams  # At least so many are held: a graph may have made room for more.
+            variable = tf.Variable(
+                tf.zeros([streams, *shape], dtype),
+                shape=[None, *shape],
+                trainable=False,
+                name=name,
+            )
+        setattr(self, name, variable)
+        self._names += (name,)
 
     @property
     def _variables(self):

@@ -1,0 +1,125 @@
+"""What computations cost, as plain functions of their sizes.
+
+Multiplications, additions and exponentials are counted one by one, by these rules: a division and a
+root are multiplications; an exponential, logarithm, tanh or error function is an exponential; what
+compares, moves or rounds costs nothing. The attention formulas are then those of Hedegaard &
+Iosifidis, "Continual Transformers" (ICLR 2023, arXiv 2201.06268), of one head.
+"""
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a layer or model costs one stream, or one window.
+
+    Costs can be added, and `cost * n` is n times as many operations.
+
+    Attributes:
+        multiplications, additions, exponentials: operations.
+        state_bytes: what is kept of each stream between steps.
+        read_bytes: what a step has to read: the weights, and of the state what it needs. In a
+            regular call: the weights.
+    """
+
+    multiplications: int = 0
+    additions: int = 0
+    exponentials: int = 0
+    state_bytes: int = 0
+    read_bytes: int = 0
+
+    @property
+    def flops(self):
+        """All operations: multiplications, additions and exponentials."""
+        return self.multiplications + self.additions + self.exponentials
+
+    def __add__(self, other):
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Cost(*(one + another for one, another in pairs))
+
+    def __mul__(self, times):
+        return dataclasses.replace(
+            self,
+            multiplications=self.multiplications * times,
+            additions=self.additions * times,
+            exponentials=self.exponentials * times,
+        )
+
+
+def attention_cost(queries, keys, key_dim, value_dim=None):
+    """Attention of one head: of all its queries to all its keys.
+
+    With n queries, n keys and d features for both (2n²d + 2nd) + (2n²d - nd - n) + n². The 2nd
+    multiplications scale the queries and divide the outputs by their sums.
+    """
+    value_dim = key_dim if value_dim is None else value_dim
+    products = queries * keys * (key_dim + value_dim)
+    return Cost(
+        multiplications=products + queries * (key_dim + value_dim),
+        additions=products - queries * value_dim - queries,
+        exponentials=queries * keys,
+    )
+
+
+def single_output_attention_cost(seq_len, key_dim, value_dim=None):
+    """A step of continual single-output attention: (2nd + 2d) + (2nd - d - 1) + n."""
+    return attention_cost(1, seq_len, key_dim, value_dim)
+
+
+def retroactive_attention_cost(seq_len, key_dim):
+    """A step of continual retroactive attention, as published.
+
+    (7nd + 2n - 3d) + (6nd + 3n - 6d - 3) + (3n - 2), with n steps in the window and d features.
+    """
+    n, d = seq_len, key_dim
+    return Cost(
+        multiplications=7 * n * d + 2 * n - 3 * d,
+        additions=6 * n * d + 3 * n - 6 * d - 3,
+        exponentials=3 * n - 2,
+    )
+
+
+def dense_cost(rows, inputs, outputs, use_bias=True):
+    """A matrix product of rows `[rows, inputs]` with a kernel `[inputs, outputs]`."""
+    additions = rows * (inputs - 1 + bool(use_bias)) * outputs
+    return Cost(multiplications=rows * inputs * outputs, additions=additions)
+
+
+def layer_norm_cost(rows, features):
+    """Layer normalization of rows of these features, with scale and offset."""
+    # Mean, centred, squares, their mean, epsilon, root; and by the root, the scale, the offset.
+    return Cost(multiplications=rows * (3 * features + 3), additions=rows * (4 * features - 1))
+
+
+def activation_cost(name, elements):
+    """An activation by its name in Keras; None where it is not known."""
+    known = _ACTIVATIONS.get(name)
+    return None if known is None else Cost(*known) * elements
+
+
+def softmax_cost(rows, features):
+    """The softmax of rows of these features."""
+    return Cost(rows * features, rows * (2 * features - 1), rows * features)
+
+
+# Of one number: multiplications, additions, exponentials.
+_ACTIVATIONS = {
+    "linear": (0, 0, 0),
+    "relu": (0, 0, 0),
+    "relu6": (0, 0, 0),
+    "leaky_relu": (1, 0, 0),
+    "elu": (1, 1, 1),
+    "selu": (2, 1, 1),
+    "exponential": (0, 0, 1),
+    "gelu": (3, 1, 1),  # x/2 (1 + erf(x/√2))
+    "sigmoid": (1, 1, 1),
+    "silu": (2, 1, 1),
+    "softplus": (0, 1, 2),
+    "tanh": (0, 0, 1),
+}
+
+
+def bytes_of(shape, itemsize):
+    """The bytes of an array."""
+    return math.prod(shape) * itemsize
