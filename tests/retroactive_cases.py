@@ -109,7 +109,8 @@ class PublishedUpdate:
             np.asarray(x, np.float32) for x in (queries, keys, values)
         )
         weights = self._weights(self.queries, self.keys)
-        self.denominators, self.sums = weights.sum(1), weights @ self.values
+        with np.errstate(all="ignore"):
+            self.denominators, self.sums = weights.sum(1), weights @ self.values
 
     @staticmethod
     def _weights(queries, keys):

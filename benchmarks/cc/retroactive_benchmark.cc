@@ -17,19 +17,24 @@ namespace continual_transformers {
 namespace {
 
 void Sizes(benchmark::internal::Benchmark* b) {
-  b->ArgNames({"N", "D"});
-  for (int64_t window : {1, 2, 3, 4, 6, 8, 16, 64, 120, 512, 1000}) {
-    for (int64_t dim : {12, 32, 64, 128}) b->Args({window, dim});
+  b->ArgNames({"N", "D", "std"});
+  for (int64_t window : {1, 2, 3, 4, 8, 16, 64, 120, 512, 1000}) {
+    for (int64_t dim : {12, 64, 128}) b->Args({window, dim, 1});
+  }
+  // The larger logits are, the more rows an update computes anew.
+  for (int64_t std : {4, 16, 36}) {
+    for (int64_t window : {16, 64, 512}) b->Args({window, 64, std});
   }
 }
 
-// Steps of logits of order one, each with a query, key and value of its own.
+// Steps whose logits have a standard deviation, each with a query, key and value of its own.
 template <typename T>
 class Steps {
  public:
   explicit Steps(const benchmark::State& state)
       : window_(state.range(0)),
         dim_(state.range(1)),
+        std_(state.range(2)),
         inputs_(kInputs * 3 * dim_),
         rings_(3 * window_ * dim_),
         key_mask_(window_),
@@ -61,7 +66,7 @@ class Steps {
     p.num_streams = p.num_steps = p.num_heads = 1;
     p.window = window_;
     p.key_dim = p.value_dim = dim_;
-    p.scale = 1 / std::sqrt(T(dim_));
+    p.scale = std_ / std::sqrt(T(dim_));
     p.recompute = recompute;
     p.update_state = true;
     RetroactiveAttention(p, 0, 1);
@@ -73,7 +78,7 @@ class Steps {
 
  private:
   static constexpr int64_t kInputs = 1021;
-  int64_t window_, dim_, position_ = 0;
+  int64_t window_, dim_, std_, position_ = 0;
   int32_t stream_ = 0;
   std::vector<T> inputs_, rings_;
   std::vector<char> key_mask_;

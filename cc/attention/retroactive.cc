@@ -319,13 +319,24 @@ namespace continual_transformers {
 
 template <typename T>
 bool RecomputingIsFaster(const RetroactiveParams<T>& params) {
-  return params.window <= 2;
+  // Microseconds of an update and of recomputing, of one head in float, D = Dv = 64 (AVX2, one
+  // thread of an AMD EPYC; //benchmarks:retroactive_benchmark; docs/co_re_mha.md has other sizes):
+  //   N           1     2     3     4     8    16    64   120   512  1000
+  //   update    0.38  0.44  0.47  0.49  0.63  0.92   2.8   5.0    23    43
+  //   recompute 0.31  0.41  0.53  0.65   1.1   2.8    26   109  1866  7779
+  // A window of one row has nothing to update. With rows of two, recomputing is faster by a tenth
+  // where they are of many floats, and otherwise slower.
+  const bool many_floats = sizeof(T) == 4 && params.key_dim + params.value_dim >= 128;
+  return params.window == 1 || (params.window == 2 && many_floats);
 }
 
 template <typename T>
 int64_t RetroactiveCyclesPerTask(const RetroactiveParams<T>& params) {
-  const int64_t row = 8 + (params.key_dim + params.value_dim) * sizeof(T) / 24;
-  return params.num_steps * params.window * (params.recompute ? params.window : 4) * row;
+  // From the same: some 1,000 cycles a step, and for each row about 2 a number of its sums; or for
+  // each row recomputed what single-output attention takes.
+  const int64_t n = params.window, size = params.key_dim + params.value_dim;
+  const int64_t row = params.recompute ? n * (8 + size * sizeof(T) / 24) : 40 + size;
+  return params.num_steps * (1000 + n * row);
 }
 
 template <typename T>

@@ -1,4 +1,4 @@
-"""What a step of `CoReMultiHeadAttention` does: project, update all rows in one op, project back."""
+"""What a step of `CoReMultiHeadAttention` does: project, attend in one op, project back."""
 
 import tensorflow as tf
 
@@ -23,9 +23,7 @@ REFUSED = {
         "a row then attends to nothing that comes after it, and none has anything to update: that "
         "is CoSiMultiHeadAttention"
     ),
-    "return_attention_scores": (
-        "they are N × N numbers a step, of which an update computes 2 N"
-    ),
+    "return_attention_scores": ("they are N × N numbers a step, of which an update computes 2 N"),
 }
 
 
