@@ -55,6 +55,7 @@ bench: .venv/installed
 # The kernels alone, next to a plain read of the same bytes.
 bench-cc: .venv/installed
 	$(RUN_BAZEL) run $(BAZEL_FLAGS) //benchmarks:single_output_benchmark
+	$(RUN_BAZEL) run $(BAZEL_FLAGS) //benchmarks:retroactive_benchmark
 
 # Into dist/.
 wheel: .venv/installed

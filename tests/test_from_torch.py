@@ -9,6 +9,7 @@ import continual_transformers_tf as ct
 import reference
 
 torch = pytest.importorskip("torch", reason="the extra torch is not installed")
+co = pytest.importorskip("continual", reason="continual-inference is not installed")
 
 N, E, H = 6, 12, 3
 
@@ -65,7 +66,6 @@ def test_streams_side_by_side(backend, random, options):
 @pytest.mark.parametrize("query_index", [-1, -3, 2])
 @pytest.mark.parametrize("single_output_forward", [True, False])
 def test_streams_side_by_side_with_continual_inference(random, query_index, single_output_forward):
-    co = pytest.importorskip("continual", reason="continual-inference is not installed")
     module = module_of(
         co.SingleOutputMultiheadAttention,
         sequence_len=N,
@@ -158,11 +158,94 @@ def test_what_has_no_counterpart_is_refused(make, message):
         ct.from_torch(make(), N)
 
 
-def test_attention_of_all_outputs_is_no_attention_of_one():
-    co = pytest.importorskip("continual", reason="continual-inference is not installed")
+def test_retroactive_attention_side_by_side(random):
+    """Their update is exact enough for logits of order one; in a window they are the same."""
     module = module_of(co.RetroactiveMultiheadAttention, sequence_len=N)
-    with pytest.raises(ValueError, match="Expected an attention with a single output"):
-        ct.from_torch(module)
+    layer = ct.from_torch(module)
+    assert isinstance(layer, ct.CoReMultiHeadAttention)
+    x = random.normal(size=(2, N + 3, E)).astype("float32")
+    window = torch.from_numpy(x[:, -N:])
+    with torch.no_grad():
+        expected = module.forward(window, window, window)
+    expected = (expected[0] if isinstance(expected, tuple) else expected).numpy()
+    assert reference.relative_error(layer.call_steps(x)[:, -1], expected) < 5e-6
+
+
+ENCODER = dict(d_model=E, nhead=H, dim_feedforward=10, dropout=0.0)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu", torch.tanh, torch.nn.SiLU()], ids=str)
+def test_encoder_layers_side_by_side(random, norm_first, activation):
+    module = torch.nn.TransformerEncoderLayer(
+        **ENCODER, activation=activation, norm_first=norm_first, batch_first=True,
+        layer_norm_eps=1e-3,
+    ).eval()  # fmt: skip
+    layer = ct.from_torch(module, seq_len=N)
+    x = random.normal(size=(2, 2 * N, E)).astype("float32")
+    for t in range(2 * N):
+        output = layer.call_step(x[:, t])
+        if t >= N - 1:
+            with torch.no_grad():
+                expected = module(torch.from_numpy(x[:, t - N + 1 : t + 1]))[:, -1].numpy()
+            assert reference.relative_error(output, expected) < 1e-5
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("norm", [None, torch.nn.LayerNorm(E, eps=1e-5)], ids=str)
+def test_whole_encoders_side_by_side(random, depth, norm):
+    module = torch.nn.TransformerEncoder(
+        torch.nn.TransformerEncoderLayer(**ENCODER, batch_first=True), depth, norm,
+        enable_nested_tensor=False,
+    ).eval()  # fmt: skip
+    with torch.no_grad():  # Copies of one layer at first.
+        for weight in module.parameters():
+            weight.copy_(torch.from_numpy(random.normal(scale=0.4, size=weight.shape)))
+    stack = ct.from_torch(module, seq_len=N)
+    x = random.normal(size=(2, N + 4, E)).astype("float32")
+    steps = stack.call_steps(x)
+    for t in range(5):
+        with torch.no_grad():
+            expected = module(torch.from_numpy(x[:, t : t + N]))[:, -1].numpy()
+        assert reference.relative_error(steps[:, t], expected) < 1e-5
+    banded = ct.from_torch(module, seq_len=N, kind="single_output")
+    assert banded.receptive_field == 1 + depth * (N - 1)
+
+
+@pytest.mark.parametrize(
+    "make", [co.SingleOutputTransformerEncoderLayer, co.RetroactiveTransformerEncoderLayer]
+)
+def test_encoder_layers_of_continual_inference(random, make):
+    activation = torch.nn.functional.gelu
+    module = make(**ENCODER, activation=activation, sequence_len=N).eval()
+    layer = ct.from_torch(module)
+    x = random.normal(size=(2, N, E)).astype("float32")
+    with torch.no_grad():  # Theirs are (B, E, T).
+        expected = module.forward(torch.from_numpy(x.swapaxes(1, 2).copy())).numpy().swapaxes(1, 2)
+    output = layer.call_steps(x)[:, -1].numpy()
+    wanted = expected if output.ndim == 3 else expected[:, -1]
+    assert reference.relative_error(output, wanted) < 1e-5
+
+
+def test_encoders_without_counterpart_are_refused():
+    def layer(**options):
+        return torch.nn.TransformerEncoderLayer(**{**ENCODER, "batch_first": True, **options})
+
+    with pytest.raises(ValueError, match="Expected seq_len"):
+        ct.from_torch(layer())
+    with pytest.raises(ValueError, match="activation"):
+        ct.from_torch(layer(activation=torch.nn.functional.softplus), seq_len=N)
+    with pytest.raises(ValueError, match="biases"):
+        ct.from_torch(layer(bias=False), seq_len=N)
+    stack = torch.nn.TransformerEncoder(layer(), 2, enable_nested_tensor=False)
+    stack.layers[1].dropout1.p = 0.5
+    with pytest.raises(ValueError, match="alike"):
+        ct.from_torch(stack, seq_len=N)
+    with pytest.raises(ValueError, match="no self_attn"):
+        ct.from_torch(co.Sequential(torch.nn.Linear(2, 2)))
+    delayed = co.SingleOutputTransformerEncoderLayer(**ENCODER, sequence_len=N, query_index=0)
+    with pytest.raises(ValueError, match="query_index"):
+        ct.from_torch(delayed)
 
 
 @pytest.mark.parametrize(

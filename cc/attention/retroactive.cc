@@ -29,11 +29,11 @@ MadeWith MadeWithOf(const RetroactiveParams<T>& params) {
   return {1.0 + static_cast<int>(TargetInUse()), static_cast<double>(params.scale)};
 }
 
-// What is left after a subtraction is exact enough down to this fraction of the sums' peak. Sums of
-// float weights and values are off by at most 2 N 2^-53 of the peak, so 2e-13 for N = 1000, for
+// What is left after a subtraction is exact enough down to this fraction of the sums' peak. They
+// are off by at most about 2 N 2^-53 of it, 2e-13 for N = 1000, and by some 1e-14 as they come: for
 // which a bound of 5e-6 leaves much room, and one of 1e-12 little.
 template <typename T>
-constexpr double kLeastOfPeak = sizeof(T) == 4 ? 0x1p-20 : 0x1p-3;
+constexpr double kLeastOfPeak = sizeof(T) == 4 ? 0x1p-20 : 0x1p-5;
 
 }  // namespace continual_transformers
 #endif  // CONTINUAL_TRANSFORMERS_ATTENTION_RETROACTIVE_CC_ONCE_
@@ -60,6 +60,7 @@ struct HeadState {
   double* reference;
   double* denominator;
   double* peak;
+  double* peak_sum;
   double* weighted_sum;
 };
 
@@ -75,7 +76,7 @@ struct Scratch {
         key_mask(p.window) {
     if (p.update_state) return;
     ring.resize(p.window * (2 * p.key_dim + p.value_dim));
-    sums.resize(p.window * (3 + p.value_dim));
+    sums.resize(p.window * (4 + p.value_dim));
   }
 
   std::vector<T> fresh_logits, leaving_logits;
@@ -97,13 +98,14 @@ class RetroactiveHead {
     const int64_t ring = stream * params.num_heads + h_;
     const int64_t key_size = n * params.key_dim, value_size = n * params.value_dim;
     position_ = params.position[stream];
-    double* softmax = params.softmax + ring * 3 * n;
+    double* softmax = params.softmax + ring * 4 * n;
     state_ = {params.query_cache + ring * key_size,
               params.key_cache + ring * key_size,
               params.value_cache + ring * value_size,
               softmax,
               softmax + n,
               softmax + 2 * n,
+              softmax + 3 * n,
               params.weighted_sum + ring * value_size};
     if (!params.update_state) CopyState(key_size, value_size);
     std::copy_n(params.key_mask_cache + stream * n, n, Mask());
@@ -130,11 +132,11 @@ class RetroactiveHead {
     double* sums = s_.sums.data();
     const int64_t n = p_.window;
     state_ = {ring,     ring + key_size, ring + 2 * key_size, sums,
-              sums + n, sums + 2 * n,    sums + 3 * n};
+              sums + n, sums + 2 * n,    sums + 3 * n,        sums + 4 * n};
     std::copy_n(real.query, key_size, state_.query);
     std::copy_n(real.key, key_size, state_.key);
     std::copy_n(real.value, value_size, state_.value);
-    std::copy_n(real.reference, 3 * n, state_.reference);
+    std::copy_n(real.reference, 4 * n, state_.reference);
     std::copy_n(real.weighted_sum, value_size, state_.weighted_sum);
   }
 
@@ -219,11 +221,18 @@ class RetroactiveHead {
         s_.inexact.push_back(i);
         continue;
       }
+      const double sum =
+          ExchangeValues({fresh[i], leaving[i], s_.fresh_value.data(), s_.leaving_value.data()},
+                         Normalizer(denominator), p_.value_dim,
+                         state_.weighted_sum + i * p_.value_dim, OutputOf(i));
+      // A value that leaves can be as large as any, whatever its weight.
+      if (sum < kLeastOfPeak<T> * state_.peak_sum[i]) {
+        s_.inexact.push_back(i);
+        continue;
+      }
       state_.denominator[i] = denominator;
       state_.peak[i] = std::max(state_.peak[i], denominator);
-      ExchangeValues({fresh[i], leaving[i], s_.fresh_value.data(), s_.leaving_value.data()},
-                     Normalizer(denominator), p_.value_dim, state_.weighted_sum + i * p_.value_dim,
-                     OutputOf(i));
+      state_.peak_sum[i] = std::max(state_.peak_sum[i], sum);
     }
   }
 
@@ -255,8 +264,9 @@ class RetroactiveHead {
     for (int64_t j = 0; j < filled_; ++j) denominator += weights[j];
     state_.reference[i] = reference;
     state_.denominator[i] = state_.peak[i] = denominator;
-    SumValues(state_.value, p_.value_dim, weights, mask, filled_, Normalizer(denominator),
-              state_.weighted_sum + i * p_.value_dim, OutputOf(i));
+    state_.peak_sum[i] =
+        SumValues(state_.value, p_.value_dim, weights, mask, filled_, Normalizer(denominator),
+                  state_.weighted_sum + i * p_.value_dim, OutputOf(i));
   }
 
   // The output of a row without its softmax's state: as single-output attention computes it.
@@ -309,13 +319,24 @@ namespace continual_transformers {
 
 template <typename T>
 bool RecomputingIsFaster(const RetroactiveParams<T>& params) {
-  return params.window <= 2;
+  // Microseconds of an update and of recomputing, of one head in float, D = Dv = 64 (AVX2, one
+  // thread of an AMD EPYC; //benchmarks:retroactive_benchmark; docs/co_re_mha.md has other sizes):
+  //   N           1     2     3     4     8    16    64   120   512  1000
+  //   update    0.38  0.44  0.47  0.49  0.63  0.92   2.8   5.0    23    43
+  //   recompute 0.31  0.41  0.53  0.65   1.1   2.8    26   109  1866  7779
+  // A window of one row has nothing to update. With rows of two, recomputing is faster by a tenth
+  // where they are of many floats, and otherwise slower.
+  const bool many_floats = sizeof(T) == 4 && params.key_dim + params.value_dim >= 128;
+  return params.window == 1 || (params.window == 2 && many_floats);
 }
 
 template <typename T>
 int64_t RetroactiveCyclesPerTask(const RetroactiveParams<T>& params) {
-  const int64_t row = 8 + (params.key_dim + params.value_dim) * sizeof(T) / 24;
-  return params.num_steps * params.window * (params.recompute ? params.window : 4) * row;
+  // From the same: some 1,000 cycles a step, and for each row about 2 a number of its sums; or for
+  // each row recomputed what single-output attention takes.
+  const int64_t n = params.window, size = params.key_dim + params.value_dim;
+  const int64_t row = params.recompute ? n * (8 + size * sizeof(T) / 24) : 40 + size;
+  return params.num_steps * (1000 + n * row);
 }
 
 template <typename T>

@@ -38,7 +38,8 @@ struct RetroactiveParams {
   //     when the row was last computed exactly.
   //   denominator: the sum of the weights exp(logit - reference) over the window.
   //   peak: the largest denominator since then.
-  double* softmax;       // [S, H, 3, N]: reference, denominator, peak
+  //   peak_sum: the largest magnitude in weighted_sum since then.
+  double* softmax;       // [S, H, 4, N]: reference, denominator, peak, peak_sum
   double* weighted_sum;  // [S, H, N, Dv], the values' sum with these weights
   // What these rows' weights were computed with: MadeWith's arithmetic and scale. Others give other
   // bits, of which not the same can be taken away as was added: then all rows are computed anew.

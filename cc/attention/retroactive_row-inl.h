@@ -159,19 +159,28 @@ struct Exchange {
   const double* HWY_RESTRICT leaving;  // [Dv]
 };
 
-// sum += fresh - leaving, and output = normalizer * sum.
+// The larger magnitude, lane by lane; of NaN there is none.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V LargerMagnitude(D, V largest, V v) {
+  const V magnitude = hn::Abs(v);
+  return hn::IfThenElse(hn::Gt(magnitude, largest), magnitude, largest);
+}
+
+// sum += fresh - leaving, and output = normalizer * sum. Returns the sum's largest magnitude.
 template <typename T>
-HWY_INLINE void ExchangeValues(const Exchange& x, double normalizer, int64_t size,
-                               double* HWY_RESTRICT sum, T* HWY_RESTRICT output) {
+HWY_INLINE double ExchangeValues(const Exchange& x, double normalizer, int64_t size,
+                                 double* HWY_RESTRICT sum, T* HWY_RESTRICT output) {
   const hn::ScalableTag<double> d;
   using V = hn::Vec<decltype(d)>;
   const int64_t lanes = hn::Lanes(d);
   const V fresh_weight = hn::Set(d, x.fresh_weight), leaving_weight = hn::Set(d, x.leaving_weight);
   const V factor = hn::Set(d, normalizer);
+  V largest = hn::Zero(d);
   int64_t at = 0;
   for (; at + lanes <= size; at += lanes) {
     V s = hn::MulAdd(fresh_weight, hn::LoadU(d, x.fresh + at), hn::LoadU(d, sum + at));
     s = hn::NegMulAdd(leaving_weight, hn::LoadU(d, x.leaving + at), s);
+    largest = LargerMagnitude(d, largest, s);
     hn::StoreU(s, d, sum + at);
     StoreAs(d, hn::Mul(s, factor), output + at, 0);
   }
@@ -179,57 +188,59 @@ HWY_INLINE void ExchangeValues(const Exchange& x, double normalizer, int64_t siz
     const size_t rest = size - at;
     V s = hn::MulAdd(fresh_weight, hn::LoadN(d, x.fresh + at, rest), hn::LoadN(d, sum + at, rest));
     s = hn::NegMulAdd(leaving_weight, hn::LoadN(d, x.leaving + at, rest), s);
+    largest = LargerMagnitude(d, largest, s);
     hn::StoreN(s, d, sum + at, rest);
     StoreAs(d, hn::Mul(s, factor), output + at, rest);
   }
+  return hn::ReduceMax(d, largest);
 }
 
 // sum = the weighted sum of rows of values, in double, over those whose mask is set; and output =
-// normalizer * sum. kVectors vectors of columns, or `partial` < Lanes columns.
+// normalizer * sum. kVectors vectors of columns, or `partial` < Lanes columns. Returns the sum's
+// largest magnitude.
 template <int kVectors, typename T>
-HWY_INLINE void SumColumns(const T* HWY_RESTRICT value, int64_t stride,
-                           const T* HWY_RESTRICT weights, const bool* HWY_RESTRICT mask,
-                           int64_t count, double normalizer, double* HWY_RESTRICT sum,
-                           T* HWY_RESTRICT output, size_t partial = 0) {
+HWY_INLINE double SumColumns(const T* HWY_RESTRICT value, int64_t stride,
+                             const T* HWY_RESTRICT weights, const bool* HWY_RESTRICT mask,
+                             int64_t count, double normalizer, double* HWY_RESTRICT sum,
+                             T* HWY_RESTRICT output, size_t partial = 0) {
   const hn::ScalableTag<double> d;
   using V = hn::Vec<decltype(d)>;
   constexpr int64_t kLanes = hn::Lanes(decltype(d)());
+  const size_t rest = kVectors == 1 ? partial : 0;
   V sums[kVectors];
   for (int v = 0; v < kVectors; ++v) sums[v] = hn::Zero(d);
   for (int64_t i = 0; i < count; ++i) {
     if (!mask[i]) continue;  // It can be NaN.
     const V weight = hn::Set(d, static_cast<double>(weights[i]));
     for (int v = 0; v < kVectors; ++v) {
-      const V x = LoadAsDouble(d, value + i * stride + v * kLanes, kVectors == 1 ? partial : 0);
-      sums[v] = hn::MulAdd(weight, x, sums[v]);
+      sums[v] = hn::MulAdd(weight, LoadAsDouble(d, value + i * stride + v * kLanes, rest), sums[v]);
     }
   }
   const V factor = hn::Set(d, normalizer);
+  V largest = hn::Zero(d);
   for (int v = 0; v < kVectors; ++v) {
-    const size_t rest = kVectors == 1 ? partial : 0;
+    largest = LargerMagnitude(d, largest, sums[v]);
     StoreAs(d, sums[v], sum + v * kLanes, rest);
     StoreAs(d, hn::Mul(sums[v], factor), output + v * kLanes, rest);
   }
+  return hn::ReduceMax(d, largest);
 }
 
 template <typename T>
-void SumValues(const T* value, int64_t size, const T* weights, const bool* mask, int64_t count,
-               double normalizer, double* sum, T* output) {
+double SumValues(const T* value, int64_t size, const T* weights, const bool* mask, int64_t count,
+                 double normalizer, double* sum, T* output) {
   constexpr int64_t kLanes = hn::Lanes(hn::ScalableTag<double>());
+  double largest = 0;
   int64_t at = 0;
-  for (; at + 8 * kLanes <= size; at += 8 * kLanes) {
-    SumColumns<8>(value + at, size, weights, mask, count, normalizer, sum + at, output + at);
-  }
-  for (; at + 4 * kLanes <= size; at += 4 * kLanes) {
-    SumColumns<4>(value + at, size, weights, mask, count, normalizer, sum + at, output + at);
-  }
-  for (; at + kLanes <= size; at += kLanes) {
-    SumColumns<1>(value + at, size, weights, mask, count, normalizer, sum + at, output + at);
-  }
-  if (at < size) {
-    SumColumns<1>(value + at, size, weights, mask, count, normalizer, sum + at, output + at,
-                  size - at);
-  }
+  const auto columns = [&](auto sum_columns, size_t partial) HWY_ATTR {
+    largest = std::max(largest, sum_columns(value + at, size, weights, mask, count, normalizer,
+                                            sum + at, output + at, partial));
+  };
+  for (; at + 8 * kLanes <= size; at += 8 * kLanes) columns(SumColumns<8, T>, 0);
+  for (; at + 4 * kLanes <= size; at += 4 * kLanes) columns(SumColumns<4, T>, 0);
+  for (; at + kLanes <= size; at += kLanes) columns(SumColumns<1, T>, 0);
+  if (at < size) columns(SumColumns<1, T>, size - at);
+  return largest;
 }
 
 }  // namespace HWY_NAMESPACE

@@ -188,8 +188,8 @@ Status RetroactiveAttentionShape(InferenceContext* c) {
   TF_RETURN_IF_ERROR(c->Merge(d, c->Dim(key, 3), &d));
   TF_RETURN_IF_ERROR(c->Merge(m, c->Dim(streams, 0), &m));
 
-  // The variables from input 3 on; an axis of size 2 or 3 is of that size.
-  const DimensionHandle two = c->MakeDim(2), three = c->MakeDim(3);
+  // The variables from input 3 on; null is an axis of a size of its own.
+  const DimensionHandle two = c->MakeDim(2), four = c->MakeDim(4);
   std::vector<DimensionHandle*> axes[] = {
       {&s, &h, &n, &d}, {&s, &h, &n, &dv},     {&s, &n},          {&s},
       {&s, &h, &n, &d}, {&s, &h, nullptr, &n}, {&s, &h, &n, &dv}, {&s, nullptr}};
@@ -198,7 +198,7 @@ Status RetroactiveAttentionShape(InferenceContext* c) {
     const int rank = axes[i].size();
     TF_RETURN_IF_ERROR(c->WithRank(VariableShape(c, 3 + i), rank, &variable));
     for (int axis = 0; axis < rank; ++axis) {
-      DimensionHandle fixed = rank == 4 ? three : two;
+      DimensionHandle fixed = rank == 4 ? four : two;
       DimensionHandle* expected = axes[i][axis] == nullptr ? &fixed : axes[i][axis];
       TF_RETURN_IF_ERROR(c->Merge(*expected, c->Dim(variable, axis), expected));
     }
@@ -258,8 +258,9 @@ value_cache: A variable of type T, [S, H, N, Dv].
 key_mask_cache: A variable of type bool, [S, N]: which steps have a key.
 position: A variable of type int64, [S]: the steps each stream has taken.
 query_cache: A variable of type T, [S, H, N, D].
-softmax: A variable of type double, [S, H, 3, N]: of each row of the window what is subtracted from
-  its logits, its denominator, and the largest denominator since it was last computed exactly.
+softmax: A variable of type double, [S, H, 4, N]: of each row of the window what is subtracted from
+  its logits, its denominator, and the largest denominator and the largest magnitude of a sum of
+  values since it was last computed exactly.
 weighted_sum: A variable of type double, [S, H, N, Dv], each row's sum of values.
 made_with: A variable of type double, [S, 2]: the arithmetic that the rows' weights were computed in,
   and their scale. Rows that were made with others than this call's are computed anew; 0 is nobody's.

@@ -119,7 +119,7 @@ class RetroactiveAttentionOp : public OpKernel {
     const int64_t held = made_with->dims() > 0 ? made_with->dim_size(0) : 0;
     const int64_t h = rings.num_heads, n = rings.window;
     TF_RETURN_IF_ERROR(ExpectShape("query_cache", *query, {held, h, n, rings.key_dim}));
-    TF_RETURN_IF_ERROR(ExpectShape("softmax", *softmax, {held, h, 3, n}));
+    TF_RETURN_IF_ERROR(ExpectShape("softmax", *softmax, {held, h, 4, n}));
     TF_RETURN_IF_ERROR(ExpectShape("weighted_sum", *weighted_sum, {held, h, n, rings.value_dim}));
     TF_RETURN_IF_ERROR(ExpectShape("made_with", *made_with, {held, 2}));
     for (int64_t m = 0; m < rings.num_streams; ++m) {

@@ -1,4 +1,4 @@
-"""What a step of `CoReMultiHeadAttention` does: project, update all rows in one op, project back."""
+"""What a step of `CoReMultiHeadAttention` does: project, attend in one op, project back."""
 
 import tensorflow as tf
 

@@ -140,7 +140,7 @@ def _(layer: keras.layers.EinsumDense, rows):
     if rows.shapes:  # More than the last axis may be summed over.
         count = rows.numbers(layer) * outputs // math.prod(layer.kernel.shape)
     activation = _activation(layer, count * outputs, outputs)
-    return _projection(layer, count, outputs) + activation + _weights(layer)
+    return projection(layer, count, outputs) + activation + _weights(layer)
 
 
 @cost_of.register
@@ -193,7 +193,7 @@ def _(layer: keras.layers.MultiHeadAttention, rows):
             f"Expected a layer that takes steps, but {layer.name} is a "
             'keras.layers.MultiHeadAttention: convert it, or ask for mode="regular"'
         )
-    return _attention(layer, rows)
+    return attention_of_windows(layer, rows)
 
 
 # Of this package.
@@ -202,18 +202,18 @@ def _(layer: keras.layers.MultiHeadAttention, rows):
 @cost_of.register
 def _(layer: CoSiMultiHeadAttention, rows):
     if rows.mode == "regular":
-        return _attention(layer, rows, single_output=layer._single_output)
+        return attention_of_windows(layer, rows, single_output=layer._single_output)
     cache = layer._stream_state
     attended = single_output_attention_cost(layer.seq_len, layer._key_dim, layer._value_dim)
     projected = _projections(layer, 1, 1)
     itemsize = cache.dtype.size
     ring = bytes_of((layer._num_heads, layer.seq_len, layer._key_dim + layer._value_dim), itemsize)
-    waited = _bytes_of_state(cache, ("query", "query_mask", "gate")) // max(1, layer.delay)
-    read = ring + layer.seq_len + waited + _bytes_of_weights(layer, layer.weights_dtype)
+    waited = bytes_of_state(cache, ("query", "query_mask", "gate")) // max(1, layer.delay)
+    read = ring + layer.seq_len + waited + bytes_of_weights(layer, layer.weights_dtype)
     return (
         projected
         + attended * layer._num_heads
-        + Cost(state_bytes=_bytes_of_state(cache), read_bytes=read)
+        + Cost(state_bytes=bytes_of_state(cache), read_bytes=read)
     )
 
 
@@ -221,13 +221,11 @@ def _(layer: CoSiMultiHeadAttention, rows):
 def _(layer: CoSiTransformerEncoder, rows):
     """The newest row alone goes beyond the attention, in a step and in a regular call."""
     newest = Rows(rows.mode, 1)
-    parts = (
-        layer.attention_norm, layer.feed_forward, layer.feed_forward_output, layer.output_norm,
-    )  # fmt: skip
-    residuals = Cost(additions=2 * layer.input_features["x"])
-    return sum(
-        (cost_of(part, newest) for part in parts), cost_of(layer.attention, rows) + residuals
-    )
+    total = cost_of(layer.attention, rows) + Cost(additions=2 * layer.input_features["x"])
+    total += cost_of(layer.attention_norm, rows if layer.norm_first else newest)
+    for part in (layer.feed_forward, layer.feed_forward_output, layer.output_norm):
+        total += cost_of(part, newest)
+    return total
 
 
 @cost_of.register
@@ -237,7 +235,7 @@ def _(layer: CircularPositionalEncoding, rows):
     read = rows.count * features * _itemsize(layer.variable_dtype)
     if rows.mode == "regular":
         return added + Cost(read_bytes=read)
-    state = _bytes_of_state(layer._stream_state)
+    state = bytes_of_state(layer._stream_state)
     return added + Cost(state_bytes=state, read_bytes=read + state)
 
 
@@ -245,8 +243,8 @@ def _(layer: CircularPositionalEncoding, rows):
 def _(layer: CoDelay, rows):
     if rows.mode == "regular":
         return Cost()
-    state = _bytes_of_state(layer._stream_state)
-    kept = _bytes_of_state(layer._stream_state, ("steps",))
+    state = bytes_of_state(layer._stream_state)
+    kept = bytes_of_state(layer._stream_state, ("steps",))
     return Cost(state_bytes=state, read_bytes=kept // max(1, layer.delay) + state - kept)
 
 
@@ -270,7 +268,7 @@ def _gives_one_row(layer):
     return isinstance(layer, CoSiTransformerEncoder) or getattr(layer, "_single_output", False)
 
 
-def _attention(layer, rows, single_output=False):
+def attention_of_windows(layer, rows, single_output=False):
     """A regular call of attention."""
     queries = keys = rows.count
     if rows.shapes:
@@ -278,26 +276,26 @@ def _attention(layer, rows, single_output=False):
     if single_output:
         queries = 1
     attended = attention_cost(queries, keys, layer._key_dim, layer._value_dim)
-    weights = Cost(read_bytes=_bytes_of_weights(layer))
+    weights = Cost(read_bytes=bytes_of_weights(layer))
     return _projections(layer, queries, keys) + attended * layer._num_heads + weights
 
 
 def _projections(layer, queries, keys):
     """Into heads and back; of a gate, too, and what it multiplies."""
     heads = layer._num_heads
-    total = _projection(layer._query_dense, queries, heads * layer._key_dim)
-    total += _projection(layer._key_dense, keys, heads * layer._key_dim)
-    total += _projection(layer._value_dense, keys, heads * layer._value_dim)
+    total = projection(layer._query_dense, queries, heads * layer._key_dim)
+    total += projection(layer._key_dense, keys, heads * layer._key_dim)
+    total += projection(layer._value_dense, keys, heads * layer._value_dim)
     outputs = math.prod(layer._output_dense.kernel.shape[2:])
-    total += _projection(layer._output_dense, queries, outputs)
+    total += projection(layer._output_dense, queries, outputs)
     if getattr(layer, "_use_gate", False):
         gated = heads * layer._value_dim
-        total += _projection(layer._gate_dense, queries, gated) + Cost(queries * gated)
+        total += projection(layer._gate_dense, queries, gated) + Cost(queries * gated)
         total += activation_cost("sigmoid", queries * gated)
     return total
 
 
-def _projection(dense, rows, outputs):
+def projection(dense, rows, outputs):
     inputs = math.prod(dense.kernel.shape) // outputs
     return dense_cost(rows, inputs, outputs, dense.bias is not None)
 
@@ -321,10 +319,10 @@ def _itemsize(dtype):
 
 
 def _weights(layer):
-    return Cost(read_bytes=_bytes_of_weights(layer))
+    return Cost(read_bytes=bytes_of_weights(layer))
 
 
-def _bytes_of_weights(layer, kernels=None):
+def bytes_of_weights(layer, kernels=None):
     """The bytes of a layer's weights, with its kernels in another dtype where one is given."""
     return sum(
         bytes_of(w.shape, _itemsize(kernels if kernels and w.name == "kernel" else w.dtype))
@@ -332,7 +330,7 @@ def _bytes_of_weights(layer, kernels=None):
     )
 
 
-def _bytes_of_state(state, names=None):
+def bytes_of_state(state, names=None):
     """The bytes of a stream's row of the variables of a `StreamState`."""
     return sum(
         bytes_of(variable.shape[1:], variable.dtype.size)

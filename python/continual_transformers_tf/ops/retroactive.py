@@ -157,6 +157,7 @@ def check_algorithm(algorithm):
 @tf.RegisterGradient("ContinualTransformers>RetroactiveAttention")
 def _no_gradient(op, *gradients):
     raise LookupError(
-        "Retroactive attention in a graph has a gradient only where a tape within the graph records "
-        "it, or where its layer is called with training=True: it is then taken in plain TensorFlow"
+        "Retroactive attention in a graph has a gradient only where a tape within the graph "
+        "records it, or where its layer is called with training=True: it is then taken in plain "
+        "TensorFlow"
     )

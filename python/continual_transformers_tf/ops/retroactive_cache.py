@@ -21,8 +21,8 @@ class RetroactiveCache(AttentionCache):
     Attributes:
         key, value, key_mask, position, compute_dtype, device_type: as of an `AttentionCache`.
         query: tf.Variable `[S, H, N, D]`.
-        softmax: tf.Variable float64 `[S, H, 3, N]`, of each row of the window what is subtracted
-            from its logits, its denominator, and the largest that it has had.
+        softmax: tf.Variable float64 `[S, H, 4, N]`, of each row of the window what is subtracted
+            from its logits, its denominator, and how large this and the sums have been.
         weighted_sum: tf.Variable float64 `[S, H, N, Dv]`, each row's sum of values.
         made_with: tf.Variable float64 `[S, 2]`, by which arithmetic and scale the former two were
             computed. Where it is 0 they have no meaning, and the next fused step computes them
@@ -55,7 +55,7 @@ class RetroactiveCache(AttentionCache):
             )
         rows = dict(
             query=([num_heads, seq_len, key_dim], dtype),
-            softmax=([num_heads, 3, seq_len], tf.float64),
+            softmax=([num_heads, 4, seq_len], tf.float64),
             weighted_sum=([num_heads, seq_len, value_dim], tf.float64),
             made_with=([2], tf.float64),
         )

@@ -91,7 +91,7 @@ def attend_all_steps(
 
 
 def _attend(queries, keys, values, taken, attended, scale, dropout):
-    """queries and keys [M, H, t, N, D], values [M, H, t, N, Dv], taken and attended [M, 1, t, N]."""
+    """queries, keys and values [M, H, t, N, D or Dv], taken and attended [M, 1, t, N]."""
     # Selected, not multiplied by zero: what no step has written, or must not be attended to, can be
     # NaN.
     queries = tf.where(taken[..., tf.newaxis], queries, 0)

@@ -1,0 +1,57 @@
+"""What retroactive attention, its blocks and stacks cost: entries of `ct.cost`."""
+
+from continual_transformers_tf.layers.co_re_mha import CoReMultiHeadAttention
+from continual_transformers_tf.layers.co_re_transformer_encoder import CoReTransformerEncoder
+from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
+from continual_transformers_tf.models.cost import (
+    Rows,
+    attention_of_windows,
+    bytes_of_state,
+    bytes_of_weights,
+    cost_of,
+    projection,
+)
+from continual_transformers_tf.models.cost_formulas import Cost, retroactive_attention_cost
+
+
+@cost_of.register
+def _(layer: CoReMultiHeadAttention, rows):
+    """The published update of a step; all N outputs of it go through the last layer."""
+    if rows.mode == "regular":
+        return attention_of_windows(layer, rows)
+    heads, key_size = layer._num_heads, layer._num_heads * layer._key_dim
+    outputs = layer._output_dense.kernel.shape[-1]
+    total = retroactive_attention_cost(layer.seq_len, layer._key_dim) * heads
+    total += projection(layer._query_dense, 1, key_size) + projection(layer._key_dense, 1, key_size)
+    total += projection(layer._value_dense, 1, heads * layer._value_dim)
+    total += projection(layer._output_dense, layer.seq_len, outputs)
+    state = bytes_of_state(layer._stream_state)
+    return total + Cost(state_bytes=state, read_bytes=state + bytes_of_weights(layer))
+
+
+@cost_of.register
+def _(layer: CoReTransformerEncoder, rows):
+    """All N rows go beyond the attention, in a step too."""
+    count = layer.seq_len if rows.mode == "step" else rows.count
+    whole = Rows("regular", count)
+    before = Rows(rows.mode, 1) if rows.mode == "step" and layer.norm_first else whole
+    total = cost_of(layer.attention, rows) + cost_of(layer.attention_norm, before)
+    for part in (layer.feed_forward, layer.feed_forward_output, layer.output_norm):
+        total += cost_of(part, whole)
+    total += Cost(additions=2 * count * layer.input_features["x"])
+    if rows.mode == "regular":
+        return total
+    state = bytes_of_state(layer._window, ("window",))
+    return total + Cost(state_bytes=state, read_bytes=state)
+
+
+@cost_of.register
+def _(layer: TransformerEncoder, rows):
+    total = Cost()
+    for i, block in enumerate(layer.blocks):
+        if layer.kind == "single_output" or i == 0:
+            total += cost_of(block, rows)
+        else:  # It is given the whole window at every step.
+            count = layer.seq_len if rows.mode == "step" else rows.count
+            total += cost_of(block, Rows("regular", count))
+    return total if layer.final_norm is None else total + cost_of(layer.final_norm, Rows("step", 1))

@@ -1,0 +1,140 @@
+"""Attention that streams with the weights of PyTorch's: entries of `ct.from_torch`."""
+
+import numpy as np
+
+from continual_transformers_tf.layers.co_re_mha import CoReMultiHeadAttention
+from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
+from continual_transformers_tf.ops.stream_state import check_integer
+
+# Modules, each a function of (module, seq_len, options).
+
+
+def multi_head_attention(module, seq_len, options):
+    if module.add_zero_attn:
+        raise ValueError(
+            "Expected add_zero_attn=False, but got a module that also attends to a step of zeros, "
+            "which no window of keras.layers.MultiHeadAttention has"
+        )
+    options = {"dropout": module.dropout, **options}
+    return attention_of(module.state_dict(), module.num_heads, seq_len, options)
+
+
+def single_output_attention(module, seq_len, options):
+    own = dict(query_index=module.query_index, single_output=module.single_output_forward)
+    window = module.sequence_len if seq_len is None else seq_len
+    return multi_head_attention(module, window, {**own, **options})
+
+
+def retroactive_attention(module, seq_len, options):
+    window = module.sequence_len if seq_len is None else seq_len
+    return multi_head_attention(module, window, {"cls": CoReMultiHeadAttention, **options})
+
+
+def needed_window(seq_len):
+    """seq_len, where it is not None."""
+    if seq_len is None:
+        raise ValueError("Expected seq_len, the window, which the module does not know: got None")
+    return seq_len
+
+
+def name_of(module):
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+# Weights.
+
+_REFUSED = {
+    "bias_k": "add_bias_kv=True: a learned step that every query attends to",
+    "bias_v": "add_bias_kv=True: a learned step that every query attends to",
+}
+_KNOWN = {
+    "in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight",
+    "out_proj.weight", "out_proj.bias", *_REFUSED,
+}  # fmt: skip
+
+
+def attention_of(weights, num_heads, seq_len, options):
+    """The layer, from the state_dict of a `torch.nn.MultiheadAttention`."""
+    needed_window(seq_len)
+    placed, inputs = attention_weights(weights, num_heads)
+    query, key, value = inputs
+    features = placed[-1].shape[-1]
+    options = {
+        "cls": CoSiMultiHeadAttention,
+        "dtype": str(placed[0].dtype),
+        "use_bias": len(placed) == 8,
+        **options,
+    }
+    layer = options.pop("cls")(seq_len, num_heads, features // num_heads, **options)
+    layer.build((None, seq_len, query), (None, seq_len, value), (None, seq_len, key))
+    layer.set_weights(placed)
+    return layer
+
+
+def attention_weights(weights, num_heads):
+    """Keras' weights in Keras' order, and the features of query, key and value, of a state_dict."""
+    check_integer("num_heads", num_heads, at_least=1)
+    for name, why in _REFUSED.items():
+        if name in weights:
+            raise ValueError(
+                f"Expected weights without {name}, but got {why}, which no window of "
+                "keras.layers.MultiHeadAttention has"
+            )
+    unknown = sorted(set(weights) - _KNOWN)
+    if unknown or "out_proj.weight" not in weights:
+        raise ValueError(
+            "Expected the weights of a torch.nn.MultiheadAttention, out_proj.weight and so on, but "
+            f"got {unknown or sorted(weights)} (prefix= chooses one attention among others)"
+        )
+    arrays = {name: array_of(weight) for name, weight in weights.items()}
+    kernels, biases = _projections(arrays)
+    features = kernels[0].shape[0]
+    if features % num_heads:
+        raise ValueError(
+            f"Expected num_heads to divide the {features} features, but got {num_heads}"
+        )
+    size = features // num_heads
+    # PyTorch's kernels are [outputs, inputs], the heads one after the other.
+    placed = [kernel.T.reshape(-1, num_heads, size) for kernel in kernels[:3]]
+    placed.append(kernels[3].T.reshape(num_heads, size, features))
+    if biases:
+        placed_biases = [bias.reshape(num_heads, size) for bias in biases[:3]] + [biases[3]]
+        placed = [w for pair in zip(placed, placed_biases, strict=True) for w in pair]
+    return placed, tuple(kernel.shape[1] for kernel in kernels[:3])
+
+
+def _projections(arrays):
+    """Kernels `[E, inputs]` of query, key, value and output, and their biases, or none."""
+    output = arrays["out_proj.weight"]
+    if "in_proj_weight" in arrays:
+        kernels = np.split(arrays["in_proj_weight"], 3)
+    else:
+        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        missing = [name for name in names if name not in arrays]
+        if missing:
+            raise ValueError(f"Expected in_proj_weight, or else {names}, but there is no {missing}")
+        kernels = [arrays[name] for name in names]
+    for kernel in kernels:
+        if kernel.ndim != 2 or output.shape != (len(kernel), len(kernel)):
+            raise ValueError(
+                f"Expected projections to the {len(output)} features of out_proj.weight "
+                f"{output.shape}, but got one of shape {kernel.shape}"
+            )
+    given = [name for name in ("in_proj_bias", "out_proj.bias") if name in arrays]
+    if not given:
+        return [*kernels, output], []
+    if len(given) == 1:
+        raise ValueError(f"Expected in_proj_bias and out_proj.bias, or neither, but got {given}")
+    return [*kernels, output], [*np.split(arrays["in_proj_bias"], 3), arrays["out_proj.bias"]]
+
+
+def array_of(weight):
+    """An array of a tensor; those of bfloat16, which NumPy does not know, as TensorFlow's is."""
+    if not hasattr(weight, "detach"):
+        return np.asarray(weight)
+    weight = weight.detach().cpu()
+    if str(weight.dtype) == "torch.bfloat16":
+        import ml_dtypes
+
+        return weight.float().numpy().astype(ml_dtypes.bfloat16)
+    return weight.numpy()

@@ -1,0 +1,145 @@
+"""Encoders that stream with the weights of PyTorch's: entries of `ct.from_torch`."""
+
+import types
+
+from continual_transformers_tf.layers.co_re_transformer_encoder import CoReTransformerEncoder
+from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
+from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
+from continual_transformers_tf.models.from_torch_attention import (
+    array_of,
+    attention_weights,
+    name_of,
+    needed_window,
+)
+
+
+def encoder_layer(module, seq_len, options):
+    """A `CoSiTransformerEncoder` of a `torch.nn.TransformerEncoderLayer`."""
+    return _block(CoSiTransformerEncoder, module, seq_len, options)
+
+
+def continual_encoder_layer(module, seq_len, options):
+    """A block of what continual-inference makes an encoder layer of: a sequence of named parts."""
+    parts = {}
+    for path, part in module.named_modules():
+        name = path.rsplit(".", 1)[-1]
+        if name == "fn":  # Of what is wrapped in a part of theirs.
+            name = path.rsplit(".", 2)[-2]
+        parts[name] = part
+    missing = [name for name in _PARTS if name not in parts]
+    if missing:
+        raise ValueError(
+            f"Expected a Sequential that is an encoder layer, but {name_of(module)} has no "
+            f"{', '.join(missing)}"
+        )
+    attention = parts["self_attn"]
+    retroactive = type(attention).__name__ == "RetroactiveMultiheadAttention"
+    if not retroactive and attention.query_index != -1:
+        raise ValueError(
+            f"Expected an encoder layer of the newest step, query_index=-1, but got "
+            f"{attention.query_index}: CoResidual(CoSiMultiHeadAttention(query_index=...)) has its "
+            "delay"
+        )
+    activation = parts["activation"]
+    while hasattr(activation, "fn"):
+        activation = activation.fn
+    layer = types.SimpleNamespace(
+        **{name: parts[name] for name in _PARTS},
+        dropout1=parts["dropout"],
+        activation=activation,
+        norm_first=False,
+    )
+    cls = CoReTransformerEncoder if retroactive else CoSiTransformerEncoder
+    return _block(cls, layer, seq_len or attention.sequence_len, options)
+
+
+_PARTS = ("self_attn", "norm1", "linear1", "linear2", "norm2")
+
+
+def encoder(module, seq_len, options):
+    """A `ct.TransformerEncoder` of a `torch.nn.TransformerEncoder`.
+
+    Without `kind=` it is the retroactive stack, which gives what the module gives for the newest
+    step of every window.
+    """
+    blocks = list(module.layers)
+    if module.norm is not None and module.norm.eps != blocks[0].norm1.eps:
+        raise ValueError(
+            f"Expected one epsilon for all layer norms, but got {blocks[0].norm1.eps} in the "
+            f"layers and {module.norm.eps} after the last"
+        )
+    own = _options_of(blocks[0])
+    for block in blocks[1:]:
+        if _options_of(block) != own:
+            raise ValueError(f"Expected layers that are alike, but got {own}, {_options_of(block)}")
+    sizes = _sizes(blocks[0])
+    stack = TransformerEncoder(
+        len(blocks),
+        needed_window(seq_len),
+        *sizes,
+        **{"kind": "retroactive", "final_norm": module.norm is not None, **own, **options},
+    )
+    stack.build((None, None, sizes[0]))
+    weights = [weight for block in blocks for weight in _weights(block, sizes[1])]
+    if module.norm is not None:
+        weights += [array_of(module.norm.weight), array_of(module.norm.bias)]
+    stack.set_weights(weights)
+    return stack
+
+
+def _block(cls, module, seq_len, options):
+    sizes = _sizes(module)
+    block = cls(needed_window(seq_len), *sizes, **{**_options_of(module), **options})
+    block.build((None, None, sizes[0]))
+    block.set_weights(_weights(module, sizes[1]))
+    return block
+
+
+def _sizes(module):
+    """embed_dim, num_heads, ff_dim."""
+    attention = module.self_attn
+    return attention.embed_dim, attention.num_heads, module.linear1.out_features
+
+
+def _options_of(module):
+    if module.norm1.eps != module.norm2.eps:
+        raise ValueError(
+            f"Expected layer norms of one epsilon, but got {module.norm1.eps}, {module.norm2.eps}"
+        )
+    for name in ("linear1", "norm1"):
+        if getattr(module, name).bias is None:
+            raise ValueError(f"Expected a module with biases, but its {name} has none")
+    if module.self_attn.add_zero_attn or module.self_attn.bias_k is not None:
+        raise ValueError("Expected an attention without add_bias_kv and add_zero_attn")
+    return dict(
+        dropout_rate=module.dropout1.p,
+        key_dim=module.self_attn.embed_dim // module.self_attn.num_heads,
+        use_bias=module.self_attn.in_proj_bias is not None,
+        norm_first=module.norm_first,
+        activation=_activation(module.activation),
+        epsilon=module.norm1.eps,
+        dtype=str(module.linear1.weight.dtype).removeprefix("torch."),
+    )
+
+
+def _activation(activation):
+    """The name in Keras of a function or module of torch."""
+    name = getattr(activation, "__name__", type(activation).__name__).lower()
+    known = {"relu": "relu", "gelu": "gelu", "silu": "silu", "tanh": "tanh"}
+    if name not in known or getattr(activation, "approximate", "none") != "none":
+        raise ValueError(f"Expected an activation of {sorted(known)}, but got {activation!r}")
+    return known[name]
+
+
+def _weights(module, num_heads):
+    """Those of a block, in our order."""
+    dense = [
+        array_of(weight) if i % 2 else array_of(weight).T
+        for linear in (module.linear1, module.linear2)
+        for i, weight in enumerate((linear.weight, linear.bias))
+    ]
+    first, second = (
+        [array_of(norm.weight), array_of(norm.bias)] for norm in (module.norm1, module.norm2)
+    )
+    attention, _ = attention_weights(module.self_attn.state_dict(), num_heads)
+    return [*attention, *first, *dense, *second]
