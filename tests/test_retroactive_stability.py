@@ -85,14 +85,19 @@ def test_logits_of_ten_thousand(random, largest):
     assert error <= max(2 * naive_error, 5e-6)
 
 
+@pytest.mark.parametrize("factor", [1, 0])
 @pytest.mark.parametrize("height", [5.0, 15.0, 30.0, 55.0, 70.0, 300.0])
-def test_a_key_that_all_rows_attend_to_comes_and_leaves(random, height):
-    """The worst case of a subtraction: at every row at once, all but nothing is left."""
+def test_a_key_that_all_rows_attend_to_comes_and_leaves(random, height, factor):
+    """The worst case of a subtraction: at every row at once, all but nothing is left.
+
+    With a value of 0, only the denominator tells.
+    """
     n, d = 32, 8
     query, key, value = logits_of(0.25, 400, d, random)
     query[:, 0] = d**0.5  # What every query asks for, and every 50th key has.
     key[:, 0] = 0
     key[::50, 0] = height
+    value[::50] *= factor
     inputs = (query, key, value)
     outputs = streamed(inputs, n)
     error, naive_error = errors_at(range(n - 1, 400), inputs, outputs, n)

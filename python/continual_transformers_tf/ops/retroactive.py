@@ -11,6 +11,11 @@ from continual_transformers_tf.ops.stream_state import stream_tensor
 
 ALGORITHMS = ("auto", "update", "recompute")
 
+NO_GRADIENT = (
+    "Expected no gradient of this graph's retroactive attention, which kept nothing for it: enter "
+    "tf.GradientTape within the tf.function, or call the layer with training=True"
+)
+
 
 def retroactive_attention(
     query,
@@ -155,9 +160,8 @@ def check_algorithm(algorithm):
 
 
 @tf.RegisterGradient("ContinualTransformers>RetroactiveAttention")
-def _no_gradient(op, *gradients):
-    raise LookupError(
-        "Retroactive attention in a graph has a gradient only where a tape within the graph "
-        "records it, or where its layer is called with training=True: it is then taken in plain "
-        "TensorFlow"
-    )
+def _no_gradient(op, *_):
+    # Only when it runs: TensorFlow prepares for gradients that nobody may ask for.
+    with tf.control_dependencies([tf.debugging.Assert(False, [NO_GRADIENT])]):
+        of_inputs = [tf.identity(tf.zeros_like(x)) for x in op.inputs[:3]]
+    return of_inputs + [None] * (len(op.inputs) - 3)
