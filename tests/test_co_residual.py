@@ -235,13 +235,14 @@ def test_is_exported(random, tmp_path):
         np.testing.assert_array_equal(result["ready"], layer.ready)
 
 
-def test_half_precision(random):
-    layer = ct.CoResidual(
-        ct.CoSiMultiHeadAttention(N, H, D, query_index=-2, dtype="bfloat16"), dtype="bfloat16"
-    )
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float32"])
+def test_half_precision(random, dtype):
+    """In the dtype of the layer within, or another."""
+    attention = ct.CoSiMultiHeadAttention(N, H, D, query_index=-2, dtype="bfloat16")
+    layer = ct.CoResidual(attention, **({} if dtype is None else dict(dtype=dtype)))
     x = tf.cast(random.normal(size=(2, N, E)), "float32")
     steps, whole = layer.call_steps(x), layer(x)
-    assert steps.dtype == whole.dtype == tf.bfloat16
+    assert steps.dtype == whole.dtype == (dtype or "bfloat16")
     np.testing.assert_allclose(tf.cast(steps, "float32"), tf.cast(whole, "float32"), atol=0.05)
 
 

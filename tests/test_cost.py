@@ -53,15 +53,17 @@ def test_attention_is_its_projections_and_its_heads(random, use_bias, value_dim)
     layer, regular = pair(random=random, use_bias=use_bias, value_dim=value_dim)
     v, bias = value_dim or D, int(use_bias)
 
-    def expected(queries, keys):
+    def expected(queries, keys, projected=None):
         per_head = np.array(counted_attention(queries, keys, D, v))
-        into = H * (D * queries + D * keys + v * keys)
-        out = queries * E
+        projected = projected or keys  # Those of a step's window were, each as it came.
+        into = H * (D * queries + D * projected + v * projected)
+        out = E * queries
         products = E * into + H * v * out
         additions = (E - 1 + bias) * into + (H * v - 1 + bias) * out
         return tuple(H * per_head + [products, additions, 0])
 
-    assert operations(ct.cost(layer)) == expected(1, N)
+    assert operations(ct.cost(layer)) == expected(1, N, projected=1)
+    assert operations(ct.cost(layer, "regular")) == expected(1, N)
     assert operations(ct.cost(layer, "regular", seq_len=9)) == expected(1, 9)
     assert operations(ct.cost(regular, "regular", seq_len=9)) == expected(9, 9)
     every = ct.CoSiMultiHeadAttention.from_regular(regular, N, single_output=False)
