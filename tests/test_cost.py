@@ -233,9 +233,10 @@ def test_the_papers_2_6_times_for_two_blocks(features, regular, ours):
     # The paper projects the queries of all steps, of which it then uses one.
     published = (embedded + retroactive + into_heads * 3 + last).multiplications
     assert published / 1e6 == pytest.approx(ours, rel=0.006)
-    assert two / published == pytest.approx({3072: 2.48, 4096: 2.63}[features], abs=0.01)
-    needed = (embedded + retroactive + into_heads * 2 + last).multiplications
-    assert two / needed == pytest.approx({3072: 2.96, 4096: 3.15}[features], abs=0.02)
+    assert two / published == pytest.approx({3072: 2.48, 4096: 2.64}[features], abs=0.01)
+    newest = formulas.dense_cost(1, WIDTH, WIDTH)
+    needed = (embedded + retroactive + into_heads * 2 + newest + last).multiplications
+    assert two / needed == pytest.approx({3072: 2.96, 4096: 3.14}[features], abs=0.01)
 
 
 def test_other_layers_can_be_made_known():
