@@ -172,6 +172,23 @@ def test_in_a_graph(backend, random, index):
             np.testing.assert_array_equal(array, before[part][name])
 
 
+def test_where_the_layer_fails_in_a_graph_nothing_goes_past_it(backend, random):
+    layer, _ = residual(random, query_index=-3, warm_up="partial")
+    x = random.normal(size=(2, N, E)).astype("float32")
+    layer.call_steps(x)
+    signature = [tf.TensorSpec([None, E]), tf.TensorSpec([None], tf.bool)]
+    step = tf.function(
+        lambda x, mask: layer.call_step(x, key_mask=mask, streams=[1, 0]), input_signature=signature
+    )
+    step(x[:, 0], [True, False])
+    before = layer.get_state()
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        step(x[:, 1], [True, False, True])  # Which only the layer looks at.
+    for part, state in layer.get_state().items():
+        for name, array in state.items():
+            np.testing.assert_array_equal(array, before[part][name])
+
+
 def test_gradients_of_steps(random):
     layer, _ = residual(random, query_index=-3, warm_up="partial")
     x = tf.constant(random.normal(size=(1, N, E)), "float32")
@@ -235,13 +252,14 @@ def test_is_exported(random, tmp_path):
         np.testing.assert_array_equal(result["ready"], layer.ready)
 
 
-def test_half_precision(random):
-    layer = ct.CoResidual(
-        ct.CoSiMultiHeadAttention(N, H, D, query_index=-2, dtype="bfloat16"), dtype="bfloat16"
-    )
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float32"])
+def test_half_precision(random, dtype):
+    """In the dtype of the layer within, or another."""
+    attention = ct.CoSiMultiHeadAttention(N, H, D, query_index=-2, dtype="bfloat16")
+    layer = ct.CoResidual(attention, **({} if dtype is None else dict(dtype=dtype)))
     x = tf.cast(random.normal(size=(2, N, E)), "float32")
     steps, whole = layer.call_steps(x), layer(x)
-    assert steps.dtype == whole.dtype == tf.bfloat16
+    assert steps.dtype == whole.dtype == (dtype or "bfloat16")
     np.testing.assert_allclose(tf.cast(steps, "float32"), tf.cast(whole, "float32"), atol=0.05)
 
 

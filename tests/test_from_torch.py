@@ -160,7 +160,9 @@ def test_what_has_no_counterpart_is_refused(make, message):
 
 def test_retroactive_attention_side_by_side(random):
     """Their update is exact enough for logits of order one; in a window they are the same."""
-    module = module_of(co.RetroactiveMultiheadAttention, sequence_len=N)
+    module = module_of(
+        co.RetroactiveMultiheadAttention, torch.float32, batch_first=True, sequence_len=N
+    )
     layer = ct.from_torch(module)
     assert isinstance(layer, ct.CoReMultiHeadAttention)
     x = random.normal(size=(2, N + 3, E)).astype("float32")
@@ -175,7 +177,11 @@ ENCODER = dict(d_model=E, nhead=H, dim_feedforward=10, dropout=0.0)
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("activation", ["relu", "gelu", torch.tanh, torch.nn.SiLU()], ids=str)
+@pytest.mark.parametrize(
+    "activation",
+    ["relu", "gelu", torch.tanh, torch.nn.SiLU()],
+    ids=["relu", "gelu", "tanh", "silu"],
+)
 def test_encoder_layers_side_by_side(random, norm_first, activation):
     module = torch.nn.TransformerEncoderLayer(
         **ENCODER, activation=activation, norm_first=norm_first, batch_first=True,
@@ -216,7 +222,7 @@ def test_whole_encoders_side_by_side(random, depth, norm):
     "make", [co.SingleOutputTransformerEncoderLayer, co.RetroactiveTransformerEncoderLayer]
 )
 def test_encoder_layers_of_continual_inference(random, make):
-    activation = torch.nn.functional.gelu
+    activation = torch.nn.GELU()
     module = make(**ENCODER, activation=activation, sequence_len=N).eval()
     layer = ct.from_torch(module)
     x = random.normal(size=(2, N, E)).astype("float32")

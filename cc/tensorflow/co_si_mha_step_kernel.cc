@@ -73,12 +73,13 @@ class CoSiTransformerEncoderStepOp : public OpKernel {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("first_step", &options_.first_step));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("update_state", &options_.update_state));
     CoSiEncoderOptions encoder;
-    float epsilon;
+    float epsilon, epsilon_low;
     std::string activation;
     OP_REQUIRES_OK(ctx, ctx->GetAttr("norm_first", &encoder.norm_first));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("epsilon", &epsilon));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("epsilon_low", &epsilon_low));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("activation", &activation));
-    encoder.epsilon = epsilon;
+    encoder.epsilon = static_cast<double>(epsilon) + epsilon_low;
     encoder.activation = activation == "gelu"   ? Activation::kGelu
                          : activation == "relu" ? Activation::kRelu
                                                 : Activation::kLinear;

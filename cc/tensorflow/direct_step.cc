@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <string>
 
 #include "absl/status/status.h"
@@ -109,14 +110,14 @@ struct Runtime {
 
 Runtime runtime;
 
-// An eager tensor that lies in the host's memory; null where it is anything else.
-const Tensor* TensorOf(PyObject* object) {
-  if (!runtime.EagerTensor_CheckExact(object)) return nullptr;
-  TFE_TensorHandle* handle = runtime.EagerTensor_Handle(object);
-  thread_local TF_Status* status = TF_NewStatus();
-  const char* device = runtime.BackingDeviceName(handle, status);
+// The tensor of an eager tensor that lies in the host's memory; null where it is anything else. May
+// wait for who makes the tensor, who may want Python's lock: to be called without it.
+const Tensor* TensorOf(TFE_TensorHandle* handle) {
+  thread_local const std::unique_ptr<TF_Status, decltype(&TF_DeleteStatus)> status(TF_NewStatus(),
+                                                                                   TF_DeleteStatus);
+  const char* device = runtime.BackingDeviceName(handle, status.get());
   const Tensor* tensor;
-  if (TF_GetCode(status) != TF_OK || std::strstr(device, "CPU:") == nullptr ||
+  if (TF_GetCode(status.get()) != TF_OK || std::strstr(device, "CPU:") == nullptr ||
       !runtime.TensorOfHandle(reinterpret_cast<TensorHandle*>(handle), &tensor).ok()) {
     return nullptr;
   }
@@ -132,11 +133,14 @@ bool CopyArray(PyObject* object, DataType dtype, int axes, Tensor* tensor) {
     return false;
   }
   const auto copy = [&] {
+    if (buffer.format == nullptr || std::strlen(buffer.format) != 1 || buffer.axes != axes) {
+      return false;
+    }
     const char format = buffer.format[0];
-    if (buffer.format[1] != 0 || buffer.axes != axes) return false;
     tensorflow::TensorShape shape;
     for (int axis = 0; axis < axes; ++axis) shape.AddDim(buffer.shape[axis]);
     *tensor = Tensor(dtype, shape);
+    if (!tensor->IsInitialized()) return false;  // There is no memory.
     if (dtype == tensorflow::DT_INT32 && format == 'l') {
       const int64_t* from = static_cast<const int64_t*>(buffer.data);
       auto to = tensor->flat<int32_t>();
@@ -157,20 +161,32 @@ bool CopyArray(PyObject* object, DataType dtype, int axes, Tensor* tensor) {
   return copied;
 }
 
-// An argument of a step: an eager tensor, an array, or None.
+// An argument of a step: an eager tensor, an array, or None. Read with Python's lock held, resolved
+// without.
 class Argument {
  public:
   // False where it is none of these.
   bool Read(PyObject* object, DataType dtype, int axes) {
+    dtype_ = dtype;
     if (object == runtime.none) return true;
-    tensor_ = TensorOf(object);
-    if (tensor_ != nullptr) return tensor_->dtype() == dtype;
+    if (runtime.EagerTensor_CheckExact(object)) {
+      handle_ = runtime.EagerTensor_Handle(object);
+      return true;
+    }
     tensor_ = &copy_;
     return CopyArray(object, dtype, axes, &copy_);
+  }
+  // False where it is a tensor of another dtype, or elsewhere.
+  bool Resolve() {
+    if (handle_ == nullptr) return true;
+    tensor_ = TensorOf(handle_);
+    return tensor_ != nullptr && tensor_->dtype() == dtype_;
   }
   const Tensor* tensor() const { return tensor_; }
 
  private:
+  DataType dtype_;
+  TFE_TensorHandle* handle_ = nullptr;
   const Tensor* tensor_ = nullptr;
   Tensor copy_;
 };
@@ -180,6 +196,7 @@ class OneOutput : public CoSiMhaStepOutputs {
   Status Allocate(int, DataType dtype, const tensorflow::TensorShape& shape,
                   Tensor** tensor) override {
     tensor_ = Tensor(dtype, shape);
+    if (!tensor_.IsInitialized()) return absl::ResourceExhaustedError("out of memory");
     *tensor = &tensor_;
     return absl::OkStatus();
   }
@@ -227,48 +244,50 @@ EXPORTED PyObject* continual_transformers_co_si_step(TFE_Context* context, PyObj
                                                      int64_t first_step, int options,
                                                      double epsilon) {
   const auto declined = [] { return NewReference(runtime.not_implemented); };
-  if (IsAsync(context) || !TargetError().empty()) return declined();
-  const Tensor* handle = TensorOf(variables);
-  if (handle == nullptr) return declined();
-  const auto bound = handle->scalar<tensorflow::ResourceHandle>()().GetResource<BoundVariables>();
-  if (!bound.ok()) return declined();
-
-  DataType dtype;
-  {
-    tensorflow::Var* key_cache = (*bound)->variables()[0].get();
-    tensorflow::tf_shared_lock lock(*key_cache->mu());
-    const bool wide = key_cache->tensor()->dtype() == tensorflow::DT_DOUBLE;
-    dtype = wide ? tensorflow::DT_DOUBLE : tensorflow::DT_FLOAT;
-  }
-  Argument queries, values, keys, numbers;
-  if (query == runtime.none || !queries.Read(query, dtype, 2) || !values.Read(value, dtype, 2) ||
-      !keys.Read(key, dtype, 2) || !numbers.Read(streams, tensorflow::DT_INT32, 1)) {
+  const auto bit = [options](int i) { return (options >> i & 1) != 0; };
+  if (IsAsync(context) || !TargetError().empty() || query == runtime.none ||
+      !runtime.EagerTensor_CheckExact(variables)) {
     return declined();
   }
-  const auto bit = [options](int i) { return (options >> i & 1) != 0; };
   CoSiMhaStepOptions step_options = {};
   step_options.use_bias = bit(0);
   step_options.use_gate = bit(1);
   step_options.use_delay = bit(2);
   step_options.update_state = bit(3);
   step_options.first_step = first_step;
-  if (bit(4)) step_options.encoder = {bit(5), static_cast<Activation>(options >> 6), epsilon};
-  CoSiMhaStepInputs inputs = {};
-  inputs.query = queries.tensor();
-  inputs.value = values.tensor();
-  inputs.key = keys.tensor();
-  inputs.streams = numbers.tensor();
+  if (bit(4)) step_options.encoder = {bit(5), static_cast<Activation>(options >> 7), epsilon};
+  const DataType dtype = bit(6) ? tensorflow::DT_DOUBLE : tensorflow::DT_FLOAT;
+
+  TFE_TensorHandle* bound = runtime.EagerTensor_Handle(variables);
+  Argument queries, values, keys, numbers;
+  if (!queries.Read(query, dtype, 2) || !values.Read(value, dtype, 2) ||
+      !keys.Read(key, dtype, 2) || !numbers.Read(streams, tensorflow::DT_INT32, 1)) {
+    return declined();
+  }
   OneOutput output;
-  void* state = runtime.PyEval_SaveThread();
-  Status status;
-  {
+  // Whoever else has a reference to the arguments keeps them: the caller.
+  void* thread = runtime.PyEval_SaveThread();
+  const bool taken = [&] {
+    const Tensor* handle = TensorOf(bound);
+    if (handle == nullptr || !queries.Resolve() || !values.Resolve() || !keys.Resolve() ||
+        !numbers.Resolve()) {
+      return false;
+    }
+    const auto found = handle->scalar<tensorflow::ResourceHandle>()().GetResource<BoundVariables>();
+    if (!found.ok()) return false;
+    CoSiMhaStepInputs inputs = {};
+    inputs.query = queries.tensor();
+    inputs.value = values.tensor();
+    inputs.key = keys.tensor();
+    inputs.streams = numbers.tensor();
     // As the runtime has it, so that the bits are the op's.
     const tensorflow::port::ScopedFlushDenormal flush;
-    status = CallCoSiMhaStep(step_options, inputs, (*bound)->variables(),
-                             ThreadsOf((*bound)->device()), &output);
-  }
-  runtime.PyEval_RestoreThread(state);
-  if (!status.ok()) return declined();
+    return CallCoSiMhaStep(step_options, inputs, (*found)->variables(),
+                           ThreadsOf((*found)->device()), &output)
+        .ok();
+  }();
+  runtime.PyEval_RestoreThread(thread);
+  if (!taken) return declined();
   if (output.tensor().dim_size(0) == 0 && first_step > 1) {
     return NewReference(runtime.none);
   }

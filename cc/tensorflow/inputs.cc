@@ -75,6 +75,10 @@ Status AttentionState::Lock(const std::array<tensorflow::Var*, 4>& cache,
 Status AttentionState::CheckSizes(int64_t streams_stepped, int64_t steps, int64_t heads,
                                   int64_t window, int64_t key_dim, int64_t value_dim,
                                   const Tensor& streams) {
+  if (heads < 1 || window < 1 || key_dim < 1 || value_dim < 1) {
+    return InvalidArgument("expected heads, rows of the window and features >= 1, but got ", heads,
+                           ", ", window, ", and ", key_dim, " and ", value_dim);
+  }
   const int64_t held = key()->dim_size(0);
   TF_RETURN_IF_ERROR(ExpectShape("key_cache", *key(), {held, heads, window, key_dim}));
   TF_RETURN_IF_ERROR(ExpectShape("value_cache", *value(), {held, heads, window, value_dim}));

@@ -417,7 +417,9 @@ REGISTER_OP("ContinualTransformers>CoSiTransformerEncoderStep")
     .Attr("use_bias: bool = true")
     .Attr("norm_first: bool = false")
     .Attr("activation: {'linear', 'gelu', 'relu'} = 'gelu'")
+    // A float64 in two: attributes hold float32, too coarse for float64's bound.
     .Attr("epsilon: float = 1e-6")
+    .Attr("epsilon_low: float = 0")
     .Attr("first_step: int >= 0 = 0")
     .Attr("update_state: bool = true")
     .SetIsStateful()
@@ -439,7 +441,7 @@ use_bias: Whether the attention's layers have biases.
 norm_first: Whether each norm is of what goes into the attention and the dense layers, and not of
   the sums with what comes out of them.
 activation: Of the hidden layer.
-epsilon: What the layer norms add to the variance.
+epsilon, epsilon_low: What the layer norms add to the variance is their sum.
 first_step: The step from which on there are outputs, as CoSiMultiHeadAttentionStep has it.
 update_state: If false, the outputs are those of a real call, but the state stays.
 )doc");

@@ -21,6 +21,7 @@ from continual_transformers_tf.layers import (
     TransformerEncoder,
     call_mode,
     clean_state,
+    convert_weights,
     ensure_streams,
 )
 from continual_transformers_tf.models import (
@@ -49,6 +50,7 @@ __all__ = [
     "co_audio_transformer",
     "co_oad_tr",
     "convert",
+    "convert_weights",
     "cost",
     "ensure_streams",
     "export",

@@ -11,6 +11,7 @@ from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTrans
 from continual_transformers_tf.layers.continual_layer import (
     call_mode,
     clean_state,
+    convert_weights,
     ensure_streams,
 )
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
@@ -27,5 +28,6 @@ __all__ = [
     "TransformerEncoder",
     "call_mode",
     "clean_state",
+    "convert_weights",
     "ensure_streams",
 ]

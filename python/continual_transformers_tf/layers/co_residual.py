@@ -5,6 +5,7 @@ import tensorflow as tf
 
 from continual_transformers_tf.layers.co_delay import CoDelay
 from continual_transformers_tf.layers.continual_layer import ContinualLayer, call_mode
+from continual_transformers_tf.layers.step_ops import cast
 
 
 @keras.saving.register_keras_serializable("continual_transformers_tf")
@@ -18,7 +19,7 @@ class CoResidual(ContinualLayer, keras.layers.Layer):
         layer: a continual layer that gives as many features as it is given. It is not copied.
         call_mode: what calling this layer does: "regular", "step" or "steps". That of the layer
             within plays no part.
-        **kwargs: `name`, `dtype` and the like.
+        **kwargs: `name` and the like; `dtype` is the layer's own where it is left out.
 
     Attributes:
         layer: the layer that was given.
@@ -39,7 +40,7 @@ class CoResidual(ContinualLayer, keras.layers.Layer):
             raise ValueError(
                 f"Expected a continual layer of continual_transformers_tf, but got {layer!r}"
             )
-        super().__init__(**kwargs)
+        super().__init__(**{"dtype": layer.dtype_policy, **kwargs})
         self.layer = layer
         self.supports_masking = True
         self.call_mode = call_mode
@@ -261,7 +262,7 @@ class CoResidual(ContinualLayer, keras.layers.Layer):
         if given[axis] == 1:
             index = getattr(self.layer, "_query_index", -1 - self.delay)
             x = tf.gather(x, [index % tf.shape(x)[axis]], axis=axis)
-        return y + x
+        return cast(y, self.compute_dtype) + x
 
     def _add_steps(self, mode, call, x, training, streams, update_state, arguments):
         options = self._options(training, arguments)
@@ -276,8 +277,11 @@ class CoResidual(ContinualLayer, keras.layers.Layer):
             with tf.control_dependencies([] if y is None else [y]):
                 skip = self._skip.call_step if mode == "step" else self._skip.call_steps
                 past = skip(x, streams=streams, update_state=update_state)
-        if y is None or mode == "step":
-            return None if y is None else y + past
+        if y is None:
+            return None
+        y = cast(y, self.compute_dtype)
+        if mode == "step":
+            return y + past
         axis = self._time_axis % x.shape.rank
         if y.shape[axis] != x.shape[axis] and tf.executing_eagerly():
             newest = tf.range(x.shape[axis] - y.shape[axis], x.shape[axis])

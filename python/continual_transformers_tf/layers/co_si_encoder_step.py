@@ -1,6 +1,7 @@
 """A step of `CoSiTransformerEncoder` as one op: no Keras call, nothing rebuilt per step."""
 
 import keras
+import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager import context
 from tensorflow.python.framework.ops import EagerTensor
@@ -15,6 +16,12 @@ ACTIVATIONS = {
     keras.activations.relu: "relu",
     keras.activations.linear: "linear",
 }
+
+
+def epsilon_attributes(epsilon):
+    """A float64 as two attributes, which are float32."""
+    high = float(np.float32(epsilon))
+    return {"epsilon": high, "epsilon_low": epsilon - high}
 
 
 class OneOpEncoderStep(OneOpStep):
@@ -34,7 +41,14 @@ class OneOpEncoderStep(OneOpStep):
 
     @staticmethod
     def takes(layer):
-        return layer.feed_forward.activation in ACTIVATIONS
+        return any(layer.feed_forward.activation is known for known in ACTIVATIONS)
+
+    def fits(self):
+        return super().fits() and self._layer_attributes() == self._gathered
+
+    def convert_weights(self):
+        self._gathered = self._layer_attributes()
+        super().convert_weights()
 
     def _weights(self, kernels):
         layer, weights = self._layer, super()._weights(kernels)
@@ -47,8 +61,8 @@ class OneOpEncoderStep(OneOpStep):
         bias = {} if layer.attention._use_bias else {"use_bias": False}
         return bias | {
             "norm_first": layer.norm_first,
-            "activation": ACTIVATIONS[layer.feed_forward.activation],
-            "epsilon": layer.attention_norm.epsilon,
+            "activation": ACTIVATIONS.get(layer.feed_forward.activation),
+            **epsilon_attributes(layer.attention_norm.epsilon),
         }
 
     def __call__(self, x, streams, update_state):

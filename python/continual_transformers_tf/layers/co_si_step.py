@@ -76,7 +76,8 @@ class OneOpStep:
     def fits(self):
         """Whether the layer's kernels still are those that were gathered."""
         for dense, kernel in zip(self._dense, self._kernels, strict=True):
-            if dense._kernel is not kernel or dense.lora_enabled:
+            # One that is quantized to float8 keeps its kernel.
+            if dense._kernel is not kernel or dense.lora_enabled or dense.quantization_mode:
                 return False
         return True
 
@@ -101,7 +102,8 @@ class OneOpStep:
             rings += [cache.gate] if attention._use_gate else []
         state = [cache.key, cache.value, cache.key_mask, cache.position]
         self._variables = BoundVariables(self._fused, state + rings + self._weights(kernels))
-        self._direct = direct_step(self._variables, self._layer_attributes(), self.encoder)
+        double = self._dtype == tf.float64
+        self._direct = direct_step(self._variables, self._layer_attributes(), self.encoder, double)
 
     def _weights(self, kernels):
         """The weights in the op's order; of dense layers these kernels."""

@@ -151,6 +151,7 @@ class CoSiTransformerEncoder(TransformerEncoderBlock):
 
     def convert_weights(self):
         """Takes the kernels as they are now for steps in `weights_dtype`: after training, say."""
+        self.attention.convert_weights()  # It may be called by itself.
         if self._one_op_step is not None:
             self._one_op_step.convert_weights()
 

@@ -72,6 +72,20 @@ def ensure_streams(model, streams):
         layer.ensure_streams(streams)
 
 
+def convert_weights(model):
+    """Takes the kernels of a model as they are now, in every layer that has a `weights_dtype`.
+
+    To be called after `fit`, `model.set_weights`, or whatever else changes weights but for the
+    layer's own `set_weights` and for files.
+
+    Args:
+        model: a `keras.Model` or `keras.layers.Layer`.
+    """
+    for layer in _continual_layers(model):
+        if hasattr(layer, "convert_weights"):
+            layer.convert_weights()
+
+
 def clean_state(model, streams=None):
     """Forgets what streams have seen, in every continual layer of a Keras model or layer.
 

@@ -3,7 +3,8 @@
 from continual_transformers_tf.layers.co_re_mha import CoReMultiHeadAttention
 from continual_transformers_tf.layers.co_re_transformer_encoder import CoReTransformerEncoder
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
-from continual_transformers_tf.models.cost import (
+from continual_transformers_tf.models.cost_formulas import Cost, retroactive_attention_cost
+from continual_transformers_tf.models.cost_layers import (
     Rows,
     attention_of_windows,
     bytes_of_state,
@@ -11,7 +12,6 @@ from continual_transformers_tf.models.cost import (
     cost_of,
     projection,
 )
-from continual_transformers_tf.models.cost_formulas import Cost, retroactive_attention_cost
 
 
 @cost_of.register

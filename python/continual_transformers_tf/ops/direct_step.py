@@ -24,9 +24,10 @@ class DirectStep:
         bound: a `BoundVariables`.
         attributes: a dict of the op's attributes; those that are left out have their defaults.
         encoder: whether the op is that of the encoder.
+        double: whether it computes in float64.
     """
 
-    def __init__(self, bound, attributes, encoder):
+    def __init__(self, bound, attributes, encoder, double):
         self._take = _function()
         self._bound = bound.tensor
         options = (
@@ -35,14 +36,16 @@ class DirectStep:
             | attributes.get("use_delay", False) << 2
             | encoder << 4
             | attributes.get("norm_first", False) << 5
-            | ACTIVATIONS.index(attributes.get("activation", "linear")) << 6
+            | double << 6
+            | ACTIVATIONS.index(attributes.get("activation", "linear")) << 7
         )
-        self._epsilon = attributes.get("epsilon", 0.0)
+        self._epsilon = attributes.get("epsilon", 0.0) + attributes.get("epsilon_low", 0.0)
         self._options = {False: options, True: options | 1 << 3}  # By update_state.
         self._eager = context.context()
-        capsule = ctypes.pythonapi.PyCapsule_GetPointer
-        capsule.restype, capsule.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-        self._eager_handle = capsule(self._eager._handle, None)
+        # Of its own, and not ctypes.pythonapi's, whose types everybody shares.
+        prototype = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
+        pointer_of = prototype(("PyCapsule_GetPointer", ctypes.pythonapi))
+        self._eager_handle = pointer_of(self._eager._handle, None)
 
     def __call__(self, query, value, key, streams, first_step, update_state):
         """Takes a step.
@@ -56,6 +59,8 @@ class DirectStep:
             The result, an eager tensor; None, before the first step that has one; or
             NotImplemented: no step was taken.
         """
+        if context.context() is not self._eager:  # It was reset, and the pointer to it dangles.
+            return NotImplemented
         thread = self._eager._thread_local_data
         # A tape has to see the op, and so does a debugger.
         if not thread.is_eager or thread.op_callbacks or record.could_possibly_record():
@@ -66,9 +71,14 @@ class DirectStep:
         )  # fmt: skip
 
 
-def direct_step(bound, attributes, encoder=False):
+def direct_step(bound, attributes, encoder=False, double=False):
     """A `DirectStep`, or None where this TensorFlow lacks something of what it calls."""
-    return None if _function() is None else DirectStep(bound, attributes, encoder)
+    if _function() is None:
+        return None
+    try:
+        return DirectStep(bound, attributes, encoder, double)
+    except (AttributeError, ValueError):
+        return None
 
 
 @functools.cache

@@ -72,7 +72,12 @@ class StreamState(tf.Module):
 
         Args:
             streams: int, or in a graph an int32 scalar tensor.
+
+        Raises:
+            ValueError: if it is an int beyond int32.
         """
+        if isinstance(streams, (int, np.integer)) and streams > _LARGEST:
+            raise ValueError(f"Expected streams to fit into int32, but got {streams}")
         if not isinstance(streams, (int, np.integer)):
             held = tf.shape(self.position)[0]
             tf.cond(streams > held, lambda: self._grow(streams), lambda: held)

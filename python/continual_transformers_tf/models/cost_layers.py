@@ -1,0 +1,297 @@
+"""What each layer costs: a function for each type of layer, by `functools.singledispatch`.
+
+One line makes another type known, here or by `ct.cost.register`.
+"""
+
+import functools
+import math
+import re
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
+from continual_transformers_tf.layers.co_delay import CoDelay
+from continual_transformers_tf.layers.co_residual import CoResidual
+from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
+from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
+from continual_transformers_tf.models.cost_formulas import (
+    Cost,
+    activation_cost,
+    attention_cost,
+    bytes_of,
+    dense_cost,
+    layer_norm_cost,
+    single_output_attention_cost,
+    softmax_cost,
+)
+
+
+class Rows:
+    """What a layer is run on.
+
+    Args:
+        mode: "step" or "regular".
+        count: how many rows of features; None where that is not known.
+        shapes: those of a window or step of each input, without its batch; none for a layer alone.
+    """
+
+    def __init__(self, mode, count, shapes=()):
+        self.mode, self.shapes = mode, shapes
+        self._count = count
+
+    @property
+    def count(self):
+        """How many rows of features."""
+        return known_length(self._count)
+
+    def numbers(self, layer):
+        """How many numbers its largest input has, for a layer that knows no features itself."""
+        if not self.shapes:
+            raise ValueError(
+                f"Expected a model that {layer.name} ({type(layer).__name__}) is a part of: by "
+                "itself it knows no features"
+            )
+        return self.count * largest(self.shapes)[-1]
+
+
+def known_length(count):
+    """The number of steps or rows; ValueError if it is None."""
+    if count is None:
+        raise ValueError(
+            'Expected seq_len, the steps of the window, with mode="regular", but got None'
+        )
+    return count
+
+
+def largest(shapes):
+    """The shape with the most axes, the first of them."""
+    return max(shapes, key=len)
+
+
+@functools.singledispatch
+def cost_of(layer, rows):
+    """What a layer costs, a `Cost`, on rows, a `Rows`."""
+    raise ValueError(
+        f"Expected a layer whose cost is known, but got {layer.name} ({type(layer).__name__}): "
+        "make it known by ct.cost.register"
+    )
+
+
+# Of Keras.
+
+
+@cost_of.register
+def _(layer: keras.layers.Dense, rows):
+    outputs = layer.units
+    given = dense_cost(rows.count, layer.kernel.shape[0], outputs, layer.use_bias)
+    return given + _activation(layer, rows.count * outputs, outputs) + _weights(layer)
+
+
+@cost_of.register
+def _(layer: keras.layers.EinsumDense, rows):
+    kernel, output = re.fullmatch(r".*,(.*)->(.*)", layer.equation).groups()
+    sizes = zip(kernel, layer.kernel.shape, strict=True)
+    outputs = math.prod(size for letter, size in sizes if letter in output)
+    count = rows.count
+    if rows.shapes:  # More than the last axis may be summed over.
+        count = rows.numbers(layer) * outputs // math.prod(layer.kernel.shape)
+    activation = _activation(layer, count * outputs, outputs)
+    return projection(layer, count, outputs) + activation + _weights(layer)
+
+
+@cost_of.register
+def _(layer: keras.layers.LayerNormalization, rows):
+    features = math.prod(layer.gamma.shape)
+    return layer_norm_cost(rows.count, features) + _weights(layer)
+
+
+@cost_of.register
+def _(layer: keras.layers.Activation, rows):
+    numbers = rows.numbers(layer)
+    return _activation(layer, numbers, numbers // rows.count)
+
+
+@cost_of.register
+def _(layer: keras.layers.ReLU, rows):
+    return Cost()
+
+
+@cost_of.register
+def _(layer: keras.layers.Softmax, rows):
+    return softmax_cost(rows.count, rows.numbers(layer) // rows.count)
+
+
+@cost_of.register
+def _(layer: keras.layers.Add, rows):
+    return Cost(additions=rows.numbers(layer) * (len(rows.shapes) - 1))
+
+
+@cost_of.register
+def _(layer: keras.layers.Embedding, rows):
+    width = layer.output_dim * _itemsize(layer.variable_dtype)
+    return Cost(read_bytes=rows.count * width)
+
+
+@cost_of.register(keras.layers.Dropout)
+@cost_of.register(keras.layers.Flatten)
+@cost_of.register(keras.layers.Identity)
+@cost_of.register(keras.layers.InputLayer)
+@cost_of.register(keras.layers.Masking)
+@cost_of.register(keras.layers.Reshape)
+def _(layer, rows):
+    return Cost()
+
+
+@cost_of.register
+def _(layer: keras.layers.MultiHeadAttention, rows):
+    if rows.mode == "step":
+        raise ValueError(
+            f"Expected a layer that takes steps, but {layer.name} is a "
+            'keras.layers.MultiHeadAttention: convert it, or ask for mode="regular"'
+        )
+    return attention_of_windows(layer, rows)
+
+
+# Of this package.
+
+
+@cost_of.register
+def _(layer: CoSiMultiHeadAttention, rows):
+    if rows.mode == "regular":
+        return attention_of_windows(layer, rows, single_output=layer._single_output)
+    cache = layer._stream_state
+    attended = single_output_attention_cost(layer.seq_len, layer._key_dim, layer._value_dim)
+    projected = _projections(layer, 1, 1)
+    itemsize = cache.dtype.size
+    ring = bytes_of((layer._num_heads, layer.seq_len, layer._key_dim + layer._value_dim), itemsize)
+    waited = bytes_of_state(cache, ("query", "query_mask", "gate")) // max(1, layer.delay)
+    read = ring + layer.seq_len + waited + bytes_of_weights(layer, layer.weights_dtype)
+    return (
+        projected
+        + attended * layer._num_heads
+        + Cost(state_bytes=bytes_of_state(cache), read_bytes=read)
+    )
+
+
+@cost_of.register
+def _(layer: CoSiTransformerEncoder, rows):
+    """The newest row alone goes beyond the attention, in a step and in a regular call."""
+    newest = Rows(rows.mode, 1)
+    total = cost_of(layer.attention, rows) + Cost(additions=2 * layer.input_features["x"])
+    total += cost_of(layer.attention_norm, rows if layer.norm_first else newest)
+    for part in (layer.feed_forward, layer.feed_forward_output, layer.output_norm):
+        total += cost_of(part, newest)
+    return total
+
+
+@cost_of.register
+def _(layer: CircularPositionalEncoding, rows):
+    (features,) = layer.input_features.values()
+    added = Cost(additions=rows.count * features)
+    read = rows.count * features * _itemsize(layer.variable_dtype)
+    if rows.mode == "regular":
+        return added + Cost(read_bytes=read)
+    state = bytes_of_state(layer._stream_state)
+    return added + Cost(state_bytes=state, read_bytes=read + state)
+
+
+@cost_of.register
+def _(layer: CoDelay, rows):
+    if rows.mode == "regular":
+        return Cost()
+    state = bytes_of_state(layer._stream_state)
+    kept = bytes_of_state(layer._stream_state, ("steps",))
+    return Cost(state_bytes=state, read_bytes=kept // max(1, layer.delay) + state - kept)
+
+
+@cost_of.register
+def _(layer: CoResidual, rows):
+    total = cost_of(layer.layer, rows)
+    if layer._skip is not None:
+        total += cost_of(layer._skip, rows)
+    (features,) = layer.input_features.values()
+    added = 1 if rows.mode == "step" or _gives_one_row(layer.layer) else rows.count
+    return total + Cost(additions=added * int(np.prod(features)))
+
+
+# What they share.
+
+
+def _gives_one_row(layer):
+    """Whether a regular call gives the row of one step alone."""
+    if isinstance(layer, CoResidual):
+        return _gives_one_row(layer.layer)
+    return isinstance(layer, CoSiTransformerEncoder) or getattr(layer, "_single_output", False)
+
+
+def attention_of_windows(layer, rows, single_output=False):
+    """A regular call of attention."""
+    queries = keys = rows.count
+    if rows.shapes:
+        queries, *_, keys = (known_length(shape[0]) for shape in (rows.shapes * 2)[:2])
+    if single_output:
+        queries = 1
+    attended = attention_cost(queries, keys, layer._key_dim, layer._value_dim)
+    weights = Cost(read_bytes=bytes_of_weights(layer))
+    return _projections(layer, queries, keys) + attended * layer._num_heads + weights
+
+
+def _projections(layer, queries, keys):
+    """Into heads and back; of a gate, too, and what it multiplies."""
+    heads = layer._num_heads
+    total = projection(layer._query_dense, queries, heads * layer._key_dim)
+    total += projection(layer._key_dense, keys, heads * layer._key_dim)
+    total += projection(layer._value_dense, keys, heads * layer._value_dim)
+    outputs = math.prod(layer._output_dense.kernel.shape[2:])
+    total += projection(layer._output_dense, queries, outputs)
+    if getattr(layer, "_use_gate", False):
+        gated = heads * layer._value_dim
+        total += projection(layer._gate_dense, queries, gated) + Cost(queries * gated)
+        total += activation_cost("sigmoid", queries * gated)
+    return total
+
+
+def projection(dense, rows, outputs):
+    inputs = math.prod(dense.kernel.shape) // outputs
+    return dense_cost(rows, inputs, outputs, dense.bias is not None)
+
+
+def _activation(layer, numbers, features):
+    if layer.activation is None:
+        return Cost()
+    name = getattr(layer.activation, "__name__", type(layer.activation).__name__)
+    if name == "softmax":
+        return softmax_cost(numbers // features, features)
+    given = activation_cost(name, numbers)
+    if given is None:
+        raise ValueError(
+            f"Expected an activation whose cost is known, but {layer.name} has {name!r}"
+        )
+    return given
+
+
+def _itemsize(dtype):
+    return tf.as_dtype(dtype).size
+
+
+def _weights(layer):
+    return Cost(read_bytes=bytes_of_weights(layer))
+
+
+def bytes_of_weights(layer, kernels=None):
+    """The bytes of a layer's weights, with its kernels in another dtype where one is given."""
+    return sum(
+        bytes_of(w.shape, _itemsize(kernels if kernels and w.name == "kernel" else w.dtype))
+        for w in layer.weights
+    )
+
+
+def bytes_of_state(state, names=None):
+    """The bytes of a stream's row of the variables of a `StreamState`."""
+    return sum(
+        bytes_of(variable.shape[1:], variable.dtype.size)
+        for name, variable in state._variables.items()
+        if names is None or name in names
+    )
