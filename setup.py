@@ -111,6 +111,8 @@ setup(
             "torch==2.13.0",
         ],
         "demo": ["matplotlib", "rich", "seglearn"],
+        # Of examples/real_data.
+        "examples": ["aeon", "matplotlib", "rich", "seglearn"],
         # What ct.from_torch takes weights from.
         "torch": ["safetensors", "torch==2.13.0"],
         "test": ["clang-format==23.1.5", "hypothesis", "pytest", "pytest-xdist", "ruff==0.17.6"],

@@ -213,6 +213,33 @@ def test_converted_weights_follow_when_told(monkeypatch, random, tmp_path):
     np.testing.assert_array_equal(peek(), first)
 
 
+def test_a_models_converted_weights_follow_when_told(monkeypatch, random):
+    """Keras' set_weights of a model does not call that of its layers."""
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
+    layers = [
+        ct.CoSiMultiHeadAttention(N, H, 4, warm_up="partial", weights_dtype="bfloat16"),
+        ct.CoSiTransformerEncoder(N, E, H, 9, warm_up="partial", weights_dtype="bfloat16"),
+        ct.TransformerEncoder(2, N, E, H, 9, warm_up="partial", weights_dtype="bfloat16"),
+    ]
+    x = random.normal(size=(1, E)).astype("float32")
+    for layer in layers:
+        inputs = keras.Input((N, E))
+        model = keras.Model(inputs, layer(inputs))
+        for _ in range(2):
+            layer.call_step(x)
+        model.set_weights([2 * random.normal(size=w.shape) for w in model.weights])
+        ct.convert_weights(model)
+        converted = layer.call_step(x, update_state=False).numpy()
+        with tf.GradientTape():  # By several ops, with the layer's own weights.
+            expected = layer.call_step(x, update_state=False).numpy()
+        assert reference.relative_error(converted, expected) < 0.1
+        layer.set_weights([w / 2 for w in layer.get_weights()])
+        halved = layer.call_step(x, update_state=False).numpy()
+        with tf.GradientTape():
+            expected = layer.call_step(x, update_state=False).numpy()
+        assert reference.relative_error(halved, expected) < 0.1
+
+
 @pytest.mark.parametrize(
     ("dtype", "weights_dtype"),
     [("float32", "float16"), ("float64", "bfloat16"), ("float32", "int8")],

@@ -9,6 +9,7 @@ import tensorflow as tf
 from tensorflow.python.eager import context, executor
 
 import continual_transformers_tf as ct
+import reference
 from co_si_mha_cases import E, H, N, pair
 from continual_transformers_tf.ops import direct_step
 
@@ -189,6 +190,58 @@ def test_the_bits_of_an_encoder_are_the_ops(random, taken, options):
         if output is not None:
             np.testing.assert_array_equal(output, expected)
     assert taken == [True] * 2 * N
+
+
+@pytest.mark.parametrize("scale", [1, 1e-3])
+@pytest.mark.parametrize("options", [dict(norm_first=True), dict(use_bias=False)], ids=str)
+def test_an_encoder_in_float64_with_small_variances(random, scale, options):
+    """Where a rounded epsilon would be seen: by the direct step, the op and plain TensorFlow."""
+    layer = ct.CoSiTransformerEncoder(N, E, H, 11, dtype="float64", warm_up="partial", **options)
+    layer.build((None, E))
+    layer.set_weights([random.normal(scale=0.4, size=w.shape) for w in layer.weights])
+    x = scale * random.normal(size=(2, E))
+    layer.call_step(x, update_state=False)
+    direct = layer.call_step(x, update_state=False).numpy()
+    layer._one_op_step._direct = None
+    np.testing.assert_array_equal(layer.call_step(x, update_state=False), direct)
+    with tf.GradientTape():  # By several ops.
+        plain = layer.call_step(x, update_state=False)
+    assert reference.relative_error(direct, plain.numpy()) < 1e-12
+
+
+def test_a_tensor_still_under_way_is_waited_for_without_pythons_lock(random):
+    """Who makes it may want the lock: this was a deadlock."""
+    layer, _ = pair(random=random, layer_options=dict(warm_up="partial"))
+    x = tf.constant(random.normal(size=(1, E)).astype("float32"))
+    for _ in range(2):
+        layer.call_step(x)
+
+    def slow(x):
+        time.sleep(0.2)
+        return x
+
+    with context.executor_scope(executor.new_executor(enable_async=True)):
+        under_way = tf.py_function(slow, [x], tf.float32)
+    assert layer.call_step(under_way).shape == (1, E)
+
+
+def test_what_a_layer_becomes_later_is_heeded(random):
+    """Quantized to float8 it keeps its kernels; an activation may be another."""
+    layer, _ = pair(random=random, layer_options=dict(warm_up="partial"))
+    x = random.normal(size=(1, E)).astype("float32")
+    for _ in range(2):
+        layer.call_step(x)
+    assert layer._one_op_step is not None
+    layer.value_dense.quantize("float8")
+    layer.call_step(x)
+    assert layer._one_op_step is None
+    encoder = ct.CoSiTransformerEncoder(N, E, H, 11, warm_up="partial")
+    for _ in range(2):
+        encoder.call_step(x)
+    gelu = encoder.call_step(x, update_state=False).numpy()
+    encoder.feed_forward.activation = tf.keras.activations.relu
+    relu = encoder.call_step(x, update_state=False).numpy()
+    assert reference.relative_error(relu, gelu) > 1e-3
 
 
 def test_errors_are_the_ops(random):

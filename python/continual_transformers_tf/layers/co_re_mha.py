@@ -56,6 +56,8 @@ class CoReMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
             Keras' arguments leaves no steps to take.
     """
 
+    gives_windows = True
+
     def __init__(
         self,
         seq_len,

@@ -36,6 +36,7 @@ class CoReTransformerEncoder(TransformerEncoderBlock):
     """
 
     make_attention = CoReMultiHeadAttention
+    gives_windows = True
 
     def __init__(
         self,

@@ -56,8 +56,8 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
             own variables. Under float32, "bfloat16" halves what a step reads of them: a copy is
             made at the first such step, and again after this layer's `set_weights`, when files are
             loaded, and by `convert_weights` (of a model `ct.convert_weights`), to be called after
-            whatever else changes weights: training, and a model's `set_weights`. With projections of
-            order one, outputs moved by 0.23 % at the most (`tests/test_co_si_mha_step.py` holds
+            whatever else changes weights: training, and a model's `set_weights`. With projections
+            of order one, outputs moved by 0.23 % at the most (`tests/test_co_si_mha_step.py` holds
             0.4 %). All else uses the layer's own.
         call_mode: what calling the layer does: "regular", "step" or "steps".
         **kwargs: `name`, `dtype` and the like.

@@ -111,6 +111,8 @@ class ContinualLayer:
     `StreamState`, or another continual layer that has the state.
     """
 
+    gives_windows = False  # Whether a step gives all outputs of the window, and not one row.
+
     @property
     def call_mode(self):
         """What calling the layer does: "regular", "step" or "steps"; see `ct.call_mode`."""

@@ -211,6 +211,12 @@ class StepGraph:
             self._refuse(node, "is given the newest step alone, where it needs windows")
         while isinstance(layer, CoResidual):  # Which is called as the layer within is.
             layer = layer.layer
+        if layer.gives_windows:
+            self._refuse(
+                node,
+                "gives all outputs of the window at every step, and what follows takes a row: "
+                'ct.TransformerEncoder(kind="retroactive") has what goes on with windows',
+            )
         if getattr(layer, "_no_steps", None) is not None:
             self._refuse(node, f"takes no steps, with {layer._no_steps}")
         if not isinstance(layer, keras.layers.MultiHeadAttention):
