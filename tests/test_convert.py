@@ -424,13 +424,9 @@ def test_what_streams_already_takes_the_options_that_are_given(random, function)
     expected = newest(streaming.model(x).numpy(), x).astype("float64")
     assert reference.relative_error(again(x)[:, -1], expected) < 2e-5
     assert ct.convert(streaming, 4, warm_up="none").warm_up == "none"
-    if function is already_ours:
-        with pytest.raises(ValueError, match="takes no cache_dtype"):
-            ct.convert(streaming, N, cache_dtype="bfloat16")
-        return
     half = ct.convert(streaming, N, cache_dtype="bfloat16")
     for model in (half, ct.convert(half, N)):
-        assert model._graph.layers[0].get_config()["cache_dtype"] == "bfloat16"
+        assert model._graph.layers[-1].get_config()["cache_dtype"] == "bfloat16"
 
 
 def test_a_streaming_model_inside_another(backend, random):

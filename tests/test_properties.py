@@ -13,6 +13,13 @@ settings.load_profile("ci")
 
 # Outputs that take other roads to the same numbers, in float32; those that take the same are equal.
 CLOSE = dict(rtol=2e-5, atol=2e-5)
+# A product of several rows may differ from that of one in a key's last bit, and so send it to the
+# other side of a half's.
+CLOSE_IN_HALVES = dict(rtol=2e-2, atol=2e-2)
+
+
+def close(layer):
+    return CLOSE if layer.get_config()["cache_dtype"] is None else CLOSE_IN_HALVES
 
 
 @st.composite
@@ -94,7 +101,7 @@ def test_steps_in_any_portions_are_one_call(data):
         part = slice(first, first + length)
         parts.append(run(other, x[:, part], has_key[:, part]))
         first += length
-    np.testing.assert_allclose(np.concatenate(parts, 1), whole, **CLOSE)
+    np.testing.assert_allclose(np.concatenate(parts, 1), whole, **close(one))
     np.testing.assert_array_equal(one.position, other.position)
 
 
@@ -118,7 +125,7 @@ def test_streams_in_any_order_are_each_as_if_alone(data):
             expected = alone[s].call_steps(rows[i : i + 1], key_mask=keys[i : i + 1])
             taken[s] += 1
             if expected is not None:
-                np.testing.assert_allclose(got[i], expected[0], **CLOSE)
+                np.testing.assert_allclose(got[i], expected[0], **close(together))
     np.testing.assert_array_equal(together.get_state()["position"], taken)
 
 
