@@ -165,7 +165,7 @@ class ManyRows {
         sum[3][v] = hn::MulAdd(s3, kernel, sum[3][v]);
       }
     }
-    // To a constant end, or the compiler would keep the sums in memory: 14 products a cycle become
+    // To a constant end, or the compiler would keep the sums in memory: 10 products a cycle become
     // 4 (AVX2, Zen 3).
     for (int64_t r = 0; r < kFewRows; ++r) {
       if (m + r > last) break;

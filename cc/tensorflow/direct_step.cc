@@ -153,8 +153,11 @@ bool CopyArray(PyObject* object, DataType dtype, int axes, Tensor* tensor) {
     const char expected = dtype == tensorflow::DT_INT32   ? 'i'
                           : dtype == tensorflow::DT_FLOAT ? 'f'
                                                           : 'd';
-    if (format == expected) std::memcpy(tensor->data(), buffer.data, buffer.bytes);
-    return format == expected;
+    if (format != expected || buffer.bytes != static_cast<intptr_t>(tensor->TotalBytes())) {
+      return false;
+    }
+    std::memcpy(tensor->data(), buffer.data, buffer.bytes);
+    return true;
   };
   const bool copied = copy();
   runtime.PyBuffer_Release(&buffer);
@@ -235,9 +238,9 @@ EXPORTED const char* continual_transformers_find_runtime(const char* tensorflow_
 // taken. To be called with Python's lock held, which other threads have while the step is computed.
 //
 // `options` has the attributes of the op, for each argument takes ctypes 0.1 us: a bit each for
-// use_bias, use_gate, use_delay, update_state, whether the op is CoSiTransformerEncoderStep, and
-// its norm_first, in this order from the lowest; above them the number of its activation. `epsilon`
-// is that op's, too.
+// use_bias, use_gate, use_delay, update_state, whether the op is CoSiTransformerEncoderStep, its
+// norm_first, and whether T is double, in this order from the lowest; above them the number of the
+// encoder's activation. `epsilon` is that of its layer norms.
 EXPORTED PyObject* continual_transformers_co_si_step(TFE_Context* context, PyObject* variables,
                                                      PyObject* query, PyObject* value,
                                                      PyObject* key, PyObject* streams,
