@@ -13,13 +13,19 @@ RUN_BAZEL := bazel/offline/configure.sh && PATH="$(CURDIR)/$(BIN):$$PATH" $(BAZE
 TENSORFLOW = $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('cc/library.bzl')['TENSORFLOW_DEFAULT'])")
 FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc tests/cc/*.cc benchmarks/cc/*.cc examples/cpp/*.cc)
 
-.PHONY: demo test test-slow lint format bazel-build bazel-test sanitize bench bench-cc wheel clean
+.PHONY: demo test test-torch test-slow lint format bazel-build bazel-test sanitize bench bench-cc wheel clean
 
 demo: .venv/installed
 	$(BIN)/continual-transformers demo --picture build/demo.png
 
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+
+# The tests that need PyTorch and continual-inference, which `make test` skips where they are not. The
+# extra is that of the package installed here: nothing is built anew.
+test-torch: .venv/installed
+	$(BIN)/python -m pip install --quiet "continual-transformers-tf[torch]"
+	$(BIN)/python -m pytest tests/test_from_torch.py tests/test_docs.py $(PYTEST_FLAGS)
 
 # The tests that take minutes: wheels in clean environments, every target of the kernels.
 test-slow: .venv/installed

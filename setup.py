@@ -18,6 +18,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 VERSION = "0.1.0"
+# Of those that numbers are held against, in the race and in the tests of ct.from_torch.
+TORCH = ["continual-inference==1.2.4", "torch==2.13.0"]
 CC = runpy.run_path("cc/library.bzl")
 # Set by the Bazel build of the wheel: the library is there and only to be packed.
 PREBUILT_LIBRARY = os.environ.get("CONTINUAL_TRANSFORMERS_PREBUILT_LIBRARY")
@@ -102,19 +104,12 @@ setup(
         "cpu": [f"tensorflow-cpu=={MINOR}.*"],
         "gpu": [f"tensorflow[and-cuda]=={MINOR}.*"],
         # Who the race is against.
-        "bench": [
-            "continual-inference==1.2.4",
-            "matplotlib",
-            "onnx",
-            "onnxruntime",
-            "rich",
-            "torch==2.13.0",
-        ],
+        "bench": [*TORCH, "matplotlib", "onnx", "onnxruntime", "rich"],
         "demo": ["matplotlib", "rich", "seglearn"],
         # Of examples/real_data.
         "examples": ["aeon", "matplotlib", "rich", "seglearn"],
         # What ct.from_torch takes weights from.
-        "torch": ["safetensors", "torch==2.13.0"],
+        "torch": [*TORCH, "safetensors"],
         "test": ["clang-format==23.1.5", "hypothesis", "pytest", "pytest-xdist", "ruff==0.17.6"],
     },
 )

@@ -1,0 +1,30 @@
+"""What Bazel makes of a file of tests: its exit status."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RUN_PYTEST = Path(__file__).parent / "run_pytest.py"
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        ("def test(): pass", 0),
+        ("def test(): assert False", 1),
+        ("import pytest\npytest.importorskip('no_such_module')\ndef test(): pass", 0),
+        ("import pytest\ndef test(): pytest.skip('alone')", 0),
+        ("", 5),
+        ("raise ValueError", 2),
+    ],
+    ids=["passes", "fails", "module skipped", "test skipped", "no tests", "error"],
+)
+def test_status_of_a_file(tmp_path, content, status):
+    file = tmp_path / "test_it.py"
+    file.write_text(content)
+    result = subprocess.run(
+        [sys.executable, RUN_PYTEST, file], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == status, result.stdout
