@@ -1,8 +1,8 @@
 """How Bazel runs a file of Python tests: `run_pytest.py FILE`.
 
-A file of which every test was skipped passes: each skip says why, in the log. pytest by itself fails
-where the whole module was skipped as it was read, since then no test was collected. A file in which
-there are no tests at all is a mistake and fails.
+A file of which every test was skipped passes: each skip says why, in the log. pytest by itself
+fails where the whole module was skipped as it was read, since then no test was collected. A file in
+which there are no tests at all is a mistake and fails.
 """
 
 import sys
