@@ -8,6 +8,7 @@ ATTENTION_HEADERS = [
     "attention/dense.h",
     "attention/elementwise.h",
     "attention/half.h",
+    "attention/host_device.h",
     "attention/online_softmax.h",
     "attention/params.h",
     "attention/read_loop.h",

@@ -7,6 +7,8 @@
 #include <cmath>
 #include <limits>
 
+#include "cc/attention/host_device.h"
+
 namespace continual_transformers {
 
 template <typename T>
@@ -18,7 +20,7 @@ struct OnlineSoftmax {
 
   // Makes room for logits up to `block_max`. Whatever was accumulated with earlier weights must be
   // multiplied by the result; that of the denominator is done here.
-  T Raise(T block_max) {
+  CONTINUAL_TRANSFORMERS_HOST_DEVICE T Raise(T block_max) {
     if (!(block_max > max)) return T(1);
     const T rescale = std::exp(max - block_max);
     max = block_max;
@@ -31,7 +33,7 @@ struct OnlineSoftmax {
   struct Factors {
     T own, others;
   };
-  Factors Merge(const OnlineSoftmax& other) {
+  CONTINUAL_TRANSFORMERS_HOST_DEVICE Factors Merge(const OnlineSoftmax& other) {
     const T own = Raise(other.max);
     const T others = other.max == max ? T(1) : std::exp(other.max - Reference());
     denominator += other.denominator * others;
@@ -41,14 +43,14 @@ struct OnlineSoftmax {
   // What is subtracted from a logit before its exponential is taken: the maximum. Where every logit
   // so far is -infinity it is 0: -infinity - -infinity would be NaN and spoil the finite logits
   // still to come.
-  T Reference() const { return max == -std::numeric_limits<T>::infinity() ? T(0) : max; }
+  CONTINUAL_TRANSFORMERS_HOST_DEVICE T Reference() const { return max == -std::numeric_limits<T>::infinity() ? T(0) : max; }
 
   // The weight, before normalization, of a logit that is not above `max`. A NaN gives NaN.
-  T Weight(T logit) const { return std::exp(logit - Reference()); }
+  CONTINUAL_TRANSFORMERS_HOST_DEVICE T Weight(T logit) const { return std::exp(logit - Reference()); }
 
   // What turns sums of weights into probabilities. Nothing attended gives 0, so that the output is
   // zeros and not 0/0.
-  T Normalizer() const { return denominator == T(0) ? T(0) : T(1) / denominator; }
+  CONTINUAL_TRANSFORMERS_HOST_DEVICE T Normalizer() const { return denominator == T(0) ? T(0) : T(1) / denominator; }
 };
 
 }  // namespace continual_transformers

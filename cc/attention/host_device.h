@@ -1,0 +1,12 @@
+// Marks what of these headers the kernels in cuda/ call too.
+
+#ifndef CONTINUAL_TRANSFORMERS_ATTENTION_HOST_DEVICE_H_
+#define CONTINUAL_TRANSFORMERS_ATTENTION_HOST_DEVICE_H_
+
+#ifdef __CUDACC__
+#define CONTINUAL_TRANSFORMERS_HOST_DEVICE __host__ __device__
+#else
+#define CONTINUAL_TRANSFORMERS_HOST_DEVICE
+#endif
+
+#endif  // CONTINUAL_TRANSFORMERS_ATTENTION_HOST_DEVICE_H_

@@ -1,0 +1,77 @@
+// The kernels for whoever has no C++: tests/gpu and benchmarks/gpu call them by ctypes.
+
+#ifndef CONTINUAL_TRANSFORMERS_CUDA_C_API_H_
+#define CONTINUAL_TRANSFORMERS_CUDA_C_API_H_
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// What is computed in, and what keys, values and kernels are kept in.
+enum { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+// SingleOutputParams and DeviceSingleOutputParams without types; arrays are contiguous, in the axes
+// that params.h gives.
+typedef struct {
+  int32_t compute_dtype, cache_dtype;
+  const void *query, *key, *value;
+  const void* key_mask;
+  void *key_cache, *value_cache, *key_mask_cache;
+  int64_t* position;
+  const int32_t* streams;
+  const void* attention_mask;                // [M or 1, H or 1, T or 1, N]
+  int64_t mask_rows, mask_heads, mask_steps;  // its first three axes
+  void *output, *scores, *window_key, *window_value, *window_key_mask;
+  int64_t num_held, num_streams, num_steps, num_heads, window, key_dim, value_dim;
+  double scale;
+  int32_t update_state, overlap;
+  int64_t window_parts;
+  void* parts;
+  int64_t* steps_taken;
+  const void* query_mask;
+  uint32_t* arrivals;
+} ContinualTransformersSingleOutput;
+
+// Null, or why the call was not taken: a sentence that stays where it is.
+const char* continual_transformers_cuda_single_output(
+    const ContinualTransformersSingleOutput* call, void* stream);
+// The sizes of call->parts, in elements of what is computed in, and of call->arrivals.
+int64_t continual_transformers_cuda_single_output_parts(
+    const ContinualTransformersSingleOutput* call);
+int64_t continual_transformers_cuda_single_output_arrivals(
+    const ContinualTransformersSingleOutput* call);
+int64_t continual_transformers_cuda_plan_window_parts(int64_t queries, int64_t window,
+                                                      int32_t multiprocessors);
+
+// CoSiMhaStep and DeviceCoSiMhaStep without types. `attention` says its sizes, state, masks, scores
+// and streams, and key, value and query are the layer's inputs [M, features]; its output is unused.
+typedef struct {
+  ContinualTransformersSingleOutput attention;
+  int32_t weights_dtype;
+  const void *query_kernel, *key_kernel, *value_kernel, *gate_kernel, *output_kernel;
+  const void *query_bias, *key_bias, *value_bias, *gate_bias, *output_bias;
+  int64_t query_features, key_features, value_features, output_features;
+  void* result;
+  int64_t delay;
+  void *query_ring, *query_mask_ring, *gate_ring;
+  int32_t multiprocessors;
+  void* scratch;
+} ContinualTransformersCoSiMhaStep;
+
+const char* continual_transformers_cuda_co_si_mha_step(
+    const ContinualTransformersCoSiMhaStep* call, void* stream);
+int64_t continual_transformers_cuda_co_si_mha_step_scratch_bytes(
+    const ContinualTransformersCoSiMhaStep* call);
+int64_t continual_transformers_cuda_co_si_mha_step_arrivals(
+    const ContinualTransformersCoSiMhaStep* call);
+
+// Launches a kernel that does nothing: what a launch costs.
+const char* continual_transformers_cuda_nothing(void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // CONTINUAL_TRANSFORMERS_CUDA_C_API_H_
