@@ -21,7 +21,7 @@ typedef struct {
   void *key_cache, *value_cache, *key_mask_cache;
   int64_t* position;
   const int32_t* streams;
-  const void* attention_mask;                // [M or 1, H or 1, T or 1, N]
+  const void* attention_mask;                 // [M or 1, H or 1, T or 1, N]
   int64_t mask_rows, mask_heads, mask_steps;  // its first three axes
   void *output, *scores, *window_key, *window_value, *window_key_mask;
   int64_t num_held, num_streams, num_steps, num_heads, window, key_dim, value_dim;
@@ -35,8 +35,8 @@ typedef struct {
 } ContinualTransformersSingleOutput;
 
 // Null, or why the call was not taken: a sentence that stays where it is.
-const char* continual_transformers_cuda_single_output(
-    const ContinualTransformersSingleOutput* call, void* stream);
+const char* continual_transformers_cuda_single_output(const ContinualTransformersSingleOutput* call,
+                                                      void* stream);
 // The sizes of call->parts, in elements of what is computed in, and of call->arrivals.
 int64_t continual_transformers_cuda_single_output_parts(
     const ContinualTransformersSingleOutput* call);
@@ -60,8 +60,8 @@ typedef struct {
   void* scratch;
 } ContinualTransformersCoSiMhaStep;
 
-const char* continual_transformers_cuda_co_si_mha_step(
-    const ContinualTransformersCoSiMhaStep* call, void* stream);
+const char* continual_transformers_cuda_co_si_mha_step(const ContinualTransformersCoSiMhaStep* call,
+                                                       void* stream);
 int64_t continual_transformers_cuda_co_si_mha_step_scratch_bytes(
     const ContinualTransformersCoSiMhaStep* call);
 int64_t continual_transformers_cuda_co_si_mha_step_arrivals(

@@ -1,6 +1,6 @@
-// One step of a whole multi-head attention layer on a GPU, in three launches: projections, attention
-// (single_output.h), projection back. For few rows, where the weights' bytes are what it costs;
-// where rows are many, matrix products of a library's are faster.
+// One step of a whole multi-head attention layer on a GPU, in three launches: projections,
+// attention (single_output.h), projection back. For few rows, where the weights' bytes are what it
+// costs; where rows are many, matrix products of a library's are faster.
 
 #ifndef CONTINUAL_TRANSFORMERS_CUDA_CO_SI_MHA_STEP_H_
 #define CONTINUAL_TRANSFORMERS_CUDA_CO_SI_MHA_STEP_H_

@@ -1,4 +1,5 @@
-// Continual single-output attention on a GPU: what cc/attention/single_output.h does, in one launch.
+// Continual single-output attention on a GPU: what cc/attention/single_output.h does, in one
+// launch.
 
 #ifndef CONTINUAL_TRANSFORMERS_CUDA_SINGLE_OUTPUT_H_
 #define CONTINUAL_TRANSFORMERS_CUDA_SINGLE_OUTPUT_H_
@@ -7,6 +8,7 @@
 
 #include <cstdint>
 
+#include "cc/attention/host_device.h"
 #include "cc/attention/params.h"
 
 namespace continual_transformers {
@@ -16,9 +18,9 @@ namespace continual_transformers {
 // [M, H, T, window_parts, Dv + 2], and any number of steps, scores and window_key go with parts.
 template <typename T, typename C>
 struct DeviceSingleOutputParams : SingleOutputParams<T, C> {
-  // S. A stream outside [0, S), or whose position is below 0, touches no state; its outputs are NaN.
-  // Which streams there are nobody else checks: one named twice is a race on its state. `streams`
-  // may be null: row m is then stream m.
+  // S. A stream outside [0, S), or whose position is below 0, touches no state; its outputs are
+  // NaN. Which streams there are nobody else checks: one named twice is a race on its state.
+  // `streams` may be null: row m is then stream m.
   int64_t num_held;
   // The positions again, for the launch to advance with update_state.
   int64_t* next_position;  // [S]
@@ -32,10 +34,10 @@ struct DeviceSingleOutputParams : SingleOutputParams<T, C> {
   // dependent launch, from compute capability 9.0 on; elsewhere without effect).
   bool overlap;
 
-  int64_t NumQueries() const { return this->num_streams * this->num_heads * this->num_steps; }
-  int64_t NumArrivals() const {
-    return NumQueries() + this->num_streams * (this->num_heads + 1);
+  CONTINUAL_TRANSFORMERS_HOST_DEVICE int64_t NumQueries() const {
+    return this->num_streams * this->num_heads * this->num_steps;
   }
+  int64_t NumArrivals() const { return NumQueries() + this->num_streams * (this->num_heads + 1); }
   int64_t NumParts() const {
     return this->window_parts > 1 ? NumQueries() * this->window_parts * (this->value_dim + 2) : 0;
   }

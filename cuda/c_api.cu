@@ -1,0 +1,196 @@
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "cc/attention/half.h"
+#include "cuda/c_api.h"
+#include "cuda/co_si_mha_step.h"
+#include "cuda/launch.cuh"
+#include "cuda/single_output.h"
+
+namespace continual_transformers {
+namespace {
+
+constexpr const char* kNoSuchTypes =
+    "expected keys and values of float32, bfloat16 or float16 under float32, or of float64 under "
+    "float64; and kernels of float32 or bfloat16, or of float64";
+
+const char* ToMessage(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Distances in [M, T, H, size].
+Strides BatchTimeHead(int64_t steps, int64_t heads, int64_t size) {
+  return {steps * heads * size, heads * size, size};
+}
+
+// Distances in [M, H, T, N], of which those of axes of 1 broadcast.
+Strides BatchHeadTime(int64_t rows, int64_t heads, int64_t steps, int64_t window) {
+  return {rows == 1 ? 0 : heads * steps * window, steps == 1 ? 0 : window,
+          heads == 1 ? 0 : steps * window};
+}
+
+template <typename T, typename C>
+DeviceSingleOutputParams<T, C> ParamsOf(const ContinualTransformersSingleOutput& call) {
+  DeviceSingleOutputParams<T, C> p = {};
+  const int64_t t = call.num_steps, h = call.num_heads;
+  p.query = static_cast<const T*>(call.query);
+  p.key = static_cast<const C*>(call.key);
+  p.value = static_cast<const C*>(call.value);
+  p.query_strides = p.key_strides = BatchTimeHead(t, h, call.key_dim);
+  p.value_strides = p.output_strides = BatchTimeHead(t, h, call.value_dim);
+  p.key_mask = static_cast<const bool*>(call.key_mask);
+  p.key_cache = static_cast<C*>(call.key_cache);
+  p.value_cache = static_cast<C*>(call.value_cache);
+  p.key_mask_cache = static_cast<bool*>(call.key_mask_cache);
+  p.position = p.next_position = call.position;
+  p.streams = call.streams;
+  p.mask = static_cast<const bool*>(call.attention_mask);
+  p.mask_strides = BatchHeadTime(call.mask_rows, call.mask_heads, call.mask_steps, call.window);
+  p.output = static_cast<T*>(call.output);
+  p.scores = static_cast<T*>(call.scores);
+  p.scores_strides = {h * t * call.window, call.window, t * call.window};
+  p.window_key = static_cast<C*>(call.window_key);
+  p.window_value = static_cast<C*>(call.window_value);
+  p.window_key_mask = static_cast<bool*>(call.window_key_mask);
+  p.num_held = call.num_held;
+  p.num_streams = call.num_streams;
+  p.num_steps = t;
+  p.num_heads = h;
+  p.window = call.window;
+  p.key_dim = call.key_dim;
+  p.value_dim = call.value_dim;
+  p.scale = static_cast<T>(call.scale);
+  p.update_state = call.update_state != 0;
+  p.overlap = call.overlap != 0 && CanOverlap();
+  p.window_parts = call.window_parts;
+  p.parts = static_cast<T*>(call.parts);
+  p.steps_taken = call.steps_taken;
+  p.query_mask = static_cast<const bool*>(call.query_mask);
+  p.arrivals = call.arrivals;
+  return p;
+}
+
+template <typename T, typename W>
+Projection<T, W> ProjectionOf(const void* input, const void* kernel, const void* bias,
+                              int64_t inputs) {
+  return {static_cast<const T*>(input), static_cast<const W*>(kernel), static_cast<const T*>(bias),
+          inputs};
+}
+
+template <typename T, typename C, typename W>
+DeviceCoSiMhaStep<T, C, W> StepOf(const ContinualTransformersCoSiMhaStep& call) {
+  const auto& attention = call.attention;
+  DeviceCoSiMhaStep<T, C, W> s = {};
+  s.attention = ParamsOf<T, C>(attention);
+  const int64_t values = attention.num_heads * attention.value_dim;
+  s.query =
+      ProjectionOf<T, W>(attention.query, call.query_kernel, call.query_bias, call.query_features);
+  s.key = ProjectionOf<T, W>(attention.key, call.key_kernel, call.key_bias, call.key_features);
+  s.value =
+      ProjectionOf<T, W>(attention.value, call.value_kernel, call.value_bias, call.value_features);
+  s.gate =
+      ProjectionOf<T, W>(attention.query, call.gate_kernel, call.gate_bias, call.query_features);
+  s.output = ProjectionOf<T, W>(nullptr, call.output_kernel, call.output_bias, values);
+  s.result = static_cast<T*>(call.result);
+  s.output_features = call.output_features;
+  s.delay = call.delay;
+  s.query_ring = static_cast<T*>(call.query_ring);
+  s.query_mask_ring = static_cast<bool*>(call.query_mask_ring);
+  s.gate_ring = static_cast<T*>(call.gate_ring);
+  s.query_mask = static_cast<const bool*>(attention.query_mask);
+  s.num_held = attention.num_held;
+  s.next_position = attention.position;
+  s.multiprocessors = call.multiprocessors;
+  s.scratch = call.scratch;
+  s.arrivals = attention.arrivals;
+  return s;
+}
+
+// f(a params struct of the call's types); `otherwise` where there is no such.
+template <typename R, typename F>
+R WithParams(const ContinualTransformersSingleOutput& call, R otherwise, const F& f) {
+  if (call.compute_dtype == kFloat64 && call.cache_dtype == kFloat64) {
+    return f(ParamsOf<double, double>(call));
+  }
+  if (call.compute_dtype != kFloat32) return otherwise;
+  if (call.cache_dtype == kFloat32) return f(ParamsOf<float, float>(call));
+  if (call.cache_dtype == kBFloat16) return f(ParamsOf<float, BFloat16>(call));
+  if (call.cache_dtype == kFloat16) return f(ParamsOf<float, Float16>(call));
+  return otherwise;
+}
+
+template <typename R, typename F>
+R WithStep(const ContinualTransformersCoSiMhaStep& call, R otherwise, const F& f) {
+  const int compute = call.attention.compute_dtype, cache = call.attention.cache_dtype;
+  if (compute == kFloat64 && cache == kFloat64 && call.weights_dtype == kFloat64) {
+    return f(StepOf<double, double, double>(call));
+  }
+  if (compute != kFloat32) return otherwise;
+  const auto with = [&](auto w) {
+    using W = decltype(w);
+    if (cache == kFloat32) return f(StepOf<float, float, W>(call));
+    if (cache == kBFloat16) return f(StepOf<float, BFloat16, W>(call));
+    if (cache == kFloat16) return f(StepOf<float, Float16, W>(call));
+    return otherwise;
+  };
+  if (call.weights_dtype == kFloat32) return with(float());
+  if (call.weights_dtype == kBFloat16) return with(BFloat16());
+  return otherwise;
+}
+
+struct Nothing {};
+__global__ void NothingKernel(const __grid_constant__ Nothing) {}
+
+}  // namespace
+}  // namespace continual_transformers
+
+using namespace continual_transformers;  // What follows has C's names.
+
+const char* continual_transformers_cuda_single_output(const ContinualTransformersSingleOutput* call,
+                                                      void* stream) {
+  return WithParams(*call, kNoSuchTypes, [&](const auto& params) {
+    const char* refused = RefusesSingleOutput(params);
+    if (refused != nullptr) return refused;
+    return ToMessage(LaunchSingleOutput(params, static_cast<cudaStream_t>(stream)));
+  });
+}
+
+int64_t continual_transformers_cuda_single_output_parts(
+    const ContinualTransformersSingleOutput* call) {
+  return WithParams(*call, int64_t{-1}, [](const auto& params) { return params.NumParts(); });
+}
+
+int64_t continual_transformers_cuda_single_output_arrivals(
+    const ContinualTransformersSingleOutput* call) {
+  return WithParams(*call, int64_t{-1}, [](const auto& params) { return params.NumArrivals(); });
+}
+
+int64_t continual_transformers_cuda_plan_window_parts(int64_t queries, int64_t window,
+                                                      int32_t multiprocessors) {
+  return PlanWindowParts(queries, window, multiprocessors);
+}
+
+const char* continual_transformers_cuda_co_si_mha_step(const ContinualTransformersCoSiMhaStep* call,
+                                                       void* stream) {
+  return WithStep(*call, kNoSuchTypes, [&](const auto& step) {
+    const char* refused = RefusesCoSiMhaStep(step);
+    if (refused != nullptr) return refused;
+    return ToMessage(LaunchCoSiMhaStep(step, static_cast<cudaStream_t>(stream)));
+  });
+}
+
+int64_t continual_transformers_cuda_co_si_mha_step_scratch_bytes(
+    const ContinualTransformersCoSiMhaStep* call) {
+  return WithStep(*call, int64_t{-1}, [](const auto& step) { return step.ScratchBytes(); });
+}
+
+int64_t continual_transformers_cuda_co_si_mha_step_arrivals(
+    const ContinualTransformersCoSiMhaStep* call) {
+  return WithStep(*call, int64_t{-1}, [](const auto& step) { return step.NumArrivals(); });
+}
+
+const char* continual_transformers_cuda_nothing(void* stream) {
+  return ToMessage(
+      Launch(NothingKernel, 1, 1, false, static_cast<cudaStream_t>(stream), Nothing()));
+}

@@ -1,0 +1,185 @@
+#include <cstdint>
+#include <type_traits>
+
+#include "cc/attention/half.h"
+#include "cuda/co_si_mha_step.h"
+#include "cuda/dense.h"
+#include "cuda/elements.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/single_output.h"
+
+namespace continual_transformers {
+namespace {
+
+template <typename C>
+constexpr Storage kStorage = std::is_same_v<C, BFloat16>  ? Storage::kBFloat16
+                             : std::is_same_v<C, Float16> ? Storage::kFloat16
+                                                          : Storage::kAsComputed;
+
+// The step's own business between its launches, laid out one after another.
+template <typename T, typename C, typename W>
+class Scratch {
+ public:
+  explicit Scratch(const DeviceCoSiMhaStep<T, C, W>& step)
+      : begin_(static_cast<char*>(step.scratch)) {
+    const auto& p = step.attention;
+    const int64_t keys = p.num_streams * p.num_heads * p.key_dim;
+    const int64_t values = p.num_streams * p.num_heads * p.value_dim;
+    query = Take<T>(keys);
+    key = Take<C>(keys);
+    value = Take<C>(values);
+    gate = step.gate.kernel == nullptr ? nullptr : Take<T>(values);
+    attended = Take<T>(values);
+    asking = Take<bool>(p.num_streams);
+    window_parts = PlanWindowParts(p.num_streams * p.num_heads, p.window, step.multiprocessors);
+    parts = Take<T>(p.num_streams * p.num_heads * window_parts * (p.value_dim + 2));
+  }
+
+  int64_t bytes() const { return bytes_; }
+
+  T* query;
+  C *key, *value;
+  T *gate, *attended;
+  bool* asking;
+  int64_t window_parts;
+  T* parts;
+
+ private:
+  template <typename U>
+  U* Take(int64_t elements) {
+    U* const taken = reinterpret_cast<U*>(begin_ + bytes_);
+    bytes_ += (elements * sizeof(U) + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
+    return taken;
+  }
+
+  char* const begin_;
+  int64_t bytes_ = 0;
+};
+
+// All but what is in memory that the launches share.
+template <typename T, typename C, typename W>
+DeviceSingleOutputParams<T, C> AttentionOf(const DeviceCoSiMhaStep<T, C, W>& step) {
+  const Scratch<T, C, W> scratch(step);
+  DeviceSingleOutputParams<T, C> p = {};
+  static_cast<SingleOutputParams<T, C>&>(p) = step.attention;
+  const int64_t keys = p.num_heads * p.key_dim, values = p.num_heads * p.value_dim;
+  p.num_steps = 1;
+  p.query = scratch.query;
+  p.key = scratch.key;
+  p.value = scratch.value;
+  p.output = scratch.attended;
+  p.query_strides = p.key_strides = {keys, keys, p.key_dim};
+  p.value_strides = p.output_strides = {values, values, p.value_dim};
+  p.window_parts = scratch.window_parts;
+  p.parts = scratch.parts;
+  p.num_held = step.num_held;
+  p.next_position = step.next_position;
+  p.query_mask = scratch.asking;
+  p.arrivals = step.arrivals;
+  return p;
+}
+
+template <typename T, typename W>
+DeviceDense<T, W> DenseOf(const Projection<T, W>& projection, int64_t outputs, void* output) {
+  DeviceDense<T, W> layer = {};
+  layer.input = projection.input;
+  layer.kernel = projection.kernel;
+  layer.bias = projection.bias;
+  layer.inputs = projection.inputs;
+  layer.outputs = outputs;
+  layer.output = output;
+  return layer;
+}
+
+template <typename T, typename C, typename W>
+DeviceDenseParams<T, W> ProjectionsIn(const DeviceCoSiMhaStep<T, C, W>& step,
+                                      const Scratch<T, C, W>& scratch) {
+  const auto& p = step.attention;
+  const int64_t keys = p.num_heads * p.key_dim, values = p.num_heads * p.value_dim;
+  DeviceDenseParams<T, W> dense = {};
+  dense.layers[0] = DenseOf(step.query, keys, scratch.query);
+  dense.layers[1] = DenseOf(step.key, keys, scratch.key);
+  dense.layers[2] = DenseOf(step.value, values, scratch.value);
+  dense.layers[1].output_as = dense.layers[2].output_as = kStorage<C>;
+  dense.num_layers = 3;
+  if (step.gate.kernel != nullptr) {
+    dense.layers[3] = DenseOf(step.gate, values, scratch.gate);
+    dense.layers[3].sigmoid = true;
+    dense.num_layers = 4;
+  }
+  dense.rows = p.num_streams;
+  if (step.delay > 0) {
+    dense.layers[0].delay_ring = step.query_ring;
+    dense.layers[3].delay_ring = step.gate_ring;
+    dense.query_mask_ring = step.query_mask_ring;
+    dense.delay = step.delay;
+    dense.streams = p.streams;
+    dense.position = p.position;
+    dense.num_held = step.num_held;
+    dense.update_state = p.update_state;
+  }
+  dense.query_mask = step.query_mask;
+  dense.asking = scratch.asking;
+  return dense;
+}
+
+template <typename T, typename C, typename W>
+DeviceDenseParams<T, W> ProjectionOut(const DeviceCoSiMhaStep<T, C, W>& step,
+                                      const Scratch<T, C, W>& scratch) {
+  DeviceDenseParams<T, W> dense = {};
+  dense.layers[0] = DenseOf(step.output, step.output_features, step.result);
+  dense.layers[0].input = scratch.attended;
+  dense.layers[0].factor = scratch.gate;
+  dense.num_layers = 1;
+  dense.rows = step.attention.num_streams;
+  return dense;
+}
+
+}  // namespace
+
+template <typename T, typename C, typename W>
+int64_t DeviceCoSiMhaStep<T, C, W>::ScratchBytes() const {
+  return Scratch<T, C, W>(*this).bytes();
+}
+
+template <typename T, typename C, typename W>
+int64_t DeviceCoSiMhaStep<T, C, W>::NumArrivals() const {
+  return AttentionOf(*this).NumArrivals();
+}
+
+template <typename T, typename C, typename W>
+const char* RefusesCoSiMhaStep(const DeviceCoSiMhaStep<T, C, W>& step) {
+  return RefusesSingleOutput(AttentionOf(step));
+}
+
+template <typename T, typename C, typename W>
+cudaError_t LaunchCoSiMhaStep(const DeviceCoSiMhaStep<T, C, W>& step, cudaStream_t stream) {
+  if (step.attention.num_streams == 0) return cudaSuccess;
+  const Scratch<T, C, W> scratch(step);
+  DeviceDenseParams<T, W> in = ProjectionsIn(step, scratch);
+  DeviceSingleOutputParams<T, C> attention = AttentionOf(step);
+  // Whatever is refused is refused before the first launch.
+  if (RefusesSingleOutput(attention) != nullptr) return cudaErrorInvalidValue;
+  in.overlap = attention.overlap = CanOverlap();
+  cudaError_t error = LaunchDense(in, stream);
+  if (error == cudaSuccess) error = LaunchSingleOutput(attention, stream);
+  if (error != cudaSuccess || step.result == nullptr) return error;
+  DeviceDenseParams<T, W> out = ProjectionOut(step, scratch);
+  out.overlap = in.overlap;
+  return LaunchDense(out, stream);
+}
+
+#define INSTANTIATE(T, C, W)                                                           \
+  template struct DeviceCoSiMhaStep<T, C, W>;                                          \
+  template const char* RefusesCoSiMhaStep<T, C, W>(const DeviceCoSiMhaStep<T, C, W>&); \
+  template cudaError_t LaunchCoSiMhaStep<T, C, W>(const DeviceCoSiMhaStep<T, C, W>&, cudaStream_t)
+INSTANTIATE(float, float, float);
+INSTANTIATE(float, BFloat16, float);
+INSTANTIATE(float, Float16, float);
+INSTANTIATE(float, float, BFloat16);
+INSTANTIATE(float, BFloat16, BFloat16);
+INSTANTIATE(float, Float16, BFloat16);
+INSTANTIATE(double, double, double);
+#undef INSTANTIATE
+
+}  // namespace continual_transformers

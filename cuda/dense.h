@@ -1,0 +1,59 @@
+// Dense layers of few rows on a GPU: what their kernels' bytes cost, and little more.
+
+#ifndef CONTINUAL_TRANSFORMERS_CUDA_DENSE_H_
+#define CONTINUAL_TRANSFORMERS_CUDA_DENSE_H_
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace continual_transformers {
+
+enum class Storage { kAsComputed, kBFloat16, kFloat16 };
+
+// output = input * factor @ kernel + bias, then whatever else is asked for. T is what is computed
+// in, W what the kernel is kept in.
+template <typename T, typename W>
+struct DeviceDense {
+  const T* input;   // [M, inputs]
+  const T* factor;  // [M, inputs]; null: ones
+  const W* kernel;  // [inputs, outputs]
+  const T* bias;    // [outputs]; null: none
+  int64_t inputs;
+  int64_t outputs;
+  bool sigmoid;   // Of what comes out.
+  T* delay_ring;  // [S, delay, outputs]: what comes out is exchanged for that of `delay` steps ago,
+                  // or zeros where there was no such step. Null: it is not.
+  void* output;   // [M, outputs]
+  Storage output_as;
+};
+
+// Several of them on the same rows, in one launch.
+template <typename T, typename W>
+struct DeviceDenseParams {
+  static constexpr int kMost = 4;
+  DeviceDense<T, W> layers[kMost];
+  int num_layers;
+  int64_t rows;  // M
+
+  // Whose delay rings these are; looked at only where there are such.
+  const int32_t* streams;   // [M]; null: row m is stream m
+  const int64_t* position;  // [S]
+  int64_t num_held;         // S
+  int64_t delay;
+  bool update_state;
+  // Of the queries: whether each is to be answered. Exchanged as the rest is; null: all true.
+  const bool* query_mask;  // [M]
+  bool* query_mask_ring;   // [S, delay]; null: no delay
+  bool* asking;            // [M]; null: not wanted
+
+  bool overlap;  // See DeviceSingleOutputParams.
+};
+
+// Instantiated for (T, W) of (float, float), (float, BFloat16) and (double, double).
+template <typename T, typename W>
+cudaError_t LaunchDense(const DeviceDenseParams<T, W>& params, cudaStream_t stream);
+
+}  // namespace continual_transformers
+
+#endif  // CONTINUAL_TRANSFORMERS_CUDA_DENSE_H_

@@ -1,0 +1,84 @@
+// Elements as they lie in memory and as they are computed with.
+
+#ifndef CONTINUAL_TRANSFORMERS_CUDA_ELEMENTS_CUH_
+#define CONTINUAL_TRANSFORMERS_CUDA_ELEMENTS_CUH_
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cc/attention/half.h"
+
+namespace continual_transformers {
+
+constexpr int kVectorBytes = 16;
+
+__device__ inline float ToCompute(float x) { return x; }
+__device__ inline double ToCompute(double x) { return x; }
+__device__ inline float ToCompute(BFloat16 x) {
+  return __bfloat162float(__ushort_as_bfloat16(x.bits));
+}
+__device__ inline float ToCompute(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+
+// What a thread loads by one instruction.
+template <typename C, int kElements>
+class alignas(sizeof(C) * kElements) Vector {
+ public:
+  __device__ auto Get(int i) const { return ToCompute(elements_[i]); }
+
+ private:
+  C elements_[kElements];
+};
+
+// Two elements of 16 bits stay in one register until they are computed with.
+template <int kElements>
+struct alignas(2 * kElements) Words {
+  static_assert(kElements % 2 == 0);
+  __device__ uint16_t Bits(int i) const {
+    return static_cast<uint16_t>(i % 2 == 0 ? words[i / 2] : words[i / 2] >> 16);
+  }
+  uint32_t words[kElements / 2];
+};
+template <>
+class Vector<BFloat16, 8> : Words<8> {
+ public:
+  __device__ float Get(int i) const { return ToCompute(BFloat16{Bits(i)}); }
+};
+template <>
+class Vector<Float16, 8> : Words<8> {
+ public:
+  __device__ float Get(int i) const { return ToCompute(Float16{Bits(i)}); }
+};
+
+// Rounds to the nearest, ties to even.
+template <typename C, typename T>
+__device__ C ToStored(T x);
+template <>
+__device__ inline float ToStored<float, float>(float x) {
+  return x;
+}
+template <>
+__device__ inline double ToStored<double, double>(double x) {
+  return x;
+}
+template <>
+__device__ inline BFloat16 ToStored<BFloat16, float>(float x) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+}
+template <>
+__device__ inline Float16 ToStored<Float16, float>(float x) {
+  return {__half_as_ushort(__float2half_rn(x))};
+}
+
+// Whether vectors may be loaded from here, and from every multiple of `stride` elements on.
+template <typename C>
+bool IsAligned(const C* data, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
+         stride * static_cast<int64_t>(sizeof(C)) % kVectorBytes == 0;
+}
+
+}  // namespace continual_transformers
+
+#endif  // CONTINUAL_TRANSFORMERS_CUDA_ELEMENTS_CUH_

@@ -1,0 +1,87 @@
+// How kernels are launched, and how they follow one another.
+
+#ifndef CONTINUAL_TRANSFORMERS_CUDA_LAUNCH_CUH_
+#define CONTINUAL_TRANSFORMERS_CUDA_LAUNCH_CUH_
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <limits>
+
+namespace continual_transformers {
+
+// With `overlap` the kernel may begin while the one before it on the stream is still at work, and
+// must WaitForPrevious() before it reads what that one writes (programmatic dependent launch).
+// Whoever launches asks for it only where the GPU has it: from compute capability 9.0 on.
+template <typename Params>
+cudaError_t Launch(void (*kernel)(Params), int64_t blocks, int threads, bool overlap,
+                   cudaStream_t stream, const Params& params) {
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+// Whether the GPU of this thread has programmatic dependent launch.
+inline bool CanOverlap() {
+  int device, major;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major >= 9;
+}
+
+// Lets the kernel after this one begin as soon as there is room for it.
+__device__ inline void ReleaseNext() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Until the kernel before this one, and so every one before that, has ended and its writes are
+// seen.
+__device__ inline void WaitForPrevious() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Asks for bytes to be brought into L2. That is right whoever writes them meanwhile, since L2 is
+// where all multiprocessors agree; so it may be done before WaitForPrevious.
+__device__ inline void PrefetchIntoL2(const void* data, int64_t bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  // The copy engine takes multiples of 16 bytes; a part of one on either side is not worth asking.
+  constexpr uint32_t kAtOnce = 1 << 16;
+  uint64_t begin = (reinterpret_cast<uint64_t>(data) + 15) / 16 * 16;
+  const uint64_t end = (reinterpret_cast<uint64_t>(data) + bytes) / 16 * 16;
+  for (; begin < end; begin += kAtOnce) {
+    const uint32_t size = end - begin < kAtOnce ? static_cast<uint32_t>(end - begin) : kAtOnce;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
+                     __cvta_generic_to_global(reinterpret_cast<const void*>(begin))),
+                 "r"(size)
+                 : "memory");
+  }
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+// The same of the 32 bytes there.
+__device__ inline void PrefetchLineIntoL2(const void* data) {
+#ifdef __CUDA_ARCH__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(data)));
+#else
+  (void)data;
+#endif
+}
+
+}  // namespace continual_transformers
+
+#endif  // CONTINUAL_TRANSFORMERS_CUDA_LAUNCH_CUH_

@@ -1,0 +1,239 @@
+// One query's attention to some rows of its window, by the threads of one block.
+
+#ifndef CONTINUAL_TRANSFORMERS_CUDA_PARTIAL_ATTENTION_CUH_
+#define CONTINUAL_TRANSFORMERS_CUDA_PARTIAL_ATTENTION_CUH_
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <limits>
+
+#include "cc/attention/online_softmax.h"
+#include "cuda/elements.cuh"
+#include "cuda/warp.cuh"
+
+namespace continual_transformers {
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / kLanesPerWarp;
+
+// How a row lies over the lanes of a group: kLanes of them take kLoads loads each, of kElements
+// elements; lane j's load l begins at element (l * kLanes + j) * kElements.
+template <int kElements_, int kLanes_, int kLoads_>
+struct RowLayout {
+  static constexpr int kElements = kElements_, kLanes = kLanes_, kLoads = kLoads_;
+  static constexpr int kElementsPerLane = kElements * kLoads;
+  static constexpr int kLargest = kElementsPerLane * kLanes;
+  static constexpr int kGroups = kThreads / kLanes;
+  // Of keys and of values, whose loads are all under way before the first is used.
+  static constexpr int kRowsAtATime = kLoads == 1 ? 4 : 1;
+  // As many as have room to run at once when a thread has 80 registers, or 96 for several loads:
+  // with more the compiler would spend up to 161, and 3 blocks would be left.
+  static constexpr int kBlocksPerMultiprocessor = kLoads == 1 ? 6 : 5;
+
+  __device__ static int Lane() { return threadIdx.x % kLanes; }
+  __device__ static int Group() { return threadIdx.x / kLanes; }
+  __device__ static int Element(int load) { return (load * kLanes + Lane()) * kElements; }
+};
+
+template <typename C>
+struct Row {
+  const C* key;
+  const C* value;
+  bool attended;
+};
+
+template <typename T, typename C, typename L>
+class PartialAttention {
+ public:
+  __device__ PartialAttention(const T* query, int64_t key_dim, int64_t value_dim, T scale)
+      : key_dim_(static_cast<int>(key_dim)),
+        value_dim_(static_cast<int>(value_dim)),
+        scale_(scale) {
+    ForEachElement([&](int i, int element) {
+      query_[i] = element < key_dim_ ? query[element] : T(0);
+      sum_[i] = T(0);
+    });
+  }
+
+  // Attends to columns begin, ..., end - 1, whose rows `row` gives. Their logits go to `scores`,
+  // unless that is null.
+  template <typename RowOf>
+  __device__ void Attend(int begin, int end, const RowOf& row, T* scores) {
+    constexpr int kRows = L::kRowsAtATime;
+    // The same number of turns for every group: shuffles want all lanes of a warp.
+#pragma unroll 1
+    for (int base = begin; base < end; base += L::kGroups * kRows) {
+      Loaded key[kRows], value[kRows];
+      bool attended[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int column = Column(base, r);
+        attended[r] = false;
+        if (column < end) {
+          const Row<C> from = row(column);
+          attended[r] = from.attended;
+          key[r].Load(from.key, key_dim_);
+          value[r].Load(from.value, value_dim_);
+        }
+      }
+      T logits[kRows];
+      T largest = -std::numeric_limits<T>::infinity();
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const T logit = Dot(key[r]) * scale_;
+        // Of a row that is not attended to whatever came out is forgotten, its NaN too.
+        logits[r] = attended[r] ? logit : -std::numeric_limits<T>::infinity();
+        if (logits[r] > largest) largest = logits[r];
+        const int column = Column(base, r);
+        if (scores != nullptr && column < end && L::Lane() == 0) scores[column] = logits[r];
+      }
+      const T rescale = softmax_.Raise(largest);
+      ForEachElement([&](int i, int) { sum_[i] *= rescale; });
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const T weight = softmax_.Weight(logits[r]);
+        softmax_.denominator += weight;
+        ForEachLoad(
+            [&](int load, int i) {
+              const T x = value[r].vectors[load].Get(i % L::kElements);
+              sum_[i] += weight * (attended[r] ? x : T(0));
+            },
+            value_dim_);
+      }
+    }
+  }
+
+  // Then all threads know the block's softmax, and Store() gives the block's sum of values.
+  __device__ void MergeGroups() {
+#pragma unroll
+    for (int distance = L::kLanes; distance < kLanesPerWarp; distance *= 2) {
+      OnlineSoftmax<T> other;
+      other.max = OfLaneAcross(softmax_.max, distance);
+      other.denominator = OfLaneAcross(softmax_.denominator, distance);
+      const auto factors = softmax_.Merge(other);
+      ForEachElement([&](int i, int) {
+        const T others = OfLaneAcross(sum_[i], distance);
+        sum_[i] = sum_[i] * factors.own + others * factors.others;
+      });
+    }
+    Shared& shared = SharedByWarps();
+    const int warp = threadIdx.x / kLanesPerWarp;
+    if (threadIdx.x % kLanesPerWarp < L::kLanes) {
+      ForEachElement([&](int i, int element) { shared.sums[warp][element] = sum_[i]; });
+    }
+    if (threadIdx.x % kLanesPerWarp == 0) {
+      shared.max[warp] = softmax_.max;
+      shared.denominator[warp] = softmax_.denominator;
+    }
+    __syncthreads();
+    softmax_ = {};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) softmax_.Merge({shared.max[w], shared.denominator[w]});
+  }
+
+  __device__ const OnlineSoftmax<T>& softmax() const { return softmax_; }
+
+  // Writes [Dv] the block's sum of values times `factor`.
+  __device__ void Store(T factor, T* output) const {
+    const Shared& shared = SharedByWarps();
+    for (int d = threadIdx.x; d < value_dim_; d += kThreads) {
+      T sum = T(0);
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) sum += shared.sums[w][d] * softmax_.Weight(shared.max[w]);
+      output[d] = sum * factor;
+    }
+  }
+
+ private:
+  // A row's elements, as far as they are this lane's.
+  struct Loaded {
+    Vector<C, L::kElements> vectors[L::kLoads];
+
+    __device__ void Load(const C* row, int size) {
+#pragma unroll
+      for (int load = 0; load < L::kLoads; ++load) {
+        const int element = L::Element(load);
+        if (element < size) {
+          vectors[load] = *reinterpret_cast<const Vector<C, L::kElements>*>(row + element);
+        }
+      }
+    }
+  };
+
+  struct Shared {
+    T sums[kWarps][L::kLargest];
+    T max[kWarps], denominator[kWarps];
+  };
+  __device__ static Shared& SharedByWarps() {
+    __shared__ Shared shared;
+    return shared;
+  }
+
+  __device__ static int Column(int base, int r) { return base + r * L::kGroups + L::Group(); }
+
+  // Calls f(i, element) for this lane's i-th element.
+  template <typename F>
+  __device__ static void ForEachElement(const F& f) {
+#pragma unroll
+    for (int load = 0; load < L::kLoads; ++load) {
+#pragma unroll
+      for (int e = 0; e < L::kElements; ++e) f(load * L::kElements + e, L::Element(load) + e);
+    }
+  }
+
+  // Calls f(load, i) for those of this lane's elements that a row of this size has.
+  template <typename F>
+  __device__ static void ForEachLoad(const F& f, int size) {
+#pragma unroll
+    for (int load = 0; load < L::kLoads; ++load) {
+      if (L::Element(load) >= size) continue;
+#pragma unroll
+      for (int e = 0; e < L::kElements; ++e) f(load, load * L::kElements + e);
+    }
+  }
+
+  // In all lanes of the group.
+  __device__ T Dot(const Loaded& key) const {
+    T sum = T(0);
+    ForEachLoad(
+        [&](int load, int i) { sum += query_[i] * key.vectors[load].Get(i % L::kElements); },
+        key_dim_);
+#pragma unroll
+    for (int distance = L::kLanes / 2; distance > 0; distance /= 2) {
+      sum += OfLaneAcross(sum, distance);
+    }
+    return sum;
+  }
+
+  const int key_dim_, value_dim_;
+  const T scale_;
+  T query_[L::kElementsPerLane];
+  T sum_[L::kElementsPerLane];
+  OnlineSoftmax<T> softmax_;
+};
+
+// The parts [parts, size + 2] of a query's attention, by all threads of a block: the merged
+// softmax, and the output [size].
+template <typename T>
+__device__ OnlineSoftmax<T> MergeParts(const T* parts, int num_parts, int64_t size, T* output) {
+  OnlineSoftmax<T> softmax;
+  for (int part = 0; part < num_parts; ++part) {
+    const T* const state = parts + part * (size + 2) + size;
+    softmax.Merge({state[0], state[1]});
+  }
+  const T normalizer = softmax.Normalizer();
+  for (int64_t d = threadIdx.x; d < size; d += kThreads) {
+    T sum = T(0);
+    for (int part = 0; part < num_parts; ++part) {
+      const T* const state = parts + part * (size + 2);
+      sum += state[d] * softmax.Weight(state[size]);
+    }
+    output[d] = sum * normalizer;
+  }
+  return softmax;
+}
+
+}  // namespace continual_transformers
+
+#endif  // CONTINUAL_TRANSFORMERS_CUDA_PARTIAL_ATTENTION_CUH_

@@ -1,0 +1,239 @@
+// An emulator of as much of CUDA as the kernels in cuda/ use, so that their logic is tested where
+// there is no GPU: `g++ -x c++ -Itests/gpu/emulator` finds this in place of CUDA's own header.
+//
+// The blocks of a launch run one after another, and the threads of a block as fibers, which are
+// switched where they wait for each other: at __syncthreads and at shuffles. In what order blocks
+// and threads run can be chosen (cuda_emulator_set_order): a kernel whose result depends on it, or
+// that waits where not all arrive, is found. What this cannot find is a race between two blocks, or
+// between two waits of a thread: that is for compute-sanitizer, on a GPU.
+
+#ifndef CONTINUAL_TRANSFORMERS_TESTS_GPU_EMULATOR_CUDA_RUNTIME_H_
+#define CONTINUAL_TRANSFORMERS_TESTS_GPU_EMULATOR_CUDA_RUNTIME_H_
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+// The thread that runs, and its block.
+inline dim3 threadIdx(0, 0, 0), blockIdx(0, 0, 0), blockDim, gridDim;
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess             ? "no error"
+         : error == cudaErrorInvalidValue ? "invalid argument"
+                                          : "invalid configuration argument";
+}
+
+using cudaStream_t = struct CUstream_st*;
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = 9, cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+
+namespace cuda_emulator {
+
+constexpr int kLanes = 32;
+
+// 0: blocks and threads run in the order of their numbers; 1: the other way round; else shuffled,
+// with this seed.
+inline int order = 0;
+
+inline std::vector<int> Ordered(int count) {
+  std::vector<int> numbers(count);
+  std::iota(numbers.begin(), numbers.end(), 0);
+  if (order == 1) std::reverse(numbers.begin(), numbers.end());
+  if (order > 1) std::shuffle(numbers.begin(), numbers.end(), std::mt19937(order));
+  return numbers;
+}
+
+// Those who wait for each other, and what they then show each other.
+struct Barrier {
+  int waiting = 0;
+  unsigned generation = 0;
+};
+
+class Block {
+ public:
+  Block(int threads, const std::function<void()>& body)
+      : body_(body), fibers_(threads), warps_((threads + kLanes - 1) / kLanes) {}
+
+  void Run() {
+    running_ = this;
+    int alive = static_cast<int>(fibers_.size());
+    const std::vector<int> numbers = Ordered(alive);
+    while (alive > 0) {
+      bool moved = false;
+      for (int number : numbers) {
+        Fiber& fiber = fibers_[number];
+        if (fiber.done || !Released(fiber)) continue;
+        moved = true;
+        threadIdx = dim3(number, 0, 0);
+        current_ = &fiber;
+        Resume(&fiber);
+        if (fiber.done) --alive;
+        // Those who have left are not waited for.
+        if (alive > 0 && block_.waiting == alive) Release(&block_);
+      }
+      if (!moved) Stop("threads wait for others that never arrive");
+    }
+  }
+
+  static Block& Running() { return *running_; }
+
+  void WaitForBlock() { Wait(&block_, -1); }
+
+  template <typename T>
+  T Exchange(T value, int distance) {
+    static_assert(sizeof(T) <= 8);
+    const int number = threadIdx.x, lane = number % kLanes;
+    Warp& warp = warps_[number / kLanes];
+    auto& slots = warp.slots[warp.barrier.generation % 2];
+    std::memcpy(slots[lane], &value, sizeof(T));
+    Wait(&warp.barrier, std::min<int>(kLanes, fibers_.size() - number / kLanes * kLanes));
+    std::memcpy(&value, slots[lane ^ distance], sizeof(T));
+    return value;
+  }
+
+ private:
+  static constexpr size_t kStack = 64 << 10;
+
+  struct Fiber {
+    jmp_buf state;
+    bool begun = false, done = false;
+    Barrier* barrier = nullptr;
+    unsigned generation = 0;
+  };
+  struct Warp {
+    Barrier barrier;
+    // Two sets: who is first in the next exchange must not overwrite what others still read.
+    char slots[2][kLanes][8];
+  };
+
+  static bool Released(const Fiber& fiber) {
+    return fiber.barrier == nullptr || fiber.barrier->generation != fiber.generation;
+  }
+  static void Release(Barrier* barrier) {
+    barrier->waiting = 0;
+    ++barrier->generation;
+  }
+
+  // Until `all` have arrived; -1: until Run() sees that all have who are left.
+  void Wait(Barrier* barrier, int all) {
+    Fiber& fiber = *current_;
+    fiber.barrier = barrier;
+    fiber.generation = barrier->generation;
+    if (++barrier->waiting == all) Release(barrier);
+    const dim3 index = threadIdx;
+    if (_setjmp(fiber.state) == 0) _longjmp(scheduler_, 1);
+    threadIdx = index;
+    fiber.barrier = nullptr;
+  }
+
+  // A context of its own only to begin with: swapcontext asks the kernel for the signal mask at
+  // every switch, and jumps do not.
+  void Resume(Fiber* fiber) {
+    if (_setjmp(scheduler_) != 0) return;
+    if (fiber->begun) _longjmp(fiber->state, 1);
+    fiber->begun = true;
+    // Kept for the blocks to come: to give the memory back and ask for it again is most of the
+    // time.
+    static std::vector<std::unique_ptr<char[]>> stacks;
+    const size_t number = fiber - fibers_.data();
+    while (stacks.size() <= number) stacks.emplace_back(new char[kStack]);
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks[number].get();
+    context.uc_stack.ss_size = kStack;
+    context.uc_link = nullptr;
+    makecontext(&context, &Block::Begin, 0);
+    setcontext(&context);
+  }
+  static void Begin() {
+    running_->body_();
+    running_->current_->done = true;
+    _longjmp(running_->scheduler_, 1);
+  }
+
+  [[noreturn]] static void Stop(const char* why) {
+    std::fprintf(stderr, "CUDA emulator, block %u: %s\n", blockIdx.x, why);
+    std::abort();
+  }
+
+  static inline Block* running_;
+  const std::function<void()>& body_;
+  std::vector<Fiber> fibers_;
+  std::vector<Warp> warps_;
+  Barrier block_;
+  Fiber* current_ = nullptr;
+  jmp_buf scheduler_;
+};
+
+}  // namespace cuda_emulator
+
+template <typename... Params, typename... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
+                               Args&&... args) {
+  gridDim = config->gridDim;
+  blockDim = config->blockDim;
+  const std::function<void()> body = [&] { kernel(args...); };
+  for (int block : cuda_emulator::Ordered(gridDim.x)) {
+    blockIdx = dim3(block, 0, 0);
+    cuda_emulator::Block(blockDim.x, body).Run();
+  }
+  return cudaSuccess;
+}
+
+inline void __syncthreads() { cuda_emulator::Block::Running().WaitForBlock(); }
+inline void __threadfence() {}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int distance) {
+  return cuda_emulator::Block::Running().Exchange(value, distance);
+}
+template <typename T>
+T atomicAdd(T* address, T value) {
+  const T old = *address;
+  *address += value;
+  return old;
+}
+
+#endif  // CONTINUAL_TRANSFORMERS_TESTS_GPU_EMULATOR_CUDA_RUNTIME_H_
