@@ -95,10 +95,11 @@ class RetroactiveStream:
         ]
         self.has_key = [True] * len(self.steps)
 
-    def step(self, query, key, value, scale=None, has_key=True, compute=True):
+    def step(self, query, key, value, scale=None, has_key=True, compute=True, mask=None):
         """One step: [H, D], [H, D], [H, Dv] -> [H, N, Dv], or None where it need not be computed.
 
-        Row N - 1 is that of the newest step's query; rows of steps never taken are zeros.
+        Row N - 1 is that of the newest step's query; rows of steps never taken are zeros. The mask
+        is bool [H, N, N], and `scores` then are those of the step, [H, N, N].
         """
         self.steps.append(tuple(np.asarray(x, np.float64) for x in (query, key, value)))
         self.has_key.append(bool(has_key))
@@ -110,10 +111,13 @@ class RetroactiveStream:
         keys, values = (np.where(has_key[:, None, None], x, 0) for x in (keys, values))
         scale = 1 / np.sqrt(queries.shape[-1]) if scale is None else scale
         queries, keys, values = (x.swapaxes(0, 1) for x in (queries, keys, values))  # [H, n, ...]
+        unfilled = self.seq_len - len(has_key)
+        if mask is not None:
+            has_key = has_key & mask[:, unfilled:, unfilled:]
         logits = np.where(has_key, scale * (queries @ keys.swapaxes(1, 2)), -np.inf)
-        output = softmax(logits) @ values
-        unfilled = np.zeros((len(output), self.seq_len - output.shape[1], output.shape[2]))
-        return np.concatenate([unfilled, output], 1)
+        scores = softmax(logits)
+        self.scores = np.pad(scores, ((0, 0), (unfilled, 0), (unfilled, 0)))
+        return np.pad(scores @ values, ((0, 0), (unfilled, 0), (0, 0)))
 
 
 def relative_error(output, expected):

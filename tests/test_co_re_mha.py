@@ -149,6 +149,10 @@ def test_regular_calls_are_exactly_keras(random):
         dict(output_shape=(2, 3)),
         dict(attention_axes=1),
         dict(flash_attention=False),
+        dict(use_gate=True),
+        dict(use_gate=True, value_dim=9, use_bias=False),
+        dict(sliding_window=3),
+        dict(sliding_window=N + 1),
         dict(dropout=0.3),
         dict(kernel_initializer="he_normal", kernel_regularizer="l2", seed=3),
     ],
@@ -293,7 +297,7 @@ OPTIONS = dict(
     use_bias=False,
     output_shape=(2, 3),
     attention_axes=1,
-    sliding_window=None,
+    sliding_window=4,
     flash_attention=False,
     kernel_initializer="he_normal",
     bias_initializer="ones",
@@ -302,7 +306,7 @@ OPTIONS = dict(
     activity_regularizer="l2",
     kernel_constraint="non_neg",
     bias_constraint="non_neg",
-    use_gate=False,
+    use_gate=True,
     seed=3,
     warm_up="partial",
     algorithm="recompute",
@@ -384,10 +388,11 @@ BAD = {
     "streams too many": dict(query=STEP, streams=[0, 1, 2]),
     "key mask of other rows": dict(query=STEP, key_mask=np.ones(3, bool)),
     "value mask not bool": dict(query=STEP, value_mask=np.ones(2, np.float32)),
-    "mask of the window": dict(query=STEP, attention_mask=np.ones(N, bool)),
+    "mask of one row": dict(query=STEP, attention_mask=np.ones(N, bool)),
+    "mask of another window": dict(query=STEP, attention_mask=np.ones((N, N + 1), bool)),
+    "mask of other rows": dict(query=STEP, attention_mask=np.ones((3, N, N), bool)),
+    "mask not bool": dict(query=STEP, attention_mask=np.ones((N, N))),
     "query mask": dict(query=STEP, query_mask=np.ones(2, bool)),
-    "causal": dict(query=STEP, use_causal_mask=True),
-    "scores": dict(query=STEP, return_attention_scores=True),
 }
 
 
@@ -414,9 +419,8 @@ def test_bad_input_of_a_retroactive_layer_changes_nothing(backend, random, what)
         dict(warm_up="full"),
         dict(algorithm="published"),
         dict(call_mode="walk"),
-        dict(use_gate=True, call_mode="step"),
-        dict(sliding_window=3, call_mode="steps"),
         dict(attention_axes=2, call_mode="step"),
+        dict(cache_dtype="bfloat16"),
     ],
     ids=str,
 )
@@ -425,11 +429,8 @@ def test_bad_construction_of_a_retroactive_layer(options):
         ct.CoReMultiHeadAttention(**{**dict(seq_len=N, num_heads=H, key_dim=D), **options})
 
 
-@pytest.mark.parametrize(
-    "options", [dict(use_gate=True), dict(sliding_window=3), dict(attention_axes=2)], ids=str
-)
-def test_what_has_no_steps_is_keras_own(random, options):
-    layer = ct.CoReMultiHeadAttention(N, H, D, **options)
+def test_what_has_no_steps_is_keras_own(random):
+    layer = ct.CoReMultiHeadAttention(N, H, D, attention_axes=2)
     layer(random.normal(size=(2, N, E)).astype("float32"))
     with pytest.raises(ValueError, match="regular calls only"):
         layer.call_step(STEP)

@@ -109,6 +109,29 @@ def test_the_encoder_is_its_parts():
     assert ct.cost(layer, "regular").read_bytes == weights
 
 
+@pytest.mark.parametrize("use_gate", [True, False])
+@pytest.mark.parametrize("sliding_window", [None, 3, N])
+def test_retroactive_attention_is_its_projections_and_its_heads(use_gate, sliding_window):
+    layer = ct.CoReMultiHeadAttention(
+        N, H, D, use_gate=use_gate, sliding_window=sliding_window
+    )  # fmt: skip
+    layer.build((None, N, E))
+    heads = formulas.retroactive_attention_cost(N, D)
+    if sliding_window == 3:  # All rows are computed anew.
+        heads = formulas.attention_cost(N, N, D)
+    into = formulas.dense_cost(1, E, H * D)
+    expected = heads * H + into * 3 + formulas.dense_cost(N, H * D, E)
+    if use_gate:
+        expected += into + formulas.activation_cost("sigmoid", H * D) + formulas.Cost(N * H * D)
+    assert operations(ct.cost(layer)) == operations(expected)
+    layer.ensure_streams(2)
+    held = sum(array.nbytes for array in layer.get_state().values())
+    assert ct.cost(layer).state_bytes * 2 == held
+    regular = keras.layers.MultiHeadAttention(H, D, use_gate=use_gate)
+    regular.build((None, N, E), (None, N, E))
+    assert ct.cost(layer, "regular") == ct.cost(regular, "regular", seq_len=N)
+
+
 def test_small_layers():
     position = ct.CircularPositionalEncoding(9, E)
     position.build((None, N, E))

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from continual_transformers_tf.layers.co_re_steps import refuse, take_all_steps
+from continual_transformers_tf.layers.co_re_steps import take_all_steps
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.from_regular import co_si_from_regular
 from continual_transformers_tf.layers.inputs import WARM_UPS
@@ -29,10 +29,10 @@ class CoReMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
     Args:
         seq_len: N, the window: the newest steps, which attend to each other. A regular call takes
             windows of any length.
-        num_heads, ..., seed: as `keras.layers.MultiHeadAttention` has them. In a step
-            `attention_axes` can only be time, axis 1, and neither `sliding_window` nor `use_gate`
-            can be: with them the layer takes regular calls only. `flash_attention` plays no part in
-            a step.
+        num_heads, ..., seed: as `keras.layers.MultiHeadAttention` has them. `attention_axes` other
+            than time, axis 1, are for regular calls only. With a `sliding_window` narrower than
+            seq_len a step computes all rows anew, in plain TensorFlow. `flash_attention` plays no
+            part in a step.
         warm_up: what a step gives, in eager mode, while the window fills. "none": None, as long as
             no stream of the call has a full window. "partial": attention among the steps seen so
             far, in the newest rows; the others, of steps that were never taken, are zeros. A graph
@@ -40,8 +40,8 @@ class CoReMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         algorithm: of a step: "update", "recompute" (each row anew, from the rings), or "auto":
             whichever is faster at these sizes. The results are equal but for rounding.
         call_mode: what calling the layer does: "regular", "step" or "steps".
-        **kwargs: `name`, `dtype` and the like. Layers of 16-bit dtypes keep their streams in
-            float32.
+        **kwargs: `name`, `dtype` and the like. Layers of 16-bit dtypes keep their streams and
+            attend in float32, and return their own dtype.
 
     Call arguments:
         As `keras.layers.MultiHeadAttention` has them, but `value` may be left out for
@@ -52,8 +52,8 @@ class CoReMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
 
     Raises:
         ValueError: at construction, if a size is not a positive integer, or `warm_up`, `algorithm`
-            or `call_mode` is none of those above; or if `call_mode` is not "regular" and one of
-            Keras' arguments leaves no steps to take.
+            or `call_mode` is none of those above; if there is a `cache_dtype`; or if `call_mode` is
+            not "regular" and `attention_axes` is not time.
     """
 
     gives_windows = True
@@ -87,6 +87,11 @@ class CoReMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
     ):
         check_integer("seq_len", seq_len, at_least=1)
         check_algorithm(algorithm)
+        if kwargs.pop("cache_dtype", None) is not None:
+            raise ValueError(
+                "Expected no cache_dtype, which CoSiMultiHeadAttention has: beside its rings "
+                "retroactive attention keeps sums, in float64, that would outweigh them"
+            )
         if warm_up not in WARM_UPS:
             raise ValueError(f"Expected warm_up to be one of {WARM_UPS}, but got {warm_up!r}")
         super().__init__(
@@ -114,12 +119,15 @@ class CoReMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         self._warm_up = warm_up
         self._algorithm = algorithm
         self.call_mode = call_mode
-        self._no_steps = self._why_no_steps(attention_axes)
-        if self._no_steps is not None and call_mode != "regular":
+        along_time = attention_axes is None or tuple(np.atleast_1d(attention_axes)) in TIME_AXES
+        # Why no step can be taken, where the layer is only Keras' own.
+        self._no_steps = None if along_time else f"attention_axes={attention_axes!r}"
+        if not along_time and call_mode != "regular":
             raise ValueError(
-                f'Expected call_mode to be "regular" with {self._no_steps}, which a step of '
-                f"retroactive attention does not have; but got {call_mode!r}"
+                f'Expected call_mode to be "regular" with {self._no_steps}: a step adds to the '
+                f"window along time, axis 1; but got {call_mode!r}"
             )
+        gate = ((max(1, seq_len - 1), num_heads, self._value_dim), self.compute_dtype)
         self._stream_state = RetroactiveCache(
             0,
             num_heads,
@@ -128,16 +136,8 @@ class CoReMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
             self._value_dim,
             "float64" if self.compute_dtype == "float64" else "float32",
             name="state",
+            extra_rows={"gate": gate} if use_gate else None,
         )
-
-    def _why_no_steps(self, attention_axes):
-        """With which argument the layer is only Keras' own; None where it takes steps."""
-        if attention_axes is not None and tuple(np.atleast_1d(attention_axes)) not in TIME_AXES:
-            return f"attention_axes={attention_axes!r}"
-        # Steps would pass the edge of a band, each row's at another time; and each row has a gate.
-        if self._sliding_window is not None:
-            return f"sliding_window={self._sliding_window!r}"
-        return "use_gate=True" if self._use_gate else None
 
     @property
     def seq_len(self):
@@ -261,76 +261,94 @@ class CoReMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         query,
         value=None,
         key=None,
+        attention_mask=None,
+        return_attention_scores=False,
         training=None,
         *,
+        query_mask=None,
         value_mask=None,
         key_mask=None,
+        use_causal_mask=False,
         streams=None,
         update_state=True,
-        **refused,
     ):
         """Takes one step of M streams.
+
+        With `attention_mask`, `use_causal_mask` or `return_attention_scores`, all rows are computed
+        anew, in plain TensorFlow: what holds for one call alone cannot be added to a row's sums.
 
         Args:
             query: `(M, E)`, the newest step of each stream.
             value, key: `(M, Ev)`, `(M, Ek)`; None: the query, and the value.
+            attention_mask: bool, which steps of the window (last axis) the query of each (the axis
+                before) may attend to, oldest first: `[N, N]`, `[M, N, N]` or `[M, H, N, N]`.
+            return_attention_scores: whether to return the scores too.
             training: whether dropout acts. Training, and whatever else is differentiated, is in
                 plain TensorFlow. A graph that is differentiated from outside is to be called with
                 True.
+            query_mask: refused, with the reason.
             value_mask, key_mask: bool `[M]`; where either is False, the step is never attended to,
                 now or later, but its query attends: a gap in a recording.
+            use_causal_mask: whether no query attends to a later step than its own.
             streams: integers `[M]`, which stream each row belongs to, in any order, each once.
                 None: row i is stream i, and there is made room for M streams.
             update_state: if False, nothing changes: the output is that of the next real call.
-            **refused: a regular call's `attention_mask`, `query_mask`, `use_causal_mask` and
-                `return_attention_scores` are refused, with the reason.
 
         Returns:
             `(M, N, E)`, the outputs of the window, oldest step first, zeros for steps that were
-            never taken; or None while the window fills (see `warm_up`).
+            never taken; or None while the window fills (see `warm_up`). With
+            return_attention_scores a pair with the scores, `(M, H, N, N)`, or None.
 
         Raises:
             ValueError, tf.errors.InvalidArgumentError: if shapes, dtypes or streams do not fit. The
                 streams then go on as if the call had not been made.
         """
-        refuse(refused)
-        return take_all_steps(
-            self, 2, query, value, key, value_mask, key_mask, training, streams, update_state
-        )
+        outputs = take_all_steps(
+            self, 2, query, value, key, attention_mask, query_mask, value_mask, key_mask,
+            use_causal_mask, return_attention_scores, training, streams, update_state,
+        )  # fmt: skip
+        return outputs if return_attention_scores else outputs[0]
 
     def call_steps(
         self,
         query,
         value=None,
         key=None,
+        attention_mask=None,
+        return_attention_scores=False,
         training=None,
         *,
+        query_mask=None,
         value_mask=None,
         key_mask=None,
+        use_causal_mask=False,
         streams=None,
         update_state=True,
-        **refused,
     ):
         """Takes T steps of M streams: the same outputs and state as T calls of `call_step`.
 
         Args:
             query: `(M, T, E)`, the T newest steps of each stream, oldest first.
             value, key: `(M, T, Ev)`, `(M, T, Ek)`; None: the query, and the value.
+            attention_mask: as `call_step` has it, the same for every step; or `[M, H, T, N, N]`.
             value_mask, key_mask: bool `[M, T]`, as `call_step` has them.
-            training, streams, update_state, **refused: as `call_step` has them.
+            return_attention_scores, training, query_mask, use_causal_mask, streams, update_state:
+                as `call_step` has them.
 
         Returns:
             `(M, T', N, E)`: in eager mode with `warm_up="none"` the outputs of the T' newest steps,
             those with a full window in the stream that has come furthest, or None where there is
-            none; otherwise T' = T.
+            none; otherwise T' = T. With return_attention_scores a pair with the scores,
+            `(M, H, T', N, N)`, or None.
 
         Raises:
             ValueError, tf.errors.InvalidArgumentError: as `call_step`; and if T = 0.
         """
-        refuse(refused)
-        return take_all_steps(
-            self, 3, query, value, key, value_mask, key_mask, training, streams, update_state
-        )
+        outputs = take_all_steps(
+            self, 3, query, value, key, attention_mask, query_mask, value_mask, key_mask,
+            use_causal_mask, return_attention_scores, training, streams, update_state,
+        )  # fmt: skip
+        return outputs if return_attention_scores else outputs[0]
 
     def _ensure_built(self, query, value, key):
         if not self.built:
@@ -360,6 +378,10 @@ class CoReMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         output = keras.KerasTensor(shape, dtype=self.compute_dtype)
         if not return_attention_scores:
             return output
-        value = query if value is None else value
-        scores = (query.shape[0], self._num_heads, query.shape[1], value.shape[1])
+        heads = (query.shape[0], self._num_heads)
+        if self.active_call_mode == "regular":
+            value = query if value is None else value
+            scores = (*heads, query.shape[1], value.shape[1])
+        else:
+            scores = (*heads, *query.shape[1:-1], self._seq_len, self._seq_len)
         return output, keras.KerasTensor(scores, dtype=self.compute_dtype)

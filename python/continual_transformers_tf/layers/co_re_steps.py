@@ -1,5 +1,6 @@
 """What a step of `CoReMultiHeadAttention` does: project, attend in one op, project back."""
 
+import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf.layers.co_si_steps import (
@@ -9,48 +10,50 @@ from continual_transformers_tf.layers.co_si_steps import (
     unready_steps,
 )
 from continual_transformers_tf.layers.step_ops import cast, project
+from continual_transformers_tf.ops.delay import put_steps, windows_of
 from continual_transformers_tf.ops.retroactive import attend_all_steps
-from continual_transformers_tf.ops.single_output import expand_key_mask
-
-# What a regular call takes and a step does not.
-REFUSED = {
-    "attention_mask": (
-        "a kept row has summed over what it attends to, and a mask of the window, which moves on "
-        "at every step, would change that for all rows"
-    ),
-    "query_mask": "a kept row's query is in the window for N steps; mask its output instead",
-    "use_causal_mask": (
-        "a row then attends to nothing that comes after it, and none has anything to update: that "
-        "is CoSiMultiHeadAttention"
-    ),
-    "return_attention_scores": ("they are N × N numbers a step, of which an update computes 2 N"),
-}
-
-
-def refuse(arguments):
-    """Raises ValueError where an argument of a regular call is given to a step."""
-    for name, value in arguments.items():
-        if name not in REFUSED:
-            raise TypeError(f"Expected no argument {name!r} of a step, but got {value!r}")
-        if value is not None and value is not False:
-            raise ValueError(f"Expected no {name} in a step, but got one: {REFUSED[name]}")
+from continual_transformers_tf.ops.single_output import expand_key_mask, expand_mask
 
 
 def take_all_steps(
-    layer, rank, query, value, key, value_mask, key_mask, training, streams, update_state
+    layer,
+    rank,
+    query,
+    value,
+    key,
+    attention_mask,
+    query_mask,
+    value_mask,
+    key_mask,
+    use_causal_mask,
+    return_attention_scores,
+    training,
+    streams,
+    update_state,
 ):
     """One step (rank 2) or several (rank 3); the arguments of `call_step` and `call_steps`.
 
     Returns:
-        The outputs, or None while the window fills.
+        (outputs, scores or None), or (None, None) while the window fills.
     """
+    if query_mask is not None:
+        raise ValueError(
+            "Expected no query_mask in a step, but got one: a query stays in the window for N "
+            "steps, in whose calls its mask would be forgotten; leave its row of the output out "
+            "instead, or give its row of attention_mask as False"
+        )
     query, value, key = step_inputs(layer, rank, query, value, key)
     cache, dtype = layer._stream_state, layer.compute_dtype
+    mask = window_mask(layer, use_causal_mask)
+    if attention_mask is not None:
+        given = expand_mask(attention_mask, *query.shape[:2], cache, all_rows=True)
+        mask = given if mask is None else mask & given
     value_mask, key_mask = (
         expand_key_mask(name, given, query, rank == 2)
         for name, given in (("value_mask", value_mask), ("key_mask", key_mask))
     )
     rows = tf.shape(query)[0] if query.shape[0] is None else query.shape[0]
+    streams = cache.streams_of_call(streams, rows)
     queries, keys, values = (
         cast(project(x, dense, dtype, training), cache.dtype)
         for x, dense in (
@@ -60,28 +63,64 @@ def take_all_steps(
         )
     )
     dropout = scores_dropout(layer, training)
-    attended, steps_taken = attend_all_steps(
-        queries,
-        keys,
-        values,
-        cache,
-        streams=cache.streams_of_call(streams, rows),
-        key_mask=both_masks(value_mask, key_mask),
-        scale=layer._inverse_sqrt_key_dim,
-        algorithm=layer.algorithm,
-        update_state=update_state,
-        training=training,
-        dropout=None if dropout is None else lambda x: cast(dropout(x), cache.dtype),
-    )
+    with cache.lock:
+        if layer._use_gate:
+            gate = project(query, layer._gate_dense, dtype, training)
+            streams = cache.checked(streams, rows)
+            position = tf.gather(cache.position, streams)
+            gates, _ = windows_of(cache.gate, gate, streams, position, layer.seq_len)
+        attended, scores, steps_taken = attend_all_steps(
+            queries,
+            keys,
+            values,
+            cache,
+            streams=streams,
+            attention_mask=mask,
+            key_mask=both_masks(value_mask, key_mask),
+            scale=layer._inverse_sqrt_key_dim,
+            return_attention_scores=return_attention_scores,
+            algorithm=layer.algorithm,
+            update_state=update_state,
+            training=training,
+            dropout=None if dropout is None else lambda x: cast(dropout(x), cache.dtype),
+        )
+        if layer._use_gate and update_state:
+            with tf.control_dependencies([attended]):  # In a graph: if that fails, nothing is put.
+                put_steps(cache.gate, gate, streams, position)
+
     unready = unready_steps(layer, query, steps_taken)
     if unready == query.shape[1]:
-        return None
+        return None, None
+    attended = tf.transpose(cast(attended, dtype), (0, 1, 3, 2, 4))  # [M, T, N, H, Dv]
+    if layer._use_gate:
+        attended *= gates
     if unready > 0:
         attended = attended[:, unready:]
-    attended = tf.transpose(cast(attended, dtype), (0, 1, 3, 2, 4))  # [M, T, N, H, Dv]
     output = project(attended, layer._output_dense, dtype, training, axes=2)
     output = _without_rows_never_taken(layer, output, steps_taken)
-    return tf.squeeze(output, 1) if rank == 2 else output
+    if not return_attention_scores:
+        return tf.squeeze(output, 1) if rank == 2 else output, None
+    scores = cast(scores, dtype)[:, :, unready:]
+    if rank == 2:
+        output, scores = tf.squeeze(output, 1), tf.squeeze(scores, 2)
+    return output, scores
+
+
+def window_mask(layer, use_causal_mask):
+    """What the layer does not let the queries of its window attend to: `[1, 1, 1, N, N]`, or None.
+
+    A causal query attends to what there still is in the window of the steps up to its own.
+    """
+    step = np.arange(layer.seq_len)
+    age = step[:, np.newaxis] - step
+    allowed = np.full(age.shape, True)
+    if layer._sliding_window is not None:
+        allowed &= np.abs(age) < layer._sliding_window
+    if use_causal_mask:
+        allowed &= age >= 0
+    if allowed.all():
+        return None
+    return tf.constant(allowed[np.newaxis, np.newaxis, np.newaxis])
 
 
 def _without_rows_never_taken(layer, output, steps_taken):

@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from continual_transformers_tf.layers.co_re_mha import CoReMultiHeadAttention
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
-from continual_transformers_tf.ops.delay import put_steps, steps_before
+from continual_transformers_tf.ops.delay import put_steps, windows_of
 from continual_transformers_tf.ops.stream_state import StreamState
 
 
@@ -138,20 +138,14 @@ class CoReTransformerEncoder(TransformerEncoderBlock):
         with state.lock:
             state.ensure_streams(tf.shape(self.attention.position)[0])
             position = tf.gather(state.position, streams)
-            before = steps_before(state.window, streams, position, n - 1)
+            windows, taken = windows_of(state.window, x, streams, position, n)
             if update_state:
-                with tf.control_dependencies([before]):
+                with tf.control_dependencies([windows]):
                     put_steps(state.window, x, streams, position)
                 state.position.scatter_nd_add(
                     streams[:, tf.newaxis], tf.fill([rows], tf.cast(steps, tf.int64))
                 )
-        # Row i of the window of step t.
-        row = tf.range(steps)[:, tf.newaxis] + tf.range(n)
-        windows = tf.gather(tf.concat([before, x], 1), row, axis=1)
-        number = position[:, tf.newaxis, tf.newaxis] - (n - 1) + tf.cast(row, tf.int64)
-        taken = number >= 0
-        # Selected: what an earlier stream left there may be NaN.
-        return tf.where(taken[..., tf.newaxis], windows, 0), taken
+        return windows, taken
 
     # The state of the streams: that of the attention, and the window's inputs.
 

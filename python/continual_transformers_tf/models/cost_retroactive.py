@@ -3,7 +3,12 @@
 from continual_transformers_tf.layers.co_re_mha import CoReMultiHeadAttention
 from continual_transformers_tf.layers.co_re_transformer_encoder import CoReTransformerEncoder
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
-from continual_transformers_tf.models.cost_formulas import Cost, retroactive_attention_cost
+from continual_transformers_tf.models.cost_formulas import (
+    Cost,
+    activation_cost,
+    attention_cost,
+    retroactive_attention_cost,
+)
 from continual_transformers_tf.models.cost_layers import (
     Rows,
     attention_of_windows,
@@ -16,15 +21,26 @@ from continual_transformers_tf.models.cost_layers import (
 
 @cost_of.register
 def _(layer: CoReMultiHeadAttention, rows):
-    """The published update of a step; all N outputs of it go through the last layer."""
+    """The published update of a step, or with a band, which a step computes anew, all rows of it.
+
+    All N outputs of it go through the last layer.
+    """
     if rows.mode == "regular":
         return attention_of_windows(layer, rows)
     heads, key_size = layer._num_heads, layer._num_heads * layer._key_dim
     outputs = layer._output_dense.kernel.shape[-1]
-    total = retroactive_attention_cost(layer.seq_len, layer._key_dim) * heads
+    n, band = layer.seq_len, layer._sliding_window
+    if band is None or band >= n:
+        total = retroactive_attention_cost(n, layer._key_dim) * heads
+    else:
+        total = attention_cost(n, n, layer._key_dim, layer._value_dim) * heads
     total += projection(layer._query_dense, 1, key_size) + projection(layer._key_dense, 1, key_size)
     total += projection(layer._value_dense, 1, heads * layer._value_dim)
-    total += projection(layer._output_dense, layer.seq_len, outputs)
+    total += projection(layer._output_dense, n, outputs)
+    if layer._use_gate:  # Each output is multiplied by the gate that came with its query.
+        gated = heads * layer._value_dim
+        total += projection(layer._gate_dense, 1, gated) + activation_cost("sigmoid", gated)
+        total += Cost(multiplications=n * gated)
     state = bytes_of_state(layer._stream_state)
     return total + Cost(state_bytes=state, read_bytes=state + bytes_of_weights(layer))
 

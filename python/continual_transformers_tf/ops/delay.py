@@ -45,6 +45,30 @@ def steps_before(ring, streams, position, count):
     return tf.gather_nd(ring, rows)
 
 
+def windows_of(ring, steps, streams, position, seq_len):
+    """The window of each of this call's steps: the seq_len newest that end with it, oldest first.
+
+    Args:
+        ring, steps, streams, position: as `delayed_steps` has them; the ring's D is seq_len - 1, or
+            1 where that is 0.
+        seq_len: N.
+
+    Returns:
+        (`[M, T, N, ...]`, zeros for steps that no stream has taken, and bool `[M, T, N]`: which
+        were taken).
+    """
+    taken = tf.shape(steps)[1]
+    before = steps_before(ring, streams, position, seq_len - 1)
+    # Row i of the window of step t.
+    row = tf.range(taken)[:, tf.newaxis] + tf.range(seq_len)
+    windows = tf.gather(tf.concat([before, steps], 1), row, axis=1)
+    number = position[:, tf.newaxis, tf.newaxis] - (seq_len - 1) + tf.cast(row, tf.int64)
+    there = number >= 0
+    # Selected: what an earlier stream left there may be NaN.
+    expanded = tf.reshape(there, tf.concat([tf.shape(there), [1] * (windows.shape.rank - 3)], 0))
+    return tf.where(expanded, windows, 0), there
+
+
 def put_steps(ring, steps, streams, position):
     """Puts the newest steps of streams into a ring; the arguments are those of `delayed_steps`."""
     taken = tf.shape(steps)[1]

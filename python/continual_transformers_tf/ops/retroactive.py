@@ -6,7 +6,7 @@ import tensorflow as tf
 from tensorflow.python.eager import record
 
 from continual_transformers_tf.ops import library, retroactive_twin
-from continual_transformers_tf.ops.single_output import expand_key_mask, scale_tensor
+from continual_transformers_tf.ops.single_output import expand_key_mask, expand_mask, scale_tensor
 from continual_transformers_tf.ops.stream_state import stream_tensor
 
 ALGORITHMS = ("auto", "update", "recompute")
@@ -24,8 +24,10 @@ def retroactive_attention(
     cache,
     *,
     streams=None,
+    attention_mask=None,
     key_mask=None,
     scale=None,
+    return_attention_scores=False,
     algorithm="auto",
     update_state=True,
 ):
@@ -48,9 +50,15 @@ def retroactive_attention(
         cache: a `RetroactiveCache` of S streams; changed in place.
         streams: integers `[M]`, which stream each row belongs to, in any order, each once; None:
             row i is stream i.
+        attention_mask: bool, which steps of the window (last axis) the query of each (the axis
+            before) may attend to, oldest first: `[N, N]`, `[M, N, N]`, `[M, H, N, N]` or
+            `[M, H, T, N, N]`. None: all. It holds for this call alone, so all rows are computed
+            anew, in plain TensorFlow.
         key_mask: bool `[M]` or `[M, T]`, which of these steps have a key: one that has none is
             attended to neither now nor later, but its query attends. None: all.
         scale: what the logits are multiplied by; None: 1 / sqrt(D).
+        return_attention_scores: whether to return the softmax too; all rows are then computed anew,
+            in plain TensorFlow.
         algorithm: "update": each row of the window gains the new key and loses the oldest;
             "recompute": each is computed anew; "auto": whichever is faster at these sizes. The
             results are equal but for rounding. Plain TensorFlow always computes them anew.
@@ -58,7 +66,9 @@ def retroactive_attention(
 
     Returns:
         `[M, H, N, Dv]` or `[M, T, H, N, Dv]`: the outputs of the window's queries, oldest first.
-        Zeros for steps that were never taken, and where no step has a key.
+        Zeros for steps that were never taken, and where there is nothing to attend to. With
+        return_attention_scores also `[M, H, N, N]` or `[M, H, T, N, N]`: the softmax of each query
+        over the window.
 
     Raises:
         ValueError, tf.errors.InvalidArgumentError: if shapes, dtypes or streams do not fit the
@@ -74,18 +84,24 @@ def retroactive_attention(
     one_step = query.shape.rank == 3
     if one_step:
         query, key, value = (tf.expand_dims(x, 1) for x in (query, key, value))
-    output, _ = attend_all_steps(
+    output, scores, _ = attend_all_steps(
         query,
         key,
         value,
         cache,
         streams=stream_tensor(tf.range(tf.shape(query)[0]) if streams is None else streams),
+        attention_mask=expand_mask(attention_mask, *query.shape[:2], cache, all_rows=True),
         key_mask=expand_key_mask("key_mask", key_mask, query, one_step),
         scale=scale,
+        return_attention_scores=return_attention_scores,
         algorithm=algorithm,
         update_state=update_state,
     )
-    return tf.squeeze(output, 1) if one_step else output
+    if one_step:
+        output = tf.squeeze(output, 1)
+    if not return_attention_scores:
+        return output
+    return output, tf.squeeze(scores, 2) if one_step else scores
 
 
 def attend_all_steps(
@@ -95,8 +111,10 @@ def attend_all_steps(
     cache,
     *,
     streams,
+    attention_mask=None,
     key_mask=None,
     scale=None,
+    return_attention_scores=False,
     algorithm="auto",
     update_state=True,
     training=None,
@@ -106,22 +124,25 @@ def attend_all_steps(
 
     Args:
         query, key, value: tensors `[M, T, H, D]`, twice, and `[M, T, H, Dv]`, of the cache's dtype.
-        cache, scale, algorithm, update_state: as there.
+        cache, scale, return_attention_scores, algorithm, update_state: as there.
         streams: int32 tensor `[M]`.
+        attention_mask: bool tensor `[M, H, T, N, N]`, the first three axes may be 1; or None.
         key_mask: bool tensor `[M, T]`, or None.
         training: whether a graph may be asked for gradients from outside.
         dropout: what is applied to the scores before they weight the values; None: nothing.
 
     Returns:
-        (output `[M, T, H, N, Dv]`, and int64 `[M]`, the steps that each of these streams has taken,
-        these among them).
+        (output `[M, T, H, N, Dv]`, scores `[M, H, T, N, N]` or None where not wanted, and int64
+        `[M]`, the steps that each of these streams has taken, these among them).
     """
     check_algorithm(algorithm)
     scale = scale_tensor(1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale)
     inputs = dict(query=query, key=key, value=value, streams=streams, scale=scale)
     masks = [] if key_mask is None else [key_mask]
-    # The fused op has neither a gradient nor random numbers.
+    # The fused op has neither a gradient, random numbers nor scores; and the sums that it keeps of
+    # a row are over all that the row has seen, which no mask of the window can change.
     plain = training or dropout is not None or record.should_record_backprop(list(inputs.values()))
+    plain = plain or attention_mask is not None or return_attention_scores
     fused = None if plain else library.fused_ops(cache.device_type)
     with cache.lock:
         if fused is None:
@@ -133,11 +154,13 @@ def attend_all_steps(
                 position=cache.position,
                 query_cache=cache.query,
                 made_with=cache.made_with,
+                attention_mask=attention_mask,
                 key_mask=masks,
+                return_attention_scores=return_attention_scores,
                 update_state=update_state,
                 dropout=dropout,
             )
-        return fused.continual_transformers_retroactive_attention(
+        output, steps_taken = fused.continual_transformers_retroactive_attention(
             **inputs,
             key_cache=cache.key.handle,
             value_cache=cache.value.handle,
@@ -151,6 +174,7 @@ def attend_all_steps(
             algorithm=algorithm,
             update_state=update_state,
         )
+    return output, None, steps_taken
 
 
 def check_algorithm(algorithm):

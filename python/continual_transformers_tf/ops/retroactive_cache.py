@@ -17,6 +17,7 @@ class RetroactiveCache(AttentionCache):
         streams, num_heads, seq_len, key_dim, value_dim: as `AttentionCache` has them.
         dtype: of queries, keys and values: float32 or float64. In half the bits a kept query would
             ask for something else than it did as it came.
+        extra_rows: what else is kept of each stream, as `StreamState` has its rows.
 
     Attributes:
         key, value, key_mask, position, compute_dtype, device_type: as of an `AttentionCache`.
@@ -42,6 +43,7 @@ class RetroactiveCache(AttentionCache):
         value_dim=None,
         dtype="float32",
         name=None,
+        extra_rows=None,
     ):
         value_dim = key_dim if value_dim is None else value_dim
         sizes = dict(num_heads=num_heads, seq_len=seq_len, key_dim=key_dim, value_dim=value_dim)
@@ -58,6 +60,7 @@ class RetroactiveCache(AttentionCache):
             softmax=([num_heads, 4, seq_len], tf.float64),
             weighted_sum=([num_heads, seq_len, value_dim], tf.float64),
             made_with=([2], tf.float64),
+            **(extra_rows or {}),
         )
         super().__init__(
             streams, num_heads, seq_len, key_dim, value_dim, dtype, name=name, extra_rows=rows

@@ -33,17 +33,23 @@ def attend_all_steps(
     scale,
     key_mask,
     update_state,
+    attention_mask=None,
+    return_attention_scores=False,
     dropout=None,
 ):
     """See `ContinualTransformers>RetroactiveAttention` in cc/tensorflow/ops.cc.
 
     Differs in what it takes for the cache: variables, not their handles, and only those that it
-    uses; and in `dropout`, which is applied to the scores before they weight the values.
+    uses; in `attention_mask`, bool `[M, H, T, N, N]` whose first three axes may be 1; and in
+    `dropout`, which is applied to the scores before they weight the values.
+
+    Returns:
+        (output, scores `[M, H, T, N, N]` or None where not wanted, steps_taken).
     """
     check_static(query, key, value, key_cache, value_cache, streams)
     key_mask = key_mask[0] if key_mask else tf.ones(tf.shape(query)[:2], bool)
     with tf.control_dependencies(
-        check_values(query, key, value, streams, position, None, key_mask, key_cache)
+        check_values(query, key, value, streams, position, attention_mask, key_mask, key_cache)
     ):
         streams = tf.identity(streams)  # What comes after waits for the checks.
     start = tf.gather(position, streams)  # [M]
@@ -60,23 +66,30 @@ def attend_all_steps(
 
     num_steps = query.shape[1]
     chunk = max(1, ROWS_PER_CHUNK // seq_len) if num_steps is not None else tf.shape(query)[1]
-    outputs = []
+    outputs, scores = [], []
     for first in [0] if num_steps is None else range(0, num_steps, chunk):
         steps = tf.range(first, tf.minimum(first + chunk, tf.shape(query)[1]))
         # Step t's window is columns t + 1, ..., t + N.
         columns = steps[:, tf.newaxis] + 1 + tf.range(seq_len)  # [t, N]
         step_of = start[:, tf.newaxis, tf.newaxis] - seq_len + tf.cast(columns, tf.int64)
         taken = step_of >= 0
-        output = _attend(
+        mask = attention_mask
+        if mask is not None and mask.shape[2] != 1 and num_steps is not None:
+            mask = mask[:, :, first : first + chunk]
+        output, weights = _attend(
             *(tf.gather(x, columns, axis=2) for x in (queries, keys, values)),
             taken[:, tf.newaxis],
             (taken & tf.gather(has_key, columns, axis=1))[:, tf.newaxis],
+            mask,
             scale,
             dropout,
         )
         outputs.append(output)
+        if return_attention_scores:
+            scores.append(weights)
 
     output = tf.concat(outputs, 1)
+    scores = tf.concat(scores, 2) if return_attention_scores else None
     steps_taken = start + tf.cast(tf.shape(query)[1], tf.int64)
     if update_state:
         # In a graph, what is read is read before the state changes, and what fails has failed.
@@ -87,17 +100,17 @@ def attend_all_steps(
             nobodys = tf.zeros([tf.shape(streams)[0], 2], made_with.dtype)
             made_with.scatter_nd_update(streams[:, tf.newaxis], nobodys)
             position.scatter_nd_update(streams[:, tf.newaxis], steps_taken)
-    return output, steps_taken
+    return output, scores, steps_taken
 
 
-def _attend(queries, keys, values, taken, attended, scale, dropout):
+def _attend(queries, keys, values, taken, attended, mask, scale, dropout):
     """queries, keys and values [M, H, t, N, D or Dv], taken and attended [M, 1, t, N]."""
     # Selected, not multiplied by zero: what no step has written, or must not be attended to, can be
     # NaN.
     queries = tf.where(taken[..., tf.newaxis], queries, 0)
     keys, values = (tf.where(attended[..., tf.newaxis], x, 0) for x in (keys, values))
     logits = tf.cast(scale, queries.dtype) * tf.einsum("mhtrd,mhtnd->mhtrn", queries, keys)
-    weights = softmax(logits, attended[..., tf.newaxis, :] & taken[..., tf.newaxis])
-    if dropout is not None:
-        weights = dropout(weights)
-    return tf.einsum("mhtrn,mhtnd->mthrd", weights, values)
+    attended = attended[..., tf.newaxis, :] & taken[..., tf.newaxis]
+    weights = softmax(logits, attended if mask is None else attended & mask)
+    dropped = weights if dropout is None else dropout(weights)
+    return tf.einsum("mhtrn,mhtnd->mthrd", dropped, values), weights

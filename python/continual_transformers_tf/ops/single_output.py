@@ -169,13 +169,15 @@ tf.RegisterGradient("ContinualTransformers>SingleOutputAttention")(
 )
 
 
-def expand_mask(mask, m, t, cache):
+def expand_mask(mask, m, t, cache, all_rows=False):
     """A user's mask with its missing axes as 1: bool tensor `[M, H, T, N]`, or None for None.
 
     Args:
         mask: `[N]`, `[M, N]`, `[M, H, N]` or `[M, H, T, N]`.
         m, t: M and T; None where they are not known.
         cache: the `AttentionCache` whose H and N it must fit.
+        all_rows: whether all queries of the window attend: then it is `[N, N]` that is N above, the
+            queries first.
 
     Raises:
         ValueError: if it is not bool, or does not fit.
@@ -183,24 +185,24 @@ def expand_mask(mask, m, t, cache):
     if mask is None:
         return None
     mask = _bool_tensor("attention_mask", mask)
-    _, h, n, _ = cache.key.shape
-    letters, full = {
-        1: ("[N]", (n,)),
-        2: ("[M, N]", (m, n)),
-        3: ("[M, H, N]", (m, h, n)),
-        4: ("[M, H, T, N]", (m, h, t, n)),
-    }.get(mask.shape.rank, ("[N], [M, N], [M, H, N] or [M, H, T, N]", ()))
-    fits = len(full) == mask.shape.rank and all(
-        got == size or got is None or size is None or (got == 1 and axis < len(full) - 1)
-        for axis, (got, size) in enumerate(zip(mask.shape, full, strict=True))
-    )
-    if not fits:
+    sizes = dict(M=m, H=cache.key.shape[1], T=t, N=cache.seq_len)
+    window = "NN" if all_rows else "N"
+    shapes = ["MHT"[:lead] + window for lead in range(4)]
+    letters = next((shape for shape in shapes if len(shape) == mask.shape.rank), None)
+    if letters is None or not all(
+        got in (None, sizes[x]) or sizes[x] is None or (got == 1 and x != "N")
+        for x, got in zip(letters, mask.shape, strict=True)
+    ):
+        *others, last = (f"[{', '.join(x)}]" for x in ([letters] if letters else shapes))
+        expected = f"{', '.join(others)} or {last}" if others else last
+        known = [f"{x} = {size}" for x, size in sizes.items()]
         raise ValueError(
-            f"Expected attention_mask of shape {letters}, with M = {m}, H = {h}, T = {t} and "
-            f"N = {n}, but got {tuple(mask.shape)}"
+            f"Expected attention_mask of shape {expected}, with {', '.join(known[:-1])} and "
+            f"{known[-1]}, but got {tuple(mask.shape)}"
         )
-    for axis in {1: (0, 0, 0), 2: (1, 1), 3: (2,), 4: ()}[len(full)]:
-        mask = tf.expand_dims(mask, axis)
+    lead = len(letters) - len(window)
+    for _ in range(3 - lead):
+        mask = tf.expand_dims(mask, lead)
     return mask
 
 

@@ -199,10 +199,12 @@ def check_values(query, key, value, streams, position, mask, key_mask, key_cache
     if mask is not None:
         got = tf.shape(mask)
         full = tf.gather(shape, [0, 2, 1])
+        axes = "[M, H, T, N]" if mask.shape.rank == 4 else "[M, H, T, N, N]"
         assertions += [
             tf.debugging.Assert(
-                tf.reduce_all((got[:3] == 1) | (got[:3] == full)) & (got[3] == key_cache.shape[2]),
-                ["Expected attention_mask of shape [M, H, T, N], with M, H, T", full, "got", got],
+                tf.reduce_all((got[:3] == 1) | (got[:3] == full))
+                & tf.reduce_all(got[3:] == key_cache.shape[2]),
+                [f"Expected attention_mask of shape {axes}, with M, H, T", full, "got", got],
             )
         ]
     return assertions
