@@ -9,20 +9,28 @@
 
 namespace continual_transformers {
 
-// To be called by all threads of a block. True for the last of `count` blocks that call it with
-// this counter, to which everything is visible that the others wrote before they called. The
-// counter is zero before the first and after the last.
+// Whether the thread is the last of `count` that arrive at this counter, which is zero before the
+// first and after the last. It orders nothing: for a thread that only has to know that the others
+// have read what it is about to overwrite.
+__device__ inline bool ThreadArrivesLast(uint32_t* counter, uint32_t count) {
+  if (count == 1) return true;
+  if (atomicAdd(counter, 1u) != count - 1) return false;
+  *counter = 0;
+  return true;
+}
+
+// The same of blocks, called by all their threads: and to the last one everything is visible that
+// the others wrote before they called.
 __device__ inline bool ArrivesLast(uint32_t* counter, uint32_t count) {
   __shared__ bool is_last;
-  __threadfence();
   __syncthreads();
-  if (count == 1) return true;
   if (threadIdx.x == 0) {
-    is_last = atomicAdd(counter, 1u) == count - 1;
-    if (is_last) *counter = 0;
+    // One thread's fences are enough for what the barriers show it of the others.
+    __threadfence();
+    is_last = ThreadArrivesLast(counter, count);
+    __threadfence();
   }
   __syncthreads();
-  __threadfence();
   return is_last;
 }
 

@@ -17,6 +17,11 @@ namespace continual_transformers {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kLanesPerWarp;
 
+// As many blocks as are to have room on a multiprocessor at once. With 5 a thread has 96 registers;
+// left to itself the compiler spends up to 161, for 3 blocks, and with 6 it spills.
+template <typename T>
+constexpr int kBlocksPerMultiprocessor = sizeof(T) == 8 ? 3 : 5;
+
 // How a row lies over the lanes of a group: kLanes of them take kLoads loads each, of kElements
 // elements; lane j's load l begins at element (l * kLanes + j) * kElements.
 template <int kElements_, int kLanes_, int kLoads_>
@@ -27,15 +32,14 @@ struct RowLayout {
   static constexpr int kGroups = kThreads / kLanes;
   // Of keys and of values, whose loads are all under way before the first is used.
   static constexpr int kRowsAtATime = kLoads == 1 ? 4 : 1;
-  // As many as have room to run at once when a thread has 80 registers, or 96 for several loads:
-  // with more the compiler would spend up to 161, and 3 blocks would be left.
-  static constexpr int kBlocksPerMultiprocessor = kLoads == 1 ? 6 : 5;
 
   __device__ static int Lane() { return threadIdx.x % kLanes; }
   __device__ static int Group() { return threadIdx.x / kLanes; }
-  __device__ static int Element(int load) { return (load * kLanes + Lane()) * kElements; }
+  __device__ static int Element(int load) { return Lane() * kElements + load * kStride; }
+  static constexpr int kStride = kLanes * kElements;  // From one load of a lane to its next.
 };
 
+// As a lane sees it: from its own first element on.
 template <typename C>
 struct Row {
   const C* key;
@@ -56,26 +60,24 @@ class PartialAttention {
     });
   }
 
-  // Attends to columns begin, ..., end - 1, whose rows `row` gives. Their logits go to `scores`,
-  // unless that is null.
-  template <typename RowOf>
+  // Attends to columns begin, ..., end - 1, whose rows `row` gives, kRows of a group at a time.
+  // Their logits go to `scores`, unless that is null.
+  template <int kRows, typename RowOf>
   __device__ void Attend(int begin, int end, const RowOf& row, T* scores) {
-    constexpr int kRows = L::kRowsAtATime;
+    // Zeros where a lane has nothing to load: whatever is multiplied by them is not to be NaN.
+    Loaded key[kRows] = {}, value[kRows] = {};
     // The same number of turns for every group: shuffles want all lanes of a warp.
 #pragma unroll 1
     for (int base = begin; base < end; base += L::kGroups * kRows) {
-      Loaded key[kRows], value[kRows];
       bool attended[kRows];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
+        // Beyond the end the last row once more, rather than a branch between the loads.
         const int column = Column(base, r);
-        attended[r] = false;
-        if (column < end) {
-          const Row<C> from = row(column);
-          attended[r] = from.attended;
-          key[r].Load(from.key, key_dim_);
-          value[r].Load(from.value, value_dim_);
-        }
+        const Row<C> from = row(column < end ? column : end - 1);
+        attended[r] = from.attended & (column < end);
+        key[r].Load(from.key, key_dim_);
+        value[r].Load(from.value, value_dim_);
       }
       T logits[kRows];
       T largest = -std::numeric_limits<T>::infinity();
@@ -85,8 +87,12 @@ class PartialAttention {
         // Of a row that is not attended to whatever came out is forgotten, its NaN too.
         logits[r] = attended[r] ? logit : -std::numeric_limits<T>::infinity();
         if (logits[r] > largest) largest = logits[r];
-        const int column = Column(base, r);
-        if (scores != nullptr && column < end && L::Lane() == 0) scores[column] = logits[r];
+      }
+      if (scores != nullptr && L::Lane() == 0) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          if (Column(base, r) < end) scores[Column(base, r)] = logits[r];
+        }
       }
       const T rescale = softmax_.Raise(largest);
       ForEachElement([&](int i, int) { sum_[i] *= rescale; });
@@ -137,6 +143,7 @@ class PartialAttention {
   // Writes [Dv] the block's sum of values times `factor`.
   __device__ void Store(T factor, T* output) const {
     const Shared& shared = SharedByWarps();
+#pragma unroll 1
     for (int d = threadIdx.x; d < value_dim_; d += kThreads) {
       T sum = T(0);
 #pragma unroll
@@ -153,9 +160,9 @@ class PartialAttention {
     __device__ void Load(const C* row, int size) {
 #pragma unroll
       for (int load = 0; load < L::kLoads; ++load) {
-        const int element = L::Element(load);
-        if (element < size) {
-          vectors[load] = *reinterpret_cast<const Vector<C, L::kElements>*>(row + element);
+        if (L::Element(load) < size) {
+          vectors[load] =
+              *reinterpret_cast<const Vector<C, L::kElements>*>(row + load * L::kStride);
         }
       }
     }
@@ -182,12 +189,12 @@ class PartialAttention {
     }
   }
 
-  // Calls f(load, i) for those of this lane's elements that a row of this size has.
+  // Calls f(load, i) for this lane's elements, as far as any lane has some of a row of this size.
   template <typename F>
   __device__ static void ForEachLoad(const F& f, int size) {
 #pragma unroll
     for (int load = 0; load < L::kLoads; ++load) {
-      if (L::Element(load) >= size) continue;
+      if (L::kLoads > 1 && load * L::kStride >= size) continue;
 #pragma unroll
       for (int e = 0; e < L::kElements; ++e) f(load, load * L::kElements + e);
     }
@@ -218,13 +225,16 @@ class PartialAttention {
 template <typename T>
 __device__ OnlineSoftmax<T> MergeParts(const T* parts, int num_parts, int64_t size, T* output) {
   OnlineSoftmax<T> softmax;
+#pragma unroll 1
   for (int part = 0; part < num_parts; ++part) {
     const T* const state = parts + part * (size + 2) + size;
     softmax.Merge({state[0], state[1]});
   }
   const T normalizer = softmax.Normalizer();
-  for (int64_t d = threadIdx.x; d < size; d += kThreads) {
+#pragma unroll 1
+  for (int d = threadIdx.x; d < size; d += kThreads) {
     T sum = T(0);
+#pragma unroll 4
     for (int part = 0; part < num_parts; ++part) {
       const T* const state = parts + part * (size + 2);
       sum += state[d] * softmax.Weight(state[size]);

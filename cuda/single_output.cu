@@ -30,209 +30,273 @@ class QueryBlock {
  public:
   using Params = DeviceSingleOutputParams<T, C>;
 
-  __device__ explicit QueryBlock(const Params& params) : p_(params) {
-    // In 32 bits, as all that a launch's blocks are numbered by: registers are what is short.
-    unsigned block = blockIdx.x;
-    parts_ = static_cast<int>(p_.window_parts);
-    part_ = static_cast<int>(block % parts_);
-    query_ = static_cast<int>(block / parts_);
-    t_ = query_ % static_cast<int>(p_.num_steps);
-    pair_ = query_ / static_cast<int>(p_.num_steps);
-    h_ = pair_ % static_cast<int>(p_.num_heads);
-    m_ = pair_ / static_cast<int>(p_.num_heads);
-    window_ = static_cast<int>(p_.window);
-  }
+  __device__ explicit QueryBlock(const Params& params) : p_(params) {}
 
   // While the kernel before this one may still be writing the query.
   __device__ void Prefetch() const {
-    if (!p_.overlap || threadIdx.x != 0 || t_ != 0) return;
-    const int64_t stream = Stream();
-    if (stream < 0 || stream >= p_.num_held) return;  // It may be written only now.
-    const int64_t ring = (stream * p_.num_heads + h_) * p_.window;
-    const int64_t begin = p_.window * part_ / parts_, end = p_.window * (part_ + 1) / parts_;
+    if (!p_.overlap || threadIdx.x != 0) return;
+    const Place place = PlaceOfBlock();
+    const int stream = Stream(place.m);
+    // It may be written only now, so what is there may be anything.
+    if (place.t != 0 || stream < 0 || stream >= p_.num_held) return;
+    const int64_t ring = (stream * p_.num_heads + place.h) * p_.window;
+    const int64_t begin = p_.window * place.part / Parts();
+    const int64_t rows = p_.window * (place.part + 1) / Parts() - begin;
     PrefetchIntoL2(p_.key_cache + (ring + begin) * p_.key_dim,
-                   (end - begin) * p_.key_dim * static_cast<int64_t>(sizeof(C)));
+                   rows * p_.key_dim * static_cast<int64_t>(sizeof(C)));
     PrefetchIntoL2(p_.value_cache + (ring + begin) * p_.value_dim,
-                   (end - begin) * p_.value_dim * static_cast<int64_t>(sizeof(C)));
+                   rows * p_.value_dim * static_cast<int64_t>(sizeof(C)));
   }
 
   __device__ void Run() {
-    stream_ = Stream();
+    if (threadIdx.x == 0) {
+      Here() = PlaceOfBlock();
+      Look(&Here());
+    }
+    __syncthreads();
+    const Place& here = Here();
     // All blocks of a row see the same, so none waits for one that has left.
-    if (stream_ < 0 || stream_ >= p_.num_held) return Refuse();
-    position_ = p_.position[stream_];
-    if (position_ < 0) return Refuse();
-    const int64_t ring = stream_ * p_.num_heads + h_;
-    key_ring_ = p_.key_cache + ring * p_.window * p_.key_dim;
-    value_ring_ = p_.value_cache + ring * p_.window * p_.value_dim;
-    mask_ring_ = p_.key_mask_cache + stream_ * p_.window;
-
-    if (t_ == 0) CopyWindow();
+    if (here.taken < 0) return Refuse();
+    if (here.t == 0) CopyWindow();
     // The row that the only step of a call overwrites is no longer in its window, so nobody reads
     // it.
-    if (p_.update_state && p_.num_steps == 1 && part_ == 0) {
+    if (p_.update_state && p_.num_steps == 1 && here.part == 0) {
       WriteRing();
-      if (h_ == 0) WriteMaskRing();
+      if (here.h == 0) WriteMaskRing();
     }
-    if (!Attend()) return;
-    if (t_ == 0 && h_ == 0 && p_.steps_taken != nullptr && threadIdx.x == 0) {
-      p_.steps_taken[m_] = position_ + p_.num_steps;
-    }
-    if (!p_.update_state) return;
+    if (!Attend() || !p_.update_state) return;
     uint32_t* const pairs = p_.arrivals + p_.NumQueries();
-    if (p_.num_steps > 1) {
-      if (!ArrivesLast(pairs + pair_, static_cast<uint32_t>(p_.num_steps))) return;
-      WriteRing();
-    }
     uint32_t* const rows = pairs + p_.num_streams * p_.num_heads;
-    if (!ArrivesLast(rows + m_, static_cast<uint32_t>(p_.num_heads))) return;
-    if (p_.num_steps > 1) WriteMaskRing();
-    if (threadIdx.x == 0) p_.next_position[stream_] = position_ + p_.num_steps;
+    const uint32_t heads = static_cast<uint32_t>(p_.num_heads);
+    if (p_.num_steps == 1) {
+      if (threadIdx.x == 0 && ThreadArrivesLast(rows + here.m, heads)) Advance();
+      return;
+    }
+    // Until all queries have been answered, their windows' rows are needed.
+    if (!ArrivesLast(pairs + here.pair, static_cast<uint32_t>(p_.num_steps))) return;
+    WriteRing();
+    if (!ArrivesLast(rows + here.m, heads)) return;
+    WriteMaskRing();
+    if (threadIdx.x == 0) Advance();
   }
 
  private:
-  __device__ int64_t Stream() const { return p_.streams == nullptr ? m_ : p_.streams[m_]; }
+  // In 32 bits from where the launch keeps them, rather than each in a register.
+  __device__ int Window() const { return static_cast<int>(p_.window); }
+  __device__ int Parts() const { return static_cast<int>(p_.window_parts); }
+  __device__ int KeyDim() const { return static_cast<int>(p_.key_dim); }
+  __device__ int ValueDim() const { return static_cast<int>(p_.value_dim); }
+
+  // Where in a call this block is, for all its threads in shared memory rather than for each in
+  // registers.
+  struct Place {
+    int query, pair, m, h, t, part;
+    int stream;
+    int taken;         // Steps before this call, at most the window; -1: there is no such stream.
+    int position_row;  // Of the ring, for this call's first step.
+  };
+  __device__ static Place& Here() {
+    __shared__ Place place;
+    return place;
+  }
+
+  // All that the launch alone tells.
+  __device__ Place PlaceOfBlock() const {
+    Place place;
+    const unsigned block = blockIdx.x;
+    place.part = static_cast<int>(block % Parts());
+    place.query = static_cast<int>(block / Parts());
+    place.t = place.query % static_cast<int>(p_.num_steps);
+    place.pair = place.query / static_cast<int>(p_.num_steps);
+    place.h = place.pair % static_cast<int>(p_.num_heads);
+    place.m = place.pair / static_cast<int>(p_.num_heads);
+    return place;
+  }
+
+  // What the state tells, by one thread.
+  __device__ void Look(Place* place) const {
+    const bool first = place->t == 0 && place->h == 0 && place->part == 0;
+    const bool wants_steps = first && p_.steps_taken != nullptr;
+    place->stream = Stream(place->m);
+    place->taken = -1;
+    if (wants_steps) p_.steps_taken[place->m] = -1;
+    if (place->stream < 0 || place->stream >= p_.num_held) return;
+    const int64_t position = p_.position[place->stream];
+    if (position < 0) return;
+    place->taken = static_cast<int>(position < p_.window ? position : p_.window);
+    place->position_row = static_cast<int>(position % p_.window);
+    if (wants_steps) p_.steps_taken[place->m] = position + p_.num_steps;
+  }
+
+  __device__ int Stream(int m) const { return p_.streams == nullptr ? m : p_.streams[m]; }
+
+  // This head's ring of one of the caches.
+  template <typename U>
+  __device__ U* Ring(U* cache, int64_t size) const {
+    return cache + (Here().stream * p_.num_heads + Here().h) * p_.window * size;
+  }
+  __device__ C* KeyRing() const { return Ring(p_.key_cache, p_.key_dim); }
+  __device__ C* ValueRing() const { return Ring(p_.value_cache, p_.value_dim); }
+  __device__ bool* MaskRing() const { return p_.key_mask_cache + Here().stream * p_.window; }
 
   template <typename U>
   __device__ U* At(U* base, const Strides& strides, int64_t t) const {
-    return base + m_ * strides.stream + h_ * strides.head + t * strides.step;
+    return base + Here().m * strides.stream + Here().h * strides.head + t * strides.step;
   }
+
+  __device__ void Advance() const { p_.next_position[Here().stream] += p_.num_steps; }
 
   // Attends to this part of the window, and finishes the query where this is the last part to
   // arrive. Returns whether it is.
   __device__ bool Attend() const {
-    const bool asks = p_.query_mask == nullptr || p_.query_mask[m_];
-    // Column c of the window is step number first + c, of which those below 0 were never taken.
-    const int64_t first = position_ + t_ - (window_ - 1);
-    const int filled = first < 0 ? static_cast<int>(-first) : 0;
-    const int64_t columns = asks ? window_ - filled : 0;
-    const int begin = filled + static_cast<int>(columns * part_ / parts_);
-    const int end = filled + static_cast<int>(columns * (part_ + 1) / parts_);
+    const int now = Here().t, part = Here().part, taken = Here().taken;
+    const bool asks = p_.query_mask == nullptr || p_.query_mask[Here().m];
+    // The columns of the window that hold a step begin at `filled`.
+    const int before = Window() - 1 - now;  // This call's own.
+    const int filled = before > taken ? before - taken : 0;
+    const int64_t columns = asks ? Window() - filled : 0;
+    const int begin = filled + static_cast<int>(columns * part / Parts());
+    const int end = filled + static_cast<int>(columns * (part + 1) / Parts());
     // Those from `own` on are this call's: its newest is column window - 1, step t.
-    const int own = t_ >= window_ ? 0 : window_ - 1 - t_;
-    const int oldest = static_cast<int>((first + filled) % window_);  // `filled`'s row.
-    const bool* mask = p_.mask == nullptr ? nullptr : At(p_.mask, p_.mask_strides, t_);
-    T* scores = p_.scores == nullptr ? nullptr : At(p_.scores, p_.scores_strides, t_);
-    const auto row = [&](int column) {
-      Row<C> row;
-      if (column < own) {
-        int r = oldest + column - filled;
-        if (r >= window_) r -= window_;
-        row.key = key_ring_ + static_cast<int64_t>(r) * p_.key_dim;
-        row.value = value_ring_ + static_cast<int64_t>(r) * p_.value_dim;
-        row.attended = mask_ring_[r];
-      } else {
-        const int64_t t = t_ - (window_ - 1 - column);
-        row.key = At(p_.key, p_.key_strides, t);
-        row.value = At(p_.value, p_.value_strides, t);
-        row.attended = p_.key_mask == nullptr || p_.key_mask[m_ * p_.num_steps + t];
-      }
-      if (mask != nullptr) row.attended = row.attended && mask[column];
-      return row;
+    const int own = before > 0 ? before : 0;
+    const int oldest = RowAfter(now + 1 + filled);  // Of column `filled`.
+    const bool* mask = p_.mask == nullptr ? nullptr : At(p_.mask, p_.mask_strides, now);
+    T* scores = p_.scores == nullptr ? nullptr : At(p_.scores, p_.scores_strides, now);
+    const auto allowed = [&](int column) { return mask == nullptr || mask[column]; };
+    const C *const keys = KeyRing() + L::Element(0), *const values = ValueRing() + L::Element(0);
+    const bool* const mask_ring = MaskRing();
+    const auto ring_row = [&](int column) {
+      int r = oldest + column - filled;
+      if (r >= Window()) r -= Window();
+      return Row<C>{keys + r * KeyDim(), values + r * ValueDim(),
+                    static_cast<bool>(mask_ring[r] & allowed(column))};
+    };
+    const auto own_row = [&](int column) {
+      const int t = now - (Window() - 1 - column);
+      const bool has_key = p_.key_mask == nullptr || p_.key_mask[Here().m * p_.num_steps + t];
+      return Row<C>{At(p_.key, p_.key_strides, t) + L::Element(0),
+                    At(p_.value, p_.value_strides, t) + L::Element(0),
+                    static_cast<bool>(has_key & allowed(column))};
     };
 
-    PartialAttention<T, C, L> attention(At(p_.query, p_.query_strides, t_), p_.key_dim,
+    PartialAttention<T, C, L> attention(At(p_.query, p_.query_strides, now), p_.key_dim,
                                         p_.value_dim, p_.scale);
-    attention.Attend(begin, end, row, scores);
+    // Apart, so that the loop over the ring has few addresses to work out.
+    attention.template Attend<L::kRowsAtATime>(begin, end < own ? end : own, ring_row, scores);
+    attention.template Attend<1>(begin > own ? begin : own, end, own_row, scores);
     attention.MergeGroups();
-    T* const output = At(p_.output, p_.output_strides, t_);
+    T* const output = At(p_.output, p_.output_strides, now);
     OnlineSoftmax<T> softmax = attention.softmax();
-    if (parts_ == 1) {
+    if (Parts() == 1) {
       attention.Store(softmax.Normalizer(), output);
     } else {
       const int64_t size = p_.value_dim + 2;
-      T* const parts = p_.parts + static_cast<int64_t>(query_) * parts_ * size;
-      T* const own_part = parts + part_ * size;
+      T* const parts = p_.parts + static_cast<int64_t>(Here().query) * Parts() * size;
+      T* const own_part = parts + part * size;
       attention.Store(T(1), own_part);
       if (threadIdx.x == 0) {
         own_part[p_.value_dim] = softmax.max;
         own_part[p_.value_dim + 1] = softmax.denominator;
       }
-      if (!ArrivesLast(p_.arrivals + query_, static_cast<uint32_t>(parts_))) return false;
-      softmax = MergeParts(parts, parts_, p_.value_dim, output);
+      if (!ArrivesLast(p_.arrivals + Here().query, static_cast<uint32_t>(Parts()))) return false;
+      softmax = MergeParts(parts, Parts(), p_.value_dim, output);
     }
     if (scores == nullptr) return true;
     __syncthreads();  // The block's own logits; those of other parts were waited for.
-    const int scored = asks ? filled : window_;
+    const int scored = asks ? filled : Window();
     const T normalizer = softmax.Normalizer();
-    for (int column = threadIdx.x; column < window_; column += kThreads) {
+#pragma unroll 1
+    for (int column = threadIdx.x; column < Window(); column += kThreads) {
       scores[column] = column < scored ? T(0) : softmax.Weight(scores[column]) * normalizer;
     }
     return true;
   }
 
+  // The row of step number position + steps, or of one a whole number of windows away.
+  __device__ int RowAfter(int steps) const {
+    return static_cast<int>((static_cast<unsigned>(Here().position_row) + steps) % Window());
+  }
+
+  // How many of this call's steps are too old for the ring already.
+  __device__ int Passed() const {
+    const int steps = static_cast<int>(p_.num_steps);
+    return steps < Window() ? 0 : steps - Window();
+  }
+
+  // Calls f(row, element) for all elements of rows begin, ..., end - 1, a warp a row.
+  template <typename F>
+  __device__ static void ForEachOfRows(int begin, int end, int64_t size, const F& f) {
+    const int warp = threadIdx.x / kLanesPerWarp, lane = threadIdx.x % kLanesPerWarp;
+#pragma unroll 1
+    for (int row = begin + warp; row < end; row += kWarps) {
+#pragma unroll 1
+      for (int i = lane; i < size; i += kLanesPerWarp) f(row, i);
+    }
+  }
+
   // This call's steps of one head.
   __device__ void WriteRing() const {
-    const int64_t kept = p_.num_steps < p_.window ? p_.num_steps : p_.window;
-    const int64_t skipped = p_.num_steps - kept;
     const auto write = [&](const C* from, const Strides& strides, int64_t size, C* ring) {
-      for (int64_t i = threadIdx.x; i < kept * size; i += kThreads) {
-        const int64_t t = skipped + i / size;
-        ring[(position_ + t) % p_.window * size + i % size] = At(from, strides, t)[i % size];
-      }
+      ForEachOfRows(Passed(), static_cast<int>(p_.num_steps), size,
+                    [&](int t, int i) { ring[RowAfter(t) * size + i] = At(from, strides, t)[i]; });
     };
-    write(p_.key, p_.key_strides, p_.key_dim, key_ring_);
-    write(p_.value, p_.value_strides, p_.value_dim, value_ring_);
+    write(p_.key, p_.key_strides, p_.key_dim, KeyRing());
+    write(p_.value, p_.value_strides, p_.value_dim, ValueRing());
   }
 
   __device__ void WriteMaskRing() const {
-    const int64_t kept = p_.num_steps < p_.window ? p_.num_steps : p_.window;
-    for (int64_t t = p_.num_steps - kept + threadIdx.x; t < p_.num_steps; t += kThreads) {
-      mask_ring_[(position_ + t) % p_.window] =
-          p_.key_mask == nullptr || p_.key_mask[m_ * p_.num_steps + t];
+    bool* const ring = MaskRing();
+#pragma unroll 1
+    for (int t = Passed() + threadIdx.x; t < p_.num_steps; t += kThreads) {
+      ring[RowAfter(t)] = p_.key_mask == nullptr || p_.key_mask[Here().m * p_.num_steps + t];
     }
   }
 
   // This part of the N - 1 steps before this call, oldest first.
   __device__ void CopyWindow() const {
     if (p_.window_key == nullptr) return;
-    const int64_t rows = p_.window - 1, begin = rows * part_ / parts_,
-                  end = rows * (part_ + 1) / parts_;
+    const int64_t rows = Window() - 1;
+    const int begin = static_cast<int>(rows * Here().part / Parts());
+    const int end = static_cast<int>(rows * (Here().part + 1) / Parts());
     const auto copy = [&](const auto* ring, int64_t size, auto* window) {
-      for (int64_t i = begin * size + threadIdx.x; i < end * size; i += kThreads) {
-        const int64_t step = position_ - rows + i / size;
-        window[i] =
-            step < 0 ? std::decay_t<decltype(*window)>{} : ring[step % p_.window * size + i % size];
-      }
+      ForEachOfRows(begin, end, size, [&](int row, int i) {
+        window[row * size + i] = Here().taken - rows + row < 0 ? std::decay_t<decltype(*window)>{}
+                                                               : ring[RowAfter(row + 1) * size + i];
+      });
     };
-    copy(key_ring_, p_.key_dim, p_.window_key + pair_ * rows * p_.key_dim);
-    copy(value_ring_, p_.value_dim, p_.window_value + pair_ * rows * p_.value_dim);
-    if (h_ == 0) copy(mask_ring_, 1, p_.window_key_mask + m_ * rows);
+    copy(KeyRing(), p_.key_dim, p_.window_key + Here().pair * p_.key_dim * rows);
+    copy(ValueRing(), p_.value_dim, p_.window_value + Here().pair * p_.value_dim * rows);
+    if (Here().h == 0) copy(MaskRing(), 1, p_.window_key_mask + int64_t{Here().m} * rows);
   }
 
   // A row of no stream that there is: NaN for what it asks, and no state is touched.
   __device__ void Refuse() const {
-    if (part_ != 0) return;
+    if (Here().part != 0) return;
     const T nan = std::numeric_limits<T>::quiet_NaN();
-    T* const output = At(p_.output, p_.output_strides, t_);
-    for (int64_t i = threadIdx.x; i < p_.value_dim; i += kThreads) output[i] = nan;
+    T* const output = At(p_.output, p_.output_strides, Here().t);
+    ForEachOfRows(0, 1, p_.value_dim, [&](int, int i) { output[i] = nan; });
     if (p_.scores != nullptr) {
-      T* const scores = At(p_.scores, p_.scores_strides, t_);
-      for (int64_t i = threadIdx.x; i < p_.window; i += kThreads) scores[i] = nan;
+      T* const scores = At(p_.scores, p_.scores_strides, Here().t);
+      ForEachOfRows(0, 1, p_.window, [&](int, int i) { scores[i] = nan; });
     }
-    if (t_ != 0) return;
-    if (h_ == 0 && p_.steps_taken != nullptr && threadIdx.x == 0) p_.steps_taken[m_] = -1;
+    if (Here().t != 0) return;
     if (p_.window_key == nullptr) return;
-    const int64_t rows = p_.window - 1;
+    const int rows = Window() - 1;
     const auto clear = [&](auto* window, int64_t size) {
-      for (int64_t i = threadIdx.x; i < size; i += kThreads) {
-        window[i] = std::decay_t<decltype(*window)>{};
-      }
+      ForEachOfRows(0, rows, size, [&](int row, int i) {
+        window[row * size + i] = std::decay_t<decltype(*window)>{};
+      });
     };
-    clear(p_.window_key + pair_ * rows * p_.key_dim, rows * p_.key_dim);
-    clear(p_.window_value + pair_ * rows * p_.value_dim, rows * p_.value_dim);
-    if (h_ == 0) clear(p_.window_key_mask + m_ * rows, rows);
+    clear(p_.window_key + Here().pair * p_.key_dim * rows, p_.key_dim);
+    clear(p_.window_value + Here().pair * p_.value_dim * rows, p_.value_dim);
+    if (Here().h == 0) clear(p_.window_key_mask + int64_t{Here().m} * rows, 1);
   }
 
   const Params& p_;
-  int query_, pair_, h_, m_, part_, parts_, t_, window_;
-  int64_t stream_, position_;
-  C *key_ring_, *value_ring_;
-  bool* mask_ring_;
 };
 
 template <typename T, typename C, typename L>
-__global__ void __launch_bounds__(kThreads, L::kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
     SingleOutputKernel(const __grid_constant__ DeviceSingleOutputParams<T, C> params) {
   ReleaseNext();
   QueryBlock<T, C, L> block(params);
@@ -276,9 +340,9 @@ cudaError_t LaunchWith(const DeviceSingleOutputParams<T, C>& p, cudaStream_t str
 int64_t PlanWindowParts(int64_t queries, int64_t window, int multiprocessors) {
   // Two blocks a multiprocessor keep enough loads under way; a part of fewer rows than a block
   // reads at a time would be shorter than the merge that it costs.
-  constexpr int64_t kBlocksPerMultiprocessor = 2, kRowsPerPart = 64;
+  constexpr int64_t kBlocks = 2, kRowsPerPart = 64;
   if (queries < 1) return 1;
-  const int64_t wanted = (kBlocksPerMultiprocessor * multiprocessors + queries - 1) / queries;
+  const int64_t wanted = (kBlocks * multiprocessors + queries - 1) / queries;
   return std::max<int64_t>(1, std::min(wanted, window / kRowsPerPart));
 }
 
@@ -288,8 +352,8 @@ const char* RefusesSingleOutput(const DeviceSingleOutputParams<T, C>& p) {
       p.window_parts < 1) {
     return "expected steps, heads, rows of the window, features and window_parts >= 1";
   }
-  if (std::max(p.window, p.num_steps) > (int64_t{1} << 30)) {
-    return "expected windows and calls of at most 2^30 steps";
+  if (std::max(p.window, p.num_steps) * std::max<int64_t>(LargerHead(p), 2) > (int64_t{1} << 31)) {
+    return "expected windows and calls of at most 2^31 elements of keys and of values a head";
   }
   if (TakesVectors(p) ? LargerHead(p) <= kLargestHead<C> : LargerHead(p) <= kLargestUnalignedHead) {
     return nullptr;
