@@ -210,6 +210,11 @@ class Block {
 
 }  // namespace cuda_emulator
 
+extern "C" __attribute__((used, visibility("default"))) inline void cuda_emulator_set_order(
+    int order) {
+  cuda_emulator::order = order;
+}
+
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                Args&&... args) {

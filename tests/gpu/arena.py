@@ -1,0 +1,257 @@
+"""Memory for one call of a kernel: named buffers with guards about them, in host or device memory.
+
+Everything that a call does not declare as written must be as it was afterwards, byte for byte: the
+other buffers, and the guards. Guards are bytes of 255, which are NaN in every floating type, -1 as
+an index and true as a bool, so that a read past a buffer does not go unnoticed either.
+"""
+
+import ctypes
+import os
+
+import numpy as np
+
+GUARD = 256  # Bytes on either side of a buffer, and what each begins at a multiple of.
+POISON = 255
+
+
+class HostMemory:
+    """NumPy arrays: where the emulator's kernels run."""
+
+    name = "numpy"
+    stream = None
+    largest = 1 << 28
+    multiprocessors = 7
+
+    def upload(self, host):
+        return host.copy()
+
+    def download(self, memory):
+        return memory
+
+    def address(self, memory):
+        return memory.ctypes.data
+
+    def synchronize(self):
+        pass
+
+    def capture(self, launch):
+        """What launches again what `launch` launched, from a graph where there are graphs."""
+        return launch
+
+
+class CupyMemory:
+    """Arrays of CuPy."""
+
+    name = "cupy"
+
+    def __init__(self):
+        import cupy
+
+        self.cupy = cupy
+        cupy.cuda.runtime.getDeviceCount()
+        if separate_allocations():
+            cupy.cuda.set_allocator(None)
+        device = cupy.cuda.Device()
+        self.multiprocessors = device.attributes["MultiProcessorCount"]
+        self.largest = device.mem_info[0] // 4
+
+    @property
+    def stream(self):
+        return self.cupy.cuda.get_current_stream().ptr
+
+    def upload(self, host):
+        return self.cupy.asarray(host)
+
+    def download(self, memory):
+        return self.cupy.asnumpy(memory)
+
+    def address(self, memory):
+        return memory.data.ptr
+
+    def synchronize(self):
+        self.cupy.cuda.runtime.deviceSynchronize()
+
+    def capture(self, launch):
+        stream = self.cupy.cuda.Stream(non_blocking=True)
+        with stream:
+            stream.begin_capture()
+            launch()
+            graph = stream.end_capture()
+
+        def replay():
+            self.synchronize()  # What is in the arena came by another stream.
+            graph.launch(stream)
+
+        return replay
+
+
+class TorchMemory:
+    """Tensors of PyTorch."""
+
+    name = "torch"
+
+    def __init__(self):
+        import torch
+
+        self.torch = torch
+        properties = torch.cuda.get_device_properties(0)
+        self.multiprocessors = properties.multi_processor_count
+        self.largest = torch.cuda.mem_get_info()[0] // 4
+
+    @property
+    def stream(self):
+        return self.torch.cuda.current_stream().cuda_stream
+
+    def upload(self, host):
+        return self.torch.from_numpy(host).cuda()
+
+    def download(self, memory):
+        return memory.cpu().numpy()
+
+    def address(self, memory):
+        return memory.data_ptr()
+
+    def synchronize(self):
+        self.torch.cuda.synchronize()
+
+    def capture(self, launch):
+        graph = self.torch.cuda.CUDAGraph()
+        with self.torch.cuda.graph(graph):
+            launch()
+        return graph.replay
+
+
+def separate_allocations():
+    """Whether each buffer is to be an allocation, so that a sanitizer sees where it ends.
+
+    It is so where PyTorch itself is told not to keep memory for later.
+    """
+    return os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") == "1"
+
+
+def device_memory():
+    """CuPy's or PyTorch's device memory.
+
+    Returns:
+        It, or None and the reason.
+    """
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError as error:  # Sooner known than by an import of PyTorch.
+        return None, f"no GPU is at hand, nor a driver: {error}"
+    reasons = []
+    for kind, module in ((CupyMemory, "cupy"), (TorchMemory, "torch")):
+        try:
+            __import__(module)
+            return kind(), None
+        except Exception as error:  # Without a driver each has an exception of its own.
+            reasons.append(f"{module}: {str(error).splitlines()[0] if str(error) else error!r}")
+    return None, "no GPU is at hand: " + "; ".join(reasons)
+
+
+class Arena:
+    """Buffers for one call.
+
+    `add` them, then `place` them, pass `address(name)`, and take `results()`.
+    """
+
+    def __init__(self, memory, misaligned=False):
+        self.memory = memory
+        self.misaligned = misaligned
+        self.arrays = {}
+        self.places = {}
+        self.written = set()
+        self.held = None
+
+    def add(self, name, array, written=False):
+        """A buffer with a copy of `array` in it; `written` says that the call may write it."""
+        if array is not None:
+            self.arrays[name] = np.ascontiguousarray(array)
+            if written:
+                self.written.add(name)
+
+    def output(self, name, shape, dtype):
+        """A buffer for the call to write, poisoned."""
+        array = np.empty(shape, dtype)
+        array.view(np.uint8)[...] = POISON
+        self.add(name, array, written=True)
+
+    def place(self):
+        size = GUARD
+        for name, array in self.arrays.items():
+            # A kernel may count on an element's own alignment, and on nothing else.
+            start = size + (array.itemsize if self.misaligned else 0)
+            self.places[name] = (start, start + array.nbytes)
+            size = (start + array.nbytes + GUARD) // GUARD * GUARD + GUARD
+        self.before = np.full(size, POISON, np.uint8)
+        for name, array in self.arrays.items():
+            start, end = self.places[name]
+            self.before[start:end] = array.reshape(-1).view(np.uint8)
+        if separate_allocations():
+            self.held = {}
+            for name, (start, end) in self.places.items():
+                lead = array_lead(start)
+                self.held[name] = (self.memory.upload(self.before[start - lead : end]), lead)
+        else:
+            self.held = self.memory.upload(self.before)
+            base = self.memory.address(self.held)
+            assert base % 16 == 0, base
+
+    def address(self, name):
+        """Of a buffer, or None where there is none of the name."""
+        if name not in self.places:
+            return None
+        if isinstance(self.held, dict):
+            memory, lead = self.held[name]
+            return self.memory.address(memory) + lead
+        return self.memory.address(self.held) + self.places[name][0]
+
+    def set(self, name, array):
+        """Gives a placed buffer other contents."""
+        assert not isinstance(self.held, dict)
+        start, end = self.places[name]
+        array = np.ascontiguousarray(array, self.arrays[name].dtype)
+        self.before[start:end] = array.reshape(-1).view(np.uint8)
+        self.held[start:end] = self.memory.upload(self.before[start:end])
+
+    def results(self, check=True):
+        """What the written buffers hold now, by name, once nothing else has changed."""
+        self.memory.synchronize()
+        if isinstance(self.held, dict):
+            after = self.before.copy()
+            for name, (memory, lead) in self.held.items():
+                start, end = self.places[name]
+                after[start - lead : end] = self.memory.download(memory)
+        else:
+            after = self.memory.download(self.held)
+        if check:
+            self._check(after)
+        results = {}
+        for name in self.written:
+            start, end = self.places[name]
+            array = self.arrays[name]
+            results[name] = after[start:end].copy().view(array.dtype).reshape(array.shape)
+        return results
+
+    def _check(self, after):
+        changed = after != self.before
+        for name in self.written:
+            start, end = self.places[name]
+            changed[start:end] = False
+        places = np.flatnonzero(changed)
+        assert len(places) == 0, f"bytes written that were not to be: {self._where(places)}"
+
+    def _where(self, places):
+        """Which buffers some bytes lie in, or how far from which."""
+        said = []
+        for place in places[:4]:
+            name, (start, end) = min(
+                self.places.items(), key=lambda item: max(item[1][0] - place, place - item[1][1])
+            )
+            said.append(f"{place - start} of the {end - start} of {name}")
+        return ", ".join(said) + f" ({len(places)} in all)"
+
+
+def array_lead(start):
+    """Bytes before a buffer that keep its alignment when it is an allocation of its own."""
+    return start % 16
