@@ -4,6 +4,7 @@
 
 #include "cc/attention/half.h"
 #include "cuda/c_api.h"
+#include "cuda/co_si_encoder_step.h"
 #include "cuda/co_si_mha_step.h"
 #include "cuda/launch.cuh"
 #include "cuda/single_output.h"
@@ -139,6 +140,29 @@ R WithStep(const ContinualTransformersCoSiMhaStep& call, R otherwise, const F& f
   return otherwise;
 }
 
+template <typename T, typename C, typename W>
+DeviceCoSiEncoderStep<T, C, W> EncoderOf(const ContinualTransformersCoSiEncoderStep& call,
+                                         const DeviceCoSiMhaStep<T, C, W>& attention) {
+  const auto norm = [&](const void* scale, const void* offset) {
+    return LayerNorm<T>{static_cast<const T*>(scale), static_cast<const T*>(offset),
+                        static_cast<T>(call.epsilon)};
+  };
+  DeviceCoSiEncoderStep<T, C, W> e = {};
+  e.attention = attention;
+  e.attention_norm = norm(call.attention_norm_scale, call.attention_norm_offset);
+  e.output_norm = norm(call.output_norm_scale, call.output_norm_offset);
+  e.hidden =
+      ProjectionOf<T, W>(nullptr, call.hidden_kernel, call.hidden_bias, attention.query.inputs);
+  e.output =
+      ProjectionOf<T, W>(nullptr, call.output_kernel, call.output_bias, call.hidden_features);
+  e.hidden_features = call.hidden_features;
+  e.activation = static_cast<Activation>(call.activation);
+  e.norm_first = call.norm_first != 0;
+  e.result = static_cast<T*>(call.result);
+  e.scratch = call.scratch;
+  return e;
+}
+
 struct Nothing {};
 __global__ void NothingKernel(const __grid_constant__ Nothing) {}
 
@@ -188,6 +212,23 @@ int64_t continual_transformers_cuda_co_si_mha_step_scratch_bytes(
 int64_t continual_transformers_cuda_co_si_mha_step_arrivals(
     const ContinualTransformersCoSiMhaStep* call) {
   return WithStep(*call, int64_t{-1}, [](const auto& step) { return step.NumArrivals(); });
+}
+
+const char* continual_transformers_cuda_co_si_encoder_step(
+    const ContinualTransformersCoSiEncoderStep* call, void* stream) {
+  return WithStep(call->attention, kNoSuchTypes, [&](const auto& attention) {
+    const auto encoder = EncoderOf(*call, attention);
+    const char* refused = RefusesCoSiEncoderStep(encoder);
+    if (refused != nullptr) return refused;
+    return ToMessage(LaunchCoSiEncoderStep(encoder, static_cast<cudaStream_t>(stream)));
+  });
+}
+
+int64_t continual_transformers_cuda_co_si_encoder_step_scratch_bytes(
+    const ContinualTransformersCoSiEncoderStep* call) {
+  return WithStep(call->attention, int64_t{-1}, [&](const auto& attention) {
+    return EncoderOf(*call, attention).ScratchBytes();
+  });
 }
 
 const char* continual_transformers_cuda_nothing(void* stream) {

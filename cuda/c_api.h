@@ -67,6 +67,25 @@ int64_t continual_transformers_cuda_co_si_mha_step_scratch_bytes(
 int64_t continual_transformers_cuda_co_si_mha_step_arrivals(
     const ContinualTransformersCoSiMhaStep* call);
 
+// DeviceCoSiEncoderStep without types. Of `attention` all but result and scratch; the norms' scales
+// and offsets are [E].
+typedef struct {
+  ContinualTransformersCoSiMhaStep attention;
+  const void *attention_norm_scale, *attention_norm_offset, *output_norm_scale, *output_norm_offset;
+  double epsilon;
+  const void *hidden_kernel, *hidden_bias, *output_kernel, *output_bias;
+  int64_t hidden_features;
+  int32_t activation;  // 0: linear, 1: gelu, 2: relu
+  int32_t norm_first;
+  void* result;
+  void* scratch;
+} ContinualTransformersCoSiEncoderStep;
+
+const char* continual_transformers_cuda_co_si_encoder_step(
+    const ContinualTransformersCoSiEncoderStep* call, void* stream);
+int64_t continual_transformers_cuda_co_si_encoder_step_scratch_bytes(
+    const ContinualTransformersCoSiEncoderStep* call);
+
 // Launches a kernel that does nothing: what a launch costs.
 const char* continual_transformers_cuda_nothing(void* stream);
 

@@ -4,8 +4,8 @@
 #include "cc/attention/half.h"
 #include "cuda/co_si_mha_step.h"
 #include "cuda/dense.h"
-#include "cuda/elements.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/scratch.h"
 #include "cuda/single_output.h"
 
 namespace continual_transformers {
@@ -16,26 +16,23 @@ constexpr Storage kStorage = std::is_same_v<C, BFloat16>  ? Storage::kBFloat16
                              : std::is_same_v<C, Float16> ? Storage::kFloat16
                                                           : Storage::kAsComputed;
 
-// The step's own business between its launches, laid out one after another.
+// The step's own business between its launches.
 template <typename T, typename C, typename W>
-class Scratch {
- public:
-  explicit Scratch(const DeviceCoSiMhaStep<T, C, W>& step)
-      : begin_(static_cast<char*>(step.scratch)) {
+struct Scratch {
+  explicit Scratch(const DeviceCoSiMhaStep<T, C, W>& step) {
     const auto& p = step.attention;
-    const int64_t keys = p.num_streams * p.num_heads * p.key_dim;
-    const int64_t values = p.num_streams * p.num_heads * p.value_dim;
-    query = Take<T>(keys);
-    key = Take<C>(keys);
-    value = Take<C>(values);
-    gate = step.gate.kernel == nullptr ? nullptr : Take<T>(values);
-    attended = Take<T>(values);
-    asking = Take<bool>(p.num_streams);
-    window_parts = PlanWindowParts(p.num_streams * p.num_heads, p.window, step.multiprocessors);
-    parts = Take<T>(p.num_streams * p.num_heads * window_parts * (p.value_dim + 2));
+    const int64_t pairs = p.num_streams * p.num_heads;
+    ScratchLayout layout(step.scratch);
+    query = layout.Take<T>(pairs * p.key_dim);
+    key = layout.Take<C>(pairs * p.key_dim);
+    value = layout.Take<C>(pairs * p.value_dim);
+    gate = step.gate.kernel == nullptr ? nullptr : layout.Take<T>(pairs * p.value_dim);
+    attended = layout.Take<T>(pairs * p.value_dim);
+    asking = layout.Take<bool>(p.num_streams);
+    window_parts = PlanWindowParts(pairs, p.window, step.multiprocessors);
+    parts = layout.Take<T>(pairs * window_parts * (p.value_dim + 2));
+    bytes = layout.bytes();
   }
-
-  int64_t bytes() const { return bytes_; }
 
   T* query;
   C *key, *value;
@@ -43,17 +40,7 @@ class Scratch {
   bool* asking;
   int64_t window_parts;
   T* parts;
-
- private:
-  template <typename U>
-  U* Take(int64_t elements) {
-    U* const taken = reinterpret_cast<U*>(begin_ + bytes_);
-    bytes_ += (elements * sizeof(U) + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
-    return taken;
-  }
-
-  char* const begin_;
-  int64_t bytes_ = 0;
+  int64_t bytes;
 };
 
 // All but what is in memory that the launches share.
@@ -104,7 +91,7 @@ DeviceDenseParams<T, W> ProjectionsIn(const DeviceCoSiMhaStep<T, C, W>& step,
   dense.num_layers = 3;
   if (step.gate.kernel != nullptr) {
     dense.layers[3] = DenseOf(step.gate, values, scratch.gate);
-    dense.layers[3].sigmoid = true;
+    dense.layers[3].activation = DenseActivation::kSigmoid;
     dense.num_layers = 4;
   }
   dense.rows = p.num_streams;
@@ -130,6 +117,7 @@ DeviceDenseParams<T, W> ProjectionOut(const DeviceCoSiMhaStep<T, C, W>& step,
   dense.layers[0] = DenseOf(step.output, step.output_features, step.result);
   dense.layers[0].input = scratch.attended;
   dense.layers[0].factor = scratch.gate;
+  dense.layers[0].residual = step.residual;
   dense.num_layers = 1;
   dense.rows = step.attention.num_streams;
   return dense;
@@ -139,7 +127,7 @@ DeviceDenseParams<T, W> ProjectionOut(const DeviceCoSiMhaStep<T, C, W>& step,
 
 template <typename T, typename C, typename W>
 int64_t DeviceCoSiMhaStep<T, C, W>::ScratchBytes() const {
-  return Scratch<T, C, W>(*this).bytes();
+  return Scratch<T, C, W>(*this).bytes;
 }
 
 template <typename T, typename C, typename W>

@@ -143,7 +143,8 @@ class StripBlock {
 
   __device__ void Write(const DeviceDense<T, W>& layer, int64_t row, int64_t i, T x) const {
     if (layer.bias != nullptr) x += layer.bias[i];
-    if (layer.sigmoid) x = T(1) / (T(1) + std::exp(-x));
+    x = Activate(layer.activation, x);
+    if (layer.residual != nullptr) x += layer.residual[row * layer.outputs + i];
     if (layer.delay_ring != nullptr) x = Exchange(layer.delay_ring, row, layer.outputs, i, x);
     const int64_t at = row * layer.outputs + i;
     if constexpr (std::is_same_v<T, float>) {
@@ -151,6 +152,20 @@ class StripBlock {
       if (layer.output_as == Storage::kFloat16) return StoreAs<Float16>(layer.output, at, x);
     }
     StoreAs<T>(layer.output, at, x);
+  }
+
+  __device__ static T Activate(DenseActivation activation, T x) {
+    switch (activation) {
+      case DenseActivation::kLinear:
+        return x;
+      case DenseActivation::kSigmoid:
+        return T(1) / (T(1) + std::exp(-x));
+      case DenseActivation::kGelu:
+        return T(0.5) * x * std::erfc(x * T(-0.70710678118654752));
+      case DenseActivation::kRelu:
+        return x < T(0) ? T(0) : x;  // A NaN stays one.
+    }
+    return x;
   }
 
   template <typename C>

@@ -9,6 +9,8 @@
 
 namespace continual_transformers {
 
+enum class DenseActivation { kLinear, kSigmoid, kGelu, kRelu };
+
 enum class Storage { kAsComputed, kBFloat16, kFloat16 };
 
 // output = input * factor @ kernel + bias, then whatever else is asked for. T is what is computed
@@ -21,7 +23,8 @@ struct DeviceDense {
   const T* bias;    // [outputs]; null: none
   int64_t inputs;
   int64_t outputs;
-  bool sigmoid;   // Of what comes out.
+  DenseActivation activation;
+  const T* residual;  // [M, outputs], added to what comes out; null: none
   T* delay_ring;  // [S, delay, outputs]: what comes out is exchanged for that of `delay` steps ago,
                   // or zeros where there was no such step. Null: it is not.
   void* output;   // [M, outputs]

@@ -1,0 +1,138 @@
+#include <cstdint>
+
+#include "cc/attention/half.h"
+#include "cuda/co_si_encoder_step.h"
+#include "cuda/dense.h"
+#include "cuda/launch.cuh"
+#include "cuda/normalize.h"
+#include "cuda/scratch.h"
+
+namespace continual_transformers {
+namespace {
+
+template <typename T, typename C, typename W>
+class Launcher {
+ public:
+  Launcher(const DeviceCoSiEncoderStep<T, C, W>& step, cudaStream_t stream)
+      : step_(step),
+        attention_(step.attention),
+        stream_(stream),
+        rows_(step.attention.attention.num_streams),
+        features_(step.attention.query.inputs) {
+    ScratchLayout layout(step.scratch);
+    normal_ = layout.Take<T>(rows_ * features_);
+    attended_ = layout.Take<T>(rows_ * features_);
+    hidden_ = layout.Take<T>(rows_ * step.hidden_features);
+    attention_.scratch = layout.Take<char>(attention_.ScratchBytes());
+    bytes_ = layout.bytes();
+    if (step.norm_first) {
+      attention_.query.input = attention_.key.input = attention_.value.input = normal_;
+    }
+    attention_.residual = step.attention.query.input;
+    attention_.result = step.result == nullptr ? nullptr : attended_;
+  }
+
+  int64_t bytes() const { return bytes_; }
+  const char* Refusal() const { return RefusesCoSiMhaStep(attention_); }
+
+  cudaError_t Run() {
+    if (rows_ == 0) return cudaSuccess;
+    if (Refusal() != nullptr) return cudaErrorInvalidValue;
+    overlap_ = CanOverlap();
+    if (step_.norm_first) Normalize(step_.attention_norm, step_.attention.query.input, normal_);
+    Try([&] { return LaunchCoSiMhaStep(attention_, stream_); });
+    if (step_.result == nullptr) return error_;
+    Normalize(step_.norm_first ? step_.output_norm : step_.attention_norm, attended_, normal_);
+    Project(step_.hidden, normal_, step_.hidden_features, ActivationOf(step_.activation), nullptr,
+            hidden_);
+    if (step_.norm_first) {
+      Project(step_.output, hidden_, features_, DenseActivation::kLinear, attended_, step_.result);
+    } else {
+      Project(step_.output, hidden_, features_, DenseActivation::kLinear, normal_, attended_);
+      Normalize(step_.output_norm, attended_, step_.result);
+    }
+    return error_;
+  }
+
+ private:
+  // Nothing more once something has failed.
+  template <typename F>
+  void Try(const F& launch) {
+    if (error_ == cudaSuccess) error_ = launch();
+  }
+
+  void Normalize(const LayerNorm<T>& norm, const T* x, T* y) {
+    Try([&] { return LaunchNormalize<T>({norm, x, y, rows_, features_, overlap_}, stream_); });
+  }
+
+  void Project(const Projection<T, W>& layer, const T* input, int64_t outputs,
+               DenseActivation activation, const T* residual, T* output) {
+    DeviceDenseParams<T, W> dense = {};
+    dense.layers[0].input = input;
+    dense.layers[0].kernel = layer.kernel;
+    dense.layers[0].bias = layer.bias;
+    dense.layers[0].inputs = layer.inputs;
+    dense.layers[0].outputs = outputs;
+    dense.layers[0].activation = activation;
+    dense.layers[0].residual = residual;
+    dense.layers[0].output = output;
+    dense.num_layers = 1;
+    dense.rows = rows_;
+    dense.overlap = overlap_;
+    Try([&] { return LaunchDense(dense, stream_); });
+  }
+
+  static DenseActivation ActivationOf(Activation activation) {
+    switch (activation) {
+      case Activation::kLinear:
+        return DenseActivation::kLinear;
+      case Activation::kGelu:
+        return DenseActivation::kGelu;
+      case Activation::kRelu:
+        return DenseActivation::kRelu;
+    }
+    return DenseActivation::kLinear;
+  }
+
+  const DeviceCoSiEncoderStep<T, C, W>& step_;
+  DeviceCoSiMhaStep<T, C, W> attention_;
+  const cudaStream_t stream_;
+  const int64_t rows_, features_;
+  T *normal_, *attended_, *hidden_;
+  int64_t bytes_;
+  bool overlap_ = false;
+  cudaError_t error_ = cudaSuccess;
+};
+
+}  // namespace
+
+template <typename T, typename C, typename W>
+int64_t DeviceCoSiEncoderStep<T, C, W>::ScratchBytes() const {
+  return Launcher<T, C, W>(*this, nullptr).bytes();
+}
+
+template <typename T, typename C, typename W>
+const char* RefusesCoSiEncoderStep(const DeviceCoSiEncoderStep<T, C, W>& step) {
+  return Launcher<T, C, W>(step, nullptr).Refusal();
+}
+
+template <typename T, typename C, typename W>
+cudaError_t LaunchCoSiEncoderStep(const DeviceCoSiEncoderStep<T, C, W>& step, cudaStream_t stream) {
+  return Launcher<T, C, W>(step, stream).Run();
+}
+
+#define INSTANTIATE(T, C, W)                                                                   \
+  template struct DeviceCoSiEncoderStep<T, C, W>;                                              \
+  template const char* RefusesCoSiEncoderStep<T, C, W>(const DeviceCoSiEncoderStep<T, C, W>&); \
+  template cudaError_t LaunchCoSiEncoderStep<T, C, W>(const DeviceCoSiEncoderStep<T, C, W>&,   \
+                                                      cudaStream_t)
+INSTANTIATE(float, float, float);
+INSTANTIATE(float, BFloat16, float);
+INSTANTIATE(float, Float16, float);
+INSTANTIATE(float, float, BFloat16);
+INSTANTIATE(float, BFloat16, BFloat16);
+INSTANTIATE(float, Float16, BFloat16);
+INSTANTIATE(double, double, double);
+#undef INSTANTIATE
+
+}  // namespace continual_transformers

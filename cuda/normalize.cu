@@ -1,0 +1,60 @@
+#include <cmath>
+#include <cstdint>
+
+#include "cuda/launch.cuh"
+#include "cuda/normalize.h"
+#include "cuda/warp.cuh"
+
+namespace continual_transformers {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kLanesPerWarp;
+
+// The sum over a block's threads, for all of them.
+template <typename T>
+__device__ T SumOverBlock(T x) {
+  __shared__ T sums[kWarps];
+#pragma unroll
+  for (int distance = kLanesPerWarp / 2; distance > 0; distance /= 2) {
+    x += OfLaneAcross(x, distance);
+  }
+  __syncthreads();  // The sums of an earlier call have been read.
+  if (threadIdx.x % kLanesPerWarp == 0) sums[threadIdx.x / kLanesPerWarp] = x;
+  __syncthreads();
+  x = T(0);
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) x += sums[warp];
+  return x;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    NormalizeKernel(const __grid_constant__ DeviceNormalizeParams<T> p) {
+  ReleaseNext();
+  WaitForPrevious();
+  const T* const x = p.x + blockIdx.x * p.size;
+  T* const y = p.y + blockIdx.x * p.size;
+  const int size = static_cast<int>(p.size);
+  // The row is read three times rather than kept: it is in L1, and of any size.
+  T sum = T(0), squares = T(0);
+  for (int i = threadIdx.x; i < size; i += kThreads) sum += x[i];
+  const T mean = SumOverBlock(sum) / size;
+  for (int i = threadIdx.x; i < size; i += kThreads) squares += (x[i] - mean) * (x[i] - mean);
+  const T factor = T(1) / std::sqrt(SumOverBlock(squares) / size + p.norm.epsilon);
+  for (int i = threadIdx.x; i < size; i += kThreads) {
+    y[i] = (x[i] - mean) * factor * p.norm.scale[i] + p.norm.offset[i];
+  }
+}
+
+}  // namespace
+
+template <typename T>
+cudaError_t LaunchNormalize(const DeviceNormalizeParams<T>& params, cudaStream_t stream) {
+  return Launch(NormalizeKernel<T>, params.rows, kThreads, params.overlap, stream, params);
+}
+
+template cudaError_t LaunchNormalize<float>(const DeviceNormalizeParams<float>&, cudaStream_t);
+template cudaError_t LaunchNormalize<double>(const DeviceNormalizeParams<double>&, cudaStream_t);
+
+}  // namespace continual_transformers

@@ -1,0 +1,31 @@
+// Layer normalization of rows on a GPU.
+
+#ifndef CONTINUAL_TRANSFORMERS_CUDA_NORMALIZE_H_
+#define CONTINUAL_TRANSFORMERS_CUDA_NORMALIZE_H_
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cc/attention/elementwise.h"
+
+namespace continual_transformers {
+
+// As Normalize() does it on a CPU.
+template <typename T>
+struct DeviceNormalizeParams {
+  LayerNorm<T> norm;
+  const T* x;  // [rows, size]
+  T* y;        // [rows, size]; x's own, or apart from it
+  int64_t rows;
+  int64_t size;
+  bool overlap;  // See DeviceSingleOutputParams.
+};
+
+// Instantiated for float and double.
+template <typename T>
+cudaError_t LaunchNormalize(const DeviceNormalizeParams<T>& params, cudaStream_t stream);
+
+}  // namespace continual_transformers
+
+#endif  // CONTINUAL_TRANSFORMERS_CUDA_NORMALIZE_H_
