@@ -41,9 +41,23 @@ class CoSiMhaStep(ctypes.Structure):
     )
 
 
+class CoSiEncoderStep(ctypes.Structure):
+    _fields_ = _fields(
+        (CoSiMhaStep, "attention"),
+        (c_void_p, "attention_norm_scale attention_norm_offset"),
+        (c_void_p, "output_norm_scale output_norm_offset"),
+        (c_double, "epsilon"),
+        (c_void_p, "hidden_kernel hidden_bias output_kernel output_bias"),
+        (c_int64, "hidden_features"),
+        (c_int32, "activation norm_first"),
+        (c_void_p, "result scratch"),
+    )
+
+
 STRUCTS = {
     "ContinualTransformersSingleOutput": SingleOutput,
     "ContinualTransformersCoSiMhaStep": CoSiMhaStep,
+    "ContinualTransformersCoSiEncoderStep": CoSiEncoderStep,
 }
 FUNCTIONS = {
     "single_output": (c_char_p, [ctypes.POINTER(SingleOutput), c_void_p]),
@@ -53,6 +67,8 @@ FUNCTIONS = {
     "co_si_mha_step": (c_char_p, [ctypes.POINTER(CoSiMhaStep), c_void_p]),
     "co_si_mha_step_scratch_bytes": (c_int64, [ctypes.POINTER(CoSiMhaStep)]),
     "co_si_mha_step_arrivals": (c_int64, [ctypes.POINTER(CoSiMhaStep)]),
+    "co_si_encoder_step": (c_char_p, [ctypes.POINTER(CoSiEncoderStep), c_void_p]),
+    "co_si_encoder_step_scratch_bytes": (c_int64, [ctypes.POINTER(CoSiEncoderStep)]),
     "nothing": (c_char_p, [c_void_p]),
 }
 
