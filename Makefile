@@ -13,7 +13,7 @@ RUN_BAZEL := bazel/offline/configure.sh && PATH="$(CURDIR)/$(BIN):$$PATH" $(BAZE
 TENSORFLOW = $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('cc/library.bzl')['TENSORFLOW_DEFAULT'])")
 FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc tests/cc/*.cc benchmarks/cc/*.cc examples/cpp/*.cc)
 
-.PHONY: demo test test-torch test-slow lint format bazel-build bazel-test sanitize bench bench-cc wheel clean
+.PHONY: demo test test-torch test-slow lint format bazel-build bazel-test sanitize bench bench-cc gpu wheel clean
 
 demo: .venv/installed
 	$(BIN)/continual-transformers demo --picture build/demo.png
@@ -62,6 +62,11 @@ bench: .venv/installed
 bench-cc: .venv/installed
 	$(RUN_BAZEL) run $(BAZEL_FLAGS) //benchmarks:single_output_benchmark
 	$(RUN_BAZEL) run $(BAZEL_FLAGS) //benchmarks:retroactive_benchmark
+
+# On a machine with a GPU, nvcc and PyTorch: builds, checks and times the CUDA kernels, into build/gpu
+# or $OUT, in at most eight minutes. Without .venv, TensorFlow or a network.
+gpu:
+	$(PYTHON) tests/gpu/gpu_run.py
 
 # Into dist/.
 wheel: .venv/installed

@@ -1,0 +1,215 @@
+"""`make gpu`: builds the kernels for the GPU that is here, checks them and times them.
+
+    python tests/gpu/gpu_run.py [--out DIRECTORY] [--only STEP ...]
+
+It needs nvcc, a C++ compiler, Python, NumPy, PyTorch and pytest; neither TensorFlow, nor a network,
+nor this package. Each step is a process with a time limit of its own, and all of them together have
+one. What they found is in DIRECTORY (build/gpu, or $OUT): gpu.json, pictures, what each printed.
+The exit status is 0 only where nothing went wrong; a figure that misses its goal is no fault.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import cuda_build
+
+ROOT = cuda_build.ROOT
+ALL_SECONDS = 475
+NOT_RUN = "not run"
+SUITE = [
+    sys.executable, "-m", "pytest", "--confcutdir=tests/gpu", "tests/gpu", "-q", "-rfE",
+    "-p", "no:cacheprovider", "-k", "not emulated",
+]  # fmt: skip
+# Those of the op and of the layer, on TensorFlow's own GPU.
+TENSORFLOW_TESTS = ["test_single_output.py", "test_single_output_state.py", "test_co_si_mha.py"]
+
+
+class Step(NamedTuple):
+    """
+    Args:
+        limit: seconds, after which the step is ended.
+        needs: names of steps without whose success this one is not run.
+        reason: why it is not run anyway, or None.
+    """
+
+    name: str
+    command: list
+    limit: float
+    needs: tuple = ()
+    reason: str | None = None
+    environment: dict = {}  # noqa: RUF012
+
+
+def steps(out):
+    """What `make gpu` does, on a machine with a GPU."""
+    many = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    sanitizer = find_sanitizer()
+    lacking = None if sanitizer else "there is no compute-sanitizer, on PATH or beside nvcc"
+    # Buffers are allocations of their own then, so that each one's end is seen.
+    expected = {"CONTINUAL_TRANSFORMERS_EXPECT_GPU": "1"}  # A test without one is then no skip.
+    apart = {**expected, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    made = [
+        Step("build", [sys.executable, "tests/gpu/cuda_build.py"], 100),
+        Step("suite", [*SUITE, *many], 110, ("build",), None, expected),
+    ]
+    for tool in ("memcheck", "racecheck"):
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "86", *SUITE, "-m", "sanitizer"]
+        made.append(Step(tool, command, 45, ("build",), lacking, apart))
+    without = why_no_tensorflow()
+    tests = [f"tests/{name}" for name in TENSORFLOW_TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "--device", "GPU:0", *tests]
+    made.append(Step("tensorflow", [*command, *many], 60, (), without))
+    command = [
+        sys.executable, "benchmarks/gpu/gpu_benchmark.py",
+        "--json", str(out / "benchmark.json"), "--picture", str(out / "benchmark.png"),
+    ]  # fmt: skip
+    made.append(Step("benchmark", command, 230, ("build",)))
+    return made
+
+
+def find_sanitizer():
+    nvcc = cuda_build.find_nvcc()
+    beside = str(Path(nvcc).resolve().parent) if nvcc else ""
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=beside)
+
+
+def why_no_tensorflow():
+    """Why the tests of the ops cannot run inside TensorFlow on its GPU; None where they can."""
+    for module in ("tensorflow", "continual_transformers_tf"):
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed here"
+    program = (
+        "import tensorflow as tf, continual_transformers_tf as ct\n"
+        "assert tf.config.list_physical_devices('GPU'), 'TensorFlow sees no GPU'\n"
+        "assert 'GPU' in ct.ops.kernels(), 'the op library was built without GPU kernels'\n"
+    )
+    try:
+        asked = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+    except subprocess.TimeoutExpired:
+        return "TensorFlow did not start within 60 s"
+    return None if asked.returncode == 0 else asked.stderr.strip().split("\n")[-1]
+
+
+def run_step(step, log, limit):
+    """Runs it, everything that it prints into `log`, and ends it and its children at the limit.
+
+    Returns:
+        How it went: "ok", "failed" or "timed out", its exit status, its seconds, its last line.
+    """
+    begin = time.monotonic()
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            step.command, cwd=ROOT, env={**os.environ, **step.environment},
+            stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            status = process.wait(limit)
+            went = "ok" if status == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            went, status = "timed out", None
+        finally:
+            # Whom it has left behind too: they are a session of their own.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    lines = log.read_text(errors="replace").strip().split("\n")
+    return dict(went=went, status=status, seconds=time.monotonic() - begin, last_line=lines[-1])
+
+
+def run_steps(chosen, out, seconds=ALL_SECONDS):
+    """Runs one after another; what is left of `seconds` limits each too."""
+    begin = time.monotonic()
+    found = {}
+    for step in chosen:
+        left = seconds - (time.monotonic() - begin)
+        missing = [name for name in step.needs if found.get(name, {}).get("went", "ok") != "ok"]
+        reason = step.reason
+        if reason is None and missing:
+            reason = f"{missing[0]}: {found[missing[0]]['went']}"
+        if reason is None and left <= 1:
+            # It ought to have been: not as where something is not installed.
+            found[step.name] = dict(went="timed out", last_line=f"the {seconds:g} s were over")
+        elif reason is not None:
+            found[step.name] = dict(went=NOT_RUN, last_line=reason)
+        else:
+            print(f"{step.name} ...", flush=True)
+            limit = min(step.limit, left)
+            command = [*step.command]
+            if step.name == "benchmark":  # So that it ends by itself.
+                command += ["--seconds", f"{0.8 * limit:.0f}"]
+            log = out / f"{step.name}.txt"
+            found[step.name] = run_step(step._replace(command=command), log, limit)
+    return found
+
+
+def summary(found, benchmark=None):
+    """What is printed last."""
+    lines = []
+    for name, step in found.items():
+        took = f"{step['seconds']:6.1f} s" if "seconds" in step else " " * 8
+        lines.append(f"{name:12} {step['went']:10} {took}  {step['last_line']}")
+    if benchmark:
+        sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
+        import gpu_report
+
+        lines += ["", *gpu_report.heading(benchmark), *gpu_report.goal_lines(benchmark)]
+    return "\n".join(lines)
+
+
+def is_wrong(found):
+    return any(step["went"] not in ("ok", NOT_RUN) for step in found.values())
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=os.environ.get("OUT") or ROOT / "build/gpu")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="such as: build suite")
+    chosen = parser.parse_args(arguments)
+    capability = cuda_build.find_capability()
+    if capability is None:
+        print("There is no GPU here, so there is nothing that `make gpu` could check.")
+        return 1
+    out = Path(chosen.out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    wanted = steps(out)
+    names = [step.name for step in wanted]
+    if chosen.only:
+        unknown = set(chosen.only) - set(names)
+        if unknown:
+            parser.error(
+                f"no such step: {', '.join(sorted(unknown))}; there are {', '.join(names)}"
+            )
+        wanted = [step for step in wanted if step.name in chosen.only]
+    recorded = out / "benchmark.json"
+    recorded.unlink(missing_ok=True)  # That of another day.
+    found = run_steps(wanted, out)
+    benchmark = json.loads(recorded.read_text()) if recorded.exists() else None
+    wrong = is_wrong(found)
+    everything = dict(capability=capability, wrong=wrong, steps=found, benchmark=benchmark)
+    (out / "gpu.json").write_text(json.dumps(everything, indent=1))
+    for name, step in found.items():
+        if step["went"] in ("failed", "timed out") and (out / f"{name}.txt").exists():
+            print(f"\n--- {name}: the end of what it said")
+            print("\n".join((out / f"{name}.txt").read_text(errors="replace").split("\n")[-40:]))
+    print("\n" + summary(found, benchmark))
+    print(f"\n{'SOMETHING WAS WRONG' if wrong else 'Nothing was wrong'}; all of it is in {out}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

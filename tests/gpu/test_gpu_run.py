@@ -1,0 +1,134 @@
+"""`make gpu` as far as it goes without a GPU: its steps' limits, its exit status, what it says."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+import cuda_build
+import gpu_run
+
+
+def python(program, limit=20.0, name="step", **options):
+    return gpu_run.Step(name, [sys.executable, "-c", program], limit, **options)
+
+
+def test_without_a_gpu_one_sentence_and_a_status(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(cuda_build, "find_capability", lambda: None)
+    assert gpu_run.main(["--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().out.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_as_a_person_would_run_it():
+    """Neither a package of ours nor a virtual environment is asked for."""
+    if cuda_build.find_capability() is not None:
+        pytest.skip("there is a GPU here")
+    command = ["make", "--no-print-directory", "gpu", f"PYTHON={sys.executable}"]
+    done = subprocess.run(command, cwd=cuda_build.ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "There is no GPU here" in done.stdout
+    assert "pip install" not in done.stdout
+
+
+def test_a_step_that_ends_well(tmp_path):
+    found = gpu_run.run_steps([python("print('all is well')")], tmp_path)
+    assert found["step"]["went"] == "ok"
+    assert found["step"]["last_line"] == "all is well"
+    assert not gpu_run.is_wrong(found)
+
+
+def test_a_step_that_fails(tmp_path):
+    steps = [
+        python("print('why'); raise SystemExit(3)", name="build"),
+        python("print('never')", name="suite", needs=("build",)),
+        python("print('anyway')", name="other"),
+    ]
+    found = gpu_run.run_steps(steps, tmp_path)
+    assert (found["build"]["went"], found["build"]["status"]) == ("failed", 3)
+    assert found["suite"]["went"] == gpu_run.NOT_RUN
+    assert "build" in found["suite"]["last_line"]
+    assert found["other"]["went"] == "ok"
+    assert gpu_run.is_wrong(found)
+
+
+def test_a_step_at_its_limit_is_ended_with_its_children(tmp_path):
+    program = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    begin = time.monotonic()
+    found = gpu_run.run_steps([python(program, limit=2.0), python("", name="after")], tmp_path)
+    assert time.monotonic() - begin < 30
+    assert found["step"]["went"] == "timed out"
+    assert found["after"]["went"] == "ok"
+    assert gpu_run.is_wrong(found)
+    child = int((tmp_path / "step.txt").read_text())
+    for _ in range(100):  # Whoever adopts it lets it go in the end.
+        try:
+            os.kill(child, 0)
+            with open(f"/proc/{child}/stat") as stat:
+                if stat.read().rsplit(")", 1)[1].split()[0] == "Z":
+                    return
+        except (ProcessLookupError, FileNotFoundError):
+            return
+        time.sleep(0.1)
+    pytest.fail("the child is still there")
+
+
+def test_all_together_have_a_limit(tmp_path):
+    steps = [python("import time; time.sleep(60)", name=name) for name in ("one", "two")]
+    begin = time.monotonic()
+    found = gpu_run.run_steps(steps, tmp_path, seconds=2)
+    assert time.monotonic() - begin < 20
+    assert {step["went"] for step in found.values()} == {"timed out"}
+    assert gpu_run.is_wrong(found)
+
+
+def test_what_is_not_there_is_no_fault_and_is_said(tmp_path):
+    found = gpu_run.run_steps(
+        [python("", name="tensorflow", reason="it is not installed")], tmp_path
+    )
+    assert not gpu_run.is_wrong(found)
+    assert "it is not installed" in gpu_run.summary(found)
+
+
+def test_the_steps_and_their_limits(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_run, "why_no_tensorflow", lambda: "it is not wanted here")
+    steps = {step.name: step for step in gpu_run.steps(tmp_path)}
+    assert list(steps) == ["build", "suite", "memcheck", "racecheck", "tensorflow", "benchmark"]
+    assert gpu_run.ALL_SECONDS < 8 * 60
+    for step in steps.values():
+        for word in step.command:
+            if str(word).startswith(("tests/", "benchmarks/")):
+                assert (cuda_build.ROOT / word).exists()
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_what_it_leaves_and_says(monkeypatch, tmp_path, capsys, good):
+    monkeypatch.setattr(cuda_build, "find_capability", lambda: "90")
+    status = 0 if good else 1
+    build = python(f"print('built'); raise SystemExit({status})", name="build")
+    monkeypatch.setattr(gpu_run, "steps", lambda out: [build, python("", name="suite")])
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    assert gpu_run.main(["--only", "build"]) == status
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert list(found["steps"]) == ["build"]
+    assert found["wrong"] is not good
+    assert ("SOMETHING WAS WRONG" in printed) is not good
+    assert (tmp_path / "out" / "build.txt").read_text() == "built\n"
+
+
+def test_an_unknown_step_is_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cuda_build, "find_capability", lambda: "90")
+    monkeypatch.setattr(gpu_run, "why_no_tensorflow", lambda: "it is not wanted here")
+    with pytest.raises(SystemExit) as stopped:
+        gpu_run.main(["--out", str(tmp_path), "--only", "bild"])
+    assert stopped.value.code == 2
+    assert "racecheck" in capsys.readouterr().err
