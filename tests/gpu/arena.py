@@ -5,10 +5,11 @@ other buffers, and the guards. Guards are bytes of 255, which are NaN in every f
 an index and true as a bool, so that a read past a buffer does not go unnoticed either.
 """
 
-import ctypes
 import os
 
 import numpy as np
+
+import cuda_build
 
 GUARD = 256  # Bytes on either side of a buffer, and what each begins at a multiple of.
 POISON = 255
@@ -135,10 +136,9 @@ def device_memory():
     Returns:
         It, or None and the reason.
     """
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError as error:  # Sooner known than by an import of PyTorch.
-        return None, f"no GPU is at hand, nor a driver: {error}"
+    why = cuda_build.why_no_driver()
+    if why is not None:
+        return None, f"no GPU is at hand, nor a driver: {why}"
     reasons = []
     for kind, module in ((CupyMemory, "cupy"), (TorchMemory, "torch")):
         try:

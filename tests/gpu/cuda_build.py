@@ -8,6 +8,7 @@ prints the library's path. What was built from the same sources by the same comm
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import os
@@ -39,8 +40,20 @@ def find_nvcc():
     return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(places))
 
 
+def why_no_driver():
+    """None where there is a driver for GPUs, whether or not there is a GPU; sooner known than by an
+    import of PyTorch."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        return str(error)
+    return None
+
+
 def find_capability():
     """The compute capability of the first GPU, as "90", or None where there is no GPU."""
+    if why_no_driver() is not None:
+        return None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         found = subprocess.run(
             ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],

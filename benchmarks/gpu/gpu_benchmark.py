@@ -1,0 +1,473 @@
+"""Times the kernels on the GPU that is here: `python benchmarks/gpu/gpu_benchmark.py --json FILE`.
+
+Kernels alone, by replays of CUDA graphs between events. Rings are taken in turn, so many of them
+that none is in L2 when its turn comes, and then one of them again and again. Beside them, in the
+same run: a large copy on the device, a kernel that does nothing, and PyTorch's
+scaled_dot_product_attention on the same rings, with and without a graph. It needs PyTorch, and for
+tables and pictures rich and matplotlib where they are.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gpu_report
+import gpu_sizes
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "gpu"))
+
+import cuda_build  # noqa: E402
+import cuda_calls  # noqa: E402
+
+# What outputs may differ by from PyTorch's, which computes in the ring's type.
+AGREEMENT = {"float64": 1e-10, "float32": 1e-3, "bfloat16": 4e-2, "float16": 1e-2}
+
+
+class Gpu:
+    """The first GPU, by PyTorch."""
+
+    device = "cuda"
+
+    def __init__(self):
+        import torch
+
+        properties = torch.cuda.get_device_properties(0)
+        self.multiprocessors = properties.multi_processor_count
+        self.l2_bytes = properties.L2_cache_size
+        self.facts = dict(
+            gpu=properties.name,
+            capability=f"{properties.major}.{properties.minor}",
+            memory_bytes=properties.total_memory,
+            driver=_driver(),
+            cuda=torch.version.cuda,
+        )
+
+    def free_bytes(self):
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
+
+    def stream(self):
+        import torch
+
+        return torch.cuda.current_stream().cuda_stream
+
+    def synchronize(self):
+        import torch
+
+        torch.cuda.synchronize()
+
+    def capture(self, work):
+        """What does `work` again, from a graph."""
+        import torch
+
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        return graph.replay
+
+    def seconds(self, work):
+        """Of the device's, from the first thing that `work` gives it to the end of the last."""
+        import torch
+
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e-3
+
+
+def _driver():
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=True)
+        return done.stdout.split("\n")[0].strip()
+    return "unknown"
+
+
+class Bench:
+    """What all measurements share.
+
+    Args:
+        gpu: a Gpu.
+        memory_bytes: how much the rings may take.
+        target: seconds that a timed piece is to take.
+    """
+
+    def __init__(self, gpu, library, memory_bytes, target=1e-3, repeats=7):
+        import torch
+
+        self.torch, self.gpu, self.library = torch, gpu, library
+        self.target, self.repeats = target, repeats
+        # Cut up anew for each size, and filled once for each type.
+        self.pool = torch.empty(memory_bytes, dtype=torch.uint8, device=gpu.device)
+        self.filled = None
+
+    def numbers(self, dtype, count, sets=1):
+        """`sets` tensors of so many numbers, one after another in the pool."""
+        kind = getattr(self.torch, dtype)
+        pool = self.pool.view(kind)
+        if self.filled != dtype:
+            # Piece by piece, since a generator may want as much memory again.
+            for piece in pool.split(1 << 28):
+                piece.normal_()
+            self.filled = dtype
+        return [pool[i * count : (i + 1) * count] for i in range(sets)]
+
+    def dirty(self):
+        """The pool holds something else now than what it was filled with."""
+        self.filled = None
+
+    def time(self, work, times=1):
+        """Microseconds of one of the `times` pieces of which `work` is made."""
+        work()
+        self.gpu.synchronize()
+        once = self.gpu.seconds(work)
+        laps = max(1, min(1000, round(self.target / max(once, 1e-7))))
+
+        def all_laps():
+            for _ in range(laps):
+                work()
+
+        taken = [self.gpu.seconds(all_laps) * 1e6 / (laps * times) for _ in range(self.repeats)]
+        return dict(median=statistics.median(taken), least=min(taken), most=max(taken))
+
+    def time_graph(self, work, times):
+        """The same of a graph with as many pieces; `work(i)` does the i-th."""
+        work(0)  # Whatever happens only once happens here, outside the graph.
+        self.gpu.synchronize()
+
+        def pieces():
+            for i in range(times):
+                work(i)
+
+        return self.time(self.gpu.capture(pieces), times)
+
+    def pieces(self, sets, size_bytes):
+        """How many steps go into one graph: all sets' turns, and some milliseconds at least."""
+        estimate = 2e-6 + size_bytes / 2e12
+        wanted = max(1, min(200, round(self.target / estimate)))
+        return -(-wanted // sets) * sets
+
+    def copy(self):
+        """A large copy on the device: bytes, read plus written, per second."""
+        half = min(len(self.pool) // 2, 4 << 30)
+        source, target = self.pool[:half], self.pool[half : 2 * half]
+        self.dirty()
+        figures = self.time(lambda: target.copy_(source))
+        moved = 2 * half
+        rate = moved / (figures["median"] * 1e-6)
+        return dict(bytes=moved, bytes_per_second=rate, microseconds=figures)
+
+    def empty_kernel(self):
+        return self.time_graph(lambda _: self.library.nothing(self.gpu.stream()), 200)
+
+
+class AttentionRings:
+    """Several sets of full rings of one size, with a call for each."""
+
+    def __init__(self, bench, size, sets):
+        torch = bench.torch
+        self.bench, self.size = bench, size
+        kind = getattr(torch, size.dtype)
+        compute = torch.float64 if size.dtype == "float64" else torch.float32
+        s, h, n, d = size.streams, size.heads, size.window, size.dim
+        make = dict(device=bench.gpu.device)
+        both = bench.numbers(size.dtype, 2 * s * h * n * d, sets)
+        self.rings = [x.view(2, s, h, n, d) for x in both]
+        self.query = torch.randn(s, 1, h, d, dtype=compute, **make)
+        self.key, self.value = torch.randn(2, s, 1, h, d, dtype=torch.float32, **make).to(kind)
+        self.output = torch.full((s, 1, h, d), float("nan"), dtype=compute, **make)
+        self.has_key = torch.ones(sets, s, n, dtype=torch.bool, **make)
+        self.position = torch.full((sets, s), 2 * n + 1, dtype=torch.int64, **make)
+        call = cuda_calls.SingleOutput(
+            compute_dtype=cuda_calls.DTYPES[str(compute).removeprefix("torch.")],
+            cache_dtype=cuda_calls.DTYPES[size.dtype],
+            query=self.query.data_ptr(), key=self.key.data_ptr(), value=self.value.data_ptr(),
+            output=self.output.data_ptr(),
+            num_held=s, num_streams=s, num_steps=1, num_heads=h, window=n, key_dim=d, value_dim=d,
+            scale=d**-0.5, update_state=1,
+            window_parts=bench.library.plan_window_parts(s * h, n, bench.gpu.multiprocessors),
+        )  # fmt: skip
+        self.window_parts = call.window_parts
+        parts = bench.library.single_output_parts(ctypes.byref(call))
+        arrivals = bench.library.single_output_arrivals(ctypes.byref(call))
+        self.parts = torch.empty(max(1, parts), dtype=compute, **make)
+        self.arrivals = torch.zeros(arrivals, dtype=torch.int32, **make)
+        call.parts, call.arrivals = self.parts.data_ptr(), self.arrivals.data_ptr()
+        self.calls = []
+        for i, (key, value) in enumerate(self.rings):
+            mine = cuda_calls.SingleOutput.from_buffer_copy(call)
+            mine.key_cache, mine.value_cache = key.data_ptr(), value.data_ptr()
+            mine.key_mask_cache = self.has_key[i].data_ptr()
+            mine.position = self.position[i].data_ptr()
+            self.calls.append(mine)
+        self.asked = self.query.view(s, h, 1, d).to(kind)
+
+    def step(self, i):
+        call = self.calls[i % len(self.calls)]
+        self.bench.library.single_output(ctypes.byref(call), self.bench.gpu.stream())
+
+    def sdpa(self, i):
+        key, value = self.rings[i % len(self.rings)]
+        return self.bench.torch.nn.functional.scaled_dot_product_attention(self.asked, key, value)
+
+    def check(self):
+        """That PyTorch says the same, as far as its type goes."""
+        self.step(0)
+        expected = self.sdpa(0).double().flatten()
+        error = (self.output.double().flatten() - expected).abs().max() / expected.abs().max()
+        return _agreement(error.item(), self.size.dtype)
+
+
+def _agreement(error, dtype):
+    if not error < AGREEMENT[dtype]:  # NaN too.
+        raise RuntimeError(f"PyTorch's output differs by {error:g}, expected {AGREEMENT[dtype]:g}")
+    return error
+
+
+def measure_attention(bench, size):
+    """An entry of the JSON's `attention`."""
+    skipped = gpu_sizes.why_skipped(size, len(bench.pool))
+    if skipped:
+        return dict(size=size._asdict(), skipped=skipped)
+    sets = gpu_sizes.copies_beyond(bench.gpu.l2_bytes, size.ring_bytes)
+    sets = max(1, min(sets, len(bench.pool) // size.ring_bytes))
+    rings = AttentionRings(bench, size, sets)
+    error = rings.check()
+    times = bench.pieces(sets, size.bytes)
+    few = bench.pieces(1, size.bytes)
+    ours = dict(out_of_l2=bench.time_graph(rings.step, times))
+    ours["in_l2"] = (
+        ours["out_of_l2"] if sets == 1 else bench.time_graph(lambda _: rings.step(0), few)
+    )
+    for call in rings.calls:
+        call.overlap = 1
+    ours["overlapping"] = bench.time_graph(rings.step, times)
+    sdpa = dict(graph=bench.time_graph(rings.sdpa, times))
+    turns = min(times, 200)
+    sdpa["eager"] = bench.time(lambda: [rings.sdpa(i) for i in range(turns)] and None, turns)
+    return dict(
+        size=size._asdict(),
+        bytes=size.bytes,
+        operations=size.operations,
+        window_parts=rings.window_parts,
+        sets=sets,
+        error_against_sdpa=error,
+        ours=ours,
+        sdpa=sdpa,
+    )
+
+
+class LayerWeights:
+    """Several layers' weights and rings, with a step for each."""
+
+    def __init__(self, bench, size, sets):
+        torch = bench.torch
+        self.bench, self.size, self.sets = bench, size, sets
+        kind, compute = getattr(torch, size.dtype), torch.float32
+        attention = size.attention
+        m, e, h, n, d = size.streams, size.features, size.heads, size.window, attention.dim
+        make = dict(device=bench.gpu.device)
+        # Query, key, value and output's kernels [E, E], and then the rings.
+        numbers = 4 * e * e + 2 * m * h * n * d
+        all_numbers = bench.numbers(size.dtype, numbers, sets)
+        bench.dirty()
+        self.kernels = [x[: 4 * e * e].view(4, e, e) for x in all_numbers]
+        for x in self.kernels:
+            x *= e**-0.5
+        self.rings = [x[4 * e * e :].view(2, m, h, n, d) for x in all_numbers]
+        self.x = torch.randn(m, e, dtype=compute, **make)
+        self.biases = torch.randn(4, e, dtype=compute, **make) * 0.1
+        self.result = torch.full((m, e), float("nan"), dtype=compute, **make)
+        self.has_key = torch.ones(sets, m, n, dtype=torch.bool, **make)
+        self.position = torch.full((sets, m), 2 * n + 1, dtype=torch.int64, **make)
+        x = self.x.data_ptr()
+        step = cuda_calls.CoSiMhaStep(
+            attention=cuda_calls.SingleOutput(
+                compute_dtype=cuda_calls.FLOAT32, cache_dtype=cuda_calls.DTYPES[size.dtype],
+                query=x, key=x, value=x,
+                num_held=m, num_streams=m, num_steps=1, num_heads=h, window=n, key_dim=d,
+                value_dim=d, scale=d**-0.5, update_state=1, window_parts=1,
+            ),
+            weights_dtype=cuda_calls.DTYPES[size.dtype],
+            query_features=e, key_features=e, value_features=e, output_features=e,
+            result=self.result.data_ptr(), multiprocessors=bench.gpu.multiprocessors,
+        )  # fmt: skip
+        library = bench.library
+        scratch = library.co_si_mha_step_scratch_bytes(ctypes.byref(step))
+        arrivals = library.co_si_mha_step_arrivals(ctypes.byref(step))
+        self.scratch = torch.empty(scratch, dtype=torch.uint8, **make)
+        self.arrivals = torch.zeros(arrivals, dtype=torch.int32, **make)
+        step.scratch, step.attention.arrivals = self.scratch.data_ptr(), self.arrivals.data_ptr()
+        names = ("query", "key", "value", "output")
+        for name, bias in zip(names, self.biases, strict=True):
+            setattr(step, f"{name}_bias", bias.data_ptr())
+        self.steps = []
+        for i in range(sets):
+            mine = cuda_calls.CoSiMhaStep.from_buffer_copy(step)
+            for name, kernel in zip(names, self.kernels[i], strict=True):
+                setattr(mine, f"{name}_kernel", kernel.data_ptr())
+            key, value = self.rings[i]
+            mine.attention.key_cache, mine.attention.value_cache = key.data_ptr(), value.data_ptr()
+            mine.attention.key_mask_cache = self.has_key[i].data_ptr()
+            mine.attention.position = self.position[i].data_ptr()
+            self.steps.append(mine)
+        # Torch's layers have kernels [out, in]; these are views, in the ring's type throughout.
+        self.torch_x = self.x.to(kind)
+        self.torch_biases = self.biases.to(kind)
+        self.torch_row = (self.position[0, :1] % n).expand(1)
+
+    def step(self, i):
+        step = self.steps[i % self.sets]
+        self.bench.library.co_si_mha_step(ctypes.byref(step), self.bench.gpu.stream())
+
+    def torch_step(self, i):
+        """Projections, a row of the ring, SDPA, projection: as one would in PyTorch."""
+        torch, (m, _, h, _, _) = self.bench.torch, self.size
+        addmm = torch.addmm
+        kernels, (keys, values) = self.kernels[i % self.sets], self.rings[i % self.sets]
+        query, key, value = (
+            addmm(self.torch_biases[j], self.torch_x, kernels[j]).view(m, h, 1, -1)
+            for j in range(3)
+        )
+        keys.index_copy_(2, self.torch_row, key)
+        values.index_copy_(2, self.torch_row, value)
+        attended = torch.nn.functional.scaled_dot_product_attention(query, keys, values)
+        return addmm(self.torch_biases[3], attended.reshape(m, -1), kernels[3])
+
+    def check(self):
+        self.step(0)
+        expected = self.torch_step(0).double()  # Writes the same row again.
+        error = (self.result.double() - expected).abs().max() / expected.abs().max()
+        return _agreement(error.item(), self.size.dtype)
+
+
+def measure_layer(bench, size):
+    """An entry of the JSON's `layer`."""
+    size_bytes = size.weights_bytes + size.attention.ring_bytes
+    sets = gpu_sizes.copies_beyond(bench.gpu.l2_bytes, size_bytes)
+    sets = max(1, min(sets, len(bench.pool) // size_bytes))
+    layers = LayerWeights(bench, size, sets)
+    # torch's row is where the first step goes.
+    error = layers.check()
+    times, few = bench.pieces(sets, size.bytes), bench.pieces(1, size.bytes)
+    ours = dict(
+        out_of_l2=bench.time_graph(layers.step, times),
+        in_l2=bench.time_graph(lambda _: layers.step(0), few),
+    )
+    rival = dict(graph=bench.time_graph(layers.torch_step, times))
+    turns = min(times, 200)
+    rival["eager"] = bench.time(
+        lambda: [layers.torch_step(i) for i in range(turns)] and None, turns
+    )
+    return dict(
+        size=size._asdict(),
+        weights_bytes=size.weights_bytes,
+        bytes=size.bytes,
+        operations=size.operations,
+        sets=sets,
+        error_against_torch=error,
+        ours=ours,
+        torch=rival,
+    )
+
+
+def run(bench, attention, layer, seconds):
+    """Measures until the seconds are over. What went wrong with a size is said in its entry."""
+    import torch
+
+    begin = time.monotonic()
+    found = dict(
+        machine=dict(
+            **bench.gpu.facts,
+            multiprocessors=bench.gpu.multiprocessors,
+            l2_bytes=bench.gpu.l2_bytes,
+            torch=torch.__version__,
+        ),
+        pool_bytes=len(bench.pool),
+        copy=bench.copy(),
+        empty_kernel=bench.empty_kernel(),
+        attention=[],
+        layer=[],
+        failures=[],
+    )
+    jobs = [("layer", measure_layer, size) for size in layer]
+    jobs += [("attention", measure_attention, size) for size in attention]
+    with torch.inference_mode():
+        for part, measure, size in jobs:
+            if time.monotonic() - begin > seconds:
+                entry = dict(size=size._asdict(), skipped=f"the {seconds:g} s were over")
+            else:
+                try:
+                    entry = measure(bench, size)
+                except (RuntimeError, cuda_calls.Refused) as error:
+                    why = f"failed: {str(error).splitlines()[0]}"
+                    found["failures"].append(f"{size}: {why}")
+                    entry = dict(size=size._asdict(), skipped=why)
+            found[part].append(entry)
+    found["copy_again"] = bench.copy()
+    found["goals"] = gpu_report.goals(found)
+    found["seconds"] = time.monotonic() - begin
+    return found
+
+
+def write(found, json_path, picture):
+    """The JSON and the picture, each where it is asked for."""
+    if json_path:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(found, indent=1))
+    if picture:
+        try:
+            gpu_report.draw(picture, found)
+        except ImportError as error:
+            print(f"No picture: {error}.", file=sys.stderr)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].split(":")[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--seconds", type=float, default=200, help="after which no size begins")
+    parser.add_argument("--memory-gb", type=float, default=70, help="that may be used at the most")
+    parser.add_argument("--quick", action="store_true", help="few sizes, one lap of each")
+    parser.add_argument("--from", dest="recorded", type=Path, help="shows a JSON, measures nothing")
+    chosen = parser.parse_args(arguments)
+    if chosen.recorded:
+        found = json.loads(chosen.recorded.read_text())
+    else:
+        try:
+            import torch
+        except ImportError:
+            print("The benchmark needs PyTorch, which is not here.", file=sys.stderr)
+            return 1
+        capability = cuda_build.find_capability()
+        if capability is None or not torch.cuda.is_available():
+            print("There is no GPU here to measure.", file=sys.stderr)
+            return 1
+        path = cuda_build.build(cuda_build.default_directory(False, capability), False, capability)
+        gpu = Gpu()
+        memory = min(chosen.memory_gb * 1e9, 0.85 * gpu.free_bytes())
+        bench = Bench(gpu, cuda_calls.CudaLibrary(path), int(memory) // 16 * 16)
+        sizes = gpu_sizes.attention_sizes(), gpu_sizes.layer_sizes()
+        if chosen.quick:
+            bench.repeats = 1
+            sizes = sizes[0][:40:8], sizes[1][:1]
+        found = run(bench, *sizes, chosen.seconds)
+    gpu_report.print_tables(found)
+    write(found, chosen.json, chosen.picture)
+    for failure in found["failures"]:
+        print(failure, file=sys.stderr)
+    return 1 if found["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""What is timed, and what each step must compute and touch at the least."""
+
+from typing import NamedTuple
+
+ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+WINDOWS = (16, 64, 256, 512, 1024, 4096, 16384, 65536)
+HEADS = 8
+STREAMS = (1, 8, 64, 512, 2048)  # Times heads: 8 to 16,384.
+DIMS = (64, 128)
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class AttentionSize(NamedTuple):
+    """One step of some streams: query, key and value are projected already."""
+
+    streams: int
+    heads: int
+    window: int
+    dim: int
+    dtype: str
+
+    @property
+    def compute_bytes(self):
+        """Of a number as it is computed with."""
+        return max(4, ITEM_BYTES[self.dtype])
+
+    @property
+    def ring_bytes(self):
+        """Of the keys and values held."""
+        rows = self.streams * self.heads * self.window
+        return 2 * rows * self.dim * ITEM_BYTES[self.dtype]
+
+    @property
+    def bytes(self):
+        """What a step must touch: each key and value of the window once, the newest of which come
+        with the call and go to the ring, and which have a key; queries in, outputs out."""
+        newest = 2 * self.streams * self.heads * self.dim * ITEM_BYTES[self.dtype]
+        asked = 2 * self.streams * self.heads * self.dim * self.compute_bytes
+        return self.ring_bytes + newest + asked + self.streams * self.window
+
+    @property
+    def operations(self):
+        """Multiplications and additions of query . key and weight . value."""
+        return 4 * self.streams * self.heads * self.window * self.dim
+
+    def __str__(self):
+        return f"S={self.streams} H={self.heads} N={self.window} D={self.dim} {self.dtype}"
+
+
+class LayerSize(NamedTuple):
+    """One step of a whole layer: E features in and out, D = E / H."""
+
+    streams: int
+    features: int
+    heads: int
+    window: int
+    dtype: str  # Of the weights and of the ring.
+
+    @property
+    def attention(self):
+        dim = self.features // self.heads
+        return AttentionSize(self.streams, self.heads, self.window, dim, self.dtype)
+
+    @property
+    def weights_bytes(self):
+        """Of four kernels, and of their biases."""
+        kernels = 4 * self.features * self.features * ITEM_BYTES[self.dtype]
+        return kernels + 4 * self.features * self.attention.compute_bytes
+
+    @property
+    def bytes(self):
+        """What a step must touch: weights and windows once, inputs, outputs."""
+        ends = 2 * self.streams * self.features * self.attention.compute_bytes
+        return self.weights_bytes + self.attention.ring_bytes + ends
+
+    @property
+    def operations(self):
+        return 8 * self.streams * self.features**2 + self.attention.operations
+
+    def __str__(self):
+        return f"M={self.streams} E={self.features} H={self.heads} N={self.window} {self.dtype}"
+
+
+def attention_sizes():
+    """Those that say most first: should time run out, the rest is missed least."""
+    sizes = [
+        AttentionSize(streams, HEADS, window, dim, dtype)
+        for dtype in DTYPES
+        for dim in DIMS
+        for streams in STREAMS
+        for window in WINDOWS
+    ]
+    sizes += [AttentionSize(1, HEADS, window, 64, "float64") for window in (64, 512)]
+
+    def rank(size):
+        usual = size.dim == 64 and size.dtype in ("float32", "bfloat16")
+        return (not usual, size.dtype == "float64", size.dim, size.dtype != "bfloat16")
+
+    return sorted(sizes, key=rank)
+
+
+def layer_sizes():
+    """The paper's: E = 1024, 8 heads, windows of 64."""
+    return [
+        LayerSize(streams, 1024, 8, 64, dtype)
+        for dtype in ("float32", "bfloat16")
+        for streams in (1, 8, 32)
+    ]
+
+
+def copies_beyond(cache_bytes, size_bytes):
+    """How many sets of so many bytes, taken in turn, are never in a cache when their turn comes."""
+    return 1 if size_bytes > 2 * cache_bytes else 2 * cache_bytes // size_bytes + 2
+
+
+def why_skipped(size, memory_bytes):
+    """Why a size cannot be measured in so much memory; None where it can."""
+    needed = size.ring_bytes
+    if needed > memory_bytes:
+        return f"{needed / 1e9:.1f} GB of rings do not fit into {memory_bytes / 1e9:.1f} GB"
+    return None

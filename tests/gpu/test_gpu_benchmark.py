@@ -1,0 +1,244 @@
+"""The GPU's benchmark as far as it goes without one: sizes, arithmetic, what it reports."""
+
+import json
+import sys
+import time
+
+import pytest
+
+import cuda_build
+import gpu_benchmark
+import gpu_report
+from cuda_calls import CudaLibrary
+from gpu_sizes import (
+    AttentionSize,
+    LayerSize,
+    attention_sizes,
+    copies_beyond,
+    layer_sizes,
+    why_skipped,
+)
+
+
+def test_sizes_span_what_was_asked_for():
+    sizes = attention_sizes()
+    assert len(set(sizes)) == len(sizes)
+    fused = [size for size in sizes if size.dtype != "float64"]
+    assert {size.window for size in fused} >= {16, 512, 65536}
+    assert {size.dim for size in fused} == {64, 128}
+    pairs = {size.streams * size.heads for size in fused}
+    assert min(pairs) == 8
+    assert max(pairs) == 16384
+    assert {size.dtype for size in sizes} == {"float32", "float64", "bfloat16", "float16"}
+    assert {size.features for size in layer_sizes()} == {1024}
+
+
+def test_bytes_and_operations():
+    size = AttentionSize(streams=3, heads=2, window=10, dim=4, dtype="bfloat16")
+    rows = 3 * 2 * 10
+    assert size.ring_bytes == rows * 4 * 2 * 2
+    # The ring; newest key and value, 2 bytes a number; query and output, 4; the mask.
+    assert size.bytes == size.ring_bytes + 3 * 2 * 4 * (2 * 2 + 2 * 4) + 3 * 10
+    assert size.operations == rows * 4 * 2 * 2
+    layer = LayerSize(streams=1, features=1024, heads=8, window=64, dtype="float32")
+    assert layer.weights_bytes == 4 * 1024 * 1024 * 4 + 4 * 1024 * 4
+    assert layer.attention == AttentionSize(1, 8, 64, 128, "float32")
+    assert layer.operations == 8 * 1024**2 + 4 * 64 * 1024
+
+
+def test_so_many_sets_that_none_is_in_the_cache():
+    for cache in (1 << 20, 50 << 20):
+        for size in (1 << 10, 1 << 16, 60 << 20, 1 << 30):
+            sets = copies_beyond(cache, size)
+            # Between two turns of one, all others are read.
+            assert sets == 1 or (sets - 1) * size >= 2 * cache
+            assert sets > 1 or size > 2 * cache
+
+
+def test_what_does_not_fit_is_said():
+    large = AttentionSize(2048, 8, 65536, 128, "float32")
+    assert "do not fit" in why_skipped(large, 70e9)
+    assert why_skipped(AttentionSize(1, 8, 65536, 128, "float32"), 70e9) is None
+    # On a GPU of 80 GB there is something at either end.
+    fitting = [size for size in attention_sizes() if why_skipped(size, 68e9) is None]
+    assert len(fitting) > 150
+    assert max(size.ring_bytes for size in fitting) > 10e9
+
+
+def figures(median):
+    return dict(median=median, least=0.9 * median, most=1.2 * median)
+
+
+def entry(size, ours, sdpa):
+    return dict(
+        size=size._asdict(),
+        bytes=size.bytes,
+        operations=size.operations,
+        window_parts=2,
+        sets=1,
+        error_against_sdpa=1e-5,
+        ours=dict(
+            out_of_l2=figures(ours), in_l2=figures(0.8 * ours), overlapping=figures(0.9 * ours)
+        ),
+        sdpa=dict(graph=figures(sdpa), eager=figures(2 * sdpa)),
+    )
+
+
+@pytest.fixture
+def found():
+    """What a run records, in its format, of a GPU that there is not."""
+    small, middle, large = (
+        AttentionSize(1, 8, 64, 64, "bfloat16"),
+        AttentionSize(1, 8, 512, 64, "bfloat16"),
+        AttentionSize(2048, 8, 1024, 64, "bfloat16"),
+    )
+    copy = 4e12
+    layer = LayerSize(1, 1024, 8, 64, "float32")
+    return dict(
+        machine=dict(
+            gpu="a sample", capability="9.0", memory_bytes=80 << 30, driver="0", cuda="13.0",
+            multiprocessors=132, l2_bytes=50 << 20, torch="2",
+        ),
+        pool_bytes=60 << 30,
+        copy=dict(bytes=8 << 30, bytes_per_second=copy, microseconds=figures(2147)),
+        copy_again=dict(bytes=8 << 30, bytes_per_second=copy, microseconds=figures(2147)),
+        empty_kernel=figures(1.5),
+        attention=[
+            entry(small, 3.0, 9.0),
+            entry(middle, 4.0, 6.0),
+            entry(large, large.bytes / (0.95 * copy) * 1e6, 1.1 * large.bytes / copy * 1e6),
+            dict(size=large._replace(window=65536)._asdict(), skipped="too large"),
+        ],
+        layer=[
+            dict(
+                size=layer._asdict(), weights_bytes=layer.weights_bytes, bytes=layer.bytes,
+                operations=layer.operations, sets=8, error_against_torch=1e-6,
+                ours=dict(out_of_l2=figures(8.0), in_l2=figures(6.0)),
+                torch=dict(graph=figures(20.0), eager=figures(80.0)),
+            )
+        ],
+        failures=[],
+    )  # fmt: skip
+
+
+def test_goals(found):
+    copy, latency, sdpa, of_one = gpu_report.goals(found)
+    assert copy["worst"] == pytest.approx(0.95)
+    assert copy["reached"]
+    assert (latency["worst"], latency["reached"], latency["of"]) == (4.0, True, 2)
+    assert sdpa["worst"] == pytest.approx(1.1 * 0.95)
+    assert sdpa["reached"]
+    assert of_one["worst"] == pytest.approx(1.5)
+    assert not of_one["reached"]
+    assert "N=512" in of_one["where"]
+    lines = gpu_report.goal_lines(found)
+    assert sum("NOT REACHED" in line for line in lines) == 1
+    found["attention"] = found["attention"][:1]
+    assert gpu_report.goals(found)[0]["reached"] is None
+    assert "not measured" in gpu_report.goal_lines(found)[0]
+
+
+def test_the_faster_of_torchs_ways_is_the_rival(found):
+    rival = found["attention"][0]
+    rival["sdpa"]["eager"] = figures(6.0)
+    assert gpu_report.times_sdpa(rival) == 2
+
+
+def test_tables_as_text(found):
+    text = gpu_report.plain(found)
+    for part in ("a sample", "4.000 TB/s", "N=512", "95%", "too large", "M=1 E=1024"):
+        assert part in text
+    titles = [title for title, _, _ in gpu_report.table_cells(found)]
+    assert all(title in text for title in titles)
+
+
+def test_recorded_results_are_shown_again(found, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the picture is matplotlib's")
+    recorded, picture = tmp_path / "found.json", tmp_path / "picture.png"
+    recorded.write_text(json.dumps(found))
+    command = ["--from", str(recorded), "--picture", str(picture), "--json", str(tmp_path / "a")]
+    assert gpu_benchmark.main(command) == 0
+    assert picture.stat().st_size > 10_000
+    assert json.loads((tmp_path / "a").read_text()) == found
+    assert "NOT REACHED" in capsys.readouterr().out
+    # Without rich the same is said.
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    found["failures"] = ["N=64: it broke"]
+    recorded.write_text(json.dumps(found))
+    assert gpu_benchmark.main(["--from", str(recorded)]) == 1
+    printed = capsys.readouterr()
+    assert "NOT REACHED" in printed.out
+    assert "it broke" in printed.err
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    pytest.importorskip("torch", reason="the benchmark is PyTorch's")
+    monkeypatch.setattr(cuda_build, "find_capability", lambda: None)
+    assert gpu_benchmark.main([]) == 1
+    assert "no GPU" in capsys.readouterr().err
+
+
+class EmulatedGpu:
+    """As gpu_benchmark.Gpu, by the emulator, on PyTorch's tensors in host memory."""
+
+    device = "cpu"
+    multiprocessors = 4
+    l2_bytes = 1 << 12
+
+    def __init__(self):
+        self.facts = dict(
+            gpu="the emulator", capability="0", memory_bytes=1 << 20, driver="none", cuda="none"
+        )
+
+    def stream(self):
+        return None
+
+    def synchronize(self):
+        pass
+
+    def capture(self, work):
+        return work
+
+    def seconds(self, work):
+        begin = time.perf_counter()
+        work()
+        return time.perf_counter() - begin
+
+
+def test_measured_by_the_emulator():
+    """Not how fast anything is, but that all of it runs, and agrees with PyTorch."""
+    torch = pytest.importorskip("torch", reason="the benchmark is PyTorch's")
+    path = cuda_build.build(cuda_build.default_directory(True), emulated=True)
+    bench = gpu_benchmark.Bench(
+        EmulatedGpu(), CudaLibrary(path), memory_bytes=1 << 20, target=1e-6, repeats=2
+    )
+    attention = [
+        AttentionSize(1, 2, 16, 16, "float32"),
+        AttentionSize(2, 2, 150, 8, "bfloat16"),
+        AttentionSize(1, 1, 16, 16, "float16"),
+        AttentionSize(1, 1, 16, 16, "float64"),
+        AttentionSize(1000, 8, 64, 64, "float32"),
+    ]
+    layer = [LayerSize(1, 32, 2, 8, "float32"), LayerSize(2, 32, 2, 8, "bfloat16")]
+    found = gpu_benchmark.run(bench, attention, layer, seconds=100)
+    assert found["failures"] == []
+    *measured, skipped = found["attention"]
+    assert "do not fit" in skipped["skipped"]
+    for entry, size in zip(measured, attention, strict=False):
+        assert entry["error_against_sdpa"] < gpu_benchmark.AGREEMENT[size.dtype]
+        assert entry["sets"] * size.ring_bytes > 2 * bench.gpu.l2_bytes
+        for figures in (*entry["ours"].values(), *entry["sdpa"].values()):
+            assert 0 < figures["least"] <= figures["median"] <= figures["most"]
+    for entry in found["layer"]:
+        assert entry["error_against_torch"] < 4e-2
+    assert "the emulator" in gpu_report.plain(found)
+    json.dumps(found)
+    # A kernel that computes something else is a failure, and the exit status says so.
+    size = AttentionSize(1, 2, 16, 16, "float32")
+    rings = gpu_benchmark.AttentionRings(bench, size, 1)
+    rings.calls[0].scale = 3.0
+    with pytest.raises(RuntimeError, match="differs"):
+        rings.check()
+    assert torch.isfinite(rings.output).all()
+    late = gpu_benchmark.run(bench, attention[:1], layer[:1], seconds=0)
+    assert [entry["skipped"] for entry in late["attention"]] == ["the 0 s were over"]
