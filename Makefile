@@ -11,9 +11,11 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 BIN := .venv/bin
 RUN_BAZEL := bazel/offline/configure.sh && PATH="$(CURDIR)/$(BIN):$$PATH" $(BAZEL)
 TENSORFLOW = $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('cc/library.bzl')['TENSORFLOW_DEFAULT'])")
-FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc tests/cc/*.cc benchmarks/cc/*.cc examples/cpp/*.cc)
+FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc cc/*/*/*.h cc/*/*/*.cc cuda/*.cu cuda/*.cuh cuda/*.h \
+  tests/cc/*.cc tests/gpu/emulator/*.h benchmarks/cc/*.cc examples/cpp/*.cc)
 
-.PHONY: demo test test-torch test-slow lint format bazel-build bazel-test sanitize bench bench-cc gpu wheel clean
+.PHONY: demo test test-torch test-slow lint format bazel-build bazel-cuda bazel-test sanitize bench bench-cc \
+  cuda-resources gpu wheel clean
 
 demo: .venv/installed
 	$(BIN)/continual-transformers demo --picture build/demo.png
@@ -44,6 +46,10 @@ format: .venv/installed
 bazel-build: .venv/installed
 	$(RUN_BAZEL) build $(BAZEL_FLAGS) //...
 
+# The library with kernels for GPUs.
+bazel-cuda: .venv/installed
+	$(RUN_BAZEL) build $(BAZEL_FLAGS) --config=cuda //cc:libcontinual_transformers.so
+
 bazel-test: .venv/installed
 	$(RUN_BAZEL) test $(BAZEL_FLAGS) //...
 
@@ -51,6 +57,10 @@ bazel-test: .venv/installed
 sanitize: .venv/installed
 	$(RUN_BAZEL) test $(BAZEL_FLAGS) --config=asan //tests:cc
 	$(RUN_BAZEL) test $(BAZEL_FLAGS) --config=tsan //tests:cc
+
+# What each kernel for GPUs takes of one: registers, spills, stack, shared memory.
+cuda-resources:
+	$(PYTHON) cuda/resources.py
 
 # Against everyone else, into build/ and docs/benchmarks.md; a quarter of an hour.
 bench: .venv/installed
@@ -80,8 +90,9 @@ clean:
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 
 # TensorFlow first: the op library is then built for it, and not for one that pip would fetch for the
-# build alone.
-.venv/installed: .venv/bin/python setup.py pyproject.toml $(wildcard cc/*.bzl cc/*/*)
+# build alone. With kernels for GPUs where there is an nvcc; CONTINUAL_TRANSFORMERS_CUDA=0 leaves them
+# out.
+.venv/installed: .venv/bin/python setup.py pyproject.toml $(wildcard cc/*.bzl cc/*/* cc/*/*/* cuda/*.*)
 	$(BIN)/python -m pip install --quiet "tensorflow-cpu==$(TENSORFLOW).*"
 	$(BIN)/python -m pip install --quiet --editable ".[cpu,demo,test]"
 	touch $@

@@ -4,6 +4,7 @@ The library is built with the system's compiler against the TensorFlow that is i
 package is going.
 """
 
+import importlib
 import os
 import runpy
 import shutil
@@ -21,6 +22,8 @@ VERSION = "0.1.0"
 # Of those that numbers are held against, in the race and in the tests of ct.from_torch.
 TORCH = ["continual-inference==1.2.4", "torch==2.13.0"]
 CC = runpy.run_path("cc/library.bzl")
+sys.path.insert(0, "cuda")
+nvcc = importlib.import_module("nvcc")
 # Set by the Bazel build of the wheel: the library is there and only to be packed.
 PREBUILT_LIBRARY = os.environ.get("CONTINUAL_TRANSFORMERS_PREBUILT_LIBRARY")
 
@@ -73,6 +76,21 @@ class build_op_library(build_ext):
             ext.extra_compile_args += ["-isystem", str(folder / include)]
         ext.extra_compile_args += ["-g0"]
         ext.extra_link_args += [f"-L{folder}"]
+        cuda = nvcc.chosen()
+        if cuda:
+            print(f"with CUDA {cuda}")
+            ext.define_macros += [
+                ("CONTINUAL_TRANSFORMERS_CUDA", "1"),
+                ("CONTINUAL_TRANSFORMERS_CUDA_BUILD", f'"{cuda}"'),
+            ]
+            ext.sources += [f"cc/{name}" for name in CC["TENSORFLOW_GPU_SOURCES"]]
+            for include in cuda.include:
+                ext.extra_compile_args += ["-isystem", include]
+            objects = cuda.compile_all(CC["CUDA_SOURCES"], nvcc.OBJECTS)
+            ext.extra_objects += map(str, objects)
+            # First: TensorFlow's library may have functions of the same names.
+            libraries = [f"-L{lib}" for lib in cuda.lib]
+            ext.extra_link_args[:0] = libraries + CC["CUDA_LINK_OPTIONS"]
         super().build_extension(ext)
 
 

@@ -23,7 +23,7 @@ def main(folder):
         library = shutil.copy(LIBRARY, Path(tree, "prebuilt.so"))
         for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
             shutil.copy(RUNFILES / name, tree)
-        for name in ("cc", "python"):
+        for name in ("cc", "cuda", "python"):
             shutil.copytree(
                 RUNFILES / name,
                 Path(tree, name),

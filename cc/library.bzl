@@ -58,6 +58,41 @@ TENSORFLOW_SOURCES = [
     "tensorflow/threads.cc",
 ]
 
+# What only a build with CUDA compiles, which defines CONTINUAL_TRANSFORMERS_CUDA. In //cc, by the
+# C++ compiler:
+TENSORFLOW_GPU_HEADERS = []
+
+TENSORFLOW_GPU_SOURCES = []
+
+# In //cuda, by nvcc. The C interface is not in the op library: it is for tests and benchmarks of
+# the kernels, which have a library of their own.
+CUDA_HEADERS = [
+    "arrival.cuh",
+    "c_api.h",
+    "co_si_encoder_step.h",
+    "co_si_mha_step.h",
+    "dense.h",
+    "elements.cuh",
+    "launch.cuh",
+    "normalize.h",
+    "partial_attention.cuh",
+    "scratch.h",
+    "single_output.h",
+    "warp.cuh",
+]
+
+CUDA_SOURCES = [
+    "co_si_encoder_step.cu",
+    "co_si_mha_step.cu",
+    "dense.cu",
+    "normalize.cu",
+    "single_output.cu",
+]
+
+CUDA_C_API_SOURCES = [
+    "c_api.cu",
+]
+
 COMPILER_OPTIONS = [
     "-std=c++17",
     "-O3",
@@ -78,3 +113,30 @@ HIGHWAY_INCLUDE = "include/external/com_google_highway"
 
 # The minor version of TensorFlow that is built for where none is installed.
 TENSORFLOW_DEFAULT = "2.21"
+
+# Compute capabilities that there is machine code for. For newer ones there is PTX of the last,
+# which the driver compiles.
+CUDA_ARCHITECTURES = ["75", "80", "86", "89", "90"]
+
+# The oldest nvcc that will do.
+CUDA_OLDEST = "12.0"
+
+# nvcc's, to the letter: ptxas' report is what cuda/resources.py reads.
+CUDA_OPTIONS = [
+    "-std=c++17",
+    "-O3",
+    "--expt-relaxed-constexpr",
+    "-DNDEBUG",
+    "-Xcompiler=-Wall,-Wextra,-fPIC,-fvisibility=hidden",
+    "-Xptxas=-v",
+]
+
+# CUDA's runtime is in the library, so that it loads where there is neither CUDA nor a driver; and
+# shows nobody its functions, for TensorFlow has some of the same names.
+CUDA_LINK_OPTIONS = [
+    "-l:libcudart_static.a",
+    "-Wl,--exclude-libs,libcudart_static.a",
+    "-ldl",
+    "-lrt",
+    "-lpthread",
+]

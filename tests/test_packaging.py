@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
+import nvcc
+
 ROOT = Path(__file__).parent.parent
 
 # Run where the package is installed and the checkout is not at hand.
@@ -32,10 +34,19 @@ print(json.dumps(dict(
 
 def test_the_lists_of_sources_are_complete():
     lists = runpy.run_path(ROOT / "cc" / "library.bzl")
-    parts = ("ATTENTION", "TENSORFLOW")
-    named = [x for part in parts for x in lists[f"{part}_HEADERS"] + lists[f"{part}_SOURCES"]]
-    found = [path for suffix in ("h", "cc") for path in (ROOT / "cc").glob(f"*/*.{suffix}")]
-    assert sorted(named) == sorted(str(path.relative_to(ROOT / "cc")) for path in found)
+    listed = {
+        "cc": ("ATTENTION", "TENSORFLOW", "TENSORFLOW_GPU"),
+        "cuda": ("CUDA", "CUDA_C_API"),
+    }
+    for folder, parts in listed.items():
+        kinds = [f"{part}_{kind}" for part in parts for kind in ("HEADERS", "SOURCES")]
+        named = [name for kind in kinds for name in lists.get(kind, [])]
+        found = [
+            str(path.relative_to(ROOT / folder))
+            for path in (ROOT / folder).glob("**/*")
+            if path.suffix in (".h", ".cc", ".cuh", ".cu")
+        ]
+        assert sorted(named) == sorted(found)
 
 
 def test_the_version_stands_in_one_place():
@@ -52,7 +63,7 @@ def environment_with(requirement, folder):
     return folder
 
 
-def check_streams_in(environment):
+def check_streams_in(environment, kernels=("CPU",)):
     """The package streams there with the kernels that were installed with it."""
 
     def run(*command):
@@ -61,23 +72,27 @@ def check_streams_in(environment):
         ).stdout
 
     facts = json.loads(run(environment / "bin/python", "-c", PROGRAM).splitlines()[-1])
-    assert facts["kernels"] == ["CPU"]
+    assert facts["kernels"] == list(kernels)
     assert facts["error"] is None
     assert facts["answered"] == [False, False, False, True, True]
     assert Path(facts["library"]).is_relative_to(environment)
-    assert "fused kernels: CPU" in run(environment / "bin/continual-transformers", "info")
+    said = run(environment / "bin/continual-transformers", "info")
+    assert f"fused kernels: {', '.join(kernels)}\n" in said
+    assert ("built without CUDA" in said) == ("GPU" not in kernels)
 
 
-def check_wheel(wheel, folder):
+def check_wheel(wheel, folder, kernels=("CPU",)):
     """It says which TensorFlow it is for, and streams in an environment of its own."""
     minor = ".".join(tf.__version__.split(".")[:2])
     assert f"+tf{minor}-py3-none-" in wheel.name
-    check_streams_in(environment_with(f"continual-transformers-tf[cpu] @ {wheel.as_uri()}", folder))
+    environment = environment_with(f"continual-transformers-tf[cpu] @ {wheel.as_uri()}", folder)
+    check_streams_in(environment, kernels)
 
 
 @pytest.mark.slow
-def test_the_readme_s_installation_where_there_is_no_tensorflow_yet(tmp_path):
+def test_the_readme_s_installation_where_there_is_no_tensorflow_yet(tmp_path, monkeypatch):
     """`pip install '.[cpu]'`: pip fetches a TensorFlow to build for, and installs its like."""
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_CUDA", "0")
     checkout = tmp_path / "checkout"
     ignored = shutil.ignore_patterns(".venv", "build", "dist", "bazel-*", "*.so", "*.egg-info")
     shutil.copytree(ROOT, checkout, ignore=ignored)
@@ -86,12 +101,13 @@ def test_the_readme_s_installation_where_there_is_no_tensorflow_yet(tmp_path):
 
 @pytest.mark.slow
 def test_the_wheel_that_pip_builds(tmp_path):
+    """With CUDA where there is an nvcc: what `make` compiled with it is used again."""
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", tmp_path, ROOT],
         check=True,
     )
     (wheel,) = tmp_path.glob("*.whl")
-    check_wheel(wheel, tmp_path / "environment")
+    check_wheel(wheel, tmp_path / "environment", ["CPU", "GPU"] if nvcc.chosen() else ["CPU"])
 
 
 @pytest.mark.slow

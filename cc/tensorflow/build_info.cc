@@ -9,3 +9,12 @@
 extern "C" __attribute__((visibility("default"), used))
 const char continual_transformers_build_info[] =
     "continual-transformers-tf built for TensorFlow " CONTINUAL_TRANSFORMERS_TENSORFLOW ".";
+
+// What the kernels for GPUs were built with and for; empty where there are none.
+extern "C" __attribute__((visibility("default"))) const char* continual_transformers_cuda_build() {
+#ifdef CONTINUAL_TRANSFORMERS_CUDA
+  return CONTINUAL_TRANSFORMERS_CUDA_BUILD;
+#else
+  return "";
+#endif
+}

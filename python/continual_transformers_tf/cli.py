@@ -35,6 +35,8 @@ def info():
         except ValueError as error:
             raise click.ClickException(str(error)) from error
         click.echo(f"CPU instructions: {in_use} of {', '.join(targets)}")
+        cuda = ct.ops.cuda_build()
+        click.echo(f"CUDA: built with {cuda}" if cuda else "built without CUDA")
     if ct.ops.load_error():
         click.echo(f"the reason: {ct.ops.load_error()}")
         if library.backend() == "fused":

@@ -133,8 +133,8 @@ def kernels():
     """The device types that have fused kernels in this process.
 
     Returns:
-        A frozenset of names such as "CPU"; empty where plain TensorFlow is used: `load_error` says
-        why.
+        A frozenset of names: "CPU", and "GPU" where the library was built with CUDA, whether or not
+        there is a GPU; empty where plain TensorFlow is used: `load_error` says why.
     """
     if load_error() is not None:
         return frozenset()
@@ -168,6 +168,20 @@ def cpu_targets():
     return names, library.continual_transformers_target().decode()
 
 
+def cuda_build():
+    """What the fused kernels for GPUs were built with and for.
+
+    Returns:
+        A string, such as "13.0 for sm_80, sm_90, PTX of 90": CUDA's version, the GPUs that there is
+        machine code for, and what the driver compiles for newer ones. None where the library was
+        built without CUDA.
+
+    Raises:
+        RuntimeError: if there are no fused kernels (`load_error` says why).
+    """
+    return native_library().continual_transformers_cuda_build().decode() or None
+
+
 def read_bytes(array):
     """Reads a NumPy array's bytes by a plain vector loop: the bound of what a step takes.
 
@@ -179,7 +193,7 @@ def read_bytes(array):
 
 @functools.cache
 def native_library():
-    """What of the library needs no TensorFlow, by ctypes (`cc/attention/c_api.cc`).
+    """What of the library needs no TensorFlow, by ctypes (`c_api.cc`, `build_info.cc`).
 
     Raises:
         RuntimeError: if it cannot be loaded.
@@ -188,7 +202,7 @@ def native_library():
     if module is None:
         raise RuntimeError(reason)
     library = ctypes.CDLL(str(LIBRARY_PATH))
-    for name in ("target", "targets", "target_error"):
+    for name in ("target", "targets", "target_error", "cuda_build"):
         getattr(library, f"continual_transformers_{name}").restype = ctypes.c_char_p
     read = library.continual_transformers_read
     read.argtypes, read.restype = [ctypes.c_void_p, ctypes.c_size_t], ctypes.c_ubyte

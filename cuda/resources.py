@@ -1,0 +1,105 @@
+"""What the kernels take of a GPU, as ptxas reported it when they were compiled, and the limits.
+
+`python3 cuda/resources.py` compiles what has changed and prints a table. Its exit status is 1 where
+a kernel is over a limit.
+"""
+
+import re
+import subprocess
+from collections import defaultdict
+from typing import NamedTuple
+
+import nvcc
+
+# At the most, of any kernel on any GPU. 128 registers: two blocks of 256 threads are resident.
+LIMITS = {
+    "registers": 128,
+    "spill_stores": 0,
+    "spill_loads": 0,
+    "stack": 0,
+    "shared": 48 * 1024 - 1,
+}
+
+REPORT = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for '(?P<architecture>sm_\w+)'"
+    r"(?:\n.*){1,3}?\n *(?P<stack>\d+) bytes stack frame, "
+    r"(?P<spill_stores>\d+) bytes spill stores, (?P<spill_loads>\d+) bytes spill loads"
+    r"(?:\n.*){0,3}?\n.*Used (?P<registers>\d+) registers(?:.*?, (?P<shared>\d+) bytes smem)?"
+)
+
+
+class Resources(NamedTuple):
+    """Of one kernel on one architecture; bytes but for the registers, which are a thread's."""
+
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    stack: int
+    shared: int
+
+    def excesses(self):
+        """What is over its limit."""
+        return [name for name, limit in LIMITS.items() if getattr(self, name) > limit]
+
+
+def parse(log):
+    """{(kernel, architecture): Resources} of what nvcc said under -Xptxas=-v."""
+    found = {}
+    for match in REPORT.finditer(log):
+        figures = (int(match[name] or 0) for name in Resources._fields)
+        found[match["name"], match["architecture"]] = Resources(*figures)
+    if len(found) != log.count("Compiling entry function"):
+        raise ValueError(f"Expected ptxas' reports of kernels, but got\n{log}")
+    return found
+
+
+def measure(toolkit):
+    """parse() of every kernel there is, compiled anew where it has changed."""
+    sources = nvcc.LISTS["CUDA_SOURCES"] + nvcc.LISTS["CUDA_C_API_SOURCES"]
+    objects = toolkit.compile_all(sources, nvcc.OBJECTS)
+    return parse("".join(path.with_suffix(".log").read_text() for path in objects))
+
+
+def readable(names):
+    """The names as C++ has them, without namespaces and arguments."""
+    said = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True)
+    for name in said.stdout.splitlines():
+        name = re.sub(r"\w+::|\(anonymous namespace\)::|^void ", "", name)
+        yield re.sub(r"\(.*", "", name).replace("> >", ">>")
+
+
+def main():
+    try:
+        found = measure(nvcc.find())
+    except nvcc.Unusable as why:
+        raise SystemExit(str(why)) from why
+    alike = defaultdict(list)
+    for (name, architecture), resources in found.items():
+        alike[name, resources].append(architecture.removeprefix("sm_"))
+    mangled = sorted({name for name, _ in found})
+    names = dict(zip(mangled, readable(mangled), strict=True))
+    table = [("kernel", "sm", "registers", "spills", "stack", "shared", "")]
+    for (name, resources), architectures in alike.items():
+        registers, stores, loads, stack, shared = map(str, resources)
+        over = resources.excesses()
+        table.append(
+            (
+                names[name],
+                " ".join(sorted(architectures)),
+                *(registers, f"{stores}/{loads}", stack, shared),
+                f"over: {', '.join(over)}" if over else "",
+            )
+        )
+    table[1:] = sorted(table[1:])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        aligned = [str.ljust] * 2 + [str.rjust] * 4 + [str.ljust]
+        cells = [align(*cell) for align, *cell in zip(aligned, row, widths, strict=True)]
+        print("  ".join(cells).rstrip())
+    over = sum(bool(resources.excesses()) for resources in found.values())
+    if over:
+        raise SystemExit(f"{over} of {len(found)} are over their limits: {LIMITS}")
+
+
+if __name__ == "__main__":
+    main()
