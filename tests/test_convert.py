@@ -516,9 +516,6 @@ CANNOT = {
         lambda x: keras.layers.GroupQueryAttention(4, 2, 1, name="grouped")(x, x), "grouped"
     ),
     "no attention": (lambda x: keras.layers.Dense(2)(x), "no layer of"),
-    "delayed": (
-        lambda x: ct.CoSiMultiHeadAttention(N, H, D, query_index=0, name="late")(x), "late"
-    ),
     "other axes": (
         lambda x: attention("squares", attention_axes=(1, 2))(x[:, :, None], x[:, :, None]),
         "squares|GetItem",

@@ -31,14 +31,21 @@ class CoResidual(ContinualLayer, keras.layers.Layer):
         What the call mode's method returns: `call_regular`, `call_step`, `call_steps`.
 
     Raises:
-        ValueError: at construction, if `layer` is no continual layer; when it is built, if the
-            layer gives other features than it is given.
+        ValueError: at construction, if `layer` is no continual layer, or one that gives all outputs
+            of the window at a step; when it is built, if the layer gives other features than it is
+            given.
     """
 
     def __init__(self, layer, call_mode="regular", **kwargs):
         if not isinstance(layer, ContinualLayer) or not isinstance(layer, keras.layers.Layer):
             raise ValueError(
                 f"Expected a continual layer of continual_transformers_tf, but got {layer!r}"
+            )
+        if layer.gives_windows:
+            raise ValueError(
+                f"Expected a layer that gives a row at a step, but {layer.name} "
+                f"({type(layer).__name__}) gives all of the window, whose inputs there are to be "
+                "added to: CoReTransformerEncoder does that"
             )
         super().__init__(**{"dtype": layer.dtype_policy, **kwargs})
         self.layer = layer

@@ -3,6 +3,7 @@
 import tensorflow as tf
 
 from continual_transformers_tf.layers.co_si_step import fixed_mask
+from continual_transformers_tf.layers.continual_layer import always_partial_here
 from continual_transformers_tf.layers.inputs import check_features, check_same_rows, step_input
 from continual_transformers_tf.layers.step_ops import cast, project
 from continual_transformers_tf.ops.delay import delayed_steps, put_steps
@@ -161,8 +162,8 @@ def scores_dropout(layer, training):
 def unready_steps(layer, query, steps_taken):
     """How many of a call's oldest steps give no output: all, while the window fills."""
     first = layer.seq_len if layer.active_warm_up == "none" else layer.delay + 1
-    if first == 1 or not tf.executing_eagerly():
-        return 0
+    if first == 1 or not tf.executing_eagerly() or always_partial_here():
+        return 0  # A whole of layers takes what there is, and says itself when it is ready.
     steps = query.shape[1]
     furthest = int(steps_taken.numpy().max(initial=0))
     return steps - max(0, min(steps, furthest - first + 1))

@@ -94,6 +94,8 @@ def _cost_of_node(graph, node, mode, seq_len):
         if inner is not None:
             return _cost_of_graph(inner, mode, seq_len)
     shapes = [_shape_of_one(graph, x, mode, seq_len) for x in node.input_tensors]
+    if any(_kind(graph, x) == "whole" for x in node.input_tensors):
+        mode = "regular"  # At every step, on the whole window.
     shape = largest(shapes)
     # Numbers of tokens have no axis of features.
     given = shape if isinstance(op, keras.layers.Embedding) else shape[:-1]
@@ -111,12 +113,20 @@ def _cost_of_node(graph, node, mode, seq_len):
 
 def _shape_of_one(graph, x, mode, seq_len):
     """The shape of one window or step of a tensor of the graph, without its batch."""
-    known = graph._known.get(id(x))
+    kind = _kind(graph, x)
+    if kind == "whole":
+        return list(graph._known[id(x)].shape[1:])
     shape = list(x.shape[1:])
-    if known is None or known.kind == "sample":
+    if kind in (None, "sample"):
         return shape
     if mode == "step":
         return [1, *shape[1:]]
     if shape[0] is None:
-        shape[0] = 1 if known.kind == "newest" else seq_len
+        shape[0] = 1 if kind == "newest" else seq_len
     return shape
+
+
+def _kind(graph, x):
+    """The kind of a tensor of the graph; None of what is not in it."""
+    known = graph._known.get(id(x))
+    return None if known is None else known.kind

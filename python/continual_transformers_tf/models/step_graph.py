@@ -1,72 +1,37 @@
 """How the graph of a Keras model is run on steps of streams, and whether it can be.
 
-A tensor of the graph is, for each window, one of three things, and in steps always `(M, T, ...)`:
+A tensor of the graph is, for each window, one of four things, and in steps always `(M, T, ...)`:
 
 - "window": `(B, T, ...)`, a row for every step of the window;
-- "newest": `(B, 1, ...)`, that of the newest step alone;
-- "sample": `(B, ...)`, the newest step's, its axis of time gone.
+- "newest": `(B, 1, ...)`, that of the newest step alone, or of a delayed one;
+- "sample": `(B, ...)`, the same, its axis of time gone;
+- "whole": `(B, N, ...)`, a row for every step of the window, all of which every step changes: what
+  retroactive attention gives, in steps `(M, T, N, ...)`.
 
 What computes each row of a window from that row alone computes the same of a step. What is given
-the newest step alone may be anything: it is run on every step as if that were a sample of a batch.
-And attention keeps what it needs of the steps before.
+the newest step alone, or a whole window, may be anything: it is run on every step as if that were
+a sample of a batch. And attention keeps what it needs of the steps before.
+
+A step's row of a window may come late. That which step t gives is then row -1 - delay of the window
+that ends with step t: so a step gives what a regular call gives for that window.
 """
 
-import dataclasses
 import inspect
-import re
 
 import keras
-import numpy as np
 import tensorflow as tf
 
+from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
+from continual_transformers_tf.layers.co_delay import CoDelay
 from continual_transformers_tf.layers.co_residual import CoResidual
-from continual_transformers_tf.layers.continual_layer import ContinualLayer
-
-# Layers that compute each row of a window from that row alone.
-ROW_WISE = (
-    keras.layers.Activation,
-    keras.layers.Add,
-    keras.layers.AlphaDropout,
-    keras.layers.Average,
-    keras.layers.BatchNormalization,
-    keras.layers.Dense,
-    keras.layers.Dropout,
-    keras.layers.ELU,
-    keras.layers.Embedding,
-    keras.layers.GaussianDropout,
-    keras.layers.GaussianNoise,
-    keras.layers.Identity,
-    keras.layers.LayerNormalization,
-    keras.layers.LeakyReLU,
-    keras.layers.Masking,
-    keras.layers.Maximum,
-    keras.layers.Minimum,
-    keras.layers.Multiply,
-    keras.layers.ReLU,
-    keras.layers.Rescaling,
-    keras.layers.RMSNormalization,
-    keras.layers.Softmax,
-    keras.layers.Subtract,
-    keras.layers.TimeDistributed,
-    keras.layers.UnitNormalization,
+from continual_transformers_tf.layers.continual_layer import ContinualLayer, call_mode
+from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
+from continual_transformers_tf.models.row_wise import (
+    Tensor,
+    is_row_wise,
+    lengths_differ,
+    row_taken,
 )
-# keras.ops, by the names of their classes, which are not public.
-ROW_WISE_OPS = {
-    "Absolute", "Add", "Cast", "Divide", "Elu", "Exp", "Gelu", "LeakyRelu", "Log", "Maximum",
-    "Minimum", "Multiply", "Negative", "Power", "Relu", "Relu6", "Selu", "Sigmoid", "Silu", "Sin",
-    "Softplus", "Sqrt", "Square", "Subtract", "Tanh", "TrueDivide",
-}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """What is known of a tensor of the graph before it is run."""
-
-    kind: str  # "window", "newest" or "sample", as above.
-    # Whether a row of a window depends on no later one: only then are rows known as they come.
-    causal: bool
-    receptive_field: int
-    shape: tuple  # For each window. That of the graph may leave open that newest is one step.
 
 
 class StepGraph:
@@ -80,6 +45,7 @@ class StepGraph:
         problems: why it cannot be run on steps: sentences that name the layer; none if it can.
         layers: its continual layers, in the order in which they are run.
         receptive_field: how many steps an output depends on.
+        delay: how many steps late an output of windows comes, or what it is made of.
     """
 
     def __init__(self, model, inputs=None):
@@ -95,7 +61,8 @@ class StepGraph:
                 "graph to be read: give it CoSiMultiHeadAttention.from_regular(...) for its layers"
             )
             return
-        if inputs is None:
+        inputs_are_own = inputs is None
+        if inputs_are_own:
             inputs = [Tensor("window", True, 1, tuple(x.shape)) for x in self.model.inputs]
             self.problems += [
                 f"the input {x.name} of shape {x.shape} has no axis of time: expected (B, T, E), "
@@ -106,6 +73,10 @@ class StepGraph:
         outputs = self._walk(inputs, self._plan_node, self._known)
         self.outputs = keras.tree.flatten(outputs)
         self.receptive_field = max(x.receptive_field for x in self.outputs)
+        self.delay = max(x.delay for x in self.outputs)
+        late = _unequal_delays(self.outputs)
+        if late and inputs_are_own:
+            self.problems.append(f"its outputs are {late}")
 
     def run(self, inputs, **options):
         """Takes T steps.
@@ -117,9 +88,30 @@ class StepGraph:
         Returns:
             Tensors `(M, T, ...)`, in the structure of the model's outputs.
         """
+        if self.has_whole_windows and "taken" not in options:
+            options["taken"] = self._taken(inputs[0], options["streams"])
         return self._walk(
             inputs, lambda node, values: self._plan[id(node)](node, values, options), {}
         )
+
+    @property
+    def has_whole_windows(self):
+        """Whether a layer in it gives all outputs of the window at every step."""
+        return any(x.kind == "whole" for x in self._known.values()) or any(
+            graph.has_whole_windows for graph in self._inner.values()
+        )
+
+    def _taken(self, x, streams):
+        """int64 `[M]`: the steps that each stream of the call has taken before."""
+        first = self.layers[0]
+        if streams is None:
+            rows = x.shape[0] or tf.shape(x)[0]
+            first.ensure_streams(rows)
+            streams = tf.range(rows)
+        # Of a stream that is not held the layers say that it is not.
+        position = tf.pad(first.position, [[0, 1]])
+        held = tf.cast(tf.clip_by_value(streams, 0, tf.shape(first.position)[0]), tf.int32)
+        return tf.gather(position, held)
 
     def _walk(self, inputs, visit, values):
         """The outputs, where visit(node, values) says what a node makes of the values so far.
@@ -143,7 +135,12 @@ class StepGraph:
         inputs = [x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, Tensor)]
         causal = all(x.causal for x in inputs)
         field = max(x.receptive_field for x in inputs)
+        latest = max(inputs, key=lambda x: x.delay)
+        late = dict(delay=latest.delay, delayed_by=latest.delayed_by)
         kinds = {x.kind for x in inputs}
+        unequal = _unequal_delays(inputs)
+        if unequal:
+            self._refuse(node, f"is given {unequal}")
         if isinstance(op, keras.Model):
             # A StreamingModel is, as a part of another, the model that it holds.
             inner = op.model if isinstance(op, ContinualLayer) else op
@@ -154,37 +151,63 @@ class StepGraph:
                 for layer in graph.layers:
                     self._add_layer(layer)
                 return graph.outputs
-        if isinstance(op, ContinualLayer):
+        if isinstance(op, ContinualLayer) and "whole" not in kinds:
             self._plan[id(node)] = self._run_continual
             causal = self._plan_continual(node, args, kwargs, inputs) and causal
             field += op.receptive_field - 1
+            if op.delay > 0:
+                late = dict(delay=latest.delay + op.delay, delayed_by=op.name)
+            if op.gives_windows:
+                shapes = [(x.shape[0], op.seq_len, *x.shape[2:]) for x in node.outputs]
+                return [Tensor("whole", causal, field, shape, **late) for shape in shapes]
             return [
-                Tensor("newest" if x.shape[1] == 1 else "window", causal, field, tuple(x.shape))
+                Tensor(
+                    "newest" if x.shape[1] == 1 else "window", causal, field, tuple(x.shape), **late
+                )
                 for x in node.outputs
             ]
         if "window" not in kinds:
             self._plan[id(node)] = self._run_on_samples
+            whole = {x.shape[1] for x in inputs if x.kind == "whole"}
+            if whole and isinstance(op, (ContinualLayer, keras.layers.MultiHeadAttention)):
+                self._plan_attention_to_whole(node)
             shapes = self._shapes_of_newest(node, values)
-            return [Tensor(_kind_of_one(shape), causal, field, shape) for shape in shapes]
-        newest = _newest_row(op, args, kwargs)
-        if newest is not None:
+            kinds = [_kind_of_one(shape, whole) for shape in shapes]
+            return [
+                Tensor(kind, causal, field, shape, **late)
+                for kind, shape in zip(kinds, shapes, strict=True)
+            ]
+        taken = row_taken(op, args, kwargs)
+        if taken is not None:
+            kind, row = taken
             self._plan[id(node)] = self._run_identity
+            if row != -1 - latest.delay:
+                self._refuse(
+                    node,
+                    f"takes row {row} of a window of which a step gives row {-1 - latest.delay}",
+                )
             lead, *features = node.outputs[0].shape
-            shape = (lead, 1, *features[1:]) if newest == "newest" else (lead, *features)
-            return [Tensor(newest, causal, field, shape)]
-        if kinds != {"window"}:
+            shape = (lead, 1, *features[1:]) if kind == "newest" else (lead, *features)
+            return [Tensor(kind, causal, field, shape, **late)]
+        if "whole" in kinds:
+            self._refuse(
+                node,
+                "mixes windows of which every step changes all rows, as retroactive attention "
+                "gives them, with others: ct.CoReTransformerEncoder has residuals of such windows",
+            )
+        elif kinds != {"window"}:
             self._refuse(node, "mixes whole windows with what is of their newest step alone")
-        elif not _is_row_wise(node, args, kwargs):
+        elif not is_row_wise(node, args, kwargs):
             self._refuse(node, "needs more of a window than the row that it gives a result for")
             # What follows is judged as if it had given what it seems to give.
             rank = len(node.input_tensors[0].shape)
             kinds = ["window" if len(x.shape) >= rank else "sample" for x in node.outputs]
             return [
-                Tensor(kind, causal, field, tuple(x.shape))
+                Tensor(kind, causal, field, tuple(x.shape), **late)
                 for kind, x in zip(kinds, node.outputs, strict=True)
             ]
         self._plan[id(node)] = self._run_row_wise
-        return [Tensor("window", causal, field, tuple(x.shape)) for x in node.outputs]
+        return [Tensor("window", causal, field, tuple(x.shape), **late) for x in node.outputs]
 
     def _shapes_of_newest(self, node, values):
         """The shapes of what a node makes of the newest step alone."""
@@ -195,7 +218,8 @@ class StepGraph:
         }
         args, kwargs = node.arguments.fill_in(given)
         try:
-            outputs = node.operation.compute_output_spec(*args, **kwargs)
+            with call_mode("regular"):
+                outputs = node.operation.compute_output_spec(*args, **kwargs)
         except ValueError as error:
             self._refuse(node, f"cannot be run on the newest step alone: {error}")
             outputs = node.outputs
@@ -205,29 +229,42 @@ class StepGraph:
         """Whether the outputs depend on no later steps than the inputs do."""
         layer = node.operation
         self._add_layer(layer)
-        if layer.delay > 0:
-            self._refuse(node, f"has its outputs {layer.delay} steps after its inputs")
         if any(x.kind != "window" for x in inputs):
             self._refuse(node, "is given the newest step alone, where it needs windows")
         while isinstance(layer, CoResidual):  # Which is called as the layer within is.
             layer = layer.layer
-        if layer.gives_windows:
+        late = max(inputs, key=lambda x: x.delay)
+        if late.delay > 0 and not isinstance(layer, CoDelay):
             self._refuse(
                 node,
-                "gives all outputs of the window at every step, and what follows takes a row: "
-                'ct.TransformerEncoder(kind="retroactive") has what goes on with windows',
+                f"is given rows that {late.delayed_by} makes {late.delay} steps late, and would "
+                "see a window that ended as many steps ago: put what delays them after it",
+            )
+        lengths = {x.shape[1] for x in inputs} - {None}
+        if layer.gives_windows and not lengths <= {layer.seq_len}:
+            self._refuse(
+                node,
+                f"gives windows of its seq_len, {layer.seq_len} steps, where those of the model "
+                f"have {', '.join(map(str, lengths))}",
             )
         if getattr(layer, "_no_steps", None) is not None:
             self._refuse(node, f"takes no steps, with {layer._no_steps}")
-        if not isinstance(layer, keras.layers.MultiHeadAttention):
-            return all(x.kind == "window" for x in inputs)
+        if isinstance(layer, (CoDelay, CircularPositionalEncoding)):
+            if layer.delay > 0 and not all(x.causal for x in inputs):
+                self._refuse(
+                    node,
+                    "delays rows that see later steps, and would give them of a window that ended "
+                    "before: give that attention the query_index of an older step instead, or "
+                    "use_causal_mask=True",
+                )
+            return True
         given = inspect.signature(layer.call).bind(*args, **kwargs).arguments
         unknown = [k for k, x in given.items() if k not in STEP_ARGUMENTS and x is not None]
         unknown = [k for k in unknown if given[k] is not False]
         if unknown:
             self._refuse(node, f"is called with {', '.join(unknown)}, which is of whole windows")
         windows = [x for x in node.input_tensors if len(x.shape) == 3 and x.shape[1] != 1]
-        if _lengths_differ(windows):
+        if lengths_differ(windows):
             self._refuse(node, "attends between windows of different lengths")
         attended = [x for k, x in given.items() if k in ("value", "key") and x is not None]
         if not all(x.causal for x in attended or inputs):
@@ -237,6 +274,18 @@ class StepGraph:
                 "older steps change with every step (use_causal_mask=True there would mend it)",
             )
         return bool(given.get("use_causal_mask"))
+
+    def _plan_attention_to_whole(self, node):
+        """A regular call on the whole window of every step, which no stream plays a part in."""
+        op = node.operation
+        self._plan[id(node)] = self._run_attention_to_whole
+        if isinstance(op, (keras.layers.MultiHeadAttention, TransformerEncoderBlock)):
+            return
+        self._refuse(
+            node,
+            "is given whole windows at every step, of which each step changes all rows: a layer "
+            "that takes steps comes before retroactive attention",
+        )
 
     def _add_layer(self, layer):
         if any(layer is other for other in self.layers):
@@ -264,20 +313,33 @@ class StepGraph:
     def _run_row_wise(self, node, values, options):
         return _call(node, values, options)
 
-    def _run_on_samples(self, node, values, options):
+    def _run_attention_to_whole(self, node, values, options):
+        """As `_run_on_samples`; no row attends to a step that was never taken."""
+        x = next(values[id(x)] for x in node.input_tensors if self._known[id(x)].kind == "whole")
+        steps, n = tf.shape(x, tf.int64)[1], x.shape[2]
+        step = options["taken"][:, tf.newaxis] + tf.range(steps)
+        row = tf.range(n, dtype=tf.int64) - n + 1  # 0: the newest step's.
+        there = tf.reshape(step[..., tf.newaxis] + row >= 0, [-1, n])
+        with call_mode("regular"):
+            if isinstance(node.operation, TransformerEncoderBlock):
+                regular = node.operation.call_regular
+                return self._run_on_samples(node, values, options, call=regular, key_mask=there)
+            return self._run_on_samples(node, values, options, value_mask=there)
+
+    def _run_on_samples(self, node, values, options, **more):
         """Steps take the place of samples: (M, T, ...) becomes (M * T, ...), and comes back."""
         inputs = [x for x in node.input_tensors if id(x) in values]
         lead = tf.shape(values[id(inputs[0])])[:2]
         samples = {id(x): _to_samples(self._known[id(x)].kind, values[id(x)]) for x in inputs}
-        outputs = keras.tree.flatten(_call(node, samples, options))
+        outputs = keras.tree.flatten(_call(node, samples, options, **more))
         return [
             _to_steps(self._known[id(x)].kind, y, lead)
             for x, y in zip(node.outputs, outputs, strict=True)
         ]
 
 
-# What attention may be called with in the graph of a model; the rest is of whole windows.
-STEP_ARGUMENTS = ("query", "value", "key", "use_causal_mask", "training")
+# What layers that attend may be called with in the graph of a model; the rest is of whole windows.
+STEP_ARGUMENTS = ("x", "query", "value", "key", "use_causal_mask", "training")
 
 
 def _functional(model):
@@ -287,8 +349,27 @@ def _functional(model):
     return model if hasattr(model, "_nodes_by_depth") else None
 
 
-def _kind_of_one(shape):
-    """What a tensor that is of the newest step alone still is: with an axis of time, or without."""
+def _unequal_delays(tensors):
+    """What is wrong with windows of which steps give different rows, and the cure; or None."""
+    windows = sorted((x for x in tensors if x.kind == "window"), key=lambda x: x.delay)
+    if not windows or windows[0].delay == windows[-1].delay:
+        return None
+    early, late = windows[0], windows[-1]
+    return (
+        f"windows of which a step gives rows of different steps: {late.delayed_by} makes one "
+        f"{late.delay} steps late, where another is {early.delay}: give the latter to "
+        f"ct.CoDelay({late.delay - early.delay}), or, if it is the sum of what goes into "
+        f"{late.delayed_by} and comes out, put ct.CoResidual around that layer"
+    )
+
+
+def _kind_of_one(shape, whole=()):
+    """What a tensor that is of a step alone is: a window of one of these lengths, or what is left.
+
+    That is the newest step, with an axis of time or without.
+    """
+    if len(shape) > 2 and shape[1] in whole:
+        return "whole"
     return "newest" if len(shape) > 2 and shape[1] == 1 else "sample"
 
 
@@ -302,56 +383,8 @@ def _to_steps(kind, x, lead):
     return tf.reshape(x, tf.concat([lead, tf.shape(x)[first:]], 0))
 
 
-def _newest_row(op, args, kwargs):
-    """The kind of x[:, -1:] or x[:, -1], a window's newest row; None for anything else."""
-    if _name_of_op(op) != "GetItem":
-        return None
-    key = args[1] if len(args) > 1 else kwargs.get("key")
-    if not isinstance(key, (tuple, list)) or len(key) < 2 or key[0] != slice(None):
-        return None
-    if not all(k is Ellipsis or k == slice(None) for k in key[2:]):
-        return None
-    return "sample" if key[1] == -1 else "newest" if key[1] == slice(-1, None) else None
-
-
-def _name_of_op(op):
-    """The name of the class of one of keras.ops; None for whatever else may have such a name."""
-    return type(op).__name__ if type(op).__module__.startswith("keras.src.ops.") else None
-
-
-def _is_row_wise(node, args, kwargs):
-    op, rank = node.operation, len(node.input_tensors[0].shape)
-    if rank == 2:  # Numbers of tokens, (B, T): their last axis is time.
-        return type(op) in (keras.layers.Embedding, keras.layers.Identity)
-    if any(len(x.shape) != rank for x in node.input_tensors) or _lengths_differ(node.input_tensors):
-        return False  # One would be broadcast over the other's time.
-    if isinstance(op, keras.layers.EinsumDense):
-        return _einsum_is_row_wise(op, rank)
-    if isinstance(op, keras.layers.Concatenate) or type(op) in ROW_WISE:
-        axis = getattr(op, "axis", ())
-        axes = axis if isinstance(axis, (list, tuple)) else [axis]
-        return all(axis % rank > 1 for axis in axes)
-    # An array that is added to a window, say, may hold a row for each of its steps.
-    arrays = [x for x in keras.tree.flatten((args, kwargs)) if not isinstance(x, Tensor)]
-    return _name_of_op(op) in ROW_WISE_OPS and all(np.ndim(x) <= rank - 2 for x in arrays)
-
-
-def _einsum_is_row_wise(layer, rank):
-    """Whether an EinsumDense leaves the first two axes alone, and no weight depends on time."""
-    given, kernel, output = re.fullmatch(r"(.*),(.*)->(.*)", layer.equation).groups()
-    rest = "0123456789"[: rank - len(given.replace("...", ""))]  # The axes that are not named.
-    given, output = (x.replace("...", rest) for x in (given, output))
-    weights = kernel + (layer.bias_axes or "")
-    return given[:2] == output[:2] and given[1] not in weights
-
-
-def _lengths_differ(tensors):
-    """Whether windows are known to be of different lengths."""
-    return len({x.shape[1] for x in tensors} - {None}) > 1
-
-
-def _call(node, values, options, **more):
+def _call(node, values, options, call=None, **more):
     args, kwargs = node.arguments.fill_in(values)
     if getattr(node.operation, "_call_has_training_arg", False):
         kwargs = {"training": options["training"], **kwargs}
-    return node.operation(*args, **kwargs, **more)
+    return (call or node.operation)(*args, **kwargs, **more)

@@ -22,7 +22,15 @@ class StreamingModel(CompositeLayer, keras.Model):
     Where attention follows attention, the earlier must be causal (`use_causal_mask=True`). In a
     stream it then sees the newest `seq_len` steps and not the window's beginning: steps equal
     regular calls on sequences of at most `seq_len` steps, and go on as the same model with
-    `sliding_window=seq_len` would.
+    `sliding_window=seq_len` would. Or it is retroactive (`CoReMultiHeadAttention`,
+    `CoReTransformerEncoder`): every step then gives its whole window, on which what follows,
+    whatever it is, makes a regular call. (While the window fills, rows of steps that were never
+    taken are zeros, to which no attention attends.)
+
+    A layer with a delay, such as `CoDelay` or attention with a `query_index`, gives at a step the
+    row of `delay` steps before: row -1 - delay of the window that ends with the step, and
+    `x[:, -1 - delay]` is how to take it. Windows that meet, as in a sum, must be as late as each
+    other: `CoDelay` makes them so, and `CoResidual`. Delays and receptive fields add up.
 
     Args:
         model: a functional model, or a sequential one that is built. It is not copied.
@@ -70,6 +78,10 @@ class StreamingModel(CompositeLayer, keras.Model):
     def receptive_field(self):
         return self._graph.receptive_field
 
+    @property
+    def delay(self):
+        return self._graph.delay
+
     def get_config(self):
         return {
             "name": self.name,
@@ -103,8 +115,8 @@ class StreamingModel(CompositeLayer, keras.Model):
             streams, update_state: as `CoSiMultiHeadAttention.call_step` has them.
 
         Returns:
-            The model's outputs for the newest step, `(M, ...)`, or None while the receptive field
-            fills (see `warm_up`).
+            The model's outputs for the newest step, `(M, ...)`, or for that of `delay` steps
+            before; None while the receptive field fills (see `warm_up`).
 
         Raises:
             ValueError, tf.errors.InvalidArgumentError: if shapes, dtypes or streams do not fit. The

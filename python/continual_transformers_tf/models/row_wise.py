@@ -1,0 +1,110 @@
+"""What is known of a tensor of a Keras model's graph, and what computes it row by row."""
+
+import dataclasses
+import re
+
+import keras
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """What is known of a tensor of the graph before it is run; see `StepGraph`."""
+
+    kind: str  # "window", "newest", "sample" or "whole".
+    # Whether a row of a window depends on no later one: only then are rows known as they come.
+    causal: bool
+    receptive_field: int
+    shape: tuple  # For each window. That of the graph may leave open that newest is one step.
+    # How many steps a step's row comes late: of the window it is row -1 - delay.
+    delay: int = 0
+    delayed_by: str = ""  # The layer that last delayed it.
+
+
+# Layers that compute each row of a window from that row alone.
+ROW_WISE = (
+    keras.layers.Activation,
+    keras.layers.Add,
+    keras.layers.AlphaDropout,
+    keras.layers.Average,
+    keras.layers.BatchNormalization,
+    keras.layers.Dense,
+    keras.layers.Dropout,
+    keras.layers.ELU,
+    keras.layers.Embedding,
+    keras.layers.GaussianDropout,
+    keras.layers.GaussianNoise,
+    keras.layers.Identity,
+    keras.layers.LayerNormalization,
+    keras.layers.LeakyReLU,
+    keras.layers.Masking,
+    keras.layers.Maximum,
+    keras.layers.Minimum,
+    keras.layers.Multiply,
+    keras.layers.ReLU,
+    keras.layers.Rescaling,
+    keras.layers.RMSNormalization,
+    keras.layers.Softmax,
+    keras.layers.Subtract,
+    keras.layers.TimeDistributed,
+    keras.layers.UnitNormalization,
+)
+# keras.ops, by the names of their classes, which are not public.
+ROW_WISE_OPS = {
+    "Absolute", "Add", "Cast", "Divide", "Elu", "Exp", "Gelu", "LeakyRelu", "Log", "Maximum",
+    "Minimum", "Multiply", "Negative", "Power", "Relu", "Relu6", "Selu", "Sigmoid", "Silu", "Sin",
+    "Softplus", "Sqrt", "Square", "Subtract", "Tanh", "TrueDivide",
+}  # fmt: skip
+
+
+def row_taken(op, args, kwargs):
+    """Of x[:, -3:-2] or x[:, -3] the kind of the result and the row, -3; None for anything else."""
+    if name_of_op(op) != "GetItem":
+        return None
+    key = args[1] if len(args) > 1 else kwargs.get("key")
+    if not isinstance(key, (tuple, list)) or len(key) < 2 or key[0] != slice(None):
+        return None
+    if not all(k is Ellipsis or k == slice(None) for k in key[2:]):
+        return None
+    row = key[1].start if isinstance(key[1], slice) else key[1]
+    if not isinstance(row, int) or row >= 0:
+        return None
+    if key[1] == slice(row, row + 1 or None):
+        return "newest", row
+    return ("sample", row) if key[1] == row else None
+
+
+def name_of_op(op):
+    """The name of the class of one of keras.ops; None for whatever else may have such a name."""
+    return type(op).__name__ if type(op).__module__.startswith("keras.src.ops.") else None
+
+
+def is_row_wise(node, args, kwargs):
+    op, rank = node.operation, len(node.input_tensors[0].shape)
+    if rank == 2:  # Numbers of tokens, (B, T): their last axis is time.
+        return type(op) in (keras.layers.Embedding, keras.layers.Identity)
+    if any(len(x.shape) != rank for x in node.input_tensors) or lengths_differ(node.input_tensors):
+        return False  # One would be broadcast over the other's time.
+    if isinstance(op, keras.layers.EinsumDense):
+        return _einsum_is_row_wise(op, rank)
+    if isinstance(op, keras.layers.Concatenate) or type(op) in ROW_WISE:
+        axis = getattr(op, "axis", ())
+        axes = axis if isinstance(axis, (list, tuple)) else [axis]
+        return all(axis % rank > 1 for axis in axes)
+    # An array that is added to a window, say, may hold a row for each of its steps.
+    arrays = [x for x in keras.tree.flatten((args, kwargs)) if not isinstance(x, Tensor)]
+    return name_of_op(op) in ROW_WISE_OPS and all(np.ndim(x) <= rank - 2 for x in arrays)
+
+
+def _einsum_is_row_wise(layer, rank):
+    """Whether an EinsumDense leaves the first two axes alone, and no weight depends on time."""
+    given, kernel, output = re.fullmatch(r"(.*),(.*)->(.*)", layer.equation).groups()
+    rest = "0123456789"[: rank - len(given.replace("...", ""))]  # The axes that are not named.
+    given, output = (x.replace("...", rest) for x in (given, output))
+    weights = kernel + (layer.bias_axes or "")
+    return given[:2] == output[:2] and given[1] not in weights
+
+
+def lengths_differ(tensors):
+    """Whether windows are known to be of different lengths."""
+    return len({x.shape[1] for x in tensors} - {None}) > 1
