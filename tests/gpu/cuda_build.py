@@ -82,7 +82,7 @@ def compile_commands(objects, emulated, capability, nvcc):
     else:
         compiler = nvcc
         target = f"-gencode=arch=compute_{capability},code=sm_{capability}"
-        options = ["-O3", "-lineinfo", target, "-Xcompiler", "-fPIC", "-Xptxas", "-v"]
+        options = ["-O3", "-lineinfo", "--expt-relaxed-constexpr", target, "-Xcompiler", "-fPIC", "-Xptxas", "-v"]
         link = [nvcc, "-shared", target]
     compiles = [
         [compiler, *COMMON, *options, "-c", str(source), "-o", str(made)]
