@@ -9,6 +9,8 @@
 extern "C" {
 #endif
 
+#pragma GCC visibility push(default)  // All else is the library's own business.
+
 // What is computed in, and what keys, values and kernels are kept in.
 enum { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
@@ -88,6 +90,8 @@ int64_t continual_transformers_cuda_co_si_encoder_step_scratch_bytes(
 
 // Launches a kernel that does nothing: what a launch costs.
 const char* continual_transformers_cuda_nothing(void* stream);
+
+#pragma GCC visibility pop
 
 #ifdef __cplusplus
 }

@@ -10,6 +10,7 @@ tables and pictures rich and matplotlib where they are.
 import argparse
 import contextlib
 import ctypes
+import gc
 import json
 import statistics
 import subprocess
@@ -40,7 +41,7 @@ class Gpu:
 
         properties = torch.cuda.get_device_properties(0)
         self.multiprocessors = properties.multi_processor_count
-        self.l2_bytes = properties.L2_cache_size
+        self.l2_bytes = getattr(properties, "L2_cache_size", 64 << 20)
         self.facts = dict(
             gpu=properties.name,
             capability=f"{properties.major}.{properties.minor}",
@@ -444,15 +445,21 @@ def main(arguments=None):
     if chosen.recorded:
         found = json.loads(chosen.recorded.read_text())
     else:
+        capability = cuda_build.find_capability()
+        if capability is None:
+            print("There is no GPU here to measure.", file=sys.stderr)
+            return 1
         try:
             import torch
         except ImportError:
             print("The benchmark needs PyTorch, which is not here.", file=sys.stderr)
             return 1
-        capability = cuda_build.find_capability()
-        if capability is None or not torch.cuda.is_available():
-            print("There is no GPU here to measure.", file=sys.stderr)
+        if not torch.cuda.is_available():
+            print("PyTorch sees no GPU here.", file=sys.stderr)
             return 1
+        # A capture collects garbage first; what is there already is none.
+        gc.collect()
+        gc.freeze()
         path = cuda_build.build(cuda_build.default_directory(False, capability), False, capability)
         gpu = Gpu()
         memory = min(chosen.memory_gb * 1e9, 0.85 * gpu.free_bytes())

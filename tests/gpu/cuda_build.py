@@ -12,7 +12,7 @@ import ctypes
 import fcntl
 import hashlib
 import os
-import shutil
+import runpy
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,24 +20,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = "libcontinual_transformers_cuda.so"
-COMMON = ["-std=c++17", f"-I{ROOT}"]
-
-
-def sources():
-    return sorted((ROOT / "cuda").glob("*.cu"))
 
 
 def what_is_read():
     """Every file that a build may read."""
-    patterns = ("cuda/*", "cc/attention/*.h", "tests/gpu/emulator/*")
+    patterns = ("cuda/*", "cc/library.bzl", "cc/attention/*.h", "tests/gpu/emulator/*")
     return sorted(path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file())
-
-
-def find_nvcc():
-    """nvcc's path, or None: that on PATH, else CUDA_HOME's, else that of /usr/local/cuda."""
-    homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
-    places = [str(Path(home) / "bin") for home in homes if home]
-    return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(places))
 
 
 def why_no_driver():
@@ -70,44 +58,18 @@ def find_capability():
     return None
 
 
-def compile_commands(objects, emulated, capability, nvcc):
-    """How each source becomes one of `objects`, and those a library."""
-    if emulated:
-        compiler = os.environ.get("CXX", "g++")
-        # A GPU stops at a vector that is not aligned; here UBSan does.
-        checks = ["-fsanitize=alignment,bounds,shift,signed-integer-overflow"]
-        emulator = f"-I{ROOT / 'tests/gpu/emulator'}"
-        options = ["-O1", *checks, "-fno-sanitize-recover=all", "-fPIC", emulator, "-x", "c++"]
-        link = [compiler, "-shared", *checks]
-    else:
-        compiler = nvcc
-        target = f"-gencode=arch=compute_{capability},code=sm_{capability}"
-        options = ["-O3", "-lineinfo", "--expt-relaxed-constexpr", target, "-Xcompiler", "-fPIC", "-Xptxas", "-v"]
-        link = [nvcc, "-shared", target]
-    compiles = [
-        [compiler, *COMMON, *options, "-c", str(source), "-o", str(made)]
-        for source, made in zip(sources(), objects, strict=True)
-    ]
-    return compiles, [*link, *map(str, objects)]
-
-
 def build(directory, emulated=False, capability=None):
     """Builds the library, unless it is there as its sources are now, and returns its path.
 
     Raises:
         RuntimeError: with what the compiler said.
     """
-    if not sources():
-        raise RuntimeError(f"there are no kernels in {ROOT / 'cuda'}")
-    nvcc = None if emulated else find_nvcc()
-    if not emulated and nvcc is None:
-        raise RuntimeError("there is no nvcc, neither on PATH nor in CUDA_HOME")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     library = directory / LIBRARY
-    objects = [directory / f"{source.stem}.o" for source in sources()]
-    compiles, link = compile_commands(objects, emulated, capability, nvcc)
-    digest = hashlib.sha256(repr((compiles, link)).encode())
+    compiler = os.environ.get("CXX", "g++")
+    digest = hashlib.sha256(repr((emulated, capability, compiler)).encode())
+    digest.update(Path(__file__).read_bytes())
     for path in what_is_read():
         digest.update(path.name.encode() + path.read_bytes())
     stamp = directory / "built"
@@ -116,22 +78,46 @@ def build(directory, emulated=False, capability=None):
         if library.exists() and stamp.exists() and stamp.read_text() == digest.hexdigest():
             return library
         stamp.unlink(missing_ok=True)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            said = list(pool.map(_run, compiles))
         # A process that has the old library mapped keeps it.
         fresh = library.with_suffix(".fresh")
-        said.append(_run([*link, "-o", str(fresh)]))
+        if emulated:
+            _build_emulated(compiler, directory, fresh)
+        else:
+            environment = {
+                **os.environ,
+                "CONTINUAL_TRANSFORMERS_CUDA_ARCHITECTURES": capability,
+                # A sanitizer then names the line.
+                "NVCC_APPEND_FLAGS": "-lineinfo",
+            }
+            _run([sys.executable, str(ROOT / "cuda/nvcc.py"), "library", str(fresh)], environment)
         fresh.replace(library)
-        (directory / "compiler.txt").write_text("\n".join(said))
         stamp.write_text(digest.hexdigest())
     return library
 
 
-def _run(command):
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def _build_emulated(compiler, directory, target):
+    # A GPU stops at a vector that is not aligned; here UBSan does.
+    checks = ["-fsanitize=alignment,bounds,shift,signed-integer-overflow"]
+    options = ["-std=c++17", "-O1", "-fPIC", *checks, "-fno-sanitize-recover=all"]
+    options += [f"-I{ROOT / 'tests/gpu/emulator'}", f"-I{ROOT}", "-x", "c++"]
+    lists = runpy.run_path(str(ROOT / "cc" / "library.bzl"))
+    names = lists["CUDA_SOURCES"] + lists["CUDA_C_API_SOURCES"]
+    objects = [str((directory / name).with_suffix(".o")) for name in names]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        commands = (
+            [compiler, *options, "-c", str(ROOT / "cuda" / name), "-o", made]
+            for name, made in zip(names, objects, strict=True)
+        )
+        list(pool.map(_run, commands))
+    _run([compiler, "-shared", *checks, *objects, "-o", str(target)])
+
+
+def _run(command, environment=None):
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}")
-    return done.stdout
 
 
 def default_directory(emulated, capability=None):

@@ -54,7 +54,7 @@ def steps(out):
     """What `make gpu` does, on a machine with a GPU."""
     many = ["-n", "4"] if importlib.util.find_spec("xdist") else []
     sanitizer = find_sanitizer()
-    lacking = None if sanitizer else "there is no compute-sanitizer, on PATH or beside nvcc"
+    lacking = None if sanitizer else "there is no compute-sanitizer, on PATH or in CUDA_HOME"
     # Buffers are allocations of their own then, so that each one's end is seen.
     expected = {"CONTINUAL_TRANSFORMERS_EXPECT_GPU": "1"}  # A test without one is then no skip.
     apart = {**expected, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -78,8 +78,8 @@ def steps(out):
 
 
 def find_sanitizer():
-    nvcc = cuda_build.find_nvcc()
-    beside = str(Path(nvcc).resolve().parent) if nvcc else ""
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    beside = os.pathsep.join(str(Path(home, "bin")) for home in homes if home)
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=beside)
 
 
