@@ -17,10 +17,11 @@ namespace continual_transformers {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kLanesPerWarp;
 
-// As many blocks as are to have room on a multiprocessor at once. With 5 a thread has 96 registers;
-// left to itself the compiler spends up to 161, for 3 blocks, and with 6 it spills.
+// As many blocks as are to have room on a multiprocessor at once. With 4 a thread has 128
+// registers, and the loads under way are 64 KB. Left to itself the compiler spends up to 161; with
+// 5 it spills.
 template <typename T>
-constexpr int kBlocksPerMultiprocessor = sizeof(T) == 8 ? 3 : 5;
+constexpr int kBlocksPerMultiprocessor = sizeof(T) == 8 ? 3 : 4;
 
 // How a row lies over the lanes of a group: kLanes of them take kLoads loads each, of kElements
 // elements; lane j's load l begins at element (l * kLanes + j) * kElements.
@@ -220,29 +221,70 @@ class PartialAttention {
   OnlineSoftmax<T> softmax_;
 };
 
-// The parts [parts, size + 2] of a query's attention, by all threads of a block: the merged
-// softmax, and the output [size].
+// Merges the parts of a query's attention, which lie at [parts, size + 2]: sums of values, maximum,
+// denominator. By all threads of a block, since one loop over parts would wait for each in turn.
 template <typename T>
-__device__ OnlineSoftmax<T> MergeParts(const T* parts, int num_parts, int64_t size, T* output) {
-  OnlineSoftmax<T> softmax;
-#pragma unroll 1
-  for (int part = 0; part < num_parts; ++part) {
-    const T* const state = parts + part * (size + 2) + size;
-    softmax.Merge({state[0], state[1]});
-  }
-  const T normalizer = softmax.Normalizer();
-#pragma unroll 1
-  for (int d = threadIdx.x; d < size; d += kThreads) {
-    T sum = T(0);
-#pragma unroll 4
-    for (int part = 0; part < num_parts; ++part) {
-      const T* const state = parts + part * (size + 2);
-      sum += state[d] * softmax.Weight(state[size]);
+class PartsMerger {
+ public:
+  __device__ PartsMerger(const T* parts, int num_parts, int64_t size)
+      : parts_(parts), num_parts_(num_parts), size_(static_cast<int>(size)) {
+    OnlineSoftmax<T> softmax;
+    for (int part = threadIdx.x; part < num_parts_; part += kThreads) {
+      softmax.Merge({Part(part)[size_], Part(part)[size_ + 1]});
     }
-    output[d] = sum * normalizer;
+#pragma unroll
+    for (int distance = kLanesPerWarp / 2; distance > 0; distance /= 2) {
+      softmax.Merge(
+          {OfLaneAcross(softmax.max, distance), OfLaneAcross(softmax.denominator, distance)});
+    }
+    __shared__ T max[kWarps], denominator[kWarps];
+    if (threadIdx.x % kLanesPerWarp == 0) {
+      max[threadIdx.x / kLanesPerWarp] = softmax.max;
+      denominator[threadIdx.x / kLanesPerWarp] = softmax.denominator;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) softmax_.Merge({max[warp], denominator[warp]});
   }
-  return softmax;
-}
+
+  __device__ const OnlineSoftmax<T>& softmax() const { return softmax_; }
+
+  // Writes the query's output [size].
+  __device__ void Store(T* output) const {
+    __shared__ T sums[kThreads];
+    const T normalizer = softmax_.Normalizer();
+#pragma unroll 1
+    for (int first = 0; first < size_; first += kThreads) {
+      const int elements = size_ - first < kThreads ? size_ - first : kThreads;
+      // An element's parts are shared by as many threads as there are to spare.
+      const int sharers = kThreads / elements;
+      const int d = threadIdx.x % elements, sharer = threadIdx.x / elements;
+      T sum = T(0);
+      if (sharer < sharers) {
+#pragma unroll 8
+        for (int part = sharer; part < num_parts_; part += sharers) {
+          sum += Part(part)[first + d] * softmax_.Weight(Part(part)[size_]);
+        }
+      }
+      sums[threadIdx.x] = sum;
+      __syncthreads();
+      if (sharer == 0) {
+        for (int other = 1; other < sharers; ++other) sum += sums[other * elements + d];
+        output[first + d] = sum * normalizer;
+      }
+      __syncthreads();
+    }
+  }
+
+ private:
+  __device__ const T* Part(int part) const {
+    return parts_ + static_cast<int64_t>(part) * (size_ + 2);
+  }
+
+  const T* const parts_;
+  const int num_parts_, size_;
+  OnlineSoftmax<T> softmax_;
+};
 
 }  // namespace continual_transformers
 

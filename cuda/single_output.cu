@@ -159,14 +159,15 @@ class QueryBlock {
     const int end = filled + static_cast<int>(columns * (part + 1) / Parts());
     // Those from `own` on are this call's: its newest is column window - 1, step t.
     const int own = before > 0 ? before : 0;
-    const int oldest = RowAfter(now + 1 + filled);  // Of column `filled`.
+    // Column c is row c + shift of the ring, or a window less.
+    const int shift = RowAfter(now + 1 + filled) - filled;
     const bool* mask = p_.mask == nullptr ? nullptr : At(p_.mask, p_.mask_strides, now);
     T* scores = p_.scores == nullptr ? nullptr : At(p_.scores, p_.scores_strides, now);
     const auto allowed = [&](int column) { return mask == nullptr || mask[column]; };
     const C *const keys = KeyRing() + L::Element(0), *const values = ValueRing() + L::Element(0);
     const bool* const mask_ring = MaskRing();
     const auto ring_row = [&](int column) {
-      int r = oldest + column - filled;
+      int r = column + shift;
       if (r >= Window()) r -= Window();
       return Row<C>{keys + r * KeyDim(), values + r * ValueDim(),
                     static_cast<bool>(mask_ring[r] & allowed(column))};
@@ -199,7 +200,9 @@ class QueryBlock {
         own_part[p_.value_dim + 1] = softmax.denominator;
       }
       if (!ArrivesLast(p_.arrivals + Here().query, static_cast<uint32_t>(Parts()))) return false;
-      softmax = MergeParts(parts, Parts(), p_.value_dim, output);
+      const PartsMerger<T> merger(parts, Parts(), p_.value_dim);
+      merger.Store(output);
+      softmax = merger.softmax();
     }
     if (scores == nullptr) return true;
     __syncthreads();  // The block's own logits; those of other parts were waited for.
