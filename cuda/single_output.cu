@@ -308,12 +308,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
   block.Run();
 }
 
-// The elements that a kernel of vectors takes at the most, and that of single elements.
 template <typename C>
 constexpr int kElementsOfVector = kVectorBytes / sizeof(C);
-template <typename C>
-constexpr int64_t kLargestHead = 128 * kElementsOfVector<C>;
-constexpr int64_t kLargestUnalignedHead = 256;
+using LargestLayout = RowLayout<1, 32, 8>;
 
 template <typename T, typename C>
 bool TakesVectors(const DeviceSingleOutputParams<T, C>& p) {
@@ -358,11 +355,9 @@ const char* RefusesSingleOutput(const DeviceSingleOutputParams<T, C>& p) {
   if (std::max(p.window, p.num_steps) * std::max<int64_t>(LargerHead(p), 2) > (int64_t{1} << 31)) {
     return "expected windows and calls of at most 2^31 elements of keys and of values a head";
   }
-  if (TakesVectors(p) ? LargerHead(p) <= kLargestHead<C> : LargerHead(p) <= kLargestUnalignedHead) {
-    return nullptr;
-  }
-  return "expected key and value sizes of at most 256; or, where each key and value is a multiple "
-         "of 16 bytes and begins at one, of at most 512 in float32 and 1024 in 16-bit types";
+  static_assert(LargestLayout::kLargest == 256);
+  if (LargerHead(p) <= LargestLayout::kLargest) return nullptr;
+  return "expected key and value sizes of at most 256";
 }
 
 template <typename T, typename C>
@@ -379,7 +374,7 @@ cudaError_t LaunchSingleOutput(const DeviceSingleOutputParams<T, C>& p, cudaStre
       if (vectors <= 32) return LaunchWith<RowLayout<kVector, 32, 1>>(p, stream);
     }
   }
-  return LaunchWith<RowLayout<1, 32, 8>>(p, stream);
+  return LaunchWith<LargestLayout>(p, stream);
 }
 
 #define INSTANTIATE(T, C)                                                                \

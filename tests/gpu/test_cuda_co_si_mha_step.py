@@ -161,6 +161,8 @@ def test_replayed_while_the_streams_age(machine, random, delay):
     streams = LayerStreams(random, [0, 2, 30], layer)
     chosen = [2, 0]
     inputs = inputs_of(random, layer, 2)
+    # What happens at a kernel's first launch only must not happen in a capture.
+    check_layer_call(machine, layer, LayerStreams(random, [0, 2, 30], layer), chosen, inputs)
     call = LayerCall(machine, layer, streams, chosen, inputs)
     replay = machine.memory.capture(call.launch)
     for step in range(20):

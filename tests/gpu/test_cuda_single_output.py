@@ -286,6 +286,21 @@ def refused_call(machine, random, sizes, t=1, **fields):
     return str(refused.value)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dims", [(256, 8), (8, 130), (200, 256), (260, 260), (512, 4), (4, 1024)], ids=str
+)
+def test_large_heads_are_right_or_refused(machine, random, dims, dtype):
+    streams = Streams(random, [5, 0], Sizes(1, 3, *dims, dtype))
+    inputs = streams.steps(random, 2, 1)
+    for window_parts in (1, 2):
+        if max(dims) > 256:
+            with pytest.raises(cuda_calls.Refused, match="at most 256"):
+                check_call(machine, streams, [0, 1], inputs, window_parts=window_parts)
+        else:
+            check_call(machine, streams, [0, 1], inputs, window_parts=window_parts)
+
+
 def test_sizes_that_no_kernel_takes_are_said(machine, random):
     for sizes in (
         Sizes(1, 2, 100_000, 1),
@@ -343,6 +358,8 @@ def test_replayed_while_the_streams_age(machine, random, window_parts, t):
     chosen = [2, 0]
     inputs = streams.steps(random, 2, t)
     options = dict(window_parts=window_parts)
+    # What happens at a kernel's first launch only must not happen in a capture.
+    check_call(machine, Streams(random, [0, 2, 30], streams.sizes), chosen, inputs, **options)
     call = Call(machine, streams, chosen, inputs, **options)
     replay = machine.memory.capture(call.launch)
     for step in range(20):
