@@ -440,8 +440,12 @@ def main(arguments=None):
     parser.add_argument("--seconds", type=float, default=200, help="after which no size begins")
     parser.add_argument("--memory-gb", type=float, default=70, help="that may be used at the most")
     parser.add_argument("--quick", action="store_true", help="few sizes, one lap of each")
+    parser.add_argument("--predict", action="store_true", help="prints what docs/gpu.md has of it")
     parser.add_argument("--from", dest="recorded", type=Path, help="shows a JSON, measures nothing")
     chosen = parser.parse_args(arguments)
+    if chosen.predict:
+        print("\n".join(gpu_report.predictions()))
+        return 0
     if chosen.recorded:
         found = json.loads(chosen.recorded.read_text())
     else:

@@ -166,6 +166,36 @@ def heading(found):
     ]
 
 
+# Bytes per second of device memory, as their maker says: of an H100 (SXM) and of an H200.
+DATASHEET = (3.35e12, 4.8e12)
+PREDICTED = (
+    *(AttentionSize(1, 8, window, 64, "bfloat16") for window in (64, 512, 4096, 65536)),
+    *(AttentionSize(1, 8, window, 64, "float32") for window in (64, 512, 65536)),
+    *(AttentionSize(64, 8, window, 64, "bfloat16") for window in (64, 4096)),
+    *(AttentionSize(2048, 8, window, 64, "bfloat16") for window in (64, 1024, 16384)),
+    *(LayerSize(streams, 1024, 8, 64, "float32") for streams in (1, 32)),
+    *(LayerSize(streams, 1024, 8, 64, "bfloat16") for streams in (1, 32)),
+)
+
+
+def predictions():
+    """Rows of docs/gpu.md: a size's operations and bytes, and the microseconds that the bytes take
+    at each bandwidth of DATASHEET."""
+    return [
+        "| "
+        + " | ".join(
+            [
+                str(size),
+                f"{size.operations / 1e6:,.2f}",
+                f"{size.bytes / 1e6:,.2f}",
+                *(f"{size.bytes / rate * 1e6:,.2f}" for rate in DATASHEET),
+            ]
+        )
+        + " |"
+        for size in PREDICTED
+    ]
+
+
 def print_tables(found):
     """By rich where it is there."""
     try:

@@ -64,7 +64,7 @@ def steps(out):
     ]
     for tool in ("memcheck", "racecheck"):
         command = [sanitizer, "--tool", tool, "--error-exitcode", "86", *SUITE, "-m", "sanitizer"]
-        made.append(Step(tool, command, 45, ("build",), lacking, apart))
+        made.append(Step(tool, command, 60, ("build",), lacking, apart))
     without = why_no_tensorflow()
     tests = [f"tests/{name}" for name in TENSORFLOW_TESTS]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "--device", "GPU:0", *tests]

@@ -65,6 +65,12 @@ def test_what_does_not_fit_is_said():
     assert max(size.ring_bytes for size in fitting) > 10e9
 
 
+def test_the_pages_predictions_are_these(capsys):
+    page = (cuda_build.ROOT / "docs" / "gpu.md").read_text()
+    assert gpu_benchmark.main(["--predict"]) == 0
+    assert capsys.readouterr().out in page
+
+
 def figures(median):
     return dict(median=median, least=0.9 * median, most=1.2 * median)
 
