@@ -11,6 +11,7 @@ import shutil
 import site
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -91,6 +92,15 @@ class build_op_library(build_ext):
             # First: TensorFlow's library may have functions of the same names.
             libraries = [f"-L{lib}" for lib in cuda.lib]
             ext.extra_link_args[:0] = libraries + CC["CUDA_LINK_OPTIONS"]
+        # Files side by side, which setuptools compiles one after the other.
+        compile_files = self.compiler.compile
+
+        def compile_side_by_side(sources, **options):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                made = pool.map(lambda source: compile_files([source], **options), sources)
+                return [name for names in made for name in names]
+
+        self.compiler.compile = compile_side_by_side
         super().build_extension(ext)
 
 

@@ -71,7 +71,9 @@ class Toolkit(NamedTuple):
         target.parent.mkdir(parents=True, exist_ok=True)
         log, dependencies = target.with_suffix(".log"), target.with_suffix(".d")
         command = [self.nvcc, *self.options(), "-c", str(source)]
-        heading = f"{self.version}: {shlex.join(command)}\n"
+        # nvcc takes more from the environment.
+        extra = [os.environ.get(f"NVCC_{name}_FLAGS", "") for name in ("PREPEND", "APPEND")]
+        heading = f"{self.version}: {shlex.join([*command, *extra])}\n"
         if is_current(target, log, dependencies, heading):
             return target
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:

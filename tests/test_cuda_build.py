@@ -173,6 +173,8 @@ def test_what_has_not_changed_is_not_compiled_again(toolkit_says, tmp_path, monk
         assert compiled(toolkit)
         os.utime(changed, (0, 0))
         assert not compiled(toolkit)
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-lineinfo")
+    assert compiled(toolkit)
     monkeypatch.setenv(nvcc.ARCHITECTURES, "90")
     assert compiled(nvcc.find())
     header.unlink()
