@@ -596,6 +596,12 @@ def test_models_without_a_graph_and_other_things_are_refused():
         ct.StreamingModel(keras.Sequential([keras.Input((N, E))]), warm_up="cold")
 
 
+def test_other_options_of_layers_are_named(random):
+    model = model_of(one_block, random)
+    with pytest.raises(ValueError, match="alone, but got weights_dtype.*from_regular"):
+        ct.convert(model, N, weights_dtype="bfloat16")
+
+
 def test_from_regular(backend, random):
     regular = keras.layers.MultiHeadAttention(H, D, value_dim=3, use_gate=True, name="mine")
     x = random.normal(size=(2, N, E)).astype("float32")

@@ -46,17 +46,38 @@ def layers(random):
     model = keras.Model(inputs, keras.layers.Dense(3)(x[:, -1]))
     whole = ct.convert(model, N, warm_up="partial")
     half = ct.CoSiMultiHeadAttention(N, H, D, warm_up="partial", cache_dtype="bfloat16")
-    return dict(attention=attention, encoder=encoder, delayed=delayed, whole=whole, half=half)
+    sizes, options = (N, E, H, 9), dict(warm_up="partial")
+    x = ct.CoResidual(ct.CoSiMultiHeadAttention(N, H, D, query_index=2))(inputs)
+    late = keras.Model(inputs, keras.layers.Dense(3)(x))
+    x = ct.CoSiTransformerEncoder(*sizes)(ct.CoReTransformerEncoder(*sizes)(inputs))
+    deep = keras.Model(inputs, keras.layers.Dense(3)(x))
+    return dict(
+        attention=attention,
+        encoder=encoder,
+        delayed=delayed,
+        whole=whole,
+        half=half,
+        all_rows=ct.CoReMultiHeadAttention(N, H, D, use_gate=True, **options),
+        all_rows_encoder=ct.CoReTransformerEncoder(*sizes, **options),
+        single_output=ct.TransformerEncoder(2, *sizes, **options),
+        retroactive=ct.TransformerEncoder(3, *sizes, kind="retroactive", **options),
+        late_model=ct.StreamingModel(late, **options),
+        deep_model=ct.StreamingModel(deep, **options),
+        delay=ct.CoDelay(3, **options),
+    )
 
 
-NAMES = ["attention", "encoder", "delayed", "whole", "half"]
+NAMES = [
+    "attention", "encoder", "delayed", "whole", "half", "all_rows", "all_rows_encoder",
+    "single_output", "retroactive", "late_model", "deep_model", "delay",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_goes_on_where_it_was(backend, random, tmp_path, name):
     """In this process: every signature; and the exported streams are others than the layer's."""
     layer = layers(random)[name]
-    x = random.normal(size=(N + 6, 3, E)).astype("float32")
+    x = random.normal(size=(2 * N + 3, 3, E)).astype("float32")
     for t in range(3):
         layer.call_step(x[t])
     ct.export(layer, tmp_path / "saved", streams=5)
@@ -64,7 +85,7 @@ def test_goes_on_where_it_was(backend, random, tmp_path, name):
     assert set(loaded.signatures) == {"step", "clean", "ensure_streams"}
     step, clean = loaded.signatures["step"], loaded.signatures["clean"]
     streams = tf.constant([2, 0])
-    for t in range(3, N + 6):
+    for t in range(3, 2 * N + 3):
         rows = tf.constant(x[t, [2, 0]])
         expected = layer.call_step(rows, streams=streams)
         got = step(x=rows, streams=streams)
@@ -93,7 +114,7 @@ def stepped(layer, x):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["attention", "whole"])
+@pytest.mark.parametrize("name", ["attention", "whole", "retroactive"])
 def test_in_a_fresh_python_with_nothing_but_the_op_library(monkeypatch, random, tmp_path, name):
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     layer = layers(random)[name]

@@ -278,5 +278,5 @@ def test_weights_that_do_not_fit_are_named(change, arguments, message):
 
 def test_without_safetensors_a_file_names_the_cure(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
-    with pytest.raises(ImportError, match="extra torch"):
+    with pytest.raises(ImportError, match="weights.safetensors: `pip install safetensors`"):
         ct.from_torch(tmp_path / "weights.safetensors", N, num_heads=H)

@@ -5,7 +5,7 @@ import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
-from continual_transformers_tf.layers.inputs import step_input
+from continual_transformers_tf.layers.inputs import expect_given, step_input
 from continual_transformers_tf.ops.stream_state import StreamState, check_integer
 
 ENCODINGS = ("learned", "sinusoidal")
@@ -121,7 +121,7 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         Args:
             x: `(B, T, E)`; window i begins at the index of stream i.
         """
-        x = self._steps_input(x)
+        x = self._steps_input(x, "regular")
         # Windows beyond the streams that are held begin where a new stream would.
         state = self._stream_state
         moved = tf.concat([state.offset + state.position, tf.zeros([1], tf.int64)], 0)
@@ -142,7 +142,7 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         Raises:
             ValueError: if shapes, dtypes or streams do not fit; no stream has then moved.
         """
-        x = self._input(x, 2)
+        x = self._input(x, "step")
         return tf.squeeze(self._take_steps(tf.expand_dims(x, 1), streams, update_state), 1)
 
     def call_steps(self, x, *, streams=None, update_state=True):
@@ -155,7 +155,7 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         Raises:
             ValueError: as `call_step`.
         """
-        output = self._take_steps(self._steps_input(x), streams, update_state)
+        output = self._take_steps(self._steps_input(x, "steps"), streams, update_state)
         return self._time_in_place(output)
 
     def compute_output_shape(self, input_shape):
@@ -196,18 +196,19 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         offset = (index - self._start.numpy() - position) % self._max_len
         self._stream_state.set_state({"offset": offset, "position": position}, streams)
 
-    def _steps_input(self, x):
+    def _steps_input(self, x, mode):
         """Windows or several steps as (B, T, E), wherever the user has time."""
+        expect_given("x", x)
         x = tf.convert_to_tensor(x)
         if self._temporal_dim == 2 and x.shape.rank == 3:
             x = tf.transpose(x, (0, 2, 1))
-        return self._input(x, 3)
+        return self._input(x, mode)
 
     def _time_in_place(self, x):
         return tf.transpose(x, (0, 2, 1)) if self._temporal_dim == 2 else x
 
-    def _input(self, x, rank):
-        x = step_input("x", x, rank, self.compute_dtype)
+    def _input(self, x, mode):
+        x = step_input("x", x, mode, self.compute_dtype)
         if x.shape[-1] != self._embed_dim:
             raise ValueError(
                 f"Expected x of {self._embed_dim} features, embed_dim, but got {tuple(x.shape)}"

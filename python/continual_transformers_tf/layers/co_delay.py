@@ -5,7 +5,7 @@ import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
-from continual_transformers_tf.layers.inputs import WARM_UPS
+from continual_transformers_tf.layers.inputs import WARM_UPS, expect_given
 from continual_transformers_tf.ops.delay import delayed_steps, put_steps
 from continual_transformers_tf.ops.stream_state import StreamState, check_integer
 
@@ -219,6 +219,7 @@ class CoDelay(ContinualLayer, keras.layers.Layer):
         return axis % rank
 
     def _as_own_dtype(self, x):
+        expect_given("x", x)
         x = tf.convert_to_tensor(x)
         own = tf.as_dtype(self.compute_dtype)
         if x.dtype != own and not (x.dtype.is_floating and own.is_floating):

@@ -7,7 +7,7 @@ import tensorflow as tf
 from continual_transformers_tf.layers.co_re_steps import take_all_steps
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.from_regular import co_si_from_regular
-from continual_transformers_tf.layers.inputs import WARM_UPS
+from continual_transformers_tf.layers.inputs import WARM_UPS, expect_given
 from continual_transformers_tf.ops.retroactive import check_algorithm
 from continual_transformers_tf.ops.retroactive_cache import RetroactiveCache
 from continual_transformers_tf.ops.stream_state import check_integer
@@ -251,6 +251,7 @@ class CoReMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         Returns:
             `(B, T, E)`. With return_attention_scores also the scores, `(B, H, T, S)`.
         """
+        expect_given("query", query)
         query = keras.ops.convert_to_tensor(query)
         value = query if value is None else keras.ops.convert_to_tensor(value)
         self._ensure_built(query, value, key)

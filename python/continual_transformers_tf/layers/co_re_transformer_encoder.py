@@ -94,7 +94,7 @@ class CoReTransformerEncoder(TransformerEncoderBlock):
             ValueError, tf.errors.InvalidArgumentError: if shapes, dtypes or streams do not fit. The
                 streams then go on as if the call had not been made.
         """
-        steps = tf.expand_dims(self._input(x, 2), 1)
+        steps = tf.expand_dims(self._input(x, "step"), 1)
         outputs = self.call_steps(steps, training, streams=streams, update_state=update_state)
         return None if outputs is None else tf.squeeze(outputs, 1)
 
@@ -113,7 +113,7 @@ class CoReTransformerEncoder(TransformerEncoderBlock):
         Raises:
             ValueError, tf.errors.InvalidArgumentError: as `call_step`; and if T = 0.
         """
-        x = self._input(x, 3)
+        x = self._input(x, "steps")
         attended = self.attention.call_steps(
             self._attention_input(x), training=training, streams=streams, update_state=update_state
         )

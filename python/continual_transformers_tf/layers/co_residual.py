@@ -5,6 +5,7 @@ import tensorflow as tf
 
 from continual_transformers_tf.layers.co_delay import CoDelay
 from continual_transformers_tf.layers.continual_layer import ContinualLayer, call_mode
+from continual_transformers_tf.layers.inputs import expect_given
 from continual_transformers_tf.layers.step_ops import cast
 
 
@@ -239,6 +240,7 @@ class CoResidual(ContinualLayer, keras.layers.Layer):
         return getattr(self.layer, "temporal_dim", 1)
 
     def _input(self, mode, x):
+        expect_given("x", x)
         x = tf.convert_to_tensor(x)
         mask = getattr(x, "_keras_mask", None)
         if x.dtype.is_floating and x.dtype != self.compute_dtype:

@@ -3,6 +3,8 @@
 import keras
 import tensorflow as tf
 
+from continual_transformers_tf.layers.inputs import expect_given
+
 
 def attend_windows(
     layer,
@@ -16,6 +18,7 @@ def attend_windows(
     **masks,
 ):
     """The arguments of `call_regular`; `attend` is the call of Keras' layer."""
+    expect_given("query", query)
     query = keras.ops.convert_to_tensor(query)
     value = query if value is None else keras.ops.convert_to_tensor(value)
     if layer._single_output:

@@ -220,7 +220,7 @@ class OneOpStep:
         layer = self._layer
         given = {"query": query, "value": value, "key": key}
         tensors = {
-            name: step_input(name, x, 2, layer.compute_dtype)
+            name: step_input(name, x, "step", layer.compute_dtype)
             for name, x in given.items()
             if x is not None or name == "query"
         }

@@ -103,10 +103,10 @@ def step_inputs(layer, rank, query, value, key):
             f"Expected regular calls only: with {layer._no_steps} the layer is a "
             "keras.layers.MultiHeadAttention, and a step adds to windows (B, T, E) along time"
         )
-    dtype = layer.compute_dtype
-    query = step_input("query", query, rank, dtype)
-    value = query if value is None else step_input("value", value, rank, dtype)
-    key = value if key is None else step_input("key", key, rank, dtype)
+    dtype, mode = layer.compute_dtype, "step" if rank == 2 else "steps"
+    query = step_input("query", query, mode, dtype)
+    value = query if value is None else step_input("value", value, mode, dtype)
+    key = value if key is None else step_input("key", key, mode, dtype)
     check_same_rows(query=query, value=value, key=key)
     layer._ensure_built(query, value, key)
     for name, x, size in zip(

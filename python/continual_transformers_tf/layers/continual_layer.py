@@ -5,6 +5,7 @@ import contextvars
 
 import tensorflow as tf
 
+from continual_transformers_tf.layers.inputs import expect_given
 from continual_transformers_tf.ops.stream_state import check_integer
 
 CALL_MODES = ("regular", "step", "steps")
@@ -112,6 +113,11 @@ class ContinualLayer:
     """
 
     gives_windows = False  # Whether a step gives all outputs of the window, and not one row.
+
+    def __call__(self, *args, **kwargs):
+        if args:  # Keras would fail for want of a shape.
+            expect_given(f"an input of {self.name}", args[0])
+        return super().__call__(*args, **kwargs)
 
     @property
     def call_mode(self):

@@ -5,26 +5,38 @@ import tensorflow as tf
 
 WARM_UPS = ("none", "partial")
 HALF_DTYPES = ("bfloat16", "float16")
-_AXES = {2: "(M, E), one step of M streams", 3: "(M, T, E), T steps"}
+_AXES = {
+    "regular": "(B, T, E), windows of T steps",
+    "step": "(M, E), one step of M streams",
+    "steps": "(M, T, E), T steps of M streams",
+}
 
 
-def step_input(name, x, rank, dtype):
+def expect_given(name, x):
+    """Raises ValueError if an input is None."""
+    if x is None:
+        raise ValueError(
+            f"Expected {name}, but got None. (A step of a continual layer gives None while its "
+            'window fills, but with warm_up="partial".)'
+        )
+
+
+def step_input(name, x, mode, dtype):
     """An input of a call, as a tensor of the layer's compute dtype.
 
     Args:
         name: of the argument, for the message.
         x: what the user gave.
-        rank: 2 for one step, 3 for several or for windows.
+        mode: that of the call: "regular", "step" or "steps".
         dtype: the layer's compute dtype; other floating dtypes are cast to it, as Keras does.
 
     Raises:
-        ValueError: if the rank is another, or the dtype not floating.
+        ValueError: if there is none, the rank is another, or the dtype not floating.
     """
-    if x is None:
-        raise ValueError(f"Expected {name} of shape {_AXES[rank]}, but got None")
+    expect_given(f"{name} of shape {_AXES[mode]}", x)
     x = tf.convert_to_tensor(x)
-    if x.shape.rank != rank:
-        raise ValueError(f"Expected {name} of shape {_AXES[rank]}, but got {tuple(x.shape)}")
+    if x.shape.rank != (2 if mode == "step" else 3):
+        raise ValueError(f"Expected {name} of shape {_AXES[mode]}, but got {tuple(x.shape)}")
     if not x.dtype.is_floating:
         raise ValueError(f"Expected {name} of a floating dtype, but got {x.dtype.name}")
     return tf.cast(x, dtype)

@@ -125,15 +125,15 @@ class TransformerEncoderBlock(ContinualLayer, keras.layers.Layer):
         Returns:
             `(B, T, E)`.
         """
-        x = self._input(x, 3)
+        x = self._input(x, "regular")
         normal = self.attention_norm(x) if self.norm_first else x
         attended = keras.layers.MultiHeadAttention.call(
             self.attention, normal, normal, attention_mask=attention_mask, training=training
         )
         return self._feed_forward(x, attended, training)
 
-    def _input(self, x, rank):
-        x = step_input("x", x, rank, self.compute_dtype)
+    def _input(self, x, mode):
+        x = step_input("x", x, mode, self.compute_dtype)
         if not self.built:
             with tf.init_scope():
                 self.build(x.shape)

@@ -39,6 +39,14 @@ def convert(model, seq_len, **options):
             f"Expected a keras.Model, but got {model!r}. (For a layer alone there is "
             "CoSiMultiHeadAttention.from_regular.)"
         )
+    unknown = sorted(set(options) - {"warm_up", "call_mode", "name", "dtype", "trainable"})
+    if unknown:
+        raise ValueError(
+            "Expected warm_up, call_mode, name and cache_dtype alone, but got "
+            f"{' and '.join(unknown)}: other options are of single layers, and "
+            "CoSiMultiHeadAttention.from_regular(layer, seq_len, ...) takes them all; but "
+            "weights_dtype is of steps that are one op, which those of a StreamingModel are not"
+        )
     options = {"name": model.name, **options}
     if isinstance(model, StreamingModel):
         options = {"warm_up": model.warm_up, "call_mode": model.call_mode, **options}

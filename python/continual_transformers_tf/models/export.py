@@ -20,15 +20,16 @@ def export(model, path, streams=None, inputs=None):
     The signatures, M being any number of streams:
 
     - `step`: the inputs, float `(M, E)`, "x" or each by its name, and "streams", int32 `(M,)`:
-      which stream each row belongs to, each once. Outputs "y" `(M, ...)`, or of several each by its
-      name, and "ready", bool `(M,)`: whose window is full. Before, y is that of
-      `warm_up="partial"`.
+      which stream each row belongs to, each once. Outputs "y" `(M, ...)`, of retroactive layers
+      `(M, N, ...)`, or of several each by its name, and "ready", bool `(M,)`: whose receptive field
+      is full. Before, y is that of `warm_up="partial"`.
     - `clean`: "streams", int32 `(M,)`: these begin again. Output "position", int64 `(M,)`: zeros.
     - `ensure_streams`: "count", an int32 scalar: makes room for streams 0, ..., count - 1. Output
       "count": how many are held then.
 
     Args:
-        model: a built continual layer (`CoSiMultiHeadAttention`, `CoSiTransformerEncoder`,
+        model: a built continual layer (`CoSiMultiHeadAttention`, `CoReMultiHeadAttention`,
+            `CoSiTransformerEncoder`, `CoReTransformerEncoder`, `TransformerEncoder`,
             `CircularPositionalEncoding`, `CoDelay`, `CoResidual`) or a `StreamingModel`.
         path: the folder to write.
         streams: make room for so many; None: those that are held.

@@ -82,7 +82,6 @@ def _weights_in(path):
         from safetensors.numpy import load_file
     except ImportError as error:
         raise ImportError(
-            "reading weights from a file needs safetensors: install it with the extra torch, as by "
-            "`pip install '.[cpu,torch]'` in a checkout"
+            f"Expected safetensors to be installed, to read {path}: `pip install safetensors`"
         ) from error
     return load_file(path)
