@@ -141,18 +141,3 @@ def test_bad_input_changes_nothing(backend, random, call):
         layer.call_step(**call)
     for name, array in layer.get_state().items():
         np.testing.assert_array_equal(array, before[name])
-
-
-@pytest.mark.parametrize("layer", [
-    ct.CoReTransformerEncoder(N, E, H, FF), ct.CoReMultiHeadAttention(N, H, E)
-], ids=["encoder", "attention"])  # fmt: skip
-def test_in_a_streaming_model_it_is_refused_by_name(layer):
-    inputs = keras.Input((N, E))
-    x = (
-        layer(inputs, inputs)
-        if isinstance(layer, keras.layers.MultiHeadAttention)
-        else layer(inputs)
-    )
-    model = keras.Model(inputs, keras.layers.Dense(2)(x))
-    with pytest.raises(ValueError, match="all outputs of the window.*retroactive"):
-        ct.StreamingModel(model)
