@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -27,6 +28,7 @@ sys.path.insert(0, str(ROOT / "tests" / "gpu"))
 import cuda_build  # noqa: E402
 import cuda_calls  # noqa: E402
 
+EPSILON = 1e-6  # Of the encoder block's norms.
 # What outputs may differ by from PyTorch's, which computes in the ring's type.
 AGREEMENT = {"float64": 1e-10, "float32": 1e-3, "bfloat16": 4e-2, "float16": 1e-2}
 
@@ -278,14 +280,21 @@ class LayerWeights:
         attention = size.attention
         m, e, h, n, d = size.streams, size.features, size.heads, size.window, attention.dim
         make = dict(device=bench.gpu.device)
-        # Query, key, value and output's kernels [E, E], and then the rings.
-        numbers = 4 * e * e + 2 * m * h * n * d
-        all_numbers = bench.numbers(size.dtype, numbers, sets)
+        # Query, key, value and output's kernels [E, E], those of the feed-forward part, the rings.
+        shapes = [(4, e, e), (e, size.hidden), (size.hidden, e), (2, m, h, n, d)]
+        counts = [math.prod(shape) for shape in shapes]
+        all_numbers = [
+            [x.view(shape) for x, shape in zip(numbers.split(counts), shapes, strict=True)]
+            for numbers in bench.numbers(size.dtype, sum(counts), sets)
+        ]
         bench.dirty()
-        self.kernels = [x[: 4 * e * e].view(4, e, e) for x in all_numbers]
-        for x in self.kernels:
-            x *= e**-0.5
-        self.rings = [x[4 * e * e :].view(2, m, h, n, d) for x in all_numbers]
+        for kernels, up, down, _ in all_numbers:
+            kernels *= e**-0.5
+            up *= e**-0.5
+            down *= max(1, size.hidden) ** -0.5
+        self.kernels = [x[0] for x in all_numbers]
+        self.feed_forward = [x[1:3] for x in all_numbers]
+        self.rings = [x[3] for x in all_numbers]
         self.x = torch.randn(m, e, dtype=compute, **make)
         self.biases = torch.randn(4, e, dtype=compute, **make) * 0.1
         self.result = torch.full((m, e), float("nan"), dtype=compute, **make)
@@ -322,18 +331,53 @@ class LayerWeights:
             mine.attention.key_mask_cache = self.has_key[i].data_ptr()
             mine.attention.position = self.position[i].data_ptr()
             self.steps.append(mine)
+        if size.hidden:
+            self._put_into_blocks()
         # Torch's layers have kernels [out, in]; these are views, in the ring's type throughout.
         self.torch_x = self.x.to(kind)
         self.torch_biases = self.biases.to(kind)
         self.torch_row = (self.position[0, :1] % n).expand(1)
 
+    def _put_into_blocks(self):
+        """The steps are the encoder blocks' then."""
+        torch, size, library = self.bench.torch, self.size, self.bench.library
+        make = dict(dtype=torch.float32, device=self.bench.gpu.device)
+        # Two norms' scales and offsets, and the last bias.
+        self.vectors = torch.randn(5, size.features, **make)
+        self.hidden_bias = torch.randn(size.hidden, **make)
+        names = [
+            f"{norm}_norm_{x}" for norm in ("attention", "output") for x in ("scale", "offset")
+        ]
+        names.append("output_bias")
+        blocks = []
+        for step, (up, down) in zip(self.steps, self.feed_forward, strict=True):
+            block = cuda_calls.CoSiEncoderStep(
+                attention=step, epsilon=EPSILON, hidden_features=size.hidden, activation=1,
+                hidden_kernel=up.data_ptr(), hidden_bias=self.hidden_bias.data_ptr(),
+                output_kernel=down.data_ptr(), result=self.result.data_ptr(),
+            )  # fmt: skip
+            for name, vector in zip(names, self.vectors, strict=True):
+                setattr(block, name, vector.data_ptr())
+            blocks.append(block)
+        scratch = library.co_si_encoder_step_scratch_bytes(ctypes.byref(blocks[0]))
+        self.block_scratch = torch.empty(scratch, dtype=torch.uint8, device=make["device"])
+        for block in blocks:
+            block.scratch = self.block_scratch.data_ptr()
+        self.steps = blocks
+        kind = getattr(torch, size.dtype)
+        self.torch_vectors, self.torch_hidden_bias = (
+            x.to(kind) for x in (self.vectors, self.hidden_bias)
+        )
+
     def step(self, i):
         step = self.steps[i % self.sets]
-        self.bench.library.co_si_mha_step(ctypes.byref(step), self.bench.gpu.stream())
+        library = self.bench.library
+        take = library.co_si_encoder_step if self.size.hidden else library.co_si_mha_step
+        take(ctypes.byref(step), self.bench.gpu.stream())
 
     def torch_step(self, i):
         """Projections, a row of the ring, SDPA, projection: as one would in PyTorch."""
-        torch, (m, _, h, _, _) = self.bench.torch, self.size
+        torch, (m, e, h, *_) = self.bench.torch, self.size
         addmm = torch.addmm
         kernels, (keys, values) = self.kernels[i % self.sets], self.rings[i % self.sets]
         query, key, value = (
@@ -343,7 +387,15 @@ class LayerWeights:
         keys.index_copy_(2, self.torch_row, key)
         values.index_copy_(2, self.torch_row, value)
         attended = torch.nn.functional.scaled_dot_product_attention(query, keys, values)
-        return addmm(self.torch_biases[3], attended.reshape(m, -1), kernels[3])
+        attended = addmm(self.torch_biases[3], attended.reshape(m, -1), kernels[3])
+        if not self.size.hidden:
+            return attended
+        norm, gelu = torch.nn.functional.layer_norm, torch.nn.functional.gelu
+        up, down = self.feed_forward[i % self.sets]
+        scale, offset, last_scale, last_offset, bias = self.torch_vectors
+        between = norm(self.torch_x + attended, (e,), scale, offset, EPSILON)
+        forward = addmm(bias, gelu(addmm(self.torch_hidden_bias, between, up)), down)
+        return norm(between + forward, (e,), last_scale, last_offset, EPSILON)
 
     def check(self):
         self.step(0)

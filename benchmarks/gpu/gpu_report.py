@@ -109,7 +109,8 @@ def goal_lines(found):
 
 
 ATTENTION_HEAD = (
-    "size", "µs", "in L2", "bytes / copy", "of copy", "SDPA graph", "SDPA", "× SDPA", "parts"
+    "size", "µs", "in L2", "overlap", "bytes / copy", "of copy",
+    "SDPA graph", "SDPA", "× SDPA", "parts",
 )  # fmt: skip
 LAYER_HEAD = ("size", "µs", "in L2", "bytes / copy", "torch graph", "torch", "× torch")
 
@@ -125,7 +126,7 @@ def table_cells(found):
             continue
         ours, sdpa = entry["ours"], entry["sdpa"]
         attention.append([
-            str(size), _us(ours["out_of_l2"]), _us(ours["in_l2"]),
+            str(size), _us(ours["out_of_l2"]), _us(ours["in_l2"]), _us(ours["overlapping"]),
             f"{size.bytes / copy * 1e6:.2f}", f"{share_of_copy(found, size, entry):.0%}",
             _us(sdpa["graph"]), _us(sdpa["eager"]), f"{times_sdpa(entry):.2f}",
             str(entry["window_parts"]),
@@ -145,7 +146,7 @@ def table_cells(found):
         ])  # fmt: skip
     return [
         ("One step of attention, µs", ATTENTION_HEAD, attention),
-        ("One step of the whole layer, µs", LAYER_HEAD, layer),
+        ("One step of the whole layer, and with F of a whole encoder block, µs", LAYER_HEAD, layer),
     ]
 
 
@@ -175,6 +176,7 @@ PREDICTED = (
     *(AttentionSize(2048, 8, window, 64, "bfloat16") for window in (64, 1024, 16384)),
     *(LayerSize(streams, 1024, 8, 64, "float32") for streams in (1, 32)),
     *(LayerSize(streams, 1024, 8, 64, "bfloat16") for streams in (1, 32)),
+    *(LayerSize(1, 1024, 8, 64, dtype, 1024) for dtype in ("float32", "bfloat16")),
 )
 
 

@@ -48,13 +48,17 @@ class AttentionSize(NamedTuple):
 
 
 class LayerSize(NamedTuple):
-    """One step of a whole layer: E features in and out, D = E / H."""
+    """One step of a whole layer: E features in and out, D = E / H.
+
+    With `hidden` features it is that of an encoder block, with its norms and feed-forward part.
+    """
 
     streams: int
     features: int
     heads: int
     window: int
     dtype: str  # Of the weights and of the ring.
+    hidden: int = 0
 
     @property
     def attention(self):
@@ -63,9 +67,15 @@ class LayerSize(NamedTuple):
 
     @property
     def weights_bytes(self):
-        """Of four kernels, and of their biases."""
-        kernels = 4 * self.features * self.features * ITEM_BYTES[self.dtype]
-        return kernels + 4 * self.features * self.attention.compute_bytes
+        """Of all kernels, and of biases and norms."""
+        vectors = 4 * self.features
+        if self.hidden:
+            vectors += 5 * self.features + self.hidden
+        return self.kernel_numbers * ITEM_BYTES[self.dtype] + vectors * self.attention.compute_bytes
+
+    @property
+    def kernel_numbers(self):
+        return 4 * self.features**2 + 2 * self.features * self.hidden
 
     @property
     def bytes(self):
@@ -75,10 +85,13 @@ class LayerSize(NamedTuple):
 
     @property
     def operations(self):
-        return 8 * self.streams * self.features**2 + self.attention.operations
+        return 2 * self.streams * self.kernel_numbers + self.attention.operations
 
     def __str__(self):
-        return f"M={self.streams} E={self.features} H={self.heads} N={self.window} {self.dtype}"
+        block = f" F={self.hidden}" if self.hidden else ""
+        return (
+            f"M={self.streams} E={self.features} H={self.heads} N={self.window}{block} {self.dtype}"
+        )
 
 
 def attention_sizes():
@@ -100,9 +113,10 @@ def attention_sizes():
 
 
 def layer_sizes():
-    """The paper's: E = 1024, 8 heads, windows of 64."""
+    """The paper's: E = 1024, 8 heads, windows of 64; the layer alone, and the whole block."""
     return [
-        LayerSize(streams, 1024, 8, 64, dtype)
+        LayerSize(streams, 1024, 8, 64, dtype, hidden)
+        for hidden in (0, 1024)
         for dtype in ("float32", "bfloat16")
         for streams in (1, 8, 32)
     ]

@@ -30,8 +30,8 @@ SUITE = [
     sys.executable, "-m", "pytest", "--confcutdir=tests/gpu", "tests/gpu", "-q", "-rfE",
     "-p", "no:cacheprovider", "-k", "not emulated",
 ]  # fmt: skip
-# Those of the op and of the layer, on TensorFlow's own GPU.
-TENSORFLOW_TESTS = ["test_single_output.py", "test_single_output_state.py", "test_co_si_mha.py"]
+# Those of the op, of the layer and of the encoder, on TensorFlow's own GPU.
+TENSORFLOW_TESTS = ("test_single_output*.py", "test_co_si_*.py")
 
 
 class Step(NamedTuple):
@@ -65,15 +65,18 @@ def steps(out):
     for tool in ("memcheck", "racecheck"):
         command = [sanitizer, "--tool", tool, "--error-exitcode", "86", *SUITE, "-m", "sanitizer"]
         made.append(Step(tool, command, 60, ("build",), lacking, apart))
-    without = why_no_tensorflow()
-    tests = [f"tests/{name}" for name in TENSORFLOW_TESTS]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "--device", "GPU:0", *tests]
-    made.append(Step("tensorflow", [*command, *many], 60, (), without))
     command = [
         sys.executable, "benchmarks/gpu/gpu_benchmark.py",
         "--json", str(out / "benchmark.json"), "--picture", str(out / "benchmark.png"),
     ]  # fmt: skip
     made.append(Step("benchmark", command, 230, ("build",)))
+    tests = sorted(
+        str(path.relative_to(ROOT))
+        for glob in TENSORFLOW_TESTS
+        for path in ROOT.glob(f"tests/{glob}")
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "--device", "GPU:0", *tests]
+    made.append(Step("tensorflow", [*command, *many], 120, (), why_no_tensorflow()))
     return made
 
 

@@ -44,6 +44,9 @@ def test_bytes_and_operations():
     assert layer.weights_bytes == 4 * 1024 * 1024 * 4 + 4 * 1024 * 4
     assert layer.attention == AttentionSize(1, 8, 64, 128, "float32")
     assert layer.operations == 8 * 1024**2 + 4 * 64 * 1024
+    block = layer._replace(hidden=512)
+    assert block.weights_bytes == layer.weights_bytes + 4 * (2 * 1024 * 512 + 5 * 1024 + 512)
+    assert block.operations == layer.operations + 4 * 1024 * 512
 
 
 def test_so_many_sets_that_none_is_in_the_cache():
@@ -224,7 +227,11 @@ def test_measured_by_the_emulator():
         AttentionSize(1, 1, 16, 16, "float64"),
         AttentionSize(1000, 8, 64, 64, "float32"),
     ]
-    layer = [LayerSize(1, 32, 2, 8, "float32"), LayerSize(2, 32, 2, 8, "bfloat16")]
+    layer = [
+        LayerSize(streams, 32, 2, 8, dtype, hidden)
+        for streams, dtype in ((1, "float32"), (2, "bfloat16"))
+        for hidden in (0, 24)
+    ]
     found = gpu_benchmark.run(bench, attention, layer, seconds=100)
     assert found["failures"] == []
     *measured, skipped = found["attention"]
