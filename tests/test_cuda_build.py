@@ -201,8 +201,11 @@ def test_ptxas_reports_are_read():
         ("_Z4TakeIfEvPT_i", "sm_75"): old,
         ("_Z4TakeIfEvPT_i", "sm_90"): new,
     }
-    assert old.excesses() == ["spill_stores", "spill_loads", "stack"]
-    assert new.excesses() == []
+    assert resources.excesses("_Z4TakeIfEvPT_i", old) == ["spill_stores", "spill_loads", "stack"]
+    assert resources.excesses("_Z4TakeIfEvPT_i", new) == []
+    many = new._replace(registers=130)
+    assert resources.excesses("_Z4TakeIfEvPT_i", many) == ["registers"]
+    assert resources.excesses("_Z10TakeKernelIdEvPT_i", many) == []
     with pytest.raises(ValueError, match="Expected ptxas' reports"):
         resources.parse(LOG.replace("Used 80", "Uses 80"))
 
@@ -222,7 +225,7 @@ def test_no_kernel_takes_more_than_its_limits(toolkit):
     assert {architecture for _, architecture in found} == {
         f"sm_{name}" for name in toolkit.architectures
     }
-    over = {key: each for key, each in found.items() if each.excesses()}
+    over = {key: each for key, each in found.items() if resources.excesses(key[0], each)}
     assert not over, "python3 cuda/resources.py shows them all"
 
 
