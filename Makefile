@@ -27,7 +27,8 @@ test: .venv/installed
 # extra is that of the package installed here: nothing is built anew.
 test-torch: .venv/installed
 	$(BIN)/python -m pip install --quiet "continual-transformers-tf[torch]"
-	$(BIN)/python -m pytest tests/test_from_torch.py tests/test_docs.py $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest tests/test_from_torch.py tests/test_docs.py \
+	  tests/gpu/test_gpu_benchmark.py $(PYTEST_FLAGS)
 
 # The tests that take minutes: wheels in clean environments, every target of the kernels.
 test-slow: .venv/installed

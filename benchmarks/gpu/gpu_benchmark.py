@@ -30,7 +30,7 @@ import cuda_calls  # noqa: E402
 
 EPSILON = 1e-6  # Of the encoder block's norms.
 # What outputs may differ by from PyTorch's, which computes in the ring's type.
-AGREEMENT = {"float64": 1e-10, "float32": 1e-3, "bfloat16": 4e-2, "float16": 1e-2}
+AGREEMENT = {"float64": 1e-10, "float32": 5e-3, "bfloat16": 4e-2, "float16": 1e-2}
 
 
 class Gpu:

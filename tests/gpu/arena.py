@@ -18,9 +18,7 @@ POISON = 255
 class HostMemory:
     """NumPy arrays: where the emulator's kernels run."""
 
-    name = "numpy"
     stream = None
-    largest = 1 << 28
     multiprocessors = 7
 
     def upload(self, host):
@@ -43,8 +41,6 @@ class HostMemory:
 class CupyMemory:
     """Arrays of CuPy."""
 
-    name = "cupy"
-
     def __init__(self):
         import cupy
 
@@ -54,7 +50,6 @@ class CupyMemory:
             cupy.cuda.set_allocator(None)
         device = cupy.cuda.Device()
         self.multiprocessors = device.attributes["MultiProcessorCount"]
-        self.largest = device.mem_info[0] // 4
 
     @property
     def stream(self):
@@ -89,15 +84,12 @@ class CupyMemory:
 class TorchMemory:
     """Tensors of PyTorch."""
 
-    name = "torch"
-
     def __init__(self):
         import torch
 
         self.torch = torch
         properties = torch.cuda.get_device_properties(0)
         self.multiprocessors = properties.multi_processor_count
-        self.largest = torch.cuda.mem_get_info()[0] // 4
 
     @property
     def stream(self):
