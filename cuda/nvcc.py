@@ -103,8 +103,9 @@ class Toolkit(NamedTuple):
         sources = LISTS["CUDA_SOURCES"] + LISTS["CUDA_C_API_SOURCES"]
         objects = self.compile_all(sources, target.parent)
         status, said = run(
-            *(self.nvcc, "-shared", "-o", str(target), *map(str, objects)),
-            *("--cudart=static", "-Xlinker=--exclude-libs,libcudart_static.a"),
+            *(os.environ.get("CXX", "g++"), "-shared", "-o", str(target), *map(str, objects)),
+            *(f"-L{folder}" for folder in self.lib),
+            *(*LISTS["CUDA_LINK_OPTIONS"], "-Wl,-z,defs"),
         )
         if status:
             raise SystemExit(said)
