@@ -7,12 +7,15 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import tensorflow as tf
+from click.testing import CliRunner
 
 import continual_transformers_tf as ct
+from continual_transformers_tf import cli
 from continual_transformers_tf.ops import library
 
 PACKAGE = Path(ct.__file__).parent
@@ -139,6 +142,15 @@ def test_a_backend_that_does_not_exist(monkeypatch):
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "gpu")
     with pytest.raises(ValueError, match=r"CONTINUAL_TRANSFORMERS_BACKEND.*'gpu'"):
         ct.ops.kernels()
+    for command in ("info", "demo", "bench"):
+        result = CliRunner().invoke(cli.main, [command])
+        assert result.exit_code == 1
+        assert re.fullmatch("Error: .*CONTINUAL_TRANSFORMERS_BACKEND.*'gpu'\n", result.output)
+
+
+def test_the_version_is_that_of_the_package():
+    assert ct.__version__ == metadata.version("continual-transformers-tf")
+    assert ct.__version__ in CliRunner().invoke(cli.main, ["--version"]).output
 
 
 def test_the_library_says_what_it_was_built_for():

@@ -1,6 +1,7 @@
 """Transformers for TensorFlow that answer at every step of an endless stream."""
 
 import importlib.util
+from importlib import metadata
 
 if importlib.util.find_spec("tensorflow") is None:
     raise ImportError(
@@ -33,6 +34,11 @@ from continual_transformers_tf.models import (
     export,
     from_torch,
 )
+
+try:
+    __version__ = metadata.version("continual-transformers-tf")  # setup.py says it, once.
+except metadata.PackageNotFoundError:  # A checkout that is on the path and not installed.
+    __version__ = "unknown"
 
 __all__ = [
     "CircularPositionalEncoding",

@@ -15,9 +15,13 @@ PATH = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.group()
-@click.version_option(package_name="continual-transformers-tf")
+@click.version_option(ct.__version__)
 def main():
     """Streaming attention for TensorFlow."""
+    try:
+        library.backend()
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
 
 
 @main.command()
