@@ -1,5 +1,7 @@
 #include "cc/attention/targets.h"
 
+#include <strings.h>
+
 #include <atomic>
 #include <cstdlib>
 #include <string>
@@ -22,7 +24,7 @@ struct Choice {
   std::string Use(const std::string& name) {
     std::string names;
     for (const Target target : AvailableTargets()) {
-      if (name.empty() || name == NameOf(target)) {
+      if (name.empty() || strcasecmp(name.c_str(), NameOf(target)) == 0) {
         in_use = target;
         return "";
       }

@@ -52,7 +52,8 @@ const char* NameOf(Target target);
 // Those that were compiled and that this processor has, fastest first.
 std::vector<Target> AvailableTargets();
 
-// Changes the target in use to that of the name, or "" for the fastest; not while a kernel runs.
+// Changes the target in use to that of the name, in upper or lower case, or "" for the fastest; not
+// while a kernel runs.
 // Returns what is wrong with the name, or "" where nothing is.
 std::string UseTarget(const std::string& name);
 

@@ -2,10 +2,12 @@
 // widened halves against those of half.h.
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "cc/attention/targets.h"
@@ -192,6 +194,16 @@ TEST_P(VectorMathTest, EveryHalfIsWidened) {
 
 INSTANTIATE_TEST_SUITE_P(Targets, VectorMathTest, ::testing::ValuesIn(AvailableTargets()),
                          [](const auto& info) { return NameOf(info.param); });
+
+TEST(TargetsTest, ANameMayBeInLowerCase) {
+  const Target before = TargetInUse();
+  std::string name = NameOf(AvailableTargets().back());
+  std::transform(name.begin(), name.end(), name.begin(), ::tolower);
+  EXPECT_EQ(UseTarget(name), "");
+  EXPECT_EQ(TargetInUse(), AvailableTargets().back());
+  UseTarget("");
+  EXPECT_EQ(TargetInUse(), before);
+}
 
 TEST(TargetsTest, ANameThatIsNoneIsRefused) {
   const Target before = TargetInUse();
