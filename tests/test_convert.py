@@ -272,6 +272,31 @@ def test_inputs_that_do_not_fit_each_other_move_no_layer(backend, random, call):
         np.testing.assert_array_equal(layer.position, [4, 4, 4])
 
 
+def test_messages_know_inputs_without_a_name_by_their_place():
+    """Keras calls them keras_tensor of some number."""
+    inputs = keras.Input((N, E))
+    streaming = ct.convert(keras.Model(inputs, attention()(inputs, inputs)), seq_len=N)
+    sequential = keras.Sequential([ct.CoSiTransformerEncoder(N, E, H, 9)])
+    sequential.build((None, N, E))
+    for model in (streaming, ct.StreamingModel(sequential)):
+        for call, shape in ((model.call_step, (1, 3)), (model.call_steps, (1, N, 3))):
+            with pytest.raises(ValueError, match=r"Expected inputs of shape \(M, "):
+                call(np.zeros(shape))
+        with pytest.raises(ValueError, match=r"Expected a tensor, but got \['x'\]"):
+            model.call_step({"x": np.zeros((1, E))})
+    second = keras.Input((N, 3))
+    cross = ct.convert(keras.Model([inputs, second], attention()(inputs, second)), seq_len=N)
+    with pytest.raises(ValueError, match=r"Expected inputs\[1\] of shape \(M, 3\)"):
+        cross.call_step([np.zeros((1, E)), np.zeros((1, E))])
+    with pytest.raises(ValueError, match=r"Expected 2 tensors, but got \['x', 'y'\]"):
+        cross.call_step({"x": np.zeros((1, E)), "y": np.zeros((1, 3))})
+    ids = keras.Input((N,), dtype="int32")
+    embedded = keras.layers.Embedding(4, E)(ids)
+    streaming = ct.convert(keras.Model(ids, attention()(embedded, embedded)), seq_len=N)
+    with pytest.raises(ValueError, match="Expected inputs of integers"):
+        streaming.call_step(np.zeros(1))
+
+
 def test_inputs_by_other_names_are_refused(random):
     first, second = keras.Input((N, E), name="first"), keras.Input((N, E), name="second")
     y = attention()(first, second)

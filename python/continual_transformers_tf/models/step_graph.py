@@ -65,9 +65,9 @@ class StepGraph:
         if inputs_are_own:
             inputs = [Tensor("window", True, 1, tuple(x.shape)) for x in self.model.inputs]
             self.problems += [
-                f"the input {x.name} of shape {x.shape} has no axis of time: expected (B, T, E), "
+                f"no axis of time in {name} of shape {x.shape}: expected (B, T, E), "
                 "or (B, T) of integers"
-                for x in self.model.inputs
+                for x, name in zip(self.model.inputs, names_of_inputs(self.model), strict=True)
                 if len(x.shape) < 3 and not (len(x.shape) == 2 and "int" in x.dtype)
             ]
         outputs = self._walk(inputs, self._plan_node, self._known)
@@ -340,6 +340,19 @@ class StepGraph:
 
 # What layers that attend may be called with in the graph of a model; the rest is of whole windows.
 STEP_ARGUMENTS = ("x", "query", "value", "key", "use_causal_mask", "training")
+
+
+def names_of_inputs(model):
+    """What messages call a model's inputs: by their names; where they were given none, by place.
+
+    Keras calls such an input keras_tensor of some number, which nobody knows.
+    """
+    own = [x.name for x in model.inputs]
+    places = ["inputs"] if len(own) == 1 else [f"inputs[{i}]" for i in range(len(own))]
+    return [
+        place if re.fullmatch(r"keras_tensor(_\d+)?", name) else name
+        for name, place in zip(own, places, strict=True)
+    ]
 
 
 def _functional(model):

@@ -5,8 +5,8 @@ import tensorflow as tf
 
 from continual_transformers_tf.layers.composite_layer import CompositeLayer
 from continual_transformers_tf.layers.continual_layer import always_partial, call_mode
-from continual_transformers_tf.layers.inputs import WARM_UPS
-from continual_transformers_tf.models.step_graph import StepGraph
+from continual_transformers_tf.layers.inputs import WARM_UPS, as_tensor
+from continual_transformers_tf.models.step_graph import StepGraph, names_of_inputs
 
 
 @keras.saving.register_keras_serializable("continual_transformers_tf")
@@ -149,18 +149,17 @@ class StreamingModel(CompositeLayer, keras.Model):
             raise ValueError(f"Expected {len(self.model.inputs)} inputs, but got {len(flat)}")
         letters = ("M", "T")[:axes_of_steps]
         tensors = []
-        for x, symbolic in zip(flat, self.model.inputs, strict=True):
-            x = tf.convert_to_tensor(x)
+        names = names_of_inputs(self.model)
+        for x, symbolic, name in zip(flat, self.model.inputs, names, strict=True):
+            x = as_tensor(name, x)
             features = symbolic.shape[2:]
             if not x.shape.is_compatible_with([*[None] * axes_of_steps, *features]):
                 expected = ", ".join(str(n) for n in (*letters, *features))
-                raise ValueError(
-                    f"Expected {symbolic.name} of shape ({expected}), but got {tuple(x.shape)}"
-                )
+                raise ValueError(f"Expected {name} of shape ({expected}), but got {tuple(x.shape)}")
             if axes_of_steps == 2 and x.shape[1] == 0:
                 raise ValueError(f"Expected at least one step, but got {tuple(x.shape)}")
             if x.dtype.is_floating and "int" in symbolic.dtype:
-                raise ValueError(f"Expected {symbolic.name} of integers, but got {x.dtype.name}")
+                raise ValueError(f"Expected {name} of integers, but got {x.dtype.name}")
             tensors.append(tf.cast(x, symbolic.dtype))
         return _of_same_steps(tensors, letters)
 
@@ -170,6 +169,8 @@ class StreamingModel(CompositeLayer, keras.Model):
         own = self._graph.model.input
         names = list(own) if isinstance(own, dict) else [x.name for x in self.model.inputs]
         expected = f"Expected inputs by the names of {' and '.join(map(repr, names))}"
+        if not isinstance(own, dict) and names_of_inputs(self.model) != names:
+            expected = "Expected a tensor" if len(names) == 1 else f"Expected {len(names)} tensors"
         if not isinstance(inputs, dict):
             if isinstance(own, dict) and len(keras.tree.flatten(inputs)) == len(names) > 1:
                 raise ValueError(f"{expected}, but got a {type(inputs).__name__}")
