@@ -9,6 +9,8 @@ import tensorflow as tf
 from continual_transformers_tf.ops.single_output_twin import (
     check_static,
     check_values,
+    minimum,
+    sizes,
     softmax,
     unroll,
     write,
@@ -47,7 +49,7 @@ def attend_all_steps(
         (output, scores `[M, H, T, N, N]` or None where not wanted, steps_taken).
     """
     check_static(query, key, value, key_cache, value_cache, streams)
-    key_mask = key_mask[0] if key_mask else tf.ones(tf.shape(query)[:2], bool)
+    key_mask = key_mask[0] if key_mask else tf.ones(sizes(query, 2), bool)
     with tf.control_dependencies(
         check_values(query, key, value, streams, position, attention_mask, key_mask, key_cache)
     ):
@@ -58,28 +60,27 @@ def attend_all_steps(
     # The N steps before this call and its own, in order: column c is step start - N + c.
     new = [tf.transpose(x, (0, 2, 1, 3)) for x in (query, key, value)]  # [M, H, T, D or Dv]
     caches = (query_cache, key_cache, value_cache)
-    queries, keys, values = (
-        tf.concat([unroll(cache, streams, start), steps], 2)
-        for cache, steps in zip(caches, new, strict=True)
-    )
-    has_key = tf.concat([unroll(key_mask_cache, streams, start), key_mask], 1)
+    *old, had_key = unroll([*caches, key_mask_cache], streams, start)
+    queries, keys, values = (tf.concat(pair, 2) for pair in zip(old, new, strict=True))
+    has_key = tf.concat([had_key, key_mask], 1)
 
     num_steps = query.shape[1]
     chunk = max(1, ROWS_PER_CHUNK // seq_len) if num_steps is not None else tf.shape(query)[1]
+    first_column = tf.expand_dims(start, 1) - seq_len  # Its step.
     outputs, scores = [], []
     for first in [0] if num_steps is None else range(0, num_steps, chunk):
-        steps = tf.range(first, tf.minimum(first + chunk, tf.shape(query)[1]))
+        steps = tf.range(first, minimum(first + chunk, sizes(query, 2)[1]))
         # Step t's window is columns t + 1, ..., t + N.
-        columns = steps[:, tf.newaxis] + 1 + tf.range(seq_len)  # [t, N]
-        step_of = start[:, tf.newaxis, tf.newaxis] - seq_len + tf.cast(columns, tf.int64)
+        columns = tf.expand_dims(steps, 1) + tf.range(1, seq_len + 1)  # [t, N]
+        step_of = tf.expand_dims(first_column, 1) + tf.cast(columns, tf.int64)
         taken = step_of >= 0
         mask = attention_mask
         if mask is not None and mask.shape[2] != 1 and num_steps is not None:
             mask = mask[:, :, first : first + chunk]
         output, weights = _attend(
             *(tf.gather(x, columns, axis=2) for x in (queries, keys, values)),
-            taken[:, tf.newaxis],
-            (taken & tf.gather(has_key, columns, axis=1))[:, tf.newaxis],
+            tf.expand_dims(taken, 1),
+            tf.expand_dims(taken & tf.gather(has_key, columns, axis=1), 1),
             mask,
             scale,
             dropout,
@@ -90,16 +91,16 @@ def attend_all_steps(
 
     output = tf.concat(outputs, 1)
     scores = tf.concat(scores, 2) if return_attention_scores else None
-    steps_taken = start + tf.cast(tf.shape(query)[1], tf.int64)
+    steps_taken = start + tf.cast(sizes(query, 2)[1], tf.int64)
     if update_state:
         # In a graph, what is read is read before the state changes, and what fails has failed.
         with tf.control_dependencies([queries, keys, values, output]):
-            for cache, steps in zip(caches, new, strict=True):
-                write(cache, streams, start, steps)
-            write(key_mask_cache, streams, start, key_mask)
-            nobodys = tf.zeros([tf.shape(streams)[0], 2], made_with.dtype)
-            made_with.scatter_nd_update(streams[:, tf.newaxis], nobodys)
-            position.scatter_nd_update(streams[:, tf.newaxis], steps_taken)
+            rings = [*zip(caches, new, strict=True), (key_mask_cache, key_mask)]
+            write(rings, streams, start)
+            rows = tf.expand_dims(streams, 1)
+            nobodys = tf.zeros([*sizes(streams, 1), 2], made_with.dtype)
+            made_with.scatter_nd_update(rows, nobodys)
+            position.scatter_nd_update(rows, steps_taken)
     return output, scores, steps_taken
 
 
@@ -107,10 +108,11 @@ def _attend(queries, keys, values, taken, attended, mask, scale, dropout):
     """queries, keys and values [M, H, t, N, D or Dv], taken and attended [M, 1, t, N]."""
     # Selected, not multiplied by zero: what no step has written, or must not be attended to, can be
     # NaN.
-    queries = tf.where(taken[..., tf.newaxis], queries, 0)
-    keys, values = (tf.where(attended[..., tf.newaxis], x, 0) for x in (keys, values))
+    taken = tf.expand_dims(taken, -1)
+    queries = tf.where(taken, queries, 0)
+    keys, values = (tf.where(tf.expand_dims(attended, -1), x, 0) for x in (keys, values))
     logits = tf.cast(scale, queries.dtype) * tf.einsum("mhtrd,mhtnd->mhtrn", queries, keys)
-    attended = attended[..., tf.newaxis, :] & taken[..., tf.newaxis]
+    attended = tf.expand_dims(attended, -2) & taken
     weights = softmax(logits, attended if mask is None else attended & mask)
     dropped = weights if dropout is None else dropout(weights)
     return tf.einsum("mhtrn,mhtnd->mthrd", dropped, values), weights

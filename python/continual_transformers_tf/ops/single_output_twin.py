@@ -39,7 +39,7 @@ def attend_steps(
     """
     mask = attention_mask[0] if attention_mask else None
     check_static(query, key, value, key_cache, value_cache, streams)
-    key_mask = key_mask[0] if key_mask else tf.ones(tf.shape(query)[:2], bool)
+    key_mask = key_mask[0] if key_mask else tf.ones(sizes(query, 2), bool)
     with tf.control_dependencies(
         check_values(query, key, value, streams, position, mask, key_mask, key_cache)
     ):
@@ -50,20 +50,22 @@ def attend_steps(
     # The N steps before this call and its own, in order: column c is step start - N + c.
     key_steps = tf.transpose(key, (0, 2, 1, 3))  # [M, H, T, D]
     value_steps = tf.transpose(value, (0, 2, 1, 3))
-    keys = tf.concat([unroll(key_cache, streams, start), key_steps], 2)
-    values = tf.concat([unroll(value_cache, streams, start), value_steps], 2)
-    has_key = tf.concat([unroll(key_mask_cache, streams, start), key_mask], 1)
+    old_keys, old_values, had_key = unroll([key_cache, value_cache, key_mask_cache], streams, start)
+    keys = tf.concat([old_keys, key_steps], 2)
+    values = tf.concat([old_values, value_steps], 2)
+    has_key = tf.concat([had_key, key_mask], 1)
 
     num_steps = query.shape[1]
     chunk = STEPS_PER_CHUNK if num_steps is not None else tf.shape(query)[1]
+    first_column = tf.expand_dims(start, 1) - seq_len  # Its step.
     outputs, scores = [], []
     for first in range(0, num_steps if num_steps is not None else 1, STEPS_PER_CHUNK):
-        steps = tf.range(first, tf.minimum(first + chunk, tf.shape(query)[1]))
+        steps = tf.range(first, minimum(first + chunk, sizes(query, 2)[1]))
         # Step t's window is columns t + 1, ..., t + N.
-        columns = steps[:, tf.newaxis] + 1 + tf.range(seq_len)  # [t, N]
-        step_of = start[:, tf.newaxis, tf.newaxis] - seq_len + tf.cast(columns, tf.int64)
+        columns = tf.expand_dims(steps, 1) + tf.range(1, seq_len + 1)  # [t, N]
+        step_of = tf.expand_dims(first_column, 1) + tf.cast(columns, tf.int64)
         attended = (step_of >= 0) & tf.gather(has_key, columns, axis=1)
-        attended = attended[:, tf.newaxis]  # [M, 1, t, N]
+        attended = tf.expand_dims(attended, 1)  # [M, 1, t, N]
         if mask is not None:
             attended &= mask if mask.shape[2] == 1 else tf.gather(mask, steps, axis=2)
         output, weights = _attend(
@@ -81,14 +83,13 @@ def attend_steps(
     scores = tf.concat(scores, 2)
     if not return_attention_scores:
         scores = scores[..., :0]
-    steps_taken = start + tf.cast(tf.shape(query)[1], tf.int64)
+    steps_taken = start + tf.cast(sizes(query, 2)[1], tf.int64)
     if update_state:
         # In a graph, what is read is read before the state changes, and what fails has failed.
         with tf.control_dependencies([keys, values, output, scores]):
-            write(key_cache, streams, start, key_steps)
-            write(value_cache, streams, start, value_steps)
-            write(key_mask_cache, streams, start, key_mask)
-            position.scatter_nd_update(streams[:, tf.newaxis], steps_taken)
+            rings = [(key_cache, key_steps), (value_cache, value_steps), (key_mask_cache, key_mask)]
+            write(rings, streams, start)
+            position.scatter_nd_update(tf.expand_dims(streams, 1), steps_taken)
     return output, scores, steps_taken
 
 
@@ -97,8 +98,9 @@ def _attend(query, keys, values, attended, scale, dropout):
     dtype = query.dtype  # Half precision is what is kept, not what is computed in.
     scale = tf.cast(scale, dtype)
     # Selected, not multiplied by zero: what may not be attended to can be NaN.
-    keys = tf.where(attended[..., tf.newaxis], tf.cast(keys, dtype), 0)
-    values = tf.where(attended[..., tf.newaxis], tf.cast(values, dtype), 0)
+    whole_rows = tf.expand_dims(attended, -1)
+    keys = tf.where(whole_rows, tf.cast(keys, dtype), 0)
+    values = tf.where(whole_rows, tf.cast(values, dtype), 0)
     weights = softmax(scale * tf.einsum("mthd,mhtnd->mhtn", query, keys), attended)
     dropped = weights if dropout is None else tf.cast(dropout(weights), dtype)
     return tf.einsum("mhtn,mhtnd->mthd", dropped, values), weights
@@ -114,42 +116,59 @@ def softmax(logits, attended):
     return tf.math.divide_no_nan(weights, tf.reduce_sum(weights, -1, keepdims=True))
 
 
-def unroll(cache, streams, start):
-    """The rings [S, H, N, size] or [S, N] of streams, oldest row first: M for S."""
-    axis = 1 if cache.shape.rank == 2 else 2
-    seq_len = cache.shape[axis]
+# Eagerly, an index x[:, 0] takes as long as ten other ops, and a size that is known takes none.
+
+
+def sizes(x, count):
+    """The sizes of a tensor's first axes: ints where they are known."""
+    known = x.shape[:count]
+    return known.as_list() if known.is_fully_defined() else tf.unstack(tf.shape(x)[:count])
+
+
+def minimum(a, b):
+    return tf.minimum(a, b) if tf.is_tensor(a) or tf.is_tensor(b) else min(a, b)
+
+
+def unroll(rings, streams, start):
+    """Of rings [S, H, N, size] or [S, N], the first not the latter: those of streams, M for S.
+
+    They begin with the oldest row.
+    """
+    seq_len = rings[0].shape[2]
     order = tf.range(seq_len, dtype=tf.int64)
-    rows = tf.math.floormod(start[:, tf.newaxis] + order, seq_len)
-    return tf.gather(tf.gather(cache, streams), rows, axis=axis, batch_dims=1)
+    rows = tf.math.floormod(tf.expand_dims(start, 1) + order, seq_len)
+    return [
+        tf.gather(
+            tf.gather(ring, streams), rows, axis=1 if ring.shape.rank == 2 else 2, batch_dims=1
+        )
+        for ring in rings
+    ]
 
 
-def write(cache, streams, start, steps):
-    """Writes steps [M, H, T, size] or [M, T] into the rings; of more than N, the newest N."""
-    if cache.shape.rank == 2:
-        seq_len, taken = cache.shape[1], tf.shape(steps)[1]
-    else:
-        _, num_heads, seq_len, _ = cache.shape
-        taken = tf.shape(steps)[2]
-    kept = tf.minimum(taken, seq_len)
-    newest = tf.range(taken - kept, taken)
-    rows = tf.math.floormod(
-        start[:, tf.newaxis] + tf.cast(newest, tf.int64), tf.cast(seq_len, tf.int64)
-    )
-    rows = tf.cast(rows, tf.int32)
-    if cache.shape.rank == 2:
-        indices = tf.stack([tf.broadcast_to(streams[:, tf.newaxis], tf.shape(rows)), rows], -1)
-        cache.scatter_nd_update(indices, steps[:, taken - kept :])
-        return
-    shape = tf.stack([tf.shape(streams)[0], num_heads, kept])
-    indices = tf.stack(
-        [
-            tf.broadcast_to(streams[:, tf.newaxis, tf.newaxis], shape),
-            tf.broadcast_to(tf.range(num_heads)[tf.newaxis, :, tf.newaxis], shape),
-            tf.broadcast_to(rows[:, tf.newaxis], shape),
-        ],
-        -1,
-    )
-    cache.scatter_nd_update(indices, steps[:, :, taken - kept :])
+def write(rings, streams, start):
+    """Writes steps into rings of the same N: of more than N steps, the newest N.
+
+    Args:
+        rings: pairs of a ring [S, H, N, size] and its steps [M, H, T, size], or [S, N] and [M, T].
+        streams: [M], and `start` [M], the position of the first of the steps.
+    """
+    ring, steps = rings[0]
+    _, num_heads, seq_len, _ = ring.shape
+    m, _, taken = sizes(steps, 3)
+    kept = minimum(taken, seq_len)
+    newest = tf.range(tf.cast(taken - kept, tf.int64), tf.cast(taken, tf.int64))
+    rows = tf.cast(tf.math.floormod(tf.expand_dims(start, 1) + newest, seq_len), tf.int32)
+    streams = tf.broadcast_to(tf.expand_dims(streams, 1), [m, kept])
+    of_streams = tf.stack([streams, rows], -1)  # [M, kept, 2]
+    all_heads = [m, num_heads, kept]
+    heads = tf.broadcast_to(tf.reshape(tf.range(num_heads), [1, num_heads, 1]), all_heads)
+    streams, rows = (tf.broadcast_to(tf.expand_dims(x, 1), all_heads) for x in (streams, rows))
+    of_heads = tf.stack([streams, heads, rows], -1)  # [M, H, kept, 3]
+    for ring, steps in rings:
+        if ring.shape.rank == 2:
+            ring.scatter_nd_update(of_streams, steps if kept is taken else steps[:, -kept:])
+        else:
+            ring.scatter_nd_update(of_heads, steps if kept is taken else steps[:, :, -kept:])
 
 
 def check_static(query, key, value, key_cache, value_cache, streams):
