@@ -1,9 +1,5 @@
 """CoReMultiHeadAttention against keras.layers.MultiHeadAttention on sliding windows."""
 
-import copy
-import json
-import pickle
-
 import keras
 import numpy as np
 import pytest
@@ -12,9 +8,6 @@ import tensorflow as tf
 import continual_transformers_tf as ct
 import reference
 from co_re_mha_cases import D, E, H, N, all_of_windows, pair
-from conftest import BAD_INPUT
-
-STEP = np.ones((2, E), np.float32)
 
 
 @pytest.mark.parametrize(
@@ -288,70 +281,6 @@ def test_dropout_acts_on_all_rows_in_training_alone(backend, random):
     assert np.abs(dropped - calm).max() > 0.01
 
 
-OPTIONS = dict(
-    seq_len=N,
-    num_heads=H,
-    key_dim=D,
-    value_dim=4,
-    dropout=0.1,
-    use_bias=False,
-    output_shape=(2, 3),
-    attention_axes=1,
-    sliding_window=4,
-    flash_attention=False,
-    kernel_initializer="he_normal",
-    bias_initializer="ones",
-    kernel_regularizer="l2",
-    bias_regularizer="l1",
-    activity_regularizer="l2",
-    kernel_constraint="non_neg",
-    bias_constraint="non_neg",
-    use_gate=True,
-    seed=3,
-    warm_up="partial",
-    algorithm="recompute",
-    call_mode="steps",
-)
-
-
-def saved_file(model, folder):
-    model.save(folder / "model.keras")
-    return keras.saving.load_model(folder / "model.keras")
-
-
-@pytest.mark.parametrize("way", ["file", "pickle", "deepcopy"])
-def test_a_model_of_all_rows_comes_back(random, tmp_path, way):
-    inputs = keras.Input((None, E))
-    layer = ct.CoReMultiHeadAttention(**{**OPTIONS, "call_mode": "regular"}, name="mine")
-    model = keras.Model(inputs, layer(inputs))
-    x = random.normal(size=(2, N, E)).astype("float32")
-    expected = model(x)
-    again = {
-        "file": saved_file,
-        "pickle": lambda model, folder: pickle.loads(pickle.dumps(model)),
-        "deepcopy": lambda model, folder: copy.deepcopy(model),
-    }[way](model, tmp_path)
-    assert type(again.layers[-1]) is ct.CoReMultiHeadAttention
-    assert again.layers[-1].get_config() == layer.get_config()
-    np.testing.assert_array_equal(again(x), expected)
-    assert json.loads(json.dumps(layer.get_config()))["algorithm"] == "recompute"
-    assert set(OPTIONS) <= set(layer.get_config())
-
-
-def test_state_of_all_rows_is_part_of_a_saved_model(tmp_path, random):
-    layer, _ = pair(random=random)
-    x = tf.constant(random.normal(size=(2, N + 2, E)).astype("float32"))
-    module = tf.Module()
-    module.layer = layer
-    module.step = tf.function(layer.call_step, input_signature=[tf.TensorSpec([None, E])])
-    for t in range(N):
-        module.step(x[:, t])
-    tf.saved_model.save(module, str(tmp_path / "saved"))
-    loaded = tf.saved_model.load(str(tmp_path / "saved"))
-    for t in range(N, N + 2):
-        np.testing.assert_array_equal(loaded.step(x[:, t]), module.step(x[:, t]))
-
-
 def test_from_regular_gives_all_rows(random):
     regular = keras.layers.MultiHeadAttention(H, D, name="mine")
     x = random.normal(size=(2, N, E)).astype("float32")
@@ -376,61 +305,3 @@ def test_call_modes_and_masks_of_keras(random):
     assert layer(x[:, 0]).shape == (2, N, E)
     assert (layer.receptive_field, layer.delay, layer.seq_len) == (N, 0, N)
     assert layer.input_features == dict(query=E, value=E, key=E)
-
-
-BAD = {
-    "rank": dict(query=np.ones((2, 1, E), np.float32)),
-    "features of query": dict(query=np.ones((2, E + 1), np.float32)),
-    "rows of key": dict(query=STEP, value=STEP, key=np.ones((3, E), np.float32)),
-    "dtype": dict(query=np.ones((2, E), np.int32)),
-    "stream beyond": dict(query=STEP, streams=[0, 9]),
-    "stream twice": dict(query=STEP, streams=[1, 1]),
-    "streams too many": dict(query=STEP, streams=[0, 1, 2]),
-    "key mask of other rows": dict(query=STEP, key_mask=np.ones(3, bool)),
-    "value mask not bool": dict(query=STEP, value_mask=np.ones(2, np.float32)),
-    "mask of one row": dict(query=STEP, attention_mask=np.ones(N, bool)),
-    "mask of another window": dict(query=STEP, attention_mask=np.ones((N, N + 1), bool)),
-    "mask of other rows": dict(query=STEP, attention_mask=np.ones((3, N, N), bool)),
-    "mask not bool": dict(query=STEP, attention_mask=np.ones((N, N))),
-    "query mask": dict(query=STEP, query_mask=np.ones(2, bool)),
-}
-
-
-@pytest.mark.parametrize("what", BAD)
-def test_bad_input_of_a_retroactive_layer_changes_nothing(backend, random, what):
-    layer, _ = pair(random=random, layer_options=dict(warm_up="partial"))
-    layer.call_steps(random.normal(size=(2, N - 2, E)))
-    before = layer.get_state()
-    with pytest.raises(BAD_INPUT, match="(?i)expected"):
-        layer.call_step(**BAD[what])
-    for name, array in layer.get_state().items():
-        np.testing.assert_array_equal(array, before[name])
-    with pytest.raises(BAD_INPUT, match="(?i)expected"), ct.call_mode("step"):
-        layer(**BAD[what])
-    assert layer.call_step(STEP).shape == (2, N, E)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(seq_len=0),
-        dict(seq_len=2.5),
-        dict(num_heads=0),
-        dict(warm_up="full"),
-        dict(algorithm="published"),
-        dict(call_mode="walk"),
-        dict(attention_axes=2, call_mode="step"),
-        dict(cache_dtype="bfloat16"),
-    ],
-    ids=str,
-)
-def test_bad_construction_of_a_retroactive_layer(options):
-    with pytest.raises(ValueError, match="(?i)expected|must be|invalid"):
-        ct.CoReMultiHeadAttention(**{**dict(seq_len=N, num_heads=H, key_dim=D), **options})
-
-
-def test_what_has_no_steps_is_keras_own(random):
-    layer = ct.CoReMultiHeadAttention(N, H, D, attention_axes=2)
-    layer(random.normal(size=(2, N, E)).astype("float32"))
-    with pytest.raises(ValueError, match="regular calls only"):
-        layer.call_step(STEP)

@@ -17,6 +17,7 @@ that ends with step t: so a step gives what a regular call gives for that window
 """
 
 import inspect
+import re
 
 import keras
 import tensorflow as tf
@@ -345,7 +346,7 @@ STEP_ARGUMENTS = ("x", "query", "value", "key", "use_causal_mask", "training")
 def names_of_inputs(model):
     """What messages call a model's inputs: by their names; where they were given none, by place.
 
-    Keras calls such an input keras_tensor of some number, which nobody knows.
+    Keras calls such an input keras_tensor and some number, which nobody knows.
     """
     own = [x.name for x in model.inputs]
     places = ["inputs"] if len(own) == 1 else [f"inputs[{i}]" for i in range(len(own))]

@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from continual_transformers_tf.layers.composite_layer import CompositeLayer
 from continual_transformers_tf.layers.continual_layer import always_partial, call_mode
-from continual_transformers_tf.layers.inputs import WARM_UPS, as_tensor
+from continual_transformers_tf.layers.inputs import WARM_UPS, expect_given
 from continual_transformers_tf.models.step_graph import StepGraph, names_of_inputs
 
 
@@ -151,7 +151,8 @@ class StreamingModel(CompositeLayer, keras.Model):
         tensors = []
         names = names_of_inputs(self.model)
         for x, symbolic, name in zip(flat, self.model.inputs, names, strict=True):
-            x = as_tensor(name, x)
+            expect_given(name, x)
+            x = tf.convert_to_tensor(x)
             features = symbolic.shape[2:]
             if not x.shape.is_compatible_with([*[None] * axes_of_steps, *features]):
                 expected = ", ".join(str(n) for n in (*letters, *features))
