@@ -32,9 +32,12 @@ def pair(seq_len=N, num_heads=H, key_dim=D, features=E, *, random, layer_options
     return layer, regular
 
 
-def newest_of_windows(regular, x, seq_len, **kwargs):
-    """What the regular layer says of each full window of x [B, T, E]: [B, T - N + 1, E]."""
-    windows = reference.sliding_windows(x.swapaxes(0, 1), seq_len)  # [T', N, B, E]
+def newest_of_windows(regular, x, seq_len, every=1, **kwargs):
+    """What the regular layer says of each full window of x [B, T, E]: [B, T - N + 1, E].
+
+    Or of the first and every so many after it.
+    """
+    windows = reference.sliding_windows(x.swapaxes(0, 1), seq_len)[::every]  # [T', N, B, E]
     windows = windows.transpose(2, 0, 1, 3)
     batch, count = windows.shape[:2]
     flat = windows.reshape(batch * count, *windows.shape[2:])

@@ -19,6 +19,7 @@ def installed(name):
     return importlib.util.find_spec(NEEDS.get(MODULES[name], "tensorflow")) is not None
 
 
+@pytest.mark.slow
 def test_a_quick_race(tmp_path):
     paths = {name: tmp_path / name for name in ("all.json", "page.md", "picture.png")}
     result = CliRunner().invoke(main, [

@@ -26,16 +26,22 @@ from co_si_mha_cases import D, E, H, N, newest_of_windows, pair
 def test_steps_equal_regular_attention_on_sliding_windows(
     backend, random, seq_len, num_heads, key_dim, features, batch
 ):
-    """Over two thousand steps: eagerly while the window fills and a little on, then as a graph."""
+    """Over two thousand steps: eagerly while the window fills and a little on, then as a graph.
+
+    Plain TensorFlow, whose rings go round as the kernels' do, takes three windows' steps.
+    """
     layer, regular = pair(seq_len, num_heads, key_dim, features, random=random)
-    steps, eager_steps = 2000, seq_len + 20
+    steps, eager_steps = 2000 if backend == "fused" else 3 * seq_len + 50, seq_len + 20
     x = random.normal(size=(batch, steps, features)).astype("float32")
     outputs = [layer.call_step(x[:, t]) for t in range(eager_steps)]
     assert outputs[: seq_len - 1] == [None] * (seq_len - 1)
     graph = tf.function(layer.call_step)
     outputs += [graph(tf.constant(x[:, t])) for t in range(eager_steps, steps)]
-    outputs = np.stack(outputs[seq_len - 1 :], 1)
-    expected = newest_of_windows(regular, x, seq_len)
+    # The answers take the time. Long windows are compared at every seventh step, and so at every
+    # place at which a ring may begin.
+    every = 7 if seq_len > 60 else 1
+    outputs = np.stack(outputs[seq_len - 1 :: every], 1)
+    expected = newest_of_windows(regular, x, seq_len, every)
     assert reference.relative_error(outputs, expected) < 5e-6
 
 

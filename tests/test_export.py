@@ -33,50 +33,52 @@ np.save(steps, outputs)
 """
 
 
-def layers(random):
-    """Everything that can be exported, built and half way through its streams' first windows."""
-    attention, _ = pair(random=random, layer_options=dict(warm_up="partial"))
-    encoder = ct.CoSiTransformerEncoder(N, E, H, 9, warm_up="partial")
-    delayed, _ = pair(
-        random=random, use_gate=True, layer_options=dict(warm_up="partial", query_index=2)
-    )
+PARTIAL = dict(warm_up="partial")
+SIZES = (N, E, H, 9)
+
+
+def whole_model(random):
     inputs = keras.Input((N, E))
     x = ct.CircularPositionalEncoding(2 * N, E)(inputs)
     x = keras.layers.LayerNormalization()(x + keras.layers.MultiHeadAttention(H, D)(x, x))
-    model = keras.Model(inputs, keras.layers.Dense(3)(x[:, -1]))
-    whole = ct.convert(model, N, warm_up="partial")
-    half = ct.CoSiMultiHeadAttention(N, H, D, warm_up="partial", cache_dtype="bfloat16")
-    sizes, options = (N, E, H, 9), dict(warm_up="partial")
-    x = ct.CoResidual(ct.CoSiMultiHeadAttention(N, H, D, query_index=2))(inputs)
-    late = keras.Model(inputs, keras.layers.Dense(3)(x))
-    x = ct.CoSiTransformerEncoder(*sizes)(ct.CoReTransformerEncoder(*sizes)(inputs))
-    deep = keras.Model(inputs, keras.layers.Dense(3)(x))
-    return dict(
-        attention=attention,
-        encoder=encoder,
-        delayed=delayed,
-        whole=whole,
-        half=half,
-        all_rows=ct.CoReMultiHeadAttention(N, H, D, use_gate=True, **options),
-        all_rows_encoder=ct.CoReTransformerEncoder(*sizes, **options),
-        single_output=ct.TransformerEncoder(2, *sizes, **options),
-        retroactive=ct.TransformerEncoder(3, *sizes, kind="retroactive", **options),
-        late_model=ct.StreamingModel(late, **options),
-        deep_model=ct.StreamingModel(deep, **options),
-        delay=ct.CoDelay(3, **options),
-    )
+    return ct.convert(keras.Model(inputs, keras.layers.Dense(3)(x[:, -1])), N, **PARTIAL)
 
 
-NAMES = [
-    "attention", "encoder", "delayed", "whole", "half", "all_rows", "all_rows_encoder",
-    "single_output", "retroactive", "late_model", "deep_model", "delay",
-]  # fmt: skip
+def model_of(*layers):
+    """Of these layers and a head, one after another."""
+    x = inputs = keras.Input((N, E))
+    for layer in (*layers, keras.layers.Dense(3)):
+        x = layer(x)
+    return ct.StreamingModel(keras.Model(inputs, x), **PARTIAL)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Everything that can be exported, built.
+LAYERS = {
+    "attention": lambda random: pair(random=random, layer_options=PARTIAL)[0],
+    "encoder": lambda random: ct.CoSiTransformerEncoder(*SIZES, **PARTIAL),
+    "delayed": lambda random: pair(
+        random=random, use_gate=True, layer_options=dict(query_index=2, **PARTIAL)
+    )[0],
+    "whole": whole_model,
+    "half": lambda random: ct.CoSiMultiHeadAttention(N, H, D, cache_dtype="bfloat16", **PARTIAL),
+    "all_rows": lambda random: ct.CoReMultiHeadAttention(N, H, D, use_gate=True, **PARTIAL),
+    "all_rows_encoder": lambda random: ct.CoReTransformerEncoder(*SIZES, **PARTIAL),
+    "single_output": lambda random: ct.TransformerEncoder(2, *SIZES, **PARTIAL),
+    "retroactive": lambda random: ct.TransformerEncoder(3, *SIZES, kind="retroactive", **PARTIAL),
+    "late_model": lambda random: model_of(
+        ct.CoResidual(ct.CoSiMultiHeadAttention(N, H, D, query_index=2))
+    ),
+    "deep_model": lambda random: model_of(
+        ct.CoReTransformerEncoder(*SIZES), ct.CoSiTransformerEncoder(*SIZES)
+    ),
+    "delay": lambda random: ct.CoDelay(3, **PARTIAL),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_goes_on_where_it_was(backend, random, tmp_path, name):
     """In this process: every signature; and the exported streams are others than the layer's."""
-    layer = layers(random)[name]
+    layer = LAYERS[name](random)
     x = random.normal(size=(2 * N + 3, 3, E)).astype("float32")
     for t in range(3):
         layer.call_step(x[t])
@@ -117,7 +119,7 @@ def stepped(layer, x):
 @pytest.mark.parametrize("name", ["attention", "whole", "retroactive"])
 def test_in_a_fresh_python_with_nothing_but_the_op_library(monkeypatch, random, tmp_path, name):
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
-    layer = layers(random)[name]
+    layer = LAYERS[name](random)
     x = random.normal(size=(N + 4, 2, E)).astype("float32")
     layer.call_step(x[0])
     ct.export(layer, tmp_path / "saved")
@@ -168,7 +170,7 @@ def test_the_readme_of_the_example(built):
 def test_in_cpp_without_python(monkeypatch, built, random, tmp_path, name):
     """The same numbers, from streams that go on, begin anew, and are refused."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
-    layer = layers(random)[name]
+    layer = LAYERS[name](random)
     x = random.normal(size=(N + 4, 2, E)).astype("float32")
     layer.call_step(x[0])
     ct.export(layer, tmp_path / "saved")

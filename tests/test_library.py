@@ -10,6 +10,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tensorflow as tf
 from click.testing import CliRunner
@@ -53,17 +54,39 @@ def copied_package(tmp_path):
     )
 
 
-INFO = "from continual_transformers_tf import cli; cli.main(['info'])"
+@pytest.fixture
+def anew(monkeypatch):
+    """The loader as if it had never been asked: a new process takes seconds to start."""
+    caches = (library._load, library._warn_once, library.native_library)
+
+    def forget():
+        for cache in caches:
+            cache.cache_clear()
+
+    monkeypatch.delenv("CONTINUAL_TRANSFORMERS_BACKEND", raising=False)
+    forget()
+    yield
+    monkeypatch.undo()
+    forget()
 
 
-def run(package, program=PROGRAM, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(package.parent), "TF_CPP_MIN_LOG_LEVEL": "3"}
-        | environment,
+def run_here():
+    """What the program prints in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        exec(PROGRAM, {})
+    return output.getvalue()
+
+
+def run(package):
+    """What it prints in a new one, with that package."""
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env={**os.environ, "PYTHONPATH": str(package.parent), "TF_CPP_MIN_LOG_LEVEL": "3"},
         capture_output=True,
         text=True,
     )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def answer(output):
@@ -71,14 +94,19 @@ def answer(output):
 
 
 def test_copied_package_is_fused(copied_package):
-    result = run(copied_package)
-    assert result.returncode == 0, result.stderr
-    assert f"kernels: {sorted(ct.ops.kernels())}\nerror: None" in result.stdout
-    assert "warning" not in result.stdout
-    asked_for = run(copied_package, CONTINUAL_TRANSFORMERS_BACKEND="tensorflow").stdout
-    assert "kernels: []" in asked_for
-    assert "warning" not in asked_for
-    assert answer(asked_for) == answer(result.stdout)
+    output = run(copied_package)
+    assert f"kernels: {sorted(ct.ops.kernels())}\nerror: None" in output
+    assert "warning" not in output
+
+
+def test_plain_tensorflow_is_asked_for(monkeypatch, anew):
+    kernels, fused = ct.ops.kernels(), run_here()
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "tensorflow")
+    plain = run_here()
+    assert f"kernels: {sorted(kernels)}\nerror: None" in fused
+    assert "kernels: []" in plain
+    assert "warning" not in fused + plain
+    assert answer(plain) == answer(fused)
 
 
 def break_library(package, how):
@@ -99,43 +127,50 @@ def break_library(package, how):
         library_path.write_bytes(content[mark : mark + 100])
 
 
-@pytest.mark.parametrize(
-    ("how", "reason"),
-    [
-        ("missing", "does not exist"),
-        ("foreign", "is not an op library of continual-transformers-tf"),
-        (
-            "other version",
-            rf"built for TensorFlow 9\S*, but this is TensorFlow {tf.__version__}",
-        ),
-        ("broken", "could not be loaded"),
-        ("a folder", "could not be read"),
-    ],
-)
-def test_without_its_library_everything_runs_and_one_warning_says_why(copied_package, how, reason):
-    with contextlib.redirect_stdout(io.StringIO()) as fused:
-        exec(PROGRAM, {})
-    break_library(copied_package, how)
-    result = run(copied_package)
-    assert result.returncode == 0, result.stderr
-    assert "kernels: []" in result.stdout
-    assert re.search(f"error: .*{reason}", result.stdout)
-    warnings = re.findall("warning: (.*)", result.stdout)
+REASONS = {
+    "missing": "does not exist",
+    "foreign": "is not an op library of continual-transformers-tf",
+    "other version": rf"built for TensorFlow 9\S*, but this is TensorFlow {tf.__version__}",
+    "broken": "could not be loaded",
+    "a folder": "could not be read",
+}
+
+
+def check_without_library(output, how):
+    assert "kernels: []" in output
+    assert re.search(f"error: .*{REASONS[how]}", output)
+    warnings = re.findall("warning: (.*)", output)
     assert len(warnings) == 1
-    assert re.search(reason, warnings[0])
+    assert re.search(REASONS[how], warnings[0])
     assert "pip install" in warnings[0]
-    assert answer(result.stdout) == answer(fused.getvalue())
-
-    refused = run(copied_package, CONTINUAL_TRANSFORMERS_BACKEND="fused")
-    assert refused.returncode != 0
-    assert re.search(f"ImportError: .*{reason}", refused.stderr)
 
 
-def test_info_fails_where_fused_kernels_are_asked_for_and_there_are_none(copied_package):
+@pytest.mark.parametrize("how", REASONS)
+def test_without_its_library_everything_runs_and_one_warning_says_why(
+    copied_package, monkeypatch, anew, how
+):
+    fused = run_here()
+    library._load.cache_clear()
+    break_library(copied_package, how)
+    monkeypatch.setattr(library, "LIBRARY_PATH", copied_package / library.LIBRARY_NAME)
+    output = run_here()
+    check_without_library(output, how)
+    assert answer(output) == answer(fused)
+
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
+    layer = ct.CoSiMultiHeadAttention(3, 2, 4)
+    with pytest.raises(ImportError, match=REASONS[how]):
+        layer.call_step(np.zeros((1, 2), "float32"))
+    result = CliRunner().invoke(cli.main, ["info"])
+    assert result.exit_code == 1
+    assert "fused kernels: none" in result.output
+
+
+def test_without_its_library_in_a_process_that_never_had_it(copied_package):
     break_library(copied_package, "missing")
-    result = run(copied_package, INFO, CONTINUAL_TRANSFORMERS_BACKEND="fused")
-    assert result.returncode == 1
-    assert "fused kernels: none" in result.stdout
+    output = run(copied_package)
+    check_without_library(output, "missing")
+    assert answer(output) == answer(run_here())
 
 
 def test_a_backend_that_does_not_exist(monkeypatch):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import continual_transformers_tf as ct
 
-settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True, database=None)
+settings.register_profile("ci", deadline=None, max_examples=12, derandomize=True, database=None)
 settings.load_profile("ci")
 
 # Outputs that take other roads to the same numbers, in float32; those that take the same are equal.
@@ -83,13 +83,14 @@ def equal_states(one, other):
         np.testing.assert_array_equal(other.get_state()[name], array, err_msg=name)
 
 
-@pytest.fixture(params=["fused", "tensorflow"], scope="module", autouse=True)
+@pytest.fixture(params=["fused", "tensorflow"], scope="module")
 def backend(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", request.param)
         yield request.param
 
 
+@pytest.mark.usefixtures("backend")
 @given(st.data())
 def test_steps_in_any_portions_are_one_call(data):
     make = data.draw(layers())
@@ -105,6 +106,7 @@ def test_steps_in_any_portions_are_one_call(data):
     np.testing.assert_array_equal(one.position, other.position)
 
 
+@pytest.mark.usefixtures("backend")
 @given(st.data())
 def test_streams_in_any_order_are_each_as_if_alone(data):
     make = data.draw(layers())
@@ -129,6 +131,7 @@ def test_streams_in_any_order_are_each_as_if_alone(data):
     np.testing.assert_array_equal(together.get_state()["position"], taken)
 
 
+@pytest.mark.usefixtures("backend")
 @given(st.data())
 def test_saved_and_restored_at_any_step_is_no_interruption(data):
     make = data.draw(layers())
@@ -152,6 +155,7 @@ def test_saved_and_restored_at_any_step_is_no_interruption(data):
         np.testing.assert_array_equal(array, layer.get_state()[name])
 
 
+@pytest.mark.usefixtures("backend")
 @given(st.data())
 def test_peeking_is_the_next_step(data):
     make = data.draw(layers())
