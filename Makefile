@@ -12,7 +12,7 @@ BIN := .venv/bin
 RUN_BAZEL := bazel/offline/configure.sh && PATH="$(CURDIR)/$(BIN):$$PATH" $(BAZEL)
 TENSORFLOW = $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('cc/library.bzl')['TENSORFLOW_DEFAULT'])")
 FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc cc/*/*/*.h cc/*/*/*.cc cuda/*.cu cuda/*.cuh cuda/*.h \
-  tests/cc/*.cc tests/gpu/emulator/*.h benchmarks/cc/*.cc examples/cpp/*.cc)
+  tests/cc/*.h tests/cc/*.cc tests/gpu/emulator/*.h benchmarks/cc/*.cc examples/cpp/*.cc)
 
 .PHONY: demo test test-torch test-slow lint format bazel-build bazel-cuda bazel-test sanitize bench bench-cc \
   cuda-resources gpu wheel clean
@@ -30,9 +30,9 @@ test-torch: .venv/installed
 	$(BIN)/python -m pytest tests/test_from_torch.py tests/test_docs.py \
 	  tests/gpu/test_gpu_benchmark.py $(PYTEST_FLAGS)
 
-# The tests that take minutes: wheels in clean environments, every target of the kernels.
+# The tests that take long: wheels in clean environments, every target of the kernels, deep stacks.
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check
