@@ -13,8 +13,6 @@ import continual_transformers_tf as ct
 tf.config.threading.set_intra_op_parallelism_threads(2)
 tf.config.threading.set_inter_op_parallelism_threads(2)
 
-BAD_INPUT = (ValueError, tf.errors.InvalidArgumentError)
-
 
 @pytest.fixture(params=["fused", "tensorflow"])
 def backend(request, monkeypatch):

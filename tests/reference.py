@@ -71,8 +71,8 @@ class Stream:
         self.has_key.append(bool(has_key))
         query = np.asarray(query, np.float64)
         has_key = np.array(self.has_key[-self.seq_len :])
-        keys = np.stack(self.keys[-self.seq_len :])
-        values = np.stack(self.values[-self.seq_len :])
+        keys = np.array(self.keys[-self.seq_len :])  # np.stack takes twice as long.
+        values = np.array(self.values[-self.seq_len :])
         filled = len(keys)
         allowed = np.broadcast_to(has_key, (len(query), filled))
         if mask is not None:

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import continual_transformers_tf as ct
-from conftest import BAD_INPUT
+from errors import BAD_INPUT
 
 E = 3
 

@@ -5,7 +5,7 @@ import pytest
 
 import continual_transformers_tf as ct
 from co_re_mha_cases import D, E, H, N, pair
-from conftest import BAD_INPUT
+from errors import BAD_INPUT
 
 STEP = np.ones((2, E), np.float32)
 

@@ -15,7 +15,7 @@ import tensorflow as tf
 import continual_transformers_tf as ct
 import reference
 from co_si_mha_cases import E, H, N, pair
-from conftest import BAD_INPUT
+from errors import BAD_INPUT
 
 # Every combination in few cases: inputs, masks, scores, and what the layer is made of.
 LAYERS = [

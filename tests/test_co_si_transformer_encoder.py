@@ -7,8 +7,8 @@ import tensorflow as tf
 
 import continual_transformers_tf as ct
 import reference
-from conftest import BAD_INPUT
 from encoder_cases import FF, E, H, N, RegularEncoder
+from errors import BAD_INPUT
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from conftest import BAD_INPUT
 from continual_transformers_tf.ops import RetroactiveCache, retroactive_attention
+from errors import BAD_INPUT
 from retroactive_cases import BAD, GOOD, cache_at
 
 

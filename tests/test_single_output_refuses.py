@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from conftest import BAD_INPUT
 from continual_transformers_tf.ops import AttentionCache, single_output_attention
+from errors import BAD_INPUT
 from single_output_cases import BAD, GOOD, cache_at
 
 

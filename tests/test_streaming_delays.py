@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import continual_transformers_tf as ct
 import reference
-from conftest import BAD_INPUT
+from errors import BAD_INPUT
 
 N, H, D, E = 6, 2, 3, 5
 

@@ -7,8 +7,8 @@ import tensorflow as tf
 
 import continual_transformers_tf as ct
 import reference
-from conftest import BAD_INPUT
 from encoder_cases import FF, E, H, N, RegularStack
+from errors import BAD_INPUT
 
 DEPTHS = [1, 2, 3, pytest.param(6, marks=pytest.mark.slow)]
 
