@@ -37,9 +37,11 @@ ATTENTION_SOURCES = [
 
 TENSORFLOW_HEADERS = [
     "tensorflow/bound_variables.h",
+    "tensorflow/co_si_mha_step_call-inl.h",
     "tensorflow/co_si_mha_step_call.h",
     "tensorflow/inputs.h",
     "tensorflow/locked_variables.h",
+    "tensorflow/single_output_call.h",
     "tensorflow/threads.h",
 ]
 
@@ -60,9 +62,19 @@ TENSORFLOW_SOURCES = [
 
 # What only a build with CUDA compiles, which defines CONTINUAL_TRANSFORMERS_CUDA. In //cc, by the
 # C++ compiler:
-TENSORFLOW_GPU_HEADERS = []
+TENSORFLOW_GPU_HEADERS = [
+    "tensorflow/gpu/cuda_status.h",
+    "tensorflow/gpu/gpu_call.h",
+    "tensorflow/gpu/op_stream.h",
+]
 
-TENSORFLOW_GPU_SOURCES = []
+TENSORFLOW_GPU_SOURCES = [
+    "tensorflow/gpu/co_si_mha_step_kernel.cc",
+    "tensorflow/gpu/cuda_status.cc",
+    "tensorflow/gpu/gpu_call.cc",
+    "tensorflow/gpu/op_stream.cc",
+    "tensorflow/gpu/single_output_kernel.cc",
+]
 
 # In //cuda, by nvcc. The C interface is not in the op library: it is for tests and benchmarks of
 # the kernels, which have a library of their own.

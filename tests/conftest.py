@@ -8,10 +8,50 @@ import pytest
 import tensorflow as tf
 
 import continual_transformers_tf as ct
+from continual_transformers_tf.ops.library import has_kernel
 
 # One thread for each worker of pytest-xdist would be enough; two hide no race between them.
 tf.config.threading.set_intra_op_parallelism_threads(2)
 tf.config.threading.set_inter_op_parallelism_threads(2)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        metavar="DEVICE",
+        help="place every test's variables and ops on it: GPU:0, or CPU:0 where there is a GPU",
+    )
+
+
+def pytest_configure(config):
+    # Their products have 10 bits of mantissa, and the bounds are those of float32.
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+
+
+def default_device(config):
+    """The type of the device that tests run on: where `--device`, or TensorFlow, puts them."""
+    chosen = config.getoption("--device")
+    if chosen:
+        return tf.DeviceSpec.from_string(f"/device:{chosen}").device_type
+    return "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
+
+
+@pytest.fixture(autouse=True)
+def device(request):
+    """Places a test on the device of `--device`; skips what is not about the tests' device."""
+    device_type = default_device(request.config)
+    cpu_only = request.node.get_closest_marker("cpu_only")
+    if cpu_only and device_type != "CPU":
+        pytest.skip(f"on a {device_type}: {cpu_only.args[0]}")
+    chosen = request.config.getoption("--device")
+    if not chosen:
+        yield
+        return
+    there_are = [device.name for device in tf.config.list_logical_devices()]
+    if f"/device:{chosen}" not in there_are:
+        pytest.skip(f"there is no {chosen} here; TensorFlow sees {', '.join(there_are)}")
+    with tf.device(chosen):
+        yield
 
 
 @pytest.fixture(params=["fused", "tensorflow"])
@@ -20,6 +60,10 @@ def backend(request, monkeypatch):
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", request.param)
     if request.param == "fused":
         assert ct.ops.load_error() is None
+        of = request.node.get_closest_marker("fused_op")
+        device_type = default_device(request.config)
+        if of and not has_kernel(f"ContinualTransformers>{of.args[0]}", device_type):
+            pytest.skip(f"{of.args[0]} has no fused kernel for a {device_type}")
     return request.param
 
 

@@ -12,6 +12,8 @@ import tensorflow as tf
 import continual_transformers_tf as ct
 from co_re_mha_cases import D, E, H, N, pair
 
+pytestmark = pytest.mark.fused_op("RetroactiveAttention")
+
 OPTIONS = dict(
     seq_len=N,
     num_heads=H,

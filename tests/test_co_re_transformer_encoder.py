@@ -10,6 +10,8 @@ import reference
 from encoder_cases import FF, E, H, N, RegularEncoder
 from errors import BAD_INPUT
 
+pytestmark = pytest.mark.fused_op("RetroactiveAttention")
+
 
 def block(random, **options):
     layer = ct.CoReTransformerEncoder(N, E, H, FF, **options)

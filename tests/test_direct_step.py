@@ -13,6 +13,8 @@ import reference
 from co_si_mha_cases import E, H, N, pair
 from continual_transformers_tf.ops import direct_step
 
+pytestmark = pytest.mark.cpu_only("a step is called directly where its state is on the CPU")
+
 
 @pytest.fixture(autouse=True)
 def fused(monkeypatch):

@@ -10,6 +10,8 @@ import reference
 from continual_transformers_tf.ops import RetroactiveCache, retroactive_attention
 from retroactive_cases import GOOD, cache_at, expected_of, steps_of
 
+pytestmark = pytest.mark.cpu_only("RetroactiveAttention has no fused kernel there")
+
 WINDOWS = (1, 2, 3, 16, 17, 64, 120)
 KEY_DIMS = (1, 12, 16, 24, 33, 64, 128)
 WAYS = ["update", "recompute", "tensorflow"]

@@ -8,6 +8,8 @@ from continual_transformers_tf.ops import RetroactiveCache, retroactive_attentio
 from errors import BAD_INPUT
 from retroactive_cases import BAD, GOOD, cache_at
 
+pytestmark = pytest.mark.cpu_only("RetroactiveAttention has no fused kernel there")
+
 
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_is_named_and_changes_nothing(backend, random, what):

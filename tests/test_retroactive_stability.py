@@ -8,6 +8,8 @@ import reference
 from continual_transformers_tf.ops import RetroactiveCache, retroactive_attention
 from retroactive_cases import PublishedUpdate, expected_of, naive_attention, steps_of
 
+pytestmark = pytest.mark.cpu_only("RetroactiveAttention has no fused kernel there")
+
 
 @pytest.fixture(autouse=True)
 def fused(monkeypatch):

@@ -41,6 +41,7 @@ def test_a_cache_of_another_shape_is_refused(monkeypatch, name, value):
         single_output_attention(**GOOD, cache=cache)
 
 
+@pytest.mark.cpu_only("positions are not looked at on a GPU")
 def test_a_position_near_the_end_of_63_bits_is_refused(monkeypatch, random):
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     cache, _ = cache_at([3, 9, 2], 3, 5, 8, 6, "float32", random)

@@ -42,6 +42,14 @@ class BindVariablesOp : public OpKernel {
 
 REGISTER_KERNEL_BUILDER(Name("ContinualTransformers>BindVariables").Device(tensorflow::DEVICE_CPU),
                         BindVariablesOp);
+#ifdef CONTINUAL_TRANSFORMERS_CUDA
+// Handles are the host's wherever their variables are.
+REGISTER_KERNEL_BUILDER(Name("ContinualTransformers>BindVariables")
+                            .Device(tensorflow::DEVICE_GPU)
+                            .HostMemory("variables")
+                            .HostMemory("bound"),
+                        BindVariablesOp);
+#endif
 
 }  // namespace
 

@@ -12,6 +12,7 @@
 #include "cc/attention/co_si_encoder_step.h"
 #include "cc/attention/threads.h"
 #include "cc/tensorflow/bound_variables.h"
+#include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/tensor.h"
 
 namespace continual_transformers {
@@ -57,6 +58,28 @@ class CoSiMhaStepOutputs {
                                 tensorflow::Tensor** tensor) = 0;
 };
 
+// What the ops CoSiMultiHeadAttentionStep and CoSiTransformerEncoderStep are given: attributes, and
+// inputs but the variables; and where their outputs go.
+absl::Status ReadCoSiMhaStepOptions(tensorflow::OpKernelConstruction* ctx,
+                                    CoSiMhaStepOptions* options);
+absl::Status ReadCoSiMhaStepInputs(tensorflow::OpKernelContext* ctx, CoSiMhaStepInputs* inputs);
+absl::Status ReadCoSiEncoderStepOptions(tensorflow::OpKernelConstruction* ctx,
+                                        CoSiMhaStepOptions* options);
+absl::Status ReadCoSiEncoderStepInputs(tensorflow::OpKernelContext* ctx, CoSiMhaStepInputs* inputs);
+
+class CoSiMhaStepOpOutputs : public CoSiMhaStepOutputs {
+ public:
+  explicit CoSiMhaStepOpOutputs(tensorflow::OpKernelContext* ctx) : ctx_(ctx) {}
+  absl::Status Allocate(int index, tensorflow::DataType, const tensorflow::TensorShape& shape,
+                        tensorflow::Tensor** tensor) override {
+    return ctx_->allocate_output(index, shape, tensor);
+  }
+
+ private:
+  tensorflow::OpKernelContext* const ctx_;
+};
+
+// On the CPU.
 absl::Status CallCoSiMhaStep(const CoSiMhaStepOptions& options, const CoSiMhaStepInputs& inputs,
                              const Variables& variables, const Threads& threads,
                              CoSiMhaStepOutputs* outputs);

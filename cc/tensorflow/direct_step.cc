@@ -277,7 +277,10 @@ EXPORTED PyObject* continual_transformers_co_si_step(TFE_Context* context, PyObj
       return false;
     }
     const auto found = handle->scalar<tensorflow::ResourceHandle>()().GetResource<BoundVariables>();
-    if (!found.ok()) return false;
+    // Of variables on a GPU the handles lie here too.
+    if (!found.ok() || (*found)->device()->attributes().device_type() != tensorflow::DEVICE_CPU) {
+      return false;
+    }
     CoSiMhaStepInputs inputs = {};
     inputs.query = queries.tensor();
     inputs.value = values.tensor();

@@ -15,17 +15,20 @@ using tensorflow::OpKernelContext;
 using tensorflow::Tensor;
 using tensorflow::TensorShape;
 
+Status NotHeld(int64_t stream, int64_t index, int64_t num_held) {
+  return InvalidArgument("expected streams in [0, ", num_held,
+                         "), the streams that are held, but got ", stream, " at index ", index,
+                         ". (ensure_streams makes room for more.)");
+}
+
 // Each stream within the cache and named once: a stream twice in one call has no order of steps.
+// `position` is null where the host cannot look at it.
 Status CheckStreams(const int32_t* streams, int64_t count, int64_t num_steps,
                     const int64_t* position, int64_t num_held) {
   bool ascending = true;
   for (int64_t m = 0; m < count; ++m) {
-    if (streams[m] < 0 || streams[m] >= num_held) {
-      return InvalidArgument("expected streams in [0, ", num_held,
-                             "), the streams that are held, but got ", streams[m], " at index ", m,
-                             ". (ensure_streams makes room for more.)");
-    }
-    const int64_t taken = position[streams[m]];
+    if (streams[m] < 0 || streams[m] >= num_held) return NotHeld(streams[m], m, num_held);
+    const int64_t taken = position == nullptr ? 0 : position[streams[m]];
     if (taken < 0 || taken > std::numeric_limits<int64_t>::max() - num_steps) {
       return InvalidArgument("expected a position >= 0 with room for ", num_steps,
                              " more steps in 63 bits, but got ", taken, " for stream ", streams[m]);
@@ -74,7 +77,7 @@ Status AttentionState::Lock(const std::array<tensorflow::Var*, 4>& cache,
 
 Status AttentionState::CheckSizes(int64_t streams_stepped, int64_t steps, int64_t heads,
                                   int64_t window, int64_t key_dim, int64_t value_dim,
-                                  const Tensor& streams) {
+                                  const Tensor* streams) {
   if (heads < 1 || window < 1 || key_dim < 1 || value_dim < 1) {
     return InvalidArgument("expected heads, rows of the window and features >= 1, but got ", heads,
                            ", ", window, ", and ", key_dim, " and ", value_dim);
@@ -84,9 +87,12 @@ Status AttentionState::CheckSizes(int64_t streams_stepped, int64_t steps, int64_
   TF_RETURN_IF_ERROR(ExpectShape("value_cache", *value(), {held, heads, window, value_dim}));
   TF_RETURN_IF_ERROR(ExpectShape("key_mask_cache", *key_mask(), {held, window}));
   TF_RETURN_IF_ERROR(ExpectShape("position", *position(), {held}));
-  TF_RETURN_IF_ERROR(ExpectShape("streams", streams, {streams_stepped}));
-  return CheckStreams(streams.flat<int32_t>().data(), streams_stepped, steps,
-                      position()->flat<int64_t>().data(), held);
+  if (streams == nullptr) {
+    return streams_stepped > held ? NotHeld(held, held, held) : absl::OkStatus();
+  }
+  TF_RETURN_IF_ERROR(ExpectShape("streams", *streams, {streams_stepped}));
+  const int64_t* positions = device_ == nullptr ? position()->flat<int64_t>().data() : nullptr;
+  return CheckStreams(streams->flat<int32_t>().data(), streams_stepped, steps, positions, held);
 }
 
 Status OptionalInput(OpKernelContext* ctx, const char* name, const Tensor** input) {

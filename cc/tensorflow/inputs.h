@@ -71,6 +71,9 @@ inline Strides BatchHeadTime(int64_t heads, int64_t steps, int64_t size) {
 // The variables of an `AttentionCache`, and which of its streams a call is about.
 class AttentionState {
  public:
+  // `device` is whose memory the variables lie in; null: the host's.
+  explicit AttentionState(DeviceMemory* device = nullptr) : device_(device), locked_(device) {}
+
   // Locks `cache`, which is key_cache, value_cache, key_mask_cache and position, with keys and
   // values of `dtype`; and `others` with them. They must outlive this.
   absl::Status Lock(const std::array<tensorflow::Var*, 4>& cache, tensorflow::DataType dtype,
@@ -82,12 +85,14 @@ class AttentionState {
   tensorflow::Tensor* position() { return cache_[3]->tensor(); }
 
   // Sets everything of `p` that is about the state, when its sizes are set: checks that the cache
-  // and the streams fit those.
+  // and the streams fit those. `streams` is the host's, and null where row m is stream m. In a
+  // device's memory, positions are for its kernel to check, and p->streams is for the caller to
+  // set.
   template <typename T, typename C>
-  absl::Status Fill(const tensorflow::Tensor& streams, SingleOutputParams<T, C>* p) {
+  absl::Status Fill(const tensorflow::Tensor* streams, SingleOutputParams<T, C>* p) {
     TF_RETURN_IF_ERROR(CheckSizes(p->num_streams, p->num_steps, p->num_heads, p->window, p->key_dim,
                                   p->value_dim, streams));
-    p->streams = streams.flat<int32_t>().data();
+    if (device_ == nullptr) p->streams = streams->flat<int32_t>().data();
     p->position = position()->flat<int64_t>().data();
     p->key_cache = Data<C>(key());
     p->value_cache = Data<C>(value());
@@ -95,7 +100,7 @@ class AttentionState {
     return absl::OkStatus();
   }
 
-  // Advances the streams of a call that has been taken.
+  // Advances the streams, in the host's memory, of a call that has been taken.
   template <typename T, typename C>
   void Advance(const SingleOutputParams<T, C>& p) {
     if (!p.update_state) return;
@@ -105,8 +110,9 @@ class AttentionState {
 
  private:
   absl::Status CheckSizes(int64_t streams_stepped, int64_t steps, int64_t heads, int64_t window,
-                          int64_t key_dim, int64_t value_dim, const tensorflow::Tensor& streams);
+                          int64_t key_dim, int64_t value_dim, const tensorflow::Tensor* streams);
 
+  DeviceMemory* const device_;
   std::array<tensorflow::Var*, 4> cache_;
   LockedVariables locked_;
 };

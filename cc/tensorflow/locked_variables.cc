@@ -6,31 +6,10 @@
 #include "tensorflow/core/framework/tensor_util.h"
 
 namespace continual_transformers {
-namespace {
-
 using absl::Status;
 using tensorflow::DataTypeString;
+using tensorflow::Tensor;
 using tensorflow::Var;
-
-Status PrepareInPlaceUpdate(const LockedVariables::Variable& variable) {
-  Var* var = variable.var;
-  if (!var->is_initialized) {
-    return InvalidArgument("expected initialized variables, but ", variable.name, " is not");
-  }
-  if (var->tensor()->dtype() != variable.dtype) {
-    return InvalidArgument("expected ", variable.name, " to hold ", DataTypeString(variable.dtype),
-                           ", but got ", DataTypeString(var->tensor()->dtype()));
-  }
-  // From now on whoever reads the variable gets a copy; one who holds its buffer keeps the values
-  // as they were, in the old buffer.
-  var->copy_on_read_mode.store(true);
-  if (!var->tensor()->RefCountIsOne()) {
-    *var->tensor() = tensorflow::tensor::DeepCopy(*var->tensor());
-  }
-  return absl::OkStatus();
-}
-
-}  // namespace
 
 LockedVariables::~LockedVariables() {
   for (Var* var : locked_) var->mu()->unlock();
@@ -48,6 +27,29 @@ Status LockedVariables::Lock(absl::Span<const Variable> variables) {
     locked_.push_back(var);
   }
   for (const Variable& variable : variables) TF_RETURN_IF_ERROR(PrepareInPlaceUpdate(variable));
+  return absl::OkStatus();
+}
+
+Status LockedVariables::PrepareInPlaceUpdate(const Variable& variable) {
+  Var* var = variable.var;
+  if (!var->is_initialized) {
+    return InvalidArgument("expected initialized variables, but ", variable.name, " is not");
+  }
+  if (var->tensor()->dtype() != variable.dtype) {
+    return InvalidArgument("expected ", variable.name, " to hold ", DataTypeString(variable.dtype),
+                           ", but got ", DataTypeString(var->tensor()->dtype()));
+  }
+  // From now on whoever reads the variable gets a copy; one who holds its buffer keeps the values
+  // as they were, in the old buffer.
+  var->copy_on_read_mode.store(true);
+  if (var->tensor()->RefCountIsOne()) return absl::OkStatus();
+  if (device_ == nullptr) {
+    *var->tensor() = tensorflow::tensor::DeepCopy(*var->tensor());
+    return absl::OkStatus();
+  }
+  Tensor copy;
+  TF_RETURN_IF_ERROR(device_->Copy(*var->tensor(), &copy));
+  *var->tensor() = copy;
   return absl::OkStatus();
 }
 

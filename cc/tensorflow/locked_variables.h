@@ -11,6 +11,14 @@
 
 namespace continual_transformers {
 
+// Memory that the host cannot look into, such as a GPU's.
+class DeviceMemory {
+ public:
+  virtual ~DeviceMemory() = default;
+  // Makes *to a copy of a tensor that lies there.
+  virtual absl::Status Copy(const tensorflow::Tensor& from, tensorflow::Tensor* to) = 0;
+};
+
 // Locked against every other op until this goes out of scope. The variables must outlive it.
 class LockedVariables {
  public:
@@ -20,7 +28,8 @@ class LockedVariables {
     tensorflow::DataType dtype;
   };
 
-  LockedVariables() = default;
+  // `device` is whose memory the variables lie in; null: the host's.
+  explicit LockedVariables(DeviceMemory* device = nullptr) : device_(device) {}
   LockedVariables(const LockedVariables&) = delete;
   LockedVariables& operator=(const LockedVariables&) = delete;
   ~LockedVariables();
@@ -28,6 +37,9 @@ class LockedVariables {
   absl::Status Lock(absl::Span<const Variable> variables);
 
  private:
+  absl::Status PrepareInPlaceUpdate(const Variable& variable);
+
+  DeviceMemory* const device_;
   absl::InlinedVector<tensorflow::Var*, 8> locked_;
 };
 

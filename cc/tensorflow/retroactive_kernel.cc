@@ -97,7 +97,7 @@ class RetroactiveAttentionOp : public OpKernel {
     }
     TF_RETURN_IF_ERROR(ExpectShape("key", key, {m, t, h, d}));
     TF_RETURN_IF_ERROR(ExpectShape("value", value, {m, t, h, dv}));
-    TF_RETURN_IF_ERROR(state->Fill(ctx->input(kFirstVariable + kVariables), p));
+    TF_RETURN_IF_ERROR(state->Fill(&ctx->input(kFirstVariable + kVariables), p));
     const Tensor& scale = ctx->input(kFirstVariable + kVariables + 1);
     TF_RETURN_IF_ERROR(ExpectShape("scale", scale, {}));
     p->scale = static_cast<T>(scale.scalar<double>()());

@@ -32,6 +32,7 @@ class OneOpEncoderStep(OneOpStep):
         fused: the module with the fused ops.
     """
 
+    op = ENCODER_STEP
     encoder = True
 
     @staticmethod

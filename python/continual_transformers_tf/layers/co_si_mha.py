@@ -371,7 +371,7 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
             ValueError, tf.errors.InvalidArgumentError: if shapes, dtypes or streams do not fit. The
                 streams then go on as if the call had not been made.
         """
-        step = one_op_step(self, training)
+        step = one_op_step(self, training, query)
         if step is not None:
             if (
                 attention_mask is query_mask is value_mask is key_mask is None

@@ -9,10 +9,14 @@ from continual_transformers_tf.layers.continual_layer import always_partial_here
 from continual_transformers_tf.layers.inputs import check_features, check_same_rows, step_input
 from continual_transformers_tf.ops.co_si_step import MHA_STEP, BoundVariables, co_si_step
 from continual_transformers_tf.ops.direct_step import direct_step
-from continual_transformers_tf.ops.library import fused_ops, in_xla
+from continual_transformers_tf.ops.library import fused_ops, has_kernel, in_xla
 from continual_transformers_tf.ops.single_output import expand_key_mask, expand_mask
 
 PLAIN_DTYPES = ("float32", "float64")
+
+# The most rows of which a step on a GPU is one op. Its products read the weights once for so many;
+# of more rows the library's own matrix products, and the attention's op between them, are faster.
+MOST_ROWS_ON_GPU = 16
 
 
 class OneOpStep:
@@ -23,6 +27,7 @@ class OneOpStep:
         fused: the module with the fused ops.
     """
 
+    op = MHA_STEP
     encoder = False  # Whether there is more of a layer than the attention.
 
     def __init__(self, layer, fused):
@@ -61,9 +66,16 @@ class OneOpStep:
         for dense in cls.dense_layers(layer):
             if dense.quantization_mode is not None or dense.lora_enabled:
                 return None
-        attention = layer.attention if cls.encoder else layer
-        fused = fused_ops(attention._stream_state.device_type)
-        return None if fused is None else cls(layer, fused)
+        cache = (layer.attention if cls.encoder else layer)._stream_state
+        fused = fused_ops(cache.device_type)
+        # Where the op has no kernel there is still that of the attention, for several ops to call.
+        if fused is None or not has_kernel(cls.op, cache.device_type):
+            return None
+        # Of one device: that of a layer that was made on one and built on another has two.
+        weights = layer.weights
+        if any(weight.value.device != cache.key.device for weight in weights):
+            return None
+        return cls(layer, fused)
 
     @staticmethod
     def takes(layer):
@@ -91,7 +103,8 @@ class OneOpStep:
             with tf.init_scope():
                 narrow = [tf.cast(kernel.value, weights_dtype) for kernel in self._kernels]
                 if self._narrow is None:
-                    self._narrow = [tf.Variable(kernel, trainable=False) for kernel in narrow]
+                    with tf.device(cache.key.device):
+                        self._narrow = [tf.Variable(kernel, trainable=False) for kernel in narrow]
                 else:
                     for variable, kernel in zip(self._narrow, narrow, strict=True):
                         variable.assign(kernel)
@@ -103,7 +116,10 @@ class OneOpStep:
         state = [cache.key, cache.value, cache.key_mask, cache.position]
         self._variables = BoundVariables(self._fused, state + rings + self._weights(kernels))
         double = self._dtype == tf.float64
-        self._direct = direct_step(self._variables, self._layer_attributes(), self.encoder, double)
+        self._direct = None
+        if cache.device_type == "CPU":
+            attributes = self._layer_attributes()
+            self._direct = direct_step(self._variables, attributes, self.encoder, double)
 
     def _weights(self, kernels):
         """The weights in the op's order; of dense layers these kernels."""
@@ -234,13 +250,23 @@ class OneOpStep:
         return query.shape[0], query, tensors.get("value"), tensors.get("key")
 
 
-def one_op_step(layer, training, kind=OneOpStep):
+def one_op_step(layer, training, query, kind=OneOpStep):
     """The layer's `OneOpStep`, or None where its steps are to be taken by several ops.
 
     Those are training, and whatever else may be differentiated; 16-bit layers, whose products
-    TensorFlow rounds in its own way; and layers whose weights are not what Keras makes at first.
+    TensorFlow rounds in its own way; layers whose weights are not what Keras makes at first; and
+    many rows on a GPU.
+
+    Args:
+        layer: the layer.
+        training: whether this is training.
+        query: the step's input, as the user gave it.
+        kind: `OneOpStep`, or a subclass of it.
     """
     if training or record.could_possibly_record() or not layer.built:
+        return None
+    device_type = (layer.attention if kind.encoder else layer)._stream_state.device_type
+    if device_type == "GPU" and not few_rows(query):
         return None
     step = layer._one_op_step
     if step is None or not step.fits():
@@ -248,6 +274,12 @@ def one_op_step(layer, training, kind=OneOpStep):
     elif not context.executing_eagerly() and in_xla():  # Where the library's ops are not known.
         return None
     return step
+
+
+def few_rows(x):
+    """Whether a step's input, as the user gave it, is known to have few enough rows for a GPU."""
+    shape = tf.TensorShape(x.shape if hasattr(x, "shape") else np.shape(x))
+    return bool(shape.rank) and shape[0] is not None and shape[0] <= MOST_ROWS_ON_GPU
 
 
 # Made once: a step that makes ten short-lived lists keeps Python's garbage collector busy.

@@ -108,7 +108,7 @@ class CoSiTransformerEncoder(TransformerEncoderBlock):
             ValueError, tf.errors.InvalidArgumentError: if shapes, dtypes or streams do not fit. The
                 streams then go on as if the call had not been made.
         """
-        step = one_op_step(self, training, OneOpEncoderStep)
+        step = one_op_step(self, training, x, OneOpEncoderStep)
         if step is not None:
             output = step.direct(x, None, None, False, streams, update_state)
             if output is not NotImplemented:

@@ -5,7 +5,7 @@ A ring is a `tf.Variable [S, D, ...]` with D >= 1; step number p of a stream lie
 
 import tensorflow as tf
 
-from continual_transformers_tf.ops.library import in_xla
+from continual_transformers_tf.ops.scatter import gather_nd, scatter_nd_update
 
 
 def delayed_steps(ring, steps, streams, position):
@@ -24,11 +24,7 @@ def delayed_steps(ring, steps, streams, position):
     taken = tf.shape(steps)[1]
     older = tf.minimum(taken, ring.shape[1])
     rows = _rows(ring, streams, position, older)
-    if in_xla():  # Which gathers from no variable by rows; whole rings are then copied.
-        leaving = tf.gather(tf.gather(ring, streams), rows[..., 1], axis=1, batch_dims=1)
-    else:
-        leaving = tf.gather_nd(ring, rows)
-    return tf.concat([leaving, steps[:, : taken - older]], 1)
+    return tf.concat([gather_nd(ring, rows), steps[:, : taken - older]], 1)
 
 
 def steps_before(ring, streams, position, count):
@@ -40,9 +36,7 @@ def steps_before(ring, streams, position, count):
             meaning.
     """
     rows = _rows(ring, streams, position - count, count)
-    if in_xla():  # See `delayed_steps`.
-        return tf.gather(tf.gather(ring, streams), rows[..., 1], axis=1, batch_dims=1)
-    return tf.gather_nd(ring, rows)
+    return gather_nd(ring, rows)
 
 
 def windows_of(ring, steps, streams, position, seq_len):
@@ -74,7 +68,7 @@ def put_steps(ring, steps, streams, position):
     taken = tf.shape(steps)[1]
     kept = tf.minimum(taken, ring.shape[1])
     first = position + tf.cast(taken - kept, tf.int64)
-    ring.scatter_nd_update(_rows(ring, streams, first, kept), steps[:, taken - kept :])
+    scatter_nd_update(ring, _rows(ring, streams, first, kept), steps[:, taken - kept :])
 
 
 def _rows(ring, streams, first_step, count):

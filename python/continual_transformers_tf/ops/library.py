@@ -18,13 +18,19 @@ LIBRARY_PATH = Path(__file__).parent.parent / LIBRARY_NAME
 BACKEND_VARIABLE = "CONTINUAL_TRANSFORMERS_BACKEND"
 BACKENDS = ("auto", "fused", "tensorflow")
 
+# That of every layer's attention: what devices have fused kernels is seen by it.
+SINGLE_OUTPUT = "ContinualTransformers>SingleOutputAttention"
+
 # Written into the library by cc/tensorflow/build_info.cc.
 _BUILD_INFO = re.compile(rb"continual-transformers-tf built for TensorFlow (\d+\.\d+[^ \0]*)\.\0")
 
+_INSTALL = (
+    "pip install --force-reinstall --no-deps --no-cache-dir .` in a checkout of "
+    "continual-transformers-tf."
+)
 _HOW_TO_BUILD = (
     "To build it for this TensorFlow, with a C++17 compiler (Debian and Ubuntu: "
-    "`apt install g++`): `pip install --force-reinstall --no-deps --no-cache-dir .` in a checkout "
-    "of continual-transformers-tf."
+    f"`apt install g++`): `{_INSTALL}"
 )
 
 
@@ -91,16 +97,17 @@ def _warn_once(reason):
     )
 
 
-def fused_ops(device_type):
+def fused_ops(device_type, op=SINGLE_OUTPUT):
     """The module with the fused ops, or None where plain TensorFlow is to be used.
 
     Args:
         device_type: of the device that holds the streams' state, such as "CPU".
+        op: the name of the op that is wanted.
 
     Raises:
         ImportError: under CONTINUAL_TRANSFORMERS_BACKEND=fused, where the library cannot be loaded.
-        ValueError: if CONTINUAL_TRANSFORMERS_BACKEND has no meaning; or is "fused", and there are
-            no kernels for this device.
+        ValueError: if CONTINUAL_TRANSFORMERS_BACKEND has no meaning; or is "fused", and the op has
+            no kernel for this device.
     """
     choice = backend()
     if choice == "tensorflow":
@@ -111,15 +118,34 @@ def fused_ops(device_type):
             raise ImportError(f"{BACKEND_VARIABLE}=fused, but {reason}")
         _warn_once(reason)
         return None
-    if device_type not in _registered_device_types():
+    if not has_kernel(op, device_type):
+        reason = _no_kernel(op, device_type)
         if choice == "fused":
-            raise ValueError(
-                f"Expected, under {BACKEND_VARIABLE}=fused, streams' state on "
-                f"{' or '.join(_registered_device_types())}, but got {device_type}"
-            )
+            raise ValueError(f"{BACKEND_VARIABLE}=fused, but {reason}")
+        if not in_xla():
+            _warn_once(reason)
         return None
     # XLA knows no custom ops; inside jit_compile=True the plain twin is traced.
     return None if in_xla() else module
+
+
+def has_kernel(op, device_type):
+    """Whether an op of the library has a kernel for a type of devices."""
+    return device_type in _registered_device_types(op)
+
+
+def _no_kernel(op, device_type):
+    """Why an op has no kernel for a type of devices, and what to do about it."""
+    if device_type == "GPU" and not has_kernel(SINGLE_OUTPUT, "GPU"):
+        return (
+            f"the streams' state is on a GPU, and {LIBRARY_PATH} was built without CUDA. To build "
+            f"it with CUDA, where there is nvcc: `CONTINUAL_TRANSFORMERS_CUDA=1 {_INSTALL}"
+        )
+    there_are = " and ".join(sorted(_registered_device_types(op)))
+    return (
+        f"the streams' state is on a {device_type}, and {op.split('>')[1]} has kernels for "
+        f'{there_are} alone. (A layer that is made within `tf.device("CPU")` keeps its there.)'
+    )
 
 
 def in_xla():
@@ -138,14 +164,13 @@ def kernels():
     """
     if load_error() is not None:
         return frozenset()
-    return _registered_device_types()
+    return _registered_device_types(SINGLE_OUTPUT)
 
 
 @functools.cache
-def _registered_device_types():
-    registered = kernel_registry.get_registered_kernels_for_op(
-        "ContinualTransformers>SingleOutputAttention"
-    )
+def _registered_device_types(op):
+    _load()
+    registered = kernel_registry.get_registered_kernels_for_op(op)
     return frozenset(kernel.device_type for kernel in registered.kernel)
 
 

@@ -9,6 +9,8 @@ from continual_transformers_tf.ops import library, retroactive_twin
 from continual_transformers_tf.ops.single_output import expand_key_mask, expand_mask, scale_tensor
 from continual_transformers_tf.ops.stream_state import stream_tensor
 
+OP = "ContinualTransformers>RetroactiveAttention"
+
 ALGORITHMS = ("auto", "update", "recompute")
 
 NO_GRADIENT = (
@@ -143,7 +145,7 @@ def attend_all_steps(
     # a row are over all that the row has seen, which no mask of the window can change.
     plain = training or dropout is not None or record.should_record_backprop(list(inputs.values()))
     plain = plain or attention_mask is not None or return_attention_scores
-    fused = None if plain else library.fused_ops(cache.device_type)
+    fused = None if plain else library.fused_ops(cache.device_type, OP)
     with cache.lock:
         if fused is None:
             return retroactive_twin.attend_all_steps(
@@ -183,7 +185,7 @@ def check_algorithm(algorithm):
         raise ValueError(f"Expected algorithm to be one of {ALGORITHMS}, but got {algorithm!r}")
 
 
-@tf.RegisterGradient("ContinualTransformers>RetroactiveAttention")
+@tf.RegisterGradient(OP)
 def _no_gradient(op, *_):
     # Only when it runs: TensorFlow prepares for gradients that nobody may ask for.
     with tf.control_dependencies([tf.debugging.Assert(False, [NO_GRADIENT])]):

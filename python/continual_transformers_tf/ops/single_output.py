@@ -1,5 +1,6 @@
 """Continual single-output attention on projected steps: the fused op, or its plain twin."""
 
+import contextlib
 import functools
 import math
 
@@ -123,7 +124,10 @@ def attend_steps(
         int64 `[M]`, the steps that each of these streams has taken, these among them).
     """
     fused = library.fused_ops(cache.device_type) if dropout is None else None
-    scale = scale_tensor(1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale)
+    scale = scale_tensor(
+        1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale,
+        on_host=fused is not None and cache.device_type == "GPU",
+    )
     inputs = dict(query=query, key=key, value=value, streams=streams, scale=scale)
     options = dict(
         attention_mask=[] if attention_mask is None else [attention_mask],
@@ -237,14 +241,24 @@ def _bool_tensor(name, mask):
     return mask
 
 
-def scale_tensor(scale):
-    """What the logits are multiplied by as a float64 tensor, which the ops take."""
+def scale_tensor(scale, on_host=False):
+    """What the logits are multiplied by as a float64 tensor, which the ops take.
+
+    Args:
+        scale: float or tensor.
+        on_host: whether a graph on a GPU keeps it on the host, where that op wants it which does
+            not compute in plain TensorFlow: from the GPU it would come back at every step.
+    """
     if tf.is_tensor(scale):
         return tf.cast(scale, tf.float64)
-    return _constant_scale(scale) if tf.executing_eagerly() else tf.constant(scale, tf.float64)
+    if tf.executing_eagerly():
+        return _constant_scale(scale)
+    with tf.device("CPU:0") if on_host else contextlib.nullcontext():
+        return tf.constant(scale, tf.float64)
 
 
 # A float handed to an eager op becomes a tensor at every call; these few are kept.
 @functools.lru_cache(maxsize=64)
 def _constant_scale(scale):
-    return tf.constant(scale, tf.float64)
+    with tf.device("CPU:0"):
+        return tf.constant(scale, tf.float64)

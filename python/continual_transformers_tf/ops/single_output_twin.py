@@ -8,6 +8,7 @@ its lock: two threads must not step one cache at the same time. XLA leaves asser
 
 import tensorflow as tf
 
+from continual_transformers_tf.ops.scatter import scatter_nd_update
 from continual_transformers_tf.ops.stream_state import check_streams, stream_assertions
 
 # Windows are gathered for this many steps at a time at the most: the memory of a call of many steps
@@ -166,7 +167,7 @@ def write(rings, streams, start):
     of_heads = tf.stack([streams, heads, rows], -1)  # [M, H, kept, 3]
     for ring, steps in rings:
         if ring.shape.rank == 2:
-            ring.scatter_nd_update(of_streams, steps if kept is taken else steps[:, -kept:])
+            scatter_nd_update(ring, of_streams, steps if kept is taken else steps[:, -kept:])
         else:
             ring.scatter_nd_update(of_heads, steps if kept is taken else steps[:, :, -kept:])
 

@@ -6,6 +6,8 @@ import threading
 import numpy as np
 import tensorflow as tf
 
+from continual_transformers_tf.ops.scatter import scatter_nd_update
+
 _LARGEST = np.iinfo(np.int32).max
 
 
@@ -214,7 +216,7 @@ class StreamState(tf.Module):
                 streams = np.arange(rows)
             indices = self.checked(streams)[:, tf.newaxis]
             for name, variable in variables.items():
-                variable.scatter_nd_update(indices, state[name])
+                scatter_nd_update(variable, indices, state[name])
 
 
 def _as_kept(array, dtype):
