@@ -43,14 +43,20 @@ struct OnlineSoftmax {
   // What is subtracted from a logit before its exponential is taken: the maximum. Where every logit
   // so far is -infinity it is 0: -infinity - -infinity would be NaN and spoil the finite logits
   // still to come.
-  CONTINUAL_TRANSFORMERS_HOST_DEVICE T Reference() const { return max == -std::numeric_limits<T>::infinity() ? T(0) : max; }
+  CONTINUAL_TRANSFORMERS_HOST_DEVICE T Reference() const {
+    return max == -std::numeric_limits<T>::infinity() ? T(0) : max;
+  }
 
   // The weight, before normalization, of a logit that is not above `max`. A NaN gives NaN.
-  CONTINUAL_TRANSFORMERS_HOST_DEVICE T Weight(T logit) const { return std::exp(logit - Reference()); }
+  CONTINUAL_TRANSFORMERS_HOST_DEVICE T Weight(T logit) const {
+    return std::exp(logit - Reference());
+  }
 
   // What turns sums of weights into probabilities. Nothing attended gives 0, so that the output is
   // zeros and not 0/0.
-  CONTINUAL_TRANSFORMERS_HOST_DEVICE T Normalizer() const { return denominator == T(0) ? T(0) : T(1) / denominator; }
+  CONTINUAL_TRANSFORMERS_HOST_DEVICE T Normalizer() const {
+    return denominator == T(0) ? T(0) : T(1) / denominator;
+  }
 };
 
 }  // namespace continual_transformers
