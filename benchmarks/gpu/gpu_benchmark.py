@@ -434,8 +434,11 @@ def measure_layer(bench, size):
     )
 
 
-def run(bench, attention, layer, seconds):
-    """Measures until the seconds are over. What went wrong with a size is said in its entry."""
+def run(bench, attention, layer, seconds, save=lambda found: None):
+    """Measures until the seconds are over. What went wrong with a size is said in its entry.
+
+    `save` is called now and then with what was found so far: whoever is ended has left that.
+    """
     import torch
 
     begin = time.monotonic()
@@ -456,7 +459,10 @@ def run(bench, attention, layer, seconds):
     jobs = [("layer", measure_layer, size) for size in layer]
     jobs += [("attention", measure_attention, size) for size in attention]
     with torch.inference_mode():
-        for part, measure, size in jobs:
+        for done, (part, measure, size) in enumerate(jobs):
+            if done % 20 == 19:
+                found["seconds"] = time.monotonic() - begin
+                save(found)
             if time.monotonic() - begin > seconds:
                 entry = dict(size=size._asdict(), skipped=f"the {seconds:g} s were over")
             else:
@@ -477,7 +483,9 @@ def write(found, json_path, picture):
     """The JSON and the picture, each where it is asked for."""
     if json_path:
         json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(found, indent=1))
+        part = json_path.with_name(f"{json_path.name}.part")
+        part.write_text(json.dumps(found, indent=1))
+        part.replace(json_path)  # Whole at any time.
     if picture:
         try:
             gpu_report.draw(picture, found)
@@ -524,7 +532,7 @@ def main(arguments=None):
         if chosen.quick:
             bench.repeats = 1
             sizes = sizes[0][:40:8], sizes[1][:1]
-        found = run(bench, *sizes, chosen.seconds)
+        found = run(bench, *sizes, chosen.seconds, lambda found: write(found, chosen.json, None))
     gpu_report.print_tables(found)
     write(found, chosen.json, chosen.picture)
     for failure in found["failures"]:

@@ -232,7 +232,11 @@ def test_measured_by_the_emulator():
         for streams, dtype in ((1, "float32"), (2, "bfloat16"))
         for hidden in (0, 24)
     ]
-    found = gpu_benchmark.run(bench, attention, layer, seconds=100)
+    saved = []
+    many = layer + 20 * layer[:1]
+    found = gpu_benchmark.run(bench, attention, many, 100, lambda found: saved.append(dict(found)))
+    assert len(saved) == 1
+    assert gpu_report.plain(saved[0])  # What there is of it can be shown.
     assert found["failures"] == []
     *measured, skipped = found["attention"]
     assert "do not fit" in skipped["skipped"]
