@@ -11,6 +11,8 @@ from co_re_mha_cases import D, E, H, N, all_of_windows, pair
 from continual_transformers_tf.ops import retroactive_attention
 from retroactive_cases import cache_at, steps_of
 
+pytestmark = pytest.mark.fused_op("RetroactiveAttention")
+
 SHAPES = {"[N, N]": (), "[M, N, N]": (3,), "[M, H, N, N]": (3, 2), "[M, H, T, N, N]": (3, 2, None)}
 
 

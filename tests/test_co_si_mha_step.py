@@ -265,6 +265,7 @@ def run_with_target(target, *arguments):
     )
 
 
+@pytest.mark.cpu_only("it is about the CPU's instructions")
 def test_a_target_that_there_is_not_is_refused():
     step = (
         "import numpy as np, continual_transformers_tf as ct;"

@@ -9,6 +9,8 @@ import continual_transformers_tf as ct
 import reference
 from errors import BAD_INPUT
 
+pytestmark = pytest.mark.fused_op("RetroactiveAttention")
+
 N, H, D, E = 6, 2, 3, 5
 
 
