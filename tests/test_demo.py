@@ -32,7 +32,7 @@ def test_stream_and_windows_agree_prediction_by_prediction(figures):
     windows = sum(len(r.samples) - model.SEQ_LEN + 1 for r in recordings)
     assert figures["predictions"] == windows
     assert figures["subjects"] == list(watch.HELD_OUT)
-    assert figures["kernels"] == ["CPU"]
+    assert figures["kernels"] == sorted(ct.ops.kernels())
     assert figures["ratio"] == pytest.approx(
         figures["window_microseconds_per_step"] / figures["stream_microseconds_per_step"]
     )
