@@ -28,10 +28,11 @@ def test_steps_equal_regular_attention_on_sliding_windows(
 ):
     """Over two thousand steps: eagerly while the window fills and a little on, then as a graph.
 
-    Plain TensorFlow, whose rings go round as the kernels' do, takes three windows' steps.
+    Short windows, and plain TensorFlow, whose rings go round as the kernels' do, take fewer.
     """
     layer, regular = pair(seq_len, num_heads, key_dim, features, random=random)
-    steps, eager_steps = 2000 if backend == "fused" else 3 * seq_len + 50, seq_len + 20
+    steps = 2000 if backend == "fused" and seq_len > 16 else 3 * seq_len + 50
+    eager_steps = seq_len + 20
     x = random.normal(size=(batch, steps, features)).astype("float32")
     outputs = [layer.call_step(x[:, t]) for t in range(eager_steps)]
     assert outputs[: seq_len - 1] == [None] * (seq_len - 1)

@@ -108,7 +108,7 @@ def test_symbolic_shapes(mode):
 
 @pytest.mark.parametrize("options", [{}, dict(use_gate=True, query_index=1)], ids=str)
 @pytest.mark.parametrize("t", [1, 5])
-def test_under_xla_the_plain_twin_gives_equal_results(backend, random, t, options):
+def test_under_xla_the_plain_twin_gives_equal_results(random, t, options):
     """Room for the streams is made before: XLA lets no variable grow."""
     layer_options = dict(warm_up="partial", query_index=options.get("query_index", -1))
     options = {name: x for name, x in options.items() if name != "query_index"}

@@ -166,6 +166,7 @@ def test_without_its_library_everything_runs_and_one_warning_says_why(
     assert "fused kernels: none" in result.output
 
 
+@pytest.mark.slow
 def test_without_its_library_in_a_process_that_never_had_it(copied_package):
     break_library(copied_package, "missing")
     output = run(copied_package)
