@@ -1,0 +1,195 @@
+"""What `ct.cost` says that a step costs, and what it takes: regular, retroactive, single output.
+
+PYTHONPATH=python python benchmarks/measured_costs.py
+"""
+
+import itertools
+import os
+import statistics
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import click
+import matplotlib
+import numpy as np
+import rich.console
+import rich.progress
+import tensorflow as tf
+
+import continual_transformers_tf as ct
+from continual_transformers_tf.bench.race import machine
+from continual_transformers_tf.models.cost_formulas import Cost
+
+EMBED_DIM, NUM_HEADS, FF_DIM = 256, 4, 512
+DEPTHS, WINDOWS = (1, 2), (16, 32, 64, 128, 256, 512)
+WAYS = ("regular", "retroactive", "single output")
+
+
+def block(layer, seq_len):
+    """A built block, with room for one stream."""
+    made = layer(seq_len, EMBED_DIM, NUM_HEADS, FF_DIM, key_dim=EMBED_DIM // NUM_HEADS)
+    made.build((None, seq_len, EMBED_DIM))
+    made.ensure_streams(1)
+    return made
+
+
+def stack(depth, seq_len, kind):
+    """A built stack: with one block that of the kind itself, all of whose outputs are asked for."""
+    if depth == 1:
+        layers = {
+            "retroactive": ct.CoReTransformerEncoder, "single_output": ct.CoSiTransformerEncoder
+        }  # fmt: skip
+        return block(layers[kind], seq_len)
+    sizes = (depth, seq_len, EMBED_DIM, NUM_HEADS, FF_DIM)
+    made = ct.TransformerEncoder(*sizes, kind=kind, key_dim=EMBED_DIM // NUM_HEADS)
+    made.build((None, seq_len, EMBED_DIM))
+    made.built = True
+    made.ensure_streams(1)
+    return made
+
+
+def regular_encoder(depth, seq_len):
+    """What calls an encoder whose every block computes all rows of the window, and its cost."""
+    blocks = [block(ct.CoReTransformerEncoder, seq_len) for _ in range(depth)]
+
+    def call(x):
+        for layer in blocks:
+            x = layer.call_regular(x)
+        return x
+
+    return call, sum((ct.cost(layer, "regular") for layer in blocks), Cost())
+
+
+def ways(depth, seq_len, random):
+    """Of each way to answer at a step a function that takes one, and what `ct.cost` says of it.
+
+    Each is served as is best: steps of many ops as a `tf.function`, those of single ops eagerly.
+    """
+    window = tf.constant(random.normal(size=(1, seq_len, EMBED_DIM)), tf.float32)
+    steps = itertools.cycle(tf.unstack(window, axis=1))
+    regular, regular_cost = regular_encoder(depth, seq_len)
+    regular = tf.function(regular)
+    retroactive = stack(depth, seq_len, "retroactive")
+    step = tf.function(lambda x: retroactive.call_step(x))
+    single = stack(depth, seq_len, "single_output")
+    for _ in range(seq_len):  # Until all windows are full.
+        step(next(steps))
+    for _ in range(depth * seq_len):
+        single.call_step(next(steps))
+    return {
+        "regular": (lambda: regular(window), regular_cost),
+        "retroactive": (lambda: step(next(steps)), ct.cost(retroactive)),
+        "single output": (lambda: single.call_step(next(steps)), ct.cost(single)),
+    }
+
+
+def burst(call, seconds):
+    """The median of a call's microseconds, over so many seconds and at least five calls.
+
+    They are those of the processor in this process, which other work on the machine adds nothing
+    to: with one thread they are what passes where there is no other work.
+    """
+    times = []
+    while len(times) < 5 or sum(times) < seconds * 1e6:
+        start = time.process_time_ns()
+        call()
+        times.append((time.process_time_ns() - start) / 1e3)
+    return statistics.median(times)
+
+
+def measure(depth, seq_len, rounds, seconds, advance):
+    """Of each way `(its Cost, microseconds)`; they take turns.
+
+    That is the median of the calls of a round, of the round that was fastest: in another the caches
+    may have been shared with whatever else runs on the machine.
+    """
+    found = ways(depth, seq_len, np.random.default_rng(1))
+    times = {name: [] for name in found}
+    for _ in range(rounds):
+        for name, (call, _) in found.items():
+            times[name].append(burst(call, seconds))
+            advance()
+    return {name: (cost, min(times[name])) for name, (_, cost) in found.items()}
+
+
+def costs_table(results):
+    yield "| blocks | N | million operations | bytes read, millions | µs measured |"
+    yield "| --- | --- | --- | --- | --- |"
+    for (depth, seq_len), found in results.items():
+        flops = " / ".join(f"{cost.flops / 1e6:,.3g}" for cost, _ in found.values())
+        read = " / ".join(f"{cost.read_bytes / 1e6:,.3g}" for cost, _ in found.values())
+        times = " / ".join(f"{time:,.0f}" for _, time in found.values())
+        yield f"| {depth} | {seq_len} | {flops} | {read} | {times} |"
+
+
+def ratios_table(results):
+    yield "| blocks | N | regular / retroactive, counted | measured | / single output | measured |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for (depth, seq_len), found in results.items():
+        (all_flops, all_time), *others = ((cost.flops, time) for cost, time in found.values())
+        ratios = (f"{all_flops / flops:.1f} | {all_time / time:.1f}" for flops, time in others)
+        yield f"| {depth} | {seq_len} | {' | '.join(ratios)} |"
+
+
+def draw(path, results):
+    """Operations, bytes and time against the window: a row of pictures for each depth."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    depths = sorted({depth for depth, _ in results})
+    figure, axes = plt.subplots(len(depths), 3, figsize=(13, 3.4 * len(depths)), squeeze=False)
+    for row, depth in zip(axes, depths, strict=True):
+        windows = [n for d, n in results if d == depth]
+        for way in WAYS:
+            found = [results[depth, n][way] for n in windows]
+            columns = (
+                [cost.flops / 1e6 for cost, _ in found],
+                [cost.read_bytes / 1e6 for cost, _ in found],
+                [time for _, time in found],
+            )
+            for axis, numbers in zip(row, columns, strict=True):
+                axis.plot(windows, numbers, "o-", label=way)
+        labels = (
+            "million operations, ct.cost",
+            "million bytes read, ct.cost",
+            "µs of the processor, measured",
+        )
+        for axis, label in zip(row, labels, strict=True):
+            axis.set(xscale="log", yscale="log", xlabel="N, steps in the window", ylabel=label)
+            axis.set_xticks(windows, windows, minor=False)
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        row[1].set(yscale="linear", ylim=(0, None))
+        row[0].set_title(f"{depth} block{'s' * (depth > 1)}", loc="left")
+        row[0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+@click.command()
+@click.option("--windows", type=int, multiple=True, default=WINDOWS, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True)
+@click.option("--seconds", default=0.05, show_default=True, help="Of each way in each round.")
+@click.option("--picture", type=click.Path(path_type=Path), default=Path("docs/cost.png"))
+def main(windows, rounds, seconds, picture):
+    """Measure steps of one and of two blocks, and print the tables of docs/cost.md."""
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    found, results = machine(), {}
+    with rich.progress.Progress(console=rich.console.Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(DEPTHS) * len(windows) * rounds * len(WAYS))
+        for depth in DEPTHS:
+            for seq_len in windows:
+                progress.update(task, description=f"{depth} blocks, N = {seq_len}")
+                advance = lambda: progress.advance(task)  # noqa: E731
+                results[depth, seq_len] = measure(depth, seq_len, rounds, seconds, advance)
+    print(f"{found.get('Model name', 'unknown')}, {found['instructions']}, one thread\n")
+    print("\n".join(costs_table(results)), "\n")
+    print("\n".join(ratios_table(results)))
+    draw(picture, results)
+
+
+if __name__ == "__main__":
+    main()
