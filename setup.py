@@ -68,6 +68,8 @@ class build_op_library(build_ext):
                 "continual-transformers-tf: no TensorFlow to build for. Install one first, "
                 f"`pip install 'tensorflow-cpu=={MINOR}.*'`, or leave pip's build isolation on."
             )
+        # setuptools would keep what an earlier build left here, whatever it was built with and for.
+        self.force = True
         folder, version = TENSORFLOW
         print(f"building the op library for TensorFlow {version}, {folder}")
         ext.define_macros += [("CONTINUAL_TRANSFORMERS_TENSORFLOW", f'"{version}"')]

@@ -30,7 +30,7 @@ struct Scratch {
     attended = layout.Take<T>(pairs * p.value_dim);
     asking = layout.Take<bool>(p.num_streams);
     window_parts = PlanWindowParts(pairs, p.window, step.multiprocessors);
-    parts = layout.Take<T>(pairs * window_parts * (p.value_dim + 2));
+    parts = layout.Take<T>(window_parts > 1 ? pairs * window_parts * (p.value_dim + 2) : 0);
     bytes = layout.bytes();
   }
 

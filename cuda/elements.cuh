@@ -18,7 +18,7 @@ constexpr int kVectorBytes = 16;
 __device__ inline float ToCompute(float x) { return x; }
 __device__ inline double ToCompute(double x) { return x; }
 __device__ inline float ToCompute(BFloat16 x) {
-  return __bfloat162float(__ushort_as_bfloat16(x.bits));
+  return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
 }
 __device__ inline float ToCompute(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
 
@@ -65,7 +65,9 @@ __device__ inline double ToStored<double, double>(double x) {
 }
 template <>
 __device__ inline BFloat16 ToStored<BFloat16, float>(float x) {
-  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+  // By its struct: the functions for its bits are there from CUDA 12.2 on, before compute
+  // capability 8.0.
+  return {static_cast<__nv_bfloat16_raw>(__float2bfloat16_rn(x)).x};
 }
 template <>
 __device__ inline Float16 ToStored<Float16, float>(float x) {

@@ -30,10 +30,19 @@ cudaError_t Launch(void (*kernel)(Params), int64_t blocks, int threads, bool ove
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
-// Whether the GPU of this thread has programmatic dependent launch.
+// The architectures that this is compiled for, in ascending order: 900 is compute capability 9.0.
+#ifdef __CUDA_ARCH_LIST__
+constexpr int kArchitectures[] = {__CUDA_ARCH_LIST__};
+#else
+constexpr int kArchitectures[] = {900};  // The emulator.
+#endif
+
+// Whether the GPU of this thread has programmatic dependent launch, and the kernels are code for
+// it: older code, which runs on such a GPU from its PTX, has no WaitForPrevious().
 inline bool CanOverlap() {
+  constexpr int kNewest = kArchitectures[sizeof(kArchitectures) / sizeof(int) - 1];
   int device, major;
-  return cudaGetDevice(&device) == cudaSuccess &&
+  return kNewest >= 900 && cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
          major >= 9;
 }
@@ -73,7 +82,7 @@ __device__ inline void PrefetchIntoL2(const void* data, int64_t bytes) {
 #endif
 }
 
-// The same of the 32 bytes there.
+// The same of the line there.
 __device__ inline void PrefetchLineIntoL2(const void* data) {
 #ifdef __CUDA_ARCH__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(data)));

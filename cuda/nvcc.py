@@ -37,7 +37,10 @@ class Unusable(Exception):
 
 def run(*command):
     """(exit status, all that it said)."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:  # Of another processor, say.
+        raise Unusable(f"{command[0]} cannot be run: {error.strerror}. {INSTALL}") from error
     return done.returncode, done.stdout
 
 
@@ -174,7 +177,9 @@ def find():
         made = source.with_suffix(".o")
         status, said = run(nvcc, *toolkit.options(), "-c", str(source), "-o", str(made))
     if "gpu architecture" in said:
-        raise SystemExit(f"{ARCHITECTURES}: {nvcc} of CUDA {toolkit.version} says {gist(said)}")
+        why = f"{ARCHITECTURES}: {nvcc} of CUDA {toolkit.version} says {gist(said)}"
+        # Of what nobody asked for, the CPU's kernels are not to suffer.
+        raise SystemExit(why) if os.environ.get(ARCHITECTURES) else Unusable(why)
     if status:
         raise Unusable(
             f"{nvcc} could not compile an empty kernel: {gist(said)}. It needs a C++ compiler that "

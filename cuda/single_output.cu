@@ -128,7 +128,10 @@ class QueryBlock {
     if (wants_steps) p_.steps_taken[place->m] = position + p_.num_steps;
   }
 
-  __device__ int Stream(int m) const { return p_.streams == nullptr ? m : p_.streams[m]; }
+  // Read once: what is looked at before WaitForPrevious() may change between two reads.
+  __device__ int Stream(int m) const {
+    return p_.streams == nullptr ? m : *static_cast<const volatile int32_t*>(p_.streams + m);
+  }
 
   // This head's ring of one of the caches.
   template <typename U>

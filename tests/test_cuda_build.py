@@ -103,6 +103,20 @@ def test_an_architecture_that_nvcc_does_not_know_is_an_error(toolkit_says, monke
         nvcc.chosen()
 
 
+def test_an_architecture_that_nobody_asked_for_is_no_error(toolkit_says, capfd):
+    fatal = "nvcc fatal   : Unsupported gpu architecture 'compute_75'"
+    toolkit_says("14.0", f'echo "{fatal}"; exit 1')
+    assert nvcc.chosen() is None
+    assert fatal in capfd.readouterr().err
+
+
+def test_an_nvcc_that_cannot_be_run_is_said(toolkit_says, tmp_path, capfd):
+    toolkit_says("13.0")
+    (tmp_path / "bin" / "nvcc").write_bytes(b"\x7fELF, but of what")
+    assert nvcc.chosen() is None
+    assert "nvcc cannot be run: Exec format error. Install CUDA" in capfd.readouterr().err
+
+
 def test_an_old_nvcc_is_refused(toolkit_says, monkeypatch):
     toolkit_says("11.8")
     assert nvcc.chosen() is None

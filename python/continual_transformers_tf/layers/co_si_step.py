@@ -14,8 +14,9 @@ from continual_transformers_tf.ops.single_output import expand_key_mask, expand_
 
 PLAIN_DTYPES = ("float32", "float64")
 
-# The most rows of which a step on a GPU is one op. Its products read the weights once for so many;
-# of more rows the library's own matrix products, and the attention's op between them, are faster.
+# The most rows of which a step on a GPU is one op. Its products read the weights once for every
+# four rows; of many rows the library's own matrix products, and the attention's op between them,
+# are faster. How many that are was not measured.
 MOST_ROWS_ON_GPU = 16
 
 

@@ -7,18 +7,14 @@
 #include <cstdint>
 #include <cstring>
 
+struct __nv_bfloat16_raw {
+  unsigned short x;
+};
 struct __nv_bfloat16 {
   uint16_t bits;
+  operator __nv_bfloat16_raw() const { return {bits}; }
 };
 
-inline __nv_bfloat16 __ushort_as_bfloat16(uint16_t bits) { return {bits}; }
-inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
-inline float __bfloat162float(__nv_bfloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &bits, sizeof(y));
-  return y;
-}
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   if (std::isnan(x)) return {0x7fff};
   uint32_t bits;

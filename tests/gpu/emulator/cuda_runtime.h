@@ -4,8 +4,9 @@
 // The blocks of a launch run one after another, and the threads of a block as fibers, which are
 // switched where they wait for each other: at __syncthreads and at shuffles. In what order blocks
 // and threads run can be chosen (cuda_emulator_set_order): a kernel whose result depends on it, or
-// that waits where not all arrive, is found. What this cannot find is a race between two blocks, or
-// between two waits of a thread: that is for compute-sanitizer, on a GPU.
+// that waits where not all arrive, is found. What this cannot find is a race: between two waits of
+// a thread, which compute-sanitizer finds on a GPU for shared memory, or between two blocks, which
+// only reading and results show.
 
 #ifndef CONTINUAL_TRANSFORMERS_TESTS_GPU_EMULATOR_CUDA_RUNTIME_H_
 #define CONTINUAL_TRANSFORMERS_TESTS_GPU_EMULATOR_CUDA_RUNTIME_H_
@@ -263,6 +264,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return cudaSuccess;
 }
 
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
 inline void __syncthreads() { cuda_emulator::Block::Running().WaitForBlock(); }
 inline void __threadfence() {}
 template <typename T>
