@@ -72,6 +72,7 @@ def cuda_library(name, srcs, hdrs, attention_hdrs):
     native.cc_library(
         name = name,
         srcs = [source.replace(".cu", ".pic.o") for source in srcs],
+        hdrs = [header for header in hdrs if header.endswith(".h")],
         tags = ["manual"],
         deps = ["@cuda//:runtime"],
         alwayslink = True,
