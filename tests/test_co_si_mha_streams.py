@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import continual_transformers_tf as ct
 import reference
 from co_si_mha_cases import E, N, newest_of_windows, pair
 
@@ -113,3 +114,11 @@ def test_100_000_steps_show_no_drift_and_no_growth_of_memory(monkeypatch, random
     expected = np.stack([regular(w, w)[:, -2] for w in windows[::-1]], 1)
     assert reference.relative_error(outputs[:, -20:], expected) < 5e-6
     assert resident[1] - resident[0] < 4e6, resident
+
+
+@pytest.mark.parametrize("of_all", [ct.clean_state, ct.convert_weights])
+def test_what_is_no_model_is_named(of_all):
+    with pytest.raises(ValueError, match="Expected a Keras model or layer, but got None"):
+        of_all(None)
+    with pytest.raises(ValueError, match="Expected a Keras model or layer, but got None"):
+        ct.ensure_streams(None, 3)

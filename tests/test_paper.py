@@ -18,6 +18,14 @@ def test_co_oad_tr_has_the_papers_parameters(num_layers, parameters):
     assert model.receptive_field == 64
 
 
+@pytest.mark.parametrize("build", [ct.co_oad_tr, ct.co_audio_transformer])
+@pytest.mark.parametrize("size", ["features", "classes", "seq_len", "embed_dim", "num_heads"])
+@pytest.mark.parametrize("wrong", [0, None, 1.5, "a"])
+def test_sizes_that_are_none_are_named(build, size, wrong):
+    with pytest.raises(ValueError, match=f"Expected {size} to be an integer >= 1, but got"):
+        build(**{size: wrong})
+
+
 SMALL = dict(features=7, classes=3, seq_len=6, embed_dim=16, num_heads=4, ff_dim=12)
 
 

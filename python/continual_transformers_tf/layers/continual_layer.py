@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 
+import keras
 import tensorflow as tf
 
 from continual_transformers_tf.layers.inputs import expect_given
@@ -102,6 +103,8 @@ def clean_state(model, streams=None):
 
 
 def _continual_layers(model):
+    if not isinstance(model, keras.Layer):
+        raise ValueError(f"Expected a Keras model or layer, but got {model!r}")
     return [layer for layer in model._flatten_layers() if isinstance(layer, ContinualLayer)]
 
 

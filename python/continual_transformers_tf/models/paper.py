@@ -5,6 +5,7 @@ import keras
 from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
 from continual_transformers_tf.models.streaming_model import StreamingModel
+from continual_transformers_tf.ops.stream_state import check_integer
 
 
 def co_oad_tr(
@@ -107,6 +108,9 @@ def co_audio_transformer(
 def _classifier(name, features, classes, encoding, stack):
     name = stack.pop("name", name)
     n, embed_dim, heads = stack["seq_len"], stack["embed_dim"], stack["num_heads"]
+    sizes = {"features": features, "classes": classes, "seq_len": n, "embed_dim": embed_dim}
+    for size, value in {**sizes, "num_heads": heads}.items():
+        check_integer(size, value, 1)
     if embed_dim % heads:
         raise ValueError(f"Expected embed_dim, {embed_dim}, to be a multiple of num_heads, {heads}")
     warm_up = stack.pop("warm_up", "none")

@@ -120,7 +120,8 @@ class StreamingModel(CompositeLayer, keras.Model):
 
         Raises:
             ValueError, tf.errors.InvalidArgumentError: if shapes, dtypes or streams do not fit. The
-                streams then go on as if the call had not been made.
+                streams then go on as if the call had not been made. (Not so if room was made in
+                some of the layers alone: `ensure_streams` here makes it in all.)
         """
         steps = [tf.expand_dims(x, 1) for x in self._inputs(inputs, axes_of_steps=1)]
         outputs = self._take_steps(steps, training, streams, update_state)
