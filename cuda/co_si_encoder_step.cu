@@ -68,14 +68,10 @@ class Launcher {
   void Project(const Projection<T, W>& layer, const T* input, int64_t outputs,
                DenseActivation activation, const T* residual, T* output) {
     DeviceDenseParams<T, W> dense = {};
+    dense.layers[0] = DenseOf(layer, outputs, output);
     dense.layers[0].input = input;
-    dense.layers[0].kernel = layer.kernel;
-    dense.layers[0].bias = layer.bias;
-    dense.layers[0].inputs = layer.inputs;
-    dense.layers[0].outputs = outputs;
     dense.layers[0].activation = activation;
     dense.layers[0].residual = residual;
-    dense.layers[0].output = output;
     dense.num_layers = 1;
     dense.rows = rows_;
     dense.overlap = overlap_;

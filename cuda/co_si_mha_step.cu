@@ -66,18 +66,6 @@ DeviceSingleOutputParams<T, C> AttentionOf(const DeviceCoSiMhaStep<T, C, W>& ste
   return p;
 }
 
-template <typename T, typename W>
-DeviceDense<T, W> DenseOf(const Projection<T, W>& projection, int64_t outputs, void* output) {
-  DeviceDense<T, W> layer = {};
-  layer.input = projection.input;
-  layer.kernel = projection.kernel;
-  layer.bias = projection.bias;
-  layer.inputs = projection.inputs;
-  layer.outputs = outputs;
-  layer.output = output;
-  return layer;
-}
-
 template <typename T, typename C, typename W>
 DeviceDenseParams<T, W> ProjectionsIn(const DeviceCoSiMhaStep<T, C, W>& step,
                                       const Scratch<T, C, W>& scratch) {

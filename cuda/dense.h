@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "cc/attention/co_si_mha_step.h"
+
 namespace continual_transformers {
 
 enum class DenseActivation { kLinear, kSigmoid, kGelu, kRelu };
@@ -30,6 +32,18 @@ struct DeviceDense {
   void* output;   // [M, outputs]
   Storage output_as;
 };
+
+template <typename T, typename W>
+DeviceDense<T, W> DenseOf(const Projection<T, W>& projection, int64_t outputs, void* output) {
+  DeviceDense<T, W> layer = {};
+  layer.input = projection.input;
+  layer.kernel = projection.kernel;
+  layer.bias = projection.bias;
+  layer.inputs = projection.inputs;
+  layer.outputs = outputs;
+  layer.output = output;
+  return layer;
+}
 
 // Several of them on the same rows, in one launch.
 template <typename T, typename W>
