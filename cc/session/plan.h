@@ -1,0 +1,117 @@
+// The plan: one step of a model as a list of nodes over values, as docs/model_file.md defines it.
+// ParsePlan checks everything that can be checked without running it, so that the executor may
+// trust sizes, dtypes and attributes.
+
+#ifndef CONTINUAL_TRANSFORMERS_SESSION_PLAN_H_
+#define CONTINUAL_TRANSFORMERS_SESSION_PLAN_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <string>
+#include <variant>
+#include <vector>
+
+namespace continual_transformers {
+
+enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16, kInt32, kInt64, kBool };
+
+int64_t SizeOf(DType dtype);               // Bytes.
+const char* NameOf(DType dtype);           // "float32"
+DType DTypeOf(const std::string& name);    // Throws Error.
+
+// A tensor of the model file. `data` may be unaligned.
+struct Tensor {
+  DType dtype;
+  std::vector<int64_t> shape;
+  const void* data;
+  int64_t bytes;
+
+  int64_t elements() const;
+};
+
+enum class Op {
+  kDense,
+  kActivation,
+  kSoftmax,
+  kBinary,
+  kConstant,
+  kAffine,
+  kBatchNorm,
+  kNorm,
+  kConcat,
+  kStrided,
+  kReshape,
+  kReduce,
+  kCast,
+  kEmbedding,
+  kNotEqual,
+  kMasked,
+  kMaskAnd,
+  kPositional,
+  kDelay,
+  kWindow,
+  kZeroUntaken,
+  kAttention,
+  kRetroactiveAttention,
+  kWindowAttention,
+};
+
+const char* NameOf(Op op);  // "retroactive_attention"
+
+// What one step of one stream has at one place of the model.
+struct Value {
+  std::vector<int64_t> shape;
+  DType dtype;
+  int64_t size;  // Elements.
+};
+
+// JSON's null, true and false, whole numbers, other numbers, strings, and lists of whole numbers.
+using Attribute =
+    std::variant<std::monostate, bool, int64_t, double, std::string, std::vector<int64_t>>;
+
+struct Node {
+  Op op;
+  std::string name;
+  std::vector<int> inputs;   // Places in Plan::values.
+  std::vector<int> outputs;  // One, today.
+  std::map<std::string, int> masks;
+  std::map<std::string, std::string> weights;  // To names of tensors.
+  std::map<std::string, Attribute> attributes;
+
+  // ParsePlan has checked that what an op needs is there, and has the type.
+  int64_t Int(const std::string& attribute) const;
+  double Number(const std::string& attribute) const;  // Whole or not.
+  bool Bool(const std::string& attribute) const;
+  const std::string& Text(const std::string& attribute) const;
+  const std::vector<int64_t>& Ints(const std::string& attribute) const;
+  bool IsNull(const std::string& attribute) const;  // Or left out.
+};
+
+struct Port {
+  std::string name;
+  int value;
+};
+
+struct Plan {
+  std::string name;
+  std::string producer;
+  DType compute_dtype, cache_dtype, weights_dtype;
+  int64_t receptive_field, delay, block;
+  std::vector<Value> values;
+  std::vector<Port> inputs, outputs;
+  std::vector<Node> nodes;
+  std::string json;         // All of it, as it was read.
+  uint64_t fingerprint;     // See docs/model_file.md; of the plan's own cache dtype.
+};
+
+// The tensor of that name, or null.
+using TensorLookup = std::function<const Tensor*(const std::string& name)>;
+
+// Throws Error (kBadModelFile) with a sentence that names the node.
+Plan ParsePlan(const std::string& json, const TensorLookup& tensors);
+
+}  // namespace continual_transformers
+
+#endif  // CONTINUAL_TRANSFORMERS_SESSION_PLAN_H_
