@@ -41,13 +41,19 @@ class Session {
   void Clean(const StreamId* ids, int64_t count);  // `ids` null: every open stream.
   void Positions(const StreamId* ids, int64_t count, int64_t* positions) const;
 
-  // A copy of one stream: a header with both fingerprints and the position, then its block, in which
-  // rows that were never written are zeros.
+  // A copy of one stream: a header with both fingerprints and the position, then its block, in
+  // which rows that were never written are zeros.
   int64_t state_bytes() const;
   void GetState(StreamId id, void* state) const;
   // Throws Error (kOtherModel) where a copy is of another model; or, unless other_weights, of
   // another training.
   void SetState(StreamId id, const void* state, int64_t bytes, bool other_weights = false);
+  // Several streams at once, all or none: everything is checked before the first one changes.
+  void SetStates(const StreamId* ids, int64_t count, const void* const* states,
+                 const int64_t* bytes, bool other_weights = false);
+  // Writes `state`, a copy as GetState makes it, from a block and a position that came from
+  // elsewhere (the state of the Keras model), with this session's fingerprints.
+  void MakeState(const void* block, int64_t position, void* state) const;
 
   // The steps that are in progress end with the old weights, later ones have the new. Throws Error
   // (kOtherModel) where the plan is another.
