@@ -1,0 +1,241 @@
+// Writes model files for tests: a plan node by node, and weights with the values that a test wants.
+#ifndef CONTINUAL_TRANSFORMERS_TESTS_CC_MODEL_FILE_CASE_H_
+#define CONTINUAL_TRANSFORMERS_TESTS_CC_MODEL_FILE_CASE_H_
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cc/session/model_file.h"
+
+namespace continual_transformers {
+
+using Json = nlohmann::json;
+using Shape = std::vector<int64_t>;
+
+// One tensor of a safetensors file.
+struct TensorBytes {
+  std::string dtype;  // As a plan has it: "float32", "bfloat16", "int64".
+  Shape shape;
+  std::string bytes;
+};
+
+inline int64_t Elements(const Shape& shape) {
+  int64_t elements = 1;
+  for (int64_t axis : shape) elements *= axis;
+  return elements;
+}
+
+// "float32" -> "F32"
+inline std::string SafetensorsName(const std::string& dtype) {
+  static const std::map<std::string, std::string> names = {
+      {"float32", "F32"}, {"float64", "F64"}, {"bfloat16", "BF16"}, {"float16", "F16"},
+      {"int32", "I32"},   {"int64", "I64"},   {"bool", "BOOL"}};
+  return names.at(dtype);
+}
+
+template <typename T>
+std::string BytesOf(const std::vector<T>& values) {
+  return std::string(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
+}
+
+// Rounds values to a dtype of weights.
+inline std::string BytesOf(const std::string& dtype, const std::vector<double>& values) {
+  if (dtype == "float64") return BytesOf(values);
+  if (dtype == "float32") return BytesOf(std::vector<float>(values.begin(), values.end()));
+  if (dtype == "int64") return BytesOf(std::vector<int64_t>(values.begin(), values.end()));
+  if (dtype == "int32") return BytesOf(std::vector<int32_t>(values.begin(), values.end()));
+  if (dtype == "bfloat16") {
+    std::vector<uint16_t> rounded;
+    for (double value : values) {
+      const float single = static_cast<float>(value);
+      uint32_t bits;
+      std::memcpy(&bits, &single, sizeof(bits));
+      // To nearest, ties to even. Tests have no NaN among their weights.
+      rounded.push_back(static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16));
+    }
+    return BytesOf(rounded);
+  }
+  throw std::invalid_argument("no weights have dtype " + dtype);
+}
+
+// The bytes of a safetensors file: 8 bytes of header length, the header, the tensors' bytes.
+inline std::string SafetensorsFile(const std::string& header, const std::string& data) {
+  const uint64_t length = header.size();
+  return std::string(reinterpret_cast<const char*>(&length), sizeof(length)) + header + data;
+}
+
+// Builds a plan and its weights:
+//
+//   PlanBuilder builder;
+//   int x = builder.Input("x", {6});
+//   int y = builder.Node("dense", {x}, {4}, {}, {{"kernel", builder.Random({6, 4})}});
+//   builder.Output("y", y);
+//   auto file = builder.File();
+//
+// `plan` and `tensors` may be changed by hand before Bytes or File, to make a file that is wrong.
+class PlanBuilder {
+ public:
+  explicit PlanBuilder(const std::string& compute_dtype = "float32", uint32_t seed = 1)
+      : random_(seed) {
+    plan = {{"producer", "PlanBuilder"},
+            {"name", "model"},
+            {"compute_dtype", compute_dtype},
+            {"cache_dtype", compute_dtype},
+            {"weights_dtype", compute_dtype},
+            {"receptive_field", 1},
+            {"delay", 0},
+            {"block", 1},
+            {"values", Json::array()},
+            {"inputs", Json::array()},
+            {"outputs", Json::array()},
+            {"input_structure", Json::array()},
+            {"output_structure", Json::array()},
+            {"nodes", Json::array()},
+            {"keras_state", Json::array()}};
+  }
+
+  // Adds a value that no node has made yet and returns its number. dtype "": the compute dtype.
+  int Value(const Shape& shape, const std::string& dtype = "") {
+    plan["values"].push_back(
+        {{"shape", shape}, {"dtype", dtype.empty() ? compute_dtype() : dtype}});
+    return static_cast<int>(plan["values"].size()) - 1;
+  }
+
+  // Adds an input of the plan and returns its value.
+  int Input(const std::string& name, const Shape& shape, const std::string& dtype = "") {
+    const int value = Value(shape, dtype);
+    plan["input_structure"].push_back(plan["inputs"].size());
+    plan["inputs"].push_back({{"name", name}, {"value", value}});
+    return value;
+  }
+
+  void Output(const std::string& name, int value) {
+    plan["output_structure"].push_back(plan["outputs"].size());
+    plan["outputs"].push_back({{"name", name}, {"value", value}});
+  }
+
+  // A weight with these values, in a dtype ("": the compute dtype).
+  TensorBytes Weight(const Shape& shape, const std::vector<double>& values,
+                     const std::string& dtype = "") const {
+    if (Elements(shape) != static_cast<int64_t>(values.size())) {
+      throw std::invalid_argument("a weight's values do not fill its shape");
+    }
+    const std::string name = dtype.empty() ? compute_dtype() : dtype;
+    return {name, shape, BytesOf(name, values)};
+  }
+
+  // A weight of normally distributed values, the same on every run.
+  TensorBytes Random(const Shape& shape, double scale = 0.5, const std::string& dtype = "") {
+    std::vector<double> values(Elements(shape));
+    for (double& value : values) value = scale * Normal();
+    return Weight(shape, values, dtype);
+  }
+
+  // Adds a node with one output, of `shape` and `dtype` ("": the compute dtype), and returns the
+  // output's value. `weights` goes from what the op calls a weight to the weight. `masks` from the
+  // mask's name to a value.
+  int Node(const std::string& op, const std::vector<int>& inputs, const Shape& shape,
+           const Json& attributes = Json::object(),
+           const std::vector<std::pair<std::string, TensorBytes>>& weights = {},
+           const std::map<std::string, int>& masks = {}, const std::string& dtype = "") {
+    const std::string name = op + "_" + std::to_string(plan["nodes"].size());
+    const int output = Value(shape, dtype);
+    Json node = {{"op", op},
+                 {"name", name},
+                 {"inputs", inputs},
+                 {"outputs", {output}},
+                 {"weights", Json::object()},
+                 {"attributes", attributes.is_null() ? Json::object() : attributes}};
+    for (const auto& [role, weight] : weights) {
+      node["weights"][role] = name + "/" + role;
+      tensors[name + "/" + role] = weight;
+    }
+    if (!masks.empty()) node["masks"] = masks;
+    plan["nodes"].push_back(node);
+    return output;
+  }
+
+  // Multiplies and adds: `dense` with a kernel and a bias at random.
+  int Dense(int input, const Shape& shape, const std::string& kernel_dtype = "") {
+    const int64_t in = plan["values"][input]["shape"].back();
+    const int64_t out = shape.back();
+    TensorBytes kernel = Random({in, out}, 1.0 / std::sqrt(static_cast<double>(in)), kernel_dtype);
+    return Node("dense", {input}, shape, Json::object(),
+                {{"kernel", std::move(kernel)}, {"bias", Random({out}, 0.1)}});
+  }
+
+  // `attention` over its whole window, with `changes` to the attributes that this gives it.
+  int Attention(int query, int key, int value, int64_t heads, int64_t window,
+                const Json& changes = Json::object(),
+                const std::map<std::string, int>& masks = {}) {
+    const int64_t features = plan["values"][query]["shape"][0];
+    Json attributes = {
+        {"heads", heads},    {"window", window},
+        {"first_column", 0}, {"end_column", window},
+        {"query_delay", 0},  {"scale", 1 / std::sqrt(static_cast<double>(features / heads))}};
+    attributes.update(changes);
+    return Node("attention", {query, key, value}, plan["values"][value]["shape"], attributes, {},
+                masks);
+  }
+
+  // The header of the file: where each tensor lies, and the plan among the metadata.
+  Json Header() const {
+    Json header;
+    int64_t offset = 0;
+    for (const auto& [name, tensor] : tensors) {
+      const int64_t end = offset + static_cast<int64_t>(tensor.bytes.size());
+      header[name] = {{"dtype", SafetensorsName(tensor.dtype)},
+                      {"shape", tensor.shape},
+                      {"data_offsets", {offset, end}}};
+      offset = end;
+    }
+    header["__metadata__"] = {
+        {"format", "continual-transformers"}, {"format_version", "1"}, {"plan", plan.dump()}};
+    return header;
+  }
+
+  std::string Data() const {
+    std::string data;
+    for (const auto& [name, tensor] : tensors) data += tensor.bytes;
+    return data;
+  }
+
+  // The file's bytes. Its header is padded to a multiple of 8 bytes, as safetensors does.
+  std::string Bytes() const {
+    std::string header = Header().dump();
+    header.append((8 - header.size() % 8) % 8, ' ');
+    return SafetensorsFile(header, Data());
+  }
+
+  std::shared_ptr<const ModelFile> File() const {
+    const std::string bytes = Bytes();
+    return ModelFile::Copy(bytes.data(), bytes.size());
+  }
+
+  std::string compute_dtype() const { return plan["compute_dtype"]; }
+
+  Json plan;
+  std::map<std::string, TensorBytes> tensors;
+
+ private:
+  // By Box and Muller, as std::normal_distribution differs from one standard library to another.
+  double Normal() {
+    const double radius = std::sqrt(-2 * std::log((random_() + 1.0) / 4294967296.0));
+    return radius * std::cos(6.283185307179586 * (random_() / 4294967296.0));
+  }
+
+  std::mt19937 random_;
+};
+
+}  // namespace continual_transformers
+
+#endif  // CONTINUAL_TRANSFORMERS_TESTS_CC_MODEL_FILE_CASE_H_
