@@ -1,0 +1,145 @@
+// A Session as Python holds it, and what its methods share: stream ids, structures, errors, the
+// GIL.
+
+#ifndef CONTINUAL_TRANSFORMERS_PYTHON_PYTHON_SESSION_H_
+#define CONTINUAL_TRANSFORMERS_PYTHON_PYTHON_SESSION_H_
+
+#include "cc/python/numpy_api.h"
+// After NumPy's: Python.h comes first.
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cc/python/small_vector.h"
+#include "cc/session/error.h"
+#include "cc/session/session.h"
+
+namespace continual_transformers {
+
+// Python's exception is set. Thrown through C++ up to the function that Python called.
+struct PythonError {};
+
+// Sets a Python exception and throws PythonError.
+[[noreturn]] void Raise(PyObject* type, const std::string& sentence);
+
+// The Python exception classes for what a session throws; made when the module is.
+struct Exceptions {
+  PyObject* unknown_stream;    // ValueError
+  PyObject* too_many_streams;  // RuntimeError
+  PyObject* model_file;        // ValueError
+  PyObject* other_model;       // ValueError
+};
+extern Exceptions exceptions;
+
+// Sets the Python exception for a C++ one: to be called in a catch block.
+void SetPythonError();
+
+// Lets other Python threads run while it lives, if it is told to. Nothing that is called meanwhile
+// may touch a Python object.
+class GilRelease {
+ public:
+  explicit GilRelease(bool release) : state_(release ? PyEval_SaveThread() : nullptr) {}
+  ~GilRelease() {
+    if (state_) PyEval_RestoreThread(state_);
+  }
+  GilRelease(const GilRelease&) = delete;
+  GilRelease& operator=(const GilRelease&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+// What a model's inputs or outputs are given in: a place in the plan's list, a list, or a dict.
+struct Structure {
+  enum Kind { kLeaf, kList, kDict };
+  Kind kind = kLeaf;
+  int place = 0;                    // Of a leaf.
+  std::vector<Structure> children;  // Of a list or dict.
+  std::vector<PyObject*> keys;      // Of a dict: interned strings, which are never freed.
+
+  static Structure Parse(const std::string& plan_json, const char* key);
+  // "a dict with the keys 'audio', 'video'"
+  std::string Text() const;
+};
+
+// NumPy's limit before 2.0.
+constexpr int kMostAxes = 32;
+
+// An input or output of the plan.
+struct ArraySpec {
+  std::string name;
+  std::string label;  // What error messages call it.
+  PyArray_Descr* dtype;
+  int type_number;
+  std::vector<npy_intp> shape;  // Of one step of one stream.
+  npy_intp bytes;               // Of one step of one stream.
+  bool is_integer;
+};
+
+// Stream ids as a caller gave them.
+class StreamIds {
+ public:
+  // `streams`: an int, a list or tuple of ints, or an array of integers. Throws PythonError.
+  explicit StreamIds(PyObject* streams);
+  explicit StreamIds(int64_t count) { ids_.resize(count); }
+  const StreamId* data() const { return ids_.data(); }
+  StreamId* data() { return ids_.data(); }
+  int64_t count() const { return static_cast<int64_t>(ids_.size()); }
+  bool is_scalar() const { return is_scalar_; }
+
+ private:
+  void ReadSequence(PyObject* streams);
+  void ReadArray(PyArrayObject* streams);
+
+  SmallVector<StreamId, 64> ids_;
+  bool is_scalar_ = false;
+};
+
+class PythonSession {
+ public:
+  PythonSession(std::shared_ptr<const ModelFile> file, const SessionOptions& options);
+
+  Session& session() { return *session_; }
+  const SessionOptions& options() const { return options_; }
+  const std::vector<ArraySpec>& inputs() const { return inputs_; }
+  const std::vector<ArraySpec>& outputs() const { return outputs_; }
+  const Structure& input_structure() const { return input_structure_; }
+  const Structure& output_structure() const { return output_structure_; }
+
+  enum class Release { kByEstimate, kNever, kAlways };
+  Release release = Release::kByEstimate;
+
+  // Whether a step of so many rows (M * T) is long enough for the GIL to be released.
+  bool ReleasesFor(int64_t rows) const {
+    return release == Release::kByEstimate ? rows > short_rows_ : release == Release::kAlways;
+  }
+  // The same for something else that takes so long.
+  bool ReleasesForNanoseconds(double nanoseconds) const;
+
+  // How many default streams there are: as many as the largest call without `streams` had rows.
+  int64_t default_streams() const { return default_streams_.load(std::memory_order_relaxed); }
+  void UsedDefaultStreams(int64_t count);
+  void ClosedDefaultStreams() { default_streams_.store(0, std::memory_order_relaxed); }
+
+ private:
+  std::unique_ptr<Session> session_;
+  SessionOptions options_;
+  std::vector<ArraySpec> inputs_, outputs_;
+  Structure input_structure_, output_structure_;
+  int64_t short_rows_ = 0;
+  std::atomic<int64_t> default_streams_{0};
+};
+
+// The PythonSession in an instance of the Python class. Throws PythonError where it has none.
+PythonSession& FromPython(PyObject* self);
+
+// The methods `step` and `steps`, for PyDescr_NewMethod.
+extern PyMethodDef step_method, steps_method;
+// Makes what they need: to be called once. Returns false with Python's exception set.
+bool InitStepMethods();
+
+}  // namespace continual_transformers
+
+#endif  // CONTINUAL_TRANSFORMERS_PYTHON_PYTHON_SESSION_H_

@@ -1,0 +1,542 @@
+// Session.step and Session.steps. They read their arguments through Python's and NumPy's C
+// interfaces by hand: a METH_FASTCALL method costs 0.2 us where pybind11's array_t costs 1.0
+// to 1.6. Everything is checked here, or by Session::Step, before anything moves.
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cc/python/python_session.h"
+
+namespace continual_transformers {
+namespace {
+
+// Interned names of the keyword arguments.
+PyObject *x_name, *streams_name, *out_name, *key_mask_name;
+
+constexpr size_t kFew = 8;
+
+// References that are given back at the end.
+class References {
+ public:
+  References() = default;
+  ~References() {
+    for (PyObject* object : objects_) Py_DECREF(object);
+  }
+  References(const References&) = delete;
+  References& operator=(const References&) = delete;
+
+  void Take(PyObject* owned) { objects_.push_back(owned); }
+  void Hold(PyObject* borrowed) {
+    objects_.push_back(borrowed);
+    Py_INCREF(borrowed);
+  }
+
+ private:
+  SmallVector<PyObject*, 2 * kFew> objects_;
+};
+
+std::string DTypeText(PyArrayObject* array) {
+  PyObject* name = PyObject_Str(reinterpret_cast<PyObject*>(PyArray_DESCR(array)));
+  const char* text = name ? PyUnicode_AsUTF8(name) : nullptr;
+  const std::string result = text ? text : "another type";
+  Py_XDECREF(name);
+  PyErr_Clear();
+  return result;
+}
+
+std::string DTypeText(const ArraySpec& spec) {
+  PyObject* name = PyObject_Str(reinterpret_cast<PyObject*>(spec.dtype));
+  const char* text = name ? PyUnicode_AsUTF8(name) : nullptr;
+  const std::string result = text ? text : "?";
+  Py_XDECREF(name);
+  PyErr_Clear();
+  return result;
+}
+
+template <typename Size>
+std::string ShapeText(const char* axes, const Size* sizes, size_t count) {
+  std::string text = std::string("(") + axes;
+  for (size_t i = 0; i < count; ++i) {
+    if (i || *axes) text += ", ";
+    text += std::to_string(sizes[i]);
+  }
+  if (text.find(',') == std::string::npos) text += ",";
+  return text + ")";
+}
+
+std::string ShapeText(PyArrayObject* array) {
+  return ShapeText("", PyArray_DIMS(array), PyArray_NDIM(array));
+}
+
+// How many streams and steps a call has.
+struct Rows {
+  int axes;  // 1: of streams; 2: of streams and steps.
+  npy_intp streams = -1;
+  npy_intp steps = 1;
+
+  npy_intp count() const { return streams * steps; }
+  // "(M, 32)"
+  std::string Expected(const ArraySpec& spec) const {
+    return ShapeText(axes == 1 ? "M" : "M, T", spec.shape.data(), spec.shape.size());
+  }
+  // "(3, 32)"
+  std::string ExpectedExactly(const npy_intp* shape, size_t count) const {
+    std::vector<npy_intp> sizes = {streams};
+    if (axes == 2) sizes.push_back(steps);
+    sizes.insert(sizes.end(), shape, shape + count);
+    return ShapeText("", sizes.data(), sizes.size());
+  }
+};
+
+bool HasType(PyArrayObject* array, int type_number) {
+  const int type = PyArray_TYPE(array);
+  // There are two types of 64 bits, long and long long.
+  return type == type_number || PyArray_EquivTypenums(type, type_number);
+}
+
+bool HasTail(PyArrayObject* array, int axes, const std::vector<npy_intp>& tail) {
+  const int ndim = PyArray_NDIM(array);
+  if (ndim != axes + static_cast<int>(tail.size())) return false;
+  const npy_intp* sizes = PyArray_DIMS(array) + axes;
+  for (size_t i = 0; i < tail.size(); ++i) {
+    if (sizes[i] != tail[i]) return false;
+  }
+  return true;
+}
+
+constexpr int kPlain = NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED;
+
+bool IsPlain(PyArrayObject* array) {
+  return (PyArray_FLAGS(array) & kPlain) == kPlain && PyArray_ISNOTSWAPPED(array);
+}
+
+// The array itself if the kernels can read it as it lies, or else a copy.
+PyArrayObject* Plain(PyArrayObject* array, int type_number, References* references) {
+  if (IsPlain(array)) return array;
+  PyObject* copy = PyArray_FromArray(array, PyArray_DescrFromType(type_number),
+                                     NPY_ARRAY_CARRAY_RO | NPY_ARRAY_NOTSWAPPED);
+  if (!copy) throw PythonError();
+  references->Take(copy);
+  return reinterpret_cast<PyArrayObject*>(copy);
+}
+
+// Checks an input, and learns from the first one how many rows there are.
+PyArrayObject* CheckInput(const ArraySpec& spec, PyObject* given, Rows* rows,
+                          References* references) {
+  if (!PyArray_Check(given)) {
+    Raise(PyExc_TypeError, spec.label + " is of type " + Py_TYPE(given)->tp_name +
+                               ". Expected a NumPy array " + rows->Expected(spec) + " of " +
+                               DTypeText(spec) + ": give np.asarray(x, np." + DTypeText(spec) +
+                               ").");
+  }
+  PyArrayObject* array = reinterpret_cast<PyArrayObject*>(given);
+  if (!HasType(array, spec.type_number)) {
+    Raise(PyExc_ValueError, spec.label + " has dtype " + DTypeText(array) + ". Expected " +
+                                DTypeText(spec) + ": give x.astype(np." + DTypeText(spec) + ").");
+  }
+  if (!HasTail(array, rows->axes, spec.shape)) {
+    std::string hint;
+    if (HasTail(array, 0, spec.shape)) {
+      hint = " For one stream, give x[np.newaxis].";
+    } else if (rows->axes == 1 && HasTail(array, 2, spec.shape)) {
+      hint = " Session.steps takes several steps at once.";
+    } else if (rows->axes == 2 && HasTail(array, 1, spec.shape)) {
+      hint = " Session.step takes one step.";
+    }
+    Raise(PyExc_ValueError, spec.label + " has shape " + ShapeText(array) + ". Expected " +
+                                rows->Expected(spec) + ", a row for each of M streams" +
+                                (rows->axes == 2 ? " and T steps." : ".") + hint);
+  }
+  const npy_intp streams = PyArray_DIM(array, 0);
+  const npy_intp steps = rows->axes == 2 ? PyArray_DIM(array, 1) : 1;
+  if (rows->streams < 0) {
+    rows->streams = streams;
+    rows->steps = steps;
+  } else if (streams != rows->streams || steps != rows->steps) {
+    Raise(PyExc_ValueError, spec.label + " has shape " + ShapeText(array) + ". Expected " +
+                                rows->ExpectedExactly(spec.shape.data(), spec.shape.size()) +
+                                ", as many rows as the first input has.");
+  }
+  return Plain(array, spec.type_number, references);
+}
+
+// Checks an array that is to be written.
+PyArrayObject* CheckOutput(const ArraySpec& spec, PyObject* given, const Rows& rows) {
+  if (!PyArray_Check(given)) {
+    Raise(PyExc_TypeError, spec.label + " is of type " + Py_TYPE(given)->tp_name +
+                               ". Expected a NumPy array " + rows.Expected(spec) + " of " +
+                               DTypeText(spec) + " to be written, or None.");
+  }
+  PyArrayObject* array = reinterpret_cast<PyArrayObject*>(given);
+  const std::string cure = ": np.empty makes such an array.";
+  if (!HasType(array, spec.type_number)) {
+    Raise(PyExc_ValueError,
+          spec.label + " has dtype " + DTypeText(array) + ". Expected " + DTypeText(spec) + cure);
+  }
+  const bool fits = HasTail(array, rows.axes, spec.shape) &&
+                    PyArray_DIM(array, 0) == rows.streams &&
+                    (rows.axes == 1 || PyArray_DIM(array, 1) == rows.steps);
+  if (!fits) {
+    Raise(PyExc_ValueError, spec.label + " has shape " + ShapeText(array) + ". Expected " +
+                                rows.ExpectedExactly(spec.shape.data(), spec.shape.size()) + cure);
+  }
+  if (!PyArray_ISWRITEABLE(array)) {
+    Raise(PyExc_ValueError,
+          spec.label + " is read-only. Expected an array that can be written" + cure);
+  }
+  if (!IsPlain(array)) {
+    Raise(PyExc_ValueError,
+          spec.label +
+              " is not C-contiguous, aligned and in the machine's byte order. Outputs are written "
+              "as they lie in memory" +
+              cure);
+  }
+  return array;
+}
+
+bool Overlap(PyArrayObject* a, PyArrayObject* b) {
+  // Both are contiguous.
+  const char *a_data = PyArray_BYTES(a), *b_data = PyArray_BYTES(b);
+  return a_data < b_data + PyArray_NBYTES(b) && b_data < a_data + PyArray_NBYTES(a);
+}
+
+std::string Got(PyObject* given) {
+  if (PyDict_Check(given)) {
+    PyObject* keys = PyDict_Keys(given);
+    PyObject* text = keys ? PyObject_Repr(keys) : nullptr;
+    const char* characters = text ? PyUnicode_AsUTF8(text) : nullptr;
+    const std::string result =
+        std::string("a dict with the keys ") + (characters ? characters : "?");
+    Py_XDECREF(text);
+    Py_XDECREF(keys);
+    PyErr_Clear();
+    return result;
+  }
+  if (PyList_Check(given) || PyTuple_Check(given)) {
+    return std::string("a ") + Py_TYPE(given)->tp_name + " of " +
+           std::to_string(PySequence_Fast_GET_SIZE(given));
+  }
+  return std::string("an object of type ") + Py_TYPE(given)->tp_name;
+}
+
+// Finds each place's object in what was given. `items` are borrowed from what the caller holds, or
+// held by `references` where another thread could take them away meanwhile.
+void Flatten(const Structure& structure, PyObject* given, const char* what,
+             SmallVector<PyObject*, kFew>* items, References* references) {
+  if (structure.kind == Structure::kLeaf) {
+    (*items)[structure.place] = given;
+    return;
+  }
+  const size_t count = structure.children.size();
+  const bool is_dict = structure.kind == Structure::kDict;
+  const bool fits =
+      is_dict ? PyDict_Check(given) && static_cast<size_t>(PyDict_GET_SIZE(given)) == count
+              : (PyList_Check(given) || PyTuple_Check(given)) &&
+                    static_cast<size_t>(PySequence_Fast_GET_SIZE(given)) == count;
+  for (size_t i = 0; i < count; ++i) {
+    PyObject* child = nullptr;
+    if (fits) {
+      child = is_dict ? PyDict_GetItemWithError(given, structure.keys[i])
+                      : PySequence_Fast_GET_ITEM(given, i);
+    }
+    if (!child) {
+      if (PyErr_Occurred()) throw PythonError();
+      Raise(PyExc_ValueError, std::string(what) + " is " + Got(given) + ". Expected " +
+                                  structure.Text() + ", as the model has it.");
+    }
+    references->Hold(child);
+    Flatten(structure.children[i], child, what, items, references);
+  }
+}
+
+// A new reference to the outputs in their structure.
+PyObject* Build(const Structure& structure, PyObject* const* items) {
+  if (structure.kind == Structure::kLeaf) {
+    Py_INCREF(items[structure.place]);
+    return items[structure.place];
+  }
+  const bool is_dict = structure.kind == Structure::kDict;
+  PyObject* result = is_dict ? PyDict_New() : PyList_New(structure.children.size());
+  if (!result) throw PythonError();
+  for (size_t i = 0; i < structure.children.size(); ++i) {
+    PyObject* child = nullptr;
+    try {
+      child = Build(structure.children[i], items);
+    } catch (...) {
+      Py_DECREF(result);
+      throw;
+    }
+    if (!is_dict) {
+      PyList_SET_ITEM(result, i, child);
+      continue;
+    }
+    const int failed = PyDict_SetItem(result, structure.keys[i], child);
+    Py_DECREF(child);
+    if (failed) {
+      Py_DECREF(result);
+      throw PythonError();
+    }
+  }
+  return result;
+}
+
+struct Arguments {
+  PyObject* x = nullptr;
+  PyObject* streams = nullptr;
+  PyObject* out = nullptr;
+  PyObject* key_mask = nullptr;
+};
+
+Arguments Parse(const char* method, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+  Arguments arguments;
+  if (count > 2) {
+    Raise(PyExc_TypeError, std::string(method) + " takes x and streams by position, but got " +
+                               std::to_string(count) +
+                               " positional arguments. Give out= and key_mask= by name.");
+  }
+  if (count > 0) arguments.x = args[0];
+  if (count > 1) arguments.streams = args[1];
+  const Py_ssize_t named = names ? PyTuple_GET_SIZE(names) : 0;
+  for (Py_ssize_t i = 0; i < named; ++i) {
+    PyObject* name = PyTuple_GET_ITEM(names, i);
+    PyObject** argument = nullptr;
+    // Names in source code are interned. Others are compared character by character.
+    const auto is = [name](PyObject* known) {
+      return name == known || PyUnicode_Compare(name, known) == 0;
+    };
+    if (name == streams_name) {
+      argument = &arguments.streams;
+    } else if (name == out_name) {
+      argument = &arguments.out;
+    } else if (is(x_name)) {
+      argument = &arguments.x;
+    } else if (is(key_mask_name)) {
+      argument = &arguments.key_mask;
+    } else if (is(streams_name)) {
+      argument = &arguments.streams;
+    } else if (is(out_name)) {
+      argument = &arguments.out;
+    }
+    if (!argument || *argument) {
+      const char* text = PyUnicode_AsUTF8(name);
+      Raise(PyExc_TypeError,
+            std::string(method) + (argument ? " got a second '" : " got an unexpected '") +
+                (text ? text : "?") + "'. Its arguments are x, streams=, out= and key_mask=.");
+    }
+    *argument = args[count + i];
+  }
+  if (!arguments.x) {
+    Raise(PyExc_TypeError, std::string(method) + " needs x, the inputs of the step.");
+  }
+  if (arguments.streams == Py_None) arguments.streams = nullptr;
+  if (arguments.out == Py_None) arguments.out = nullptr;
+  if (arguments.key_mask == Py_None) arguments.key_mask = nullptr;
+  return arguments;
+}
+
+const PyArrayObject* CheckKeyMask(PyObject* given, const Rows& rows, References* references) {
+  const std::string expected = ". Expected a NumPy array " + rows.ExpectedExactly(nullptr, 0) +
+                               " of bool: True for a step with a key, False for a gap.";
+  if (!PyArray_Check(given)) {
+    Raise(PyExc_TypeError,
+          std::string("key_mask is of type ") + Py_TYPE(given)->tp_name + expected);
+  }
+  PyArrayObject* array = reinterpret_cast<PyArrayObject*>(given);
+  if (PyArray_TYPE(array) != NPY_BOOL) {
+    Raise(PyExc_ValueError, "key_mask has dtype " + DTypeText(array) + expected);
+  }
+  if (PyArray_NDIM(array) != rows.axes || PyArray_DIM(array, 0) != rows.streams ||
+      (rows.axes == 2 && PyArray_DIM(array, 1) != rows.steps)) {
+    Raise(PyExc_ValueError, "key_mask has shape " + ShapeText(array) + expected);
+  }
+  return Plain(array, NPY_BOOL, references);
+}
+
+PyObject* TakeSteps(PyObject* self, const Arguments& arguments, int axes) {
+  PythonSession& python_session = FromPython(self);
+  const std::vector<ArraySpec>& inputs = python_session.inputs();
+  const std::vector<ArraySpec>& outputs = python_session.outputs();
+  References references;
+  Rows rows;
+  rows.axes = axes;
+
+  SmallVector<PyObject*, kFew> items;
+  items.resize(std::max(inputs.size(), outputs.size()));
+  SmallVector<PyArrayObject*, kFew> input_arrays;
+  SmallVector<const void*, kFew> input_data;
+  Flatten(python_session.input_structure(), arguments.x, "x", &items, &references);
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    PyArrayObject* array = CheckInput(inputs[i], items[i], &rows, &references);
+    input_arrays.push_back(array);
+    input_data.push_back(PyArray_DATA(array));
+  }
+
+  // Ids are copied, for another thread could change the caller's while the GIL is released.
+  std::optional<StreamIds> ids;
+  if (arguments.streams) {
+    ids.emplace(arguments.streams);
+    if (ids->count() != rows.streams) {
+      Raise(PyExc_ValueError, "streams names " + std::to_string(ids->count()) +
+                                  (ids->count() == 1 ? " stream" : " streams") + ", but x has " +
+                                  std::to_string(rows.streams) +
+                                  (rows.streams == 1 ? " row" : " rows") +
+                                  ". Expected a stream for each row.");
+    }
+  }
+
+  const void* key_mask = nullptr;
+  PyArrayObject* key_mask_array = nullptr;
+  if (arguments.key_mask) {
+    key_mask_array =
+        const_cast<PyArrayObject*>(CheckKeyMask(arguments.key_mask, rows, &references));
+    key_mask = PyArray_DATA(key_mask_array);
+  }
+
+  // Outputs: the caller's, or new.
+  for (size_t i = 0; i < outputs.size(); ++i) items[i] = Py_None;
+  if (arguments.out) {
+    Flatten(python_session.output_structure(), arguments.out, "out", &items, &references);
+  }
+  SmallVector<void*, kFew> output_data;
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    const ArraySpec& spec = outputs[i];
+    PyArrayObject* array;
+    if (items[i] == Py_None) {
+      npy_intp sizes[kMostAxes];
+      sizes[0] = rows.streams;
+      sizes[1] = rows.steps;
+      std::copy(spec.shape.begin(), spec.shape.end(), sizes + axes);
+      Py_INCREF(spec.dtype);
+      PyObject* made = PyArray_NewFromDescr(&PyArray_Type, spec.dtype,
+                                            axes + static_cast<int>(spec.shape.size()), sizes,
+                                            nullptr, nullptr, 0, nullptr);
+      if (!made) throw PythonError();
+      references.Take(made);
+      items[i] = made;
+      array = reinterpret_cast<PyArrayObject*>(made);
+    } else {
+      array = CheckOutput(spec, items[i], rows);
+      bool overlaps = key_mask_array && Overlap(array, key_mask_array);
+      for (PyArrayObject* input : input_arrays) overlaps = overlaps || Overlap(array, input);
+      for (size_t j = 0; j < i; ++j) {
+        overlaps = overlaps || Overlap(array, reinterpret_cast<PyArrayObject*>(items[j]));
+      }
+      if (overlaps) {
+        Raise(PyExc_ValueError, spec.label +
+                                    " shares memory with an input or another output. Expected "
+                                    "memory of its own: np.empty makes such an array.");
+      }
+    }
+    output_data.push_back(PyArray_DATA(array));
+  }
+
+  const bool release = python_session.ReleasesFor(rows.count());
+  if (release) {
+    // Indices are checked before they are used. Another Python thread could change them between.
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      if (!inputs[i].is_integer) continue;
+      PyObject* copy = PyArray_NewCopy(input_arrays[i], NPY_CORDER);
+      if (!copy) throw PythonError();
+      references.Take(copy);
+      input_data[i] = PyArray_DATA(reinterpret_cast<PyArrayObject*>(copy));
+    }
+  }
+  // Made first: nothing may fail once the streams have moved.
+  PyObject* result = Build(python_session.output_structure(), items.data());
+  try {
+    // Where the GIL is kept, this may wait for another thread's step of the same streams. That
+    // thread waits for no one: it holds streams only inside Session::Step, which touches nothing of
+    // Python, so they are free before it asks for the GIL again.
+    GilRelease gil(release);
+    python_session.session().Step(ids ? ids->data() : nullptr, rows.streams, rows.steps,
+                                  input_data.data(), output_data.data(),
+                                  static_cast<const bool*>(key_mask));
+  } catch (...) {
+    Py_DECREF(result);
+    throw;
+  }
+  if (!ids) python_session.UsedDefaultStreams(rows.streams);
+  return result;
+}
+
+template <int axes>
+PyObject* Method(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+  try {
+    return TakeSteps(self, Parse(axes == 1 ? "step" : "steps", args, count, names), axes);
+  } catch (...) {
+    SetPythonError();
+    return nullptr;
+  }
+}
+
+constexpr char kStepDoc[] = R"(step($self, x, streams=None, *, out=None, key_mask=None)
+--
+
+Take one step of M streams.
+
+Args:
+    x: the model's inputs without the axis of time: one NumPy array `(M, ...)`, or several in the
+        model's own structure (a list, or a dict by name). `inputs` has shapes and dtypes. Dtypes
+        must be exact; an array that is not C-contiguous is copied.
+    streams: the stream of each row: a list or tuple of ids, an int64 array `(M,)`, or one id if
+        M = 1. None: row i is the session's i-th default stream, which the first such step opens.
+    out: where to write the outputs, in the structure in which they are returned; None, here or
+        inside of it: a new array. Arrays must be C-contiguous, with the exact shape and dtype, and
+        share no memory with the inputs.
+    key_mask: bool `(M,)`; False marks a gap: no query attends to that step, now or later.
+
+Returns:
+    The model's outputs for the newest step, or for the step of `delay` steps before: `(M, ...)`, in
+    the model's own structure (a tuple becomes a list). While a stream's receptive field fills
+    (see `ready`), they are those of the steps seen so far.
+
+Raises:
+    TypeError: if an argument is of a type that is not named above.
+    ValueError: if a shape, dtype, index or mask does not fit, or a stream is named twice.
+    UnknownStreamError: a ValueError, if a stream is not open.
+    TooManyStreamsError: a RuntimeError, if there is no room for the default streams.
+
+    After an error every stream is as it was before the call.
+
+Several threads may call one session. Calls that name the same stream run one after the other.
+Python's global lock is kept during a short step and released during a long one; see `release_gil`.
+)";
+
+constexpr char kStepsDoc[] = R"(steps($self, x, streams=None, *, out=None, key_mask=None)
+--
+
+Take T steps of M streams: the same outputs and state as T calls of `step`.
+
+Args:
+    x: as `step` has it, with the axis of time: `(M, T, ...)`.
+    streams: as `step` has it.
+    out: as `step` has it, `(M, T, ...)`.
+    key_mask: bool `(M, T)`, as `step` has it.
+
+Returns:
+    The model's outputs for each of the steps, `(M, T, ...)`.
+
+Raises:
+    As `step` does.
+)";
+
+}  // namespace
+
+PyMethodDef step_method = {"step",
+                           reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&Method<1>)),
+                           METH_FASTCALL | METH_KEYWORDS, kStepDoc};
+PyMethodDef steps_method = {"steps",
+                            reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&Method<2>)),
+                            METH_FASTCALL | METH_KEYWORDS, kStepsDoc};
+
+bool InitStepMethods() {
+  x_name = PyUnicode_InternFromString("x");
+  streams_name = PyUnicode_InternFromString("streams");
+  out_name = PyUnicode_InternFromString("out");
+  key_mask_name = PyUnicode_InternFromString("key_mask");
+  return x_name && streams_name && out_name && key_mask_name;
+}
+
+}  // namespace continual_transformers
