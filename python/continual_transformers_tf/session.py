@@ -1,0 +1,599 @@
+"""`Session`: a whole model's step as one native call.
+
+Neither TensorFlow nor Keras is imported here. `Session(model)` imports them to lower a Keras model;
+`Session.load` reads a model file without them.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
+
+import numpy as np
+
+try:
+    from continual_transformers_tf import _session
+    from continual_transformers_tf._session import (
+        ModelFileError,
+        OtherModelError,
+        TooManyStreamsError,
+        UnknownStreamError,
+    )
+except ImportError as error:
+    raise ImportError(
+        "continual_transformers_tf.Session needs the package's native library, which could not be "
+        f"loaded: {error}. Install a wheel of continual-transformers-tf that fits this Python and "
+        "machine; or, in a checkout and with a C++17 compiler (Debian and Ubuntu: `apt install "
+        "g++`), run `pip install --force-reinstall --no-deps --no-cache-dir .`"
+    ) from error
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from continual_transformers_tf._session import Streams
+
+__all__ = [
+    "ArraySpec",
+    "Memory",
+    "ModelFileError",
+    "OtherModelError",
+    "Profile",
+    "ProfileRow",
+    "Session",
+    "TooManyStreamsError",
+    "UnknownStreamError",
+]
+
+CACHE_DTYPES = ("float32", "float64", "bfloat16", "float16")
+WEIGHTS_DTYPES = ("float32", "float64", "bfloat16")
+DEVICES = ("cpu",)
+
+
+class ArraySpec(NamedTuple):
+    """An input or output of a model.
+
+    Attributes:
+        name: its name in the model.
+        shape: its shape for one step of one stream. `Session.step` takes `(M, *shape)`,
+            `Session.steps` takes `(M, T, *shape)`.
+        dtype: its NumPy dtype.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __str__(self):
+        return f"{self.name} {self.shape} {self.dtype}"
+
+
+class Memory(NamedTuple):
+    """What a session holds in memory, in bytes.
+
+    Attributes:
+        weights: the weights, packed for the kernels.
+        model_file: the model file: a copy of it in memory, or its pages, which the system reads
+            when they are needed and may drop.
+        streams: room for the states of streams. The system provides its pages when a stream takes
+            its first step.
+        streams_overhead: what is kept beside those states: ids, positions, locks.
+        arenas: what steps in progress compute in.
+    """
+
+    weights: int
+    model_file: int
+    streams: int
+    streams_overhead: int
+    arenas: int
+
+    @property
+    def total(self) -> int:
+        """The sum of all, in bytes."""
+        return sum(self)
+
+    def __str__(self):
+        rows = [*self._asdict().items(), ("total", self.total)]
+        return "\n".join(f"{name:<17}{count:>16,} bytes" for name, count in rows)
+
+
+class ProfileRow(NamedTuple):
+    """What one part of a step takes.
+
+    Attributes:
+        name: the names of the plan's nodes that it runs, with " + " between.
+        op: their ops, in the same way.
+        seconds: its time in one step, the mean.
+    """
+
+    name: str
+    op: str
+    seconds: float
+
+
+class Profile(tuple):
+    """What each part of a step takes: a tuple of `ProfileRow`, which prints as a table.
+
+    Attributes:
+        streams: how many streams the step had.
+        repeat: how many steps were taken.
+    """
+
+    streams: int
+    repeat: int
+
+    def __new__(cls, rows, streams, repeat):
+        profile = super().__new__(cls, rows)
+        profile.streams = streams
+        profile.repeat = repeat
+        return profile
+
+    def __getnewargs__(self):
+        return tuple(self), self.streams, self.repeat
+
+    @property
+    def seconds(self) -> float:
+        """What all parts of a step take together, in seconds."""
+        return sum(row.seconds for row in self)
+
+    def __str__(self):
+        total = self.seconds
+        streams = "1 stream" if self.streams == 1 else f"{self.streams} streams"
+        lines = [
+            f"a step of {streams}: {total * 1e6:.2f} us, the mean of {self.repeat} steps",
+            f"{'us':>10} {'share':>6}  part",
+        ]
+        lines += [
+            f"{row.seconds * 1e6:>10.2f} {row.seconds / (total or 1):>6.1%}  {row.name} ({row.op})"
+            for row in self
+        ]
+        return "\n".join(lines)
+
+    def __repr__(self):
+        return str(self)
+
+
+class Session(_session.NativeSession):
+    """A model and its streams, stepped by native code on NumPy arrays.
+
+    A step takes the newest input of M streams and gives what the model gives for it: the numbers of
+    `StreamingModel`, within rounding, without TensorFlow. A stream's past (rings of keys and
+    values, delays, the position) lies in one block in the session, and is named by the stream's id.
+
+    >>> session = ct.Session(model, streams=1000)
+    >>> a, b = session.open(2)
+    >>> y = session.step(x, streams=[a, b])  # (2, ...) -> (2, ...)
+
+    Any method may be called by several threads at once. Steps of different streams run side by
+    side, and calls that name the same stream run one after the other. After an error every stream
+    is as it was before the call.
+
+    A session works after `fork`, in both processes, which then go their own ways. Pickles and
+    copies hold the model, its weights and the options, but no streams: `get_state` copies those.
+
+    Args:
+        model: a functional or sequential Keras model, a `StreamingModel`, or one layer of this
+            package. Its weights are copied.
+        streams: how many streams may be open at once; None: no limit.
+        threads: how many threads a step of many rows may use; 1: only the caller's.
+        weights_dtype: what kernels of dense products are kept in: "float32", "bfloat16" or
+            "float64"; None: what the model's layers say.
+        cache_dtype: what keys and values of past steps are kept in: "float32", "bfloat16",
+            "float16" or "float64"; None: what the model's layers say.
+        device: "cpu".
+        seq_len: the window, in steps, of every `keras.layers.MultiHeadAttention` inside, where the
+            model's axis of time is open.
+
+    Attributes:
+        release_gil: None: a step that takes longer than about 0.1 ms, by an estimate, lets other
+            Python threads run, and a shorter one does not, as taking Python's global lock back from
+            a thread that computes takes 0.08 ms in the mean and up to 5. True: every step lets
+            them run. False: no step does.
+
+    Raises:
+        ValueError: if the model cannot run step by step, with each layer that stands in the way and
+            the reason; or if an option does not fit.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        streams: int | None = None,
+        threads: int = 1,
+        weights_dtype: str | None = None,
+        cache_dtype: str | None = None,
+        device: str = "cpu",
+        seq_len: int | None = None,
+    ) -> None:
+        options = _checked_options(streams, threads, weights_dtype, cache_dtype, device)
+        data = _lowered(model, seq_len, options["cache_dtype"], options["weights_dtype"])
+        super().__init__(data, is_path=False, **options)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | bytes | os.PathLike,
+        *,
+        streams: int | None = None,
+        threads: int = 1,
+        weights_dtype: str | None = None,
+        cache_dtype: str | None = None,
+        device: str = "cpu",
+    ) -> Session:
+        """Return a session of a model file. It needs neither TensorFlow nor Keras.
+
+        The file is mapped into memory, and must not change while the session lives; to replace it,
+        write another and rename it, as `save` does.
+
+        Args:
+            path: a model file, which `save` or `continual-transformers pack` wrote.
+            streams, threads, device: as the constructor has them.
+            weights_dtype, cache_dtype: as the constructor has them; None: the file's.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ModelFileError: a ValueError, if it is not a model file, is damaged, or is of a newer
+                version.
+            ValueError: if an option does not fit.
+        """
+        options = _checked_options(streams, threads, weights_dtype, cache_dtype, device)
+        return cls._make(_checked_path(path), True, options)
+
+    @classmethod
+    def _make(cls, model, is_path, options):
+        """A session of a model file's path or bytes."""
+        session = cls.__new__(cls)
+        _session.NativeSession.__init__(session, model, is_path=is_path, **options)
+        return session
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the model file: the plan and the weights, but no streams.
+
+        The file appears whole or not at all. `cache_dtype` and `weights_dtype` of a session that
+        `load` made are not written: the file stays the one that was loaded.
+
+        Args:
+            path: where to; it ends in ".safetensors" by convention.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        self._save(os.fspath(path))
+
+    def load_weights(self, model: Any) -> None:
+        """Take other weights for the same model.
+
+        Steps in progress end with the old weights, later ones have the new. Streams keep what they
+        have seen: keys and values in their rings are those of the old weights.
+
+        Args:
+            model: a Keras model of the same architecture, or the path of a model file.
+
+        Raises:
+            OtherModelError: a ValueError, if the model is another one.
+            OSError, ModelFileError: as `load`.
+        """
+        if isinstance(model, (str, bytes, os.PathLike)):
+            self._load_weights_path(_checked_path(model))
+            return
+        attention = self._seq_len()
+        self._load_weights_bytes(_lowered(model, attention, *self._file_dtypes()))
+
+    def _plan(self):
+        return json.loads(self._plan_json)
+
+    def _file_dtypes(self):
+        """The dtypes of caches and weights that the model file names."""
+        plan = self._plan()
+        return plan["cache_dtype"], plan["weights_dtype"]
+
+    def _seq_len(self):
+        """The window of the model's attention, if all of it has the same."""
+        windows = {
+            node["attributes"]["window"]
+            for node in self._plan()["nodes"]
+            if "window" in node.get("attributes", {})
+        }
+        return windows.pop() if len(windows) == 1 else None
+
+    @overload
+    def open(self) -> int: ...
+    @overload
+    def open(self, count: int) -> npt.NDArray[np.int64]: ...
+    def open(self, count=None):
+        """Open new streams, which have seen nothing.
+
+        Args:
+            count: how many; None: one.
+
+        Returns:
+            With None the stream's id, an int; otherwise ids, an int64 array `(count,)`. An id is
+            never given out twice.
+
+        Raises:
+            TooManyStreamsError: a RuntimeError, if there is no room for all of them; none is
+                opened then.
+        """
+        return self._open(count)
+
+    def close(self, streams: Streams | None = None) -> None:
+        """Forget streams and free their room. Their ids are refused from then on.
+
+        It waits for steps in progress on these streams.
+
+        Args:
+            streams: an id, a list or tuple of ids, or an int64 array `(M,)`; None: the default
+                streams.
+
+        Raises:
+            ValueError: if a stream is named twice; `UnknownStreamError`, a ValueError, if one is
+                not open. None is closed then.
+        """
+        self._close(streams)
+
+    def ready(self, streams: Streams | None = None) -> bool | npt.NDArray[np.bool_]:
+        """Return which streams have taken at least `receptive_field` steps.
+
+        Args:
+            streams: an id, a list or tuple of ids, or an int64 array `(M,)`; None: the default
+                streams.
+
+        Returns:
+            A bool for an id, otherwise a bool array `(M,)`.
+
+        Raises:
+            UnknownStreamError: a ValueError, if a stream is not open.
+        """
+        return self._ready(streams)
+
+    def position(self, streams: Streams | None = None) -> int | npt.NDArray[np.int64]:
+        """Return how many steps streams have taken.
+
+        It does not wait: a step in progress is not counted.
+
+        Args:
+            streams: as `ready` has it.
+
+        Returns:
+            An int for an id, otherwise an int64 array `(M,)`.
+
+        Raises:
+            UnknownStreamError: a ValueError, if a stream is not open.
+        """
+        return self._position(streams)
+
+    def clean_state(self, streams: Streams | None = None) -> None:
+        """Forget what streams have seen. They stay open, with the same ids.
+
+        Args:
+            streams: as `ready` has it; but None: every open stream.
+
+        Raises:
+            ValueError: as `close`. No stream is changed then.
+        """
+        self._clean_state(streams)
+
+    def get_state(self, streams: Streams | None = None) -> list[bytes]:
+        """Return copies of streams' states.
+
+        A copy says which model and which weights it belongs to. It is the same on every machine.
+
+        Args:
+            streams: as `ready` has it.
+
+        Returns:
+            A list of bytes, one for each stream (also for a single id).
+
+        Raises:
+            UnknownStreamError: a ValueError, if a stream is not open.
+        """
+        return self._get_state(streams)
+
+    def set_state(
+        self,
+        states: Sequence[bytes] | dict[str, Any],
+        streams: Streams | None = None,
+        *,
+        other_weights: bool = False,
+    ) -> None:
+        """Put copies of states into streams, which go on from there.
+
+        Args:
+            states: what `get_state` gave, here or in another session of the same model with the
+                same `cache_dtype`; or what the `get_state` of the Keras model gave.
+            streams: as `ready` has it, as many as there are states.
+            other_weights: also take copies of the same model with other weights.
+
+        Raises:
+            OtherModelError: a ValueError, if a copy is of another model, or of other weights.
+            ValueError: if there are too few or too many states, or one is damaged; also as `close`.
+                No stream is changed then.
+        """
+        if isinstance(states, (bytes, bytearray, memoryview)):
+            states = [states]
+        elif not _is_sequence_of_bytes(states):
+            states = self._states_from_keras(states)
+        self._set_state(states, streams, other_weights)
+
+    def _states_from_keras(self, state):
+        from continual_transformers_tf.models.keras_state import blocks_from_keras_state
+
+        blocks, positions = blocks_from_keras_state(self._plan(), self._state_entries(), state)
+        return [self._make_state(block, p) for block, p in zip(blocks, positions, strict=True)]
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self._name
+
+    @property
+    def inputs(self) -> tuple[ArraySpec, ...]:
+        """Names, shapes and dtypes of the model's inputs, in Keras' order."""
+        return tuple(ArraySpec(*spec) for spec in self._inputs)
+
+    @property
+    def outputs(self) -> tuple[ArraySpec, ...]:
+        """Names, shapes and dtypes of the model's outputs, in Keras' order."""
+        return tuple(ArraySpec(*spec) for spec in self._outputs)
+
+    @property
+    def receptive_field(self) -> int:
+        """How many steps an output depends on."""
+        return self._receptive_field
+
+    @property
+    def delay(self) -> int:
+        """How many steps an output comes after the input that it belongs to."""
+        return self._delay
+
+    @property
+    def block(self) -> int:
+        """How many tokens a step takes: 1."""
+        return self._block
+
+    @property
+    def open_streams(self) -> int:
+        """How many streams are open."""
+        return self._open_streams
+
+    @property
+    def streams(self) -> int | None:
+        """How many streams may be open at once; None: no limit."""
+        return self._limit or None
+
+    @property
+    def threads(self) -> int:
+        """How many threads a step of many rows may use."""
+        return self._threads
+
+    @property
+    def weights_dtype(self) -> str:
+        """The dtype in which kernels of dense products are kept."""
+        return self._weights_dtype
+
+    @property
+    def cache_dtype(self) -> str:
+        """The dtype in which keys and values of past steps are kept."""
+        return self._cache_dtype
+
+    @property
+    def device(self) -> str:
+        """Where steps run: "cpu"."""
+        return "cpu"
+
+    @property
+    def state_bytes(self) -> int:
+        """The size of one copy that `get_state` gives, in bytes."""
+        return self._state_bytes
+
+    def memory(self) -> Memory:
+        """Return what the session holds in memory, in bytes."""
+        return Memory(**self._memory())
+
+    def profile(self, streams: int = 1, repeat: int = 100) -> Profile:
+        """Measure what each part of a step takes.
+
+        It steps new streams of its own on zeros, with full windows. Other calls can go on
+        meanwhile, and disturb the measurement.
+
+        Args:
+            streams: how many streams each step has.
+            repeat: how many steps to take.
+
+        Returns:
+            A `Profile`, which prints as a table: a row for each part, with the mean of its time.
+        """
+        streams = _whole("streams", streams, 1)
+        repeat = _whole("repeat", repeat, 1)
+        rows = self._profile(streams, repeat)
+        return Profile(
+            (ProfileRow(name, op, seconds / repeat) for name, op, seconds in rows), streams, repeat
+        )
+
+    def __reduce__(self):
+        options = {
+            "streams": self._limit,
+            "threads": self._threads,
+            "cache_dtype": self._cache_dtype,
+            "weights_dtype": self._weights_dtype,
+        }
+        return _unpickle, (type(self), self._model_bytes(), options, self.release_gil)
+
+    def __repr__(self):
+        inputs = ", ".join(map(str, self.inputs))
+        outputs = ", ".join(map(str, self.outputs))
+        limit = f" of {self.streams}" if self.streams else ""
+        return (
+            f"<Session {self.name!r}: {inputs} -> {outputs}; receptive field "
+            f"{self.receptive_field}, delay {self.delay}; {self.open_streams}{limit} streams open, "
+            f"caches {self.cache_dtype}, weights {self.weights_dtype}, threads {self.threads}>"
+        )
+
+
+def _unpickle(cls, data, options, release_gil):
+    session = cls._make(data, False, options)
+    session.release_gil = release_gil
+    return session
+
+
+def _is_sequence_of_bytes(states):
+    return isinstance(states, (list, tuple)) and all(
+        isinstance(state, (bytes, bytearray, memoryview)) for state in states
+    )
+
+
+def _lowered(model, seq_len, cache_dtype, weights_dtype):
+    """The model file of a Keras model, as bytes."""
+    if isinstance(model, (str, bytes, os.PathLike)):
+        raise TypeError(
+            f"Expected a Keras model, but got {model!r}. Session.load({model!r}) reads a model file"
+        )
+    from continual_transformers_tf.models.lowering import lower
+
+    return lower(model, seq_len, cache_dtype, weights_dtype).to_bytes()
+
+
+def _whole(name, number, least):
+    try:
+        whole = number.__index__()
+    except AttributeError:
+        raise TypeError(f"Expected {name} to be an int, but got {number!r}") from None
+    if isinstance(number, bool) or not least <= whole < 2**31:
+        raise ValueError(f"Expected {name} to be an int of {least} or more, but got {number!r}")
+    return whole
+
+
+def _dtype_name(name, dtype, known):
+    if dtype is None:
+        return None
+    text = dtype if isinstance(dtype, str) else getattr(dtype, "name", None)
+    if text is None and isinstance(dtype, type):
+        text = dtype.__name__
+    if text not in known:
+        raise ValueError(f"Expected {name} to be None or one of {known}, but got {dtype!r}")
+    return text
+
+
+def _checked_options(streams, threads, weights_dtype, cache_dtype, device):
+    """The options as the native session takes them."""
+    if device not in DEVICES:
+        raise ValueError(
+            f"Expected device to be 'cpu', but got {device!r}. A Session does not run on other "
+            "devices; the layers of this package do, in TensorFlow"
+        )
+    return {
+        "streams": 0 if streams is None else _whole("streams", streams, 1),
+        "threads": _whole("threads", threads, 1),
+        "cache_dtype": _dtype_name("cache_dtype", cache_dtype, CACHE_DTYPES),
+        "weights_dtype": _dtype_name("weights_dtype", weights_dtype, WEIGHTS_DTYPES),
+    }
+
+
+def _checked_path(path):
+    path = os.fsdecode(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(errno.ENOENT, "There is no such model file", path)
+    return path
