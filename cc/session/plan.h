@@ -17,9 +17,9 @@ namespace continual_transformers {
 
 enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16, kInt32, kInt64, kBool };
 
-int64_t SizeOf(DType dtype);               // Bytes.
-const char* NameOf(DType dtype);           // "float32"
-DType DTypeOf(const std::string& name);    // Throws Error.
+int64_t SizeOf(DType dtype);             // Bytes.
+const char* NameOf(DType dtype);         // "float32"
+DType DTypeOf(const std::string& name);  // Throws Error.
 
 // A tensor of the model file. `data` may be unaligned.
 struct Tensor {
@@ -102,8 +102,12 @@ struct Plan {
   std::vector<Value> values;
   std::vector<Port> inputs, outputs;
   std::vector<Node> nodes;
-  std::string json;         // All of it, as it was read.
-  uint64_t fingerprint;     // See docs/model_file.md; of the plan's own cache dtype.
+  std::string json;       // All of it, as it was read.
+  uint64_t architecture;  // The fingerprint before the cache dtype enters it.
+  uint64_t fingerprint;   // See docs/model_file.md; of the plan's own cache dtype.
+
+  // The fingerprint with another cache dtype, as a session may have one.
+  uint64_t FingerprintWith(DType cache_dtype) const;
 };
 
 // The tensor of that name, or null.

@@ -1,0 +1,125 @@
+// What ParsePlan knows about each op: one entry of a table. An op that is added to
+// docs/model_file.md is added to plan.h's Op, and here.
+
+#ifndef CONTINUAL_TRANSFORMERS_SESSION_PLAN_OPS_H_
+#define CONTINUAL_TRANSFORMERS_SESSION_PLAN_OPS_H_
+
+#include <cstdint>
+#include <limits>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cc/session/plan.h"
+
+namespace continual_transformers {
+
+constexpr int64_t kMostElements = std::numeric_limits<int32_t>::max();
+constexpr size_t kMostAxes = 8;
+
+struct AttributeEntry {
+  enum class Type { kWhole, kNumber, kNumberOrNull, kBool, kChoice, kWholes };
+
+  std::string name;
+  Type type;
+  // Of kWhole, both ends included, and of kNumber.
+  int64_t least = 0, most = 0;
+  double number_least = 0;
+  std::vector<std::string> choices;
+
+  static AttributeEntry Whole(std::string name, int64_t least, int64_t most = kMostElements);
+  static AttributeEntry Number(std::string name,
+                               double least = std::numeric_limits<double>::lowest());
+  static AttributeEntry NumberOrNull(std::string name);  // May be left out.
+  static AttributeEntry Bool(std::string name);
+  static AttributeEntry Choice(std::string name, std::vector<std::string> choices);
+  static AttributeEntry Wholes(std::string name);
+};
+
+// One of an op's functions, and the attributes that only it has.
+struct FunctionEntry {
+  std::string name;
+  std::vector<AttributeEntry> attributes;
+};
+
+struct WeightEntry {
+  enum class Kind {
+    kCompute,  // Of the compute dtype.
+    kKernel,   // Or of the weights dtype.
+    kInt64,
+  };
+
+  std::string name;
+  Kind kind = Kind::kCompute;
+  bool needed = true;
+};
+
+enum class ValueKind { kCompute, kIndex, kBool, kAny };
+enum class OutputKind { kCompute, kBool, kSameAsInput, kAny };
+
+class NodeCheck;
+
+struct OpEntry {
+  Op op;
+  std::string name;
+  std::vector<ValueKind> inputs;
+  OutputKind output;
+  std::vector<WeightEntry> weights;
+  std::vector<FunctionEntry> functions;  // What the attribute `function` may be; none: has none.
+  std::vector<AttributeEntry> attributes;
+  // Checks shapes, and what else is not in this table.
+  void (*check)(const NodeCheck& node);
+  // Roughly the bytes of its part of a stream block, at most; null: it has no state.
+  double (*state_bytes)(const NodeCheck& node) = nullptr;
+  std::vector<std::string> masks = {};  // Each may be left out.
+  bool more_inputs = false;             // Any number, at least one, each as inputs[0] says.
+};
+
+const std::vector<OpEntry>& OpEntries();
+const OpEntry* FindOpEntry(const std::string& name);  // Null: there is no such op.
+
+// A node whose inputs, outputs, masks, weights and attributes are those that its op has; what is
+// left to check is what they say together.
+class NodeCheck {
+ public:
+  // `is_token`, for each value of the plan: whether it is an input of the plan, perhaps reshaped or
+  // strided.
+  NodeCheck(const Plan& plan, const Node& node, const std::map<std::string, const Tensor*>& weights,
+            const std::vector<bool>& is_token, std::string where)
+      : plan_(plan),
+        node_(node),
+        weights_(weights),
+        is_token_(is_token),
+        where_(std::move(where)) {}
+
+  const Node& node() const { return node_; }
+  size_t inputs() const { return node_.inputs.size(); }
+  const Value& input(size_t i) const { return plan_.values[node_.inputs[i]]; }
+  const Value& output() const { return plan_.values[node_.outputs[0]]; }
+  bool InputIsToken(size_t i) const { return is_token_[node_.inputs[i]]; }
+  const Tensor* weight(const std::string& name) const;  // Null: left out.
+  int64_t compute_bytes() const { return SizeOf(plan_.compute_dtype); }
+
+  // Each throws where it is not so.
+  void ExpectAxes(size_t input, size_t axes) const;
+  void ExpectSomeAxes(size_t input) const;
+  void ExpectInput(size_t input, const std::vector<int64_t>& shape) const;
+  void ExpectOutput(const std::vector<int64_t>& shape) const;
+  void ExpectWeight(const std::string& name, const std::vector<int64_t>& shape) const;
+  int64_t ExpectAxis(size_t input) const;  // The attribute `axis`, one of the input's.
+  [[noreturn]] void Fail(const std::string& sentence) const;
+
+ private:
+  const Plan& plan_;
+  const Node& node_;
+  const std::map<std::string, const Tensor*>& weights_;
+  const std::vector<bool>& is_token_;
+  std::string where_;
+};
+
+std::string ShapeText(const std::vector<int64_t>& shape);  // "[3, 4]"
+
+}  // namespace continual_transformers
+
+#endif  // CONTINUAL_TRANSFORMERS_SESSION_PLAN_OPS_H_
