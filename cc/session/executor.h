@@ -32,13 +32,13 @@ struct StateEntry {
 };
 
 struct StepCall {
-  const void* const* inputs;   // Of each input of the plan [M, T, ...], contiguous.
-  void* const* outputs;        // Of each output of the plan [M, T, ...]; a null one is not wanted.
-  const bool* key_mask;        // [M, T]: which steps have a key; null: all.
-  int64_t streams;             // M
-  int64_t steps;               // T
-  char* const* blocks;         // [M]
-  const int64_t* positions;    // [M], steps taken before this call; the caller advances them.
+  const void* const* inputs;  // Of each input of the plan [M, T, ...], contiguous.
+  void* const* outputs;       // Of each output of the plan [M, T, ...]; a null one is not wanted.
+  const bool* key_mask;       // [M, T]: which steps have a key; null: all.
+  int64_t streams;            // M
+  int64_t steps;              // T
+  char* const* blocks;        // [M]
+  const int64_t* positions;   // [M], steps taken before this call; the caller advances them.
 };
 
 // What is allocated beforehand for calls of up to so many rows; one for each call in progress.
@@ -63,7 +63,8 @@ class Executor {
   std::unique_ptr<Arena> NewArena() const;
   // Throws Error (kInvalidArgument) for a token out of range; nothing has changed then.
   void Check(const StepCall& call) const;
-  // Cannot fail once Check has passed. Grows the arena where the call has more rows than any before.
+  // Cannot fail once Check has passed. Grows the arena where the call has more rows than any
+  // before.
   void Step(const StepCall& call, Arena* arena) const;
   // Roughly how long a call takes, in nanoseconds.
   int64_t EstimatedNanoseconds(int64_t streams, int64_t steps) const;

@@ -1,0 +1,249 @@
+#include "cc/attention/activations.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "cc/attention/targets.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cc/attention/activations.cc"
+#include "hwy/foreach_target.h"
+// After foreach_target.h, or they would be there for one target only.
+#include "cc/attention/vector_math-inl.h"
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace continual_transformers {
+namespace HWY_NAMESPACE {
+
+// y[i] = f(x[i]), a vector of lanes at a time.
+template <typename T, class F>
+HWY_INLINE void Map(const T* x, int64_t size, T* y, const F& f) {
+  const hn::ScalableTag<T> d;
+  constexpr int64_t kLanes = hn::Lanes(d);
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) hn::StoreU(f(d, hn::LoadU(d, x + i)), d, y + i);
+  if (i < size) hn::StoreN(f(d, hn::LoadN(d, x + i, size - i)), d, y + i, size - i);
+}
+
+// 1 / (1 + exp(-x)). The exponential of what is not positive cannot overflow.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V SigmoidOf(D d, V x) {
+  const V one = hn::Set(d, hn::TFromD<D>(1));
+  const V e = ExpOfNonPositive(d, hn::Neg(hn::Abs(x)));
+  return hn::Div(hn::IfThenElse(hn::Lt(x, hn::Zero(d)), e, one), hn::Add(one, e));
+}
+
+// By exponentials where these do not cancel; nearer to 0 by the first terms of the series, of which
+// the next would be less than 1e-8 of the result in float and 1e-16 in double.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V TanhOf(D d, V x) {
+  using T = hn::TFromD<D>;
+  const auto set = [d](double v) HWY_ATTR { return hn::Set(d, static_cast<T>(v)); };
+  const V a = hn::Abs(x), one = set(1);
+  const V e = ExpOfNonPositive(d, hn::Mul(set(-2), a));
+  const V far = hn::Div(hn::Sub(one, e), hn::Add(one, e));
+  const V square = hn::Mul(x, x);
+  constexpr double kTerms[] = {
+      -1.0 / 3,         2.0 / 15,          -17.0 / 315,           62.0 / 2835,
+      -1382.0 / 155925, 21844.0 / 6081075, -929569.0 / 638512875, 6404582.0 / 10854718875.0};
+  constexpr int kCount = sizeof(T) == 4 ? 5 : 8;
+  V p = set(kTerms[kCount - 1]);
+  for (int i = kCount - 2; i >= 0; --i) p = hn::MulAdd(p, square, set(kTerms[i]));
+  const V near = hn::MulAdd(hn::Mul(p, square), a, a);
+  const V result = hn::IfThenElse(hn::Lt(a, set(sizeof(T) == 4 ? 0.25 : 0.12)), near, far);
+  return hn::CopySign(result, x);
+}
+
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V GeluOf(D d, V x) {
+  using T = hn::TFromD<D>;
+  const V tail =
+      ErfcOfNonNegative(d, hn::Mul(hn::Abs(x), hn::Set(d, static_cast<T>(0.70710678118654752))));
+  const V twice = hn::IfThenElse(hn::Lt(x, hn::Zero(d)), tail, hn::Sub(hn::Set(d, T(2)), tail));
+  return hn::Mul(hn::Mul(hn::Set(d, T(0.5)), x), twice);
+}
+
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V GeluTanhOf(D d, V x) {
+  using T = hn::TFromD<D>;
+  const auto set = [d](double v) HWY_ATTR { return hn::Set(d, static_cast<T>(v)); };
+  // 0.5 (1 + tanh(u)) is the sigmoid of 2u, in which nothing cancels.
+  const V u = hn::Mul(set(2 * 0.79788456080286536),
+                      hn::MulAdd(hn::Mul(set(0.044715), hn::Mul(x, x)), x, x));
+  return hn::Mul(x, SigmoidOf(d, u));
+}
+
+// Functions that are common enough to be taken a vector at a time; false for others.
+template <typename T>
+bool ApplyVectors(const FunctionSpec& spec, const T* x, int64_t size, T* y) {
+  switch (spec.function) {
+    case Function::kGelu:
+      Map(x, size, y, [](auto d, auto v) HWY_ATTR { return GeluOf(d, v); });
+      return true;
+    case Function::kGeluTanh:
+      Map(x, size, y, [](auto d, auto v) HWY_ATTR { return GeluTanhOf(d, v); });
+      return true;
+    case Function::kSigmoid:
+      Map(x, size, y, [](auto d, auto v) HWY_ATTR { return SigmoidOf(d, v); });
+      return true;
+    case Function::kSilu:
+      Map(x, size, y, [](auto d, auto v) HWY_ATTR { return hn::Mul(v, SigmoidOf(d, v)); });
+      return true;
+    case Function::kTanh:
+      Map(x, size, y, [](auto d, auto v) HWY_ATTR { return TanhOf(d, v); });
+      return true;
+    default:
+      return false;
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace continual_transformers
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace continual_transformers {
+namespace {
+
+template <typename T>
+bool TryVectors(const FunctionSpec& spec, const T* x, int64_t size, T* y) {
+  CONTINUAL_TRANSFORMERS_DISPATCH(ApplyVectors, spec, x, size, y);
+}
+
+template <typename T, class F>
+void Each(const T* x, int64_t size, T* y, const F& f) {
+  for (int64_t i = 0; i < size; ++i) y[i] = f(x[i]);
+}
+
+template <typename T>
+T SoftplusOf(T x) {
+  return std::max(x, T(0)) + std::log1p(std::exp(-std::abs(x))) + (x - x);  // x - x: NaN stays.
+}
+
+template <typename T>
+T Clip(T x, T low, T high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+}  // namespace
+
+template <typename T>
+void Apply(const FunctionSpec& spec, const T* x, int64_t size, T* y) {
+  if (TryVectors(spec, x, size, y)) return;
+  const T a = static_cast<T>(spec.a), b = static_cast<T>(spec.b), c = static_cast<T>(spec.c);
+  switch (spec.function) {
+    case Function::kAbsolute:
+      return Each(x, size, y, [](T v) { return std::abs(v); });
+    case Function::kCelu:
+      return Each(x, size, y, [a](T v) { return v > 0 ? v : a * std::expm1(v / a); });
+    case Function::kCos:
+      return Each(x, size, y, [](T v) { return std::cos(v); });
+    case Function::kElu:
+      return Each(x, size, y, [a](T v) { return v > 0 ? v : a * std::expm1(v); });
+    case Function::kExponential:
+      return Each(x, size, y, [](T v) { return std::exp(v); });
+    case Function::kHardShrink:
+      return Each(x, size, y, [a](T v) { return std::abs(v) <= a ? T(0) : v; });
+    case Function::kHardSigmoid:
+      return Each(x, size, y, [](T v) { return Clip(v + 3, T(0), T(6)) / 6; });
+    case Function::kHardSilu:
+      return Each(x, size, y, [](T v) { return v * (Clip(v + 3, T(0), T(6)) / 6); });
+    case Function::kHardTanh:
+      return Each(x, size, y, [](T v) { return Clip(v, T(-1), T(1)); });
+    case Function::kLeakyRelu:
+      return Each(x, size, y, [a](T v) { return v < 0 ? a * v : v; });
+    case Function::kLinear:
+      if (x != y) std::copy_n(x, size, y);
+      return;
+    case Function::kLog:
+      return Each(x, size, y, [](T v) { return std::log(v); });
+    case Function::kLog1p:
+      return Each(x, size, y, [](T v) { return std::log1p(v); });
+    case Function::kLogSigmoid:
+      return Each(x, size, y, [](T v) { return -SoftplusOf(-v); });
+    case Function::kMish:
+      return Each(x, size, y, [](T v) { return v * std::tanh(SoftplusOf(v)); });
+    case Function::kNegative:
+      return Each(x, size, y, [](T v) { return -v; });
+    case Function::kReciprocal:
+      return Each(x, size, y, [](T v) { return 1 / v; });
+    case Function::kRelu:
+      if (a == 0 && c == 0 && std::isinf(b)) {
+        return Each(x, size, y, [](T v) { return v < 0 ? T(0) : v; });
+      }
+      return Each(x, size, y, [a, b, c](T v) { return v < c ? a * (v - c) : v > b ? b : v; });
+    case Function::kRsqrt:
+      return Each(x, size, y, [](T v) { return 1 / std::sqrt(v); });
+    case Function::kSelu:
+      return Each(x, size, y, [](T v) {
+        constexpr T kScale = T(1.0507009873554805), kAlpha = T(1.6732632423543772);
+        return kScale * (v > 0 ? v : kAlpha * std::expm1(v));
+      });
+    case Function::kSign:
+      return Each(x, size, y, [](T v) { return v > 0 ? T(1) : v < 0 ? T(-1) : v; });
+    case Function::kSin:
+      return Each(x, size, y, [](T v) { return std::sin(v); });
+    case Function::kSoftShrink:
+      return Each(x, size, y, [a](T v) { return v > a ? v - a : v < -a ? v + a : v * 0; });
+    case Function::kSoftplus:
+      return Each(x, size, y, [](T v) { return SoftplusOf(v); });
+    case Function::kSoftsign:
+      return Each(x, size, y, [](T v) { return v / (1 + std::abs(v)); });
+    case Function::kSparsePlus:
+      return Each(x, size, y, [](T v) {
+        return v <= -1 ? T(0) : v >= 1 ? v : (v + 1) * (v + 1) / 4;
+      });
+    case Function::kSparseSigmoid:
+      return Each(x, size, y, [](T v) { return v <= -1 ? T(0) : v >= 1 ? T(1) : (v + 1) / 2; });
+    case Function::kSqrt:
+      return Each(x, size, y, [](T v) { return std::sqrt(v); });
+    case Function::kSquare:
+      return Each(x, size, y, [](T v) { return v * v; });
+    case Function::kSquareplus:
+      return Each(x, size, y, [a](T v) { return (v + std::sqrt(v * v + a)) / 2; });
+    case Function::kTanhShrink:
+      return Each(x, size, y, [](T v) { return v - std::tanh(v); });
+    case Function::kThreshold:
+      return Each(x, size, y, [a, b](T v) { return v <= a ? b : v; });
+    case Function::kGelu:
+    case Function::kGeluTanh:
+    case Function::kSigmoid:
+    case Function::kSilu:
+    case Function::kTanh:
+      return;  // By vectors.
+  }
+}
+
+int64_t CyclesPerElement(Function function) {
+  switch (function) {
+    case Function::kAbsolute:
+    case Function::kHardShrink:
+    case Function::kHardSigmoid:
+    case Function::kHardSilu:
+    case Function::kHardTanh:
+    case Function::kLeakyRelu:
+    case Function::kLinear:
+    case Function::kNegative:
+    case Function::kRelu:
+    case Function::kSign:
+    case Function::kSquare:
+      return 1;
+    case Function::kGelu:
+    case Function::kGeluTanh:
+    case Function::kSigmoid:
+    case Function::kSilu:
+    case Function::kTanh:
+      return 6;
+    default:
+      return 30;
+  }
+}
+
+template void Apply<float>(const FunctionSpec&, const float*, int64_t, float*);
+template void Apply<double>(const FunctionSpec&, const double*, int64_t, double*);
+
+}  // namespace continual_transformers
+#endif  // HWY_ONCE

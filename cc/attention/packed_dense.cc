@@ -1,0 +1,236 @@
+#include "cc/attention/packed_dense.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <type_traits>
+
+#include "cc/attention/elementwise.h"
+#include "cc/attention/half.h"
+#include "cc/attention/targets.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cc/attention/packed_dense.cc"
+#include "hwy/foreach_target.h"
+// After foreach_target.h, or they would be there for one target only.
+#include "cc/attention/vector_math-inl.h"
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace continual_transformers {
+namespace HWY_NAMESPACE {
+
+// One panel of the output.
+template <typename T, typename W>
+class Panel {
+ public:
+  Panel(const PackedDense<T, W>& dense, int64_t panel)
+      : inputs_(dense.kernel->inputs()),
+        outputs_(dense.kernel->outputs()),
+        rows_(dense.rows),
+        column_(panel * kPanelColumns),
+        columns_(std::min(kPanelColumns, outputs_ - column_)),
+        width_((columns_ + kPanelStep - 1) / kPanelStep * kPanelStep),
+        w_(dense.kernel->panel(panel)),
+        bias_(dense.bias == nullptr ? nullptr : dense.bias + column_),
+        x_(dense.input),
+        residual_(dense.residual == nullptr ? nullptr : dense.residual + column_),
+        y_(dense.output + column_) {}
+
+  void Multiply() const {
+    int64_t row = 0;
+    for (; rows_ - row >= kManyRows; row += kManyRows) Columns<kManyRows, kManyVectors, 1>(row);
+    switch (rows_ - row) {
+      case 5:
+        return Columns<5, kManyVectors, 1>(row);
+      case 4:
+        return Columns<4, kManyVectors, 1>(row);
+      case 3:
+        return Columns<3, kManyVectors, 1>(row);
+      case 2:
+        return Columns<2, kTwoVectors, 1>(row);
+      case 1:
+        return Columns<1, kOneVectors, kOneChains>(row);
+    }
+  }
+
+ private:
+  using D = hn::ScalableTag<T>;
+  using V = hn::Vec<D>;
+  static constexpr int64_t kLanes = hn::Lanes(D());
+  static constexpr bool kManyRegisters = HWY_TARGET == HWY_AVX3 || !HWY_ARCH_X86;
+  // Sums that stay in registers: 6 rows of 4 vectors of 32 registers, 6 of 2 of 16.
+  static constexpr int kManyRows = 6;
+  static constexpr int kManyVectors = kManyRegisters ? 4 : 2;
+  static constexpr int kTwoVectors = 4;
+  // A row alone wants eight chains of sums, so that none is waited for, and reads its panel in
+  // whole lines: where a panel is four vectors wide, even and odd inputs have sums of their own.
+  static constexpr int kOneVectors = std::min<int64_t>(8, kPanelColumns / kLanes);
+  static constexpr int kOneChains = 8 / kOneVectors;
+
+  // kRows rows of all columns, kVectors vectors of columns at a time.
+  template <int kRows, int kVectors, int kChains>
+  void Columns(int64_t row) const {
+    int64_t c = 0;
+    for (; c + kVectors * kLanes <= width_; c += kVectors * kLanes) {
+      Block<kRows, kVectors, kChains>(row, c);
+    }
+    if constexpr (kVectors > 1) {
+      // What is left of a narrow panel; a constant ends each loop over vectors.
+      constexpr int kHalf = kVectors / 2;
+      for (; c + kHalf * kLanes <= width_; c += kHalf * kLanes) {
+        Block<kRows, kHalf, kChains>(row, c);
+      }
+      for (; c < width_; c += kLanes) Block<kRows, 1, kChains>(row, c);
+    }
+  }
+
+  template <int kRows, int kVectors, int kChains>
+  HWY_INLINE void Block(int64_t row, int64_t c) const {
+    const D d;
+    const T* HWY_RESTRICT x[kRows];
+    for (int r = 0; r < kRows; ++r) x[r] = x_ + (row + r) * inputs_;
+    V sum[kChains][kRows][kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      const V bias = bias_ == nullptr ? hn::Zero(d) : LoadColumns(bias_, c + v * kLanes);
+      for (int r = 0; r < kRows; ++r) {
+        sum[0][r][v] = bias;
+        for (int chain = 1; chain < kChains; ++chain) sum[chain][r][v] = hn::Zero(d);
+      }
+    }
+    const W* HWY_RESTRICT w = w_ + c;
+    int64_t i = 0;
+    for (; i + kChains <= inputs_; i += kChains) {
+      for (int chain = 0; chain < kChains; ++chain, w += width_) {
+        V kernel[kVectors];
+        for (int v = 0; v < kVectors; ++v) kernel[v] = LoadWide(d, w + v * kLanes);
+        for (int r = 0; r < kRows; ++r) {
+          const V value = hn::Set(d, x[r][i + chain]);
+          for (int v = 0; v < kVectors; ++v) {
+            sum[chain][r][v] = hn::MulAdd(value, kernel[v], sum[chain][r][v]);
+          }
+        }
+      }
+    }
+    for (; i < inputs_; ++i, w += width_) {
+      for (int r = 0; r < kRows; ++r) {
+        const V value = hn::Set(d, x[r][i]);
+        for (int v = 0; v < kVectors; ++v) {
+          sum[0][r][v] = hn::MulAdd(value, LoadWide(d, w + v * kLanes), sum[0][r][v]);
+        }
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t at = (row + r) * outputs_;
+      for (int v = 0; v < kVectors; ++v) {
+        V total = sum[0][r][v];
+        for (int chain = 1; chain < kChains; ++chain) total = hn::Add(total, sum[chain][r][v]);
+        const int64_t column = c + v * kLanes;
+        if (residual_ != nullptr) {
+          total = hn::Add(total, LoadColumns(residual_ + at, column));
+        }
+        if (column + kLanes <= columns_) {
+          hn::StoreU(total, d, y_ + at + column);
+        } else if (column < columns_) {
+          hn::StoreN(total, d, y_ + at + column, columns_ - column);
+        }
+      }
+    }
+  }
+
+  // Columns from `column` on of a row that ends with the output's, where the panel's may go on.
+  HWY_INLINE V LoadColumns(const T* p, int64_t column) const {
+    const D d;
+    if (column + kLanes <= columns_) return hn::LoadU(d, p + column);
+    return column < columns_ ? hn::LoadN(d, p + column, columns_ - column) : hn::Zero(d);
+  }
+
+  const int64_t inputs_, outputs_, rows_;
+  const int64_t column_, columns_, width_;
+  const W* w_;
+  const T* bias_;
+  const T* x_;
+  const T* residual_;
+  T* y_;
+};
+
+template <typename T, typename W>
+void MultiplyPanels(const PackedDense<T, W>& dense, int64_t begin, int64_t end) {
+  for (int64_t panel = begin; panel < end; ++panel) Panel<T, W>(dense, panel).Multiply();
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace continual_transformers
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace continual_transformers {
+namespace {
+
+// Elements of all panels.
+int64_t PackedSize(int64_t inputs, int64_t outputs) {
+  return inputs * ((outputs + kPanelStep - 1) / kPanelStep * kPanelStep);
+}
+
+}  // namespace
+
+template <typename T, typename W>
+void PackedKernel<T, W>::Free::operator()(void* p) const {
+  std::free(p);
+}
+
+template <typename T, typename W>
+PackedKernel<T, W>::PackedKernel(const T* kernel, int64_t inputs, int64_t outputs)
+    : inputs_(inputs), outputs_(outputs) {
+  const size_t size = (bytes() + 63) / 64 * 64;
+  data_.reset(static_cast<W*>(std::aligned_alloc(64, std::max<size_t>(64, size))));
+  if (data_ == nullptr) throw std::bad_alloc();
+  std::memset(static_cast<void*>(data_.get()), 0, size);
+  for (int64_t i = 0; i < panels(); ++i) {
+    const int64_t column = i * kPanelColumns;
+    const int64_t columns = std::min(kPanelColumns, outputs - column);
+    const int64_t width = (columns + kPanelStep - 1) / kPanelStep * kPanelStep;
+    W* to = data_.get() + column * inputs;
+    for (int64_t row = 0; row < inputs; ++row) {
+      const T* from = kernel + row * outputs + column;
+      if constexpr (std::is_same_v<T, W>) {
+        std::copy_n(from, columns, to + row * width);
+      } else {
+        Narrow(from, columns, to + row * width);
+      }
+    }
+  }
+}
+
+template <typename T, typename W>
+int64_t PackedKernel<T, W>::bytes() const {
+  return PackedSize(inputs_, outputs_) * static_cast<int64_t>(sizeof(W));
+}
+
+template <typename T, typename W>
+int64_t PackedDenseCyclesPerPanel(const PackedDense<T, W>& dense) {
+  // Of one row, the time to read the kernel from beyond the first cache, 32 bytes a cycle; of many,
+  // to multiply, 16 products a cycle.
+  const int64_t products =
+      dense.kernel->inputs() * std::min(kPanelColumns, dense.kernel->outputs());
+  return products * static_cast<int64_t>(sizeof(W)) / 32 + products * dense.rows / 16;
+}
+
+template <typename T, typename W>
+void TakePackedDense(const PackedDense<T, W>& dense, int64_t begin, int64_t end) {
+  CONTINUAL_TRANSFORMERS_DISPATCH(MultiplyPanels, dense, begin, end);
+}
+
+#define INSTANTIATE(T, W)                                                     \
+  template class PackedKernel<T, W>;                                          \
+  template int64_t PackedDenseCyclesPerPanel<T, W>(const PackedDense<T, W>&); \
+  template void TakePackedDense<T, W>(const PackedDense<T, W>&, int64_t, int64_t)
+INSTANTIATE(float, float);
+INSTANTIATE(float, BFloat16);
+INSTANTIATE(double, double);
+#undef INSTANTIATE
+
+}  // namespace continual_transformers
+#endif  // HWY_ONCE

@@ -1,0 +1,289 @@
+#include "cc/attention/ring_attention.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "cc/attention/half.h"
+#include "cc/attention/ring_cache.h"
+#include "cc/attention/targets.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cc/attention/ring_attention.cc"
+#include "hwy/foreach_target.h"
+// After foreach_target.h, or they would be there for one target only.
+#include "cc/attention/vector_math-inl.h"
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace continual_transformers {
+namespace HWY_NAMESPACE {
+
+template <typename T, typename C>
+class RingPass {
+ public:
+  RingPass(const RingAttentionParams<T, C>& params, int64_t begin, int64_t end)
+      : p_(params),
+        begin_(begin),
+        end_(end),
+        rows_(params.spans.before_wrap.rows + params.spans.after_wrap.rows),
+        stride_(RingAttentionLogits(rows_)) {}
+
+  void Run() {
+    int64_t column = 0;
+    for (const RingSpan& span : {p_.spans.before_wrap, p_.spans.after_wrap}) {
+      Logits(span, column);
+      column += span.rows;
+    }
+    if (p_.key_mask != nullptr) Mask();
+    for (int64_t h = begin_; h < end_; ++h) normalizer_of_[h - begin_] = Weights(h);
+    Sum();
+  }
+
+  // How many heads a pass takes: what waits for the end of it is on the stack.
+  static constexpr int64_t kMostHeads = 64;
+
+ private:
+  using D = hn::ScalableTag<T>;
+  using V = hn::Vec<D>;
+  static constexpr int64_t kLanes = hn::Lanes(D());
+  // How many rows' dot products are taken at a time: one load of the query serves all, and the
+  // chains of additions overlap.
+  static constexpr int64_t kRowsPerDot = 8;
+  static constexpr T kNotAttended = -std::numeric_limits<T>::infinity();
+
+  T* LogitsOf(int64_t head) const { return p_.logits + (head - begin_) * stride_; }
+
+  // Scaled dot products of every head's query with the keys of a span.
+  void Logits(const RingSpan& span, int64_t column) const {
+    for (int64_t i = 0; i < span.rows; i += kRowsPerDot) {
+      const int64_t count = std::min(kRowsPerDot, span.rows - i);
+      const C* key = p_.key + (span.first_row + i) * p_.key_stride;
+      if (p_.next_key != nullptr) {
+        Prefetch(p_.next_key + (span.first_row + i) * p_.key_stride, p_.heads * p_.key_dim,
+                 p_.key_stride, count);
+      }
+      for (int64_t h = begin_; h < end_; ++h) {
+        Dots(p_.query + h * p_.key_dim, key + h * p_.key_dim, count, LogitsOf(h) + column + i);
+      }
+    }
+  }
+
+  // Asks for the first `size` elements of rows, into the second cache.
+  static HWY_INLINE void Prefetch(const C* row, int64_t size, int64_t stride, int64_t rows) {
+    constexpr int64_t kLine = 64 / sizeof(C);
+    for (int64_t r = 0; r < rows; ++r, row += stride) {
+      for (int64_t i = 0; i < size; i += kLine) {
+        __builtin_prefetch(row + i, /*rw=*/0, /*locality=*/2);
+      }
+    }
+  }
+
+  // Of kRowsPerDot keys; where `count` is less, the last stands in for those that are missing.
+  HWY_INLINE void Dots(const T* HWY_RESTRICT query, const C* HWY_RESTRICT key, int64_t count,
+                       T* HWY_RESTRICT logits) const {
+    const D d;
+    const int64_t stride = p_.key_stride;
+    // By name and not in arrays, which the compiler would keep in memory.
+    const C* k0 = key;
+    const C* k1 = k0 + (count > 1 ? stride : 0);
+    const C* k2 = k1 + (count > 2 ? stride : 0);
+    const C* k3 = k2 + (count > 3 ? stride : 0);
+    const C* k4 = k3 + (count > 4 ? stride : 0);
+    const C* k5 = k4 + (count > 5 ? stride : 0);
+    const C* k6 = k5 + (count > 6 ? stride : 0);
+    const C* k7 = k6 + (count > 7 ? stride : 0);
+    V s0 = hn::Zero(d), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0;
+    int64_t at = 0;
+    const int64_t size = p_.key_dim;
+    for (; at + kLanes <= size; at += kLanes) {
+      const V q = hn::LoadU(d, query + at);
+      s0 = hn::MulAdd(q, LoadWide(d, k0 + at), s0);
+      s1 = hn::MulAdd(q, LoadWide(d, k1 + at), s1);
+      s2 = hn::MulAdd(q, LoadWide(d, k2 + at), s2);
+      s3 = hn::MulAdd(q, LoadWide(d, k3 + at), s3);
+      s4 = hn::MulAdd(q, LoadWide(d, k4 + at), s4);
+      s5 = hn::MulAdd(q, LoadWide(d, k5 + at), s5);
+      s6 = hn::MulAdd(q, LoadWide(d, k6 + at), s6);
+      s7 = hn::MulAdd(q, LoadWide(d, k7 + at), s7);
+    }
+    if (at < size) {
+      const size_t rest = size - at;
+      const V q = hn::LoadN(d, query + at, rest);
+      s0 = hn::MulAdd(q, LoadWideN(d, k0 + at, rest), s0);
+      s1 = hn::MulAdd(q, LoadWideN(d, k1 + at, rest), s1);
+      s2 = hn::MulAdd(q, LoadWideN(d, k2 + at, rest), s2);
+      s3 = hn::MulAdd(q, LoadWideN(d, k3 + at, rest), s3);
+      s4 = hn::MulAdd(q, LoadWideN(d, k4 + at, rest), s4);
+      s5 = hn::MulAdd(q, LoadWideN(d, k5 + at, rest), s5);
+      s6 = hn::MulAdd(q, LoadWideN(d, k6 + at, rest), s6);
+      s7 = hn::MulAdd(q, LoadWideN(d, k7 + at, rest), s7);
+    }
+    StoreScaledSums(d, s0, s1, s2, s3, p_.scale, logits);
+    StoreScaledSums(d, s4, s5, s6, s7, p_.scale, logits + 4);
+  }
+
+  // A row without a key has no weight, whatever its key is; its value is zeros (see the caller).
+  void Mask() const {
+    int64_t column = 0;
+    for (const RingSpan& span : {p_.spans.before_wrap, p_.spans.after_wrap}) {
+      const bool* mask = p_.key_mask + span.first_row;
+      for (int64_t i = 0; i < span.rows; ++i) {
+        if (mask[i]) continue;
+        for (int64_t h = begin_; h < end_; ++h) LogitsOf(h)[column + i] = kNotAttended;
+      }
+      column += span.rows;
+    }
+  }
+
+  // Replaces a head's logits by their weights, and returns what normalizes these.
+  T Weights(int64_t h) const {
+    const D d;
+    T* HWY_RESTRICT logits = LogitsOf(h);
+    for (int64_t i = rows_; i < rows_ + kLanes; ++i) logits[i] = kNotAttended;
+    V max = hn::Set(d, kNotAttended);
+    // A NaN is no maximum, but has its say as a weight.
+    for (int64_t i = 0; i < rows_; i += kLanes) {
+      const V x = hn::LoadU(d, logits + i);
+      max = hn::IfThenElse(hn::Gt(x, max), x, max);
+    }
+    const T largest = hn::ReduceMax(d, max);
+    // Nothing attended: -infinity less -infinity would be NaN.
+    const V reference = hn::Set(d, largest == kNotAttended ? T(0) : largest);
+    V sum = hn::Zero(d);
+    for (int64_t i = 0; i < rows_; i += kLanes) {
+      const V weight = ExpOfNonPositive(d, hn::Sub(hn::LoadU(d, logits + i), reference));
+      hn::StoreU(weight, d, logits + i);
+      sum = hn::Add(sum, weight);
+    }
+    const T denominator = hn::ReduceSum(d, sum);
+    return denominator == T(0) ? T(0) : T(1) / denominator;
+  }
+
+  // The weighted sums of values: as many columns at a time as registers hold sums of, of several
+  // heads where heads are small.
+  void Sum() const {
+    const int64_t vectors = p_.value_dim / kLanes;
+    int64_t v = 0;
+    for (; v + 8 <= vectors; v += 8) Heads<1, 8>(v);
+    for (; v + 4 <= vectors; v += 4) Heads<2, 4>(v);
+    for (; v + 2 <= vectors; v += 2) Heads<4, 2>(v);
+    for (; v < vectors; ++v) Heads<8, 1>(v);
+    const size_t rest = p_.value_dim - vectors * kLanes;
+    if (rest > 0) Heads<8, 1>(vectors, rest);
+  }
+
+  // kVectors vectors of columns from vector v on, or `partial` columns, of all heads; kHeads at
+  // once as far as there are so many.
+  template <int kHeads, int kVectors>
+  void Heads(int64_t v, size_t partial = 0) const {
+    int64_t h = begin_;
+    for (; h + kHeads <= end_; h += kHeads) Columns<kHeads, kVectors>(h, v * kLanes, partial);
+    if constexpr (kHeads > 1) {
+      constexpr int kHalf = kHeads / 2;
+      for (; h + kHalf <= end_; h += kHalf) Columns<kHalf, kVectors>(h, v * kLanes, partial);
+      for (; h < end_; ++h) Columns<1, kVectors>(h, v * kLanes, partial);
+    }
+  }
+
+  template <int kHeads, int kVectors>
+  HWY_INLINE void Columns(int64_t h, int64_t column, size_t partial) const {
+    const D d;
+    // Rows in turn have sums of their own where there would be too few chains of additions.
+    constexpr int kChains = std::max(1, 8 / (kHeads * kVectors));
+    const auto load = [d, partial](const C* p) HWY_ATTR {
+      return kVectors == 1 && partial != 0 ? LoadWideN(d, p, partial) : LoadWide(d, p);
+    };
+    V sum[kChains][kHeads][kVectors];
+    for (int c = 0; c < kChains; ++c) {
+      for (int i = 0; i < kHeads; ++i) {
+        for (int v = 0; v < kVectors; ++v) sum[c][i][v] = hn::Zero(d);
+      }
+    }
+    const bool first = h == begin_ && column == 0;
+    const T* HWY_RESTRICT weights = LogitsOf(h);
+    for (const RingSpan& span : {p_.spans.before_wrap, p_.spans.after_wrap}) {
+      const C* HWY_RESTRICT value =
+          p_.value + span.first_row * p_.value_stride + h * p_.value_dim + column;
+      if (first && p_.next_value != nullptr) {
+        Prefetch(p_.next_value + span.first_row * p_.value_stride, p_.heads * p_.value_dim,
+                 p_.value_stride, span.rows);
+      }
+      int64_t row = 0;
+      for (; row + kChains <= span.rows; row += kChains) {
+        for (int c = 0; c < kChains; ++c) {
+          const C* HWY_RESTRICT at = value + (row + c) * p_.value_stride;
+          for (int i = 0; i < kHeads; ++i) {
+            const V weight = hn::Set(d, weights[i * stride_ + row + c]);
+            for (int v = 0; v < kVectors; ++v) {
+              sum[c][i][v] =
+                  hn::MulAdd(weight, load(at + i * p_.value_dim + v * kLanes), sum[c][i][v]);
+            }
+          }
+        }
+      }
+      for (; row < span.rows; ++row) {
+        const C* HWY_RESTRICT at = value + row * p_.value_stride;
+        for (int i = 0; i < kHeads; ++i) {
+          const V weight = hn::Set(d, weights[i * stride_ + row]);
+          for (int v = 0; v < kVectors; ++v) {
+            sum[0][i][v] =
+                hn::MulAdd(weight, load(at + i * p_.value_dim + v * kLanes), sum[0][i][v]);
+          }
+        }
+      }
+      weights += span.rows;
+    }
+    for (int i = 0; i < kHeads; ++i) {
+      const V normalizer = hn::Set(d, normalizer_of_[h + i - begin_]);
+      T* output = p_.output + (h + i) * p_.value_dim + column;
+      for (int v = 0; v < kVectors; ++v) {
+        V total = sum[0][i][v];
+        for (int c = 1; c < kChains; ++c) total = hn::Add(total, sum[c][i][v]);
+        total = hn::Mul(total, normalizer);
+        if (kVectors == 1 && partial != 0) {
+          hn::StoreN(total, d, output, partial);
+        } else {
+          hn::StoreU(total, d, output + v * kLanes);
+        }
+      }
+    }
+  }
+
+  const RingAttentionParams<T, C>& p_;
+  const int64_t begin_;
+  const int64_t end_;
+  const int64_t rows_;
+  const int64_t stride_;
+  T normalizer_of_[kMostHeads];
+};
+
+template <typename T, typename C>
+void AttendHeads(const RingAttentionParams<T, C>& params, int64_t begin, int64_t end) {
+  for (int64_t h = begin; h < end; h += RingPass<T, C>::kMostHeads) {
+    RingPass<T, C>(params, h, std::min(end, h + RingPass<T, C>::kMostHeads)).Run();
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace continual_transformers
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace continual_transformers {
+
+template <typename T, typename C>
+void RingAttention(const RingAttentionParams<T, C>& params, int64_t begin, int64_t end) {
+  CONTINUAL_TRANSFORMERS_DISPATCH(AttendHeads, params, begin, end);
+}
+
+#define INSTANTIATE(T, C) \
+  template void RingAttention<T, C>(const RingAttentionParams<T, C>&, int64_t, int64_t)
+INSTANTIATE(float, float);
+INSTANTIATE(float, BFloat16);
+INSTANTIATE(float, Float16);
+INSTANTIATE(double, double);
+#undef INSTANTIATE
+
+}  // namespace continual_transformers
+#endif  // HWY_ONCE

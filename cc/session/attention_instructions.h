@@ -1,0 +1,216 @@
+// Attention in a plan: over a stream's ring, over all queries of its window, and among the rows of
+// a window that the step has changed as a whole.
+
+#ifndef CONTINUAL_TRANSFORMERS_SESSION_ATTENTION_INSTRUCTIONS_H_
+#define CONTINUAL_TRANSFORMERS_SESSION_ATTENTION_INSTRUCTIONS_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cc/attention/elementwise.h"
+#include "cc/attention/ring_attention.h"
+#include "cc/attention/ring_cache.h"
+#include "cc/session/instruction.h"
+
+namespace continual_transformers {
+
+// Values of the plan, sizes, and places in the stream block, in bytes.
+struct AttentionSpec {
+  int query, key, value, output;
+  int key_mask = -1, query_mask = -1;  // Values of bool [1]; -1: none.
+  int64_t heads, window, key_dim, value_dim;
+  int64_t first_column, end_column, query_delay;
+  double scale;
+  int64_t key_ring, value_ring, mask_ring;
+};
+
+// Whether step r of a frame has a key.
+inline bool HasKey(const Frame& frame, int mask, int64_t r) {
+  return (frame.key_mask == nullptr || frame.key_mask[r]) &&
+         (mask < 0 || frame.Rows<bool>(mask)[r]);
+}
+
+template <typename T, typename C>
+class AttentionInstruction : public Instruction {
+ public:
+  explicit AttentionInstruction(const AttentionSpec& spec)
+      : s_(spec),
+        key_size_(spec.heads * spec.key_dim),
+        value_size_(spec.heads * spec.value_dim),
+        // Rings beyond this are in no near cache when their turn comes, and are asked for before.
+        streams_near_(std::max<int64_t>(1, kNearBytes / RingBytes())) {}
+
+  void Run(const Frame& frame) const override {
+    for (int64_t m = 0; m < frame.streams; ++m) {
+      const char* next =
+          frame.streams > streams_near_ && m + 1 < frame.streams ? frame.blocks[m + 1] : nullptr;
+      for (int64_t t = 0; t < frame.steps; ++t) Step(frame, m, t, next);
+    }
+  }
+
+  int64_t Cycles(int64_t rows) const override {
+    // A read of the ring, 16 bytes a cycle, and for each head what its softmax takes.
+    return rows * (RingBytes() / 16 + s_.heads * (100 + s_.window * 2));
+  }
+
+  int64_t ScratchBytes() const override {
+    return s_.heads * RingAttentionLogits(s_.window) * static_cast<int64_t>(sizeof(T));
+  }
+
+ private:
+  static constexpr int64_t kNearBytes = 256 << 10;
+
+  int64_t RingBytes() const {
+    return s_.window * (key_size_ + value_size_) * static_cast<int64_t>(sizeof(C));
+  }
+
+  void Step(const Frame& frame, int64_t m, int64_t t, const char* next) const {
+    const int64_t r = m * frame.steps + t, position = frame.Position(m, t), n = s_.window;
+    const int64_t row = position % n;
+    char* block = frame.blocks[m];
+    C* keys = reinterpret_cast<C*>(block + s_.key_ring);
+    C* values = reinterpret_cast<C*>(block + s_.value_ring);
+    bool* mask = reinterpret_cast<bool*>(block + s_.mask_ring);
+    // The new row first: softmax does not ask for order, so what is filled of the ring is then one
+    // span. A row without a key is zeros, so that its weight of 0 makes 0 of it and not NaN.
+    const bool has_key = HasKey(frame, s_.key_mask, r);
+    mask[row] = has_key;
+    Put(has_key, frame.Rows<T>(s_.key) + r * key_size_, key_size_, keys + row * key_size_);
+    Put(has_key, frame.Rows<T>(s_.value) + r * value_size_, value_size_,
+        values + row * value_size_);
+
+    T* output = frame.Rows<T>(s_.output) + r * value_size_;
+    const bool asks =
+        position >= s_.query_delay && (s_.query_mask < 0 || frame.Rows<bool>(s_.query_mask)[r]);
+    const RingSpans spans = Spans(position);
+    if (!asks || spans.before_wrap.rows == 0) {
+      std::fill_n(output, value_size_, T(0));
+      return;
+    }
+    const bool masked =
+        std::memchr(mask, 0, static_cast<size_t>(std::min(position + 1, n))) != nullptr;
+    RingAttentionParams<T, C> p;
+    p.query = frame.Rows<T>(s_.query) + r * key_size_;
+    p.key = keys;
+    p.key_stride = key_size_;
+    p.value = values;
+    p.value_stride = value_size_;
+    p.key_mask = masked ? mask : nullptr;
+    p.spans = spans;
+    p.output = output;
+    p.heads = s_.heads;
+    p.key_dim = s_.key_dim;
+    p.value_dim = s_.value_dim;
+    p.scale = static_cast<T>(s_.scale);
+    p.logits = reinterpret_cast<T*>(frame.scratch);
+    p.next_key = next == nullptr ? nullptr : reinterpret_cast<const C*>(next + s_.key_ring);
+    p.next_value = next == nullptr ? nullptr : reinterpret_cast<const C*>(next + s_.value_ring);
+    if (frame.pool == nullptr || s_.heads == 1 || Cycles(1) < kCyclesWorthThreads) {
+      RingAttention(p, 0, s_.heads);
+      return;
+    }
+    const int64_t rows = spans.before_wrap.rows + spans.after_wrap.rows;
+    frame.pool->Share(s_.heads, [&](int64_t head, int64_t) {
+      RingAttentionParams<T, C> one = p;
+      one.logits += head * RingAttentionLogits(rows);
+      RingAttention(one, head, head + 1);
+    });
+  }
+
+  // The rows of the columns that the query attends to, as far as their steps were taken.
+  RingSpans Spans(int64_t position) const {
+    const int64_t n = s_.window;
+    if (s_.first_column == 0 && s_.end_column == n) {
+      return {{0, std::min(position + 1, n)}, {0, 0}};
+    }
+    const int64_t first = std::max<int64_t>(0, position - (n - 1) + s_.first_column);
+    const int64_t end = position - (n - 1) + s_.end_column;
+    if (end <= first) return {{0, 0}, {0, 0}};
+    return FindRingSpans(first, end - first, n);
+  }
+
+  static void Put(bool has_key, const T* from, int64_t size, C* to) {
+    if (!has_key) {
+      std::memset(static_cast<void*>(to), 0, size * sizeof(C));
+    } else if constexpr (std::is_same_v<T, C>) {
+      std::memcpy(to, from, size * sizeof(C));
+    } else {
+      Narrow(from, size, to);
+    }
+  }
+
+  const AttentionSpec s_;
+  const int64_t key_size_, value_size_, streams_near_;
+};
+
+// Attention among the rows of a window that lie in the arena: `query` [Nq, H * D], `key`
+// [N, H * D], `value` [N, H * Dv]. Rows of steps that were never taken are no keys.
+struct WindowAttentionSpec {
+  int query, key, value, output;
+  int64_t heads, queries, window, key_dim, value_dim, band;
+  bool causal;
+  double scale;
+};
+
+template <typename T>
+class WindowAttentionInstruction : public Instruction {
+ public:
+  explicit WindowAttentionInstruction(const WindowAttentionSpec& spec)
+      : s_(spec), key_size_(spec.heads * spec.key_dim), value_size_(spec.heads * spec.value_dim) {}
+
+  void Run(const Frame& frame) const override {
+    for (int64_t m = 0; m < frame.streams; ++m) {
+      for (int64_t t = 0; t < frame.steps; ++t) {
+        Step(frame, m * frame.steps + t, frame.Position(m, t));
+      }
+    }
+  }
+
+  int64_t Cycles(int64_t rows) const override {
+    const int64_t products = s_.window * (key_size_ + value_size_);
+    return rows * s_.queries * (products / 8 + s_.heads * (100 + s_.window * 2));
+  }
+
+  int64_t ScratchBytes() const override {
+    return s_.heads * RingAttentionLogits(s_.window) * static_cast<int64_t>(sizeof(T));
+  }
+
+ private:
+  void Step(const Frame& frame, int64_t r, int64_t position) const {
+    const int64_t n = s_.window, untaken = std::max<int64_t>(0, n - 1 - position);
+    RingAttentionParams<T, T> p;
+    p.key = frame.Rows<T>(s_.key) + r * n * key_size_;
+    p.key_stride = key_size_;
+    p.value = frame.Rows<T>(s_.value) + r * n * value_size_;
+    p.value_stride = value_size_;
+    p.key_mask = nullptr;
+    p.heads = s_.heads;
+    p.key_dim = s_.key_dim;
+    p.value_dim = s_.value_dim;
+    p.scale = static_cast<T>(s_.scale);
+    p.logits = reinterpret_cast<T*>(frame.scratch);
+    p.next_key = p.next_value = nullptr;
+    for (int64_t i = 0; i < s_.queries; ++i) {
+      const int64_t row = i + n - s_.queries;
+      const int64_t first = std::max(untaken, s_.band > 0 ? row - s_.band + 1 : 0);
+      const int64_t end = s_.causal ? row + 1 : s_.band > 0 ? std::min(n, row + s_.band) : n;
+      p.query = frame.Rows<T>(s_.query) + (r * s_.queries + i) * key_size_;
+      p.output = frame.Rows<T>(s_.output) + (r * s_.queries + i) * value_size_;
+      p.spans = {{first, std::max<int64_t>(0, end - first)}, {0, 0}};
+      if (p.spans.before_wrap.rows == 0) {
+        std::fill_n(p.output, value_size_, T(0));
+      } else {
+        RingAttention(p, 0, s_.heads);
+      }
+    }
+  }
+
+  const WindowAttentionSpec s_;
+  const int64_t key_size_, value_size_;
+};
+
+}  // namespace continual_transformers
+
+#endif  // CONTINUAL_TRANSFORMERS_SESSION_ATTENTION_INSTRUCTIONS_H_

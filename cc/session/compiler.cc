@@ -1,0 +1,842 @@
+#include "cc/session/compiler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cc/attention/activations.h"
+#include "cc/attention/half.h"
+#include "cc/session/attention_instructions.h"
+#include "cc/session/dense_instruction.h"
+#include "cc/session/error.h"
+#include "cc/session/layout_instructions.h"
+#include "cc/session/retroactive_instruction.h"
+#include "cc/session/ring_instructions.h"
+#include "cc/session/row_instructions.h"
+#include "cc/session/state_layout.h"
+
+namespace continual_transformers {
+namespace {
+
+constexpr int64_t kAlignment = 64;
+
+int64_t Align(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+template <typename From, typename T>
+void CopyElements(const Tensor& tensor, std::vector<T>* to) {
+  const char* from = static_cast<const char*>(tensor.data);
+  for (size_t i = 0; i < to->size(); ++i) {
+    From x;
+    std::memcpy(&x, from + i * sizeof(From), sizeof(From));  // It may be unaligned.
+    if constexpr (std::is_arithmetic_v<From>) {
+      (*to)[i] = static_cast<T>(x);
+    } else {
+      (*to)[i] = static_cast<T>(Widen(x));
+    }
+  }
+}
+
+template <typename T>
+std::vector<T> ElementsOf(const Tensor& tensor) {
+  std::vector<T> elements(tensor.elements());
+  switch (tensor.dtype) {
+    case DType::kFloat32:
+      CopyElements<float>(tensor, &elements);
+      break;
+    case DType::kFloat64:
+      CopyElements<double>(tensor, &elements);
+      break;
+    case DType::kBFloat16:
+      CopyElements<BFloat16>(tensor, &elements);
+      break;
+    case DType::kFloat16:
+      CopyElements<Float16>(tensor, &elements);
+      break;
+    case DType::kInt32:
+      CopyElements<int32_t>(tensor, &elements);
+      break;
+    case DType::kInt64:
+      CopyElements<int64_t>(tensor, &elements);
+      break;
+    case DType::kBool:
+      CopyElements<bool>(tensor, &elements);
+      break;
+  }
+  return elements;
+}
+
+FunctionSpec FunctionOf(const Node& node) {
+  static const std::map<std::string, Function> functions = {
+      {"absolute", Function::kAbsolute},
+      {"celu", Function::kCelu},
+      {"cos", Function::kCos},
+      {"elu", Function::kElu},
+      {"exponential", Function::kExponential},
+      {"gelu", Function::kGelu},
+      {"gelu_tanh", Function::kGeluTanh},
+      {"hard_shrink", Function::kHardShrink},
+      {"hard_sigmoid", Function::kHardSigmoid},
+      {"hard_silu", Function::kHardSilu},
+      {"hard_tanh", Function::kHardTanh},
+      {"leaky_relu", Function::kLeakyRelu},
+      {"linear", Function::kLinear},
+      {"log", Function::kLog},
+      {"log1p", Function::kLog1p},
+      {"log_sigmoid", Function::kLogSigmoid},
+      {"mish", Function::kMish},
+      {"negative", Function::kNegative},
+      {"reciprocal", Function::kReciprocal},
+      {"relu", Function::kRelu},
+      {"relu6", Function::kRelu},
+      {"rsqrt", Function::kRsqrt},
+      {"selu", Function::kSelu},
+      {"sigmoid", Function::kSigmoid},
+      {"sign", Function::kSign},
+      {"silu", Function::kSilu},
+      {"sin", Function::kSin},
+      {"soft_shrink", Function::kSoftShrink},
+      {"softplus", Function::kSoftplus},
+      {"softsign", Function::kSoftsign},
+      {"sparse_plus", Function::kSparsePlus},
+      {"sparse_sigmoid", Function::kSparseSigmoid},
+      {"sqrt", Function::kSqrt},
+      {"square", Function::kSquare},
+      {"squareplus", Function::kSquareplus},
+      {"tanh", Function::kTanh},
+      {"tanh_shrink", Function::kTanhShrink},
+      {"threshold", Function::kThreshold},
+  };
+  const std::string& name = node.Text("function");
+  const auto found = functions.find(name);
+  if (found == functions.end()) {
+    throw Error(ErrorCode::kBadModelFile, node.name + ": no activation " + name);
+  }
+  FunctionSpec spec;
+  spec.function = found->second;
+  switch (spec.function) {
+    case Function::kCelu:
+    case Function::kElu:
+      spec.a = node.Number("alpha");
+      break;
+    case Function::kLeakyRelu:
+      spec.a = node.Number("negative_slope");
+      break;
+    case Function::kHardShrink:
+    case Function::kSoftShrink:
+      spec.a = node.Number("threshold");
+      break;
+    case Function::kThreshold:
+      spec.a = node.Number("threshold");
+      spec.b = node.Number("value");
+      break;
+    case Function::kSquareplus:
+      spec.a = node.Number("b");
+      break;
+    case Function::kRelu:
+      if (name == "relu6") {
+        spec.b = 6;
+        break;
+      }
+      spec.a = node.Number("negative_slope");
+      spec.b = node.IsNull("max_value") ? std::numeric_limits<double>::infinity()
+                                        : node.Number("max_value");
+      spec.c = node.Number("threshold");
+      break;
+    default:
+      break;
+  }
+  return spec;
+}
+
+// Whether an activation has numbers for each element, and so cannot be part of another node.
+bool HasWeights(const Node& node) { return !node.weights.empty(); }
+
+// T is the plan's compute dtype.
+template <typename T>
+class Compiler {
+ public:
+  Compiler(const ModelFile& file, const ExecutorOptions& options)
+      : file_(file),
+        plan_(file.plan()),
+        options_(options),
+        absorbed_(plan_.nodes.size(), false),
+        producer_(plan_.values.size(), -1),
+        uses_(plan_.values.size(), 0),
+        user_(plan_.values.size(), -1),
+        is_output_(plan_.values.size(), false) {}
+
+  CompiledPlan Compile() {
+    LayOutState();
+    FindUses();
+    for (size_t i = 0; i < plan_.nodes.size(); ++i) {
+      if (!absorbed_[i]) Translate(i);
+    }
+    PutQueriesLast();
+    std::stable_sort(emitted_.begin(), emitted_.end(),
+                     [](const Emitted& a, const Emitted& b) { return a.position < b.position; });
+    PlaceValues();
+    for (Emitted& e : emitted_) {
+      result_.scratch_bytes = std::max(result_.scratch_bytes, e.instruction->ScratchBytes());
+      result_.weights_bytes += e.instruction->WeightsBytes();
+      result_.instructions.push_back({std::move(e.instruction), e.name, e.op});
+    }
+    result_.weights_bytes += other_weights_;
+    return std::move(result_);
+  }
+
+ private:
+  // An instruction and what it reads and writes, by storage.
+  struct Emitted {
+    // Twice the place of its last node: one less puts it just before another.
+    int64_t position;
+    std::unique_ptr<Instruction> instruction;
+    std::string name, op;
+    std::vector<int> reads;
+    int writes;
+  };
+
+  // What is known of the plan before anything is made of it.
+
+  void LayOutState() {
+    StateLayout layout = LayOut(plan_, options_.cache_dtype);
+    result_.state = std::move(layout.entries);
+    result_.block_bytes = layout.block_bytes;
+    for (const StateEntry& entry : result_.state) {
+      const Op op = plan_.nodes[entry.node].op;
+      if (op == Op::kPositional || op == Op::kRetroactiveAttention) {
+        result_.zeroed.push_back({entry.offset, BytesOf(entry)});
+      }
+    }
+  }
+
+  int64_t Offset(int node, const std::string& name) const {
+    for (const StateEntry& entry : result_.state) {
+      if (entry.node == node && entry.name == name) return entry.offset;
+    }
+    throw Error(ErrorCode::kInternal, plan_.nodes[node].name + " has no state " + name);
+  }
+
+  void FindUses() {
+    result_.storage.resize(plan_.values.size());
+    std::iota(result_.storage.begin(), result_.storage.end(), 0);
+    for (size_t i = 0; i < plan_.nodes.size(); ++i) {
+      const Node& node = plan_.nodes[i];
+      if (node.op == Op::kReshape) {
+        result_.storage[node.outputs[0]] = Root(node.inputs[0]);
+        absorbed_[i] = true;
+        continue;
+      }
+      producer_[node.outputs[0]] = i;
+      for (int root : RootsRead(node)) {
+        ++uses_[root];
+        user_[root] = i;
+      }
+    }
+    for (const Port& output : plan_.outputs) is_output_[Root(output.value)] = true;
+  }
+
+  int Root(int value) const { return result_.storage[value]; }
+  int In(const Node& node, int i = 0) const { return Root(node.inputs[i]); }
+  int Out(const Node& node) const { return Root(node.outputs[0]); }
+  const Value& ValueOf(int value) const { return plan_.values[value]; }
+  int64_t Size(int value) const { return plan_.values[value].size; }
+
+  std::vector<int> RootsRead(const Node& node) const {
+    std::vector<int> roots;
+    for (int value : node.inputs) roots.push_back(Root(value));
+    for (const auto& mask : node.masks) roots.push_back(Root(mask.second));
+    return roots;
+  }
+
+  int MaskOf(const Node& node, const std::string& name) const {
+    const auto found = node.masks.find(name);
+    return found == node.masks.end() ? -1 : Root(found->second);
+  }
+
+  // The one node that uses what a storage holds, or -1.
+  int OnlyUser(int root) const {
+    return uses_[root] == 1 && !is_output_[root] && !absorbed_[user_[root]] ? user_[root] : -1;
+  }
+
+  std::vector<T> Weights(const Node& node, const std::string& name) const {
+    const auto found = node.weights.find(name);
+    if (found == node.weights.end()) return {};
+    return ElementsOf<T>(file_.tensor(found->second));
+  }
+
+  // Weights that a node may go without.
+  std::vector<T> Weights(const Node& node, const std::string& name, int64_t size,
+                         T otherwise) const {
+    std::vector<T> weights = Weights(node, name);
+    if (weights.empty()) weights.assign(size, otherwise);
+    return weights;
+  }
+
+  void Emit(int64_t last_node, std::unique_ptr<Instruction> instruction, const Node& node,
+            std::vector<int> reads, int writes) {
+    emitted_.push_back({2 * last_node, std::move(instruction), node.name, NameOf(node.op),
+                        std::move(reads), writes});
+  }
+
+  // One node.
+
+  void Translate(int i) {
+    const Node& node = plan_.nodes[i];
+    if (node.op == Op::kDense) return TranslateDense(i);
+    if ((node.op == Op::kAffine || node.op == Op::kBatchNorm) && FoldsIntoNext(i)) return;
+    if (node.op == Op::kConstant) {
+      if (!IsOperandOnly(node)) Emit(i, Constant(node), node, {}, Out(node));
+      return;
+    }
+    Emit(i, Make(i), node, RootsRead(node), Out(node));
+  }
+
+  std::unique_ptr<Instruction> Make(int i) {
+    const Node& node = plan_.nodes[i];
+    const int output = Out(node);
+    const int64_t size = Size(output);
+    const std::vector<int64_t>& shape = ValueOf(node.outputs[0]).shape;
+    switch (node.op) {
+      case Op::kActivation:
+        if (HasWeights(node)) return MakePRelu<T>(Kept(Weights(node, "alpha")), In(node), output);
+        return MakeFunction<T>(FunctionOf(node), In(node), output, size);
+      case Op::kSoftmax: {
+        const Axis axis = AxisOf(shape, node.Int("axis"));
+        return std::make_unique<SoftmaxInstruction<T>>(node.Text("function"), axis, In(node),
+                                                       output);
+      }
+      case Op::kBinary:
+        return MakeBinary<T>(node.Text("function"), OperandOf(In(node, 0)), OperandOf(In(node, 1)),
+                             output, size);
+      case Op::kAffine:
+      case Op::kBatchNorm: {
+        Affine affine = AffineOf(node);
+        return MakeAffine<T>(Kept(affine.scale), Kept(affine.offset), In(node), output, size);
+      }
+      case Op::kNorm:
+        return Norm(node);
+      case Op::kConcat:
+        return Concat(node);
+      case Op::kStrided:
+        return MakeStrided(node.Int("offset"), shape, node.Ints("strides"),
+                           SizeOf(ValueOf(output).dtype), In(node), Size(In(node)), output);
+      case Op::kReduce:
+        return MakeReduce<T>(node.Text("function"),
+                             AxisOf(ValueOf(node.inputs[0]).shape, node.Int("axis")), In(node),
+                             output);
+      case Op::kCast:
+        return Cast(ValueOf(In(node)).dtype, ValueOf(output).dtype, In(node), output, size);
+      case Op::kEmbedding:
+        return Embedding(i);
+      case Op::kNotEqual:
+        return NotEqual(node);
+      case Op::kMasked:
+        return MakeMasked<T>(In(node, 0), In(node, 1), output, size);
+      case Op::kMaskAnd: {
+        const int a = In(node, 0), b = In(node, 1);
+        return MakeRows(1, [=](const Frame& frame) {
+          for (int64_t r = 0; r < frame.rows(); ++r) {
+            frame.Rows<bool>(output)[r] = frame.Rows<bool>(a)[r] && frame.Rows<bool>(b)[r];
+          }
+        });
+      }
+      case Op::kPositional: {
+        const int64_t start = ElementsOf<int64_t>(file_.tensor(node.weights.at("start")))[0];
+        return MakePositional<T>(Kept(Weights(node, "rows")), start, Offset(i, "offset"), In(node),
+                                 output, size);
+      }
+      case Op::kDelay:
+        return MakeDelay(node.Int("steps"), Offset(i, "ring"), In(node), output,
+                         size * SizeOf(ValueOf(output).dtype));
+      case Op::kWindow:
+        return MakeWindow(node.Int("window"), Offset(i, "ring"), In(node), output,
+                          Size(In(node)) * SizeOf(ValueOf(output).dtype));
+      case Op::kZeroUntaken:
+        return MakeZeroUntaken(shape[0], In(node), output, size / shape[0] * sizeof(T));
+      case Op::kAttention:
+        return Attention(i);
+      case Op::kRetroactiveAttention:
+        return RetroactiveAttentionOf(i);
+      case Op::kWindowAttention:
+        return WindowAttention(node);
+      case Op::kDense:
+      case Op::kConstant:
+      case Op::kReshape:
+        break;  // Not by themselves.
+    }
+    throw Error(ErrorCode::kInternal, node.name + ": no instruction for " + NameOf(node.op));
+  }
+
+  // Counts weights that instructions keep as they are.
+  std::vector<T> Kept(std::vector<T> weights) {
+    other_weights_ += static_cast<int64_t>(weights.size() * sizeof(T));
+    return weights;
+  }
+
+  // Dense layers, and what becomes a part of them.
+
+  void TranslateDense(int i) {
+    const Node& node = plan_.nodes[i];
+    const std::vector<int64_t>& shape = file_.tensor(node.weights.at("kernel")).shape;
+    DenseSpec<T> spec;
+    spec.kernel = Weights(node, "kernel");
+    spec.bias = Weights(node, "bias");
+    spec.inputs = shape[0];
+    spec.outputs = shape[1];
+    spec.rows_a_step = Size(node.outputs[0]) / spec.outputs;
+    spec.input = In(node);
+    std::string name = node.name, op = NameOf(node.op);
+    int last = i, output = Out(node);
+    std::vector<int> reads;
+    FoldBefore(&spec, &name, &op);
+    reads.push_back(spec.input);
+    for (int next = OnlyUser(output); next >= 0; next = OnlyUser(output)) {
+      if (!FoldAfter(plan_.nodes[next], output, &spec)) break;
+      absorbed_[next] = true;
+      name += " + " + plan_.nodes[next].name;
+      op += std::string(" + ") + NameOf(plan_.nodes[next].op);
+      last = next;
+      output = Out(plan_.nodes[next]);
+    }
+    if (spec.residual >= 0) reads.push_back(spec.residual);
+    spec.output = output;
+    std::unique_ptr<Instruction> instruction;
+    if constexpr (std::is_same_v<T, float>) {
+      if (options_.weights_dtype == DType::kBFloat16) {
+        instruction = std::make_unique<DenseInstruction<float, BFloat16>>(std::move(spec));
+      }
+    }
+    if (instruction == nullptr) {
+      instruction = std::make_unique<DenseInstruction<T, T>>(std::move(spec));
+    }
+    emitted_.push_back({2 * last, std::move(instruction), name, op, std::move(reads), output});
+  }
+
+  // Kernels in 16 bits would be rounded a second time.
+  bool MayFoldKernels() const {
+    return options_.weights_dtype != DType::kBFloat16 && plan_.weights_dtype != DType::kBFloat16;
+  }
+
+  struct Affine {
+    std::vector<T> scale, offset;
+  };
+
+  Affine AffineOf(const Node& node) const {
+    if (node.op == Op::kAffine) return {Weights(node, "scale"), Weights(node, "offset")};
+    const auto doubles = [&](const char* name, int64_t size, double otherwise) {
+      const auto found = node.weights.find(name);
+      return found == node.weights.end() ? std::vector<double>(size, otherwise)
+                                         : ElementsOf<double>(file_.tensor(found->second));
+    };
+    const std::vector<double> mean = doubles("mean", 0, 0);
+    const int64_t size = mean.size();
+    const std::vector<double> variance = doubles("variance", 0, 0);
+    const std::vector<double> gamma = doubles("gamma", size, 1), beta = doubles("beta", size, 0);
+    Affine affine;
+    for (int64_t i = 0; i < size; ++i) {
+      const double scale = gamma[i] / std::sqrt(variance[i] + node.Number("epsilon"));
+      affine.scale.push_back(static_cast<T>(scale));
+      affine.offset.push_back(static_cast<T>(beta[i] - mean[i] * scale));
+    }
+    return affine;
+  }
+
+  // Whether an affine node is left to the dense layer that alone uses it.
+  bool FoldsIntoNext(int i) const {
+    const Node& node = plan_.nodes[i];
+    const int next = OnlyUser(Out(node));
+    if (next < 0 || plan_.nodes[next].op != Op::kDense || !MayFoldKernels()) return false;
+    const int64_t columns = ValueOf(node.outputs[0]).shape.back();
+    return columns == file_.tensor(plan_.nodes[next].weights.at("kernel")).shape[0];
+  }
+
+  void FoldBefore(DenseSpec<T>* spec, std::string* name, std::string* op) {
+    const int before = producer_[spec->input];
+    if (before < 0 || absorbed_[before]) return;
+    const Node& node = plan_.nodes[before];
+    if ((node.op != Op::kAffine && node.op != Op::kBatchNorm) || !FoldsIntoNext(before)) return;
+    const Affine affine = AffineOf(node);
+    if (spec->bias.empty()) spec->bias.assign(spec->outputs, T(0));
+    for (int64_t o = 0; o < spec->outputs; ++o) {
+      double bias = spec->bias[o];
+      for (int64_t i = 0; i < spec->inputs; ++i) {
+        T& weight = spec->kernel[i * spec->outputs + o];
+        bias += static_cast<double>(affine.offset[i]) * weight;
+        weight *= affine.scale[i];
+      }
+      spec->bias[o] = static_cast<T>(bias);
+    }
+    spec->input = In(node);
+    *name = node.name + " + " + *name;
+    *op = std::string(NameOf(node.op)) + " + " + *op;
+  }
+
+  // Makes a node that alone uses a dense layer's output a part of it, if it can be.
+  bool FoldAfter(const Node& node, int output, DenseSpec<T>* spec) const {
+    const bool is_linear = spec->function.function == Function::kLinear;
+    if (!is_linear) return false;
+    switch (node.op) {
+      case Op::kAffine:
+      case Op::kBatchNorm: {
+        if (spec->residual >= 0 || !MayFoldKernels() ||
+            ValueOf(node.outputs[0]).shape.back() != spec->outputs) {
+          return false;
+        }
+        const Affine affine = AffineOf(node);
+        if (spec->bias.empty()) spec->bias.assign(spec->outputs, T(0));
+        for (int64_t o = 0; o < spec->outputs; ++o) {
+          for (int64_t i = 0; i < spec->inputs; ++i) {
+            spec->kernel[i * spec->outputs + o] *= affine.scale[o];
+          }
+          spec->bias[o] = spec->bias[o] * affine.scale[o] + affine.offset[o];
+        }
+        return true;
+      }
+      case Op::kBinary: {
+        const int other = In(node, 0) == output ? In(node, 1) : In(node, 0);
+        const bool is_constant =
+            producer_[other] >= 0 && plan_.nodes[producer_[other]].op == Op::kConstant;
+        if (node.Text("function") != "add" || spec->residual >= 0 || is_constant) return false;
+        spec->residual = other;
+        return true;
+      }
+      case Op::kActivation:
+        if (HasWeights(node)) return false;
+        spec->function = FunctionOf(node);
+        return true;
+      default:
+        return false;
+    }
+  }
+
+  // Constants.
+
+  // Whether only element-wise arithmetic uses it, which takes it from where it is.
+  bool IsOperandOnly(const Node& constant) const {
+    const int root = Out(constant);
+    if (is_output_[root]) return false;
+    for (const Node& node : plan_.nodes) {
+      const std::vector<int> reads = RootsRead(node);
+      if (node.op != Op::kReshape && node.op != Op::kBinary &&
+          std::find(reads.begin(), reads.end(), root) != reads.end()) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  std::unique_ptr<Instruction> Constant(const Node& node) const {
+    const std::vector<T> value = Weights(node, "value");
+    const char* bytes = reinterpret_cast<const char*>(value.data());
+    return MakeConstant(std::vector<char>(bytes, bytes + value.size() * sizeof(T)), Out(node));
+  }
+
+  Operand<T> OperandOf(int root) {
+    const int producer = producer_[root];
+    if (producer < 0 || plan_.nodes[producer].op != Op::kConstant) return {root};
+    auto value = std::make_shared<std::vector<T>>(Kept(Weights(plan_.nodes[producer], "value")));
+    result_.kept.push_back(value);
+    return {root, value->data()};
+  }
+
+  // The other nodes.
+
+  std::unique_ptr<Instruction> Norm(const Node& node) {
+    const int64_t columns = ValueOf(node.outputs[0]).shape.back();
+    const int64_t rows = Size(node.outputs[0]) / columns;
+    std::vector<T> gamma = Kept(Weights(node, "gamma", columns, T(1)));
+    std::vector<T> beta = Kept(Weights(node, "beta", columns, T(0)));
+    const std::string& function = node.Text("function");
+    const double epsilon = node.Number("epsilon");
+    if (function == "layer") {
+      return MakeLayerNorm<T>(std::move(gamma), std::move(beta), epsilon, In(node), Out(node),
+                              rows);
+    }
+    return MakeScaleNorm<T>(function == "rms", std::move(gamma), std::move(beta), epsilon, In(node),
+                            Out(node), rows);
+  }
+
+  std::unique_ptr<Instruction> Concat(const Node& node) const {
+    const int64_t element = SizeOf(ValueOf(node.outputs[0]).dtype);
+    std::vector<ConcatPart> parts;
+    int64_t outer = 1;
+    for (int value : node.inputs) {
+      const Axis axis = AxisOf(ValueOf(value).shape, node.Int("axis"));
+      outer = axis.outer;
+      parts.push_back({Root(value), axis.size * axis.inner * element});
+    }
+    return MakeConcat(std::move(parts), outer, Out(node));
+  }
+
+  template <typename From>
+  static std::unique_ptr<Instruction> CastFrom(DType to, int input, int output, int64_t size) {
+    switch (to) {
+      case DType::kFloat32:
+        return MakeCast<From, float>(input, output, size);
+      case DType::kFloat64:
+        return MakeCast<From, double>(input, output, size);
+      case DType::kInt32:
+        return MakeCast<From, int32_t>(input, output, size);
+      case DType::kInt64:
+        return MakeCast<From, int64_t>(input, output, size);
+      case DType::kBool:
+        return MakeCast<From, bool>(input, output, size);
+      default:
+        throw Error(ErrorCode::kBadModelFile, std::string("no cast to ") + NameOf(to));
+    }
+  }
+
+  static std::unique_ptr<Instruction> Cast(DType from, DType to, int input, int output,
+                                           int64_t size) {
+    switch (from) {
+      case DType::kFloat32:
+        return CastFrom<float>(to, input, output, size);
+      case DType::kFloat64:
+        return CastFrom<double>(to, input, output, size);
+      case DType::kInt32:
+        return CastFrom<int32_t>(to, input, output, size);
+      case DType::kInt64:
+        return CastFrom<int64_t>(to, input, output, size);
+      case DType::kBool:
+        return CastFrom<bool>(to, input, output, size);
+      default:
+        throw Error(ErrorCode::kBadModelFile, std::string("no cast from ") + NameOf(from));
+    }
+  }
+
+  std::unique_ptr<Instruction> NotEqual(const Node& node) const {
+    const int input = In(node), output = Out(node);
+    const double number = node.Number("value");
+    const bool any = node.Bool("any");
+    switch (ValueOf(input).dtype) {
+      case DType::kInt32:
+        return MakeNotEqual<int32_t>(number, any, input, output, Size(input));
+      case DType::kInt64:
+        return MakeNotEqual<int64_t>(number, any, input, output, Size(input));
+      case DType::kBool:
+        return MakeNotEqual<bool>(number, any, input, output, Size(input));
+      default:
+        return MakeNotEqual<T>(number, any, input, output, Size(input));
+    }
+  }
+
+  std::unique_ptr<Instruction> Embedding(int i) {
+    const Node& node = plan_.nodes[i];
+    const Tensor& table = file_.tensor(node.weights.at("table"));
+    AddTokenCheck(i, table.shape[0]);
+    std::vector<T> rows = Kept(Weights(node, "table"));
+    if (ValueOf(In(node)).dtype == DType::kInt32) {
+      return MakeEmbedding<T, int32_t>(std::move(rows), table.shape[1], In(node), Out(node),
+                                       Size(In(node)));
+    }
+    return MakeEmbedding<T, int64_t>(std::move(rows), table.shape[1], In(node), Out(node),
+                                     Size(In(node)));
+  }
+
+  // Follows a table's indices back to an input of the plan.
+  void AddTokenCheck(int i, int64_t rows) {
+    int value = plan_.nodes[i].inputs[0];
+    std::vector<int64_t> elements(Size(value));
+    std::iota(elements.begin(), elements.end(), 0);
+    for (;;) {
+      const int root = Root(value);
+      const int producer = producer_[root];
+      if (producer < 0) {
+        for (size_t input = 0; input < plan_.inputs.size(); ++input) {
+          if (plan_.inputs[input].value == root) {
+            result_.token_checks.push_back({i, static_cast<int>(input), elements, rows});
+            return;
+          }
+        }
+      }
+      if (producer < 0 || plan_.nodes[producer].op != Op::kStrided) {
+        throw Error(ErrorCode::kBadModelFile,
+                    plan_.nodes[i].name +
+                        ": the indices of an embedding must be an input of the "
+                        "plan, or elements of one");
+      }
+      const Node& strided = plan_.nodes[producer];
+      const std::vector<int64_t>& shape = ValueOf(strided.outputs[0]).shape;
+      const std::vector<int64_t>& strides = strided.Ints("strides");
+      for (int64_t& element : elements) {
+        int64_t at = strided.Int("offset"), rest = element;
+        for (size_t axis = shape.size(); axis-- > 0;) {
+          at += rest % shape[axis] * strides[axis];
+          rest /= shape[axis];
+        }
+        element = at;
+      }
+      value = strided.inputs[0];
+    }
+  }
+
+  std::unique_ptr<Instruction> Attention(int i) {
+    const Node& node = plan_.nodes[i];
+    AttentionSpec spec;
+    spec.query = In(node, 0);
+    spec.key = In(node, 1);
+    spec.value = In(node, 2);
+    spec.output = Out(node);
+    spec.key_mask = MaskOf(node, "key");
+    spec.query_mask = MaskOf(node, "query");
+    spec.heads = node.Int("heads");
+    spec.window = node.Int("window");
+    spec.key_dim = Size(spec.key) / spec.heads;
+    spec.value_dim = Size(spec.value) / spec.heads;
+    spec.first_column = node.Int("first_column");
+    spec.end_column = node.Int("end_column");
+    spec.query_delay = node.Int("query_delay");
+    spec.scale = node.Number("scale");
+    spec.key_ring = Offset(i, "key");
+    spec.value_ring = Offset(i, "value");
+    spec.mask_ring = Offset(i, "key_mask");
+    if constexpr (std::is_same_v<T, float>) {
+      if (options_.cache_dtype == DType::kBFloat16) {
+        return std::make_unique<AttentionInstruction<float, BFloat16>>(spec);
+      }
+      if (options_.cache_dtype == DType::kFloat16) {
+        return std::make_unique<AttentionInstruction<float, Float16>>(spec);
+      }
+    }
+    return std::make_unique<AttentionInstruction<T, T>>(spec);
+  }
+
+  std::unique_ptr<Instruction> RetroactiveAttentionOf(int i) {
+    const Node& node = plan_.nodes[i];
+    RetroactiveSpec spec;
+    spec.query = In(node, 0);
+    spec.key = In(node, 1);
+    spec.value = In(node, 2);
+    spec.output = Out(node);
+    spec.key_mask = MaskOf(node, "key");
+    spec.heads = node.Int("heads");
+    spec.window = node.Int("window");
+    spec.key_dim = Size(spec.key) / spec.heads;
+    spec.value_dim = Size(spec.value) / spec.heads;
+    spec.scale = node.Number("scale");
+    spec.algorithm = node.Text("algorithm");
+    spec.query_ring = Offset(i, "query");
+    spec.key_ring = Offset(i, "key");
+    spec.value_ring = Offset(i, "value");
+    spec.softmax = Offset(i, "softmax");
+    spec.weighted_sum = Offset(i, "weighted_sum");
+    spec.made_with = Offset(i, "made_with");
+    spec.mask_ring = Offset(i, "key_mask");
+    return std::make_unique<RetroactiveInstruction<T>>(spec);
+  }
+
+  std::unique_ptr<Instruction> WindowAttention(const Node& node) const {
+    WindowAttentionSpec spec;
+    spec.query = In(node, 0);
+    spec.key = In(node, 1);
+    spec.value = In(node, 2);
+    spec.output = Out(node);
+    spec.heads = node.Int("heads");
+    spec.queries = ValueOf(node.inputs[0]).shape[0];
+    spec.window = ValueOf(node.inputs[1]).shape[0];
+    spec.key_dim = ValueOf(node.inputs[1]).shape[1] / spec.heads;
+    spec.value_dim = ValueOf(node.inputs[2]).shape[1] / spec.heads;
+    spec.band = node.Int("band");
+    spec.causal = node.Bool("causal");
+    spec.scale = node.Number("scale");
+    return std::make_unique<WindowAttentionInstruction<T>>(spec);
+  }
+
+  // Order and places.
+
+  // Attention's queries are computed after its keys and values, whose stores then have gone to the
+  // cache by the time that they are read.
+  void PutQueriesLast() {
+    for (size_t i = 0; i < plan_.nodes.size(); ++i) {
+      if (plan_.nodes[i].op != Op::kAttention) continue;
+      const int query = In(plan_.nodes[i], 0);
+      for (Emitted& e : emitted_) {
+        if (e.writes == query && uses_[query] == 1 && !is_output_[query] &&
+            e.position < 2 * static_cast<int64_t>(i)) {
+          e.position = 2 * static_cast<int64_t>(i) - 1;
+        }
+      }
+    }
+  }
+
+  // Gives storage that is in use at the same time different bytes of the arena, the lowest that are
+  // free: an arena is small, and what was just written is read again.
+  void PlaceValues() {
+    const int64_t count = emitted_.size();
+    std::vector<int64_t> last_read(plan_.values.size(), -1);
+    for (int64_t e = 0; e < count; ++e) {
+      for (int root : emitted_[e].reads) last_read[root] = e;
+    }
+    for (const Port& output : plan_.outputs) last_read[Root(output.value)] = count;
+    result_.arena_offset.assign(plan_.values.size(), -1);
+    struct Live {
+      int64_t offset, bytes, until;
+    };
+    std::vector<Live> live;  // By offset.
+    for (int64_t e = 0; e < count; ++e) {
+      const int root = emitted_[e].writes;
+      live.erase(
+          std::remove_if(live.begin(), live.end(), [e](const Live& l) { return l.until < e; }),
+          live.end());
+      const int64_t bytes = Align(Size(root) * SizeOf(ValueOf(root).dtype));
+      int64_t offset = 0;
+      size_t at = 0;
+      for (; at < live.size() && offset + bytes > live[at].offset; ++at) {
+        offset = live[at].offset + live[at].bytes;
+      }
+      // The gaps before `at` were too small; from there on nothing is in the way.
+      live.insert(live.begin() + at, {offset, bytes, std::max(e, last_read[root])});
+      result_.arena_offset[root] = offset;
+      result_.arena_bytes_a_row = std::max(result_.arena_bytes_a_row, offset + bytes);
+    }
+    std::vector<bool> taken(plan_.values.size(), false);
+    for (const Port& output : plan_.outputs) {
+      const int root = Root(output.value);
+      result_.written_in_place.push_back(result_.arena_offset[root] >= 0 && !taken[root]);
+      taken[root] = true;
+    }
+  }
+
+  const ModelFile& file_;
+  const Plan& plan_;
+  const ExecutorOptions& options_;
+  CompiledPlan result_;
+  std::vector<Emitted> emitted_;
+  std::vector<bool> absorbed_;  // Of each node: whether another does its work.
+  // Of each storage: the node that writes it, or -1; how many reads there are, and the last reader.
+  std::vector<int> producer_, uses_, user_;
+  std::vector<bool> is_output_;
+  int64_t other_weights_ = 0;
+};
+
+}  // namespace
+
+CompiledPlan Compile(const ModelFile& file, const ExecutorOptions& options) {
+  const bool is_double = file.plan().compute_dtype == DType::kFloat64;
+  const auto check = [&](const char* what, DType dtype, bool fits) {
+    if (fits) return;
+    throw Error(ErrorCode::kInvalidArgument,
+                std::string("Expected ") + what + " that goes with a model in " +
+                    NameOf(file.plan().compute_dtype) + ", but got " + NameOf(dtype));
+  };
+  const DType cache = options.cache_dtype, weights = options.weights_dtype;
+  check("a cache dtype", cache,
+        is_double
+            ? cache == DType::kFloat64
+            : cache == DType::kFloat32 || cache == DType::kBFloat16 || cache == DType::kFloat16);
+  check("a weights dtype", weights,
+        is_double ? weights == DType::kFloat64
+                  : weights == DType::kFloat32 || weights == DType::kBFloat16);
+  return is_double ? Compiler<double>(file, options).Compile()
+                   : Compiler<float>(file, options).Compile();
+}
+
+}  // namespace continual_transformers

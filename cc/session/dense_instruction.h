@@ -1,0 +1,82 @@
+// Dense layers of a plan, with what was folded into them.
+
+#ifndef CONTINUAL_TRANSFORMERS_SESSION_DENSE_INSTRUCTION_H_
+#define CONTINUAL_TRANSFORMERS_SESSION_DENSE_INSTRUCTION_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "cc/attention/activations.h"
+#include "cc/attention/packed_dense.h"
+#include "cc/session/instruction.h"
+
+namespace continual_transformers {
+
+// function(x W + b + residual).
+template <typename T>
+struct DenseSpec {
+  std::vector<T> kernel;  // [inputs, outputs]
+  std::vector<T> bias;    // [outputs], or empty.
+  int64_t inputs, outputs;
+  int64_t rows_a_step;  // Of one step of one stream: the product of the axes before the last.
+  int input, output;
+  int residual = -1;  // A value; -1: none.
+  FunctionSpec function;
+};
+
+template <typename T, typename W>
+class DenseInstruction : public Instruction {
+ public:
+  explicit DenseInstruction(DenseSpec<T> spec)
+      : spec_(std::move(spec)), kernel_(spec_.kernel.data(), spec_.inputs, spec_.outputs) {
+    std::vector<T>().swap(spec_.kernel);
+  }
+
+  void Run(const Frame& frame) const override {
+    const int64_t rows = frame.rows() * spec_.rows_a_step;
+    PackedDense<T, W> dense = {&kernel_,
+                               spec_.bias.empty() ? nullptr : spec_.bias.data(),
+                               frame.Rows<T>(spec_.input),
+                               spec_.residual < 0 ? nullptr : frame.Rows<T>(spec_.residual),
+                               frame.Rows<T>(spec_.output),
+                               rows};
+    if (frame.pool == nullptr || Cycles(frame.rows()) < kCyclesWorthThreads) {
+      TakePackedDense(dense, 0, kernel_.panels());
+      Finish(dense.output, rows * spec_.outputs);
+      return;
+    }
+    frame.pool->Share(kernel_.panels(),
+                      [&](int64_t panel, int64_t) { TakePackedDense(dense, panel, panel + 1); });
+    Finish(dense.output, rows * spec_.outputs);
+  }
+
+  int64_t Cycles(int64_t rows) const override {
+    PackedDense<T, W> dense = {};
+    dense.kernel = &kernel_;
+    dense.rows = rows * spec_.rows_a_step;
+    return kernel_.panels() * PackedDenseCyclesPerPanel(dense) +
+           dense.rows * spec_.outputs * CyclesPerElement(spec_.function.function);
+  }
+
+  int64_t WeightsBytes() const override {
+    return kernel_.bytes() + static_cast<int64_t>(spec_.bias.size() * sizeof(T));
+  }
+
+ private:
+  // After the product, while the rows are near: within it, the registers that the function needs
+  // would be taken from the sums.
+  void Finish(T* output, int64_t size) const {
+    if (spec_.function.function == Function::kLinear) return;
+    Apply(spec_.function, output, size, output);
+  }
+
+  DenseSpec<T> spec_;
+  PackedKernel<T, W> kernel_;
+};
+
+}  // namespace continual_transformers
+
+#endif  // CONTINUAL_TRANSFORMERS_SESSION_DENSE_INSTRUCTION_H_

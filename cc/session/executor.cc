@@ -1,0 +1,276 @@
+#include "cc/session/executor.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cc/session/compiler.h"
+#include "cc/session/error.h"
+#include "cc/session/instruction.h"
+#include "cc/session/thread_pool.h"
+
+namespace continual_transformers {
+namespace {
+
+// Rows that go through a plan at a time: enough that weights are read once for many, and few enough
+// that what lies between two nodes stays in the near caches. A multiple of the rows that a product
+// keeps in registers.
+constexpr int64_t kRowsAtOnce = 96;
+// Roughly, of the machines that this runs on.
+constexpr double kCyclesANanosecond = 3;
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Bytes = std::unique_ptr<char, Free>;
+
+Bytes Allocate(int64_t bytes) {
+  const int64_t size = std::max<int64_t>(64, (bytes + 63) / 64 * 64);
+  Bytes p(static_cast<char*>(std::aligned_alloc(64, size)));
+  if (p == nullptr) throw std::bad_alloc();
+  return p;
+}
+
+}  // namespace
+
+class Arena {
+ public:
+  // What one thread works in.
+  struct Part {
+    Bytes values, scratch;
+    int64_t rows = 0;             // That `values` has room for.
+    int64_t laid_out_for = -1;    // Rows that `pointers` are of.
+    std::vector<char*> pointers;  // Of each value of the plan.
+  };
+  std::vector<Part> parts;
+  int64_t bytes = 0;
+  bool profiles = false;
+  std::vector<double> seconds;  // Of each instruction.
+};
+
+class Executor::Impl {
+ public:
+  Impl(std::shared_ptr<const ModelFile> file, const ExecutorOptions& options)
+      : file_(std::move(file)),
+        options_(options),
+        compiled_(Compile(*file_, options_)),
+        pool_(options.threads) {
+    if (options.threads < 1) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  "Expected at least 1 thread, but got " + std::to_string(options.threads));
+    }
+    const Plan& plan = file_->plan();
+    for (const Port& input : plan.inputs) input_bytes_.push_back(RowBytes(input.value));
+    for (const Port& output : plan.outputs) output_bytes_.push_back(RowBytes(output.value));
+  }
+
+  const std::shared_ptr<const ModelFile> file_;
+  const ExecutorOptions options_;
+  const CompiledPlan compiled_;
+
+  std::unique_ptr<Arena> NewArena() const {
+    auto arena = std::make_unique<Arena>();
+    arena->parts.resize(pool_.threads());
+    arena->seconds.resize(compiled_.instructions.size(), 0);
+    for (Arena::Part& part : arena->parts) {
+      part.scratch = Allocate(compiled_.scratch_bytes);
+      arena->bytes += compiled_.scratch_bytes;
+      part.pointers.resize(file_->plan().values.size());
+    }
+    return arena;
+  }
+
+  void Check(const StepCall& call) const {
+    for (const CompiledPlan::TokenCheck& check : compiled_.token_checks) {
+      const Value& value = file_->plan().values[file_->plan().inputs[check.input].value];
+      if (value.dtype == DType::kInt32) {
+        CheckTokens<int32_t>(check, value, call);
+      } else {
+        CheckTokens<int64_t>(check, value, call);
+      }
+    }
+  }
+
+  void Step(const StepCall& call, Arena* arena) const {
+    const int64_t rows = call.streams * call.steps;
+    if (rows == 0) return;
+    const bool share = pool_.threads() > 1 && EstimatedCycles(rows) > kCyclesWorthThreads;
+    if (!share || call.streams < pool_.threads()) {
+      // Streams too few for the threads: these share the widest nodes.
+      StepStreams(call, 0, call.streams, share ? &pool_ : nullptr, arena, &arena->parts[0]);
+      return;
+    }
+    // Every thread takes its streams through the whole plan, and waits for no other between nodes.
+    const int64_t threads = pool_.threads();
+    const int64_t tasks = std::max(threads, (rows + kRowsAtOnce - 1) / kRowsAtOnce);
+    const int64_t count = std::min(call.streams, (tasks + threads - 1) / threads * threads);
+    pool_.Share(count, [&](int64_t task, int64_t worker) {
+      StepStreams(call, task * call.streams / count, (task + 1) * call.streams / count, nullptr,
+                  arena, &arena->parts[worker]);
+    });
+  }
+
+  int64_t EstimatedCycles(int64_t rows) const {
+    int64_t cycles = 0;
+    for (const auto& entry : compiled_.instructions) cycles += entry.instruction->Cycles(rows);
+    return cycles;
+  }
+
+ private:
+  int64_t RowBytes(int value) const {
+    const Value& v = file_->plan().values[value];
+    return v.size * SizeOf(v.dtype);
+  }
+
+  template <typename Index>
+  void CheckTokens(const CompiledPlan::TokenCheck& check, const Value& value,
+                   const StepCall& call) const {
+    const Index* row = static_cast<const Index*>(call.inputs[check.input]);
+    for (int64_t r = 0; r < call.streams * call.steps; ++r, row += value.size) {
+      for (int64_t element : check.elements) {
+        const int64_t token = row[element];
+        if (token >= 0 && token < check.rows) continue;
+        throw Error(ErrorCode::kInvalidArgument,
+                    "Expected tokens from 0 to " + std::to_string(check.rows - 1) + " for " +
+                        file_->plan().nodes[check.node].name + ", but got " +
+                        std::to_string(token) + " for stream number " +
+                        std::to_string(r / call.steps) + " of the call; no stream has moved");
+      }
+    }
+  }
+
+  // Streams begin, ..., end - 1 of a call, so many at once that their rows are few.
+  void StepStreams(const StepCall& call, int64_t begin, int64_t end, ThreadPool* pool, Arena* arena,
+                   Arena::Part* part) const {
+    const int64_t steps = std::min(call.steps, kRowsAtOnce);
+    const int64_t most = std::max<int64_t>(1, kRowsAtOnce / call.steps);
+    const int64_t groups = (end - begin + most - 1) / most;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t first = begin + g * (end - begin) / groups;
+      const int64_t last = begin + (g + 1) * (end - begin) / groups;
+      // Several streams have all their steps at once, so that rows are contiguous either way.
+      for (int64_t t = 0; t < call.steps; t += steps) {
+        RunFrame(call, first, last - first, t, std::min(steps, call.steps - t), pool, arena, part);
+      }
+    }
+  }
+
+  void RunFrame(const StepCall& call, int64_t first, int64_t streams, int64_t first_step,
+                int64_t steps, ThreadPool* pool, Arena* arena, Arena::Part* part) const {
+    const Plan& plan = file_->plan();
+    const int64_t rows = streams * steps, row = first * call.steps + first_step;
+    if (part->laid_out_for != rows) LayOutFor(rows, arena, part);
+    char** pointers = part->pointers.data();
+    for (size_t i = 0; i < plan.inputs.size(); ++i) {
+      // Inputs are only read.
+      pointers[plan.inputs[i].value] =
+          static_cast<char*>(const_cast<void*>(call.inputs[i])) + row * input_bytes_[i];
+    }
+    for (size_t i = 0; i < plan.outputs.size(); ++i) {
+      if (!compiled_.written_in_place[i]) continue;
+      const int root = compiled_.storage[plan.outputs[i].value];
+      pointers[root] = call.outputs[i] == nullptr
+                           ? part->values.get() + compiled_.arena_offset[root] * rows
+                           : static_cast<char*>(call.outputs[i]) + row * output_bytes_[i];
+    }
+    const Frame frame = {streams,
+                         steps,
+                         call.blocks + first,
+                         call.positions + first,
+                         first_step,
+                         call.key_mask == nullptr ? nullptr : call.key_mask + row,
+                         pointers,
+                         part->scratch.get(),
+                         pool};
+    if (arena->profiles) {
+      RunProfiled(frame, arena);
+    } else {
+      for (const auto& entry : compiled_.instructions) entry.instruction->Run(frame);
+    }
+    for (size_t i = 0; i < plan.outputs.size(); ++i) {
+      if (compiled_.written_in_place[i] || call.outputs[i] == nullptr) continue;
+      std::memcpy(static_cast<char*>(call.outputs[i]) + row * output_bytes_[i],
+                  pointers[compiled_.storage[plan.outputs[i].value]], rows * output_bytes_[i]);
+    }
+  }
+
+  // Where every value that instructions write lies, for frames of so many rows.
+  void LayOutFor(int64_t rows, Arena* arena, Arena::Part* part) const {
+    if (part->rows < rows) {
+      part->values = Allocate(compiled_.arena_bytes_a_row * rows);
+      arena->bytes += compiled_.arena_bytes_a_row * (rows - part->rows);
+      part->rows = rows;
+    }
+    for (size_t value = 0; value < part->pointers.size(); ++value) {
+      const int64_t offset = compiled_.arena_offset[value];
+      part->pointers[value] = offset < 0 ? nullptr : part->values.get() + offset * rows;
+    }
+    part->laid_out_for = rows;
+  }
+
+  void RunProfiled(const Frame& frame, Arena* arena) const {
+    auto before = std::chrono::steady_clock::now();
+    for (size_t i = 0; i < compiled_.instructions.size(); ++i) {
+      compiled_.instructions[i].instruction->Run(frame);
+      const auto now = std::chrono::steady_clock::now();
+      arena->seconds[i] += std::chrono::duration<double>(now - before).count();
+      before = now;
+    }
+  }
+
+  std::vector<int64_t> input_bytes_, output_bytes_;  // Of a row.
+  mutable ThreadPool pool_;
+};
+
+Executor::Executor(std::shared_ptr<const ModelFile> file, const ExecutorOptions& options)
+    : impl_(std::make_unique<Impl>(std::move(file), options)) {}
+
+Executor::~Executor() = default;
+
+const ModelFile& Executor::file() const { return *impl_->file_; }
+const Plan& Executor::plan() const { return impl_->file_->plan(); }
+const ExecutorOptions& Executor::options() const { return impl_->options_; }
+int64_t Executor::block_bytes() const { return impl_->compiled_.block_bytes; }
+const std::vector<StateEntry>& Executor::state() const { return impl_->compiled_.state; }
+int64_t Executor::weights_bytes() const { return impl_->compiled_.weights_bytes; }
+
+void Executor::InitBlock(char* block) const {
+  for (const CompiledPlan::Bytes& bytes : impl_->compiled_.zeroed) {
+    std::memset(block + bytes.offset, 0, bytes.size);
+  }
+}
+
+std::unique_ptr<Arena> Executor::NewArena() const { return impl_->NewArena(); }
+void Executor::Check(const StepCall& call) const { impl_->Check(call); }
+void Executor::Step(const StepCall& call, Arena* arena) const { impl_->Step(call, arena); }
+
+int64_t Executor::EstimatedNanoseconds(int64_t streams, int64_t steps) const {
+  return static_cast<int64_t>(static_cast<double>(impl_->EstimatedCycles(streams * steps)) /
+                              kCyclesANanosecond);
+}
+
+int64_t Executor::ArenaBytes(const Arena& arena) { return arena.bytes; }
+
+void Executor::BeginProfile(Arena* arena) const {
+  arena->profiles = true;
+  std::fill(arena->seconds.begin(), arena->seconds.end(), 0);
+}
+
+std::vector<Executor::ProfileEntry> Executor::EndProfile(Arena* arena) const {
+  arena->profiles = false;
+  std::vector<ProfileEntry> entries;
+  for (size_t i = 0; i < arena->seconds.size(); ++i) {
+    const auto& entry = impl_->compiled_.instructions[i];
+    entries.push_back({entry.name, entry.op, arena->seconds[i]});
+  }
+  return entries;
+}
+
+}  // namespace continual_transformers

@@ -1,0 +1,99 @@
+// Nodes of a plan that remember steps, but for attention: what lies in a stream's block.
+
+#ifndef CONTINUAL_TRANSFORMERS_SESSION_RING_INSTRUCTIONS_H_
+#define CONTINUAL_TRANSFORMERS_SESSION_RING_INSTRUCTIONS_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "cc/session/row_instructions.h"
+
+namespace continual_transformers {
+
+// f(block, position, row) for every step, oldest first.
+template <class F>
+std::unique_ptr<Instruction> MakeSteps(int64_t cycles_a_row, F f) {
+  return MakeRows(cycles_a_row, [=](const Frame& frame) {
+    for (int64_t m = 0; m < frame.streams; ++m) {
+      for (int64_t t = 0; t < frame.steps; ++t) {
+        f(frame, frame.blocks[m], frame.Position(m, t), m * frame.steps + t);
+      }
+    }
+  });
+}
+
+// Adds a row of a table that goes round; int64 at `offset_at` of the block moves the stream in it.
+template <typename T>
+std::unique_ptr<Instruction> MakePositional(std::vector<T> rows, int64_t start, int64_t offset_at,
+                                            int input, int output, int64_t size) {
+  const int64_t count = static_cast<int64_t>(rows.size()) / size;
+  return MakeSteps(size / 4 + 40, [=, rows = std::move(rows)](const Frame& frame, const char* block,
+                                                              int64_t position, int64_t r) {
+    int64_t offset;
+    std::memcpy(&offset, block + offset_at, sizeof(offset));
+    // An offset may come from outside, by a copied state.
+    const int64_t at = (start % count + offset % count + position % count) % count;
+    const T* row = rows.data() + (at < 0 ? at + count : at) * size;
+    const T* x = frame.Rows<T>(input) + r * size;
+    T* y = frame.Rows<T>(output) + r * size;
+    for (int64_t i = 0; i < size; ++i) y[i] = x[i] + row[i];
+  });
+}
+
+// x of `steps` steps before; zeros before there is any.
+inline std::unique_ptr<Instruction> MakeDelay(int64_t steps, int64_t ring_at, int input, int output,
+                                              int64_t bytes) {
+  return MakeSteps(bytes / 8 + 20,
+                   [=](const Frame& frame, char* block, int64_t position, int64_t r) {
+                     char* row = block + ring_at + position % steps * bytes;
+                     char* to = frame.values[output] + r * bytes;
+                     if (position >= steps) {
+                       std::memcpy(to, row, bytes);
+                     } else {
+                       std::memset(to, 0, bytes);
+                     }
+                     std::memcpy(row, frame.values[input] + r * bytes, bytes);
+                   });
+}
+
+// x of the `window` newest steps, oldest first; zeros for steps that were never taken.
+inline std::unique_ptr<Instruction> MakeWindow(int64_t window, int64_t ring_at, int input,
+                                               int output, int64_t bytes) {
+  return MakeSteps(
+      window * bytes / 16 + 20, [=](const Frame& frame, char* block, int64_t position, int64_t r) {
+        const int64_t rows = std::max<int64_t>(1, window - 1);
+        char* ring = block + ring_at;
+        const char* x = frame.values[input] + r * bytes;
+        char* to = frame.values[output] + r * window * bytes;
+        for (int64_t step = position - window + 1; step < position; ++step, to += bytes) {
+          if (step < 0) {
+            std::memset(to, 0, bytes);
+          } else {
+            std::memcpy(to, ring + step % rows * bytes, bytes);
+          }
+        }
+        std::memcpy(to, x, bytes);
+        std::memcpy(ring + position % rows * bytes, x, bytes);
+      });
+}
+
+// Zeros in the rows of steps that were never taken.
+inline std::unique_ptr<Instruction> MakeZeroUntaken(int64_t window, int input, int output,
+                                                    int64_t bytes) {
+  return MakeSteps(
+      window * bytes / 16 + 20, [=](const Frame& frame, const char*, int64_t position, int64_t r) {
+        const int64_t untaken = std::max<int64_t>(0, window - 1 - position) * bytes;
+        const int64_t size = window * bytes;
+        char* to = frame.values[output] + r * size;
+        std::memset(to, 0, untaken);
+        std::memcpy(to + untaken, frame.values[input] + r * size + untaken, size - untaken);
+      });
+}
+
+}  // namespace continual_transformers
+
+#endif  // CONTINUAL_TRANSFORMERS_SESSION_RING_INSTRUCTIONS_H_
