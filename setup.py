@@ -1,32 +1,37 @@
-"""pip's way in: the metadata that depends on TensorFlow, and the op library.
+"""pip's way in: the metadata that depends on TensorFlow, and the libraries.
 
-The library is built with the system's compiler against the TensorFlow that is installed where the
-package is going.
+They are built with the system's compiler: the core library, the op library for the TensorFlow that
+is installed where the package is going, and the Python extension. `cc/library.bzl` lists what each
+is made of. Objects stay in `build/objects`: what has not changed is not compiled again.
 """
 
 import importlib
+import importlib.util
 import os
 import runpy
+import shlex
 import shutil
 import site
+import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 VERSION = "0.1.0"
 # Of those that numbers are held against, in the race and in the tests of ct.from_torch.
 TORCH = ["continual-inference==1.2.4", "torch==2.13.0"]
 CC = runpy.run_path("cc/library.bzl")
-sys.path.insert(0, "cuda")
+sys.path[:0] = ["cuda", "tools"]
 nvcc = importlib.import_module("nvcc")
-# Set by the Bazel build of the wheel: the library is there and only to be packed.
-PREBUILT_LIBRARY = os.environ.get("CONTINUAL_TRANSFORMERS_PREBUILT_LIBRARY")
+object_files = importlib.import_module("object_files")
+BUILD = Path("build")
+# Set by the Bazel build of the wheel: a folder in which the libraries are, only to be packed.
+PREBUILT = os.environ.get("CONTINUAL_TRANSFORMERS_PREBUILT")
+CXX = shlex.split(os.environ.get("CXX", "g++"))
 
 
 def find_tensorflow():
@@ -49,90 +54,154 @@ def find_tensorflow():
 
 TENSORFLOW = find_tensorflow()
 MINOR = ".".join(TENSORFLOW[1].split(".")[:2]) if TENSORFLOW else CC["TENSORFLOW_DEFAULT"]
+# The libraries that are no Python extensions, though setuptools takes them for such.
+FILES = {
+    "core_library": CC["CORE_LIBRARY"],
+    "op_library": CC["OP_LIBRARY"].format(MINOR=MINOR),
+}
 
 
-class build_op_library(build_ext):
-    """Builds the op library: an extension in all but its name, which knows no version of Python."""
+def sources(*parts):
+    return [f"cc/{name}" for part in parts for name in CC[f"{part}_SOURCES"]]
+
+
+def system_includes(*folders):
+    # -isystem: these headers have warnings of their own.
+    return [word for folder in folders for word in ("-isystem", str(folder))]
+
+
+def headers_of(distribution):
+    """The folder of headers of a Python package that the build needs.
+
+    pip's environment for the build has another path each time. A copy has the same one, so that
+    objects stay current.
+    """
+    if distribution == "numpy":
+        folder = importlib.import_module("numpy").get_include()
+    else:
+        (package,) = importlib.util.find_spec(
+            distribution.replace("-", "_")
+        ).submodule_search_locations
+        folder = Path(package, "include")
+    copy = BUILD / "include" / f"{distribution}-{metadata.version(distribution)}"
+    if not copy.exists():
+        made = copy.with_suffix(f".{os.getpid()}")
+        shutil.copytree(folder, made)
+        made.rename(copy)
+    return copy
+
+
+class build_libraries(build_ext):
+    """Builds the libraries, in the order in which they link each other."""
 
     def get_ext_filename(self, fullname):
-        return str(Path(*fullname.split(".")[:-1], CC["LIBRARY_NAME"]))
+        *package, name = fullname.split(".")
+        return str(Path(*package, FILES.get(name) or super().get_ext_filename(name)))
+
+    def run(self):
+        # First: whether CUDA can be had is known in a moment, and compiling takes minutes.
+        self.cuda = None if PREBUILT else nvcc.chosen()
+        super().run()
 
     def build_extension(self, ext):
-        if PREBUILT_LIBRARY:
-            target = Path(self.get_ext_fullpath(ext.name))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(PREBUILT_LIBRARY, target)
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        name = ext.name.split(".")[-1]
+        if PREBUILT:
+            file = CC["EXTENSION"] + ".so" if name == CC["EXTENSION"] else target.name
+            shutil.copyfile(Path(PREBUILT, file), target)
             return
         if TENSORFLOW is None:
             raise SystemExit(
                 "continual-transformers-tf: no TensorFlow to build for. Install one first, "
                 f"`pip install 'tensorflow-cpu=={MINOR}.*'`, or leave pip's build isolation on."
             )
-        # setuptools would keep what an earlier build left here, whatever it was built with and for.
-        self.force = True
-        folder, version = TENSORFLOW
-        print(f"building the op library for TensorFlow {version}, {folder}")
-        ext.define_macros += [("CONTINUAL_TRANSFORMERS_TENSORFLOW", f'"{version}"')]
-        # -isystem: TensorFlow's headers warn of their own deprecations.
-        # -g0: Python's own flags ask for debug information, 4 MB of it.
-        for include in ("include", CC["HIGHWAY_INCLUDE"]):
-            ext.extra_compile_args += ["-isystem", str(folder / include)]
-        ext.extra_compile_args += ["-g0"]
-        ext.extra_link_args += [f"-L{folder}"]
-        cuda = nvcc.chosen()
+        print(f"building {target.name}")
+        options, objects, links = getattr(self, f"options_of_{name}")(*TENSORFLOW)
+        compiler = subprocess.run([*CXX, "--version"], check=True, capture_output=True, text=True)
+        heading = f"{compiler.stdout.splitlines()[0]}, TensorFlow {TENSORFLOW[1]}\n"
+        folder = BUILD / "objects" / name
+
+        def compile_one(source):
+            made = (folder / source).with_suffix(".o")
+            command = [*CXX, *CC["COMPILER_OPTIONS"], "-DNDEBUG", "-fPIC", "-I.", *options]
+            command += shlex.split(os.environ.get("CXXFLAGS", ""))
+            said = object_files.compile_object([*command, "-c", source], made, heading)
+            print(said, end="", file=sys.stderr)
+            return str(made)
+
+        objects = [*object_files.side_by_side(compile_one, ext.sources), *objects]
+        links = [*links, *shlex.split(os.environ.get("LDFLAGS", ""))]
+        made = target.with_suffix(".made")
+        subprocess.run([*CXX, "-shared", *objects, *links, "-o", str(made)], check=True)
+        made.replace(target)
+
+    def options_of_core_library(self, tensorflow, version):
+        """(compiler options, further objects, linker options)"""
+        highway = tensorflow / CC["HIGHWAY_INCLUDE"]
+        options = [*CC["CORE_OPTIONS"], *system_includes(highway, headers_of("nlohmann-json"))]
+        exports = f"-Wl,--version-script,cc/{CC['EXPORTS_FILE']}"
+        return options, [], [exports, *CC["CORE_LINK_OPTIONS"]]
+
+    def options_of_op_library(self, tensorflow, version):
+        self.remove_libraries_for_others()
+        options = [
+            *CC["HIDDEN_OPTIONS"],
+            *CC["TENSORFLOW_OPTIONS"],
+            f'-DCONTINUAL_TRANSFORMERS_TENSORFLOW="{version}"',
+            *system_includes(tensorflow / "include"),
+        ]
+        objects = []
+        links = [f"-L{tensorflow}", "-l:libtensorflow_framework.so.2", *self.core_link_options()]
+        cuda = self.cuda
         if cuda:
             print(f"with CUDA {cuda}")
-            ext.define_macros += [
-                ("CONTINUAL_TRANSFORMERS_CUDA", "1"),
-                ("CONTINUAL_TRANSFORMERS_CUDA_BUILD", f'"{cuda}"'),
+            options += [
+                "-DCONTINUAL_TRANSFORMERS_CUDA=1",
+                f'-DCONTINUAL_TRANSFORMERS_CUDA_BUILD="{cuda}"',
+                *system_includes(*cuda.include),
             ]
-            ext.sources += [f"cc/{name}" for name in CC["TENSORFLOW_GPU_SOURCES"]]
-            for include in cuda.include:
-                ext.extra_compile_args += ["-isystem", include]
-            objects = cuda.compile_all(CC["CUDA_SOURCES"], nvcc.OBJECTS)
-            ext.extra_objects += map(str, objects)
+            self.ext_map["op_library"].sources += sources("TENSORFLOW_GPU")
+            objects = list(map(str, cuda.compile_all(CC["CUDA_SOURCES"], nvcc.OBJECTS)))
             # First: TensorFlow's library may have functions of the same names.
-            libraries = [f"-L{lib}" for lib in cuda.lib]
-            ext.extra_link_args[:0] = libraries + CC["CUDA_LINK_OPTIONS"]
-        # Files side by side, which setuptools compiles one after the other.
-        compile_files = self.compiler.compile
+            links[:0] = [f"-L{folder}" for folder in cuda.lib] + CC["CUDA_LINK_OPTIONS"]
+        return options, objects, links
 
-        def compile_side_by_side(sources, **options):
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                made = pool.map(lambda source: compile_files([source], **options), sources)
-                return [name for names in made for name in names]
+    def options_of__session(self, tensorflow, version):
+        includes = [headers_of(name) for name in ("nlohmann-json", "numpy", "pybind11")]
+        python = sysconfig.get_paths()["include"]
+        options = [*CC["HIDDEN_OPTIONS"], *system_includes(python, *includes)]
+        return options, [], self.core_link_options()
 
-        self.compiler.compile = compile_side_by_side
-        super().build_extension(ext)
+    def remove_libraries_for_others(self):
+        """Removes op libraries that an earlier build in this folder made for other TensorFlows."""
+        target = Path(self.get_ext_fullpath("continual_transformers_tf.op_library"))
+        for path in target.parent.glob(CC["OP_LIBRARY"].format(MINOR="*")):
+            if path != target:
+                path.unlink()
 
-
-class bdist_platform_wheel(bdist_wheel):
-    """The library is tied to the platform and to TensorFlow, and to no version of Python."""
-
-    def get_tag(self):
-        return "py3", "none", super().get_tag()[2]
+    def core_link_options(self):
+        core = Path(self.get_ext_fullpath("continual_transformers_tf.core_library"))
+        return [f"-L{core.parent}", f"-l:{core.name}", *CC["BESIDE_CORE_LINK_OPTIONS"]]
 
 
 setup(
-    # The local part says which TensorFlow the library was built for: pip shows it.
+    # The local part says which TensorFlow the op library was built for: pip shows it.
     version=f"{VERSION}+tf{MINOR}",
     ext_modules=[
-        Extension(
-            "continual_transformers_tf.op_library",
-            sources=[f"cc/{name}" for name in CC["ATTENTION_SOURCES"] + CC["TENSORFLOW_SOURCES"]],
-            depends=["setup.py", "cc/library.bzl"]
-            + [f"cc/{name}" for name in CC["ATTENTION_HEADERS"] + CC["TENSORFLOW_HEADERS"]],
-            include_dirs=["."],
-            extra_compile_args=CC["COMPILER_OPTIONS"] + CC["TENSORFLOW_OPTIONS"],
-            extra_link_args=["-l:libtensorflow_framework.so.2"],
-            language="c++",
-        )
+        Extension("continual_transformers_tf.core_library", sources("ATTENTION", "SESSION")),
+        Extension("continual_transformers_tf.op_library", sources("TENSORFLOW")),
+        *(
+            [Extension(f"continual_transformers_tf.{CC['EXTENSION']}", sources("PYTHON"))]
+            if CC["PYTHON_SOURCES"]
+            else []
+        ),
     ],
-    cmdclass={"build_ext": build_op_library, "bdist_wheel": bdist_platform_wheel},
-    setup_requires=[] if TENSORFLOW or PREBUILT_LIBRARY else [f"tensorflow-cpu=={MINOR}.*"],
+    cmdclass={"build_ext": build_libraries},
+    setup_requires=[] if TENSORFLOW or PREBUILT else [f"tensorflow-cpu=={MINOR}.*"],
     extras_require={
-        "cpu": [f"tensorflow-cpu=={MINOR}.*"],
-        "gpu": [f"tensorflow[and-cuda]=={MINOR}.*"],
+        "cpu": [f"tensorflow-cpu=={MINOR}.*", "keras>=3.15,<4"],
+        "gpu": [f"tensorflow[and-cuda]=={MINOR}.*", "keras>=3.15,<4"],
         # Who the race is against.
         "bench": [*TORCH, "matplotlib", "onnx", "onnxruntime", "rich"],
         "demo": ["matplotlib", "rich", "seglearn"],
@@ -140,6 +209,10 @@ setup(
         "examples": ["aeon", "matplotlib", "rich", "seglearn"],
         # What ct.from_torch takes weights from.
         "torch": [*TORCH, "safetensors"],
-        "test": ["clang-format==23.1.5", "hypothesis", "pytest", "pytest-xdist", "ruff==0.17.6"],
+        "test": [
+            *("clang-format==23.1.5", "hypothesis", "pytest", "pytest-xdist", "ruff==0.17.6"),
+            # Headers for Bazel's build; pip gets its own, by pyproject.toml.
+            *("nlohmann-json", "pybind11"),
+        ],
     },
 )

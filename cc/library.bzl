@@ -1,6 +1,13 @@
-"""What the op library is made of: read by Bazel and, being plain Python too, by setup.py."""
+"""What the libraries are made of: read by Bazel and, being plain Python too, by setup.py."""
 
-LIBRARY_NAME = "libcontinual_transformers.so"
+# Kernels, sessions and the C interface: no TensorFlow, no Python. What is below links it.
+CORE_LIBRARY = "libcontinual_transformers.so"
+
+# TensorFlow's ops, for one minor version of it.
+OP_LIBRARY = "libcontinual_transformers_tf{MINOR}.so"
+
+# The Python extension; the interpreter adds a suffix of its own.
+EXTENSION = "_session"
 
 ATTENTION_HEADERS = [
     "attention/co_si_encoder_step.h",
@@ -25,6 +32,7 @@ ATTENTION_HEADERS = [
 ]
 
 ATTENTION_SOURCES = [
+    "attention/c_api.cc",
     "attention/co_si_encoder_step.cc",
     "attention/co_si_mha_step.cc",
     "attention/dense.cc",
@@ -35,8 +43,15 @@ ATTENTION_SOURCES = [
     "attention/targets.cc",
 ]
 
+SESSION_HEADERS = []
+
+SESSION_SOURCES = []
+
+PYTHON_HEADERS = []
+
+PYTHON_SOURCES = []
+
 TENSORFLOW_HEADERS = [
-    "tensorflow/bound_variables.h",
     "tensorflow/co_si_mha_step_call-inl.h",
     "tensorflow/co_si_mha_step_call.h",
     "tensorflow/inputs.h",
@@ -46,12 +61,9 @@ TENSORFLOW_HEADERS = [
 ]
 
 TENSORFLOW_SOURCES = [
-    "attention/c_api.cc",
-    "tensorflow/bound_variables.cc",
     "tensorflow/build_info.cc",
     "tensorflow/co_si_mha_step_call.cc",
     "tensorflow/co_si_mha_step_kernel.cc",
-    "tensorflow/direct_step.cc",
     "tensorflow/inputs.cc",
     "tensorflow/locked_variables.cc",
     "tensorflow/ops.cc",
@@ -110,8 +122,29 @@ COMPILER_OPTIONS = [
     "-O3",
     "-Wall",
     "-Wextra",
-    "-fvisibility=hidden",
 ]
+
+# The core library shows its C++ functions to the other two, as EXPORTS_FILE says, and calls them
+# itself without a detour through the dynamic linker's tables.
+CORE_OPTIONS = [
+    "-fno-semantic-interposition",
+    "-fvisibility-inlines-hidden",
+]
+
+EXPORTS_FILE = "exports.lds"
+
+CORE_LINK_OPTIONS = [
+    "-Wl,-soname," + CORE_LIBRARY,
+    "-Wl,-Bsymbolic",
+    "-Wl,-z,defs",
+    "-pthread",
+]
+
+# The libraries that link the core library show only what is marked in their sources.
+HIDDEN_OPTIONS = ["-fvisibility=hidden"]
+
+# They find the core library beside them.
+BESIDE_CORE_LINK_OPTIONS = ["-Wl,-rpath,$ORIGIN"]
 
 # What TensorFlow's own headers must be compiled with, as tf.sysconfig.get_compile_flags() says of
 # the wheels on PyPI.

@@ -14,12 +14,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 # Not resolved: in Bazel's sandbox everything is a link that leads out of it.
 ROOT = Path(os.path.abspath(__file__)).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+from object_files import compile_object, side_by_side  # noqa: E402  Beside this folder.
+
 LISTS = runpy.run_path(str(ROOT / "cc" / "library.bzl"))
 # Where objects are kept, and found by the next build.
 OBJECTS = ROOT / "build" / "cuda"
@@ -70,36 +72,19 @@ class Toolkit(NamedTuple):
         yield from ("--threads=0", *LISTS["CUDA_OPTIONS"], f"-I{ROOT}")
 
     def compile(self, source, target):
-        """Compiles a file, unless `target` is of that, and what nvcc said beside it, is newer."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        log, dependencies = target.with_suffix(".log"), target.with_suffix(".d")
-        command = [self.nvcc, *self.options(), "-c", str(source)]
+        """Compiles a file, unless what an earlier run made of it is current."""
         # nvcc takes more from the environment.
         extra = [os.environ.get(f"NVCC_{name}_FLAGS", "") for name in ("PREPEND", "APPEND")]
-        heading = f"{self.version}: {shlex.join([*command, *extra])}\n"
-        if is_current(target, log, dependencies, heading):
-            return target
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made, listed = Path(folder, "made.o"), Path(folder, "made.d")
-            status, said = run(*command, "-o", str(made), "-MMD", "-MF", str(listed))
-            if status:
-                raise SystemExit(f"{shlex.join(command)}\n{said}")
-            log.write_text(heading + said)
-            listed.replace(dependencies)
-            made.replace(target)
+        command = [self.nvcc, *self.options(), "-c", str(source)]
+        compile_object(command, target, f"{self.version}: {shlex.join(extra)}\n")
         return target
 
     def compile_all(self, sources, folder):
         """Compiles files of //cuda into a folder of objects, those anew that have changed."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(
-                pool.map(
-                    lambda name: self.compile(
-                        ROOT / "cuda" / name, Path(folder, name).with_suffix(".o")
-                    ),
-                    sources,
-                )
-            )
+        return side_by_side(
+            lambda name: self.compile(ROOT / "cuda" / name, Path(folder, name).with_suffix(".o")),
+            sources,
+        )
 
     def library(self, target):
         """Links the kernels and their C interface, compiled beside the target."""
@@ -112,16 +97,6 @@ class Toolkit(NamedTuple):
         )
         if status:
             raise SystemExit(said)
-
-
-def is_current(target, log, dependencies, heading):
-    if not (target.exists() and log.exists() and dependencies.exists()):
-        return False
-    if not log.read_text().startswith(heading):
-        return False
-    files = dependencies.read_text().replace("\\\n", " ").split(":", 1)[1].split()
-    made = target.stat().st_mtime
-    return all(os.path.exists(name) and os.stat(name).st_mtime < made for name in files)
 
 
 def architectures():

@@ -1,5 +1,6 @@
 """Whole models: Keras models that stream, made from those that do not; and what serves them."""
 
+import continual_transformers_tf._tensorflow  # First: says where it is missing.
 import continual_transformers_tf.models.cost_retroactive  # noqa: F401  Its entries of cost.
 from continual_transformers_tf.models.convert import convert
 from continual_transformers_tf.models.cost import cost

@@ -1,9 +1,10 @@
 """The functional core: attention on projected steps, the state of streams, the kernels' loader."""
 
+import continual_transformers_tf._tensorflow  # noqa: F401  First: says where it is missing.
+from continual_transformers_tf.native import cpu_targets
 from continual_transformers_tf.ops.attention_cache import AttentionCache
 from continual_transformers_tf.ops.library import (
     LIBRARY_PATH,
-    cpu_targets,
     cuda_build,
     kernels,
     load_error,

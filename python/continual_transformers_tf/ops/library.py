@@ -12,8 +12,11 @@ from tensorflow.python.eager import context
 from tensorflow.python.framework import kernels as kernel_registry
 from tensorflow.python.ops import control_flow_util
 
-LIBRARY_NAME = "libcontinual_transformers.so"
-LIBRARY_PATH = Path(__file__).parent.parent / LIBRARY_NAME
+from continual_transformers_tf import native
+
+MINOR = ".".join(tf.__version__.split(".")[:2])
+LIBRARY_NAME = f"libcontinual_transformers_tf{MINOR}.so"
+LIBRARY_PATH = native.PACKAGE / LIBRARY_NAME
 
 BACKEND_VARIABLE = "CONTINUAL_TRANSFORMERS_BACKEND"
 BACKENDS = ("auto", "fused", "tensorflow")
@@ -24,13 +27,9 @@ SINGLE_OUTPUT = "ContinualTransformers>SingleOutputAttention"
 # Written into the library by cc/tensorflow/build_info.cc.
 _BUILD_INFO = re.compile(rb"continual-transformers-tf built for TensorFlow (\d+\.\d+[^ \0]*)\.\0")
 
-_INSTALL = (
-    "pip install --force-reinstall --no-deps --no-cache-dir .` in a checkout of "
-    "continual-transformers-tf."
-)
 _HOW_TO_BUILD = (
     "To build it for this TensorFlow, with a C++17 compiler (Debian and Ubuntu: "
-    f"`apt install g++`): `{_INSTALL}"
+    f"`apt install g++`): `{native.INSTALL}"
 )
 
 
@@ -51,7 +50,9 @@ def built_for(path):
 def _load():
     """Loads the library once. Returns (its Python module, None) or (None, the reason)."""
     if not LIBRARY_PATH.exists():
-        return None, f"{LIBRARY_PATH} does not exist. {_HOW_TO_BUILD}"
+        others = ", ".join(native.op_libraries())
+        there = f"; there are op libraries for TensorFlow {others}" if others else ""
+        return None, f"{LIBRARY_PATH} does not exist{there}. {_HOW_TO_BUILD}"
     # The version is read from the file's bytes before anything is loaded: a library of another
     # version may crash the process where it should have said what is wrong.
     try:
@@ -62,7 +63,7 @@ def _load():
         return None, (
             f"{LIBRARY_PATH} is not an op library of continual-transformers-tf. {_HOW_TO_BUILD}"
         )
-    if version.split(".")[:2] != tf.__version__.split(".")[:2]:
+    if version.split(".")[:2] != MINOR.split("."):
         return None, (
             f"{LIBRARY_PATH} was built for TensorFlow {version}, but this is TensorFlow "
             f"{tf.__version__}; TensorFlow's C++ API changes with every minor version. "
@@ -139,7 +140,7 @@ def _no_kernel(op, device_type):
     if device_type == "GPU" and not has_kernel(SINGLE_OUTPUT, "GPU"):
         return (
             f"the streams' state is on a GPU, and {LIBRARY_PATH} was built without CUDA. To build "
-            f"it with CUDA, where there is nvcc: `CONTINUAL_TRANSFORMERS_CUDA=1 {_INSTALL}"
+            f"it with CUDA, where there is nvcc: `CONTINUAL_TRANSFORMERS_CUDA=1 {native.INSTALL}"
         )
     there_are = " and ".join(sorted(_registered_device_types(op)))
     return (
@@ -174,25 +175,6 @@ def _registered_device_types(op):
     return frozenset(kernel.device_type for kernel in registered.kernel)
 
 
-def cpu_targets():
-    """The vector instruction sets that the fused CPU kernels can use here.
-
-    Returns:
-        (names, fastest first; the one in use: the fastest, or what CONTINUAL_TRANSFORMERS_TARGET
-        named when the library was loaded).
-
-    Raises:
-        RuntimeError: if there are no fused kernels (`load_error` says why).
-        ValueError: if CONTINUAL_TRANSFORMERS_TARGET names none of them.
-    """
-    library = native_library()
-    error = library.continual_transformers_target_error().decode()
-    if error:
-        raise ValueError(error)
-    names = library.continual_transformers_targets().decode().split(",")
-    return names, library.continual_transformers_target().decode()
-
-
 def cuda_build():
     """What the fused kernels for GPUs were built with and for.
 
@@ -204,34 +186,12 @@ def cuda_build():
     Raises:
         RuntimeError: if there are no fused kernels (`load_error` says why).
     """
-    return native_library().continual_transformers_cuda_build().decode() or None
-
-
-def read_bytes(array):
-    """Reads a NumPy array's bytes by a plain vector loop: the bound of what a step takes.
-
-    Args:
-        array: contiguous.
-    """
-    native_library().continual_transformers_read(array.ctypes.data, array.nbytes)
-
-
-@functools.cache
-def native_library():
-    """What of the library needs no TensorFlow, by ctypes (`c_api.cc`, `build_info.cc`).
-
-    Raises:
-        RuntimeError: if it cannot be loaded.
-    """
     module, reason = _load()
     if module is None:
         raise RuntimeError(reason)
-    library = ctypes.CDLL(str(LIBRARY_PATH))
-    for name in ("target", "targets", "target_error", "cuda_build"):
-        getattr(library, f"continual_transformers_{name}").restype = ctypes.c_char_p
-    read = library.continual_transformers_read
-    read.argtypes, read.restype = [ctypes.c_void_p, ctypes.c_size_t], ctypes.c_ubyte
-    return library
+    cuda_build = ctypes.CDLL(str(LIBRARY_PATH)).continual_transformers_cuda_build
+    cuda_build.restype = ctypes.c_char_p
+    return cuda_build().decode() or None
 
 
 def load_error():

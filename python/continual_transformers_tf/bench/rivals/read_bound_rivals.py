@@ -3,7 +3,7 @@
 import numpy as np
 
 from continual_transformers_tf.bench.rivals import rings_of
-from continual_transformers_tf.ops.library import native_library
+from continual_transformers_tf.native import core_library
 
 
 def _read_bound(size, weights, threads):
@@ -11,7 +11,7 @@ def _read_bound(size, weights, threads):
     arrays = [*rings_of(size, weights), *(kernel for kernel, _ in weights)]
     # In one piece: every call from Python would add its third of a microsecond.
     everything = np.concatenate([array.ravel() for array in arrays])
-    read = native_library().continual_transformers_read
+    read = core_library().continual_transformers_read
     address, size_in_bytes = everything.ctypes.data, everything.nbytes
 
     def step(x):

@@ -1,0 +1,1 @@
+python/continual_transformers_tf/cmake

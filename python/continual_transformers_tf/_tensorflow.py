@@ -1,0 +1,11 @@
+"""Imported first by what needs TensorFlow: says what to install where it is missing."""
+
+import importlib.util
+
+for package in ("tensorflow", "keras"):
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(
+            f"This part of continual_transformers_tf needs {package}, which is not installed. "
+            "Install the package with one of its extras, as by `pip install '.[cpu]'` in a "
+            "checkout, or '.[gpu]' for CUDA. (`ct.Session.load` needs neither.)"
+        )

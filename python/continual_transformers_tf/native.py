@@ -1,0 +1,68 @@
+"""The core library, by ctypes: what its kernels run on. Imports no TensorFlow."""
+
+import ctypes
+import functools
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+CORE_LIBRARY_PATH = PACKAGE / "libcontinual_transformers.so"
+
+INSTALL = (
+    "pip install --force-reinstall --no-deps --no-cache-dir .` in a checkout of "
+    "continual-transformers-tf."
+)
+HOW_TO_BUILD = (
+    f"To build it, with a C++17 compiler (Debian and Ubuntu: `apt install g++`): `{INSTALL}"
+)
+
+
+@functools.cache
+def core_library():
+    """The core library's C functions (cc/attention/c_api.cc).
+
+    Raises:
+        ImportError: if it cannot be loaded.
+    """
+    if not CORE_LIBRARY_PATH.exists():
+        raise ImportError(f"{CORE_LIBRARY_PATH} does not exist. {HOW_TO_BUILD}")
+    try:
+        library = ctypes.CDLL(str(CORE_LIBRARY_PATH))
+        for name in ("target", "targets", "target_error"):
+            getattr(library, f"continual_transformers_{name}").restype = ctypes.c_char_p
+        read = library.continual_transformers_read
+    except (OSError, AttributeError) as error:
+        raise ImportError(
+            f"{CORE_LIBRARY_PATH} could not be loaded: {error}. {HOW_TO_BUILD}"
+        ) from error
+    read.argtypes, read.restype = [ctypes.c_void_p, ctypes.c_size_t], ctypes.c_ubyte
+    return library
+
+
+def cpu_targets():
+    """The vector instruction sets that the CPU kernels can use here.
+
+    Returns:
+        (names, fastest first; the one in use: the fastest, or what CONTINUAL_TRANSFORMERS_TARGET
+        named when the library was loaded).
+
+    Raises:
+        ImportError: if the core library cannot be loaded.
+        ValueError: if CONTINUAL_TRANSFORMERS_TARGET names none of them.
+    """
+    library = core_library()
+    error = library.continual_transformers_target_error().decode()
+    if error:
+        raise ValueError(error)
+    names = library.continual_transformers_targets().decode().split(",")
+    return names, library.continual_transformers_target().decode()
+
+
+def op_libraries():
+    """The op libraries of this installation: {TensorFlow's minor version: path}."""
+    prefix = f"{CORE_LIBRARY_PATH.stem}_tf"
+    found = {
+        path.stem.removeprefix(prefix): path
+        for path in PACKAGE.glob(f"{prefix}*.so")
+        if "_cuda" not in path.stem
+    }
+    return dict(sorted(found.items(), key=lambda item: [*map(int, item[0].split("."))]))

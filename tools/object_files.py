@@ -1,0 +1,69 @@
+"""Compiles files, only those that have changed: for setup.py, for nvcc and for the emulated ops."""
+
+import os
+import shlex
+import subprocess
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+
+def compile_object(command, target, heading=""):
+    """Compile a file, unless an earlier run of the same command is still current.
+
+    Beside the object lie what the compiler said (`.log`, which begins with the heading and the
+    command) and the files that it read (`.d`). An object is as old as the start of its compilation,
+    so a file that is edited meanwhile counts as changed.
+
+    Args:
+        command: a list, the compiler and its options, without those for the output.
+        target: the object's path.
+        heading: what else the object depends on, such as the versions of the compiler and of
+            headers of the system's: a change to those is not looked for in the files.
+
+    Returns:
+        What the compiler said; "" if it was not called.
+    """
+    log, listed = target.with_suffix(".log"), target.with_suffix(".d")
+    heading = f"{heading}{shlex.join(command)}\n"
+    if is_current(target, log, listed, heading):
+        return ""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made, made_list = Path(folder, "made.o"), Path(folder, "made.d")
+        started = time.time()
+        done = subprocess.run(
+            [*command, "-o", str(made), "-MMD", "-MF", str(made_list)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if done.returncode:
+            raise SystemExit(f"{shlex.join(command)}\n{done.stdout}")
+        os.utime(made, (started, started))
+        log.write_text(heading + done.stdout)
+        made_list.replace(listed)
+        made.replace(target)
+    return done.stdout
+
+
+def is_current(target, log, listed, heading):
+    """Whether an object was made by the same command from files that have not changed since."""
+    if not (target.exists() and log.exists() and listed.exists()):
+        return False
+    if not log.read_text().startswith(heading):
+        return False
+    made = target.stat().st_mtime
+    return all(os.path.exists(name) and os.stat(name).st_mtime < made for name in listed_in(listed))
+
+
+def listed_in(path):
+    """The files that a compiler's list of dependencies (`-MF`) names."""
+    return path.read_text().replace("\\\n", " ").split(":", 1)[1].split()
+
+
+def side_by_side(function, items):
+    """Call a function on every item, as many at once as there are processors."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(function, items))
