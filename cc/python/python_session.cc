@@ -59,11 +59,12 @@ std::vector<ArraySpec> SpecsOf(const Plan& plan, const std::vector<Port>& ports,
   return specs;
 }
 
-Structure StructureOf(const nlohmann::json& json) {
+Structure StructureOf(const nlohmann::ordered_json& json) {
   Structure structure;
   if (json.is_array()) {
     structure.kind = Structure::kList;
-    for (const nlohmann::json& child : json) structure.children.push_back(StructureOf(child));
+    for (const nlohmann::ordered_json& child : json)
+      structure.children.push_back(StructureOf(child));
   } else if (json.is_object()) {
     structure.kind = Structure::kDict;
     for (const auto& [key, child] : json.items()) {
@@ -180,7 +181,7 @@ void SetPythonError() {
 
 Structure Structure::Parse(const std::string& plan_json, const char* key) {
   // ParsePlan has read it before, so it is JSON.
-  const nlohmann::json plan = nlohmann::json::parse(plan_json);
+  const auto plan = nlohmann::ordered_json::parse(plan_json);
   return StructureOf(plan.at(key));
 }
 
@@ -285,12 +286,6 @@ PythonSession::PythonSession(std::shared_ptr<const ModelFile> file, const Sessio
 bool PythonSession::ReleasesForNanoseconds(double nanoseconds) const {
   if (release != Release::kByEstimate) return release == Release::kAlways;
   return nanoseconds > kShortNanoseconds;
-}
-
-void PythonSession::UsedDefaultStreams(int64_t count) {
-  int64_t seen = default_streams_.load(std::memory_order_relaxed);
-  while (seen < count && !default_streams_.compare_exchange_weak(seen, count)) {
-  }
 }
 
 }  // namespace continual_transformers

@@ -6,7 +6,6 @@
 
 #include "cc/python/numpy_api.h"
 // After NumPy's: Python.h comes first.
-#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -118,18 +117,12 @@ class PythonSession {
   // The same for something else that takes so long.
   bool ReleasesForNanoseconds(double nanoseconds) const;
 
-  // How many default streams there are: as many as the largest call without `streams` had rows.
-  int64_t default_streams() const { return default_streams_.load(std::memory_order_relaxed); }
-  void UsedDefaultStreams(int64_t count);
-  void ClosedDefaultStreams() { default_streams_.store(0, std::memory_order_relaxed); }
-
  private:
   std::unique_ptr<Session> session_;
   SessionOptions options_;
   std::vector<ArraySpec> inputs_, outputs_;
   Structure input_structure_, output_structure_;
   int64_t short_rows_ = 0;
-  std::atomic<int64_t> default_streams_{0};
 };
 
 // The PythonSession in an instance of the Python class. Throws PythonError where it has none.

@@ -92,8 +92,9 @@ py::object Int64Array(const int64_t* data, int64_t count) {
 // The ids that were named, or those of the default streams that there are.
 std::unique_ptr<StreamIds> IdsOrDefaults(PythonSession& session, const py::object& streams) {
   if (!streams.is_none()) return std::make_unique<StreamIds>(streams.ptr());
-  auto ids = std::make_unique<StreamIds>(session.default_streams());
-  session.session().store()->Defaults(ids->count(), ids->data());
+  StreamStore* const store = session.session().store();
+  auto ids = std::make_unique<StreamIds>(store->default_streams());
+  store->Defaults(ids->count(), ids->data());
   return ids;
 }
 
@@ -130,7 +131,6 @@ void Close(PythonSession& session, const py::object& streams) {
     GilRelease gil(session.ReleasesForNanoseconds(kNanosecondsPerStream * ids->count()));
     session.session().Close(ids->data(), ids->count());
   }
-  if (streams.is_none()) session.ClosedDefaultStreams();
 }
 
 void CleanState(PythonSession& session, const py::object& streams) {
@@ -145,25 +145,36 @@ void CleanState(PythonSession& session, const py::object& streams) {
   session.session().Clean(ids.data(), ids.count());
 }
 
-std::vector<int64_t> Positions(PythonSession& session, const StreamIds& ids) {
+struct PositionList {
+  std::vector<int64_t> positions;
+  bool is_scalar;
+};
+
+// Left out: those of the default streams, none of which is opened for it.
+PositionList PositionsOf(PythonSession& session, const py::object& streams) {
+  const StreamStore* const store = session.session().store();
+  if (streams.is_none()) {
+    std::vector<int64_t> positions(store->default_streams());
+    store->Positions(nullptr, positions.size(), positions.data());
+    return {std::move(positions), false};
+  }
+  const StreamIds ids(streams.ptr());
   std::vector<int64_t> positions(ids.count());
-  session.session().Positions(ids.data(), ids.count(), positions.data());
-  return positions;
+  store->Positions(ids.data(), ids.count(), positions.data());
+  return {std::move(positions), ids.is_scalar()};
 }
 
 py::object Position(PythonSession& session, const py::object& streams) {
-  const auto ids = IdsOrDefaults(session, streams);
-  const std::vector<int64_t> positions = Positions(session, *ids);
-  if (ids->is_scalar()) return py::int_(positions[0]);
-  return Int64Array(positions.data(), ids->count());
+  const auto [positions, is_scalar] = PositionsOf(session, streams);
+  if (is_scalar) return py::int_(positions[0]);
+  return Int64Array(positions.data(), positions.size());
 }
 
 py::object Ready(PythonSession& session, const py::object& streams) {
-  const auto ids = IdsOrDefaults(session, streams);
-  const std::vector<int64_t> positions = Positions(session, *ids);
+  const auto [positions, is_scalar] = PositionsOf(session, streams);
   const int64_t receptive_field = session.session().plan().receptive_field;
-  if (ids->is_scalar()) return py::bool_(positions[0] >= receptive_field);
-  npy_intp size = ids->count();
+  if (is_scalar) return py::bool_(positions[0] >= receptive_field);
+  npy_intp size = positions.size();
   PyObject* array = PyArray_SimpleNew(1, &size, NPY_BOOL);
   if (!array) throw PythonError();
   npy_bool* data = static_cast<npy_bool*>(PyArray_DATA(reinterpret_cast<PyArrayObject*>(array)));
@@ -173,8 +184,6 @@ py::object Ready(PythonSession& session, const py::object& streams) {
 
 py::list GetState(PythonSession& session, const py::object& streams) {
   const auto ids = IdsOrDefaults(session, streams);
-  // Nothing is copied where one of them is not open.
-  Positions(session, *ids);
   const int64_t bytes = session.session().state_bytes();
   py::list states;
   std::vector<char*> data;

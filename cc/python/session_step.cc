@@ -457,7 +457,6 @@ PyObject* TakeSteps(PyObject* self, const Arguments& arguments, int axes) {
     Py_DECREF(result);
     throw;
   }
-  if (!ids) python_session.UsedDefaultStreams(rows.streams);
   return result;
 }
 

@@ -1,0 +1,173 @@
+"""Model files that are made by hand, for tests of sessions that need no Keras model.
+
+They are written from docs/model_file.md alone: nothing here is ours.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+
+class PlanFile:
+    """A plan and its weights.
+
+    Args:
+        compute_dtype, cache_dtype, weights_dtype: as docs/model_file.md has them.
+        receptive_field: in steps.
+    """
+
+    def __init__(
+        self, compute_dtype="float32", cache_dtype=None, weights_dtype=None, receptive_field=1
+    ):
+        self.compute_dtype = compute_dtype
+        self.tensors = {}
+        self.plan = {
+            "producer": "tests",
+            "name": "plan",
+            "compute_dtype": compute_dtype,
+            "cache_dtype": cache_dtype or compute_dtype,
+            "weights_dtype": weights_dtype or compute_dtype,
+            "receptive_field": receptive_field,
+            "delay": 0,
+            "block": 1,
+            "values": [],
+            "inputs": [],
+            "outputs": [],
+            "input_structure": 0,
+            "output_structure": 0,
+            "nodes": [],
+            "keras_state": [],
+        }
+
+    def value(self, *shape, dtype=None):
+        """Adds a value, and returns its number."""
+        self.plan["values"].append({"shape": list(shape), "dtype": dtype or self.compute_dtype})
+        return len(self.plan["values"]) - 1
+
+    def input(self, name, *shape, dtype=None):
+        number = self.value(*shape, dtype=dtype)
+        self.plan["inputs"].append({"name": name, "value": number})
+        return number
+
+    def output(self, name, number):
+        self.plan["outputs"].append({"name": name, "value": number})
+
+    def node(self, op, inputs, output, weights=None, masks=None, **attributes):
+        """Adds a node. `weights` are arrays by the names that the node gives them."""
+        name = f"{op}_{len(self.plan['nodes'])}"
+        names = {}
+        for key, array in (weights or {}).items():
+            names[key] = f"{name}/{key}"
+            self.tensors[names[key]] = array
+        node = {"op": op, "name": name, "inputs": inputs, "outputs": [output]}
+        node |= {"weights": names, "attributes": attributes}
+        if masks:
+            node["masks"] = masks
+        self.plan["nodes"].append(node)
+        return output
+
+    def dense(self, random, x, size):
+        """Adds a dense node with random weights, and returns its output."""
+        of = self.plan["values"][x]["shape"][-1]
+        weights = {
+            "kernel": (random.standard_normal((of, size)) / np.sqrt(of)).astype(self.compute_dtype),
+            "bias": random.standard_normal(size).astype(self.compute_dtype),
+        }
+        return self.node("dense", [x], self.value(size), weights)
+
+    def to_bytes(self):
+        kinds = {"float32": "F32", "float64": "F64", "int64": "I64"}
+        header = {
+            "__metadata__": {
+                "format": "continual-transformers",
+                "format_version": "1",
+                "plan": json.dumps(self.plan),
+            }
+        }
+        data = b""
+        for name, array in self.tensors.items():
+            header[name] = {
+                "dtype": kinds[array.dtype.name],
+                "shape": list(array.shape),
+                "data_offsets": [len(data), len(data) + array.nbytes],
+            }
+            data += array.tobytes()
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text + data
+
+    def write(self, folder, name="model.safetensors"):
+        path = Path(folder) / name
+        path.write_bytes(self.to_bytes())
+        return path
+
+    def session(self, **options):
+        """A session of it. Its file is gone when this returns, but stays mapped."""
+        from continual_transformers_tf.session import Session
+
+        with tempfile.TemporaryDirectory() as folder:
+            return Session.load(self.write(folder), **options)
+
+
+def attention_plan(random, features=6, heads=2, key_size=3, window=4, outputs=5, **options):
+    """x -> dense -> attention over the window -> + dense(x) -> dense -> y."""
+    plan = PlanFile(receptive_field=window, **options)
+    size = heads * key_size
+    x = plan.input("x", features)
+    projected = [plan.dense(random, x, size) for _ in range(3)]
+    attended = plan.node(
+        "attention",
+        projected,
+        plan.value(size),
+        heads=heads,
+        window=window,
+        first_column=0,
+        end_column=window,
+        query_delay=0,
+        scale=key_size**-0.5,
+    )
+    residual = plan.node(
+        "binary", [attended, plan.dense(random, x, size)], plan.value(size), function="add"
+    )
+    plan.output("y", plan.dense(random, residual, outputs))
+    return plan
+
+
+def attention_only_plan(window=4, size=4, **options):
+    """Queries, keys and values are the input: y is attention over the window."""
+    plan = PlanFile(receptive_field=window, **options)
+    x = plan.input("x", size)
+    y = plan.node(
+        "attention",
+        [x, x, x],
+        plan.value(size),
+        heads=1,
+        window=window,
+        first_column=0,
+        end_column=window,
+        query_delay=0,
+        scale=0.5,
+    )
+    plan.output("y", y)
+    return plan
+
+
+def many_ports_plan(random, rows=7, size=3):
+    """{"sound": (3,), "word": ()} -> {"sum": sound + row of word, "late": [its delay]}.
+
+    "word" is int32; "late" is the sum of 2 steps before.
+    """
+    plan = PlanFile(receptive_field=3)
+    sound = plan.input("sound", size)
+    word = plan.input("word", dtype="int32")
+    table = random.standard_normal((rows, size)).astype("float32")
+    row = plan.node("embedding", [word], plan.value(size), {"table": table})
+    total = plan.node("binary", [sound, row], plan.value(size), function="add")
+    late = plan.node("delay", [total], plan.value(size), steps=2)
+    plan.output("sum", total)
+    plan.output("late", late)
+    plan.plan["input_structure"] = {"sound": 0, "word": 1}
+    plan.plan["output_structure"] = {"sum": 0, "late": [1]}
+    return plan, table
