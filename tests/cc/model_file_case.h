@@ -236,6 +236,70 @@ class PlanBuilder {
   std::mt19937 random_;
 };
 
+// A small plan with every op, each in the middle of others, as the sizes of a test allow.
+inline PlanBuilder EveryOp(const std::string& compute_dtype = "float32") {
+  PlanBuilder b(compute_dtype);
+  b.plan["receptive_field"] = 4;
+  const int x = b.Input("x", {6});
+  const int tokens = b.Input("tokens", {2}, "int32");
+  const int id = b.Input("id", {}, "int64");
+
+  const auto function = [](const char* name) { return Json{{"function", name}}; };
+  int y = b.Dense(x, {4});
+  y = b.Node(
+      "activation", {y}, {4},
+      {{"function", "relu"}, {"negative_slope", 0.1}, {"max_value", nullptr}, {"threshold", 0}});
+  y = b.Node("activation", {y}, {4}, function("prelu"), {{"alpha", b.Random({4})}});
+  y = b.Node("affine", {y}, {4}, {}, {{"scale", b.Random({4})}, {"offset", b.Random({4})}});
+  y = b.Node("batch_norm", {y}, {4}, {{"epsilon", 1e-3}},
+             {{"mean", b.Random({4})},
+              {"variance", b.Weight({4}, {1, 2, 0.5, 3})},
+              {"gamma", b.Random({4})},
+              {"beta", b.Random({4})}});
+  y = b.Node("positional", {y}, {4}, {},
+             {{"rows", b.Random({7, 4})}, {"start", b.Weight({}, {3}, "int64")}});
+  const int normal = b.Node("norm", {y}, {4}, {{"function", "layer"}, {"epsilon", 1e-6}},
+                            {{"gamma", b.Random({4})}, {"beta", b.Random({4})}});
+
+  // Tokens, turned round, as [1, 2], and looked up.
+  int t = b.Node("strided", {tokens}, {2}, {{"offset", 1}, {"strides", {-1}}}, {}, {}, "int32");
+  t = b.Node("reshape", {t}, {1, 2}, {}, {}, {}, "int32");
+  const int embedded = b.Node("embedding", {t}, {1, 2, 3}, {}, {{"table", b.Random({5, 3})}});
+  const int one = b.Node("embedding", {id}, {6}, {}, {{"table", b.Random({3, 6})}});
+
+  const int differs = b.Node("not_equal", {t}, {1}, {{"value", 0}, {"any", true}}, {}, {}, "bool");
+  const int nonzero =
+      b.Node("not_equal", {x}, {1}, {{"value", 0.5}, {"any", false}}, {}, {}, "bool");
+  const int mask = b.Node("mask_and", {differs, nonzero}, {1}, {}, {}, {}, "bool");
+  const int late = b.Node("delay", {mask}, {1}, {{"steps", 1}}, {}, {}, "bool");
+
+  const int query = b.Node("delay", {normal}, {4}, {{"steps", 1}});
+  const int seen = b.Attention(query, normal, x, 2, 4, {{"query_delay", 1}, {"first_column", 1}},
+                               {{"key", mask}, {"query", late}});
+  const int all = b.Node("retroactive_attention", {normal, normal, x}, {4, 6},
+                         {{"heads", 2}, {"window", 4}, {"scale", 0.7}, {"algorithm", "auto"}}, {},
+                         {{"key", mask}});
+  const int rows = b.Node("window", {y}, {4, 4}, {{"window", 4}});
+  const int taken = b.Node("zero_untaken", {rows}, {4, 4});
+  const int newest = b.Node("strided", {taken}, {1, 4}, {{"offset", 12}, {"strides", {4, 1}}});
+  const int windowed = b.Node("window_attention", {newest, taken, all}, {1, 6},
+                              {{"heads", 2}, {"scale", 1}, {"band", 3}, {"causal", true}});
+
+  const int flat = b.Node("reshape", {embedded}, {6});
+  const int sum = b.Node("binary", {flat, one}, {6}, function("add"));
+  const int masked = b.Node("masked", {sum, mask}, {6});
+  const int constant = b.Node("constant", {}, {6}, {}, {{"value", b.Random({6})}});
+  const int newer = b.Node("reduce", {windowed}, {6}, {{"function", "mean"}, {"axis", 0}});
+  const int joined = b.Node("concat", {seen, masked, constant, newer}, {24}, {{"axis", 0}});
+  const int soft = b.Node("softmax", {joined}, {24}, {{"function", "softmax"}, {"axis", 0}});
+  const int whole = b.Node("cast", {soft}, {24}, {}, {}, {}, "int32");
+  b.Output("y", soft);
+  b.Output("all", all);
+  b.Output("whole", whole);
+  b.Output("mask", mask);
+  return b;
+}
+
 }  // namespace continual_transformers
 
 #endif  // CONTINUAL_TRANSFORMERS_TESTS_CC_MODEL_FILE_CASE_H_
