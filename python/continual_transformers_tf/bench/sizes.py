@@ -1,4 +1,4 @@
-"""What is raced: the sizes of the table, how cost grows, and the goals."""
+"""What is raced: the sizes of layers and of whole models, and the goals."""
 
 from typing import NamedTuple
 
@@ -59,3 +59,57 @@ def goals(size):
     if (n, e, m) == (64, 128, 256):
         found["ours_apart"] = 4
     return found
+
+
+class ModelSize(NamedTuple):
+    """M streams of a model: dense, positional encoding, L encoder blocks, dense."""
+
+    streams: int
+    seq_len: int
+    features: int  # Of the input.
+    embed_dim: int
+    heads: int
+    layers: int
+
+    @property
+    def head(self):
+        return self.embed_dim // self.heads
+
+    @property
+    def position_rows(self):
+        """How many rows the positional encoding has."""
+        return 2 * self.seq_len - 1
+
+    @property
+    def receptive_field(self):
+        """How many steps an output depends on."""
+        return 1 + self.layers * (self.seq_len - 1)
+
+    def __str__(self):
+        return (
+            f"M={self.streams} N={self.seq_len} F={self.features} E={self.embed_dim} "
+            f"H={self.heads} L={self.layers}"
+        )
+
+
+MODEL_OUTPUTS = 10
+MODEL_TABLE = (
+    ModelSize(1, 100, 6, 48, 4, 1),
+    ModelSize(1, 64, 32, 64, 4, 3),
+    ModelSize(1, 64, 128, 128, 4, 3),
+    ModelSize(64, 64, 32, 64, 4, 3),
+    ModelSize(256, 64, 128, 128, 4, 3),
+)
+MODEL_QUICK = (ModelSize(1, 8, 5, 16, 2, 2), ModelSize(3, 8, 5, 16, 2, 2))
+
+# By streams: how many times faster than a rival a session's step is to be, both from Python.
+MODEL_GOALS = {
+    "onnxruntime": {1: 6, 64: 4, 256: 3},
+    "torch_ring": {1: 25, 64: 5, 256: 2},
+    "sequence_layers": {1: 5, 64: 4, 256: 4},
+    "keras_windows": {1: 100},
+}
+# By streams: how many times its bound a step in C++ may take.
+MODEL_BOUND_GOALS = {1: 1.4, 64: 1.7, 256: 1.7}
+# Microseconds that a step from Python may take over the same step in C++.
+PYTHON_GOAL = 1.0

@@ -1,0 +1,200 @@
+"""Whole models: what a step is, and everyone who takes it.
+
+The model is dense -> circular positional encoding of 2N - 1 learned rows -> L encoder blocks
+(post-norm, exact GELU, as many features between the feed-forward layers as outside) -> dense. Each
+block attends to the N newest steps. Every contestant is given the same weights and the same steps.
+
+A module names its contestants in RIVALS, a dict from a name to what makes one of a size, the
+weights and a number of threads: a `Contestant`.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from continual_transformers_tf.bench.sizes import MODEL_OUTPUTS
+
+STEPS = 64  # Steps that are prepared, and taken in turn.
+EPSILON = 1e-6  # Of the layer norms.
+TOLERANCE = 1e-4  # Of a contestant's output, relative to the largest element of the reference.
+
+# The module of each, which imports what the contestant needs. "native": the program of
+# benchmarks/cc/model_benchmark.cc.
+MODEL_MODULES = {
+    "session": "session",
+    "session_cpp": "native",
+    "kernels": "native",
+    "bound": "native",
+    "tf_function": "tensorflow",
+    "torch_ring": "torch",
+    "onnxruntime": "onnx",
+    "sequence_layers": "sequence_layers",
+    "keras_windows": "tensorflow",
+    "keras_windows_xla": "tensorflow",
+}
+MODEL_DESCRIPTIONS = {
+    "session": "`ct.Session.step` from Python, the model file loaded without TensorFlow",
+    "session_cpp": "the same step in C++",
+    "kernels": "the layers' kernels back to back in C++, without a session; one thread",
+    "bound": "the sum over dense products and attentions of the larger of reading its bytes and "
+    "computing its multiply-adds, each at the speed measured in the same run; one thread",
+    "tf_function": "`StreamingModel.call_step` in a `tf.function`",
+    "torch_ring": "PyTorch in inference mode, rings written in place; "
+    "`scaled_dot_product_attention` or two products, what is faster",
+    "onnxruntime": "ONNX Runtime, rings by concat, I/O binding",
+    "sequence_layers": "google's sequence-layers under `jax.jit`, its state donated; without "
+    "positional encoding",
+    "keras_windows": "the regular Keras model on whole windows, `tf.function`",
+    "keras_windows_xla": "the same, compiled by XLA",
+}
+ONE_THREAD = ("kernels", "bound")
+
+
+class Contestant(NamedTuple):
+    """A model that is ready to take steps.
+
+    Attributes:
+        step: takes what `convert` made of a step's inputs `[M, F]`; returns its outputs `[M, 10]`.
+        convert: from NumPy.
+        output: outputs to NumPy.
+        windows: whether a step is a call on the window of the N newest steps, in which the blocks
+            before the last one see no further back. It is then compared at the first full window.
+        positions: whether it has the positional encoding.
+    """
+
+    step: Callable
+    convert: Callable = lambda x: x
+    output: Callable = np.asarray
+    windows: bool = False
+    positions: bool = True
+    keep: Any = None  # What must live as long as `step`.
+
+
+def make(name, size, threads, model_file):
+    """A contestant of a size.
+
+    Args:
+        name: of MODEL_MODULES, but for those of C++.
+        size: a ModelSize.
+        threads: int.
+        model_file: path of the model file.
+
+    Raises:
+        ModuleNotFoundError: if what it needs is not installed.
+    """
+    module = importlib.import_module(f"{__name__}.{MODEL_MODULES[name]}_models")
+    if MODEL_MODULES[name] == "session":
+        return module.RIVALS[name](size, model_file, threads)
+    return module.RIVALS[name](size, weights_of(size), threads)
+
+
+class Block(NamedTuple):
+    """The weights of an encoder block: (kernel, bias) and (gamma, beta)."""
+
+    query: tuple
+    key: tuple
+    value: tuple
+    output: tuple
+    attention_norm: tuple
+    feed_forward: tuple
+    feed_forward_output: tuple
+    output_norm: tuple
+
+
+class Weights(NamedTuple):
+    embedding: tuple
+    positions: Any  # [2N - 1, E]
+    blocks: tuple
+    classifier: tuple
+
+    def arrays(self):
+        """All arrays in order, as the C++ program reads them."""
+        found = [*self.embedding, self.positions]
+        for block in self.blocks:
+            found += [array for pair in block for array in pair]
+        return [*found, *self.classifier]
+
+
+def weights_of(size):
+    """The same weights for all."""
+    random = np.random.default_rng(7)
+
+    def normal(scale, *shape):
+        return random.normal(scale=scale, size=shape).astype(np.float32)
+
+    def dense(inputs, outputs):
+        return normal(1 / np.sqrt(inputs), inputs, outputs), normal(0.1, outputs)
+
+    def norm():
+        return 1 + normal(0.1, size.embed_dim), normal(0.1, size.embed_dim)
+
+    e = size.embed_dim
+    square = [e, e]
+    return Weights(
+        embedding=dense(size.features, e),
+        positions=normal(0.3, size.position_rows, e),
+        blocks=tuple(
+            Block(
+                *(dense(*square) for _ in range(4)), norm(), dense(*square), dense(*square), norm()
+            )
+            for _ in range(size.layers)
+        ),
+        classifier=dense(e, MODEL_OUTPUTS),
+    )
+
+
+def inputs_of(size):
+    """The steps that are taken in turn: [STEPS, M, F]."""
+    random = np.random.default_rng(13)
+    return random.normal(size=(STEPS, size.streams, size.features)).astype(np.float32)
+
+
+def checked_steps(size, windows):
+    """How many steps a contestant takes before its output is compared."""
+    return size.seq_len if windows else size.receptive_field + 3
+
+
+def reference(size, steps, positions=True):
+    """The outputs of the last of so many steps of a new stream, in float64: (rows, [rows, 10]).
+
+    Only of the first and the last stream: no row depends on another.
+    """
+    weights = weights_of(size)
+    rows = sorted({0, size.streams - 1})
+    taken = np.arange(steps)
+    x = inputs_of(size)[taken % STEPS][:, rows].astype(np.float64)
+
+    def dense(x, layer):
+        return x @ layer[0].astype(np.float64) + layer[1]
+
+    def norm(x, layer):
+        mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+        return (x - mean) / np.sqrt(variance + EPSILON) * layer[0] + layer[1]
+
+    x = dense(x, weights.embedding)
+    if positions:
+        x = x + weights.positions[taken % size.position_rows][:, np.newaxis]
+    for block in weights.blocks:
+        q, k, v = (
+            dense(x, layer).reshape(steps, len(rows), size.heads, size.head) for layer in block[:3]
+        )
+        attended = np.empty_like(q)
+        for t in taken:
+            window = slice(max(0, t + 1 - size.seq_len), t + 1)
+            logits = np.einsum("mhd,nmhd->mhn", q[t], k[window]) / np.sqrt(size.head)
+            scores = np.exp(logits - logits.max(-1, keepdims=True))
+            scores /= scores.sum(-1, keepdims=True)
+            attended[t] = np.einsum("mhn,nmhd->mhd", scores, v[window])
+        x = norm(x + dense(attended.reshape(x.shape), block.output), block.attention_norm)
+        hidden = dense(x, block.feed_forward)
+        hidden = hidden * 0.5 * (1 + _erf(hidden / np.sqrt(2)))
+        x = norm(x + dense(hidden, block.feed_forward_output), block.output_norm)
+    return rows, dense(x[-1], weights.classifier)
+
+
+def _erf(x):
+    import math
+
+    return np.vectorize(math.erf)(x)

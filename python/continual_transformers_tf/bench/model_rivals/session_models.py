@@ -1,0 +1,15 @@
+"""Ours as it is served: a model file, and no TensorFlow in the process."""
+
+import numpy as np
+
+import continual_transformers_tf as ct
+from continual_transformers_tf.bench.model_rivals import Contestant
+
+
+def _session(size, model_file, threads):
+    session = ct.Session.load(model_file, streams=size.streams, threads=threads)
+    streams = session.open(size.streams)
+    return Contestant(lambda x: session.step(x, streams=streams), np.ascontiguousarray)
+
+
+RIVALS = {"session": _session}
