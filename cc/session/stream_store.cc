@@ -1,0 +1,896 @@
+#include "cc/session/stream_store.h"
+
+#include <pthread.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <condition_variable>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <new>
+#include <string>
+#include <utility>
+
+#include "cc/session/error.h"
+#include "cc/session/fork.h"
+
+namespace continual_transformers {
+namespace {
+
+// Slots are kept in chunks that never move.
+constexpr int64_t kChunkBits = 10;
+constexpr int64_t kChunkSlots = int64_t{1} << kChunkBits;
+
+// Slabs have about this size: large enough that making one is little beside opening its streams,
+// small enough that one for a single stream is no burden where address space is limited.
+constexpr int64_t kSlabBytes = 4 << 20;
+
+// Blocks of so many streams that are open and were never stepped are touched when they are opened,
+// so that their first step meets no page fault.
+constexpr int64_t kTouchedBeforehand = 16 << 20;
+
+// Streams that are opened under one hold of the mutex: other threads' steps may begin in between.
+constexpr int64_t kOpenBatch = 256;
+
+constexpr int64_t kMostSlots = std::numeric_limits<uint32_t>::max();
+
+constexpr int64_t kNoSlab = -1;
+
+int64_t RoundUp(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// The distance of blocks. Blocks of a power of two bytes would put the same row of all streams into
+// the same few sets of the cache: from 8 KiB on the distance is an odd number of cache lines.
+int64_t Stride(int64_t block_bytes) {
+  const int64_t stride = RoundUp(std::max<int64_t>(block_bytes, 1), 64);
+  return stride >= 8192 && stride / 64 % 2 == 0 ? stride + 64 : stride;
+}
+
+// log2 of the number of blocks of a slab.
+int64_t SlabBits(int64_t stride) {
+  int64_t bits = 0;
+  while (bits < kChunkBits && (stride << (bits + 1)) <= kSlabBytes) ++bits;
+  return bits;
+}
+
+int64_t PageBytes() {
+  static const int64_t bytes = sysconf(_SC_PAGESIZE);
+  return bytes;
+}
+
+// Gives pages of [begin, end) memory, and leaves what is in them.
+void Touch(char* begin, char* end) {
+#ifndef MADV_POPULATE_WRITE
+  constexpr int MADV_POPULATE_WRITE = 23;
+#endif
+  const int64_t page = PageBytes();
+  char* const first = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(begin) / page * page);
+  if (madvise(first, RoundUp(end - first, page), MADV_POPULATE_WRITE) == 0) return;
+  // Linux before 5.14. Pages at both ends may be shared with neighbours: nothing outside is
+  // written.
+  for (char* i = first; i < end; i += page) {
+    volatile char* const byte = std::max(i, begin);
+    *byte = 0;
+  }
+}
+
+// Which slots below a mark are free: a tree of words, each bit of which says whether the word below
+// has any. So the lowest is found in as many steps as there are levels.
+class FreeSlots {
+ public:
+  // Makes room for slots below `count`; may throw bad_alloc, and has changed nothing then that
+  // shows.
+  void Grow(int64_t count) {
+    int64_t words = count;
+    for (auto& level : levels_) {
+      words = (words + 63) / 64;
+      if (static_cast<int64_t>(level.size()) < words) level.resize(words);
+    }
+  }
+
+  void Add(int64_t slot) {
+    for (auto& level : levels_) {
+      uint64_t& word = level[slot >> 6];
+      const bool had_any = word != 0;
+      word |= uint64_t{1} << (slot & 63);
+      if (had_any) return;
+      slot >>= 6;
+    }
+  }
+
+  bool empty() const { return levels_[kLevels - 1].empty() || levels_[kLevels - 1][0] == 0; }
+
+  int64_t TakeLowest() {
+    int64_t slot = 0;
+    for (int level = kLevels - 1; level >= 0; --level) {
+      slot = slot << 6 | __builtin_ctzll(levels_[level][slot]);
+    }
+    int64_t place = slot;
+    for (auto& level : levels_) {
+      uint64_t& word = level[place >> 6];
+      word &= ~(uint64_t{1} << (place & 63));
+      if (word != 0) break;
+      place >>= 6;
+    }
+    return slot;
+  }
+
+  int64_t bytes() const {
+    int64_t bytes = 0;
+    for (const auto& level : levels_) bytes += level.capacity() * sizeof(uint64_t);
+    return bytes;
+  }
+
+ private:
+  static constexpr int kLevels = 6;  // 64^6 > 2^32
+  std::vector<uint64_t> levels_[kLevels];
+};
+
+enum Flags : uint32_t {
+  kOpen = 1,
+  kHeld = 2,     // By a lease.
+  kFresh = 4,    // The block must be initialized before it is used.
+  kTouched = 8,  // The block has memory.
+  kIdle = 16,    // It was given memory when the stream was opened, and no one has used it yet.
+  kWanted = 32,  // By the lease that has its turn next.
+};
+
+std::string Text(int64_t x) { return std::to_string(x); }
+
+}  // namespace
+
+struct StreamStore::Slot {
+  int64_t position = 0;
+  uint32_t generation = 1;  // 0: used up.
+  uint32_t flags = 0;
+};
+
+struct StreamStore::State final : ForkListener {
+  struct Slab {
+    char* base = nullptr;
+    int64_t used = 0;  // Slots that are open, or being opened.
+  };
+
+  struct Chunk {
+    explicit Chunk(int64_t slabs) : slabs(slabs) {}
+    Slot slots[kChunkSlots];
+    std::vector<Slab> slabs;
+  };
+
+  State(int64_t block_bytes, int64_t limit, std::function<void(char*)> init,
+        uint32_t last_generation)
+      : block_bytes(block_bytes),
+        limit(limit),
+        init(std::move(init)),
+        last_generation(last_generation),
+        stride(Stride(block_bytes)),
+        slab_bits(SlabBits(stride)),
+        slab_bytes(RoundUp(stride << slab_bits, PageBytes())) {
+    RegisterFork();
+  }
+
+  ~State() override {
+    UnregisterFork();
+    for (auto& chunk : chunks) {
+      for (Slab& slab : chunk->slabs) {
+        if (slab.base != nullptr) munmap(slab.base, slab_bytes);
+      }
+    }
+    for (char* base : loose) munmap(base, slab_bytes);
+    for (char* base : kept) munmap(base, slab_bytes);
+    wake->~condition_variable();
+  }
+
+  // Everything below, up to the next such line, is to be called with `mutex` held.
+
+  Slot& SlotAt(int64_t slot) const {
+    return chunks[slot >> kChunkBits]->slots[slot & (kChunkSlots - 1)];
+  }
+  // Slab number k has slots k << slab_bits and on.
+  Slab& SlabAt(int64_t slab) const {
+    const int64_t first = slab << slab_bits;
+    return chunks[first >> kChunkBits]->slabs[(first & (kChunkSlots - 1)) >> slab_bits];
+  }
+  char* BlockAt(int64_t slot) const {
+    return SlabAt(slot >> slab_bits).base + (slot & ((int64_t{1} << slab_bits) - 1)) * stride;
+  }
+
+  Slot* Find(StreamId id) const {
+    const int64_t slot = static_cast<uint32_t>(id);
+    if (slot >= slots) return nullptr;
+    Slot* const found = &SlotAt(slot);
+    return found->generation == static_cast<uint64_t>(id) >> 32 && (found->flags & kOpen) ? found
+                                                                                          : nullptr;
+  }
+
+  Error Unknown(StreamId id) const {
+    const int64_t slot = static_cast<uint32_t>(id);
+    const int64_t generation = id >> 32;
+    const std::string name = "stream " + Text(id);
+    if (generation > 0 && slot < slots &&
+        (SlotAt(slot).generation > generation || SlotAt(slot).generation == 0)) {
+      return Error(ErrorCode::kUnknownStream,
+                   name + " was closed: open another one, and use the id that it gets");
+    }
+    return Error(ErrorCode::kUnknownStream,
+                 name +
+                     " is not open in this session: stream ids are the numbers that opening "
+                     "streams gives");
+  }
+
+  // Marks all streams as held by `lease`; false, with none marked, where one is held by another
+  // lease or another one has its turn.
+  bool Mark(const StreamId* ids, int64_t count, Lease* lease) {
+    int64_t fresh = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      Slot* const slot = Find(ids[i]);
+      if (slot == nullptr) {
+        Unmark(lease, i);
+        throw Unknown(ids[i]);
+      }
+      if (slot->flags & (kHeld | kWanted)) {
+        if (slot->flags & kHeld) {
+          // Held by this lease if it was named before. Seldom: so no one pays for looking it up.
+          Slot* const* const begin = lease->slots_.data();
+          const int64_t first = std::find(begin, begin + i, slot) - begin;
+          Unmark(lease, i);
+          if (first == i) return false;
+          throw Error(ErrorCode::kInvalidArgument,
+                      "stream " + Text(ids[i]) + " is named twice, at places " + Text(first) +
+                          " and " + Text(i) + ": a call takes each stream once");
+        }
+        if (next != lease) {
+          Unmark(lease, i);
+          return false;
+        }
+      }
+      fresh += (slot->flags & kFresh) != 0;
+      slot->flags |= kHeld;
+      lease->slots_[i] = slot;
+      lease->positions_[i] = slot->position;
+      lease->blocks_[i] = BlockAt(static_cast<uint32_t>(ids[i]));
+    }
+    lease->count_ = count;
+    lease->fresh_count_ = fresh;
+    return true;
+  }
+
+  void Unmark(Lease* lease, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) lease->slots_[i]->flags &= ~kHeld;
+  }
+
+  // Marks all streams as held by `lease`, and waits for those who hold any of them. Throws Error.
+  void Hold(std::unique_lock<std::mutex>* lock, const StreamId* ids, int64_t count, Lease* lease) {
+    if (Mark(ids, count, lease)) return;
+    // A lease of many streams would never find all of them free while others take turns on them. So
+    // one of those who wait has its turn: others let its streams be.
+    try {
+      do {
+        if (next == nullptr) {
+          wanted.reserve(count);
+          for (int64_t i = 0; i < count; ++i) {
+            Slot* const slot = Find(ids[i]);
+            if (slot == nullptr) continue;
+            slot->flags |= kWanted;
+            wanted.push_back(slot);
+          }
+          next = lease;
+        }
+        ++waiting;
+        wake->wait(*lock);
+        --waiting;
+      } while (!Mark(ids, count, lease));
+    } catch (...) {
+      EndTurn(lease);
+      throw;
+    }
+    EndTurn(lease);
+  }
+
+  void EndTurn(const Lease* lease) {
+    if (next != lease) return;
+    for (Slot* slot : wanted) slot->flags &= ~kWanted;
+    wanted.clear();
+    next = nullptr;
+    // The others may have a turn now.
+    if (waiting != 0) wake->notify_all();
+  }
+
+  void Link(Lease* lease) {
+    lease->state_ = this;
+    lease->thread_ = pthread_self();
+    lease->previous_ = nullptr;
+    lease->next_ = leases;
+    if (leases != nullptr) leases->previous_ = lease;
+    leases = lease;
+  }
+
+  void Unlink(Lease* lease) {
+    (lease->previous_ != nullptr ? lease->previous_->next_ : leases) = lease->next_;
+    if (lease->next_ != nullptr) lease->next_->previous_ = lease->previous_;
+  }
+
+  // A stream's block is used from now on.
+  void Use(Slot* slot) {
+    if (!(slot->flags & kTouched)) ++touched;
+    if (slot->flags & kIdle) idle_bytes -= stride;
+    slot->flags = (slot->flags & ~(kFresh | kIdle)) | kTouched;
+  }
+
+  // Takes the lowest free slot. May throw bad_alloc, and has taken none then.
+  int64_t TakeSlot() {
+    int64_t slot;
+    if (!free.empty()) {
+      slot = free.TakeLowest();
+    } else {
+      if (slots >= kMostSlots) {
+        throw Error(ErrorCode::kTooManyStreams, "all 2^32 - 1 slots for streams are used up");
+      }
+      if (slots >> kChunkBits == static_cast<int64_t>(chunks.size())) {
+        free.Grow((chunks.size() + 1) << kChunkBits);
+        chunks.push_back(std::make_unique<Chunk>(kChunkSlots >> slab_bits));
+      }
+      slot = slots++;
+    }
+    Slab& slab = SlabAt(slot >> slab_bits);
+    if (slab.used++ == 0 && spare == slot >> slab_bits) spare = kNoSlab;
+    return slot;
+  }
+
+  // Gives back what TakeSlot gave.
+  void FreeSlot(int64_t slot) {
+    if (SlotAt(slot).generation != 0) free.Add(slot);
+    const int64_t number = slot >> slab_bits;
+    Slab& slab = SlabAt(number);
+    if (--slab.used != 0 || slab.base == nullptr) return;
+    // One empty slab is kept, so that a stream that comes and goes does not make one each time: the
+    // lowest, whose slots are taken first.
+    if (spare == kNoSlab) {
+      spare = number;
+      return;
+    }
+    Detach(std::max(spare, number));
+    spare = std::min(spare, number);
+  }
+
+  void Detach(int64_t number) {
+    Slab& slab = SlabAt(number);
+    const int64_t first = number << slab_bits;
+    for (int64_t slot = first; slot < first + (int64_t{1} << slab_bits); ++slot) {
+      if (SlotAt(slot).flags & kTouched) --touched;
+      SlotAt(slot).flags &= ~kTouched;
+    }
+    loose.push_back(slab.base);  // There is room: see ReserveLoose.
+    slab.base = nullptr;
+  }
+
+  // May throw bad_alloc, before anything has changed.
+  void ReserveLoose(int64_t more) {
+    const size_t needed = mapped + more;
+    for (auto* slabs : {&loose, &kept}) {
+      if (slabs->capacity() < needed) slabs->reserve(std::max(2 * slabs->capacity(), needed));
+    }
+  }
+
+  // Closes a stream that the caller holds.
+  void CloseSlot(int64_t number) {
+    Slot& slot = SlotAt(number);
+    slot.generation = slot.generation >= last_generation ? 0 : slot.generation + 1;
+    --open;
+    AbandonSlot(number);
+  }
+
+  // Gives a slot back of which no one knows.
+  void AbandonSlot(int64_t number) {
+    Slot& slot = SlotAt(number);
+    if (slot.flags & kIdle) idle_bytes -= stride;
+    slot.flags &= kTouched;
+    FreeSlot(number);
+  }
+
+  // Without `mutex`.
+
+  // Opens streams with `opening` held, or none.
+  void OpenStreams(int64_t count, StreamId* ids);
+  void OpenBatch(int64_t count, StreamId* ids, bool publish);
+
+  Error NoMemory(int64_t bytes, int error) const {
+    return Error(ErrorCode::kTooManyStreams,
+                 "no memory for another stream: the system refused " + Text(bytes) +
+                     " bytes for streams of " + Text(block_bytes) + " bytes (" +
+                     std::strerror(error) +
+                     "): close streams, or raise the limit (ulimit -v, vm.overcommit_memory)");
+  }
+
+  char* Map() {
+    void* const base =
+        mmap(nullptr, slab_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED) throw NoMemory(slab_bytes, errno);
+#ifdef MADV_NOHUGEPAGE
+    // A huge page would be filled with zeros by one step, and take memory for streams that no one
+    // has stepped.
+    madvise(base, slab_bytes, MADV_NOHUGEPAGE);
+#endif
+    return static_cast<char*>(base);
+  }
+
+  // Gives slabs that belong to no slots back to the system.
+  void UnmapLoose() {
+    char* bases[64];
+    for (;;) {
+      int64_t count = 0;
+      {
+        std::lock_guard<std::mutex> lock(mutex);
+        while (count < 64 && !loose.empty()) {
+          bases[count++] = loose.back();
+          loose.pop_back();
+        }
+        mapped -= count;
+      }
+      if (count == 0) return;
+      // Neighbours by one call.
+      std::sort(bases, bases + count);
+      for (int64_t i = 0; i < count;) {
+        int64_t n = 1;
+        while (i + n < count && bases[i + n] == bases[i] + n * slab_bytes) ++n;
+        // Fails where the system has no room to note another hole: then at least the memory goes.
+        if (munmap(bases[i], n * slab_bytes) != 0) {
+          madvise(bases[i], n * slab_bytes, MADV_DONTNEED);
+          std::lock_guard<std::mutex> lock(mutex);
+          mapped += n;
+          for (int64_t k = 0; k < n; ++k) kept.push_back(bases[i] + k * slab_bytes);
+        }
+        i += n;
+      }
+    }
+  }
+
+  void BeforeFork() override {
+    opening.lock();
+    mutex.lock();
+  }
+  void AfterFork() override {
+    mutex.unlock();
+    opening.unlock();
+  }
+  void InChild() override {
+    // Threads that waited are no more, and the condition variable must not wait for them.
+    wake = new (wake_storage) std::condition_variable;
+    waiting = 0;
+    for (Slot* slot : wanted) slot->flags &= ~kWanted;
+    wanted.clear();
+    next = nullptr;
+    for (Lease* lease = leases; lease != nullptr;) {
+      Lease* const following = lease->next_;
+      if (lease->thread_ != static_cast<uint64_t>(pthread_self())) {
+        for (int64_t i = 0; i < lease->count_; ++i) CloseSlot(NumberOf(lease->slots_[i]));
+        Unlink(lease);
+        lease->state_ = nullptr;
+        lease->count_ = 0;
+      }
+      lease = following;
+    }
+    mutex.unlock();
+    opening.unlock();
+    UnmapLoose();
+  }
+
+  int64_t NumberOf(const Slot* slot) const {
+    for (size_t i = 0; i < chunks.size(); ++i) {
+      const Slot* const first = chunks[i]->slots;
+      if (std::less_equal<const Slot*>()(first, slot) &&
+          std::less<const Slot*>()(slot, first + kChunkSlots)) {
+        return static_cast<int64_t>(i << kChunkBits) + (slot - first);
+      }
+    }
+    return 0;  // Never: a slot lies in a chunk.
+  }
+
+  const int64_t block_bytes, limit;
+  const std::function<void(char*)> init;
+  const uint32_t last_generation;
+  const int64_t stride, slab_bits, slab_bytes;
+
+  // Held while streams are opened; taken before `mutex`. So slabs are made without `mutex`, and
+  // steps go on.
+  std::mutex opening;
+  // Of everything below. Never held for long: neither while a step is taken nor while the system
+  // gives or takes memory.
+  mutable std::mutex mutex;
+  alignas(std::condition_variable) char wake_storage[sizeof(std::condition_variable)];
+  std::condition_variable* wake = new (wake_storage) std::condition_variable;
+  int64_t waiting = 0;
+  Lease* next = nullptr;      // Has its turn as soon as its streams are free.
+  std::vector<Slot*> wanted;  // Its streams.
+  Lease* leases = nullptr;    // All that hold streams.
+
+  std::vector<std::unique_ptr<Chunk>> chunks;
+  int64_t slots = 0;  // Made so far.
+  FreeSlots free;     // Of those.
+  int64_t open = 0;
+  int64_t touched = 0;     // Blocks.
+  int64_t idle_bytes = 0;  // See kIdle.
+  int64_t mapped = 0;      // Slabs.
+  int64_t spare = kNoSlab;
+  std::vector<char*> loose;  // Slabs that belong to no slots.
+  std::vector<char*> kept;   // The same: the system did not take them back.
+  std::vector<StreamId> defaults;
+};
+
+void StreamStore::State::OpenStreams(int64_t count, StreamId* ids) {
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (limit != 0 && count > limit - open) {
+      throw Error(ErrorCode::kTooManyStreams,
+                  "no room for " + Text(count) + (count == 1 ? " stream: " : " streams: ") +
+                      Text(open) + " of at most " + Text(limit) +
+                      " are open: close some, or make the session with a larger limit (streams=)");
+    }
+    open += count;
+  }
+  int64_t done = 0;
+  try {
+    while (done < count) {
+      const int64_t batch = std::min(count - done, kOpenBatch);
+      OpenBatch(batch, ids + done, batch == count);
+      done += batch;
+    }
+  } catch (...) {
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      open -= count;
+      for (int64_t i = 0; i < done; ++i) AbandonSlot(static_cast<uint32_t>(ids[i]));
+    }
+    UnmapLoose();
+    throw;
+  }
+  if (count <= kOpenBatch) return;
+  for (int64_t begin = 0; begin < count; begin += kOpenBatch) {
+    std::lock_guard<std::mutex> lock(mutex);
+    for (int64_t i = begin; i < std::min(begin + kOpenBatch, count); ++i) {
+      SlotAt(static_cast<uint32_t>(ids[i])).flags |= kOpen;
+    }
+  }
+}
+
+// Takes slots and gives them memory. The count of open streams has these already. Without `publish`
+// no one can use the ids yet.
+void StreamStore::State::OpenBatch(int64_t count, StreamId* ids, bool publish) {
+  int64_t numbers[kOpenBatch];  // Of slots.
+  int64_t missing[kOpenBatch];  // Slabs that must be made.
+  char* bases[kOpenBatch];
+  int64_t touch[kOpenBatch];  // Slots whose blocks are to be touched.
+  int64_t taken = 0, slabs = 0, touches = 0;
+
+  const auto finish = [&] {
+    for (int64_t i = 0; i < count; ++i) {
+      Slot& slot = SlotAt(numbers[i]);
+      slot.flags |= publish ? kOpen | kFresh : kFresh;
+      slot.position = 0;
+      ids[i] = static_cast<int64_t>(slot.generation) << 32 | numbers[i];
+    }
+  };
+  const auto undo = [&] {
+    for (int64_t i = 0; i < touches; ++i) {
+      SlotAt(touch[i]).flags &= ~(kTouched | kIdle);
+      idle_bytes -= stride;
+      --touched;
+    }
+    for (int64_t i = 0; i < taken; ++i) FreeSlot(numbers[i]);
+  };
+
+  std::unique_lock<std::mutex> lock(mutex);
+  try {
+    for (; taken < count; ++taken) {
+      const int64_t number = TakeSlot();
+      numbers[taken] = number;
+      const int64_t slab = number >> slab_bits;
+      // Slots come in order, the lowest first.
+      if (SlabAt(slab).base == nullptr && (slabs == 0 || missing[slabs - 1] != slab)) {
+        missing[slabs++] = slab;
+      }
+      Slot& slot = SlotAt(number);
+      if (!(slot.flags & kTouched) && idle_bytes + stride <= kTouchedBeforehand) {
+        slot.flags |= kTouched | kIdle;
+        idle_bytes += stride;
+        ++touched;
+        touch[touches++] = number;
+      }
+    }
+    if (slabs == 0 && touches == 0) return finish();
+    ReserveLoose(slabs);
+  } catch (const std::bad_alloc&) {
+    undo();
+    throw NoMemory(sizeof(Chunk), ENOMEM);
+  } catch (...) {
+    undo();
+    throw;
+  }
+
+  int64_t made = 0;
+  for (; made < slabs && !kept.empty(); ++made) {
+    bases[made] = kept.back();
+    kept.pop_back();
+  }
+  const int64_t reused = made;
+  lock.unlock();
+  try {
+    for (; made < slabs; ++made) bases[made] = Map();
+  } catch (...) {
+    for (int64_t i = reused; i < made; ++i) munmap(bases[i], slab_bytes);
+    lock.lock();
+    for (int64_t i = 0; i < reused; ++i) kept.push_back(bases[i]);
+    undo();
+    lock.unlock();
+    UnmapLoose();
+    throw;
+  }
+  lock.lock();
+  for (int64_t i = 0; i < slabs; ++i) SlabAt(missing[i]).base = bases[i];
+  mapped += slabs - reused;
+  char* blocks[kOpenBatch];
+  for (int64_t i = 0; i < touches; ++i) blocks[i] = BlockAt(touch[i]);
+  lock.unlock();
+  for (int64_t i = 0; i < touches;) {
+    int64_t n = 1;
+    while (i + n < touches && blocks[i + n] == blocks[i] + n * stride) ++n;
+    Touch(blocks[i], blocks[i] + n * stride);
+    i += n;
+  }
+  lock.lock();
+  finish();
+}
+
+StreamStore::StreamStore(int64_t block_bytes, int64_t limit, std::function<void(char*)> init,
+                         uint32_t last_generation) {
+  if (limit < 0) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "the limit of open streams must be at least 1, or 0 for none, got " + Text(limit));
+  }
+  state_ = std::make_unique<State>(block_bytes, limit, std::move(init), last_generation);
+}
+
+StreamStore::~StreamStore() = default;
+
+void StreamStore::Open(int64_t count, StreamId* ids) {
+  if (count < 0) {
+    throw Error(ErrorCode::kInvalidArgument, "cannot open " + Text(count) + " streams");
+  }
+  std::lock_guard<std::mutex> opening(state_->opening);
+  state_->OpenStreams(count, ids);
+}
+
+// A lease for the time of a call. Small ones keep their memory: allocating it would take longer
+// than the call.
+class StreamStore::LeaseOfThread {
+ public:
+  explicit LeaseOfThread(int64_t count) : lease_(count <= 4096 ? &Kept() : &own_) {
+    lease_->Reserve(count);
+  }
+  Lease& lease() { return *lease_; }
+
+ private:
+  static Lease& Kept() {
+    static thread_local Lease lease;
+    return lease;
+  }
+
+  Lease own_;
+  Lease* lease_;
+};
+
+void StreamStore::Close(const StreamId* ids, int64_t count) {
+  LeaseOfThread reused(count);
+  Lease& lease = reused.lease();
+  bool unmap;
+  {
+    std::unique_lock<std::mutex> lock(state_->mutex);
+    state_->Hold(&lock, ids, count, &lease);
+    for (int64_t i = 0; i < count; ++i) state_->CloseSlot(static_cast<uint32_t>(ids[i]));
+    lease.count_ = 0;
+    unmap = !state_->loose.empty();
+    if (state_->waiting != 0) state_->wake->notify_all();  // What they wait for is closed.
+  }
+  if (unmap) state_->UnmapLoose();
+}
+
+void StreamStore::Clean(const StreamId* ids, int64_t count) {
+  LeaseOfThread reused(count);
+  Lease& lease = reused.lease();
+  std::unique_lock<std::mutex> lock(state_->mutex);
+  state_->Hold(&lock, ids, count, &lease);
+  for (int64_t i = 0; i < count; ++i) {
+    lease.slots_[i]->position = 0;
+    lease.slots_[i]->flags = (lease.slots_[i]->flags & ~kHeld) | kFresh;
+  }
+  lease.count_ = 0;
+}
+
+void StreamStore::Defaults(int64_t count, StreamId* ids) {
+  if (count < 0) {
+    throw Error(ErrorCode::kInvalidArgument, "there are no " + Text(count) + " streams");
+  }
+  State& state = *state_;
+  const auto find = [&] {
+    if (static_cast<int64_t>(state.defaults.size()) < count) return false;
+    for (int64_t i = 0; i < count; ++i) {
+      if (state.Find(state.defaults[i]) == nullptr) return false;
+      ids[i] = state.defaults[i];
+    }
+    return true;
+  };
+  {
+    std::lock_guard<std::mutex> lock(state.mutex);
+    if (find()) return;
+  }
+  std::lock_guard<std::mutex> opening(state.opening);
+  std::vector<int64_t> closed;
+  {
+    std::lock_guard<std::mutex> lock(state.mutex);
+    for (int64_t i = 0; i < count; ++i) {
+      if (i < static_cast<int64_t>(state.defaults.size())) {
+        ids[i] = state.defaults[i];
+        if (state.Find(ids[i]) != nullptr) continue;
+      }
+      closed.push_back(i);
+    }
+    state.defaults.reserve(count);
+  }
+  std::vector<StreamId> opened(closed.size());
+  state.OpenStreams(opened.size(), opened.data());
+  std::lock_guard<std::mutex> lock(state.mutex);
+  if (static_cast<int64_t>(state.defaults.size()) < count) state.defaults.resize(count);
+  for (size_t i = 0; i < closed.size(); ++i) {
+    state.defaults[closed[i]] = ids[closed[i]] = opened[i];
+  }
+}
+
+int64_t StreamStore::default_streams() const {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  return state_->defaults.size();
+}
+
+bool StreamStore::IsOpen(StreamId id) const {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  return state_->Find(id) != nullptr;
+}
+
+void StreamStore::Positions(const StreamId* ids, int64_t count, int64_t* positions) const {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  if (ids == nullptr) {
+    const int64_t known = state_->defaults.size();
+    for (int64_t i = 0; i < count; ++i) {
+      const Slot* const slot = i < known ? state_->Find(state_->defaults[i]) : nullptr;
+      positions[i] = slot != nullptr ? slot->position : 0;
+    }
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const Slot* const slot = state_->Find(ids[i]);
+    if (slot == nullptr) throw state_->Unknown(ids[i]);
+    positions[i] = slot->position;
+  }
+}
+
+std::vector<StreamId> StreamStore::OpenStreams() const {
+  std::vector<StreamId> ids;
+  std::unique_lock<std::mutex> lock(state_->mutex);
+  const int64_t slots = state_->slots;
+  for (int64_t number = 0; number < slots; ++number) {
+    // Steps may begin in between.
+    if (number % kChunkSlots == 0) {
+      lock.unlock();
+      lock.lock();
+    }
+    const Slot& slot = state_->SlotAt(number);
+    if (slot.flags & kOpen) ids.push_back(static_cast<int64_t>(slot.generation) << 32 | number);
+  }
+  return ids;
+}
+
+int64_t StreamStore::open_streams() const {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  return state_->open;
+}
+
+int64_t StreamStore::block_bytes() const { return state_->block_bytes; }
+
+int64_t StreamStore::limit() const { return state_->limit; }
+
+int64_t StreamStore::reserved_bytes() const {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  return state_->mapped * state_->slab_bytes;
+}
+
+int64_t StreamStore::used_bytes() const {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  return state_->touched * state_->stride;
+}
+
+int64_t StreamStore::overhead_bytes() const {
+  const State& state = *state_;
+  std::lock_guard<std::mutex> lock(state.mutex);
+  const int64_t slabs = kChunkSlots >> state.slab_bits;
+  const int64_t chunk = sizeof(State::Chunk) + slabs * sizeof(State::Slab);
+  return sizeof(State) + state.chunks.size() * chunk + state.chunks.capacity() * sizeof(void*) +
+         state.free.bytes() + (state.loose.capacity() + state.kept.capacity()) * sizeof(char*) +
+         state.defaults.capacity() * sizeof(StreamId);
+}
+
+void StreamStore::Lease::Reserve(int64_t count) {
+  if (count < 0) {
+    throw Error(ErrorCode::kInvalidArgument, "there are no " + Text(count) + " streams");
+  }
+  if (static_cast<int64_t>(slots_.size()) >= count) return;
+  slots_.resize(count);
+  blocks_.resize(count);
+  positions_.resize(count);
+  fresh_.resize(count);
+}
+
+void StreamStore::Lease::Take(StreamStore* store, const StreamId* ids, int64_t count) {
+  Release();
+  Reserve(count);
+  State& state = *store->state_;
+  int64_t fresh = 0;
+  {
+    std::unique_lock<std::mutex> lock(state.mutex);
+    state.Hold(&lock, ids, count, this);
+    if (fresh_count_ != 0) {
+      for (int64_t i = 0; i < count; ++i) {
+        if (slots_[i]->flags & kFresh) {
+          state.Use(slots_[i]);
+          fresh_[fresh++] = blocks_[i];
+        }
+      }
+    }
+    state.Link(this);
+  }
+  for (int64_t i = 0; i < fresh; ++i) state.init(fresh_[i]);
+}
+
+void StreamStore::Lease::TakeDefaults(StreamStore* store, int64_t count) {
+  if (static_cast<int64_t>(defaults_.size()) < count) defaults_.resize(count);
+  for (;;) {
+    store->Defaults(count, defaults_.data());
+    try {
+      return Take(store, defaults_.data(), count);
+    } catch (const Error& error) {
+      // Another thread has closed one in between: it is opened again.
+      if (error.code() != ErrorCode::kUnknownStream) throw;
+    }
+  }
+}
+
+void StreamStore::Lease::Advance(int64_t steps) {
+  for (int64_t i = 0; i < count_; ++i) positions_[i] += steps;
+}
+
+void StreamStore::Lease::Clean(int64_t i) {
+  positions_[i] = 0;
+  state_->init(blocks_[i]);
+}
+
+void StreamStore::Lease::SetPosition(int64_t i, int64_t position) { positions_[i] = position; }
+
+void StreamStore::Lease::Release() {
+  if (state_ == nullptr) return;
+  State& state = *state_;
+  bool wake;
+  {
+    std::lock_guard<std::mutex> lock(state.mutex);
+    for (int64_t i = 0; i < count_; ++i) {
+      slots_[i]->position = positions_[i];
+      slots_[i]->flags &= ~kHeld;
+    }
+    state.Unlink(this);
+    wake = state.waiting != 0;
+  }
+  state_ = nullptr;
+  count_ = 0;
+  if (wake) state.wake->notify_all();
+}
+
+}  // namespace continual_transformers
