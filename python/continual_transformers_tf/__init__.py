@@ -1,44 +1,43 @@
-"""Transformers for TensorFlow that answer at every step of an endless stream."""
+"""Transformers for TensorFlow that answer at every step of an endless stream.
 
-import importlib.util
-from importlib import metadata
+Every name is imported when it is first asked for (PEP 562): `ct.Session.load(...)` imports neither
+TensorFlow nor Keras, and works where they are not installed.
+"""
 
-if importlib.util.find_spec("tensorflow") is None:
-    raise ImportError(
-        "continual_transformers_tf needs TensorFlow: install it with one of its extras, as by "
-        "`pip install '.[cpu]'` in a checkout, or '.[gpu]' for CUDA"
+import importlib
+from typing import TYPE_CHECKING
+
+from continual_transformers_tf import _keras_registration
+
+if TYPE_CHECKING:
+    from continual_transformers_tf import ops
+    from continual_transformers_tf.layers import (
+        CircularPositionalEncoding,
+        CleanState,
+        CoDelay,
+        CoReMultiHeadAttention,
+        CoResidual,
+        CoReTransformerEncoder,
+        CoSiMultiHeadAttention,
+        CoSiTransformerEncoder,
+        TransformerEncoder,
+        call_mode,
+        clean_state,
+        convert_weights,
+        ensure_streams,
     )
+    from continual_transformers_tf.models import (
+        StreamingModel,
+        co_audio_transformer,
+        co_oad_tr,
+        convert,
+        cost,
+        export,
+        from_torch,
+    )
+    from continual_transformers_tf.session import Session
 
-from continual_transformers_tf import ops
-from continual_transformers_tf.layers import (
-    CircularPositionalEncoding,
-    CleanState,
-    CoDelay,
-    CoReMultiHeadAttention,
-    CoResidual,
-    CoReTransformerEncoder,
-    CoSiMultiHeadAttention,
-    CoSiTransformerEncoder,
-    TransformerEncoder,
-    call_mode,
-    clean_state,
-    convert_weights,
-    ensure_streams,
-)
-from continual_transformers_tf.models import (
-    StreamingModel,
-    co_audio_transformer,
-    co_oad_tr,
-    convert,
-    cost,
-    export,
-    from_torch,
-)
-
-try:
-    __version__ = metadata.version("continual-transformers-tf")  # setup.py says it, once.
-except metadata.PackageNotFoundError:  # A checkout that is on the path and not installed.
-    __version__ = "unknown"
+    __version__: str
 
 __all__ = [
     "CircularPositionalEncoding",
@@ -49,6 +48,7 @@ __all__ = [
     "CoResidual",
     "CoSiMultiHeadAttention",
     "CoSiTransformerEncoder",
+    "Session",
     "StreamingModel",
     "TransformerEncoder",
     "call_mode",
@@ -63,3 +63,45 @@ __all__ = [
     "from_torch",
     "ops",
 ]
+
+# In which module of the package a name is; the others are in `layers`.
+_MODULES = {
+    "Session": "session",
+    "StreamingModel": "models",
+    "co_audio_transformer": "models",
+    "co_oad_tr": "models",
+    "convert": "models",
+    "cost": "models",
+    "export": "models",
+    "from_torch": "models",
+}
+
+
+def __getattr__(name):
+    if name == "__version__":
+        value = _version()
+    elif name in ("layers", "models", "ops"):
+        value = importlib.import_module(f"{__name__}.{name}")
+    elif name in __all__:
+        module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'layers')}")
+        value = getattr(module, name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__")), "__version__"})
+
+
+def _version():
+    from importlib import metadata
+
+    try:
+        return metadata.version("continual-transformers-tf")  # setup.py says it, once.
+    except metadata.PackageNotFoundError:  # A checkout that is on the path and not installed.
+        return "unknown"
+
+
+_keras_registration.begin()
