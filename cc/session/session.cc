@@ -1,0 +1,504 @@
+#include "cc/session/session.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <new>
+#include <string>
+#include <utility>
+
+#include "cc/session/error.h"
+#include "cc/session/fork.h"
+#include "cc/session/state_layout.h"
+
+namespace continual_transformers {
+namespace {
+
+// What a copy of a stream begins with. Little-endian, as the block is: model_file.cc refuses to be
+// compiled for anything else.
+struct StateHeader {
+  char magic[8];
+  uint32_t version;
+  uint32_t header_bytes;
+  uint64_t plan_fingerprint;
+  uint64_t weights_fingerprint;
+  int64_t position;
+  int64_t block_bytes;
+  char reserved[16];  // Zeros. The block is aligned if the copy is.
+};
+static_assert(sizeof(StateHeader) == 64);
+
+constexpr char kMagic[8] = {'C', 'T', 'S', 'T', 'R', 'E', 'A', 'M'};
+constexpr uint32_t kStateVersion = 1;
+// So that positions can be added to without care: at a step a nanosecond, a century.
+constexpr int64_t kMostSteps = int64_t{1} << 62;
+
+std::string Text(int64_t x) { return std::to_string(x); }
+
+std::string Hex(uint64_t x) {
+  char text[17];
+  for (int i = 15; i >= 0; --i, x >>= 4) text[i] = "0123456789abcdef"[x & 15];
+  text[16] = '\0';
+  return text;
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<char, Free>;
+
+// Zeros.
+Buffer Allocate(int64_t bytes) {
+  const int64_t size = (std::max<int64_t>(bytes, 1) + 63) / 64 * 64;
+  Buffer buffer(static_cast<char*>(std::aligned_alloc(64, size)));
+  if (buffer == nullptr) throw std::bad_alloc();
+  std::memset(buffer.get(), 0, size);
+  return buffer;
+}
+
+// What one call works with, from its begin to its end; kept for the next call.
+struct Call {
+  StreamStore::Lease lease;
+  uint64_t version = 0;  // Of the executor.
+  std::shared_ptr<const Executor> executor;
+  std::unique_ptr<Arena> arena;
+  int64_t arena_bytes = 0;
+};
+
+// Calls that are not in progress. A thread looks first where it put its last one back, whose arena
+// is in that core's caches.
+class CallPool {
+ public:
+  ~CallPool() { Clear(); }
+
+  std::unique_ptr<Call> Get() {
+    for (unsigned i = 0; i < kPlaces; ++i) {
+      std::atomic<Call*>& place = places_[(Hint() + i) % kPlaces].call;
+      if (place.load(std::memory_order_relaxed) == nullptr) continue;
+      Call* const call = place.exchange(nullptr, std::memory_order_acquire);
+      if (call != nullptr) return std::unique_ptr<Call>(call);
+    }
+    return std::make_unique<Call>();
+  }
+
+  // False where there is no place: then the caller has it still.
+  bool Put(std::unique_ptr<Call>* call) {
+    for (unsigned i = 0; i < kPlaces; ++i) {
+      std::atomic<Call*>& place = places_[(Hint() + i) % kPlaces].call;
+      Call* none = nullptr;
+      if (place.load(std::memory_order_relaxed) == nullptr &&
+          place.compare_exchange_strong(none, call->get(), std::memory_order_release,
+                                        std::memory_order_relaxed)) {
+        call->release();
+        return true;
+      }
+    }
+    return false;
+  }
+
+  void Clear() {
+    for (Place& place : places_) delete place.call.exchange(nullptr, std::memory_order_acquire);
+  }
+
+ private:
+  static constexpr unsigned kPlaces = 32;
+  struct alignas(64) Place {
+    std::atomic<Call*> call{nullptr};
+  };
+
+  static unsigned Hint() {
+    static std::atomic<unsigned> next{0};
+    static thread_local const unsigned hint = next++;
+    return hint;
+  }
+
+  Place places_[kPlaces];
+};
+
+ExecutorOptions OptionsFor(const Plan& plan, const SessionOptions& options) {
+  return {options.cache_dtype.value_or(plan.cache_dtype),
+          options.weights_dtype.value_or(plan.weights_dtype), options.threads};
+}
+
+}  // namespace
+
+class Session::Impl final : public ForkListener {
+ public:
+  Impl(std::shared_ptr<const ModelFile> file, const SessionOptions& options)
+      : plan_(file->plan()),
+        options_(OptionsFor(plan_, options)),
+        plan_fingerprint_(plan_.FingerprintWith(options_.cache_dtype)),
+        executor_(std::make_shared<const Executor>(std::move(file), options_)),
+        weights_fingerprint_(executor_->file().weights_fingerprint()),
+        // The layout of a block depends on plan and cache dtype only: on no weights.
+        store_(executor_->block_bytes(), options.streams,
+               [this](char* block) { executor()->InitBlock(block); }) {
+    for (const StateEntry& entry : executor_->state()) {
+      const int64_t bytes = BytesOf(entry);
+      segments_.push_back({entry.offset, bytes, entry.ring_rows != 0 ? bytes / entry.ring_rows : 0,
+                           entry.ring_rows, entry.dtype == DType::kBool});
+    }
+    RegisterFork();
+  }
+
+  ~Impl() override { UnregisterFork(); }
+
+  std::shared_ptr<const Executor> executor() const {
+    std::lock_guard<std::mutex> lock(executor_mutex_);
+    return executor_;
+  }
+
+  void LoadWeights(std::shared_ptr<const ModelFile> file) {
+    const uint64_t fingerprint = file->plan().FingerprintWith(options_.cache_dtype);
+    if (fingerprint != plan_fingerprint_) {
+      throw Error(ErrorCode::kOtherModel,
+                  "the file has weights of another model: its plan has the fingerprint " +
+                      Hex(fingerprint) + ", that of this session is " + Hex(plan_fingerprint_) +
+                      "; make a session of its own for it");
+    }
+    auto executor = std::make_shared<const Executor>(std::move(file), options_);
+    {
+      std::lock_guard<std::mutex> lock(executor_mutex_);
+      weights_fingerprint_ = executor->file().weights_fingerprint();
+      executor_.swap(executor);
+      version_.fetch_add(1, std::memory_order_release);
+    }
+    // Calls that are kept hold the old executor.
+    arenas_bytes_ = 0;
+    calls_.Clear();
+  }
+
+  void Step(const StreamId* ids, int64_t count, int64_t steps, const void* const* inputs,
+            void* const* outputs, const bool* key_mask) {
+    if (count < 0 || steps < 0) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  "cannot take " + Text(steps) + " steps of " + Text(count) + " streams");
+    }
+    // No step opens no default stream.
+    if (count == 0 || (steps == 0 && ids == nullptr)) return;
+    CallInProgress call(this);
+    StepCall step = {inputs, outputs, key_mask, count, steps, nullptr, nullptr};
+    if (steps != 0) call->executor->Check(step);
+    StreamStore::Lease& lease = call->lease;
+    if (ids != nullptr) {
+      lease.Take(&store_, ids, count);
+    } else {
+      lease.TakeDefaults(&store_, count);
+    }
+    if (steps == 0) return;
+    step.blocks = lease.blocks();
+    step.positions = lease.positions();
+    call->executor->Step(step, call->arena.get());
+    lease.Advance(steps);
+  }
+
+  void Clean(const StreamId* ids, int64_t count) {
+    if (ids != nullptr) return store_.Clean(ids, count);
+    for (const StreamId id : store_.OpenStreams()) {
+      try {
+        store_.Clean(&id, 1);
+      } catch (const Error& error) {
+        // Closed in between: nothing is left to forget.
+        if (error.code() != ErrorCode::kUnknownStream) throw;
+      }
+    }
+  }
+
+  void GetState(StreamId id, void* state) {
+    CallInProgress call(this);
+    call->lease.Take(&store_, &id, 1);
+    WriteState(call->lease.blocks()[0], call->lease.positions()[0], state);
+  }
+
+  void MakeState(const void* block, int64_t position, void* state) const {
+    CheckPosition(position);
+    WriteState(static_cast<const char*>(block), position, state);
+  }
+
+  void SetStates(const StreamId* ids, int64_t count, const void* const* states,
+                 const int64_t* bytes, bool other_weights) {
+    for (int64_t i = 0; i < count; ++i) CheckState(states[i], bytes[i], other_weights);
+    CallInProgress call(this);
+    call->lease.Take(&store_, ids, count);
+    for (int64_t i = 0; i < count; ++i) {
+      const char* const state = static_cast<const char*>(states[i]);
+      StateHeader header;
+      std::memcpy(&header, state, sizeof(header));
+      char* const block = call->lease.blocks()[i];
+      for (const Segment& segment : segments_) {
+        // Rows that were never written are never read.
+        std::memcpy(block + segment.offset, state + sizeof(header) + segment.offset,
+                    segment.Written(header.position));
+      }
+      call->lease.SetPosition(i, header.position);
+    }
+  }
+
+  Session::Memory memory() const {
+    const std::shared_ptr<const Executor> now = executor();
+    return {now->weights_bytes(), static_cast<int64_t>(now->file().size()), store_.used_bytes(),
+            store_.overhead_bytes(), arenas_bytes_};
+  }
+
+  std::vector<Executor::ProfileEntry> Profile(int64_t streams, int64_t repeat) const {
+    if (streams < 1 || repeat < 1) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  "a profile needs at least 1 stream and 1 step, got " + Text(streams) + " and " +
+                      Text(repeat));
+    }
+    const std::shared_ptr<const Executor> now = executor();
+    const int64_t stride = (now->block_bytes() + 63) / 64 * 64;
+    const Buffer blocks = Allocate(streams * stride);
+    std::vector<char*> block(streams);
+    for (int64_t i = 0; i < streams; ++i) {
+      block[i] = blocks.get() + i * stride;
+      now->InitBlock(block[i]);
+    }
+    std::vector<Buffer> buffers;
+    std::vector<const void*> inputs;
+    std::vector<void*> outputs;
+    const auto allocate = [&](const Port& port) {
+      const Value& value = plan_.values[port.value];
+      buffers.push_back(Allocate(streams * value.size * SizeOf(value.dtype)));
+      return buffers.back().get();
+    };
+    for (const Port& port : plan_.inputs) inputs.push_back(allocate(port));
+    for (const Port& port : plan_.outputs) outputs.push_back(allocate(port));
+    std::vector<int64_t> positions(streams, 0);
+    const StepCall step = {inputs.data(), outputs.data(),  nullptr, streams, 1,
+                           block.data(),  positions.data()};
+    now->Check(step);
+    const std::unique_ptr<Arena> arena = now->NewArena();
+    now->BeginProfile(arena.get());
+    for (int64_t i = 0; i < repeat; ++i) {
+      now->Step(step, arena.get());
+      for (int64_t& position : positions) ++position;
+    }
+    return now->EndProfile(arena.get());
+  }
+
+  const Plan& plan() const { return plan_; }
+  StreamStore* store() { return &store_; }
+  const StreamStore& store() const { return store_; }
+  uint64_t plan_fingerprint() const { return plan_fingerprint_; }
+  uint64_t weights_fingerprint() const { return weights_fingerprint_; }
+  int64_t state_bytes() const { return sizeof(StateHeader) + store_.block_bytes(); }
+
+ private:
+  // One part of a block: what one node remembers.
+  struct Segment {
+    int64_t offset, bytes;
+    int64_t row_bytes, ring_rows;  // 0: not a ring.
+    bool is_bool;
+
+    // Of a stream at that position: a ring's rows are written in order.
+    int64_t Written(int64_t position) const {
+      return ring_rows == 0 ? bytes : std::min(position, ring_rows) * row_bytes;
+    }
+  };
+
+  // Gives a call what it works with, and takes it back. Streams are let go first.
+  class CallInProgress {
+   public:
+    explicit CallInProgress(Impl* session) : session_(session), call_(session->calls_.Get()) {
+      if (call_->version != session->version_.load(std::memory_order_acquire)) Renew();
+    }
+    ~CallInProgress() {
+      call_->lease.Release();
+      // With weights that were replaced meanwhile it is not kept.
+      if (call_->version != session_->version_.load(std::memory_order_acquire)) return;
+      const int64_t bytes = Executor::ArenaBytes(*call_->arena);
+      if (bytes != call_->arena_bytes) {
+        session_->arenas_bytes_ += bytes - call_->arena_bytes;
+        call_->arena_bytes = bytes;
+      }
+      if (!session_->calls_.Put(&call_)) session_->arenas_bytes_ -= bytes;
+    }
+    CallInProgress(const CallInProgress&) = delete;
+    CallInProgress& operator=(const CallInProgress&) = delete;
+
+    Call* operator->() const { return call_.get(); }
+
+   private:
+    void Renew() {
+      {
+        std::lock_guard<std::mutex> lock(session_->executor_mutex_);
+        call_->executor = session_->executor_;
+        call_->version = session_->version_;
+      }
+      call_->arena = call_->executor->NewArena();
+      call_->arena_bytes = 0;
+    }
+
+    Impl* const session_;
+    std::unique_ptr<Call> call_;
+  };
+
+  void WriteState(const char* block, int64_t position, void* state) const {
+    StateHeader header = {};
+    std::memcpy(header.magic, kMagic, sizeof(kMagic));
+    header.version = kStateVersion;
+    header.header_bytes = sizeof(header);
+    header.plan_fingerprint = plan_fingerprint_;
+    header.weights_fingerprint = weights_fingerprint_;
+    header.position = position;
+    header.block_bytes = store_.block_bytes();
+    std::memcpy(state, &header, sizeof(header));
+    char* const to = static_cast<char*>(state) + sizeof(header);
+    int64_t done = 0;
+    for (const Segment& segment : segments_) {
+      // What was never written is of whoever had the block before, and between nodes lies nothing.
+      std::memset(to + done, 0, segment.offset - done);
+      const int64_t written = segment.Written(position);
+      std::memcpy(to + segment.offset, block + segment.offset, written);
+      done = segment.offset + written;
+    }
+    std::memset(to + done, 0, store_.block_bytes() - done);
+  }
+
+  static void CheckPosition(int64_t position) {
+    if (position < 0 || position > kMostSteps) {
+      throw Error(
+          ErrorCode::kInvalidArgument,
+          "a stream's position is the number of its steps, 0 to 2^62, got " + Text(position));
+    }
+  }
+
+  void CheckState(const void* state, int64_t bytes, bool other_weights) const {
+    const char* const from = static_cast<const char*>(state);
+    StateHeader header;
+    const int64_t begins = std::min<int64_t>(std::max<int64_t>(bytes, 0), sizeof(kMagic));
+    if (begins == 0 || std::memcmp(from, kMagic, begins) != 0) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  "these " + Text(bytes) +
+                      " bytes are no copy of a stream: one begins with CTSTREAM, as get_state "
+                      "writes it");
+    }
+    if (bytes < static_cast<int64_t>(sizeof(header))) {
+      throw Error(ErrorCode::kInvalidArgument, "this copy of a stream is cut off: it has " +
+                                                   Text(bytes) + " bytes, and its header has " +
+                                                   Text(sizeof(header)));
+    }
+    std::memcpy(&header, from, sizeof(header));
+    if (header.version != kStateVersion || header.header_bytes != sizeof(header)) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  "this copy of a stream has the format " + Text(header.version) +
+                      ", and this version of continual-transformers-tf reads format " +
+                      Text(kStateVersion) + ": use the version that wrote it, or a newer one");
+    }
+    if (header.plan_fingerprint != plan_fingerprint_) {
+      throw Error(ErrorCode::kOtherModel,
+                  "this is a copy of another model's stream: its plan and cache dtype have the "
+                  "fingerprint " +
+                      Hex(header.plan_fingerprint) + ", those of this session (cache dtype " +
+                      NameOf(options_.cache_dtype) + ") have " + Hex(plan_fingerprint_) +
+                      "; put it back into a session of the model that it came from");
+    }
+    if (header.block_bytes != store_.block_bytes() || bytes != state_bytes()) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  "this copy of a stream is cut off or has something behind it: it has " +
+                      Text(bytes) + " bytes, and a copy of this model's streams has " +
+                      Text(state_bytes()));
+    }
+    if (header.weights_fingerprint != weights_fingerprint_ && !other_weights) {
+      throw Error(ErrorCode::kOtherModel,
+                  "this is a copy of a stream of the same model with other weights (another "
+                  "training): their fingerprint is " +
+                      Hex(header.weights_fingerprint) + ", that of this session's weights is " +
+                      Hex(weights_fingerprint_) +
+                      "; load those weights, or say that it is wanted (other_weights)");
+    }
+    CheckPosition(header.position);
+    for (const Segment& segment : segments_) {
+      if (!segment.is_bool) continue;
+      const char* const begin = from + sizeof(header) + segment.offset;
+      const char* const end = begin + segment.Written(header.position);
+      if (std::any_of(begin, end, [](char x) { return x != 0 && x != 1; })) {
+        throw Error(ErrorCode::kInvalidArgument,
+                    "this copy of a stream was changed by someone: a bool in it is neither true "
+                    "nor false");
+      }
+    }
+  }
+
+  const Plan plan_;
+  const ExecutorOptions options_;
+  const uint64_t plan_fingerprint_;
+  std::vector<Segment> segments_;
+
+  mutable std::mutex executor_mutex_;
+  std::shared_ptr<const Executor> executor_;
+  // Goes up with every change of the executor; that of a new call is behind.
+  std::atomic<uint64_t> version_{1};
+  std::atomic<uint64_t> weights_fingerprint_;
+
+  StreamStore store_;
+  std::atomic<int64_t> arenas_bytes_{0};
+  CallPool calls_;
+
+  void BeforeFork() override { executor_mutex_.lock(); }
+  void AfterFork() override { executor_mutex_.unlock(); }
+  void InChild() override { executor_mutex_.unlock(); }
+};
+
+Session::Session(std::shared_ptr<const ModelFile> file, const SessionOptions& options)
+    : impl_(std::make_unique<Impl>(std::move(file), options)) {}
+
+Session::~Session() = default;
+
+void Session::Open(int64_t count, StreamId* ids) { impl_->store()->Open(count, ids); }
+
+void Session::Close(const StreamId* ids, int64_t count) { impl_->store()->Close(ids, count); }
+
+void Session::Step(const StreamId* ids, int64_t count, int64_t steps, const void* const* inputs,
+                   void* const* outputs, const bool* key_mask) {
+  impl_->Step(ids, count, steps, inputs, outputs, key_mask);
+}
+
+void Session::Clean(const StreamId* ids, int64_t count) { impl_->Clean(ids, count); }
+
+void Session::Positions(const StreamId* ids, int64_t count, int64_t* positions) const {
+  impl_->store()->Positions(ids, count, positions);
+}
+
+int64_t Session::state_bytes() const { return impl_->state_bytes(); }
+
+void Session::GetState(StreamId id, void* state) const { impl_->GetState(id, state); }
+
+void Session::SetState(StreamId id, const void* state, int64_t bytes, bool other_weights) {
+  impl_->SetStates(&id, 1, &state, &bytes, other_weights);
+}
+
+void Session::SetStates(const StreamId* ids, int64_t count, const void* const* states,
+                        const int64_t* bytes, bool other_weights) {
+  impl_->SetStates(ids, count, states, bytes, other_weights);
+}
+
+void Session::MakeState(const void* block, int64_t position, void* state) const {
+  impl_->MakeState(block, position, state);
+}
+
+void Session::LoadWeights(std::shared_ptr<const ModelFile> file) {
+  impl_->LoadWeights(std::move(file));
+}
+
+std::shared_ptr<const Executor> Session::executor() const { return impl_->executor(); }
+
+const Plan& Session::plan() const { return impl_->plan(); }
+
+StreamStore* Session::store() const { return impl_->store(); }
+
+uint64_t Session::plan_fingerprint() const { return impl_->plan_fingerprint(); }
+
+uint64_t Session::weights_fingerprint() const { return impl_->weights_fingerprint(); }
+
+Session::Memory Session::memory() const { return impl_->memory(); }
+
+std::vector<Executor::ProfileEntry> Session::Profile(int64_t streams, int64_t repeat) const {
+  return impl_->Profile(streams, repeat);
+}
+
+}  // namespace continual_transformers
