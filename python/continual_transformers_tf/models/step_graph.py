@@ -51,9 +51,10 @@ class StepGraph:
 
     def __init__(self, model, inputs=None):
         self.model = _functional(model)
-        self._plan = {}  # Of a node's id: the method that runs it.
+        self._plan = {}  # Of a node's id: how it is run, one of the names in _RUNS.
         self._inner = {}  # Of the id of a nested model's node: its StepGraph.
         self._known = {}  # Of the id of a tensor of the graph: its Tensor.
+        self._refused = set()  # Ids of nodes that there are problems with.
         self.problems = []
         self.layers = []
         if self.model is None:
@@ -71,7 +72,7 @@ class StepGraph:
                 for x, name in zip(self.model.inputs, names_of_inputs(self.model), strict=True)
                 if len(x.shape) < 3 and not (len(x.shape) == 2 and "int" in x.dtype)
             ]
-        outputs = self._walk(inputs, self._plan_node, self._known)
+        outputs = self.walk(inputs, self._plan_node, self._known)
         self.outputs = keras.tree.flatten(outputs)
         self.receptive_field = max(x.receptive_field for x in self.outputs)
         self.delay = max(x.delay for x in self.outputs)
@@ -91,9 +92,29 @@ class StepGraph:
         """
         if self.has_whole_windows and "taken" not in options:
             options["taken"] = self._taken(inputs[0], options["streams"])
-        return self._walk(
-            inputs, lambda node, values: self._plan[id(node)](node, values, options), {}
+        return self.walk(
+            inputs, lambda node, values: _RUNS[self._plan[id(node)]](self, node, values, options)
         )
+
+    def way(self, node):
+        """How a node is run on steps; None if it cannot be.
+
+        - "continual": a continual layer takes a step.
+        - "model": a model within the model, whose `StepGraph` is `inner(node)`.
+        - "row taken": the step's row is the result.
+        - "row by row": the operation is called with (M, T, ...), as if with a window.
+        - "on samples": the operation is called with every step as a sample of a batch.
+        - "attention to whole": likewise, and rows of steps that were never taken are masked.
+        """
+        return None if id(node) in self._refused else self._plan.get(id(node))
+
+    def inner(self, node):
+        """The StepGraph of the model that a node calls."""
+        return self._inner[id(node)]
+
+    def known(self, tensor):
+        """The `Tensor` that a tensor of the graph is on steps."""
+        return self._known[id(tensor)]
 
     @property
     def has_whole_windows(self):
@@ -114,11 +135,12 @@ class StepGraph:
         held = tf.cast(tf.clip_by_value(streams, 0, tf.shape(first.position)[0]), tf.int32)
         return tf.gather(position, held)
 
-    def _walk(self, inputs, visit, values):
+    def walk(self, inputs, visit, values=None):
         """The outputs, where visit(node, values) says what a node makes of the values so far.
 
         `values`, at first empty, goes from the ids of the graph's tensors to their values.
         """
+        values = {} if values is None else values
         values.update((id(x), y) for x, y in zip(self.model.inputs, inputs, strict=True))
         for depth in sorted(self.model._nodes_by_depth, reverse=True):
             for node in self.model._nodes_by_depth[depth]:
@@ -147,13 +169,13 @@ class StepGraph:
             inner = op.model if isinstance(op, ContinualLayer) else op
             if _functional(inner) is not None:
                 graph = self._inner[id(node)] = StepGraph(inner, inputs)
-                self._plan[id(node)] = self._run_model
+                self._plan[id(node)] = "model"
                 self.problems += graph.problems
                 for layer in graph.layers:
                     self._add_layer(layer)
                 return graph.outputs
         if isinstance(op, ContinualLayer) and "whole" not in kinds:
-            self._plan[id(node)] = self._run_continual
+            self._plan[id(node)] = "continual"
             causal = self._plan_continual(node, args, kwargs, inputs) and causal
             field += op.receptive_field - 1
             if op.delay > 0:
@@ -168,7 +190,7 @@ class StepGraph:
                 for x in node.outputs
             ]
         if "window" not in kinds:
-            self._plan[id(node)] = self._run_on_samples
+            self._plan[id(node)] = "on samples"
             whole = {x.shape[1] for x in inputs if x.kind == "whole"}
             if whole and isinstance(op, (ContinualLayer, keras.layers.MultiHeadAttention)):
                 self._plan_attention_to_whole(node)
@@ -181,7 +203,7 @@ class StepGraph:
         taken = row_taken(op, args, kwargs)
         if taken is not None:
             kind, row = taken
-            self._plan[id(node)] = self._run_identity
+            self._plan[id(node)] = "row taken"
             if row != -1 - latest.delay:
                 self._refuse(
                     node,
@@ -207,7 +229,7 @@ class StepGraph:
                 Tensor(kind, causal, field, tuple(x.shape), **late)
                 for kind, x in zip(kinds, node.outputs, strict=True)
             ]
-        self._plan[id(node)] = self._run_row_wise
+        self._plan[id(node)] = "row by row"
         return [Tensor("window", causal, field, tuple(x.shape), **late) for x in node.outputs]
 
     def _shapes_of_newest(self, node, values):
@@ -279,7 +301,7 @@ class StepGraph:
     def _plan_attention_to_whole(self, node):
         """A regular call on the whole window of every step, which no stream plays a part in."""
         op = node.operation
-        self._plan[id(node)] = self._run_attention_to_whole
+        self._plan[id(node)] = "attention to whole"
         if isinstance(op, (keras.layers.MultiHeadAttention, TransformerEncoderBlock)):
             return
         self._refuse(
@@ -296,6 +318,7 @@ class StepGraph:
         self.layers.append(layer)
 
     def _refuse(self, node, why):
+        self._refused.add(id(node))
         self.problems.append(f"{node.operation.name} ({type(node.operation).__name__}) {why}")
 
     # Running.
@@ -338,6 +361,15 @@ class StepGraph:
             for x, y in zip(node.outputs, outputs, strict=True)
         ]
 
+
+_RUNS = {
+    "continual": StepGraph._run_continual,
+    "model": StepGraph._run_model,
+    "row taken": StepGraph._run_identity,
+    "row by row": StepGraph._run_row_wise,
+    "on samples": StepGraph._run_on_samples,
+    "attention to whole": StepGraph._run_attention_to_whole,
+}
 
 # What layers that attend may be called with in the graph of a model; the rest is of whole windows.
 STEP_ARGUMENTS = ("x", "query", "value", "key", "use_causal_mask", "training")

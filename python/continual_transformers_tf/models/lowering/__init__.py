@@ -1,0 +1,319 @@
+"""From a Keras model to a plan: what `ct.Session` runs."""
+
+from importlib import metadata
+
+import keras
+
+from continual_transformers_tf.layers.co_residual import CoResidual
+from continual_transformers_tf.layers.continual_layer import ContinualLayer
+from continual_transformers_tf.models.convert import convert
+from continual_transformers_tf.models.lowering.attention import StateOf, lower_continual
+from continual_transformers_tf.models.lowering.graph_lowering import GraphLowering
+from continual_transformers_tf.models.lowering.lowered import Lowered
+from continual_transformers_tf.models.lowering.plan_builder import CannotLower, PlanBuilder
+from continual_transformers_tf.models.step_graph import StepGraph, names_of_inputs
+from continual_transformers_tf.models.streaming_model import StreamingModel
+
+__all__ = ["Lowered", "lower"]
+
+HALVES = ("bfloat16", "float16")
+
+
+def lower(model, seq_len=None, cache_dtype=None, weights_dtype=None):
+    """Turns one step of a Keras model into a plan, as `docs/model_file.md` defines it.
+
+    A step of the plan gives what a step of the `StreamingModel` (or the layer) gives with
+    `warm_up="partial"`. Layers that compute in 16 bits are computed in float32, from their
+    weights as they are; a model with a layer in float64 is computed in float64 as a whole. Layers
+    that only act in training vanish.
+
+    Args:
+        model: a functional or built sequential `keras.Model`, a `StreamingModel`, or one of the
+            continual layers of this package, built. A layer whose inputs are of different sizes
+            has several inputs: "query", "value" and "key". A plain
+            `keras.layers.MultiHeadAttention` inside is converted as `ct.convert` does it.
+        seq_len: the window of plain Keras attention; None: the length of the model's windows.
+        cache_dtype: what keys and values are kept in: the compute dtype, or under float32
+            "bfloat16" or "float16". None: the layers' own where they agree, or the compute dtype.
+        weights_dtype: what dense kernels are kept in: the compute dtype, or under float32
+            "bfloat16". None: the layers' own where they agree, or the compute dtype.
+
+    Returns:
+        A `Lowered`.
+
+    Raises:
+        ValueError: if something in the model cannot be lowered: a line for every layer, with the
+            reason; or if an argument does not fit.
+    """
+    if isinstance(model, keras.Model):
+        return _lower_model(model, seq_len, cache_dtype, weights_dtype)
+    if isinstance(model, keras.layers.Layer) and isinstance(model, ContinualLayer):
+        return _lower_layer(model, cache_dtype, weights_dtype)
+    if isinstance(model, keras.layers.MultiHeadAttention):
+        raise ValueError(
+            f"Expected a model or a continual layer, but got {model.name}, a "
+            "keras.layers.MultiHeadAttention: ct.CoSiMultiHeadAttention.from_regular(layer, "
+            "seq_len) makes a continual layer of it"
+        )
+    raise ValueError(
+        "Expected a functional or built sequential keras.Model, a StreamingModel, or a continual "
+        f"layer of continual_transformers_tf, but got {model!r}"
+    )
+
+
+# Models.
+
+
+def _lower_model(model, seq_len, cache_dtype, weights_dtype):
+    whole = model
+    if isinstance(model, StreamingModel):
+        model = model.model
+    if not hasattr(model, "_nodes_by_depth") and not isinstance(model, keras.Sequential):
+        raise ValueError(
+            f"{model.name} ({type(model).__name__}) has no graph that could be read: expected a "
+            "functional or a built sequential model. Write it as keras.Model(inputs, outputs), or "
+            "give ct.Session its continual layers one by one"
+        )
+    if not model.built:
+        raise ValueError(f"Expected a built model, but {model.name} has never been called")
+    if not isinstance(whole, StreamingModel) and _has_plain_attention(model):
+        model = convert(model, _window(model, seq_len)).model
+    graph = StepGraph(model)
+    if graph.model is None:
+        raise ValueError(f"{model.name} cannot be run by a session:\n- {graph.problems[0]}")
+    layers = list(model._flatten_layers())
+    dtypes = [layer.compute_dtype for layer in layers]
+    dtypes += [x.dtype for x in (*graph.model.inputs, *graph.model.outputs)]
+    b = PlanBuilder("float64" if "float64" in dtypes else "float32")
+    lowering = GraphLowering(b, graph)
+    inputs = b.add_inputs([_input(b, x, lowering.problems) for x in graph.model.inputs])
+    outputs = lowering.run(inputs)
+    problems = list(dict.fromkeys(lowering.problems))
+    if problems:
+        raise ValueError(
+            f"{whole.name} cannot be run by a session:\n" + "\n".join(f"- {p}" for p in problems)
+        )
+    state = [lowering.state[id(layer)] for layer in graph.layers]
+    given = graph.model._inputs_struct
+    if isinstance(given, (list, tuple)) and len(given) == 1:
+        given = given[0]  # A list of one is as good as the one.
+    names = [x.name for x in graph.model.inputs]
+    if names_of_inputs(graph.model) != names:
+        names = ["x"] if len(names) == 1 else [f"x_{i}" for i in range(len(names))]
+    return _finish(
+        b,
+        layers,
+        cache_dtype,
+        weights_dtype,
+        name=whole.name,
+        receptive_field=graph.receptive_field,
+        delay=graph.delay,
+        inputs=dict(zip(names, inputs, strict=True)),
+        input_structure=given,
+        outputs=outputs,
+        state=state,
+    )
+
+
+def _has_plain_attention(model):
+    return any(
+        isinstance(layer, keras.layers.MultiHeadAttention) and not isinstance(layer, ContinualLayer)
+        for layer in model._flatten_layers()
+    )
+
+
+def _window(model, seq_len):
+    """The window of a model's plain attention."""
+    if seq_len is not None:
+        return seq_len
+    functional = model._functional if isinstance(model, keras.Sequential) else model
+    lengths = {x.shape[1] for x in functional.inputs if len(x.shape) > 1}
+    if len(lengths) == 1 and None not in lengths:
+        return lengths.pop()
+    raise ValueError(
+        f"Expected seq_len, the window of the attention in {model.name}: its inputs "
+        f"{[tuple(x.shape) for x in functional.inputs]} leave the axis of time open"
+    )
+
+
+def _input(b, x, problems):
+    """The shape and dtype of a step of a model's input."""
+    if keras.backend.is_float_dtype(x.dtype):
+        dtype = b.dtype
+    elif x.dtype == "bool":
+        dtype = "bool"
+    elif x.dtype in ("int64", "uint32", "uint64"):
+        dtype = "int64"
+    elif "int" in x.dtype:
+        dtype = "int32"
+    else:
+        problems.append(f"{x.name} (Input) is of {x.dtype}: expected numbers")
+        dtype = b.dtype
+    if None in x.shape[2:]:
+        problems.append(f"{x.name} (Input) has features of unknown size: {tuple(x.shape)}")
+    return [1 if n is None else n for n in x.shape[2:]], dtype
+
+
+# Layers.
+
+
+def _lower_layer(layer, cache_dtype, weights_dtype):
+    if not layer.built:
+        raise ValueError(f"Expected a built layer, but {layer.name} has never been called")
+    b = PlanBuilder("float64" if layer.compute_dtype == "float64" else "float32")
+    b.scope = layer.name
+    try:
+        sizes = layer.input_features
+        names = ["x"] if len(set(sizes.values())) == 1 else list(sizes)
+        within = layer
+        while isinstance(within, CoResidual):
+            within = within.layer
+        dtype = b.dtype
+        if not keras.backend.is_float_dtype(within.compute_dtype):
+            dtype = within.compute_dtype
+        specs = []
+        for name in names:
+            size = next(iter(sizes.values())) if name == "x" else sizes[name]
+            if size is None:
+                raise CannotLower("was never given a step, and does not know its features")
+            specs.append((size if isinstance(size, (tuple, list)) else (size,), dtype))
+        inputs = b.add_inputs(specs)
+        output, state = lower_continual(b, layer, *inputs)
+    except CannotLower as reason:
+        raise ValueError(
+            f"{layer.name} cannot be run by a session:\n"
+            f"- {layer.name} ({type(layer).__name__}) {reason}"
+        ) from reason
+    return _finish(
+        b,
+        list(layer._flatten_layers()),
+        cache_dtype,
+        weights_dtype,
+        name=layer.name,
+        receptive_field=layer.receptive_field,
+        delay=layer.delay,
+        inputs=dict(zip(names, inputs, strict=True)),
+        input_structure=None if len(names) == 1 else {name: name for name in names},
+        outputs=output,
+        state=state,
+    )
+
+
+# The plan.
+
+
+def _finish(
+    b,
+    layers,
+    cache_dtype,
+    weights_dtype,
+    *,
+    name,
+    receptive_field,
+    delay,
+    inputs,
+    input_structure,
+    outputs,
+    state,
+):
+    cache_dtype = _chosen("cache_dtype", cache_dtype, [_cache_of(x) for x in layers], b, HALVES)
+    weights_dtype = _chosen(
+        "weights_dtype",
+        weights_dtype,
+        [getattr(x, "weights_dtype", None) or b.dtype for x in layers if hasattr(x, "seq_len")],
+        b,
+        HALVES[:1],
+    )
+    flat = keras.tree.flatten(outputs)
+    node_of_value = {i: place for place, node in enumerate(b.nodes) for i in node["outputs"]}
+    place_of_node, place_of_value = b.finish(flat)
+    state = _entries(state, lambda value: place_of_node(node_of_value[value]))
+    if weights_dtype != b.dtype:
+        b.convert_kernels(weights_dtype)
+    plan = {
+        "producer": f"continual-transformers-tf {_version()}",
+        "name": name,
+        "compute_dtype": b.dtype,
+        "cache_dtype": cache_dtype,
+        "weights_dtype": weights_dtype,
+        "receptive_field": int(receptive_field),
+        "delay": int(delay),
+        "block": 1,
+        "values": b.values,
+        "inputs": [{"name": key, "value": x.index} for key, x in inputs.items()],
+        "outputs": [
+            {"name": key, "value": place_of_value(x.index)}
+            for key, x in zip(_output_names(outputs), flat, strict=True)
+        ],
+        "input_structure": _places(input_structure),
+        "output_structure": _places(outputs),
+        "nodes": b.nodes,
+        "keras_state": state,
+    }
+    return Lowered(plan, b.weights)
+
+
+def _cache_of(layer):
+    """What a layer keeps keys and values in; None where it keeps none."""
+    state = getattr(layer, "_stream_state", None)
+    if isinstance(layer, keras.layers.MultiHeadAttention) and hasattr(state, "dtype"):
+        return state.dtype.name
+    return None
+
+
+def _chosen(name, dtype, of_layers, b, halves):
+    """A dtype that was asked for, or that of the layers."""
+    if dtype is None:
+        own = {x for x in of_layers if x is not None}
+        own = own.pop() if len(own) == 1 else b.dtype
+        return own if b.dtype == "float32" and own in halves else b.dtype
+    dtype = keras.backend.standardize_dtype(dtype)
+    if dtype == b.dtype or (b.dtype == "float32" and dtype in halves):
+        return dtype
+    raise ValueError(
+        f"Expected {name} to be None or the compute dtype, {b.dtype}, or under float32 "
+        f"{' or '.join(map(repr, halves))}, but got {dtype!r}"
+    )
+
+
+def _entries(state, place):
+    """keras_state as JSON has it; see docs/model_file.md."""
+    if isinstance(state, StateOf):
+        entry = [place(state.value), state.entry]
+        return entry if state.layout is None else [*entry, state.layout]
+    if isinstance(state, dict):
+        return {name: _entries(x, place) for name, x in state.items()}
+    if isinstance(state, list):
+        return {str(i): _entries(x, place) for i, x in enumerate(state)}
+    return state
+
+
+def _places(structure):
+    """A structure with the place of each leaf in the list of all as its leaf."""
+    flat = keras.tree.flatten(structure)
+    places = keras.tree.pack_sequence_as(structure, list(range(len(flat))))
+    return _plain(places)
+
+
+def _plain(structure):
+    if isinstance(structure, dict):
+        return {str(name): _plain(x) for name, x in structure.items()}
+    if isinstance(structure, (list, tuple)):
+        return [_plain(x) for x in structure]
+    return structure
+
+
+def _output_names(outputs):
+    flat = keras.tree.flatten(outputs)
+    if len(flat) == 1 and not isinstance(outputs, dict):
+        return ["y"]
+    if isinstance(outputs, dict) and len(outputs) == len(flat):
+        return [str(name) for name in keras.tree.flatten({name: name for name in outputs})]
+    return [f"y_{i}" for i in range(len(flat))]
+
+
+def _version():
+    try:
+        return metadata.version("continual-transformers-tf")
+    except metadata.PackageNotFoundError:
+        return "unknown"

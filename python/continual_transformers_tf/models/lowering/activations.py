@@ -1,0 +1,111 @@
+"""Keras' activation functions as nodes of a plan."""
+
+import functools
+
+import keras
+
+from continual_transformers_tf.models.lowering.plan_builder import CannotLower
+
+# Element-wise functions: the numbers that the node has, with Keras' defaults.
+NUMBERS = {
+    "celu": {"alpha": 1.0},
+    "elu": {"alpha": 1.0},
+    "exponential": {},
+    "hard_shrink": {"threshold": 0.5},
+    "hard_sigmoid": {},
+    "hard_silu": {},
+    "hard_tanh": {},
+    "leaky_relu": {"negative_slope": 0.2},
+    "linear": {},
+    "log_sigmoid": {},
+    "mish": {},
+    "relu": {"negative_slope": 0.0, "max_value": None, "threshold": 0.0},
+    "relu6": {},
+    "selu": {},
+    "sigmoid": {},
+    "silu": {},
+    "soft_shrink": {"threshold": 0.5},
+    "softplus": {},
+    "softsign": {},
+    "sparse_plus": {},
+    "sparse_sigmoid": {},
+    "squareplus": {"b": 4},
+    "tanh": {},
+    "tanh_shrink": {},
+}
+ALONG_AN_AXIS = ("softmax", "log_softmax", "sparsemax")
+_FUNCTIONS = {
+    getattr(keras.activations, name): name
+    for name in (*NUMBERS, *ALONG_AN_AXIS, "gelu", "glu", "threshold")
+}
+
+
+def activate(b, x, function, lead=1):
+    """What an activation function makes of a Symbol.
+
+    Args:
+        b: the `PlanBuilder`.
+        x: a Symbol.
+        function: of `keras.activations`, with or without `functools.partial`, or an activation
+            layer, as `keras.activations.get` gives them.
+        lead: how many axes Keras' tensor has before those of the Symbol.
+    """
+    options = {}
+    while isinstance(function, functools.partial):
+        if function.args:
+            raise CannotLower(f"has the activation {function}: give its numbers by name")
+        options = {**function.keywords, **options}
+        function = function.func
+    if function is None:
+        return x
+    if isinstance(function, keras.layers.Layer):
+        from continual_transformers_tf.models.lowering.keras_layers import lower_layer
+
+        return lower_layer(b, function, x, lead=lead)
+    name = _FUNCTIONS.get(function)
+    if name is None:
+        raise CannotLower(
+            f"has the activation {getattr(function, '__name__', function)!r}: a plan has nodes for "
+            "those of keras.activations"
+        )
+    return named(b, x, name, lead, **options)
+
+
+def named(b, x, name, lead=1, **options):
+    """An activation by the name of its function in `keras.activations`."""
+    if name == "gelu":
+        return b.activation(x, "gelu_tanh" if options.get("approximate", False) else "gelu")
+    if name == "threshold":
+        numbers = {"threshold": options["threshold"], "value": options["default_value"]}
+        return b.activation(x, "threshold", **{k: float(v) for k, v in numbers.items()})
+    if name == "glu":
+        return glu(b, x, axis_of_step(options.get("axis", -1), x, lead))
+    if name in ALONG_AN_AXIS:
+        return softmax(b, x, name, axis_of_step(options.get("axis", -1), x, lead))
+    numbers = {**NUMBERS[name], **options}
+    numbers = {k: None if v is None else float(v) for k, v in numbers.items()}
+    return b.activation(x, name, **numbers)
+
+
+def softmax(b, x, function, axis):
+    x = b.cast(x, b.dtype)
+    return b.node("softmax", [x], x.shape, name=function, function=function, axis=axis)
+
+
+def glu(b, x, axis):
+    half = x.shape[axis] // 2
+    if 2 * half != x.shape[axis]:
+        raise CannotLower(f"halves an axis of {x.shape[axis]}")
+    first, second = (b.slice(x, axis, i * half, half) for i in (0, 1))
+    return b.binary("multiply", first, b.activation(second, "sigmoid"))
+
+
+def axis_of_step(axis, x, lead):
+    """Where an axis of Keras' tensor lies in a Symbol."""
+    rank = len(x.shape) + lead
+    if not -rank <= axis < rank:
+        raise CannotLower(f"works along axis {axis} of {rank}")
+    axis = axis % rank - lead
+    if axis < 0:
+        raise CannotLower("works along the axis of samples, or of time")
+    return axis

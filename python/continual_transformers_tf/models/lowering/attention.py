@@ -1,0 +1,408 @@
+"""What one step of the continual layers is in a plan, and regular attention on whole windows.
+
+Every function returns a pair: the Symbol of the output, and the layer's entry of `keras_state` (see
+`docs/model_file.md`), in which a `StateOf` stands for a node's state.
+"""
+
+import dataclasses
+import math
+
+import keras
+
+from continual_transformers_tf.layers.circular_positional_encoding import (
+    CircularPositionalEncoding,
+    sinusoids,
+)
+from continual_transformers_tf.layers.co_delay import CoDelay
+from continual_transformers_tf.layers.co_re_mha import CoReMultiHeadAttention
+from continual_transformers_tf.layers.co_re_transformer_encoder import CoReTransformerEncoder
+from continual_transformers_tf.layers.co_residual import CoResidual
+from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
+from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
+from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
+from continual_transformers_tf.models.lowering.activations import activate
+from continual_transformers_tf.models.lowering.plan_builder import CannotLower
+
+
+@dataclasses.dataclass(frozen=True)
+class StateOf:
+    """An entry of a node's state: the node is that whose output is the value of this index."""
+
+    value: int
+    entry: str
+    layout: str | None = None
+
+
+POSITION = "position"  # Of the state: what all layers share.
+ALL_TRUE = "true"  # Of the state: what the plan does not keep, as it is always true.
+
+
+# Parts of layers.
+
+
+def kernel_of(layer):
+    """The variable of a dense layer's kernel, or the tensor that Keras computes from several."""
+    if layer.quantization_mode is not None:
+        raise CannotLower(f"is quantized to {layer.quantization_mode}: lower it before that")
+    return layer.kernel if layer.lora_enabled else layer._kernel
+
+
+def project(b, x, layer, name=None, axes=1):
+    """What a `Dense`, or an `EinsumDense` over the last `axes` axes, computes of x [..., I]."""
+    kernel = kernel_of(layer)
+    inputs = math.prod(kernel.shape[:axes])
+    weights = [b.variable(kernel, (inputs, -1), kernel=True, name=layer.path + "/kernel")]
+    if layer.bias is not None:
+        weights.append(b.variable(layer.bias, (-1,)))
+    return activate(b, b.dense(x, *weights, name=name), layer.activation)
+
+
+def layer_norm(b, x, layer, name=None):
+    """What a `LayerNormalization` over the last axis computes."""
+    weights = {
+        key: b.variable(w)
+        for key, w in (("gamma", layer.gamma), ("beta", layer.beta))
+        if w is not None
+    }
+    function = "rms" if getattr(layer, "rms_scaling", False) else "layer"
+    return b.node(
+        "norm", [x], x.shape, name=name, weights=weights, function=function, epsilon=layer.epsilon
+    )
+
+
+def output_shape(layer):
+    """The features that a MultiHeadAttention gives."""
+    return tuple(layer._output_dense.kernel.shape[2:])
+
+
+def gated(b, layer, attended, gate):
+    return b.binary("multiply", attended, gate) if layer._use_gate else attended
+
+
+# Attention of streams.
+
+
+def co_si_mha(
+    b, layer, query, value=None, key=None, use_causal_mask=False, query_mask=None, value_mask=None,
+    key_mask=None, **ignored,
+):  # fmt: skip
+    check_steps(layer)
+    value = query if value is None else value
+    key = value if key is None else key
+    heads, n, late = layer._num_heads, layer.seq_len, layer.delay
+    keys = project(b, key, layer._key_dense, "key")
+    values = project(b, value, layer._value_dense, "value")
+    queries = project(b, query, layer._query_dense, "query")
+    gate = project(b, query, layer._gate_dense, "gate") if layer._use_gate else None
+    state = {"position": POSITION}
+    if late > 0:
+        queries = delayed(b, queries, late, "query_delay")
+        state["query"] = StateOf(queries.index, "ring")
+        state["query_mask"] = ALL_TRUE
+        if gate is not None:
+            gate = delayed(b, gate, late, "gate_delay")
+            state["gate"] = StateOf(gate.index, "ring")
+        if query_mask is not None:
+            query_mask = delayed(b, query_mask, late, "query_mask_delay")
+            state["query_mask"] = StateOf(query_mask.index, "ring")
+    at, first, end = n - 1 - late, 0, n  # The query's own column, and those that it may attend to.
+    if layer._sliding_window is not None:
+        first, end = max(0, at - layer._sliding_window + 1), min(n, at + layer._sliding_window)
+    if use_causal_mask:
+        end = min(end, at + 1)
+    attended = b.node(
+        "attention",
+        [queries, keys, values],
+        (heads * layer._value_dim,),
+        name="attention",
+        masks={"key": b.mask_and(value_mask, key_mask), "query": query_mask},
+        heads=heads,
+        window=n,
+        first_column=first,
+        end_column=end,
+        query_delay=late,
+        scale=layer._inverse_sqrt_key_dim,
+    )
+    state |= {
+        "key": StateOf(attended.index, "key", "heads_first"),
+        "value": StateOf(attended.index, "value", "heads_first"),
+        "key_mask": StateOf(attended.index, "key_mask"),
+    }
+    output = project(b, gated(b, layer, attended, gate), layer._output_dense, "output", axes=2)
+    return b.reshape(output, output_shape(layer)), state
+
+
+def co_re_mha(
+    b, layer, query, value=None, key=None, use_causal_mask=False, value_mask=None, key_mask=None,
+    **ignored,
+):  # fmt: skip
+    check_steps(layer)
+    value = query if value is None else value
+    key = value if key is None else key
+    heads, n = layer._num_heads, layer.seq_len
+    keys = project(b, key, layer._key_dense, "key")
+    values = project(b, value, layer._value_dense, "value")
+    queries = project(b, query, layer._query_dense, "query")
+    gate = project(b, query, layer._gate_dense, "gate") if layer._use_gate else None
+    mask = b.mask_and(value_mask, key_mask)
+    if use_causal_mask or layer._sliding_window is not None:
+        attended, state = _masked_rows(b, layer, queries, keys, values, mask, use_causal_mask)
+    else:
+        attended = b.node(
+            "retroactive_attention",
+            [queries, keys, values],
+            (n, heads * layer._value_dim),
+            name="attention",
+            masks={"key": mask},
+            heads=heads,
+            window=n,
+            scale=layer._inverse_sqrt_key_dim,
+            algorithm=layer.algorithm,
+        )
+        state = {
+            **{
+                name: StateOf(attended.index, name, "heads_first")
+                for name in ("query", "key", "value")
+            },
+            **{
+                name: StateOf(attended.index, name)
+                for name in ("softmax", "weighted_sum", "made_with", "key_mask")
+            },
+            "position": POSITION,
+        }
+    if gate is not None:
+        gate = window_of(b, gate, n, "gate_window")
+        state["gate"] = StateOf(gate.index, "ring")
+    output = project(b, gated(b, layer, attended, gate), layer._output_dense, "output", axes=2)
+    output = b.reshape(output, (n, *output_shape(layer)))
+    if layer._output_dense.bias is not None:  # Of steps that were never taken: no bias either.
+        output = b.node("zero_untaken", [output], output.shape, name="taken")
+    return output, state
+
+
+def _masked_rows(b, layer, queries, keys, values, mask, use_causal_mask):
+    """All rows of the window computed anew, each from the part of the window that it may see."""
+    if mask is not None:
+        raise CannotLower(
+            "is given a mask together with use_causal_mask or sliding_window, which a plan has no "
+            "node for: leave out one of them"
+        )
+    n, heads = layer.seq_len, layer._num_heads
+    windows = [
+        window_of(b, x, n, f"{name}_window")
+        for name, x in (("query", queries), ("key", keys), ("value", values))
+    ]
+    attended = b.node(
+        "window_attention",
+        windows,
+        (n, heads * layer._value_dim),
+        name="attention",
+        heads=heads,
+        scale=layer._inverse_sqrt_key_dim,
+        band=layer._sliding_window or 0,
+        causal=bool(use_causal_mask),
+    )
+    state = {
+        name: StateOf(x.index, "ring", "heads_first")
+        for name, x in zip(("query", "key", "value"), windows, strict=True)
+    }
+    # What a row's softmax has been is computed anew; no step may be a gap.
+    unused = {"softmax": None, "weighted_sum": None, "made_with": None, "key_mask": ALL_TRUE}
+    return attended, {**state, **unused, "position": POSITION}
+
+
+def check_steps(layer):
+    if layer._no_steps is not None:
+        raise CannotLower(f"takes no steps, with {layer._no_steps}")
+
+
+def delayed(b, x, steps, name=None):
+    return b.node("delay", [x], x.shape, x.dtype, name=name, steps=steps)
+
+
+def window_of(b, x, n, name=None):
+    return b.node("window", [x], (n, *x.shape), name=name, window=n)
+
+
+# Attention on whole windows.
+
+
+def attend_whole(b, layer, query, value=None, key=None, use_causal_mask=False, **ignored):
+    """A regular call of a MultiHeadAttention on windows [N, E], whose rows all may be new."""
+    if tuple(layer._attention_axes) != (1,):
+        raise CannotLower(f"has attention_axes={layer._attention_axes}: expected time, axis 1")
+    value = query if value is None else value
+    key = value if key is None else key
+    for name, x in (("query", query), ("value", value), ("key", key)):
+        if len(x.shape) != 2:
+            raise CannotLower(f"is given {name} of {len(x.shape)} axes a step: expected (N, E)")
+    n = value.shape[0]
+    band = layer._sliding_window or 0
+    only = None
+    if isinstance(layer, CoSiMultiHeadAttention) and layer._single_output:
+        only = layer._query_index
+        if only >= 0:
+            only -= query.shape[0]
+        if not -query.shape[0] <= only < 0:
+            raise CannotLower(f"is given windows of {query.shape[0]} steps, without query_index")
+        # The query's row and what is newer, so that it keeps its place among the rows.
+        rows = -only if use_causal_mask or band else 1
+        first = query.shape[0] + only
+        query = b.strided(
+            query, (rows, query.shape[1]), (query.shape[1], 1), first * query.shape[1], "query_rows"
+        )
+    elif query.shape[0] != n and (use_causal_mask or band):
+        raise CannotLower(
+            f"attends from {query.shape[0]} rows to {n} with a mask along time: expected as many"
+        )
+    keys = project(b, key, layer._key_dense, "key")
+    values = project(b, value, layer._value_dense, "value")
+    queries = project(b, query, layer._query_dense, "query")
+    attended = b.node(
+        "window_attention",
+        [queries, keys, values],
+        (query.shape[0], layer._num_heads * layer._value_dim),
+        name="attention",
+        heads=layer._num_heads,
+        scale=layer._inverse_sqrt_key_dim,
+        band=band,
+        causal=bool(use_causal_mask),
+    )
+    gate = project(b, query, layer._gate_dense, "gate") if layer._use_gate else None
+    output = project(b, gated(b, layer, attended, gate), layer._output_dense, "output", axes=2)
+    output = b.reshape(output, (query.shape[0], *output_shape(layer)))
+    if only is not None and output.shape[0] > 1:
+        size = math.prod(output.shape[1:])
+        row = b.strided(output, (1, size), (size, 1), name="row")
+        output = b.reshape(row, (1, *output.shape[1:]))
+    return output
+
+
+def encoder_on_whole(b, block, x):
+    """A regular call of an encoder block on whole windows [N, E]."""
+    normal = layer_norm(b, x, block.attention_norm, "attention_norm") if block.norm_first else x
+    with b.within("attention"):
+        attended = attend_whole(b, block.attention, normal)
+    if isinstance(block, CoSiTransformerEncoder):
+        features = x.shape[-1]
+        x = b.strided(x, (1, features), (features, 1), (x.shape[0] - 1) * features, "newest")
+    return feed_forward(b, block, x, attended)
+
+
+def feed_forward(b, block, x, attended):
+    """What comes after the attention of a block, of rows x of its input."""
+    attended = b.binary("add", x, attended)
+    if not block.norm_first:
+        attended = layer_norm(b, attended, block.attention_norm, "attention_norm")
+    x = layer_norm(b, attended, block.output_norm, "output_norm") if block.norm_first else attended
+    y = project(b, x, block.feed_forward, "feed_forward")
+    y = project(b, y, block.feed_forward_output, "feed_forward_output")
+    y = b.binary("add", attended, y)
+    return y if block.norm_first else layer_norm(b, y, block.output_norm, "output_norm")
+
+
+# Whole layers.
+
+
+def co_si_encoder(b, block, x, **ignored):
+    normal = layer_norm(b, x, block.attention_norm, "attention_norm") if block.norm_first else x
+    with b.within("attention"):
+        attended, state = co_si_mha(b, block.attention, normal)
+    return feed_forward(b, block, x, attended), state
+
+
+def co_re_encoder(b, block, x, **ignored):
+    normal = layer_norm(b, x, block.attention_norm, "attention_norm") if block.norm_first else x
+    with b.within("attention"):
+        attended, state = co_re_mha(b, block.attention, normal)
+    windows = window_of(b, x, block.seq_len, "window")
+    output = feed_forward(b, block, windows, attended)
+    output = b.node("zero_untaken", [output], output.shape, name="taken")
+    return output, {**state, "window": StateOf(windows.index, "ring")}
+
+
+def transformer_encoder(b, stack, x, **ignored):
+    state = []
+    for block in stack._streaming:
+        lower = co_si_encoder if isinstance(block, CoSiTransformerEncoder) else co_re_encoder
+        with b.within(block.name):
+            x, of_block = lower(b, block, x)
+        state.append(of_block)
+    for block in stack.blocks[len(stack._streaming) :]:
+        with b.within(block.name):
+            x = encoder_on_whole(b, block, x)
+    x = b.reshape(x, x.shape[-1:])
+    if stack.final_norm is not None:
+        x = layer_norm(b, x, stack.final_norm, "final_norm")
+    return x, state
+
+
+def positional_encoding(b, layer, x, **ignored):
+    if layer._encoding == "sinusoidal":
+        rows = b.derived("rows", sinusoids(layer._max_len, layer._embed_dim))
+    else:
+        rows = b.variable(layer.embeddings)
+    start = b.derived("start", layer._start.numpy(), "int64")
+    y = b.node("positional", [x], x.shape, weights={"rows": rows, "start": start})
+    return y, {"index": StateOf(y.index, "offset", "index"), "position": POSITION}
+
+
+def co_delay(b, layer, x, **ignored):
+    dtype = layer.compute_dtype
+    if dtype in ("int32", "int64", "bool"):
+        if x.dtype != dtype:
+            raise CannotLower(f"delays {dtype}, and is given {x.dtype}")
+    elif not keras.backend.is_float_dtype(dtype):
+        raise CannotLower(f"delays {dtype}: expected floats, int32, int64 or bool")
+    if layer.delay == 0:
+        return x, {"position": POSITION}
+    y = delayed(b, x, layer.delay)
+    return y, {"steps": StateOf(y.index, "ring"), "position": POSITION}
+
+
+def co_residual(b, layer, x, **arguments):
+    with b.within(layer.layer.name):
+        y, state = lower_continual(b, layer.layer, x, **arguments)
+    state, past = {"layer": state}, x
+    if layer._skip is not None:
+        past = delayed(b, x, layer.delay, "skip")
+        skip = {"steps": StateOf(past.index, "ring"), "position": POSITION}
+        state["skip"] = skip
+    return b.binary("add", y, past), state
+
+
+CONTINUAL = {
+    CoSiMultiHeadAttention: co_si_mha,
+    CoReMultiHeadAttention: co_re_mha,
+    CoSiTransformerEncoder: co_si_encoder,
+    CoReTransformerEncoder: co_re_encoder,
+    TransformerEncoder: transformer_encoder,
+    CircularPositionalEncoding: positional_encoding,
+    CoDelay: co_delay,
+    CoResidual: co_residual,
+}
+
+
+def lower_continual(b, layer, *inputs, **arguments):
+    """One step of a continual layer.
+
+    Args:
+        b: the `PlanBuilder`.
+        layer: built.
+        *inputs: Symbols, as `call_step` takes them.
+        **arguments: use_causal_mask, and Symbols query_mask, value_mask and key_mask.
+
+    Returns:
+        (the Symbol of its output, its entry of keras_state).
+    """
+    for kind, lower in CONTINUAL.items():
+        if type(layer) is kind or (isinstance(layer, kind) and _steps_as(layer, kind)):
+            return lower(b, layer, *inputs, **arguments)
+    raise CannotLower(
+        "is a continual layer of another package: a plan has nodes for those of this one"
+    )
+
+
+def _steps_as(layer, kind):
+    """Whether a layer of a subclass takes the steps of the class."""
+    return type(layer).call is kind.call and type(layer).call_steps is kind.call_steps

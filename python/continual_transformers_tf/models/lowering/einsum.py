@@ -1,0 +1,117 @@
+"""Products of a step with a fixed tensor, by any equation, as dense nodes."""
+
+import itertools
+import math
+import re
+
+import numpy as np
+
+from continual_transformers_tf.models.lowering.plan_builder import CannotLower
+
+
+def einsum(b, equation, x, kernel, lead, name, bias=None):
+    """What `keras.ops.einsum(equation, x, kernel)` gives of a step, plus a bias.
+
+    Args:
+        b: the `PlanBuilder`.
+        equation: as "abc,cde->abde"; it may have an ellipsis.
+        x: a Symbol, Keras' first operand without its first axes.
+        kernel: a `keras.Variable`, or a tensor.
+        lead: how many axes Keras' operand has before those of the Symbol.
+        name: of the kernel's tensor where it is no variable.
+        bias: a `keras.Variable` that broadcasts to Keras' output; None: none.
+    """
+    given, weights, output = letters(equation, len(x.shape) + lead)
+    if given[:lead] != output[:lead] or set(given[:lead]) & set(weights):
+        raise CannotLower(f"has the equation {equation!r}, which mixes samples, or steps of time")
+    given, output = given[lead:], output[lead:]
+    for part in (given, weights, output):
+        if len(set(part)) != len(part):
+            raise CannotLower(f"has the equation {equation!r}, which names an axis twice")
+    sizes = dict(zip(weights, kernel.shape, strict=True)) | dict(zip(given, x.shape, strict=True))
+    if any(letter not in sizes for letter in output):
+        raise CannotLower(f"has the equation {equation!r}, with an axis in its output alone")
+
+    summed = [a for a in given if a not in weights and a not in output]
+    if summed:
+        x = b.reduce(x, "sum", [given.index(a) for a in summed])
+        given = [a for a in given if a not in summed]
+    alone = [a for a in weights if a not in given and a not in output]
+    batched = [a for a in given if a in weights and a in output]
+    contracted = [a for a in weights if a in given and a not in output]
+    free = [a for a in given if a not in weights]
+    made = [a for a in output if a in weights and a not in given]
+
+    def size(axes):
+        return math.prod(sizes[a] for a in axes)
+
+    # x as [batched, free, contracted], the kernel as [batched, contracted, made].
+    x = b.transpose(b.cast(x, b.dtype), [given.index(a) for a in (*batched, *free, *contracted)])
+    order = [*batched, *contracted, *made]
+
+    def rows_of_kernel(array):
+        total = array.sum(tuple(weights.index(a) for a in alone)) if alone else array
+        left = [a for a in weights if a not in alone]
+        return total.transpose([left.index(a) for a in order])
+
+    plain = not alone and order == list(weights)
+    if not batched:
+        matrix = b.variable(
+            kernel,
+            (size(contracted), size(made)),
+            transform=None if plain else rows_of_kernel,
+            kernel=True,
+            name=name,
+        )
+        vector = []
+        if bias is not None and _is_of(bias, output, made, size(made)):
+            vector, bias = [b.variable(bias, (-1,))], None
+        y = b.dense(b.reshape(x, (*(sizes[a] for a in free), size(contracted))), matrix, *vector)
+    else:
+        x = b.reshape(x, (size(batched), size(free), size(contracted)))
+        parts = []
+        for i, place in enumerate(itertools.product(*(range(sizes[a]) for a in batched))):
+            matrix = b.variable(
+                kernel,
+                (size(contracted), size(made)),
+                transform=lambda array, place=place: rows_of_kernel(array)[place],
+                kernel=True,
+                name=name,
+            )
+            row = b.reshape(b.slice(x, 0, i, 1), x.shape[1:])
+            parts.append(b.reshape(b.dense(row, matrix), (1, size(free), size(made))))
+        y = b.concat(parts, 0)
+    has = [*batched, *free, *made]
+    y = b.reshape(y, [sizes[a] for a in has])
+    y = b.transpose(y, [has.index(a) for a in output])
+    return y if bias is None else _plus(b, y, bias)
+
+
+def letters(equation, rank):
+    """The axes of the first operand, the second, and the output: lists of letters."""
+    match = re.fullmatch(r"([^,]*),([^,]*)->(.*)", equation.replace(" ", ""))
+    if match is None:
+        raise CannotLower(f"has the equation {equation!r}: expected two operands and an output")
+    given, kernel, output = match.groups()
+    if "..." in kernel:
+        raise CannotLower(f"has the equation {equation!r}, with an ellipsis of the kernel")
+    rest = "0123456789"[: rank - len(given.replace("...", ""))]  # The axes that are not named.
+    given, output = (list(part.replace("...", rest)) for part in (given, output))
+    if len(given) != rank:
+        raise CannotLower(f"has the equation {equation!r}, and is given {rank} axes")
+    return given, list(kernel), output
+
+
+def _is_of(bias, output, made, size):
+    """Whether a bias has an element for each of the axes that a product makes, and no other."""
+    axes = output[len(output) - len(bias.shape) :] if len(bias.shape) <= len(output) else []
+    varies = [a for a, n in zip(axes, bias.shape, strict=False) if n != 1]
+    return math.prod(bias.shape) == size and set(varies) <= set(made)
+
+
+def _plus(b, y, bias):
+    """y plus a bias of other axes than those that the product made."""
+    array = np.asarray(bias.value).astype(b.dtype)
+    if array.ndim > len(y.shape):
+        array = array.reshape(array.shape[array.ndim - len(y.shape) :])
+    return b.affine(y, 1, array)

@@ -1,0 +1,252 @@
+"""Walks the graph of a Keras model, planned for steps, and writes the nodes of a plan."""
+
+import inspect
+
+import keras
+
+from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
+from continual_transformers_tf.layers.co_delay import CoDelay
+from continual_transformers_tf.layers.co_residual import CoResidual
+from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
+from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
+from continual_transformers_tf.models.lowering.attention import (
+    attend_whole,
+    encoder_on_whole,
+    lower_continual,
+)
+from continual_transformers_tf.models.lowering.keras_layers import (
+    attention_arguments,
+    lower_layer,
+    mask_after,
+    refuse_masks,
+)
+from continual_transformers_tf.models.lowering.keras_ops import Call, lower_op
+from continual_transformers_tf.models.lowering.plan_builder import CannotLower
+
+
+class GraphLowering:
+    """Lowers the graph of a model.
+
+    Args:
+        b: the `PlanBuilder`.
+        graph: a `StepGraph`.
+        scope: what the names of nodes begin with.
+
+    Attributes:
+        problems: sentences that name the layer and the reason.
+        state: of the id of a continual layer its entry of keras_state.
+    """
+
+    def __init__(self, b, graph, scope=""):
+        self.b = b
+        self.graph = graph
+        self.problems = list(graph.problems)
+        self.state = {}
+        self._scope = scope
+
+    def run(self, inputs):
+        """The Symbols of the model's outputs, in its own structure; those of its inputs given."""
+        return self.graph.walk(inputs, self._visit)
+
+    def _visit(self, node, values):
+        way, op = self.graph.way(node), node.operation
+        self.b.scope = f"{self._scope}/{op.name}" if self._scope else op.name
+        try:
+            if way is None:  # The graph has said why.
+                return self._placeholders(node)
+            outputs = _WAYS[way](self, node, values)
+            self._check(node, outputs)
+            return outputs
+        except CannotLower as reason:
+            self.problems.append(f"{op.name} ({type(op).__name__}) {reason}")
+            return self._placeholders(node)
+        finally:
+            self.b.scope = self._scope
+
+    def _placeholders(self, node):
+        """What stands for the outputs of a node that cannot be lowered, so that others can."""
+        return [self.b.add_value(shape, "float32") for shape in self._shapes(node, 1)]
+
+    def _shapes(self, node, unknown=None):
+        """The shapes of a node's outputs a step; `unknown` for sizes that are not known."""
+        shapes = []
+        for x in node.outputs:
+            known = self.graph.known(x)
+            shape = known.shape[1:] if known.kind in ("sample", "whole") else known.shape[2:]
+            shapes.append(tuple(unknown if n is None else n for n in shape))
+        return shapes
+
+    def _check(self, node, outputs):
+        """Raises AssertionError where a step's shape is not what Keras says."""
+        for y, shape in zip(keras.tree.flatten(outputs), self._shapes(node), strict=True):
+            same = len(y.shape) == len(shape) and all(
+                n in (None, m) for n, m in zip(shape, y.shape, strict=True)
+            )
+            if not same:
+                raise AssertionError(
+                    f"{node.operation.name} ({type(node.operation).__name__}) was lowered to "
+                    f"{list(y.shape)}, where Keras gives {list(shape)}"
+                )
+
+    # The ways of a node; see StepGraph.way.
+
+    def _continual(self, node, values):
+        layer = node.operation
+        arguments = _bound(layer, *node.arguments.fill_in(values))
+        check_time_axis(layer, node.input_tensors[0])
+        given = [arguments.pop(k) for k in ("x", "query", "value", "key") if k in arguments]
+        given = given[: 1 + max(i for i, x in enumerate(given) if x is not None)]
+        masks = masks_of_call(layer, given)
+        causal = {k: True for k in ("use_causal_mask",) if arguments.get(k)}
+        y, self.state[id(layer)] = lower_continual(self.b, layer, *given, **masks, **causal)
+        return y.with_mask(continual_mask_after(layer, given[0].mask))
+
+    def _model(self, node, values):
+        inner = GraphLowering(self.b, self.graph.inner(node), self.b.scope)
+        # Its graph's problems are known already: they are among those of this graph.
+        inner.problems = []
+        outputs = inner.run([values[id(x)] for x in node.input_tensors])
+        self.problems += inner.problems
+        self.state |= inner.state
+        return outputs
+
+    def _row_taken(self, node, values):
+        return values[id(node.input_tensors[0])]
+
+    def _row_by_row(self, node, values):
+        return self._lower(node, values, lead=2)
+
+    def _on_samples(self, node, values):
+        outputs = self._lower(node, self._samples(node, values), lead=1)
+        return self._steps(node, outputs)
+
+    def _attention_to_whole(self, node, values):
+        layer, samples = node.operation, self._samples(node, values)
+        given = _bound(layer, *node.arguments.fill_in(samples))
+        if isinstance(layer, TransformerEncoderBlock):
+            y = encoder_on_whole(self.b, layer, given["x"])
+        else:
+            refuse_masks(given)
+            y = attend_whole(self.b, layer, **attention_arguments(given))
+        return self._steps(node, [y])
+
+    def _samples(self, node, values):
+        """The values of a node's inputs, as samples of a batch have them: with no masks."""
+        samples = {}
+        for x in node.input_tensors:
+            y = values[id(x)].with_mask(None)
+            if self.graph.known(x).kind == "newest":
+                y = self.b.reshape(y, (1, *y.shape))
+            samples[id(x)] = y
+        return samples
+
+    def _steps(self, node, outputs):
+        """Outputs of samples as those of steps."""
+        steps = []
+        for x, y in zip(node.outputs, outputs, strict=True):
+            y = y.with_mask(None)
+            if self.graph.known(x).kind == "newest":
+                y = self.b.reshape(y, y.shape[1:])
+            steps.append(y)
+        return steps
+
+    def _lower(self, node, values, lead):
+        args, kwargs = node.arguments.fill_in(values)
+        known = [self.graph.known(x) for x in node.outputs]
+        shapes = [tuple(x.shape[lead:]) for x in known]
+        shapes = [None if None in shape else shape for shape in shapes]
+        call = Call(args, kwargs, lead, node.outputs[0].dtype, shapes)
+        return lower_call(self.b, node.operation, call)
+
+
+_WAYS = {
+    "continual": GraphLowering._continual,
+    "model": GraphLowering._model,
+    "row taken": GraphLowering._row_taken,
+    "row by row": GraphLowering._row_by_row,
+    "on samples": GraphLowering._on_samples,
+    "attention to whole": GraphLowering._attention_to_whole,
+}
+
+
+def lower_call(b, op, call):
+    """The Symbols of the outputs of a Keras layer or operation, a list."""
+    if not isinstance(op, keras.layers.Layer):
+        return lower_op(b, op, call)
+    y = lower_layer(b, op, call=call)
+    outputs = list(y) if isinstance(y, (list, tuple)) else [y]
+    mask = mask_after(b, op, call, outputs[0])
+    return [x.with_mask(mask) for x in outputs]
+
+
+def trace(b, function, call):
+    """The Symbol of what a function of tensors gives, of which Keras draws a graph."""
+    symbols = call.symbols
+    given = [keras.KerasTensor((*[None] * call.lead, *x.shape), dtype=x.dtype) for x in symbols]
+    tensors = {id(x): y for x, y in zip(symbols, given, strict=True)}
+    args, kwargs = keras.tree.map_structure(
+        lambda x: tensors.get(id(x), x), (call.args, call.kwargs)
+    )
+    try:
+        output = function(*args, **kwargs)
+        graph = keras.Function(given, output)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CannotLower(f"computes by other means than keras.ops: {error}") from error
+    values = {id(x): y for x, y in zip(given, symbols, strict=True)}
+    for depth in sorted(graph._nodes_by_depth, reverse=True):
+        for node in graph._nodes_by_depth[depth]:
+            if node.is_input:
+                continue
+            args, kwargs = node.arguments.fill_in(values)
+            shapes = [tuple(x.shape[call.lead :]) for x in node.outputs]
+            inner = Call(args, kwargs, call.lead, node.outputs[0].dtype, shapes)
+            try:
+                outputs = lower_call(b, node.operation, inner)
+            except CannotLower as reason:
+                raise CannotLower(
+                    f"has a {type(node.operation).__name__}, which {reason}"
+                ) from reason
+            values.update((id(x), y) for x, y in zip(node.outputs, outputs, strict=True))
+    outputs = [values[id(x)] for x in graph.outputs]
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def check_time_axis(layer, x):
+    """Raises CannotLower where a layer's time is not the model's, axis 1."""
+    while isinstance(layer, CoResidual):
+        layer = layer.layer
+    axis = 1
+    if isinstance(layer, CoDelay):
+        axis = layer.temporal_dim % len(x.shape)
+    elif isinstance(layer, CircularPositionalEncoding):
+        axis = layer.temporal_dim
+    if axis != 1:
+        raise CannotLower(f"has time on axis {axis}, where that of a model is axis 1")
+
+
+def masks_of_call(layer, given):
+    """The masks that Keras hands to a continual layer with its inputs."""
+    while isinstance(layer, CoResidual):  # Which hands its input's on.
+        layer = layer.layer
+    if not isinstance(layer, keras.layers.MultiHeadAttention):
+        return {}
+    if len(given) == 1:
+        return {"value_mask": given[0].mask}
+    masks = zip(("query_mask", "value_mask", "key_mask"), given, strict=False)
+    return {name: None if x is None else x.mask for name, x in masks}
+
+
+def continual_mask_after(layer, mask):
+    """Keras' mask on the output of a continual layer, of that on its first input."""
+    if isinstance(layer, CoSiMultiHeadAttention):
+        return None if layer.delay > 0 else mask
+    if not isinstance(layer, CoResidual):
+        return None
+    while isinstance(layer, CoResidual):
+        layer = layer.layer
+    return None if isinstance(layer, keras.layers.MultiHeadAttention) else mask
+
+
+def _bound(layer, args, kwargs):
+    arguments = inspect.signature(layer.call).bind(*args, **kwargs).arguments
+    return {k: x for k, x in arguments.items() if k != "training"}

@@ -1,0 +1,506 @@
+"""Keras' layers as nodes of a plan: one function for each class.
+
+They are given a `PlanBuilder`, the layer, its first input (a Symbol, or what a merging layer is
+given), and a `Call`.
+"""
+
+import inspect
+import math
+
+import keras
+import numpy as np
+
+from continual_transformers_tf.layers.continual_layer import ContinualLayer
+from continual_transformers_tf.models.lowering.activations import activate, softmax
+from continual_transformers_tf.models.lowering.attention import attend_whole, kernel_of
+from continual_transformers_tf.models.lowering.einsum import einsum
+from continual_transformers_tf.models.lowering.keras_ops import (
+    Call,
+    along_last,
+    arithmetic,
+    concatenate,
+    fixed,
+    pad,
+    transpose,
+    unit_norm,
+)
+from continual_transformers_tf.models.lowering.plan_builder import CannotLower
+
+LAYERS = {}
+
+
+def layer(*classes):
+    def register(function):
+        LAYERS.update((kind, function) for kind in classes)
+        return function
+
+    return register
+
+
+def lower_layer(b, layer, *args, lead=1, call=None):
+    """The Symbol of a Keras layer's output; masks are the caller's business.
+
+    Args:
+        b: the `PlanBuilder`.
+        layer: the layer.
+        *args: what it is called with.
+        lead: how many axes Keras' tensors have before those of a Symbol.
+        call: the `Call`, where there is more to know.
+    """
+    if call is None:
+        call = Call(args, {}, lead, layer.compute_dtype, [None])
+    for kind in type(layer).__mro__:
+        if kind in LAYERS and type(layer).call is kind.call:
+            if not layer.built:
+                raise CannotLower("was never called, and has no weights")
+            return LAYERS[kind](b, layer, call.args[0] if call.args else call.symbols[0], call)
+    raise CannotLower("is a layer that a plan has no node for")
+
+
+def bound(layer, call):
+    """The arguments of a call by their names."""
+    return inspect.signature(layer.call).bind(*call.args, **call.kwargs).arguments
+
+
+# Products.
+
+
+@layer(keras.layers.Dense)
+def _dense(b, layer, x, call):
+    kernel = b.variable(kernel_of(layer), kernel=True, name=layer.path + "/kernel")
+    bias = [] if layer.bias is None else [b.variable(layer.bias)]
+    return activate(b, b.dense(b.cast(x, b.dtype), kernel, *bias), layer.activation, call.lead)
+
+
+@layer(keras.layers.EinsumDense)
+def _einsum_dense(b, layer, x, call):
+    kernel, name = kernel_of(layer), layer.path + "/kernel"
+    y = einsum(b, layer.equation, x, kernel, call.lead, name, layer.bias)
+    return activate(b, y, layer.activation, call.lead)
+
+
+@layer(keras.layers.Conv1D)
+def _conv1d(b, layer, x, call):
+    if layer.groups != 1 or layer.data_format != "channels_last" or len(x.shape) != 2:
+        raise CannotLower("is a convolution in groups, or with channels first")
+    (taps,), (stride,), (dilation,) = layer.kernel_size, layer.strides, layer.dilation_rate
+    kernel = b.variable(
+        kernel_of(layer), (-1, layer.filters), kernel=True, name=layer.path + "/kernel"
+    )
+    reach = (taps - 1) * dilation
+    if layer.padding != "valid":
+        missing = reach
+        if layer.padding == "same":
+            rows = x.shape[0]
+            missing = max(0, (math.ceil(rows / stride) - 1) * stride + reach + 1 - rows)
+        before = missing if layer.padding == "causal" else missing // 2
+        x = pad(b, x, [(before, missing - before), (0, 0)])
+    rows, channels = x.shape
+    taken = (rows - reach - 1) // stride + 1
+    strides = [stride * channels, dilation * channels, 1]
+    rows = b.strided(x, (taken, taps, channels), strides, name="patches")
+    bias = [] if layer.bias is None else [b.variable(layer.bias)]
+    y = b.dense(b.reshape(rows, (taken, taps * channels)), kernel, *bias)
+    return activate(b, y, layer.activation, call.lead)
+
+
+@layer(keras.layers.MultiHeadAttention)
+def _attention(b, layer, x, call):
+    given = bound(layer, call)
+    refuse_masks(given)
+    value = given["value"]
+    if len(value.shape) != 2 or value.shape[0] != 1:
+        raise CannotLower(
+            "attends among rows of a step that are no steps of time: a plan has no node for that"
+        )
+    return attend_whole(b, layer, **attention_arguments(given))
+
+
+def attention_arguments(given):
+    return {k: given.get(k) for k in ("query", "value", "key", "use_causal_mask")}
+
+
+def refuse_masks(given):
+    for name in ("query_mask", "value_mask", "key_mask", "attention_mask"):
+        if given.get(name) is not None:
+            raise CannotLower(f"is called with {name}")
+    if given.get("return_attention_scores"):
+        raise CannotLower("returns its scores")
+
+
+# Activations.
+
+
+@layer(keras.layers.Activation)
+def _activation(b, layer, x, call):
+    return activate(b, x, layer.activation, call.lead)
+
+
+@layer(keras.layers.ReLU)
+def _relu(b, layer, x, call):
+    numbers = {k: getattr(layer, k) for k in ("negative_slope", "max_value", "threshold")}
+    numbers = {k: None if v is None else float(v) for k, v in numbers.items()}
+    return b.activation(x, "relu", **numbers)
+
+
+@layer(keras.layers.LeakyReLU)
+def _leaky_relu(b, layer, x, call):
+    return b.activation(x, "leaky_relu", negative_slope=float(layer.negative_slope))
+
+
+@layer(keras.layers.ELU)
+def _elu(b, layer, x, call):
+    return b.activation(x, "elu", alpha=float(layer.alpha))
+
+
+@layer(keras.layers.PReLU)
+def _prelu(b, layer, x, call):
+    if layer.alpha.shape == x.shape:
+        alpha = b.variable(layer.alpha)
+    else:
+        shape = tuple(layer.alpha.shape)
+        extra = len(shape) - len(x.shape)
+        if any(n != 1 for n in shape[:extra]):
+            raise CannotLower("has numbers of its own for each step of time: give it shared_axes")
+        array = np.broadcast_to(np.asarray(layer.alpha.value).reshape(shape[extra:]), x.shape)
+        alpha = b.constant_weight(layer.alpha.path, array)
+    return b.node(
+        "activation", [x], x.shape, weights={"alpha": alpha}, name="prelu", function="prelu"
+    )
+
+
+@layer(keras.layers.Softmax)
+def _softmax(b, layer, x, call):
+    if bound(layer, call).get("mask") is not None or x.mask is not None:
+        raise CannotLower("is given a mask of steps, which Keras reads as one of features")
+    axes = call.axes(layer.axis, x)
+    if len(axes) == 1:
+        return softmax(b, x, "softmax", axes[0])
+    return along_last(b, x, axes, lambda y: softmax(b, y, "softmax", len(y.shape) - 1))
+
+
+# Normalization.
+
+
+def _norm(b, x, axes, function, weights, epsilon):
+    """A norm over axes; its weights are variables of the shape of those axes."""
+    weights = {name: b.variable(w, (-1,)) for name, w in weights.items() if w is not None}
+    numbers = dict(function=function, epsilon=float(epsilon))
+    return along_last(
+        b, x, axes, lambda y: b.node("norm", [y], y.shape, weights=weights, **numbers)
+    )
+
+
+@layer(keras.layers.LayerNormalization)
+def _layer_norm(b, layer, x, call):
+    function = "rms" if getattr(layer, "rms_scaling", False) else "layer"
+    weights = {"gamma": layer.gamma, "beta": layer.beta}
+    return _norm(b, x, call.axes(layer.axis, x), function, weights, layer.epsilon)
+
+
+@layer(keras.layers.RMSNormalization)
+def _rms_norm(b, layer, x, call):
+    return _norm(b, x, call.axes(layer.axis, x), "rms", {"gamma": layer.scale}, layer.epsilon)
+
+
+@layer(keras.layers.UnitNormalization)
+def _unit_norm(b, layer, x, call):
+    return unit_norm(b, x, call.axes(layer.axis, x), 1e-12)
+
+
+@layer(keras.layers.BatchNormalization)
+def _batch_norm(b, layer, x, call):
+    weights = {
+        "mean": layer.moving_mean,
+        "variance": layer.moving_variance,
+        "gamma": layer.gamma if layer.scale else None,
+        "beta": layer.beta if layer.center else None,
+    }
+    weights = {name: b.variable(w) for name, w in weights.items() if w is not None}
+    return along_last(
+        b, x, call.axes(layer.axis, x),
+        lambda y: b.node("batch_norm", [y], y.shape, weights=weights, epsilon=layer.epsilon),
+    )  # fmt: skip
+
+
+@layer(keras.layers.GroupNormalization)
+def _group_norm(b, layer, x, call):
+    axis = call.axis(layer.axis, x)
+    if call.lead != 1:
+        raise CannotLower("normalizes over the steps of a window")
+    channels, groups = x.shape[axis], layer.groups
+    groups = channels if groups == -1 else groups
+    others = [a for a in range(len(x.shape)) if a != axis]
+    # [groups, channels of one, others]: normalized over all but the first.
+    y = b.transpose(b.cast(x, b.dtype), [axis, *others])
+    moved = y.shape
+    y = b.reshape(y, (groups, -(-x.size // groups)))
+    y = b.node("norm", [y], y.shape, function="layer", epsilon=float(layer.epsilon))
+    y = b.transpose(b.reshape(y, moved), np.argsort([axis, *others]).tolist())
+    shape = [channels if a == axis else 1 for a in range(len(x.shape))]
+    scale = np.asarray(layer.gamma.value).reshape(shape) if layer.scale else 1
+    offset = np.asarray(layer.beta.value).reshape(shape) if layer.center else 0
+    return b.affine(y, scale, offset) if layer.scale or layer.center else y
+
+
+@layer(keras.layers.Normalization)
+def _normalization(b, layer, x, call):
+    mean, variance = (
+        np.broadcast_to(_without_lead(np.asarray(a).astype("float64"), x), x.shape)
+        for a in (layer.mean, layer.variance)
+    )
+    deviation = np.maximum(np.sqrt(variance), keras.config.epsilon())
+    if layer.invert:
+        return b.affine(x, deviation, mean)
+    flat = b.reshape(b.cast(x, b.dtype), (x.size,))
+    weights = {
+        "mean": b.derived("mean", mean.reshape(-1)),
+        "variance": b.derived("variance", np.square(deviation).reshape(-1)),
+    }
+    y = b.node("batch_norm", [flat], flat.shape, weights=weights, epsilon=0.0)
+    return b.reshape(y, x.shape)
+
+
+@layer(keras.layers.Rescaling)
+def _rescaling(b, layer, x, call):
+    scale, offset = (_without_lead(fixed(a, "float64"), x) for a in (layer.scale, layer.offset))
+    x = b.cast(x, b.dtype)
+    shape = np.broadcast_shapes(x.shape, scale.shape, offset.shape)
+    return b.affine(b.broadcast(x, shape), scale, offset)
+
+
+def _without_lead(array, x):
+    """An array that broadcasts to Keras' tensor, as one that broadcasts to the Symbol."""
+    extra = array.ndim - len(x.shape)
+    if extra <= 0:
+        return array
+    if any(n != 1 for n in array.shape[:extra]):
+        raise CannotLower(f"has numbers {list(array.shape)} of its own for each step or sample")
+    return array.reshape(array.shape[extra:])
+
+
+# Several inputs.
+
+_MERGE = {
+    keras.layers.Add: "add",
+    keras.layers.Average: "add",
+    keras.layers.Maximum: "maximum",
+    keras.layers.Minimum: "minimum",
+    keras.layers.Multiply: "multiply",
+    keras.layers.Subtract: "subtract",
+}
+
+
+@layer(*_MERGE)
+def _merge(b, layer, xs, call):
+    function = next(f for kind, f in _MERGE.items() if isinstance(layer, kind))
+    ranks = {len(x.shape) for x in xs}
+    if len(ranks) != 1:
+        raise CannotLower(f"is given tensors of different ranks a step: {sorted(ranks)}")
+    y = xs[0]
+    if function in ("maximum", "minimum"):
+        return _extreme(b, function, xs)
+    for x in xs[1:]:
+        y = b.binary(function, y, x)
+    if isinstance(layer, keras.layers.Average):
+        y = arithmetic(b, "divide", y, np.asarray(float(len(xs))))
+    return y
+
+
+def _extreme(b, function, xs):
+    """The largest or smallest of what is not masked, as Keras has it."""
+    y, mask = xs[0], xs[0].mask
+    for x in xs[1:]:
+        own = x.mask
+        if own is not None:
+            x = b.where(own, x, y)
+        if mask is not None:
+            y = b.where(mask, y, x)
+        mask = None if mask is None or own is None else b.mask_or(mask, own)
+        y = b.binary(function, y, x)
+    return y
+
+
+@layer(keras.layers.Concatenate)
+def _concatenate(b, layer, xs, call):
+    return concatenate(b, xs, layer.axis, call)
+
+
+# Indices and masks.
+
+
+@layer(keras.layers.Embedding)
+def _embedding(b, layer, x, call):
+    if layer.quantization_mode is not None:
+        raise CannotLower(f"is quantized to {layer.quantization_mode}: lower it before that")
+    if x.dtype not in ("int32", "int64"):
+        raise CannotLower(f"is given {x.dtype}: expected an input of the model of integers")
+    if not b.is_of_input(x):
+        raise CannotLower(
+            "is given integers that a step computes: expected those of an input of the model"
+        )
+    table = layer.embeddings if layer.lora_enabled else layer._embeddings
+    weights = {"table": b.variable(table, name=layer.path + "/embeddings")}
+    return b.node("embedding", [x], (*x.shape, layer.output_dim), weights=weights)
+
+
+@layer(keras.layers.Masking)
+def _masking(b, layer, x, call):
+    x, value = b.cast(x, b.dtype), float(np.asarray(layer.mask_value))
+    if len(x.shape) == 1:
+        return b.node("masked", [x, mask_of(b, layer, x)], x.shape, name="masked")
+    # Of several rows each by itself: x times 0 or 1, which is as Keras has it but for NaN times 0,
+    # and a row with NaN differs from any number.
+    differs = b.activation(b.affine(x, 1, -value), "sign")
+    kept = b.reduce(b.activation(differs, "absolute"), "max", [len(x.shape) - 1], keepdims=True)
+    return b.binary("multiply", x, kept)
+
+
+def mask_of(b, layer, x):
+    """The mask that a `Masking` or `Embedding` layer makes of its input."""
+    value = float(np.asarray(layer.mask_value)) if isinstance(layer, keras.layers.Masking) else 0
+    return b.not_equal(x, value)
+
+
+# What does nothing when it is not training.
+
+
+@layer(
+    keras.layers.ActivityRegularization,
+    keras.layers.AlphaDropout,
+    keras.layers.Dropout,
+    keras.layers.GaussianDropout,
+    keras.layers.GaussianNoise,
+    keras.layers.Identity,
+    keras.layers.SpatialDropout1D,
+    keras.layers.SpatialDropout2D,
+    keras.layers.SpatialDropout3D,
+)
+def _nothing(b, layer, x, call):
+    return x
+
+
+# Shapes.
+
+
+@layer(keras.layers.Reshape, keras.layers.Flatten)
+def _reshape(b, layer, x, call):
+    if call.lead != 1:
+        raise CannotLower("changes the axes of time or of samples")
+    if isinstance(layer, keras.layers.Flatten):
+        if layer.data_format == "channels_first" and len(x.shape) > 1:
+            x = b.transpose(x, [*range(1, len(x.shape)), 0])
+        return b.reshape(x, (x.size,))
+    return b.reshape(x, layer.compute_output_shape((1, *x.shape))[1:])
+
+
+@layer(keras.layers.Permute)
+def _permute(b, layer, x, call):
+    return transpose(b, x, [0, *layer.dims], call.lead)
+
+
+@layer(keras.layers.RepeatVector)
+def _repeat_vector(b, layer, x, call):
+    return b.broadcast(b.reshape(x, (1, *x.shape)), (layer.n, *x.shape))
+
+
+@layer(keras.layers.Cropping1D)
+def _cropping(b, layer, x, call):
+    first, last = layer.cropping
+    return b.slice(x, 0, first, x.shape[0] - first - last)
+
+
+@layer(keras.layers.ZeroPadding1D)
+def _zero_padding(b, layer, x, call):
+    return pad(b, x, [layer.padding, (0, 0)])
+
+
+@layer(keras.layers.UpSampling1D)
+def _up_sampling(b, layer, x, call):
+    rows, features = x.shape
+    y = b.strided(x, (rows, layer.size, features), (features, 0, 1), name="repeat")
+    return b.reshape(y, (rows * layer.size, features))
+
+
+# Pooling of windows and samples.
+
+
+@layer(keras.layers.GlobalAveragePooling1D, keras.layers.GlobalMaxPooling1D)
+def _global_pooling(b, layer, x, call):
+    if call.lead != 1:
+        raise CannotLower("reduces time, which a step has none of")
+    function = "mean" if isinstance(layer, keras.layers.GlobalAveragePooling1D) else "max"
+    axis = 0 if layer.data_format == "channels_last" else 1
+    return b.reduce(x, function, [axis], layer.keepdims)
+
+
+@layer(keras.layers.AveragePooling1D, keras.layers.MaxPooling1D)
+def _pooling(b, layer, x, call):
+    if layer.padding != "valid" or layer.data_format != "channels_last":
+        raise CannotLower("pools with padding, or with channels first")
+    (size,), (stride,) = layer.pool_size, layer.strides
+    rows, features = x.shape
+    taken = (rows - size) // stride + 1
+    function = "mean" if isinstance(layer, keras.layers.AveragePooling1D) else "max"
+    patches = b.strided(
+        x, (taken, size, features), (stride * features, features, 1), name="patches"
+    )
+    return b.reduce(patches, function, [1])
+
+
+# Layers around others.
+
+
+@layer(keras.layers.TimeDistributed)
+def _time_distributed(b, layer, x, call):
+    # Rows of a window are the step's; of a sample they stay where they are.
+    inner, lead = layer.layer, call.lead - 1
+    if isinstance(inner, (ContinualLayer, keras.Model)):
+        raise CannotLower("distributes a model or a continual layer over time")
+    y = lower_layer(b, inner, x, lead=lead)
+    kept = 1 if lead == 0 else 0
+    if y.shape[:kept] != x.shape[:kept]:
+        raise CannotLower("distributes a layer that changes the axes of samples")
+    return y
+
+
+@layer(keras.layers.Lambda)
+def _lambda(b, layer, x, call):
+    from continual_transformers_tf.models.lowering.graph_lowering import trace
+
+    def function(*args, **kwargs):
+        return layer.function(*args, **{**layer.arguments, **kwargs})
+
+    return trace(b, function, call)
+
+
+# Masks of outputs.
+
+
+def mask_after(b, layer, call, y):
+    """Keras' mask on a layer's output: None where there is none."""
+    given = call.args[0] if call.args else call.symbols[0]
+    if isinstance(layer, (keras.layers.Masking, keras.layers.Embedding)):
+        if isinstance(layer, keras.layers.Embedding) and not layer.mask_zero:
+            return None
+        if len(given.shape) > (1 if isinstance(layer, keras.layers.Masking) else 0):
+            return None  # One for every row of a step; no layer that a plan has acts on it.
+        return mask_of(b, layer, given)
+    masks = [getattr(x, "mask", None) for x in keras.tree.flatten(given)]
+    if not any(mask is not None for mask in masks) or not layer.supports_masking:
+        return None
+    if isinstance(layer, keras.layers.Concatenate):
+        # Where one input has none, all of its features count as there.
+        return None if None in masks else _any_of(b, masks)
+    if isinstance(given, (list, tuple)):
+        return None if None in masks else _any_of(b, masks)
+    if not type(layer).compute_mask.__module__.startswith("keras."):
+        raise CannotLower("computes a mask of its own")
+    return masks[0]
+
+
+def _any_of(b, masks):
+    mask = masks[0]
+    for other in masks[1:]:
+        mask = b.mask_or(mask, other)
+    return mask

@@ -1,0 +1,577 @@
+"""keras.ops as nodes of a plan: one function for each, by the name of its class.
+
+They are given a `PlanBuilder`, the operation, and a `Call`.
+"""
+
+import dataclasses
+import itertools
+import math
+
+import keras
+import numpy as np
+
+from continual_transformers_tf.models.lowering import activations
+from continual_transformers_tf.models.lowering.einsum import einsum
+from continual_transformers_tf.models.lowering.plan_builder import (
+    CannotLower,
+    Symbol,
+    contiguous_strides,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """How an operation is called, seen from one step of one stream.
+
+    Attributes:
+        args, kwargs: as the graph has them, with Symbols in the place of tensors.
+        lead: how many axes Keras' tensors have before those of a Symbol.
+        dtype: of Keras' first output.
+        shapes: of the outputs a step; None where they are not known.
+    """
+
+    args: tuple
+    kwargs: dict
+    lead: int
+    dtype: str
+    shapes: list
+
+    def axis(self, axis, x):
+        """Where an axis of Keras' tensor lies in a Symbol."""
+        return activations.axis_of_step(axis, x, self.lead)
+
+    def axes(self, axis, x):
+        """Likewise of one axis, several, or all (None)."""
+        axes = range(len(x.shape) + self.lead) if axis is None else np.atleast_1d(axis)
+        return sorted(self.axis(int(a), x) for a in axes)
+
+    @property
+    def symbols(self):
+        return [x for x in keras.tree.flatten((self.args, self.kwargs)) if isinstance(x, Symbol)]
+
+    def argument(self, place, name, default=None):
+        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
+
+    def operand(self, place, name, b):
+        """An operand as a Symbol, or a NumPy array of what the graph holds fixed."""
+        x = self.argument(place, name)
+        rank = max(len(y.shape) for y in self.symbols) + self.lead
+        if isinstance(x, Symbol):
+            if len(x.shape) + self.lead != rank and x.shape:
+                raise CannotLower(
+                    "meets tensors of different ranks, and so would mix samples: expected the same"
+                )
+            return x
+        x = fixed(x, b.dtype)
+        # The axes of streams and steps are not there.
+        extra = x.ndim - (rank - self.lead)
+        if extra > 0:
+            if any(n != 1 for n in x.shape[:extra]):
+                raise CannotLower(f"is given an array {list(x.shape)}, with a row for each sample")
+            x = x.reshape(x.shape[extra:])
+        return x
+
+
+def fixed(x, dtype):
+    """What a graph holds that is no tensor of it, as an array."""
+    if hasattr(x, "path"):  # A variable.
+        x = x.value
+    return np.asarray(x).astype(dtype)
+
+
+def lower_op(b, op, call):
+    """The Symbols of an operation's outputs, a list."""
+    lower = OPS.get(type(op).__name__)
+    if lower is None:
+        raise CannotLower("is an operation that a plan has no node for")
+    outputs = lower(b, op, call)
+    return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+
+
+OPS = {}
+
+
+def op(*names):
+    def register(function):
+        OPS.update((name, function) for name in names)
+        return function
+
+    return register
+
+
+def _floats(call):
+    if not keras.backend.is_float_dtype(call.dtype):
+        raise CannotLower(f"computes in {call.dtype}, where a plan computes in floats only")
+
+
+# Element-wise.
+
+_UNARY = {
+    "Absolute": "absolute", "Abs": "absolute", "Cos": "cos", "Exp": "exponential", "Log": "log",
+    "Log1p": "log1p", "Negative": "negative", "Reciprocal": "reciprocal", "Rsqrt": "rsqrt",
+    "Sign": "sign", "Sin": "sin", "Sqrt": "sqrt", "Square": "square", "Tanh": "tanh",
+}  # fmt: skip
+
+
+@op(*_UNARY)
+def _unary(b, op, call):
+    _floats(call)
+    return b.activation(call.symbols[0], _UNARY[type(op).__name__])
+
+
+# The numbers of an activation are attributes of its operation.
+_ACTIVATIONS = {
+    "Celu": "celu", "Elu": "elu", "Gelu": "gelu", "Glu": "glu", "HardShrink": "hard_shrink",
+    "HardSigmoid": "hard_sigmoid", "HardSilu": "hard_silu", "HardTanh": "hard_tanh",
+    "LeakyRelu": "leaky_relu", "LogSigmoid": "log_sigmoid", "LogSoftmax": "log_softmax",
+    "Mish": "mish", "ReLU": "relu", "Relu": "relu", "Relu6": "relu6", "Selu": "selu",
+    "Sigmoid": "sigmoid", "Silu": "silu", "SoftShrink": "soft_shrink", "Softmax": "softmax",
+    "Softplus": "softplus", "Softsign": "softsign", "SparsePlus": "sparse_plus",
+    "SparseSigmoid": "sparse_sigmoid", "Sparsemax": "sparsemax", "Squareplus": "squareplus",
+    "TanhShrink": "tanh_shrink", "Threshold": "threshold",
+}  # fmt: skip
+
+
+@op(*_ACTIVATIONS)
+def _activation(b, op, call):
+    _floats(call)
+    name = _ACTIVATIONS[type(op).__name__]
+    numbers = activations.NUMBERS.get(name, {})
+    options = {key: getattr(op, key) for key in numbers if hasattr(op, key)}
+    for key in ("axis", "approximate", "default_value"):
+        if hasattr(op, key):
+            options[key] = getattr(op, key)
+    if name == "threshold":
+        options["threshold"] = op.threshold
+    return activations.named(b, call.symbols[0], name, call.lead, **options)
+
+
+_BINARY = {
+    "Add": "add", "Subtract": "subtract", "Multiply": "multiply", "Divide": "divide",
+    "TrueDivide": "divide", "Maximum": "maximum", "Minimum": "minimum", "Power": "power",
+}  # fmt: skip
+
+
+@op(*_BINARY)
+def _binary(b, op, call):
+    _floats(call)
+    x, y = call.operand(0, "x1", b), call.operand(1, "x2", b)
+    return arithmetic(b, _BINARY[type(op).__name__], x, y)
+
+
+def arithmetic(b, function, x, y):
+    """An element-wise function of Symbols and arrays, at least one of them a Symbol."""
+    if isinstance(x, Symbol) and isinstance(y, Symbol):
+        return b.binary(function, x, y)
+    symbol, array = (x, y) if isinstance(x, Symbol) else (y, x)
+    shape = np.broadcast_shapes(symbol.shape, array.shape)
+    if shape == symbol.shape:
+        if function == "add":
+            return b.affine(symbol, 1, array)
+        if function == "multiply":
+            return b.affine(symbol, array, 0)
+        if function == "subtract":
+            return b.affine(x, 1, -array) if symbol is x else b.affine(y, -1, array)
+        if function == "divide" and symbol is x and _exactly_inverted(array):
+            return b.affine(x, 1 / array, 0)
+        if function == "power" and symbol is x and array.size == 1 and array == 2:
+            return b.activation(x, "square")
+    array = b.constant(np.broadcast_to(array, shape))
+    x, y = (x, array) if symbol is x else (array, y)
+    return b.binary(function, x, y)
+
+
+def _exactly_inverted(array):
+    """Whether multiplying with 1 / array is the same as dividing: powers of two."""
+    mantissa, _ = np.frexp(array)
+    return bool((np.abs(mantissa) == 0.5).all())
+
+
+@op("Clip")
+def _clip(b, op, call):
+    _floats(call)
+    x = arithmetic(b, "maximum", call.symbols[0], fixed(op.x_min, b.dtype))
+    return arithmetic(b, "minimum", x, fixed(op.x_max, b.dtype))
+
+
+@op("Cast")
+def _cast(b, op, call):
+    return cast(b, call.symbols[0], op.dtype)
+
+
+def cast(b, x, dtype):
+    if keras.backend.is_float_dtype(dtype):
+        return b.cast(x, b.dtype)
+    if dtype in ("int32", "int64", "bool"):
+        return b.cast(x, dtype)
+    raise CannotLower(f"casts to {dtype}: expected floats, int32, int64 or bool")
+
+
+@op("StopGradient", "Copy", "ConvertToTensor")
+def _identity(b, op, call):
+    return call.symbols[0].with_mask(None)
+
+
+# Along axes.
+
+
+@op("Sum", "Mean", "Max", "Amax", "Min", "Amin")
+def _reduce(b, op, call):
+    _floats(call)
+    if getattr(op, "initial", None) is not None:
+        raise CannotLower("has an initial value")
+    x = call.symbols[0]
+    function = type(op).__name__.lower().removeprefix("a")
+    return b.reduce(x, function, call.axes(op.axis, x), op.keepdims)
+
+
+@op("Average")
+def _average(b, op, call):
+    if call.argument(1, "weights") is not None:
+        raise CannotLower("has weights: multiply with them, and sum")
+    x = call.symbols[0]
+    return b.reduce(x, "mean", call.axes(op.axis, x))
+
+
+@op("Var", "Std")
+def _variance(b, op, call):
+    _floats(call)
+    x = call.symbols[0]
+    axes = call.axes(op.axis, x)
+    centred = b.binary("subtract", x, b.reduce(x, "mean", axes, keepdims=True))
+    y = b.reduce(b.activation(centred, "square"), "mean", axes, op.keepdims)
+    return b.activation(y, "sqrt") if type(op).__name__ == "Std" else y
+
+
+@op("Logsumexp")
+def _logsumexp(b, op, call):
+    x = call.symbols[0]
+    axes = call.axes(op.axis, x)
+    highest = b.reduce(x, "max", axes, keepdims=True)
+    total = b.reduce(
+        b.activation(b.binary("subtract", x, highest), "exponential"), "sum", axes, keepdims=True
+    )
+    y = b.binary("add", b.activation(total, "log"), highest)
+    rest = [n for a, n in enumerate(x.shape) if a not in axes]
+    return y if op.keepdims else b.reshape(y, rest)
+
+
+@op("Normalize")
+def _normalize(b, op, call):
+    if op.order != 2:
+        raise CannotLower(f"has order={op.order}: expected 2")
+    x = call.symbols[0]
+    epsilon = keras.config.epsilon() if op.epsilon is None else op.epsilon
+    return unit_norm(b, x, call.axes(op.axis, x), epsilon)
+
+
+def unit_norm(b, x, axes, epsilon):
+    """x over its length, or over epsilon where that is shorter."""
+    return along_last(
+        b, x, axes, lambda y: b.node("norm", [y], y.shape, function="unit", epsilon=epsilon**2)
+    )
+
+
+def along_last(b, x, axes, function):
+    """Applies a function along several axes as one, the last."""
+    x = b.cast(x, b.dtype)
+    others = [a for a in range(len(x.shape)) if a not in axes]
+    order = [*others, *axes]
+    moved = b.transpose(x, order)
+    lead = moved.shape[: len(others)]
+    y = function(b.reshape(moved, (*lead, math.prod(moved.shape[len(others) :]))))
+    return b.transpose(b.reshape(y, moved.shape), np.argsort(order).tolist())
+
+
+# Shapes.
+
+
+@op("Reshape", "Ravel")
+def _reshape(b, op, call):
+    x = call.symbols[0]
+    shape = call.shapes[0]
+    if call.lead == 0 or shape is None:
+        raise CannotLower("changes the axes of samples")
+    return b.reshape(x, shape)
+
+
+@op("ExpandDims", "Squeeze")
+def _expand(b, op, call):
+    if call.lead == 0 or call.shapes[0] is None:
+        raise CannotLower("changes the axes of samples")
+    axes = [] if op.axis is None else np.atleast_1d(op.axis)
+    rank = len(call.symbols[0].shape) + call.lead + (type(op).__name__ == "ExpandDims") * len(axes)
+    if any(a % rank < call.lead for a in axes):
+        raise CannotLower("changes the axes of samples")
+    return b.reshape(call.symbols[0], call.shapes[0])
+
+
+@op("Transpose")
+def _transpose(b, op, call):
+    x = call.symbols[0]
+    rank = len(x.shape) + call.lead
+    return transpose(b, x, op.axes or range(rank)[::-1], call.lead)
+
+
+def transpose(b, x, axes, lead):
+    """By Keras' order of axes, which leaves those before the Symbol's where they are."""
+    rank = len(x.shape) + lead
+    axes = [a % rank for a in axes]
+    if axes[:lead] != list(range(lead)):
+        raise CannotLower("moves the axis of samples, or of time")
+    return b.transpose(x, [a - lead for a in axes[lead:]])
+
+
+@op("Swapaxes")
+def _swapaxes(b, op, call):
+    x = call.symbols[0]
+    order = list(range(len(x.shape)))
+    i, j = call.axis(op.axis1, x), call.axis(op.axis2, x)
+    order[i], order[j] = j, i
+    return b.transpose(x, order)
+
+
+@op("Moveaxis")
+def _moveaxis(b, op, call):
+    x = call.symbols[0]
+    source, target = (
+        [call.axis(int(a), x) for a in np.atleast_1d(axes)] for axes in (op.source, op.destination)
+    )
+    order = [a for a in range(len(x.shape)) if a not in source]
+    for to, a in sorted(zip(target, source, strict=True)):
+        order.insert(to, a)
+    return b.transpose(x, order)
+
+
+@op("BroadcastTo")
+def _broadcast_to(b, op, call):
+    return b.broadcast(call.symbols[0], call.shapes[0])
+
+
+@op("Flip")
+def _flip(b, op, call):
+    x = call.symbols[0]
+    strides, offset = contiguous_strides(x.shape), 0
+    for a in call.axes(op.axis, x):
+        offset += (x.shape[a] - 1) * strides[a]
+        strides[a] = -strides[a]
+    return b.strided(x, x.shape, strides, offset, name="flip")
+
+
+@op("Repeat")
+def _repeat(b, op, call):
+    x = call.symbols[0]
+    if not isinstance(op.repeats, int) or op.axis is None:
+        raise CannotLower("repeats by more than one number, or without an axis")
+    a, n = call.axis(op.axis, x), op.repeats
+    strides = contiguous_strides(x.shape)
+    y = b.strided(
+        x, (*x.shape[: a + 1], n, *x.shape[a + 1 :]), [*strides[: a + 1], 0, *strides[a + 1 :]]
+    )
+    return b.reshape(y, (*x.shape[:a], x.shape[a] * n, *x.shape[a + 1 :]))
+
+
+@op("Tile")
+def _tile(b, op, call):
+    x = call.symbols[0]
+    repeats = [int(n) for n in np.atleast_1d(op.repeats)]
+    repeats = [1] * (len(x.shape) + call.lead - len(repeats)) + repeats
+    extra = len(repeats) - len(x.shape)
+    if any(n != 1 for n in repeats[:extra]):
+        raise CannotLower("tiles the axis of samples, or of time")
+    repeats = repeats[extra:]
+    strides = contiguous_strides(x.shape)
+    shape = [m for n, size in zip(repeats, x.shape, strict=True) for m in (n, size)]
+    y = b.strided(x, shape, [s for stride in strides for s in (0, stride)])
+    return b.reshape(y, [n * size for n, size in zip(repeats, x.shape, strict=True)])
+
+
+@op("Roll")
+def _roll(b, op, call):
+    x = call.symbols[0]
+    if not isinstance(op.shift, int) or not isinstance(op.axis, int):
+        raise CannotLower("rolls by more than one number, or along several axes")
+    a = call.axis(op.axis, x)
+    n = x.shape[a]
+    shift = op.shift % n
+    if shift == 0:
+        return x.with_mask(None)
+    return b.concat([b.slice(x, a, n - shift, shift), b.slice(x, a, 0, n - shift)], a)
+
+
+@op("Pad")
+def _pad(b, op, call):
+    value = call.argument(1, "constant_values")
+    if op.mode != "constant":
+        raise CannotLower(f"pads by mode={op.mode!r}: expected 'constant'")
+    width = [tuple(pair) for pair in op.pad_width]
+    if any(pair != (0, 0) for pair in width[: call.lead]):
+        raise CannotLower("pads the axis of samples, or of time")
+    return pad(b, call.symbols[0], width[call.lead :], 0 if value is None else value)
+
+
+def pad(b, x, width, value=0):
+    """x with (before, after) more elements along each axis."""
+    for a, (before, after) in enumerate(width):
+        parts = []
+        for n, place in ((before, 0), (after, 1)):
+            if n:
+                shape = (*x.shape[:a], n, *x.shape[a + 1 :])
+                parts.append((place, b.constant(np.full(shape, value), x.dtype)))
+        if parts:
+            x = b.concat(
+                [*(p for place, p in parts if not place), x, *(p for place, p in parts if place)], a
+            )
+    return x
+
+
+@op("Concatenate")
+def _concatenate(b, op, call):
+    return concatenate(b, call.argument(0, "xs"), op.axis, call)
+
+
+def concatenate(b, xs, axis, call):
+    first = next(x for x in xs if isinstance(x, Symbol))
+    axis = call.axis(axis, first)
+    same = {x.dtype for x in xs if isinstance(x, Symbol)}
+    dtype = same.pop() if len(same) == 1 else b.dtype
+    symbols = []
+    for x in xs:
+        if not isinstance(x, Symbol):
+            x = np.asarray(fixed(x, dtype))
+            if x.ndim != len(first.shape) + call.lead or any(n != 1 for n in x.shape[: call.lead]):
+                raise CannotLower(f"is given an array {list(x.shape)}, with a row for each sample")
+            x = b.constant(x.reshape(x.shape[call.lead :]), dtype)
+        symbols.append(b.cast(x, dtype))
+    return b.concat(symbols, axis)
+
+
+@op("Stack")
+def _stack(b, op, call):
+    xs = call.argument(0, "x")
+    if not all(isinstance(x, Symbol) for x in xs):
+        raise CannotLower("stacks arrays")
+    rank = len(xs[0].shape) + call.lead + 1
+    axis = op.axis % rank - call.lead
+    if axis < 0:
+        raise CannotLower("stacks along the axis of samples, or of time")
+    shape = (*xs[0].shape[:axis], 1, *xs[0].shape[axis:])
+    return b.concat([b.reshape(x, shape) for x in xs], axis)
+
+
+@op("Split", "ArraySplit")
+def _split(b, op, call):
+    x = call.symbols[0]
+    axis = call.axis(op.axis, x)
+    n, parts = x.shape[axis], op.indices_or_sections
+    if isinstance(parts, int):
+        size, rest = divmod(n, parts)
+        sizes = [size + (i < rest) for i in range(parts)]
+        ends = np.cumsum(sizes)[:-1].tolist()
+    else:
+        ends = [int(i) for i in parts]
+    starts = [0, *ends]
+    return [
+        b.slice(x, axis, start, end - start) for start, end in zip(starts, [*ends, n], strict=True)
+    ]
+
+
+@op("Unstack")
+def _unstack(b, op, call):
+    x = call.symbols[0]
+    axis = call.axis(op.axis, x)
+    rest = (*x.shape[:axis], *x.shape[axis + 1 :])
+    return [b.reshape(b.slice(x, axis, i, 1), rest) for i in range(x.shape[axis])]
+
+
+@op("Take")
+def _take(b, op, call):
+    x, indices = call.symbols[0], call.argument(1, "indices")
+    if isinstance(indices, Symbol) or op.axis is None:
+        raise CannotLower("takes by indices that only a step knows, or without an axis")
+    axis = call.axis(op.axis, x)
+    indices = np.asarray(indices)
+    taken = _along(b, x, axis, [int(i) for i in indices.reshape(-1)])
+    return b.reshape(taken, (*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
+
+
+def _along(b, x, axis, indices):
+    """The elements of these indices along one axis."""
+    n = x.shape[axis]
+    if any(not -n <= i < n for i in indices):
+        raise CannotLower(f"takes from {n} elements the one at {indices}")
+    indices = [i % n for i in indices]
+    steps = {after - i for i, after in itertools.pairwise(indices)} or {1}
+    if len(steps) == 1:  # As a slice.
+        return b.slice(x, axis, indices[0], len(indices), steps.pop())
+    return b.concat([b.slice(x, axis, i, 1) for i in indices], axis)
+
+
+@op("GetItem")
+def _get_item(b, op, call):
+    x, key = call.symbols[0], call.argument(1, "key")
+    return get_item(b, x, key, call.lead)
+
+
+def get_item(b, x, key, lead):
+    """x[key], of Keras' axes."""
+    key = list(key) if isinstance(key, (tuple, list)) else [key]
+    rank = len(x.shape) + lead
+    named = sum(k is not None and k is not Ellipsis for k in key)
+    if not any(k is Ellipsis for k in key):
+        key.append(Ellipsis)
+    at = next(i for i, k in enumerate(key) if k is Ellipsis)
+    key[at : at + 1] = [slice(None)] * (rank - named)
+    for k in key[:lead]:
+        if not (isinstance(k, slice) and k == slice(None)):
+            raise CannotLower("takes samples apart, or steps of time")
+    strides, sizes = contiguous_strides(x.shape), list(x.shape)
+    shape, picked, offset = [], [], 0
+    for k in key[lead:]:
+        if k is None:
+            shape.append(1)
+            picked.append(0)
+            continue
+        n, stride = sizes.pop(0), strides.pop(0)
+        if isinstance(k, slice):
+            start, stop, step = k.indices(n)
+            shape.append(len(range(start, stop, step)))
+            picked.append(stride * step)
+            offset += start * stride
+        elif isinstance(k, (int, np.integer)) and -n <= k < n:
+            offset += int(k) % n * stride
+        else:
+            raise CannotLower(
+                f"is indexed by {k!r}: expected integers in range, slices, ... and None"
+            )
+    if math.prod(shape) == 0:
+        raise CannotLower("gives no elements")
+    if (
+        math.prod(shape) == x.size and offset == 0 and all(s >= 0 for s in picked)
+    ):  # Everything, in its own order.
+        return b.reshape(x, shape).with_mask(None)
+    return b.strided(x, shape, picked, offset, name="slice")
+
+
+# Products with what is fixed.
+
+
+@op("Matmul", "Dot")
+def _matmul(b, op, call):
+    x, y = call.argument(0, "x1"), call.argument(1, "x2")
+    if not isinstance(x, Symbol) or isinstance(y, Symbol) or len(np.shape(y)) != 2:
+        raise CannotLower("multiplies two tensors: a plan multiplies with fixed matrices only")
+    kernel = b.variable(y, kernel=True, name=_scoped(b, "kernel"))
+    return b.dense(b.cast(x, b.dtype), kernel)
+
+
+@op("Einsum")
+def _einsum(b, op, call):
+    if len(call.args) != 2 or not isinstance(call.args[0], Symbol) or len(call.symbols) != 1:
+        raise CannotLower("multiplies two tensors: a plan multiplies with fixed ones only")
+    x, y = call.args
+    return einsum(b, op.subscripts, x, y, call.lead, name=_scoped(b, "kernel"))
+
+
+def _scoped(b, name):
+    return f"{b.scope}/{name}" if b.scope else name

@@ -1,0 +1,55 @@
+"""A plan and its weights, and the bytes of the file that holds them."""
+
+import dataclasses
+import json
+
+import numpy as np
+
+FORMAT = "continual-transformers"
+FORMAT_VERSION = "1"
+
+_NAMES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64",
+    "int32": "I32", "bool": "BOOL",
+}  # fmt: skip
+# Where the tensors begin in the file: at a multiple of this, so that a mapped file is aligned.
+_ALIGNMENT = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """One step of a model: what `docs/model_file.md` calls a plan, and the tensors that it names.
+
+    Attributes:
+        plan: a dict, as the document has it.
+        weights: NumPy arrays by name.
+    """
+
+    plan: dict
+    weights: dict
+
+    def to_bytes(self):
+        """The model file: safetensors, with the plan in its metadata."""
+        header = {
+            "__metadata__": {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "plan": json.dumps(self.plan, separators=(",", ":"), allow_nan=False),
+            }
+        }
+        # Those of wide elements first: each then lies at a multiple of its element's size.
+        order = sorted(self.weights, key=lambda name: -self.weights[name].dtype.itemsize)
+        end, data = 0, []
+        for name in order:
+            array = self.weights[name]
+            start, end = end, end + array.nbytes
+            header[name] = {
+                "dtype": _NAMES[array.dtype.name],
+                "shape": list(array.shape),
+                "data_offsets": [start, end],
+            }
+            little = array.dtype.newbyteorder("<") if array.dtype.kind in "fiu" else array.dtype
+            data.append(np.ascontiguousarray(array, little).tobytes())
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+        return b"".join([len(text).to_bytes(8, "little"), text, *data])

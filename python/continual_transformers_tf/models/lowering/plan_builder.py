@@ -1,0 +1,416 @@
+"""A plan in the making: values, nodes and weights, as `docs/model_file.md` defines them."""
+
+import contextlib
+import dataclasses
+import math
+
+import ml_dtypes
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Symbol:
+    """A value of the plan, and what goes with it while a model is lowered.
+
+    Its shape is that of one step of one stream: there are no axes of streams and steps.
+    """
+
+    index: int  # Place in the plan's values.
+    shape: tuple
+    dtype: str
+    # Keras' mask of the step, a Symbol of dtype bool and shape [1]; None where there is none.
+    mask: "Symbol | None" = None
+
+    @property
+    def size(self):
+        return math.prod(self.shape)
+
+    def with_mask(self, mask):
+        return dataclasses.replace(self, mask=mask)
+
+
+class CannotLower(Exception):
+    """Raised where something of a layer has no node: the message is the reason."""
+
+
+class PlanBuilder:
+    """Collects the nodes of a plan.
+
+    Args:
+        compute_dtype: "float32" or "float64".
+
+    Attributes:
+        dtype: the compute dtype.
+        scope: what the names of nodes begin with; changed while a layer is lowered.
+        weights: the plan's tensors by name.
+    """
+
+    def __init__(self, compute_dtype):
+        self.dtype = compute_dtype
+        self.scope = ""
+        self.values = []
+        self.nodes = []
+        self.weights = {}
+        self.kernels = set()  # Names of the weights that are kernels of dense nodes.
+        self._names = {}  # How many nodes have asked for a name.
+        self._tensors = {}  # Of what was stored: (its name, its owner, which must stay alive).
+        self._masks = {}  # Of (the index of a value, a number): its mask.
+        self._affine_of = {}  # Of the index of a value that was only scaled: (of what, by what).
+        self._unshaped = {}  # Of the index of a reshaped value: the Symbol that was reshaped.
+
+    @contextlib.contextmanager
+    def within(self, name):
+        """Within it, nodes have names that begin with this one too."""
+        outer = self.scope
+        self.scope = f"{outer}/{name}" if outer else name
+        try:
+            yield
+        finally:
+            self.scope = outer
+
+    # Values and nodes.
+
+    def add_value(self, shape, dtype=None):
+        self.values.append({"shape": [int(n) for n in shape], "dtype": dtype or self.dtype})
+        return Symbol(len(self.values) - 1, tuple(int(n) for n in shape), dtype or self.dtype)
+
+    def node(
+        self, op, inputs, shape, dtype=None, *, name=None, weights=None, masks=None, **attributes
+    ):
+        """Adds a node, and returns the Symbol of its output.
+
+        Args:
+            op: its name.
+            inputs: Symbols.
+            shape, dtype: of the output; None: the compute dtype.
+            name: of the node within the scope; None: that of the scope.
+            weights: a dict from the name in the node to that of the tensor.
+            masks: a dict of Symbols; those that are None are left out.
+            **attributes: the node's.
+        """
+        output = self.add_value(shape, dtype)
+        node = {
+            "op": op,
+            "name": self._unique(name, op),
+            "inputs": [x.index for x in inputs],
+            "outputs": [output.index],
+        }
+        masks = {key: x.index for key, x in (masks or {}).items() if x is not None}
+        if masks:
+            node["masks"] = masks
+        self.nodes.append({**node, "weights": weights or {}, "attributes": attributes})
+        return output
+
+    def _unique(self, name, op):
+        name = "/".join(part for part in (self.scope, name) if part) or op
+        count = self._names[name] = self._names.get(name, 0) + 1
+        return name if count == 1 else f"{name}_{count - 1}"
+
+    def index_of_node(self, symbol):
+        """The place of the node that a Symbol is the output of."""
+        return next(i for i, x in enumerate(self.nodes) if symbol.index in x["outputs"])
+
+    # Weights.
+
+    def variable(self, variable, shape=None, transform=None, kernel=False, name=None):
+        """Stores a Keras variable, and returns its tensor's name: the variable's path.
+
+        Args:
+            variable: a `keras.Variable`, or a tensor that Keras derives from one.
+            shape: what it is read as; None: its own shape.
+            transform: a function of its array and a name for the result: what is stored instead.
+            kernel: whether it is the kernel of a dense node.
+            name: of the tensor, where it is none of a variable.
+        """
+        path = getattr(variable, "path", None) or name
+        array = to_numpy(variable, self.dtype)
+        array = array if transform is None else transform(array)
+        array = array if shape is None else array.reshape(shape)
+        key = (id(variable), array.shape, transform is not None, kernel)
+        if transform is None and key in self._tensors:
+            return self._tensors[key][0]
+        name = self.constant_weight(path, array)
+        self._tensors[key] = (name, variable)
+        if kernel:
+            self.kernels.add(name)
+        return name
+
+    def constant_weight(self, name, array, dtype=None):
+        """Stores an array under a name of its own; returns the name."""
+        shape = np.shape(array)  # NumPy makes a vector of a contiguous scalar.
+        unique, count = name, 0
+        while unique in self.weights:
+            count += 1
+            unique = f"{name}_{count}"
+        array = np.ascontiguousarray(array, dtype or self.dtype)
+        self.weights[unique] = array.reshape(shape)
+        return unique
+
+    def derived(self, name, array, dtype=None):
+        """Stores an array that the lowering computed, named within the scope."""
+        return self.constant_weight(f"{self.scope}/{name}" if self.scope else name, array, dtype)
+
+    # Nodes that others are made of.
+
+    def reshape(self, x, shape):
+        """The same elements in another shape. Chains of reshapes become one, or none."""
+        shape = tuple(int(n) for n in shape)
+        if math.prod(shape) != x.size:
+            raise CannotLower(f"reshapes {list(x.shape)} to {list(shape)}")
+        if shape == x.shape:
+            return x
+        source = self._unshaped.get(x.index, x)
+        if source.shape == shape:
+            return source.with_mask(x.mask)
+        y = self.node("reshape", [source], shape, source.dtype)
+        self._unshaped[y.index] = source.with_mask(None)
+        return y.with_mask(x.mask)
+
+    def strided(self, x, shape, strides, offset=0, name=None):
+        """Picks elements; see the node `strided`."""
+        return self.node(
+            "strided", [x], shape, x.dtype, name=name,
+            offset=int(offset), strides=[int(s) for s in strides],
+        )  # fmt: skip
+
+    def transpose(self, x, axes):
+        shape = tuple(x.shape[a] for a in axes)
+        moved = [a for a in axes if x.shape[a] != 1]
+        if moved == sorted(moved):
+            return self.reshape(x, shape)
+        strides = contiguous_strides(x.shape)
+        return self.strided(x, shape, [strides[a] for a in axes], name="transpose")
+
+    def slice(self, x, axis, start, size, step=1):
+        """`size` elements along one axis, from `start` on."""
+        if start == 0 and size == x.shape[axis] and step == 1:
+            return x
+        strides = contiguous_strides(x.shape)
+        offset = start * strides[axis]
+        strides[axis] *= step
+        return self.strided(
+            x, (*x.shape[:axis], size, *x.shape[axis + 1 :]), strides, offset, name="slice"
+        )
+
+    def concat(self, xs, axis):
+        if len(xs) == 1:
+            return xs[0]
+        shape = list(xs[0].shape)
+        shape[axis] = sum(x.shape[axis] for x in xs)
+        return self.node("concat", xs, shape, xs[0].dtype, name="concat", axis=axis)
+
+    def broadcast(self, x, shape):
+        """As NumPy broadcasts."""
+        shape = tuple(shape)
+        if x.shape == shape:
+            return x
+        lead = len(shape) - len(x.shape)
+        if lead < 0 or any(a not in (1, b) for a, b in zip(x.shape, shape[lead:], strict=True)):
+            raise CannotLower(f"broadcasts {list(x.shape)} to {list(shape)}")
+        if math.prod(shape) == x.size:
+            return self.reshape(x, shape)
+        strides = [
+            0 if a == 1 else s for a, s in zip(x.shape, contiguous_strides(x.shape), strict=True)
+        ]
+        return self.strided(x, shape, [0] * lead + strides, name="broadcast")
+
+    def constant(self, array, dtype=None):
+        array = np.asarray(array)
+        weights = {"value": self.derived("value", array, dtype)}
+        return self.node("constant", [], array.shape, dtype, weights=weights)
+
+    def binary(self, function, x, y):
+        """An element-wise function of two Symbols, broadcast to each other."""
+        shape = np.broadcast_shapes(x.shape, y.shape)
+        x, y = (self.broadcast(self.cast(z, self.dtype), shape) for z in (x, y))
+        return self.node("binary", [x, y], shape, name=function, function=function)
+
+    def activation(self, x, function, **numbers):
+        if function == "linear":
+            return x
+        x = self.cast(x, self.dtype)
+        return self.node("activation", [x], x.shape, name=function, function=function, **numbers)
+
+    def cast(self, x, dtype):
+        if x.dtype == dtype:
+            return x
+        return self.node("cast", [x], x.shape, dtype).with_mask(x.mask)
+
+    def affine(self, x, scale, offset):
+        """x * scale + offset, of arrays that broadcast to x."""
+        x, shape = self.cast(x, self.dtype), x.shape
+        # Along how many of the last axes they vary: those are read as one.
+        axes = max(1, _axes_that_vary(scale), _axes_that_vary(offset))
+        channels = shape[len(shape) - axes :] if shape else (1,)
+        scale, offset = (_channels(a, channels) for a in (scale, offset))
+        scaled = self._affine_of.get(x.index)
+        if scaled is not None and len(scaled[1]) == len(scale) and (scale == 1).all():
+            # What was only scaled before is scaled and moved at once: exactly the same.
+            x, scale = scaled
+        elif (offset == 0).all():
+            scaled = (x, scale)
+        x = self.reshape(x, (*shape[: len(shape) - axes], math.prod(channels)))
+        weights = {"scale": self.derived("scale", scale), "offset": self.derived("offset", offset)}
+        y = self.reshape(self.node("affine", [x], x.shape, weights=weights), shape)
+        if (offset == 0).all():
+            self._affine_of[y.index] = scaled
+        return y
+
+    def dense(self, x, kernel, bias=None, name=None):
+        """x [..., I] by a kernel [I, O]; both are names of tensors."""
+        inputs, outputs = self.weights[kernel].shape
+        if x.shape[-1:] != (inputs,):
+            raise CannotLower(f"is given {list(x.shape)}, where its kernel has {inputs} inputs")
+        weights = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
+        return self.node("dense", [x], (*x.shape[:-1], outputs), name=name, weights=weights)
+
+    def reduce(self, x, function, axes, keepdims=False):
+        """Over axes from 0, one after the other."""
+        shape = [1 if a in axes else n for a, n in enumerate(x.shape)]
+        x = self.cast(x, self.dtype)
+        # Neighbours become one axis: a mean of means would round twice.
+        groups = _neighbours(axes)
+        for first, last in reversed(groups):
+            size = math.prod(x.shape[first : last + 1])
+            x = self.reshape(x, (*x.shape[:first], size, *x.shape[last + 1 :]))
+            rest = x.shape[:first] + x.shape[first + 1 :]
+            x = self.node("reduce", [x], rest, name=function, function=function, axis=first)
+        return self.reshape(x, shape) if keepdims else x
+
+    def is_of_input(self, x):
+        """Whether a value is one of the plan's inputs, perhaps in another order or shape."""
+        made_by = {i: node for node in self.nodes for i in node["outputs"]}
+        index = x.index
+        while index in made_by:
+            if made_by[index]["op"] not in ("reshape", "strided"):
+                return False
+            (index,) = made_by[index]["inputs"]
+        return index < self.inputs
+
+    # Masks.
+
+    def not_equal(self, x, value):
+        """A mask: whether any of x differs from a number."""
+        key = (x.index, value)
+        if key not in self._masks:
+            self._masks[key] = self.node(
+                "not_equal", [x], (1,), "bool", name="mask", value=value, any=True
+            )
+        return self._masks[key]
+
+    def mask_and(self, a, b):
+        """Where both are true; None for a mask that is left out."""
+        if a is None or b is None or a == b:
+            return b if a is None else a
+        return self.node("mask_and", [a, b], (1,), "bool")
+
+    def mask_not(self, a):
+        return self.cast(self.affine(self.cast(a, self.dtype), -1, 1), "bool")
+
+    def mask_or(self, a, b):
+        if a == b:
+            return a
+        a, b = (self.cast(x, self.dtype) for x in (a, b))
+        return self.cast(self.binary("add", a, b), "bool")
+
+    def where(self, mask, x, y):
+        """x where a mask is true, y elsewhere: selected, so that NaN stays where it is."""
+        x, y = (self.cast(z, self.dtype) for z in (x, y))
+        x = self.node("masked", [x, mask], x.shape)
+        y = self.node("masked", [y, self.mask_not(mask)], y.shape)
+        return self.binary("add", x, y)
+
+    # The end.
+
+    def finish(self, outputs):
+        """Drops nodes that nothing uses, and weights and values with them.
+
+        Returns:
+            (a function from an old place of a node to its new one, or None for one that is gone;
+            likewise for values).
+        """
+        used = {x.index for x in outputs}
+        kept = []
+        for node in reversed(self.nodes):
+            if used.intersection(node["outputs"]) or node["op"] in STATEFUL:
+                kept.append(id(node))
+                used.update(node["inputs"], node.get("masks", {}).values())
+        kept = set(kept)
+        places = {}
+        for i, node in enumerate(self.nodes):
+            if id(node) in kept:
+                places[i] = len(places)
+        self.nodes = [node for node in self.nodes if id(node) in kept]
+        produced = {i for node in self.nodes for i in node["outputs"]}
+        values = {}
+        for i in range(len(self.values)):
+            if i in produced or i < self.inputs:
+                values[i] = len(values)
+        self.values = [self.values[i] for i in values]
+        for node in self.nodes:
+            for key in ("inputs", "outputs"):
+                node[key] = [values[i] for i in node[key]]
+            if "masks" in node:
+                node["masks"] = {name: values[i] for name, i in node["masks"].items()}
+        used_weights = {name for node in self.nodes for name in node["weights"].values()}
+        self.weights = {k: v for k, v in self.weights.items() if k in used_weights}
+        self.kernels &= used_weights
+        return places.get, values.get
+
+    def add_inputs(self, specs):
+        """Adds the plan's inputs, its first values: (shape, dtype) each."""
+        self.inputs = len(specs)
+        return [self.add_value(shape, dtype) for shape, dtype in specs]
+
+    def convert_kernels(self, dtype):
+        """Keeps the kernels of dense nodes in another dtype."""
+        for name in self.kernels:
+            self.weights[name] = self.weights[name].astype(np_dtype(dtype))
+
+
+STATEFUL = {"positional", "delay", "window", "attention", "retroactive_attention"}
+
+
+def np_dtype(name):
+    return ml_dtypes.bfloat16 if name == "bfloat16" else np.dtype(name)
+
+
+def to_numpy(x, dtype):
+    """An array of a Keras variable, a tensor or an array."""
+    x = getattr(x, "value", x) if hasattr(x, "path") else x
+    return np.asarray(x).astype(dtype)
+
+
+def contiguous_strides(shape):
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= n
+    return strides[::-1]
+
+
+def _channels(array, shape):
+    """An array as a vector with an element for each of these channels."""
+    array = np.asarray(array, np.float64)
+    if array.ndim > len(shape):
+        array = array.reshape(array.shape[array.ndim - len(shape) :])
+    return np.broadcast_to(array, shape).reshape(-1)
+
+
+def _axes_that_vary(array):
+    """How many of the last axes an array needs, once leading axes of size 1 are gone."""
+    shape = list(np.shape(array))
+    while shape and shape[0] == 1:
+        shape.pop(0)
+    return len(shape)
+
+
+def _neighbours(axes):
+    """Sorted axes as (first, last) of runs of neighbours."""
+    groups = []
+    for a in sorted(axes):
+        if groups and groups[-1][1] == a - 1:
+            groups[-1][1] = a
+        else:
+            groups.append([a, a])
+    return groups
