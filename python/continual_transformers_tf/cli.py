@@ -1,17 +1,20 @@
-"""The command line: `continual-transformers`."""
+"""The command line: `continual-transformers`.
 
+TensorFlow is imported by the commands that need it.
+"""
+
+import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import click
-import keras
-import tensorflow as tf
 
 import continual_transformers_tf as ct
-from continual_transformers_tf.ops import library
+from continual_transformers_tf import native
+from continual_transformers_tf.bench.command import bench
 
 PATH = click.Path(dir_okay=False, path_type=Path)
+MODEL = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.group()
@@ -19,32 +22,133 @@ PATH = click.Path(dir_okay=False, path_type=Path)
 def main():
     """Streaming attention for TensorFlow."""
     try:
-        library.backend()
+        native.backend()
     except ValueError as error:
         raise click.ClickException(str(error)) from error
 
 
-@main.command()
-def info():
-    """Say which kernels are loaded, and if none are, why.
+def need_tensorflow():
+    """Ends the command with a sentence where TensorFlow or Keras is missing."""
+    try:
+        importlib.import_module("continual_transformers_tf._tensorflow")
+    except ImportError as error:
+        raise click.ClickException(str(error)) from error
 
-    The exit status is 1 where CONTINUAL_TRANSFORMERS_BACKEND=fused asks for kernels and none are.
+
+@main.command()
+@click.argument("model", type=MODEL, required=False)
+@click.option("--cmake-dir", is_flag=True, help="Print the folder for CMake's find_package.")
+@click.option("--pkg-config-dir", is_flag=True, help="Print the folder for PKG_CONFIG_PATH.")
+def info(model, cmake_dir, pkg_config_dir):
+    """Say what is in a model file, or which libraries and kernels there are.
+
+    Without a MODEL: the exit status is 1 where CONTINUAL_TRANSFORMERS_BACKEND=fused asks for
+    kernels in TensorFlow and there are none.
     """
+    if cmake_dir or pkg_config_dir:
+        if cmake_dir:
+            click.echo(native.PACKAGE / "cmake")
+        if pkg_config_dir:
+            click.echo(native.PACKAGE / "pkgconfig")
+    elif model:
+        from continual_transformers_tf import model_file
+
+        try:
+            click.echo(model_file.describe(model))
+        except (OSError, ValueError) as error:
+            raise click.ClickException(str(error)) from error
+    else:
+        info_about_sessions()
+        info_about_tensorflow()
+
+
+def info_about_sessions():
+    click.echo(f"core library {native.CORE_LIBRARY_PATH}")
+    try:
+        targets, in_use = native.cpu_targets()
+        click.echo(f"CPU instructions: {in_use} of {', '.join(targets)}")
+        click.echo("ct.Session: steps run on the CPU")
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    except ImportError as error:
+        click.echo(f"ct.Session: none. The reason: {error}")
+
+
+def info_about_tensorflow():
+    missing = [name for name in ("tensorflow", "keras") if not importlib.util.find_spec(name)]
+    if missing:
+        there_are = ", ".join(native.op_libraries()) or "none"
+        names = " and ".join({"tensorflow": "TensorFlow", "keras": "Keras"}[n] for n in missing)
+        click.echo(f"{names} {'are' if len(missing) > 1 else 'is'} not installed")
+        click.echo(f"op libraries for TensorFlow: {there_are}")
+        return
+    import keras
+    import tensorflow as tf
+
     click.echo(f"TensorFlow {tf.__version__}, Keras {keras.__version__}")
     click.echo(f"op library {ct.ops.LIBRARY_PATH}")
     click.echo(f"fused kernels: {', '.join(sorted(ct.ops.kernels())) or 'none'}")
     if ct.ops.kernels():
-        try:
-            targets, in_use = ct.ops.cpu_targets()
-        except ValueError as error:
-            raise click.ClickException(str(error)) from error
-        click.echo(f"CPU instructions: {in_use} of {', '.join(targets)}")
         cuda = ct.ops.cuda_build()
         click.echo(f"CUDA: built with {cuda}" if cuda else "built without CUDA")
     if ct.ops.load_error():
         click.echo(f"the reason: {ct.ops.load_error()}")
-        if library.backend() == "fused":
+        if native.backend() == "fused":
             raise SystemExit(1)
+
+
+@main.command()
+@click.argument("model", type=MODEL)
+@click.argument("output", type=PATH)
+@click.option(
+    "--weights-dtype",
+    type=click.Choice(["float32", "float64", "bfloat16"]),
+    help="What kernels of dense layers are kept in.  [default: what the layers say]",
+)
+@click.option(
+    "--cache-dtype",
+    type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
+    help="What keys and values of past steps are kept in.  [default: what the layers say]",
+)
+@click.option(
+    "--seq-len",
+    type=click.IntRange(min=1),
+    help="The window, in steps, of plain Keras attention.  [default: the length of the model's "
+    "windows]",
+)
+@click.option(
+    "--check",
+    "data",
+    type=MODEL,
+    metavar="DATA",
+    help="Stream these recordings through the Keras model and the model file, and print the "
+    "largest difference: a .npy file of shape (T, ...) or (streams, T, ...), or an .npz file with "
+    "an array for each input.",
+)
+def pack(model, output, weights_dtype, cache_dtype, seq_len, data):
+    """Write the model file OUTPUT (.safetensors) of the Keras model MODEL (.keras).
+
+    `ct.Session.load` and the C interface read it, without TensorFlow.
+    """
+    need_tensorflow()
+    from continual_transformers_tf.models import packing
+
+    try:
+        keras_model = packing.load_model(model)
+        session = packing.pack(
+            keras_model,
+            output,
+            weights_dtype=weights_dtype,
+            cache_dtype=cache_dtype,
+            seq_len=seq_len,
+        )
+        click.echo(f"written: {output}, {output.stat().st_size:,} bytes")
+        click.echo(packing.describe_cost(keras_model, session, seq_len))
+        if data:
+            recordings = packing.read_recordings(data, session)
+            click.echo(packing.compare(keras_model, session, recordings, seq_len))
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
 
 
 @main.command()
@@ -71,6 +175,7 @@ def demo(picture, as_json, recordings):
         raise click.ClickException(
             f"{missing.name} is missing: `pip install '.[demo]'` in a checkout"
         ) from missing
+    need_tensorflow()
     from continual_transformers_tf.demo import report, stream, watch
     from continual_transformers_tf.demo.model import trained_model
 
@@ -103,68 +208,7 @@ def demo(picture, as_json, recordings):
         )
 
 
-@main.command()
-@click.option("--quick", is_flag=True, help="Tiny sizes for a moment: to see that it works.")
-@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
-@click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    multiple=True,
-    default=(1, 2),
-    show_default=True,
-    help="How many each rival may use.",
-)
-@click.option("--only", multiple=True, metavar="RIVAL", help="Who takes part.  [default: all]")
-@click.option("--json", "json_path", type=PATH, help="Where to write everything.")
-@click.option("--from-json", type=PATH, help="Report what was written there, and run nothing.")
-@click.option("--picture", type=PATH, help="Where to draw it.")
-@click.option("--markdown", type=PATH, help="Where to write the page of the docs.")
-def bench(quick, rounds, threads, only, json_path, from_json, picture, markdown):
-    """Race a step of the whole layer against every other way to take it."""
-    try:
-        import matplotlib  # noqa: F401
-        import rich.console
-        import rich.progress
-    except ModuleNotFoundError as missing:
-        raise click.ClickException(
-            f"{missing.name} is missing: `pip install '.[bench]'` in a checkout"
-        ) from missing
-    from continual_transformers_tf.bench import race, report
-    from continual_transformers_tf.bench.rivals import MODULES
-
-    unknown = set(only) - set(MODULES)
-    if unknown:
-        raise click.BadParameter(f"expected rivals of {', '.join(MODULES)}, but got {unknown}")
-    if from_json:
-        found = json.loads(from_json.read_text())
-    else:
-        columns = (*rich.progress.Progress.get_default_columns(),)
-        with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
-            task = bar.add_task("", total=None)
-            found = race.run(
-                threads,
-                rounds,
-                quick,
-                only,
-                lambda done, total, now: bar.update(
-                    task, completed=done, total=total, description=now
-                ),
-            )
-    console = rich.console.Console(width=None if sys.stdout.isatty() else 200)
-    for count in sorted({entry["threads"] for entry in found["results"]}):
-        console.print(report.table(found, count))
-    for name, why in found["missing"].items():
-        hint = ": pip install '.[bench]' in a checkout" if "missing" in why else ""
-        console.print(f"{name} did not take part: {why}{hint}", markup=False)
-    for path, write in (
-        (json_path, lambda path: path.write_text(json.dumps(found, indent=1) + "\n")),
-        (picture, lambda path: report.draw(path, found)),
-        (markdown, lambda path: path.write_text(report.markdown(found))),
-    ):
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(path)
-            console.print(f"written: {path}")
+main.add_command(bench)
 
 
 if __name__ == "__main__":

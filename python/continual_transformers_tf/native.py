@@ -1,11 +1,15 @@
-"""The core library, by ctypes: what its kernels run on. Imports no TensorFlow."""
+"""The libraries, as far as they need no TensorFlow: where they are, what their kernels run on."""
 
 import ctypes
 import functools
+import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
 CORE_LIBRARY_PATH = PACKAGE / "libcontinual_transformers.so"
+
+BACKEND_VARIABLE = "CONTINUAL_TRANSFORMERS_BACKEND"
+BACKENDS = ("auto", "fused", "tensorflow")
 
 INSTALL = (
     "pip install --force-reinstall --no-deps --no-cache-dir .` in a checkout of "
@@ -14,6 +18,18 @@ INSTALL = (
 HOW_TO_BUILD = (
     f"To build it, with a C++17 compiler (Debian and Ubuntu: `apt install g++`): `{INSTALL}"
 )
+
+
+def backend():
+    """What CONTINUAL_TRANSFORMERS_BACKEND asks for: "auto", "fused" or "tensorflow".
+
+    Raises:
+        ValueError: if it is set to anything else.
+    """
+    choice = os.environ.get(BACKEND_VARIABLE, "auto")
+    if choice not in BACKENDS:
+        raise ValueError(f"Expected {BACKEND_VARIABLE} to be one of {BACKENDS}, but got {choice!r}")
+    return choice
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import os
 import re
 import warnings
 from pathlib import Path
@@ -13,13 +12,11 @@ from tensorflow.python.framework import kernels as kernel_registry
 from tensorflow.python.ops import control_flow_util
 
 from continual_transformers_tf import native
+from continual_transformers_tf.native import BACKEND_VARIABLE, backend
 
 MINOR = ".".join(tf.__version__.split(".")[:2])
 LIBRARY_NAME = f"libcontinual_transformers_tf{MINOR}.so"
 LIBRARY_PATH = native.PACKAGE / LIBRARY_NAME
-
-BACKEND_VARIABLE = "CONTINUAL_TRANSFORMERS_BACKEND"
-BACKENDS = ("auto", "fused", "tensorflow")
 
 # That of every layer's attention: what devices have fused kernels is seen by it.
 SINGLE_OUTPUT = "ContinualTransformers>SingleOutputAttention"
@@ -73,18 +70,6 @@ def _load():
         return tf.load_op_library(str(LIBRARY_PATH)), None
     except (tf.errors.OpError, RuntimeError) as error:
         return None, f"{LIBRARY_PATH} could not be loaded: {error}. {_HOW_TO_BUILD}"
-
-
-def backend():
-    """What CONTINUAL_TRANSFORMERS_BACKEND asks for: "auto", "fused" or "tensorflow".
-
-    Raises:
-        ValueError: if it is set to anything else.
-    """
-    choice = os.environ.get(BACKEND_VARIABLE, "auto")
-    if choice not in BACKENDS:
-        raise ValueError(f"Expected {BACKEND_VARIABLE} to be one of {BACKENDS}, but got {choice!r}")
-    return choice
 
 
 @functools.cache

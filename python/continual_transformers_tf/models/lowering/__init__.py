@@ -14,7 +14,7 @@ from continual_transformers_tf.models.lowering.plan_builder import CannotLower, 
 from continual_transformers_tf.models.step_graph import StepGraph, names_of_inputs
 from continual_transformers_tf.models.streaming_model import StreamingModel
 
-__all__ = ["Lowered", "lower"]
+__all__ = ["Lowered", "continual_model", "lower"]
 
 HALVES = ("bfloat16", "float16")
 
@@ -76,8 +76,7 @@ def _lower_model(model, seq_len, cache_dtype, weights_dtype):
         )
     if not model.built:
         raise ValueError(f"Expected a built model, but {model.name} has never been called")
-    if not isinstance(whole, StreamingModel) and _has_plain_attention(model):
-        model = convert(model, _window(model, seq_len)).model
+    model = continual_model(whole, seq_len)
     graph = StepGraph(model)
     if graph.model is None:
         raise ValueError(f"{model.name} cannot be run by a session:\n- {graph.problems[0]}")
@@ -113,6 +112,19 @@ def _lower_model(model, seq_len, cache_dtype, weights_dtype):
         outputs=outputs,
         state=state,
     )
+
+
+def continual_model(model, seq_len=None):
+    """Return the functional or sequential model of whose steps the plan is made.
+
+    Args:
+        model, seq_len: as `lower` has them.
+    """
+    if isinstance(model, StreamingModel):
+        return model.model
+    if _has_plain_attention(model):
+        return convert(model, _window(model, seq_len)).model
+    return model
 
 
 def _has_plain_attention(model):

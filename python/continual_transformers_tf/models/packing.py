@@ -1,0 +1,155 @@
+"""Packing a Keras model into a model file, and checking it: `continual-transformers pack`."""
+
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+from continual_transformers_tf.models.cost import cost
+from continual_transformers_tf.models.lowering import continual_model
+from continual_transformers_tf.models.streaming_model import StreamingModel
+from continual_transformers_tf.session import Session
+
+
+def load_model(path):
+    """Read a Keras model from a `.keras` file, or another that Keras reads."""
+    return keras.saving.load_model(path, compile=False)
+
+
+def pack(model, path, *, weights_dtype=None, cache_dtype=None, seq_len=None):
+    """Write a model file, and return a `Session` of what was written.
+
+    Args:
+        model, weights_dtype, cache_dtype, seq_len: as `ct.Session` has them.
+        path: where to write it.
+    """
+    options = {"weights_dtype": weights_dtype, "cache_dtype": cache_dtype, "seq_len": seq_len}
+    Session(model, **options).save(path)
+    return Session.load(path)
+
+
+def streaming_twin(model, seq_len=None):
+    """The model as it streams in Keras, with outputs from the first step on as a session has them.
+
+    Args:
+        model, seq_len: as `ct.Session` has them.
+    """
+    return StreamingModel(continual_model(model, seq_len), warm_up="partial")
+
+
+def describe_cost(model, session, seq_len=None):
+    """Say in two lines what a step costs, and what a stream keeps."""
+    of_step = cost(continual_model(model, seq_len))
+    return (
+        f"a step: {of_step.multiplications:,} multiplications, {of_step.additions:,} additions, "
+        f"{of_step.exponentials:,} exponentials\n"
+        f"a stream: {session.state_bytes:,} bytes; receptive field {session.receptive_field} "
+        f"steps, delay {session.delay}"
+    )
+
+
+def read_recordings(path, session):
+    """Read recordings to stream: for each input of a session an array `(streams, T, ...)`.
+
+    Args:
+        path: a `.npy` file with the array of the only input, or an `.npz` file with an array for
+            each input, by name. One stream's axis may be left out.
+
+    Raises:
+        ValueError: if they do not fit the model's inputs.
+    """
+    found = np.load(path, allow_pickle=False)
+    arrays = [found] if isinstance(found, np.ndarray) else found
+    names = [spec.name for spec in session.inputs]
+    if not isinstance(found, np.ndarray):
+        if set(found.files) != set(names):
+            raise ValueError(
+                f"Expected {path} to have an array for each of the model's inputs, {names}, but "
+                f"got {found.files}"
+            )
+        arrays = [found[name] for name in names]
+    elif len(names) > 1:
+        raise ValueError(
+            f"Expected an .npz file with an array for each of the model's inputs, {names}, but got "
+            f"the one array in {path}"
+        )
+    recordings = []
+    for spec, array in zip(session.inputs, arrays, strict=True):
+        if array.ndim == 1 + len(spec.shape):
+            array = array[None]
+        if array.ndim != 2 + len(spec.shape) or array.shape[2:] != spec.shape:
+            shape = ", ".join(map(str, spec.shape))
+            raise ValueError(
+                f"Expected recordings of {spec.name} of shape (T, {shape}) or (streams, T, "
+                f"{shape}), but got {array.shape} in {path}"
+            )
+        if not (
+            np.can_cast(array.dtype, spec.dtype, "same_kind") and array.size and array.dtype != "O"
+        ):
+            raise ValueError(
+                f"Expected recordings of {spec.name} to be {spec.dtype} and not empty, but got "
+                f"{array.dtype} of shape {array.shape} in {path}"
+            )
+        recordings.append(np.ascontiguousarray(array, spec.dtype))
+    if len({array.shape[:2] for array in recordings}) > 1:
+        shapes = [array.shape for array in recordings]
+        raise ValueError(
+            f"Expected as many streams and steps of every input, but got shapes {shapes} in {path}"
+        )
+    return recordings
+
+
+class Comparison(NamedTuple):
+    """What streaming the same recordings through a Keras model and a session gave.
+
+    Attributes:
+        streams, steps: how much was streamed.
+        difference: the largest between two outputs; NaN where only one of them is NaN.
+        largest: the largest output of the Keras model.
+    """
+
+    streams: int
+    steps: int
+    difference: float
+    largest: float
+
+    def __str__(self):
+        return (
+            f"checked: {self.streams} streams of {self.steps} steps, largest difference "
+            f"{self.difference:.3g} where outputs go up to {self.largest:.3g}"
+        )
+
+
+def compare(model, session, recordings, seq_len=None):
+    """Stream recordings through a Keras model and through a session of it, and compare.
+
+    Args:
+        model, seq_len: as `ct.Session` has them.
+        session: a `Session` of the model.
+        recordings: as `read_recordings` gives them.
+
+    Returns:
+        A `Comparison`.
+    """
+    twin = streaming_twin(model, seq_len)
+    structure = twin._graph.model._inputs_struct
+    if isinstance(structure, (list, tuple)) and len(structure) == 1:
+        structure = structure[0]
+    outputs = twin.call_steps(keras.tree.pack_sequence_as(structure, recordings))
+    by_keras = [np.asarray(y) for y in keras.tree.flatten(outputs)]
+    streams, steps = recordings[0].shape[:2]
+    ids = session.open(streams)
+    taken = []
+    for t in range(steps):
+        step = [np.ascontiguousarray(x[:, t]) for x in recordings]
+        outputs = session.step(keras.tree.pack_sequence_as(structure, step), ids)
+        taken.append(keras.tree.flatten(outputs))
+    session.close(ids)
+    differences, sizes = [], []
+    for i, expected in enumerate(by_keras):
+        # With a delay Keras gives no outputs for the first steps.
+        got = np.stack([outputs[i] for outputs in taken], axis=1)[:, -expected.shape[1] :]
+        expected = expected.astype(np.float64)
+        differences.append(np.max(np.abs(got - expected), initial=0, where=got != expected))
+        sizes.append(np.max(np.abs(expected), initial=0))
+    return Comparison(streams, steps, float(np.max(differences)), float(np.max(sizes)))
