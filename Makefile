@@ -12,7 +12,8 @@ BIN := .venv/bin
 RUN_BAZEL := bazel/offline/configure.sh && PATH="$(CURDIR)/$(BIN):$$PATH" $(BAZEL)
 TENSORFLOW = $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('cc/library.bzl')['TENSORFLOW_DEFAULT'])")
 FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc cc/*/*/*.h cc/*/*/*.cc cuda/*.cu cuda/*.cuh cuda/*.h \
-  tests/cc/*.h tests/cc/*.cc tests/gpu/emulator/*.h benchmarks/cc/*.cc examples/cpp/*.cc)
+  tests/cc/*.h tests/cc/*.cc tests/gpu/emulator/*.h benchmarks/cc/*.cc examples/*/*.cc \
+  python/continual_transformers_tf/include/*.h python/continual_transformers_tf/include/*/*.h)
 
 .PHONY: demo test test-torch test-slow lint format bazel-build bazel-cuda bazel-test sanitize bench bench-cc \
   cuda-resources gpu wheel clean
@@ -47,9 +48,9 @@ format: .venv/installed
 bazel-build: .venv/installed
 	$(RUN_BAZEL) build $(BAZEL_FLAGS) //...
 
-# The library with kernels for GPUs.
+# The op library with kernels for GPUs.
 bazel-cuda: .venv/installed
-	$(RUN_BAZEL) build $(BAZEL_FLAGS) --config=cuda //cc:libcontinual_transformers.so
+	$(RUN_BAZEL) build $(BAZEL_FLAGS) --config=cuda //cc:op_library
 
 bazel-test: .venv/installed
 	$(RUN_BAZEL) test $(BAZEL_FLAGS) //...
@@ -92,8 +93,9 @@ clean:
 
 # TensorFlow first: the op library is then built for it, and not for one that pip would fetch for the
 # build alone. With kernels for GPUs where there is an nvcc; CONTINUAL_TRANSFORMERS_CUDA=0 leaves them
-# out.
-.venv/installed: .venv/bin/python setup.py pyproject.toml $(wildcard cc/*.bzl cc/*/* cc/*/*/* cuda/*.*)
+# out. What has not changed since the last build is not compiled again.
+.venv/installed: .venv/bin/python setup.py pyproject.toml \
+  $(wildcard cc/*.bzl cc/*.lds cc/*/* cc/*/*/* cuda/*.* tools/*.py)
 	$(BIN)/python -m pip install --quiet "tensorflow-cpu==$(TENSORFLOW).*"
 	$(BIN)/python -m pip install --quiet --editable ".[cpu,demo,test]"
 	touch $@

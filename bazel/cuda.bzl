@@ -50,6 +50,7 @@ cuda_configure = repository_rule(
     implementation = _cuda_configure_impl,
     attrs = {
         "_lists": attr.label(default = "//cc:library.bzl"),
+        "_object_files": attr.label(default = "//tools:object_files.py"),
         "_script": attr.label(default = "//cuda:nvcc.py"),
     },
     environ = ["CONTINUAL_TRANSFORMERS_CUDA_ARCHITECTURES", "CUDA_HOME", "PATH"],
@@ -67,7 +68,7 @@ def cuda_library(name, srcs, hdrs, attention_hdrs):
                   "$(location %s) $@" % source,
             message = "Compiling for GPUs",
             tags = ["manual"],
-            tools = ["nvcc.py", "//cc:library.bzl"],
+            tools = ["nvcc.py", "//cc:library.bzl", "//tools:object_files.py"],
         )
     native.cc_library(
         name = name,

@@ -24,6 +24,8 @@ def _tensorflow_configure_impl(repository_ctx):
         folder + "/libtensorflow_framework.so.2",
         "libtensorflow_framework.so.2",
     )
+    minor = ".".join(version.split(".")[:2])
+    repository_ctx.file("version.bzl", 'MINOR = "%s"\n' % minor, executable = False)
     repository_ctx.template(
         "BUILD",
         repository_ctx.attr._build_file,

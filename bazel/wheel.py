@@ -1,10 +1,9 @@
-"""Packs the library that Bazel built into a wheel: `bazel run //bazel:wheel -- FOLDER`.
+"""Packs the libraries that Bazel built into a wheel: `bazel run //bazel:wheel -- FOLDER`.
 
 The metadata is setup.py's, as for pip; only the compiler is not called a second time.
 """
 
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -12,18 +11,20 @@ import tempfile
 from pathlib import Path
 
 RUNFILES = Path(__file__).parent.parent
-LIBRARY_NAME = runpy.run_path(str(RUNFILES / "cc" / "library.bzl"))["LIBRARY_NAME"]
-LIBRARY = RUNFILES / "python" / "continual_transformers_tf" / LIBRARY_NAME
+PACKAGE = RUNFILES / "python" / "continual_transformers_tf"
 
 
 def main(folder):
     # Relative to where `bazel run` was typed, not to where Bazel runs this.
     folder = Path(os.environ.get("BUILD_WORKING_DIRECTORY", "."), folder)
     with tempfile.TemporaryDirectory() as tree:
-        library = shutil.copy(LIBRARY, Path(tree, "prebuilt.so"))
+        prebuilt = Path(tree, "prebuilt")
+        prebuilt.mkdir()
+        for library in PACKAGE.glob("*.so"):
+            shutil.copy(library, prebuilt)
         for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
             shutil.copy(RUNFILES / name, tree)
-        for name in ("cc", "cuda", "python"):
+        for name in ("cc", "cuda", "python", "tools"):
             shutil.copytree(
                 RUNFILES / name,
                 Path(tree, name),
@@ -34,7 +35,7 @@ def main(folder):
                 *(sys.executable, "-m", "pip", "wheel", tree),
                 *("--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)),
             ],
-            env={**os.environ, "CONTINUAL_TRANSFORMERS_PREBUILT_LIBRARY": library},
+            env={**os.environ, "CONTINUAL_TRANSFORMERS_PREBUILT": str(prebuilt)},
             check=True,
         )
 
