@@ -16,7 +16,7 @@ import tensorflow as tf
 from click.testing import CliRunner
 
 import continual_transformers_tf as ct
-from continual_transformers_tf import cli
+from continual_transformers_tf import cli, native
 from continual_transformers_tf.ops import library
 
 PACKAGE = Path(ct.__file__).parent
@@ -57,7 +57,7 @@ def copied_package(tmp_path):
 @pytest.fixture
 def anew(monkeypatch):
     """The loader as if it had never been asked: a new process takes seconds to start."""
-    caches = (library._load, library._warn_once, library.native_library)
+    caches = (library._load, library._warn_once)
 
     def forget():
         for cache in caches:
@@ -164,6 +164,64 @@ def test_without_its_library_everything_runs_and_one_warning_says_why(
     result = CliRunner().invoke(cli.main, ["info"])
     assert result.exit_code == 1
     assert "fused kernels: none" in result.output
+
+
+def test_a_library_for_another_tensorflow_is_named(copied_package, monkeypatch, anew):
+    break_library(copied_package, "missing")
+    for minor in ("10.2", "9.21"):
+        (copied_package / library.LIBRARY_NAME.replace(library.MINOR, minor)).touch()
+    monkeypatch.setattr(library, "LIBRARY_PATH", copied_package / library.LIBRARY_NAME)
+    monkeypatch.setattr(native, "PACKAGE", copied_package)
+    there = r"does not exist; there are op libraries for TensorFlow 9\.21, 10\.2\. To build it"
+    assert re.search(there, ct.ops.load_error())
+
+
+def test_the_op_library_needs_the_core_library_beside_it(copied_package):
+    (copied_package / native.CORE_LIBRARY_PATH.name).unlink()
+    output = run(copied_package)
+    assert "kernels: []" in output
+    assert re.search(f"error: .*could not be loaded: .*{native.CORE_LIBRARY_PATH.name}", output)
+
+
+def shown_by(path):
+    """The names that a library shows to others, as they are in the source."""
+    command = ["nm", "--dynamic", "--demangle", "--defined-only", path]
+    listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [line.split(" ", 2)[2] for line in listed.splitlines()]
+
+
+def needed_by(path):
+    listed = subprocess.run(["readelf", "-d", path], check=True, capture_output=True, text=True)
+    return re.findall(r"\(NEEDED\).*\[(.*)\]", listed.stdout)
+
+
+def test_the_core_library_links_neither_tensorflow_nor_python():
+    needed = needed_by(native.CORE_LIBRARY_PATH)
+    assert needed
+    assert not [name for name in needed if "tensorflow" in name or "python" in name]
+
+
+def test_the_core_library_shows_its_own_names_only():
+    shown = shown_by(native.CORE_LIBRARY_PATH)
+    assert "continual_transformers_target" in shown
+    assert any(
+        "continual_transformers::SingleOutputAttention<float, float>" in name for name in shown
+    )
+    ours = re.compile(r"(.* )?continual_transformers::|(ct|continual_transformers)_\w+$")
+    assert not [name for name in shown if not ours.match(name)]
+    assert not [name for name in shown if name.startswith("std::") or "nlohmann" in name]
+
+
+def test_the_op_library_has_no_kernels_inside():
+    assert native.CORE_LIBRARY_PATH.name in needed_by(library.LIBRARY_PATH)
+    assert not [
+        name for name in shown_by(library.LIBRARY_PATH) if "continual_transformers::" in name
+    ]
+    text = subprocess.run(
+        ["nm", "--demangle", library.LIBRARY_PATH], check=True, capture_output=True, text=True
+    ).stdout
+    assert "continual_transformers::" in text
+    assert not re.search("N_(AVX2|AVX3|SSE2)::", text)
 
 
 @pytest.mark.slow
