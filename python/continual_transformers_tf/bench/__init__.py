@@ -1,1 +1,1 @@
-"""The race: a step of the whole layer against every rival, and against its bound."""
+"""The races: a step of a whole model, and of the whole layer, against every rival and its bound."""

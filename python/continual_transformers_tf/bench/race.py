@@ -15,13 +15,20 @@ RECOMPUTED_UP_TO = 1024  # Beyond this window a recomputed step takes long to sh
 
 
 class Rival:
-    """A worker's process."""
+    """A worker's process.
 
-    def __init__(self, name, threads):
+    Args:
+        name: the rival's.
+        threads: how many it may use.
+        command: what starts a worker, without those two; None: `worker.py`.
+    """
+
+    def __init__(self, name, threads, command=None):
         self.name = name
-        command = [sys.executable, "-m", "continual_transformers_tf.bench.worker", name]
+        if command is None:
+            command = [sys.executable, "-m", "continual_transformers_tf.bench.worker"]
         self._process = subprocess.Popen(
-            [*command, str(threads)],
+            [*command, name, str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -29,7 +36,7 @@ class Rival:
         )
 
     def ask(self, what, **arguments):
-        """An answer of the worker: a dict, in which "missing" or "error" say what is wrong."""
+        """Return the worker's answer: a dict, in which "missing" or "error" says what is wrong."""
         try:
             self._process.stdin.write(json.dumps([what, arguments]) + "\n")
             self._process.stdin.flush()

@@ -1,7 +1,8 @@
-"""What the race found: a table, a picture, the goals, and the page of the docs."""
+"""What the races found: tables, a picture, the goals, and the page of the docs."""
 
 from collections import defaultdict
 
+from continual_transformers_tf.bench import model_report
 from continual_transformers_tf.bench.rivals import DESCRIPTIONS, MODULES
 from continual_transformers_tf.bench.sizes import Size, goals
 
@@ -57,22 +58,61 @@ def _cell(rivals, name):
     return text if name == "ours" or not ours else f"{text} ({median / ours['median']:.2g})"
 
 
+def tables(found):
+    """What is printed: a list of rich.table.Table.
+
+    Args:
+        found: a dict with what `race.run` gave as "layers" and what `model_race.run` gave as
+            "models", or one of them.
+    """
+    made = []
+    if "models" in found:
+        models = found["models"]
+        made += [model_report.table(models, count) for count in _threads(models)]
+        made.append(model_report.goals_table(models))
+    if "layers" in found:
+        made += [table(found["layers"], count) for count in _threads(found["layers"])]
+    return [one for one in made if one is not None]
+
+
+def _threads(part):
+    return sorted({entry["threads"] for entry in part["results"]})
+
+
 def markdown(found):
-    """docs/benchmarks.md, whole."""
-    machine, versions = found["machine"], found["versions"]
+    """docs/benchmarks.md, whole. Its argument is that of `tables`."""
+    machine, versions = {}, {}
+    for part in found.values():
+        machine.update(part["machine"])
+        versions.update(part["versions"])
     lines = [
         "# Benchmarks",
         "",
         "Written by `make bench` (`continual-transformers bench --markdown docs/benchmarks.md`): "
         "do not edit. Every rival runs in a process of its own; in each round all are timed one "
-        f"after another. Medians over {found['rounds']} rounds, in microseconds, and in brackets "
-        "how many times ours. Absolute times are of that machine on that day; the ratios are what "
-        "counts. That all rivals compute the same is tested: "
-        "`test_every_rival_computes_the_same`.",
+        "after another. Absolute times are of that machine on that day; the ratios are what counts.",
         "",
         "Machine: " + ", ".join(f"{key} {value}" for key, value in machine.items()) + ".",
         "",
         "Versions: " + ", ".join(f"{key} {value}" for key, value in sorted(versions.items())) + ".",
+        "",
+        "![whole models; latency against the window, and against streams](benchmarks.png)",
+    ]
+    if "models" in found:
+        lines += model_report.markdown_lines(found["models"])
+    if "layers" in found:
+        lines += _layers_section(found["layers"])
+    return "\n".join(lines) + "\n"
+
+
+def _layers_section(found):
+    lines = [
+        "",
+        "## The whole attention layer",
+        "",
+        f"One step of M streams. Medians over {found['rounds']} rounds, in microseconds, and in "
+        "brackets how many times `ours`. That all rivals compute the same is tested: "
+        "`test_every_rival_computes_the_same`.",
         "",
     ]
     if found["missing"]:
@@ -80,10 +120,9 @@ def markdown(found):
         lines.append("")
     lines += ["| rival | what it is |", "| --- | --- |"]
     lines += [f"| `{name}` | {text} |" for name, text in DESCRIPTIONS.items()]
-    threads = sorted({entry["threads"] for entry in found["results"]})
-    for count in threads:
+    for count in _threads(found):
         sizes = rows(found, threads=count)
-        lines += ["", f"## One step of the whole layer, {count} thread{'s'[: count > 1]}", ""]
+        lines += ["", f"### {count} thread{'s'[: count > 1]}", ""]
         lines += _markdown_table(
             ["", *(str(size) for size, _ in sizes)],
             [
@@ -92,15 +131,13 @@ def markdown(found):
                 if any(name in rivals for _, rivals in sizes)
             ],
         )
-    lines += ["", "![latency against the window, and against streams](benchmarks.png)"]
-    lines += _goals_section(found) + _growth_section(found) + _memory_section(found)
-    return "\n".join(lines) + "\n"
+    return lines + _goals_section(found) + _growth_section(found) + _memory_section(found)
 
 
 def _goals_section(found):
     lines = [
         "",
-        "## Goals",
+        "### Goals",
         "",
         "How many times faster `ours` is than a rival, one thread; and how many times faster a "
         "plain read of rings and weights in float32 is, which no step in float32 can beat.",
@@ -164,7 +201,7 @@ def _growth_section(found):
         if not sizes:
             continue
         names = [name for name in MODULES if any(name in rivals for _, rivals in sizes)]
-        lines += ["", f"## {title}", ""]
+        lines += ["", f"### {title}", ""]
         lines += _markdown_table(
             ["size", *(f"`{name}`" for name in names)],
             [[str(size), *(_cell(rivals, name) for name in names)] for size, rivals in sizes],
@@ -176,7 +213,7 @@ def _memory_section(found):
     what = (
         "The state against the arithmetic of the ring, and what the process grew by over 200 steps."
     )
-    lines = ["", "## Memory", "", what + " In bytes.", ""]
+    lines = ["", "### Memory", "", what + " In bytes.", ""]
     return lines + _markdown_table(
         ["size", "ring", "state", "×", "growth"],
         [
@@ -197,14 +234,31 @@ def _markdown_table(head, body):
 
 
 def draw(path, found):
-    """The picture: latency against the window and against streams, log-log, and the table."""
+    """Draw whole models, and the layer: its latency against window and streams, and its table.
+
+    Its argument is that of `tables`.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    figure = plt.figure(figsize=(18, 6 * len(found)), layout="constrained")
+    parts = figure.subfigures(len(found), 1, squeeze=False)[:, 0]
+    for part, (name, drawn) in zip(parts, sorted(found.items(), reverse=True), strict=True):
+        if name == "models":
+            model_report.draw_bars(part.subplots(), drawn)
+        else:
+            _draw_layers(part, drawn)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_layers(figure, found):
+    import matplotlib.pyplot as plt
+
     colours = dict(zip(MODULES, plt.get_cmap("tab20").colors, strict=False))
-    figure, axes = plt.subplots(1, 3, figsize=(18, 6), width_ratios=[1, 1, 1.4])
+    axes = figure.subplots(1, 3, width_ratios=[1, 1, 1.4])
     lines = {}
     for axis, part, letter in ((axes[0], "windows", "seq_len"), (axes[1], "streams", "streams")):
         curves = defaultdict(list)
@@ -221,8 +275,8 @@ def draw(path, found):
             )
         axis.set(xscale="log", yscale="log", ylabel="µs a step")
         axis.grid(alpha=0.3, which="both")
-    axes[0].set(xlabel="N, steps in the window (E=128, H=4)", title="The window")
-    axes[1].set(xlabel="streams in one call (N=64, E=128, H=4)", title="Streams")
+    axes[0].set(xlabel="N, steps in the window (E=128, H=4)", title="A layer: the window")
+    axes[1].set(xlabel="streams in one call (N=64, E=128, H=4)", title="A layer: streams")
     sizes = rows(found)
     names = [name for name in MODULES if any(name in rivals for _, rivals in sizes)]
     width = 0.85 / max(1, len(names))
@@ -238,8 +292,5 @@ def draw(path, found):
             label=name,
         )
     axes[2].set_xticks(range(len(sizes)), [str(size) for size, _ in sizes], rotation=30, ha="right")
-    axes[2].set(yscale="log", ylabel="µs a step", title="The table, one thread")
-    figure.legend(lines.values(), lines, loc="lower center", ncols=6, frameon=False)
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    axes[2].set(yscale="log", ylabel="µs a step", title="A layer: the table, one thread")
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=6, frameon=False)

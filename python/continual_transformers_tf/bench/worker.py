@@ -9,6 +9,18 @@ import sys
 import time
 
 STEPS = 64  # Inputs that are prepared, and taken in turn.
+VERSIONED = (
+    "tensorflow",
+    "tensorflow-cpu",
+    "keras",
+    "torch",
+    "continual-inference",
+    "onnxruntime",
+    "jax",
+    "sequence-layers",
+    "numpy",
+    "continual-transformers-tf",
+)
 
 
 class Worker:
@@ -65,14 +77,18 @@ class Worker:
         return {"state": state, "growth": _resident() - before}
 
     def versions(self):
-        from importlib import metadata
+        return installed_versions()
 
-        names = ("tensorflow", "tensorflow-cpu", "keras", "torch", "continual-inference")
-        found = {}
-        for name in (*names, "onnxruntime", "numpy", "continual-transformers-tf"):
-            with contextlib.suppress(metadata.PackageNotFoundError):
-                found[name] = metadata.version(name)
-        return found
+
+def installed_versions():
+    """The versions of what rivals are made of, as far as it is installed: a dict."""
+    from importlib import metadata
+
+    found = {}
+    for name in VERSIONED:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _resident():
@@ -80,7 +96,8 @@ def _resident():
         return int(statm.read().split()[1]) * resource.getpagesize()
 
 
-def main():
+def main(make_worker=Worker):
+    """Answer requests until standard input ends."""
     name, threads = sys.argv[1], int(sys.argv[2])
     # Before anything is imported that would read them. Who waits must not spin: others are timed.
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -88,7 +105,7 @@ def main():
     os.environ.update(OMP_WAIT_POLICY="passive", KMP_BLOCKTIME="0", TF_CPP_MIN_LOG_LEVEL="3")
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # What libraries print is no answer.
-    worker = Worker(name, threads)
+    worker = make_worker(name, threads)
     for line in sys.stdin:
         what, arguments = json.loads(line)
         try:

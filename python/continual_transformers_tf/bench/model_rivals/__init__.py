@@ -60,7 +60,8 @@ class Contestant(NamedTuple):
         convert: from NumPy.
         output: outputs to NumPy.
         windows: whether a step is a call on the window of the N newest steps, in which the blocks
-            before the last one see no further back. It is then compared at the first full window.
+            before the last one see no further back. It then begins with the first N - 1 steps in
+            its window, and is compared at the first that is full.
         positions: whether it has the positional encoding.
     """
 
@@ -156,13 +157,15 @@ def checked_steps(size, windows):
     return size.seq_len if windows else size.receptive_field + 3
 
 
-def reference(size, steps, positions=True):
-    """The outputs of the last of so many steps of a new stream, in float64: (rows, [rows, 10]).
+def checked_rows(size):
+    """Whose outputs are compared: the first stream's and the last one's. No row sees another."""
+    return sorted({0, size.streams - 1})
 
-    Only of the first and the last stream: no row depends on another.
-    """
+
+def reference(size, steps, positions=True):
+    """The outputs of the last of so many steps of new streams, in float64: [checked rows, 10]."""
     weights = weights_of(size)
-    rows = sorted({0, size.streams - 1})
+    rows = checked_rows(size)
     taken = np.arange(steps)
     x = inputs_of(size)[taken % STEPS][:, rows].astype(np.float64)
 
@@ -191,7 +194,7 @@ def reference(size, steps, positions=True):
         hidden = dense(x, block.feed_forward)
         hidden = hidden * 0.5 * (1 + _erf(hidden / np.sqrt(2)))
         x = norm(x + dense(hidden, block.feed_forward_output), block.output_norm)
-    return rows, dense(x[-1], weights.classifier)
+    return dense(x[-1], weights.classifier)
 
 
 def _erf(x):

@@ -8,6 +8,7 @@ import continual_transformers_tf as ct
 from continual_transformers_tf.bench.model_rivals import (
     EPSILON,
     Contestant,
+    inputs_of,
     weights_of,
 )
 from continual_transformers_tf.bench.sizes import MODEL_OUTPUTS
@@ -109,7 +110,9 @@ def _with_weights(layer, x, weights):
 def _keras_windows(size, weights, threads, jit_compile=False):
     _set_threads(threads)
     model = _regular_model(size, weights)
-    window = tf.zeros((size.streams, size.seq_len, size.features))
+    first = np.resize(inputs_of(size), (size.seq_len, size.streams, size.features))
+    # The row before the first goes with the first step.
+    window = tf.constant(np.roll(first, 1, axis=0).swapaxes(0, 1))
 
     @tf.function(jit_compile=jit_compile)
     def call(window, x):

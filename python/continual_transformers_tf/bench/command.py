@@ -1,0 +1,115 @@
+"""`continual-transformers bench`."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+PATH = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.command()
+@click.option("--layers", is_flag=True, help="Race only the whole attention layer.")
+@click.option("--models", is_flag=True, help="Race only whole models.")
+@click.option("--quick", is_flag=True, help="Tiny sizes for a moment: to see that it works.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(1, 2),
+    show_default=True,
+    help="How many each rival may use.",
+)
+@click.option("--only", multiple=True, metavar="RIVAL", help="Who takes part.  [default: all]")
+@click.option(
+    "--programs",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="build/bench",
+    show_default=True,
+    help="Where benchmarks/build_cc.py has built the C++ programs.",
+)
+@click.option("--json", "json_path", type=PATH, help="Where to write everything.")
+@click.option("--from-json", type=PATH, help="Report what was written there, and run nothing.")
+@click.option("--picture", type=PATH, help="Where to draw it.")
+@click.option("--markdown", type=PATH, help="Where to write the page of the docs.")
+def bench(
+    layers,
+    models,
+    quick,
+    rounds,
+    threads,
+    only,
+    programs,
+    json_path,
+    from_json,
+    picture,
+    markdown,
+):
+    """Race whole models and whole attention layers against every other way to take a step."""
+    try:
+        import matplotlib  # noqa: F401
+        import rich.console
+    except ModuleNotFoundError as missing:
+        raise click.ClickException(
+            f"{missing.name} is missing: `pip install '.[bench]'` in a checkout"
+        ) from missing
+    from continual_transformers_tf.bench import model_race, race, report
+    from continual_transformers_tf.bench.model_rivals import MODEL_MODULES
+    from continual_transformers_tf.bench.rivals import MODULES
+
+    both = layers == models
+    taking_part = {
+        **(MODEL_MODULES if both or models else {}),
+        **(MODULES if both or layers else {}),
+    }
+    unknown = set(only) - set(taking_part)
+    if unknown:
+        raise click.BadParameter(f"expected rivals of {', '.join(taking_part)}, but got {unknown}")
+    if from_json:
+        found = json.loads(from_json.read_text())
+    else:
+        found = {}
+        if both or models:
+            arguments = (threads, rounds, quick, only, programs)
+            found["models"] = _with_progress(model_race.run, *arguments)
+        if both or layers:
+            found["layers"] = _with_progress(race.run, threads, rounds, quick, only)
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 200)
+    for made in report.tables(found):
+        console.print(made)
+    for part in found.values():
+        for name, why in part["missing"].items():
+            console.print(f"{name} did not take part: {_reason(why)}", markup=False)
+    for path, write in (
+        (json_path, lambda path: path.write_text(json.dumps(found, indent=1) + "\n")),
+        (picture, lambda path: report.draw(path, found)),
+        (markdown, lambda path: path.write_text(report.markdown(found))),
+    ):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path)
+            console.print(f"written: {path}")
+
+
+def _with_progress(run, *arguments):
+    import rich.console
+    import rich.progress
+
+    columns = (*rich.progress.Progress.get_default_columns(),)
+    with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done, total, now):
+            bar.update(task, completed=done, total=total, description=now)
+
+        return run(*arguments, show)
+
+
+def _reason(why):
+    if "missing" not in why:
+        return why["error"]
+    if "`" in why["missing"]:  # It says itself what to do.
+        return f"there is no {why['missing']}"
+    return f"there is no {why['missing']}: pip install '.[bench]' in a checkout"

@@ -1,0 +1,154 @@
+"""Races whole models: every contestant in a process of its own, one timed after another, in rounds.
+
+Before it is timed, each contestant's outputs are compared with a float64 reference.
+"""
+
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from continual_transformers_tf.bench import model_rivals
+from continual_transformers_tf.bench.race import Rival, machine
+from continual_transformers_tf.bench.sizes import MODEL_QUICK, MODEL_TABLE
+
+PROGRAM = "model_benchmark"
+BUILD = "python benchmarks/build_cc.py"
+WORKER = [sys.executable, "-m", "continual_transformers_tf.bench.model_worker"]
+
+
+def contestants(only, threads):
+    """The names of those that take part."""
+    return [
+        name
+        for name in model_rivals.MODEL_MODULES
+        if (not only or name in only) and (threads == 1 or name not in model_rivals.ONE_THREAD)
+    ]
+
+
+def run(threads, rounds, quick, only, programs, progress):
+    """The whole race.
+
+    Args:
+        threads: list of ints, how many threads each contestant may use.
+        rounds: int.
+        quick: whether to run tiny sizes for a moment, to see that it works.
+        only: the names of contestants that take part; empty: all.
+        programs: the folder of the C++ programs, which `benchmarks/build_cc.py` builds.
+        progress: called with (done, of how many, what comes now).
+
+    Returns:
+        A dict that is JSON.
+    """
+    sizes = MODEL_QUICK if quick else MODEL_TABLE
+    plan = [(count, size, contestants(only, count)) for count in threads for size in sizes]
+    total = sum(len(names) for *_, names in plan) * rounds
+    race = _Race(rounds, quick, Path(programs), progress, total)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            results = [race.of_size(Path(folder), *planned) for planned in plan]
+        versions = race.versions()
+    finally:
+        race.stop()
+    progress(total, total, "done")
+    return {
+        "machine": machine(),
+        "versions": versions,
+        "rounds": rounds,
+        "missing": race.missing,
+        "results": results,
+    }
+
+
+class _Race:
+    def __init__(self, rounds, quick, programs, progress, total):
+        self._rounds, self._programs = rounds, programs
+        self._burst = dict(seconds=0.01, least=2) if quick else dict(seconds=0.15, least=3)
+        self._progress, self._total, self._done = progress, total, 0
+        self._processes = {}
+        self.missing = {}
+
+    def of_size(self, folder, threads, size, names):
+        """Race the contestants of a size: its entry in the results."""
+        folder = folder / str(size).replace(" ", "_")
+        self._write(folder, size)
+        bursts = {}
+        for name in names:
+            self._progress(self._done, self._total, f"{size}, {name} gets ready")
+            problem = self._prepare(name, threads, size, folder)
+            if problem:
+                self.missing[name] = problem
+                self._done += self._rounds
+            else:
+                bursts[name] = []
+        for _ in range(self._rounds):
+            for name, found in bursts.items():
+                self._progress(self._done, self._total, f"{size}, {name}")
+                found.append(self._processes[name, threads].ask("burst", **self._burst))
+                self._done += 1
+        rivals = {}
+        for name, found in bursts.items():
+            medians = [burst["median"] for burst in found]
+            rivals[name] = {
+                "median": statistics.median(medians),
+                "least": min(medians),
+                "most": max(medians),
+            }
+        return {"threads": threads, "size": size._asdict(), "rivals": rivals}
+
+    def _write(self, folder, size):
+        """The model as contestants read it that do not make it themselves."""
+        if folder.exists():
+            return
+        folder.mkdir()
+        weights = model_rivals.weights_of(size).arrays()
+        np.concatenate([array.ravel() for array in weights]).tofile(folder / "weights.bin")
+        model_rivals.inputs_of(size).tofile(folder / "inputs.bin")
+
+    def _prepare(self, name, threads, size, folder):
+        """Make a contestant ready to be timed: {} or what is wrong."""
+        if name.startswith("session") and not (folder / "model.safetensors").exists():
+            answer = self._process("packer", 1).ask("pack", size=size, directory=str(folder))
+            if answer:
+                return answer
+        if model_rivals.MODEL_MODULES[name] == "native" and not self._program.exists():
+            return {"missing": f"{self._program}, which `{BUILD} {self._programs}` builds"}
+        process = self._process(name, threads)
+        answer = process.ask("prepare", size=size, directory=str(folder))
+        if answer:
+            return answer
+        answer = process.ask("check")
+        return compare(size, answer) if "outputs" in answer else answer
+
+    @property
+    def _program(self):
+        return self._programs / PROGRAM
+
+    def _process(self, name, threads):
+        if (name, threads) not in self._processes:
+            native = model_rivals.MODEL_MODULES.get(name) == "native"
+            command = [str(self._program)] if native else WORKER
+            self._processes[name, threads] = Rival(name, threads, command)
+        return self._processes[name, threads]
+
+    def versions(self):
+        found = {}
+        for process in self._processes.values():
+            found.update(process.ask("versions"))
+        return found
+
+    def stop(self):
+        for process in self._processes.values():
+            process.stop()
+
+
+def compare(size, answer):
+    """Compare a contestant's outputs with the reference: {} or what is wrong."""
+    expected = model_rivals.reference(size, answer["steps"], answer["positions"])
+    largest = np.abs(expected).max()
+    error = np.abs(np.array(answer["outputs"]) - expected).max() / largest
+    if error < model_rivals.TOLERANCE:  # Not so of NaN.
+        return {}
+    return {"error": f"expected its outputs within {model_rivals.TOLERANCE:g}, got {error:.2g}"}

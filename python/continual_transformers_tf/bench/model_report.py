@@ -1,0 +1,195 @@
+"""What the race of whole models found: a table, the goals, and their section in the docs."""
+
+from typing import NamedTuple
+
+from continual_transformers_tf.bench.model_rivals import MODEL_DESCRIPTIONS, MODEL_MODULES
+from continual_transformers_tf.bench.sizes import (
+    MODEL_BOUND_GOALS,
+    MODEL_GOALS,
+    PYTHON_GOAL,
+    ModelSize,
+)
+
+OURS = "session"
+
+
+class Goal(NamedTuple):
+    """A goal as measured.
+
+    Attributes:
+        size: a ModelSize.
+        what: what is measured.
+        goal, measured: numbers of `unit`.
+        at_least: whether the measured number is to be at least the goal, or at most.
+        unit: "×" or " µs".
+    """
+
+    size: ModelSize
+    what: str
+    goal: float
+    measured: float
+    at_least: bool
+    unit: str
+
+    @property
+    def reached(self):
+        return self.measured >= self.goal if self.at_least else self.measured <= self.goal
+
+    def cells(self):
+        sign = "≥" if self.at_least else "≤"
+        return [
+            str(self.size),
+            self.what,
+            f"{sign} {self.goal:g}{self.unit}",
+            f"{self.measured:.3g}{self.unit}",
+            "reached" if self.reached else "**not reached**",
+        ]
+
+
+def rows(models, threads):
+    """The results of a number of threads: a list of (ModelSize, dict from name to its figures)."""
+    return [
+        (ModelSize(**entry["size"]), entry["rivals"])
+        for entry in models["results"]
+        if entry["threads"] == threads
+    ]
+
+
+def check_goals(models):
+    """Every goal, of one thread, as far as it was measured: a list of Goal."""
+    found = []
+    for size, rivals in rows(models, 1):
+        medians = {name: figures["median"] for name, figures in rivals.items()}
+        for rival, goals in MODEL_GOALS.items():
+            if size.streams in goals and {OURS, rival} <= {*medians}:
+                ratio = medians[rival] / medians[OURS]
+                what = f"`{rival}` over `{OURS}`"
+                found.append(Goal(size, what, goals[size.streams], ratio, True, "×"))
+        if {"session_cpp", "bound"} <= {*medians} and size.streams in MODEL_BOUND_GOALS:
+            ratio = medians["session_cpp"] / medians["bound"]
+            goal = MODEL_BOUND_GOALS[size.streams]
+            found.append(Goal(size, "`session_cpp` over `bound`", goal, ratio, False, "×"))
+        if {OURS, "session_cpp"} <= {*medians}:
+            more = medians[OURS] - medians["session_cpp"]
+            what = f"`{OURS}` less `session_cpp`"
+            found.append(Goal(size, what, PYTHON_GOAL, more, False, " µs"))
+    return found
+
+
+def table(models, threads):
+    """A rich.table.Table: microseconds of a step, and how many times ours."""
+    import rich.table
+
+    title = f"One step of a whole model, {threads} thread(s), µs (× {OURS})"
+    made = rich.table.Table("", title=title)
+    head, body = _cells(models, threads)
+    for size in head:
+        made.add_column(size, justify="right")
+    for line in body:
+        made.add_row(*line)
+    return made
+
+
+def goals_table(models):
+    """A rich.table.Table of the goals, or None where none was measured."""
+    import rich.table
+
+    goals = check_goals(models)
+    if not goals:
+        return None
+    made = rich.table.Table("model", "", "goal", "measured", "", title="Goals, one thread")
+    for goal in goals:
+        made.add_row(*(cell.strip("*").replace("`", "") for cell in goal.cells()))
+    return made
+
+
+def _cells(models, threads):
+    sizes = rows(models, threads)
+    body = [
+        [name, *(_cell(rivals, name) for _, rivals in sizes)]
+        for name in MODEL_MODULES
+        if any(name in rivals for _, rivals in sizes)
+    ]
+    return [str(size) for size, _ in sizes], body
+
+
+def _cell(rivals, name):
+    if name not in rivals:
+        return ""
+    median, spread = rivals[name]["median"], _spread(rivals[name])
+    text = f"{number(median)}{spread}"
+    ours = rivals.get(OURS)
+    return text if name == OURS or not ours else f"{text} ({median / ours['median']:.2g}×)"
+
+
+def _spread(figures):
+    return f" [{number(figures['least'])}–{number(figures['most'])}]"
+
+
+def number(microseconds):
+    """As many digits as mean something."""
+    return f"{microseconds:.1f}" if microseconds < 100 else f"{microseconds:,.0f}"
+
+
+def markdown_lines(models):
+    """The section of the docs."""
+    lines = [
+        "",
+        "## Whole models",
+        "",
+        "One step of M streams of a model: dense → circular positional encoding → L encoder blocks "
+        "→ dense. F: features of the input; E: features inside, also between the two layers of "
+        "the feed-forward part. All take the same steps with the same weights. Before it is timed, "
+        "each contestant's outputs are compared with a float64 reference. "
+        f"Medians over {models['rounds']} rounds, in microseconds, with the least and the most of "
+        f"the rounds in brackets, and how many times `{OURS}`.",
+        "",
+        "| contestant | what it is |",
+        "| --- | --- |",
+        *(f"| `{name}` | {text} |" for name, text in MODEL_DESCRIPTIONS.items()),
+    ]
+    if models["missing"]:
+        lines.append("")
+        lines += [f"Did not take part: {name}: {why}." for name, why in models["missing"].items()]
+    for threads in sorted({entry["threads"] for entry in models["results"]}):
+        head, body = _cells(models, threads)
+        lines += ["", f"### {threads} thread{'s'[: threads > 1]}", ""]
+        lines += _markdown_table(["", *head], [[f"`{name}`", *cells] for name, *cells in body])
+    goals = check_goals(models)
+    if goals:
+        lines += ["", "### Goals, one thread", ""]
+        lines += _markdown_table(
+            ["model", "", "goal", "measured", ""], [goal.cells() for goal in goals]
+        )
+    return lines
+
+
+def _markdown_table(head, body):
+    lines = [head, ["---"] * len(head), *body]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def draw_bars(axis, models):
+    """A bar for every contestant and size, one thread, on a logarithmic axis."""
+    import matplotlib.pyplot as plt
+
+    sizes = rows(models, 1)
+    names = [name for name in MODEL_MODULES if any(name in rivals for _, rivals in sizes)]
+    width = 0.85 / max(1, len(names))
+    colours = dict(zip(MODEL_MODULES, plt.get_cmap("tab10").colors, strict=True))
+    for i, name in enumerate(names):
+        bars = [
+            (x, rivals[name]["median"]) for x, (_, rivals) in enumerate(sizes) if name in rivals
+        ]
+        axis.bar(
+            [x + (i - len(names) / 2) * width for x, _ in bars],
+            [median for _, median in bars],
+            width,
+            color="black" if name == "bound" else colours[name],
+            label=name,
+        )
+    labels = [str(size).replace(" H", "\nH") for size, _ in sizes]
+    axis.set_xticks(range(len(sizes)), labels)
+    axis.set(yscale="log", ylabel="µs a step", title="Whole models, one thread")
+    axis.grid(alpha=0.3, axis="y")
+    axis.legend(fontsize="small", ncols=2)

@@ -1,0 +1,77 @@
+"""The process of a contestant in the race of whole models; see `worker.py`."""
+
+import itertools
+import statistics
+import time
+from pathlib import Path
+
+from continual_transformers_tf.bench import worker
+
+CHUNK_SECONDS = 200e-6  # A sample of steps that are faster than this is of several.
+
+
+class ModelWorker:
+    def __init__(self, name, threads):
+        self._name, self._threads = name, threads
+
+    def pack(self, size, directory):
+        """Write the model file of a size."""
+        import continual_transformers_tf as ct
+        from continual_transformers_tf.bench.model_rivals.tensorflow_models import streaming_model
+        from continual_transformers_tf.bench.sizes import ModelSize
+
+        session = ct.Session(streaming_model(ModelSize(*size)))
+        session.save(str(Path(directory, "model.safetensors")))
+        return {}
+
+    def prepare(self, size, directory):
+        """Make the contestant of a size."""
+        from continual_transformers_tf.bench import model_rivals
+        from continual_transformers_tf.bench.sizes import ModelSize
+
+        self._contestant = self._inputs = None  # Those of the size before go first.
+        self._size = ModelSize(*size)
+        self._contestant = model_rivals.make(
+            self._name, self._size, self._threads, str(Path(directory, "model.safetensors"))
+        )
+        self._inputs = [self._contestant.convert(x) for x in model_rivals.inputs_of(self._size)]
+        return {}
+
+    def check(self):
+        """Take steps until the receptive field is full: the newest outputs of two streams."""
+        import numpy as np
+
+        from continual_transformers_tf.bench import model_rivals
+
+        contestant, size = self._contestant, self._size
+        steps = model_rivals.checked_steps(size, contestant.windows)
+        # A window begins with all steps but the newest.
+        for step in range(steps - 1 if contestant.windows else 0, steps):
+            outputs = contestant.step(self._inputs[step % len(self._inputs)])
+        outputs = np.asarray(contestant.output(outputs))
+        rows = outputs[model_rivals.checked_rows(size)]
+        return {"steps": steps, "outputs": rows.tolist(), "positions": contestant.positions}
+
+    def burst(self, seconds, least):
+        """Time steps: the median, in microseconds, of samples of one step or of several."""
+        step, inputs = self._contestant.step, itertools.cycle(self._inputs)
+        start = time.perf_counter()
+        step(next(inputs))
+        chunk = int(min(len(self._inputs), max(1, CHUNK_SECONDS / (time.perf_counter() - start))))
+        times = []
+        end = time.perf_counter() + seconds
+        while len(times) < least or time.perf_counter() < end:
+            # Beforehand: neither the slice nor the list is to be timed.
+            taken = list(itertools.islice(inputs, chunk))
+            start = time.perf_counter_ns()
+            for x in taken:
+                step(x)
+            times.append((time.perf_counter_ns() - start) / chunk)
+        return {"median": statistics.median(times) / 1e3, "steps": len(times) * chunk}
+
+    def versions(self):
+        return worker.installed_versions()
+
+
+if __name__ == "__main__":
+    worker.main(ModelWorker)
