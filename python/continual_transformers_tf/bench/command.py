@@ -60,10 +60,11 @@ def bench(
     from continual_transformers_tf.bench.rivals import MODULES
 
     both = layers == models
-    taking_part = {
-        **(MODEL_MODULES if both or models else {}),
-        **(MODULES if both or layers else {}),
-    }
+    taking_part = {}
+    if both or models:
+        taking_part.update(MODEL_MODULES)
+    if both or layers:
+        taking_part.update(MODULES)
     unknown = set(only) - set(taking_part)
     if unknown:
         raise click.BadParameter(f"expected rivals of {', '.join(taking_part)}, but got {unknown}")

@@ -21,7 +21,7 @@ class Goal(NamedTuple):
         what: what is measured.
         goal, measured: numbers of `unit`.
         at_least: whether the measured number is to be at least the goal, or at most.
-        unit: "×" or " µs".
+        unit: " µs", or the sign of a ratio.
     """
 
     size: ModelSize

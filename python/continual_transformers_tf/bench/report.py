@@ -90,7 +90,7 @@ def markdown(found):
         "",
         "Written by `make bench` (`continual-transformers bench --markdown docs/benchmarks.md`): "
         "do not edit. Every rival runs in a process of its own; in each round all are timed one "
-        "after another. Absolute times are of that machine on that day; the ratios are what counts.",
+        "after another. Absolute times are of that machine on that day; only the ratios count.",
         "",
         "Machine: " + ", ".join(f"{key} {value}" for key, value in machine.items()) + ".",
         "",
