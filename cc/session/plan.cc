@@ -214,6 +214,7 @@ class PlanParser {
     }
     node.op = entry->op;
     where_ = "node " + std::to_string(place) + " (" + Quoted(node.name) + ", " + op + ")";
+    reader.set_where(where_);
     ParseInputs(reader.List("inputs"), *entry, &node);
     ParseMasks(reader.Find("masks"), *entry, &node);
     ParseOutput(reader.List("outputs"), *entry, &node);

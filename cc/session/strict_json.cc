@@ -11,43 +11,58 @@ using nlohmann::json;
 
 constexpr size_t kDeepest = 64;
 
+// Sees a text before a value is made of it, so that what is refused costs no memory. (A callback of
+// json::parse could do the same, but makes it quadratic in the length of lists.)
+class Checker : public nlohmann::json_sax<json> {
+ public:
+  explicit Checker(const std::string& what) : what_(what) {}
+
+  bool start_object(size_t) override { return Open(); }
+  bool start_array(size_t) override { return Open(); }
+  bool end_object() override { return Close(); }
+  bool end_array() override { return Close(); }
+  bool key(std::string& key) override {
+    if (!open_.back().insert(key).second) Refuse(what_ + " has the key " + Quoted(key) + " twice");
+    return true;
+  }
+  bool null() override { return true; }
+  bool boolean(bool) override { return true; }
+  bool number_integer(int64_t) override { return true; }
+  bool number_unsigned(uint64_t) override { return true; }
+  bool number_float(double, const std::string&) override { return true; }
+  bool string(std::string&) override { return true; }
+  bool binary(json::binary_t&) override { return true; }
+  bool parse_error(size_t byte, const std::string&, const json::exception& error) override {
+    if (dynamic_cast<const json::out_of_range*>(&error) != nullptr) {
+      Refuse(what_ + " has a number that is too large");
+    }
+    Refuse(what_ + " is not JSON at byte " + std::to_string(byte) +
+           " (JSON has no NaN and no Infinity)");
+  }
+
+ private:
+  bool Open() {
+    if (open_.size() == kDeepest) {
+      Refuse(what_ + " has values nested deeper than " + std::to_string(kDeepest));
+    }
+    open_.emplace_back();
+    return true;
+  }
+  bool Close() {
+    open_.pop_back();
+    return true;
+  }
+
+  const std::string& what_;
+  std::vector<std::set<std::string>> open_;  // The keys of each open object; none for a list.
+};
+
 }  // namespace
 
 json ParseJson(const char* text, size_t bytes, const std::string& what) {
-  // One set for each object or list that is open; a list's stays empty.
-  std::vector<std::set<std::string>> open;
-  const auto check = [&](int, json::parse_event_t event, json& parsed) {
-    switch (event) {
-      case json::parse_event_t::object_start:
-      case json::parse_event_t::array_start:
-        if (open.size() == kDeepest) {
-          Refuse(what + " has values nested deeper than " + std::to_string(kDeepest));
-        }
-        open.emplace_back();
-        break;
-      case json::parse_event_t::object_end:
-      case json::parse_event_t::array_end:
-        open.pop_back();
-        break;
-      case json::parse_event_t::key:
-        if (!open.back().insert(parsed.get<std::string>()).second) {
-          Refuse(what + " has the key " + Quoted(parsed.get<std::string>()) + " twice");
-        }
-        break;
-      case json::parse_event_t::value:
-        break;
-    }
-    return true;
-  };
-  try {
-    return json::parse(text, text + bytes, check);
-  } catch (const json::parse_error& error) {
-    Refuse(what + " is not JSON at byte " + std::to_string(error.byte) +
-           " (JSON has no NaN and no Infinity)");
-  } catch (const json::exception&) {
-    // A number beyond double: the parser's only other complaint.
-    Refuse(what + " has a number that is too large");
-  }
+  Checker checker(what);
+  json::sax_parse(text, text + bytes, &checker);  // Throws where it is not so.
+  return json::parse(text, text + bytes);
 }
 
 std::string Quoted(const std::string& name) {

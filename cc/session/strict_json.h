@@ -41,6 +41,7 @@ class ObjectReader {
   void RefuseOthers() const;
 
   const std::string& where() const { return where_; }
+  void set_where(const std::string& where) { where_ = where; }
 
  private:
   const nlohmann::json& object_;
