@@ -40,8 +40,7 @@ Bytes Allocate(int64_t bytes) {
 
 }  // namespace
 
-class Arena {
- public:
+struct Arena::Data {
   // What one thread works in.
   struct Part {
     Bytes values, scratch;
@@ -54,6 +53,9 @@ class Arena {
   bool profiles = false;
   std::vector<double> seconds;  // Of each instruction.
 };
+
+Arena::Arena() : data_(std::make_unique<Data>()) {}
+Arena::~Arena() = default;
 
 class Executor::Impl {
  public:
@@ -75,16 +77,14 @@ class Executor::Impl {
   const ExecutorOptions options_;
   const CompiledPlan compiled_;
 
-  std::unique_ptr<Arena> NewArena() const {
-    auto arena = std::make_unique<Arena>();
+  void SizeArena(Arena::Data* arena) const {
     arena->parts.resize(pool_.threads());
     arena->seconds.resize(compiled_.instructions.size(), 0);
-    for (Arena::Part& part : arena->parts) {
+    for (Arena::Data::Part& part : arena->parts) {
       part.scratch = Allocate(compiled_.scratch_bytes);
       arena->bytes += compiled_.scratch_bytes;
       part.pointers.resize(file_->plan().values.size());
     }
-    return arena;
   }
 
   void Check(const StepCall& call) const {
@@ -98,7 +98,7 @@ class Executor::Impl {
     }
   }
 
-  void Step(const StepCall& call, Arena* arena) const {
+  void Step(const StepCall& call, Arena::Data* arena) const {
     const int64_t rows = call.streams * call.steps;
     if (rows == 0) return;
     const bool share = pool_.threads() > 1 && EstimatedCycles(rows) > kCyclesWorthThreads;
@@ -147,8 +147,8 @@ class Executor::Impl {
   }
 
   // Streams begin, ..., end - 1 of a call, so many at once that their rows are few.
-  void StepStreams(const StepCall& call, int64_t begin, int64_t end, ThreadPool* pool, Arena* arena,
-                   Arena::Part* part) const {
+  void StepStreams(const StepCall& call, int64_t begin, int64_t end, ThreadPool* pool,
+                   Arena::Data* arena, Arena::Data::Part* part) const {
     const int64_t steps = std::min(call.steps, kRowsAtOnce);
     const int64_t most = std::max<int64_t>(1, kRowsAtOnce / call.steps);
     const int64_t groups = (end - begin + most - 1) / most;
@@ -163,7 +163,8 @@ class Executor::Impl {
   }
 
   void RunFrame(const StepCall& call, int64_t first, int64_t streams, int64_t first_step,
-                int64_t steps, ThreadPool* pool, Arena* arena, Arena::Part* part) const {
+                int64_t steps, ThreadPool* pool, Arena::Data* arena,
+                Arena::Data::Part* part) const {
     const Plan& plan = file_->plan();
     const int64_t rows = streams * steps, row = first * call.steps + first_step;
     if (part->laid_out_for != rows) LayOutFor(rows, arena, part);
@@ -202,7 +203,7 @@ class Executor::Impl {
   }
 
   // Where every value that instructions write lies, for frames of so many rows.
-  void LayOutFor(int64_t rows, Arena* arena, Arena::Part* part) const {
+  void LayOutFor(int64_t rows, Arena::Data* arena, Arena::Data::Part* part) const {
     if (part->rows < rows) {
       part->values = Allocate(compiled_.arena_bytes_a_row * rows);
       arena->bytes += compiled_.arena_bytes_a_row * (rows - part->rows);
@@ -215,7 +216,7 @@ class Executor::Impl {
     part->laid_out_for = rows;
   }
 
-  void RunProfiled(const Frame& frame, Arena* arena) const {
+  void RunProfiled(const Frame& frame, Arena::Data* arena) const {
     auto before = std::chrono::steady_clock::now();
     for (size_t i = 0; i < compiled_.instructions.size(); ++i) {
       compiled_.instructions[i].instruction->Run(frame);
@@ -247,28 +248,34 @@ void Executor::InitBlock(char* block) const {
   }
 }
 
-std::unique_ptr<Arena> Executor::NewArena() const { return impl_->NewArena(); }
+std::unique_ptr<Arena> Executor::NewArena() const {
+  std::unique_ptr<Arena> arena(new Arena());
+  impl_->SizeArena(arena->data_.get());
+  return arena;
+}
 void Executor::Check(const StepCall& call) const { impl_->Check(call); }
-void Executor::Step(const StepCall& call, Arena* arena) const { impl_->Step(call, arena); }
+void Executor::Step(const StepCall& call, Arena* arena) const {
+  impl_->Step(call, arena->data_.get());
+}
 
 int64_t Executor::EstimatedNanoseconds(int64_t streams, int64_t steps) const {
   return static_cast<int64_t>(static_cast<double>(impl_->EstimatedCycles(streams * steps)) /
                               kCyclesANanosecond);
 }
 
-int64_t Executor::ArenaBytes(const Arena& arena) { return arena.bytes; }
+int64_t Executor::ArenaBytes(const Arena& arena) { return arena.data_->bytes; }
 
 void Executor::BeginProfile(Arena* arena) const {
-  arena->profiles = true;
-  std::fill(arena->seconds.begin(), arena->seconds.end(), 0);
+  arena->data_->profiles = true;
+  std::fill(arena->data_->seconds.begin(), arena->data_->seconds.end(), 0);
 }
 
 std::vector<Executor::ProfileEntry> Executor::EndProfile(Arena* arena) const {
-  arena->profiles = false;
+  arena->data_->profiles = false;
   std::vector<ProfileEntry> entries;
-  for (size_t i = 0; i < arena->seconds.size(); ++i) {
+  for (size_t i = 0; i < arena->data_->seconds.size(); ++i) {
     const auto& entry = impl_->compiled_.instructions[i];
-    entries.push_back({entry.name, entry.op, arena->seconds[i]});
+    entries.push_back({entry.name, entry.op, arena->data_->seconds[i]});
   }
   return entries;
 }

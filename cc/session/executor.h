@@ -42,7 +42,16 @@ struct StepCall {
 };
 
 // What is allocated beforehand for calls of up to so many rows; one for each call in progress.
-class Arena;
+class Arena {
+ public:
+  ~Arena();
+
+ private:
+  friend class Executor;
+  struct Data;
+  Arena();
+  std::unique_ptr<Data> data_;
+};
 
 class Executor {
  public:
