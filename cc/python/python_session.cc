@@ -239,7 +239,8 @@ void StreamIds::ReadArray(PyArrayObject* streams) {
   PyArrayObject* array = streams;
   const bool is_int64 = PyArray_TYPE(streams) == NPY_INT64 && PyArray_ISNOTSWAPPED(streams);
   if (!is_int64) {
-    if (!PyArray_ISINTEGER(streams) || !PyArray_CanCastSafely(PyArray_TYPE(streams), NPY_INT64)) {
+    // Ids have more than 32 bits, so that narrower integers are none.
+    if (!PyArray_EquivTypenums(PyArray_TYPE(streams), NPY_INT64)) {
       PyObject* name = PyObject_Str(reinterpret_cast<PyObject*>(PyArray_DESCR(streams)));
       const char* text = name ? PyUnicode_AsUTF8(name) : nullptr;
       const std::string got = text ? text : "another type";

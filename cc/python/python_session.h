@@ -80,7 +80,7 @@ struct ArraySpec {
 // Stream ids as a caller gave them.
 class StreamIds {
  public:
-  // `streams`: an int, a list or tuple of ints, or an array of integers. Throws PythonError.
+  // `streams`: an int, a list or tuple of ints, or an array of int64. Throws PythonError.
   explicit StreamIds(PyObject* streams);
   explicit StreamIds(int64_t count) { ids_.resize(count); }
   const StreamId* data() const { return ids_.data(); }

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
+from continual_transformers_tf.native import HOW_TO_BUILD
+
 try:
     from continual_transformers_tf import _session
     from continual_transformers_tf._session import (
@@ -24,10 +26,9 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        "continual_transformers_tf.Session needs the package's native library, which could not be "
-        f"loaded: {error}. Install a wheel of continual-transformers-tf that fits this Python and "
-        "machine; or, in a checkout and with a C++17 compiler (Debian and Ubuntu: `apt install "
-        "g++`), run `pip install --force-reinstall --no-deps --no-cache-dir .`"
+        "continual_transformers_tf.Session needs the package's native libraries, which could not "
+        f"be loaded: {error}. Install a wheel of continual-transformers-tf that fits this Python "
+        f"and machine. {HOW_TO_BUILD}"
     ) from error
 
 if TYPE_CHECKING:
@@ -263,7 +264,7 @@ class Session(_session.NativeSession):
         """
         self._save(os.fspath(path))
 
-    def load_weights(self, model: Any) -> None:
+    def load_weights(self, model: Any, *, seq_len: int | None = None) -> None:
         """Take other weights for the same model.
 
         Steps in progress end with the old weights, later ones have the new. Streams keep what they
@@ -271,6 +272,7 @@ class Session(_session.NativeSession):
 
         Args:
             model: a Keras model of the same architecture, or the path of a model file.
+            seq_len: as the constructor has it; None: the window of this session's attention.
 
         Raises:
             OtherModelError: a ValueError, if the model is another one.
@@ -279,25 +281,12 @@ class Session(_session.NativeSession):
         if isinstance(model, (str, bytes, os.PathLike)):
             self._load_weights_path(_checked_path(model))
             return
-        attention = self._seq_len()
-        self._load_weights_bytes(_lowered(model, attention, *self._file_dtypes()))
-
-    def _plan(self):
-        return json.loads(self._plan_json)
-
-    def _file_dtypes(self):
-        """The dtypes of caches and weights that the model file names."""
-        plan = self._plan()
-        return plan["cache_dtype"], plan["weights_dtype"]
-
-    def _seq_len(self):
-        """The window of the model's attention, if all of it has the same."""
-        windows = {
-            node["attributes"]["window"]
-            for node in self._plan()["nodes"]
-            if "window" in node.get("attributes", {})
-        }
-        return windows.pop() if len(windows) == 1 else None
+        plan = json.loads(self._plan_json)
+        if seq_len is None:
+            windows = {node["attributes"].get("window") for node in plan["nodes"]} - {None}
+            seq_len = windows.pop() if len(windows) == 1 else None
+        data = _lowered(model, seq_len, plan["cache_dtype"], plan["weights_dtype"])
+        self._load_weights_bytes(data)
 
     @overload
     def open(self) -> int: ...
@@ -421,7 +410,9 @@ class Session(_session.NativeSession):
     def _states_from_keras(self, state):
         from continual_transformers_tf.models.keras_state import blocks_from_keras_state
 
-        blocks, positions = blocks_from_keras_state(self._plan(), self._state_entries(), state)
+        blocks, positions = blocks_from_keras_state(
+            json.loads(self._plan_json), self._state_entries(), state
+        )
         return [self._make_state(block, p) for block, p in zip(blocks, positions, strict=True)]
 
     @property
