@@ -20,10 +20,19 @@ struct Strides {
   int64_t head;
 };
 
-// T is what is computed in, float or double; C what keys and values are kept in: T, or under float
-// one of the types of half.h.
+// The strides of a ring [S, H, N, D] and of one [S, N, H, D].
+constexpr Strides HeadMajorRing(int64_t heads, int64_t window, int64_t size) {
+  return {heads * window * size, size, window * size};
+}
+constexpr Strides RowMajorRing(int64_t heads, int64_t window, int64_t size) {
+  return {heads * window * size, heads * size, size};
+}
+
+// What single-output and retroactive attention have in common: the new steps, and the rings that
+// they enter. T is what is computed in, float or double; C what keys and values are kept in: T, or
+// under float one of the types of half.h.
 template <typename T, typename C = T>
-struct SingleOutputParams {
+struct RingParams {
   // This call's projected steps.
   const T* query;  // [M, T, H, D]
   Strides query_strides;
@@ -35,22 +44,19 @@ struct SingleOutputParams {
   // attended to, now or later. Null: all.
   const bool* key_mask;  // [M, T]
 
-  // The streams' state. Step number p of a stream lives in row p mod N of its ring.
-  C* key_cache;             // [S, H, N, D]
-  C* value_cache;           // [S, H, N, Dv]
+  // The streams' state. Step number p of a stream lives in row p mod N of its ring. Along `step`
+  // the strides of a ring go from one row to the next. (cuda/ takes rings [S, H, N, D] only, and
+  // looks at no strides of theirs.)
+  C* key_cache;  // [S, H, N, D] or [S, N, H, D]
+  Strides key_cache_strides;
+  C* value_cache;  // [S, H, N, Dv] or [S, N, H, Dv]
+  Strides value_cache_strides;
   bool* key_mask_cache;     // [S, N]
   const int64_t* position;  // [S], steps taken before this call
   const int32_t* streams;   // [M], distinct, each in [0, S)
 
-  // Which columns of the window may be attended to, oldest first; null: all. The innermost axis, of
-  // size N, is contiguous.
-  const bool* mask;  // [M, H, T, N]
-  Strides mask_strides;
-
-  T* output;  // [M, T, H, Dv]
+  T* output;
   Strides output_strides;
-  T* scores;  // [M, H, T, N], oldest column first; null: not wanted
-  Strides scores_strides;
 
   int64_t num_streams;  // M
   int64_t num_steps;    // T
@@ -60,7 +66,19 @@ struct SingleOutputParams {
   int64_t value_dim;    // Dv
 
   T scale;            // what a logit, query . key, is multiplied by
-  bool update_state;  // false: attend as if the steps were taken, and leave the rings as they are
+  bool update_state;  // false: as if the steps were taken, but the state stays as it was
+};
+
+// The output is [M, T, H, Dv].
+template <typename T, typename C = T>
+struct SingleOutputParams : RingParams<T, C> {
+  // Which columns of the window may be attended to, oldest first; null: all. The innermost axis, of
+  // size N, is contiguous.
+  const bool* mask;  // [M, H, T, N]
+  Strides mask_strides;
+
+  T* scores;  // [M, H, T, N], oldest column first; null: not wanted
+  Strides scores_strides;
 
   // Where the N - 1 steps before this call are copied, oldest first, before any row is overwritten:
   // what a gradient needs of the rings. Steps that were never taken are zeros. Null: not wanted.

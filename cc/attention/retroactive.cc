@@ -51,12 +51,21 @@ HWY_BEFORE_NAMESPACE();
 namespace continual_transformers {
 namespace HWY_NAMESPACE {
 
+// A ring of one head of one stream.
+template <typename T>
+struct HeadRing {
+  T* rows;
+  int64_t stride;
+
+  T* operator[](int64_t row) const { return rows + row * stride; }
+};
+
 // The state of one head of one stream.
 template <typename T>
 struct HeadState {
-  T* query;
-  T* key;
-  T* value;
+  HeadRing<T> query;
+  HeadRing<T> key;
+  HeadRing<T> value;
   double* reference;
   double* denominator;
   double* peak;
@@ -95,19 +104,21 @@ class RetroactiveHead {
   RetroactiveHead(const RetroactiveParams<T>& params, int64_t pair, Scratch<T>* scratch)
       : p_(params), s_(*scratch), m_(pair / params.num_heads), h_(pair % params.num_heads) {
     const int64_t stream = params.streams[m_], n = params.window;
-    const int64_t ring = stream * params.num_heads + h_;
-    const int64_t key_size = n * params.key_dim, value_size = n * params.value_dim;
+    const int64_t pair_held = stream * params.num_heads + h_;
+    const auto ring = [&](T* base, const Strides& strides) {
+      return HeadRing<T>{base + stream * strides.stream + h_ * strides.head, strides.step};
+    };
     position_ = params.position[stream];
-    double* softmax = params.softmax + ring * 4 * n;
-    state_ = {params.query_cache + ring * key_size,
-              params.key_cache + ring * key_size,
-              params.value_cache + ring * value_size,
+    double* softmax = params.softmax + pair_held * 4 * n;
+    state_ = {ring(params.query_cache, params.query_cache_strides),
+              ring(params.key_cache, params.key_cache_strides),
+              ring(params.value_cache, params.value_cache_strides),
               softmax,
               softmax + n,
               softmax + 2 * n,
               softmax + 3 * n,
-              params.weighted_sum + ring * value_size};
-    if (!params.update_state) CopyState(key_size, value_size);
+              params.weighted_sum + pair_held * n * params.value_dim};
+    if (!params.update_state) CopyState();
     std::copy_n(params.key_mask_cache + stream * n, n, Mask());
     const MadeWith now = MadeWithOf(params);
     const double* then = params.made_with + 2 * stream;
@@ -126,18 +137,20 @@ class RetroactiveHead {
     return base + m_ * strides.stream + h_ * strides.head + t * strides.step;
   }
 
-  void CopyState(int64_t key_size, int64_t value_size) {
+  void CopyState() {
     const HeadState<T> real = state_;
     T* ring = s_.ring.data();
     double* sums = s_.sums.data();
-    const int64_t n = p_.window;
-    state_ = {ring,     ring + key_size, ring + 2 * key_size, sums,
-              sums + n, sums + 2 * n,    sums + 3 * n,        sums + 4 * n};
-    std::copy_n(real.query, key_size, state_.query);
-    std::copy_n(real.key, key_size, state_.key);
-    std::copy_n(real.value, value_size, state_.value);
+    const int64_t n = p_.window, d = p_.key_dim, dv = p_.value_dim;
+    state_ = {{ring, d}, {ring + n * d, d}, {ring + 2 * n * d, dv}, sums,
+              sums + n,  sums + 2 * n,      sums + 3 * n,           sums + 4 * n};
+    for (int64_t i = 0; i < n; ++i) {
+      std::copy_n(real.query[i], d, state_.query[i]);
+      std::copy_n(real.key[i], d, state_.key[i]);
+      std::copy_n(real.value[i], dv, state_.value[i]);
+    }
     std::copy_n(real.reference, 4 * n, state_.reference);
-    std::copy_n(real.weighted_sum, value_size, state_.weighted_sum);
+    std::copy_n(real.weighted_sum, n * dv, state_.weighted_sum);
   }
 
   void TakeStep(int64_t t) {
@@ -150,8 +163,8 @@ class RetroactiveHead {
       std::fill_n(output_ + column * p_.output_row_stride, dv, T(0));
     }
 
-    T* key = state_.key + row_ * d;
-    T* value = state_.value + row_ * dv;
+    T* key = state_.key[row_];
+    T* value = state_.value[row_];
     had_key_ = step >= n && Mask()[row_];
     has_key_ = p_.key_mask == nullptr || p_.key_mask[m_ * p_.num_steps + t];
     std::fill(s_.leaving_value.begin(), s_.leaving_value.end(), 0);
@@ -160,7 +173,7 @@ class RetroactiveHead {
       std::copy_n(key, d, s_.leaving_key.data());
       std::copy_n(value, dv, s_.leaving_value.data());
     }
-    std::copy_n(At(p_.query, p_.query_strides, t), d, state_.query + row_ * d);
+    std::copy_n(At(p_.query, p_.query_strides, t), d, state_.query[row_]);
     std::copy_n(At(p_.key, p_.key_strides, t), d, key);
     std::copy_n(At(p_.value, p_.value_strides, t), dv, value);
     Mask()[row_] = has_key_;
@@ -202,12 +215,13 @@ class RetroactiveHead {
   void UpdateRows() {
     T* HWY_RESTRICT fresh = s_.fresh_logits.data();
     T* HWY_RESTRICT leaving = s_.leaving_logits.data();
-    const T* fresh_key = state_.key + row_ * p_.key_dim;
+    const T* fresh_key = state_.key[row_];
+    const HeadRing<T>& queries = state_.query;
     if (had_key_) {
-      DotsOfTwo(fresh_key, s_.leaving_key.data(), state_.query, filled_, p_.key_dim, p_.scale,
-                fresh, leaving);
+      DotsOfTwo(fresh_key, s_.leaving_key.data(), queries.rows, queries.stride, filled_, p_.key_dim,
+                p_.scale, fresh, leaving);
     } else {
-      DotsOfOne(fresh_key, state_.query, filled_, p_.key_dim, p_.scale, fresh);
+      DotsOfOne(fresh_key, queries.rows, queries.stride, filled_, p_.key_dim, p_.scale, fresh);
     }
     WeighAgainstReferences(has_key_, fresh);
     WeighAgainstReferences(had_key_, leaving);
@@ -251,7 +265,8 @@ class RetroactiveHead {
     T* HWY_RESTRICT weights = s_.fresh_logits.data();
     const bool* mask = Mask();
     constexpr T kNotAttended = -std::numeric_limits<T>::infinity();
-    DotsOfOne(state_.query + i * p_.key_dim, state_.key, filled_, p_.key_dim, p_.scale, weights);
+    DotsOfOne(state_.query[i], state_.key.rows, state_.key.stride, filled_, p_.key_dim, p_.scale,
+              weights);
     T max = kNotAttended;
     for (int64_t j = 0; j < filled_; ++j) {
       if (!mask[j]) weights[j] = kNotAttended;
@@ -265,8 +280,8 @@ class RetroactiveHead {
     state_.reference[i] = reference;
     state_.denominator[i] = state_.peak[i] = denominator;
     state_.peak_sum[i] =
-        SumValues(state_.value, p_.value_dim, weights, mask, filled_, Normalizer(denominator),
-                  state_.weighted_sum + i * p_.value_dim, OutputOf(i));
+        SumValues(state_.value.rows, state_.value.stride, p_.value_dim, weights, mask, filled_,
+                  Normalizer(denominator), state_.weighted_sum + i * p_.value_dim, OutputOf(i));
   }
 
   // The output of a row without its softmax's state: as single-output attention computes it.
@@ -278,8 +293,10 @@ class RetroactiveHead {
     params.key_dim = p_.key_dim;
     params.value_dim = p_.value_dim;
     params.scale = p_.scale;
-    WindowPass<T, T> pass(state_.query + i * p_.key_dim, params, nullptr, nullptr, OutputOf(i));
-    pass.Attend({state_.key, p_.key_dim, state_.value, p_.value_dim, Mask(), filled_}, 0);
+    WindowPass<T, T> pass(state_.query[i], params, nullptr, nullptr, OutputOf(i));
+    pass.Attend({state_.key.rows, state_.key.stride, state_.value.rows, state_.value.stride, Mask(),
+                 filled_},
+                0);
     pass.Finish(0, p_.window);
   }
 

@@ -31,24 +31,24 @@ constexpr int64_t kPadding = 16;
 // overflow, and in double the sums of such weights are as good as any.
 constexpr double kMostAboveReference = 60;
 
-// logits[i] = scale * (vector . row i) for the rows of `size` elements that lie one after another;
-// and as many for a second vector, so that the rows are read once. What is added to a row's sums as
+// logits[i] = scale * (vector . row i) for rows of `size` elements that lie `stride` apart; and as
+// many for a second vector, so that the rows are read once. What is added to a row's sums as
 // a key comes must be taken away to the last bit as it leaves, so every logit of a pair of query
 // and key is the sum of the same products in the same order, wherever it is computed.
 template <typename T>
 HWY_INLINE void DotsOfTwo(const T* HWY_RESTRICT first, const T* HWY_RESTRICT second,
-                          const T* HWY_RESTRICT rows, int64_t count, int64_t size, T scale,
-                          T* HWY_RESTRICT first_logits, T* HWY_RESTRICT second_logits) {
+                          const T* HWY_RESTRICT rows, int64_t stride, int64_t count, int64_t size,
+                          T scale, T* HWY_RESTRICT first_logits, T* HWY_RESTRICT second_logits) {
   const hn::ScalableTag<T> d;
   using V = hn::Vec<decltype(d)>;
   const int64_t lanes = hn::Lanes(d);
   for (int64_t i = 0; i < count; i += kRowsPerDot) {
     // By name and not in arrays, which the compiler would keep in memory. Where rows are missing,
     // the last stands in.
-    const T* r0 = rows + i * size;
-    const T* r1 = r0 + (count - i > 1 ? size : 0);
-    const T* r2 = r1 + (count - i > 2 ? size : 0);
-    const T* r3 = r2 + (count - i > 3 ? size : 0);
+    const T* r0 = rows + i * stride;
+    const T* r1 = r0 + (count - i > 1 ? stride : 0);
+    const T* r2 = r1 + (count - i > 2 ? stride : 0);
+    const T* r3 = r2 + (count - i > 3 ? stride : 0);
     V a0 = hn::Zero(d), a1 = a0, a2 = a0, a3 = a0, b0 = a0, b1 = a0, b2 = a0, b3 = a0;
     int64_t at = 0;
     for (; at + lanes <= size; at += lanes) {
@@ -85,16 +85,16 @@ HWY_INLINE void DotsOfTwo(const T* HWY_RESTRICT first, const T* HWY_RESTRICT sec
 
 // The same for one vector: the same bits.
 template <typename T>
-HWY_INLINE void DotsOfOne(const T* HWY_RESTRICT vector, const T* HWY_RESTRICT rows, int64_t count,
-                          int64_t size, T scale, T* HWY_RESTRICT logits) {
+HWY_INLINE void DotsOfOne(const T* HWY_RESTRICT vector, const T* HWY_RESTRICT rows, int64_t stride,
+                          int64_t count, int64_t size, T scale, T* HWY_RESTRICT logits) {
   const hn::ScalableTag<T> d;
   using V = hn::Vec<decltype(d)>;
   const int64_t lanes = hn::Lanes(d);
   for (int64_t i = 0; i < count; i += kRowsPerDot) {
-    const T* r0 = rows + i * size;
-    const T* r1 = r0 + (count - i > 1 ? size : 0);
-    const T* r2 = r1 + (count - i > 2 ? size : 0);
-    const T* r3 = r2 + (count - i > 3 ? size : 0);
+    const T* r0 = rows + i * stride;
+    const T* r1 = r0 + (count - i > 1 ? stride : 0);
+    const T* r2 = r1 + (count - i > 2 ? stride : 0);
+    const T* r3 = r2 + (count - i > 3 ? stride : 0);
     V a0 = hn::Zero(d), a1 = a0, a2 = a0, a3 = a0;
     int64_t at = 0;
     for (; at + lanes <= size; at += lanes) {
@@ -227,13 +227,13 @@ HWY_INLINE double SumColumns(const T* HWY_RESTRICT value, int64_t stride,
 }
 
 template <typename T>
-double SumValues(const T* value, int64_t size, const T* weights, const bool* mask, int64_t count,
-                 double normalizer, double* sum, T* output) {
+double SumValues(const T* value, int64_t stride, int64_t size, const T* weights, const bool* mask,
+                 int64_t count, double normalizer, double* sum, T* output) {
   constexpr int64_t kLanes = hn::Lanes(hn::ScalableTag<double>());
   double largest = 0;
   int64_t at = 0;
   const auto columns = [&](auto sum_columns, size_t partial) HWY_ATTR {
-    largest = std::max(largest, sum_columns(value + at, size, weights, mask, count, normalizer,
+    largest = std::max(largest, sum_columns(value + at, stride, weights, mask, count, normalizer,
                                             sum + at, output + at, partial));
   };
   for (; at + 8 * kLanes <= size; at += 8 * kLanes) columns(SumColumns<8, T>, 0);

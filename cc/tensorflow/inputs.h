@@ -89,20 +89,22 @@ class AttentionState {
   // device's memory, positions are for its kernel to check, and p->streams is for the caller to
   // set.
   template <typename T, typename C>
-  absl::Status Fill(const tensorflow::Tensor* streams, SingleOutputParams<T, C>* p) {
+  absl::Status Fill(const tensorflow::Tensor* streams, RingParams<T, C>* p) {
     TF_RETURN_IF_ERROR(CheckSizes(p->num_streams, p->num_steps, p->num_heads, p->window, p->key_dim,
                                   p->value_dim, streams));
     if (device_ == nullptr) p->streams = streams->flat<int32_t>().data();
     p->position = position()->flat<int64_t>().data();
     p->key_cache = Data<C>(key());
+    p->key_cache_strides = HeadMajorRing(p->num_heads, p->window, p->key_dim);
     p->value_cache = Data<C>(value());
+    p->value_cache_strides = HeadMajorRing(p->num_heads, p->window, p->value_dim);
     p->key_mask_cache = key_mask()->flat<bool>().data();
     return absl::OkStatus();
   }
 
   // Advances the streams, in the host's memory, of a call that has been taken.
   template <typename T, typename C>
-  void Advance(const SingleOutputParams<T, C>& p) {
+  void Advance(const RingParams<T, C>& p) {
     if (!p.update_state) return;
     auto positions = position()->flat<int64_t>();
     for (int64_t m = 0; m < p.num_streams; ++m) positions(p.streams[m]) += p.num_steps;

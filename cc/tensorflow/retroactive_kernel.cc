@@ -51,10 +51,9 @@ class RetroactiveAttentionOp : public OpKernel {
                                {var(kSoftmax), "softmax", tensorflow::DT_DOUBLE},
                                {var(kWeightedSum), "weighted_sum", tensorflow::DT_DOUBLE},
                                {var(kMadeWith), "made_with", tensorflow::DT_DOUBLE}}));
-    SingleOutputParams<T, T> rings = {};  // What the two attentions have in common.
-    OP_REQUIRES_OK(ctx, FillRings(ctx, &state, &rings));
     RetroactiveParams<T> params = {};
-    OP_REQUIRES_OK(ctx, FillRows(rings, var(kQuery)->tensor(), var(kSoftmax)->tensor(),
+    OP_REQUIRES_OK(ctx, FillRings(ctx, &state, &params));
+    OP_REQUIRES_OK(ctx, FillRows(var(kQuery)->tensor(), var(kSoftmax)->tensor(),
                                  var(kWeightedSum)->tensor(), var(kMadeWith)->tensor(), &params));
     Tensor *output = nullptr, *steps_taken = nullptr;
     const int64_t m = params.num_streams, t = params.num_steps, h = params.num_heads;
@@ -72,11 +71,11 @@ class RetroactiveAttentionOp : public OpKernel {
     for (int64_t i = 0; i < m; ++i) {
       steps_taken->vec<int64_t>()(i) = params.position[params.streams[i]] + t;
     }
-    state.Advance(rings);
+    state.Advance(params);
   }
 
  private:
-  Status FillRings(OpKernelContext* ctx, AttentionState* state, SingleOutputParams<T, T>* p) const {
+  Status FillRings(OpKernelContext* ctx, AttentionState* state, RingParams<T>* p) const {
     const Tensor& query = ctx->input(0);
     const Tensor& key = ctx->input(1);
     const Tensor& value = ctx->input(2);
@@ -114,44 +113,25 @@ class RetroactiveAttentionOp : public OpKernel {
     return absl::OkStatus();
   }
 
-  Status FillRows(const SingleOutputParams<T, T>& rings, Tensor* query, Tensor* softmax,
-                  Tensor* weighted_sum, Tensor* made_with, RetroactiveParams<T>* p) const {
+  Status FillRows(Tensor* query, Tensor* softmax, Tensor* weighted_sum, Tensor* made_with,
+                  RetroactiveParams<T>* p) const {
     const int64_t held = made_with->dims() > 0 ? made_with->dim_size(0) : 0;
-    const int64_t h = rings.num_heads, n = rings.window;
-    TF_RETURN_IF_ERROR(ExpectShape("query_cache", *query, {held, h, n, rings.key_dim}));
+    const int64_t h = p->num_heads, n = p->window;
+    TF_RETURN_IF_ERROR(ExpectShape("query_cache", *query, {held, h, n, p->key_dim}));
     TF_RETURN_IF_ERROR(ExpectShape("softmax", *softmax, {held, h, 4, n}));
-    TF_RETURN_IF_ERROR(ExpectShape("weighted_sum", *weighted_sum, {held, h, n, rings.value_dim}));
+    TF_RETURN_IF_ERROR(ExpectShape("weighted_sum", *weighted_sum, {held, h, n, p->value_dim}));
     TF_RETURN_IF_ERROR(ExpectShape("made_with", *made_with, {held, 2}));
-    for (int64_t m = 0; m < rings.num_streams; ++m) {
-      if (rings.streams[m] >= held) {
+    for (int64_t m = 0; m < p->num_streams; ++m) {
+      if (p->streams[m] >= held) {
         return InvalidArgument("expected made_with of as many streams as key_cache, but got ",
                                made_with->shape().DebugString());
       }
     }
-    p->query = rings.query;
-    p->query_strides = rings.query_strides;
-    p->key = rings.key;
-    p->key_strides = rings.key_strides;
-    p->value = rings.value;
-    p->value_strides = rings.value_strides;
-    p->key_mask = rings.key_mask;
     p->query_cache = query->flat<T>().data();
-    p->key_cache = rings.key_cache;
-    p->value_cache = rings.value_cache;
-    p->key_mask_cache = rings.key_mask_cache;
-    p->position = rings.position;
-    p->streams = rings.streams;
+    p->query_cache_strides = HeadMajorRing(h, n, p->key_dim);
     p->softmax = softmax->flat<double>().data();
     p->weighted_sum = weighted_sum->flat<double>().data();
     p->made_with = made_with->flat<double>().data();
-    p->num_streams = rings.num_streams;
-    p->num_steps = rings.num_steps;
-    p->num_heads = h;
-    p->window = n;
-    p->key_dim = rings.key_dim;
-    p->value_dim = rings.value_dim;
-    p->scale = rings.scale;
-    p->update_state = update_state_;
     p->recompute = algorithm_ == "recompute" || (algorithm_ == "auto" && RecomputingIsFaster(*p));
     return absl::OkStatus();
   }

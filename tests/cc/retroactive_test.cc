@@ -22,6 +22,7 @@ namespace {
 struct Sizes {
   int64_t window, key_dim, value_dim;
   int64_t heads = 2;
+  bool row_major = false;  // Rings [S, N, H, D].
 };
 
 // A buffer of NaN whose data is not aligned to more than its element, with a NaN on either side.
@@ -92,6 +93,9 @@ class Streams {
     p.query_cache = query.data();
     p.key_cache = key.data();
     p.value_cache = value.data();
+    const auto ring = z.row_major ? RowMajorRing : HeadMajorRing;
+    p.query_cache_strides = p.key_cache_strides = ring(h, z.window, z.key_dim);
+    p.value_cache_strides = ring(h, z.window, z.value_dim);
     p.key_mask_cache = reinterpret_cast<bool*>(key_mask.data());
     p.position = position.data();
     p.streams = streams_.data();
@@ -244,6 +248,36 @@ TYPED_TEST(RetroactiveTest, Grid) {
           params.recompute = recompute;
           streams.Take(params);
           streams.Check(this->kBound);
+          if (this->HasFatalFailure()) return;
+        }
+      }
+    }
+  }
+}
+
+TYPED_TEST(RetroactiveTest, RingsOfEitherOrderGiveTheSameBits) {
+  for (bool recompute : {false, true}) {
+    for (int64_t n : {1, 2, 5, 17}) {
+      for (int64_t d : {3, 16, 33}) {
+        const Sizes sizes = {n, d, d + 2, /*heads=*/3};
+        Sizes transposed = sizes;
+        transposed.row_major = true;
+        typename TestFixture::OneStreams head_major(sizes, 3), row_major(transposed, 3);
+        for (int64_t t : {int64_t{1}, n, n + 5, int64_t{2}}) {
+          head_major.Draw({2, 0}, t);
+          row_major.Draw({2, 0}, t);
+          for (bool update_state : {false, true}) {
+            for (auto* streams : {&head_major, &row_major}) {
+              auto p = streams->Params();
+              p.recompute = recompute;
+              p.update_state = update_state;
+              const auto before = *streams;
+              streams->Take(p);
+              EXPECT_TRUE(update_state || streams->SameState(before));
+            }
+            EXPECT_TRUE(row_major.SameOutput(head_major));
+          }
+          row_major.Check(this->kBound);
           if (this->HasFatalFailure()) return;
         }
       }
