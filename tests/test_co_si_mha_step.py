@@ -146,8 +146,68 @@ def test_a_deep_copy_steps_by_itself(monkeypatch, random):
     assert copy.deepcopy(step) is None  # It would bind the first layer's variables.
 
 
+def test_what_a_layer_becomes_later_is_heeded(monkeypatch, random):
+    """Quantized to float8 it keeps its kernels; an encoder's activation may be another."""
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
+    layer, _ = pair(random=random, layer_options=dict(warm_up="partial"))
+    x = random.normal(size=(1, E)).astype("float32")
+    layer.call_step(x)
+    assert layer._one_op_step is not None
+    layer.value_dense.quantize("float8")
+    layer.call_step(x)
+    assert layer._one_op_step is None
+    encoder = ct.CoSiTransformerEncoder(N, E, H, 11, warm_up="partial")
+    encoder.call_step(x)
+    gelu = encoder.call_step(x, update_state=False).numpy()
+    encoder.feed_forward.activation = keras.activations.relu
+    relu = encoder.call_step(x, update_state=False).numpy()
+    assert reference.relative_error(relu, gelu) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        tuple, np.array, np.int32, np.int64, np.uint8, tf.constant,
+        lambda s: tf.constant(s, tf.int64), lambda s: np.repeat(s, 2)[::2],
+    ],
+    ids=["tuple", "array", "i4", "i8", "u1", "tensor", "i8 tensor", "strided"],
+)  # fmt: skip
+def test_streams_of_any_kind(backend, random, convert):
+    layer, _ = pair(random=random, layer_options=dict(warm_up="partial"))
+    layer.ensure_streams(9)
+    x = random.normal(size=(3, E)).astype("float32")
+    streams = [7, 0, 3]
+    expected = layer.call_step(x, streams=streams, update_state=False)
+    np.testing.assert_array_equal(layer.call_step(x, streams=convert(streams)), expected)
+    np.testing.assert_array_equal(layer.position, np.isin(range(9), streams))
+
+
+@pytest.mark.parametrize("convert", [
+    lambda x: x.astype("float64"), lambda x: x.astype("float16"), lambda x: x.tolist(),
+    lambda x: np.repeat(x, 2, 1)[:, ::2], np.asfortranarray, tf.Variable,
+    lambda x: tf.constant(x, tf.float64), lambda x: x.astype(">f4"),
+], ids=["float64", "float16", "list", "strided", "fortran", "variable", "float64 tensor",
+        "big-endian"])  # fmt: skip
+def test_inputs_of_any_kind(backend, random, convert):
+    layer, _ = pair(random=random, layer_options=dict(warm_up="partial"))
+    x = random.normal(size=(2, E)).astype("float16").astype("float32")
+    layer.call_step(x)
+    expected = layer.call_step(x, update_state=False)
+    np.testing.assert_array_equal(layer.call_step(convert(x)), expected)
+
+
+def test_no_later_step_writes_into_a_result(backend, random):
+    layer, _ = pair(random=random, layer_options=dict(warm_up="partial"))
+    x = random.normal(size=(2, E)).astype("float32")
+    output = layer.call_step(x)
+    kept = output.numpy().copy()
+    layer.call_step(2 * x)
+    np.testing.assert_array_equal(output, kept)
+
+
 @pytest.mark.parametrize("what", [
-    dict(streams=[0, 7]), dict(streams=[1, 1]), dict(streams=[0]), dict(key_mask=[True]),
+    dict(streams=[0, 7]), dict(streams=[1, 1]), dict(streams=[0]), dict(streams=[2**40, 0]),
+    dict(streams=[-1, 0]), dict(streams=[[0, 1]]), dict(streams=[0.5, 1.0]), dict(key_mask=[True]),
     dict(query_mask=[True, False, True]), dict(attention_mask=np.ones((2, N + 1), bool)),
     dict(attention_mask=np.ones((2, H, N), np.float32)),
 ], ids=str)  # fmt: skip

@@ -101,6 +101,22 @@ def test_one_op_is_the_several_ops(monkeypatch, random, rows, options):
     assert layers["fused"]._one_op_step is not None
 
 
+@pytest.mark.parametrize("scale", [1, 1e-3])
+@pytest.mark.parametrize("options", [dict(norm_first=True), dict(use_bias=False)], ids=str)
+def test_in_float64_with_small_variances(monkeypatch, random, scale, options):
+    """A rounded epsilon would be seen here: in the one op, and in plain TensorFlow."""
+    layer = ct.CoSiTransformerEncoder(N, E, H, FF, dtype="float64", warm_up="partial", **options)
+    layer.build((None, E))
+    layer.set_weights([random.normal(scale=0.4, size=w.shape) for w in layer.weights])
+    x = scale * random.normal(size=(2, E))
+    outputs = []
+    for backend in ("fused", "tensorflow"):
+        monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", backend)
+        layer._one_op_step = None
+        outputs.append(layer.call_step(x, update_state=False).numpy())
+    assert reference.relative_error(*outputs) < 1e-12
+
+
 def test_in_a_graph_and_exported_it_is_the_same_op(monkeypatch, random, layer):
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     x = random.normal(size=(2, E)).astype("float32")

@@ -43,7 +43,6 @@ def test_types_of_single_output_attention_on_a_gpu():
      {"key_cache", "value_cache", "key_mask_cache", "position", "streams", "scale"}),
     ("CoSiMultiHeadAttentionStep", {"variables", "streams"}),
     ("CoSiTransformerEncoderStep", {"variables", "streams"}),
-    ("BindVariables", {"variables", "bound"}),
 ])  # fmt: skip
 def test_what_an_op_on_a_gpu_wants_on_the_host(op, on_the_host):
     for kernel in gpu_kernels(op):
@@ -87,19 +86,6 @@ def test_many_rows_on_a_gpu_are_taken_by_several_ops(monkeypatch, random):
     monkeypatch.setattr(layer._stream_state, "device_type", "GPU")
     assert co_si_step.one_op_step(layer, False, few) is not None
     assert co_si_step.one_op_step(layer, False, many) is None
-
-
-@pytest.mark.cpu_only("the state is only said to be elsewhere")
-def test_a_step_is_called_directly_on_the_cpu_alone(monkeypatch, random):
-    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
-    layer, _ = pair(random=random, layer_options=dict(warm_up="partial"))
-    x = np.zeros((1, E), "float32")
-    layer.call_step(x)
-    assert layer._one_op_step._direct is not None
-    monkeypatch.setattr(layer._stream_state, "device_type", "GPU")
-    layer.convert_weights()
-    assert layer._one_op_step._direct is None
-    assert layer.call_step(x).shape == (1, E)
 
 
 @pytest.mark.parametrize("op", [library.SINGLE_OUTPUT, f"{PREFIX}RetroactiveAttention"])

@@ -1,5 +1,7 @@
 """Stacks of any depth: both kinds against regular encoders on windows."""
 
+import threading
+
 import keras
 import numpy as np
 import pytest
@@ -221,3 +223,36 @@ def test_bad_input_changes_nothing(backend, random, kind, call):
     for part, state in layer.get_state().items():
         for name, array in state.items():
             np.testing.assert_array_equal(array, before[part][name])
+
+
+def test_gradients_of_an_eager_step(backend, random):
+    layer = ct.TransformerEncoder(2, N, E, H, FF, kind="retroactive")
+    layer.call_steps(random.normal(size=(2, N, E)))
+    x = tf.constant(random.normal(size=(2, E)).astype("float32"))
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        loss = tf.reduce_sum(layer.call_step(x) ** 2)
+    assert np.abs(tape.gradient(loss, x)).max() > 0
+
+
+@pytest.mark.parametrize("kind", ["single_output", "retroactive"])
+def test_threads_step_streams_of_one_stack(backend, random, kind):
+    layer = ct.TransformerEncoder(2, N, E, H, FF, kind=kind)
+    layer.build((None, N, E))
+    streams, steps = 3, layer.receptive_field + 3
+    x = random.normal(size=(streams, steps, E)).astype("float32")
+    layer.ensure_streams(streams)
+    outputs = {}
+
+    def run(i):
+        outputs[i] = [layer.call_step(x[i : i + 1, t], streams=[i]) for t in range(steps)]
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(streams)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(streams):
+        assert outputs[i][layer.receptive_field - 2] is None
+        expected = layer.call_regular(x[i : i + 1, -layer.receptive_field :])[:, 0]
+        assert reference.relative_error(outputs[i][-1], expected) < 1e-5

@@ -58,7 +58,7 @@ class Call {
         attention_(step_.attention),
         state_(device->memory()) {}
 
-  Status Run(CoSiMhaStepOutputs* outputs) {
+  Status Run(tensorflow::OpKernelContext* ctx) {
     TF_RETURN_IF_ERROR(ReadWeights());
     TF_RETURN_IF_ERROR(LockState());
     TensorShape result_shape;
@@ -68,12 +68,12 @@ class Call {
     const int64_t rows = has_outputs ? attention_.num_streams : 0;
     result_shape.InsertDim(0, rows);
     Tensor* result;
-    TF_RETURN_IF_ERROR(outputs->Allocate(0, kDataType<T>, result_shape, &result));
+    TF_RETURN_IF_ERROR(ctx->allocate_output(0, result_shape, &result));
     step_.result = has_outputs ? result->flat<T>().data() : nullptr;
     if (options_.return_attention_scores) {
       const int64_t h = attention_.num_heads, n = attention_.window;
       Tensor* scores;
-      TF_RETURN_IF_ERROR(outputs->Allocate(1, kDataType<T>, {rows, h, n}, &scores));
+      TF_RETURN_IF_ERROR(ctx->allocate_output(1, {rows, h, n}, &scores));
       attention_.scores = has_outputs ? scores->flat<T>().data() : nullptr;
       attention_.scores_strides = BatchHeadTime(h, 1, n);
     }
@@ -272,12 +272,11 @@ class Call {
 
 }  // namespace co_si_mha_step_call
 
-// What keys, values and kernels are kept in is seen from the variables: a type attribute each would
-// be more for an eager call to set up.
+// What keys, values and kernels are kept in is seen from the variables.
 template <typename Device>
-absl::Status CallCoSiMhaStepOn(Device* device, const CoSiMhaStepOptions& options,
-                               const CoSiMhaStepInputs& inputs, const Variables& variables,
-                               CoSiMhaStepOutputs* outputs) {
+absl::Status CallCoSiMhaStep(Device* device, const CoSiMhaStepOptions& options,
+                             const CoSiMhaStepInputs& inputs, const Variables& variables,
+                             tensorflow::OpKernelContext* ctx) {
   using tensorflow::DataType;
   if (static_cast<int>(variables.size()) != options.variables()) {
     return InvalidArgument("expected ", options.variables(), " variables, but got ",
@@ -292,7 +291,7 @@ absl::Status CallCoSiMhaStepOn(Device* device, const CoSiMhaStepOptions& options
   const DataType kernel = dtype_of(CoSiMhaStepOptions::kCache + options.rings());
   const auto run = [&](auto t, auto c, auto w) {
     using Call = co_si_mha_step_call::Call<decltype(t), decltype(c), decltype(w), Device>;
-    return Call(options, inputs, variables, device).Run(outputs);
+    return Call(options, inputs, variables, device).Run(ctx);
   };
   if (compute == tensorflow::DT_DOUBLE && cache == compute && kernel == compute) {
     return run(double(), double(), double());

@@ -1,50 +1,16 @@
 #include "cc/tensorflow/co_si_mha_step_call.h"
 
-#include <cstdint>
 #include <string>
 
 #include "absl/status/status.h"
 #include "cc/attention/co_si_encoder_step.h"
-#include "cc/attention/co_si_mha_step.h"
-#include "cc/tensorflow/co_si_mha_step_call-inl.h"
 #include "cc/tensorflow/inputs.h"
+#include "tensorflow/core/framework/resource_handle.h"
+#include "tensorflow/core/framework/resource_mgr.h"
 
 namespace continual_transformers {
-namespace {
 
 using absl::Status;
-using tensorflow::Tensor;
-
-class Cpu {
- public:
-  explicit Cpu(const Threads& threads) : threads_(threads) {}
-
-  DeviceMemory* memory() { return nullptr; }
-
-  Status Positions(AttentionState* state, const int64_t** positions) {
-    *positions = state->position()->flat<int64_t>().data();
-    return absl::OkStatus();
-  }
-
-  template <typename T, typename C, typename W>
-  Status Take(const CoSiMhaStep<T, C, W>& step, const Tensor*, AttentionState* state) {
-    TakeCoSiMhaStep(step, threads_);
-    state->Advance(step.attention);
-    return absl::OkStatus();
-  }
-
-  template <typename T, typename C, typename W>
-  Status Take(const CoSiEncoderStep<T, C, W>& encoder, const Tensor*, AttentionState* state) {
-    TakeCoSiEncoderStep(encoder, threads_);
-    state->Advance(encoder.attention.attention);
-    return absl::OkStatus();
-  }
-
- private:
-  const Threads& threads_;
-};
-
-}  // namespace
 
 Status ReadCoSiMhaStepOptions(tensorflow::OpKernelConstruction* ctx, CoSiMhaStepOptions* options) {
   TF_RETURN_IF_ERROR(ctx->GetAttr("use_bias", &options->use_bias));
@@ -95,11 +61,15 @@ Status ReadCoSiMhaStepInputs(tensorflow::OpKernelContext* ctx, CoSiMhaStepInputs
   return OptionalInput(ctx, "key_mask", &inputs->key_mask);
 }
 
-Status CallCoSiMhaStep(const CoSiMhaStepOptions& options, const CoSiMhaStepInputs& inputs,
-                       const Variables& variables, const Threads& threads,
-                       CoSiMhaStepOutputs* outputs) {
-  Cpu cpu(threads);
-  return CallCoSiMhaStepOn(&cpu, options, inputs, variables, outputs);
+Status ReadVariables(tensorflow::OpKernelContext* ctx, Variables* variables) {
+  tensorflow::OpInputList handles;
+  TF_RETURN_IF_ERROR(ctx->input_list("variables", &handles));
+  for (const tensorflow::Tensor& handle : handles) {
+    variables->emplace_back();
+    TF_RETURN_IF_ERROR(
+        LookupResource(ctx, handle.scalar<tensorflow::ResourceHandle>()(), &variables->back()));
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace continual_transformers

@@ -1,4 +1,4 @@
-// A call of CoSiMultiHeadAttentionStep or CoSiTransformerEncoderStep, whoever makes it: check
+// A call of CoSiMultiHeadAttentionStep or CoSiTransformerEncoderStep, on any device: check
 // everything, allocate, call, and only then let the streams' positions advance. Whatever fails,
 // fails before any state has changed.
 
@@ -8,11 +8,11 @@
 #include <cstdint>
 #include <optional>
 
+#include "absl/container/inlined_vector.h"
 #include "absl/status/status.h"
 #include "cc/attention/co_si_encoder_step.h"
-#include "cc/attention/threads.h"
-#include "cc/tensorflow/bound_variables.h"
 #include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/resource_var.h"
 #include "tensorflow/core/framework/tensor.h"
 
 namespace continual_transformers {
@@ -49,40 +49,16 @@ struct CoSiMhaStepInputs {
   const tensorflow::Tensor *query, *value, *key, *streams, *attention_mask, *query_mask, *key_mask;
 };
 
-class CoSiMhaStepOutputs {
- public:
-  virtual ~CoSiMhaStepOutputs() = default;
-  // Makes output 0, the result, or 1, the scores.
-  virtual absl::Status Allocate(int index, tensorflow::DataType dtype,
-                                const tensorflow::TensorShape& shape,
-                                tensorflow::Tensor** tensor) = 0;
-};
+using Variables = absl::InlinedVector<tensorflow::core::RefCountPtr<tensorflow::Var>, 16>;
 
-// What the ops CoSiMultiHeadAttentionStep and CoSiTransformerEncoderStep are given: attributes, and
-// inputs but the variables; and where their outputs go.
+// What the ops are given: attributes, variables, and the other inputs.
 absl::Status ReadCoSiMhaStepOptions(tensorflow::OpKernelConstruction* ctx,
                                     CoSiMhaStepOptions* options);
 absl::Status ReadCoSiMhaStepInputs(tensorflow::OpKernelContext* ctx, CoSiMhaStepInputs* inputs);
 absl::Status ReadCoSiEncoderStepOptions(tensorflow::OpKernelConstruction* ctx,
                                         CoSiMhaStepOptions* options);
 absl::Status ReadCoSiEncoderStepInputs(tensorflow::OpKernelContext* ctx, CoSiMhaStepInputs* inputs);
-
-class CoSiMhaStepOpOutputs : public CoSiMhaStepOutputs {
- public:
-  explicit CoSiMhaStepOpOutputs(tensorflow::OpKernelContext* ctx) : ctx_(ctx) {}
-  absl::Status Allocate(int index, tensorflow::DataType, const tensorflow::TensorShape& shape,
-                        tensorflow::Tensor** tensor) override {
-    return ctx_->allocate_output(index, shape, tensor);
-  }
-
- private:
-  tensorflow::OpKernelContext* const ctx_;
-};
-
-// On the CPU.
-absl::Status CallCoSiMhaStep(const CoSiMhaStepOptions& options, const CoSiMhaStepInputs& inputs,
-                             const Variables& variables, const Threads& threads,
-                             CoSiMhaStepOutputs* outputs);
+absl::Status ReadVariables(tensorflow::OpKernelContext* ctx, Variables* variables);
 
 }  // namespace continual_transformers
 

@@ -1,6 +1,13 @@
 // The kernels of CoSiMultiHeadAttentionStep and CoSiTransformerEncoderStep on the CPU.
 
-#include "cc/tensorflow/bound_variables.h"
+#include <cstdint>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "cc/attention/co_si_encoder_step.h"
+#include "cc/attention/co_si_mha_step.h"
+#include "cc/attention/threads.h"
+#include "cc/tensorflow/co_si_mha_step_call-inl.h"
 #include "cc/tensorflow/co_si_mha_step_call.h"
 #include "cc/tensorflow/inputs.h"
 #include "cc/tensorflow/threads.h"
@@ -13,6 +20,36 @@ using absl::Status;
 using tensorflow::OpKernel;
 using tensorflow::OpKernelConstruction;
 using tensorflow::OpKernelContext;
+using tensorflow::Tensor;
+
+class Cpu {
+ public:
+  explicit Cpu(Threads threads) : threads_(std::move(threads)) {}
+
+  DeviceMemory* memory() { return nullptr; }
+
+  Status Positions(AttentionState* state, const int64_t** positions) {
+    *positions = state->position()->flat<int64_t>().data();
+    return absl::OkStatus();
+  }
+
+  template <typename T, typename C, typename W>
+  Status Take(const CoSiMhaStep<T, C, W>& step, const Tensor*, AttentionState* state) {
+    TakeCoSiMhaStep(step, threads_);
+    state->Advance(step.attention);
+    return absl::OkStatus();
+  }
+
+  template <typename T, typename C, typename W>
+  Status Take(const CoSiEncoderStep<T, C, W>& encoder, const Tensor*, AttentionState* state) {
+    TakeCoSiEncoderStep(encoder, threads_);
+    state->Advance(encoder.attention.attention);
+    return absl::OkStatus();
+  }
+
+ private:
+  const Threads threads_;
+};
 
 template <Status (*kReadOptions)(OpKernelConstruction*, CoSiMhaStepOptions*),
           Status (*kReadInputs)(OpKernelContext*, CoSiMhaStepInputs*)>
@@ -24,13 +61,12 @@ class StepOp : public OpKernel {
   }
 
   void Compute(OpKernelContext* ctx) override {
-    VariablesOfInput variables;
-    OP_REQUIRES_OK(ctx, variables.Look(ctx, "variables"));
+    Variables variables;
+    OP_REQUIRES_OK(ctx, ReadVariables(ctx, &variables));
     CoSiMhaStepInputs inputs;
     OP_REQUIRES_OK(ctx, kReadInputs(ctx, &inputs));
-    CoSiMhaStepOpOutputs outputs(ctx);
-    OP_REQUIRES_OK(ctx, CallCoSiMhaStep(options_, inputs, variables.all(), ThreadsOf(ctx->device()),
-                                        &outputs));
+    Cpu cpu(ThreadsOf(ctx->device()));
+    OP_REQUIRES_OK(ctx, CallCoSiMhaStep(&cpu, options_, inputs, variables, ctx));
   }
 
  private:

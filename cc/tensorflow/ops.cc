@@ -277,21 +277,6 @@ algorithm: "update" adds the new key to each row and takes the oldest away; "rec
 update_state: If false, the outputs are those of a real call, but the caches and positions stay.
 )doc");
 
-REGISTER_OP("ContinualTransformers>BindVariables")
-    .Input("variables: num_variables * resource")
-    .Output("bound: resource")
-    .Attr("num_variables: int >= 1")
-    .SetIsStateful()
-    .SetShapeFn([](InferenceContext* c) {
-      c->set_output(0, c->Scalar());
-      return absl::OkStatus();
-    })
-    .Doc(R"doc(
-Makes one resource of many variables, for eager ops, which spend time on every input.
-
-bound: Keeps the variables alive, and follows what is assigned to them.
-)doc");
-
 // The kernel checks what is not checked here.
 Status CoSiMultiHeadAttentionStepShape(InferenceContext* c) {
   const auto expect_rank = [c](const char* name, int rank) {
@@ -321,14 +306,13 @@ Status CoSiMultiHeadAttentionStepShape(InferenceContext* c) {
   };
   const DimensionHandle m = first_step > 0 ? c->UnknownDim() : c->Dim(c->input(0), 0);
   ShapeHandle cache = c->UnknownShapeOfRank(4), result = c->UnknownShape();
-  if (variables > 1) {
-    TF_RETURN_IF_ERROR(c->WithRank(shape_of_variable(0), 4, &cache));
-    const ShapeHandle kernel = shape_of_variable(variables - (use_bias ? 2 : 1));
-    if (c->RankKnown(kernel) && c->Rank(kernel) >= 2) {
-      ShapeHandle features;
-      TF_RETURN_IF_ERROR(c->Subshape(kernel, 2, &features));
-      TF_RETURN_IF_ERROR(c->Concatenate(c->Vector(m), features, &result));
-    }
+  TF_RETURN_IF_ERROR(c->WithRank(shape_of_variable(0), 4, &cache));
+  const int of_kernel = variables - (use_bias ? 2 : 1);
+  const ShapeHandle kernel = of_kernel < 0 ? c->UnknownShape() : shape_of_variable(of_kernel);
+  if (c->RankKnown(kernel) && c->Rank(kernel) >= 2) {
+    ShapeHandle features;
+    TF_RETURN_IF_ERROR(c->Subshape(kernel, 2, &features));
+    TF_RETURN_IF_ERROR(c->Concatenate(c->Vector(m), features, &result));
   }
   c->set_output(0, result);
   if (scores == 1) c->set_output(1, c->MakeShape({m, c->Dim(cache, 1), c->Dim(cache, 2)}));
@@ -369,7 +353,7 @@ single-output attention (arXiv 2201.06268) with logits query . key / sqrt(D), pr
 query: [M, E].
 value: None, which is the query, or one of shape [M, Ev].
 key: None, which is the value, or one of shape [M, Ek].
-variables: One resource that binds them, or in this order:
+variables: In this order:
   the rings, key [S, H, N, D] and value [S, H, N, Dv], of type T, or under float bfloat16 or half;
   bool [S, N], which steps have a key; int64 [S], the steps each stream has taken;
   with use_delay the queries that wait for their turn, [S, delay, H, D] of type T, bool [S, delay],
@@ -429,7 +413,7 @@ Takes one step of M streams through a transformer encoder block: the attention o
 CoSiMultiHeadAttentionStep, residual, layer norm, two dense layers, residual, layer norm.
 
 x: [M, E].
-variables: One resource that binds them, or in this order:
+variables: In this order:
   those of CoSiMultiHeadAttentionStep, without gate and delay;
   scale and offset, [E], of the layer norm of the attention;
   kernel and bias of the hidden layer, [E, F] and [F], and of the output, [F, E] and [E];

@@ -22,12 +22,10 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "emulated_ops"
 PACKAGE = "continual_transformers_tf"
 
-# The CPU's own kernels of the same ops, and the call past TensorFlow's runtime, which takes the
-# CPU's; the stream of an op, of which the CPU has none.
+# The CPU's own kernels of the same ops; and the stream of an op, of which the CPU has none.
 LEFT_OUT = {
     "tensorflow/single_output_kernel.cc",
     "tensorflow/co_si_mha_step_kernel.cc",
-    "tensorflow/direct_step.cc",
     "tensorflow/gpu/op_stream.cc",
 }
 NO_STREAM = """

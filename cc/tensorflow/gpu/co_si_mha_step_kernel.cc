@@ -7,7 +7,6 @@
 #include "absl/status/status.h"
 #include "cc/attention/co_si_encoder_step.h"
 #include "cc/attention/co_si_mha_step.h"
-#include "cc/tensorflow/bound_variables.h"
 #include "cc/tensorflow/co_si_mha_step_call-inl.h"
 #include "cc/tensorflow/co_si_mha_step_call.h"
 #include "cc/tensorflow/gpu/cuda_status.h"
@@ -108,13 +107,12 @@ class StepGpuOp : public OpKernel {
   }
 
   void Compute(OpKernelContext* ctx) override {
-    VariablesOfInput variables;
-    OP_REQUIRES_OK(ctx, variables.Look(ctx, "variables"));
+    Variables variables;
+    OP_REQUIRES_OK(ctx, ReadVariables(ctx, &variables));
     CoSiMhaStepInputs inputs;
     OP_REQUIRES_OK(ctx, kReadInputs(ctx, &inputs));
-    CoSiMhaStepOpOutputs outputs(ctx);
     Gpu gpu(ctx);
-    OP_REQUIRES_OK(ctx, CallCoSiMhaStepOn(&gpu, options_, inputs, variables.all(), &outputs));
+    OP_REQUIRES_OK(ctx, CallCoSiMhaStep(&gpu, options_, inputs, variables, ctx));
   }
 
  private:

@@ -4,7 +4,6 @@ import keras
 import tensorflow as tf
 
 from continual_transformers_tf.layers.co_re_mha import CoReMultiHeadAttention
-from continual_transformers_tf.layers.graphed_step import furthest, graphed_step
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
 from continual_transformers_tf.ops.delay import put_steps, windows_of
 from continual_transformers_tf.ops.stream_state import StreamState
@@ -64,7 +63,6 @@ class CoReTransformerEncoder(TransformerEncoderBlock):
         # What the residuals are of: the window's inputs.
         rows = {"window": ((max(1, seq_len - 1), embed_dim), self.compute_dtype)}
         self._window = StreamState(0, rows, name="inputs")
-        self._graphed_step = None  # Made at the first step that needs it.
 
     def call_regular(self, x, training=None, key_mask=None):
         """All outputs of whole windows; the streams' state plays no part.
@@ -96,13 +94,9 @@ class CoReTransformerEncoder(TransformerEncoderBlock):
             ValueError, tf.errors.InvalidArgumentError: if shapes, dtypes or streams do not fit. The
                 streams then go on as if the call had not been made.
         """
-        x = self._input(x, "step")
-        graph = graphed_step(self, [self], training)
-        if graph is not None:
-            outputs = graph(x, streams, update_state)
-            taken = furthest(self, x.shape[0], streams) + (0 if update_state else 1)
-            return outputs if self.active_warm_up == "partial" or taken >= self.seq_len else None
-        return self._take_step(x, training, streams, update_state)
+        steps = tf.expand_dims(self._input(x, "step"), 1)
+        outputs = self.call_steps(steps, training, streams=streams, update_state=update_state)
+        return None if outputs is None else tf.squeeze(outputs, 1)
 
     def call_steps(self, x, training=None, *, streams=None, update_state=True):
         """Takes T steps of M streams: the same outputs and state as T calls of `call_step`.
@@ -136,11 +130,6 @@ class CoReTransformerEncoder(TransformerEncoderBlock):
         if self.active_call_mode == "regular":
             return tuple(input_shape)
         return (*input_shape[:-1], self.seq_len, input_shape[-1])
-
-    def _take_step(self, x, training, streams, update_state):
-        steps = tf.expand_dims(x, 1)
-        outputs = self.call_steps(steps, training, streams=streams, update_state=update_state)
-        return None if outputs is None else tf.squeeze(outputs, 1)
 
     def _take_windows(self, x, streams, update_state):
         """Each step's window, `(M, T, N, E)`, and which of its steps were taken, `(M, T, N)`."""

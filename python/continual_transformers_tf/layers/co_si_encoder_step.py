@@ -1,14 +1,11 @@
-"""A step of `CoSiTransformerEncoder` as one op: no Keras call, nothing rebuilt per step."""
+"""A step of `CoSiTransformerEncoder` as one op."""
 
 import keras
 import numpy as np
-import tensorflow as tf
-from tensorflow.python.eager import context
-from tensorflow.python.framework.ops import EagerTensor
 
 from continual_transformers_tf.layers.co_si_step import OneOpStep
 from continual_transformers_tf.layers.inputs import check_features
-from continual_transformers_tf.ops.co_si_step import ENCODER_STEP, co_si_step
+from continual_transformers_tf.ops.co_si_step import ENCODER_STEP
 
 # How the op calls Keras' activations; a block with another takes its steps by several ops.
 ACTIVATIONS = {
@@ -59,8 +56,8 @@ class OneOpEncoderStep(OneOpStep):
 
     def _layer_attributes(self):
         layer = self._layer
-        bias = {} if layer.attention._use_bias else {"use_bias": False}
-        return bias | {
+        return {
+            "use_bias": layer.attention._use_bias,
             "norm_first": layer.norm_first,
             "activation": ACTIVATIONS.get(layer.feed_forward.activation),
             **epsilon_attributes(layer.attention_norm.epsilon),
@@ -73,19 +70,6 @@ class OneOpEncoderStep(OneOpStep):
             x: a tensor `(M, E)` of the compute dtype.
             streams, update_state: as `CoSiTransformerEncoder.call_step` has them.
         """
-        check_features("x", x, self._features)
-        cache, eager = self._cache, context.executing_eagerly()
-        rows = x.shape[0]
-        if streams is None:
-            cache.ensure_streams(tf.shape(x)[0] if rows is None else rows)
-        else:
-            streams = cache.streams_of_call(streams, rows)
-        first = self._first_step(self._attention.active_warm_up == "partial") if eager else 0
-        attributes = self._attributes_of(first, update_state)
-        inputs = (x, self._variables.op_inputs(eager), [] if streams is None else [streams])
-        with cache.lock:
-            result = co_si_step(self._fused, ENCODER_STEP, inputs, attributes)
-        # Of no streams at all there are no outputs either way.
-        if first > 1 and result.__class__ is EagerTensor and result._shape_tuple()[0] == 0:
-            return None
+        check_features("x", x, self._attention._features[0])
+        (result,) = self._call_op((x,), (), streams, update_state)
         return result

@@ -373,13 +373,6 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         """
         step = one_op_step(self, training, query)
         if step is not None:
-            if (
-                attention_mask is query_mask is value_mask is key_mask is None
-                and not return_attention_scores
-            ):
-                output = step.direct(query, value, key, use_causal_mask, streams, update_state)
-                if output is not NotImplemented:
-                    return output
             outputs = step(
                 return_attention_scores, query, value, key, attention_mask, query_mask,
                 value_mask, key_mask, use_causal_mask, streams, update_state,

@@ -1,14 +1,11 @@
-"""A step of `CoSiMultiHeadAttention` as one op: no Keras call, nothing rebuilt per step."""
+"""A step of `CoSiMultiHeadAttention` as one op."""
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.eager import context, record
-from tensorflow.python.framework.ops import EagerTensor
+from tensorflow.python.eager import record
 
-from continual_transformers_tf.layers.continual_layer import always_partial_here
 from continual_transformers_tf.layers.inputs import check_features, check_same_rows, step_input
-from continual_transformers_tf.ops.co_si_step import MHA_STEP, BoundVariables, co_si_step
-from continual_transformers_tf.ops.direct_step import direct_step
+from continual_transformers_tf.ops.co_si_step import MHA_STEP, co_si_step, handles
 from continual_transformers_tf.ops.library import fused_ops, has_kernel, in_xla
 from continual_transformers_tf.ops.single_output import expand_key_mask, expand_mask
 
@@ -40,9 +37,7 @@ class OneOpStep:
         self._dense = self.dense_layers(layer)
         # A layer that is quantized, or given a low-rank addition, has another kernel than here.
         self._kernels = tuple(dense._kernel for dense in self._dense)
-        self._features = self._attention._features[0]
         self._narrow = None
-        self._attributes = {}
         self._masks = {causal: fixed_mask(self._attention, causal) for causal in (False, True)}
         self.convert_weights()
 
@@ -115,12 +110,7 @@ class OneOpStep:
             rings = [cache.query, cache.query_mask]
             rings += [cache.gate] if attention._use_gate else []
         state = [cache.key, cache.value, cache.key_mask, cache.position]
-        self._variables = BoundVariables(self._fused, state + rings + self._weights(kernels))
-        double = self._dtype == tf.float64
-        self._direct = None
-        if cache.device_type == "CPU":
-            attributes = self._layer_attributes()
-            self._direct = direct_step(self._variables, attributes, self.encoder, double)
+        self._variables = tuple(state + rings + self._weights(kernels))
 
     def _weights(self, kernels):
         """The weights in the op's order; of dense layers these kernels."""
@@ -129,44 +119,14 @@ class OneOpStep:
             weights += [kernel] if dense.bias is None else [kernel, dense.bias.value]
         return weights
 
-    def direct(self, query, value, key, use_causal_mask, streams, update_state):
-        """An eager step's outputs, None while the window fills; NotImplemented: take it by the op.
-
-        That is slower by what TensorFlow's runtime takes, and does all that this does not: masks,
-        scores, room for more streams, and errors.
-        """
-        if self._direct is None or self._masks[use_causal_mask] is not None:
-            return NotImplemented
-        if streams.__class__ is list:
-            streams = np.array(streams)
-        with self._cache.lock:
-            first_step = self._first_step(always_partial_here())
-            return self._direct(query, value, key, streams, first_step, bool(update_state))
-
-    def _first_step(self, partial):
-        """The first step of a stream that gives an output."""
+    def _first_step(self):
+        """The first step of a stream that gives an output: 0 in a graph, which always gives one."""
         attention = self._attention
-        if partial or attention.warm_up == "partial":
-            return attention.delay + 1
-        return attention.seq_len
+        if not tf.executing_eagerly():
+            return 0
+        return attention.delay + 1 if attention.active_warm_up == "partial" else attention.seq_len
 
-    def __call__(self, return_attention_scores, *arguments):
-        """A step's outputs and scores, or (None, None) while the window fills.
-
-        Args:
-            return_attention_scores: whether to return the scores too.
-            *arguments: those of `_op_arguments`.
-        """
-        inputs, attributes = self._op_arguments(return_attention_scores, *arguments)
-        with self._cache.lock:
-            result, scores = co_si_step(self._fused, MHA_STEP, inputs, attributes)
-        # Of no streams at all there are no outputs either way.
-        warms_up = "first_step" in attributes
-        if warms_up and result.__class__ is EagerTensor and result._shape_tuple()[0] == 0:
-            return None, None
-        return result, scores[0] if scores else None
-
-    def _op_arguments(
+    def __call__(
         self,
         return_attention_scores,
         query,
@@ -180,60 +140,57 @@ class OneOpStep:
         streams,
         update_state,
     ):
-        """The op's inputs and attributes, for the arguments of `call_step`."""
-        layer, cache = self._layer, self._cache
-        eager = context.executing_eagerly()
-        rows, query, value, key = self._inputs(query, value, key)
-        masks = _NO_MASKS
-        fixed = self._masks[use_causal_mask]
-        if not (fixed is attention_mask is query_mask is value_mask is key_mask is None):
-            masks = _masks(fixed, attention_mask, query_mask, value_mask, key_mask, query, cache)
+        """A step's outputs and scores, or (None, None) while the window fills.
+
+        Args:
+            return_attention_scores: whether to return the scores too.
+            query, value, ..., update_state: as `CoSiMultiHeadAttention.call_step` has them.
+        """
+        query, value, key = self._inputs(query, value, key)
+        masks = _masks(
+            self._masks[use_causal_mask], attention_mask, query_mask, value_mask, key_mask, query,
+            self._cache,
+        )  # fmt: skip
+        result, scores = self._call_op(
+            (query, _list_of(value), _list_of(key)), masks, streams, update_state,
+            num_scores=int(return_attention_scores),
+        )  # fmt: skip
+        return (None, None) if result is None else (result, scores[0] if scores else None)
+
+    def _call_op(self, inputs, masks, streams, update_state, **attributes):
+        """The op's outputs; result is None while the window fills.
+
+        Args:
+            inputs: the op's before its variables; the first is the query.
+            masks: the op's after streams.
+            streams, update_state: as `call_step` has them.
+            **attributes: of the op, beside those of every call.
+        """
+        cache, query = self._cache, inputs[0]
+        rows = query.shape[0]
         if streams is None:
             cache.ensure_streams(tf.shape(query)[0] if rows is None else rows)
-        first = self._first_step(layer.active_warm_up == "partial")
-        inputs = (
-            query,
-            _NONE if value is None else [value],
-            _NONE if key is None else [key],
-            self._variables.op_inputs(eager),
-            _NONE if streams is None else [cache.streams_of_call(streams, rows)],
-            *masks,
-        )
-        first = first if eager else 0
-        return inputs, self._attributes_of(first, update_state, bool(return_attention_scores))
+        else:
+            streams = cache.streams_of_call(streams, rows)
+        first_step = self._first_step()
+        attributes |= self._layer_attributes()
+        with cache.lock:
+            result, *others = co_si_step(
+                self._fused, self.op, *inputs, handles(self._variables), _list_of(streams), *masks,
+                first_step=first_step, update_state=bool(update_state), **attributes,
+            )  # fmt: skip
+        # M = 0 gives no rows at any step; where a step before the first gives none, it is None too.
+        if first_step > 1 and result.shape[0] == 0:
+            result = None
+        return result, *others
 
     def _layer_attributes(self):
-        """The op's attributes that are the layer's own, but for those that have their defaults."""
-        layer, attributes = self._layer, {}
-        if not layer._use_bias:
-            attributes["use_bias"] = False
-        if layer._use_gate:
-            attributes["use_gate"] = True
-        if layer.delay > 0:
-            attributes["use_delay"] = True
-        return attributes
-
-    def _attributes_of(self, first_step, update_state, num_scores=None):
-        """The op's attributes of a kind of call, as a tuple that is made once."""
-        kind = (first_step, bool(update_state), num_scores)
-        if kind not in self._attributes:
-            # Each that is given costs an eager call 0.3 us, so the op's defaults are left out.
-            attributes = {} if num_scores is None else {"num_scores": int(num_scores)}
-            if first_step > 1:
-                attributes["first_step"] = first_step
-            if not update_state:
-                attributes["update_state"] = False
-            attributes |= self._layer_attributes()
-            self._attributes[kind] = tuple(x for pair in attributes.items() for x in pair)
-        return self._attributes[kind]
+        """The op's attributes that are the layer's own."""
+        layer = self._layer
+        return dict(use_bias=layer._use_bias, use_gate=layer._use_gate, use_delay=layer.delay > 0)
 
     def _inputs(self, query, value, key):
-        """M, and tensors that fit each other and the layer; None for what is left out."""
-        if value is None and key is None and query.__class__ is EagerTensor:
-            # What serving gives: seen at a glance.
-            shape = query._shape_tuple()
-            if len(shape) == 2 and shape[1] == self._features and query.dtype is self._dtype:
-                return shape[0], query, None, None
+        """Tensors that fit each other and the layer; None for what is left out."""
         layer = self._layer
         given = {"query": query, "value": value, "key": key}
         tensors = {
@@ -248,7 +205,7 @@ class OneOpStep:
         key = tensors.get("key", value)
         for name, x in (("query", query), ("value", value), ("key", key)):
             check_features(name, x, sizes[name])
-        return query.shape[0], query, tensors.get("value"), tensors.get("key")
+        return query, tensors.get("value"), tensors.get("key")
 
 
 def one_op_step(layer, training, query, kind=OneOpStep):
@@ -272,7 +229,7 @@ def one_op_step(layer, training, query, kind=OneOpStep):
     step = layer._one_op_step
     if step is None or not step.fits():
         step = layer._one_op_step = kind.of(layer)
-    elif not context.executing_eagerly() and in_xla():  # Where the library's ops are not known.
+    elif not tf.executing_eagerly() and in_xla():  # Where the library's ops are not known.
         return None
     return step
 
@@ -283,9 +240,9 @@ def few_rows(x):
     return bool(shape.rank) and shape[0] is not None and shape[0] <= MOST_ROWS_ON_GPU
 
 
-# Made once: a step that makes ten short-lived lists keeps Python's garbage collector busy.
-_NONE = []
-_NO_MASKS = (_NONE, _NONE, _NONE)
+def _list_of(x):
+    """What the op takes of an input that may be left out."""
+    return [] if x is None else [x]
 
 
 def _masks(fixed, attention_mask, query_mask, value_mask, key_mask, query, cache):
@@ -305,7 +262,7 @@ def _masks(fixed, attention_mask, query_mask, value_mask, key_mask, query, cache
         key_mask = value_mask if key_mask is None else key_mask
     else:
         key_mask &= value_mask
-    return tuple([] if mask is None else [mask] for mask in (fixed, query_mask, key_mask))
+    return tuple(_list_of(mask) for mask in (fixed, query_mask, key_mask))
 
 
 def fixed_mask(layer, use_causal_mask):

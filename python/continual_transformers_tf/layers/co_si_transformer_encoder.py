@@ -109,10 +109,6 @@ class CoSiTransformerEncoder(TransformerEncoderBlock):
                 streams then go on as if the call had not been made.
         """
         step = one_op_step(self, training, x, OneOpEncoderStep)
-        if step is not None:
-            output = step.direct(x, None, None, False, streams, update_state)
-            if output is not NotImplemented:
-                return output
         x = self._input(x, "step")
         if step is not None:
             return step(x, streams, update_state)
