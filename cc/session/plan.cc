@@ -97,7 +97,7 @@ class PlanParser {
     }
     CheckStructure(reader.Need("input_structure"), "input_structure", plan_.inputs.size());
     CheckStructure(reader.Need("output_structure"), "output_structure", plan_.outputs.size());
-    reader.List("keras_state");  // For Python: it says nothing to a step.
+    reader.Need("keras_state");  // Python's: it says nothing to a step.
     reader.RefuseOthers();
     if (state_bytes_ > kMostBytes) Refuse("a stream of the plan has more than 2^40 bytes of state");
     plan_.architecture = Architecture();

@@ -672,7 +672,6 @@ TEST(PlanTest, RefusesATopLevelThatIsWrong) {
   expect("/input_structure", {0, 1, "x"}, "has the leaf \"x\"");
   expect("/input_structure", {0, 1, nullptr}, "has the leaf null");
   expect("/output_structure", {{"y", 0}}, "\"output_structure\" has 1 leaves, expected 4");
-  expect("/keras_state", 1, "\"keras_state\" is 1, expected a list");
   expect("/nodes", 1, "\"nodes\" is 1, expected a list");
   expect("/nodes/0", 1, "node 0 is 1, expected a JSON object");
   expect("/sampling", 1, "the plan has \"sampling\", which this version does not know");
