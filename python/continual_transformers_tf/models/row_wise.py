@@ -41,6 +41,9 @@ ROW_WISE = (
     keras.layers.Maximum,
     keras.layers.Minimum,
     keras.layers.Multiply,
+    keras.layers.Normalization,
+    keras.layers.Permute,
+    keras.layers.PReLU,
     keras.layers.ReLU,
     keras.layers.Rescaling,
     keras.layers.RMSNormalization,
@@ -49,12 +52,18 @@ ROW_WISE = (
     keras.layers.TimeDistributed,
     keras.layers.UnitNormalization,
 )
-# keras.ops, by the names of their classes, which are not public.
-ROW_WISE_OPS = {
-    "Absolute", "Add", "Cast", "Divide", "Elu", "Exp", "Gelu", "LeakyRelu", "Log", "Maximum",
-    "Minimum", "Multiply", "Negative", "Power", "Relu", "Relu6", "Selu", "Sigmoid", "Silu", "Sin",
-    "Softplus", "Sqrt", "Square", "Subtract", "Tanh", "TrueDivide",
+# keras.ops that compute each number from the numbers in its place, by the names of their classes,
+# which are not public.
+ELEMENT_WISE_OPS = {
+    "Abs", "Absolute", "Add", "Cast", "Celu", "Clip", "Cos", "Divide", "Elu", "Exp", "Gelu",
+    "HardShrink", "HardSigmoid", "HardSilu", "HardTanh", "LeakyRelu", "Log", "Log1p", "LogSigmoid",
+    "Maximum", "Minimum", "Mish", "Multiply", "Negative", "Power", "ReLU", "Reciprocal", "Relu",
+    "Relu6", "Rsqrt", "Selu", "Sigmoid", "Sign", "Silu", "Sin", "SoftShrink", "Softplus",
+    "Softsign", "SparsePlus", "SparseSigmoid", "Sqrt", "Square", "Squareplus", "Subtract", "Tanh",
+    "TanhShrink", "Threshold", "TrueDivide",
 }  # fmt: skip
+# Those that work along an axis of their own.
+OPS_ALONG_AN_AXIS = {"Concatenate", "Glu", "LogSoftmax", "Softmax", "Sparsemax"}
 
 
 def row_taken(op, args, kwargs):
@@ -76,7 +85,9 @@ def row_taken(op, args, kwargs):
 
 def name_of_op(op):
     """The name of the class of one of keras.ops; None for whatever else may have such a name."""
-    return type(op).__name__ if type(op).__module__.startswith("keras.src.ops.") else None
+    module = type(op).__module__
+    ours = module.startswith(("keras.src.ops.", "keras.src.activations."))
+    return type(op).__name__ if ours else None
 
 
 def is_row_wise(node, args, kwargs):
@@ -87,13 +98,43 @@ def is_row_wise(node, args, kwargs):
         return False  # One would be broadcast over the other's time.
     if isinstance(op, keras.layers.EinsumDense):
         return _einsum_is_row_wise(op, rank)
+    if type(op) is keras.layers.PReLU:  # Its numbers may be those of each step.
+        return op.alpha.shape[0] == 1
+    if type(op) is keras.layers.Permute:
+        return op.dims[0] == 1
+    name = name_of_op(op)
     if isinstance(op, keras.layers.Concatenate) or type(op) in ROW_WISE:
-        axis = getattr(op, "axis", ())
-        axes = axis if isinstance(axis, (list, tuple)) else [axis]
-        return all(axis % rank > 1 for axis in axes)
+        return _along_features(getattr(op, "axis", ()), rank)
+    if name in OPS_ALONG_AN_AXIS:
+        return _along_features(op.axis, rank)
+    if name == "GetItem":
+        return _takes_features(args[1] if len(args) > 1 else kwargs.get("key"))
+    if name == "Transpose":
+        return op.axes is not None and [a % rank for a in op.axes[:2]] == [0, 1]
+    if name == "Swapaxes":
+        return _along_features((op.axis1, op.axis2), rank)
     # An array that is added to a window, say, may hold a row for each of its steps.
     arrays = [x for x in keras.tree.flatten((args, kwargs)) if not isinstance(x, Tensor)]
-    return name_of_op(op) in ROW_WISE_OPS and all(np.ndim(x) <= rank - 2 for x in arrays)
+    arrays += [getattr(op, limit) for limit in ("x_min", "x_max") if hasattr(op, limit)]
+    return name in ELEMENT_WISE_OPS and all(np.ndim(x) <= rank - 2 for x in arrays)
+
+
+def _along_features(axis, rank):
+    """Whether axes are none of the first two, samples and time."""
+    axes = axis if isinstance(axis, (list, tuple)) else [axis]
+    return all(axis % rank > 1 for axis in axes)
+
+
+def _takes_features(key):
+    """Whether x[key] leaves the first two axes as they are."""
+    if not isinstance(key, (tuple, list)):
+        return key is Ellipsis
+    for k in key[:2]:
+        if k is Ellipsis:
+            return True
+        if not isinstance(k, slice) or k != slice(None):
+            return False
+    return True
 
 
 def _einsum_is_row_wise(layer, rank):

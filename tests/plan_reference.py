@@ -1,0 +1,378 @@
+"""What a plan gives, step by step, in float64: written from docs/model_file.md alone.
+
+It imports nothing of the package under test. It keeps no rings: only each stream's whole history.
+
+    stream = plan_reference.Stream(plan, weights)
+    outputs = stream.step([x])      # Arrays without axes of streams and steps.
+"""
+
+import math
+
+import numpy as np
+
+
+class Stream:
+    """One stream of a plan.
+
+    Args:
+        plan: the dict of docs/model_file.md.
+        weights: arrays by name.
+    """
+
+    def __init__(self, plan, weights):
+        self.plan = plan
+        self.weights = {
+            name: w.astype(np.int64 if w.dtype.kind == "i" else np.float64)
+            for name, w in weights.items()
+        }
+        self.position = 0
+        self.history = [[] for _ in plan["nodes"]]  # Of each node with a state, what came in.
+
+    def step(self, inputs, has_key=True):
+        """Takes a step.
+
+        Args:
+            inputs: an array for each of the plan's inputs.
+            has_key: False: the caller marks the step as a gap.
+
+        Returns:
+            An array for each of the plan's outputs.
+        """
+        values = {}
+        for port, x in zip(self.plan["inputs"], inputs, strict=True):
+            values[port["value"]] = self._checked(port["value"], x)
+        for i, node in enumerate(self.plan["nodes"]):
+            arguments = [values[x] for x in node["inputs"]]
+            masks = {name: bool(values[x][0]) for name, x in node.get("masks", {}).items()}
+            weights = {name: self.weights[w] for name, w in node["weights"].items()}
+            context = Context(self, self.history[i], masks, has_key, node)
+            with np.errstate(all="ignore"):
+                y = OPS[node["op"]](context, weights, *arguments, **node["attributes"])
+            (out,) = node["outputs"]
+            values[out] = self._checked(out, y)
+        self.position += 1
+        return [values[port["value"]] for port in self.plan["outputs"]]
+
+    def _checked(self, place, x):
+        """An array of the shape and kind that the plan says."""
+        value = self.plan["values"][place]
+        kinds = {"bool": bool, "int32": np.int64, "int64": np.int64}
+        x = np.asarray(x)
+        assert list(x.shape) == value["shape"], (x.shape, value)
+        expected = kinds.get(value["dtype"], np.float64)
+        assert (x.dtype == bool) == (expected is bool), (x.dtype, value)
+        return x.astype(expected)
+
+
+class Context:
+    """What a node knows beside its inputs."""
+
+    def __init__(self, stream, history, masks, has_key, node):
+        self.position = stream.position
+        self.history = history
+        self.masks = masks
+        self.has_key = has_key and masks.get("key", True)
+        self.shape = stream.plan["values"][node["outputs"][0]]["shape"]
+        self.dtype = stream.plan["values"][node["outputs"][0]]["dtype"]
+
+    def remember(self, x):
+        self.history.append(x)
+        return self.history
+
+
+OPS = {}
+
+
+def op(function):
+    OPS[function.__name__.strip("_")] = function
+    return function
+
+
+@op
+def dense(context, weights, x):
+    return x @ weights["kernel"] + weights.get("bias", 0)
+
+
+@op
+def activation(context, weights, x, function, **numbers):
+    of_number = np.vectorize(ACTIVATIONS[function], otypes=[np.float64])
+    return np.where(np.isnan(x), np.nan, of_number(x, *weights.values(), **numbers))
+
+
+@op
+def softmax(context, weights, x, function, axis):
+    def of_one(row):
+        if function == "sparsemax":
+            return sparsemax(row)
+        shifted = row - row.max()
+        logs = shifted - np.log(np.exp(shifted).sum())
+        return logs if function == "log_softmax" else np.exp(logs)
+
+    return np.apply_along_axis(of_one, axis, x)
+
+
+def sparsemax(row):
+    """The nearest point of the simplex: the largest k that stay above their own threshold."""
+    ordered = np.sort(row)[::-1]
+    for k in range(len(row), 0, -1):
+        threshold = (ordered[:k].sum() - 1) / k
+        if ordered[k - 1] > threshold:
+            return np.maximum(row - threshold, 0)
+    return np.full_like(row, np.nan)
+
+
+@op
+def binary(context, weights, x, y, function):
+    assert x.shape == y.shape
+    return getattr(np, function)(x, y)
+
+
+@op
+def constant(context, weights):
+    value = weights["value"]
+    return value != 0 if context.dtype == "bool" else value
+
+
+@op
+def affine(context, weights, x):
+    return x * weights["scale"] + weights["offset"]
+
+
+@op
+def batch_norm(context, weights, x, epsilon):
+    y = (x - weights["mean"]) / np.sqrt(weights["variance"] + epsilon)
+    return y * weights.get("gamma", 1) + weights.get("beta", 0)
+
+
+@op
+def norm(context, weights, x, function, epsilon):
+    if function == "layer":
+        x = x - x.mean(-1, keepdims=True)
+    squares = np.square(x)
+    if function == "unit":
+        y = x / np.sqrt(np.maximum(squares.sum(-1, keepdims=True), epsilon))
+    else:
+        y = x / np.sqrt(squares.mean(-1, keepdims=True) + epsilon)
+    return y * weights.get("gamma", 1) + weights.get("beta", 0)
+
+
+@op
+def concat(context, weights, *xs, axis):
+    return np.concatenate(xs, axis)
+
+
+@op
+def strided(context, weights, x, offset, strides):
+    y = np.empty(context.shape, x.dtype)
+    flat = x.reshape(-1)
+    for place in np.ndindex(*context.shape):
+        element = offset + sum(i * s for i, s in zip(place, strides, strict=True))
+        assert 0 <= element < flat.size
+        y[place] = flat[element]
+    return y
+
+
+@op
+def reshape(context, weights, x):
+    return x.reshape(context.shape)
+
+
+@op
+def reduce(context, weights, x, function, axis):
+    return getattr(x, function)(axis=axis)
+
+
+@op
+def cast(context, weights, x):
+    if context.dtype == "bool":
+        return x != 0
+    return np.trunc(x) if context.dtype.startswith("int") else x.astype(np.float64)
+
+
+@op
+def embedding(context, weights, x):
+    assert x.size == 0 or 0 <= x.min() <= x.max() < len(weights["table"])
+    return weights["table"][x]
+
+
+@op
+def not_equal(context, weights, x, value, any):
+    different = x != value
+    return np.array([different.any() if any else different.all()])
+
+
+@op
+def masked(context, weights, x, mask):
+    return x if mask[0] else np.zeros_like(x)
+
+
+@op
+def mask_and(context, weights, x, y):
+    return x & y
+
+
+@op
+def positional(context, weights, x):
+    # A fresh stream's offset is 0.
+    rows = weights["rows"]
+    return x + rows[(int(weights["start"]) + context.position) % len(rows)]
+
+
+@op
+def delay(context, weights, x, steps):
+    taken = context.remember(x)
+    return taken[-1 - steps] if len(taken) > steps else np.zeros_like(x)
+
+
+def newest(taken, n):
+    """The n newest of a stream's steps, oldest first; zeros for those that were never taken."""
+    return np.stack([np.zeros_like(taken[0])] * max(0, n - len(taken)) + taken[-n:])
+
+
+@op
+def window(context, weights, x, window):
+    return newest(context.remember(x), window)
+
+
+@op
+def zero_untaken(context, weights, x):
+    y = x.copy()
+    y[: max(0, len(x) - 1 - context.position)] = 0
+    return y
+
+
+def attend(query, keys, values, allowed, heads, scale):
+    """query [H * D], keys [n, H * D], values [n, H * Dv], allowed bool [n] -> [H * Dv]."""
+    if not allowed.any():
+        return np.zeros(values.shape[1])
+    keys, values = keys[allowed], values[allowed]
+    outputs = []
+    for h in range(heads):
+        q, k, v = (np.split(x, heads, axis=-1)[h] for x in (query, keys, values))
+        logits = scale * (k @ q)
+        weights = np.exp(logits - logits.max())
+        outputs.append(weights @ v / weights.sum())
+    return np.concatenate(outputs)
+
+
+@op
+def attention(
+    context, weights, query, key, value, heads, window, first_column, end_column, query_delay, scale
+):
+    taken = context.remember((key, value, context.has_key))
+    if context.position < query_delay or not context.masks.get("query", True):
+        return np.zeros_like(value)
+    # Column c of the window is the step of window - 1 - c steps before.
+    seen = [(c, len(taken) - window + c) for c in range(first_column, end_column)]
+    seen = [taken[i] for c, i in seen if i >= 0]
+    if not seen:
+        return np.zeros_like(value)
+    keys, values, allowed = (np.stack([s[i] for s in seen]) for i in range(3))
+    return attend(query, keys, values, allowed, heads, scale)
+
+
+@op
+def retroactive_attention(context, weights, query, key, value, heads, window, scale, algorithm):
+    assert algorithm in ("auto", "update", "recompute")
+    taken = context.remember((query, key, value, context.has_key))[-window:]
+    queries, keys, values, allowed = (np.stack([s[i] for s in taken]) for i in range(4))
+    rows = [attend(q, keys, values, allowed, heads, scale) for q in queries]
+    return newest(rows, window)
+
+
+@op
+def window_attention(context, weights, query, key, value, heads, scale, band, causal):
+    n, rows = len(key), []
+    column = np.arange(n)
+    taken = column >= n - 1 - context.position
+    for i, q in enumerate(query):
+        row = i + n - len(query)
+        allowed = taken.copy()
+        if causal:
+            allowed &= column <= row
+        if band > 0:
+            allowed &= np.abs(column - row) < band
+        rows.append(attend(q, key, value, allowed, heads, scale))
+    return np.stack(rows)
+
+
+# Of numbers, one by one: as keras.activations says in words.
+
+
+def _sigmoid(x):
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def _softplus(x):
+    return max(x, 0) + math.log1p(math.exp(-abs(x)))
+
+
+def _relu(x, negative_slope=0.0, max_value=None, threshold=0.0):
+    y = x if x > threshold else negative_slope * (x - threshold)
+    return y if max_value is None else min(y, max_value)
+
+
+def _elu(x, alpha):
+    return x if x > 0 else alpha * math.expm1(x)
+
+
+SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
+
+
+def _exact(function):
+    """A function of math that gives infinity, and NaN, as floats do."""
+
+    def of_number(x):
+        try:
+            return function(x)
+        except OverflowError:
+            return math.inf
+        except ValueError:
+            return -math.inf if x == 0 else math.nan
+
+    return of_number
+
+
+ACTIVATIONS = {
+    "celu": lambda x, alpha: x if x > 0 else alpha * math.expm1(x / alpha),
+    "elu": _elu,
+    "exponential": _exact(math.exp),
+    "gelu": lambda x: 0.5 * x * math.erfc(-x / math.sqrt(2)),
+    "gelu_tanh": lambda x: (
+        0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    ),
+    "hard_shrink": lambda x, threshold: x if abs(x) > threshold else 0.0,
+    "hard_sigmoid": lambda x: min(max(x / 6 + 0.5, 0), 1),
+    "hard_silu": lambda x: x * min(max(x / 6 + 0.5, 0), 1),
+    "hard_tanh": lambda x: min(max(x, -1), 1),
+    "leaky_relu": lambda x, negative_slope: x if x > 0 else negative_slope * x,
+    "linear": lambda x: x,
+    "log_sigmoid": lambda x: -_softplus(-x),
+    "mish": lambda x: x * math.tanh(_softplus(x)),
+    "prelu": lambda x, alpha: x if x > 0 else alpha * x,
+    "relu": _relu,
+    "relu6": lambda x: min(max(x, 0), 6),
+    "selu": lambda x: SELU_SCALE * _elu(x, SELU_ALPHA),
+    "sigmoid": _sigmoid,
+    "silu": lambda x: x * _sigmoid(x),
+    "soft_shrink": lambda x, threshold: math.copysign(max(abs(x) - threshold, 0), x),
+    "softplus": _softplus,
+    "softsign": lambda x: x / (1 + abs(x)),
+    "sparse_plus": lambda x: 0.0 if x <= -1 else x if x >= 1 else (x + 1) ** 2 / 4,
+    "sparse_sigmoid": lambda x: min(max((x + 1) / 2, 0), 1),
+    "squareplus": lambda x, b: (x + math.sqrt(x * x + b)) / 2,
+    "tanh": math.tanh,
+    "tanh_shrink": lambda x: x - math.tanh(x),
+    "threshold": lambda x, threshold, value: x if x > threshold else value,
+    "absolute": abs,
+    "cos": math.cos,
+    "log": _exact(math.log),
+    "log1p": _exact(math.log1p),
+    "negative": lambda x: -x,
+    "reciprocal": lambda x: 1 / x if x else math.copysign(math.inf, x),
+    "rsqrt": lambda x: _exact(math.sqrt)(x) ** -1 if x else math.inf,
+    "sign": lambda x: float(np.sign(x)),
+    "sin": math.sin,
+    "sqrt": lambda x: math.sqrt(x) if x >= 0 else math.nan,
+    "square": lambda x: x * x,
+}

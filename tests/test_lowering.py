@@ -1,0 +1,92 @@
+"""Lowering: a plan gives, step by step, what the Keras model gives."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+
+import plan_reference
+import reference
+from continual_transformers_tf.models.lowering import lower
+from model_cases import BOUNDS, CASES
+
+AGES = (0, 2)  # Steps that streams are ahead of each other.
+
+
+def lowered(case):
+    model = case.build()
+    return model, lower(model, case.seq_len)
+
+
+def streamed(plan, weights, inputs):
+    """What the reference gives of a plan for T steps of M streams: arrays (M, T, ...)."""
+    outputs = []
+    for i in range(len(inputs[0])):
+        stream = plan_reference.Stream(plan, weights)
+        steps = [stream.step([x[i, t] for x in inputs]) for t in range(inputs[0].shape[1])]
+        outputs.append([np.stack(rows) for rows in zip(*steps, strict=True)])
+    return [np.stack(rows) for rows in zip(*outputs, strict=True)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_plan_gives_what_keras_gives(random, name):
+    case = CASES[name]
+    model, result = lowered(case)
+    steps = 2 * case.window + 3
+    inputs = case.inputs(model, random, (2, steps))
+    expected = case.steps(model, inputs, AGES)
+    got = streamed(result.plan, result.weights, inputs)
+    assert len(got) == len(expected)
+    for y, x in zip(got, expected, strict=True):
+        assert y.shape == x.shape
+        if case.taken_only:
+            y, x = (rows_taken(array, case.window) for array in (y, x))
+        if x.dtype == bool or x.dtype.kind in "iu":
+            np.testing.assert_array_equal(y, x)
+        else:
+            assert reference.relative_error(x, y) < BOUNDS[case.dtype]
+
+
+def rows_taken(y, n):
+    """Outputs in which rows of a window that were never taken are zeros."""
+    if y.ndim < 4 or y.shape[2] != n:
+        return y
+    y = np.array(y)
+    for t in range(min(n, y.shape[1])):
+        y[:, t, : n - 1 - t] = 0
+    return y
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_plan_is_well_formed(name):
+    _, result = lowered(CASES[name])
+    plan = result.plan
+    values, known = plan["values"], {port["value"] for port in plan["inputs"]}
+    names = [node["name"] for node in plan["nodes"]]
+    assert len(set(names)) == len(names)
+    for node in plan["nodes"]:
+        assert {*node["inputs"], *node.get("masks", {}).values()} <= known
+        assert not known & set(node["outputs"])
+        known |= set(node["outputs"])
+        assert all(
+            values[i] == {"shape": [1], "dtype": "bool"} for i in node.get("masks", {}).values()
+        )
+    assert known == set(range(len(values)))
+    assert {port["value"] for port in plan["outputs"]} <= known
+    used = {w for node in plan["nodes"] for w in node["weights"].values()}
+    assert used == set(result.weights)
+    places = keras.tree.flatten(plan["output_structure"])
+    assert sorted(places) == list(range(len(plan["outputs"])))
+    data = result.to_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    metadata = header.pop("__metadata__")
+    assert metadata["format"] == "continual-transformers"
+    assert metadata["format_version"] == "1"
+    assert json.loads(metadata["plan"]) == plan
+    for tensor, entry in header.items():
+        start, end = entry["data_offsets"]
+        array = result.weights[tensor]
+        assert entry["shape"] == list(array.shape)
+        assert data[8 + length + start : 8 + length + end] == array.tobytes()
