@@ -10,6 +10,7 @@ OP_LIBRARY = "libcontinual_transformers_tf{MINOR}.so"
 EXTENSION = "_session"
 
 ATTENTION_HEADERS = [
+    "attention/activations.h",
     "attention/co_si_encoder_step.h",
     "attention/co_si_mha_step.h",
     "attention/dense.h",
@@ -17,11 +18,13 @@ ATTENTION_HEADERS = [
     "attention/half.h",
     "attention/host_device.h",
     "attention/online_softmax.h",
+    "attention/packed_dense.h",
     "attention/params.h",
     "attention/read_loop.h",
     "attention/retroactive.h",
     "attention/retroactive_params.h",
     "attention/retroactive_row-inl.h",
+    "attention/ring_attention.h",
     "attention/ring_cache.h",
     "attention/rows.h",
     "attention/single_output.h",
@@ -32,24 +35,69 @@ ATTENTION_HEADERS = [
 ]
 
 ATTENTION_SOURCES = [
+    "attention/activations.cc",
     "attention/c_api.cc",
     "attention/co_si_encoder_step.cc",
     "attention/co_si_mha_step.cc",
     "attention/dense.cc",
     "attention/elementwise.cc",
+    "attention/packed_dense.cc",
     "attention/read_loop.cc",
     "attention/retroactive.cc",
+    "attention/ring_attention.cc",
     "attention/single_output.cc",
     "attention/targets.cc",
 ]
 
-SESSION_HEADERS = []
+SESSION_HEADERS = [
+    "session/attention_instructions.h",
+    "session/compiler.h",
+    "session/dense_instruction.h",
+    "session/error.h",
+    "session/executor.h",
+    "session/fingerprint.h",
+    "session/fork.h",
+    "session/instruction.h",
+    "session/layout_instructions.h",
+    "session/model_file.h",
+    "session/plan.h",
+    "session/plan_ops.h",
+    "session/retroactive_instruction.h",
+    "session/ring_instructions.h",
+    "session/row_instructions.h",
+    "session/session.h",
+    "session/state_layout.h",
+    "session/stream_store.h",
+    "session/strict_json.h",
+    "session/thread_pool.h",
+]
 
-SESSION_SOURCES = []
+SESSION_SOURCES = [
+    "session/compiler.cc",
+    "session/executor.cc",
+    "session/fingerprint.cc",
+    "session/fork.cc",
+    "session/model_file.cc",
+    "session/plan.cc",
+    "session/plan_ops.cc",
+    "session/session.cc",
+    "session/state_layout.cc",
+    "session/stream_store.cc",
+    "session/strict_json.cc",
+    "session/thread_pool.cc",
+]
 
-PYTHON_HEADERS = []
+PYTHON_HEADERS = [
+    "python/numpy_api.h",
+    "python/python_session.h",
+    "python/small_vector.h",
+]
 
-PYTHON_SOURCES = []
+PYTHON_SOURCES = [
+    "python/python_session.cc",
+    "python/session_module.cc",
+    "python/session_step.cc",
+]
 
 TENSORFLOW_HEADERS = [
     "tensorflow/co_si_mha_step_call-inl.h",
