@@ -528,8 +528,14 @@ def test_a_subclass_that_does_not_initialize():
         Lazy()
     with pytest.raises(RuntimeError, match="not initialized"):
         Session.__new__(Session).step(zeros(1, 6))
-    with pytest.raises(TypeError):
+    with pytest.raises(RuntimeError, match="not initialized"):
+        Session.__new__(Session).open()
+    with pytest.raises(RuntimeError, match="not initialized"):
+        repr(Session.__new__(Session))
+    with pytest.raises(TypeError, match="int"):
         Session.step(3, zeros(1, 6))
+    with pytest.raises(TypeError, match="int"):
+        Session._open(3, None)
 
 
 def test_exceptions_can_be_pickled():

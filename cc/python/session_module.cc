@@ -262,9 +262,15 @@ py::bytes ModelBytes(PythonSession& session) {
   return py::bytes(static_cast<const char*>(file.data()), file.size());
 }
 
-void LoadWeights(PythonSession& session, std::shared_ptr<const ModelFile> file) {
+void LoadWeightsBytes(PythonSession& session, const py::object& model) {
+  const std::shared_ptr<const ModelFile> file = Copy(model);
   GilRelease gil(true);
-  session.session().LoadWeights(std::move(file));
+  session.session().LoadWeights(file);
+}
+
+void LoadWeightsPath(PythonSession& session, const std::string& path) {
+  GilRelease gil(true);
+  session.session().LoadWeights(ModelFile::Map(path));
 }
 
 void Save(PythonSession& session, const std::string& path) {
@@ -317,11 +323,30 @@ void SetReleaseGil(PythonSession& session, const py::object& release) {
   }
 }
 
+// The session of an instance. pybind11 would hand out memory that was never initialized where a
+// subclass did not call __init__, or __init__ failed.
+PythonSession& SessionOf(const py::object& self) {
+  if (!py::isinstance<PythonSession>(self)) {
+    Raise(PyExc_TypeError, std::string("Expected a Session, but got an object of type ") +
+                               Py_TYPE(self.ptr())->tp_name + ".");
+  }
+  return FromPython(self.ptr());
+}
+
 // A method of the class whose C++ exceptions become Python's.
 template <typename R, typename... Args>
 auto Bound(R (*function)(PythonSession&, Args...)) {
-  return [function](PythonSession& session, std::decay_t<Args>... args) -> R {
-    return Translated([&]() -> R { return function(session, std::forward<Args>(args)...); });
+  return [function](const py::object& self, std::decay_t<Args>... args) -> R {
+    return Translated(
+        [&]() -> R { return function(SessionOf(self), std::forward<Args>(args)...); });
+  };
+}
+
+// A property that a lambda reads.
+template <typename F>
+auto Read(F function) {
+  return [function](const py::object& self) {
+    return Translated([&] { return function(SessionOf(self)); });
   };
 }
 
@@ -402,46 +427,39 @@ PYBIND11_MODULE(_session, module) {
       .def("_save", Bound(&Save), py::arg("path"))
       .def("_memory", Bound(&MemoryOf))
       .def("_profile", Bound(&Profile), py::arg("streams"), py::arg("repeat"))
-      .def("_load_weights_bytes",
-           [](PythonSession& session, const py::object& bytes) {
-             Translated([&] { LoadWeights(session, Copy(bytes)); });
-           })
-      .def("_load_weights_path",
-           [](PythonSession& session, const std::string& path) {
-             Translated([&] { LoadWeights(session, Map(path)); });
-           })
-      .def_property_readonly("_plan_json",
-                             [](PythonSession& session) { return session.session().plan().json; })
-      .def_property_readonly("_name",
-                             [](PythonSession& session) { return session.session().plan().name; })
+      .def("_load_weights_bytes", Bound(&LoadWeightsBytes), py::arg("model"))
+      .def("_load_weights_path", Bound(&LoadWeightsPath), py::arg("path"))
+      .def_property_readonly(
+          "_plan_json", Read([](PythonSession& session) { return session.session().plan().json; }))
+      .def_property_readonly(
+          "_name", Read([](PythonSession& session) { return session.session().plan().name; }))
       .def_property_readonly("_inputs",
-                             [](PythonSession& session) { return Specs(session.inputs()); })
+                             Read([](PythonSession& session) { return Specs(session.inputs()); }))
       .def_property_readonly("_outputs",
-                             [](PythonSession& session) { return Specs(session.outputs()); })
+                             Read([](PythonSession& session) { return Specs(session.outputs()); }))
+      .def_property_readonly("_receptive_field", Read([](PythonSession& session) {
+                               return session.session().plan().receptive_field;
+                             }))
       .def_property_readonly(
-          "_receptive_field",
-          [](PythonSession& session) { return session.session().plan().receptive_field; })
-      .def_property_readonly("_delay",
-                             [](PythonSession& session) { return session.session().plan().delay; })
-      .def_property_readonly("_block",
-                             [](PythonSession& session) { return session.session().plan().block; })
+          "_delay", Read([](PythonSession& session) { return session.session().plan().delay; }))
       .def_property_readonly(
-          "_open_streams",
-          [](PythonSession& session) { return session.session().store()->open_streams(); })
-      .def_property_readonly("_state_bytes",
-                             [](PythonSession& session) { return session.session().state_bytes(); })
-      .def_property_readonly("_cache_dtype",
-                             [](PythonSession& session) {
+          "_block", Read([](PythonSession& session) { return session.session().plan().block; }))
+      .def_property_readonly("_open_streams", Read([](PythonSession& session) {
+                               return session.session().store()->open_streams();
+                             }))
+      .def_property_readonly("_state_bytes", Read([](PythonSession& session) {
+                               return session.session().state_bytes();
+                             }))
+      .def_property_readonly("_cache_dtype", Read([](PythonSession& session) {
                                return NameOf(session.session().executor()->options().cache_dtype);
-                             })
-      .def_property_readonly("_weights_dtype",
-                             [](PythonSession& session) {
+                             }))
+      .def_property_readonly("_weights_dtype", Read([](PythonSession& session) {
                                return NameOf(session.session().executor()->options().weights_dtype);
-                             })
+                             }))
       .def_property_readonly("_limit",
-                             [](PythonSession& session) { return session.options().streams; })
+                             Read([](PythonSession& session) { return session.options().streams; }))
       .def_property_readonly("_threads",
-                             [](PythonSession& session) { return session.options().threads; })
+                             Read([](PythonSession& session) { return session.options().threads; }))
       .def_property("release_gil", Bound(&GetReleaseGil), Bound(&SetReleaseGil));
 }
 
