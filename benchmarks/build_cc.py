@@ -1,4 +1,4 @@
-"""Builds the C++ programs that measure sessions, with the system's compiler.
+"""Builds the C++ programs that measure sessions, beside the installed package's library.
 
     python benchmarks/build_cc.py build/bench
 
@@ -8,7 +8,6 @@ for `make bench`, which needs no more than pip does.
 
 import importlib.util
 import os
-import re
 import runpy
 import subprocess
 import sys
@@ -37,22 +36,25 @@ def build(folder, programs=PROGRAMS):
     Returns:
         Their paths, by name.
     """
+    package = Path(importlib.util.find_spec("continual_transformers_tf").origin).parent
+    library = package / CC["CORE_LIBRARY"]
+    if not library.exists():
+        raise SystemExit(f"there is no {library}: `pip install .` in this checkout builds it")
     compiler = os.environ.get("CXX", "g++")
     command = [compiler, *CC["COMPILER_OPTIONS"], f"-I{ROOT}"]
     command += [f"-isystem{path}" for path in include_folders()]
 
-    def compile_source(source):
-        target = folder / "objects" / (re.sub(r"\W", "_", source) + ".o")
-        compile_object([*command, "-c", str(ROOT / source)], target)
-        return target
+    def compile_source(name):
+        target = folder / "objects" / f"{name}.o"
+        compile_object([*command, "-c", str(ROOT / "benchmarks" / "cc" / f"{name}.cc")], target)
+        return str(target)
 
-    library = [f"cc/{name}" for name in CC["ATTENTION_SOURCES"] + CC["SESSION_SOURCES"]]
-    library += [f"benchmarks/cc/{name}.cc" for name in SHARED]
-    own = [f"benchmarks/cc/{name}.cc" for name in programs]
-    objects = side_by_side(compile_source, library + own)
-    for name, made in zip(programs, objects[len(library) :], strict=True):
-        parts = [str(path) for path in (made, *objects[: len(library)])]
-        subprocess.run([compiler, *parts, "-pthread", "-o", str(folder / name)], check=True)
+    objects = side_by_side(compile_source, [*SHARED, *programs])
+    shared, own = objects[: len(SHARED)], objects[len(SHARED) :]
+    link = [str(library), f"-Wl,-rpath,{package}", "-pthread"]
+    for name, made in zip(programs, own, strict=True):
+        path = folder / name
+        subprocess.run([compiler, made, *shared, *link, "-o", str(path)], check=True)
     return {name: folder / name for name in programs}
 
 
