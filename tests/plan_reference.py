@@ -112,13 +112,11 @@ def softmax(context, weights, x, function, axis):
 
 
 def sparsemax(row):
-    """The nearest point of the simplex: the largest k that stay above their own threshold."""
+    """As Keras 3.15 has it; the threshold of the paper would be of the last cumulative sum only."""
     ordered = np.sort(row)[::-1]
-    for k in range(len(row), 0, -1):
-        threshold = (ordered[:k].sum() - 1) / k
-        if ordered[k - 1] > threshold:
-            return np.maximum(row - threshold, 0)
-    return np.full_like(row, np.nan)
+    sums = np.cumsum(ordered)
+    support = 1 + np.arange(1, len(row) + 1) * ordered > sums
+    return np.maximum(row - (sums[support].sum() - 1) / support.sum(), 0)
 
 
 @op

@@ -40,6 +40,7 @@ def test_a_plan_gives_what_keras_gives(random, name):
     assert len(got) == len(expected)
     for y, x in zip(got, expected, strict=True):
         assert y.shape == x.shape
+        y, x = y[:, case.first :], x[:, case.first :]
         if case.taken_only:
             y, x = (rows_taken(array, case.window) for array in (y, x))
         if x.dtype == bool or x.dtype.kind in "iu":

@@ -108,8 +108,9 @@ void SoftmaxOf(const T* x, int64_t size, int64_t stride, bool log, T* y) {
   }
 }
 
-// The nearest point of the simplex (Martins & Astudillo 2016, arXiv 1602.02068). `sorted` is
-// scratch of `size`.
+// Sparsemax (Martins & Astudillo 2016, arXiv 1602.02068) as Keras 3.15 has it: its threshold takes
+// all cumulative sums of the support, where the paper takes the last. A model is served as it was
+// trained. `sorted` is scratch of `size`.
 template <typename T>
 void SparsemaxOf(const T* x, int64_t size, int64_t stride, T* sorted, T* y) {
   bool has_nan = false;
@@ -122,11 +123,16 @@ void SparsemaxOf(const T* x, int64_t size, int64_t stride, T* sorted, T* y) {
     return;
   }
   std::sort(sorted, sorted + size, [](T a, T b) { return a > b; });
-  T sum = 0, threshold = 0;
+  T sum = 0, sums = 0;
+  int64_t support = 0;
   for (int64_t i = 0; i < size; ++i) {
     sum += sorted[i];
-    if (1 + (i + 1) * sorted[i] > sum) threshold = (sum - 1) / (i + 1);
+    if (1 + (i + 1) * sorted[i] > sum) {
+      sums += sum;
+      ++support;
+    }
   }
+  const T threshold = (sums - 1) / support;
   for (int64_t i = 0; i < size; ++i) y[i * stride] = std::max(x[i * stride] - threshold, T(0));
 }
 

@@ -68,11 +68,12 @@ def activate(b, x, function, lead=1):
             f"has the activation {getattr(function, '__name__', function)!r}: a plan has nodes for "
             "those of keras.activations"
         )
-    return named(b, x, name, lead, **options)
+    return named(b, x, name, lead, options)
 
 
-def named(b, x, name, lead=1, **options):
-    """An activation by the name of its function in `keras.activations`."""
+def named(b, x, name, lead=1, options=None):
+    """An activation by the name of its function in `keras.activations`, with its numbers."""
+    options = options or {}
     if name == "gelu":
         return b.activation(x, "gelu_tanh" if options.get("approximate", False) else "gelu")
     if name == "threshold":

@@ -77,15 +77,14 @@ class GraphLowering:
         return shapes
 
     def _check(self, node, outputs):
-        """Raises AssertionError where a step's shape is not what Keras says."""
+        """Raises CannotLower where a step's shape is not what Keras says."""
         for y, shape in zip(keras.tree.flatten(outputs), self._shapes(node), strict=True):
             same = len(y.shape) == len(shape) and all(
                 n in (None, m) for n, m in zip(shape, y.shape, strict=True)
             )
             if not same:
-                raise AssertionError(
-                    f"{node.operation.name} ({type(node.operation).__name__}) was lowered to "
-                    f"{list(y.shape)}, where Keras gives {list(shape)}"
+                raise CannotLower(
+                    f"gives {list(y.shape)} a step, where Keras' graph has {list(shape)}"
                 )
 
     # The ways of a node; see StepGraph.way.

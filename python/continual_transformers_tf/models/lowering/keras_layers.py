@@ -4,6 +4,7 @@ They are given a `PlanBuilder`, the layer, its first input (a Symbol, or what a 
 given), and a `Call`.
 """
 
+import dataclasses
 import inspect
 import math
 
@@ -468,9 +469,13 @@ def _time_distributed(b, layer, x, call):
 def _lambda(b, layer, x, call):
     from continual_transformers_tf.models.lowering.graph_lowering import trace
 
-    def function(*args, **kwargs):
-        return layer.function(*args, **{**layer.arguments, **kwargs})
+    known = inspect.signature(layer.function).parameters
+    options = {k: v for k, v in (("mask", None), ("training", False)) if k in known}
 
+    def function(x):
+        return layer.function(x, **{**layer.arguments, **options})
+
+    call = dataclasses.replace(call, args=(x,), kwargs={})
     return trace(b, function, call)
 
 

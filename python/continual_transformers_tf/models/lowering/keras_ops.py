@@ -143,7 +143,7 @@ def _activation(b, op, call):
             options[key] = getattr(op, key)
     if name == "threshold":
         options["threshold"] = op.threshold
-    return activations.named(b, call.symbols[0], name, call.lead, **options)
+    return activations.named(b, call.symbols[0], name, call.lead, options)
 
 
 _BINARY = {
