@@ -139,7 +139,8 @@ class build_libraries(build_ext):
     def options_of_core_library(self, tensorflow, version):
         """(compiler options, further objects, linker options)"""
         highway = tensorflow / CC["HIGHWAY_INCLUDE"]
-        options = [*CC["CORE_OPTIONS"], *system_includes(highway, headers_of("nlohmann-json"))]
+        system = system_includes(highway, headers_of("nlohmann-json"))
+        options = [*CC["CORE_OPTIONS"], "-Iinclude", *system]
         exports = f"-Wl,--version-script,cc/{CC['EXPORTS_FILE']}"
         return options, [], [exports, *CC["CORE_LINK_OPTIONS"]]
 

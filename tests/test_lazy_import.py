@@ -28,7 +28,7 @@ session = ct.Session.load(sys.argv[1])
 x = np.load(sys.argv[2])
 y = np.stack([session.step(x[:, t]) for t in range(x.shape[1])], axis=1)
 np.save(sys.argv[3], y)
-print(*sys.modules)
+print(*(name for name, module in sys.modules.items() if module is not None))
 """
 
 
@@ -64,8 +64,7 @@ def test_a_session_imports_neither_tensorflow_nor_keras(streamed):
 
 
 def test_a_session_where_tensorflow_is_not_installed(streamed):
-    said = run(WITHOUT_TENSORFLOW + STREAM.replace("sys.modules)", "'numpy')"), *streamed[0])
-    check_streamed(streamed, said)
+    check_streamed(streamed, run(WITHOUT_TENSORFLOW + STREAM, *streamed[0]))
 
 
 def test_the_package_alone_imports_next_to_nothing():

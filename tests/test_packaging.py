@@ -23,7 +23,11 @@ import numpy as np
 import continual_transformers_tf as ct
 layer = ct.CoSiMultiHeadAttention(4, 2, 3)
 answers = [layer.call_step(np.ones((1, 5), np.float32)) for _ in range(5)]
+session = ct.Session(layer)
+for _ in range(5):
+    of_session = session.step(np.ones((1, 5), np.float32))
 print(json.dumps(dict(
+    difference=float(np.max(np.abs(of_session - answers[-1]))),
     kernels=sorted(ct.ops.kernels()),
     error=ct.ops.load_error(),
     answered=[answer is not None for answer in answers],
@@ -35,7 +39,7 @@ print(json.dumps(dict(
 def test_the_lists_of_sources_are_complete():
     lists = runpy.run_path(ROOT / "cc" / "library.bzl")
     listed = {
-        "cc": ("ATTENTION", "TENSORFLOW", "TENSORFLOW_GPU"),
+        "cc": ("ATTENTION", "SESSION", "PYTHON", "TENSORFLOW", "TENSORFLOW_GPU"),
         "cuda": ("CUDA", "CUDA_C_API"),
     }
     for folder, parts in listed.items():
@@ -75,7 +79,13 @@ def check_streams_in(environment, kernels=("CPU",)):
     assert facts["kernels"] == list(kernels)
     assert facts["error"] is None
     assert facts["answered"] == [False, False, False, True, True]
+    assert facts["difference"] < 1e-5
     assert Path(facts["library"]).is_relative_to(environment)
+    for option in ("--cmake-dir", "--pkg-config-dir"):
+        folder = Path(run(environment / "bin/continual-transformers", "info", option).strip())
+        assert folder.is_relative_to(environment)
+        assert list(folder.iterdir())
+        assert (folder.parent / "include" / "continual_transformers.h").exists()
     said = run(environment / "bin/continual-transformers", "info")
     assert f"fused kernels: {', '.join(kernels)}\n" in said
     assert ("built without CUDA" in said) == ("GPU" not in kernels)
@@ -84,7 +94,8 @@ def check_streams_in(environment, kernels=("CPU",)):
 def check_wheel(wheel, folder, kernels=("CPU",)):
     """It says which TensorFlow it is for, and streams in an environment of its own."""
     minor = ".".join(tf.__version__.split(".")[:2])
-    assert f"+tf{minor}-py3-none-" in wheel.name
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert f"+tf{minor}-{python}-{python}-linux" in wheel.name
     environment = environment_with(f"continual-transformers-tf[cpu] @ {wheel.as_uri()}", folder)
     check_streams_in(environment, kernels)
 

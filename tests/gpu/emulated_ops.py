@@ -3,12 +3,11 @@ as it is, but registered for the CPU in place of the CPU's own.
 
     python tests/gpu/emulated_ops.py [what pytest takes]
 
-builds such an op library beside a copy of the package, in build/emulated_ops, and runs the tests in
+builds such an op library in a copy of the package, in build/emulated_ops, and runs the tests in
 `tests/` that are not about the CPU alone; without arguments those of the ops. What it cannot find
 is what the emulator cannot, and whatever comes of a GPU's memory being another than the host's.
 """
 
-import concurrent.futures
 import os
 import runpy
 import shutil
@@ -19,6 +18,9 @@ from pathlib import Path
 import tensorflow as tf
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+from object_files import compile_object, side_by_side  # noqa: E402  Beside the tests.
+
 BUILD = ROOT / "build" / "emulated_ops"
 PACKAGE = "continual_transformers_tf"
 
@@ -45,56 +47,43 @@ TESTS = (
 def compile_one(source):
     """The object of a source file, made anew where the source or a header that it includes is."""
     made = BUILD / "objects" / f"{source.relative_to(source.anchor)}.o"
-    listed = made.with_suffix(".d")
-    if made.exists() and listed.exists():
-        files = listed.read_text().replace("\\\n", " ").split(":", 1)[1].split()
-        paths = [ROOT / name for name in files]
-        if all(path.exists() and path.stat().st_mtime < made.stat().st_mtime for path in paths):
-            return made
-    made.parent.mkdir(parents=True, exist_ok=True)
     lists = runpy.run_path(str(ROOT / "cc" / "library.bzl"))
-    include = tf.sysconfig.get_include()
     command = [
-        os.environ.get("CXX", "g++"), *lists["COMPILER_OPTIONS"], "-fPIC", "-I.",
-        *tf.sysconfig.get_compile_flags()[1:],
-        *("-isystem", include, "-isystem", f"{Path(include).parent}/{lists['HIGHWAY_INCLUDE']}"),
-        f'-DCONTINUAL_TRANSFORMERS_TENSORFLOW="{tf.__version__}"', "-MMD", "-MF", str(listed),
+        os.environ.get("CXX", "g++"), *lists["COMPILER_OPTIONS"], *lists["HIDDEN_OPTIONS"], "-fPIC",
+        f"-I{ROOT}", *tf.sysconfig.get_compile_flags()[1:],
+        *("-isystem", tf.sysconfig.get_include()),
+        f'-DCONTINUAL_TRANSFORMERS_TENSORFLOW="{tf.__version__}"',
     ]  # fmt: skip
     if "gpu" in source.parts or source.suffix == ".cu":
         # To the emulator a fiber that is left by a jump is an error of _FORTIFY_SOURCE's.
-        command += ["-Itests/gpu/emulator", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
+        command += [f"-I{ROOT}/tests/gpu/emulator", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
         command += ['-DCONTINUAL_TRANSFORMERS_CUDA_BUILD="emulated"', "-DDEVICE_GPU=DEVICE_CPU"]
         command += ["-O1"]
-    subprocess.run(
-        [*command, "-x", "c++", "-c", str(source), "-o", str(made)], check=True, cwd=ROOT
-    )
+    compile_object([*command, "-x", "c++", "-c", str(source)], made)
     return made
 
 
 def build():
-    """Builds the library beside a copy of the package; returns the folder to import it from."""
+    """Builds the library in a copy of the package; returns the folder to import it from."""
     lists = runpy.run_path(str(ROOT / "cc" / "library.bzl"))
-    names = [
-        name
-        for part in ("ATTENTION_SOURCES", "TENSORFLOW_SOURCES", "TENSORFLOW_GPU_SOURCES")
-        for name in lists[part]
-    ]
+    names = lists["TENSORFLOW_SOURCES"] + lists["TENSORFLOW_GPU_SOURCES"]
     sources = [ROOT / "cc" / name for name in names if name not in LEFT_OUT]
     sources += sorted(path for path in (ROOT / "cuda").glob("*.cu") if path.name != "c_api.cu")
     no_stream = BUILD / "gpu" / "no_stream.cc"
     no_stream.parent.mkdir(parents=True, exist_ok=True)
     if not no_stream.exists() or no_stream.read_text() != NO_STREAM:
         no_stream.write_text(NO_STREAM)
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, [*sources, no_stream]))
+    objects = side_by_side(compile_one, [*sources, no_stream])
     package = BUILD / "python" / PACKAGE
     shutil.copytree(
         ROOT / "python" / PACKAGE, package, dirs_exist_ok=True,
-        ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+        ignore=shutil.ignore_patterns("libcontinual_transformers_tf*.so", "__pycache__"),
     )  # fmt: skip
-    library = package / "libcontinual_transformers.so"
+    minor = ".".join(tf.__version__.split(".")[:2])
+    library = package / lists["OP_LIBRARY"].format(MINOR=minor)
     made = library.with_suffix(".new")
-    links = tf.sysconfig.get_link_flags()
+    links = [*tf.sysconfig.get_link_flags(), *lists["BESIDE_CORE_LINK_OPTIONS"]]
+    links += [f"-L{package}", f"-l:{lists['CORE_LIBRARY']}"]
     subprocess.run(["g++", "-shared", *map(str, objects), *links, "-o", str(made)], check=True)
     made.replace(library)
     return package.parent
