@@ -73,6 +73,7 @@ SESSION_HEADERS = [
 ]
 
 SESSION_SOURCES = [
+    "session/c_api.cc",
     "session/compiler.cc",
     "session/executor.cc",
     "session/fingerprint.cc",
