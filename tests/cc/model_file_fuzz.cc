@@ -1,0 +1,297 @@
+// Loads files that are wrong: nothing in a file may make the loader read or write out of bounds,
+// run into undefined behaviour, or throw anything but Error.
+//
+// With libFuzzer (clang++ -fsanitize=fuzzer,address,undefined) it is a fuzz target. With
+// -DCONTINUAL_TRANSFORMERS_FUZZ_MAIN it has a main, which takes a number of files that it changes
+// at random, the same on every run:
+//
+//   model_file_fuzz [files] [seed]
+//   model_file_fuzz --corpus FOLDER    writes the files that it begins with, for libFuzzer
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <exception>
+#include <fstream>
+#include <iostream>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cc/session/error.h"
+#include "cc/session/model_file.h"
+#include "tests/cc/model_file_case.h"
+
+namespace continual_transformers {
+namespace {
+
+// Reads every byte that the executor may read, so that AddressSanitizer sees one that is not there.
+uint64_t SumOf(const ModelFile& file) {
+  uint64_t sum = file.weights_fingerprint() + file.plan().fingerprint;
+  for (const Node& node : file.plan().nodes) {
+    for (const auto& weight : node.weights) {
+      const Tensor& tensor = file.tensor(weight.second);
+      if (tensor.bytes != tensor.elements() * SizeOf(tensor.dtype)) std::abort();
+      const unsigned char* bytes = static_cast<const unsigned char*>(tensor.data);
+      for (int64_t i = 0; i < tensor.bytes; ++i) sum += bytes[i];
+    }
+    for (int value : node.inputs) sum += file.plan().values.at(value).size;
+    for (int value : node.outputs) sum += file.plan().values.at(value).size;
+    for (const auto& mask : node.masks) sum += file.plan().values.at(mask.second).size;
+  }
+  for (const Port& port : file.plan().inputs) sum += file.plan().values.at(port.value).size;
+  for (const Port& port : file.plan().outputs) sum += file.plan().values.at(port.value).size;
+  return sum;
+}
+
+// Whether the file was taken.
+bool Load(const std::string& bytes) {
+  try {
+    const std::shared_ptr<const ModelFile> file = ModelFile::Copy(bytes.data(), bytes.size());
+    volatile uint64_t sum = SumOf(*file);
+    (void)sum;
+    return true;
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::kBadModelFile || error.what()[0] == '\0') std::abort();
+    return false;
+  }
+}
+
+}  // namespace
+}  // namespace continual_transformers
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  continual_transformers::Load(std::string(reinterpret_cast<const char*>(data), size));
+  return 0;
+}
+
+#ifdef CONTINUAL_TRANSFORMERS_FUZZ_MAIN
+
+namespace continual_transformers {
+namespace {
+
+// Small plans with a few ops each, and one with all.
+std::vector<PlanBuilder> Corpus() {
+  std::vector<PlanBuilder> corpus = {EveryOp(), EveryOp("float64")};
+  {
+    PlanBuilder b;
+    b.plan["weights_dtype"] = b.plan["cache_dtype"] = "bfloat16";
+    int y = b.Dense(b.Input("x", {3}), {4}, "bfloat16");
+    y = b.Node("softmax", {b.Attention(y, y, y, 2, 3)}, {4},
+               {{"function", "sparsemax"}, {"axis", 0}});
+    b.Output("y", y);
+    corpus.push_back(b);
+  }
+  {
+    PlanBuilder b;
+    const int x = b.Input("x", {2, 3}), y = b.Input("y", {2, 3});
+    const int z = b.Node("concat", {x, y, x}, {2, 9}, {{"axis", 1}});
+    const int t = b.Node("strided", {z}, {9, 2}, {{"offset", 0}, {"strides", {1, 9}}});
+    b.Output("z", b.Node("reduce", {t}, {2}, {{"function", "max"}, {"axis", 0}}));
+    b.plan["input_structure"] = {{"x", 0}, {"y", Json::array({1})}};
+    corpus.push_back(b);
+  }
+  {
+    PlanBuilder b;
+    const int x = b.Input("x", {2}, "int64");
+    b.Output("y", b.Node("embedding", {x}, {2, 3}, {}, {{"table", b.Random({4, 3})}}));
+    corpus.push_back(b);
+  }
+  {
+    PlanBuilder b;
+    const int x = b.Input("x", {4});
+    const int all = b.Node("retroactive_attention", {x, x, x}, {3, 4},
+                           {{"heads", 2}, {"window", 3}, {"scale", 1}, {"algorithm", "update"}});
+    b.Output("y", b.Node("window_attention", {all, all, all}, {3, 4},
+                         {{"heads", 1}, {"scale", 1}, {"band", 2}, {"causal", false}}));
+    corpus.push_back(b);
+  }
+  return corpus;
+}
+
+class Mutator {
+ public:
+  Mutator(std::vector<PlanBuilder> corpus, uint32_t seed)
+      : corpus_(std::move(corpus)), random_(seed) {}
+
+  // A file that is wrong in one to four ways: among its bytes, in its header, or in its plan.
+  std::string Next() {
+    PlanBuilder builder = corpus_[Below(corpus_.size())];
+    const size_t changes = 1 + Below(4);
+    const size_t kind = Below(8);
+    if (kind < 5) {
+      for (size_t i = 0; i < changes; ++i) Change(&builder.plan);
+      return builder.Bytes();
+    }
+    if (kind < 7) {
+      Json header = builder.Header();
+      if (kind == 5) header["__metadata__"].erase("plan");
+      for (size_t i = 0; i < changes; ++i) Change(&header);
+      const bool has_metadata = header.is_object() && header["__metadata__"].is_object();
+      if (kind == 5 && has_metadata) header["__metadata__"]["plan"] = builder.plan.dump();
+      return SafetensorsFile(Text(header), builder.Data());
+    }
+    std::string bytes = builder.Bytes();
+    for (size_t i = 0; i < changes; ++i) ChangeBytes(&bytes);
+    return bytes;
+  }
+
+ private:
+  size_t Below(size_t n) { return n == 0 ? 0 : random_() % n; }
+
+  static std::string Text(const Json& json) {
+    return json.dump(-1, ' ', false, Json::error_handler_t::replace);
+  }
+
+  // Changes one place of a value, however deep it lies.
+  void Change(Json* root) {
+    std::vector<Json*> places;
+    Collect(root, &places);
+    Json* place = places[Below(places.size())];
+    switch (Below(place->is_structured() ? 5 : 3)) {
+      case 0:
+        *place = Odd();
+        break;
+      case 1:
+        if (place->is_number()) {
+          *place =
+              std::abs(place->get<double>()) < 9e15 ? Json(place->get<int64_t>() + Small()) : Odd();
+        } else {
+          *place = Json(*places[Below(places.size())]);
+        }
+        break;
+      case 2:
+        *place = Json(*places[Below(places.size())]);
+        break;
+      case 3:
+        if (!place->empty()) Erase(place);
+        break;
+      case 4:
+        if (place->is_array()) {
+          place->push_back(Json(*places[Below(places.size())]));
+        } else {
+          (*place)[Name()] = Json(*places[Below(places.size())]);
+        }
+        break;
+    }
+  }
+
+  void Erase(Json* place) {
+    auto child = place->begin();
+    for (size_t skip = Below(place->size()); skip > 0; --skip) ++child;
+    place->erase(child);
+  }
+
+  static void Collect(Json* json, std::vector<Json*>* places) {
+    places->push_back(json);
+    if (!json->is_structured()) return;
+    for (Json& child : *json) Collect(&child, places);
+  }
+
+  int64_t Small() { return static_cast<int64_t>(Below(5)) - 2; }
+
+  Json Odd() {
+    static const std::vector<Json> odd = {nullptr,
+                                          true,
+                                          0,
+                                          -1,
+                                          1,
+                                          2,
+                                          0.5,
+                                          -0.0,
+                                          1e308,
+                                          2147483647,
+                                          2147483648,
+                                          int64_t{1} << 40,
+                                          int64_t{1} << 62,
+                                          std::numeric_limits<int64_t>::max(),
+                                          std::numeric_limits<int64_t>::min(),
+                                          std::numeric_limits<uint64_t>::max(),
+                                          "",
+                                          "bool",
+                                          "int32",
+                                          "float32",
+                                          "prelu",
+                                          Json::array(),
+                                          Json::object(),
+                                          Json::array({2147483647}),
+                                          Json::array({65536, 65536}),
+                                          Json::array({1, 1, 1, 1, 1, 1, 1, 1, 1})};
+    return odd[Below(odd.size())];
+  }
+
+  std::string Name() {
+    static const std::vector<std::string> names = {"dtype", "key",  "shape", "function",
+                                                   "bias",  "axis", "",      "steps"};
+    return names[Below(names.size())];
+  }
+
+  void ChangeBytes(std::string* bytes) {
+    const size_t place = Below(bytes->size());
+    switch (Below(5)) {
+      case 0:
+        bytes->resize(place);
+        break;
+      case 1:
+        if (!bytes->empty()) (*bytes)[place] = static_cast<char>(random_());
+        break;
+      case 2:
+        if (!bytes->empty()) (*bytes)[place] ^= static_cast<char>(1 << Below(8));
+        break;
+      case 3:
+        bytes->insert(place, bytes->substr(Below(bytes->size()), Below(64)));
+        break;
+      case 4:  // Among the header's length.
+        if (bytes->size() >= 8) (*bytes)[Below(8)] = static_cast<char>(random_());
+        break;
+    }
+  }
+
+  const std::vector<PlanBuilder> corpus_;
+  std::mt19937 random_;
+};
+
+int Main(int arguments, char** values) {
+  const std::vector<PlanBuilder> corpus = Corpus();
+  if (arguments == 3 && values[1] == std::string("--corpus")) {
+    for (size_t i = 0; i < corpus.size(); ++i) {
+      std::ofstream(std::string(values[2]) + "/" + std::to_string(i), std::ios::binary)
+          << corpus[i].Bytes();
+    }
+    return 0;
+  }
+  const int files = arguments > 1 ? std::atoi(values[1]) : 20000;
+  const uint32_t seed = arguments > 2 ? static_cast<uint32_t>(std::atoi(values[2])) : 1;
+  for (const PlanBuilder& builder : corpus) {
+    if (!Load(builder.Bytes())) {
+      std::cerr << "a file that is right was refused\n";
+      return 1;
+    }
+  }
+  Mutator mutator(corpus, seed);
+  int taken = 0;
+  for (int i = 0; i < files; ++i) {
+    const std::string bytes = mutator.Next();
+    try {
+      taken += Load(bytes);
+    } catch (const std::exception& error) {
+      std::cerr << "file " << i << " of seed " << seed << ": " << error.what() << "\n";
+      std::ofstream("model_file_fuzz_failure", std::ios::binary) << bytes;
+      return 1;
+    }
+  }
+  std::cout << files << " files: " << taken << " taken, " << files - taken << " refused\n";
+  // What only ever takes or only ever refuses tests nothing.
+  return files < 1000 || (taken > files / 200 && taken < files / 2) ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace continual_transformers
+
+int main(int arguments, char** values) { return continual_transformers::Main(arguments, values); }
+
+#endif  // CONTINUAL_TRANSFORMERS_FUZZ_MAIN
