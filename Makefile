@@ -13,7 +13,7 @@ RUN_BAZEL := bazel/offline/configure.sh && PATH="$(CURDIR)/$(BIN):$$PATH" $(BAZE
 TENSORFLOW = $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('cc/library.bzl')['TENSORFLOW_DEFAULT'])")
 FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc cc/*/*/*.h cc/*/*/*.cc cuda/*.cu cuda/*.cuh cuda/*.h \
   tests/cc/*.h tests/cc/*.cc tests/gpu/emulator/*.h benchmarks/cc/*.cc examples/*/*.cc \
-  python/continual_transformers_tf/include/*.h python/continual_transformers_tf/include/*/*.h)
+  python/continual_transformers_tf/include/*.h python/continual_transformers_tf/include/*.hpp)
 
 .PHONY: demo test test-torch test-slow lint format bazel-build bazel-cuda bazel-test sanitize bench bench-cc \
   cuda-resources gpu wheel clean

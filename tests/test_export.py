@@ -16,7 +16,7 @@ import continual_transformers_tf as ct
 from co_si_mha_cases import D, E, H, N, pair
 
 ROOT = Path(__file__).parent.parent
-EXAMPLE = ROOT / "examples" / "cpp"
+EXAMPLE = ROOT / "examples" / "cpp_savedmodel"
 CLEAN_PYTHON = """
 import sys
 import numpy as np
