@@ -10,8 +10,13 @@ PATH = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command()
-@click.option("--layers", is_flag=True, help="Race only the whole attention layer.")
-@click.option("--models", is_flag=True, help="Race only whole models.")
+@click.option("--models", "parts", flag_value="models", multiple=True, help="Race whole models.")
+@click.option(
+    "--session", "parts", flag_value="session", multiple=True, help="Measure a session in C++."
+)
+@click.option(
+    "--layers", "parts", flag_value="layers", multiple=True, help="Race the attention layer."
+)
 @click.option("--quick", is_flag=True, help="Tiny sizes for a moment: to see that it works.")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option(
@@ -35,8 +40,7 @@ PATH = click.Path(dir_okay=False, path_type=Path)
 @click.option("--picture", type=PATH, help="Where to draw it.")
 @click.option("--markdown", type=PATH, help="Where to write the page of the docs.")
 def bench(
-    layers,
-    models,
+    parts,
     quick,
     rounds,
     threads,
@@ -47,7 +51,10 @@ def bench(
     picture,
     markdown,
 ):
-    """Race whole models and whole attention layers against every other way to take a step."""
+    """Race whole models and whole attention layers against every other way to take a step.
+
+    Without --models, --session or --layers: all three.
+    """
     try:
         import matplotlib  # noqa: F401
         import rich.console
@@ -55,15 +62,15 @@ def bench(
         raise click.ClickException(
             f"{missing.name} is missing: `pip install '.[bench]'` in a checkout"
         ) from missing
-    from continual_transformers_tf.bench import model_race, race, report
+    from continual_transformers_tf.bench import model_race, race, report, session_goals
     from continual_transformers_tf.bench.model_rivals import MODEL_MODULES
     from continual_transformers_tf.bench.rivals import MODULES
 
-    both = layers == models
+    parts = parts or ("models", "session", "layers")
     taking_part = {}
-    if both or models:
+    if "models" in parts:
         taking_part.update(MODEL_MODULES)
-    if both or layers:
+    if "layers" in parts:
         taking_part.update(MODULES)
     unknown = set(only) - set(taking_part)
     if unknown:
@@ -72,10 +79,12 @@ def bench(
         found = json.loads(from_json.read_text())
     else:
         found = {}
-        if both or models:
+        if "models" in parts:
             arguments = (threads, rounds, quick, only, programs)
             found["models"] = _with_progress(model_race.run, *arguments)
-        if both or layers:
+        if "session" in parts:
+            found["session"] = session_goals.run(quick, programs)
+        if "layers" in parts:
             found["layers"] = _with_progress(race.run, threads, rounds, quick, only)
     console = rich.console.Console(width=None if sys.stdout.isatty() else 200)
     for made in report.tables(found):

@@ -113,8 +113,10 @@ class _Race:
             answer = self._process("packer", 1).ask("pack", size=size, directory=str(folder))
             if answer:
                 return answer
-        if model_rivals.MODEL_MODULES[name] == "native" and not self._program.exists():
-            return {"missing": f"{self._program}, which `{BUILD} {self._programs}` builds"}
+        if model_rivals.MODEL_MODULES[name] == "native":
+            problem = missing_program(self._program)
+            if problem:
+                return problem
         process = self._process(name, threads)
         answer = process.ask("prepare", size=size, directory=str(folder))
         if answer:
@@ -142,6 +144,13 @@ class _Race:
     def stop(self):
         for process in self._processes.values():
             process.stop()
+
+
+def missing_program(path):
+    """{}, or what is to be done where a C++ program was not built."""
+    if path.exists():
+        return {}
+    return {"missing": f"{path}, which `{BUILD} {path.parent}` builds in a checkout"}
 
 
 def compare(size, answer):

@@ -1,8 +1,7 @@
 """What the race of whole models found: a table, the goals, and their section in the docs."""
 
-from typing import NamedTuple
-
 from continual_transformers_tf.bench.model_rivals import MODEL_DESCRIPTIONS, MODEL_MODULES
+from continual_transformers_tf.bench.session_goals import Goal
 from continual_transformers_tf.bench.sizes import (
     MODEL_BOUND_GOALS,
     MODEL_GOALS,
@@ -11,39 +10,6 @@ from continual_transformers_tf.bench.sizes import (
 )
 
 OURS = "session"
-
-
-class Goal(NamedTuple):
-    """A goal as measured.
-
-    Attributes:
-        size: a ModelSize.
-        what: what is measured.
-        goal, measured: numbers of `unit`.
-        at_least: whether the measured number is to be at least the goal, or at most.
-        unit: " µs", or the sign of a ratio.
-    """
-
-    size: ModelSize
-    what: str
-    goal: float
-    measured: float
-    at_least: bool
-    unit: str
-
-    @property
-    def reached(self):
-        return self.measured >= self.goal if self.at_least else self.measured <= self.goal
-
-    def cells(self):
-        sign = "≥" if self.at_least else "≤"
-        return [
-            str(self.size),
-            self.what,
-            f"{sign} {self.goal:g}{self.unit}",
-            f"{self.measured:.3g}{self.unit}",
-            "reached" if self.reached else "**not reached**",
-        ]
 
 
 def rows(models, threads):
@@ -56,7 +22,7 @@ def rows(models, threads):
 
 
 def check_goals(models):
-    """Every goal, of one thread, as far as it was measured: a list of Goal."""
+    """Every goal, of one thread, as far as it was measured: a list of (ModelSize, Goal)."""
     found = []
     for size, rivals in rows(models, 1):
         medians = {name: figures["median"] for name, figures in rivals.items()}
@@ -64,15 +30,15 @@ def check_goals(models):
             if size.streams in goals and {OURS, rival} <= {*medians}:
                 ratio = medians[rival] / medians[OURS]
                 what = f"`{rival}` over `{OURS}`"
-                found.append(Goal(size, what, goals[size.streams], ratio, True, "×"))
+                found.append((size, Goal(what, goals[size.streams], ratio, True, "×")))
         if {"session_cpp", "bound"} <= {*medians} and size.streams in MODEL_BOUND_GOALS:
             ratio = medians["session_cpp"] / medians["bound"]
             goal = MODEL_BOUND_GOALS[size.streams]
-            found.append(Goal(size, "`session_cpp` over `bound`", goal, ratio, False, "×"))
+            found.append((size, Goal("`session_cpp` over `bound`", goal, ratio, False, "×")))
         if {OURS, "session_cpp"} <= {*medians}:
             more = medians[OURS] - medians["session_cpp"]
             what = f"`{OURS}` less `session_cpp`"
-            found.append(Goal(size, what, PYTHON_GOAL, more, False, " µs"))
+            found.append((size, Goal(what, PYTHON_GOAL, more, False, " µs")))
     return found
 
 
@@ -98,8 +64,8 @@ def goals_table(models):
     if not goals:
         return None
     made = rich.table.Table("model", "", "goal", "measured", "", title="Goals, one thread")
-    for goal in goals:
-        made.add_row(*(cell.strip("*").replace("`", "") for cell in goal.cells()))
+    for size, goal in goals:
+        made.add_row(str(size), *(cell.strip("*").replace("`", "") for cell in goal.cells()))
     return made
 
 
@@ -159,7 +125,8 @@ def markdown_lines(models):
     if goals:
         lines += ["", "### Goals, one thread", ""]
         lines += _markdown_table(
-            ["model", "", "goal", "measured", ""], [goal.cells() for goal in goals]
+            ["model", "", "goal", "measured", ""],
+            [[str(size), *goal.cells()] for size, goal in goals],
         )
     return lines
 

@@ -2,9 +2,9 @@
 
 from collections import defaultdict
 
-from continual_transformers_tf.bench import model_report
+from continual_transformers_tf.bench import model_report, session_goals
 from continual_transformers_tf.bench.rivals import DESCRIPTIONS, MODULES
-from continual_transformers_tf.bench.sizes import Size, goals
+from continual_transformers_tf.bench.sizes import ModelSize, Size, goals
 
 # Of the whole layer eagerly: this many times its read bound, plus one op dispatch.
 BOUND_GOAL, BOUND_FROM = 1.5, 512
@@ -62,14 +62,16 @@ def tables(found):
     """What is printed: a list of rich.table.Table.
 
     Args:
-        found: a dict with what `race.run` gave as "layers" and what `model_race.run` gave as
-            "models", or one of them.
+        found: a dict of what `model_race.run` gave, as "models", `session_goals.run`, as
+            "session", and `race.run`, as "layers"; or of some of them.
     """
     made = []
     if "models" in found:
         models = found["models"]
         made += [model_report.table(models, count) for count in _threads(models)]
         made.append(model_report.goals_table(models))
+    if "session" in found:
+        made.append(session_goals.table(found["session"]))
     if "layers" in found:
         made += [table(found["layers"], count) for count in _threads(found["layers"])]
     return [one for one in made if one is not None]
@@ -100,9 +102,18 @@ def markdown(found):
     ]
     if "models" in found:
         lines += model_report.markdown_lines(found["models"])
+    if "session" in found:
+        lines += _session_section(found["session"])
     if "layers" in found:
         lines += _layers_section(found["layers"])
     return "\n".join(lines) + "\n"
+
+
+def _session_section(found):
+    size = ModelSize(**found["size"])
+    lines = ["", "## A session in C++", "", f"Of the model {size}, by `make bench-session`.", ""]
+    goals = [goal.cells() for goal in session_goals.goals(found)]
+    return lines + _markdown_table(["", "goal", "measured", ""], goals)
 
 
 def _layers_section(found):
@@ -243,13 +254,14 @@ def draw(path, found):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=(18, 6 * len(found)), layout="constrained")
-    parts = figure.subfigures(len(found), 1, squeeze=False)[:, 0]
-    for part, (name, drawn) in zip(parts, sorted(found.items(), reverse=True), strict=True):
+    shown = [name for name in ("models", "layers") if name in found]
+    figure = plt.figure(figsize=(18, 6 * len(shown)), layout="constrained")
+    parts = figure.subfigures(len(shown), 1, squeeze=False)[:, 0]
+    for part, name in zip(parts, shown, strict=True):
         if name == "models":
-            model_report.draw_bars(part.subplots(), drawn)
+            model_report.draw_bars(part.subplots(), found[name])
         else:
-            _draw_layers(part, drawn)
+            _draw_layers(part, found[name])
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -1,0 +1,95 @@
+"""What a session promises beside a fast step, measured by benchmarks/cc/session_benchmark.cc."""
+
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from continual_transformers_tf.bench.model_race import WORKER, missing_program
+from continual_transformers_tf.bench.race import Rival, machine
+from continual_transformers_tf.bench.sizes import MODEL_QUICK, MODEL_TABLE
+
+PROGRAM = "session_benchmark"
+MODEL = MODEL_TABLE[1]  # Whose block, of some 100 KB, is that of a usual model.
+
+
+class Goal(NamedTuple):
+    """A goal as measured.
+
+    Attributes:
+        what: what is measured.
+        goal, measured: numbers of `unit`.
+        at_least: whether the measured number is to be at least the goal, or at most.
+        unit: what is written after a number.
+        detail: what it was made of.
+    """
+
+    what: str
+    goal: float
+    measured: float
+    at_least: bool
+    unit: str
+    detail: str = ""
+
+    @property
+    def reached(self):
+        return self.measured >= self.goal if self.at_least else self.measured <= self.goal
+
+    def cells(self):
+        """What a table shows: what, the goal, what was measured, whether it was reached."""
+        sign = "≥" if self.at_least else "≤"
+        measured = f"{self.measured:.3g}{self.unit}"
+        return [
+            self.what,
+            f"{sign} {self.goal:g}{self.unit}",
+            f"{measured}: {self.detail}" if self.detail else measured,
+            "reached" if self.reached else "**not reached**",
+        ]
+
+
+def run(quick, programs):
+    """Measure a session of one of the raced models.
+
+    Args:
+        quick: whether to measure little for a moment, to see that it works.
+        programs: the folder of the C++ programs.
+
+    Returns:
+        A dict that is JSON.
+    """
+    size = MODEL_QUICK[0] if quick else MODEL
+    found = {"machine": machine(), "versions": {}, "size": size._asdict(), "results": []}
+    program = Path(programs) / PROGRAM
+    problem = missing_program(program)
+    if not problem:
+        with tempfile.TemporaryDirectory() as folder:
+            packer = Rival("packer", 1, WORKER)
+            problem = packer.ask("pack", size=size, directory=folder)
+            packer.stop()
+            if not problem:
+                command = [str(program), f"{folder}/model.safetensors", "--json"]
+                command += ["--quick"] if quick else []
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    problem = {"error": done.stderr.strip()}
+                else:
+                    found["results"] = json.loads(done.stdout)
+    return {**found, "missing": {PROGRAM: problem} if problem else {}}
+
+
+def goals(session):
+    """A list of Goal."""
+    return [Goal(**result) for result in session["results"]]
+
+
+def table(session):
+    """A rich.table.Table of the goals, or None where none was measured."""
+    import rich.table
+
+    if not session["results"]:
+        return None
+    made = rich.table.Table("", "goal", "measured", "", title="A session in C++")
+    for goal in goals(session):
+        made.add_row(*(cell.strip("*") for cell in goal.cells()))
+    return made
