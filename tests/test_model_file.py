@@ -177,7 +177,10 @@ class Entries:
                 self.data += int(x).to_bytes(8, "little", signed=True)
 
 
-NUMBERS = {"scale", "epsilon", "alpha"}  # Attributes that are no whole numbers.
+# Attributes that are numbers, whole or not.
+NUMBERS = {
+    "alpha", "b", "epsilon", "max_value", "negative_slope", "scale", "threshold", "value",
+}  # fmt: skip
 
 
 def fingerprints(plan, tensors):
@@ -203,7 +206,7 @@ def fingerprints(plan, tensors):
         entries.add(len(node["attributes"]))
         for name in sorted(node["attributes"]):
             x = node["attributes"][name]
-            if name in NUMBERS:
+            if name in NUMBERS and x is not None:
                 entries.add(name, 3, float(x))
             else:
                 kinds = [(type(None), 0), (bool, 1), (int, 2), (str, 4), (list, 5)]
