@@ -116,7 +116,7 @@ except ImportError as error:
     print(error)
 """
     said = run(program)
-    assert "Session needs the package's native library, which could not be loaded: " in said
+    assert "Session needs the package's native libraries, which could not be loaded: " in said
     assert "pip install" in said
 
 

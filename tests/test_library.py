@@ -184,10 +184,10 @@ def test_the_op_library_needs_the_core_library_beside_it(copied_package):
 
 
 def shown_by(path):
-    """The names that a library shows to others, as they are in the source."""
-    command = ["nm", "--dynamic", "--demangle", "--defined-only", path]
+    """The names that a library shows to others, C++ names mangled."""
+    command = ["nm", "--dynamic", "--defined-only", path]
     listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return [line.split(" ", 2)[2] for line in listed.splitlines()]
+    return [line.split()[-1] for line in listed.splitlines()]
 
 
 def needed_by(path):
@@ -204,18 +204,15 @@ def test_the_core_library_links_neither_tensorflow_nor_python():
 def test_the_core_library_shows_its_own_names_only():
     shown = shown_by(native.CORE_LIBRARY_PATH)
     assert "continual_transformers_target" in shown
-    assert any(
-        "continual_transformers::SingleOutputAttention<float, float>" in name for name in shown
-    )
-    ours = re.compile(r"(.* )?continual_transformers::|(ct|continual_transformers)_\w+$")
+    assert any(name.startswith("_ZN22continual_transformers7Session4StepE") for name in shown)
+    ours = re.compile(r"(ct|continual_transformers)_|_Z(NK?|T[ISV]N)22continual_transformers")
     assert not [name for name in shown if not ours.match(name)]
-    assert not [name for name in shown if name.startswith("std::") or "nlohmann" in name]
 
 
 def test_the_op_library_has_no_kernels_inside():
     assert native.CORE_LIBRARY_PATH.name in needed_by(library.LIBRARY_PATH)
     assert not [
-        name for name in shown_by(library.LIBRARY_PATH) if "continual_transformers::" in name
+        name for name in shown_by(library.LIBRARY_PATH) if "22continual_transformers" in name
     ]
     text = subprocess.run(
         ["nm", "--demangle", library.LIBRARY_PATH], check=True, capture_output=True, text=True
