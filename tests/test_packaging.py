@@ -53,10 +53,16 @@ def test_the_lists_of_sources_are_complete():
         assert sorted(named) == sorted(found)
 
 
-def test_the_version_stands_in_one_place():
+def test_the_version_is_the_same_everywhere():
     setup = (ROOT / "setup.py").read_text()
     version = re.search(r'VERSION = "(.*)"', setup).group(1)
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+    package = ROOT / "python" / "continual_transformers_tf"
+    header = (package / "include" / "continual_transformers.h").read_text()
+    assert version == ".".join(re.findall(r"#define CT_VERSION_\w+ (\d+)", header))
+    assert (
+        f"\nVersion: {version}\n" in (package / "pkgconfig/continual_transformers.pc").read_text()
+    )
     assert "version = " not in (ROOT / "pyproject.toml").read_text().split("[tool.", 1)[0]
 
 
