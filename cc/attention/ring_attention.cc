@@ -36,7 +36,7 @@ class RingPass {
       column += span.rows;
     }
     if (p_.key_mask != nullptr) Mask();
-    for (int64_t h = begin_; h < end_; ++h) normalizer_of_[h - begin_] = Weights(h);
+    Softmax();
     Sum();
   }
 
@@ -56,15 +56,42 @@ class RingPass {
 
   // Scaled dot products of every head's query with the keys of a span.
   void Logits(const RingSpan& span, int64_t column) const {
+    switch (p_.key_dim % kLanes == 0 ? p_.key_dim / kLanes : 0) {
+      case 1:
+        return LogitsOfVectors<1>(span, column);
+      case 2:
+        return LogitsOfVectors<2>(span, column);
+      case 4:
+        return LogitsOfVectors<4>(span, column);
+      default:
+        return LogitsOfVectors<0>(span, column);
+    }
+  }
+
+  // Of keys of kVectors vectors; 0: of any size.
+  template <int kVectors>
+  void LogitsOfVectors(const RingSpan& span, int64_t column) const {
+    const int64_t key_dim = p_.key_dim, stride = p_.key_stride, heads = end_ - begin_;
+    const T* HWY_RESTRICT query = p_.query + begin_ * key_dim;
     for (int64_t i = 0; i < span.rows; i += kRowsPerDot) {
       const int64_t count = std::min(kRowsPerDot, span.rows - i);
-      const C* key = p_.key + (span.first_row + i) * p_.key_stride;
+      const int64_t first = (span.first_row + i) * stride;
       if (p_.next_key != nullptr) {
-        Prefetch(p_.next_key + (span.first_row + i) * p_.key_stride, p_.heads * p_.key_dim,
-                 p_.key_stride, count);
+        Prefetch(p_.next_key + first, p_.heads * key_dim, stride, count);
       }
-      for (int64_t h = begin_; h < end_; ++h) {
-        Dots(p_.query + h * p_.key_dim, key + h * p_.key_dim, count, LogitsOf(h) + column + i);
+      // By name and not in an array, which the compiler would keep in memory. Where there are fewer
+      // rows the last stands in for those that are missing.
+      const C* HWY_RESTRICT k0 = p_.key + first + begin_ * key_dim;
+      const C* HWY_RESTRICT k1 = k0 + (count > 1 ? stride : 0);
+      const C* HWY_RESTRICT k2 = k1 + (count > 2 ? stride : 0);
+      const C* HWY_RESTRICT k3 = k2 + (count > 3 ? stride : 0);
+      const C* HWY_RESTRICT k4 = k3 + (count > 4 ? stride : 0);
+      const C* HWY_RESTRICT k5 = k4 + (count > 5 ? stride : 0);
+      const C* HWY_RESTRICT k6 = k5 + (count > 6 ? stride : 0);
+      const C* HWY_RESTRICT k7 = k6 + (count > 7 ? stride : 0);
+      T* HWY_RESTRICT logits = p_.logits + column + i;
+      for (int64_t h = 0; h < heads; ++h, logits += stride_) {
+        Dots<kVectors>(query, h * key_dim, k0, k1, k2, k3, k4, k5, k6, k7, logits);
       }
     }
   }
@@ -79,45 +106,35 @@ class RingPass {
     }
   }
 
-  // Of kRowsPerDot keys; where `count` is less, the last stands in for those that are missing.
-  HWY_INLINE void Dots(const T* HWY_RESTRICT query, const C* HWY_RESTRICT key, int64_t count,
-                       T* HWY_RESTRICT logits) const {
+  // Of kRowsPerDot keys, from element `at` of the query and of each key on.
+  template <int kVectors>
+  HWY_INLINE void Dots(const T* HWY_RESTRICT query, int64_t at, const C* HWY_RESTRICT k0,
+                       const C* HWY_RESTRICT k1, const C* HWY_RESTRICT k2, const C* HWY_RESTRICT k3,
+                       const C* HWY_RESTRICT k4, const C* HWY_RESTRICT k5, const C* HWY_RESTRICT k6,
+                       const C* HWY_RESTRICT k7, T* HWY_RESTRICT logits) const {
     const D d;
-    const int64_t stride = p_.key_stride;
-    // By name and not in arrays, which the compiler would keep in memory.
-    const C* k0 = key;
-    const C* k1 = k0 + (count > 1 ? stride : 0);
-    const C* k2 = k1 + (count > 2 ? stride : 0);
-    const C* k3 = k2 + (count > 3 ? stride : 0);
-    const C* k4 = k3 + (count > 4 ? stride : 0);
-    const C* k5 = k4 + (count > 5 ? stride : 0);
-    const C* k6 = k5 + (count > 6 ? stride : 0);
-    const C* k7 = k6 + (count > 7 ? stride : 0);
     V s0 = hn::Zero(d), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0;
-    int64_t at = 0;
-    const int64_t size = p_.key_dim;
-    for (; at + kLanes <= size; at += kLanes) {
-      const V q = hn::LoadU(d, query + at);
-      s0 = hn::MulAdd(q, LoadWide(d, k0 + at), s0);
-      s1 = hn::MulAdd(q, LoadWide(d, k1 + at), s1);
-      s2 = hn::MulAdd(q, LoadWide(d, k2 + at), s2);
-      s3 = hn::MulAdd(q, LoadWide(d, k3 + at), s3);
-      s4 = hn::MulAdd(q, LoadWide(d, k4 + at), s4);
-      s5 = hn::MulAdd(q, LoadWide(d, k5 + at), s5);
-      s6 = hn::MulAdd(q, LoadWide(d, k6 + at), s6);
-      s7 = hn::MulAdd(q, LoadWide(d, k7 + at), s7);
-    }
-    if (at < size) {
-      const size_t rest = size - at;
-      const V q = hn::LoadN(d, query + at, rest);
-      s0 = hn::MulAdd(q, LoadWideN(d, k0 + at, rest), s0);
-      s1 = hn::MulAdd(q, LoadWideN(d, k1 + at, rest), s1);
-      s2 = hn::MulAdd(q, LoadWideN(d, k2 + at, rest), s2);
-      s3 = hn::MulAdd(q, LoadWideN(d, k3 + at, rest), s3);
-      s4 = hn::MulAdd(q, LoadWideN(d, k4 + at, rest), s4);
-      s5 = hn::MulAdd(q, LoadWideN(d, k5 + at, rest), s5);
-      s6 = hn::MulAdd(q, LoadWideN(d, k6 + at, rest), s6);
-      s7 = hn::MulAdd(q, LoadWideN(d, k7 + at, rest), s7);
+    const auto add = [&](int64_t i, auto load) HWY_ATTR {
+      const V q = load(query + i);
+      s0 = hn::MulAdd(q, load(k0 + i), s0);
+      s1 = hn::MulAdd(q, load(k1 + i), s1);
+      s2 = hn::MulAdd(q, load(k2 + i), s2);
+      s3 = hn::MulAdd(q, load(k3 + i), s3);
+      s4 = hn::MulAdd(q, load(k4 + i), s4);
+      s5 = hn::MulAdd(q, load(k5 + i), s5);
+      s6 = hn::MulAdd(q, load(k6 + i), s6);
+      s7 = hn::MulAdd(q, load(k7 + i), s7);
+    };
+    const auto whole = [d](const auto* p) HWY_ATTR { return LoadWide(d, p); };
+    if constexpr (kVectors > 0) {
+      for (int v = 0; v < kVectors; ++v) add(at + v * kLanes, whole);
+    } else {
+      const int64_t end = at + p_.key_dim;
+      for (; at + kLanes <= end; at += kLanes) add(at, whole);
+      if (at < end) {
+        const size_t rest = end - at;
+        add(at, [d, rest](const auto* p) HWY_ATTR { return LoadWideN(d, p, rest); });
+      }
     }
     StoreScaledSums(d, s0, s1, s2, s3, p_.scale, logits);
     StoreScaledSums(d, s4, s5, s6, s7, p_.scale, logits + 4);
@@ -136,28 +153,37 @@ class RingPass {
     }
   }
 
-  // Replaces a head's logits by their weights, and returns what normalizes these.
-  T Weights(int64_t h) const {
+  // Replaces logits by their weights, and finds what normalizes these. One loop for each thing that
+  // is waited for, so that the heads wait together.
+  void Softmax() {
     const D d;
-    T* HWY_RESTRICT logits = LogitsOf(h);
-    for (int64_t i = rows_; i < rows_ + kLanes; ++i) logits[i] = kNotAttended;
-    V max = hn::Set(d, kNotAttended);
-    // A NaN is no maximum, but has its say as a weight.
-    for (int64_t i = 0; i < rows_; i += kLanes) {
-      const V x = hn::LoadU(d, logits + i);
-      max = hn::IfThenElse(hn::Gt(x, max), x, max);
+    const V none = hn::Set(d, kNotAttended);
+    const int64_t heads = end_ - begin_;
+    for (int64_t h = 0; h < heads; ++h) {
+      T* HWY_RESTRICT logits = p_.logits + h * stride_;
+      hn::StoreU(none, d, logits + rows_);
+      V max = none;
+      // A NaN is no maximum, but has its say as a weight.
+      for (int64_t i = 0; i < rows_; i += kLanes) {
+        const V x = hn::LoadU(d, logits + i);
+        max = hn::IfThenElse(hn::Gt(x, max), x, max);
+      }
+      // Nothing attended: -infinity less -infinity would be NaN.
+      const T largest = hn::ReduceMax(d, max);
+      normalizer_of_[h] = largest == kNotAttended ? T(0) : largest;
     }
-    const T largest = hn::ReduceMax(d, max);
-    // Nothing attended: -infinity less -infinity would be NaN.
-    const V reference = hn::Set(d, largest == kNotAttended ? T(0) : largest);
-    V sum = hn::Zero(d);
-    for (int64_t i = 0; i < rows_; i += kLanes) {
-      const V weight = ExpOfNonPositive(d, hn::Sub(hn::LoadU(d, logits + i), reference));
-      hn::StoreU(weight, d, logits + i);
-      sum = hn::Add(sum, weight);
+    for (int64_t h = 0; h < heads; ++h) {
+      T* HWY_RESTRICT logits = p_.logits + h * stride_;
+      const V reference = hn::Set(d, normalizer_of_[h]);
+      V sum = hn::Zero(d);
+      for (int64_t i = 0; i < rows_; i += kLanes) {
+        const V weight = ExpOfNonPositive(d, hn::Sub(hn::LoadU(d, logits + i), reference));
+        hn::StoreU(weight, d, logits + i);
+        sum = hn::Add(sum, weight);
+      }
+      const T denominator = hn::ReduceSum(d, sum);
+      normalizer_of_[h] = denominator == T(0) ? T(0) : T(1) / denominator;
     }
-    const T denominator = hn::ReduceSum(d, sum);
-    return denominator == T(0) ? T(0) : T(1) / denominator;
   }
 
   // The weighted sums of values: as many columns at a time as registers hold sums of, of several
@@ -201,6 +227,7 @@ class RingPass {
       }
     }
     const bool first = h == begin_ && column == 0;
+    const int64_t value_dim = p_.value_dim, value_stride = p_.value_stride;
     const T* HWY_RESTRICT weights = LogitsOf(h);
     for (const RingSpan& span : {p_.spans.before_wrap, p_.spans.after_wrap}) {
       const C* HWY_RESTRICT value =
@@ -209,30 +236,26 @@ class RingPass {
         Prefetch(p_.next_value + span.first_row * p_.value_stride, p_.heads * p_.value_dim,
                  p_.value_stride, span.rows);
       }
+      const auto add = [&](int c) HWY_ATTR {
+        for (int i = 0; i < kHeads; ++i) {
+          const V weight = hn::Set(d, weights[i * stride_ + c]);
+          for (int v = 0; v < kVectors; ++v) {
+            sum[c][i][v] = hn::MulAdd(
+                weight, load(value + c * value_stride + i * value_dim + v * kLanes), sum[c][i][v]);
+          }
+        }
+      };
       int64_t row = 0;
       for (; row + kChains <= span.rows; row += kChains) {
-        for (int c = 0; c < kChains; ++c) {
-          const C* HWY_RESTRICT at = value + (row + c) * p_.value_stride;
-          for (int i = 0; i < kHeads; ++i) {
-            const V weight = hn::Set(d, weights[i * stride_ + row + c]);
-            for (int v = 0; v < kVectors; ++v) {
-              sum[c][i][v] =
-                  hn::MulAdd(weight, load(at + i * p_.value_dim + v * kLanes), sum[c][i][v]);
-            }
-          }
-        }
+        for (int c = 0; c < kChains; ++c) add(c);
+        value += kChains * value_stride;
+        weights += kChains;
       }
       for (; row < span.rows; ++row) {
-        const C* HWY_RESTRICT at = value + row * p_.value_stride;
-        for (int i = 0; i < kHeads; ++i) {
-          const V weight = hn::Set(d, weights[i * stride_ + row]);
-          for (int v = 0; v < kVectors; ++v) {
-            sum[0][i][v] =
-                hn::MulAdd(weight, load(at + i * p_.value_dim + v * kLanes), sum[0][i][v]);
-          }
-        }
+        add(0);
+        value += value_stride;
+        ++weights;
       }
-      weights += span.rows;
     }
     for (int i = 0; i < kHeads; ++i) {
       const V normalizer = hn::Set(d, normalizer_of_[h + i - begin_]);
