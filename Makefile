@@ -9,14 +9,15 @@ PYTEST_FLAGS ?= -n auto
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 BIN := .venv/bin
+BENCH := build/bench/venv/bin/python -m continual_transformers_tf.cli bench --programs build/bench
 RUN_BAZEL := bazel/offline/configure.sh && PATH="$(CURDIR)/$(BIN):$$PATH" $(BAZEL)
 TENSORFLOW = $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('cc/library.bzl')['TENSORFLOW_DEFAULT'])")
 FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc cc/*/*/*.h cc/*/*/*.cc cuda/*.cu cuda/*.cuh cuda/*.h \
   tests/cc/*.h tests/cc/*.cc tests/gpu/emulator/*.h benchmarks/cc/*.cc examples/*/*.cc \
   python/continual_transformers_tf/include/*.h python/continual_transformers_tf/include/*.hpp)
 
-.PHONY: demo test test-torch test-slow lint format bazel-build bazel-cuda bazel-test sanitize bench bench-cc \
-  cuda-resources gpu wheel clean
+.PHONY: demo test test-torch test-slow lint format bazel-build bazel-cuda bazel-test sanitize bench \
+  bench-session bench-cc cuda-resources gpu wheel clean
 
 demo: .venv/installed
 	$(BIN)/continual-transformers demo --picture build/demo.png
@@ -64,11 +65,13 @@ sanitize: .venv/installed
 cuda-resources:
 	$(PYTHON) cuda/resources.py
 
-# Against everyone else, into build/ and docs/benchmarks.md; a quarter of an hour.
-bench: .venv/installed
-	$(BIN)/python -m pip install --quiet --editable ".[bench]"
-	$(BIN)/continual-transformers bench --json build/bench.json --picture docs/benchmarks.png \
-	  --markdown docs/benchmarks.md
+# Against everyone else, into build/ and docs/benchmarks.md; half an hour.
+bench: build/bench/programs
+	$(BENCH) --json build/bench.json --picture docs/benchmarks.png --markdown docs/benchmarks.md
+
+# What a session promises beside a fast step: even steps, cheap streams, little memory.
+bench-session: build/bench/programs
+	$(BENCH) --session
 
 # The kernels alone, next to a plain read of the same bytes.
 bench-cc: .venv/installed
@@ -86,6 +89,20 @@ wheel: .venv/installed
 
 clean:
 	rm -rf .venv build dist
+
+# The rivals have an environment of their own, for some bring other versions of what is in .venv; it
+# sees the rest there.
+build/bench/installed: .venv/installed
+	$(PYTHON) -m venv build/bench/venv
+	cd build/bench/venv/lib/python*/site-packages && \
+	  $(CURDIR)/$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % \
+	  sysconfig.get_path('purelib'))" > venv.pth
+	build/bench/venv/bin/python -m pip install --quiet "continual-transformers-tf[bench]"
+	touch $@
+
+build/bench/programs: build/bench/installed $(wildcard benchmarks/cc/*)
+	build/bench/venv/bin/python benchmarks/build_cc.py build/bench
+	touch $@
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv || { echo "No virtual environment: on Debian, apt install python3-venv"; exit 1; }

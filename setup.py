@@ -203,8 +203,12 @@ setup(
     extras_require={
         "cpu": [f"tensorflow-cpu=={MINOR}.*", "keras>=3.15,<4"],
         "gpu": [f"tensorflow[and-cuda]=={MINOR}.*", "keras>=3.15,<4"],
-        # Who the race is against.
-        "bench": [*TORCH, "matplotlib", "onnx", "onnxruntime", "rich"],
+        # Who the races are against, and what their C++ programs are built with.
+        "bench": [
+            *TORCH,
+            *("jax", "matplotlib", "nlohmann-json", "onnx", "onnxruntime", "rich"),
+            "sequence-layers==0.2.*",
+        ],
         "demo": ["matplotlib", "rich", "seglearn"],
         # Of examples/real_data.
         "examples": ["aeon", "matplotlib", "rich", "seglearn"],

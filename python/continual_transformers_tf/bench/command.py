@@ -91,7 +91,7 @@ def bench(
         console.print(made)
     for part in found.values():
         for name, why in part["missing"].items():
-            console.print(f"{name} did not take part: {_reason(why)}", markup=False)
+            console.print(f"{name} did not take part: {race.reason(why)}", markup=False)
     for path, write in (
         (json_path, lambda path: path.write_text(json.dumps(found, indent=1) + "\n")),
         (picture, lambda path: report.draw(path, found)),
@@ -115,11 +115,3 @@ def _with_progress(run, *arguments):
             bar.update(task, completed=done, total=total, description=now)
 
         return run(*arguments, show)
-
-
-def _reason(why):
-    if "missing" not in why:
-        return why["error"]
-    if "`" in why["missing"]:  # It says itself what to do.
-        return f"there is no {why['missing']}"
-    return f"there is no {why['missing']}: pip install '.[bench]' in a checkout"

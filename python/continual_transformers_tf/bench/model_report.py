@@ -1,6 +1,7 @@
 """What the race of whole models found: a table, the goals, and their section in the docs."""
 
 from continual_transformers_tf.bench.model_rivals import MODEL_DESCRIPTIONS, MODEL_MODULES
+from continual_transformers_tf.bench.race import missing_lines
 from continual_transformers_tf.bench.session_goals import Goal
 from continual_transformers_tf.bench.sizes import (
     MODEL_BOUND_GOALS,
@@ -116,7 +117,7 @@ def markdown_lines(models):
     ]
     if models["missing"]:
         lines.append("")
-        lines += [f"Did not take part: {name}: {why}." for name, why in models["missing"].items()]
+        lines += missing_lines(models)
     for threads in sorted({entry["threads"] for entry in models["results"]}):
         head, body = _cells(models, threads)
         lines += ["", f"### {threads} thread{'s'[: threads > 1]}", ""]

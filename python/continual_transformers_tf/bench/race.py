@@ -125,6 +125,20 @@ def run(threads, rounds, quick, only, progress):
     }
 
 
+def reason(why):
+    """Say why a rival did not take part, of what `Rival.ask` returned."""
+    if "missing" not in why:
+        return why["error"]
+    if "`" in why["missing"]:  # It says itself what to do.
+        return f"there is no {why['missing']}"
+    return f"there is no {why['missing']}: pip install '.[bench]' in a checkout"
+
+
+def missing_lines(found):
+    """A sentence of the docs for every rival that did not take part."""
+    return [f"Did not take part: {name}: {reason(why)}." for name, why in found["missing"].items()]
+
+
 def machine():
     """What it ran on: a dict."""
     from continual_transformers_tf.ops import cpu_targets

@@ -3,6 +3,7 @@
 from collections import defaultdict
 
 from continual_transformers_tf.bench import model_report, session_goals
+from continual_transformers_tf.bench.race import missing_lines
 from continual_transformers_tf.bench.rivals import DESCRIPTIONS, MODULES
 from continual_transformers_tf.bench.sizes import ModelSize, Size, goals
 
@@ -127,7 +128,7 @@ def _layers_section(found):
         "",
     ]
     if found["missing"]:
-        lines += [f"Did not take part: {name}: {why}." for name, why in found["missing"].items()]
+        lines += missing_lines(found)
         lines.append("")
     lines += ["| rival | what it is |", "| --- | --- |"]
     lines += [f"| `{name}` | {text} |" for name, text in DESCRIPTIONS.items()]
