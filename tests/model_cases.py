@@ -893,3 +893,37 @@ def narrow_cache():
     x = keras.Input((N, E))
     y = ct.CoSiTransformerEncoder(N, E, H, 7, cache_dtype="bfloat16")(x)
     return keras.Model(x, y)
+
+
+# Layers and functions of the user's own, where Keras can draw their graph.
+
+
+@keras.saving.register_keras_serializable("model_cases")
+class Scaled(keras.Layer):
+    """A layer of the user's own."""
+
+    def build(self, shape):
+        self.factor = self.add_weight(shape=(shape[-1],), name="factor")
+        self.matrix = self.add_weight(shape=(shape[-1], 3), name="kernel")
+
+    def call(self, x, other=None, training=None):
+        x = x * self.factor if training is not True else x
+        if other is not None:
+            x = x - 2 * other
+        return ops.matmul(ops.softmax(x), self.matrix)
+
+
+@model(E)
+def layers_of_ones_own(x):
+    x = newest_of(x)
+    y = kl.Lambda(lambda z, factor: factor * ops.tanh(z), arguments={"factor": 3})(x)
+    return [Scaled()(x), Scaled()(x, other=y)]
+
+
+@model(E)
+def activation_of_ones_own(x):
+    def wave(y, height=2.0):
+        return height * ops.sin(y) + y
+
+    x = kl.Dense(4, activation=wave)(x)
+    return kl.Activation(functools.partial(wave, height=0.5))(x)

@@ -51,38 +51,56 @@ def convert(model, seq_len, **options):
     if isinstance(model, StreamingModel):
         options = {"warm_up": model.warm_up, "call_mode": model.call_mode, **options}
         model = model.model
+    if not model.built:
+        raise ValueError(f"Expected a built model, but {model.name} has never been called")
+    copy, problems = convert_layers(model, attention)
+    if problems:
+        raise ValueError(
+            f"{model.name} cannot be converted:\n" + "\n".join(f"- {p}" for p in problems)
+        )
+    return StreamingModel(copy, **options)
+
+
+def convert_layers(model, attention, also_continual=True):
+    """Returns a copy of a model in which attention is continual, and what stood in the way.
+
+    Args:
+        model: built. One that is neither functional nor sequential is given back as it is.
+        attention: a dict of options of the attention: seq_len, and perhaps cache_dtype.
+        also_continual: whether layers that are continual already get these options too.
+
+    Returns:
+        (the copy, a list of sentences). The copy has the model's weights where there are none.
+    """
     problems = []
 
     def convert_layer(layer):
         try:
             if isinstance(layer, StreamingModel):
-                return convert(layer, **attention)
-            if isinstance(layer, CoResidual):
+                return convert(layer, **attention) if also_continual else _copy(layer)
+            if isinstance(layer, CoResidual) and also_continual:
                 within = keras.saving.serialize_keras_object(convert_layer(layer.layer))
                 return CoResidual.from_config({**layer.get_config(), "layer": within})
             if isinstance(layer, ContinualLayer):
-                return _with_options(layer, attention)
+                return _with_options(layer, attention if also_continual else {})
             if isinstance(layer, keras.layers.MultiHeadAttention):
                 return CoSiMultiHeadAttention.from_regular(layer, single_output=False, **attention)
         except ValueError as error:
             problems.append(str(error))
         if isinstance(layer, keras.layers.GroupQueryAttention):
             problems.append(f"{layer.name} ({type(layer).__name__}) has no continual twin here")
-        return layer.__class__.from_config(layer.get_config())
+        return _copy(layer)
 
-    if not model.built:
-        raise ValueError(f"Expected a built model, but {model.name} has never been called")
-    if isinstance(model, keras.Sequential) or hasattr(model, "_nodes_by_depth"):
-        copy = keras.models.clone_model(model, clone_function=convert_layer, recursive=True)
-        if not problems:
-            copy.set_weights(model.get_weights())
-    else:
-        copy = model  # Without a graph: StreamingModel says so.
-    if problems:
-        raise ValueError(
-            f"{model.name} cannot be converted:\n" + "\n".join(f"- {p}" for p in problems)
-        )
-    return StreamingModel(copy, **options)
+    if not isinstance(model, keras.Sequential) and not hasattr(model, "_nodes_by_depth"):
+        return model, problems  # Without a graph: StreamingModel says so.
+    copy = keras.models.clone_model(model, clone_function=convert_layer, recursive=True)
+    if not problems:
+        copy.set_weights(model.get_weights())
+    return copy, problems
+
+
+def _copy(layer):
+    return layer.__class__.from_config(layer.get_config())
 
 
 def _with_options(layer, options):

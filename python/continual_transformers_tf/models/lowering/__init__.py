@@ -6,7 +6,7 @@ import keras
 
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
-from continual_transformers_tf.models.convert import convert
+from continual_transformers_tf.models.convert import convert_layers
 from continual_transformers_tf.models.lowering.attention import StateOf, lower_continual
 from continual_transformers_tf.models.lowering.graph_lowering import GraphLowering
 from continual_transformers_tf.models.lowering.lowered import Lowered
@@ -19,7 +19,7 @@ __all__ = ["Lowered", "continual_model", "lower"]
 HALVES = ("bfloat16", "float16")
 
 
-def lower(model, seq_len=None, cache_dtype=None, weights_dtype=None):
+def lower(model, seq_len=None, cache_dtype=None, weights_dtype=None, inputs=None):
     """Turns one step of a Keras model into a plan, as `docs/model_file.md` defines it.
 
     A step of the plan gives what a step of the `StreamingModel` (or the layer) gives with
@@ -31,12 +31,15 @@ def lower(model, seq_len=None, cache_dtype=None, weights_dtype=None):
         model: a functional or built sequential `keras.Model`, a `StreamingModel`, or one of the
             continual layers of this package, built. A layer whose inputs are of different sizes
             has several inputs: "query", "value" and "key". A plain
-            `keras.layers.MultiHeadAttention` inside is converted as `ct.convert` does it.
+            `keras.layers.MultiHeadAttention` inside is converted as `ct.convert` does it;
+            layers that are continual already keep their window.
         seq_len: the window of plain Keras attention; None: the length of the model's windows.
         cache_dtype: what keys and values are kept in: the compute dtype, or under float32
             "bfloat16" or "float16". None: the layers' own where they agree, or the compute dtype.
         weights_dtype: what dense kernels are kept in: the compute dtype, or under float32
             "bfloat16". None: the layers' own where they agree, or the compute dtype.
+        inputs: what a layer is called with, the first of "query", "value" and "key"; None: its one
+            input, "x", or all where they are of different sizes. A model names its own.
 
     Returns:
         A `Lowered`.
@@ -48,7 +51,7 @@ def lower(model, seq_len=None, cache_dtype=None, weights_dtype=None):
     if isinstance(model, keras.Model):
         return _lower_model(model, seq_len, cache_dtype, weights_dtype)
     if isinstance(model, keras.layers.Layer) and isinstance(model, ContinualLayer):
-        return _lower_layer(model, cache_dtype, weights_dtype)
+        return _lower_layer(model, cache_dtype, weights_dtype, inputs)
     if isinstance(model, keras.layers.MultiHeadAttention):
         raise ValueError(
             f"Expected a model or a continual layer, but got {model.name}, a "
@@ -76,7 +79,7 @@ def _lower_model(model, seq_len, cache_dtype, weights_dtype):
         )
     if not model.built:
         raise ValueError(f"Expected a built model, but {model.name} has never been called")
-    model = continual_model(whole, seq_len)
+    model, problems = _continual(whole, seq_len)
     graph = StepGraph(model)
     if graph.model is None:
         raise ValueError(f"{model.name} cannot be run by a session:\n- {graph.problems[0]}")
@@ -87,7 +90,7 @@ def _lower_model(model, seq_len, cache_dtype, weights_dtype):
     lowering = GraphLowering(b, graph)
     inputs = b.add_inputs([_input(b, x, lowering.problems) for x in graph.model.inputs])
     outputs = lowering.run(inputs)
-    problems = list(dict.fromkeys(lowering.problems))
+    problems = list(dict.fromkeys([*problems, *lowering.problems]))
     if problems:
         raise ValueError(
             f"{whole.name} cannot be run by a session:\n" + "\n".join(f"- {p}" for p in problems)
@@ -120,11 +123,17 @@ def continual_model(model, seq_len=None):
     Args:
         model, seq_len: as `lower` has them.
     """
+    return _continual(model, seq_len)[0]
+
+
+def _continual(model, seq_len):
+    """(`continual_model`, a list of what stood in the way)."""
     if isinstance(model, StreamingModel):
-        return model.model
-    if _has_plain_attention(model):
-        return convert(model, _window(model, seq_len)).model
-    return model
+        return model.model, []
+    if not _has_plain_attention(model):
+        return model, []
+    attention = {"seq_len": _window(model, seq_len)}
+    return convert_layers(model, attention, also_continual=False)
 
 
 def _has_plain_attention(model):
@@ -169,14 +178,15 @@ def _input(b, x, problems):
 # Layers.
 
 
-def _lower_layer(layer, cache_dtype, weights_dtype):
+def _lower_layer(layer, cache_dtype, weights_dtype, names):
     if not layer.built:
         raise ValueError(f"Expected a built layer, but {layer.name} has never been called")
     b = PlanBuilder("float64" if layer.compute_dtype == "float64" else "float32")
     b.scope = layer.name
     try:
         sizes = layer.input_features
-        names = ["x"] if len(set(sizes.values())) == 1 else list(sizes)
+        if names is None:
+            names = ["x"] if len(set(sizes.values())) == 1 else list(sizes)
         within = layer
         while isinstance(within, CoResidual):
             within = within.layer
@@ -291,8 +301,7 @@ def _chosen(name, dtype, of_layers, b, halves):
 def _entries(state, place):
     """keras_state as JSON has it; see docs/model_file.md."""
     if isinstance(state, StateOf):
-        entry = [place(state.value), state.entry]
-        return entry if state.layout is None else [*entry, state.layout]
+        return [place(state.value), state.entry, *state.layout]
     if isinstance(state, dict):
         return {name: _entries(x, place) for name, x in state.items()}
     if isinstance(state, list):

@@ -64,10 +64,9 @@ def activate(b, x, function, lead=1):
         return lower_layer(b, function, x, lead=lead)
     name = _FUNCTIONS.get(function)
     if name is None:
-        raise CannotLower(
-            f"has the activation {getattr(function, '__name__', function)!r}: a plan has nodes for "
-            "those of keras.activations"
-        )
+        from continual_transformers_tf.models.lowering.graph_lowering import trace
+
+        return trace(b, functools.partial(function, **options), [x], lead)
     return named(b, x, name, lead, options)
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import math
 
 import keras
+import numpy as np
 
 from continual_transformers_tf.layers.circular_positional_encoding import (
     CircularPositionalEncoding,
@@ -30,9 +31,10 @@ class StateOf:
 
     value: int
     entry: str
-    layout: str | None = None
+    layout: tuple = ()
 
 
+HEADS_FIRST = ("heads_first",)  # Of a layout: Keras has [H, N, D], the plan [N, H, D].
 POSITION = "position"  # Of the state: what all layers share.
 ALL_TRUE = "true"  # Of the state: what the plan does not keep, as it is always true.
 
@@ -124,8 +126,8 @@ def co_si_mha(
         scale=layer._inverse_sqrt_key_dim,
     )
     state |= {
-        "key": StateOf(attended.index, "key", "heads_first"),
-        "value": StateOf(attended.index, "value", "heads_first"),
+        "key": StateOf(attended.index, "key", HEADS_FIRST),
+        "value": StateOf(attended.index, "value", HEADS_FIRST),
         "key_mask": StateOf(attended.index, "key_mask"),
     }
     output = project(b, gated(b, layer, attended, gate), layer._output_dense, "output", axes=2)
@@ -161,7 +163,7 @@ def co_re_mha(
         )
         state = {
             **{
-                name: StateOf(attended.index, name, "heads_first")
+                name: StateOf(attended.index, name, HEADS_FIRST)
                 for name in ("query", "key", "value")
             },
             **{
@@ -203,7 +205,7 @@ def _masked_rows(b, layer, queries, keys, values, mask, use_causal_mask):
         causal=bool(use_causal_mask),
     )
     state = {
-        name: StateOf(x.index, "ring", "heads_first")
+        name: StateOf(x.index, "ring", HEADS_FIRST)
         for name, x in zip(("query", "key", "value"), windows, strict=True)
     }
     # What a row's softmax has been is computed anew; no step may be a gap.
@@ -342,9 +344,11 @@ def positional_encoding(b, layer, x, **ignored):
         rows = b.derived("rows", sinusoids(layer._max_len, layer._embed_dim))
     else:
         rows = b.variable(layer.embeddings)
-    start = b.derived("start", layer._start.numpy(), "int64")
+    first = int(layer._start.numpy())
+    start = b.derived("start", np.int64(first), "int64")
     y = b.node("positional", [x], x.shape, weights={"rows": rows, "start": start})
-    return y, {"index": StateOf(y.index, "offset", "index"), "position": POSITION}
+    index = StateOf(y.index, "offset", ("index", first, layer._max_len))
+    return y, {"index": index, "position": POSITION}
 
 
 def co_delay(b, layer, x, **ignored):

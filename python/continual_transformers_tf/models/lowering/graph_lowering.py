@@ -178,33 +178,37 @@ def lower_call(b, op, call):
     return [x.with_mask(mask) for x in outputs]
 
 
-def trace(b, function, call):
-    """The Symbol of what a function of tensors gives, of which Keras draws a graph."""
-    symbols = call.symbols
-    given = [keras.KerasTensor((*[None] * call.lead, *x.shape), dtype=x.dtype) for x in symbols]
-    tensors = {id(x): y for x, y in zip(symbols, given, strict=True)}
-    args, kwargs = keras.tree.map_structure(
-        lambda x: tensors.get(id(x), x), (call.args, call.kwargs)
-    )
+def trace(b, function, symbols, lead):
+    """What a function of tensors makes of Symbols, by the graph that Keras draws of it.
+
+    Args:
+        b: the `PlanBuilder`.
+        function: of as many tensors as there are symbols.
+        symbols: a list.
+        lead: how many axes Keras' tensors have before those of a Symbol.
+
+    Returns:
+        A Symbol, or a list of them.
+    """
+    given = [keras.KerasTensor((*[None] * lead, *x.shape), dtype=x.dtype) for x in symbols]
     try:
-        output = function(*args, **kwargs)
-        graph = keras.Function(given, output)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CannotLower(f"computes by other means than keras.ops: {error}") from error
+        graph = keras.Function(given, function(*given))
+    except Exception as error:  # The function is the user's, and may raise anything.
+        reason = str(error).strip().split("\n")[0]
+        raise CannotLower(f"computes by other means than keras.ops: {reason}") from error
     values = {id(x): y for x, y in zip(given, symbols, strict=True)}
     for depth in sorted(graph._nodes_by_depth, reverse=True):
         for node in graph._nodes_by_depth[depth]:
             if node.is_input:
                 continue
             args, kwargs = node.arguments.fill_in(values)
-            shapes = [tuple(x.shape[call.lead :]) for x in node.outputs]
-            inner = Call(args, kwargs, call.lead, node.outputs[0].dtype, shapes)
+            shapes = [tuple(x.shape[lead:]) for x in node.outputs]
+            call = Call(args, kwargs, lead, node.outputs[0].dtype, shapes)
             try:
-                outputs = lower_call(b, node.operation, inner)
+                outputs = lower_call(b, node.operation, call)
             except CannotLower as reason:
-                raise CannotLower(
-                    f"has a {type(node.operation).__name__}, which {reason}"
-                ) from reason
+                kind = type(node.operation).__name__
+                raise CannotLower(f"has a {kind} in it, which {reason}") from reason
             values.update((id(x), y) for x, y in zip(node.outputs, outputs, strict=True))
     outputs = [values[id(x)] for x in graph.outputs]
     return outputs[0] if len(outputs) == 1 else outputs

@@ -4,7 +4,6 @@ They are given a `PlanBuilder`, the layer, its first input (a Symbol, or what a 
 given), and a `Call`.
 """
 
-import dataclasses
 import inspect
 import math
 
@@ -25,7 +24,7 @@ from continual_transformers_tf.models.lowering.keras_ops import (
     transpose,
     unit_norm,
 )
-from continual_transformers_tf.models.lowering.plan_builder import CannotLower
+from continual_transformers_tf.models.lowering.plan_builder import CannotLower, Symbol
 
 LAYERS = {}
 
@@ -55,7 +54,31 @@ def lower_layer(b, layer, *args, lead=1, call=None):
             if not layer.built:
                 raise CannotLower("was never called, and has no weights")
             return LAYERS[kind](b, layer, call.args[0] if call.args else call.symbols[0], call)
-    raise CannotLower("is a layer that a plan has no node for")
+    if type(layer).__module__.startswith("keras.") or isinstance(layer, keras.Model):
+        raise CannotLower("is a layer that a plan has no node for")
+    return _own_layer(b, layer, call)
+
+
+def _own_layer(b, layer, call):
+    """A layer of the user's own, by what its `call` makes of symbolic tensors."""
+    from continual_transformers_tf.models.lowering.graph_lowering import trace
+
+    arguments = bound(layer, call)
+    arguments.pop("mask", None)
+    options = {name: x for name, x in arguments.items() if not _symbols_in(x)}
+    if "training" in inspect.signature(layer.call).parameters:
+        options["training"] = False
+    given = {name: x for name, x in arguments.items() if _symbols_in(x)}
+    flat = keras.tree.flatten(given)
+
+    def function(*tensors):
+        return layer.call(**keras.tree.pack_sequence_as(given, tensors), **options)
+
+    return trace(b, function, flat, call.lead)
+
+
+def _symbols_in(x):
+    return any(isinstance(part, Symbol) for part in keras.tree.flatten(x))
 
 
 def bound(layer, call):
@@ -360,7 +383,7 @@ def _masking(b, layer, x, call):
 def mask_of(b, layer, x):
     """The mask that a `Masking` or `Embedding` layer makes of its input."""
     value = float(np.asarray(layer.mask_value)) if isinstance(layer, keras.layers.Masking) else 0
-    return b.not_equal(x, value)
+    return b.not_equal(x if x.shape else b.reshape(x, (1,)), value)
 
 
 # What does nothing when it is not training.
@@ -475,8 +498,7 @@ def _lambda(b, layer, x, call):
     def function(x):
         return layer.function(x, **{**layer.arguments, **options})
 
-    call = dataclasses.replace(call, args=(x,), kwargs={})
-    return trace(b, function, call)
+    return trace(b, function, [x], call.lead)
 
 
 # Masks of outputs.

@@ -1,0 +1,159 @@
+"""The state of streams of a Keras model, put into a session of it."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+
+import continual_transformers_tf as ct
+import reference
+from continual_transformers_tf.models.keras_state import blocks_from_keras_state
+from continual_transformers_tf.models.lowering import lower
+from model_cases import BOUNDS, CASES
+
+# With a state of every kind.
+NAMES = [
+    "co_si_window_1", "co_si_window_3", "co_si_gate", "co_si_first_query", "co_si_second_query",
+    "co_re_window_1", "co_re_window_3", "co_re_gate", "co_re_sliding_window_gate",
+    "co_si_encoder_plain", "co_re_encoder_norm_first", "stack_single_output_3",
+    "stack_retroactive_3", "positions_learned", "positions_sinusoidal", "delay_matrix",
+    "delay_bool", "delay_at_once", "residual_delayed", "residual_of_residual", "demo",
+    "late_answers", "masked_query_that_waits", "models_within_models",
+    "streaming_model_inside_another", "convert_causal_then_full", "float64", "narrow_cache",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("taken", [1, "more"])
+def test_a_session_goes_on_from_the_state_of_the_keras_model(random, name, taken):
+    case = CASES[name]
+    streaming = case.streaming(case.build())
+    taken = 2 * case.window + 3 if taken == "more" else taken
+    inputs = case.inputs(streaming, random, (2, taken + case.window + 2))
+    streaming.ensure_streams(3)
+    case.steps(streaming, [x[:, :taken] for x in inputs])
+    state = streaming.get_state([1, 0])
+    session = ct.Session(streaming)
+    ids = session.open(2)
+    session.set_state(state, ids)
+    np.testing.assert_array_equal(session.position(ids), [taken, taken])
+    expected = case.steps(streaming, [x[:, taken:] for x in inputs])
+    got = session_steps(session, [x[::-1, taken:] for x in inputs], ids)
+    for y, x in zip(got, expected, strict=True):
+        if x.dtype == bool:
+            np.testing.assert_array_equal(y[::-1], x)
+        else:
+            assert reference.relative_error(y[::-1], x.astype("float64")) < 2 * BOUNDS[case.dtype]
+
+
+def session_steps(session, inputs, streams):
+    """T steps: arrays (M, T, ...), in Keras' order of the outputs."""
+    plan = json.loads(session._plan_json)
+    outputs = []
+    for t in range(inputs[0].shape[1]):
+        arrays = [
+            np.ascontiguousarray(x[:, t], plan["values"][port["value"]]["dtype"])
+            for x, port in zip(inputs, plan["inputs"], strict=True)
+        ]
+        x = keras.tree.map_structure(arrays.__getitem__, plan["input_structure"])
+        outputs.append(keras.tree.flatten(session.step(x, streams=streams)))
+    return [np.stack(rows, 1) for rows in zip(*outputs, strict=True)]
+
+
+def test_streams_of_different_ages(random):
+    case = CASES["stack_retroactive_2"]
+    layer = case.build()
+    x = random.normal(size=(3, 12, 6)).astype("float32")
+    layer.ensure_streams(3)
+    for streams, first, last in (([0], 0, 1), ([2], 0, 5), ([0, 2], 5, 7), ([1], 0, 0)):
+        for t in range(first, last):
+            layer.call_step(x[streams, t], streams=streams)
+    session = ct.Session(layer)
+    ids = session.open(3)
+    session.set_state(layer.get_state(), ids)
+    assert session.position(ids).tolist() == [3, 0, 7]
+    for t in range(7, 12):
+        expected = layer.call_step(x[:, t])
+        assert reference.relative_error(session.step(x[:, t], streams=ids), expected.numpy()) < 1e-5
+
+
+def test_states_that_do_not_fit_are_refused(random):
+    model = CASES["demo"].build()
+    streaming = CASES["demo"].streaming(model)
+    x = random.normal(size=(2, 3, 6)).astype("float32")
+    streaming.call_steps(x)
+    session = ct.Session(streaming)
+    ids = session.open(2)
+    session.step(x[:, 0], streams=ids)
+    before = session.get_state(ids)
+    state = streaming.get_state()
+    attention = state["1"]
+    bad = {
+        "Expected the state to have": {"0": state["0"]},
+        "Expected '1' of the state to have": {**state, "1": {}},
+        "all layers have taken the same steps": {
+            **state, "0": {**state["0"], "position": state["0"]["position"] + 1}
+        },
+        "Expected 'key' of '1' of the state to be": {
+            **state, "1": {**attention, "key": attention["key"][:, :, :2]}
+        },
+        "Expected 'key_mask' of '1' of the state of bool": {
+            **state, "1": {**attention, "key_mask": attention["key_mask"].astype("float32")}
+        },
+        "to have 2 streams": {**state, "1": {**attention, "value": attention["value"][:1]}},
+    }  # fmt: skip
+    for message, broken in bad.items():
+        with pytest.raises(ValueError, match=message):
+            session.set_state(broken, ids)
+    assert session.get_state(ids) == before
+
+
+def test_a_masked_query_that_the_plan_does_not_keep_is_refused(random):
+    layer = CASES["co_si_first_query"].build()
+    x = random.normal(size=(1, 6)).astype("float32")
+    layer.call_step(x, query_mask=np.array([False]))
+    session = ct.Session(layer)
+    with pytest.raises(ValueError, match="a step that was masked"):
+        session.set_state(layer.get_state(), [session.open()])
+    layer.clean_state()
+    for _ in range(9):  # In the ring is what came before.
+        layer.call_step(x)
+    session.set_state(layer.get_state(), [session.open()])
+
+
+def test_bfloat16_as_numpy_reads_it_from_a_file(random):
+    """Without its type, and rounded as TensorFlow rounds it."""
+    streaming = CASES["narrow_cache"].streaming(CASES["narrow_cache"].build())
+    streaming.call_steps(random.normal(size=(2, 6, 6)).astype("float32"))
+    state = streaming.get_state()
+    session = ct.Session(streaming)
+    plan, layout = json.loads(session._plan_json), session._state_entries()
+    expected = blocks_from_keras_state(plan, layout, state)
+    part = state["0"]
+    raw = {k: x.view("V2") if x.dtype.name == "bfloat16" else x for k, x in part.items()}
+    wide = {k: x.astype("float32") if x.dtype.name == "bfloat16" else x for k, x in part.items()}
+    assert raw["key"].dtype == "V2"
+    for other in (raw, wide):
+        assert blocks_from_keras_state(plan, layout, {"0": other}) == expected
+
+
+def test_a_narrower_cache_rounds_what_it_is_given(random):
+    layer = CASES["co_si_window_3"].build()
+    x = random.normal(size=(2, 5, 6)).astype("float32")
+    for t in range(4):
+        layer.call_step(x[:, t])
+    for dtype in ("bfloat16", "float16"):
+        session = ct.Session(layer, cache_dtype=dtype)
+        ids = session.open(2)
+        session.set_state(layer.get_state(), ids)
+        got = session.step(x[:, 4], streams=ids)
+        expected = layer.call_step(x[:, 4], update_state=False).numpy()
+        assert 0 < reference.relative_error(got, expected) < BOUNDS[dtype]
+
+
+def test_a_plan_without_streams_has_no_state():
+    plan = lower(CASES["arithmetic"].build()).plan
+    assert plan["keras_state"] == {}
+    with pytest.raises(ValueError, match="keeps nothing"):
+        blocks_from_keras_state(plan, [], {})
