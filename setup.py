@@ -120,7 +120,9 @@ class build_libraries(build_ext):
         options, objects, links = getattr(self, f"options_of_{name}")(*TENSORFLOW)
         compiler = subprocess.run([*CXX, "--version"], check=True, capture_output=True, text=True)
         heading = f"{compiler.stdout.splitlines()[0]}, TensorFlow {TENSORFLOW[1]}\n"
-        folder = BUILD / "objects" / name
+        # Builds with and without CUDA keep their own objects, for whoever makes both in turn.
+        suffix = "_cuda" if self.cuda and name == "op_library" else ""
+        folder = BUILD / "objects" / f"{name}{suffix}"
 
         def compile_one(source):
             made = (folder / source).with_suffix(".o")

@@ -136,8 +136,9 @@ def test_keras_loads_models_with_our_layers_whoever_is_imported_first(tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_server_s_installation_has_no_tensorflow(streamed, tmp_path):
+def test_a_server_s_installation_has_no_tensorflow(streamed, tmp_path, monkeypatch):
     """The wheel with what it asks for and no extra, in an environment of its own."""
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_CUDA", "0")
     wheels = tmp_path / "wheels"
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", wheels, ROOT]
     subprocess.run(command, check=True)
