@@ -24,7 +24,13 @@ LIBRARY = "libcontinual_transformers_cuda.so"
 
 def what_is_read():
     """Every file that a build may read."""
-    patterns = ("cuda/*", "cc/library.bzl", "cc/attention/*.h", "tests/gpu/emulator/*")
+    patterns = (
+        "cuda/*",
+        "cc/library.bzl",
+        "cc/attention/*.h",
+        "tests/gpu/emulator/*",
+        "tools/*.py",
+    )
     return sorted(path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file())
 
 
