@@ -174,7 +174,9 @@ void Apply(const FunctionSpec& spec, const T* x, int64_t size, T* y) {
       if (a == 0 && c == 0 && std::isinf(b)) {
         return Each(x, size, y, [](T v) { return v < 0 ? T(0) : v; });
       }
-      return Each(x, size, y, [a, b, c](T v) { return v < c ? a * (v - c) : v > b ? b : v; });
+      return Each(x, size, y, [a, b, c](T v) {
+        return v < c ? (a == 0 ? T(0) : a * (v - c)) : v > b ? b : v;
+      });
     case Function::kRsqrt:
       return Each(x, size, y, [](T v) { return 1 / std::sqrt(v); });
     case Function::kSelu:

@@ -1,0 +1,371 @@
+// A plan with every op, run in every way a call can be cut: all give the same outputs. What the ops
+// compute is held against a reference in Python (tests/plan_reference.py).
+
+#include "cc/session/executor.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cc/session/error.h"
+#include "gtest/gtest.h"
+#include "tests/cc/model_file_case.h"
+
+namespace continual_transformers {
+namespace {
+
+// An encoder block of E features, whose feed-forward part has F.
+int Encoder(PlanBuilder* b, int x, int64_t e, int64_t f, int64_t heads, int64_t window) {
+  const auto norm = [&](int y) {
+    return b->Node("norm", {y}, {e}, {{"function", "layer"}, {"epsilon", 1e-6}},
+                   {{"gamma", b->Random({e})}, {"beta", b->Random({e})}});
+  };
+  const int query = b->Dense(x, {e}), key = b->Dense(x, {e}), value = b->Dense(x, {e});
+  int y = b->Dense(b->Attention(query, key, value, heads, window), {e});
+  y = norm(b->Node("binary", {x, y}, {e}, {{"function", "add"}}));
+  int hidden = b->Node("activation", {b->Dense(y, {f})}, {f}, {{"function", "gelu"}});
+  hidden = b->Dense(hidden, {e});
+  return norm(b->Node("binary", {y, hidden}, {e}, {{"function", "add"}}));
+}
+
+PlanBuilder Stack(const std::string& dtype, int64_t e, int64_t f, int64_t heads, int64_t window) {
+  PlanBuilder b(dtype);
+  int y = b.Dense(b.Input("x", {5}), {e});
+  for (int i = 0; i < 2; ++i) y = Encoder(&b, y, e, f, heads, window);
+  b.Output("y", b.Dense(y, {3}));
+  return b;
+}
+
+// Streams of an executor, and the calls they take.
+class Streams {
+ public:
+  Streams(std::shared_ptr<const ModelFile> file, const ExecutorOptions& options, int64_t count)
+      : executor_(file, options), arena_(executor_.NewArena()), positions_(count, 0) {
+    for (int64_t i = 0; i < count; ++i) {
+      // Memory of before, which no step may read: NaN in any floating dtype, true in none.
+      blocks_.emplace_back(executor_.block_bytes() + 64, '\xff');
+      char* p = blocks_.back().data();
+      p += (64 - reinterpret_cast<uintptr_t>(p) % 64) % 64;
+      executor_.InitBlock(p);
+      pointers_.push_back(p);
+    }
+  }
+
+  // The outputs of `steps` steps of streams [first, first + count): [count, steps, ...] each.
+  std::vector<std::string> Take(int64_t first, int64_t count, int64_t steps,
+                                const std::vector<std::string>& inputs,
+                                const bool* key_mask = nullptr) {
+    const Plan& plan = executor_.plan();
+    std::vector<std::string> outputs;
+    std::vector<const void*> from;
+    std::vector<void*> to;
+    for (const std::string& input : inputs) from.push_back(input.data());
+    for (const Port& port : plan.outputs) {
+      outputs.emplace_back(count * steps * RowBytes(port), '\x55');
+    }
+    for (std::string& output : outputs) to.push_back(output.data());
+    const StepCall call = {from.data(),
+                           to.data(),
+                           key_mask,
+                           count,
+                           steps,
+                           pointers_.data() + first,
+                           positions_.data() + first};
+    executor_.Check(call);
+    executor_.Step(call, arena_.get());
+    for (int64_t i = 0; i < count; ++i) positions_[first + i] += steps;
+    return outputs;
+  }
+
+  int64_t RowBytes(const Port& port) const {
+    const Value& value = executor_.plan().values[port.value];
+    return value.size * SizeOf(value.dtype);
+  }
+
+  Executor& executor() { return executor_; }
+  Arena* arena() { return arena_.get(); }
+
+ private:
+  Executor executor_;
+  std::unique_ptr<Arena> arena_;
+  std::vector<std::string> blocks_;
+  std::vector<char*> pointers_;
+  std::vector<int64_t> positions_;
+};
+
+// Inputs of `streams` streams of `steps` steps; those of a part of them are cut out of these.
+class Recording {
+ public:
+  Recording(const Plan& plan, int64_t streams, int64_t steps) : plan_(plan), steps_(steps) {
+    uint32_t state = 1;
+    const auto random = [&state] { return (state = state * 1664525u + 1013904223u) >> 8; };
+    for (const Port& port : plan.inputs) {
+      const Value& value = plan.values[port.value];
+      std::vector<double> numbers(streams * steps * value.size);
+      const bool is_float = value.dtype == DType::kFloat32 || value.dtype == DType::kFloat64;
+      for (double& x : numbers) x = is_float ? random() % 1000 / 250.0 - 2 : random() % 3;
+      inputs_.push_back(BytesOf(NameOf(value.dtype), numbers));
+    }
+    for (int64_t i = 0; i < streams * steps; ++i) gaps_.push_back(random() % 5 != 0);
+  }
+
+  std::vector<std::string> Cut(int64_t first, int64_t count, int64_t step, int64_t steps) const {
+    std::vector<std::string> cut;
+    for (size_t i = 0; i < inputs_.size(); ++i) {
+      const Value& value = plan_.values[plan_.inputs[i].value];
+      const int64_t row = value.size * SizeOf(value.dtype);
+      cut.emplace_back();
+      for (int64_t m = first; m < first + count; ++m) {
+        cut.back() += inputs_[i].substr((m * steps_ + step) * row, steps * row);
+      }
+    }
+    return cut;
+  }
+
+  std::string Gaps(int64_t first, int64_t count, int64_t step, int64_t steps) const {
+    std::string cut;
+    for (int64_t m = first; m < first + count; ++m) {
+      cut += gaps_.substr(m * steps_ + step, steps);
+    }
+    return cut;
+  }
+
+ private:
+  const Plan& plan_;
+  const int64_t steps_;
+  std::vector<std::string> inputs_;
+  std::string gaps_;
+};
+
+template <typename T>
+double Largest(const std::string& bytes) {
+  double largest = 0;
+  for (size_t i = 0; i + sizeof(T) <= bytes.size(); i += sizeof(T)) {
+    T x;
+    std::memcpy(&x, bytes.data() + i, sizeof(T));
+    if (!std::isfinite(static_cast<double>(x))) return std::numeric_limits<double>::infinity();
+    largest = std::max(largest, std::abs(static_cast<double>(x)));
+  }
+  return largest;
+}
+
+template <typename T>
+void ExpectClose(const std::string& got, const std::string& expected, double bound) {
+  ASSERT_EQ(got.size(), expected.size());
+  const double scale = Largest<T>(expected);
+  ASSERT_TRUE(std::isfinite(scale));
+  for (size_t i = 0; i + sizeof(T) <= got.size(); i += sizeof(T)) {
+    T x, y;
+    std::memcpy(&x, got.data() + i, sizeof(T));
+    std::memcpy(&y, expected.data() + i, sizeof(T));
+    ASSERT_NEAR(static_cast<double>(x), static_cast<double>(y), bound * scale);
+  }
+}
+
+void ExpectEqual(const Plan& plan, const std::vector<std::string>& got,
+                 const std::vector<std::string>& expected, double bound) {
+  for (size_t i = 0; i < plan.outputs.size(); ++i) {
+    SCOPED_TRACE(plan.outputs[i].name);
+    switch (plan.values[plan.outputs[i].value].dtype) {
+      case DType::kFloat32:
+        ExpectClose<float>(got[i], expected[i], bound);
+        break;
+      case DType::kFloat64:
+        ExpectClose<double>(got[i], expected[i], bound);
+        break;
+      default:
+        ASSERT_EQ(got[i], expected[i]);
+    }
+  }
+}
+
+ExecutorOptions OptionsOf(const Plan& plan, int64_t threads = 1) {
+  return {plan.cache_dtype, plan.weights_dtype, threads};
+}
+
+class ExecutorTest : public ::testing::TestWithParam<std::string> {};
+
+// One stream and one step at a time, against any number of both.
+TEST_P(ExecutorTest, CallsMayBeCutInAnyWay) {
+  const auto file = EveryOp(GetParam()).File();
+  const Plan& plan = file->plan();
+  const double bound = plan.compute_dtype == DType::kFloat32 ? 1e-5 : 1e-13;
+  constexpr int64_t kStreams = 7, kSteps = 230;
+  const Recording recording(plan, kStreams, kSteps);
+  for (bool gaps : {false, true}) {
+    Streams alone(file, OptionsOf(plan), kStreams);
+    std::vector<std::vector<std::string>> expected(kStreams);
+    for (int64_t m = 0; m < kStreams; ++m) {
+      expected[m].resize(plan.outputs.size());
+      for (int64_t t = 0; t < kSteps; ++t) {
+        const std::string mask = recording.Gaps(m, 1, t, 1);
+        const auto outputs =
+            alone.Take(m, 1, 1, recording.Cut(m, 1, t, 1),
+                       gaps ? reinterpret_cast<const bool*>(mask.data()) : nullptr);
+        for (size_t i = 0; i < outputs.size(); ++i) expected[m][i] += outputs[i];
+      }
+    }
+    for (int64_t threads : {1, 2, 3}) {
+      for (const std::vector<int64_t>& pieces :
+           {std::vector<int64_t>{230}, {1, 2, 3, 90, 97, 37}, {96, 134}}) {
+        SCOPED_TRACE("threads " + std::to_string(threads) + ", first piece of " +
+                     std::to_string(pieces[0]));
+        Streams together(file, OptionsOf(plan, threads), kStreams);
+        int64_t step = 0;
+        for (int64_t steps : pieces) {
+          const std::string mask = recording.Gaps(0, kStreams, step, steps);
+          const auto outputs =
+              together.Take(0, kStreams, steps, recording.Cut(0, kStreams, step, steps),
+                            gaps ? reinterpret_cast<const bool*>(mask.data()) : nullptr);
+          std::vector<std::string> due(plan.outputs.size());
+          for (size_t i = 0; i < due.size(); ++i) {
+            const int64_t row = together.RowBytes(plan.outputs[i]);
+            for (int64_t m = 0; m < kStreams; ++m) {
+              due[i] += expected[m][i].substr(step * row, steps * row);
+            }
+          }
+          ExpectEqual(plan, outputs, due, bound);
+          step += steps;
+        }
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(DTypes, ExecutorTest, ::testing::Values("float32", "float64"),
+                         [](const auto& info) { return info.param; });
+
+TEST(ExecutorTest, ManyStreamsOverSeveralThreads) {
+  const auto file = Stack("float32", 48, 96, 4, 9).File();
+  const Plan& plan = file->plan();
+  constexpr int64_t kStreams = 211, kSteps = 21;
+  const Recording recording(plan, kStreams, kSteps);
+  Streams one(file, OptionsOf(plan), kStreams), several(file, OptionsOf(plan, 3), kStreams);
+  for (int64_t t = 0; t < kSteps; ++t) {
+    const auto inputs = recording.Cut(0, kStreams, t, 1);
+    ExpectEqual(plan, several.Take(0, kStreams, 1, inputs), one.Take(0, kStreams, 1, inputs), 1e-5);
+  }
+}
+
+// A single stream's wide layers are shared by the threads.
+TEST(ExecutorTest, WideLayersOverSeveralThreads) {
+  const auto file = Stack("float32", 512, 700, 8, 40).File();
+  const Plan& plan = file->plan();
+  const Recording recording(plan, 1, 45);
+  Streams one(file, OptionsOf(plan), 1), several(file, OptionsOf(plan, 2), 1);
+  for (int64_t t = 0; t < 45; ++t) {
+    const auto inputs = recording.Cut(0, 1, t, 1);
+    ExpectEqual(plan, several.Take(0, 1, 1, inputs), one.Take(0, 1, 1, inputs), 1e-5);
+  }
+}
+
+TEST(ExecutorTest, NarrowCachesAndWeights) {
+  const auto file = Stack("float32", 32, 64, 4, 17).File();
+  const Plan& plan = file->plan();
+  const Recording recording(plan, 5, 40);
+  const auto inputs = recording.Cut(0, 5, 0, 40);
+  const auto exact = Streams(file, OptionsOf(plan), 5).Take(0, 5, 40, inputs);
+  for (DType cache : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (DType weights : {DType::kFloat32, DType::kBFloat16}) {
+      SCOPED_TRACE(std::string(NameOf(cache)) + " " + NameOf(weights));
+      Streams narrow(file, {cache, weights, 1}, 5);
+      ExpectEqual(plan, narrow.Take(0, 5, 40, inputs), exact, 0.05);
+    }
+  }
+  EXPECT_THROW(Streams(file, {DType::kFloat64, DType::kFloat32, 1}, 1), Error);
+  EXPECT_THROW(Streams(file, {DType::kFloat32, DType::kFloat16, 1}, 1), Error);
+  EXPECT_THROW(Streams(file, {DType::kFloat32, DType::kFloat32, 0}, 1), Error);
+}
+
+TEST(ExecutorTest, TokensOutOfRangeAreRefused) {
+  const auto file = EveryOp().File();
+  Streams streams(file, OptionsOf(file->plan()), 2);
+  const Recording recording(file->plan(), 2, 1);
+  auto inputs = recording.Cut(0, 2, 0, 1);
+  for (int32_t token : {-1, 5, std::numeric_limits<int32_t>::max()}) {
+    auto wrong = inputs;
+    std::memcpy(&wrong[1][4 * 3], &token, sizeof(token));  // Stream 1's second.
+    try {
+      streams.Take(0, 2, 1, wrong);
+      FAIL() << "expected an error for token " << token;
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument);
+      EXPECT_NE(std::string(error.what()).find("but got " + std::to_string(token)),
+                std::string::npos)
+          << error.what();
+    }
+  }
+  streams.Take(0, 2, 1, inputs);
+}
+
+// An output may be an input, a constant, or another output.
+TEST(ExecutorTest, OutputsThatNoInstructionWrites) {
+  PlanBuilder b;
+  const int x = b.Input("x", {4});
+  const int flat = b.Node("reshape", {x}, {2, 2});
+  const int y = b.Node("activation", {x}, {4}, {{"function", "negative"}});
+  b.Output("x", x);
+  b.Output("flat", flat);
+  b.Output("y", y);
+  b.Output("again", y);
+  b.Output("constant", b.Node("constant", {}, {2}, {}, {{"value", b.Weight({2}, {8, 9})}}));
+  Streams streams(b.File(), {DType::kFloat32, DType::kFloat32, 1}, 3);
+  const std::vector<float> numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};
+  const auto outputs = streams.Take(0, 3, 1, {BytesOf(numbers)});
+  std::vector<float> negative;
+  for (float v : numbers) negative.push_back(-v);
+  EXPECT_EQ(outputs[0], BytesOf(numbers));
+  EXPECT_EQ(outputs[1], BytesOf(numbers));
+  EXPECT_EQ(outputs[2], BytesOf(negative));
+  EXPECT_EQ(outputs[3], BytesOf(negative));
+  EXPECT_EQ(outputs[4], BytesOf(std::vector<float>{8, 9, 8, 9, 8, 9}));
+}
+
+// What is folded into a dense layer gives what it gave alone.
+TEST(ExecutorTest, NeighboursOfDenseLayersAreFolded) {
+  for (bool used_twice : {false, true}) {
+    PlanBuilder b;
+    const int x = b.Input("x", {4});
+    const int scaled =
+        b.Node("affine", {x}, {4}, {},
+               {{"scale", b.Weight({4}, {1, 2, 3, 4})}, {"offset", b.Weight({4}, {4, 3, 2, 1})}});
+    const int dense = b.Node("dense", {scaled}, {2}, {},
+                             {{"kernel", b.Weight({4, 2}, {1, 0, 0, 1, 1, 0, 0, 1})}});
+    const int normal = b.Node("batch_norm", {dense}, {2}, {{"epsilon", 0.0}},
+                              {{"mean", b.Weight({2}, {1, 2})},
+                               {"variance", b.Weight({2}, {4, 16})},
+                               {"gamma", b.Weight({2}, {2, 4})}});
+    const int other = b.Node("strided", {x}, {2}, {{"offset", 1}, {"strides", {1}}});
+    const int sum = b.Node("binary", {other, normal}, {2}, {{"function", "add"}});
+    const int y = b.Node("activation", {sum}, {2}, {{"function", "relu6"}});
+    b.Output("y", y);
+    if (used_twice) {  // Nothing may then be folded.
+      b.Output("scaled", scaled);
+      b.Output("dense", dense);
+      b.Output("normal", normal);
+      b.Output("sum", sum);
+    }
+    Streams streams(b.File(), {DType::kFloat32, DType::kFloat32, 1}, 1);
+    // scaled: 5, 1, 5, -3; dense: 10, -2; normal: 9, -4; sum: 8, -3.
+    const auto outputs = streams.Take(0, 1, 1, {BytesOf(std::vector<float>{1, -1, 1, -1})});
+    EXPECT_EQ(outputs[0], BytesOf(std::vector<float>{6, 0}));
+    if (used_twice) {
+      EXPECT_EQ(outputs[1], BytesOf(std::vector<float>{5, 1, 5, -3}));
+      EXPECT_EQ(outputs[2], BytesOf(std::vector<float>{10, -2}));
+      EXPECT_EQ(outputs[3], BytesOf(std::vector<float>{9, -4}));
+      EXPECT_EQ(outputs[4], BytesOf(std::vector<float>{8, -3}));
+    }
+    streams.executor().BeginProfile(streams.arena());
+    streams.Take(0, 1, 1, {BytesOf(std::vector<float>{1, 1, 1, 1})});
+    const size_t parts = streams.executor().EndProfile(streams.arena()).size();
+    EXPECT_EQ(parts, used_twice ? 6u : 2u);
+  }
+}
+
+}  // namespace
+}  // namespace continual_transformers
