@@ -105,6 +105,7 @@ TENSORFLOW_HEADERS = [
     "tensorflow/co_si_mha_step_call.h",
     "tensorflow/inputs.h",
     "tensorflow/locked_variables.h",
+    "tensorflow/session_resource.h",
     "tensorflow/single_output_call.h",
     "tensorflow/threads.h",
 ]
@@ -117,6 +118,8 @@ TENSORFLOW_SOURCES = [
     "tensorflow/locked_variables.cc",
     "tensorflow/ops.cc",
     "tensorflow/retroactive_kernel.cc",
+    "tensorflow/session_kernel.cc",
+    "tensorflow/session_resource.cc",
     "tensorflow/single_output_kernel.cc",
     "tensorflow/threads.cc",
 ]

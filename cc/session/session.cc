@@ -172,13 +172,16 @@ class Session::Impl final : public ForkListener {
   }
 
   void Step(const StreamId* ids, int64_t count, int64_t steps, const void* const* inputs,
-            void* const* outputs, const bool* key_mask) {
+            void* const* outputs, const bool* key_mask, int64_t* positions) {
     if (count < 0 || steps < 0) {
       throw Error(ErrorCode::kInvalidArgument,
                   "cannot take " + Text(steps) + " steps of " + Text(count) + " streams");
     }
     // No step opens no default stream.
-    if (count == 0 || (steps == 0 && ids == nullptr)) return;
+    if (count == 0 || (steps == 0 && ids == nullptr)) {
+      if (positions != nullptr) store_.Positions(nullptr, count, positions);
+      return;
+    }
     CallInProgress call(this);
     StepCall step = {inputs, outputs, key_mask, count, steps, nullptr, nullptr};
     if (steps != 0) call->executor->Check(step);
@@ -188,11 +191,13 @@ class Session::Impl final : public ForkListener {
     } else {
       lease.TakeDefaults(&store_, count);
     }
-    if (steps == 0) return;
-    step.blocks = lease.blocks();
-    step.positions = lease.positions();
-    call->executor->Step(step, call->arena.get());
-    lease.Advance(steps);
+    if (steps != 0) {
+      step.blocks = lease.blocks();
+      step.positions = lease.positions();
+      call->executor->Step(step, call->arena.get());
+      lease.Advance(steps);
+    }
+    if (positions != nullptr) std::copy_n(lease.positions(), count, positions);
   }
 
   void Clean(const StreamId* ids, int64_t count) {
@@ -455,7 +460,12 @@ void Session::Close(const StreamId* ids, int64_t count) { impl_->store()->Close(
 
 void Session::Step(const StreamId* ids, int64_t count, int64_t steps, const void* const* inputs,
                    void* const* outputs, const bool* key_mask) {
-  impl_->Step(ids, count, steps, inputs, outputs, key_mask);
+  impl_->Step(ids, count, steps, inputs, outputs, key_mask, nullptr);
+}
+
+void Session::Step(const StreamId* ids, int64_t count, int64_t steps, const void* const* inputs,
+                   void* const* outputs, const bool* key_mask, int64_t* positions) {
+  impl_->Step(ids, count, steps, inputs, outputs, key_mask, positions);
 }
 
 void Session::Clean(const StreamId* ids, int64_t count) { impl_->Clean(ids, count); }

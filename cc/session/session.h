@@ -38,6 +38,9 @@ class Session {
   // and outputs are contiguous [count, steps, ...]; see StepCall.
   void Step(const StreamId* ids, int64_t count, int64_t steps, const void* const* inputs,
             void* const* outputs, const bool* key_mask = nullptr);
+  // The same, and writes how many steps each stream has taken then, this one among them.
+  void Step(const StreamId* ids, int64_t count, int64_t steps, const void* const* inputs,
+            void* const* outputs, const bool* key_mask, int64_t* positions);
   void Clean(const StreamId* ids, int64_t count);  // `ids` null: every open stream.
   void Positions(const StreamId* ids, int64_t count, int64_t* positions) const;
 

@@ -430,5 +430,174 @@ first_step: The step from which on there are outputs, as CoSiMultiHeadAttentionS
 update_state: If false, the outputs are those of a real call, but the state stays.
 )doc");
 
+// Of the ops on a session: its streams, int32 [M], are the second input.
+Status StreamsOfSession(InferenceContext* c, ShapeHandle* streams) {
+  ShapeHandle unused;
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(0), 0, &unused));
+  return c->WithRank(c->input(1), 1, streams);
+}
+
+// One thing for each stream.
+Status OnePerStreamShape(InferenceContext* c) {
+  ShapeHandle streams;
+  TF_RETURN_IF_ERROR(StreamsOfSession(c, &streams));
+  if (c->num_inputs() > 2) TF_RETURN_IF_ERROR(c->Merge(streams, c->input(2), &streams));
+  c->set_output(0, streams);
+  return absl::OkStatus();
+}
+
+Status ScalarsShape(InferenceContext* c) {
+  ShapeHandle unused;
+  for (int i = 0; i < c->num_inputs(); ++i) {
+    TF_RETURN_IF_ERROR(c->WithRank(c->input(i), 0, &unused));
+  }
+  for (int i = 0; i < c->num_outputs(); ++i) c->set_output(i, c->Scalar());
+  return absl::OkStatus();
+}
+
+Status SessionStepShape(InferenceContext* c) {
+  ShapeHandle streams;
+  TF_RETURN_IF_ERROR(StreamsOfSession(c, &streams));
+  DimensionHandle m = c->Dim(streams, 0);
+  std::vector<ShapeHandle> inputs;
+  TF_RETURN_IF_ERROR(c->input("inputs", &inputs));
+  for (ShapeHandle input : inputs) {
+    TF_RETURN_IF_ERROR(c->WithRankAtLeast(input, 1, &input));
+    TF_RETURN_IF_ERROR(c->Merge(m, c->Dim(input, 0), &m));
+  }
+  std::vector<tensorflow::DataType> types;
+  std::vector<tensorflow::PartialTensorShape> shapes;
+  TF_RETURN_IF_ERROR(c->GetAttr("output_types", &types));
+  TF_RETURN_IF_ERROR(c->GetAttr("output_shapes", &shapes));
+  if (types.size() != shapes.size()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("expected one of output_shapes for each output, ", types.size(), ", but got ",
+                     shapes.size()));
+  }
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    ShapeHandle output;
+    TF_RETURN_IF_ERROR(c->MakeShapeFromPartialTensorShape(shapes[i], &output));
+    TF_RETURN_IF_ERROR(c->Concatenate(c->Vector(m), output, &output));
+    c->set_output(i, output);
+  }
+  c->set_output(shapes.size(), c->Vector(m));
+  return absl::OkStatus();
+}
+
+REGISTER_OP("ContinualTransformers>SessionHandle")
+    .Output("session: resource")
+    .Attr("container: string = ''")
+    .Attr("shared_name: string = ''")
+    .SetIsStateful()
+    .SetShapeFn(ScalarsShape)
+    .Doc(R"doc(
+Makes a session that has no model yet, or finds one that was made before.
+
+session: A handle of it.
+container: Of TensorFlow's resources, the one in which it is; '': the default one.
+shared_name: Its name there; '': nothing else can find it.
+)doc");
+
+REGISTER_OP("ContinualTransformers>InitializeSession")
+    .Input("session: resource")
+    .Input("model_file: string")
+    .Input("states: string")
+    .Attr("streams: int >= 0")
+    .SetIsStateful()
+    .SetShapeFn(ScalarsShape)
+    .Doc(R"doc(
+Gives a session its model, and opens its streams. Does nothing with a session that has one.
+
+session: A session.
+model_file: The path of a model file, as docs/model_file.md describes it. It is mapped into memory,
+  and must not be changed while the session lives.
+states: The path of a file with the states of streams 0, 1, ..., one after another, each as
+  SessionGetState gives it; '': all streams are clean.
+streams: How many streams are opened.
+)doc");
+
+REGISTER_OP("ContinualTransformers>SessionStep")
+    .Input("session: resource")
+    .Input("streams: int32")
+    .Input("inputs: input_types")
+    .Output("outputs: output_types")
+    .Output("ready: bool")
+    .Attr("input_types: list({float, double, int32, int64, bool}) >= 1")
+    .Attr("output_types: list({float, double, int32, int64, bool}) >= 1")
+    .Attr("output_shapes: list(shape) >= 1")
+    .SetIsStateful()
+    .SetShapeFn(SessionStepShape)
+    .Doc(R"doc(
+Takes one step of M streams through a whole model.
+
+session: A session that has a model.
+streams: [M]. Which stream each row belongs to; distinct, each in [0, S), where S streams are held.
+inputs: [M, ...], the model's inputs in its own order.
+outputs: [M, ...], the model's outputs in its own order.
+ready: [M]. Whether the stream's receptive field is full, this step among what it holds.
+output_shapes: Of each output of one stream, without M.
+)doc");
+
+REGISTER_OP("ContinualTransformers>SessionClean")
+    .Input("session: resource")
+    .Input("streams: int32")
+    .Output("position: int64")
+    .SetIsStateful()
+    .SetShapeFn(OnePerStreamShape)
+    .Doc(R"doc(
+Forgets what streams have seen: they begin again.
+
+session: A session that has a model.
+streams: [M]. Distinct, each in [0, S), where S streams are held.
+position: [M]. How many steps each has taken then: zeros.
+)doc");
+
+REGISTER_OP("ContinualTransformers>SessionEnsureStreams")
+    .Input("session: resource")
+    .Input("count: int32")
+    .Output("held: int32")
+    .SetIsStateful()
+    .SetShapeFn(ScalarsShape)
+    .Doc(R"doc(
+Makes room for streams 0, ..., count - 1. Those that are held keep their state.
+
+session: A session that has a model.
+count: How many streams are wanted.
+held: How many streams are held then.
+)doc");
+
+REGISTER_OP("ContinualTransformers>SessionGetState")
+    .Input("session: resource")
+    .Input("streams: int32")
+    .Output("states: string")
+    .SetIsStateful()
+    .SetShapeFn(OnePerStreamShape)
+    .Doc(R"doc(
+Copies the states of streams.
+
+session: A session that has a model.
+streams: [M], each in [0, S), where S streams are held.
+states: [M]. Copies, as get_state of continual_transformers_tf.Session gives them: each says which
+  model and which weights it belongs to.
+)doc");
+
+REGISTER_OP("ContinualTransformers>SessionSetState")
+    .Input("session: resource")
+    .Input("streams: int32")
+    .Input("states: string")
+    .Output("position: int64")
+    .Attr("other_weights: bool = false")
+    .SetIsStateful()
+    .SetShapeFn(OnePerStreamShape)
+    .Doc(R"doc(
+Puts copies of states into streams, which go on from there. All of them, or none.
+
+session: A session that has a model.
+streams: [M]. Distinct, each in [0, S), where S streams are held.
+states: [M], as SessionGetState gives them, of the same model.
+position: [M]. How many steps each has taken then.
+other_weights: Whether copies of the same model with other weights are taken too.
+)doc");
+
 }  // namespace
 }  // namespace continual_transformers
