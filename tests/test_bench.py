@@ -194,7 +194,7 @@ def test_goals_of_models_are_those_of_the_issue():
     medians = dict(session=10.5, session_cpp=10, bound=8, onnxruntime=62, torch_ring=262)
     medians.update(sequence_layers=53, keras_windows=1000)
     rivals = {name: figures(median) for name, median in medians.items()}
-    entry = dict(threads=1, size=MODEL_TABLE[1]._asdict(), rivals=rivals)
+    entry = dict(threads=1, size=MODEL_TABLE[1]._asdict(), rivals=rivals, python=0.5)
     checked = model_report.check_goals({"results": [entry, {**entry, "threads": 2}]})
     assert [(goal.what, goal.goal, goal.reached) for _, goal in checked] == [
         ("`onnxruntime` over `session`", 6, False),
@@ -205,6 +205,7 @@ def test_goals_of_models_are_those_of_the_issue():
         ("`session` less `session_cpp`", 1, True),
     ]
     assert all(size == MODEL_TABLE[1] for size, _ in checked)
+    assert checked[0][1].cells()[2] == "5.9×: 7.75× over `bound`"
     many = dict(entry, size=MODEL_TABLE[4]._asdict())
     found = {goal.what: goal.goal for _, goal in model_report.check_goals({"results": [many]})}
     assert found["`onnxruntime` over `session`"] == 3

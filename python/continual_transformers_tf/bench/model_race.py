@@ -96,7 +96,27 @@ class _Race:
                 "least": min(medians),
                 "most": max(medians),
             }
-        return {"threads": threads, "size": size._asdict(), "rivals": rivals}
+        entry = {"threads": threads, "size": size._asdict(), "rivals": rivals}
+        if size.streams == 1 and {"session", "session_cpp"} <= {*rivals}:
+            entry["python"] = self._python(threads)
+        return entry
+
+    def _python(self, threads):
+        """Microseconds that a step from Python takes over the same step in C++.
+
+        The median of many differences between two bursts in a row: what else the machine does
+        changes more from round to round than Python takes. Of many streams it would be lost in the
+        noise all the same.
+        """
+        burst = dict(seconds=0.001 if self._burst["seconds"] < 0.1 else 0.01, least=2)
+        medians = [
+            [self._processes[name, threads].ask("burst", **burst)["median"] for name in names]
+            for names in [("session", "session_cpp"), ("session_cpp", "session")] * 25
+        ]
+        return statistics.median(
+            (first - second) * (1 if i % 2 == 0 else -1)
+            for i, (first, second) in enumerate(medians)
+        )
 
     def _write(self, folder, size):
         """The model as contestants read it that do not make it themselves."""
