@@ -60,7 +60,7 @@ def test_what_conversion_refuses_is_listed_with_the_rest():
     z = kl.MultiHeadAttention(H, D)(x, x)[:, -1]
     lines = refused(keras.Model(x, [y, kl.LSTM(2, name="memory")(ops.expand_dims(z, 1))]))
     assert any(
-        line.startswith("- grouped (GroupQueryAttention) has no continual") for line in lines
+        line.startswith("- grouped (GroupedQueryAttention) has no continual") for line in lines
     )
     assert any(line.startswith("- memory (LSTM) is a layer") for line in lines)
 
@@ -269,3 +269,17 @@ def test_inputs_of_open_size_and_of_texts():
     x = keras.Input((N,), dtype="string", name="words")
     assert any(line.startswith("- words") or "no axis of time in words" in line
                for line in refused(keras.Model(x, kl.Identity()(x))))  # fmt: skip
+
+
+def test_numbers_of_numpy_and_numbers_without_an_end():
+    layer = ct.CoSiMultiHeadAttention(np.int64(N), np.int32(H), np.int64(D), query_index=np.int8(0))
+    layer.build((None, N, E))
+    layer.built = True
+    assert lower(layer).to_bytes()
+    x = keras.Input((N, E))
+    y = kl.LayerNormalization(epsilon=np.float32(0.25))(x)
+    model = keras.Model(x, [y, kl.Masking(np.inf, name="mask")(y)], name="given")
+    _, line = refused(model)
+    assert line == (
+        "- mask (Masking) has the number inf, which a plan cannot hold: expected finite ones"
+    )

@@ -66,10 +66,11 @@ def layer_norm(b, x, layer, name=None):
         for key, w in (("gamma", layer.gamma), ("beta", layer.beta))
         if w is not None
     }
-    function = "rms" if getattr(layer, "rms_scaling", False) else "layer"
-    return b.node(
-        "norm", [x], x.shape, name=name, weights=weights, function=function, epsilon=layer.epsilon
-    )
+    numbers = {
+        "function": "rms" if getattr(layer, "rms_scaling", False) else "layer",
+        "epsilon": float(layer.epsilon),
+    }
+    return b.node("norm", [x], x.shape, name=name, weights=weights, **numbers)
 
 
 def output_shape(layer):

@@ -22,12 +22,12 @@ def einsum(b, equation, x, kernel, lead, name, bias=None):
         bias: a `keras.Variable` that broadcasts to Keras' output; None: none.
     """
     given, weights, output = letters(equation, len(x.shape) + lead)
-    if given[:lead] != output[:lead] or set(given[:lead]) & set(weights):
-        raise CannotLower(f"has the equation {equation!r}, which mixes samples, or steps of time")
-    given, output = given[lead:], output[lead:]
     for part in (given, weights, output):
         if len(set(part)) != len(part):
             raise CannotLower(f"has the equation {equation!r}, which names an axis twice")
+    if given[:lead] != output[:lead] or set(given[:lead]) & set(weights):
+        raise CannotLower(f"has the equation {equation!r}, which mixes samples, or steps of time")
+    given, output = given[lead:], output[lead:]
     sizes = dict(zip(weights, kernel.shape, strict=True)) | dict(zip(given, x.shape, strict=True))
     if any(letter not in sizes for letter in output):
         raise CannotLower(f"has the equation {equation!r}, with an axis in its output alone")

@@ -243,7 +243,7 @@ def _batch_norm(b, layer, x, call):
     weights = {name: b.variable(w) for name, w in weights.items() if w is not None}
     return along_last(
         b, x, call.axes(layer.axis, x),
-        lambda y: b.node("batch_norm", [y], y.shape, weights=weights, epsilon=layer.epsilon),
+        lambda y: b.node("batch_norm", [y], y.shape, weights=weights, epsilon=float(layer.epsilon)),
     )  # fmt: skip
 
 

@@ -98,6 +98,7 @@ class PlanBuilder:
         masks = {key: x.index for key, x in (masks or {}).items() if x is not None}
         if masks:
             node["masks"] = masks
+        attributes = {key: _plain(x) for key, x in attributes.items()}
         self.nodes.append({**node, "weights": weights or {}, "attributes": attributes})
         return output
 
@@ -105,10 +106,6 @@ class PlanBuilder:
         name = "/".join(part for part in (self.scope, name) if part) or op
         count = self._names[name] = self._names.get(name, 0) + 1
         return name if count == 1 else f"{name}_{count - 1}"
-
-    def index_of_node(self, symbol):
-        """The place of the node that a Symbol is the output of."""
-        return next(i for i, x in enumerate(self.nodes) if symbol.index in x["outputs"])
 
     # Weights.
 
@@ -379,6 +376,14 @@ def to_numpy(x, dtype):
     """An array of a Keras variable, a tensor or an array."""
     x = getattr(x, "value", x) if hasattr(x, "path") else x
     return np.asarray(x).astype(dtype)
+
+
+def _plain(x):
+    """An attribute as JSON has it: users may have given numbers of NumPy's."""
+    x = x.item() if isinstance(x, np.generic) else x
+    if isinstance(x, float) and not math.isfinite(x):
+        raise CannotLower(f"has the number {x}, which a plan cannot hold: expected finite ones")
+    return x
 
 
 def contiguous_strides(shape):
