@@ -1,10 +1,11 @@
-// The attention kernel alone, one step of one stream on one thread, next to its bound: a plain read
+// The attention kernel alone, one step of M streams on one thread, next to its bound: a plain read
 // of the same keys and values.
 //
 //   bazel run -c opt //benchmarks:single_output_benchmark
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <random>
 #include <type_traits>
 #include <vector>
@@ -21,16 +22,17 @@ namespace {
 
 // What FACTS and the table call a size.
 void Sizes(benchmark::internal::Benchmark* b) {
-  b->ArgNames({"N", "H", "D"});
+  b->ArgNames({"N", "H", "D", "M"});
   using Sizes = std::vector<std::vector<int64_t>>;
-  for (const auto& sizes : Sizes{{64, 4, 32},
-                                 {120, 16, 12},
-                                 {64, 8, 128},
-                                 {512, 8, 64},
-                                 {512, 8, 33},
-                                 {512, 8, 16},
-                                 {512, 8, 24},
-                                 {4096, 16, 64}}) {
+  for (const auto& sizes : Sizes{{64, 4, 32, 1},
+                                 {64, 4, 32, 256},
+                                 {120, 16, 12, 1},
+                                 {64, 8, 128, 1},
+                                 {512, 8, 64, 1},
+                                 {512, 8, 33, 1},
+                                 {512, 8, 16, 1},
+                                 {512, 8, 24, 1},
+                                 {4096, 16, 64, 1}}) {
     b->Args(sizes);
   }
 }
@@ -41,12 +43,16 @@ struct Step {
       : window(state.range(0)),
         heads(state.range(1)),
         dim(state.range(2)),
+        streams(state.range(3)),
+        position(streams, 3 * window + window / 3),
+        stream(streams),
         query(heads * dim),
         output(heads * dim),
         row(heads * dim),
-        keys(heads * window * dim),
-        values(heads * window * dim),
-        key_mask(window, 1) {
+        keys(streams * heads * window * dim),
+        values(keys.size()),
+        key_mask(streams * window, 1) {
+    std::iota(stream.begin(), stream.end(), 0);
     std::mt19937 random(1);
     std::normal_distribution<float> normal;
     for (T& x : query) x = normal(random);
@@ -75,10 +81,12 @@ struct Step {
     p.query_strides = p.key_strides = p.value_strides = p.output_strides = {0, 0, dim};
     p.key_cache = keys.data();
     p.value_cache = values.data();
+    p.key_cache_strides = p.value_cache_strides = HeadMajorRing(heads, window, dim);
     p.key_mask_cache = reinterpret_cast<bool*>(key_mask.data());
-    p.position = &position;
-    p.streams = &stream;
-    p.num_streams = p.num_steps = p.window_parts = 1;
+    p.position = position.data();
+    p.streams = stream.data();
+    p.num_streams = streams;
+    p.num_steps = p.window_parts = 1;
     p.num_heads = heads;
     p.window = window;
     p.key_dim = p.value_dim = dim;
@@ -87,9 +95,9 @@ struct Step {
     return p;
   }
 
-  int64_t window, heads, dim;
-  int64_t position = 3 * window + window / 3;
-  int32_t stream = 0;
+  int64_t window, heads, dim, streams;
+  std::vector<int64_t> position;
+  std::vector<int32_t> stream;
   std::vector<T> query, output;
   std::vector<C> row, keys, values;
   std::vector<char> key_mask;
@@ -100,9 +108,9 @@ void Attention(benchmark::State& state) {
   Step<T, C> step(state);
   const SingleOutputParams<T, C> params = step.Params();
   for (auto _ : state) {
-    SingleOutputAttention(params, 0, step.heads);
+    SingleOutputAttention(params, 0, step.streams * step.heads);
     FinishSingleOutput(params);
-    ++step.position;
+    for (int64_t& position : step.position) ++position;
     benchmark::ClobberMemory();
   }
   state.SetBytesProcessed(state.iterations() * 2 * step.keys.size() * sizeof(C));

@@ -64,15 +64,18 @@ void ForEachRun(uint64_t bits, const F& f) {
   }
 }
 
-// Copies the N - 1 steps before `position` from a ring to `window`, oldest first; steps that were
-// never taken become zeros.
+// Copies the N - 1 steps before `position` from a ring, whose rows of `size` elements lie `stride`
+// apart, to `window`, oldest first; steps that were never taken become zeros.
 template <typename U>
-void CopyWindow(const U* ring, int64_t size, int64_t position, int64_t rows, U* window) {
+void CopyWindow(const U* ring, int64_t stride, int64_t size, int64_t position, int64_t rows,
+                U* window) {
   const int64_t taken = std::min(position, rows - 1);
   const RingSpans spans = FindRingSpans(position - taken, taken, rows);
   window = std::fill_n(window, (rows - 1 - taken) * size, U{});
   for (const RingSpan& span : {spans.before_wrap, spans.after_wrap}) {
-    window = std::copy_n(ring + span.first_row * size, span.rows * size, window);
+    for (int64_t i = 0; i < span.rows; ++i) {
+      window = std::copy_n(ring + (span.first_row + i) * stride, size, window);
+    }
   }
 }
 

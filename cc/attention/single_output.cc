@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <vector>
 
 #include "cc/attention/half.h"
 #include "cc/attention/online_softmax.h"
@@ -21,24 +23,39 @@ HWY_BEFORE_NAMESPACE();
 namespace continual_transformers {
 namespace HWY_NAMESPACE {
 
-// The steps of one head of one stream. Steps older than this call are read from the ring and this
-// call's own from its inputs; the ring is written last. So the rows that this call overwrites are
-// still there for its first queries, and peeking is the same code without the last line.
+// What tasks need beside the state, kept from one to the next.
+template <typename C>
+struct Scratch {
+  std::vector<char> key_mask;  // The stream's, which its heads share, as of the step.
+  std::vector<C> overwritten;  // Rows of the ring that a call that only peeks puts back.
+};
+
+// Whether a call asks for the columns of its windows in their order, oldest first. A softmax by
+// itself does not.
+template <typename T, typename C>
+bool IsChronological(const SingleOutputParams<T, C>& params) {
+  return params.mask != nullptr || params.scores != nullptr || params.window_key != nullptr ||
+         params.window_parts > 1;
+}
+
+// The steps of one head of one stream.
 template <typename T, typename C>
 class HeadStepper {
  public:
   HeadStepper(const SingleOutputParams<T, C>& params, int64_t pair)
       : p_(params), pair_(pair), m_(pair / params.num_heads), h_(pair % params.num_heads) {
     const int64_t stream = params.streams[m_];
-    const int64_t ring = stream * params.num_heads + h_;
-    key_ring_ = params.key_cache + ring * params.window * params.key_dim;
-    value_ring_ = params.value_cache + ring * params.window * params.value_dim;
+    const auto ring = [&](C* base, const Strides& strides) {
+      return base + stream * strides.stream + h_ * strides.head;
+    };
+    key_ring_ = ring(params.key_cache, params.key_cache_strides);
+    value_ring_ = ring(params.value_cache, params.value_cache_strides);
     position_ = params.position[stream];
     const int64_t steps = params.num_steps;
     ring_rows_ = {key_ring_,
-                  params.key_dim,
+                  params.key_cache_strides.step,
                   value_ring_,
-                  params.value_dim,
+                  params.value_cache_strides.step,
                   params.key_mask_cache + stream * params.window,
                   params.window};
     input_rows_ = {At(params.key, params.key_strides),
@@ -49,8 +66,32 @@ class HeadStepper {
                    steps};
   }
 
-  // All steps.
-  void Run() {
+  // All steps, each of which first writes its row and then attends to all rows that are filled, as
+  // one span.
+  void Run(Scratch<C>* scratch) {
+    const int64_t window = p_.window;
+    char* key_mask = scratch->key_mask.data();
+    std::memcpy(key_mask, ring_rows_.key_mask, window);
+    Rows<C> rows = ring_rows_;
+    rows.key_mask = reinterpret_cast<const bool*>(key_mask);
+    // Each row is overwritten for the first time within the first N steps.
+    const int64_t first_of_rows = std::min(p_.num_steps, window);
+    if (!p_.update_state) SaveRows(first_of_rows, scratch->overwritten.data());
+    for (int64_t t = 0; t < p_.num_steps; ++t) {
+      WriteRow(t);
+      key_mask[(position_ + t) % window] =
+          input_rows_.key_mask == nullptr || input_rows_.key_mask[t];
+      WindowPass<T, C> pass = Pass(t, At(p_.output, p_.output_strides, t));
+      pass.Attend(rows.From(0, std::min(position_ + t + 1, window)), 0);
+      pass.Finish(0, window);
+    }
+    if (!p_.update_state) RestoreRows(first_of_rows, scratch->overwritten.data());
+  }
+
+  // All steps, with the columns of their windows in order. Steps older than this call are read from
+  // the ring and this call's own from its inputs; the ring is written last. So the rows that this
+  // call overwrites are still there for its first queries.
+  void RunInOrder() {
     for (int64_t t = 0; t < p_.num_steps; ++t) {
       WindowPass<T, C> pass = Pass(t, At(p_.output, p_.output_strides, t));
       pass.Finish(Attend(&pass, t, 0, p_.window), p_.window);
@@ -127,19 +168,42 @@ class HeadStepper {
 
   void CopyWindows() const {
     const int64_t rows = p_.window - 1;
-    CopyWindow(key_ring_, p_.key_dim, position_, p_.window,
+    CopyWindow(key_ring_, ring_rows_.key_stride, p_.key_dim, position_, p_.window,
                p_.window_key + pair_ * rows * p_.key_dim);
-    CopyWindow(value_ring_, p_.value_dim, position_, p_.window,
+    CopyWindow(value_ring_, ring_rows_.value_stride, p_.value_dim, position_, p_.window,
                p_.window_value + pair_ * rows * p_.value_dim);
+  }
+
+  // The row of this call's step t.
+  C* KeyRow(int64_t t) const {
+    return key_ring_ + (position_ + t) % p_.window * ring_rows_.key_stride;
+  }
+  C* ValueRow(int64_t t) const {
+    return value_ring_ + (position_ + t) % p_.window * ring_rows_.value_stride;
+  }
+
+  void WriteRow(int64_t t) const {
+    std::copy_n(input_rows_.key + t * input_rows_.key_stride, p_.key_dim, KeyRow(t));
+    std::copy_n(input_rows_.value + t * input_rows_.value_stride, p_.value_dim, ValueRow(t));
   }
 
   void WriteRing() const {
     for (int64_t t = std::max<int64_t>(0, p_.num_steps - p_.window); t < p_.num_steps; ++t) {
-      const int64_t row = (position_ + t) % p_.window;
-      std::copy_n(input_rows_.key + t * input_rows_.key_stride, p_.key_dim,
-                  key_ring_ + row * p_.key_dim);
-      std::copy_n(input_rows_.value + t * input_rows_.value_stride, p_.value_dim,
-                  value_ring_ + row * p_.value_dim);
+      WriteRow(t);
+    }
+  }
+
+  void SaveRows(int64_t steps, C* saved) const {
+    for (int64_t t = 0; t < steps; ++t) {
+      saved = std::copy_n(KeyRow(t), p_.key_dim, saved);
+      saved = std::copy_n(ValueRow(t), p_.value_dim, saved);
+    }
+  }
+
+  void RestoreRows(int64_t steps, const C* saved) const {
+    for (int64_t t = 0; t < steps; ++t, saved += p_.key_dim + p_.value_dim) {
+      std::copy_n(saved, p_.key_dim, KeyRow(t));
+      std::copy_n(saved + p_.key_dim, p_.value_dim, ValueRow(t));
     }
   }
 
@@ -156,10 +220,21 @@ class HeadStepper {
 
 template <typename T, typename C>
 void TakeTasks(const SingleOutputParams<T, C>& params, int64_t begin, int64_t end) {
+  const bool in_order = IsChronological(params);
+  Scratch<C> scratch;
+  if (!in_order && begin < end) {
+    scratch.key_mask.resize(params.window);
+    if (!params.update_state) {
+      scratch.overwritten.resize(std::min(params.num_steps, params.window) *
+                                 (params.key_dim + params.value_dim));
+    }
+  }
   for (int64_t task = begin; task < end; ++task) {
     HeadStepper<T, C> head(params, task / params.window_parts);
-    if (params.window_parts == 1) {
-      head.Run();
+    if (!in_order) {
+      head.Run(&scratch);
+    } else if (params.window_parts == 1) {
+      head.RunInOrder();
     } else {
       head.RunPart(task % params.window_parts);
     }
@@ -214,7 +289,7 @@ void FinishSingleOutput(const SingleOutputParams<T, C>& params) {
     const int64_t stream = params.streams[m], position = params.position[stream];
     bool* ring = params.key_mask_cache + stream * window;
     if (params.window_key_mask != nullptr) {
-      CopyWindow<bool>(ring, 1, position, window, params.window_key_mask + m * (window - 1));
+      CopyWindow<bool>(ring, 1, 1, position, window, params.window_key_mask + m * (window - 1));
     }
     if (!params.update_state) continue;
     for (int64_t t = std::max<int64_t>(0, steps - window); t < steps; ++t) {

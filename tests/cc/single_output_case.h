@@ -21,9 +21,20 @@
 
 namespace continual_transformers {
 
+// How rings lie: [S, H, N, D]; [S, N, H, D]; or the latter, each stream's in a block with more.
+enum class Layout { kHeadMajor, kRowMajor, kBlocks };
+
 struct Sizes {
   int64_t window, key_dim, value_dim, steps;
   int64_t heads = 2;
+  Layout layout = Layout::kHeadMajor;
+
+  Strides Ring(int64_t size) const {
+    if (layout == Layout::kHeadMajor) return HeadMajorRing(heads, window, size);
+    Strides strides = RowMajorRing(heads, window, size);
+    if (layout == Layout::kBlocks) strides.stream += 7;
+    return strides;
+  }
 };
 
 template <typename T>
@@ -65,6 +76,9 @@ class Unaligned {
   bool Intact() const {
     return std::isnan(Widen(data_.front())) && std::isnan(Widen(data_.back()));
   }
+  bool SameBits(const Unaligned& other) const {
+    return std::memcmp(data_.data(), other.data_.data(), data_.size() * sizeof(T)) == 0;
+  }
 
  private:
   std::vector<T> data_;
@@ -83,8 +97,8 @@ class Call {
         query_(Rows() * sizes.key_dim),
         key_(Rows() * sizes.key_dim),
         value_(Rows() * sizes.value_dim),
-        key_cache_(Held() * sizes.heads * sizes.window * sizes.key_dim),
-        value_cache_(Held() * sizes.heads * sizes.window * sizes.value_dim),
+        key_cache_(Held() * sizes.Ring(sizes.key_dim).stream),
+        value_cache_(Held() * sizes.Ring(sizes.value_dim).stream),
         output_(Rows() * sizes.value_dim),
         scores_(Rows() * sizes.window),
         window_key_(Pairs() * (sizes.window - 1) * sizes.key_dim),
@@ -114,14 +128,13 @@ class Call {
         old_key_mask_[s].push_back(has_key);
         key_mask_cache_[s * sizes.window + p % sizes.window] = has_key;
         for (int64_t h = 0; h < sizes.heads; ++h) {
-          const int64_t row = (s * sizes.heads + h) * sizes.window + p % sizes.window;
           for (int64_t d = 0; d < sizes.key_dim; ++d) {
             const C x = has_key ? Random() : Nan<C>();
-            old_keys_[s].push_back(Widen(key_cache_[row * sizes.key_dim + d] = x));
+            old_keys_[s].push_back(Widen(KeyRow(s, h, p)[d] = x));
           }
           for (int64_t d = 0; d < sizes.value_dim; ++d) {
             const C x = has_key ? Random() : Nan<C>();
-            old_values_[s].push_back(Widen(value_cache_[row * sizes.value_dim + d] = x));
+            old_values_[s].push_back(Widen(ValueRow(s, h, p)[d] = x));
           }
         }
       }
@@ -130,10 +143,16 @@ class Call {
 
   // A step whose windows are cut into parts. It gives no scores, and no window for a gradient.
   SingleOutputParams<T, C> ParamsInParts(int64_t parts) {
-    SingleOutputParams<T, C> p = Params();
+    SingleOutputParams<T, C> p = ParamsWithoutOrder();
     parts_.resize(Pairs() * parts * (sizes_.value_dim + 2));
     p.window_parts = parts;
     p.parts = parts_.data();
+    return p;
+  }
+
+  // Steps that ask for nothing that has columns.
+  SingleOutputParams<T, C> ParamsWithoutOrder() {
+    SingleOutputParams<T, C> p = Params();
     p.scores = nullptr;
     p.window_key = p.window_value = nullptr;
     p.window_key_mask = nullptr;
@@ -155,6 +174,8 @@ class Call {
     p.scores_strides = {h * t * sizes_.window, sizes_.window, t * sizes_.window};
     p.key_cache = key_cache_.data();
     p.value_cache = value_cache_.data();
+    p.key_cache_strides = sizes_.Ring(sizes_.key_dim);
+    p.value_cache_strides = sizes_.Ring(sizes_.value_dim);
     p.key_mask = reinterpret_cast<bool*>(key_mask_.data());
     p.key_mask_cache = reinterpret_cast<bool*>(key_mask_cache_.data());
     p.window_key = window_key_.data();
@@ -189,10 +210,28 @@ class Call {
                 window_key_.Intact() && window_value_.Intact());
   }
 
+  // Whether the rings have the same bits, those of rows that no step has written and of what lies
+  // between them too.
+  bool SameState(const Call& other) const {
+    return key_cache_.SameBits(other.key_cache_) && value_cache_.SameBits(other.value_cache_) &&
+           key_mask_cache_ == other.key_mask_cache_;
+  }
+  bool SameOutput(const Call& other) const { return output_.SameBits(other.output_); }
+
  private:
   int64_t Held() const { return positions_.size(); }
   int64_t Pairs() const { return streams_.size() * sizes_.heads; }
   int64_t Rows() const { return Pairs() * sizes_.steps; }
+  // Where step p of a stream lies in its ring.
+  C* KeyRow(int64_t stream, int64_t h, int64_t p) {
+    return Row(key_cache_.data(), sizes_.Ring(sizes_.key_dim), stream, h, p);
+  }
+  C* ValueRow(int64_t stream, int64_t h, int64_t p) {
+    return Row(value_cache_.data(), sizes_.Ring(sizes_.value_dim), stream, h, p);
+  }
+  C* Row(C* ring, const Strides& strides, int64_t stream, int64_t h, int64_t p) const {
+    return ring + stream * strides.stream + h * strides.head + p % sizes_.window * strides.step;
+  }
   C Random() { return Exactly<C>(static_cast<int>(random_() % 17) - 8); }
 
   // Whether step p of a stream in this call has a key.
@@ -260,12 +299,11 @@ class Call {
     const Sizes& z = sizes_;
     const int64_t end = positions_[streams_[m]] + z.steps;
     for (int64_t p = std::max<int64_t>(0, end - z.window); p < end; ++p) {
-      const int64_t row = (streams_[m] * z.heads + h) * z.window + p % z.window;
       for (int64_t d = 0; d < z.key_dim; ++d) {
-        ExpectSame(Widen(key_cache_[row * z.key_dim + d]), Feature(true, m, h, p, d));
+        ExpectSame(Widen(KeyRow(streams_[m], h, p)[d]), Feature(true, m, h, p, d));
       }
       for (int64_t d = 0; d < z.value_dim; ++d) {
-        ExpectSame(Widen(value_cache_[row * z.value_dim + d]), Feature(false, m, h, p, d));
+        ExpectSame(Widen(ValueRow(streams_[m], h, p)[d]), Feature(false, m, h, p, d));
       }
       ASSERT_EQ(bool(key_mask_cache_[streams_[m] * z.window + p % z.window]), HasKey(m, p));
     }

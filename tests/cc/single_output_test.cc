@@ -34,13 +34,38 @@ TYPED_TEST(SingleOutputTest, Grid) {
         const Sizes sizes = {n, d, d == 16 ? d : d / 2 + 3, t};
         SCOPED_TRACE("N " + std::to_string(n) + " D " + std::to_string(d) + " T " +
                      std::to_string(t));
-        typename TestFixture::OneCall call(sizes, {0, 1, n - 1, n, n + 1, 2 * n + 3},
-                                           {4, 0, 3, 1, 5, 2});
-        const auto params = call.Params();
-        SingleOutputAttention(params, 0, params.num_streams * params.num_heads);
-        FinishSingleOutput(params);
-        call.Check(this->kBound);
-        if (this->HasFatalFailure()) return;
+        for (bool in_order : {true, false}) {
+          typename TestFixture::OneCall call(sizes, {0, 1, n - 1, n, n + 1, 2 * n + 3},
+                                             {4, 0, 3, 1, 5, 2});
+          const auto params = in_order ? call.Params() : call.ParamsWithoutOrder();
+          SingleOutputAttention(params, 0, params.num_streams * params.num_heads);
+          FinishSingleOutput(params);
+          call.Check(this->kBound);
+          if (this->HasFatalFailure()) return;
+        }
+      }
+    }
+  }
+}
+
+TYPED_TEST(SingleOutputTest, RingsOfAnyStrides) {
+  for (int64_t n : {1, 3, 17, 70}) {
+    for (int64_t t : {int64_t{1}, int64_t{2}, n + 5}) {
+      for (bool in_order : {true, false}) {
+        Sizes sizes = {n, 33, 24, t, /*heads=*/3};
+        const std::vector<int64_t> positions = {0, n - 1, n, 2 * n + 3};
+        typename TestFixture::OneCall expected(sizes, positions, {3, 0, 2});
+        for (Layout layout : {Layout::kHeadMajor, Layout::kRowMajor, Layout::kBlocks}) {
+          sizes.layout = layout;
+          typename TestFixture::OneCall call(sizes, positions, {3, 0, 2});
+          auto& made = layout == Layout::kHeadMajor ? expected : call;
+          const auto p = in_order ? made.Params() : made.ParamsWithoutOrder();
+          SingleOutputAttention(p, 0, 9);
+          FinishSingleOutput(p);
+          made.Check(this->kBound);
+          if (this->HasFatalFailure()) return;
+          EXPECT_TRUE(made.SameOutput(expected));
+        }
       }
     }
   }
@@ -48,16 +73,49 @@ TYPED_TEST(SingleOutputTest, Grid) {
 
 TYPED_TEST(SingleOutputTest, AnySplitOfTheTasksGivesTheSameBits) {
   const Sizes sizes = {17, 12, 9, 3, /*heads=*/3};
-  typename TestFixture::OneCall whole(sizes, {20, 5, 0}, {2, 0});
-  typename TestFixture::OneCall split(sizes, {20, 5, 0}, {2, 0});
-  const auto p = whole.Params(), q = split.Params();
-  SingleOutputAttention(p, 0, 6);
-  for (const auto& [begin, end] : {std::tuple(4, 6), std::tuple(0, 1), std::tuple(1, 4)}) {
-    SingleOutputAttention(q, begin, end);
+  for (bool in_order : {true, false}) {
+    typename TestFixture::OneCall whole(sizes, {20, 5, 0}, {2, 0});
+    typename TestFixture::OneCall split(sizes, {20, 5, 0}, {2, 0});
+    const auto p = in_order ? whole.Params() : whole.ParamsWithoutOrder();
+    const auto q = in_order ? split.Params() : split.ParamsWithoutOrder();
+    SingleOutputAttention(p, 0, 6);
+    for (const auto& [begin, end] : {std::tuple(4, 6), std::tuple(0, 1), std::tuple(1, 4)}) {
+      SingleOutputAttention(q, begin, end);
+    }
+    FinishSingleOutput(p);
+    FinishSingleOutput(q);
+    EXPECT_TRUE(whole.SameOutput(split));
+    EXPECT_TRUE(whole.SameState(split));
+    split.Check(this->kBound);
   }
-  FinishSingleOutput(q);
-  EXPECT_TRUE(std::equal(p.output, p.output + 2 * 3 * 3 * 9, q.output));
-  split.Check(this->kBound);
+}
+
+// T steps in one call are T calls of one step, to the last bit.
+TYPED_TEST(SingleOutputTest, StepsInOneCallAreAsManyCalls) {
+  constexpr int64_t kSteps = 9, kHeads = 2, kDim = 12;
+  const Sizes sizes = {5, kDim, kDim, kSteps, kHeads};
+  for (int64_t position : {0, 3, 5, 13}) {
+    typename TestFixture::OneCall together(sizes, {position}, {0});
+    typename TestFixture::OneCall apart(sizes, {position}, {0});
+    const auto p = together.ParamsWithoutOrder();
+    SingleOutputAttention(p, 0, kHeads);
+    FinishSingleOutput(p);
+    auto q = apart.ParamsWithoutOrder();
+    q.num_steps = 1;
+    for (int64_t t = 0; t < kSteps; ++t) {
+      const int64_t now = position + t;
+      q.position = &now;
+      SingleOutputAttention(q, 0, kHeads);
+      FinishSingleOutput(q);
+      q.query += q.query_strides.step;
+      q.key += q.key_strides.step;
+      q.value += q.value_strides.step;
+      q.output += q.output_strides.step;
+      ++q.key_mask;
+    }
+    EXPECT_TRUE(together.SameOutput(apart));
+    EXPECT_TRUE(together.SameState(apart));
+  }
 }
 
 TYPED_TEST(SingleOutputTest, PartsOfWindowsMerge) {
@@ -94,19 +152,29 @@ TYPED_TEST(SingleOutputTest, WhereAWindowIsCutIntoParts) {
 }
 
 TYPED_TEST(SingleOutputTest, PeekingLeavesTheRings) {
-  const Sizes sizes = {5, 4, 4, 7};
-  typename TestFixture::OneCall real(sizes, {9}, {0}), peek(sizes, {9}, {0});
-  auto p = peek.Params();
-  p.update_state = false;
-  const std::vector<typename TypeParam::Cache> before(p.key_cache, p.key_cache + 2 * 5 * 4);
-  const std::vector<bool> mask_before(p.key_mask_cache, p.key_mask_cache + 5);
-  SingleOutputAttention(p, 0, 2);
-  FinishSingleOutput(p);
-  EXPECT_EQ(std::memcmp(before.data(), p.key_cache, before.size() * sizeof(before[0])), 0);
-  EXPECT_TRUE(std::equal(mask_before.begin(), mask_before.end(), p.key_mask_cache));
-  const auto q = real.Params();
-  SingleOutputAttention(q, 0, 2);
-  EXPECT_TRUE(std::equal(q.output, q.output + 7 * 2 * 4, p.output));
+  for (int64_t n : {1, 5, 17}) {
+    for (int64_t t : {int64_t{1}, n, n + 3}) {
+      for (bool in_order : {true, false}) {
+        for (Layout layout : {Layout::kHeadMajor, Layout::kBlocks}) {
+          const Sizes sizes = {n, 4, 6, t, /*heads=*/2, layout};
+          const auto call = [&] {
+            return typename TestFixture::OneCall(sizes, {0, n - 1, n, n + 4}, {3, 0, 1, 2});
+          };
+          auto real = call(), peek = call();
+          auto p = in_order ? peek.Params() : peek.ParamsWithoutOrder();
+          p.update_state = false;
+          SingleOutputAttention(p, 0, 8);
+          FinishSingleOutput(p);
+          EXPECT_TRUE(peek.SameState(call()));
+          const auto q = in_order ? real.Params() : real.ParamsWithoutOrder();
+          SingleOutputAttention(q, 0, 8);
+          FinishSingleOutput(q);
+          EXPECT_TRUE(peek.SameOutput(real));
+          EXPECT_FALSE(real.SameState(peek));
+        }
+      }
+    }
+  }
 }
 
 TYPED_TEST(SingleOutputTest, AMaskBroadcastsByStridesOfZero) {

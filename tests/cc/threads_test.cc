@@ -68,6 +68,7 @@ class Layer {
     auto& p = step.attention;
     p.key_cache = key_cache_.data();
     p.value_cache = value_cache_.data();
+    p.key_cache_strides = p.value_cache_strides = HeadMajorRing(kHeads, window_, kDim);
     p.key_mask_cache = reinterpret_cast<bool*>(key_mask_cache_.data());
     p.position = position_.data();
     p.streams = &stream;
