@@ -44,13 +44,13 @@ def wearers_of(recordings):
 
 
 def stream(model, wearers, on_step=None):
-    """Steps all wearers' streams together, one sample of each at a time.
+    """Step all wearers' streams together in a `ct.Session`, one sample of each at a time.
 
-    A stream begins anew with each recording, which is another exercise; the others go on.
+    A stream begins again with each recording, which is another exercise; the others go on.
 
     Args:
-        model: a trained `WatchModel`.
-        wearers: list of `Wearer`; wearer i is stream i.
+        model: the trained model.
+        wearers: list of `Wearer`; each has a stream of its own.
         on_step: called after each step with (steps taken by all streams together, list of (wearer,
             recording, logits [7]), one for each stream that took the step).
 
@@ -58,26 +58,19 @@ def stream(model, wearers, on_step=None):
         A `StreamResult`.
     """
     rival = WindowModel(model)
-    step = tf.function(
-        lambda samples, streams: _step(model, samples, streams),
-        input_signature=[
-            tf.TensorSpec([None, 6], tf.float32),
-            tf.TensorSpec([None], tf.int32),
-        ],
-    )
-    ct.ensure_streams(model, len(wearers))
-    ct.clean_state(model)
+    session = ct.Session(model, streams=len(wearers))
+    streams = session.open(len(wearers))
     cursors = [_Cursor(wearer) for wearer in wearers]
     step_times, window_times = [], []
     taken = calls = 0
     while active := [i for i, cursor in enumerate(cursors) if not cursor.done]:
         begins = [i for i in active if cursors[i].time == 0]
         if begins:
-            ct.clean_state(model, streams=begins)
-        samples = tf.constant(np.stack([cursors[i].sample for i in active]))
-        streams = tf.constant(active, tf.int32)
+            session.clean_state(streams[begins])
+        samples = np.stack([cursors[i].sample for i in active])
+        ids = streams[active]
         started = time.perf_counter()
-        logits = step(samples, streams).numpy()
+        logits = session.step(samples, ids)
         step_times.append(time.perf_counter() - started)
         for row, i in zip(logits, active, strict=True):
             cursors[i].answer(int(row.argmax()))
@@ -106,11 +99,6 @@ def on_windows(model, wearers):
     """`StreamResult.predictions`, of every window computed anew."""
     rival = WindowModel(model)
     return [[rival.predictions(r.samples) for r in wearer.recordings] for wearer in wearers]
-
-
-def _step(model, samples, streams):
-    with ct.call_mode("step"):
-        return model(samples, streams=streams)
 
 
 class _Cursor:

@@ -84,7 +84,7 @@ def train(recordings, epochs, seed):
     keras.utils.set_random_seed(seed)
     model = build_model()
     samples = np.concatenate([recording.samples for recording in recordings])
-    model.normalization.adapt(samples)
+    model.get_layer("normalization").adapt(samples[np.newaxis])
     steps = epochs * STEPS_PER_EPOCH
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0, steps, warmup_target=LEARNING_RATE, warmup_steps=min(100, steps // 4), alpha=0.01
@@ -99,7 +99,8 @@ def train(recordings, epochs, seed):
     model.fit(Windows(recordings, seed), epochs=epochs)
     trained = build_model()  # Without the optimizer's variables, which are most of a file.
     trained.set_weights(model.get_weights())
-    trained.normalization.finalize_state()  # Which takes its mean and variance from its weights.
+    # Takes the mean and variance from the weights.
+    trained.get_layer("normalization").finalize_state()
     return trained
 
 

@@ -16,17 +16,17 @@ def windows_of(samples):
 
 
 class WindowModel:
-    """A trained `WatchModel` with `keras.layers.MultiHeadAttention` for its attention.
+    """The demo's model with `keras.layers.MultiHeadAttention` for its attention.
 
     Args:
-        model: the `WatchModel` whose weights it takes.
+        model: the trained model whose weights it takes.
     """
 
     def __init__(self, model):
         self._model = model
         self._attention = keras.layers.MultiHeadAttention(NUM_HEADS, EMBED_DIM)
         self._attention.build((None, SEQ_LEN, EMBED_DIM), (None, SEQ_LEN, EMBED_DIM))
-        self._attention.set_weights(model.encoder.attention.get_weights())
+        self._attention.set_weights(model.get_layer("encoder").attention.get_weights())
         self.logits = tf.function(
             self._logits,
             input_signature=[
@@ -37,16 +37,18 @@ class WindowModel:
 
     def _logits(self, windows, first_step):
         """The logits of windows [B, N, 6] whose oldest samples are their streams' first_step'th."""
-        model, encoder = self._model, self._model.encoder
-        table = model.position.embeddings.value
+        layer = self._model.get_layer
+        encoder = layer("encoder")
+        table = layer("position").embeddings.value
         rows = first_step[:, tf.newaxis] + tf.range(SEQ_LEN, dtype=tf.int64)
         rows = tf.math.floormod(rows, tf.shape(table, tf.int64)[0])
-        x = model.embed(windows) + tf.gather(table, rows)
+        x = layer("embedding")(layer("hidden")(layer("normalization")(windows)))
+        x += tf.gather(table, rows)
         # Only the newest step's query is asked for, so nothing else is computed that a user of
         # Keras could leave out.
         x = encoder.attention_norm(x[:, -1] + self._attention(x[:, -1:], x)[:, 0])
         x = encoder.output_norm(x + encoder.feed_forward_output(encoder.feed_forward(x)))
-        return model.classifier(x)
+        return layer("classifier")(x)
 
     def predictions(self, samples):
         """What the model says of each full window of a recording [T, 6]: [T - N + 1]."""
