@@ -133,6 +133,14 @@ def test_a_quick_race_of_whole_models(programs, tmp_path):
     assert paths["picture.png"].stat().st_size > 10_000
     again = CliRunner().invoke(main, ["bench", "--from-json", str(paths["all.json"])])
     assert again.exit_code == 0
+    # One part anew, beside what was found of another.
+    del found["session"]
+    paths["all.json"].write_text(json.dumps(found))
+    again = CliRunner().invoke(main, [
+        "bench", "--session", "--quick", "--programs", str(programs), "--from-json",
+        str(paths["all.json"]),
+    ])  # fmt: skip
+    assert "open a stream, 10 held" in again.output
     assert "keras_windows over session" in again.output
 
 

@@ -36,7 +36,11 @@ PATH = click.Path(dir_okay=False, path_type=Path)
     help="Where benchmarks/build_cc.py has built the C++ programs.",
 )
 @click.option("--json", "json_path", type=PATH, help="Where to write everything.")
-@click.option("--from-json", type=PATH, help="Report what was written there, and run nothing.")
+@click.option(
+    "--from-json",
+    type=PATH,
+    help="Report what was written there; run only the parts that are named besides.",
+)
 @click.option("--picture", type=PATH, help="Where to draw it.")
 @click.option("--markdown", type=PATH, help="Where to write the page of the docs.")
 def bench(
@@ -66,7 +70,8 @@ def bench(
     from continual_transformers_tf.bench.model_rivals import MODEL_MODULES
     from continual_transformers_tf.bench.rivals import MODULES
 
-    parts = parts or ("models", "session", "layers")
+    if not parts and not from_json:
+        parts = ("models", "session", "layers")
     taking_part = {}
     if "models" in parts:
         taking_part.update(MODEL_MODULES)
@@ -75,17 +80,14 @@ def bench(
     unknown = set(only) - set(taking_part)
     if unknown:
         raise click.BadParameter(f"expected rivals of {', '.join(taking_part)}, but got {unknown}")
-    if from_json:
-        found = json.loads(from_json.read_text())
-    else:
-        found = {}
-        if "models" in parts:
-            arguments = (threads, rounds, quick, only, programs)
-            found["models"] = _with_progress(model_race.run, *arguments)
-        if "session" in parts:
-            found["session"] = session_goals.run(quick, programs)
-        if "layers" in parts:
-            found["layers"] = _with_progress(race.run, threads, rounds, quick, only)
+    found = json.loads(from_json.read_text()) if from_json else {}
+    if "models" in parts:
+        arguments = (threads, rounds, quick, only, programs)
+        found["models"] = _with_progress(model_race.run, *arguments)
+    if "session" in parts:
+        found["session"] = session_goals.run(quick, programs)
+    if "layers" in parts:
+        found["layers"] = _with_progress(race.run, threads, rounds, quick, only)
     console = rich.console.Console(width=None if sys.stdout.isatty() else 200)
     for made in report.tables(found):
         console.print(made)

@@ -101,7 +101,7 @@ def run(threads, rounds, quick, only, progress):
         for _ in range(rounds):
             for name, found in medians.items():
                 progress(done, total, f"{size}, {name}")
-                burst = dict(seconds=0.01, least=2) if quick else dict(seconds=0.12, least=4)
+                burst = dict(seconds=0.01, least=2) if quick else dict(seconds=0.12, least=2)
                 found.append(processes[name, count].ask("burst", **burst)["median"])
                 done += 1
         for name, found in medians.items():

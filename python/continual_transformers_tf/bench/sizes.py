@@ -39,8 +39,8 @@ TABLE = (
     Size(64, 128, 4, streams=32),
     Size(64, 128, 4, streams=256),
 )
-WINDOWS = tuple(Size(4**power, 128, 4) for power in range(2, 9))
-STREAMS = tuple(Size(64, 128, 4, streams=10**power) for power in range(5))
+WINDOWS = tuple(Size(4**power, 128, 4) for power in range(2, 8))
+STREAMS = tuple(Size(64, 128, 4, streams=10**power) for power in range(4))
 QUICK = (Size(8, 16, 2), Size(8, 16, 2, streams=4))
 
 
