@@ -1,4 +1,7 @@
-"""Every snippet of the README: the Python runs here, the commands run here or in .ci/run."""
+"""Every snippet of the README: the Python runs here, the commands run here or in .ci/run.
+
+The snippets of docs/sessions.md run here too.
+"""
 
 import re
 import shlex
@@ -9,8 +12,13 @@ from click.testing import CliRunner
 from continual_transformers_tf import cli
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def snippets_of(path):
+    return re.findall(r"^```(\w+)\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+SNIPPETS = snippets_of(ROOT / "README.md")
 
 
 def test_python_snippets_run_one_after_the_other(monkeypatch, tmp_path):
@@ -23,6 +31,16 @@ def test_python_snippets_run_one_after_the_other(monkeypatch, tmp_path):
     assert namespace["logits"].shape == (1, 2)
     assert namespace["y"].shape == (2, 2)
     assert (tmp_path / "exported" / "saved_model.pb").exists()
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_the_page_on_sessions_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for language, code in snippets_of(ROOT / "docs" / "sessions.md"):
+        assert language == "python"
+        exec(compile(code, "sessions.md", "exec"), namespace)
+    assert len(namespace["y"]) == 200
 
 
 def test_commands_run():
