@@ -792,6 +792,22 @@ def masks_that_go_through(x):
 
 
 @model(E, gaps=True)
+def masks_that_layers_are_given(x):
+    """Keras draws what computes a mask into the graph, where a layer has an argument for it."""
+    masked = kl.Masking()(x)
+    x = kl.BatchNormalization()(masked)
+    y = kl.Add()([kl.TimeDistributed(kl.Dense(E))(x), kl.Masking(1.0)(x)])
+    x = kl.TimeDistributed(kl.BatchNormalization())(y)
+    return [co_si()(x, x), ops.cast(ops.not_equal(x, 0.0), "float32"), ops.not_equal(x, 1.0)]
+
+
+@_ids
+def gaps_that_layers_are_given(x):
+    x = kl.BatchNormalization()(kl.Embedding(5, E, mask_zero=True)(x))
+    return co_si()(x, x)
+
+
+@model(E, gaps=True)
 def masks_past_residuals(x):
     x = kl.Masking()(x)
     y = ct.CoResidual(ct.CircularPositionalEncoding(3, E))(x)

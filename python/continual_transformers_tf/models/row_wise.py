@@ -62,6 +62,8 @@ ELEMENT_WISE_OPS = {
     "Softsign", "SparsePlus", "SparseSigmoid", "Sqrt", "Square", "Squareplus", "Subtract", "Tanh",
     "TanhShrink", "Threshold", "TrueDivide",
 }  # fmt: skip
+# What Keras computes masks by.
+MASK_OPS = {"LogicalAnd", "LogicalNot", "LogicalOr", "NotEqual"}
 # Those that work along an axis of their own.
 OPS_ALONG_AN_AXIS = {"Concatenate", "Glu", "LogSoftmax", "Softmax", "Sparsemax"}
 
@@ -91,18 +93,27 @@ def name_of_op(op):
 
 
 def is_row_wise(node, args, kwargs):
-    op, rank = node.operation, len(node.input_tensors[0].shape)
-    if rank == 2:  # Numbers of tokens, (B, T): their last axis is time.
-        return type(op) in (keras.layers.Embedding, keras.layers.Identity)
-    if any(len(x.shape) != rank for x in node.input_tensors) or lengths_differ(node.input_tensors):
+    """Whether a node computes each row of windows from that row alone."""
+    op, name = node.operation, name_of_op(node.operation)
+    # Keras' masks, (B, T), which layers in a graph may be given beside windows.
+    masks = keras.tree.flatten(node.arguments.kwargs.get("mask"))
+    tensors = [x for x in node.input_tensors if not any(x is mask for mask in masks)]
+    rank = len(tensors[0].shape)
+    if any(len(x.shape) != rank for x in tensors) or lengths_differ(node.input_tensors):
         return False  # One would be broadcast over the other's time.
+    if rank == 2:  # Numbers of tokens, or masks, (B, T): their last axis is time.
+        return type(op) in (keras.layers.Embedding, keras.layers.Identity) or (
+            name in MASK_OPS and _same_for_all_steps(op, args, kwargs, rank)
+        )
+    if name == "Any":  # Over the features: a mask.
+        axes = [] if op.axis is None else list(np.atleast_1d(op.axis) % rank)
+        return axes == [rank - 1] and not op.keepdims
     if isinstance(op, keras.layers.EinsumDense):
         return _einsum_is_row_wise(op, rank)
     if type(op) is keras.layers.PReLU:  # Its numbers may be those of each step.
         return op.alpha.shape[0] == 1
     if type(op) is keras.layers.Permute:
         return op.dims[0] == 1
-    name = name_of_op(op)
     if isinstance(op, keras.layers.Concatenate) or type(op) in ROW_WISE:
         return _along_features(getattr(op, "axis", ()), rank)
     if name in OPS_ALONG_AN_AXIS:
@@ -113,10 +124,15 @@ def is_row_wise(node, args, kwargs):
         return op.axes is not None and [a % rank for a in op.axes[:2]] == [0, 1]
     if name == "Swapaxes":
         return _along_features((op.axis1, op.axis2), rank)
-    # An array that is added to a window, say, may hold a row for each of its steps.
+    element_wise = name in ELEMENT_WISE_OPS or name in MASK_OPS
+    return element_wise and _same_for_all_steps(op, args, kwargs, rank)
+
+
+def _same_for_all_steps(op, args, kwargs, rank):
+    """Whether no array that an operation is given has a row for each step of a window."""
     arrays = [x for x in keras.tree.flatten((args, kwargs)) if not isinstance(x, Tensor)]
     arrays += [getattr(op, limit) for limit in ("x_min", "x_max") if hasattr(op, limit)]
-    return name in ELEMENT_WISE_OPS and all(np.ndim(x) <= rank - 2 for x in arrays)
+    return all(np.ndim(x) <= rank - 2 for x in arrays)
 
 
 def _along_features(axis, rank):

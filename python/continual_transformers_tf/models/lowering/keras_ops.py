@@ -187,6 +187,45 @@ def _exactly_inverted(array):
     return bool((np.abs(mantissa) == 0.5).all())
 
 
+@op("NotEqual")
+def _not_equal(b, op, call):
+    x, y = call.operand(0, "x1", b), call.operand(1, "x2", b)
+    if any(z.dtype in ("int32", "int64") for z in call.symbols) and not _is_zero(y):
+        raise CannotLower("compares integers with others than 0, which floats cannot do exactly")
+    # Of differences, which are 0 only between equal numbers.
+    sign = b.activation(arithmetic(b, "subtract", _floating(b, x), _floating(b, y)), "sign")
+    return b.cast(sign, "bool")
+
+
+def _is_zero(x):
+    return not isinstance(x, Symbol) and bool((x == 0).all())
+
+
+def _floating(b, x):
+    return b.cast(x, b.dtype) if isinstance(x, Symbol) else x
+
+
+@op("Any", "All")
+def _any(b, op, call):
+    x = call.symbols[0]
+    function = "max" if type(op).__name__ == "Any" else "min"
+    return b.cast(b.reduce(b.cast(x, "bool"), function, call.axes(op.axis, x), op.keepdims), "bool")
+
+
+@op("LogicalAnd", "LogicalOr")
+def _logical(b, op, call):
+    if len(call.symbols) != 2:
+        raise CannotLower("is given a fixed mask")
+    x, y = (b.cast(b.cast(z, "bool"), b.dtype) for z in call.symbols)
+    function = "minimum" if type(op).__name__ == "LogicalAnd" else "maximum"
+    return b.cast(b.binary(function, x, y), "bool")
+
+
+@op("LogicalNot")
+def _logical_not(b, op, call):
+    return b.mask_not(b.cast(call.symbols[0], "bool"))
+
+
 @op("Clip")
 def _clip(b, op, call):
     _floats(call)
