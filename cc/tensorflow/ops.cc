@@ -493,9 +493,22 @@ REGISTER_OP("ContinualTransformers>SessionHandle")
     .Doc(R"doc(
 Makes a session that has no model yet, or finds one that was made before.
 
-session: A handle of it.
+session: A handle of it. The session lives as long as there are handles of it, and until it is
+  released.
 container: Of TensorFlow's resources, the one in which it is; '': the default one.
 shared_name: Its name there; '': nothing else can find it.
+)doc");
+
+REGISTER_OP("ContinualTransformers>ReleaseSession")
+    .Attr("container: string = ''")
+    .Attr("shared_name: string")
+    .SetIsStateful()
+    .SetShapeFn(ScalarsShape)
+    .Doc(R"doc(
+Forgets the name of a session, which ends with the last handle of it. Does nothing where there is
+none of that name.
+
+container, shared_name: As SessionHandle has them.
 )doc");
 
 REGISTER_OP("ContinualTransformers>InitializeSession")

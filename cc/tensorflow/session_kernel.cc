@@ -1,10 +1,12 @@
-// The ops on a session: SessionHandle makes one, InitializeSession gives it a model, and the others
-// step, clean, copy and make room for its streams. Whatever fails, fails before any stream changes.
+// The ops on a session: SessionHandle makes one, InitializeSession gives it a model, ReleaseSession
+// lets go of it, and the others step, clean, copy and make room for its streams. Whatever fails,
+// fails before any stream changes.
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
+#include <mutex>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "absl/container/inlined_vector.h"
@@ -15,8 +17,8 @@
 #include "cc/tensorflow/inputs.h"
 #include "cc/tensorflow/session_resource.h"
 #include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/resource_handle.h"
 #include "tensorflow/core/framework/resource_mgr.h"
-#include "tensorflow/core/framework/resource_op_kernel.h"
 #include "tensorflow/core/framework/tensor.h"
 #include "tensorflow/core/framework/types.h"
 
@@ -30,6 +32,7 @@ using tensorflow::OpKernel;
 using tensorflow::OpKernelConstruction;
 using tensorflow::OpKernelContext;
 using tensorflow::OpOutputList;
+using tensorflow::ResourceHandle;
 using tensorflow::Tensor;
 using tensorflow::TensorShape;
 using tensorflow::tstring;
@@ -57,14 +60,57 @@ TensorShape ShapeOf(int64_t streams, const Value& value) {
   return shape;
 }
 
-class SessionHandleOp : public tensorflow::ResourceOpKernel<SessionResource> {
+// Of the same container and name there is one session. TensorFlow's resource manager holds it, so
+// that every run of a graph finds it, and so does every handle: what has captured one, such as a
+// function of a SavedModel, keeps the session when the manager has let go of it.
+class SessionHandleOp : public OpKernel {
  public:
-  explicit SessionHandleOp(OpKernelConstruction* ctx) : ResourceOpKernel(ctx) {}
+  explicit SessionHandleOp(OpKernelConstruction* ctx) : OpKernel(ctx) {}
+
+  ~SessionHandleOp() override {
+    if (!info_.resource_is_private_to_kernel()) return;
+    // It may be gone already, with its container.
+    info_.resource_manager()
+        ->Delete<SessionResource>(info_.container(), info_.name())
+        .IgnoreError();
+  }
+
+  void Compute(OpKernelContext* ctx) override {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (info_.resource_manager() == nullptr) {
+        OP_REQUIRES_OK(ctx, info_.Init(ctx->resource_manager(), def()));
+      }
+    }
+    SessionResource* resource;
+    OP_REQUIRES_OK(ctx, info_.resource_manager()->LookupOrCreate<SessionResource>(
+                            info_.container(), info_.name(), &resource, [](SessionResource** made) {
+                              *made = new SessionResource;
+                              return absl::OkStatus();
+                            }));
+    // The handle has the reference that was got.
+    const ResourceHandle handle =
+        ResourceHandle::MakeRefCountingHandle(resource, ctx->device()->name());
+    Tensor* output;
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, TensorShape({}), &output));
+    output->scalar<ResourceHandle>()() = handle;
+  }
 
  private:
-  Status CreateResource(SessionResource** resource) override {
-    *resource = new SessionResource;
-    return absl::OkStatus();
+  std::mutex mutex_;
+  tensorflow::ContainerInfo info_;
+};
+
+class ReleaseSessionOp : public OpKernel {
+ public:
+  explicit ReleaseSessionOp(OpKernelConstruction* ctx) : OpKernel(ctx) {}
+
+  void Compute(OpKernelContext* ctx) override {
+    tensorflow::ContainerInfo info;
+    OP_REQUIRES_OK(ctx, info.Init(ctx->resource_manager(), def()));
+    const Status status =
+        info.resource_manager()->Delete<SessionResource>(info.container(), info.name());
+    if (!absl::IsNotFound(status)) OP_REQUIRES_OK(ctx, status);
   }
 };
 
@@ -289,6 +335,7 @@ class SessionSetStateOp : public OpKernel {
   REGISTER_KERNEL_BUILDER(Name("ContinualTransformers>" #NAME).Device(tensorflow::DEVICE_CPU), \
                           NAME##Op)
 REGISTER_CPU(SessionHandle);
+REGISTER_CPU(ReleaseSession);
 REGISTER_CPU(InitializeSession);
 REGISTER_CPU(SessionStep);
 REGISTER_CPU(SessionClean);

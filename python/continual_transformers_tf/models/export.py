@@ -1,21 +1,39 @@
 """SavedModels that take steps of streams: served with no Keras, and with no Python."""
 
+import tempfile
+import uuid
+import warnings
+from pathlib import Path
+
 import keras
 import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
+from continual_transformers_tf.models.lowering import lower
+from continual_transformers_tf.native import backend
+from continual_transformers_tf.ops.library import fused_ops
 from continual_transformers_tf.ops.stream_state import check_integer
 
+# Their names among the SavedModel's assets.
+MODEL_FILE = "model.safetensors"
+STATES_FILE = "streams.states"
 
-def export(model, path, streams=None, inputs=None):
-    """Writes a SavedModel whose signatures take steps of streams.
 
-    It holds the streams' state as it is, and goes on from there wherever it is loaded: the state is
-    variables and no constants. What loads it must first load the op library, in Python by
+def export(model, path, streams=None, inputs=None, *, states=True):
+    """Write a SavedModel whose signatures take steps of streams.
+
+    Its step is one op on a `Session`, and the session's model file is one of the SavedModel's
+    assets. What loads it must first load the op library, in Python by
     `tf.load_op_library(ct.ops.LIBRARY_PATH)` and in C by `TF_LoadLibrary`; it needs neither this
-    package nor Keras. With CONTINUAL_TRANSFORMERS_BACKEND=tensorflow at export it needs no op
-    library either.
+    package nor Keras. Every SavedModel that is loaded has streams of its own. The model file is
+    mapped into memory: do not change it in place while something has it loaded. (`ct.export` to the
+    same folder writes another.)
+
+    A model that a `Session` cannot run is written as a graph of TensorFlow's ops with the same
+    signatures, and a warning says why. So is a model whose streams' state is on a GPU, where its
+    steps then run; and with CONTINUAL_TRANSFORMERS_BACKEND=tensorflow any model, which then needs
+    no op library either.
 
     The signatures, M being any number of streams:
 
@@ -27,6 +45,11 @@ def export(model, path, streams=None, inputs=None):
     - `ensure_streams`: "count", an int32 scalar: makes room for streams 0, ..., count - 1. Output
       "count": how many are held then.
 
+    What `tf.saved_model.load` gives has two functions more: `get_state(streams)` returns copies of
+    streams' states, a string tensor `(M,)`, and `set_state(streams, states)` puts them back. They
+    are what `Session.get_state` and `Session.set_state` give and take. A graph of TensorFlow's ops
+    has them not.
+
     Args:
         model: a built continual layer (`CoSiMultiHeadAttention`, `CoReMultiHeadAttention`,
             `CoSiTransformerEncoder`, `CoReTransformerEncoder`, `TransformerEncoder`,
@@ -35,10 +58,13 @@ def export(model, path, streams=None, inputs=None):
         streams: make room for so many; None: those that are held.
         inputs: the names of what a layer is called with, of "query", "value" and "key"; None: its
             one input, "x".
+        states: whether the streams go on from where they are now, wherever the SavedModel is
+            loaded. False: they begin anew.
 
     Raises:
         ValueError: if the model is not a built continual layer or `StreamingModel`, `inputs` has
             no meaning, or an input or output has a name that the signature needs.
+        ImportError: under CONTINUAL_TRANSFORMERS_BACKEND=fused, if the op library cannot be loaded.
     """
     if not isinstance(model, ContinualLayer):
         raise ValueError(
@@ -49,8 +75,163 @@ def export(model, path, streams=None, inputs=None):
         raise ValueError(f"Expected a built layer, but {model.name} has never been called")
     if streams is not None:
         check_integer("streams", streams, at_least=1)
-        model.ensure_streams(streams)
     signature = _input_signature(model, inputs)
+    path = str(path)
+    ops, lowered = _on_a_session(model, inputs)
+    if lowered is None:
+        _export_graph(model, path, streams, signature, states)
+    else:
+        _export_session(ops, lowered, model, path, streams, signature, states)
+
+
+# A session.
+
+
+def _on_a_session(model, inputs):
+    """(the op library's module, the `Lowered` model); None twice where TensorFlow's ops must do."""
+    if backend() == "tensorflow" or "GPU" in model.position.device:
+        return None, None
+    ops = fused_ops("CPU", "ContinualTransformers>SessionStep")
+    if ops is None:
+        return None, None  # There was a warning.
+    try:
+        return ops, lower(model, inputs=inputs)
+    except ValueError as error:
+        warnings.warn(
+            f"{model.name} is exported as a graph of TensorFlow's ops, whose steps are slower than "
+            f"a session's. The reason: {'; '.join(str(error).splitlines())}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None, None
+
+
+class _SessionResource(tf.saved_model.experimental.TrackableResource):
+    """The session of a SavedModel, which its loader makes and initializes.
+
+    Args:
+        ops: the op library's module.
+        model_file: the path of the model file.
+        states: that of the file with the streams' states; None: they are clean.
+        streams: how many are held.
+    """
+
+    def __init__(self, ops, model_file, states, streams):
+        super().__init__()
+        self._ops = ops
+        self._streams = streams
+        # Unique: two SavedModels in one graph are two sessions.
+        self._shared_name = f"continual_transformers_session_{uuid.uuid4()}"
+        # Assets are found only where they are tracked.
+        self._model_file = self._track_trackable(tf.saved_model.Asset(model_file), "model_file")
+        self._states = None
+        if states is not None:
+            self._states = self._track_trackable(tf.saved_model.Asset(states), "states")
+
+    def _create_resource(self):
+        return self._ops.continual_transformers_session_handle(shared_name=self._shared_name)
+
+    def _initialize(self):
+        self._ops.continual_transformers_initialize_session(
+            self.resource_handle,
+            self._model_file.asset_path,
+            "" if self._states is None else self._states.asset_path,
+            streams=self._streams,
+        )
+
+    def _destroy_resource(self):
+        # The functions that have its handle keep it: a signature outlives what it was taken from.
+        self._ops.continual_transformers_release_session(shared_name=self._shared_name)
+
+
+def _export_session(ops, lowered, model, path, streams, signature, states):
+    position = np.asarray(model.position)
+    streams = max(position.size, streams or 0)
+    with tempfile.TemporaryDirectory() as folder:
+        model_file = Path(folder, MODEL_FILE)
+        model_file.write_bytes(lowered.to_bytes())
+        states_file = None
+        if states and position.any():
+            states_file = Path(folder, STATES_FILE)
+            _write_states(model, model_file, states_file, int(np.flatnonzero(position)[-1]) + 1)
+        # What is loaded from there maps the file: another takes its place.
+        for name in (MODEL_FILE, STATES_FILE):
+            asset = tf.io.gfile.join(path, "assets", name)
+            if tf.io.gfile.exists(asset):
+                tf.io.gfile.remove(asset)
+        module = tf.Module()
+        module.session = _SessionResource(
+            ops, str(model_file), states_file and str(states_file), streams
+        )
+        _save(module, path, _functions_on_a_session(ops, module, lowered.plan, model, signature))
+
+
+def _functions_on_a_session(ops, module, plan, model, signature):
+    """The signatures' functions; further ones are set on the module."""
+    session = module.session.resource_handle
+    values = [plan["values"][port["value"]] for port in plan["outputs"]]
+    types = [plan["values"][port["value"]]["dtype"] for port in plan["inputs"]]
+    structure, output_types = None, [model.compute_dtype] * len(values)
+    if isinstance(model, keras.Model):
+        structure = model._graph.model.output
+        output_types = [y.dtype for y in keras.tree.flatten(structure)]
+
+    def step(streams, **steps):
+        # tf.function has them in its own order.
+        given = [tf.cast(steps[name], dtype) for name, dtype in zip(signature, types, strict=True)]
+        results, ready = ops.continual_transformers_session_step(
+            session,
+            streams,
+            given,
+            output_types=[value["dtype"] for value in values],
+            output_shapes=[value["shape"] for value in values],
+        )
+        y = [tf.cast(y, dtype) for y, dtype in zip(results, output_types, strict=True)]
+        y = y[0] if structure is None else keras.tree.pack_sequence_as(structure, y)
+        return {**_by_name(y), "ready": ready}
+
+    def clean(streams):
+        return {"position": ops.continual_transformers_session_clean(session, streams)}
+
+    def ensure_streams(count):
+        return {"count": ops.continual_transformers_session_ensure_streams(session, count)}
+
+    numbers = tf.TensorSpec([None], tf.int32, name="streams")
+
+    @tf.function(input_signature=[numbers])
+    def get_state(streams):
+        return ops.continual_transformers_session_get_state(session, streams)
+
+    @tf.function(input_signature=[numbers, tf.TensorSpec([None], tf.string, name="states")])
+    def set_state(streams, states):
+        return ops.continual_transformers_session_set_state(session, streams, states)
+
+    module.get_state, module.set_state = get_state, set_state
+    return _traced(step, clean, ensure_streams, signature)
+
+
+def _write_states(model, model_file, path, count):
+    """Writes the states of streams 0 to count - 1, as a session of the model file has them."""
+    from continual_transformers_tf.session import Session
+
+    session = Session.load(model_file)
+    ids = session.open(min(count, 64))
+    state = model.get_state(streams=range(count))
+    with open(path, "wb") as file:
+        for first in range(0, count, len(ids)):
+            some = slice(first, min(first + len(ids), count))
+            of_some = keras.tree.map_structure(lambda rows, some=some: rows[some], state)
+            streams = ids[: some.stop - some.start]
+            session.set_state(of_some, streams)
+            file.writelines(session.get_state(streams))
+
+
+# A graph of TensorFlow's ops.
+
+
+def _export_graph(model, path, streams, signature, states):
+    if streams is not None:
+        model.ensure_streams(streams)
 
     def step(streams, **steps):
         given = [steps[name] for name in signature]  # tf.function has them in its own order.
@@ -72,21 +253,41 @@ def export(model, path, streams=None, inputs=None):
         model.ensure_streams(count)
         return {"count": tf.shape(model.position)[0]}
 
-    numbers = tf.TensorSpec([None], tf.int32, name="streams")
-    count = tf.TensorSpec([], tf.int32, name="count")
-    signatures = {
-        "step": tf.function(step).get_concrete_function(numbers, **signature),
-        "clean": tf.function(clean).get_concrete_function(numbers),
-        "ensure_streams": tf.function(ensure_streams).get_concrete_function(count),
-    }
+    signatures = _traced(step, clean, ensure_streams, signature)
     module = tf.Module()
     # Not the model: TensorFlow would write Keras' variables twice, and outside Python restore the
     # copies that no function uses.
     used = {v.ref(): v for function in signatures.values() for v in function.graph.variables}
     module.kept = list(used.values())
+    if states:
+        _save(module, path, signatures)
+        return
+    kept = model.get_state()
+    model.clean_state()
+    try:
+        _save(module, path, signatures)
+    finally:
+        model.set_state(kept)
+
+
+# Both.
+
+
+def _traced(step, clean, ensure_streams, signature):
+    """The signatures: a dict from names to concrete functions."""
+    numbers = tf.TensorSpec([None], tf.int32, name="streams")
+    count = tf.TensorSpec([], tf.int32, name="count")
+    return {
+        "step": tf.function(step).get_concrete_function(numbers, **signature),
+        "clean": tf.function(clean).get_concrete_function(numbers),
+        "ensure_streams": tf.function(ensure_streams).get_concrete_function(count),
+    }
+
+
+def _save(module, path, signatures):
     for name, function in signatures.items():
         setattr(module, name, function)
-    tf.saved_model.save(module, str(path), signatures=signatures)
+    tf.saved_model.save(module, path, signatures=signatures)
 
 
 def _input_signature(model, inputs):
