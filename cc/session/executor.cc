@@ -47,11 +47,11 @@ struct Arena::Data {
     int64_t rows = 0;             // That `values` has room for.
     int64_t laid_out_for = -1;    // Rows that `pointers` are of.
     std::vector<char*> pointers;  // Of each value of the plan.
+    int64_t bytes = 0;
+    std::vector<double> seconds;  // Of each instruction.
   };
   std::vector<Part> parts;
-  int64_t bytes = 0;
   bool profiles = false;
-  std::vector<double> seconds;  // Of each instruction.
 };
 
 Arena::Arena() : data_(std::make_unique<Data>()) {}
@@ -79,10 +79,10 @@ class Executor::Impl {
 
   void SizeArena(Arena::Data* arena) const {
     arena->parts.resize(pool_.threads());
-    arena->seconds.resize(compiled_.instructions.size(), 0);
     for (Arena::Data::Part& part : arena->parts) {
       part.scratch = Allocate(compiled_.scratch_bytes);
-      arena->bytes += compiled_.scratch_bytes;
+      part.bytes = compiled_.scratch_bytes;
+      part.seconds.resize(compiled_.instructions.size(), 0);
       part.pointers.resize(file_->plan().values.size());
     }
   }
@@ -167,7 +167,7 @@ class Executor::Impl {
                 Arena::Data::Part* part) const {
     const Plan& plan = file_->plan();
     const int64_t rows = streams * steps, row = first * call.steps + first_step;
-    if (part->laid_out_for != rows) LayOutFor(rows, arena, part);
+    if (part->laid_out_for != rows) LayOutFor(rows, part);
     char** pointers = part->pointers.data();
     for (size_t i = 0; i < plan.inputs.size(); ++i) {
       // Inputs are only read.
@@ -191,7 +191,7 @@ class Executor::Impl {
                          part->scratch.get(),
                          pool};
     if (arena->profiles) {
-      RunProfiled(frame, arena);
+      RunProfiled(frame, part);
     } else {
       for (const auto& entry : compiled_.instructions) entry.instruction->Run(frame);
     }
@@ -203,10 +203,10 @@ class Executor::Impl {
   }
 
   // Where every value that instructions write lies, for frames of so many rows.
-  void LayOutFor(int64_t rows, Arena::Data* arena, Arena::Data::Part* part) const {
+  void LayOutFor(int64_t rows, Arena::Data::Part* part) const {
     if (part->rows < rows) {
       part->values = Allocate(compiled_.arena_bytes_a_row * rows);
-      arena->bytes += compiled_.arena_bytes_a_row * (rows - part->rows);
+      part->bytes += compiled_.arena_bytes_a_row * (rows - part->rows);
       part->rows = rows;
     }
     for (size_t value = 0; value < part->pointers.size(); ++value) {
@@ -216,12 +216,12 @@ class Executor::Impl {
     part->laid_out_for = rows;
   }
 
-  void RunProfiled(const Frame& frame, Arena::Data* arena) const {
+  void RunProfiled(const Frame& frame, Arena::Data::Part* part) const {
     auto before = std::chrono::steady_clock::now();
     for (size_t i = 0; i < compiled_.instructions.size(); ++i) {
       compiled_.instructions[i].instruction->Run(frame);
       const auto now = std::chrono::steady_clock::now();
-      arena->seconds[i] += std::chrono::duration<double>(now - before).count();
+      part->seconds[i] += std::chrono::duration<double>(now - before).count();
       before = now;
     }
   }
@@ -263,19 +263,27 @@ int64_t Executor::EstimatedNanoseconds(int64_t streams, int64_t steps) const {
                               kCyclesANanosecond);
 }
 
-int64_t Executor::ArenaBytes(const Arena& arena) { return arena.data_->bytes; }
+int64_t Executor::ArenaBytes(const Arena& arena) {
+  int64_t bytes = 0;
+  for (const Arena::Data::Part& part : arena.data_->parts) bytes += part.bytes;
+  return bytes;
+}
 
 void Executor::BeginProfile(Arena* arena) const {
   arena->data_->profiles = true;
-  std::fill(arena->data_->seconds.begin(), arena->data_->seconds.end(), 0);
+  for (Arena::Data::Part& part : arena->data_->parts) {
+    std::fill(part.seconds.begin(), part.seconds.end(), 0);
+  }
 }
 
 std::vector<Executor::ProfileEntry> Executor::EndProfile(Arena* arena) const {
   arena->data_->profiles = false;
   std::vector<ProfileEntry> entries;
-  for (size_t i = 0; i < arena->data_->seconds.size(); ++i) {
+  for (size_t i = 0; i < impl_->compiled_.instructions.size(); ++i) {
     const auto& entry = impl_->compiled_.instructions[i];
-    entries.push_back({entry.name, entry.op, arena->data_->seconds[i]});
+    double seconds = 0;
+    for (const Arena::Data::Part& part : arena->data_->parts) seconds += part.seconds[i];
+    entries.push_back({entry.name, entry.op, seconds});
   }
   return entries;
 }
