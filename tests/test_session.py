@@ -9,8 +9,8 @@ import pytest
 import plan_reference
 import reference
 from continual_transformers_tf.models.lowering import lower
-from continual_transformers_tf.session import Session
-from model_cases import BOUNDS, CASES
+from continual_transformers_tf.session import OtherModelError, Session
+from model_cases import BOUNDS, CASES, E, N
 
 # Streams' ages in steps when they step together for the first time.
 AGES = (0, 2, 5)
@@ -122,3 +122,149 @@ def test_a_session_gives_what_the_plan_says(random, tmp_path, name):
         strict=True,
     ):
         np.testing.assert_array_equal(y, x)
+
+
+# What is compared with Keras' own steps, and takes over its streams. (That Keras gives for every
+# case what the plan says is test_lowering.py's.)
+KERAS_CASES = [
+    "co_si_gate",
+    "co_si_second_query",
+    "co_si_first_query_sliding",
+    "co_re_gate",
+    "co_re_sliding_window",
+    "co_si_encoder_norm_first",
+    "stack_single_output_2",
+    "stack_retroactive_2",
+    "positions_learned",
+    "delay_int32",
+    "residual_delayed",
+    "demo",
+    "deep_causal_stack",
+    "inputs_by_name",
+    "nested_structures",
+    "several_tokens_a_step",
+    "masked_attention",
+    "streaming_model_inside_another",
+    "float64",
+    "mixed_bfloat16",
+    "narrow_cache",
+]
+
+
+@pytest.mark.parametrize("name", KERAS_CASES)
+def test_a_session_goes_on_where_keras_was(random, name):
+    case = CASES[name]
+    model = case.build()
+    streaming = case.streaming(model)
+    streamed = Streamed(Session(streaming, seq_len=case.seq_len))
+    session = streamed.session
+    inputs = case.inputs(model, random, (2, case.window + 6))
+    first, rest = ([x[:, s] for x in inputs] for s in (np.s_[:-4], np.s_[-4:]))
+    ids = session.open(2)
+    bound = 2 * BOUNDS[case.dtype]  # Both sides err.
+    check(streamed.steps(first, streams=ids), case.steps(streaming, first), bound)
+    # The first stream is older than the second.
+    more = [x[:1, :3] for x in first]
+    check(streamed.steps(more, streams=ids[:1]), case.steps(streaming, more), bound)
+
+    others = session.open(2)
+    session.set_state(streaming.get_state([1, 0]), others)
+    np.testing.assert_array_equal(session.position(others), session.position(ids[::-1]))
+    expected = case.steps(streaming, rest)
+    check(streamed.steps(rest, streams=ids), expected, bound)
+    check(streamed.steps(rest, streams=others[::-1]), expected, bound)
+
+
+def test_state_of_another_keras_model():
+    model = CASES["co_si_gate"].build()
+    session = Session(model)
+    a = session.open()
+    session.step(np.ones((1, E), np.float32), streams=a)
+    before = session.get_state(a)
+    other = CASES["co_re_gate"].build()
+    other.ensure_streams(1)
+    model.ensure_streams(2)
+    for state in (other.get_state([0]), model.get_state([0, 1]), {}, 3, [b"", 1]):
+        with pytest.raises((ValueError, TypeError)):
+            session.set_state(state, a)
+        assert session.get_state(a) == before
+
+
+def test_weights_of_a_keras_model(random):
+    """A session keeps the weights that it was made with until it is given others."""
+    case = CASES["demo"]
+    model = case.build()
+    session = Session(model)
+    x = random.standard_normal((1, 9, E)).astype(np.float32)
+    before = session.steps(x, streams=session.open())
+    model.set_weights([w + 0.1 * random.standard_normal(w.shape) for w in model.get_weights()])
+    np.testing.assert_array_equal(session.steps(x, streams=session.open()), before)
+    session.load_weights(model)
+    after = session.steps(x, streams=session.open())
+    check([after], case.steps(model, [x]), 2 * BOUNDS["float32"])
+    assert np.abs(after - before).max() > 1e-3
+
+
+def test_weights_of_a_model_with_an_open_axis_of_time(random):
+    case = CASES["deep_causal_stack"]
+    model = case.build()
+    session = Session(model, seq_len=case.seq_len)
+    model.set_weights([w + 0.1 * random.standard_normal(w.shape) for w in model.get_weights()])
+    session.load_weights(model)
+    x = random.standard_normal((1, 9, E)).astype(np.float32)
+    expected = Session(model, seq_len=case.seq_len)
+    np.testing.assert_array_equal(
+        session.steps(x, streams=session.open()), expected.steps(x, streams=expected.open())
+    )
+    with pytest.raises(ValueError, match="seq_len"):
+        Session(model)
+
+
+def test_weights_of_another_keras_model():
+    session = Session(CASES["co_si_gate"].build())
+    with pytest.raises(OtherModelError):
+        session.load_weights(CASES["co_si_no_bias"].build())
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "bfloat16", "float16"])
+@pytest.mark.parametrize("weights_dtype", [None, "bfloat16"])
+def test_narrow_types(random, tmp_path, cache_dtype, weights_dtype):
+    model = CASES["demo"].build()
+    exact = Session(model)
+    narrow = Session(model, cache_dtype=cache_dtype, weights_dtype=weights_dtype)
+    assert narrow.cache_dtype == (cache_dtype or "float32")
+    assert narrow.weights_dtype == (weights_dtype or "float32")
+    x = random.standard_normal((3, 20, E)).astype(np.float32)
+    y = exact.steps(x, streams=exact.open(3))
+    z = narrow.steps(x, streams=narrow.open(3))
+    assert reference.relative_error(y, z) < 2e-2
+    assert (reference.relative_error(y, z) > 1e-5) == (cache_dtype or weights_dtype) is not None
+    # Chosen when a file is loaded, they are the same.
+    exact.save(tmp_path / "model.safetensors")
+    loaded = Session.load(
+        tmp_path / "model.safetensors", cache_dtype=cache_dtype, weights_dtype=weights_dtype
+    )
+    np.testing.assert_array_equal(loaded.steps(x, streams=loaded.open(3)), z)
+
+
+def test_a_model_that_cannot_be_lowered_says_what_stands_in_the_way():
+    x = keras.Input((N, E))
+    y = keras.layers.Conv1D(3, 3, padding="causal")(x)
+    y = keras.layers.LSTM(4, return_sequences=True)(y)
+    with pytest.raises(ValueError, match=r"(?s)conv1d.*lstm"):
+        Session(keras.Model(x, y))
+    with pytest.raises(ValueError, match="keras"):
+        Session(3)
+
+
+def test_threads_give_the_same(random):
+    """Many rows in two threads; other numbers of threads may differ in rounding."""
+    model = CASES["demo"].build()
+    one, two = Session(model), Session(model, threads=2)
+    x = random.standard_normal((600, 12, E)).astype(np.float32)
+    ids, others = one.open(600), two.open(600)
+    for t in range(6):
+        y, z = one.step(x[:, t], streams=ids), two.step(x[:, t], streams=others)
+        assert reference.relative_error(y, z) < BOUNDS["float32"]
+    y, z = one.steps(x[:, 6:], streams=ids), two.steps(x[:, 6:], streams=others)
+    assert reference.relative_error(y, z) < BOUNDS["float32"]

@@ -217,6 +217,45 @@ def test_other_threads_run_during_a_long_step(plan):
     assert found
 
 
+@pytest.mark.parametrize("call", ["step", "get_state", "clean_state", "close"])
+def test_other_threads_run_while_one_waits_for_a_stream(plan, call):
+    """Also if the call itself keeps Python's lock."""
+    session = plan.session()
+    session.release_gil = False
+    count = 200_000
+    x = np.zeros((1, count, FEATURES), F)
+    out = np.full((1, count, 5), np.nan, F)
+    a = session.open()
+    begun, ended = threading.Event(), threading.Event()
+    seen = []
+
+    def stream():
+        session.release_gil = True
+        session.steps(x, streams=a, out=out)
+
+    def wait():
+        while np.isnan(out[0, 0, 0]):
+            pass
+        session.release_gil = False
+        begun.set()
+        try:
+            if call == "step":
+                session.step(x[:, 0], streams=a)
+            else:
+                getattr(session, call)(a)
+        finally:
+            ended.set()
+
+    def watch():
+        begun.wait()
+        while not ended.is_set():
+            seen.append(int(np.isnan(out[0, ::1000, 0]).argmax()))
+
+    in_threads(stream, wait, watch)
+    # It watched the long step past its middle.
+    assert max(seen) > count // 1000 // 2
+
+
 def test_indices_cannot_change_during_a_step(random):
     """Another thread writes bad indices while a long step runs: refused, or never seen."""
     plan, table = many_ports_plan(random)

@@ -350,6 +350,16 @@ auto Read(F function) {
   };
 }
 
+// Whoever must wait for streams that another thread holds lets other Python threads run meanwhile,
+// also where the call itself keeps the GIL: that thread's step may take long.
+void* BeginWait() {
+  return Py_IsInitialized() && PyGILState_Check() ? PyEval_SaveThread() : nullptr;
+}
+
+void EndWait(void* state) { PyEval_RestoreThread(static_cast<PyThreadState*>(state)); }
+
+constexpr StreamStore::WaitHooks kWaitHooks = {&BeginWait, &EndWait};
+
 PyObject* NewException(py::module_& module, const char* name, const char* doc, PyObject* base) {
   // They are public as session.py's.
   const std::string full = std::string("continual_transformers_tf.session.") + name;
@@ -382,6 +392,7 @@ PythonSession& FromPython(PyObject* self) {
 PYBIND11_MODULE(_session, module) {
   if (_import_array() < 0) throw py::error_already_set();
   if (!InitStepMethods()) throw py::error_already_set();
+  StreamStore::SetWaitHooks(&kWaitHooks);
   module.doc() = "The native part of continual_transformers_tf.session.";
 
   exceptions.unknown_stream =

@@ -446,9 +446,10 @@ PyObject* TakeSteps(PyObject* self, const Arguments& arguments, int axes) {
   // Made first: nothing may fail once the streams have moved.
   PyObject* result = Build(python_session.output_structure(), items.data());
   try {
-    // Where the GIL is kept, this may wait for another thread's step of the same streams. That
-    // thread waits for no one: it holds streams only inside Session::Step, which touches nothing of
-    // Python, so they are free before it asks for the GIL again.
+    // Where the GIL is kept, this may still wait for another thread's step of the same streams. The
+    // GIL is released for that (kWaitHooks). And that thread waits for no one: it holds streams
+    // only inside Session::Step, which touches nothing of Python, so they are free before it asks
+    // for the GIL again.
     GilRelease gil(release);
     python_session.session().Step(ids ? ids->data() : nullptr, rows.streams, rows.steps,
                                   input_data.data(), output_data.data(),

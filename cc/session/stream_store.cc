@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <condition_variable>
 #include <cstring>
@@ -38,6 +39,8 @@ constexpr int64_t kOpenBatch = 256;
 constexpr int64_t kMostSlots = std::numeric_limits<uint32_t>::max();
 
 constexpr int64_t kNoSlab = -1;
+
+std::atomic<const StreamStore::WaitHooks*> wait_hooks{nullptr};
 
 int64_t RoundUp(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
@@ -278,9 +281,17 @@ struct StreamStore::State final : ForkListener {
           }
           next = lease;
         }
+        const WaitHooks* const hooks = wait_hooks.load(std::memory_order_acquire);
+        void* const waited = hooks != nullptr ? hooks->begin() : nullptr;
         ++waiting;
         wake->wait(*lock);
         --waiting;
+        if (waited != nullptr) {
+          // Whoever has what `end` waits for may want the mutex.
+          lock->unlock();
+          hooks->end(waited);
+          lock->lock();
+        }
       } while (!Mark(ids, count, lease));
     } catch (...) {
       EndTurn(lease);
@@ -653,6 +664,10 @@ StreamStore::StreamStore(int64_t block_bytes, int64_t limit, std::function<void(
 }
 
 StreamStore::~StreamStore() = default;
+
+void StreamStore::SetWaitHooks(const WaitHooks* hooks) {
+  wait_hooks.store(hooks, std::memory_order_release);
+}
 
 void StreamStore::Open(int64_t count, StreamId* ids) {
   if (count < 0) {

@@ -54,6 +54,15 @@ class StreamStore {
   // How many default streams there are, closed ones among them.
   int64_t default_streams() const;
 
+  // What a thread does before it waits for streams that others hold, and after: Python's lets other
+  // Python threads run meanwhile. `end` gets what `begin` gave, and is not called for null; no lock
+  // is held then. Set once, for all stores; both must be there for as long as the library is.
+  struct WaitHooks {
+    void* (*begin)();
+    void (*end)(void* waited);
+  };
+  static void SetWaitHooks(const WaitHooks* hooks);
+
   bool IsOpen(StreamId id) const;
   // Steps that each has taken; waits for nothing: a step in progress is not counted. `ids` null: of
   // the first `count` default streams, of which one that is not open has taken none.
