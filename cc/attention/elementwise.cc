@@ -95,18 +95,37 @@ HWY_INLINE T SumOver(const T* x, int64_t size, const F& f) {
 
 template <typename T>
 void NormalizeAll(const LayerNorm<T>& norm, const T* x, int64_t rows, int64_t size, T* y) {
+  const hn::ScalableTag<T> d;
+  constexpr int64_t kLanes = hn::Lanes(d);
+  const hn::CappedTag<T, 1> one;
+  const T share = T(1) / static_cast<T>(size);
   for (int64_t row = 0; row < rows; ++row, x += size, y += size) {
-    const T mean = SumOver(x, size, [](auto, auto v) HWY_ATTR { return v; }) / size;
+    const T mean = SumOver(x, size, [](auto, auto v) HWY_ATTR { return v; }) * share;
     // Not the mean of the squares less the square of the mean, which cancels.
+    const auto centre = hn::Set(d, mean);
     const T variance = SumOver(x, size,
-                               [mean](auto d, auto v) HWY_ATTR {
-                                 const auto centred = hn::Sub(v, hn::Set(d, mean));
+                               [centre](auto, auto v) HWY_ATTR {
+                                 const auto centred = hn::Sub(v, centre);
                                  return hn::Mul(centred, centred);
-                               }) /
-                       size;
-    const T factor = 1 / std::sqrt(variance + norm.epsilon);
-    for (int64_t i = 0; i < size; ++i) {
-      y[i] = (x[i] - mean) * factor * norm.scale[i] + norm.offset[i];
+                               }) *
+                       share;
+    // By instructions, as std::sqrt may be a call that looks for errors.
+    const auto deviation = hn::Sqrt(hn::Set(one, variance + norm.epsilon));
+    const auto factor = hn::Set(d, hn::GetLane(hn::Div(hn::Set(one, T(1)), deviation)));
+    const auto normalize = [&](auto v, auto scale, auto offset) HWY_ATTR {
+      return hn::MulAdd(hn::Mul(hn::Sub(v, centre), factor), scale, offset);
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) {
+      hn::StoreU(normalize(hn::LoadU(d, x + i), hn::LoadU(d, norm.scale + i),
+                           hn::LoadU(d, norm.offset + i)),
+                 d, y + i);
+    }
+    if (i < size) {
+      const size_t rest = size - i;
+      hn::StoreN(normalize(hn::LoadN(d, x + i, rest), hn::LoadN(d, norm.scale + i, rest),
+                           hn::LoadN(d, norm.offset + i, rest)),
+                 d, y + i, rest);
     }
   }
 }
