@@ -765,9 +765,9 @@ class EveryOpTest : public ::testing::Test {
       const std::function<bool(PlanBuilder*, Json*, const OpEntry&)>& change,
       const std::string& part) {
     for (const char* dtype : {"float32", "float64"}) {
-      const size_t nodes = EveryOp().plan["nodes"].size();
-      for (size_t i = 0; i < nodes; ++i) {
-        PlanBuilder builder = EveryOp(dtype);
+      const PlanBuilder every = EveryOp(dtype);
+      for (size_t i = 0; i < every.plan["nodes"].size(); ++i) {
+        PlanBuilder builder = every;
         Json& node = builder.plan["nodes"][i];
         const OpEntry& entry = *FindOpEntry(node["op"]);
         if (change(&builder, &node, entry)) ExpectNodeRefused(builder, i, part);
@@ -1059,7 +1059,7 @@ TEST_F(EveryOpTest, ChecksEveryAttribute) {
       }
       for (const AttributeEntry& attribute : entries) {
         if (fits(attribute)) continue;
-        PlanBuilder builder = EveryOp();
+        PlanBuilder builder = every;
         Json& changed = builder.plan["nodes"][i]["attributes"];
         if (value.is_discarded()) {
           changed.erase(attribute.name);
