@@ -10,12 +10,12 @@
 namespace continual_transformers {
 
 enum class ErrorCode {
-  kInvalidArgument = 1,   // A shape, dtype, value or option that does not fit.
-  kBadModelFile = 2,      // A file that is truncated, foreign, newer, or wrong inside.
-  kUnknownStream = 3,     // A stream id that was never given out, or was closed.
-  kTooManyStreams = 4,    // No room for another stream, by `streams=` or by memory.
-  kOtherModel = 5,        // State or weights of another model or another training.
-  kIo = 6,                // A file that cannot be read or written.
+  kInvalidArgument = 1,  // A shape, dtype, value or option that does not fit.
+  kBadModelFile = 2,     // A file that is truncated, foreign, newer, or wrong inside.
+  kUnknownStream = 3,    // A stream id that was never given out, or was closed.
+  kTooManyStreams = 4,   // No room for another stream, by `streams=` or by memory.
+  kOtherModel = 5,       // State or weights of another model or another training.
+  kIo = 6,               // A file that cannot be read or written.
   kInternal = 7,
 };
 
