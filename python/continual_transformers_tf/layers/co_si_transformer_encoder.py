@@ -31,9 +31,8 @@ class CoSiTransformerEncoder(TransformerEncoderBlock):
         norm_first: whether each layer norm is of what goes into the attention and the feed-forward
             part (pre-norm), and not of the residual sums (post-norm, as published).
         activation: of the feed-forward part, as `keras.layers.Dense` takes it. "gelu" is the real
-            one, not its approximation by tanh. With another than those that are fused, "silu" or
-            "tanh" say, a step is many ops: of 64 features 2,000 µs eagerly where the fused one
-            takes 25, and as a `tf.function`, which it is then to be served as, 560 (AVX2, Zen 3).
+            one, not its approximation by tanh. With any but "gelu", "relu" and "linear" a step in
+            TensorFlow is many ops; to a `ct.Session` all are alike.
         epsilon: of the layer norms.
         warm_up, cache_dtype, weights_dtype: as `CoSiMultiHeadAttention` has them; `weights_dtype`
             is that of the feed-forward part too.
