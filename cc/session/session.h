@@ -72,7 +72,8 @@ class Session {
     int64_t weights, model_file, streams, streams_overhead, arenas;  // Bytes.
   };
   Memory memory() const;
-  // Takes `repeat` steps of `streams` streams of its own, which no one else sees, on zeros.
+  // Takes `repeat` steps of `streams` streams of its own, which no one else sees, on zeros and with
+  // full windows.
   std::vector<Executor::ProfileEntry> Profile(int64_t streams, int64_t repeat) const;
 
  private:
