@@ -34,14 +34,17 @@ class Session {
 
   void Open(int64_t count, StreamId* ids);
   void Close(const StreamId* ids, int64_t count);
-  // Takes `steps` steps of `count` streams. `ids` null: the first `count` default streams. Inputs
-  // and outputs are contiguous [count, steps, ...]; see StepCall.
+  // Takes `steps` steps of `count` streams. `ids` null: the first `count` default streams, which
+  // the first such step opens, and which the next one opens again after they were closed. Inputs
+  // and outputs are contiguous [count, steps, ...]; see StepCall. No streams or no steps: nothing
+  // happens, but that `ids` are checked.
   void Step(const StreamId* ids, int64_t count, int64_t steps, const void* const* inputs,
             void* const* outputs, const bool* key_mask = nullptr);
   // The same, and writes how many steps each stream has taken then, this one among them.
   void Step(const StreamId* ids, int64_t count, int64_t steps, const void* const* inputs,
             void* const* outputs, const bool* key_mask, int64_t* positions);
   void Clean(const StreamId* ids, int64_t count);  // `ids` null: every open stream.
+  // See StreamStore.
   void Positions(const StreamId* ids, int64_t count, int64_t* positions) const;
 
   // A copy of one stream: a header with both fingerprints and the position, then its block, in
