@@ -7,7 +7,7 @@ import keras
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.models.convert import convert_layers
-from continual_transformers_tf.models.lowering.attention import StateOf, lower_continual
+from continual_transformers_tf.models.lowering.continual_layers import StateOf, lower_continual
 from continual_transformers_tf.models.lowering.graph_lowering import GraphLowering
 from continual_transformers_tf.models.lowering.lowered import Lowered
 from continual_transformers_tf.models.lowering.plan_builder import CannotLower, PlanBuilder

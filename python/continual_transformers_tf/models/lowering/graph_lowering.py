@@ -9,7 +9,7 @@ from continual_transformers_tf.layers.co_delay import CoDelay
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
-from continual_transformers_tf.models.lowering.attention import (
+from continual_transformers_tf.models.lowering.continual_layers import (
     attend_whole,
     encoder_on_whole,
     lower_continual,

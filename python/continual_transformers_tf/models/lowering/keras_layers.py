@@ -12,7 +12,7 @@ import numpy as np
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.models.lowering.activations import activate, softmax
-from continual_transformers_tf.models.lowering.attention import attend_whole, kernel_of
+from continual_transformers_tf.models.lowering.continual_layers import attend_whole, kernel_of
 from continual_transformers_tf.models.lowering.einsum import einsum
 from continual_transformers_tf.models.lowering.keras_ops import (
     Call,
@@ -24,7 +24,11 @@ from continual_transformers_tf.models.lowering.keras_ops import (
     transpose,
     unit_norm,
 )
-from continual_transformers_tf.models.lowering.plan_builder import CannotLower, Symbol
+from continual_transformers_tf.models.lowering.plan_builder import (
+    CannotLower,
+    Symbol,
+    broadcast_shapes,
+)
 
 LAYERS = {}
 
@@ -289,7 +293,7 @@ def _normalization(b, layer, x, call):
 def _rescaling(b, layer, x, call):
     scale, offset = (_without_lead(fixed(a, "float64"), x) for a in (layer.scale, layer.offset))
     x = b.cast(x, b.dtype)
-    shape = np.broadcast_shapes(x.shape, scale.shape, offset.shape)
+    shape = broadcast_shapes(x.shape, scale.shape, offset.shape)
     return b.affine(b.broadcast(x, shape), scale, offset)
 
 

@@ -15,6 +15,7 @@ from continual_transformers_tf.models.lowering.einsum import einsum
 from continual_transformers_tf.models.lowering.plan_builder import (
     CannotLower,
     Symbol,
+    broadcast_shapes,
     contiguous_strides,
 )
 
@@ -164,7 +165,7 @@ def arithmetic(b, function, x, y):
     if isinstance(x, Symbol) and isinstance(y, Symbol):
         return b.binary(function, x, y)
     symbol, array = (x, y) if isinstance(x, Symbol) else (y, x)
-    shape = np.broadcast_shapes(symbol.shape, array.shape)
+    shape = broadcast_shapes(symbol.shape, array.shape)
     if shape == symbol.shape:
         if function == "add":
             return b.affine(symbol, 1, array)

@@ -218,7 +218,7 @@ class PlanBuilder:
 
     def binary(self, function, x, y):
         """An element-wise function of two Symbols, broadcast to each other."""
-        shape = np.broadcast_shapes(x.shape, y.shape)
+        shape = broadcast_shapes(x.shape, y.shape)
         x, y = (self.broadcast(self.cast(z, self.dtype), shape) for z in (x, y))
         return self.node("binary", [x, y], shape, name=function, function=function)
 
@@ -384,6 +384,16 @@ def _plain(x):
     if isinstance(x, float) and not math.isfinite(x):
         raise CannotLower(f"has the number {x}, which a plan cannot hold: expected finite ones")
     return x
+
+
+def broadcast_shapes(*shapes):
+    """The shape that NumPy broadcasts these to."""
+    try:
+        return np.broadcast_shapes(*shapes)
+    except ValueError as error:
+        raise CannotLower(
+            f"meets shapes a step that do not fit: {', '.join(str(list(s)) for s in shapes)}"
+        ) from error
 
 
 def contiguous_strides(shape):
