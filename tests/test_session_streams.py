@@ -468,12 +468,16 @@ def test_a_copy_of_a_session_has_its_model_and_no_streams(plan, x, how):
     assert session.position(a) == 1
 
 
-def test_a_subclass_keeps_its_class(plan, tmp_path):
+def test_a_subclass_keeps_its_class_and_attributes(plan, tmp_path):
     path = plan.write(tmp_path)
 
     loaded = Mine.load(path)
+    loaded.note = ["mine"]
     assert type(loaded) is Mine
-    assert type(copy.copy(loaded)) is Mine
+    other = copy.deepcopy(loaded)
+    assert type(other) is Mine
+    assert other.note == ["mine"]
+    assert other.note is not loaded.note
 
 
 class Mine(Session):

@@ -511,7 +511,8 @@ class Session(_session.NativeSession):
             "cache_dtype": self._cache_dtype,
             "weights_dtype": self._weights_dtype,
         }
-        return _unpickle, (type(self), self._model_bytes(), options, self.release_gil)
+        arguments = (type(self), self._model_bytes(), options, self.release_gil)
+        return _unpickle, arguments, self.__dict__ or None  # A subclass may have attributes.
 
     def __repr__(self):
         inputs = ", ".join(map(str, self.inputs))
