@@ -120,7 +120,7 @@ void Each(const T* x, int64_t size, T* y, const F& f) {
 
 template <typename T>
 T SoftplusOf(T x) {
-  return std::max(x, T(0)) + std::log1p(std::exp(-std::abs(x))) + (x - x);  // x - x: NaN stays.
+  return std::max(x, T(0)) + std::log1p(std::exp(-std::abs(x)));
 }
 
 template <typename T>

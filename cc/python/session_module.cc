@@ -7,6 +7,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <optional>
@@ -90,6 +91,16 @@ py::object Int64Array(const int64_t* data, int64_t count) {
 }
 
 // The ids that were named, or those of the default streams that there are.
+// The streams that are named, or the default ones that are open.
+std::unique_ptr<StreamIds> IdsOrOpenDefaults(PythonSession& session, const py::object& streams) {
+  if (!streams.is_none()) return std::make_unique<StreamIds>(streams.ptr());
+  const std::vector<StreamId> open = session.session().store()->OpenDefaults();
+  auto ids = std::make_unique<StreamIds>(static_cast<int64_t>(open.size()));
+  std::copy(open.begin(), open.end(), ids->data());
+  return ids;
+}
+
+// The streams that are named, or all default ones: of these, closed ones are opened again.
 std::unique_ptr<StreamIds> IdsOrDefaults(PythonSession& session, const py::object& streams) {
   if (!streams.is_none()) return std::make_unique<StreamIds>(streams.ptr());
   StreamStore* const store = session.session().store();
@@ -126,7 +137,7 @@ py::object Open(PythonSession& session, const py::object& count) {
 }
 
 void Close(PythonSession& session, const py::object& streams) {
-  const auto ids = IdsOrDefaults(session, streams);
+  const auto ids = IdsOrOpenDefaults(session, streams);
   {
     GilRelease gil(session.ReleasesForNanoseconds(kNanosecondsPerStream * ids->count()));
     session.session().Close(ids->data(), ids->count());
@@ -183,7 +194,7 @@ py::object Ready(PythonSession& session, const py::object& streams) {
 }
 
 py::list GetState(PythonSession& session, const py::object& streams) {
-  const auto ids = IdsOrDefaults(session, streams);
+  const auto ids = IdsOrOpenDefaults(session, streams);
   const int64_t bytes = session.session().state_bytes();
   py::list states;
   std::vector<char*> data;

@@ -102,6 +102,10 @@ class Executor::Impl {
     const int64_t rows = call.streams * call.steps;
     if (rows == 0) return;
     const bool share = pool_.threads() > 1 && EstimatedCycles(rows) > kCyclesWorthThreads;
+    // All memory before the first stream moves: where there is not enough, none has.
+    for (int64_t part = 0; part < (share ? pool_.threads() : 1); ++part) {
+      Reserve(std::min(rows, kRowsAtOnce), &arena->parts[part]);
+    }
     if (!share || call.streams < pool_.threads()) {
       // Streams too few for the threads: these share the widest nodes.
       StepStreams(call, 0, call.streams, share ? &pool_ : nullptr, arena, &arena->parts[0]);
@@ -202,13 +206,17 @@ class Executor::Impl {
     }
   }
 
+  // Makes room for frames of up to so many rows.
+  void Reserve(int64_t rows, Arena::Data::Part* part) const {
+    if (part->rows >= rows) return;
+    part->values = Allocate(compiled_.arena_bytes_a_row * rows);
+    part->bytes += compiled_.arena_bytes_a_row * (rows - part->rows);
+    part->rows = rows;
+    part->laid_out_for = -1;
+  }
+
   // Where every value that instructions write lies, for frames of so many rows.
   void LayOutFor(int64_t rows, Arena::Data::Part* part) const {
-    if (part->rows < rows) {
-      part->values = Allocate(compiled_.arena_bytes_a_row * rows);
-      part->bytes += compiled_.arena_bytes_a_row * (rows - part->rows);
-      part->rows = rows;
-    }
     for (size_t value = 0; value < part->pointers.size(); ++value) {
       const int64_t offset = compiled_.arena_offset[value];
       part->pointers[value] = offset < 0 ? nullptr : part->values.get() + offset * rows;

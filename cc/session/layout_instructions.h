@@ -59,8 +59,8 @@ inline std::unique_ptr<Instruction> MakeStrided(int64_t offset, std::vector<int6
       index[axis] = 0;
     }
   }
-  const int64_t from_row = input_size * element, to_row = size * element;
-  const int64_t cycles = static_cast<int64_t>(runs.size()) * 5 + to_row / 16 + 20;
+  const int64_t from_row = input_size * element;
+  const int64_t cycles = static_cast<int64_t>(runs.size()) * 5 + size * element / 16 + 20;
   return MakeRows(cycles, [=, runs = std::move(runs)](const Frame& frame) {
     const char* from = frame.values[input];
     char* to = frame.values[output];
@@ -74,7 +74,6 @@ inline std::unique_ptr<Instruction> MakeStrided(int64_t offset, std::vector<int6
         to += run.bytes;
       }
     }
-    static_cast<void>(to_row);
   });
 }
 

@@ -92,7 +92,7 @@ template <typename T>
 void SoftmaxOf(const T* x, int64_t size, int64_t stride, bool log, T* y) {
   T max = -std::numeric_limits<T>::infinity();
   for (int64_t i = 0; i < size; ++i) {
-    if (!(x[i * stride] <= max)) max = x[i * stride];  // A NaN stays.
+    if (x[i * stride] > max) max = x[i * stride];  // A NaN comes through the exponential.
   }
   T sum = 0;
   for (int64_t i = 0; i < size; ++i) {

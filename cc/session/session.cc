@@ -17,6 +17,9 @@
 namespace continual_transformers {
 namespace {
 
+// Steps that a profile takes before it looks, at the most: a file may name any receptive field.
+constexpr int64_t kMostProfileWarmUp = 10000;
+
 // What a copy of a stream begins with. Little-endian, as the block is: model_file.cc refuses to be
 // compiled for anything else.
 struct StateHeader {
@@ -192,6 +195,8 @@ class Session::Impl final : public ForkListener {
       lease.TakeDefaults(&store_, count);
     }
     if (steps != 0) {
+      // While the call waited for its streams, other threads may have changed its inputs.
+      call->executor->Check(step);
       step.blocks = lease.blocks();
       step.positions = lease.positions();
       call->executor->Step(step, call->arena.get());
@@ -283,7 +288,8 @@ class Session::Impl final : public ForkListener {
         for (int64_t& position : positions) ++position;
       }
     };
-    take(plan_.receptive_field);  // A stream's windows are full for most of its life.
+    // A stream's windows are full for most of its life.
+    take(std::min(plan_.receptive_field, kMostProfileWarmUp));
     now->BeginProfile(arena.get());
     take(repeat);
     return now->EndProfile(arena.get());

@@ -767,6 +767,15 @@ int64_t StreamStore::default_streams() const {
   return state_->defaults.size();
 }
 
+std::vector<StreamId> StreamStore::OpenDefaults() const {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  std::vector<StreamId> open;
+  for (const StreamId id : state_->defaults) {
+    if (state_->Find(id) != nullptr) open.push_back(id);
+  }
+  return open;
+}
+
 bool StreamStore::IsOpen(StreamId id) const {
   std::lock_guard<std::mutex> lock(state_->mutex);
   return state_->Find(id) != nullptr;

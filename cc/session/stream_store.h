@@ -53,6 +53,8 @@ class StreamStore {
   void Defaults(int64_t count, StreamId* ids);
   // How many default streams there are, closed ones among them.
   int64_t default_streams() const;
+  // Those of the default streams that are open, in order. Opens none.
+  std::vector<StreamId> OpenDefaults() const;
 
   // What a thread does before it waits for streams that others hold, and after: Python's lets other
   // Python threads run meanwhile. `end` gets what `begin` gave, and is not called for null; no lock

@@ -2,9 +2,11 @@
 
 #include <unistd.h>
 
+#include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
-#include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -23,78 +25,108 @@ inline void Pause() {
 
 }  // namespace
 
+struct ThreadPool::Team {
+  const pid_t process = getpid();
+  std::mutex in_use;  // Held by the caller that the threads work for.
+  bool started = false;
+  std::mutex mutex;
+  std::condition_variable wake;
+  std::vector<std::thread> workers;
+  bool stop = false;
+
+  // The work at hand. A thread sees by `round` that there is some.
+  Function f = {nullptr, nullptr};
+  int64_t tasks = 0;
+  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> round{0};
+  std::atomic<int64_t> busy{0};
+
+  void Start(int64_t threads) {
+    started = true;
+    for (int64_t worker = 1; worker < threads; ++worker) {
+      try {
+        workers.emplace_back([this, worker] { Work(worker); });
+      } catch (const std::system_error&) {
+        return;  // The system has no more threads for us: those that there are do the work.
+      }
+    }
+  }
+
+  void Take(int64_t worker) {
+    for (;;) {
+      const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
+      if (task >= tasks) return;
+      f.call(f.object, task, worker);
+    }
+  }
+
+  void Work(int64_t worker) {
+    int64_t seen = 0;
+    for (;;) {
+      for (int looks = 0; looks < kLooks && round.load(std::memory_order_acquire) == seen;
+           ++looks) {
+        Pause();
+      }
+      if (round.load(std::memory_order_acquire) == seen) {
+        std::unique_lock<std::mutex> lock(mutex);
+        wake.wait(lock, [&] { return stop || round.load(std::memory_order_acquire) != seen; });
+        if (stop) return;
+      }
+      seen = round.load(std::memory_order_acquire);
+      Take(worker);
+      busy.fetch_sub(1, std::memory_order_release);
+    }
+  }
+};
+
 ThreadPool::~ThreadPool() {
-  if (process_ != getpid()) {
-    // These threads were left behind by fork; there is nothing to join.
-    for (std::thread& worker : workers_) new (&worker) std::thread();
-    return;
-  }
+  Team* team = team_.load();
+  // A team that fork left behind is never touched: its locks may be held, and its threads waiting,
+  // in the parent only.
+  if (team == nullptr || team->process != getpid()) return;
   {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    stop_ = true;
+    const std::lock_guard<std::mutex> lock(team->mutex);
+    team->stop = true;
   }
-  wake_.notify_all();
-  for (std::thread& worker : workers_) worker.join();
+  team->wake.notify_all();
+  for (std::thread& worker : team->workers) worker.join();
+  delete team;
 }
 
-void ThreadPool::Start() {
-  for (std::thread& worker : workers_) new (&worker) std::thread();
-  workers_.clear();
-  process_ = getpid();
-  round_.store(0, std::memory_order_relaxed);  // New threads have seen none.
-  for (int64_t worker = 1; worker < threads_; ++worker) {
-    workers_.emplace_back([this, worker] { Work(worker); });
-  }
+ThreadPool::Team* ThreadPool::TeamOfThisProcess() {
+  Team* team = team_.load(std::memory_order_acquire);
+  if (team != nullptr && team->process == getpid()) return team;
+  auto fresh = std::make_unique<Team>();
+  // Two threads may be first at once.
+  if (team_.compare_exchange_strong(team, fresh.get())) return fresh.release();
+  return team;
 }
 
 void ThreadPool::ShareTasks(int64_t tasks, const Function& f) {
-  const std::unique_lock<std::mutex> in_use(in_use_, std::try_to_lock);
-  if (threads_ <= 1 || tasks <= 1 || !in_use.owns_lock()) {
+  Team* team = threads_ > 1 && tasks > 1 ? TeamOfThisProcess() : nullptr;
+  std::unique_lock<std::mutex> in_use;
+  if (team != nullptr) in_use = std::unique_lock<std::mutex>(team->in_use, std::try_to_lock);
+  if (in_use.owns_lock() && !team->started) team->Start(threads_);
+  if (!in_use.owns_lock() || team->workers.empty()) {
     for (int64_t task = 0; task < tasks; ++task) f.call(f.object, task, 0);
     return;
   }
-  if (process_ != getpid()) Start();
   {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    f_ = f;
-    tasks_ = tasks;
-    next_.store(0, std::memory_order_relaxed);
-    busy_.store(threads_ - 1, std::memory_order_relaxed);
-    round_.fetch_add(1, std::memory_order_release);
+    const std::lock_guard<std::mutex> lock(team->mutex);
+    team->f = f;
+    team->tasks = tasks;
+    team->next.store(0, std::memory_order_relaxed);
+    team->busy.store(static_cast<int64_t>(team->workers.size()), std::memory_order_relaxed);
+    team->round.fetch_add(1, std::memory_order_release);
   }
-  wake_.notify_all();
-  Take(0);
-  for (int looks = 0; busy_.load(std::memory_order_acquire) > 0; ++looks) {
+  team->wake.notify_all();
+  team->Take(0);
+  for (int looks = 0; team->busy.load(std::memory_order_acquire) > 0; ++looks) {
     if (looks < kLooks) {
       Pause();
     } else {
       std::this_thread::yield();
     }
-  }
-}
-
-void ThreadPool::Take(int64_t worker) {
-  for (;;) {
-    const int64_t task = next_.fetch_add(1, std::memory_order_relaxed);
-    if (task >= tasks_) return;
-    f_.call(f_.object, task, worker);
-  }
-}
-
-void ThreadPool::Work(int64_t worker) {
-  int64_t seen = 0;
-  for (;;) {
-    for (int looks = 0; looks < kLooks && round_.load(std::memory_order_acquire) == seen; ++looks) {
-      Pause();
-    }
-    if (round_.load(std::memory_order_acquire) == seen) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      wake_.wait(lock, [&] { return stop_ || round_.load(std::memory_order_acquire) != seen; });
-      if (stop_) return;
-    }
-    seen = round_.load(std::memory_order_acquire);
-    Take(worker);
-    busy_.fetch_sub(1, std::memory_order_release);
   }
 }
 

@@ -280,13 +280,10 @@ def _normalization(b, layer, x, call):
     deviation = np.maximum(np.sqrt(variance), keras.config.epsilon())
     if layer.invert:
         return b.affine(x, deviation, mean)
-    flat = b.reshape(b.cast(x, b.dtype), (x.size,))
-    weights = {
-        "mean": b.derived("mean", mean.reshape(-1)),
-        "variance": b.derived("variance", np.square(deviation).reshape(-1)),
-    }
-    y = b.node("batch_norm", [flat], flat.shape, weights=weights, epsilon=0.0)
-    return b.reshape(y, x.shape)
+    # As Keras computes it, in two parts: x * scale - mean * scale would cancel where a mean is many
+    # deviations away from 0, such as that of an air pressure.
+    centred = b.affine(b.cast(x, b.dtype), np.ones_like(mean), -mean)
+    return b.affine(centred, 1 / deviation, np.zeros_like(mean))
 
 
 @layer(keras.layers.Rescaling)
