@@ -162,6 +162,8 @@ PyArrayObject* CheckInput(const ArraySpec& spec, PyObject* given, Rows* rows,
   return Plain(array, spec.type_number, references);
 }
 
+constexpr char kMakeOutput[] = ": np.empty makes such an array.";
+
 // Checks an array that is to be written.
 PyArrayObject* CheckOutput(const ArraySpec& spec, PyObject* given, const Rows& rows) {
   if (!PyArray_Check(given)) {
@@ -170,28 +172,28 @@ PyArrayObject* CheckOutput(const ArraySpec& spec, PyObject* given, const Rows& r
                                DTypeText(spec) + " to be written, or None.");
   }
   PyArrayObject* array = reinterpret_cast<PyArrayObject*>(given);
-  const std::string cure = ": np.empty makes such an array.";
   if (!HasType(array, spec.type_number)) {
-    Raise(PyExc_ValueError,
-          spec.label + " has dtype " + DTypeText(array) + ". Expected " + DTypeText(spec) + cure);
+    Raise(PyExc_ValueError, spec.label + " has dtype " + DTypeText(array) + ". Expected " +
+                                DTypeText(spec) + kMakeOutput);
   }
   const bool fits = HasTail(array, rows.axes, spec.shape) &&
                     PyArray_DIM(array, 0) == rows.streams &&
                     (rows.axes == 1 || PyArray_DIM(array, 1) == rows.steps);
   if (!fits) {
     Raise(PyExc_ValueError, spec.label + " has shape " + ShapeText(array) + ". Expected " +
-                                rows.ExpectedExactly(spec.shape.data(), spec.shape.size()) + cure);
+                                rows.ExpectedExactly(spec.shape.data(), spec.shape.size()) +
+                                kMakeOutput);
   }
   if (!PyArray_ISWRITEABLE(array)) {
     Raise(PyExc_ValueError,
-          spec.label + " is read-only. Expected an array that can be written" + cure);
+          spec.label + " is read-only. Expected an array that can be written" + kMakeOutput);
   }
   if (!IsPlain(array)) {
     Raise(PyExc_ValueError,
           spec.label +
               " is not C-contiguous, aligned and in the machine's byte order. Outputs are written "
               "as they lie in memory" +
-              cure);
+              kMakeOutput);
   }
   return array;
 }
@@ -336,20 +338,22 @@ Arguments Parse(const char* method, PyObject* const* args, Py_ssize_t count, PyO
   return arguments;
 }
 
-const PyArrayObject* CheckKeyMask(PyObject* given, const Rows& rows, References* references) {
-  const std::string expected = ". Expected a NumPy array " + rows.ExpectedExactly(nullptr, 0) +
-                               " of bool: True for a step with a key, False for a gap.";
+PyArrayObject* CheckKeyMask(PyObject* given, const Rows& rows, References* references) {
+  const auto expected = [&rows] {
+    return ". Expected a NumPy array " + rows.ExpectedExactly(nullptr, 0) +
+           " of bool: True for a step with a key, False for a gap.";
+  };
   if (!PyArray_Check(given)) {
     Raise(PyExc_TypeError,
-          std::string("key_mask is of type ") + Py_TYPE(given)->tp_name + expected);
+          std::string("key_mask is of type ") + Py_TYPE(given)->tp_name + expected());
   }
   PyArrayObject* array = reinterpret_cast<PyArrayObject*>(given);
   if (PyArray_TYPE(array) != NPY_BOOL) {
-    Raise(PyExc_ValueError, "key_mask has dtype " + DTypeText(array) + expected);
+    Raise(PyExc_ValueError, "key_mask has dtype " + DTypeText(array) + expected());
   }
   if (PyArray_NDIM(array) != rows.axes || PyArray_DIM(array, 0) != rows.streams ||
       (rows.axes == 2 && PyArray_DIM(array, 1) != rows.steps)) {
-    Raise(PyExc_ValueError, "key_mask has shape " + ShapeText(array) + expected);
+    Raise(PyExc_ValueError, "key_mask has shape " + ShapeText(array) + expected());
   }
   return Plain(array, NPY_BOOL, references);
 }
@@ -389,8 +393,7 @@ PyObject* TakeSteps(PyObject* self, const Arguments& arguments, int axes) {
   const void* key_mask = nullptr;
   PyArrayObject* key_mask_array = nullptr;
   if (arguments.key_mask) {
-    key_mask_array =
-        const_cast<PyArrayObject*>(CheckKeyMask(arguments.key_mask, rows, &references));
+    key_mask_array = CheckKeyMask(arguments.key_mask, rows, &references);
     key_mask = PyArray_DATA(key_mask_array);
   }
 
