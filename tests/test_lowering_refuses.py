@@ -272,7 +272,7 @@ def test_inputs_of_open_size_and_of_texts():
 
 
 def test_numbers_of_numpy_and_numbers_without_an_end():
-    layer = ct.CoSiMultiHeadAttention(np.int64(N), np.int32(H), np.int64(D), query_index=np.int8(0))
+    layer = ct.CoSiMultiHeadAttention(np.int64(N), H, D, query_index=np.int8(0))
     layer.build((None, N, E))
     layer.built = True
     assert lower(layer).to_bytes()

@@ -52,7 +52,7 @@ class PlanBuilder:
         self.nodes = []
         self.weights = {}
         self.kernels = set()  # Names of the weights that are kernels of dense nodes.
-        self._names = {}  # How many nodes have asked for a name.
+        self._names = {}  # Of the name of each node: how many others have asked for it.
         self._tensors = {}  # Of what was stored: (its name, its owner, which must stay alive).
         self._masks = {}  # Of (the index of a value, a number): its mask.
         self._affine_of = {}  # Of the index of a value that was only scaled: (of what, by what).
@@ -104,8 +104,12 @@ class PlanBuilder:
 
     def _unique(self, name, op):
         name = "/".join(part for part in (self.scope, name) if part) or op
-        count = self._names[name] = self._names.get(name, 0) + 1
-        return name if count == 1 else f"{name}_{count - 1}"
+        unique = name
+        while unique in self._names:
+            self._names[name] += 1
+            unique = f"{name}_{self._names[name]}"
+        self._names[unique] = 0
+        return unique
 
     # Weights.
 
