@@ -8,6 +8,7 @@ import pytest
 
 import plan_reference
 import reference
+from continual_transformers_tf.layers import CircularPositionalEncoding
 from continual_transformers_tf.models.lowering import lower
 from model_cases import BOUNDS, CASES
 
@@ -91,3 +92,16 @@ def check_well_formed(result):
         array = result.weights[tensor]
         assert entry["shape"] == list(array.shape)
         assert data[8 + length + start : 8 + length + end] == array.tobytes()
+
+
+def test_normalization_of_numbers_far_from_zero():
+    """Such as an air pressure: x * scale - mean * scale would lose it in rounding."""
+    layer = keras.layers.Normalization(mean=101325.0, variance=1.0)
+    x = keras.Input((4, 1))
+    y = CircularPositionalEncoding(7, 1, encoding="sinusoidal")(layer(x))
+    lowered = lower(keras.Model(x, y))
+    nodes = [node for node in lowered.plan["nodes"] if node["op"] in ("affine", "batch_norm")]
+    assert [node["op"] for node in nodes] == ["affine", "affine"]
+    scale, offset = (lowered.weights[nodes[0]["weights"][name]] for name in ("scale", "offset"))
+    assert (scale == 1).all()
+    assert (offset == -101325).all()

@@ -617,3 +617,16 @@ def test_memory_of_streams_in_use(random, tmp_path):
     # The 100 streams before may have left their room mapped, or not.
     assert 1900 * block <= taken <= 1.02 * 2000 * block + 2e6
     assert left < 0.1 * taken
+
+
+def test_close_and_get_state_open_no_default_streams(session, tmp_path):
+    session.save(tmp_path / "model.safetensors")
+    session = Session.load(tmp_path / "model.safetensors", streams=2)
+    session.step(np.zeros((2, *session.inputs[0].shape), session.inputs[0].dtype))
+    session.close()
+    assert session.open_streams == 0
+    assert session.get_state() == []
+    ids = session.open(2)
+    session.close()  # There is room for no default stream, and none is asked for.
+    assert session.open_streams == 2
+    session.close(ids)

@@ -90,7 +90,6 @@ py::object Int64Array(const int64_t* data, int64_t count) {
   return py::reinterpret_steal<py::object>(array);
 }
 
-// The ids that were named, or those of the default streams that there are.
 // The streams that are named, or the default ones that are open.
 std::unique_ptr<StreamIds> IdsOrOpenDefaults(PythonSession& session, const py::object& streams) {
   if (!streams.is_none()) return std::make_unique<StreamIds>(streams.ptr());
