@@ -4,12 +4,12 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <functional>
 #include <mutex>
 #include <string>
 #include <vector>
 
 #include "absl/container/inlined_vector.h"
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/types/span.h"
 #include "cc/session/plan.h"
@@ -133,7 +133,7 @@ class OnSession {
   }
 
   // Runs `call`, which is about these streams.
-  Status Run(const std::function<void()>& call) const {
+  Status Run(absl::FunctionRef<void()> call) const {
     Status status = StatusOf(call);
     if (status.ok()) return status;
     // The session speaks of ids, which the graph does not know.

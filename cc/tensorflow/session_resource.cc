@@ -43,7 +43,7 @@ Status ReadModel(tensorflow::Env* env, const std::string& path,
 
 }  // namespace
 
-Status StatusOf(const std::function<void()>& call) {
+Status StatusOf(absl::FunctionRef<void()> call) {
   try {
     call();
     return absl::OkStatus();

@@ -6,7 +6,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
@@ -14,6 +13,7 @@
 #include <vector>
 
 #include "absl/container/inlined_vector.h"
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/types/span.h"
 #include "cc/session/session.h"
@@ -26,7 +26,7 @@ namespace continual_transformers {
 using StreamIds = absl::InlinedVector<StreamId, 64>;
 
 // What `call` throws, as a status with the same sentence.
-absl::Status StatusOf(const std::function<void()>& call);
+absl::Status StatusOf(absl::FunctionRef<void()> call);
 
 // Graphs know streams by numbers from 0, of which `held` are open: number i is the session's
 // default stream i. Any method may be called by several threads at once.
