@@ -1,4 +1,4 @@
-// What the benchmarks of sessions share: a clock, and medians.
+// A clock and medians, for the benchmarks of sessions.
 
 #ifndef CONTINUAL_TRANSFORMERS_BENCHMARKS_MEASURE_H_
 #define CONTINUAL_TRANSFORMERS_BENCHMARKS_MEASURE_H_
@@ -33,7 +33,7 @@ double Microseconds(const F& f, int calls) {
   return (Now() - start) / calls;
 }
 
-// What reading the clock twice seems to take.
+// The time that two readings of the clock seem to take.
 inline double ClockMicroseconds() {
   std::vector<double> times;
   for (int i = 0; i < 1000; ++i) {

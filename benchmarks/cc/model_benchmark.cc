@@ -70,7 +70,7 @@ class SessionContestant : public Contestant {
   std::vector<float> outputs_;
 };
 
-// What a C++ program had before there were sessions.
+// The kernels of whole layers, back to back: how a C++ program took a step before sessions.
 class KernelsContestant : public Contestant {
  public:
   KernelsContestant(const ModelSize& size, const std::string& directory)
@@ -200,7 +200,7 @@ class Bound {
         Read(parts_[i++]);
         continue;
       }
-      // Of several in a row the clock is read once.
+      // The clock is read once for several parts in a row.
       const double start = Now();
       while (i < parts_.size() && !parts_[i].computes) Read(parts_[i++]);
       time += std::max(0.0, Now() - start - clock_);
