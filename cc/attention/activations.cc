@@ -57,6 +57,7 @@ HWY_INLINE V TanhOf(D d, V x) {
   return hn::CopySign(result, x);
 }
 
+// x P(Z <= x) of a standard normal Z (Hendrycks & Gimpel 2016, arXiv 1606.08415).
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE V GeluOf(D d, V x) {
   using T = hn::TFromD<D>;
@@ -209,7 +210,7 @@ void Apply(const FunctionSpec& spec, const T* x, int64_t size, T* y) {
     case Function::kTanhShrink:
       return Each(x, size, y, [](T v) { return v - std::tanh(v); });
     case Function::kThreshold:
-      return Each(x, size, y, [a, b](T v) { return v <= a ? b : v; });
+      return Each(x, size, y, [a, b](T v) { return v > a ? v : b; });
     case Function::kGelu:
     case Function::kGeluTanh:
     case Function::kSigmoid:

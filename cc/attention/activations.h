@@ -61,8 +61,8 @@ struct FunctionSpec {
   double c = 0;
 };
 
-// y[i] = function(x[i]); x and y may be the same. A NaN stays one. Instantiated for float and
-// double.
+// y[i] = function(x[i]); x and y may be the same. A NaN stays one, but for kThreshold, which
+// takes it for less as Keras does. Instantiated for float and double.
 template <typename T>
 void Apply(const FunctionSpec& spec, const T* x, int64_t size, T* y);
 

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <memory>
 
+#include "cc/attention/activations.h"
 #include "cc/attention/dense.h"
 #include "cc/attention/elementwise.h"
 #include "cc/attention/half.h"
@@ -19,16 +21,16 @@ void Project(const Projection<T, W>& layer, const T* input, int64_t rows, int64_
                 [&](int64_t begin, int64_t end) { TakeDenseTasks(dense, begin, end); });
 }
 
-template <typename T>
-void Activate(Activation activation, T* x, int64_t size) {
+FunctionSpec FunctionOf(Activation activation) {
   switch (activation) {
     case Activation::kLinear:
-      return;
+      return {Function::kLinear};
     case Activation::kGelu:
-      return Gelu(x, size);
+      return {Function::kGelu};
     case Activation::kRelu:
-      return Relu(x, size);
+      return {Function::kRelu, 0, std::numeric_limits<double>::infinity()};
   }
+  return {};
 }
 
 }  // namespace
@@ -63,7 +65,7 @@ void TakeCoSiEncoderStep(const CoSiEncoderStep<T, C, W>& step, const Threads& th
     Normalize(step.attention_norm, attended, rows, features, attended);
   }
   Project(step.hidden, input, rows, step.hidden_features, hidden, threads);
-  Activate(step.activation, hidden, rows * step.hidden_features);
+  Apply(FunctionOf(step.activation), hidden, rows * step.hidden_features, hidden);
   Project(step.output, hidden, rows, features, output, threads);
   Add(output, attended, size);
   if (step.norm_first) {

@@ -6,6 +6,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "cc/attention/activations.h"
 #include "cc/attention/dense.h"
 #include "cc/attention/elementwise.h"
 #include "cc/attention/half.h"
@@ -38,7 +39,7 @@ class Stepper {
     asking_.reset(new bool[rows_]);
 
     ProjectIn();
-    if (gates > 0) Sigmoid(gate_, gates);
+    if (gates > 0) Apply({Function::kSigmoid}, gate_, gates, gate_);
     for (int64_t m = 0; m < rows_; ++m) {
       asking_[m] = step_.query_mask == nullptr || step_.query_mask[m];
       if (step_.delay > 0) Exchange(m);

@@ -18,16 +18,6 @@ HWY_BEFORE_NAMESPACE();
 namespace continual_transformers {
 namespace HWY_NAMESPACE {
 
-// Replaces x[i] by f(vector of x) for a vector of lanes at a time.
-template <typename T, class F>
-HWY_INLINE void Transform(T* x, int64_t size, const F& f) {
-  const hn::ScalableTag<T> d;
-  constexpr int64_t kLanes = hn::Lanes(d);
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) hn::StoreU(f(d, hn::LoadU(d, x + i), i), d, x + i);
-  if (i < size) hn::StoreN(f(d, hn::LoadN(d, x + i, size - i), i), d, x + i, size - i);
-}
-
 template <typename T, typename C>
 void NarrowAll(const T* from, int64_t size, C* to) {
   const hn::ScalableTag<T> d;
@@ -42,16 +32,6 @@ void NarrowAll(const T* from, int64_t size, C* to) {
 }
 
 template <typename T>
-void SigmoidAll(T* x, int64_t size) {
-  Transform(x, size, [](auto d, auto v, int64_t) HWY_ATTR {
-    const auto one = hn::Set(d, T(1));
-    // exp of what is not positive cannot overflow.
-    const auto e = ExpOfNonPositive(d, hn::Neg(hn::Abs(v)));
-    return hn::Div(hn::IfThenElse(hn::Lt(v, hn::Zero(d)), e, one), hn::Add(one, e));
-  });
-}
-
-template <typename T>
 void MultiplyAll(T* x, const T* factor, int64_t size) {
   for (int64_t i = 0; i < size; ++i) x[i] *= factor[i];
 }
@@ -59,23 +39,6 @@ void MultiplyAll(T* x, const T* factor, int64_t size) {
 template <typename T>
 void AddAll(T* x, const T* other, int64_t size) {
   for (int64_t i = 0; i < size; ++i) x[i] += other[i];
-}
-
-template <typename T>
-void GeluAll(T* x, int64_t size) {
-  Transform(x, size, [](auto d, auto v, int64_t) HWY_ATTR {
-    const auto a = hn::Mul(hn::Abs(v), hn::Set(d, static_cast<T>(0.70710678118654752)));
-    const auto tail = ErfcOfNonNegative(d, a);
-    const auto below = hn::Lt(v, hn::Zero(d));
-    const auto twice = hn::IfThenElse(below, tail, hn::Sub(hn::Set(d, T(2)), tail));
-    return hn::Mul(hn::Mul(hn::Set(d, T(0.5)), v), twice);
-  });
-}
-
-template <typename T>
-void ReluAll(T* x, int64_t size) {
-  // A NaN stays one.
-  for (int64_t i = 0; i < size; ++i) x[i] = x[i] < 0 ? T(0) : x[i];
 }
 
 // The sum over a row of f(x, lanes); lanes past its end are zeros to it.
@@ -143,11 +106,6 @@ void Narrow(const T* from, int64_t size, C* to) {
 }
 
 template <typename T>
-void Sigmoid(T* x, int64_t size) {
-  CONTINUAL_TRANSFORMERS_DISPATCH(SigmoidAll, x, size);
-}
-
-template <typename T>
 void Multiply(T* x, const T* factor, int64_t size) {
   CONTINUAL_TRANSFORMERS_DISPATCH(MultiplyAll, x, factor, size);
 }
@@ -158,16 +116,6 @@ void Add(T* x, const T* other, int64_t size) {
 }
 
 template <typename T>
-void Gelu(T* x, int64_t size) {
-  CONTINUAL_TRANSFORMERS_DISPATCH(GeluAll, x, size);
-}
-
-template <typename T>
-void Relu(T* x, int64_t size) {
-  CONTINUAL_TRANSFORMERS_DISPATCH(ReluAll, x, size);
-}
-
-template <typename T>
 void Normalize(const LayerNorm<T>& norm, const T* x, int64_t rows, int64_t size, T* y) {
   CONTINUAL_TRANSFORMERS_DISPATCH(NormalizeAll, norm, x, rows, size, y);
 }
@@ -175,11 +123,8 @@ void Normalize(const LayerNorm<T>& norm, const T* x, int64_t rows, int64_t size,
 template void Narrow<float, BFloat16>(const float*, int64_t, BFloat16*);
 template void Narrow<float, Float16>(const float*, int64_t, Float16*);
 #define INSTANTIATE(T)                              \
-  template void Sigmoid<T>(T*, int64_t);            \
   template void Multiply<T>(T*, const T*, int64_t); \
   template void Add<T>(T*, const T*, int64_t);      \
-  template void Gelu<T>(T*, int64_t);               \
-  template void Relu<T>(T*, int64_t);               \
   template void Normalize<T>(const LayerNorm<T>&, const T*, int64_t, int64_t, T*)
 INSTANTIATE(float);
 INSTANTIATE(double);

@@ -12,26 +12,13 @@ namespace continual_transformers {
 template <typename T, typename C>
 void Narrow(const T* from, int64_t size, C* to);
 
-// x[i] = 1 / (1 + exp(-x[i])). Instantiated, as the others, for float and double.
-template <typename T>
-void Sigmoid(T* x, int64_t size);
-
-// x[i] *= factor[i].
+// x[i] *= factor[i]. Instantiated, as the others, for float and double.
 template <typename T>
 void Multiply(T* x, const T* factor, int64_t size);
 
 // x[i] += other[i].
 template <typename T>
 void Add(T* x, const T* other, int64_t size);
-
-// x[i] = x[i] * P(Z <= x[i]) of a standard normal Z (Hendrycks & Gimpel 2016, arXiv 1606.08415):
-// GELU itself and not its approximation by tanh.
-template <typename T>
-void Gelu(T* x, int64_t size);
-
-// x[i] = max(x[i], 0).
-template <typename T>
-void Relu(T* x, int64_t size);
 
 // What layer normalization multiplies and adds, [size] each.
 template <typename T>

@@ -50,26 +50,28 @@ class RingPass {
   // How many rows' dot products are taken at a time: one load of the query serves all, and the
   // chains of additions overlap.
   static constexpr int64_t kRowsPerDot = 8;
+  static constexpr int kAnyNumber = -1;
   static constexpr T kNotAttended = -std::numeric_limits<T>::infinity();
 
   T* LogitsOf(int64_t head) const { return p_.logits + (head - begin_) * stride_; }
 
   // Scaled dot products of every head's query with the keys of a span.
   void Logits(const RingSpan& span, int64_t column) const {
-    switch (p_.key_dim % kLanes == 0 ? p_.key_dim / kLanes : 0) {
-      case 1:
-        return LogitsOfVectors<1>(span, column);
-      case 2:
-        return LogitsOfVectors<2>(span, column);
-      case 4:
-        return LogitsOfVectors<4>(span, column);
-      default:
-        return LogitsOfVectors<0>(span, column);
+    const int64_t vectors = p_.key_dim / kLanes;
+    if (p_.key_dim % kLanes != 0) {
+      if (vectors == 0) return LogitsOfVectors<0, true>(span, column);
+      if (vectors == 1) return LogitsOfVectors<1, true>(span, column);
+      return LogitsOfVectors<kAnyNumber, true>(span, column);
     }
+    if (vectors == 1) return LogitsOfVectors<1, false>(span, column);
+    if (vectors == 2) return LogitsOfVectors<2, false>(span, column);
+    if (vectors == 4) return LogitsOfVectors<4, false>(span, column);
+    return LogitsOfVectors<kAnyNumber, false>(span, column);
   }
 
-  // Of keys of kVectors vectors; 0: of any size.
-  template <int kVectors>
+  // Of keys of kVectors vectors, and a part of one with kRest. Sizes that models have are known to
+  // the compiler: without, keys of 12 took 1.3 times as long.
+  template <int kVectors, bool kRest>
   void LogitsOfVectors(const RingSpan& span, int64_t column) const {
     const int64_t key_dim = p_.key_dim, stride = p_.key_stride, heads = end_ - begin_;
     const T* HWY_RESTRICT query = p_.query + begin_ * key_dim;
@@ -91,7 +93,7 @@ class RingPass {
       const C* HWY_RESTRICT k7 = k6 + (count > 7 ? stride : 0);
       T* HWY_RESTRICT logits = p_.logits + column + i;
       for (int64_t h = 0; h < heads; ++h, logits += stride_) {
-        Dots<kVectors>(query, h * key_dim, k0, k1, k2, k3, k4, k5, k6, k7, logits);
+        Dots<kVectors, kRest>(query, h * key_dim, k0, k1, k2, k3, k4, k5, k6, k7, logits);
       }
     }
   }
@@ -107,7 +109,7 @@ class RingPass {
   }
 
   // Of kRowsPerDot keys, from element `at` of the query and of each key on.
-  template <int kVectors>
+  template <int kVectors, bool kRest>
   HWY_INLINE void Dots(const T* HWY_RESTRICT query, int64_t at, const C* HWY_RESTRICT k0,
                        const C* HWY_RESTRICT k1, const C* HWY_RESTRICT k2, const C* HWY_RESTRICT k3,
                        const C* HWY_RESTRICT k4, const C* HWY_RESTRICT k5, const C* HWY_RESTRICT k6,
@@ -126,15 +128,11 @@ class RingPass {
       s7 = hn::MulAdd(q, load(k7 + i), s7);
     };
     const auto whole = [d](const auto* p) HWY_ATTR { return LoadWide(d, p); };
-    if constexpr (kVectors > 0) {
-      for (int v = 0; v < kVectors; ++v) add(at + v * kLanes, whole);
-    } else {
-      const int64_t end = at + p_.key_dim;
-      for (; at + kLanes <= end; at += kLanes) add(at, whole);
-      if (at < end) {
-        const size_t rest = end - at;
-        add(at, [d, rest](const auto* p) HWY_ATTR { return LoadWideN(d, p, rest); });
-      }
+    const int64_t vectors = kVectors == kAnyNumber ? p_.key_dim / kLanes : kVectors;
+    for (int64_t v = 0; v < vectors; ++v, at += kLanes) add(at, whole);
+    if constexpr (kRest) {
+      const size_t rest = p_.key_dim - vectors * kLanes;
+      add(at, [d, rest](const auto* p) HWY_ATTR { return LoadWideN(d, p, rest); });
     }
     StoreScaledSums(d, s0, s1, s2, s3, p_.scale, logits);
     StoreScaledSums(d, s4, s5, s6, s7, p_.scale, logits + 4);
@@ -190,55 +188,69 @@ class RingPass {
   // heads where heads are small.
   void Sum() const {
     const int64_t vectors = p_.value_dim / kLanes;
+    if (p_.value_dim == kLanes) return Heads<8, 1, Width::kHead>(0);
+    if (p_.value_dim == 2 * kLanes) return Heads<4, 2, Width::kHead>(0);
+    if (p_.value_dim == 4 * kLanes) return Heads<2, 4, Width::kHead>(0);
     int64_t v = 0;
-    for (; v + 8 <= vectors; v += 8) Heads<1, 8>(v);
-    for (; v + 4 <= vectors; v += 4) Heads<2, 4>(v);
-    for (; v + 2 <= vectors; v += 2) Heads<4, 2>(v);
-    for (; v < vectors; ++v) Heads<8, 1>(v);
-    const size_t rest = p_.value_dim - vectors * kLanes;
-    if (rest > 0) Heads<8, 1>(vectors, rest);
+    for (; v + 8 <= vectors; v += 8) Heads<1, 8, Width::kPart>(v);
+    for (; v + 4 <= vectors; v += 4) Heads<2, 4, Width::kPart>(v);
+    for (; v + 2 <= vectors; v += 2) Heads<4, 2, Width::kPart>(v);
+    for (; v < vectors; ++v) Heads<8, 1, Width::kPart>(v);
+    if (v * kLanes < p_.value_dim) Heads<8, 1, Width::kRest>(v);
   }
 
-  // kVectors vectors of columns from vector v on, or `partial` columns, of all heads; kHeads at
-  // once as far as there are so many.
-  template <int kHeads, int kVectors>
-  void Heads(int64_t v, size_t partial = 0) const {
+  // What the columns that are summed are of a head: all, so that addresses are constants apart;
+  // some whole vectors; the last, of which there are fewer than a vector has.
+  enum class Width { kHead, kPart, kRest };
+
+  // kVectors vectors of columns from vector v on, of all heads; kHeads at once as far as there are
+  // so many.
+  template <int kHeads, int kVectors, Width kWidth>
+  void Heads(int64_t v) const {
     int64_t h = begin_;
-    for (; h + kHeads <= end_; h += kHeads) Columns<kHeads, kVectors>(h, v * kLanes, partial);
+    for (; h + kHeads <= end_; h += kHeads) Columns<kHeads, kVectors, kWidth>(h, v * kLanes);
     if constexpr (kHeads > 1) {
       constexpr int kHalf = kHeads / 2;
-      for (; h + kHalf <= end_; h += kHalf) Columns<kHalf, kVectors>(h, v * kLanes, partial);
-      for (; h < end_; ++h) Columns<1, kVectors>(h, v * kLanes, partial);
+      for (; h + kHalf <= end_; h += kHalf) Columns<kHalf, kVectors, kWidth>(h, v * kLanes);
+      for (; h < end_; ++h) Columns<1, kVectors, kWidth>(h, v * kLanes);
     }
   }
 
-  template <int kHeads, int kVectors>
-  HWY_INLINE void Columns(int64_t h, int64_t column, size_t partial) const {
+  template <int kHeads, int kVectors, Width kWidth>
+  HWY_INLINE void Columns(int64_t h, int64_t column) const {
     const D d;
     // Rows in turn have sums of their own where there would be too few chains of additions.
     constexpr int kChains = std::max(1, 8 / (kHeads * kVectors));
-    const auto load = [d, partial](const C* p) HWY_ATTR {
-      return kVectors == 1 && partial != 0 ? LoadWideN(d, p, partial) : LoadWide(d, p);
+    const int64_t value_dim = kWidth == Width::kHead ? kVectors * kLanes : p_.value_dim;
+    const size_t rest = value_dim - column;
+    const auto load = [d, rest](const C* p) HWY_ATTR {
+      return kWidth == Width::kRest ? LoadWideN(d, p, rest) : LoadWide(d, p);
     };
+    // Every loop over these is unrolled, or the compiler keeps them in memory.
     V sum[kChains][kHeads][kVectors];
+    HWY_UNROLL(8)
     for (int c = 0; c < kChains; ++c) {
+      HWY_UNROLL(8)
       for (int i = 0; i < kHeads; ++i) {
+        HWY_UNROLL(8)
         for (int v = 0; v < kVectors; ++v) sum[c][i][v] = hn::Zero(d);
       }
     }
     const bool first = h == begin_ && column == 0;
-    const int64_t value_dim = p_.value_dim, value_stride = p_.value_stride;
+    const int64_t value_stride = p_.value_stride;
     const T* HWY_RESTRICT weights = LogitsOf(h);
     for (const RingSpan& span : {p_.spans.before_wrap, p_.spans.after_wrap}) {
       const C* HWY_RESTRICT value =
-          p_.value + span.first_row * p_.value_stride + h * p_.value_dim + column;
+          p_.value + span.first_row * value_stride + h * value_dim + column;
       if (first && p_.next_value != nullptr) {
-        Prefetch(p_.next_value + span.first_row * p_.value_stride, p_.heads * p_.value_dim,
-                 p_.value_stride, span.rows);
+        Prefetch(p_.next_value + span.first_row * value_stride, p_.heads * value_dim, value_stride,
+                 span.rows);
       }
       const auto add = [&](int c) HWY_ATTR {
+        HWY_UNROLL(8)
         for (int i = 0; i < kHeads; ++i) {
           const V weight = hn::Set(d, weights[i * stride_ + c]);
+          HWY_UNROLL(8)
           for (int v = 0; v < kVectors; ++v) {
             sum[c][i][v] = hn::MulAdd(
                 weight, load(value + c * value_stride + i * value_dim + v * kLanes), sum[c][i][v]);
@@ -247,6 +259,7 @@ class RingPass {
       };
       int64_t row = 0;
       for (; row + kChains <= span.rows; row += kChains) {
+        HWY_UNROLL(8)
         for (int c = 0; c < kChains; ++c) add(c);
         value += kChains * value_stride;
         weights += kChains;
@@ -257,15 +270,18 @@ class RingPass {
         ++weights;
       }
     }
+    HWY_UNROLL(8)
     for (int i = 0; i < kHeads; ++i) {
       const V normalizer = hn::Set(d, normalizer_of_[h + i - begin_]);
-      T* output = p_.output + (h + i) * p_.value_dim + column;
+      T* output = p_.output + (h + i) * value_dim + column;
+      HWY_UNROLL(8)
       for (int v = 0; v < kVectors; ++v) {
         V total = sum[0][i][v];
+        HWY_UNROLL(8)
         for (int c = 1; c < kChains; ++c) total = hn::Add(total, sum[c][i][v]);
         total = hn::Mul(total, normalizer);
-        if (kVectors == 1 && partial != 0) {
-          hn::StoreN(total, d, output, partial);
+        if (kWidth == Width::kRest) {
+          hn::StoreN(total, d, output, rest);
         } else {
           hn::StoreU(total, d, output + v * kLanes);
         }

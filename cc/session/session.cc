@@ -187,7 +187,8 @@ class Session::Impl final : public ForkListener {
     }
     CallInProgress call(this);
     StepCall step = {inputs, outputs, key_mask, count, steps, nullptr, nullptr};
-    if (steps != 0) call->executor->Check(step);
+    // A refused call opens no default stream.
+    if (steps != 0 && ids == nullptr) call->executor->Check(step);
     StreamStore::Lease& lease = call->lease;
     if (ids != nullptr) {
       lease.Take(&store_, ids, count);
@@ -195,7 +196,7 @@ class Session::Impl final : public ForkListener {
       lease.TakeDefaults(&store_, count);
     }
     if (steps != 0) {
-      // While the call waited for its streams, other threads may have changed its inputs.
+      // After the wait for the streams, while which other threads may change the inputs.
       call->executor->Check(step);
       step.blocks = lease.blocks();
       step.positions = lease.positions();

@@ -687,14 +687,18 @@ class StreamStore::LeaseOfThread {
   Lease& lease() { return *lease_; }
 
  private:
-  static Lease& Kept() {
-    static thread_local Lease lease;
-    return lease;
-  }
+  static Lease& Kept();
 
   Lease own_;
   Lease* lease_;
 };
+
+// Defined here, and not within the class: a static of an inline function is a name of its own that the
+// library would show.
+StreamStore::Lease& StreamStore::LeaseOfThread::Kept() {
+  static thread_local Lease lease;
+  return lease;
+}
 
 void StreamStore::Close(const StreamId* ids, int64_t count) {
   LeaseOfThread reused(count);
@@ -890,11 +894,6 @@ void StreamStore::Lease::TakeDefaults(StreamStore* store, int64_t count) {
 
 void StreamStore::Lease::Advance(int64_t steps) {
   for (int64_t i = 0; i < count_; ++i) positions_[i] += steps;
-}
-
-void StreamStore::Lease::Clean(int64_t i) {
-  positions_[i] = 0;
-  state_->init(blocks_[i]);
 }
 
 void StreamStore::Lease::SetPosition(int64_t i, int64_t position) { positions_[i] = position; }

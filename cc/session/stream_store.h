@@ -107,8 +107,6 @@ class StreamStore::Lease {
   // Adds `steps` to the position of every stream held: to be called when a step has been taken.
   // Others see positions change when the lease is released, all at once.
   void Advance(int64_t steps);
-  // Forgets what stream i has seen.
-  void Clean(int64_t i);
   void SetPosition(int64_t i, int64_t position);
   void Release();
 

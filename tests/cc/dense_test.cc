@@ -102,22 +102,6 @@ TEST_P(DenseTest, NarrowRoundsToTheNearestEven) {
   for (size_t i = 0; i < y.size(); ++i) EXPECT_EQ(half[i].bits, halves[i]) << y[i];
 }
 
-template <typename T>
-void CheckSigmoid(double bound) {
-  std::vector<T> x;
-  for (int i = -2000; i <= 2000; ++i) x.push_back(i * T(0.4));
-  std::vector<T> y = x;
-  Sigmoid(y.data(), static_cast<int64_t>(y.size()));
-  for (size_t i = 0; i < x.size(); ++i) {
-    EXPECT_NEAR(y[i], 1 / (1 + std::exp(-static_cast<double>(x[i]))), bound) << x[i];
-  }
-}
-
-TEST_P(DenseTest, Sigmoid) {
-  CheckSigmoid<float>(2e-7);
-  CheckSigmoid<double>(4e-16);
-}
-
 INSTANTIATE_TEST_SUITE_P(Targets, DenseTest, ::testing::ValuesIn(AvailableTargets()),
                          [](const auto& info) { return NameOf(info.param); });
 
