@@ -693,8 +693,8 @@ class StreamStore::LeaseOfThread {
   Lease* lease_;
 };
 
-// Defined here, and not within the class: a static of an inline function is a name of its own that the
-// library would show.
+// Defined here, and not within the class: a static of an inline function is a name of its own that
+// the library would show.
 StreamStore::Lease& StreamStore::LeaseOfThread::Kept() {
   static thread_local Lease lease;
   return lease;
