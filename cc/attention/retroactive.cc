@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <vector>
+#include <memory>
 
 #include "cc/attention/params.h"
 #include "cc/attention/retroactive_params.h"
@@ -34,6 +34,48 @@ MadeWith MadeWithOf(const RetroactiveParams<T>& params) {
 // which a bound of 5e-6 leaves much room, and one of 1e-12 little.
 template <typename T>
 constexpr double kLeastOfPeak = sizeof(T) == 4 ? 0x1p-20 : 0x1p-5;
+
+// DotsOfOne and DotsOfTwo may write as many elements beyond the last logit.
+constexpr int64_t kPadding = 16;
+
+// The memory of a task beside the state, used again by the next task. Nothing in it is initialized.
+template <typename T>
+struct Scratch {
+  Scratch(const RetroactiveParams<T>& p, uintptr_t memory) {
+    const int64_t n = p.window, d = p.key_dim, dv = p.value_dim;
+    fresh_value = Take<double>(&memory, dv);
+    leaving_value = Take<double>(&memory, dv);
+    inexact = Take<int64_t>(&memory, n);
+    fresh_logits = Take<T>(&memory, n + kPadding);
+    leaving_logits = Take<T>(&memory, n + kPadding);
+    leaving_key = Take<T>(&memory, d);
+    key_mask = Take<bool>(&memory, n);
+    if (!p.update_state) {
+      ring = Take<T>(&memory, n * (2 * d + dv));
+      sums = Take<double>(&memory, n * (4 + dv));
+    }
+    end = memory;
+  }
+
+  T *fresh_logits, *leaving_logits, *leaving_key;
+  double *fresh_value, *leaving_value;
+  bool* key_mask;  // The stream's, as of the step. Its heads share it.
+  // Rows that must be computed exactly, at most all.
+  int64_t* inexact;
+  int64_t num_inexact = 0;
+  // Where a call that only peeks takes its steps.
+  T* ring = nullptr;
+  double* sums = nullptr;
+  uintptr_t end;
+
+ private:
+  template <typename U>
+  static U* Take(uintptr_t* address, int64_t count) {
+    U* const taken = reinterpret_cast<U*>(*address);
+    *address += (count * sizeof(U) + sizeof(double) - 1) / sizeof(double) * sizeof(double);
+    return taken;
+  }
+};
 
 }  // namespace continual_transformers
 #endif  // CONTINUAL_TRANSFORMERS_ATTENTION_RETROACTIVE_CC_ONCE_
@@ -73,31 +115,6 @@ struct HeadState {
   double* weighted_sum;
 };
 
-// What a task needs beside the state, kept from one task to the next.
-template <typename T>
-struct Scratch {
-  explicit Scratch(const RetroactiveParams<T>& p)
-      : fresh_logits(p.window + kPadding),
-        leaving_logits(p.window + kPadding),
-        leaving_key(p.key_dim),
-        fresh_value(p.value_dim),
-        leaving_value(p.value_dim),
-        key_mask(p.window) {
-    if (p.update_state) return;
-    ring.resize(p.window * (2 * p.key_dim + p.value_dim));
-    sums.resize(p.window * (4 + p.value_dim));
-  }
-
-  std::vector<T> fresh_logits, leaving_logits;
-  std::vector<T> leaving_key;
-  std::vector<double> fresh_value, leaving_value;
-  std::vector<char> key_mask;  // The stream's, which its heads share, as of the step.
-  std::vector<int64_t> inexact;
-  // Where a call that only peeks takes its steps.
-  std::vector<T> ring;
-  std::vector<double> sums;
-};
-
 template <typename T>
 class RetroactiveHead {
  public:
@@ -130,7 +147,7 @@ class RetroactiveHead {
   }
 
  private:
-  bool* Mask() { return reinterpret_cast<bool*>(s_.key_mask.data()); }
+  bool* Mask() { return s_.key_mask; }
 
   template <typename U>
   U* At(U* base, const Strides& strides, int64_t t) const {
@@ -139,8 +156,8 @@ class RetroactiveHead {
 
   void CopyState() {
     const HeadState<T> real = state_;
-    T* ring = s_.ring.data();
-    double* sums = s_.sums.data();
+    T* ring = s_.ring;
+    double* sums = s_.sums;
     const int64_t n = p_.window, d = p_.key_dim, dv = p_.value_dim;
     state_ = {{ring, d}, {ring + n * d, d}, {ring + 2 * n * d, dv}, sums,
               sums + n,  sums + 2 * n,      sums + 3 * n,           sums + 4 * n};
@@ -167,32 +184,33 @@ class RetroactiveHead {
     T* value = state_.value[row_];
     had_key_ = step >= n && Mask()[row_];
     has_key_ = p_.key_mask == nullptr || p_.key_mask[m_ * p_.num_steps + t];
-    std::fill(s_.leaving_value.begin(), s_.leaving_value.end(), 0);
-    std::fill(s_.fresh_value.begin(), s_.fresh_value.end(), 0);
+    std::fill_n(s_.leaving_value, dv, 0);
+    std::fill_n(s_.fresh_value, dv, 0);
     if (had_key_) {
-      std::copy_n(key, d, s_.leaving_key.data());
-      std::copy_n(value, dv, s_.leaving_value.data());
+      std::copy_n(key, d, s_.leaving_key);
+      std::copy_n(value, dv, s_.leaving_value);
     }
     std::copy_n(At(p_.query, p_.query_strides, t), d, state_.query[row_]);
     std::copy_n(At(p_.key, p_.key_strides, t), d, key);
     std::copy_n(At(p_.value, p_.value_strides, t), dv, value);
     Mask()[row_] = has_key_;
-    if (has_key_) std::copy_n(value, dv, s_.fresh_value.data());
+    if (has_key_) std::copy_n(value, dv, s_.fresh_value);
 
     if (p_.recompute) {
       for (int64_t i = 0; i < filled_; ++i) Recompute(i);
       return;
     }
-    s_.inexact.assign(1, row_);
-    if (exact_ && AllFinite(s_.leaving_value)) {
+    s_.num_inexact = 0;
+    NoteInexact(row_);
+    if (exact_ && AllFinite(s_.leaving_value, dv)) {
       UpdateRows();
     } else {
       // A value of infinity or NaN that leaves has left nothing of any sum it was in.
       for (int64_t i = 0; i < filled_; ++i) {
-        if (i != row_) s_.inexact.push_back(i);
+        if (i != row_) NoteInexact(i);
       }
     }
-    for (int64_t i : s_.inexact) ComputeExactly(i);
+    for (int64_t i = 0; i < s_.num_inexact; ++i) ComputeExactly(s_.inexact[i]);
     exact_ = true;
   }
 
@@ -204,21 +222,23 @@ class RetroactiveHead {
 
   static double Normalizer(double denominator) { return denominator == 0 ? 0 : 1 / denominator; }
 
-  static bool AllFinite(const std::vector<double>& v) {
+  static bool AllFinite(const double* x, int64_t size) {
     double zero = 0;  // Infinity and NaN times 0 are NaN.
-    for (double x : v) zero += x * 0;
+    for (int64_t i = 0; i < size; ++i) zero += x[i] * 0;
     return zero == 0;
   }
+
+  void NoteInexact(int64_t row) { s_.inexact[s_.num_inexact++] = row; }
 
   // All rows but the newest: the new key comes, the oldest leaves. Notes those for which that is
   // not exact enough.
   void UpdateRows() {
-    T* HWY_RESTRICT fresh = s_.fresh_logits.data();
-    T* HWY_RESTRICT leaving = s_.leaving_logits.data();
+    T* HWY_RESTRICT fresh = s_.fresh_logits;
+    T* HWY_RESTRICT leaving = s_.leaving_logits;
     const T* fresh_key = state_.key[row_];
     const HeadRing<T>& queries = state_.query;
     if (had_key_) {
-      DotsOfTwo(fresh_key, s_.leaving_key.data(), queries.rows, queries.stride, filled_, p_.key_dim,
+      DotsOfTwo(fresh_key, s_.leaving_key, queries.rows, queries.stride, filled_, p_.key_dim,
                 p_.scale, fresh, leaving);
     } else {
       DotsOfOne(fresh_key, queries.rows, queries.stride, filled_, p_.key_dim, p_.scale, fresh);
@@ -232,16 +252,15 @@ class RetroactiveHead {
       // A NaN that stays is left alone, and one that leaves has left nothing of the sums.
       if (denominator < kLeastOfPeak<T> * state_.peak[i] || fresh[i] > kMostWeight ||
           std::isnan(leaving[i]) || (before == 0 && has_key_)) {
-        s_.inexact.push_back(i);
+        NoteInexact(i);
         continue;
       }
-      const double sum =
-          ExchangeValues({fresh[i], leaving[i], s_.fresh_value.data(), s_.leaving_value.data()},
-                         Normalizer(denominator), p_.value_dim,
-                         state_.weighted_sum + i * p_.value_dim, OutputOf(i));
+      const double sum = ExchangeValues({fresh[i], leaving[i], s_.fresh_value, s_.leaving_value},
+                                        Normalizer(denominator), p_.value_dim,
+                                        state_.weighted_sum + i * p_.value_dim, OutputOf(i));
       // A value that leaves can be as large as any, whatever its weight.
       if (sum < kLeastOfPeak<T> * state_.peak_sum[i]) {
-        s_.inexact.push_back(i);
+        NoteInexact(i);
         continue;
       }
       state_.denominator[i] = denominator;
@@ -262,7 +281,7 @@ class RetroactiveHead {
   }
 
   void ComputeExactly(int64_t i) {
-    T* HWY_RESTRICT weights = s_.fresh_logits.data();
+    T* HWY_RESTRICT weights = s_.fresh_logits;
     const bool* mask = Mask();
     constexpr T kNotAttended = -std::numeric_limits<T>::infinity();
     DotsOfOne(state_.query[i], state_.key.rows, state_.key.stride, filled_, p_.key_dim, p_.scale,
@@ -322,7 +341,13 @@ class RetroactiveHead {
 template <typename T>
 void TakeRetroactiveTasks(const RetroactiveParams<T>& params, int64_t begin, int64_t end) {
   if (begin >= end) return;
-  Scratch<T> scratch(params);
+  std::unique_ptr<char[]> own;
+  char* memory = params.scratch;
+  if (memory == nullptr) {
+    own.reset(new char[RetroactiveScratchBytes(params)]);
+    memory = own.get();
+  }
+  Scratch<T> scratch(params, reinterpret_cast<uintptr_t>(memory));
   for (int64_t task = begin; task < end; ++task) {
     RetroactiveHead<T>(params, task, &scratch).Run();
   }
@@ -346,6 +371,11 @@ bool RecomputingIsFaster(const RetroactiveParams<T>& params) {
   // where they are of many floats, and otherwise slower.
   const bool many_floats = sizeof(T) == 4 && params.key_dim + params.value_dim >= 128;
   return params.window == 1 || (params.window == 2 && many_floats);
+}
+
+template <typename T>
+int64_t RetroactiveScratchBytes(const RetroactiveParams<T>& params) {
+  return Scratch<T>(params, 0).end;
 }
 
 template <typename T>
@@ -380,6 +410,7 @@ void FinishRetroactive(const RetroactiveParams<T>& params) {
 
 #define INSTANTIATE(T)                                                                  \
   template bool RecomputingIsFaster<T>(const RetroactiveParams<T>&);                    \
+  template int64_t RetroactiveScratchBytes<T>(const RetroactiveParams<T>&);             \
   template int64_t RetroactiveCyclesPerTask<T>(const RetroactiveParams<T>&);            \
   template void RetroactiveAttention<T>(const RetroactiveParams<T>&, int64_t, int64_t); \
   template void FinishRetroactive<T>(const RetroactiveParams<T>&)

@@ -22,6 +22,11 @@ namespace continual_transformers {
 template <typename T>
 bool RecomputingIsFaster(const RetroactiveParams<T>& params);
 
+// What params.scratch must hold for a call of RetroactiveAttention. Calls at the same time need one
+// each.
+template <typename T>
+int64_t RetroactiveScratchBytes(const RetroactiveParams<T>& params);
+
 // The T steps of one (stream, head) are one task, of M * H; this many cycles each, roughly.
 template <typename T>
 int64_t RetroactiveCyclesPerTask(const RetroactiveParams<T>& params);

@@ -33,6 +33,7 @@ struct RetroactiveParams : RingParams<T> {
   double* made_with;  // [S, 2]
 
   int64_t output_row_stride;
+  char* scratch;   // RetroactiveScratchBytes, aligned for double; null: the kernel allocates it
   bool recompute;  // computes all rows anew at each step, and keeps nothing of their softmax
 };
 

@@ -24,9 +24,6 @@ namespace HWY_NAMESPACE {
 // How many rows' dot products are taken at a time.
 constexpr int64_t kRowsPerDot = 4;
 
-// As many elements may be written beyond the last logit.
-constexpr int64_t kPadding = 16;
-
 // Above its reference by more than this a logit's weight is not taken: e^60 of float is far from
 // overflow, and in double the sums of such weights are as good as any.
 constexpr double kMostAboveReference = 60;

@@ -387,7 +387,7 @@ class Compiler {
     const Node& node = plan_.nodes[i];
     const std::vector<int64_t>& shape = file_.tensor(node.weights.at("kernel")).shape;
     DenseSpec<T> spec;
-    spec.kernel = Weights(node, "kernel");
+    DenseKernel kernel = {node.weights.at("kernel"), Weights(node, "kernel")};
     spec.bias = Weights(node, "bias");
     spec.inputs = shape[0];
     spec.outputs = shape[1];
@@ -396,10 +396,10 @@ class Compiler {
     std::string name = node.name, op = NameOf(node.op);
     int last = i, output = Out(node);
     std::vector<int> reads;
-    FoldBefore(&spec, &name, &op);
+    FoldBefore(&spec, &kernel, &name, &op);
     reads.push_back(spec.input);
     for (int next = OnlyUser(output); next >= 0; next = OnlyUser(output)) {
-      if (!FoldAfter(plan_.nodes[next], output, &spec)) break;
+      if (!FoldAfter(plan_.nodes[next], output, &spec, &kernel)) break;
       absorbed_[next] = true;
       name += " + " + plan_.nodes[next].name;
       op += std::string(" + ") + NameOf(plan_.nodes[next].op);
@@ -411,13 +411,35 @@ class Compiler {
     std::unique_ptr<Instruction> instruction;
     if constexpr (std::is_same_v<T, float>) {
       if (options_.weights_dtype == DType::kBFloat16) {
-        instruction = std::make_unique<DenseInstruction<float, BFloat16>>(std::move(spec));
+        instruction = MakeDense<BFloat16>(std::move(spec), kernel);
       }
     }
     if (instruction == nullptr) {
-      instruction = std::make_unique<DenseInstruction<T, T>>(std::move(spec));
+      instruction = MakeDense<T>(std::move(spec), kernel);
     }
     emitted_.push_back({2 * last, std::move(instruction), name, op, std::move(reads), output});
+  }
+
+  // The kernel of a dense layer, and the tensor that it is, "" once something is folded into it.
+  struct DenseKernel {
+    std::string tensor;
+    std::vector<T> elements;  // [inputs, outputs]
+  };
+
+  // Layers that share a tensor share the packed kernel.
+  template <typename W>
+  std::unique_ptr<Instruction> MakeDense(DenseSpec<T> spec, const DenseKernel& kernel) {
+    std::shared_ptr<const PackedKernel<T, W>> packed;
+    const auto found = packed_.find(kernel.tensor);
+    if (found != packed_.end()) {
+      packed = std::static_pointer_cast<const PackedKernel<T, W>>(found->second);
+    } else {
+      packed = std::make_shared<const PackedKernel<T, W>>(kernel.elements.data(), spec.inputs,
+                                                          spec.outputs);
+      other_weights_ += packed->bytes();
+      if (!kernel.tensor.empty()) packed_[kernel.tensor] = packed;
+    }
+    return std::make_unique<DenseInstruction<T, W>>(std::move(spec), std::move(packed));
   }
 
   // Kernels in 16 bits would be rounded a second time.
@@ -458,7 +480,7 @@ class Compiler {
     return columns == file_.tensor(plan_.nodes[next].weights.at("kernel")).shape[0];
   }
 
-  void FoldBefore(DenseSpec<T>* spec, std::string* name, std::string* op) {
+  void FoldBefore(DenseSpec<T>* spec, DenseKernel* kernel, std::string* name, std::string* op) {
     const int before = producer_[spec->input];
     if (before < 0 || absorbed_[before]) return;
     const Node& node = plan_.nodes[before];
@@ -468,19 +490,20 @@ class Compiler {
     for (int64_t o = 0; o < spec->outputs; ++o) {
       double bias = spec->bias[o];
       for (int64_t i = 0; i < spec->inputs; ++i) {
-        T& weight = spec->kernel[i * spec->outputs + o];
+        T& weight = kernel->elements[i * spec->outputs + o];
         bias += static_cast<double>(affine.offset[i]) * weight;
         weight *= affine.scale[i];
       }
       spec->bias[o] = static_cast<T>(bias);
     }
+    kernel->tensor.clear();
     spec->input = In(node);
     *name = node.name + " + " + *name;
     *op = std::string(NameOf(node.op)) + " + " + *op;
   }
 
   // Makes a node that alone uses a dense layer's output a part of it, if it can be.
-  bool FoldAfter(const Node& node, int output, DenseSpec<T>* spec) const {
+  bool FoldAfter(const Node& node, int output, DenseSpec<T>* spec, DenseKernel* kernel) const {
     const bool is_linear = spec->function.function == Function::kLinear;
     if (!is_linear) return false;
     switch (node.op) {
@@ -494,10 +517,11 @@ class Compiler {
         if (spec->bias.empty()) spec->bias.assign(spec->outputs, T(0));
         for (int64_t o = 0; o < spec->outputs; ++o) {
           for (int64_t i = 0; i < spec->inputs; ++i) {
-            spec->kernel[i * spec->outputs + o] *= affine.scale[o];
+            kernel->elements[i * spec->outputs + o] *= affine.scale[o];
           }
           spec->bias[o] = spec->bias[o] * affine.scale[o] + affine.offset[o];
         }
+        kernel->tensor.clear();
         return true;
       }
       case Op::kBinary: {
@@ -814,6 +838,7 @@ class Compiler {
   // Of each storage: the node that writes it, or -1; how many reads there are, and the last reader.
   std::vector<int> producer_, uses_, user_;
   std::vector<bool> is_output_;
+  std::map<std::string, std::shared_ptr<const void>> packed_;  // By the tensor's name.
   int64_t other_weights_ = 0;
 };
 

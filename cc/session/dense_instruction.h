@@ -18,8 +18,7 @@ namespace continual_transformers {
 // function(x W + b + residual).
 template <typename T>
 struct DenseSpec {
-  std::vector<T> kernel;  // [inputs, outputs]
-  std::vector<T> bias;    // [outputs], or empty.
+  std::vector<T> bias;  // [outputs], or empty.
   int64_t inputs, outputs;
   int64_t rows_a_step;  // Of one step of one stream: the product of the axes before the last.
   int input, output;
@@ -30,39 +29,38 @@ struct DenseSpec {
 template <typename T, typename W>
 class DenseInstruction : public Instruction {
  public:
-  explicit DenseInstruction(DenseSpec<T> spec)
-      : spec_(std::move(spec)), kernel_(spec_.kernel.data(), spec_.inputs, spec_.outputs) {
-    std::vector<T>().swap(spec_.kernel);
-  }
+  // Instructions may share a kernel.
+  DenseInstruction(DenseSpec<T> spec, std::shared_ptr<const PackedKernel<T, W>> kernel)
+      : spec_(std::move(spec)), kernel_(std::move(kernel)) {}
 
   void Run(const Frame& frame) const override {
     const int64_t rows = frame.rows() * spec_.rows_a_step;
-    PackedDense<T, W> dense = {&kernel_,
+    PackedDense<T, W> dense = {kernel_.get(),
                                spec_.bias.empty() ? nullptr : spec_.bias.data(),
                                frame.Rows<T>(spec_.input),
                                spec_.residual < 0 ? nullptr : frame.Rows<T>(spec_.residual),
                                frame.Rows<T>(spec_.output),
                                rows};
     if (frame.pool == nullptr || Cycles(frame.rows()) < kCyclesWorthThreads) {
-      TakePackedDense(dense, 0, kernel_.panels());
+      TakePackedDense(dense, 0, kernel_->panels());
       Finish(dense.output, rows * spec_.outputs);
       return;
     }
-    frame.pool->Share(kernel_.panels(),
+    frame.pool->Share(kernel_->panels(),
                       [&](int64_t panel, int64_t) { TakePackedDense(dense, panel, panel + 1); });
     Finish(dense.output, rows * spec_.outputs);
   }
 
   int64_t Cycles(int64_t rows) const override {
     PackedDense<T, W> dense = {};
-    dense.kernel = &kernel_;
+    dense.kernel = kernel_.get();
     dense.rows = rows * spec_.rows_a_step;
-    return kernel_.panels() * PackedDenseCyclesPerPanel(dense) +
+    return kernel_->panels() * PackedDenseCyclesPerPanel(dense) +
            dense.rows * spec_.outputs * CyclesPerElement(spec_.function.function);
   }
 
   int64_t WeightsBytes() const override {
-    return kernel_.bytes() + static_cast<int64_t>(spec_.bias.size() * sizeof(T));
+    return static_cast<int64_t>(spec_.bias.size() * sizeof(T));
   }
 
  private:
@@ -74,7 +72,7 @@ class DenseInstruction : public Instruction {
   }
 
   DenseSpec<T> spec_;
-  PackedKernel<T, W> kernel_;
+  const std::shared_ptr<const PackedKernel<T, W>> kernel_;
 };
 
 }  // namespace continual_transformers

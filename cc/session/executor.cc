@@ -267,8 +267,13 @@ void Executor::Step(const StepCall& call, Arena* arena) const {
 }
 
 int64_t Executor::EstimatedNanoseconds(int64_t streams, int64_t steps) const {
-  return static_cast<int64_t>(static_cast<double>(impl_->EstimatedCycles(streams * steps)) /
-                              kCyclesANanosecond);
+  // Many rows take time in proportion. Counting the cycles of all could overflow.
+  constexpr double kMostCounted = 1 << 20;
+  const double rows = static_cast<double>(streams) * static_cast<double>(steps);
+  const int64_t counted = static_cast<int64_t>(std::clamp(rows, 0.0, kMostCounted));
+  const double nanoseconds = static_cast<double>(impl_->EstimatedCycles(counted)) /
+                             kCyclesANanosecond * std::max(1.0, rows / kMostCounted);
+  return static_cast<int64_t>(std::min(nanoseconds, 9e18));
 }
 
 int64_t Executor::ArenaBytes(const Arena& arena) {

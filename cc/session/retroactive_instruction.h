@@ -57,6 +57,9 @@ class RetroactiveInstruction : public Instruction {
     return rows * s_.heads * RetroactiveCyclesPerTask(p_);
   }
 
+  // Heads that threads share work at the same time.
+  int64_t ScratchBytes() const override { return s_.heads * RetroactiveScratchBytes(p_); }
+
  private:
   void Step(const Frame& frame, int64_t m, int64_t t) const {
     static constexpr int32_t kStream = 0;
@@ -78,11 +81,15 @@ class RetroactiveInstruction : public Instruction {
     p.weighted_sum = reinterpret_cast<double*>(block + s_.weighted_sum);
     p.made_with = reinterpret_cast<double*>(block + s_.made_with);
     p.output = frame.Rows<T>(s_.output) + r * p.output_strides.stream;
+    p.scratch = frame.scratch;
     if (frame.pool == nullptr || s_.heads == 1 || Cycles(1) < kCyclesWorthThreads) {
       RetroactiveAttention(p, 0, s_.heads);
     } else {
-      frame.pool->Share(s_.heads,
-                        [&](int64_t head, int64_t) { RetroactiveAttention(p, head, head + 1); });
+      frame.pool->Share(s_.heads, [&](int64_t head, int64_t) {
+        RetroactiveParams<T> one = p;
+        one.scratch += head * RetroactiveScratchBytes(p);
+        RetroactiveAttention(one, head, head + 1);
+      });
     }
     FinishRetroactive(p);
   }

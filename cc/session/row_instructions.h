@@ -311,6 +311,17 @@ std::unique_ptr<Instruction> MakeCast(int input, int output, int64_t size) {
 template <typename T>
 std::unique_ptr<Instruction> MakeNotEqual(double number, bool any, int input, int output,
                                           int64_t size) {
+  if constexpr (std::is_integral_v<T>) {
+    // A conversion of a number that T does not have is undefined. Every element differs from it.
+    constexpr double kEnd = 2.0 * (std::numeric_limits<T>::max() / 2 + 1);
+    const bool has = number >= static_cast<double>(std::numeric_limits<T>::min()) &&
+                     number < kEnd && number == std::floor(number);
+    if (!has) {
+      return MakeRows(1, [=](const Frame& frame) {
+        std::fill_n(frame.Rows<bool>(output), frame.rows(), size > 0 || !any);
+      });
+    }
+  }
   return MakeRows(size, [=](const Frame& frame) {
     const T* x = frame.Rows<T>(input);
     bool* y = frame.Rows<bool>(output);

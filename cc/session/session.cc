@@ -62,13 +62,34 @@ Buffer Allocate(int64_t bytes) {
   return buffer;
 }
 
-// What one call works with, from its begin to its end; kept for the next call.
+// Bytes of an arena, as a part of those of all arenas for as long as it lives.
+class CountedBytes {
+ public:
+  explicit CountedBytes(std::atomic<int64_t>* all) : all_(all) {}
+  ~CountedBytes() { Set(0); }
+  CountedBytes(const CountedBytes&) = delete;
+  CountedBytes& operator=(const CountedBytes&) = delete;
+
+  void Set(int64_t bytes) {
+    if (bytes == bytes_) return;
+    *all_ += bytes - bytes_;
+    bytes_ = bytes;
+  }
+
+ private:
+  std::atomic<int64_t>* const all_;
+  int64_t bytes_ = 0;
+};
+
+// The streams, executor and memory of a call in progress. Kept afterwards for another call.
 struct Call {
+  explicit Call(std::atomic<int64_t>* bytes_of_all) : arena_bytes(bytes_of_all) {}
+
   StreamStore::Lease lease;
-  uint64_t version = 0;  // Of the executor.
+  uint64_t version = 0;  // The executor's.
   std::shared_ptr<const Executor> executor;
   std::unique_ptr<Arena> arena;
-  int64_t arena_bytes = 0;
+  CountedBytes arena_bytes;
 };
 
 // Calls that are not in progress. A thread looks first where it put its last one back, whose arena
@@ -77,6 +98,7 @@ class CallPool {
  public:
   ~CallPool() { Clear(); }
 
+  // Null: all are in progress.
   std::unique_ptr<Call> Get() {
     for (unsigned i = 0; i < kPlaces; ++i) {
       std::atomic<Call*>& place = places_[(Hint() + i) % kPlaces].call;
@@ -84,22 +106,21 @@ class CallPool {
       Call* const call = place.exchange(nullptr, std::memory_order_acquire);
       if (call != nullptr) return std::unique_ptr<Call>(call);
     }
-    return std::make_unique<Call>();
+    return nullptr;
   }
 
-  // False where there is no place: then the caller has it still.
-  bool Put(std::unique_ptr<Call>* call) {
+  // Destroys the call if every place is taken.
+  void Put(std::unique_ptr<Call> call) {
     for (unsigned i = 0; i < kPlaces; ++i) {
       std::atomic<Call*>& place = places_[(Hint() + i) % kPlaces].call;
       Call* none = nullptr;
       if (place.load(std::memory_order_relaxed) == nullptr &&
-          place.compare_exchange_strong(none, call->get(), std::memory_order_release,
+          place.compare_exchange_strong(none, call.get(), std::memory_order_release,
                                         std::memory_order_relaxed)) {
-        call->release();
-        return true;
+        call.release();
+        return;
       }
     }
-    return false;
   }
 
   void Clear() {
@@ -170,7 +191,6 @@ class Session::Impl final : public ForkListener {
       version_.fetch_add(1, std::memory_order_release);
     }
     // Calls that are kept hold the old executor.
-    arenas_bytes_ = 0;
     calls_.Clear();
   }
 
@@ -320,18 +340,15 @@ class Session::Impl final : public ForkListener {
   class CallInProgress {
    public:
     explicit CallInProgress(Impl* session) : session_(session), call_(session->calls_.Get()) {
+      if (call_ == nullptr) call_ = std::make_unique<Call>(&session->arenas_bytes_);
       if (call_->version != session->version_.load(std::memory_order_acquire)) Renew();
     }
     ~CallInProgress() {
       call_->lease.Release();
       // With weights that were replaced meanwhile it is not kept.
       if (call_->version != session_->version_.load(std::memory_order_acquire)) return;
-      const int64_t bytes = Executor::ArenaBytes(*call_->arena);
-      if (bytes != call_->arena_bytes) {
-        session_->arenas_bytes_ += bytes - call_->arena_bytes;
-        call_->arena_bytes = bytes;
-      }
-      if (!session_->calls_.Put(&call_)) session_->arenas_bytes_ -= bytes;
+      call_->arena_bytes.Set(Executor::ArenaBytes(*call_->arena));
+      session_->calls_.Put(std::move(call_));
     }
     CallInProgress(const CallInProgress&) = delete;
     CallInProgress& operator=(const CallInProgress&) = delete;
@@ -346,7 +363,6 @@ class Session::Impl final : public ForkListener {
         call_->version = session_->version_;
       }
       call_->arena = call_->executor->NewArena();
-      call_->arena_bytes = 0;
     }
 
     Impl* const session_;

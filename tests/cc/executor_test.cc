@@ -367,5 +367,83 @@ TEST(ExecutorTest, NeighboursOfDenseLayersAreFolded) {
   }
 }
 
+// Layers with tied weights hold them once, however many there are. A layer into which something was
+// folded has a kernel of its own.
+TEST(ExecutorTest, LayersThatShareAKernelPackItOnce) {
+  const auto bytes_of = [](int layers, bool fold) {
+    PlanBuilder b;
+    int x = b.Input("x", {64});
+    for (int i = 0; i < layers; ++i) {
+      x = b.Node("dense", {x}, {64}, {}, {{"kernel", b.Random({64, 64}, 0.1)}});
+      b.plan["nodes"].back()["weights"]["kernel"] = "dense_0/kernel";
+      if (i > 0) b.tensors.erase(b.plan["nodes"].back()["name"].get<std::string>() + "/kernel");
+    }
+    if (fold) {
+      x = b.Node("affine", {x}, {64}, {},
+                 {{"scale", b.Weight({64}, std::vector<double>(64, 2))},
+                  {"offset", b.Weight({64}, std::vector<double>(64, 1))}});
+    }
+    b.Output("y", x);
+    const auto file = b.File();
+    Streams streams(file, OptionsOf(file->plan()), 2);
+    const Recording recording(file->plan(), 2, 1);
+    const auto inputs = recording.Cut(0, 2, 0, 1);
+    const auto outputs = streams.Take(0, 2, 1, inputs);
+    std::vector<double> kernel(64 * 64), row(64);
+    const auto* w = reinterpret_cast<const float*>(b.tensors.at("dense_0/kernel").bytes.data());
+    const auto* in = reinterpret_cast<const float*>(inputs[0].data());
+    const auto* out = reinterpret_cast<const float*>(outputs[0].data());
+    for (int stream = 0; stream < 2; ++stream) {
+      std::copy_n(in + 64 * stream, 64, row.begin());
+      for (int layer = 0; layer < layers; ++layer) {
+        std::vector<double> next(64, 0);
+        for (int i = 0; i < 64; ++i) {
+          for (int o = 0; o < 64; ++o) next[o] += row[i] * w[64 * i + o];
+        }
+        row = next;
+      }
+      for (int o = 0; o < 64; ++o) {
+        EXPECT_NEAR(out[64 * stream + o], fold ? 2 * row[o] + 1 : row[o], 1e-5);
+      }
+    }
+    return streams.executor().weights_bytes();
+  };
+  const int64_t kernel = 64 * 64 * 4, bias = 64 * 4;
+  EXPECT_EQ(bytes_of(1, false), kernel);
+  EXPECT_EQ(bytes_of(5, false), kernel);
+  EXPECT_EQ(bytes_of(5, true), 2 * kernel + bias);
+}
+
+// A number that the integers do not have differs from all of them.
+TEST(ExecutorTest, NotEqualToAnyNumber) {
+  for (const char* dtype : {"int32", "int64"}) {
+    for (double number : {7.0, -2147483648.0, 2147483648.0, 0.5, 1e30, -1e30, 9.3e18}) {
+      SCOPED_TRACE(std::string(dtype) + " " + std::to_string(number));
+      PlanBuilder b;
+      const int x = b.Input("x", {2}, dtype);
+      for (bool any : {false, true}) {
+        b.Output(any ? "any" : "all",
+                 b.Node("not_equal", {x}, {1}, {{"value", number}, {"any", any}}, {}, {}, "bool"));
+      }
+      const auto file = b.File();
+      Streams streams(file, OptionsOf(file->plan()), 1);
+      const std::vector<double> values = {7, -2147483648.0};
+      const auto outputs = streams.Take(0, 1, 1, {BytesOf(dtype, values)});
+      const bool first = number != values[0], second = number != values[1];
+      EXPECT_EQ(outputs[0], std::string(1, first && second));
+      EXPECT_EQ(outputs[1], std::string(1, first || second));
+    }
+  }
+}
+
+TEST(ExecutorTest, EstimatesOfAnySize) {
+  const auto file = Stack("float32", 32, 64, 4, 17).File();
+  const Executor executor(file, OptionsOf(file->plan()));
+  const int64_t most = std::numeric_limits<int64_t>::max();
+  const int64_t some = executor.EstimatedNanoseconds(1 << 21, 1);
+  EXPECT_NEAR(static_cast<double>(executor.EstimatedNanoseconds(1 << 21, 8)) / some, 8, 0.1);
+  EXPECT_GE(executor.EstimatedNanoseconds(most, most), int64_t{1} << 62);
+}
+
 }  // namespace
 }  // namespace continual_transformers

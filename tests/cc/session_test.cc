@@ -402,6 +402,11 @@ TEST_P(SessionTest, Memory) {
   EXPECT_GT(after.streams_overhead, 0);
   TakeSteps(&session, ids, 1, RandomInputs(session.plan(), 100, 1));
   EXPECT_EQ(session.memory().arenas, after.arenas);
+  // New weights need new arenas. Those of the old are counted as long as they are there.
+  session.LoadWeights(File());
+  EXPECT_EQ(session.memory().arenas, 0);
+  TakeSteps(&session, ids, 1, RandomInputs(session.plan(), 100, 1));
+  EXPECT_EQ(session.memory().arenas, after.arenas);
 }
 
 TEST_P(SessionTest, Threads) {

@@ -82,7 +82,7 @@ class Stream;
 class Session {
  public:
   // Loads a model file.
-  explicit Session(const std::string& path, const Options& options = {}) {
+  explicit Session(const std::string& path, const Options& options = {}) : Session() {
     const ct_options c = COptions(options);
     Check(ct_session_load(path.c_str(), &c, &session_));
     Describe();
