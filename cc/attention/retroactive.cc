@@ -14,24 +14,24 @@
 #define CONTINUAL_TRANSFORMERS_ATTENTION_RETROACTIVE_CC_ONCE_
 namespace continual_transformers {
 
-// What is written to made_with: by whose arithmetic, and with which scale.
+// What made_with holds: the arithmetic and the scale of the rows' weights.
 struct MadeWith {
   double arithmetic;
   double scale;
 };
 
-// The number of the target in use, whose order of sums decides the bits of a weight. 0, what a new
-// or cleaned stream has, is that of rows without a softmax. To be changed, for all, with the order
-// of sums: state may be kept in files.
+// The arithmetic is a number for the target in use, whose order of sums decides the bits of a
+// weight. 0 is for rows without a softmax, and for new or cleaned streams. Change the numbers of
+// all targets when the order of sums changes: files may hold old state.
 template <typename T>
 MadeWith MadeWithOf(const RetroactiveParams<T>& params) {
   if (params.recompute) return {0, 0};
   return {1.0 + static_cast<int>(TargetInUse()), static_cast<double>(params.scale)};
 }
 
-// What is left after a subtraction is exact enough down to this fraction of the sums' peak. They
-// are off by at most about 2 N 2^-53 of it, 2e-13 for N = 1000, and by some 1e-14 as they come: for
-// which a bound of 5e-6 leaves much room, and one of 1e-12 little.
+// The remainder of a subtraction is exact enough down to this fraction of the sums' peak. The sums
+// are off by at most about 2 N 2^-53 of the peak, 2e-13 for N = 1000, and by about 1e-14 in
+// practice. A bound of 5e-6 leaves much room for that, and one of 1e-12 little.
 template <typename T>
 constexpr double kLeastOfPeak = sizeof(T) == 4 ? 0x1p-20 : 0x1p-5;
 
@@ -41,7 +41,7 @@ constexpr double kLeastOfPeak = sizeof(T) == 4 ? 0x1p-20 : 0x1p-5;
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cc/attention/retroactive.cc"
 #include "hwy/foreach_target.h"
-// After foreach_target.h, or they would be there for one target only.
+// Must follow foreach_target.h: otherwise these are compiled for one target only.
 #include "cc/attention/retroactive_row-inl.h"
 #include "cc/attention/rows.h"
 #include "cc/attention/window_pass-inl.h"
@@ -51,7 +51,7 @@ HWY_BEFORE_NAMESPACE();
 namespace continual_transformers {
 namespace HWY_NAMESPACE {
 
-// A ring of one head of one stream.
+// The ring of one head of one stream.
 template <typename T>
 struct HeadRing {
   T* rows;
@@ -73,7 +73,7 @@ struct HeadState {
   double* weighted_sum;
 };
 
-// What a task needs beside the state, kept from one task to the next.
+// Working memory of a task, kept from one task to the next.
 template <typename T>
 struct Scratch {
   explicit Scratch(const RetroactiveParams<T>& p)
@@ -91,9 +91,9 @@ struct Scratch {
   std::vector<T> fresh_logits, leaving_logits;
   std::vector<T> leaving_key;
   std::vector<double> fresh_value, leaving_value;
-  std::vector<char> key_mask;  // The stream's, which its heads share, as of the step.
+  std::vector<char> key_mask;  // the stream's at this step; its heads share it
   std::vector<int64_t> inexact;
-  // Where a call that only peeks takes its steps.
+  // The rings of a call that does not update the state.
   std::vector<T> ring;
   std::vector<double> sums;
 };
@@ -187,7 +187,7 @@ class RetroactiveHead {
     if (exact_ && AllFinite(s_.leaving_value)) {
       UpdateRows();
     } else {
-      // A value of infinity or NaN that leaves has left nothing of any sum it was in.
+      // An infinity or NaN that leaves has spoiled every sum that it was in.
       for (int64_t i = 0; i < filled_; ++i) {
         if (i != row_) s_.inexact.push_back(i);
       }
@@ -196,7 +196,7 @@ class RetroactiveHead {
     exact_ = true;
   }
 
-  // The output of the row of the query at index i of the ring.
+  // The output of the query at index i of the ring.
   T* OutputOf(int64_t i) const {
     const int64_t age = i <= row_ ? row_ - i : row_ - i + p_.window;
     return output_ + (p_.window - 1 - age) * p_.output_row_stride;
@@ -205,13 +205,13 @@ class RetroactiveHead {
   static double Normalizer(double denominator) { return denominator == 0 ? 0 : 1 / denominator; }
 
   static bool AllFinite(const std::vector<double>& v) {
-    double zero = 0;  // Infinity and NaN times 0 are NaN.
+    double zero = 0;  // infinity and NaN times 0 are NaN
     for (double x : v) zero += x * 0;
     return zero == 0;
   }
 
-  // All rows but the newest: the new key comes, the oldest leaves. Notes those for which that is
-  // not exact enough.
+  // Updates all rows but the newest: the new key enters and the oldest leaves. Collects the rows
+  // for which that is not exact enough.
   void UpdateRows() {
     T* HWY_RESTRICT fresh = s_.fresh_logits.data();
     T* HWY_RESTRICT leaving = s_.leaving_logits.data();
@@ -229,7 +229,8 @@ class RetroactiveHead {
       if (i == row_) continue;
       const double before = state_.denominator[i];
       const double denominator = before + static_cast<double>(fresh[i]) - leaving[i];
-      // A NaN that stays is left alone, and one that leaves has left nothing of the sums.
+      // Recompute if a leaving weight is NaN, as it has spoiled the sums. A NaN that stays changes
+      // nothing.
       if (denominator < kLeastOfPeak<T> * state_.peak[i] || fresh[i] > kMostWeight ||
           std::isnan(leaving[i]) || (before == 0 && has_key_)) {
         s_.inexact.push_back(i);
@@ -239,7 +240,7 @@ class RetroactiveHead {
           ExchangeValues({fresh[i], leaving[i], s_.fresh_value.data(), s_.leaving_value.data()},
                          Normalizer(denominator), p_.value_dim,
                          state_.weighted_sum + i * p_.value_dim, OutputOf(i));
-      // A value that leaves can be as large as any, whatever its weight.
+      // The value that leaves can be arbitrarily large, whatever its weight.
       if (sum < kLeastOfPeak<T> * state_.peak_sum[i]) {
         s_.inexact.push_back(i);
         continue;
@@ -250,7 +251,7 @@ class RetroactiveHead {
     }
   }
 
-  // Turns the logits of a key and every row's query into weights; all 0 where there is no key.
+  // Turns the logits of one key and all queries into weights; all 0 without a key.
   void WeighAgainstReferences(bool attended, T* HWY_RESTRICT logits) const {
     if (!attended) {
       std::fill_n(logits, filled_, T(0));
@@ -284,7 +285,7 @@ class RetroactiveHead {
                   Normalizer(denominator), state_.weighted_sum + i * p_.value_dim, OutputOf(i));
   }
 
-  // The output of a row without its softmax's state: as single-output attention computes it.
+  // Computes a row's output without the state of its softmax, as single-output attention does.
   void Recompute(int64_t i) {
     SingleOutputParams<T, T> params = {};
     params.num_streams = p_.num_streams;
@@ -309,9 +310,9 @@ class RetroactiveHead {
   const int64_t h_;
   HeadState<T> state_;
   int64_t position_;
-  bool exact_;  // Whether the rows' softmax can be updated.
-  // Of the step being taken: its row, how many rows there then are, whether it has a key, whether
-  // one leaves, and where its outputs go.
+  bool exact_;  // whether the rows' softmax can be updated
+  // The current step: its row, the number of rows after it, whether it has a key, whether the
+  // leaving step had one, and where its outputs go.
   int64_t row_ = 0;
   int64_t filled_ = 0;
   bool has_key_ = false;
@@ -337,21 +338,21 @@ namespace continual_transformers {
 
 template <typename T>
 bool RecomputingIsFaster(const RetroactiveParams<T>& params) {
-  // Microseconds of an update and of recomputing, of one head in float, D = Dv = 64 (AVX2, one
+  // Microseconds of an update and of recomputing, for one head in float, D = Dv = 64 (AVX2, one
   // thread of an AMD EPYC; //benchmarks:retroactive_benchmark; docs/co_re_mha.md has other sizes):
   //   N           1     2     3     4     8    16    64   120   512  1000
   //   update    0.38  0.44  0.47  0.49  0.63  0.92   2.8   5.0    23    43
   //   recompute 0.31  0.41  0.53  0.65   1.1   2.8    26   109  1866  7779
-  // A window of one row has nothing to update. With rows of two, recomputing is faster by a tenth
-  // where they are of many floats, and otherwise slower.
+  // A window of one row has nothing to update. With two rows, recomputing is a tenth faster if the
+  // rows have many floats, and slower otherwise.
   const bool many_floats = sizeof(T) == 4 && params.key_dim + params.value_dim >= 128;
   return params.window == 1 || (params.window == 2 && many_floats);
 }
 
 template <typename T>
 int64_t RetroactiveCyclesPerTask(const RetroactiveParams<T>& params) {
-  // From the same: some 1,000 cycles a step, and for each row about 2 a number of its sums; or for
-  // each row recomputed what single-output attention takes.
+  // From the same measurement: about 1,000 cycles a step, plus about 2 per number in each row's
+  // sums. A recomputed row takes what single-output attention takes.
   const int64_t n = params.window, size = params.key_dim + params.value_dim;
   const int64_t row = params.recompute ? n * (8 + size * sizeof(T) / 24) : 40 + size;
   return params.num_steps * (1000 + n * row);
