@@ -18,7 +18,7 @@ namespace hn = hwy::HWY_NAMESPACE;
 
 FmaLoopResult MultiplyAdd(int64_t rounds) {
   const hn::ScalableTag<float> d;
-  // Two units with a latency of four or five cycles each are busy with ten or more at a time.
+  // Two units with a latency of four or five cycles each need at least ten operations in flight.
   constexpr int kAccumulators = 12;
   constexpr int kUnrolled = 4;
   const auto factor = hn::Set(d, 0.999f), term = hn::Set(d, 0.001f);

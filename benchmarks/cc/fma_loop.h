@@ -1,4 +1,4 @@
-// The other half of a step's bound: how fast multiply-adds can be where nothing is read.
+// The other half of a step's bound: the speed of multiply-adds when nothing is read.
 
 #ifndef CONTINUAL_TRANSFORMERS_BENCHMARKS_FMA_LOOP_H_
 #define CONTINUAL_TRANSFORMERS_BENCHMARKS_FMA_LOOP_H_
@@ -8,8 +8,8 @@
 namespace continual_transformers {
 
 struct FmaLoopResult {
-  int64_t multiply_adds;  // Of float32.
-  float sum;              // So that none is left out.
+  int64_t multiply_adds;  // of float32
+  float sum;              // keeps the compiler from removing them
 };
 
 // Multiplies and adds in registers, `rounds` times, with whole vectors of the target in use.

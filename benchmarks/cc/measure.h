@@ -1,4 +1,4 @@
-// A clock and medians, for the benchmarks of sessions.
+// A clock and medians for the session benchmarks.
 
 #ifndef CONTINUAL_TRANSFORMERS_BENCHMARKS_MEASURE_H_
 #define CONTINUAL_TRANSFORMERS_BENCHMARKS_MEASURE_H_
@@ -10,13 +10,13 @@
 
 namespace continual_transformers {
 
-// Microseconds since some moment.
+// Microseconds since an arbitrary moment.
 inline double Now() {
   const auto now = std::chrono::steady_clock::now().time_since_epoch();
   return std::chrono::duration<double, std::micro>(now).count();
 }
 
-// The element that `part` of all are not above; of 0.5 the median.
+// The element that a `part` of all elements do not exceed. 0.5 gives the median.
 inline double Quantile(std::vector<double> values, double part) {
   const size_t at = std::min(values.size() - 1, static_cast<size_t>(part * values.size()));
   std::nth_element(values.begin(), values.begin() + at, values.end());
@@ -25,7 +25,7 @@ inline double Quantile(std::vector<double> values, double part) {
 
 inline double Median(std::vector<double> values) { return Quantile(std::move(values), 0.5); }
 
-// Microseconds a call of f takes, over calls so many that the clock does not count.
+// Microseconds per call of f, over enough calls to make the clock's cost negligible.
 template <typename F>
 double Microseconds(const F& f, int calls) {
   const double start = Now();
@@ -33,7 +33,7 @@ double Microseconds(const F& f, int calls) {
   return (Now() - start) / calls;
 }
 
-// The time that two readings of the clock seem to take.
+// The time between two successive readings of the clock.
 inline double ClockMicroseconds() {
   std::vector<double> times;
   for (int i = 0; i < 1000; ++i) {

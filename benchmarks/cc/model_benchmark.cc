@@ -1,5 +1,5 @@
-// The contestants of the race of whole models that are C++: a session's step, the kernels back to
-// back, and the bound. Takes requests as bench/worker.py does, a line of JSON each.
+// The C++ contestants of the whole-model race: a session's step, the kernels back to back, and the
+// bound. Takes the same requests as bench/worker.py, one line of JSON each.
 //
 //   model_benchmark session_cpp|kernels|bound THREADS
 
@@ -31,7 +31,7 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr float kEpsilon = 1e-6f;
-constexpr double kChunkMicroseconds = 200;  // A sample of steps that are faster is of several.
+constexpr double kChunkMicroseconds = 200;  // Faster steps are sampled several at a time.
 
 // A model that takes steps.
 class Contestant {
@@ -70,7 +70,7 @@ class SessionContestant : public Contestant {
   std::vector<float> outputs_;
 };
 
-// The kernels of whole layers, back to back: how a C++ program took a step before sessions.
+// The kernels of whole layers, back to back, as a C++ program took a step before sessions existed.
 class KernelsContestant : public Contestant {
  public:
   KernelsContestant(const ModelSize& size, const std::string& directory)
@@ -167,8 +167,8 @@ class KernelsContestant : public Contestant {
 };
 
 // The sum over a step's parts, each dense product and each attention, of the larger of two times: a
-// plain read of the bytes that the part must touch, where they are when it runs, and its
-// multiply-adds at the rate of a loop in registers.
+// plain read of the part's bytes, from where they are when it runs, and its multiply-adds at the
+// rate of a loop in registers.
 class Bound {
  public:
   explicit Bound(const ModelSize& size) : size_(size) {
@@ -190,7 +190,7 @@ class Bound {
     Classify();
   }
 
-  // Reads everything once as a step would, and returns the microseconds of what is bound by
+  // Reads everything once as a step would. Returns the microseconds of the parts that are bound by
   // reading.
   double ReadOnce() {
     double time = 0;
@@ -200,7 +200,7 @@ class Bound {
         Read(parts_[i++]);
         continue;
       }
-      // The clock is read once for several parts in a row.
+      // Read the clock once for several parts in a row.
       const double start = Now();
       while (i < parts_.size() && !parts_[i].computes) Read(parts_[i++]);
       time += std::max(0.0, Now() - start - clock_);
@@ -208,7 +208,7 @@ class Bound {
     return time;
   }
 
-  // Microseconds of a million multiply-adds.
+  // Returns the microseconds of a million multiply-adds.
   static double MultiplyAddOnce() {
     const double start = Now();
     const FmaLoopResult result = FmaLoop(2000);
@@ -217,7 +217,7 @@ class Bound {
     return time * 1e6 / static_cast<double>(result.multiply_adds);
   }
 
-  // Multiply-adds, in millions, of the parts that are bound by them.
+  // Returns the millions of multiply-adds in the parts that are bound by them.
   double computed() const {
     double sum = 0;
     for (const Part& part : parts_) sum += part.computes ? part.multiply_adds / 1e6 : 0;
@@ -227,7 +227,7 @@ class Bound {
  private:
   struct Part {
     int64_t offset, bytes;
-    int64_t layer;  // Of an attention; -1: a dense product.
+    int64_t layer;  // of an attention; -1: a dense product
     int64_t multiply_adds;
     bool computes = false;
   };
@@ -273,7 +273,7 @@ class Bound {
 
 volatile float Bound::sink_ = 0;
 
-// One contestant of one size, by what it is asked.
+// One contestant at one size, driven by requests.
 class Worker {
  public:
   Worker(std::string name, int64_t threads) : name_(std::move(name)), threads_(threads) {}
@@ -291,7 +291,7 @@ class Worker {
     const auto& size = arguments["size"];
     size_ = {size[0], size[1], size[2], size[3], size[4], size[5]};
     const std::string directory = arguments["directory"];
-    contestant_.reset();  // That of the size before goes first.
+    contestant_.reset();  // Free the previous size's first.
     bound_.reset();
     inputs_ = ReadFloats(directory + "/inputs.bin");
     at_ = 0;
@@ -313,7 +313,7 @@ class Worker {
     return contestant_->Step(inputs_.data() + at_++ % steps * step);
   }
 
-  // The outputs of the first and the last stream, once the receptive field is full.
+  // Returns the outputs of the first and the last stream, once the receptive field is full.
   Json Check() {
     if (bound_ != nullptr) return Json::object();
     const int64_t steps = size_.receptive_field() + 3;

@@ -1,4 +1,4 @@
-// The raced model as the race writes it for C++: its sizes, weights and steps, without a plan.
+// The race's model as written for C++: its sizes, weights and steps, without a plan.
 
 #ifndef CONTINUAL_TRANSFORMERS_BENCHMARKS_RAW_MODEL_H_
 #define CONTINUAL_TRANSFORMERS_BENCHMARKS_RAW_MODEL_H_
@@ -37,7 +37,7 @@ struct BlockWeights {
 };
 
 struct RawModel {
-  // Reads what bench/model_rivals wrote: all arrays of float32 one after another, in the order of
+  // Reads the file of bench/model_rivals: all arrays of float32, one after another, in the order of
   // `Weights.arrays()`.
   RawModel(const ModelSize& size, const std::string& path);
 
@@ -50,7 +50,7 @@ struct RawModel {
   std::vector<float> data_;
 };
 
-// A file of float32, whole.
+// Reads a whole file of float32.
 std::vector<float> ReadFloats(const std::string& path);
 
 }  // namespace continual_transformers

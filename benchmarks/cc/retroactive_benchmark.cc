@@ -1,5 +1,5 @@
-// The retroactive attention kernel alone, one step of one head on one thread: the update of all
-// rows next to their recomputation.
+// Times the retroactive attention kernel, one step of one head on one thread: updating all rows,
+// and recomputing them.
 //
 //   bazel run -c opt //benchmarks:retroactive_benchmark
 
@@ -21,13 +21,13 @@ void Sizes(benchmark::internal::Benchmark* b) {
   for (int64_t window : {1, 2, 3, 4, 8, 16, 64, 120, 512, 1000}) {
     for (int64_t dim : {12, 64, 128}) b->Args({window, dim, 1});
   }
-  // The larger logits are, the more rows an update computes anew.
+  // With larger logits, an update recomputes more rows exactly.
   for (int64_t std : {4, 16, 36}) {
     for (int64_t window : {16, 64, 512}) b->Args({window, 64, std});
   }
 }
 
-// Steps whose logits have a standard deviation, each with a query, key and value of its own.
+// Steps whose logits have a given standard deviation, each with its own query, key and value.
 template <typename T>
 class Steps {
  public:

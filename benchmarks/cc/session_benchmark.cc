@@ -1,9 +1,9 @@
-// What a session promises beside a fast step: even steps, cheap streams, little memory. Prints each
-// against its goal.
+// What a session promises besides a fast step: even step times, cheap streams, little memory.
+// Prints each result and its goal.
 //
 //   session_benchmark MODEL.safetensors [--json] [--quick]
 //
-// For a model of one input and one output, both float32, with rings of float32.
+// The model must have one input and one output, both float32, and rings of float32.
 
 #include <malloc.h>
 #include <unistd.h>
@@ -30,7 +30,7 @@ namespace {
 
 using Json = nlohmann::json;
 
-// Bytes of this process that are in memory.
+// The resident memory of this process, in bytes.
 double ResidentBytes() {
   int64_t total = 0, resident = 0;
   std::ifstream("/proc/self/statm") >> total >> resident;
@@ -50,7 +50,7 @@ class Benchmark {
   }
 
   Json Run() {
-    Memory();  // First: nothing that was freed lies about yet.
+    Memory();  // first: no freed memory is left over yet
     EvenSteps();
     FirstSteps();
     OpenAndClose();
@@ -74,7 +74,7 @@ class Benchmark {
     return quick_ ? std::max<int64_t>(20, count / 100) : count;
   }
 
-  // Takes a step of one stream, with the inputs of some of 64 steps, into `outputs`.
+  // Takes a step of one stream into `outputs`. The input is one of 64 steps.
   void Step(Session* session, StreamId id, int64_t at, float* outputs) const {
     const void* inputs[] = {inputs_.data() + at % 64 * (inputs_.size() / 64)};
     void* to[] = {outputs};
@@ -88,7 +88,7 @@ class Benchmark {
     }
   }
 
-  // Bytes of keys, values and the state of other nodes, without what aligns them or masks.
+  // Bytes of keys, values and the state of other nodes, without padding and masks.
   double Arithmetic(const Session& session) const {
     double bytes = 0;
     for (const StateEntry& entry : session.executor()->state()) {
@@ -118,12 +118,12 @@ class Benchmark {
 
   void Memory() {
     auto session = NewSession();
-    Fill(session.get(), Open(session.get(), 1));  // The arena, and all that is made once.
+    Fill(session.get(), Open(session.get(), 1));  // the arena, and all else made once
     double before = ResidentBytes();
     const int64_t opened = Scaled(100000);
     std::vector<StreamId> ids(opened);
     std::fill(ids.begin(), ids.end(), 0);
-    before = ResidentBytes();  // With the ids, which are the caller's.
+    before = ResidentBytes();  // includes the ids, which belong to the caller
     session->Open(opened, ids.data());
     Add("memory of " + std::to_string(opened) + " streams opened and never stepped",
         (ResidentBytes() - before) / 1e6, " MB", 50);
@@ -154,7 +154,7 @@ class Benchmark {
     auto session = NewSession();
     const StreamId id = Open(session.get(), 1)[0];
     Fill(session.get(), {id});
-    // On an idle core, says the goal: others may be at work on a part of the runs.
+    // The goal is for an idle core: other processes may disturb some of the runs.
     const int64_t steps = Scaled(20000);
     double least = 0, median = 0, p99 = 0;
     std::vector<double> all;
@@ -179,7 +179,7 @@ class Benchmark {
   }
 
   void FirstSteps() {
-    // Streams in turn, so that each comes from memory at every step.
+    // Alternate between streams, so that each comes from memory at every step.
     auto session = NewSession();
     Fill(session.get(), Open(session.get(), 1));
     const auto ids = Open(session.get(), Scaled(500));
@@ -206,7 +206,7 @@ class Benchmark {
       auto ids = Open(session.get(), held[i]);
       std::mt19937 random(1);
       std::vector<double> open, close;
-      // Some at a time, wherever they are: a clock costs as much as one.
+      // Several at a time, at random places: reading the clock costs as much as one.
       const int64_t some = std::min<int64_t>(held[i], 8);
       for (int round = 0; round < 2000; ++round) {
         std::vector<int64_t> chosen(some);
@@ -233,7 +233,7 @@ class Benchmark {
     for (const int64_t held : {int64_t{10}, Scaled(100000)}) {
       auto session = NewSession();
       auto ids = Open(session.get(), held);
-      // Ten in turn, from one end of those held to the other.
+      // Ten in turn, spread from the first to the last of those held.
       std::vector<StreamId> used;
       for (int64_t i = 0; i < 10; ++i) used.push_back(ids[i * (held - 1) / 9]);
       Fill(session.get(), used);
@@ -271,11 +271,11 @@ class Benchmark {
     auto session = NewSession();
     const auto ids = Open(session.get(), 2);
     Fill(session.get(), ids);
-    // Steps in a microsecond of all threads together.
+    // Returns the steps per microsecond of all threads together.
     const auto rate = [&](int threads) {
       std::atomic<int> ready{0};
       std::atomic<bool> stop{false};
-      std::vector<int64_t> steps(threads * 16);  // Of each thread in a cache line of its own.
+      std::vector<int64_t> steps(threads * 16);  // one cache line per thread
       std::vector<std::thread> running;
       for (int t = 0; t < threads; ++t) {
         running.emplace_back([&, t] {

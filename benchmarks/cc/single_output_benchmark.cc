@@ -1,5 +1,5 @@
-// The attention kernel alone, one step of M streams on one thread, next to its bound: a plain read
-// of the same keys and values.
+// Times the attention kernel, one step of M streams on one thread, and its bound: a plain read of
+// the same keys and values.
 //
 //   bazel run -c opt //benchmarks:single_output_benchmark
 
@@ -20,7 +20,7 @@
 namespace continual_transformers {
 namespace {
 
-// What FACTS and the table call a size.
+// Sizes: window, heads, features of a head, streams.
 void Sizes(benchmark::internal::Benchmark* b) {
   b->ArgNames({"N", "H", "D", "M"});
   using Sizes = std::vector<std::vector<int64_t>>;

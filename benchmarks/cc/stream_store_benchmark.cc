@@ -1,7 +1,7 @@
-// What opening, closing, holding and copying streams cost, with few and with many held.
+// The cost of opening, closing, holding and copying streams, with few and with many held.
 //
-// A held stream is one that is open. Blocks are those of three layers of 64 features and a window
-// of 64 steps: 96 KiB. Those of streams that are never stepped have no memory, so a million fit.
+// A held stream is an open one. Blocks are those of three layers of 64 features and a window of 64
+// steps: 96 KiB. Streams that are never stepped take no memory, so a million fit.
 
 #include <benchmark/benchmark.h>
 
@@ -30,7 +30,7 @@ struct Held {
   std::vector<StreamId> ids;
 };
 
-// The store for the argument: made once, as opening a million streams takes a while.
+// The store for the argument. It is made once, as opening a million streams takes a while.
 Held& HeldStreams(int64_t count) {
   static std::unique_ptr<Held> held;
   static int64_t held_count = 0;
@@ -42,7 +42,7 @@ Held& HeldStreams(int64_t count) {
   return *held;
 }
 
-// One stream, in the slot that was free: memory is at hand.
+// Opens one stream in the slot that was just freed, so its memory is ready.
 void OpenAndClose(benchmark::State& state) {
   Held& held = HeldStreams(state.range(0));
   for (auto _ : state) {
@@ -53,7 +53,7 @@ void OpenAndClose(benchmark::State& state) {
 }
 BENCHMARK(OpenAndClose)->Arg(10)->Arg(1000)->Arg(1000000);
 
-// Closes a stream anywhere and opens one in its place.
+// Closes a random stream and opens one in its place.
 void CloseAndOpenAnywhere(benchmark::State& state) {
   Held& held = HeldStreams(state.range(0));
   size_t i = 0;
@@ -65,7 +65,7 @@ void CloseAndOpenAnywhere(benchmark::State& state) {
 }
 BENCHMARK(CloseAndOpenAnywhere)->Arg(10)->Arg(1000)->Arg(1000000);
 
-// A thousand streams beyond those held, whose slabs are made and given back.
+// Opens and closes a thousand streams beyond those held, which makes and frees their slabs.
 void OpenAndCloseWithSlabs(benchmark::State& state) {
   Held& held = HeldStreams(state.range(0));
   std::vector<StreamId> ids(1000);
@@ -77,7 +77,7 @@ void OpenAndCloseWithSlabs(benchmark::State& state) {
 }
 BENCHMARK(OpenAndCloseWithSlabs)->Arg(10)->Arg(1000000);
 
-// What a step pays for its streams. Arguments: streams held, streams of the step.
+// The cost of a step's streams. Arguments: streams held, streams in the step.
 void TakeAndRelease(benchmark::State& state) {
   Held held(state.range(0), /*block_bytes=*/64);
   const int64_t count = state.range(1);
@@ -96,7 +96,7 @@ BENCHMARK(TakeAndRelease)
     ->Args({1000000, 1})
     ->Args({1000000, 256});
 
-// The same by two threads, on streams of their own.
+// The same by two threads, each with its own streams.
 void TakeAndReleaseThreads(benchmark::State& state) {
   static Held held(64, 64);
   StreamStore::Lease lease;
@@ -108,8 +108,8 @@ void TakeAndReleaseThreads(benchmark::State& state) {
 }
 BENCHMARK(TakeAndReleaseThreads)->Threads(1)->Threads(2)->UseRealTime();
 
-// The first step of a stream meets the page faults of what it touches: here one row in each of six
-// rings. Argument: 1 for streams that were given memory when they were opened.
+// A stream's first step has the page faults of what it touches: here one row in each of six rings.
+// Argument: 1 for streams that were given memory when they were opened.
 void FirstTouch(benchmark::State& state) {
   const bool beforehand = state.range(0);
   std::vector<StreamId> ids(100);

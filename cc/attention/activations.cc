@@ -10,7 +10,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cc/attention/activations.cc"
 #include "hwy/foreach_target.h"
-// After foreach_target.h, or they would be there for one target only.
+// Must follow foreach_target.h: otherwise these are compiled for one target only.
 #include "cc/attention/vector_math-inl.h"
 #include "hwy/highway.h"
 
@@ -28,7 +28,7 @@ HWY_INLINE void Map(const T* x, int64_t size, T* y, const F& f) {
   if (i < size) hn::StoreN(f(d, hn::LoadN(d, x + i, size - i)), d, y + i, size - i);
 }
 
-// 1 / (1 + exp(-x)). The exponential of what is not positive cannot overflow.
+// 1 / (1 + exp(-x)). exp of a number that is not positive cannot overflow.
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE V SigmoidOf(D d, V x) {
   const V one = hn::Set(d, hn::TFromD<D>(1));
@@ -36,8 +36,8 @@ HWY_INLINE V SigmoidOf(D d, V x) {
   return hn::Div(hn::IfThenElse(hn::Lt(x, hn::Zero(d)), e, one), hn::Add(one, e));
 }
 
-// By exponentials where these do not cancel; nearer to 0 by the first terms of the series, of which
-// the next would be less than 1e-8 of the result in float and 1e-16 in double.
+// Uses exponentials where they do not cancel. Near 0 it uses the first terms of the series; the
+// next term would be less than 1e-8 of the result in float and 1e-16 in double.
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE V TanhOf(D d, V x) {
   using T = hn::TFromD<D>;
@@ -57,7 +57,7 @@ HWY_INLINE V TanhOf(D d, V x) {
   return hn::CopySign(result, x);
 }
 
-// x P(Z <= x) of a standard normal Z (Hendrycks & Gimpel 2016, arXiv 1606.08415).
+// x P(Z <= x) for a standard normal Z (Hendrycks & Gimpel 2016, arXiv 1606.08415).
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE V GeluOf(D d, V x) {
   using T = hn::TFromD<D>;
@@ -71,13 +71,13 @@ template <class D, class V = hn::Vec<D>>
 HWY_INLINE V GeluTanhOf(D d, V x) {
   using T = hn::TFromD<D>;
   const auto set = [d](double v) HWY_ATTR { return hn::Set(d, static_cast<T>(v)); };
-  // 0.5 (1 + tanh(u)) is the sigmoid of 2u, in which nothing cancels.
+  // 0.5 (1 + tanh(u)) is the sigmoid of 2u, which does not cancel.
   const V u = hn::Mul(set(2 * 0.79788456080286536),
                       hn::MulAdd(hn::Mul(set(0.044715), hn::Mul(x, x)), x, x));
   return hn::Mul(x, SigmoidOf(d, u));
 }
 
-// Functions that are common enough to be taken a vector at a time; false for others.
+// Applies the common functions, a vector at a time. Returns false for other functions.
 template <typename T>
 bool ApplyVectors(const FunctionSpec& spec, const T* x, int64_t size, T* y) {
   switch (spec.function) {
@@ -216,7 +216,7 @@ void Apply(const FunctionSpec& spec, const T* x, int64_t size, T* y) {
     case Function::kSigmoid:
     case Function::kSilu:
     case Function::kTanh:
-      return;  // By vectors.
+      return;  // ApplyVectors has done it
   }
 }
 

@@ -1,5 +1,4 @@
-// The element-wise functions of a model: keras.activations, and those of keras.ops that take one
-// number.
+// Element-wise functions: keras.activations, and the unary functions of keras.ops.
 
 #ifndef CONTINUAL_TRANSFORMERS_ATTENTION_ACTIVATIONS_H_
 #define CONTINUAL_TRANSFORMERS_ATTENTION_ACTIVATIONS_H_
@@ -49,24 +48,24 @@ enum class Function {
   kThreshold,
 };
 
-// A function and its numbers.
+// A function and its parameters.
 struct FunctionSpec {
   Function function = Function::kLinear;
   // kCelu, kElu: alpha. kLeakyRelu, kRelu: negative_slope. kHardShrink, kSoftShrink, kThreshold:
   // threshold. kSquareplus: b.
   double a = 0;
-  // kRelu: max_value, infinity for none. kThreshold: value.
+  // kRelu: max_value, or infinity. kThreshold: value.
   double b = 0;
   // kRelu: threshold.
   double c = 0;
 };
 
-// y[i] = function(x[i]); x and y may be the same. A NaN stays one, but for kThreshold, which
-// takes it for less as Keras does. Instantiated for float and double.
+// y[i] = function(x[i]); x and y may be the same. NaN gives NaN, except for kThreshold, which
+// returns `value` for it as Keras does. Instantiated for float and double.
 template <typename T>
 void Apply(const FunctionSpec& spec, const T* x, int64_t size, T* y);
 
-// Roughly what an element costs, in CPU cycles.
+// A rough estimate of the CPU cycles per element.
 int64_t CyclesPerElement(Function function);
 
 }  // namespace continual_transformers

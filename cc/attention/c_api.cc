@@ -1,5 +1,5 @@
-// What Python asks of the library without TensorFlow, by ctypes: which instructions the kernels
-// use, and how long a plain read takes.
+// What Python calls through ctypes, without TensorFlow: the instruction set that the kernels use,
+// and a plain read to time.
 
 #include <cstddef>
 #include <string>
@@ -13,7 +13,7 @@ namespace continual_transformers {
 
 EXPORTED const char* continual_transformers_target() { return NameOf(TargetInUse()); }
 
-// Names, fastest first, with commas between them.
+// Returns the names, fastest first, separated by commas.
 EXPORTED const char* continual_transformers_targets() {
   static const std::string names = [] {
     std::string joined;

@@ -41,7 +41,7 @@ void TakeCoSiEncoderStep(const CoSiEncoderStep<T, C, W>& step, const Threads& th
   const T* x = attention.query.input;
   const int64_t rows = attention.attention.num_streams, features = attention.query.inputs;
   const int64_t size = rows * features;
-  // Left uninitialised: all of it is written before it is read.
+  // Not initialized: every element is written before it is read.
   const std::unique_ptr<T[]> scratch(new T[3 * size + rows * step.hidden_features]);
   T* normal = scratch.get();
   T* attended = normal + size;
@@ -57,7 +57,7 @@ void TakeCoSiEncoderStep(const CoSiEncoderStep<T, C, W>& step, const Threads& th
   TakeCoSiMhaStep(attention, threads);
   if (step.result == nullptr) return;
   Add(attended, x, size);
-  const T* input = attended;  // Of the feed-forward part.
+  const T* input = attended;  // input of the feed-forward part
   if (step.norm_first) {
     Normalize(step.output_norm, attended, rows, features, normal);
     input = normal;

@@ -1,5 +1,5 @@
-// One step of a transformer encoder block whose attention is single-output: attention, residual,
-// layer norm, feed-forward, residual, layer norm, or with the norms first.
+// One step of a transformer encoder block with single-output attention: attention, residual, layer
+// norm, feed-forward, residual, layer norm, or with the norms first.
 
 #ifndef CONTINUAL_TRANSFORMERS_ATTENTION_CO_SI_ENCODER_STEP_H_
 #define CONTINUAL_TRANSFORMERS_ATTENTION_CO_SI_ENCODER_STEP_H_
@@ -16,19 +16,19 @@ enum class Activation { kLinear = 0, kGelu = 1, kRelu = 2 };
 
 template <typename T, typename C, typename W>
 struct CoSiEncoderStep {
-  // Self-attention, whose input and output have E features and whose delay is 0. Its inputs, with
-  // norm_first, and its result are the step's own business; query.input is the block's own.
+  // Self-attention with E input and output features and no delay. Set query.input to the block's
+  // input. The step sets `result`, and the inputs if norm_first is true.
   CoSiMhaStep<T, C, W> attention;
   LayerNorm<T> attention_norm, output_norm;  // [E]
-  // The inputs of the feed-forward layers, E -> F -> E, are the step's own business: null.
+  // The feed-forward layers, E -> F -> E. Their inputs are null: the step sets them.
   Projection<T, W> hidden, output;
   int64_t hidden_features;  // F
-  Activation activation;    // Between them.
+  Activation activation;    // between `hidden` and `output`
   bool norm_first;
-  T* result;  // [M, E]; null: not wanted, the streams only take the step
+  T* result;  // [M, E]; null: not wanted, the step only updates the state
 };
 
-// Takes the step. Instantiated as TakeCoSiMhaStep is.
+// Takes the step. Instantiated for the types of TakeCoSiMhaStep.
 template <typename T, typename C, typename W>
 void TakeCoSiEncoderStep(const CoSiEncoderStep<T, C, W>& step, const Threads& threads);
 

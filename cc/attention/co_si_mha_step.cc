@@ -28,7 +28,7 @@ class Stepper {
         value_size_(attention_.num_heads * attention_.value_dim) {}
 
   void Take() {
-    // Left uninitialised: all of it is written before it is read.
+    // Not initialized: every element is written before it is read.
     const int64_t gates = step_.gate.kernel == nullptr ? 0 : rows_ * value_size_;
     scratch_.reset(new T[2 * rows_ * (key_size_ + value_size_) + gates]);
     query_ = scratch_.get();
@@ -58,7 +58,7 @@ class Stepper {
     const std::array<Dense<T, W>, 4> layers = {
         DenseOf(step_.query, key_size_, query_), DenseOf(step_.key, key_size_, key_),
         DenseOf(step_.value, value_size_, value_), DenseOf(step_.gate, value_size_, gate_)};
-    // One after another in one row of tasks, so that threads are forked and joined once.
+    // All layers share one range of tasks, so that threads are forked and joined only once.
     std::array<int64_t, 5> first = {};
     int64_t cycles = 0;
     for (size_t i = 0; i < layers.size(); ++i) {
@@ -94,7 +94,7 @@ class Stepper {
       attention_.value = value_;
     } else {
       narrow.reset(new C[rows_ * (key_size_ + value_size_)]);
-      Narrow(key_, rows_ * (key_size_ + value_size_), narrow.get());  // They lie side by side.
+      Narrow(key_, rows_ * (key_size_ + value_size_), narrow.get());  // they are adjacent
       attention_.key = narrow.get();
       attention_.value = narrow.get() + rows_ * key_size_;
     }
@@ -115,8 +115,8 @@ class Stepper {
     FinishSingleOutput(attention_);
   }
 
-  // Row m's query, gate and mask for those of `delay` steps before. Where there was no step yet,
-  // nothing is asked.
+  // Exchanges row m's query, gate and mask for those of `delay` steps before. If there was no such
+  // step, the query attends to nothing.
   void Exchange(int64_t m) {
     const int64_t stream = attention_.streams[m], position = attention_.position[stream];
     const int64_t row = stream * step_.delay + position % step_.delay;
@@ -152,7 +152,7 @@ class Stepper {
   const int64_t value_size_;
   std::unique_ptr<T[]> scratch_;
   T *query_, *key_, *value_, *attended_, *gate_;
-  std::unique_ptr<bool[]> asking_;  // Which rows' queries attend to something.
+  std::unique_ptr<bool[]> asking_;  // which rows' queries attend to something
 };
 
 }  // namespace

@@ -10,7 +10,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cc/attention/dense.cc"
 #include "hwy/foreach_target.h"
-// After foreach_target.h, or they would be there for one target only.
+// Must follow foreach_target.h: otherwise these are compiled for one target only.
 #include "cc/attention/vector_math-inl.h"
 #include "hwy/highway.h"
 
@@ -18,11 +18,11 @@ HWY_BEFORE_NAMESPACE();
 namespace continual_transformers {
 namespace HWY_NAMESPACE {
 
-// From so many rows on the kernel is copied into panels that the rows then share.
+// From this many rows on, the kernel is copied into panels that the rows share.
 constexpr int64_t kFewRows = 4;
 
-// A few rows at a time: for one or two, the kernel is read in the order in which it lies, several
-// rows of it at once, and the output waits in the nearest cache.
+// For one or two rows at a time. Reads the kernel in memory order, several rows at once, while the
+// output stays in the nearest cache.
 template <typename T, typename W>
 class FewRows {
  public:
@@ -55,15 +55,16 @@ class FewRows {
   using V = hn::Vec<D>;
   static constexpr int64_t kLanes = hn::Lanes(D());
   static constexpr int64_t kTile = 1024;
-  // How far ahead in a row of the kernel the processor is asked for it; by itself it sees four rows
-  // as four streams, and begins anew at each. Medians of four kernels of 4 MB, against a plain read
-  // (AVX2, Zen 3): 1.0; without asking 1.3, and by eight rows 1.1. Lost: asking for the rows that
-  // come next instead, 1.1 by four and 1.6 by eight; sums that wait in registers while all rows go
-  // by, 1.7; and for two or three rows of the output every vector of the kernel at once.
+  // How far ahead in a row of the kernel to prefetch. The hardware prefetcher sees four rows as
+  // four streams, and starts over for each. Median times of four kernels of 4 MB, relative to a
+  // plain read (AVX2, Zen 3): 1.0; without prefetching 1.3, and by eight rows 1.1. Alternatives
+  // that lost: prefetching the next rows instead, 1.1 by four and 1.6 by eight; sums that stay in
+  // registers while all rows pass, 1.7; and for two or three rows of the output, every vector of
+  // the kernel at once.
   static constexpr int64_t kAheadBytes = 1024, kLineBytes = 64;
   static constexpr int64_t kLine = std::max<int64_t>(kLanes, kLineBytes / sizeof(W));
 
-  // output[m] += input[m][i] * kernel[i] over kRows rows from i on, kRows = 4 or 1.
+  // output[m] += input[m][i] * kernel[i] over kRows rows from i on; kRows is 4 or 1.
   template <int kRows, bool kPrefetch>
   void AddRows(int64_t m, int64_t i, int64_t first, int64_t last) const {
     const D d;
@@ -103,8 +104,8 @@ class FewRows {
   const Dense<T, W>& dense_;
 };
 
-// Many rows: a panel of the kernel, some vectors wide, is copied together once, widened, and then
-// multiplied by kFewRows rows at a time, whose sums stay in registers.
+// For many rows. Copies a panel of the kernel, a few vectors wide, and widens it once. Then
+// multiplies it by kFewRows rows at a time, whose sums stay in registers.
 template <typename T, typename W>
 class ManyRows {
  public:
@@ -122,7 +123,7 @@ class ManyRows {
   using D = hn::ScalableTag<T>;
   using V = hn::Vec<D>;
   static constexpr int64_t kLanes = hn::Lanes(D());
-  // 4 x 4 sums of 32 registers, 4 x 2 of 16.
+  // 4 x 4 sums with 32 registers, 4 x 2 with 16.
   static constexpr int64_t kVectors = HWY_TARGET == HWY_AVX3 || !HWY_ARCH_X86 ? 4 : 2;
   static constexpr int64_t kWidth = kVectors * kLanes;
 
@@ -138,7 +139,7 @@ class ManyRows {
     }
   }
 
-  // Rows m, ..., m + kFewRows - 1, of which the last stands in for those that there are not.
+  // Multiplies rows m, ..., m + kFewRows - 1. The last existing row replaces rows past the end.
   void Multiply(int64_t m, int64_t column, int64_t width) const {
     const D d;
     const int64_t last = dense_.rows - 1, inputs = dense_.inputs;
@@ -165,8 +166,8 @@ class ManyRows {
         sum[3][v] = hn::MulAdd(s3, kernel, sum[3][v]);
       }
     }
-    // To a constant end, or the compiler would keep the sums in memory: 10 products a cycle become
-    // 4 (AVX2, Zen 3).
+    // A constant bound keeps the sums in registers. Otherwise the compiler keeps them in memory,
+    // and 10 products a cycle become 4 (AVX2, Zen 3).
     for (int64_t r = 0; r < kFewRows; ++r) {
       if (m + r > last) break;
       T* output = dense_.output + (m + r) * dense_.outputs + column;
@@ -200,8 +201,8 @@ namespace continual_transformers {
 
 template <typename T, typename W>
 int64_t DenseCyclesPerTask(const Dense<T, W>& dense) {
-  // Of one row, what it takes to read the kernel from beyond the first cache, 16 bytes a cycle; of
-  // many, to multiply, 8 products a cycle.
+  // For one row: the time to read the kernel from beyond the first cache, 16 bytes a cycle. For
+  // many rows: the time to multiply, 8 products a cycle.
   const int64_t products = dense.inputs * kDenseColumns;
   return products * static_cast<int64_t>(sizeof(W)) / 16 + products * dense.rows / 8;
 }

@@ -1,5 +1,5 @@
-// Dense layers: x W + b, for the few rows of a step, where the weights are read once and that is
-// the time it takes, and for the many rows of many streams.
+// Dense layers, x W + b. For the few rows of one step, the time is that of reading the weights
+// once. For the many rows of many streams, the rows share them.
 
 #ifndef CONTINUAL_TRANSFORMERS_ATTENTION_DENSE_H_
 #define CONTINUAL_TRANSFORMERS_ATTENTION_DENSE_H_
@@ -8,7 +8,7 @@
 
 namespace continual_transformers {
 
-// T is what is computed in, W what the kernel is kept in: T, or under float BFloat16.
+// T is the compute type, W the type of the kernel: T, or BFloat16 with float.
 template <typename T, typename W = T>
 struct Dense {
   const T* input;   // [M, inputs]
@@ -20,16 +20,16 @@ struct Dense {
   int64_t outputs;
 };
 
-// The columns of the output are shared out in blocks of so many.
+// The output's columns are divided among threads in blocks of this size.
 constexpr int64_t kDenseColumns = 64;
 
 inline int64_t DenseTasks(int64_t outputs) { return (outputs + kDenseColumns - 1) / kDenseColumns; }
 
-// Roughly what a task costs, in CPU cycles.
+// A rough estimate of the CPU cycles per task.
 template <typename T, typename W>
 int64_t DenseCyclesPerTask(const Dense<T, W>& dense);
 
-// Computes column blocks begin, ..., end - 1: any split of them over threads gives the same bits.
+// Computes column blocks begin, ..., end - 1. Every split of them over threads gives the same bits.
 // Instantiated for (T, W) of (float, float), (float, BFloat16) and (double, double).
 template <typename T, typename W>
 void TakeDenseTasks(const Dense<T, W>& dense, int64_t begin, int64_t end);

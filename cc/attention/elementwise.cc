@@ -10,7 +10,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cc/attention/elementwise.cc"
 #include "hwy/foreach_target.h"
-// After foreach_target.h, or they would be there for one target only.
+// Must follow foreach_target.h: otherwise these are compiled for one target only.
 #include "cc/attention/vector_math-inl.h"
 #include "hwy/highway.h"
 
@@ -41,7 +41,7 @@ void AddAll(T* x, const T* other, int64_t size) {
   for (int64_t i = 0; i < size; ++i) x[i] += other[i];
 }
 
-// The sum over a row of f(x, lanes); lanes past its end are zeros to it.
+// Returns the sum over a row of f(x, lanes), without the lanes past the end of the row.
 template <typename T, class F>
 HWY_INLINE T SumOver(const T* x, int64_t size, const F& f) {
   const hn::ScalableTag<T> d;
@@ -64,7 +64,7 @@ void NormalizeAll(const LayerNorm<T>& norm, const T* x, int64_t rows, int64_t si
   const T share = T(1) / static_cast<T>(size);
   for (int64_t row = 0; row < rows; ++row, x += size, y += size) {
     const T mean = SumOver(x, size, [](auto, auto v) HWY_ATTR { return v; }) * share;
-    // Not the mean of the squares less the square of the mean, which cancels.
+    // The mean of squares minus the square of the mean would cancel.
     const auto centre = hn::Set(d, mean);
     const T variance = SumOver(x, size,
                                [centre](auto, auto v) HWY_ATTR {
@@ -72,7 +72,7 @@ void NormalizeAll(const LayerNorm<T>& norm, const T* x, int64_t rows, int64_t si
                                  return hn::Mul(centred, centred);
                                }) *
                        share;
-    // By instructions, as std::sqrt may be a call that looks for errors.
+    // Uses the vector instruction: std::sqrt may be a call that checks for errors.
     const auto deviation = hn::Sqrt(hn::Set(one, variance + norm.epsilon));
     const auto factor = hn::Set(d, hn::GetLane(hn::Div(hn::Set(one, T(1)), deviation)));
     const auto normalize = [&](auto v, auto scale, auto offset) HWY_ATTR {

@@ -1,5 +1,5 @@
-// The 16-bit floating types that a ring may hold. A kernel only ever reads them, into float: what
-// writes them is whoever projects a step, and the ring takes the bits as they are.
+// The 16-bit floating-point types that a ring may hold. Kernels only widen them to float. The code
+// that projects a step writes them, and the ring stores the bits.
 
 #ifndef CONTINUAL_TRANSFORMERS_ATTENTION_HALF_H_
 #define CONTINUAL_TRANSFORMERS_ATTENTION_HALF_H_
@@ -31,17 +31,18 @@ inline uint32_t BitsOfFloat(float x) {
   return bits;
 }
 
-// What a ring's element is in the type that is computed in.
+// Widen converts an element of a ring to the compute type.
 inline float Widen(float x) { return x; }
 inline double Widen(double x) { return x; }
 inline float Widen(BFloat16 x) { return FloatOfBits(static_cast<uint32_t>(x.bits) << 16); }
 
-// Without a branch, so that a loop of it is vectorised, and without arithmetic on subnormal floats,
-// which TensorFlow's threads flush to zero.
+// Has no branch, so that loops vectorize. Does no arithmetic on subnormal floats, which
+// TensorFlow's threads flush to zero.
 inline float Widen(Float16 x) {
   const uint32_t magnitude = x.bits & 0x7fffu;
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
-  // The exponent is moved to where a float has it and given a float's bias; the highest stays so.
+  // Moves the exponent to its place in a float and rebiases it. The highest exponent (infinity,
+  // NaN) stays the highest.
   const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
   const uint32_t normal = ((magnitude << 13) + (uint32_t{127 - 15} << 23)) | special;
   const uint32_t subnormal =

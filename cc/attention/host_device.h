@@ -1,4 +1,4 @@
-// Marks what of these headers the kernels in cuda/ call too.
+// Marks functions in these headers that the kernels in cuda/ also call.
 
 #ifndef CONTINUAL_TRANSFORMERS_ATTENTION_HOST_DEVICE_H_
 #define CONTINUAL_TRANSFORMERS_ATTENTION_HOST_DEVICE_H_

@@ -14,7 +14,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cc/attention/packed_dense.cc"
 #include "hwy/foreach_target.h"
-// After foreach_target.h, or they would be there for one target only.
+// Must follow foreach_target.h: otherwise these are compiled for one target only.
 #include "cc/attention/vector_math-inl.h"
 #include "hwy/highway.h"
 
@@ -61,12 +61,12 @@ class Panel {
   using V = hn::Vec<D>;
   static constexpr int64_t kLanes = hn::Lanes(D());
   static constexpr bool kManyRegisters = HWY_TARGET == HWY_AVX3 || !HWY_ARCH_X86;
-  // Sums that stay in registers: 6 rows of 4 vectors of 32 registers, 6 of 2 of 16.
+  // Sums that fit in registers: 6 rows x 4 vectors with 32 registers, 6 x 2 with 16.
   static constexpr int kManyRows = 6;
   static constexpr int kManyVectors = kManyRegisters ? 4 : 2;
   static constexpr int kTwoVectors = 4;
-  // A row alone wants eight chains of sums, so that none is waited for, and reads its panel in
-  // whole lines: where a panel is four vectors wide, even and odd inputs have sums of their own.
+  // A single row needs eight chains of sums, so that no addition waits for another, and reads its
+  // panel in whole lines. If a panel is four vectors wide, even and odd inputs have separate sums.
   static constexpr int kOneVectors = std::min<int64_t>(8, kPanelColumns / kLanes);
   static constexpr int kOneChains = 8 / kOneVectors;
 
@@ -78,7 +78,7 @@ class Panel {
       Block<kRows, kVectors, kChains>(row, c);
     }
     if constexpr (kVectors > 1) {
-      // What is left of a narrow panel; a constant ends each loop over vectors.
+      // The rest of a narrow panel. Each loop over vectors has a constant bound.
       constexpr int kHalf = kVectors / 2;
       for (; c + kHalf * kLanes <= width_; c += kHalf * kLanes) {
         Block<kRows, kHalf, kChains>(row, c);
@@ -93,7 +93,7 @@ class Panel {
     const T* HWY_RESTRICT x[kRows];
     HWY_UNROLL(8)
     for (int r = 0; r < kRows; ++r) x[r] = x_ + (row + r) * inputs_;
-    // Every loop over these is unrolled, or the compiler keeps them in memory.
+    // All loops over these are unrolled. Otherwise the compiler keeps them in memory.
     V sum[kChains][kRows][kVectors];
     HWY_UNROLL(8)
     for (int v = 0; v < kVectors; ++v) {
@@ -154,7 +154,8 @@ class Panel {
     }
   }
 
-  // Columns from `column` on of a row that ends with the output's, where the panel's may go on.
+  // Loads the columns from `column` on. Reads zeros past the end of the output's row, where the
+  // panel may be wider.
   HWY_INLINE V LoadColumns(const T* p, int64_t column) const {
     const D d;
     if (column + kLanes <= columns_) return hn::LoadU(d, p + column);
@@ -183,7 +184,7 @@ HWY_AFTER_NAMESPACE();
 namespace continual_transformers {
 namespace {
 
-// Elements of all panels.
+// The number of elements in all panels.
 int64_t PackedSize(int64_t inputs, int64_t outputs) {
   return inputs * ((outputs + kPanelStep - 1) / kPanelStep * kPanelStep);
 }
@@ -225,8 +226,8 @@ int64_t PackedKernel<T, W>::bytes() const {
 
 template <typename T, typename W>
 int64_t PackedDenseCyclesPerPanel(const PackedDense<T, W>& dense) {
-  // Of one row, the time to read the kernel from beyond the first cache, 32 bytes a cycle; of many,
-  // to multiply, 16 products a cycle.
+  // For one row: the time to read the kernel from beyond the first cache, 32 bytes a cycle. For
+  // many rows: the time to multiply, 16 products a cycle.
   const int64_t products =
       dense.kernel->inputs() * std::min(kPanelColumns, dense.kernel->outputs());
   return products * static_cast<int64_t>(sizeof(W)) / 32 + products * dense.rows / 16;

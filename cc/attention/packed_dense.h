@@ -1,6 +1,6 @@
-// Dense layers whose kernel was packed when the model was loaded: x W + b, with what follows in the
-// same pass. At one row a product runs at the speed at which its kernel can be read; at many,
-// blocks of the output stay in registers while the kernel goes by.
+// Dense layers with a kernel that was packed when the model was loaded: x W + b, plus a residual in
+// the same pass. With one row, a product runs at the speed of reading its kernel. With many rows,
+// blocks of the output stay in registers while the kernel passes.
 
 #ifndef CONTINUAL_TRANSFORMERS_ATTENTION_PACKED_DENSE_H_
 #define CONTINUAL_TRANSFORMERS_ATTENTION_PACKED_DENSE_H_
@@ -10,18 +10,18 @@
 
 namespace continual_transformers {
 
-// A kernel [inputs, outputs] cut into panels of kPanelColumns columns, each [inputs, width] and
-// contiguous, so that a product reads memory in order. The last panel is as wide as what is left,
-// rounded up to kPanelStep, and filled up with zeros.
+// A kernel [inputs, outputs], cut into panels of kPanelColumns columns. Each panel is contiguous,
+// [inputs, width], so that a product reads memory in order. The last panel holds the remaining
+// columns, padded with zeros to a multiple of kPanelStep.
 //
-// T is what is computed in, W what the kernel is kept in: T, or under float BFloat16.
+// T is the compute type, W the type of the kernel: T, or BFloat16 with float.
 constexpr int64_t kPanelColumns = 64;
 constexpr int64_t kPanelStep = 16;
 
 template <typename T, typename W = T>
 class PackedKernel {
  public:
-  // `kernel` is [inputs, outputs], rows after one another; it is copied, and rounded to W.
+  // Copies `kernel`, [inputs, outputs], row-major, and rounds it to W.
   PackedKernel(const T* kernel, int64_t inputs, int64_t outputs);
   PackedKernel() = default;
 
@@ -54,7 +54,7 @@ struct PackedDense {
 template <typename T, typename W>
 void TakePackedDense(const PackedDense<T, W>& dense, int64_t begin, int64_t end);
 
-// Roughly what a panel costs, in CPU cycles.
+// A rough estimate of the CPU cycles per panel.
 template <typename T, typename W>
 int64_t PackedDenseCyclesPerPanel(const PackedDense<T, W>& dense);
 

@@ -1,4 +1,4 @@
-// The bound that a step is measured against: a plain vector loop that reads the same bytes.
+// The lower bound that a step is measured against: a plain vector loop that reads the same bytes.
 
 #ifndef CONTINUAL_TRANSFORMERS_ATTENTION_READ_LOOP_H_
 #define CONTINUAL_TRANSFORMERS_ATTENTION_READ_LOOP_H_
@@ -7,8 +7,8 @@
 
 namespace continual_transformers {
 
-// The exclusive or of the bytes, read by whole vectors of the target in use; the last few of them,
-// fewer than eight vectors, are left out.
+// Returns the exclusive or of the bytes, read by whole vectors of the target in use. The last
+// bytes, fewer than eight vectors, are skipped.
 unsigned char ReadLoop(const void* data, size_t bytes);
 
 }  // namespace continual_transformers

@@ -14,24 +14,24 @@
 #define CONTINUAL_TRANSFORMERS_ATTENTION_RETROACTIVE_CC_ONCE_
 namespace continual_transformers {
 
-// What is written to made_with: by whose arithmetic, and with which scale.
+// What made_with holds: the arithmetic and the scale of the rows' weights.
 struct MadeWith {
   double arithmetic;
   double scale;
 };
 
-// The number of the target in use, whose order of sums decides the bits of a weight. 0, what a new
-// or cleaned stream has, is that of rows without a softmax. To be changed, for all, with the order
-// of sums: state may be kept in files.
+// The arithmetic is a number for the target in use, whose order of sums decides the bits of a
+// weight. 0 is for rows without a softmax, and for new or cleaned streams. Change the numbers of
+// all targets when the order of sums changes: files may hold old state.
 template <typename T>
 MadeWith MadeWithOf(const RetroactiveParams<T>& params) {
   if (params.recompute) return {0, 0};
   return {1.0 + static_cast<int>(TargetInUse()), static_cast<double>(params.scale)};
 }
 
-// What is left after a subtraction is exact enough down to this fraction of the sums' peak. They
-// are off by at most about 2 N 2^-53 of it, 2e-13 for N = 1000, and by some 1e-14 as they come: for
-// which a bound of 5e-6 leaves much room, and one of 1e-12 little.
+// The remainder of a subtraction is exact enough down to this fraction of the sums' peak. The sums
+// are off by at most about 2 N 2^-53 of the peak, 2e-13 for N = 1000, and by about 1e-14 in
+// practice. A bound of 5e-6 leaves much room for that, and one of 1e-12 little.
 template <typename T>
 constexpr double kLeastOfPeak = sizeof(T) == 4 ? 0x1p-20 : 0x1p-5;
 
@@ -83,7 +83,7 @@ struct Scratch {
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cc/attention/retroactive.cc"
 #include "hwy/foreach_target.h"
-// After foreach_target.h, or they would be there for one target only.
+// Must follow foreach_target.h: otherwise these are compiled for one target only.
 #include "cc/attention/retroactive_row-inl.h"
 #include "cc/attention/rows.h"
 #include "cc/attention/window_pass-inl.h"
@@ -93,7 +93,7 @@ HWY_BEFORE_NAMESPACE();
 namespace continual_transformers {
 namespace HWY_NAMESPACE {
 
-// A ring of one head of one stream.
+// The ring of one head of one stream.
 template <typename T>
 struct HeadRing {
   T* rows;
@@ -205,7 +205,7 @@ class RetroactiveHead {
     if (exact_ && AllFinite(s_.leaving_value, dv)) {
       UpdateRows();
     } else {
-      // A value of infinity or NaN that leaves has left nothing of any sum it was in.
+      // An infinity or NaN that leaves has spoiled every sum that it was in.
       for (int64_t i = 0; i < filled_; ++i) {
         if (i != row_) NoteInexact(i);
       }
@@ -214,7 +214,7 @@ class RetroactiveHead {
     exact_ = true;
   }
 
-  // The output of the row of the query at index i of the ring.
+  // The output of the query at index i of the ring.
   T* OutputOf(int64_t i) const {
     const int64_t age = i <= row_ ? row_ - i : row_ - i + p_.window;
     return output_ + (p_.window - 1 - age) * p_.output_row_stride;
@@ -230,8 +230,8 @@ class RetroactiveHead {
 
   void NoteInexact(int64_t row) { s_.inexact[s_.num_inexact++] = row; }
 
-  // All rows but the newest: the new key comes, the oldest leaves. Notes those for which that is
-  // not exact enough.
+  // Updates all rows but the newest: the new key enters and the oldest leaves. Collects the rows
+  // for which that is not exact enough.
   void UpdateRows() {
     T* HWY_RESTRICT fresh = s_.fresh_logits;
     T* HWY_RESTRICT leaving = s_.leaving_logits;
@@ -249,7 +249,8 @@ class RetroactiveHead {
       if (i == row_) continue;
       const double before = state_.denominator[i];
       const double denominator = before + static_cast<double>(fresh[i]) - leaving[i];
-      // A NaN that stays is left alone, and one that leaves has left nothing of the sums.
+      // Recompute if a leaving weight is NaN, as it has spoiled the sums. A NaN that stays changes
+      // nothing.
       if (denominator < kLeastOfPeak<T> * state_.peak[i] || fresh[i] > kMostWeight ||
           std::isnan(leaving[i]) || (before == 0 && has_key_)) {
         NoteInexact(i);
@@ -258,7 +259,7 @@ class RetroactiveHead {
       const double sum = ExchangeValues({fresh[i], leaving[i], s_.fresh_value, s_.leaving_value},
                                         Normalizer(denominator), p_.value_dim,
                                         state_.weighted_sum + i * p_.value_dim, OutputOf(i));
-      // A value that leaves can be as large as any, whatever its weight.
+      // The value that leaves can be arbitrarily large, whatever its weight.
       if (sum < kLeastOfPeak<T> * state_.peak_sum[i]) {
         NoteInexact(i);
         continue;
@@ -269,7 +270,7 @@ class RetroactiveHead {
     }
   }
 
-  // Turns the logits of a key and every row's query into weights; all 0 where there is no key.
+  // Turns the logits of one key and all queries into weights; all 0 without a key.
   void WeighAgainstReferences(bool attended, T* HWY_RESTRICT logits) const {
     if (!attended) {
       std::fill_n(logits, filled_, T(0));
@@ -303,7 +304,7 @@ class RetroactiveHead {
                   Normalizer(denominator), state_.weighted_sum + i * p_.value_dim, OutputOf(i));
   }
 
-  // The output of a row without its softmax's state: as single-output attention computes it.
+  // Computes a row's output without the state of its softmax, as single-output attention does.
   void Recompute(int64_t i) {
     SingleOutputParams<T, T> params = {};
     params.num_streams = p_.num_streams;
@@ -328,9 +329,9 @@ class RetroactiveHead {
   const int64_t h_;
   HeadState<T> state_;
   int64_t position_;
-  bool exact_;  // Whether the rows' softmax can be updated.
-  // Of the step being taken: its row, how many rows there then are, whether it has a key, whether
-  // one leaves, and where its outputs go.
+  bool exact_;  // whether the rows' softmax can be updated
+  // The current step: its row, the number of rows after it, whether it has a key, whether the
+  // leaving step had one, and where its outputs go.
   int64_t row_ = 0;
   int64_t filled_ = 0;
   bool has_key_ = false;
@@ -362,13 +363,13 @@ namespace continual_transformers {
 
 template <typename T>
 bool RecomputingIsFaster(const RetroactiveParams<T>& params) {
-  // Microseconds of an update and of recomputing, of one head in float, D = Dv = 64 (AVX2, one
+  // Microseconds of an update and of recomputing, for one head in float, D = Dv = 64 (AVX2, one
   // thread of an AMD EPYC; //benchmarks:retroactive_benchmark; docs/co_re_mha.md has other sizes):
   //   N           1     2     3     4     8    16    64   120   512  1000
   //   update    0.38  0.44  0.47  0.49  0.63  0.92   2.8   5.0    23    43
   //   recompute 0.31  0.41  0.53  0.65   1.1   2.8    26   109  1866  7779
-  // A window of one row has nothing to update. With rows of two, recomputing is faster by a tenth
-  // where they are of many floats, and otherwise slower.
+  // A window of one row has nothing to update. With two rows, recomputing is a tenth faster if the
+  // rows have many floats, and slower otherwise.
   const bool many_floats = sizeof(T) == 4 && params.key_dim + params.value_dim >= 128;
   return params.window == 1 || (params.window == 2 && many_floats);
 }
@@ -380,8 +381,8 @@ int64_t RetroactiveScratchBytes(const RetroactiveParams<T>& params) {
 
 template <typename T>
 int64_t RetroactiveCyclesPerTask(const RetroactiveParams<T>& params) {
-  // From the same: some 1,000 cycles a step, and for each row about 2 a number of its sums; or for
-  // each row recomputed what single-output attention takes.
+  // From the same measurement: about 1,000 cycles a step, plus about 2 per number in each row's
+  // sums. A recomputed row takes what single-output attention takes.
   const int64_t n = params.window, size = params.key_dim + params.value_dim;
   const int64_t row = params.recompute ? n * (8 + size * sizeof(T) / 24) : 40 + size;
   return params.num_steps * (1000 + n * row);

@@ -1,6 +1,5 @@
-// The vector loops of retroactive attention: dot products of which every bit is the same whichever
-// of key and query comes first, and sums in double. Compiled once per target, so the include guard
-// is Highway's.
+// The vector loops of retroactive attention: dot products that have the same bits in both orders of
+// key and query, and sums in double. Compiled once per target, so the include guard is Highway's.
 
 #if defined(CONTINUAL_TRANSFORMERS_ATTENTION_RETROACTIVE_ROW_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef CONTINUAL_TRANSFORMERS_ATTENTION_RETROACTIVE_ROW_INL_H_
@@ -21,17 +20,17 @@ HWY_BEFORE_NAMESPACE();
 namespace continual_transformers {
 namespace HWY_NAMESPACE {
 
-// How many rows' dot products are taken at a time.
+// Rows whose dot products are computed together.
 constexpr int64_t kRowsPerDot = 4;
 
-// Above its reference by more than this a logit's weight is not taken: e^60 of float is far from
-// overflow, and in double the sums of such weights are as good as any.
+// A logit further above its reference than this is recomputed instead. e^60 is far from overflow in
+// float, and in double the sums of such weights are as exact as any.
 constexpr double kMostAboveReference = 60;
 
-// logits[i] = scale * (vector . row i) for rows of `size` elements that lie `stride` apart; and as
-// many for a second vector, so that the rows are read once. What is added to a row's sums as
-// a key comes must be taken away to the last bit as it leaves, so every logit of a pair of query
-// and key is the sum of the same products in the same order, wherever it is computed.
+// logits[i] = scale * (vector . row i) for rows of `size` elements, `stride` apart; the same for a
+// second vector, so that the rows are read once. What is added to a row's sums when a key enters
+// must be subtracted with the same bits when it leaves. So every logit of a query and a key sums
+// the same products in the same order, wherever it is computed.
 template <typename T>
 HWY_INLINE void DotsOfTwo(const T* HWY_RESTRICT first, const T* HWY_RESTRICT second,
                           const T* HWY_RESTRICT rows, int64_t stride, int64_t count, int64_t size,
@@ -40,8 +39,8 @@ HWY_INLINE void DotsOfTwo(const T* HWY_RESTRICT first, const T* HWY_RESTRICT sec
   using V = hn::Vec<decltype(d)>;
   const int64_t lanes = hn::Lanes(d);
   for (int64_t i = 0; i < count; i += kRowsPerDot) {
-    // By name and not in arrays, which the compiler would keep in memory. Where rows are missing,
-    // the last stands in.
+    // Separate names, as the compiler would keep arrays in memory. The last row replaces missing
+    // ones.
     const T* r0 = rows + i * stride;
     const T* r1 = r0 + (count - i > 1 ? stride : 0);
     const T* r2 = r1 + (count - i > 2 ? stride : 0);
@@ -80,7 +79,7 @@ HWY_INLINE void DotsOfTwo(const T* HWY_RESTRICT first, const T* HWY_RESTRICT sec
   }
 }
 
-// The same for one vector: the same bits.
+// The same for one vector, with the same bits.
 template <typename T>
 HWY_INLINE void DotsOfOne(const T* HWY_RESTRICT vector, const T* HWY_RESTRICT rows, int64_t stride,
                           int64_t count, int64_t size, T scale, T* HWY_RESTRICT logits) {
@@ -113,9 +112,9 @@ HWY_INLINE void DotsOfOne(const T* HWY_RESTRICT vector, const T* HWY_RESTRICT ro
   }
 }
 
-// Replaces logits, less their references, by their weights; a whole vector may be written beyond
-// the last. Those above kMostAboveReference get more than e^kMostAboveReference, which is all that
-// is asked of them; NaN stays NaN.
+// Replaces logits, minus their references, by their weights. May write a whole vector past the
+// last. Logits above kMostAboveReference only need to give more than e^kMostAboveReference. NaN
+// stays NaN.
 template <typename T>
 HWY_INLINE void TurnIntoWeights(T* HWY_RESTRICT logits, int64_t count) {
   const hn::ScalableTag<T> d;
@@ -127,7 +126,7 @@ HWY_INLINE void TurnIntoWeights(T* HWY_RESTRICT logits, int64_t count) {
   }
 }
 
-// `count` <= Lanes(d) elements as doubles; the whole vector where count is 0.
+// Loads `count` <= Lanes(d) elements as doubles; a whole vector if count is 0.
 template <class D, typename T>
 HWY_INLINE hn::Vec<D> LoadAsDouble(D d, const T* p, size_t count) {
   if constexpr (std::is_same_v<T, double>) {
@@ -149,14 +148,14 @@ HWY_INLINE void StoreAs(D d, hn::Vec<D> v, T* p, size_t count) {
   }
 }
 
-// What has come to the sums of all kept rows, and what has left.
+// What enters and leaves the sums of all kept rows.
 struct Exchange {
   double fresh_weight, leaving_weight;
   const double* HWY_RESTRICT fresh;    // [Dv]
   const double* HWY_RESTRICT leaving;  // [Dv]
 };
 
-// The larger magnitude, lane by lane; of NaN there is none.
+// The larger magnitude in each lane, ignoring NaN.
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE V LargerMagnitude(D, V largest, V v) {
   const V magnitude = hn::Abs(v);
@@ -192,9 +191,9 @@ HWY_INLINE double ExchangeValues(const Exchange& x, double normalizer, int64_t s
   return hn::ReduceMax(d, largest);
 }
 
-// sum = the weighted sum of rows of values, in double, over those whose mask is set; and output =
-// normalizer * sum. kVectors vectors of columns, or `partial` < Lanes columns. Returns the sum's
-// largest magnitude.
+// sum = the weighted sum of the rows of values, in double, over those whose mask is set; output =
+// normalizer * sum. For kVectors vectors of columns, or `partial` < Lanes columns. Returns the
+// sum's largest magnitude.
 template <int kVectors, typename T>
 HWY_INLINE double SumColumns(const T* HWY_RESTRICT value, int64_t stride,
                              const T* HWY_RESTRICT weights, const bool* HWY_RESTRICT mask,
@@ -207,7 +206,7 @@ HWY_INLINE double SumColumns(const T* HWY_RESTRICT value, int64_t stride,
   V sums[kVectors];
   for (int v = 0; v < kVectors; ++v) sums[v] = hn::Zero(d);
   for (int64_t i = 0; i < count; ++i) {
-    if (!mask[i]) continue;  // It can be NaN.
+    if (!mask[i]) continue;  // a masked value can be NaN
     const V weight = hn::Set(d, static_cast<double>(weights[i]));
     for (int v = 0; v < kVectors; ++v) {
       sums[v] = hn::MulAdd(weight, LoadAsDouble(d, value + i * stride + v * kLanes, rest), sums[v]);

@@ -11,7 +11,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cc/attention/ring_attention.cc"
 #include "hwy/foreach_target.h"
-// After foreach_target.h, or they would be there for one target only.
+// Must follow foreach_target.h: otherwise these are compiled for one target only.
 #include "cc/attention/vector_math-inl.h"
 #include "hwy/highway.h"
 
@@ -40,14 +40,14 @@ class RingPass {
     Sum();
   }
 
-  // How many heads a pass takes: what waits for the end of it is on the stack.
+  // The most heads of one pass: their normalizers are on the stack.
   static constexpr int64_t kMostHeads = 64;
 
  private:
   using D = hn::ScalableTag<T>;
   using V = hn::Vec<D>;
   static constexpr int64_t kLanes = hn::Lanes(D());
-  // How many rows' dot products are taken at a time: one load of the query serves all, and the
+  // Rows whose dot products are computed together. They share each load of the query, and their
   // chains of additions overlap.
   static constexpr int64_t kRowsPerDot = 8;
   static constexpr int kAnyNumber = -1;
@@ -55,7 +55,7 @@ class RingPass {
 
   T* LogitsOf(int64_t head) const { return p_.logits + (head - begin_) * stride_; }
 
-  // Scaled dot products of every head's query with the keys of a span.
+  // Computes the scaled dot products of every head's query with the keys of a span.
   void Logits(const RingSpan& span, int64_t column) const {
     const int64_t vectors = p_.key_dim / kLanes;
     if (p_.key_dim % kLanes != 0) {
@@ -69,8 +69,8 @@ class RingPass {
     return LogitsOfVectors<kAnyNumber, false>(span, column);
   }
 
-  // Of keys of kVectors vectors, and a part of one with kRest. Sizes that models have are known to
-  // the compiler: without, keys of 12 took 1.3 times as long.
+  // For keys of kVectors vectors, plus a partial one with kRest. The compiler knows the usual
+  // sizes: otherwise keys of 12 took 1.3 times as long.
   template <int kVectors, bool kRest>
   void LogitsOfVectors(const RingSpan& span, int64_t column) const {
     const int64_t key_dim = p_.key_dim, stride = p_.key_stride, heads = end_ - begin_;
@@ -81,8 +81,8 @@ class RingPass {
       if (p_.next_key != nullptr) {
         Prefetch(p_.next_key + first, p_.heads * key_dim, stride, count);
       }
-      // By name and not in an array, which the compiler would keep in memory. Where there are fewer
-      // rows the last stands in for those that are missing.
+      // Separate names, as the compiler would keep an array in memory. The last row replaces
+      // missing ones.
       const C* HWY_RESTRICT k0 = p_.key + first + begin_ * key_dim;
       const C* HWY_RESTRICT k1 = k0 + (count > 1 ? stride : 0);
       const C* HWY_RESTRICT k2 = k1 + (count > 2 ? stride : 0);
@@ -98,7 +98,7 @@ class RingPass {
     }
   }
 
-  // Asks for the first `size` elements of rows, into the second cache.
+  // Prefetches the first `size` elements of the rows into the second-level cache.
   static HWY_INLINE void Prefetch(const C* row, int64_t size, int64_t stride, int64_t rows) {
     constexpr int64_t kLine = 64 / sizeof(C);
     for (int64_t r = 0; r < rows; ++r, row += stride) {
@@ -108,7 +108,7 @@ class RingPass {
     }
   }
 
-  // Of kRowsPerDot keys, from element `at` of the query and of each key on.
+  // Computes the dots of kRowsPerDot keys, from element `at` of the query and of each key on.
   template <int kVectors, bool kRest>
   HWY_INLINE void Dots(const T* HWY_RESTRICT query, int64_t at, const C* HWY_RESTRICT k0,
                        const C* HWY_RESTRICT k1, const C* HWY_RESTRICT k2, const C* HWY_RESTRICT k3,
@@ -138,7 +138,7 @@ class RingPass {
     StoreScaledSums(d, s4, s5, s6, s7, p_.scale, logits + 4);
   }
 
-  // A row without a key has no weight, whatever its key is; its value is zeros (see the caller).
+  // Removes the weight of rows without a key. The caller keeps their values zero.
   void Mask() const {
     int64_t column = 0;
     for (const RingSpan& span : {p_.spans.before_wrap, p_.spans.after_wrap}) {
@@ -151,8 +151,8 @@ class RingPass {
     }
   }
 
-  // Replaces logits by their weights, and finds what normalizes these. One loop for each thing that
-  // is waited for, so that the heads wait together.
+  // Replaces logits by weights and computes their normalizers. Each stage with a long latency is a
+  // loop over the heads, so that the latencies of the heads overlap.
   void Softmax() {
     const D d;
     const V none = hn::Set(d, kNotAttended);
@@ -161,12 +161,12 @@ class RingPass {
       T* HWY_RESTRICT logits = p_.logits + h * stride_;
       hn::StoreU(none, d, logits + rows_);
       V max = none;
-      // A NaN is no maximum, but has its say as a weight.
+      // A NaN is not a maximum, but it becomes a weight.
       for (int64_t i = 0; i < rows_; i += kLanes) {
         const V x = hn::LoadU(d, logits + i);
         max = hn::IfThenElse(hn::Gt(x, max), x, max);
       }
-      // Nothing attended: -infinity less -infinity would be NaN.
+      // If nothing is attended, -infinity minus -infinity would be NaN.
       const T largest = hn::ReduceMax(d, max);
       normalizer_of_[h] = largest == kNotAttended ? T(0) : largest;
     }
@@ -184,8 +184,8 @@ class RingPass {
     }
   }
 
-  // The weighted sums of values: as many columns at a time as registers hold sums of, of several
-  // heads where heads are small.
+  // Sums the values with their weights, as many columns at a time as registers can hold. Small
+  // heads are summed several at a time.
   void Sum() const {
     const int64_t vectors = p_.value_dim / kLanes;
     if (p_.value_dim == kLanes) return Heads<8, 1, Width::kHead>(0);
@@ -199,12 +199,12 @@ class RingPass {
     if (v * kLanes < p_.value_dim) Heads<8, 1, Width::kRest>(v);
   }
 
-  // What the columns that are summed are of a head: all, so that addresses are constants apart;
-  // some whole vectors; the last, of which there are fewer than a vector has.
+  // The columns of a head that are summed: all, so that address offsets are constants; some whole
+  // vectors; or the last, fewer than a vector has.
   enum class Width { kHead, kPart, kRest };
 
-  // kVectors vectors of columns from vector v on, of all heads; kHeads at once as far as there are
-  // so many.
+  // Sums kVectors vectors of columns from vector v on, for all heads, kHeads at a time where
+  // possible.
   template <int kHeads, int kVectors, Width kWidth>
   void Heads(int64_t v) const {
     int64_t h = begin_;
@@ -219,14 +219,14 @@ class RingPass {
   template <int kHeads, int kVectors, Width kWidth>
   HWY_INLINE void Columns(int64_t h, int64_t column) const {
     const D d;
-    // Rows in turn have sums of their own where there would be too few chains of additions.
+    // If there were too few chains of additions, alternate rows have separate sums.
     constexpr int kChains = std::max(1, 8 / (kHeads * kVectors));
     const int64_t value_dim = kWidth == Width::kHead ? kVectors * kLanes : p_.value_dim;
     const size_t rest = value_dim - column;
     const auto load = [d, rest](const C* p) HWY_ATTR {
       return kWidth == Width::kRest ? LoadWideN(d, p, rest) : LoadWide(d, p);
     };
-    // Every loop over these is unrolled, or the compiler keeps them in memory.
+    // All loops over these are unrolled. Otherwise the compiler keeps them in memory.
     V sum[kChains][kHeads][kVectors];
     HWY_UNROLL(8)
     for (int c = 0; c < kChains; ++c) {

@@ -1,6 +1,6 @@
-// Single-output attention of one query over rows of keys and values in which all heads lie side by
-// side, [N, H, D]: what a session keeps of a stream. A ring that is full is one span of rows, since
-// softmax does not ask for their order.
+// Single-output attention of one query over rows of keys and values with all heads side by side,
+// [N, H, D], as in a session's streams. A full ring is one span of rows, as softmax does not depend
+// on their order.
 
 #ifndef CONTINUAL_TRANSFORMERS_ATTENTION_RING_ATTENTION_H_
 #define CONTINUAL_TRANSFORMERS_ATTENTION_RING_ATTENTION_H_
@@ -11,37 +11,36 @@
 
 namespace continual_transformers {
 
-// T is what is computed in, C what keys and values are kept in: T, or under float BFloat16 or
-// Float16.
+// T is the compute type, C the type of keys and values: T, or BFloat16 or Float16 with float.
 template <typename T, typename C = T>
 struct RingAttentionParams {
   const T* query;      // [H, D]
-  const C* key;        // Rows [H, D].
-  int64_t key_stride;  // Elements from one row to the next.
-  const C* value;      // Rows [H, Dv].
+  const C* key;        // rows [H, D]
+  int64_t key_stride;  // elements from one row to the next
+  const C* value;      // rows [H, Dv]
   int64_t value_stride;
-  const bool* key_mask;  // One a row: which rows have a key; null: all.
-  RingSpans spans;       // The rows that are attended to.
+  const bool* key_mask;  // one per row: which rows have a key; null: all
+  RingSpans spans;       // the rows that are attended to
   T* output;             // [H, Dv]
 
   int64_t heads;      // H
   int64_t key_dim;    // D
   int64_t value_dim;  // Dv
-  T scale;            // What a logit, query . key, is multiplied by.
+  T scale;            // multiplies each logit, query . key
 
-  T* logits;  // Scratch of RingAttentionLogits(rows of both spans) for each head.
+  T* logits;  // scratch, RingAttentionLogits(rows of both spans) elements per head
 
-  // Where the rows are that will be attended to next; null: not known. The processor is asked for
-  // as many of them as there are rows here.
+  // The rows that will be attended to next; null: unknown. As many of them are prefetched as there
+  // are rows here.
   const C* next_key;
   const C* next_value;
 };
 
-// Elements of scratch that a head needs for so many rows.
+// The scratch elements that one head needs for `rows` rows.
 inline int64_t RingAttentionLogits(int64_t rows) { return (rows + 15) / 16 * 16 + 16; }
 
-// Heads begin, ..., end - 1. A query with nothing to attend to gives zeros. Instantiated for (T, C)
-// of (float, float), (float, BFloat16), (float, Float16) and (double, double).
+// Computes heads begin, ..., end - 1. A query with nothing to attend to gives zeros. Instantiated
+// for (T, C) of (float, float), (float, BFloat16), (float, Float16) and (double, double).
 template <typename T, typename C>
 void RingAttention(const RingAttentionParams<T, C>& params, int64_t begin, int64_t end);
 

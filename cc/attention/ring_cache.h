@@ -1,6 +1,6 @@
-// Where the steps of a stream lie in its ring. Step number p lives in row p mod N and is never
-// moved, so any run of at most N successive steps is at most two contiguous spans of rows. A kernel
-// asks once, outside its loops, and has no wrap-around to test inside them.
+// The rows of a stream's steps in its ring. Step p is in row p mod N and never moves, so any run of
+// at most N successive steps is at most two contiguous spans of rows. A kernel asks for the spans
+// once, outside its loops, and needs no wrap-around test inside them.
 
 #ifndef CONTINUAL_TRANSFORMERS_ATTENTION_RING_CACHE_H_
 #define CONTINUAL_TRANSFORMERS_ATTENTION_RING_CACHE_H_
@@ -15,14 +15,14 @@ struct RingSpan {
   int64_t rows;
 };
 
-// `before_wrap` holds the older steps; `after_wrap` is empty unless the run passes the ring's end.
+// `before_wrap` has the older steps. `after_wrap` is empty unless the run passes the ring's end.
 struct RingSpans {
   RingSpan before_wrap;
   RingSpan after_wrap;
 };
 
-// The rows of steps first_step, ..., first_step + steps - 1 in a ring of `window` rows, where
-// first_step >= 0 and 0 <= steps <= window.
+// Returns the rows of steps first_step, ..., first_step + steps - 1 in a ring of `window` rows.
+// Requires first_step >= 0 and 0 <= steps <= window.
 inline RingSpans FindRingSpans(int64_t first_step, int64_t steps, int64_t window) {
   const int64_t row = first_step % window;
   const int64_t before = std::min(steps, window - row);

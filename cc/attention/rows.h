@@ -11,14 +11,14 @@
 
 namespace continual_transformers {
 
-// Rows of keys and values that lie at even distances.
+// Rows of keys and values at constant distances.
 template <typename C>
 struct Rows {
   const C* key;
   int64_t key_stride;
   const C* value;
   int64_t value_stride;
-  const bool* key_mask;  // Which rows have a key; null: all.
+  const bool* key_mask;  // which rows have a key; null: all
   int64_t count;
 
   Rows From(int64_t row, int64_t rows) const {
@@ -31,7 +31,7 @@ struct Rows {
   }
 };
 
-// Bit i of the result: whether bit i of `bits` and allowed[i] are both set, for i < count.
+// Bit i of the result is set if bit i of `bits` and allowed[i] are set, for i < count.
 inline uint64_t And(uint64_t bits, const bool* allowed, int64_t count) {
   static_assert(sizeof(bool) == 1);
   // Eight at a time: a mask is mostly true, and is read for every head.
@@ -51,12 +51,12 @@ inline uint64_t And(uint64_t bits, const bool* allowed, int64_t count) {
   return bits;
 }
 
-// Calls f(first, end) for every run of bits that are set, lowest first.
+// Calls f(first, end) for every run of set bits, lowest first.
 template <typename F>
 void ForEachRun(uint64_t bits, const F& f) {
   while (bits != 0) {
     const int first = __builtin_ctzll(bits);
-    const uint64_t above = ~(bits >> first);  // From the run's end on; the run may reach bit 63.
+    const uint64_t above = ~(bits >> first);  // from the run's end on; the run may reach bit 63
     const int length = above == 0 ? 64 : __builtin_ctzll(above);
     f(first, first + length);
     if (first + length == 64) return;
@@ -64,8 +64,8 @@ void ForEachRun(uint64_t bits, const F& f) {
   }
 }
 
-// Copies the N - 1 steps before `position` from a ring, whose rows of `size` elements lie `stride`
-// apart, to `window`, oldest first; steps that were never taken become zeros.
+// Copies the N - 1 steps before `position` from a ring to `window`, oldest first. The ring's rows
+// have `size` elements and are `stride` apart. Steps that were never taken become zeros.
 template <typename U>
 void CopyWindow(const U* ring, int64_t stride, int64_t size, int64_t position, int64_t rows,
                 U* window) {

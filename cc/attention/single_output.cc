@@ -15,7 +15,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cc/attention/single_output.cc"
 #include "hwy/foreach_target.h"
-// After foreach_target.h, or they would be there for one target only.
+// Must follow foreach_target.h: otherwise these are compiled for one target only.
 #include "cc/attention/window_pass-inl.h"
 #include "hwy/highway.h"
 
@@ -23,15 +23,15 @@ HWY_BEFORE_NAMESPACE();
 namespace continual_transformers {
 namespace HWY_NAMESPACE {
 
-// What tasks need beside the state, kept from one to the next.
+// Working memory of a task, kept from one task to the next.
 template <typename C>
 struct Scratch {
-  std::vector<char> key_mask;  // The stream's, which its heads share, as of the step.
-  std::vector<C> overwritten;  // Rows of the ring that a call that only peeks puts back.
+  std::vector<char> key_mask;  // the stream's at this step; its heads share it
+  std::vector<C> overwritten;  // ring rows to restore after a call that does not update the state
 };
 
-// Whether a call asks for the columns of its windows in their order, oldest first. A softmax by
-// itself does not.
+// Returns whether a call needs the columns of its windows in order, oldest first. A plain softmax
+// does not.
 template <typename T, typename C>
 bool IsChronological(const SingleOutputParams<T, C>& params) {
   return params.mask != nullptr || params.scores != nullptr || params.window_key != nullptr ||
@@ -66,8 +66,7 @@ class HeadStepper {
                    steps};
   }
 
-  // All steps, each of which first writes its row and then attends to all rows that are filled, as
-  // one span.
+  // Takes all steps. Each one writes its row, then attends to all filled rows as one span.
   void Run(Scratch<C>* scratch) {
     const int64_t window = p_.window;
     char* key_mask = scratch->key_mask.data();
@@ -88,9 +87,9 @@ class HeadStepper {
     if (!p_.update_state) RestoreRows(first_of_rows, scratch->overwritten.data());
   }
 
-  // All steps, with the columns of their windows in order. Steps older than this call are read from
-  // the ring and this call's own from its inputs; the ring is written last. So the rows that this
-  // call overwrites are still there for its first queries.
+  // Takes all steps with the columns of their windows in order. Reads older steps from the ring and
+  // this call's steps from its inputs, and writes the ring last. So the rows that this call
+  // overwrites still exist for its first queries.
   void RunInOrder() {
     for (int64_t t = 0; t < p_.num_steps; ++t) {
       WindowPass<T, C> pass = Pass(t, At(p_.output, p_.output_strides, t));
@@ -100,7 +99,7 @@ class HeadStepper {
     if (p_.update_state) WriteRing();
   }
 
-  // One part of the window of the only step.
+  // Takes one part of the window of the only step.
   void RunPart(int64_t part) {
     T* state = Part(part);
     WindowPass<T, C> pass = Pass(0, state);
@@ -142,11 +141,11 @@ class HeadStepper {
             At(p_.scores, p_.scores_strides, t), output};
   }
 
-  // Step t's query attends to the columns of its window in [begin, end). Returns the first column
+  // Attends with step t's query to columns [begin, end) of its window. Returns the first column
   // that holds a step.
   int64_t Attend(WindowPass<T, C>* pass, int64_t t, int64_t begin, int64_t end) const {
-    // Column c is step number first + c, of which those below 0 were never taken, and those from
-    // position_ on are this call's own.
+    // Column c is step first + c. Steps below 0 were never taken. Steps from position_ on are this
+    // call's own.
     const int64_t first = position_ + t - (p_.window - 1);
     const int64_t filled = std::max<int64_t>(0, -first);
     const int64_t own = std::max<int64_t>(0, position_ - first);
@@ -174,7 +173,7 @@ class HeadStepper {
                p_.window_value + pair_ * rows * p_.value_dim);
   }
 
-  // The row of this call's step t.
+  // The ring row of this call's step t.
   C* KeyRow(int64_t t) const {
     return key_ring_ + (position_ + t) % p_.window * ring_rows_.key_stride;
   }
@@ -256,14 +255,14 @@ namespace continual_transformers {
 
 template <typename T, typename C>
 SingleOutputPlan PlanSingleOutput(const SingleOutputParams<T, C>& params, int64_t threads) {
-  // Measured with AVX-512 on an AMD Zen 4, windows in cache: 12, 23 and 43 cycles a row of float
-  // for D = Dv = 12, 64 and 128; 55 for 64 where windows come from memory. With SSE2 it is about
-  // three times as much, and threads are then called upon later than would be best.
+  // Measured with AVX-512 on an AMD Zen 4, windows in cache: 12, 23 and 43 cycles per row of float
+  // for D = Dv = 12, 64 and 128; 55 for 64 if windows come from memory. With SSE2 it is about three
+  // times as much, so threads are then used later than would be best.
   const int64_t bytes = (params.key_dim + params.value_dim) * sizeof(C);
   const int64_t per_row = 8 + bytes / 24;
   const int64_t pairs = params.num_streams * params.num_heads;
   const int64_t cycles = params.num_steps * params.window * per_row;
-  // At D = 64 some 25,000 cycles, beside which being called and merged is little.
+  // At D = 64 about 25,000 cycles, much more than the cost of calling a task and merging its part.
   constexpr int64_t kRowsPerPart = 1024;
   int64_t parts = 1;
   if (pairs > 0 && pairs < threads && params.num_steps == 1 && params.scores == nullptr &&

@@ -11,23 +11,24 @@
 
 namespace continual_transformers {
 
-// How a call is shared out. The T steps of one (stream, head) are one task; or where heads are too
-// few for the threads and windows long, one part of the window of one (stream, head).
+// How a call is divided into tasks. A task is the T steps of one (stream, head). If there are fewer
+// heads than threads and windows are long, a task is one part of the window of one (stream, head).
 struct SingleOutputPlan {
-  int64_t window_parts;     // What params.window_parts is to be.
-  int64_t tasks;            // M * H * window_parts.
-  int64_t cycles_per_task;  // Roughly, with full windows.
+  int64_t window_parts;     // the value for params.window_parts
+  int64_t tasks;            // M * H * window_parts
+  int64_t cycles_per_task;  // a rough estimate, with full windows
 };
 template <typename T, typename C>
 SingleOutputPlan PlanSingleOutput(const SingleOutputParams<T, C>& params, int64_t threads);
 
-// Takes tasks begin, ..., end - 1: any split of them over threads gives the same bits. Instantiated
-// for (T, C) of (float, float), (float, BFloat16), (float, Float16) and (double, double).
+// Runs tasks begin, ..., end - 1. Every split of them over threads gives the same bits.
+// Instantiated for (T, C) of (float, float), (float, BFloat16), (float, Float16) and (double,
+// double).
 template <typename T, typename C>
 void SingleOutputAttention(const SingleOutputParams<T, C>& params, int64_t begin, int64_t end);
 
-// When all tasks are done: merges the parts of windows, and writes what the heads of a stream
-// share, its key mask. Positions are only read; whoever calls advances them.
+// Call it when all tasks are done. Merges the parts of windows, and writes the key mask, which the
+// heads of a stream share. Does not change positions: the caller advances them.
 template <typename T, typename C>
 void FinishSingleOutput(const SingleOutputParams<T, C>& params);
 

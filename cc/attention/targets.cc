@@ -10,7 +10,8 @@
 namespace continual_transformers {
 namespace {
 
-// What CONTINUAL_TRANSFORMERS_TARGET asked for when the library was loaded.
+// The target in use. At first it is the choice of CONTINUAL_TRANSFORMERS_TARGET, read when the
+// library is loaded.
 struct Choice {
   std::atomic<Target> in_use;
   std::string error;

@@ -1,4 +1,4 @@
-// How a kernel's tasks are shared out; the threads are its caller's.
+// How a kernel's tasks are divided among threads. The threads belong to the caller.
 
 #ifndef CONTINUAL_TRANSFORMERS_ATTENTION_THREADS_H_
 #define CONTINUAL_TRANSFORMERS_ATTENTION_THREADS_H_
@@ -10,8 +10,8 @@ namespace continual_transformers {
 
 struct Threads {
   int64_t count;
-  // Calls f(begin, end) for ranges that together are [0, tasks), on any threads, and returns when
-  // all are done.
+  // Calls f(begin, end) for ranges that together cover [0, tasks), on any threads. Returns when all
+  // are done.
   std::function<void(int64_t tasks, int64_t cycles_per_task,
                      const std::function<void(int64_t, int64_t)>& f)>
       share;

@@ -1,5 +1,5 @@
-// What Highway leaves to its users: loads that widen, sums of many vectors' lanes, exponentials.
-// Compiled once per target, so the include guard is Highway's.
+// Vector functions that Highway does not have: widening loads, sums of many vectors' lanes,
+// exponentials. Compiled once per target, so the include guard is Highway's.
 
 #if defined(CONTINUAL_TRANSFORMERS_ATTENTION_VECTOR_MATH_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef CONTINUAL_TRANSFORMERS_ATTENTION_VECTOR_MATH_INL_H_
@@ -39,8 +39,8 @@ template <class D, class V>
 HWY_INLINE hn::Vec<D> Promote(D d, V narrow) {
   const hn::Vec<D> wide = hn::PromoteTo(d, narrow);
 #if HWY_TARGET == HWY_SSE2
-  // Without an instruction for it Highway takes infinities and NaNs of binary16 for numbers, from
-  // 2^16 on, where binary16 has none.
+  // Without a conversion instruction, Highway reads infinities and NaNs of binary16 as numbers from
+  // 2^16 on. Binary16 has no such numbers.
   if constexpr (std::is_same_v<hn::TFromV<V>, hwy::float16_t>) {
     const auto infinity = hn::Inf(d);
     const auto special = hn::Ge(hn::Abs(wide), hn::Set(d, 0x1p16f));
@@ -50,7 +50,7 @@ HWY_INLINE hn::Vec<D> Promote(D d, V narrow) {
   return wide;
 }
 
-// Lanes(d) elements from `p`, of any alignment, in the type that is computed in.
+// Loads Lanes(d) elements from `p`, with any alignment, as the compute type.
 template <class D, typename C>
 HWY_INLINE hn::Vec<D> LoadWide(D d, const C* p) {
   if constexpr (std::is_same_v<hn::TFromD<D>, C>) {
@@ -62,7 +62,7 @@ HWY_INLINE hn::Vec<D> LoadWide(D d, const C* p) {
   }
 }
 
-// The same, but only the first `count` <= Lanes(d) elements are read; the other lanes are 0.
+// The same for the first `count` <= Lanes(d) elements. Reads no others; their lanes are 0.
 template <class D, typename C>
 HWY_INLINE hn::Vec<D> LoadWideN(D d, const C* p, size_t count) {
   if constexpr (std::is_same_v<hn::TFromD<D>, C>) {
@@ -75,7 +75,7 @@ HWY_INLINE hn::Vec<D> LoadWideN(D d, const C* p, size_t count) {
   }
 }
 
-// The sum of a vector's 128-bit blocks, which is one such block.
+// Returns the sum of a vector's 128-bit blocks, as one block.
 template <class D>
 HWY_INLINE auto SumOfBlocks(D d, hn::Vec<D> v) {
   if constexpr (d.MaxBytes() <= 16) {
@@ -86,10 +86,10 @@ HWY_INLINE auto SumOfBlocks(D d, hn::Vec<D> v) {
   }
 }
 
-// sums[i] = scale * the sum of the lanes of the i-th vector. Four vectors share the shuffles that
-// one alone would take: a ReduceSum per vector took 34 us instead of 31 for N=512 H=8 D=64, and 9.6
-// instead of 7.4 for N=120 H=16 D=12 (AVX3, Zen 4). Scaled before they are stored: to read the sums
-// back at once, in other pieces than they were stored in, the processor would wait for the stores.
+// sums[i] = scale * the sum of the lanes of vector i. Four vectors share the shuffles that one
+// needs alone: a ReduceSum per vector took 34 us instead of 31 for N=512 H=8 D=64, and 9.6 instead
+// of 7.4 for N=120 H=16 D=12 (AVX3, Zen 4). The sums are scaled before they are stored. Reading
+// them back at once in pieces of another size would make the processor wait for the stores.
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE void StoreScaledSums(D d, V v0, V v1, V v2, V v3, hn::TFromD<D> scale,
                                 hn::TFromD<D>* HWY_RESTRICT sums) {
@@ -109,7 +109,7 @@ HWY_INLINE void StoreScaledSums(D d, V v0, V v1, V v2, V v3, hn::TFromD<D> scale
   }
 }
 
-// 2^n for whole n of normal results, from the exponent's bits.
+// 2^n for integers n with a normal result, built from the exponent bits.
 template <class D>
 HWY_INLINE hn::Vec<D> PowerOfTwo(D d, hn::Vec<D> n) {
   constexpr int kMantissaBits = sizeof(hn::TFromD<D>) == 4 ? 23 : 52;
@@ -119,13 +119,13 @@ HWY_INLINE hn::Vec<D> PowerOfTwo(D d, hn::Vec<D> n) {
   return hn::BitCast(d, hn::ShiftLeft<kMantissaBits>(biased));
 }
 
-// exp(x) for x <= 0, which is all that a softmax asks for. Within 1.4 units in the last place of
-// the exact value (tests/cc/vector_math_test.cc); 0 where that would be subnormal, for x below
-// -87.3365 or -708.396; NaN for NaN. Up to x = 64 it is as exact, where a softmax's reference need
-// not be its maximum.
+// exp(x) for x <= 0, which is all that a softmax needs. Within 1.4 units in the last place of the
+// exact value (tests/cc/vector_math_test.cc). It is 0 where that would be subnormal, for x below
+// -87.3365 or -708.396, and NaN for NaN. It is as exact up to x = 64, for a softmax whose reference
+// is not its maximum.
 //
-// x = n ln 2 + r with |r| <= ln 2 / 2, ln 2 as a sum of two so that r is exact to its last bits
-// (Cody & Waite 1980); exp(r) by the polynomials of least maximal error, of degree 6 and 11.
+// x = n ln 2 + r with |r| <= ln 2 / 2. ln 2 is a sum of two numbers, so that r is exact to its last
+// bits (Cody & Waite 1980). exp(r) is a minimax polynomial of degree 6 or 11.
 template <class D>
 HWY_INLINE hn::Vec<D> ExpOfNonPositive(D d, hn::Vec<D> x) {
   using T = hn::TFromD<D>;
@@ -165,18 +165,19 @@ HWY_INLINE hn::Vec<D> ExpOfNonPositive(D d, hn::Vec<D> x) {
   return hn::IfThenZeroElse(tiny, hn::Mul(p, PowerOfTwo(d, n)));
 }
 
-// erfc(x) for x >= 0, relative to the exact value within 2e-6 for x < 4 and 1e-5 for x < 9 in
-// float, and within 1e-14 for x < 4 and 2e-13 for x < 25 in double, by the rounding of x^2
-// (tests/cc/vector_math_test.cc); below about 1e-38 and 1e-308 it is 0.
+// erfc(x) for x >= 0. The relative error is within 2e-6 for x < 4 and 1e-5 for x < 9 in float, and
+// within 1e-14 for x < 4 and 2e-13 for x < 25 in double, from the rounding of x^2
+// (tests/cc/vector_math_test.cc). Below about 1e-38 and 1e-308 it is 0.
 //
-// exp(x^2) erfc(x) (1 + 2x) is smooth in (x - k) / (x + k), which has all x in [-1, 1] (Schonfelder
-// 1978): there by polynomials that go through it at Chebyshev's points, of degree 9 and 20.
+// exp(x^2) erfc(x) (1 + 2x) is smooth in (x - k) / (x + k), which maps all x to [-1, 1]
+// (Schonfelder 1978). There it is a polynomial of degree 9 or 20 that interpolates at Chebyshev's
+// points.
 template <class D>
 HWY_INLINE hn::Vec<D> ErfcOfNonNegative(D d, hn::Vec<D> x) {
   using T = hn::TFromD<D>;
   constexpr bool kFloat = sizeof(T) == 4;
   const auto set = [d](double constant) HWY_ATTR { return hn::Set(d, static_cast<T>(constant)); };
-  // What is beyond has an exponential of 0, and infinity must not become NaN.
+  // Beyond this the exponential is 0, and infinity must not become NaN.
   const auto far = set(30);
   const auto a = hn::IfThenElse(hn::Gt(x, far), far, x);
   const auto k = set(kFloat ? 2 : 3.75);

@@ -22,14 +22,15 @@ HWY_BEFORE_NAMESPACE();
 namespace continual_transformers {
 namespace HWY_NAMESPACE {
 
-// Logits wait on the stack, a block at a time, for the block's maximum: one rescaling of the output
-// per block instead of one per row. As many rows as a word has bits, which say who is attended to.
+// A block of logits waits on the stack for its maximum: the output is rescaled once per block, not
+// once per row. A block has as many rows as a word has bits; the bits say which rows are attended
+// to.
 constexpr int64_t kRowsPerBlock = 64;
 
 template <typename T, typename C>
 class WindowPass {
  public:
-  // `mask` and `scores` point at the first column of the window; either may be null. `output`
+  // `mask` and `scores` point to the first column of the window. Either may be null. `output`
   // accumulates the weighted sum of values.
   WindowPass(const T* query, const SingleOutputParams<T, C>& params, const bool* mask, T* scores,
              T* output)
@@ -41,7 +42,7 @@ class WindowPass {
         scores_(scores),
         output_(output) {
     std::fill_n(output_, value_dim_, T(0));
-    // Between the rows of other rings lie those of other heads.
+    // In other rings, the rows of other heads lie in between.
     prefetch_ = params.key_cache_strides.step == key_dim_;
     const int64_t key_ring = params.window * key_dim_ * sizeof(C);
     const int64_t value_ring = params.window * value_dim_ * sizeof(C);
@@ -52,7 +53,7 @@ class WindowPass {
     }
   }
 
-  // Attends to rows that fill the window's columns from `column` on.
+  // Attends to rows that are the window's columns from `column` on.
   void Attend(const Rows<C>& rows, int64_t column) {
     for (int64_t first = 0; first < rows.count; first += kRowsPerBlock) {
       AttendBlock(rows.From(first, std::min(kRowsPerBlock, rows.count - first)), column + first);
@@ -74,17 +75,16 @@ class WindowPass {
     }
   }
 
-  // What the output's weighted sum was taken with, where other parts of the window are still to be
-  // added to it.
+  // The softmax state of the output's weighted sum, for merging it with other parts of the window.
   const OnlineSoftmax<T>& softmax() const { return softmax_; }
 
  private:
   using D = hn::ScalableTag<T>;
   using V = hn::Vec<D>;
 
-  // The logit of what may not be attended to, and of what has weight zero anyway.
+  // The logit of a row that is not attended to: its weight is zero.
   static constexpr T kNotAttended = -std::numeric_limits<T>::infinity();
-  // How many rows' dot products are taken at a time: one load of the query serves all, and the
+  // Rows whose dot products are computed together. They share each load of the query, and their
   // chains of additions overlap.
   static constexpr int64_t kRowsPerDot = 8;
   static constexpr size_t kLanes = hn::Lanes(D());
@@ -105,7 +105,7 @@ class WindowPass {
                rows.value_stride);
       Dots(rows.key + i * rows.key_stride, rows.key_stride, rows.count - i, logits + i);
     }
-    // Of a row that is not attended to whatever came out is forgotten, its NaN too.
+    // Replace the logits of rows that are not attended to, which may be NaN.
     const uint64_t ignored = ~attended;
     ForEachRun(ignored,
                [&](int first, int end) { std::fill(logits + first, logits + end, kNotAttended); });
@@ -119,14 +119,15 @@ class WindowPass {
     });
   }
 
-  // Asks for rows that are needed later, while the dots of kRowsPerDot rows are taken: the
-  // processor's own prefetchers lose the keys while the values are read, and begin anew at every
-  // head. Of what a call reads beyond the near caches, keys and values kFarBytes ahead, or where
-  // rings are smaller the same rows of the next head, into the second cache; of what is in them
-  // only the next keys. Medians against a plain read of the same bytes (AVX3, Zen 4): 1.2 instead
+  // Prefetches rows while the dots of kRowsPerDot rows are computed: the hardware prefetchers lose
+  // the keys while the values are read, and start over at every head. If a call reads more than the
+  // near caches hold, keys and values are prefetched into the second-level cache, kFarBytes ahead,
+  // or with smaller rings the same rows of the next head. Otherwise only the next keys are
+  // prefetched. Median times relative to a plain read of the same bytes (AVX3, Zen 4): 1.2 instead
   // of 1.5 for N=4096 H=16 D=64, 1.5 instead of 3.0 for 1,000 streams of N=64 H=4 D=32; but 41 us
-  // instead of 32 for N=512 H=8 D=64, whose 2 MB are near. Lost: values asked for only a block
-  // ahead (1.7 for N=4096), and the values of a block added while the next one's dots are taken.
+  // instead of 32 for N=512 H=8 D=64, whose 2 MB are near. Alternatives that lost: prefetching
+  // values only a block ahead (1.7 for N=4096), and adding a block's values while the next one's
+  // dots are computed.
   HWY_INLINE void Prefetch(const C* keys, int64_t key_stride, const C* values,
                            int64_t value_stride) const {
     constexpr int64_t kBytes = sizeof(C), kLineBytes = 64, kNextBytes = 3072;
@@ -148,12 +149,12 @@ class WindowPass {
     }
   }
 
-  // The scaled dot products of the query with kRowsPerDot keys; where `count` is less, the last key
-  // stands in for those that are missing.
+  // Computes the scaled dot products of the query with kRowsPerDot keys. If `count` is less, the
+  // last key replaces missing ones.
   HWY_INLINE void Dots(const C* HWY_RESTRICT key, int64_t stride, int64_t count,
                        T* HWY_RESTRICT logits) const {
     const D d;
-    // By name and not in arrays, which the compiler would keep in memory.
+    // Separate names, as the compiler would keep arrays in memory.
     const C* k0 = key;
     const C* k1 = k0 + (count > 1 ? stride : 0);
     const C* k2 = k1 + (count > 2 ? stride : 0);
@@ -192,7 +193,7 @@ class WindowPass {
     StoreScaledSums(d, s4, s5, s6, s7, scale_, logits + 4);
   }
 
-  // A NaN is no maximum, but has its say as a weight.
+  // A NaN is not a maximum, but it becomes a weight.
   static T MaxOf(const T* HWY_RESTRICT logits, int64_t count) {
     const D d;
     V max = hn::Set(d, kNotAttended);
@@ -203,7 +204,7 @@ class WindowPass {
     return hn::ReduceMax(d, max);
   }
 
-  // Replaces logits by their weights before normalization, and returns the sum of these.
+  // Replaces logits by their unnormalized weights. Returns the sum of the weights.
   T TurnIntoWeights(T* HWY_RESTRICT logits, int64_t count) const {
     const D d;
     const V reference = hn::Set(d, softmax_.Reference());
@@ -216,8 +217,8 @@ class WindowPass {
     return hn::ReduceSum(d, sum);
   }
 
-  // Adds weights[i] * value[i] over `count` rows to the output. The output's columns are kept in
-  // registers, as many as there are, while the rows go by.
+  // Adds weights[i] * value[i] over `count` rows to the output. As many of the output's columns as
+  // possible stay in registers while the rows pass.
   void AddValues(const C* HWY_RESTRICT value, int64_t stride, const T* HWY_RESTRICT weights,
                  int64_t count) {
     size_t at = 0;
@@ -239,8 +240,8 @@ class WindowPass {
     }
   }
 
-  // AddValues for kVectors * Lanes columns, or for `partial` < Lanes. kChains rows are added at a
-  // time, each to a sum of its own, where one chain of additions would be waited for.
+  // AddValues for kVectors * Lanes columns, or for `partial` < Lanes columns. Adds kChains rows at
+  // a time, each to its own sum, if a single chain of additions would stall.
   template <int kVectors, int kChains>
   static void AddColumns(const C* HWY_RESTRICT value, int64_t stride, const T* HWY_RESTRICT weights,
                          int64_t count, T* HWY_RESTRICT output, size_t partial = 0) {
@@ -293,7 +294,7 @@ class WindowPass {
   T* output_;
   OnlineSoftmax<T> softmax_;
   bool prefetch_;
-  // Bytes, see Prefetch; 0 where what the call reads is near.
+  // Bytes, see Prefetch. 0 if what the call reads is near.
   int64_t key_ahead_ = 0;
   int64_t value_ahead_ = 0;
 };

@@ -1,5 +1,5 @@
-// NumPy's C interface, shared by the files of the extension module: one of them, which defines
-// CONTINUAL_TRANSFORMERS_IMPORT_NUMPY first, calls import_array.
+// NumPy's C API, shared by the files of the extension module. The file that calls import_array
+// defines CONTINUAL_TRANSFORMERS_IMPORT_NUMPY first.
 
 #ifndef CONTINUAL_TRANSFORMERS_PYTHON_NUMPY_API_H_
 #define CONTINUAL_TRANSFORMERS_PYTHON_NUMPY_API_H_

@@ -7,9 +7,9 @@
 namespace continual_transformers {
 namespace {
 
-// A step that takes longer than this lets other Python threads run. Releasing the GIL costs 0.07
-// us, but taking it back from a thread that computes costs 80 us in the mean and up to 5 ms, the
-// interpreter's switch interval. Keeping it makes the others wait for the step.
+// A step that takes longer than this releases the GIL. Releasing it costs 0.07 us, but taking it
+// back from a thread that computes costs 80 us on average and up to 5 ms, the interpreter's switch
+// interval. While a step keeps the GIL, other Python threads wait for it.
 constexpr int64_t kShortNanoseconds = 100'000;
 constexpr int64_t kMostRows = int64_t{1} << 24;
 
@@ -126,7 +126,7 @@ StreamId IdOf(PyObject* item) {
     Py_DECREF(index);
   }
   if (id == -1 && PyErr_Occurred()) {
-    // More than 64 bits: no session gave it.
+    // The id has more than 64 bits, so no session made it.
     PyErr_Clear();
     Raise(exceptions.unknown_stream,
           std::string("A stream id has more than 64 bits. ") + kExpectedIds);
@@ -180,7 +180,7 @@ void SetPythonError() {
 }
 
 Structure Structure::Parse(const std::string& plan_json, const char* key) {
-  // ParsePlan has read it before, so it is JSON.
+  // ParsePlan has already checked that it is JSON.
   const auto plan = nlohmann::ordered_json::parse(plan_json);
   return StructureOf(plan.at(key));
 }
@@ -212,7 +212,7 @@ StreamIds::StreamIds(PyObject* streams) {
 }
 
 void StreamIds::ReadSequence(PyObject* streams) {
-  // The size is read each time: an __index__ of someone's own could change the list.
+  // Read the size each time: a user's __index__ could change the list.
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(streams); ++i) {
     PyObject* item = PySequence_Fast_GET_ITEM(streams, i);
     if (PyLong_CheckExact(item)) {
@@ -239,7 +239,7 @@ void StreamIds::ReadArray(PyArrayObject* streams) {
   PyArrayObject* array = streams;
   const bool is_int64 = PyArray_TYPE(streams) == NPY_INT64 && PyArray_ISNOTSWAPPED(streams);
   if (!is_int64) {
-    // Ids have more than 32 bits, so that narrower integers are none.
+    // Ids need more than 32 bits, so narrower integers are refused.
     if (!PyArray_EquivTypenums(PyArray_TYPE(streams), NPY_INT64)) {
       PyObject* name = PyObject_Str(reinterpret_cast<PyObject*>(PyArray_DESCR(streams)));
       const char* text = name ? PyUnicode_AsUTF8(name) : nullptr;
@@ -256,7 +256,7 @@ void StreamIds::ReadArray(PyArrayObject* streams) {
   const npy_intp stride = is_scalar_ ? 0 : PyArray_STRIDE(array, 0);
   const char* data = PyArray_BYTES(array);
   ids_.resize(count);
-  // Perhaps unaligned, so by memcpy.
+  // memcpy, as the data may be unaligned.
   for (npy_intp i = 0; i < count; ++i) std::memcpy(&ids_[i], data + i * stride, sizeof(StreamId));
   if (array != streams) Py_DECREF(array);
 }
@@ -271,9 +271,9 @@ PythonSession::PythonSession(std::shared_ptr<const ModelFile> file, const Sessio
   CheckStructure(input_structure_, "input_structure", inputs_.size());
   CheckStructure(output_structure_, "output_structure", outputs_.size());
   {
-    GilRelease release(true);  // Weights are packed: milliseconds to seconds.
+    GilRelease release(true);  // packing weights takes milliseconds to seconds
     session_ = std::make_unique<Session>(std::move(file), options);
-    // The most rows that are short. Estimates grow with rows.
+    // Finds the most rows of a short step. Estimates grow with rows.
     const std::shared_ptr<const Executor> executor = session_->executor();
     int64_t fits = 0, too_many = kMostRows;
     while (fits + 1 < too_many) {

@@ -1,11 +1,10 @@
-// A Session as Python holds it, and what its methods share: stream ids, structures, errors, the
-// GIL.
+// The Python class's Session, and what its methods share: stream ids, structures, errors, the GIL.
 
 #ifndef CONTINUAL_TRANSFORMERS_PYTHON_PYTHON_SESSION_H_
 #define CONTINUAL_TRANSFORMERS_PYTHON_PYTHON_SESSION_H_
 
 #include "cc/python/numpy_api.h"
-// After NumPy's: Python.h comes first.
+// NumPy's header comes first: it includes Python.h.
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -17,13 +16,13 @@
 
 namespace continual_transformers {
 
-// Python's exception is set. Thrown through C++ up to the function that Python called.
+// Thrown through C++ up to the function that Python called. Python's exception is already set.
 struct PythonError {};
 
 // Sets a Python exception and throws PythonError.
 [[noreturn]] void Raise(PyObject* type, const std::string& sentence);
 
-// The Python exception classes for what a session throws; made when the module is.
+// The Python exception classes for a session's errors. The module creates them.
 struct Exceptions {
   PyObject* unknown_stream;    // ValueError
   PyObject* too_many_streams;  // RuntimeError
@@ -32,11 +31,11 @@ struct Exceptions {
 };
 extern Exceptions exceptions;
 
-// Sets the Python exception for a C++ one: to be called in a catch block.
+// Sets the Python exception for the current C++ exception. Call it in a catch block.
 void SetPythonError();
 
-// Lets other Python threads run while it lives, if it is told to. Nothing that is called meanwhile
-// may touch a Python object.
+// Releases the GIL during its lifetime if `release` is true. No code that runs meanwhile may touch
+// a Python object.
 class GilRelease {
  public:
   explicit GilRelease(bool release) : state_(release ? PyEval_SaveThread() : nullptr) {}
@@ -50,34 +49,34 @@ class GilRelease {
   PyThreadState* state_;
 };
 
-// What a model's inputs or outputs are given in: a place in the plan's list, a list, or a dict.
+// The structure of a model's inputs or outputs: an index in the plan's list, a list, or a dict.
 struct Structure {
   enum Kind { kLeaf, kList, kDict };
   Kind kind = kLeaf;
-  int place = 0;                    // Of a leaf.
-  std::vector<Structure> children;  // Of a list or dict.
-  std::vector<PyObject*> keys;      // Of a dict: interned strings, which are never freed.
+  int place = 0;                    // of a leaf
+  std::vector<Structure> children;  // of a list or dict
+  std::vector<PyObject*> keys;      // of a dict: interned strings, which are never freed
 
   static Structure Parse(const std::string& plan_json, const char* key);
   // "a dict with the keys 'audio', 'video'"
   std::string Text() const;
 };
 
-// NumPy's limit before 2.0.
+// NumPy's limit before version 2.0.
 constexpr int kMostAxes = 32;
 
 // An input or output of the plan.
 struct ArraySpec {
   std::string name;
-  std::string label;  // What error messages call it.
+  std::string label;  // its name in error messages
   PyArray_Descr* dtype;
   int type_number;
-  std::vector<npy_intp> shape;  // Of one step of one stream.
-  npy_intp bytes;               // Of one step of one stream.
+  std::vector<npy_intp> shape;  // of one step of one stream
+  npy_intp bytes;               // of one step of one stream
   bool is_integer;
 };
 
-// Stream ids as a caller gave them.
+// Stream ids as the caller passed them.
 class StreamIds {
  public:
   // `streams`: an int, a list or tuple of ints, or an array of int64. Throws PythonError.
@@ -110,11 +109,11 @@ class PythonSession {
   enum class Release { kByEstimate, kNever, kAlways };
   Release release = Release::kByEstimate;
 
-  // Whether a step of so many rows (M * T) is long enough for the GIL to be released.
+  // Returns whether a step of `rows` rows (M * T) is long enough to release the GIL.
   bool ReleasesFor(int64_t rows) const {
     return release == Release::kByEstimate ? rows > short_rows_ : release == Release::kAlways;
   }
-  // The same for something else that takes so long.
+  // The same for other work with a time estimate.
   bool ReleasesForNanoseconds(double nanoseconds) const;
 
  private:
@@ -125,12 +124,12 @@ class PythonSession {
   int64_t short_rows_ = 0;
 };
 
-// The PythonSession in an instance of the Python class. Throws PythonError where it has none.
+// Returns the PythonSession of a Python instance. Throws PythonError if it has none.
 PythonSession& FromPython(PyObject* self);
 
 // The methods `step` and `steps`, for PyDescr_NewMethod.
 extern PyMethodDef step_method, steps_method;
-// Makes what they need: to be called once. Returns false with Python's exception set.
+// Prepares these methods. Call it once. Returns false with Python's exception set.
 bool InitStepMethods();
 
 }  // namespace continual_transformers

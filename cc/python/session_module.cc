@@ -1,9 +1,9 @@
 // The extension module continual_transformers_tf._session: a Session on NumPy arrays.
-// continual_transformers_tf/session.py makes the public class of it.
+// continual_transformers_tf/session.py builds the public class on it.
 
 #define CONTINUAL_TRANSFORMERS_IMPORT_NUMPY
 #include "cc/python/numpy_api.h"
-// After NumPy's: Python.h comes first.
+// NumPy's header comes first: it includes Python.h.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -22,11 +22,11 @@ namespace py = pybind11;
 namespace continual_transformers {
 namespace {
 
-// What copying costs, for the choice whether to release the GIL: 10 GB/s, and a lock a stream.
+// The cost of copies, which decides whether to release the GIL: 10 GB/s, and one lock per stream.
 constexpr double kNanosecondsPerByte = 0.1;
 constexpr double kNanosecondsPerStream = 100;
 
-// The C++ functions throw PythonError with Python's exception set; pybind11 wants its own class.
+// The C++ functions throw PythonError with Python's exception set. pybind11 needs its own class.
 template <typename F>
 auto Translated(F&& f) -> decltype(f()) {
   try {
@@ -90,7 +90,7 @@ py::object Int64Array(const int64_t* data, int64_t count) {
   return py::reinterpret_steal<py::object>(array);
 }
 
-// The streams that are named, or the default ones that are open.
+// Returns the given streams, or the open default streams.
 std::unique_ptr<StreamIds> IdsOrOpenDefaults(PythonSession& session, const py::object& streams) {
   if (!streams.is_none()) return std::make_unique<StreamIds>(streams.ptr());
   const std::vector<StreamId> open = session.session().store()->OpenDefaults();
@@ -99,7 +99,7 @@ std::unique_ptr<StreamIds> IdsOrOpenDefaults(PythonSession& session, const py::o
   return ids;
 }
 
-// The streams that are named, or all default ones: of these, closed ones are opened again.
+// Returns the given streams, or all default streams. Opens closed default streams again.
 std::unique_ptr<StreamIds> IdsOrDefaults(PythonSession& session, const py::object& streams) {
   if (!streams.is_none()) return std::make_unique<StreamIds>(streams.ptr());
   StreamStore* const store = session.session().store();
@@ -160,7 +160,7 @@ struct PositionList {
   bool is_scalar;
 };
 
-// Left out: those of the default streams, none of which is opened for it.
+// `streams` None: the positions of the default streams. Opens none.
 PositionList PositionsOf(PythonSession& session, const py::object& streams) {
   const StreamStore* const store = session.session().store();
   if (streams.is_none()) {
@@ -333,8 +333,8 @@ void SetReleaseGil(PythonSession& session, const py::object& release) {
   }
 }
 
-// The session of an instance. pybind11 would hand out memory that was never initialized where a
-// subclass did not call __init__, or __init__ failed.
+// Returns the session of an instance. pybind11 would return uninitialized memory if a subclass did
+// not call __init__, or __init__ failed.
 PythonSession& SessionOf(const py::object& self) {
   if (!py::isinstance<PythonSession>(self)) {
     Raise(PyExc_TypeError, std::string("Expected a Session, but got an object of type ") +
@@ -343,7 +343,7 @@ PythonSession& SessionOf(const py::object& self) {
   return FromPython(self.ptr());
 }
 
-// A method of the class whose C++ exceptions become Python's.
+// Wraps a method so that its C++ exceptions become Python's.
 template <typename R, typename... Args>
 auto Bound(R (*function)(PythonSession&, Args...)) {
   return [function](const py::object& self, std::decay_t<Args>... args) -> R {
@@ -352,7 +352,7 @@ auto Bound(R (*function)(PythonSession&, Args...)) {
   };
 }
 
-// A property that a lambda reads.
+// Wraps a lambda that reads a property.
 template <typename F>
 auto Read(F function) {
   return [function](const py::object& self) {
@@ -360,8 +360,8 @@ auto Read(F function) {
   };
 }
 
-// Whoever must wait for streams that another thread holds lets other Python threads run meanwhile,
-// also where the call itself keeps the GIL: that thread's step may take long.
+// A thread that waits for streams of another thread lets other Python threads run, even if its own
+// call keeps the GIL: the other thread's step may take long.
 void* BeginWait() {
   return Py_IsInitialized() && PyGILState_Check() ? PyEval_SaveThread() : nullptr;
 }
@@ -371,7 +371,7 @@ void EndWait(void* state) { PyEval_RestoreThread(static_cast<PyThreadState*>(sta
 constexpr StreamStore::WaitHooks kWaitHooks = {&BeginWait, &EndWait};
 
 PyObject* NewException(py::module_& module, const char* name, const char* doc, PyObject* base) {
-  // They are public as session.py's.
+  // session.py exports them, so they carry its name.
   const std::string full = std::string("continual_transformers_tf.session.") + name;
   PyObject* type = PyErr_NewExceptionWithDoc(full.c_str(), doc, base, nullptr);
   if (!type) throw py::error_already_set();
@@ -388,7 +388,7 @@ void AddMethod(const py::object& type, PyMethodDef* method) {
 }  // namespace
 
 PythonSession& FromPython(PyObject* self) {
-  // PyDescr_NewMethod's descriptor has checked that it is an instance of the class.
+  // PyDescr_NewMethod's descriptor has checked that self is an instance of the class.
   auto* instance = reinterpret_cast<py::detail::instance*>(self);
   void* session =
       instance->simple_layout

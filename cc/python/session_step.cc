@@ -1,6 +1,6 @@
-// Session.step and Session.steps. They read their arguments through Python's and NumPy's C
-// interfaces by hand: a METH_FASTCALL method costs 0.2 us where pybind11's array_t costs 1.0
-// to 1.6. Everything is checked here, or by Session::Step, before anything moves.
+// Session.step and Session.steps. They read their arguments through the C APIs of Python and NumPy:
+// a METH_FASTCALL method costs 0.2 us, where pybind11's array_t costs 1.0 to 1.6. This file or
+// Session::Step checks everything before any stream changes.
 
 #include <algorithm>
 #include <optional>
@@ -17,7 +17,7 @@ PyObject *x_name, *streams_name, *out_name, *key_mask_name;
 
 constexpr size_t kFew = 8;
 
-// References that are given back at the end.
+// References that are released at the end.
 class References {
  public:
   References() = default;
@@ -70,9 +70,9 @@ std::string ShapeText(PyArrayObject* array) {
   return ShapeText("", PyArray_DIMS(array), PyArray_NDIM(array));
 }
 
-// How many streams and steps a call has.
+// The number of streams and steps of a call.
 struct Rows {
-  int axes;  // 1: of streams; 2: of streams and steps.
+  int axes;  // 1: streams; 2: streams and steps
   npy_intp streams = -1;
   npy_intp steps = 1;
 
@@ -92,7 +92,7 @@ struct Rows {
 
 bool HasType(PyArrayObject* array, int type_number) {
   const int type = PyArray_TYPE(array);
-  // There are two types of 64 bits, long and long long.
+  // long and long long are two NumPy types, both of 64 bits.
   return type == type_number || PyArray_EquivTypenums(type, type_number);
 }
 
@@ -112,7 +112,7 @@ bool IsPlain(PyArrayObject* array) {
   return (PyArray_FLAGS(array) & kPlain) == kPlain && PyArray_ISNOTSWAPPED(array);
 }
 
-// The array itself if the kernels can read it as it lies, or else a copy.
+// Returns the array itself if the kernels can read it as it is, or else a copy.
 PyArrayObject* Plain(PyArrayObject* array, int type_number, References* references) {
   if (IsPlain(array)) return array;
   PyObject* copy = PyArray_FromArray(array, PyArray_DescrFromType(type_number),
@@ -122,7 +122,7 @@ PyArrayObject* Plain(PyArrayObject* array, int type_number, References* referenc
   return reinterpret_cast<PyArrayObject*>(copy);
 }
 
-// Checks an input, and learns from the first one how many rows there are.
+// Checks an input. The first one sets the number of rows.
 PyArrayObject* CheckInput(const ArraySpec& spec, PyObject* given, Rows* rows,
                           References* references) {
   if (!PyArray_Check(given)) {
@@ -164,7 +164,7 @@ PyArrayObject* CheckInput(const ArraySpec& spec, PyObject* given, Rows* rows,
 
 constexpr char kMakeOutput[] = ": np.empty makes such an array.";
 
-// Checks an array that is to be written.
+// Checks an output array.
 PyArrayObject* CheckOutput(const ArraySpec& spec, PyObject* given, const Rows& rows) {
   if (!PyArray_Check(given)) {
     Raise(PyExc_TypeError, spec.label + " is of type " + Py_TYPE(given)->tp_name +
@@ -199,7 +199,7 @@ PyArrayObject* CheckOutput(const ArraySpec& spec, PyObject* given, const Rows& r
 }
 
 bool Overlap(PyArrayObject* a, PyArrayObject* b) {
-  // Both are contiguous.
+  // Both arrays are contiguous.
   const char *a_data = PyArray_BYTES(a), *b_data = PyArray_BYTES(b);
   return a_data < b_data + PyArray_NBYTES(b) && b_data < a_data + PyArray_NBYTES(a);
 }
@@ -223,8 +223,8 @@ std::string Got(PyObject* given) {
   return std::string("an object of type ") + Py_TYPE(given)->tp_name;
 }
 
-// Finds each place's object in what was given. `items` are borrowed from what the caller holds, or
-// held by `references` where another thread could take them away meanwhile.
+// Finds the object for each index of the plan's list. The top-level object is borrowed from the
+// caller. `references` holds all others, as another thread could remove them meanwhile.
 void Flatten(const Structure& structure, PyObject* given, const char* what,
              SmallVector<PyObject*, kFew>* items, References* references) {
   if (structure.kind == Structure::kLeaf) {
@@ -253,7 +253,7 @@ void Flatten(const Structure& structure, PyObject* given, const char* what,
   }
 }
 
-// A new reference to the outputs in their structure.
+// Returns a new reference to the outputs in their structure.
 PyObject* Build(const Structure& structure, PyObject* const* items) {
   if (structure.kind == Structure::kLeaf) {
     Py_INCREF(items[structure.place]);
@@ -377,7 +377,7 @@ PyObject* TakeSteps(PyObject* self, const Arguments& arguments, int axes) {
     input_data.push_back(PyArray_DATA(array));
   }
 
-  // Ids are copied, for another thread could change the caller's while the GIL is released.
+  // Copy the ids: another thread could change the caller's while the GIL is released.
   std::optional<StreamIds> ids;
   if (arguments.streams) {
     ids.emplace(arguments.streams);
@@ -397,7 +397,7 @@ PyObject* TakeSteps(PyObject* self, const Arguments& arguments, int axes) {
     key_mask = PyArray_DATA(key_mask_array);
   }
 
-  // Outputs: the caller's, or new.
+  // Outputs: the caller's, or new arrays.
   for (size_t i = 0; i < outputs.size(); ++i) items[i] = Py_None;
   if (arguments.out) {
     Flatten(python_session.output_structure(), arguments.out, "out", &items, &references);
@@ -437,7 +437,8 @@ PyObject* TakeSteps(PyObject* self, const Arguments& arguments, int axes) {
 
   const bool release = python_session.ReleasesFor(rows.count());
   if (release) {
-    // Indices are checked before they are used. Another Python thread could change them between.
+    // Copy indices, as they are checked before they are used: another Python thread could change
+    // them in between.
     for (size_t i = 0; i < inputs.size(); ++i) {
       if (!inputs[i].is_integer) continue;
       PyObject* copy = PyArray_NewCopy(input_arrays[i], NPY_CORDER);
@@ -446,13 +447,13 @@ PyObject* TakeSteps(PyObject* self, const Arguments& arguments, int axes) {
       input_data[i] = PyArray_DATA(reinterpret_cast<PyArrayObject*>(copy));
     }
   }
-  // Made first: nothing may fail once the streams have moved.
+  // Build the result first: nothing may fail once the streams have changed.
   PyObject* result = Build(python_session.output_structure(), items.data());
   try {
-    // Where the GIL is kept, this may still wait for another thread's step of the same streams. The
-    // GIL is released for that (kWaitHooks). And that thread waits for no one: it holds streams
-    // only inside Session::Step, which touches nothing of Python, so they are free before it asks
-    // for the GIL again.
+    // Even if this call keeps the GIL, it may wait for another thread's step of the same streams.
+    // The GIL is released for that wait (kWaitHooks). There is no deadlock: the other thread holds
+    // streams only inside Session::Step, which does not touch Python, so they are free before it
+    // asks for the GIL.
     GilRelease gil(release);
     python_session.session().Step(ids ? ids->data() : nullptr, rows.streams, rows.steps,
                                   input_data.data(), output_data.data(),

@@ -1,4 +1,4 @@
-// A vector for what is nearly always short: up to N elements lie on the stack.
+// A vector that is usually short: up to N elements are on the stack.
 
 #ifndef CONTINUAL_TRANSFORMERS_PYTHON_SMALL_VECTOR_H_
 #define CONTINUAL_TRANSFORMERS_PYTHON_SMALL_VECTOR_H_
@@ -33,7 +33,7 @@ class SmallVector {
     if (size_ == capacity_) Reserve(2 * capacity_);
     data_[size_++] = element;
   }
-  // New elements hold anything.
+  // New elements are not initialized.
   void resize(size_t size) {
     if (size > capacity_) Reserve(size);
     size_ = size;

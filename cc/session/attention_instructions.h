@@ -1,5 +1,5 @@
-// Attention in a plan: over a stream's ring, over all queries of its window, and among the rows of
-// a window that the step has changed as a whole.
+// Attention nodes of a plan: over a stream's ring, or among the rows of a window that a step
+// changes as a whole.
 
 #ifndef CONTINUAL_TRANSFORMERS_SESSION_ATTENTION_INSTRUCTIONS_H_
 #define CONTINUAL_TRANSFORMERS_SESSION_ATTENTION_INSTRUCTIONS_H_
@@ -16,17 +16,17 @@
 
 namespace continual_transformers {
 
-// Values of the plan, sizes, and places in the stream block, in bytes.
+// Plan values, sizes, and byte offsets in the stream block.
 struct AttentionSpec {
   int query, key, value, output;
-  int key_mask = -1, query_mask = -1;  // Values of bool [1]; -1: none.
+  int key_mask = -1, query_mask = -1;  // plan values, bool [1]; -1: none
   int64_t heads, window, key_dim, value_dim;
   int64_t first_column, end_column, query_delay;
   double scale;
   int64_t key_ring, value_ring, mask_ring;
 };
 
-// Whether step r of a frame has a key.
+// Returns whether step r of a frame has a key.
 inline bool HasKey(const Frame& frame, int mask, int64_t r) {
   return (frame.key_mask == nullptr || frame.key_mask[r]) &&
          (mask < 0 || frame.Rows<bool>(mask)[r]);
@@ -39,7 +39,7 @@ class AttentionInstruction : public Instruction {
       : s_(spec),
         key_size_(spec.heads * spec.key_dim),
         value_size_(spec.heads * spec.value_dim),
-        // Rings beyond this are in no near cache when their turn comes, and are asked for before.
+        // Rings beyond this are not in a near cache when their turn comes, so they are prefetched.
         streams_near_(std::max<int64_t>(1, kNearBytes / RingBytes())) {}
 
   void Run(const Frame& frame) const override {
@@ -51,7 +51,7 @@ class AttentionInstruction : public Instruction {
   }
 
   int64_t Cycles(int64_t rows) const override {
-    // A read of the ring, 16 bytes a cycle, and for each head what its softmax takes.
+    // Reading the ring, 16 bytes a cycle, plus the softmax of each head.
     return rows * (RingBytes() / 16 + s_.heads * (100 + s_.window * 2));
   }
 
@@ -73,8 +73,8 @@ class AttentionInstruction : public Instruction {
     C* keys = reinterpret_cast<C*>(block + s_.key_ring);
     C* values = reinterpret_cast<C*>(block + s_.value_ring);
     bool* mask = reinterpret_cast<bool*>(block + s_.mask_ring);
-    // The new row first: softmax does not ask for order, so what is filled of the ring is then one
-    // span. A row without a key is zeros, so that its weight of 0 makes 0 of it and not NaN.
+    // The new row is written first. Softmax does not depend on order, so the filled part of the
+    // ring is one span. A row without a key is zeros: its weight of 0 must give 0, not NaN.
     const bool has_key = HasKey(frame, s_.key_mask, r);
     mask[row] = has_key;
     Put(has_key, frame.Rows<T>(s_.key) + r * key_size_, key_size_, keys + row * key_size_);
@@ -119,7 +119,8 @@ class AttentionInstruction : public Instruction {
     });
   }
 
-  // The rows of the columns that the query attends to, as far as their steps were taken.
+  // Returns the ring rows of the columns that the query attends to, except steps that were never
+  // taken.
   RingSpans Spans(int64_t position) const {
     const int64_t n = s_.window;
     if (s_.first_column == 0 && s_.end_column == n) {
@@ -145,8 +146,8 @@ class AttentionInstruction : public Instruction {
   const int64_t key_size_, value_size_, streams_near_;
 };
 
-// Attention among the rows of a window that lie in the arena: `query` [Nq, H * D], `key`
-// [N, H * D], `value` [N, H * Dv]. Rows of steps that were never taken are no keys.
+// Attention among the rows of a window in the arena: `query` [Nq, H * D], `key` [N, H * D], `value`
+// [N, H * Dv]. Steps that were never taken have no key.
 struct WindowAttentionSpec {
   int query, key, value, output;
   int64_t heads, queries, window, key_dim, value_dim, band;

@@ -1,4 +1,5 @@
-// The C interface: checks what C cannot, and turns exceptions into codes and sentences.
+// The C interface: checks the arguments that C cannot check, and turns exceptions into status codes
+// and messages.
 
 #include <continual_transformers.h>
 
@@ -49,7 +50,7 @@ ct_status Fail(ct_status status, const char* text) noexcept {
   return status;
 }
 
-// Runs `call`, and returns what it throws as a code.
+// Runs `call`. Returns a status code for what it throws.
 template <typename Call>
 ct_status Status(const Call& call) noexcept {
   try {
@@ -70,12 +71,12 @@ ct_status Status(const Call& call) noexcept {
   throw ct::Error(ct::ErrorCode::kInvalidArgument, sentence);
 }
 
-// C cannot tell that a pointer must not be null.
+// C types cannot say that a pointer must not be null.
 void Check(const void* pointer, const char* name) {
   if (pointer == nullptr) Invalid(std::string(name) + " is NULL, expected a pointer");
 }
 
-// An array may be null where there is nothing in it.
+// An empty array may be null.
 void CheckArray(const void* pointer, int64_t count, const char* name) {
   if (count < 0) {
     Invalid("a count must not be negative, got " + std::to_string(count));
@@ -123,7 +124,7 @@ std::optional<ct::DType> OptionalDtype(ct_dtype dtype, const char* name) {
 
 ct::SessionOptions Options(const ct_options* options) {
   if (options == nullptr) return {};
-  // That of the first version; a larger one may come from a newer header.
+  // The size in the first version. A newer header may have a larger one.
   if (options->size < sizeof(ct_options)) {
     Invalid("the options' size is " + std::to_string(options->size) + ", expected " +
             std::to_string(sizeof(ct_options)) + ": begin with CT_OPTIONS_DEFAULT");
@@ -264,7 +265,7 @@ ct_status ct_session_clean(ct_session* session, const ct_stream* streams, int64_
   return Status([&] {
     Check(session, "session");
     CheckArray(streams, count, "streams");
-    // Null would mean all.
+    // A null pointer would clean all streams.
     if (count != 0) session->session.Clean(streams, count);
   });
 }
@@ -393,7 +394,7 @@ ct_status ct_session_memory(const ct_session* session, ct_memory* memory, size_t
               std::to_string(size));
     }
     const ct::Session::Memory now = session->session.memory();
-    // What a newer header has more is zero.
+    // Fields that only a newer header has are zero.
     std::memset(memory, 0, size);
     *memory = {now.weights, now.model_file, now.streams, now.streams_overhead, now.arenas};
   });

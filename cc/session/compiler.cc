@@ -35,7 +35,7 @@ void CopyElements(const Tensor& tensor, std::vector<T>* to) {
   const char* from = static_cast<const char*>(tensor.data);
   for (size_t i = 0; i < to->size(); ++i) {
     From x;
-    std::memcpy(&x, from + i * sizeof(From), sizeof(From));  // It may be unaligned.
+    std::memcpy(&x, from + i * sizeof(From), sizeof(From));  // The tensor may be unaligned.
     if constexpr (std::is_arithmetic_v<From>) {
       (*to)[i] = static_cast<T>(x);
     } else {
@@ -73,7 +73,8 @@ std::vector<T> ElementsOf(const Tensor& tensor) {
   return elements;
 }
 
-// Whether an activation has numbers for each element, and so cannot be part of another node.
+// Returns whether an activation has weights for each element. Such an activation cannot be fused
+// into another node.
 bool HasWeights(const Node& node) { return !node.weights.empty(); }
 
 // T is the plan's compute dtype.
@@ -110,9 +111,9 @@ class Compiler {
   }
 
  private:
-  // An instruction and what it reads and writes, by storage.
+  // An instruction, and the storages that it reads and writes.
   struct Emitted {
-    // Twice the place of its last node: one less puts it just before another.
+    // Twice the index of its last node. An odd number puts the instruction between two nodes.
     int64_t position;
     std::unique_ptr<Instruction> instruction;
     std::string name, op;
@@ -120,7 +121,7 @@ class Compiler {
     int writes;
   };
 
-  // What is known of the plan before anything is made of it.
+  // ---- Facts about the plan, found before any instruction is made. ----
 
   void LayOutState() {
     StateLayout layout = LayOut(plan_, options_.cache_dtype);
@@ -178,7 +179,7 @@ class Compiler {
     return found == node.masks.end() ? -1 : Root(found->second);
   }
 
-  // The one node that uses what a storage holds, or -1.
+  // Returns the only node that reads a storage, or -1.
   int OnlyUser(int root) const {
     return uses_[root] == 1 && !is_output_[root] && !absorbed_[user_[root]] ? user_[root] : -1;
   }
@@ -189,7 +190,7 @@ class Compiler {
     return ElementsOf<T>(file_.tensor(found->second));
   }
 
-  // Weights that a node may go without.
+  // Optional weights: filled with `otherwise` if the node has none.
   std::vector<T> Weights(const Node& node, const std::string& name, int64_t size,
                          T otherwise) const {
     std::vector<T> weights = Weights(node, name);
@@ -203,7 +204,7 @@ class Compiler {
                         std::move(reads), writes});
   }
 
-  // One node.
+  // ---- One node ----
 
   void Translate(int i) {
     const Node& node = plan_.nodes[i];
@@ -287,18 +288,18 @@ class Compiler {
       case Op::kDense:
       case Op::kConstant:
       case Op::kReshape:
-        break;  // Not by themselves.
+        break;  // Translate and FindUses handle them
     }
     throw Error(ErrorCode::kInternal, node.name + ": no instruction for " + NameOf(node.op));
   }
 
-  // Counts weights that instructions keep as they are.
+  // Counts weights that instructions keep unchanged.
   std::vector<T> Kept(std::vector<T> weights) {
     other_weights_ += static_cast<int64_t>(weights.size() * sizeof(T));
     return weights;
   }
 
-  // Dense layers, and what becomes a part of them.
+  // ---- Dense layers, and the nodes fused into them ----
 
   void TranslateDense(int i) {
     const Node& node = plan_.nodes[i];
@@ -337,7 +338,7 @@ class Compiler {
     emitted_.push_back({2 * last, std::move(instruction), name, op, std::move(reads), output});
   }
 
-  // The kernel of a dense layer, and the tensor that it is, "" once something is folded into it.
+  // The kernel of a dense layer. `tensor` is its name, "" once something is folded into it.
   struct DenseKernel {
     std::string tensor;
     std::vector<T> elements;  // [inputs, outputs]
@@ -359,7 +360,7 @@ class Compiler {
     return std::make_unique<DenseInstruction<T, W>>(std::move(spec), std::move(packed));
   }
 
-  // Kernels in 16 bits would be rounded a second time.
+  // 16-bit kernels would be rounded a second time.
   bool MayFoldKernels() const {
     return options_.weights_dtype != DType::kBFloat16 && plan_.weights_dtype != DType::kBFloat16;
   }
@@ -388,7 +389,7 @@ class Compiler {
     return affine;
   }
 
-  // Whether an affine node is left to the dense layer that alone uses it.
+  // Returns whether an affine node is fused into the dense layer that reads it.
   bool FoldsIntoNext(int i) const {
     const Node& node = plan_.nodes[i];
     const int next = OnlyUser(Out(node));
@@ -419,7 +420,8 @@ class Compiler {
     *op = std::string(NameOf(node.op)) + " + " + *op;
   }
 
-  // Makes a node that alone uses a dense layer's output a part of it, if it can be.
+  // Fuses a node into the dense layer whose output only this node reads. Returns false if that is
+  // not possible.
   bool FoldAfter(const Node& node, int output, DenseSpec<T>* spec, DenseKernel* kernel) const {
     const bool is_linear = spec->function.function == Function::kLinear;
     if (!is_linear) return false;
@@ -458,9 +460,9 @@ class Compiler {
     }
   }
 
-  // Constants.
+  // ---- Constants ----
 
-  // Whether only element-wise arithmetic uses it, which takes it from where it is.
+  // Returns whether only element-wise nodes read the constant. They read it in place.
   bool IsOperandOnly(const Node& constant) const {
     const int root = Out(constant);
     if (is_output_[root]) return false;
@@ -488,7 +490,7 @@ class Compiler {
     return {root, value->data()};
   }
 
-  // The other nodes.
+  // ---- Other nodes ----
 
   std::unique_ptr<Instruction> Norm(const Node& node) {
     const int64_t columns = ValueOf(node.outputs[0]).shape.back();
@@ -582,7 +584,7 @@ class Compiler {
                                      Size(In(node)));
   }
 
-  // Follows a table's indices back to an input of the plan.
+  // Follows the indices of an embedding back to an input of the plan.
   void AddTokenCheck(int i, int64_t rows) {
     int value = plan_.nodes[i].inputs[0];
     std::vector<int64_t> elements(Size(value));
@@ -691,10 +693,10 @@ class Compiler {
     return std::make_unique<WindowAttentionInstruction<T>>(spec);
   }
 
-  // Order and places.
+  // ---- Order and placement ----
 
-  // Attention's queries are computed after its keys and values, whose stores then have gone to the
-  // cache by the time that they are read.
+  // Computes attention's queries after its keys and values. The key and value stores have then
+  // reached the cache before they are read.
   void PutQueriesLast() {
     for (size_t i = 0; i < plan_.nodes.size(); ++i) {
       if (plan_.nodes[i].op != Op::kAttention) continue;
@@ -708,8 +710,8 @@ class Compiler {
     }
   }
 
-  // Gives storage that is in use at the same time different bytes of the arena, the lowest that are
-  // free: an arena is small, and what was just written is read again.
+  // Gives values that are live at the same time different bytes of the arena, the lowest free ones.
+  // This keeps the arena small, so that what was just written is still cached when it is read.
   void PlaceValues() {
     const int64_t count = emitted_.size();
     std::vector<int64_t> last_read(plan_.values.size(), -1);
@@ -721,7 +723,7 @@ class Compiler {
     struct Live {
       int64_t offset, bytes, until;
     };
-    std::vector<Live> live;  // By offset.
+    std::vector<Live> live;  // sorted by offset
     for (int64_t e = 0; e < count; ++e) {
       const int root = emitted_[e].writes;
       live.erase(
@@ -733,7 +735,7 @@ class Compiler {
       for (; at < live.size() && offset + bytes > live[at].offset; ++at) {
         offset = live[at].offset + live[at].bytes;
       }
-      // The gaps before `at` were too small; from there on nothing is in the way.
+      // The earlier gaps are too small. This one fits.
       live.insert(live.begin() + at, {offset, bytes, std::max(e, last_read[root])});
       result_.arena_offset[root] = offset;
       result_.arena_bytes_a_row = std::max(result_.arena_bytes_a_row, offset + bytes);
@@ -751,8 +753,8 @@ class Compiler {
   const ExecutorOptions& options_;
   CompiledPlan result_;
   std::vector<Emitted> emitted_;
-  std::vector<bool> absorbed_;  // Of each node: whether another does its work.
-  // Of each storage: the node that writes it, or -1; how many reads there are, and the last reader.
+  std::vector<bool> absorbed_;  // one per node: whether it is fused into another
+  // One per storage: the node that writes it or -1, the number of reads, and the last reader.
   std::vector<int> producer_, uses_, user_;
   std::vector<bool> is_output_;
   std::map<std::string, std::shared_ptr<const void>> packed_;  // By the tensor's name.

@@ -1,4 +1,4 @@
-// From a plan to what an executor runs: which nodes become one instruction, in which order, and
+// Compiles a plan for an executor: which nodes become one instruction, in which order they run, and
 // where their values lie.
 
 #ifndef CONTINUAL_TRANSFORMERS_SESSION_COMPILER_H_
@@ -18,39 +18,40 @@ namespace continual_transformers {
 struct CompiledPlan {
   struct Entry {
     std::unique_ptr<Instruction> instruction;
-    std::string name, op;  // Of its nodes, with " + " between.
+    std::string name, op;  // of its nodes, joined by " + "
   };
-  std::vector<Entry> instructions;  // In the order in which they are run.
+  std::vector<Entry> instructions;  // in execution order
 
-  // Of each value of the plan: the value whose rows it shares (itself, but after a reshape), and
-  // where in an arena these lie, in bytes for each row; -1: nowhere, as they are an input's.
+  // One per plan value: the value whose rows it shares (itself, except after a reshape), and the
+  // arena offset of its rows, in bytes per row. The offset is -1 for an input, which is not in the
+  // arena.
   std::vector<int> storage;
   std::vector<int64_t> arena_offset;
   int64_t arena_bytes_a_row = 0;
   int64_t scratch_bytes = 0;
 
-  // Of each output of the plan, whether an instruction writes straight to the caller's memory; the
-  // others are copied there.
+  // One per plan output: whether an instruction writes straight to the caller's memory. Other
+  // outputs are copied there.
   std::vector<bool> written_in_place;
 
   std::vector<StateEntry> state;
   int64_t block_bytes = 0;
-  // What must be zeros in a fresh stream's block.
+  // Bytes that must be zero in the block of a fresh stream.
   struct Bytes {
     int64_t offset, size;
   };
   std::vector<Bytes> zeroed;
 
-  // Which elements of inputs are rows of tables, and of how many.
+  // The input elements that index a table, and its number of rows.
   struct TokenCheck {
     int node;
-    int input;  // Of the plan.
+    int input;  // index in Plan::inputs
     std::vector<int64_t> elements;
     int64_t rows;
   };
   std::vector<TokenCheck> token_checks;
 
-  std::vector<std::shared_ptr<void>> kept;  // What instructions point to.
+  std::vector<std::shared_ptr<void>> kept;  // owns memory that instructions point to
   int64_t weights_bytes = 0;
 };
 

@@ -1,4 +1,4 @@
-// Dense layers of a plan, with what was folded into them.
+// A dense layer of a plan, with the nodes fused into it.
 
 #ifndef CONTINUAL_TRANSFORMERS_SESSION_DENSE_INSTRUCTION_H_
 #define CONTINUAL_TRANSFORMERS_SESSION_DENSE_INSTRUCTION_H_
@@ -18,11 +18,11 @@ namespace continual_transformers {
 // function(x W + b + residual).
 template <typename T>
 struct DenseSpec {
-  std::vector<T> bias;  // [outputs], or empty.
+  std::vector<T> bias;  // [outputs], or empty
   int64_t inputs, outputs;
-  int64_t rows_a_step;  // Of one step of one stream: the product of the axes before the last.
+  int64_t rows_a_step;  // of one step of one stream: the product of the axes before the last
   int input, output;
-  int residual = -1;  // A value; -1: none.
+  int residual = -1;  // a plan value; -1: none
   FunctionSpec function;
 };
 
@@ -64,8 +64,8 @@ class DenseInstruction : public Instruction {
   }
 
  private:
-  // After the product, while the rows are near: within it, the registers that the function needs
-  // would be taken from the sums.
+  // Runs after the product, while the rows are still cached. Fused into the product, the function
+  // would take registers from the sums.
   void Finish(T* output, int64_t size) const {
     if (spec_.function.function == Function::kLinear) return;
     Apply(spec_.function, output, size, output);

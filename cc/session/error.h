@@ -1,5 +1,5 @@
-// What goes wrong in a session: a kind and a sentence that says what was got, what was expected,
-// and how to mend it. Thrown inside; the C interface turns it into a code and a text.
+// Errors of a session: a code and a message that says what was got, what was expected and how to
+// fix it. The C++ code throws them. The C interface turns them into a status and a text.
 
 #ifndef CONTINUAL_TRANSFORMERS_SESSION_ERROR_H_
 #define CONTINUAL_TRANSFORMERS_SESSION_ERROR_H_
@@ -10,12 +10,12 @@
 namespace continual_transformers {
 
 enum class ErrorCode {
-  kInvalidArgument = 1,  // A shape, dtype, value or option that does not fit.
-  kBadModelFile = 2,     // A file that is truncated, foreign, newer, or wrong inside.
-  kUnknownStream = 3,    // A stream id that was never given out, or was closed.
-  kTooManyStreams = 4,   // No room for another stream, by `streams=` or by memory.
-  kOtherModel = 5,       // State or weights of another model or another training.
-  kIo = 6,               // A file that cannot be read or written.
+  kInvalidArgument = 1,  // a shape, dtype, value or option that does not fit
+  kBadModelFile = 2,     // a file that is truncated, of another kind, newer, or corrupt
+  kUnknownStream = 3,    // a stream id that never existed, or was closed
+  kTooManyStreams = 4,   // no room for another stream: the limit `streams=`, or memory
+  kOtherModel = 5,       // a state or weights of another model, or of another training
+  kIo = 6,               // a file that cannot be read or written
   kInternal = 7,
 };
 

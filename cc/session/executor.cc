@@ -19,11 +19,11 @@
 namespace continual_transformers {
 namespace {
 
-// Rows that go through a plan at a time: enough that weights are read once for many, and few enough
-// that what lies between two nodes stays in the near caches. A multiple of the rows that a product
-// keeps in registers.
+// The most rows that go through the plan at a time. Enough rows share one read of the weights, and
+// few enough stay in the near caches between two nodes. A multiple of the rows that a matrix
+// product keeps in registers.
 constexpr int64_t kRowsAtOnce = 96;
-// Roughly, of the machines that this runs on.
+// a rough clock rate
 constexpr double kCyclesANanosecond = 3;
 
 struct Free {
@@ -41,14 +41,14 @@ Bytes Allocate(int64_t bytes) {
 }  // namespace
 
 struct Arena::Data {
-  // What one thread works in.
+  // The memory of one thread.
   struct Part {
     Bytes values, scratch;
-    int64_t rows = 0;             // That `values` has room for.
-    int64_t laid_out_for = -1;    // Rows that `pointers` are of.
-    std::vector<char*> pointers;  // Of each value of the plan.
+    int64_t rows = 0;             // room in `values`
+    int64_t laid_out_for = -1;    // the number of rows that `pointers` is set for
+    std::vector<char*> pointers;  // one per plan value
     int64_t bytes = 0;
-    std::vector<double> seconds;  // Of each instruction.
+    std::vector<double> seconds;  // one per instruction
   };
   std::vector<Part> parts;
   bool profiles = false;
@@ -102,16 +102,17 @@ class Executor::Impl {
     const int64_t rows = call.streams * call.steps;
     if (rows == 0) return;
     const bool share = pool_.threads() > 1 && EstimatedCycles(rows) > kCyclesWorthThreads;
-    // All memory before the first stream moves: where there is not enough, none has.
+    // Reserve all memory before the first stream steps: if there is not enough, no stream has.
     for (int64_t part = 0; part < (share ? pool_.threads() : 1); ++part) {
       Reserve(std::min(rows, kRowsAtOnce), &arena->parts[part]);
     }
     if (!share || call.streams < pool_.threads()) {
-      // Streams too few for the threads: these share the widest nodes.
+      // There are fewer streams than threads: the threads share the widest nodes.
       StepStreams(call, 0, call.streams, share ? &pool_ : nullptr, arena, &arena->parts[0]);
       return;
     }
-    // Every thread takes its streams through the whole plan, and waits for no other between nodes.
+    // Each thread takes its streams through the whole plan, without waiting for others between
+    // nodes.
     const int64_t threads = pool_.threads();
     const int64_t tasks = std::max(threads, (rows + kRowsAtOnce - 1) / kRowsAtOnce);
     const int64_t count = std::min(call.streams, (tasks + threads - 1) / threads * threads);
@@ -150,7 +151,7 @@ class Executor::Impl {
     }
   }
 
-  // Streams begin, ..., end - 1 of a call, so many at once that their rows are few.
+  // Steps the streams begin, ..., end - 1 of a call, in groups of at most kRowsAtOnce rows.
   void StepStreams(const StepCall& call, int64_t begin, int64_t end, ThreadPool* pool,
                    Arena::Data* arena, Arena::Data::Part* part) const {
     const int64_t steps = std::min(call.steps, kRowsAtOnce);
@@ -159,7 +160,8 @@ class Executor::Impl {
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t first = begin + g * (end - begin) / groups;
       const int64_t last = begin + (g + 1) * (end - begin) / groups;
-      // Several streams have all their steps at once, so that rows are contiguous either way.
+      // A group of several streams takes all steps in one frame, so the rows are contiguous in both
+      // cases.
       for (int64_t t = 0; t < call.steps; t += steps) {
         RunFrame(call, first, last - first, t, std::min(steps, call.steps - t), pool, arena, part);
       }
@@ -174,7 +176,7 @@ class Executor::Impl {
     if (part->laid_out_for != rows) LayOutFor(rows, part);
     char** pointers = part->pointers.data();
     for (size_t i = 0; i < plan.inputs.size(); ++i) {
-      // Inputs are only read.
+      // const_cast: instructions only read inputs.
       pointers[plan.inputs[i].value] =
           static_cast<char*>(const_cast<void*>(call.inputs[i])) + row * input_bytes_[i];
     }
@@ -206,7 +208,7 @@ class Executor::Impl {
     }
   }
 
-  // Makes room for frames of up to so many rows.
+  // Makes room for frames of up to `rows` rows.
   void Reserve(int64_t rows, Arena::Data::Part* part) const {
     if (part->rows >= rows) return;
     part->values = Allocate(compiled_.arena_bytes_a_row * rows);
@@ -215,7 +217,7 @@ class Executor::Impl {
     part->laid_out_for = -1;
   }
 
-  // Where every value that instructions write lies, for frames of so many rows.
+  // Sets the pointers of all values that instructions write, for frames of `rows` rows.
   void LayOutFor(int64_t rows, Arena::Data::Part* part) const {
     for (size_t value = 0; value < part->pointers.size(); ++value) {
       const int64_t offset = compiled_.arena_offset[value];
@@ -234,7 +236,7 @@ class Executor::Impl {
     }
   }
 
-  std::vector<int64_t> input_bytes_, output_bytes_;  // Of a row.
+  std::vector<int64_t> input_bytes_, output_bytes_;  // of one row
   mutable ThreadPool pool_;
 };
 

@@ -1,5 +1,5 @@
-// Runs a plan on the steps of streams. Everything is chosen when it is made: kernels for the
-// processor, packed weights, places in the arena. A step allocates nothing and asks for no type.
+// Runs a plan on the steps of streams. Kernels, packed weights and arena offsets are chosen when
+// the executor is made. A step allocates nothing and checks no types.
 
 #ifndef CONTINUAL_TRANSFORMERS_SESSION_EXECUTOR_H_
 #define CONTINUAL_TRANSFORMERS_SESSION_EXECUTOR_H_
@@ -17,31 +17,31 @@ namespace continual_transformers {
 struct ExecutorOptions {
   DType cache_dtype;    // kFloat32, kBFloat16, kFloat16; kFloat64 under float64.
   DType weights_dtype;  // kFloat32, kBFloat16; kFloat64 under float64.
-  int64_t threads;      // At least 1; 1: the caller's.
+  int64_t threads;      // at least 1; 1: only the caller's thread
 };
 
 // One named part of a stream block; see docs/model_file.md.
 struct StateEntry {
-  int node;  // Place in Plan::nodes.
+  int node;  // index in Plan::nodes
   std::string name;
   DType dtype;
-  std::vector<int64_t> shape;  // The first axis of a ring is the step's.
-  int64_t offset;              // Bytes from the block's start.
-  // Of a ring, how many rows: row p mod `ring_rows` has step p. 0: not a ring.
+  std::vector<int64_t> shape;  // the first axis of a ring is the step
+  int64_t offset;              // bytes from the start of the block
+  // The number of rows of a ring: row p mod `ring_rows` has step p. 0: not a ring.
   int64_t ring_rows;
 };
 
 struct StepCall {
-  const void* const* inputs;  // Of each input of the plan [M, T, ...], contiguous.
-  void* const* outputs;       // Of each output of the plan [M, T, ...]; a null one is not wanted.
-  const bool* key_mask;       // [M, T]: which steps have a key; null: all.
+  const void* const* inputs;  // one per plan input, [M, T, ...], contiguous
+  void* const* outputs;       // one per plan output, [M, T, ...]; null: not wanted
+  const bool* key_mask;       // [M, T]: which steps have a key; null: all
   int64_t streams;            // M
   int64_t steps;              // T
   char* const* blocks;        // [M]
-  const int64_t* positions;   // [M], steps taken before this call; the caller advances them.
+  const int64_t* positions;   // [M], steps taken before this call; the caller advances them
 };
 
-// What is allocated beforehand for calls of up to so many rows; one for each call in progress.
+// The working memory of one call in progress. It is allocated before the steps run, and reused.
 class Arena {
  public:
   ~Arena();
@@ -55,7 +55,7 @@ class Arena {
 
 class Executor {
  public:
-  // Throws Error where the plan holds something that cannot be run with these options.
+  // Throws Error if the plan cannot run with these options.
   Executor(std::shared_ptr<const ModelFile> file, const ExecutorOptions& options);
   ~Executor();
   Executor(const Executor&) = delete;
@@ -66,23 +66,23 @@ class Executor {
   const ExecutorOptions& options() const;
   int64_t block_bytes() const;
   const std::vector<StateEntry>& state() const;
-  // Writes what the block of a fresh stream must hold: little, as rings are never read unwritten.
+  // Initializes the block of a fresh stream. This is little, as ring rows are written before they
+  // are read.
   void InitBlock(char* block) const;
 
   std::unique_ptr<Arena> NewArena() const;
-  // Throws Error (kInvalidArgument) for a token out of range; nothing has changed then.
+  // Throws Error (kInvalidArgument) if a token is out of range. Changes nothing.
   void Check(const StepCall& call) const;
-  // Cannot fail once Check has passed. Grows the arena where the call has more rows than any
-  // before.
+  // Cannot fail after Check has passed. Grows the arena if a call has more rows than any before.
   void Step(const StepCall& call, Arena* arena) const;
-  // Roughly how long a call takes, in nanoseconds.
+  // Estimates how long a call takes, in nanoseconds.
   int64_t EstimatedNanoseconds(int64_t streams, int64_t steps) const;
 
-  int64_t weights_bytes() const;  // Packed.
+  int64_t weights_bytes() const;  // of the packed weights
   static int64_t ArenaBytes(const Arena& arena);
 
-  // What each part of a step took: seconds by node, the sum over the calls made with `arena` since
-  // profiling began. A part that does several nodes at once has their names with " + " between.
+  // Seconds by node: the sum over the calls with `arena` since profiling began. An instruction that
+  // runs several nodes has their names joined by " + ".
   struct ProfileEntry {
     std::string name;
     std::string op;

@@ -9,11 +9,12 @@
 
 namespace continual_transformers {
 
-// XXH64 of bytes, as https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md defines it: the
-// same on every machine, and several GB/s. Not cryptographic: it finds mistakes, not forgeries.
+// Returns the XXH64 of bytes, as defined at
+// https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md. It is the same on every machine
+// and runs at several GB/s. It is not cryptographic: it finds mistakes, not forgeries.
 uint64_t Xxh64(const void* data, size_t bytes, uint64_t seed = 0);
 
-// Collects what is hashed. Every entry says how long it is, so that no two lists have the same
+// Collects the data to hash. Every entry includes its length, so that no two lists give the same
 // bytes.
 class Fingerprint {
  public:

@@ -6,15 +6,15 @@
 
 namespace continual_transformers {
 
-// One for the process. The handlers walk a list under its mutex; a listener's own mutexes are taken
-// after it, and no one takes it while holding one of those.
+// One per process. The handlers walk a list under its mutex. Lock order: this mutex before a
+// listener's mutexes, never the other way round.
 struct ForkRegistry {
   std::mutex mutex;
   ForkListener* first = nullptr;
 
   ForkRegistry() { pthread_atfork(BeforeFork, AfterFork, InChild); }
 
-  // Never destroyed: a process may fork while its static objects are.
+  // Never destroyed: a process may fork while it destroys its static objects.
   static ForkRegistry& Get() {
     static ForkRegistry* registry = new ForkRegistry;
     return *registry;

@@ -1,21 +1,21 @@
-// What has a mutex, and must go on in a child process that another thread's fork() makes.
+// Keeps an object with mutexes usable in a child process after fork().
 
 #ifndef CONTINUAL_TRANSFORMERS_SESSION_FORK_H_
 #define CONTINUAL_TRANSFORMERS_SESSION_FORK_H_
 
 namespace continual_transformers {
 
-// In a child process only the thread that forked goes on: a mutex that another thread held is
-// locked there for ever. A ForkListener takes its mutexes before the fork, and lets them go after
-// it on both sides. Derived classes register once they are complete, and leave before they fall
-// apart.
+// Only the thread that forked exists in a child process. A mutex that another thread held at the
+// fork would stay locked there for ever. A ForkListener locks its mutexes before the fork and
+// unlocks them after it on both sides. A derived class must register at the end of its constructor,
+// and unregister at the start of its destructor.
 class ForkListener {
  public:
   virtual ~ForkListener() = default;
 
-  virtual void BeforeFork() = 0;  // Lock.
-  virtual void AfterFork() = 0;   // Unlock, in the parent.
-  virtual void InChild() = 0;     // Unlock, in the child, and forget the other threads.
+  virtual void BeforeFork() = 0;  // lock
+  virtual void AfterFork() = 0;   // unlock, in the parent
+  virtual void InChild() = 0;     // unlock, in the child, and forget the other threads
 
  protected:
   void RegisterFork();

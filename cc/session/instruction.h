@@ -1,5 +1,5 @@
-// What an executor runs: instructions, each one node of the plan or several at once, chosen and
-// sized when the executor is made.
+// The instructions that an executor runs. Each does one or several nodes of the plan, and is chosen
+// and sized when the executor is made.
 
 #ifndef CONTINUAL_TRANSFORMERS_SESSION_INSTRUCTION_H_
 #define CONTINUAL_TRANSFORMERS_SESSION_INSTRUCTION_H_
@@ -11,18 +11,18 @@
 
 namespace continual_transformers {
 
-// The rows that instructions are run on: `steps` steps of `streams` streams. Row m * steps + t is
+// The rows that an instruction runs on: `steps` steps of `streams` streams. Row m * steps + t is
 // step t of stream m.
 struct Frame {
   int64_t streams;
   int64_t steps;
   char* const* blocks;       // [streams]
   const int64_t* positions;  // [streams], steps taken before this call
-  int64_t first_step;        // of the call that the frame begins with
+  int64_t first_step;        // index in the call of the frame's first step
   const bool* key_mask;      // [streams, steps]; null: all
-  char* const* values;       // Where the rows of each value of the plan lie.
-  char* scratch;             // Of this thread; as much as the instructions ask for.
-  ThreadPool* pool;          // Whose threads an instruction may use; null: the caller's only.
+  char* const* values;       // one per plan value: where its rows lie
+  char* scratch;             // this thread's; as large as the instructions ask for
+  ThreadPool* pool;          // threads that an instruction may use; null: only the caller's
 
   int64_t rows() const { return streams * steps; }
   int64_t Position(int64_t m, int64_t t) const { return positions[m] + first_step + t; }
@@ -36,13 +36,13 @@ class Instruction {
  public:
   virtual ~Instruction() = default;
   virtual void Run(const Frame& frame) const = 0;
-  // Roughly, in CPU cycles.
+  // A rough estimate, in CPU cycles.
   virtual int64_t Cycles(int64_t rows) const = 0;
   virtual int64_t ScratchBytes() const { return 0; }
   virtual int64_t WeightsBytes() const { return 0; }
 };
 
-// From so many cycles on, threads are worth the waking.
+// Waking threads pays off from about this many cycles.
 constexpr int64_t kCyclesWorthThreads = 20000;
 
 }  // namespace continual_transformers

@@ -1,4 +1,4 @@
-// Nodes of a plan that move elements and compute nothing: of any dtype.
+// Nodes of a plan that only move elements. They work for every dtype.
 
 #ifndef CONTINUAL_TRANSFORMERS_SESSION_LAYOUT_INSTRUCTIONS_H_
 #define CONTINUAL_TRANSFORMERS_SESSION_LAYOUT_INSTRUCTIONS_H_
@@ -13,7 +13,7 @@
 
 namespace continual_transformers {
 
-// One input of a concatenation: so many bytes of each of the blocks before the axis.
+// One input of a concatenation, with its bytes in each of the blocks before the axis.
 struct ConcatPart {
   int value;
   int64_t bytes;
@@ -35,7 +35,7 @@ inline std::unique_ptr<Instruction> MakeConcat(std::vector<ConcatPart> parts, in
   });
 }
 
-// Copies runs of elements that lie side by side in the input.
+// Copies runs of elements that are contiguous in the input.
 inline std::unique_ptr<Instruction> MakeStrided(int64_t offset, std::vector<int64_t> shape,
                                                 std::vector<int64_t> strides, int64_t element,
                                                 int input, int64_t input_size, int output) {
@@ -77,7 +77,7 @@ inline std::unique_ptr<Instruction> MakeStrided(int64_t offset, std::vector<int6
   });
 }
 
-// The same elements in every row.
+// Writes the same elements to every row.
 inline std::unique_ptr<Instruction> MakeConstant(std::vector<char> bytes, int output) {
   const int64_t size = bytes.size();
   return MakeRows(size / 16 + 20, [=, bytes = std::move(bytes)](const Frame& frame) {

@@ -21,7 +21,7 @@ namespace {
 using nlohmann::json;
 
 constexpr size_t kLengthBytes = 8;
-constexpr uint64_t kMostHeaderBytes = 100'000'000;  // As the safetensors library has it.
+constexpr uint64_t kMostHeaderBytes = 100'000'000;  // the limit of the safetensors library
 constexpr char kFormat[] = "continual-transformers";
 constexpr char kFormatVersion[] = "1";
 
@@ -39,7 +39,7 @@ constexpr DTypeName kDTypes[] = {
   throw Error(ErrorCode::kIo, what + " " + path + ": " + std::strerror(error));
 }
 
-// A file descriptor, closed at the end.
+// A file descriptor that closes itself.
 class Descriptor {
  public:
   explicit Descriptor(int fd) : fd_(fd) {}
@@ -49,7 +49,7 @@ class Descriptor {
   Descriptor(const Descriptor&) = delete;
   Descriptor& operator=(const Descriptor&) = delete;
   int get() const { return fd_; }
-  // Returns whether it was closed without an error: some file systems tell of a full disk here.
+  // Returns whether closing succeeded. Some file systems report a full disk only here.
   bool Close() {
     const int fd = fd_;
     fd_ = -1;
@@ -60,7 +60,7 @@ class Descriptor {
   int fd_;
 };
 
-// What another kind of file is, by its first bytes; empty: nothing that is known.
+// Describes another kind of file by its first bytes. Empty: unknown.
 std::string OtherKind(const char* data, size_t size) {
   const auto begins = [&](const std::string& text) {
     return size >= text.size() && std::memcmp(data, text.data(), text.size()) == 0;
@@ -76,7 +76,7 @@ std::string OtherKind(const char* data, size_t size) {
   return "";
 }
 
-// The bytes of the header, which is all JSON.
+// Returns the size of the JSON header in bytes.
 size_t HeaderBytes(const char* data, size_t size) {
   const std::string other = OtherKind(data, size);
   if (!other.empty()) Refuse("expected a safetensors file, but " + other);
@@ -95,7 +95,7 @@ size_t HeaderBytes(const char* data, size_t size) {
   return static_cast<size_t>(length);
 }
 
-// Returns the plan's JSON, having checked the metadata's other entries.
+// Returns the plan's JSON, after checking the other entries of the metadata.
 std::string PlanOf(const json& header) {
   const auto metadata = header.find("__metadata__");
   const std::string what = "the header's \"__metadata__\"";
@@ -112,7 +112,7 @@ std::string PlanOf(const json& header) {
     RefuseAsNewer("its format version is " + Quoted(version) + ", this version reads \"" +
                   kFormatVersion + "\"");
   }
-  return reader.Text("plan");  // Other entries may be anyone's.
+  return reader.Text("plan");  // Other entries are allowed.
 }
 
 Tensor TensorOf(const json& entry, const std::string& name, const char* data, size_t size) {
@@ -160,7 +160,7 @@ Tensor TensorOf(const json& entry, const std::string& name, const char* data, si
   return tensor;
 }
 
-// The tensors' bytes in the plan's order: of each node, by the weights' names. A tensor that
+// Hashes the tensors in the plan's order: node by node, sorted by the weights' names. A tensor that
 // several nodes share is read once.
 uint64_t WeightsFingerprint(const ModelFile& file) {
   std::map<std::string, int64_t> hashes;
@@ -179,7 +179,7 @@ uint64_t WeightsFingerprint(const ModelFile& file) {
   return print.Hash();
 }
 
-// Writes all bytes, however many calls it takes. Returns 0 or errno.
+// Writes all bytes, in as many calls as needed. Returns 0 or errno.
 int WriteAll(int fd, const char* data, size_t size) {
   while (size > 0) {
     const ssize_t written = write(fd, data, size);
@@ -196,7 +196,7 @@ int WriteAll(int fd, const char* data, size_t size) {
 }  // namespace
 
 std::shared_ptr<const ModelFile> ModelFile::Map(const std::string& path) {
-  // O_NONBLOCK: a pipe is refused below, not waited for.
+  // O_NONBLOCK: a pipe is refused below; opening must not wait for it.
   Descriptor fd(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   if (fd.get() < 0) FailIo("cannot open the model file", path, errno);
   struct stat status;
@@ -207,7 +207,7 @@ std::shared_ptr<const ModelFile> ModelFile::Map(const std::string& path) {
   }
   const std::shared_ptr<ModelFile> file(new ModelFile);
   file->size_ = static_cast<size_t>(status.st_size);
-  if (file->size_ > 0) {  // mmap refuses none; Parse has the better sentence.
+  if (file->size_ > 0) {  // mmap refuses an empty file; the message of Parse is better.
     void* data = mmap(nullptr, file->size_, PROT_READ, MAP_PRIVATE, fd.get(), 0);
     if (data == MAP_FAILED) FailIo("cannot map the model file", path, errno);
     file->data_ = data;
@@ -224,7 +224,7 @@ std::shared_ptr<const ModelFile> ModelFile::Map(const std::string& path) {
 std::shared_ptr<const ModelFile> ModelFile::Copy(const void* data, size_t bytes) {
   const std::shared_ptr<ModelFile> file(new ModelFile);
   void* copy = nullptr;
-  // As exact as the bytes are, so that AddressSanitizer sees a read behind them.
+  // Allocate exactly `bytes`, so that AddressSanitizer catches reads past the end.
   if (posix_memalign(&copy, 64, bytes > 0 ? bytes : 1) != 0) throw std::bad_alloc();
   if (bytes > 0) std::memcpy(copy, data, bytes);
   file->data_ = copy;
@@ -272,12 +272,12 @@ const Tensor& ModelFile::tensor(const std::string& name) const {
 
 void ModelFile::Save(const std::string& path) const {
   const std::string what = "cannot write the model file";
-  // In the same folder: a rename does not go from one file system to another.
+  // In the same folder: a rename cannot cross file systems.
   std::string temporary;
   int fd = -1;
   for (int attempt = 0; fd < 0; ++attempt) {
     temporary = path + ".tmp" + std::to_string(getpid()) + "-" + std::to_string(attempt);
-    // O_EXCL: two savers never write one file. 0666: the umask decides, as for any new file.
+    // O_EXCL: two savers never write the same file. 0666: the umask decides, as for any new file.
     fd = open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     if (fd < 0 && (errno != EEXIST || attempt == 1000)) FailIo(what, path, errno);
   }
@@ -290,7 +290,8 @@ void ModelFile::Save(const std::string& path) const {
     unlink(temporary.c_str());
     FailIo(what, path, error);
   }
-  // The rename too is to outlast a power cut. Not every file system can; the file is whole anyway.
+  // fsync of the folder makes the rename survive a power cut. Some file systems refuse it; the file
+  // is complete even then.
   const size_t slash = path.rfind('/');
   const std::string folder = slash == std::string::npos ? "." : path.substr(0, slash + 1);
   Descriptor folder_fd(open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));

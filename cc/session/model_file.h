@@ -1,4 +1,4 @@
-// A model file in memory: the plan and the tensors that it uses. See docs/model_file.md.
+// A model file in memory: the plan and its tensors. See docs/model_file.md.
 
 #ifndef CONTINUAL_TRANSFORMERS_SESSION_MODEL_FILE_H_
 #define CONTINUAL_TRANSFORMERS_SESSION_MODEL_FILE_H_
@@ -15,9 +15,9 @@ namespace continual_transformers {
 
 class ModelFile {
  public:
-  // Maps a file into memory; nothing is copied. Throws Error: kIo, kBadModelFile.
+  // Maps a file into memory, without a copy. Throws Error: kIo, kBadModelFile.
   static std::shared_ptr<const ModelFile> Map(const std::string& path);
-  // Takes a copy of a file's bytes. Throws Error: kBadModelFile.
+  // Copies a file's bytes. Throws Error: kBadModelFile.
   static std::shared_ptr<const ModelFile> Copy(const void* data, size_t bytes);
 
   ~ModelFile();
@@ -25,14 +25,15 @@ class ModelFile {
   ModelFile& operator=(const ModelFile&) = delete;
 
   const Plan& plan() const { return plan_; }
-  const Tensor& tensor(const std::string& name) const;  // One that the plan names.
+  const Tensor& tensor(const std::string& name) const;  // `name` must be in the plan
   const std::map<std::string, Tensor>& tensors() const { return tensors_; }
   uint64_t weights_fingerprint() const { return weights_fingerprint_; }
 
-  // The whole file, as it was read.
+  // The whole file as it was read.
   const void* data() const { return data_; }
   size_t size() const { return size_; }
-  // Writes it to a path, whole or not at all (a temporary file beside it, renamed). Throws Error.
+  // Writes the file to a path, completely or not at all: a temporary file beside it is renamed.
+  // Throws Error.
   void Save(const std::string& path) const;
 
  private:

@@ -16,8 +16,8 @@ namespace {
 using nlohmann::json;
 
 constexpr size_t kMostNodes = 65536;
-// What a model remembers of one stream, and what it computes in one step of one: beyond any model,
-// and far from where sizes in bytes overflow.
+// The limit for the state of one stream, and for the values of one step. Larger than any real
+// model, and far below where sizes in bytes overflow.
 constexpr double kMostBytes = 1099511627776;  // 1 TiB
 constexpr int kNone = -1;
 
@@ -75,7 +75,7 @@ class PlanParser {
     plan_.weights_dtype = is_float32
                               ? OneOf(&reader, "weights_dtype", {DType::kFloat32, DType::kBFloat16})
                               : OneOf(&reader, "weights_dtype", {DType::kFloat64});
-    constexpr int64_t kMostSteps = int64_t{1} << 53;  // Whole in every JSON reader.
+    constexpr int64_t kMostSteps = int64_t{1} << 53;  // exact in every JSON reader
     plan_.receptive_field = reader.Whole("receptive_field", 1, kMostSteps);
     plan_.delay = reader.Whole("delay", 0, kMostSteps);
     int64_t block;
@@ -97,7 +97,7 @@ class PlanParser {
     }
     CheckStructure(reader.Need("input_structure"), "input_structure", plan_.inputs.size());
     CheckStructure(reader.Need("output_structure"), "output_structure", plan_.outputs.size());
-    reader.Need("keras_state");  // Python's: it says nothing to a step.
+    reader.Need("keras_state");  // Python's; a step does not need it
     reader.RefuseOthers();
     if (state_bytes_ > kMostBytes) Refuse("a stream of the plan has more than 2^40 bytes of state");
     plan_.architecture = Architecture();
@@ -150,7 +150,7 @@ class PlanParser {
     is_token_.assign(plan_.values.size(), false);
   }
 
-  // The number of a value that exists; `where` says who names it.
+  // Reads a value number and checks that it exists. `where` names the reader in errors.
   int ValueNumber(const json& number, const std::string& where) {
     int64_t value;
     if (!IsWhole(number, &value) || value < 0 ||
@@ -161,7 +161,7 @@ class PlanParser {
     return static_cast<int>(value);
   }
 
-  // The number of a value that exists and has been made by now.
+  // Reads a value number and checks that an earlier node or an input makes the value.
   int MadeValue(const json& number, const std::string& where) {
     const int value = ValueNumber(number, where);
     if (!is_made_[value]) {
@@ -423,7 +423,7 @@ class PlanParser {
     }
   }
 
-  // Checks that a structure's leaves are the places 0 to `ports` - 1, each once.
+  // Checks that a structure's leaves are the numbers 0 to `ports` - 1, each once.
   void CheckStructure(const json& structure, const std::string& name, size_t ports) {
     std::vector<bool> seen(ports, false);
     size_t leaves = 0;
@@ -434,7 +434,7 @@ class PlanParser {
     }
   }
 
-  // Calls itself at most as deep as ParseJson lets values be nested.
+  // Recursive. ParseJson limits the depth.
   void CheckLeaves(const json& structure, const std::string& name, std::vector<bool>* seen,
                    size_t* leaves) {
     if (structure.is_array() || structure.is_object()) {
@@ -512,9 +512,9 @@ class PlanParser {
   const TensorLookup& tensors_;
   const json root_;
   Plan plan_{};
-  std::vector<bool> is_made_, is_token_;  // Of each value.
+  std::vector<bool> is_made_, is_token_;  // one per plan value
   double state_bytes_ = 0;
-  std::string where_;  // The node that is being read, as a sentence begins.
+  std::string where_;  // the node being read, as the start of an error message
 };
 
 }  // namespace

@@ -1,6 +1,6 @@
 // The plan: one step of a model as a list of nodes over values, as docs/model_file.md defines it.
-// ParsePlan checks everything that can be checked without running it, so that the executor may
-// trust sizes, dtypes and attributes.
+// ParsePlan checks everything that can be checked without running it. The executor can then trust
+// sizes, dtypes and attributes.
 
 #ifndef CONTINUAL_TRANSFORMERS_SESSION_PLAN_H_
 #define CONTINUAL_TRANSFORMERS_SESSION_PLAN_H_
@@ -17,9 +17,9 @@ namespace continual_transformers {
 
 enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16, kInt32, kInt64, kBool };
 
-int64_t SizeOf(DType dtype);             // Bytes.
+int64_t SizeOf(DType dtype);             // in bytes
 const char* NameOf(DType dtype);         // "float32"
-DType DTypeOf(const std::string& name);  // Throws Error.
+DType DTypeOf(const std::string& name);  // throws Error
 
 // A tensor of the model file. `data` may be unaligned.
 struct Tensor {
@@ -60,33 +60,33 @@ enum class Op {
 
 const char* NameOf(Op op);  // "retroactive_attention"
 
-// What one step of one stream has at one place of the model.
+// An intermediate result of the model, for one step of one stream.
 struct Value {
   std::vector<int64_t> shape;
   DType dtype;
-  int64_t size;  // Elements.
+  int64_t size;  // number of elements
 };
 
-// JSON's null, true and false, whole numbers, other numbers, strings, and lists of whole numbers.
+// JSON's null, booleans, integers, other numbers, strings, and lists of integers.
 using Attribute =
     std::variant<std::monostate, bool, int64_t, double, std::string, std::vector<int64_t>>;
 
 struct Node {
   Op op;
   std::string name;
-  std::vector<int> inputs;   // Places in Plan::values.
-  std::vector<int> outputs;  // One, today.
+  std::vector<int> inputs;   // indices in Plan::values
+  std::vector<int> outputs;  // always one today
   std::map<std::string, int> masks;
-  std::map<std::string, std::string> weights;  // To names of tensors.
+  std::map<std::string, std::string> weights;  // to names of tensors
   std::map<std::string, Attribute> attributes;
 
-  // ParsePlan has checked that what an op needs is there, and has the type.
+  // ParsePlan has checked that the attributes of the op exist and have the right type.
   int64_t Int(const std::string& attribute) const;
-  double Number(const std::string& attribute) const;  // Whole or not.
+  double Number(const std::string& attribute) const;  // integer or not
   bool Bool(const std::string& attribute) const;
   const std::string& Text(const std::string& attribute) const;
   const std::vector<int64_t>& Ints(const std::string& attribute) const;
-  bool IsNull(const std::string& attribute) const;  // Or left out.
+  bool IsNull(const std::string& attribute) const;  // null or absent
 };
 
 struct Port {
@@ -102,18 +102,18 @@ struct Plan {
   std::vector<Value> values;
   std::vector<Port> inputs, outputs;
   std::vector<Node> nodes;
-  std::string json;       // All of it, as it was read.
-  uint64_t architecture;  // The fingerprint before the cache dtype enters it.
-  uint64_t fingerprint;   // See docs/model_file.md; of the plan's own cache dtype.
+  std::string json;       // the complete text as it was read
+  uint64_t architecture;  // the fingerprint before the cache dtype is added
+  uint64_t fingerprint;   // with the plan's own cache dtype; see docs/model_file.md
 
-  // The fingerprint with another cache dtype, as a session may have one.
+  // The fingerprint with another cache dtype, which a session may choose.
   uint64_t FingerprintWith(DType cache_dtype) const;
 };
 
-// The tensor of that name, or null.
+// Returns the tensor with that name, or null.
 using TensorLookup = std::function<const Tensor*(const std::string& name)>;
 
-// Throws Error (kBadModelFile) with a sentence that names the node.
+// Throws Error (kBadModelFile) with a message that names the node.
 Plan ParsePlan(const std::string& json, const TensorLookup& tensors);
 
 }  // namespace continual_transformers

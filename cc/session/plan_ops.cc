@@ -32,7 +32,8 @@ Shape WithFirst(int64_t first, const Shape& rest) {
 
 double Elements(const Value& value) { return static_cast<double>(value.size); }
 
-// As a weight [R, ...] has them; at least 1, which a shape that does not fit is then compared with.
+// The rows of a weight [R, ...]. At least 1, so that a wrong shape is refused by the comparison
+// that follows.
 int64_t RowsOf(const Tensor& tensor) {
   return tensor.shape.empty() ? 1 : std::max<int64_t>(tensor.shape[0], 1);
 }
@@ -69,7 +70,7 @@ void CheckBinary(const NodeCheck& node) {
 
 void CheckConstant(const NodeCheck& node) { node.ExpectWeight("value", node.output().shape); }
 
-// Every weight, if given, has one number for each feature.
+// Each weight that is given must have one number per feature.
 void CheckFeatures(const NodeCheck& node) {
   node.ExpectSomeAxes(0);
   CheckSameShape(node);
@@ -91,7 +92,7 @@ void CheckConcat(const NodeCheck& node) {
     Shape expected = node.input(0).shape;
     expected[axis] = rows;
     node.ExpectInput(i, expected);
-    shape[axis] += rows;  // Each at most 2^31: a file is not long enough for an overflow.
+    shape[axis] += rows;  // Each is at most 2^31, and a file is too short for the sum to overflow.
   }
   node.ExpectOutput(shape);
 }
@@ -105,8 +106,8 @@ void CheckStrided(const NodeCheck& node) {
               Number(out.size()) + " axes");
   }
   const int64_t size = node.input(0).size;
-  // The least and the greatest place that is read. An axis adds at most 2^62 to what is inside the
-  // input: no overflow.
+  // The smallest and largest index that is read. Each axis adds at most 2^62 to an index inside the
+  // input, so nothing overflows.
   int64_t least = offset, greatest = offset;
   for (size_t axis = 0; axis <= out.size(); ++axis) {
     if (least < 0 || greatest >= size) {
@@ -165,7 +166,7 @@ void CheckPositional(const NodeCheck& node) {
   node.ExpectWeight("start", {});
   int64_t start;
   std::memcpy(&start, node.weight("start")->data, sizeof(start));
-  // With what a stream adds to it, it must stay in int64.
+  // The sum of this and a stream's offset must fit in int64.
   if (start < 0 || start > int64_t{1} << 60) {
     node.Fail("has the start " + Number(start) + ", expected one from 0 to 2^60");
   }
@@ -180,8 +181,8 @@ void CheckZeroUntaken(const NodeCheck& node) {
   CheckSameShape(node);
 }
 
-// Checks that the last axis of each input is cut into heads of equal size, and that queries and
-// keys are as long.
+// Checks that the last axis of each input divides into heads of equal size, and that queries and
+// keys have the same size.
 void CheckHeads(const NodeCheck& node) {
   const int64_t heads = node.node().Int("heads");
   static const char* const names[] = {"query", "key", "value"};
@@ -244,7 +245,7 @@ void CheckWindowAttention(const NodeCheck& node) {
   }
 }
 
-// The entries of docs/model_file.md, in its order.
+// In the order of docs/model_file.md.
 std::vector<OpEntry> MakeEntries() {
   constexpr ValueKind F = ValueKind::kCompute, kAny = ValueKind::kAny, kMask = ValueKind::kBool;
   constexpr OutputKind kF = OutputKind::kCompute, kSame = OutputKind::kSameAsInput;

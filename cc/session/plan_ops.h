@@ -1,5 +1,5 @@
-// What ParsePlan knows about each op: one entry of a table. An op that is added to
-// docs/model_file.md is added to plan.h's Op, and here.
+// What ParsePlan knows about each op: one table entry per op. To add an op, add it to
+// docs/model_file.md, to plan.h's Op, and here.
 
 #ifndef CONTINUAL_TRANSFORMERS_SESSION_PLAN_OPS_H_
 #define CONTINUAL_TRANSFORMERS_SESSION_PLAN_OPS_H_
@@ -23,7 +23,7 @@ struct AttributeEntry {
 
   std::string name;
   Type type;
-  // Of kWhole, both ends included, and of kNumber.
+  // The range of kWhole, both ends included, and the minimum of kNumber.
   int64_t least = 0, most = 0;
   double number_least = 0;
   std::vector<std::string> choices;
@@ -31,13 +31,13 @@ struct AttributeEntry {
   static AttributeEntry Whole(std::string name, int64_t least, int64_t most = kMostElements);
   static AttributeEntry Number(std::string name,
                                double least = std::numeric_limits<double>::lowest());
-  static AttributeEntry NumberOrNull(std::string name);  // May be left out.
+  static AttributeEntry NumberOrNull(std::string name);  // may be absent
   static AttributeEntry Bool(std::string name);
   static AttributeEntry Choice(std::string name, std::vector<std::string> choices);
   static AttributeEntry Wholes(std::string name);
 };
 
-// One of an op's functions, and the attributes that only it has.
+// One function of an op, and the attributes that only this function has.
 struct FunctionEntry {
   std::string name;
   std::vector<AttributeEntry> attributes;
@@ -45,8 +45,8 @@ struct FunctionEntry {
 
 struct WeightEntry {
   enum class Kind {
-    kCompute,  // Of the compute dtype.
-    kKernel,   // Or of the weights dtype.
+    kCompute,  // the compute dtype
+    kKernel,   // the compute dtype or the weights dtype
     kInt64,
   };
 
@@ -66,25 +66,25 @@ struct OpEntry {
   std::vector<ValueKind> inputs;
   OutputKind output;
   std::vector<WeightEntry> weights;
-  std::vector<FunctionEntry> functions;  // What the attribute `function` may be; none: has none.
+  std::vector<FunctionEntry> functions;  // values of `function`; empty: no such attribute
   std::vector<AttributeEntry> attributes;
-  // Checks shapes, and what else is not in this table.
+  // Checks shapes, and whatever this table does not cover.
   void (*check)(const NodeCheck& node);
-  // Roughly the bytes of its part of a stream block, at most; null: it has no state.
+  // An upper estimate of the node's state in a stream block, in bytes. Null: no state.
   double (*state_bytes)(const NodeCheck& node) = nullptr;
-  std::vector<std::string> masks = {};  // Each may be left out.
-  bool more_inputs = false;             // Any number, at least one, each as inputs[0] says.
+  std::vector<std::string> masks = {};  // each may be absent
+  bool more_inputs = false;             // any number, at least one, each of the kind inputs[0]
 };
 
 const std::vector<OpEntry>& OpEntries();
-const OpEntry* FindOpEntry(const std::string& name);  // Null: there is no such op.
+const OpEntry* FindOpEntry(const std::string& name);  // null: no such op
 
-// A node whose inputs, outputs, masks, weights and attributes are those that its op has; what is
-// left to check is what they say together.
+// A node whose inputs, outputs, masks, weights and attributes are those of its op. NodeCheck checks
+// how they fit together.
 class NodeCheck {
  public:
-  // `is_token`, for each value of the plan: whether it is an input of the plan, perhaps reshaped or
-  // strided.
+  // `is_token` has one entry per plan value: whether it is an input of the plan, perhaps reshaped
+  // or strided.
   NodeCheck(const Plan& plan, const Node& node, const std::map<std::string, const Tensor*>& weights,
             const std::vector<bool>& is_token, std::string where)
       : plan_(plan),
@@ -98,16 +98,16 @@ class NodeCheck {
   const Value& input(size_t i) const { return plan_.values[node_.inputs[i]]; }
   const Value& output() const { return plan_.values[node_.outputs[0]]; }
   bool InputIsToken(size_t i) const { return is_token_[node_.inputs[i]]; }
-  const Tensor* weight(const std::string& name) const;  // Null: left out.
+  const Tensor* weight(const std::string& name) const;  // null: absent
   int64_t compute_bytes() const { return SizeOf(plan_.compute_dtype); }
 
-  // Each throws where it is not so.
+  // Each throws if the check fails.
   void ExpectAxes(size_t input, size_t axes) const;
   void ExpectSomeAxes(size_t input) const;
   void ExpectInput(size_t input, const std::vector<int64_t>& shape) const;
   void ExpectOutput(const std::vector<int64_t>& shape) const;
   void ExpectWeight(const std::string& name, const std::vector<int64_t>& shape) const;
-  int64_t ExpectAxis(size_t input) const;  // The attribute `axis`, one of the input's.
+  int64_t ExpectAxis(size_t input) const;  // Returns the attribute `axis`.
   [[noreturn]] void Fail(const std::string& sentence) const;
 
  private:

@@ -1,4 +1,4 @@
-// Retroactive attention in a plan: the outputs of all queries of a stream's window.
+// Retroactive attention in a plan: one output per query of a stream's window.
 
 #ifndef CONTINUAL_TRANSFORMERS_SESSION_RETROACTIVE_INSTRUCTION_H_
 #define CONTINUAL_TRANSFORMERS_SESSION_RETROACTIVE_INSTRUCTION_H_
@@ -13,13 +13,13 @@
 
 namespace continual_transformers {
 
-// Values of the plan, sizes, and places in the stream block, in bytes.
+// Plan values, sizes, and byte offsets in the stream block.
 struct RetroactiveSpec {
   int query, key, value, output;
-  int key_mask = -1;  // A value of bool [1]; -1: none.
+  int key_mask = -1;  // a plan value, bool [1]; -1: none
   int64_t heads, window, key_dim, value_dim;
   double scale;
-  std::string algorithm;  // "auto", "update" or "recompute".
+  std::string algorithm;  // "auto", "update" or "recompute"
   int64_t query_ring, key_ring, value_ring, softmax, weighted_sum, made_with, mask_ring;
 };
 
@@ -95,7 +95,7 @@ class RetroactiveInstruction : public Instruction {
   }
 
   const RetroactiveSpec s_;
-  RetroactiveParams<T> p_;  // All but what differs from step to step.
+  RetroactiveParams<T> p_;  // everything that does not change from step to step
 };
 
 }  // namespace continual_transformers

@@ -1,4 +1,4 @@
-// Nodes of a plan that remember steps, but for attention: what lies in a stream's block.
+// Nodes of a plan that keep earlier steps in a stream's block, except attention.
 
 #ifndef CONTINUAL_TRANSFORMERS_SESSION_RING_INSTRUCTIONS_H_
 #define CONTINUAL_TRANSFORMERS_SESSION_RING_INSTRUCTIONS_H_
@@ -14,7 +14,7 @@
 
 namespace continual_transformers {
 
-// f(block, position, row) for every step, oldest first.
+// Calls f(block, position, row) for every step, oldest first.
 template <class F>
 std::unique_ptr<Instruction> MakeSteps(int64_t cycles_a_row, F f) {
   return MakeRows(cycles_a_row, [=](const Frame& frame) {
@@ -26,7 +26,7 @@ std::unique_ptr<Instruction> MakeSteps(int64_t cycles_a_row, F f) {
   });
 }
 
-// Adds a row of a table that goes round; int64 at `offset_at` of the block moves the stream in it.
+// Adds a row of a cyclic table. The int64 at `offset_at` of the block is the stream's offset in it.
 template <typename T>
 std::unique_ptr<Instruction> MakePositional(std::vector<T> rows, int64_t start, int64_t offset_at,
                                             int input, int output, int64_t size) {
@@ -35,7 +35,7 @@ std::unique_ptr<Instruction> MakePositional(std::vector<T> rows, int64_t start, 
                                                               int64_t position, int64_t r) {
     int64_t offset;
     std::memcpy(&offset, block + offset_at, sizeof(offset));
-    // An offset may come from outside, by a copied state.
+    // The offset may come from a copied state, so any value is possible.
     const int64_t at = (start % count + offset % count + position % count) % count;
     const T* row = rows.data() + (at < 0 ? at + count : at) * size;
     const T* x = frame.Rows<T>(input) + r * size;
@@ -44,7 +44,7 @@ std::unique_ptr<Instruction> MakePositional(std::vector<T> rows, int64_t start, 
   });
 }
 
-// x of `steps` steps before; zeros before there is any.
+// Returns x of `steps` steps ago, or zeros.
 inline std::unique_ptr<Instruction> MakeDelay(int64_t steps, int64_t ring_at, int input, int output,
                                               int64_t bytes) {
   return MakeSteps(bytes / 8 + 20,
@@ -60,7 +60,7 @@ inline std::unique_ptr<Instruction> MakeDelay(int64_t steps, int64_t ring_at, in
                    });
 }
 
-// x of the `window` newest steps, oldest first; zeros for steps that were never taken.
+// Returns x of the `window` newest steps, oldest first. Steps that were never taken are zeros.
 inline std::unique_ptr<Instruction> MakeWindow(int64_t window, int64_t ring_at, int input,
                                                int output, int64_t bytes) {
   return MakeSteps(
@@ -81,7 +81,7 @@ inline std::unique_ptr<Instruction> MakeWindow(int64_t window, int64_t ring_at, 
       });
 }
 
-// Zeros in the rows of steps that were never taken.
+// Sets the rows of steps that were never taken to zeros.
 inline std::unique_ptr<Instruction> MakeZeroUntaken(int64_t window, int input, int output,
                                                     int64_t bytes) {
   return MakeSteps(

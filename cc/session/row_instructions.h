@@ -1,4 +1,4 @@
-// Nodes of a plan that compute each row from that row alone, element by element or along an axis.
+// Nodes of a plan that compute each row from that row only, element by element or along an axis.
 
 #ifndef CONTINUAL_TRANSFORMERS_SESSION_ROW_INSTRUCTIONS_H_
 #define CONTINUAL_TRANSFORMERS_SESSION_ROW_INSTRUCTIONS_H_
@@ -21,7 +21,8 @@
 
 namespace continual_transformers {
 
-// f(frame) for each call, at so many cycles a row: what needs no state of its own kind.
+// Calls f(frame), at an estimated number of cycles per row. For nodes that need no class of their
+// own.
 template <class F>
 class RowsInstruction : public Instruction {
  public:
@@ -47,7 +48,7 @@ std::unique_ptr<Instruction> MakeFunction(const FunctionSpec& spec, int input, i
   });
 }
 
-// x where it is not negative, else alpha * x.
+// x if it is not negative, else alpha * x.
 template <typename T>
 std::unique_ptr<Instruction> MakePRelu(std::vector<T> alpha, int input, int output) {
   const int64_t size = alpha.size();
@@ -60,7 +61,7 @@ std::unique_ptr<Instruction> MakePRelu(std::vector<T> alpha, int input, int outp
   });
 }
 
-// x * scale + offset, over the last axis.
+// x * scale + offset, along the last axis.
 template <typename T>
 std::unique_ptr<Instruction> MakeAffine(std::vector<T> scale, std::vector<T> offset, int input,
                                         int output, int64_t size) {
@@ -75,7 +76,7 @@ std::unique_ptr<Instruction> MakeAffine(std::vector<T> scale, std::vector<T> off
       });
 }
 
-// How one axis of a row lies between the others.
+// One axis of a row: the number of elements before, along and after it.
 struct Axis {
   int64_t outer, size, inner;
 };
@@ -87,12 +88,12 @@ inline Axis AxisOf(const std::vector<int64_t>& shape, int64_t axis) {
   return found;
 }
 
-// x and y: `size` elements, `stride` apart.
+// `x` and `y` have `size` elements, `stride` apart.
 template <typename T>
 void SoftmaxOf(const T* x, int64_t size, int64_t stride, bool log, T* y) {
   T max = -std::numeric_limits<T>::infinity();
   for (int64_t i = 0; i < size; ++i) {
-    if (x[i * stride] > max) max = x[i * stride];  // A NaN comes through the exponential.
+    if (x[i * stride] > max) max = x[i * stride];  // A NaN is kept by the exponential.
   }
   T sum = 0;
   for (int64_t i = 0; i < size; ++i) {
@@ -108,9 +109,9 @@ void SoftmaxOf(const T* x, int64_t size, int64_t stride, bool log, T* y) {
   }
 }
 
-// Sparsemax (Martins & Astudillo 2016, arXiv 1602.02068) as Keras 3.15 has it: its threshold takes
-// all cumulative sums of the support, where the paper takes the last. A model is served as it was
-// trained. `sorted` is scratch of `size`.
+// Sparsemax (Martins & Astudillo 2016, arXiv 1602.02068) as Keras 3.15 computes it: its threshold
+// uses all cumulative sums of the support, where the paper uses the last. A model must be served as
+// it was trained. `sorted` is scratch of `size`.
 template <typename T>
 void SparsemaxOf(const T* x, int64_t size, int64_t stride, T* sorted, T* y) {
   bool has_nan = false;
@@ -118,7 +119,7 @@ void SparsemaxOf(const T* x, int64_t size, int64_t stride, T* sorted, T* y) {
     sorted[i] = x[i * stride];
     has_nan |= std::isnan(sorted[i]);
   }
-  if (has_nan) {  // Which no sort can place.
+  if (has_nan) {  // NaN cannot be sorted.
     for (int64_t i = 0; i < size; ++i) y[i * stride] = std::numeric_limits<T>::quiet_NaN();
     return;
   }
@@ -174,10 +175,10 @@ class SoftmaxInstruction : public Instruction {
   const int input_, output_;
 };
 
-// `x` and `y` are values, or constants of every row.
+// An operand is a plan value, or a constant that is the same in every row.
 template <typename T>
 struct Operand {
-  int value;  // Used where `constant` is null.
+  int value;  // used if `constant` is null
   const T* constant = nullptr;
 };
 
@@ -210,7 +211,7 @@ std::unique_ptr<Instruction> MakeBinary(const std::string& function, const Opera
   if (function == "subtract") return make(1, [](T x, T y) { return x - y; });
   if (function == "multiply") return make(1, [](T x, T y) { return x * y; });
   if (function == "divide") return make(2, [](T x, T y) { return x / y; });
-  // A NaN of either goes through.
+  // A NaN in either operand gives NaN.
   if (function == "maximum") {
     return make(1, [](T x, T y) { return x > y || std::isnan(x) ? x : y; });
   }
@@ -221,7 +222,7 @@ std::unique_ptr<Instruction> MakeBinary(const std::string& function, const Opera
   throw Error(ErrorCode::kBadModelFile, "Expected a binary function, but got " + function);
 }
 
-// The mean of every row gone, and its standard deviation made 1.
+// Normalizes each row to mean 0 and standard deviation 1.
 template <typename T>
 std::unique_ptr<Instruction> MakeLayerNorm(std::vector<T> gamma, std::vector<T> beta,
                                            double epsilon, int input, int output,
@@ -234,8 +235,8 @@ std::unique_ptr<Instruction> MakeLayerNorm(std::vector<T> gamma, std::vector<T> 
   });
 }
 
-// `rms`: over the root of the mean of squares plus epsilon; else over the root of the sum of
-// squares, which is at least epsilon.
+// `rms`: divides by the root of the mean of squares plus epsilon. Otherwise divides by the root of
+// the sum of squares, which is at least epsilon.
 template <typename T>
 std::unique_ptr<Instruction> MakeScaleNorm(bool rms, std::vector<T> gamma, std::vector<T> beta,
                                            double epsilon, int input, int output,
@@ -296,7 +297,8 @@ std::unique_ptr<Instruction> MakeCast(int input, int output, int64_t size) {
       if constexpr (std::is_same_v<To, bool>) {
         y[i] = x[i] != From(0);
       } else if constexpr (std::is_floating_point_v<From> && std::is_integral_v<To>) {
-        // As x86 converts, where C leaves it open: what does not fit, and NaN, is the least number.
+        // As x86 converts, where C leaves it undefined: NaN and numbers out of range give the
+        // smallest integer.
         const bool fits = x[i] >= static_cast<From>(std::numeric_limits<To>::min()) &&
                           x[i] < -static_cast<From>(std::numeric_limits<To>::min());
         y[i] = fits ? static_cast<To>(x[i]) : std::numeric_limits<To>::min();
@@ -307,7 +309,7 @@ std::unique_ptr<Instruction> MakeCast(int input, int output, int64_t size) {
   });
 }
 
-// Whether one element differs from `number`, or all do.
+// Writes whether any element differs from `number`, or whether all do.
 template <typename T>
 std::unique_ptr<Instruction> MakeNotEqual(double number, bool any, int input, int output,
                                           int64_t size) {
@@ -349,7 +351,7 @@ std::unique_ptr<Instruction> MakeMasked(int input, int mask, int output, int64_t
   });
 }
 
-// Rows of a table. Indices have been found to be in range before the step.
+// Looks up rows of a table. Executor::Check has checked the indices before the step.
 template <typename T, typename Index>
 std::unique_ptr<Instruction> MakeEmbedding(std::vector<T> table, int64_t columns, int input,
                                            int output, int64_t size) {

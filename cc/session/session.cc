@@ -17,11 +17,11 @@
 namespace continual_transformers {
 namespace {
 
-// Steps that a profile takes before it looks, at the most: a file may name any receptive field.
+// The most warm-up steps of a profile: a file may name any receptive field.
 constexpr int64_t kMostProfileWarmUp = 10000;
 
-// What a copy of a stream begins with. Little-endian, as the block is: model_file.cc refuses to be
-// compiled for anything else.
+// The header of a copy of a stream. Little-endian, like the block: model_file.cc does not compile
+// on big-endian machines.
 struct StateHeader {
   char magic[8];
   uint32_t version;
@@ -30,13 +30,13 @@ struct StateHeader {
   uint64_t weights_fingerprint;
   int64_t position;
   int64_t block_bytes;
-  char reserved[16];  // Zeros. The block is aligned if the copy is.
+  char reserved[16];  // zeros; keeps the block aligned if the copy is
 };
 static_assert(sizeof(StateHeader) == 64);
 
 constexpr char kMagic[8] = {'C', 'T', 'S', 'T', 'R', 'E', 'A', 'M'};
 constexpr uint32_t kStateVersion = 1;
-// So that positions can be added to without care: at a step a nanosecond, a century.
+// Leaves room to add to positions without overflow. At one step a nanosecond it lasts a century.
 constexpr int64_t kMostSteps = int64_t{1} << 62;
 
 std::string Text(int64_t x) { return std::to_string(x); }
@@ -53,7 +53,7 @@ struct Free {
 };
 using Buffer = std::unique_ptr<char, Free>;
 
-// Zeros.
+// Returns zeroed memory.
 Buffer Allocate(int64_t bytes) {
   const int64_t size = (std::max<int64_t>(bytes, 1) + 63) / 64 * 64;
   Buffer buffer(static_cast<char*>(std::aligned_alloc(64, size)));
@@ -62,7 +62,8 @@ Buffer Allocate(int64_t bytes) {
   return buffer;
 }
 
-// Bytes of an arena, as a part of those of all arenas for as long as it lives.
+// The bytes of one arena. They are part of the sum over all arenas for as long as this object
+// lives.
 class CountedBytes {
  public:
   explicit CountedBytes(std::atomic<int64_t>* all) : all_(all) {}
@@ -92,8 +93,8 @@ struct Call {
   CountedBytes arena_bytes;
 };
 
-// Calls that are not in progress. A thread looks first where it put its last one back, whose arena
-// is in that core's caches.
+// Calls that are not in progress. A thread first looks where it put its last one back: that arena
+// is in its core's caches.
 class CallPool {
  public:
   ~CallPool() { Clear(); }
@@ -157,7 +158,7 @@ class Session::Impl final : public ForkListener {
         plan_fingerprint_(plan_.FingerprintWith(options_.cache_dtype)),
         executor_(std::make_shared<const Executor>(std::move(file), options_)),
         weights_fingerprint_(executor_->file().weights_fingerprint()),
-        // The layout of a block depends on plan and cache dtype only: on no weights.
+        // The layout of a block depends only on the plan and the cache dtype, not on the weights.
         store_(executor_->block_bytes(), options.streams,
                [this](char* block) { executor()->InitBlock(block); }) {
     for (const StateEntry& entry : executor_->state()) {
@@ -190,7 +191,7 @@ class Session::Impl final : public ForkListener {
       executor_.swap(executor);
       version_.fetch_add(1, std::memory_order_release);
     }
-    // Calls that are kept hold the old executor.
+    // Pooled calls hold the old executor.
     calls_.Clear();
   }
 
@@ -200,14 +201,14 @@ class Session::Impl final : public ForkListener {
       throw Error(ErrorCode::kInvalidArgument,
                   "cannot take " + Text(steps) + " steps of " + Text(count) + " streams");
     }
-    // No step opens no default stream.
+    // A call without steps opens no default streams.
     if (count == 0 || (steps == 0 && ids == nullptr)) {
       if (positions != nullptr) store_.Positions(nullptr, count, positions);
       return;
     }
     CallInProgress call(this);
     StepCall step = {inputs, outputs, key_mask, count, steps, nullptr, nullptr};
-    // A refused call opens no default stream.
+    // A refused call opens no default streams.
     if (steps != 0 && ids == nullptr) call->executor->Check(step);
     StreamStore::Lease& lease = call->lease;
     if (ids != nullptr) {
@@ -216,7 +217,8 @@ class Session::Impl final : public ForkListener {
       lease.TakeDefaults(&store_, count);
     }
     if (steps != 0) {
-      // After the wait for the streams, while which other threads may change the inputs.
+      // Check again: other threads may have changed the inputs while this one waited for the
+      // streams.
       call->executor->Check(step);
       step.blocks = lease.blocks();
       step.positions = lease.positions();
@@ -232,7 +234,7 @@ class Session::Impl final : public ForkListener {
       try {
         store_.Clean(&id, 1);
       } catch (const Error& error) {
-        // Closed in between: nothing is left to forget.
+        // Another thread closed it meanwhile: there is nothing left to clean.
         if (error.code() != ErrorCode::kUnknownStream) throw;
       }
     }
@@ -324,19 +326,19 @@ class Session::Impl final : public ForkListener {
   int64_t state_bytes() const { return sizeof(StateHeader) + store_.block_bytes(); }
 
  private:
-  // One part of a block: what one node remembers.
+  // The part of a block that holds one state entry.
   struct Segment {
     int64_t offset, bytes;
     int64_t row_bytes, ring_rows;  // 0: not a ring.
     bool is_bool;
 
-    // Of a stream at that position: a ring's rows are written in order.
+    // Bytes written by a stream at that position. The rows of a ring are written in order.
     int64_t Written(int64_t position) const {
       return ring_rows == 0 ? bytes : std::min(position, ring_rows) * row_bytes;
     }
   };
 
-  // Gives a call what it works with, and takes it back. Streams are let go first.
+  // Takes a Call from the pool and puts it back. It releases the streams first.
   class CallInProgress {
    public:
     explicit CallInProgress(Impl* session) : session_(session), call_(session->calls_.Get()) {
@@ -345,7 +347,7 @@ class Session::Impl final : public ForkListener {
     }
     ~CallInProgress() {
       call_->lease.Release();
-      // With weights that were replaced meanwhile it is not kept.
+      // A call with replaced weights is not kept.
       if (call_->version != session_->version_.load(std::memory_order_acquire)) return;
       call_->arena_bytes.Set(Executor::ArenaBytes(*call_->arena));
       session_->calls_.Put(std::move(call_));
@@ -382,7 +384,8 @@ class Session::Impl final : public ForkListener {
     char* const to = static_cast<char*>(state) + sizeof(header);
     int64_t done = 0;
     for (const Segment& segment : segments_) {
-      // What was never written is of whoever had the block before, and between nodes lies nothing.
+      // Unwritten rows hold data of the block's earlier stream, and the gaps between entries hold
+      // nothing: write zeros.
       std::memset(to + done, 0, segment.offset - done);
       const int64_t written = segment.Written(position);
       std::memcpy(to + segment.offset, block + segment.offset, written);
@@ -463,7 +466,7 @@ class Session::Impl final : public ForkListener {
 
   mutable std::mutex executor_mutex_;
   std::shared_ptr<const Executor> executor_;
-  // Goes up with every change of the executor; that of a new call is behind.
+  // Incremented with every change of the executor. A new call has 0, so it is out of date.
   std::atomic<uint64_t> version_{1};
   std::atomic<uint64_t> weights_fingerprint_;
 

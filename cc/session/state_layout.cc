@@ -21,7 +21,8 @@ class LayoutBuilder {
   // `ring_rows` 0: not a ring.
   void Add(int node, const char* name, DType dtype, std::vector<int64_t> shape, int64_t ring_rows) {
     StateEntry entry = {node, name, dtype, std::move(shape), end_, ring_rows};
-    // Sizes of values are below 2^31, so a row is below 2^34 bytes, and a ring below 2^65.
+    // Value sizes are below 2^31, so a row is below 2^34 bytes and a ring below 2^65. int64 could
+    // overflow.
     const double bytes = [&] {
       double product = SizeOf(dtype);
       for (int64_t n : entry.shape) product *= static_cast<double>(n);

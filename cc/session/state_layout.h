@@ -1,4 +1,4 @@
-// Where in a stream block each node's state lies; see docs/model_file.md.
+// The layout of a stream block: where each node's state lies. See docs/model_file.md.
 
 #ifndef CONTINUAL_TRANSFORMERS_SESSION_STATE_LAYOUT_H_
 #define CONTINUAL_TRANSFORMERS_SESSION_STATE_LAYOUT_H_
@@ -16,7 +16,7 @@ struct StateLayout {
   int64_t block_bytes;
 };
 
-// With rings of keys and values in `cache_dtype`. Throws Error for a block of more than 2^40 bytes.
+// Key and value rings are in `cache_dtype`. Throws Error if a block would exceed 2^40 bytes.
 StateLayout LayOut(const Plan& plan, DType cache_dtype);
 
 int64_t BytesOf(const StateEntry& entry);

@@ -25,15 +25,15 @@ namespace {
 constexpr int64_t kChunkBits = 10;
 constexpr int64_t kChunkSlots = int64_t{1} << kChunkBits;
 
-// Slabs have about this size: large enough that making one is little beside opening its streams,
-// small enough that one for a single stream is no burden where address space is limited.
+// Approximate slab size. Making a slab costs little compared to opening its streams, and a slab for
+// a single stream is affordable where address space is limited.
 constexpr int64_t kSlabBytes = 4 << 20;
 
-// Blocks of so many streams that are open and were never stepped are touched when they are opened,
-// so that their first step meets no page fault.
+// Total size of the blocks that are touched when their streams are opened, so that the first step
+// has no page faults. Counts only open streams that were never stepped.
 constexpr int64_t kTouchedBeforehand = 16 << 20;
 
-// Streams that are opened under one hold of the mutex: other threads' steps may begin in between.
+// Streams opened under one hold of the mutex. Steps of other threads may begin between batches.
 constexpr int64_t kOpenBatch = 256;
 
 constexpr int64_t kMostSlots = std::numeric_limits<uint32_t>::max();
@@ -44,14 +44,14 @@ std::atomic<const StreamStore::WaitHooks*> wait_hooks{nullptr};
 
 int64_t RoundUp(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-// The distance of blocks. Blocks of a power of two bytes would put the same row of all streams into
-// the same few sets of the cache: from 8 KiB on the distance is an odd number of cache lines.
+// The distance between blocks. A power of two would put the same row of all streams into the same
+// few cache sets. So from 8 KiB on the distance is an odd number of cache lines.
 int64_t Stride(int64_t block_bytes) {
   const int64_t stride = RoundUp(std::max<int64_t>(block_bytes, 1), 64);
   return stride >= 8192 && stride / 64 % 2 == 0 ? stride + 64 : stride;
 }
 
-// log2 of the number of blocks of a slab.
+// log2 of the number of blocks in a slab.
 int64_t SlabBits(int64_t stride) {
   int64_t bits = 0;
   while (bits < kChunkBits && (stride << (bits + 1)) <= kSlabBytes) ++bits;
@@ -63,7 +63,7 @@ int64_t PageBytes() {
   return bytes;
 }
 
-// Gives pages of [begin, end) memory, and leaves what is in them.
+// Gives memory to the pages of [begin, end) and keeps their contents.
 void Touch(char* begin, char* end) {
 #ifndef MADV_POPULATE_WRITE
   constexpr int MADV_POPULATE_WRITE = 23;
@@ -71,20 +71,19 @@ void Touch(char* begin, char* end) {
   const int64_t page = PageBytes();
   char* const first = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(begin) / page * page);
   if (madvise(first, RoundUp(end - first, page), MADV_POPULATE_WRITE) == 0) return;
-  // Linux before 5.14. Pages at both ends may be shared with neighbours: nothing outside is
-  // written.
+  // Linux before 5.14. The pages at both ends may be shared with neighbours, so nothing outside the
+  // range is written.
   for (char* i = first; i < end; i += page) {
     volatile char* const byte = std::max(i, begin);
     *byte = 0;
   }
 }
 
-// Which slots below a mark are free: a tree of words, each bit of which says whether the word below
-// has any. So the lowest is found in as many steps as there are levels.
+// The free slots, as a tree of words: each bit says whether the word below has a bit set. The
+// lowest free slot takes one look per level.
 class FreeSlots {
  public:
-  // Makes room for slots below `count`; may throw bad_alloc, and has changed nothing then that
-  // shows.
+  // Makes room for slots below `count`. If it throws bad_alloc, nothing has visibly changed.
   void Grow(int64_t count) {
     int64_t words = count;
     for (auto& level : levels_) {
@@ -133,11 +132,11 @@ class FreeSlots {
 
 enum Flags : uint32_t {
   kOpen = 1,
-  kHeld = 2,     // By a lease.
-  kFresh = 4,    // The block must be initialized before it is used.
-  kTouched = 8,  // The block has memory.
-  kIdle = 16,    // It was given memory when the stream was opened, and no one has used it yet.
-  kWanted = 32,  // By the lease that has its turn next.
+  kHeld = 2,     // by a lease
+  kFresh = 4,    // the block must be initialized before use
+  kTouched = 8,  // the block has memory
+  kIdle = 16,    // touched when the stream was opened, and not used yet
+  kWanted = 32,  // by the lease whose turn is next
 };
 
 std::string Text(int64_t x) { return std::to_string(x); }
@@ -146,14 +145,14 @@ std::string Text(int64_t x) { return std::to_string(x); }
 
 struct StreamStore::Slot {
   int64_t position = 0;
-  uint32_t generation = 1;  // 0: used up.
+  uint32_t generation = 1;  // 0: used up
   uint32_t flags = 0;
 };
 
 struct StreamStore::State final : ForkListener {
   struct Slab {
     char* base = nullptr;
-    int64_t used = 0;  // Slots that are open, or being opened.
+    int64_t used = 0;  // slots that are open or being opened
   };
 
   struct Chunk {
@@ -186,12 +185,12 @@ struct StreamStore::State final : ForkListener {
     wake->~condition_variable();
   }
 
-  // Everything below, up to the next such line, is to be called with `mutex` held.
+  // The functions from here to AbandonSlot must be called with `mutex` held.
 
   Slot& SlotAt(int64_t slot) const {
     return chunks[slot >> kChunkBits]->slots[slot & (kChunkSlots - 1)];
   }
-  // Slab number k has slots k << slab_bits and on.
+  // Slab k has the slots from k << slab_bits on.
   Slab& SlabAt(int64_t slab) const {
     const int64_t first = slab << slab_bits;
     return chunks[first >> kChunkBits]->slabs[(first & (kChunkSlots - 1)) >> slab_bits];
@@ -223,8 +222,8 @@ struct StreamStore::State final : ForkListener {
                      "streams gives");
   }
 
-  // Marks all streams as held by `lease`; false, with none marked, where one is held by another
-  // lease or another one has its turn.
+  // Marks all streams as held by `lease`. Returns false, and marks none, if another lease holds one
+  // or another lease has its turn.
   bool Mark(const StreamId* ids, int64_t count, Lease* lease) {
     int64_t fresh = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -235,7 +234,8 @@ struct StreamStore::State final : ForkListener {
       }
       if (slot->flags & (kHeld | kWanted)) {
         if (slot->flags & kHeld) {
-          // Held by this lease if it was named before. Seldom: so no one pays for looking it up.
+          // If this lease holds it, the stream was named before. This is rare, so other calls do
+          // not pay for the search.
           Slot* const* const begin = lease->slots_.data();
           const int64_t first = std::find(begin, begin + i, slot) - begin;
           Unmark(lease, i);
@@ -264,11 +264,11 @@ struct StreamStore::State final : ForkListener {
     for (int64_t i = 0; i < count; ++i) lease->slots_[i]->flags &= ~kHeld;
   }
 
-  // Marks all streams as held by `lease`, and waits for those who hold any of them. Throws Error.
+  // Marks all streams as held by `lease`. Waits while other leases hold any of them. Throws Error.
   void Hold(std::unique_lock<std::mutex>* lock, const StreamId* ids, int64_t count, Lease* lease) {
     if (Mark(ids, count, lease)) return;
-    // A lease of many streams would never find all of them free while others take turns on them. So
-    // one of those who wait has its turn: others let its streams be.
+    // A lease of many streams might never find all of them free while others take turns on them. So
+    // one waiting lease at a time gets its turn: others do not take its streams.
     try {
       do {
         if (next == nullptr) {
@@ -287,7 +287,7 @@ struct StreamStore::State final : ForkListener {
         wake->wait(*lock);
         --waiting;
         if (waited != nullptr) {
-          // Whoever has what `end` waits for may want the mutex.
+          // A thread may hold what `end` waits for (Python's GIL) and want the mutex.
           lock->unlock();
           hooks->end(waited);
           lock->lock();
@@ -305,7 +305,7 @@ struct StreamStore::State final : ForkListener {
     for (Slot* slot : wanted) slot->flags &= ~kWanted;
     wanted.clear();
     next = nullptr;
-    // The others may have a turn now.
+    // Other waiting leases may get their turn now.
     if (waiting != 0) wake->notify_all();
   }
 
@@ -323,14 +323,14 @@ struct StreamStore::State final : ForkListener {
     if (lease->next_ != nullptr) lease->next_->previous_ = lease->previous_;
   }
 
-  // A stream's block is used from now on.
+  // Marks a block as used.
   void Use(Slot* slot) {
     if (!(slot->flags & kTouched)) ++touched;
     if (slot->flags & kIdle) idle_bytes -= stride;
     slot->flags = (slot->flags & ~(kFresh | kIdle)) | kTouched;
   }
 
-  // Takes the lowest free slot. May throw bad_alloc, and has taken none then.
+  // Takes the lowest free slot. May throw bad_alloc, and then takes none.
   int64_t TakeSlot() {
     int64_t slot;
     if (!free.empty()) {
@@ -350,14 +350,14 @@ struct StreamStore::State final : ForkListener {
     return slot;
   }
 
-  // Gives back what TakeSlot gave.
+  // Frees a slot that TakeSlot took.
   void FreeSlot(int64_t slot) {
     if (SlotAt(slot).generation != 0) free.Add(slot);
     const int64_t number = slot >> slab_bits;
     Slab& slab = SlabAt(number);
     if (--slab.used != 0 || slab.base == nullptr) return;
-    // One empty slab is kept, so that a stream that comes and goes does not make one each time: the
-    // lowest, whose slots are taken first.
+    // Keep one empty slab, so that a stream that comes and goes does not make one each time. Keep
+    // the lowest, as the lowest slots are taken first.
     if (spare == kNoSlab) {
       spare = number;
       return;
@@ -373,11 +373,11 @@ struct StreamStore::State final : ForkListener {
       if (SlotAt(slot).flags & kTouched) --touched;
       SlotAt(slot).flags &= ~kTouched;
     }
-    loose.push_back(slab.base);  // There is room: see ReserveLoose.
+    loose.push_back(slab.base);  // ReserveLoose has made room
     slab.base = nullptr;
   }
 
-  // May throw bad_alloc, before anything has changed.
+  // May throw bad_alloc, before anything changes.
   void ReserveLoose(int64_t more) {
     const size_t needed = mapped + more;
     for (auto* slabs : {&loose, &kept}) {
@@ -393,7 +393,7 @@ struct StreamStore::State final : ForkListener {
     AbandonSlot(number);
   }
 
-  // Gives a slot back of which no one knows.
+  // Frees a slot whose id no one knows, or no longer knows.
   void AbandonSlot(int64_t number) {
     Slot& slot = SlotAt(number);
     if (slot.flags & kIdle) idle_bytes -= stride;
@@ -401,9 +401,9 @@ struct StreamStore::State final : ForkListener {
     FreeSlot(number);
   }
 
-  // Without `mutex`.
+  // The functions from here on are called without `mutex`.
 
-  // Opens streams with `opening` held, or none.
+  // Opens all streams or none. `opening` must be held.
   void OpenStreams(int64_t count, StreamId* ids);
   void OpenBatch(int64_t count, StreamId* ids, bool publish);
 
@@ -420,14 +420,14 @@ struct StreamStore::State final : ForkListener {
         mmap(nullptr, slab_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base == MAP_FAILED) throw NoMemory(slab_bytes, errno);
 #ifdef MADV_NOHUGEPAGE
-    // A huge page would be filled with zeros by one step, and take memory for streams that no one
-    // has stepped.
+    // With huge pages, one step would fill a whole page with zeros, and so take memory for streams
+    // that were never stepped.
     madvise(base, slab_bytes, MADV_NOHUGEPAGE);
 #endif
     return static_cast<char*>(base);
   }
 
-  // Gives slabs that belong to no slots back to the system.
+  // Unmaps slabs that no longer belong to slots.
   void UnmapLoose() {
     char* bases[64];
     for (;;) {
@@ -441,12 +441,12 @@ struct StreamStore::State final : ForkListener {
         mapped -= count;
       }
       if (count == 0) return;
-      // Neighbours by one call.
+      // Unmap neighbours with one call.
       std::sort(bases, bases + count);
       for (int64_t i = 0; i < count;) {
         int64_t n = 1;
         while (i + n < count && bases[i + n] == bases[i] + n * slab_bytes) ++n;
-        // Fails where the system has no room to note another hole: then at least the memory goes.
+        // munmap fails if the system cannot record another hole. Then at least free the memory.
         if (munmap(bases[i], n * slab_bytes) != 0) {
           madvise(bases[i], n * slab_bytes, MADV_DONTNEED);
           std::lock_guard<std::mutex> lock(mutex);
@@ -467,7 +467,8 @@ struct StreamStore::State final : ForkListener {
     opening.unlock();
   }
   void InChild() override {
-    // Threads that waited are no more, and the condition variable must not wait for them.
+    // The waiting threads do not exist in the child, and the condition variable must not wait for
+    // them.
     wake = new (wake_storage) std::condition_variable;
     waiting = 0;
     for (Slot* slot : wanted) slot->flags &= ~kWanted;
@@ -496,7 +497,7 @@ struct StreamStore::State final : ForkListener {
         return static_cast<int64_t>(i << kChunkBits) + (slot - first);
       }
     }
-    return 0;  // Never: a slot lies in a chunk.
+    return 0;  // not reached: every slot lies in a chunk
   }
 
   const int64_t block_bytes, limit;
@@ -504,29 +505,29 @@ struct StreamStore::State final : ForkListener {
   const uint32_t last_generation;
   const int64_t stride, slab_bits, slab_bytes;
 
-  // Held while streams are opened; taken before `mutex`. So slabs are made without `mutex`, and
-  // steps go on.
+  // Held while streams are opened, and taken before `mutex`. Slabs are made under it without
+  // `mutex`, so steps go on.
   std::mutex opening;
-  // Of everything below. Never held for long: neither while a step is taken nor while the system
-  // gives or takes memory.
+  // Guards everything below. Held only briefly: never during a step, or while the system gives or
+  // takes memory.
   mutable std::mutex mutex;
   alignas(std::condition_variable) char wake_storage[sizeof(std::condition_variable)];
   std::condition_variable* wake = new (wake_storage) std::condition_variable;
   int64_t waiting = 0;
-  Lease* next = nullptr;      // Has its turn as soon as its streams are free.
-  std::vector<Slot*> wanted;  // Its streams.
-  Lease* leases = nullptr;    // All that hold streams.
+  Lease* next = nullptr;      // gets its turn as soon as its streams are free
+  std::vector<Slot*> wanted;  // the streams of `next`
+  Lease* leases = nullptr;    // all leases that hold streams
 
   std::vector<std::unique_ptr<Chunk>> chunks;
-  int64_t slots = 0;  // Made so far.
-  FreeSlots free;     // Of those.
+  int64_t slots = 0;  // slots made so far
+  FreeSlots free;     // those of them that are free
   int64_t open = 0;
-  int64_t touched = 0;     // Blocks.
-  int64_t idle_bytes = 0;  // See kIdle.
-  int64_t mapped = 0;      // Slabs.
+  int64_t touched = 0;     // blocks
+  int64_t idle_bytes = 0;  // bytes of kIdle blocks
+  int64_t mapped = 0;      // slabs
   int64_t spare = kNoSlab;
-  std::vector<char*> loose;  // Slabs that belong to no slots.
-  std::vector<char*> kept;   // The same: the system did not take them back.
+  std::vector<char*> loose;  // slabs that no longer belong to slots
+  std::vector<char*> kept;   // the same, but the system refused to unmap them
   std::vector<StreamId> defaults;
 };
 
@@ -566,13 +567,13 @@ void StreamStore::State::OpenStreams(int64_t count, StreamId* ids) {
   }
 }
 
-// Takes slots and gives them memory. The count of open streams has these already. Without `publish`
-// no one can use the ids yet.
+// Takes slots and gives them memory. `open` already counts these streams. Without `publish` no one
+// can use the ids yet.
 void StreamStore::State::OpenBatch(int64_t count, StreamId* ids, bool publish) {
-  int64_t numbers[kOpenBatch];  // Of slots.
-  int64_t missing[kOpenBatch];  // Slabs that must be made.
+  int64_t numbers[kOpenBatch];  // slots
+  int64_t missing[kOpenBatch];  // slabs to make
   char* bases[kOpenBatch];
-  int64_t touch[kOpenBatch];  // Slots whose blocks are to be touched.
+  int64_t touch[kOpenBatch];  // slots whose blocks are to be touched
   int64_t taken = 0, slabs = 0, touches = 0;
 
   const auto finish = [&] {
@@ -598,7 +599,7 @@ void StreamStore::State::OpenBatch(int64_t count, StreamId* ids, bool publish) {
       const int64_t number = TakeSlot();
       numbers[taken] = number;
       const int64_t slab = number >> slab_bits;
-      // Slots come in order, the lowest first.
+      // Slots are taken in ascending order.
       if (SlabAt(slab).base == nullptr && (slabs == 0 || missing[slabs - 1] != slab)) {
         missing[slabs++] = slab;
       }
@@ -677,8 +678,8 @@ void StreamStore::Open(int64_t count, StreamId* ids) {
   state_->OpenStreams(count, ids);
 }
 
-// A lease for the time of a call. Small ones keep their memory: allocating it would take longer
-// than the call.
+// A lease for one call. Small leases are reused by their thread: allocating would take longer than
+// the call.
 class StreamStore::LeaseOfThread {
  public:
   explicit LeaseOfThread(int64_t count) : lease_(count <= 4096 ? &Kept() : &own_) {
@@ -693,8 +694,8 @@ class StreamStore::LeaseOfThread {
   Lease* lease_;
 };
 
-// Defined here, and not within the class: a static of an inline function is a name of its own that
-// the library would show.
+// Defined outside the class: a static variable of an inline function would be a symbol that the
+// library exports.
 StreamStore::Lease& StreamStore::LeaseOfThread::Kept() {
   static thread_local Lease lease;
   return lease;
@@ -710,7 +711,7 @@ void StreamStore::Close(const StreamId* ids, int64_t count) {
     for (int64_t i = 0; i < count; ++i) state_->CloseSlot(static_cast<uint32_t>(ids[i]));
     lease.count_ = 0;
     unmap = !state_->loose.empty();
-    if (state_->waiting != 0) state_->wake->notify_all();  // What they wait for is closed.
+    if (state_->waiting != 0) state_->wake->notify_all();  // their streams are closed
   }
   if (unmap) state_->UnmapLoose();
 }
@@ -807,7 +808,7 @@ std::vector<StreamId> StreamStore::OpenStreams() const {
   std::unique_lock<std::mutex> lock(state_->mutex);
   const int64_t slots = state_->slots;
   for (int64_t number = 0; number < slots; ++number) {
-    // Steps may begin in between.
+    // Let steps begin in between.
     if (number % kChunkSlots == 0) {
       lock.unlock();
       lock.lock();
@@ -886,7 +887,7 @@ void StreamStore::Lease::TakeDefaults(StreamStore* store, int64_t count) {
     try {
       return Take(store, defaults_.data(), count);
     } catch (const Error& error) {
-      // Another thread has closed one in between: it is opened again.
+      // Another thread closed one meanwhile: open it again.
       if (error.code() != ErrorCode::kUnknownStream) throw;
     }
   }

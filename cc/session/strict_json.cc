@@ -11,8 +11,8 @@ using nlohmann::json;
 
 constexpr size_t kDeepest = 64;
 
-// Sees a text before a value is made of it, so that what is refused costs no memory. (A callback of
-// json::parse could do the same, but makes it quadratic in the length of lists.)
+// Checks a text before its values are built, so that a refused text costs no memory. (A callback of
+// json::parse could do the same, but makes parsing quadratic in the length of lists.)
 class Checker : public nlohmann::json_sax<json> {
  public:
   explicit Checker(const std::string& what) : what_(what) {}
@@ -54,14 +54,14 @@ class Checker : public nlohmann::json_sax<json> {
   }
 
   const std::string& what_;
-  std::vector<std::set<std::string>> open_;  // The keys of each open object; none for a list.
+  std::vector<std::set<std::string>> open_;  // keys of each open object; a list has none
 };
 
 }  // namespace
 
 json ParseJson(const char* text, size_t bytes, const std::string& what) {
   Checker checker(what);
-  json::sax_parse(text, text + bytes, &checker);  // Throws where it is not so.
+  json::sax_parse(text, text + bytes, &checker);  // throws if the text is refused
   return json::parse(text, text + bytes);
 }
 
@@ -70,7 +70,7 @@ std::string Quoted(const std::string& name) {
   std::string quoted = "\"";
   for (size_t i = 0; i < name.size(); ++i) {
     const unsigned char c = static_cast<unsigned char>(name[i]);
-    // Cut before a character, not inside one: bytes 10xxxxxx continue one in UTF-8.
+    // Cut before a character, not inside one: bytes 10xxxxxx continue a UTF-8 character.
     if (i >= kLongest && (c & 0xc0) != 0x80) return quoted + "...\"";
     quoted += c < 0x20 || c == 0x7f ? '?' : name[i];
   }

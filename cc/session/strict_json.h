@@ -1,4 +1,4 @@
-// Reads JSON that no one has checked. Only for .cc files of cc/session: its headers do not need
+// Reads untrusted JSON. Include it only in .cc files of cc/session: the headers do not need
 // nlohmann-json.
 
 #ifndef CONTINUAL_TRANSFORMERS_SESSION_STRICT_JSON_H_
@@ -14,30 +14,30 @@
 
 namespace continual_transformers {
 
-// Returns the value of a JSON text. Throws Error (kBadModelFile) for anything that is not exactly
-// JSON, for an object that has a key twice (readers do not agree on which one counts), and for
-// values nested deeper than 64 (what reads them calls itself). `what` begins the sentence.
+// Parses a JSON text. Throws Error (kBadModelFile) if it is not strictly JSON, if an object has a
+// key twice (readers disagree on which one counts), or if values are nested deeper than 64 (their
+// readers are recursive). `what` begins the error message.
 nlohmann::json ParseJson(const char* text, size_t bytes, const std::string& what);
 
-// Names that come from a file, as a sentence may hold them: in quotes, without control characters,
-// and not longer than a line.
+// Formats a name from a file for an error message: in quotes, without control characters, and not
+// longer than a line.
 std::string Quoted(const std::string& name);
 
-// A JSON value as a sentence may hold it.
+// Formats a JSON value for an error message.
 std::string Shown(const nlohmann::json& value);
 
-// Reads the members of one object, and refuses what it has beyond those that were asked for.
+// Reads the members of one object, and refuses members that were not asked for.
 class ObjectReader {
  public:
-  // `where` begins every sentence: "the plan", "node 3 ("query", dense)".
+  // `where` begins every error message: "the plan", "node 3 ("query", dense)".
   ObjectReader(const nlohmann::json& object, std::string where);
 
-  const nlohmann::json* Find(const char* key);  // Null where it is left out.
+  const nlohmann::json* Find(const char* key);  // null if absent
   const nlohmann::json& Need(const char* key);
   std::string Text(const char* key);
   int64_t Whole(const char* key, int64_t least, int64_t most);
   const nlohmann::json& List(const char* key);
-  // Throws where the object has a member that no one has asked for.
+  // Throws if the object has a member that was not asked for.
   void RefuseOthers() const;
 
   const std::string& where() const { return where_; }
@@ -49,10 +49,10 @@ class ObjectReader {
   std::set<std::string> known_;
 };
 
-// Whether `value` is a whole number of int64, written as one, and if so which.
+// Returns whether `value` is an integer that fits in int64, and stores it.
 bool IsWhole(const nlohmann::json& value, int64_t* whole);
 
-// Both throw Error (kBadModelFile): the sentence, and what to do about it.
+// Both throw Error (kBadModelFile) with the message and advice.
 [[noreturn]] void Refuse(const std::string& sentence);
 [[noreturn]] void RefuseAsNewer(const std::string& sentence);
 

@@ -13,8 +13,8 @@
 namespace continual_transformers {
 namespace {
 
-// How often a thread looks for work before it goes to sleep, and a caller for the end of it: some
-// 20 us, which is the pause between two parts of a step. Waking one that sleeps costs as much.
+// How often a thread polls for work before it sleeps, and a caller polls for the end of it. About
+// 20 us, the pause between two parts of a step. Waking a sleeping thread costs as much.
 constexpr int kLooks = 4000;
 
 inline void Pause() {
@@ -27,14 +27,14 @@ inline void Pause() {
 
 struct ThreadPool::Team {
   const pid_t process = getpid();
-  std::mutex in_use;  // Held by the caller that the threads work for.
+  std::mutex in_use;  // held by the caller that the threads work for
   bool started = false;
   std::mutex mutex;
   std::condition_variable wake;
   std::vector<std::thread> workers;
   bool stop = false;
 
-  // The work at hand. A thread sees by `round` that there is some.
+  // The current work. Threads see a new `round` when there is some.
   Function f = {nullptr, nullptr};
   int64_t tasks = 0;
   std::atomic<int64_t> next{0};
@@ -47,7 +47,7 @@ struct ThreadPool::Team {
       try {
         workers.emplace_back([this, worker] { Work(worker); });
       } catch (const std::system_error&) {
-        return;  // The system has no more threads for us: those that there are do the work.
+        return;  // The system has no more threads: those that exist do the work.
       }
     }
   }
@@ -81,8 +81,8 @@ struct ThreadPool::Team {
 
 ThreadPool::~ThreadPool() {
   Team* team = team_.load();
-  // A team that fork left behind is never touched: its locks may be held, and its threads waiting,
-  // in the parent only.
+  // A team left over from before a fork is never touched: its locks may be held, and its threads
+  // exist only in the parent.
   if (team == nullptr || team->process != getpid()) return;
   {
     const std::lock_guard<std::mutex> lock(team->mutex);
@@ -97,7 +97,7 @@ ThreadPool::Team* ThreadPool::TeamOfThisProcess() {
   Team* team = team_.load(std::memory_order_acquire);
   if (team != nullptr && team->process == getpid()) return team;
   auto fresh = std::make_unique<Team>();
-  // Two threads may be first at once.
+  // Two threads may get here first at the same time.
   if (team_.compare_exchange_strong(team, fresh.get())) return fresh.release();
   return team;
 }

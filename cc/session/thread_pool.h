@@ -8,11 +8,11 @@
 
 namespace continual_transformers {
 
-// Shares tasks out between its threads and the caller's. The first call that needs threads starts
-// them. A child process, which has no threads of its parent's, starts its own.
+// Shares tasks between its threads and the caller's. The first call that needs threads starts them.
+// A child process does not inherit threads, so it starts its own.
 class ThreadPool {
  public:
-  // `threads`: the caller's among them.
+  // `threads` includes the caller's.
   explicit ThreadPool(int64_t threads) : threads_(threads) {}
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -21,12 +21,12 @@ class ThreadPool {
   int64_t threads() const { return threads_; }
 
   // Calls f(task, worker) for every task in [0, tasks), and returns when all are done. `worker`, in
-  // [0, threads), is that of the thread: two calls with the same do not overlap. Where the threads
-  // are at work for another caller, or none could be started, the caller takes all tasks itself, as
-  // worker 0.
+  // [0, threads), identifies the thread: two calls with the same worker never overlap. If the
+  // threads are busy for another caller, or could not be started, the caller runs all tasks itself
+  // as worker 0.
   template <class F>
   void Share(int64_t tasks, const F& f) {
-    // Not a std::function, which would allocate.
+    // A std::function would allocate.
     ShareTasks(tasks, {&f, [](const void* f, int64_t task, int64_t worker) {
                          (*static_cast<const F*>(f))(task, worker);
                        }});
@@ -37,7 +37,7 @@ class ThreadPool {
     const void* object;
     void (*call)(const void* object, int64_t task, int64_t worker);
   };
-  // The threads of one process, with everything that they wait on.
+  // The threads of one process, and everything that they wait on.
   struct Team;
 
   void ShareTasks(int64_t tasks, const Function& f);

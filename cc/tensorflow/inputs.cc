@@ -21,8 +21,8 @@ Status NotHeld(int64_t stream, int64_t index, int64_t num_held) {
                          ". (ensure_streams makes room for more.)");
 }
 
-// Each stream within the cache and named once: a stream twice in one call has no order of steps.
-// `position` is null where the host cannot look at it.
+// Checks that each stream is in the cache and named once: the steps of a stream named twice would
+// have no order. `position` is null if the host cannot read it.
 Status CheckStreams(const int32_t* streams, int64_t count, int64_t num_steps,
                     const int64_t* position, int64_t num_held) {
   bool ascending = true;

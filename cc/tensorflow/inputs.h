@@ -1,4 +1,4 @@
-// What the kernels ask of their inputs, and how they look at them.
+// Checks and accessors for the kernels' inputs.
 
 #ifndef CONTINUAL_TRANSFORMERS_TENSORFLOW_INPUTS_H_
 #define CONTINUAL_TRANSFORMERS_TENSORFLOW_INPUTS_H_
@@ -27,14 +27,14 @@ absl::Status ExpectShape(const char* name, const tensorflow::Tensor& tensor,
 absl::Status ExpectRank(const char* name, const tensorflow::Tensor& tensor, int rank,
                         const char* axes);
 
-// That CONTINUAL_TRANSFORMERS_TARGET, where it is set, names a target that there is.
+// Checks that CONTINUAL_TRANSFORMERS_TARGET, if set, names an existing target.
 absl::Status ExpectTarget();
 
-// An input that may be left out, which is a list of at most one; null where it is.
+// An optional input is a list of at most one tensor. *input is null if it is absent.
 absl::Status OptionalInput(tensorflow::OpKernelContext* ctx, const char* name,
                            const tensorflow::Tensor** input);
 
-// How a type of a ring is called by TensorFlow; the bits are the same.
+// TensorFlow's name for a type of a ring; the bits are the same.
 template <typename C>
 struct TensorFlowType {
   using type = C;
@@ -68,14 +68,14 @@ inline Strides BatchHeadTime(int64_t heads, int64_t steps, int64_t size) {
   return {/*stream=*/heads * steps * size, /*step=*/size, /*head=*/steps * size};
 }
 
-// The variables of an `AttentionCache`, and which of its streams a call is about.
+// The variables of an `AttentionCache`, and the streams of a call.
 class AttentionState {
  public:
-  // `device` is whose memory the variables lie in; null: the host's.
+  // `device` owns the memory of the variables; null: the host.
   explicit AttentionState(DeviceMemory* device = nullptr) : device_(device), locked_(device) {}
 
-  // Locks `cache`, which is key_cache, value_cache, key_mask_cache and position, with keys and
-  // values of `dtype`; and `others` with them. They must outlive this.
+  // Locks `cache` (key_cache, value_cache, key_mask_cache and position, with keys and values of
+  // `dtype`), together with `others`. They must outlive this object.
   absl::Status Lock(const std::array<tensorflow::Var*, 4>& cache, tensorflow::DataType dtype,
                     absl::Span<const LockedVariables::Variable> others = {});
 
@@ -84,10 +84,9 @@ class AttentionState {
   tensorflow::Tensor* key_mask() { return cache_[2]->tensor(); }
   tensorflow::Tensor* position() { return cache_[3]->tensor(); }
 
-  // Sets everything of `p` that is about the state, when its sizes are set: checks that the cache
-  // and the streams fit those. `streams` is the host's, and null where row m is stream m. In a
-  // device's memory, positions are for its kernel to check, and p->streams is for the caller to
-  // set.
+  // Sets the state fields of `p`, after its sizes are set. Checks that the cache and the streams
+  // fit the sizes. `streams` is in host memory; null: row m is stream m. For device memory, the
+  // kernel must check positions, and the caller must set p->streams.
   template <typename T, typename C>
   absl::Status Fill(const tensorflow::Tensor* streams, RingParams<T, C>* p) {
     TF_RETURN_IF_ERROR(CheckSizes(p->num_streams, p->num_steps, p->num_heads, p->window, p->key_dim,
@@ -102,7 +101,7 @@ class AttentionState {
     return absl::OkStatus();
   }
 
-  // Advances the streams, in the host's memory, of a call that has been taken.
+  // Advances the streams after a call, in host memory.
   template <typename T, typename C>
   void Advance(const RingParams<T, C>& p) {
     if (!p.update_state) return;
@@ -119,7 +118,7 @@ class AttentionState {
   LockedVariables locked_;
 };
 
-// The mask's axes but the last may be 1, which a stride of 0 broadcasts. Null: there is none.
+// Every axis of the mask except the last may be 1: a stride of 0 broadcasts it. Null: no mask.
 template <typename T, typename C>
 absl::Status FillAttentionMask(const tensorflow::Tensor* given, SingleOutputParams<T, C>* p) {
   if (given == nullptr) return absl::OkStatus();
@@ -142,7 +141,7 @@ absl::Status FillAttentionMask(const tensorflow::Tensor* given, SingleOutputPara
   return absl::OkStatus();
 }
 
-// The data of a mask of `expected` shape into *data; null: there is none.
+// Checks that a mask has the `expected` shape and stores its data in *data. Null: no mask.
 absl::Status FillMask(const char* name, const tensorflow::Tensor* mask,
                       const tensorflow::TensorShape& expected, const bool** data);
 

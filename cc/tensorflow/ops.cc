@@ -1,4 +1,4 @@
-// The ops as TensorFlow's graphs see them: names, types, documentation and shape functions.
+// The ops for TensorFlow's graphs: names, types, documentation and shape functions.
 
 #include <cstdint>
 #include <vector>
@@ -16,15 +16,15 @@ using tensorflow::shape_inference::DimensionHandle;
 using tensorflow::shape_inference::InferenceContext;
 using tensorflow::shape_inference::ShapeHandle;
 
-// The shape of the variable behind a resource input; unknown where the graph does not know it.
+// Returns the shape of the variable behind a resource input, or an unknown shape.
 ShapeHandle VariableShape(InferenceContext* c, int input) {
   const auto* shapes_and_types = c->input_handle_shapes_and_types(input);
   if (shapes_and_types == nullptr || shapes_and_types->empty()) return c->UnknownShape();
   return (*shapes_and_types)[0].shape;
 }
 
-// An optional input, which is a list of at most one: its shape, of this rank; or none, and the
-// shape is unknown.
+// Reads an optional input, a list of at most one tensor: sets *given, and its shape with the given
+// rank. The shape stays unchanged if the input is absent.
 Status OptionalInput(InferenceContext* c, const char* name, int rank, ShapeHandle* shape,
                      bool* given) {
   std::vector<ShapeHandle> shapes;
@@ -98,7 +98,7 @@ Status SingleOutputAttentionShape(InferenceContext* c) {
   c->set_output(0, c->MakeShape({m, t, h, dv}));
   c->set_output(1, c->MakeShape({m, h, t, return_attention_scores ? n : c->MakeDim(0)}));
   c->set_output(2, c->Vector(m));
-  DimensionHandle before = c->MakeDim(0);  // How many steps before this call are returned.
+  DimensionHandle before = c->MakeDim(0);  // steps before this call that are returned
   if (return_window) TF_RETURN_IF_ERROR(c->Subtract(n, 1, &before));
   c->set_output(3, c->MakeShape({m, h, before, d}));
   c->set_output(4, c->MakeShape({m, h, before, dv}));
@@ -115,7 +115,7 @@ REGISTER_OP("ContinualTransformers>SingleOutputAttention")
     .Input("key_mask_cache: resource")
     .Input("position: resource")
     .Input("streams: int32")
-    // A tensor and not an attribute: attributes hold float32, too coarse for float64's bound.
+    // A tensor, because attributes hold float32, too coarse for float64's bound.
     .Input("scale: double")
     .Input("attention_mask: num_attention_masks * bool")
     .Input("key_mask: num_key_masks * bool")
@@ -137,13 +137,13 @@ REGISTER_OP("ContinualTransformers>SingleOutputAttention")
     .Doc(R"doc(
 Takes T steps of M streams: continual single-output attention (arXiv 2201.06268).
 
-Step t of a stream attends to the N newest steps that end with it: those of this call and, from the
-caches, those before. The caches are rings, changed in place: step number p of a stream is row
-p mod N. Only then do the streams' positions advance by T. While fewer than N steps were taken, a
-step attends to those there are.
+Step t of a stream attends to itself and the N - 1 steps before it. Steps of this call come from the
+inputs, and earlier ones from the caches. The caches are rings that the op changes in place: step p
+of a stream is in row p mod N. Then the op advances the streams' positions by T. While a stream has
+taken fewer than N steps, a step attends to those that exist.
 
-T is what is computed in. C is what keys and values come and are kept in: T, or under float bfloat16
-or half.
+T is the compute type. C is the type of keys and values, in the inputs and in the caches. C is T, or
+with float also bfloat16 or half.
 
 query: [M, T, H, D].
 key: [M, T, H, D].
@@ -152,22 +152,23 @@ key_cache: A variable of type C, [S, H, N, D].
 value_cache: A variable of type C, [S, H, N, Dv].
 key_mask_cache: A variable of type bool, [S, N]: which steps have a key.
 position: A variable of type int64, [S]: the steps each stream has taken.
-streams: [M]. Which stream each row belongs to; distinct, each in [0, S).
-scale: What the logits, query . key, are multiplied by; usually 1 / sqrt(D).
-attention_mask: None, or one of shape [M, H, T, N], each of the first three axes may be 1. Column
-  N - 1 is the newest step; where false, the step is not attended to.
-key_mask: None, or one of shape [M, T]. Where false, the step has no key: its stream advances, but
-  the step is attended to neither now nor later.
-output: [M, T, H, Dv]. Zeros where every column is masked.
-attention_scores: [M, H, T, N], the softmax, column N - 1 the newest step and 0 where there is no
-  step yet; [M, H, T, 0] without return_attention_scores.
-steps_taken: [M], the steps that each of these streams has taken, this call's among them, as they
-  are after a real call. A window is full from N on.
-window_key: [M, H, N - 1, D], the keys of the steps before this call, oldest first, zeros where there
-  was none: what the gradient needs, and this call may overwrite. [M, H, 0, D] without return_window.
+streams: [M]. The stream of each row; distinct, each in [0, S).
+scale: Multiplies the logits, query . key; usually 1 / sqrt(D).
+attention_mask: None, or one of shape [M, H, T, N]; each of the first three axes may be 1. Column
+  N - 1 is the newest step. If false, the query does not attend to that step.
+key_mask: None, or one of shape [M, T]. If false, the step has no key: its stream advances, but no
+  query attends to the step, now or later.
+output: [M, T, H, Dv]. Zeros if every column is masked.
+attention_scores: [M, H, T, N], the softmax. Column N - 1 is the newest step. Columns of steps that
+  do not exist yet are 0. [M, H, T, 0] without return_attention_scores.
+steps_taken: [M], the number of steps that each of these streams has taken, including this call's,
+  also if update_state is false. A window is full from N on.
+window_key: [M, H, N - 1, D], the keys of the steps before this call, oldest first. Zeros for steps
+  that do not exist. The gradient needs them, and this call may overwrite them in the cache.
+  [M, H, 0, D] without return_window.
 window_value: [M, H, N - 1, Dv], likewise.
 window_key_mask: [M, N - 1], likewise.
-update_state: If false, the outputs are those of a real call, but the caches and positions stay.
+update_state: If false, the outputs are the same, but the caches and positions do not change.
 )doc");
 
 Status RetroactiveAttentionShape(InferenceContext* c) {
@@ -188,7 +189,7 @@ Status RetroactiveAttentionShape(InferenceContext* c) {
   TF_RETURN_IF_ERROR(c->Merge(d, c->Dim(key, 3), &d));
   TF_RETURN_IF_ERROR(c->Merge(m, c->Dim(streams, 0), &m));
 
-  // The variables from input 3 on; null is an axis of a size of its own.
+  // The variables from input 3 on. Null marks an axis of a fixed size.
   const DimensionHandle two = c->MakeDim(2), four = c->MakeDim(4);
   std::vector<DimensionHandle*> axes[] = {
       {&s, &h, &n, &d}, {&s, &h, &n, &dv},     {&s, &n},          {&s},
@@ -245,10 +246,10 @@ REGISTER_OP("ContinualTransformers>RetroactiveAttention")
     .Doc(R"doc(
 Takes T steps of M streams: continual retroactive attention (arXiv 2201.06268).
 
-At step t of a stream the queries of the N newest steps that end with it all attend to these N
-steps. The caches are rings, changed in place: step number p of a stream is row p mod N. Only then
-do the streams' positions advance by T. While fewer than N steps were taken, those there are attend
-to each other.
+At step t of a stream, the queries of this step and the N - 1 steps before it all attend to these N
+steps. The caches are rings that the op changes in place: step p of a stream is in row p mod N. Then
+the op advances the streams' positions by T. While a stream has taken fewer than N steps, those that
+exist attend to each other.
 
 query: [M, T, H, D].
 key: [M, T, H, D].
@@ -258,26 +259,27 @@ value_cache: A variable of type T, [S, H, N, Dv].
 key_mask_cache: A variable of type bool, [S, N]: which steps have a key.
 position: A variable of type int64, [S]: the steps each stream has taken.
 query_cache: A variable of type T, [S, H, N, D].
-softmax: A variable of type double, [S, H, 4, N]: of each row of the window what is subtracted from
-  its logits, its denominator, and the largest denominator and the largest magnitude of a sum of
-  values since it was last computed exactly.
+softmax: A variable of type double, [S, H, 4, N]. For each row of the window: what is subtracted
+  from its logits, its denominator, and the largest denominator and the largest magnitude of a sum
+  of values since the row was last computed exactly.
 weighted_sum: A variable of type double, [S, H, N, Dv], each row's sum of values.
-made_with: A variable of type double, [S, 2]: the arithmetic that the rows' weights were computed in,
-  and their scale. Rows that were made with others than this call's are computed anew; 0 is nobody's.
-streams: [M]. Which stream each row belongs to; distinct, each in [0, S).
-scale: What the logits, query . key, are multiplied by; usually 1 / sqrt(D).
-key_mask: None, or one of shape [M, T]. Where false, the step has no key: it is attended to neither
-  now nor later, but its query attends.
-output: [M, T, H, N, Dv], the outputs of the N queries, row N - 1 the newest step's; zeros for steps
-  that were never taken, and where no step has a key.
-steps_taken: [M], the steps that each of these streams has taken, this call's among them, as they
-  are after a real call. A window is full from N on.
-algorithm: "update" adds the new key to each row and takes the oldest away; "recompute" computes each
-  row anew; "auto" is whichever is faster at these sizes.
-update_state: If false, the outputs are those of a real call, but the caches and positions stay.
+made_with: A variable of type double, [S, 2]: the arithmetic that computed the rows' weights, and
+  their scale. Rows made with another arithmetic or scale than this call's are recomputed. 0: the
+  rows have no softmax state.
+streams: [M]. The stream of each row; distinct, each in [0, S).
+scale: Multiplies the logits, query . key; usually 1 / sqrt(D).
+key_mask: None, or one of shape [M, T]. If false, the step has no key: no query attends to it, now
+  or later, but its own query attends.
+output: [M, T, H, N, Dv], the outputs of the N queries. Row N - 1 is the newest step's. Zeros for
+  steps that were never taken, and if no step has a key.
+steps_taken: [M], the number of steps that each of these streams has taken, including this call's,
+  also if update_state is false. A window is full from N on.
+algorithm: "update" adds the new key to each row and subtracts the oldest; "recompute" recomputes
+  every row; "auto" picks the faster one for these sizes.
+update_state: If false, the outputs are the same, but the caches and positions do not change.
 )doc");
 
-// The kernel checks what is not checked here.
+// The kernel checks everything else.
 Status CoSiMultiHeadAttentionStepShape(InferenceContext* c) {
   const auto expect_rank = [c](const char* name, int rank) {
     std::vector<ShapeHandle> inputs;
@@ -291,7 +293,7 @@ Status CoSiMultiHeadAttentionStepShape(InferenceContext* c) {
   }
   TF_RETURN_IF_ERROR(expect_rank("attention_mask", 4));
 
-  // What the variables' shapes say, where the graph knows them.
+  // What the variables' shapes say, if the graph knows them.
   int values, keys, variables, scores, first_step;
   bool use_bias;
   TF_RETURN_IF_ERROR(c->GetAttr("num_values", &values));
@@ -347,34 +349,35 @@ REGISTER_OP("ContinualTransformers>CoSiMultiHeadAttentionStep")
     .SetIsStateful()
     .SetShapeFn(CoSiMultiHeadAttentionStepShape)
     .Doc(R"doc(
-Takes one step of M streams through a whole multi-head attention layer: projections, continual
-single-output attention (arXiv 2201.06268) with logits query . key / sqrt(D), projection back.
+Takes one step of M streams through a whole multi-head attention layer: input projections, continual
+single-output attention (arXiv 2201.06268) with logits query . key / sqrt(D), output projection.
 
 query: [M, E].
-value: None, which is the query, or one of shape [M, Ev].
-key: None, which is the value, or one of shape [M, Ek].
+value: None (the query is used), or one of shape [M, Ev].
+key: None (the value is used), or one of shape [M, Ek].
 variables: In this order:
-  the rings, key [S, H, N, D] and value [S, H, N, Dv], of type T, or under float bfloat16 or half;
+  the rings, key [S, H, N, D] and value [S, H, N, Dv], of type T, or with float also bfloat16 or
+  half;
   bool [S, N], which steps have a key; int64 [S], the steps each stream has taken;
-  with use_delay the queries that wait for their turn, [S, delay, H, D] of type T, bool [S, delay],
-  and with use_gate [S, delay, H, Dv] of type T: whose turn it is to attend is then the query of
-  `delay` steps before, and row p mod delay has that of step number p until then;
-  kernel and, with use_bias, bias of the layers for query, key, value, with use_gate gate, and
-  output: kernels [features, H, D or Dv], of the output [H, Dv, ...], of type T, or under float all
-  of bfloat16; biases of type T.
-streams: None, row i then is stream i, or one of shape [M]. Which stream each row belongs to;
-  distinct, each in [0, S).
-attention_mask: None, or one of shape [M, H, 1, N], whose first two axes may be 1. Column N - 1 is
-  the newest step; where false, the step is not attended to.
-query_mask: None, or one of shape [M]. Where false, the query attends to nothing.
-key_mask: None, or one of shape [M]. Where false, the step has no key: its stream advances, but the
-  step is attended to neither now nor later.
+  with use_delay, the queries that wait: [S, delay, H, D] of type T, their masks, bool [S, delay],
+  and with use_gate their gates, [S, delay, H, Dv] of type T. The query of `delay` steps before
+  attends now, and row p mod delay holds the query of step p until then;
+  the kernel, and with use_bias the bias, of the layers for query, key, value, with use_gate gate,
+  and output. Kernels are [features, H, D or Dv], the output's [H, Dv, ...], of type T, or with
+  float all of bfloat16. Biases are of type T.
+streams: None (row i is stream i), or one of shape [M]: the stream of each row; distinct, each in
+  [0, S).
+attention_mask: None, or one of shape [M, H, 1, N]; the first two axes may be 1. Column N - 1 is the
+  newest step. If false, the query does not attend to that step.
+query_mask: None, or one of shape [M]. If false, the query attends to nothing.
+key_mask: None, or one of shape [M]. If false, the step has no key: its stream advances, but no
+  query attends to the step, now or later.
 result: [M, ...], the output's features; no rows before first_step.
 attention_scores: With num_scores = 1, the softmax, [M, H, N]; no rows before first_step.
-first_step: The step from which on there are outputs: while none of these streams has taken so many,
-  this one among them, they only take it.
-use_gate: Whether what is attended is multiplied by the sigmoid of a layer of the query's.
-update_state: If false, the outputs are those of a real call, but the state stays.
+first_step: The first step with outputs. While no stream of the call has taken this many steps,
+  including this one, the op only updates the state.
+use_gate: Whether the attention output is multiplied by the sigmoid of a dense layer of the query.
+update_state: If false, the outputs are the same, but the state does not change.
 )doc");
 
 Status CoSiTransformerEncoderStepShape(InferenceContext* c) {
@@ -401,7 +404,7 @@ REGISTER_OP("ContinualTransformers>CoSiTransformerEncoderStep")
     .Attr("use_bias: bool = true")
     .Attr("norm_first: bool = false")
     .Attr("activation: {'linear', 'gelu', 'relu'} = 'gelu'")
-    // A float64 in two: attributes hold float32, too coarse for float64's bound.
+    // A float64 in two parts, because attributes hold float32, too coarse for float64's bound.
     .Attr("epsilon: float = 1e-6")
     .Attr("epsilon_low: float = 0")
     .Attr("first_step: int >= 0 = 0")
@@ -418,26 +421,26 @@ variables: In this order:
   scale and offset, [E], of the layer norm of the attention;
   kernel and bias of the hidden layer, [E, F] and [F], and of the output, [F, E] and [E];
   scale and offset, [E], of the layer norm of the output.
-streams: None, row i then is stream i, or one of shape [M]. Which stream each row belongs to;
-  distinct, each in [0, S).
+streams: None (row i is stream i), or one of shape [M]: the stream of each row; distinct, each in
+  [0, S).
 result: [M, E]; no rows before first_step.
 use_bias: Whether the attention's layers have biases.
-norm_first: Whether each norm is of what goes into the attention and the dense layers, and not of
-  the sums with what comes out of them.
-activation: Of the hidden layer.
-epsilon, epsilon_low: What the layer norms add to the variance is their sum.
-first_step: The step from which on there are outputs, as CoSiMultiHeadAttentionStep has it.
-update_state: If false, the outputs are those of a real call, but the state stays.
+norm_first: If true, the norms apply to the inputs of the attention and of the dense layers. If
+  false, they apply to the residual sums.
+activation: The activation of the hidden layer.
+epsilon, epsilon_low: The layer norms add the sum of both to the variance.
+first_step: The first step with outputs, as in CoSiMultiHeadAttentionStep.
+update_state: If false, the outputs are the same, but the state does not change.
 )doc");
 
-// Of the ops on a session: its streams, int32 [M], are the second input.
+// The second input of the ops on a session: the streams, int32 [M].
 Status StreamsOfSession(InferenceContext* c, ShapeHandle* streams) {
   ShapeHandle unused;
   TF_RETURN_IF_ERROR(c->WithRank(c->input(0), 0, &unused));
   return c->WithRank(c->input(1), 1, streams);
 }
 
-// One thing for each stream.
+// One output element per stream.
 Status OnePerStreamShape(InferenceContext* c) {
   ShapeHandle streams;
   TF_RETURN_IF_ERROR(StreamsOfSession(c, &streams));
@@ -491,12 +494,11 @@ REGISTER_OP("ContinualTransformers>SessionHandle")
     .SetIsStateful()
     .SetShapeFn(ScalarsShape)
     .Doc(R"doc(
-Makes a session that has no model yet, or finds one that was made before.
+Makes a session without a model, or finds an existing session.
 
-session: A handle of it. The session lives as long as there are handles of it, and until it is
-  released.
-container: Of TensorFlow's resources, the one in which it is; '': the default one.
-shared_name: Its name there; '': nothing else can find it.
+session: A handle of the session, which lives until it is released and its last handle is gone.
+container: The container of TensorFlow's resources that holds it; '': the default one.
+shared_name: Its name in the container; '': no other op can find it.
 )doc");
 
 REGISTER_OP("ContinualTransformers>ReleaseSession")
@@ -505,10 +507,10 @@ REGISTER_OP("ContinualTransformers>ReleaseSession")
     .SetIsStateful()
     .SetShapeFn(ScalarsShape)
     .Doc(R"doc(
-Forgets the name of a session, which ends with the last handle of it. Does nothing where there is
-none of that name.
+Releases a session: its name is free, and it ends with its last handle. Does nothing if no session
+has this name.
 
-container, shared_name: As SessionHandle has them.
+container, shared_name: As in SessionHandle.
 )doc");
 
 REGISTER_OP("ContinualTransformers>InitializeSession")
@@ -519,14 +521,14 @@ REGISTER_OP("ContinualTransformers>InitializeSession")
     .SetIsStateful()
     .SetShapeFn(ScalarsShape)
     .Doc(R"doc(
-Gives a session its model, and opens its streams. Does nothing with a session that has one.
+Loads a session's model and opens its streams. Does nothing if the session already has a model.
 
 session: A session.
-model_file: The path of a model file, as docs/model_file.md describes it. It is mapped into memory,
-  and must not be changed while the session lives.
-states: The path of a file with the states of streams 0, 1, ..., one after another, each as
-  SessionGetState gives it; '': all streams are clean.
-streams: How many streams are opened.
+model_file: The path of a model file; see docs/model_file.md. It is mapped into memory and must not
+  change while the session lives.
+states: The path of a file with the states of streams 0, 1, ..., one after another, each in the
+  format of SessionGetState; '': all streams are clean.
+streams: The number of streams to open.
 )doc");
 
 REGISTER_OP("ContinualTransformers>SessionStep")
@@ -544,11 +546,11 @@ REGISTER_OP("ContinualTransformers>SessionStep")
 Takes one step of M streams through a whole model.
 
 session: A session that has a model.
-streams: [M]. Which stream each row belongs to; distinct, each in [0, S), where S streams are held.
-inputs: [M, ...], the model's inputs in its own order.
-outputs: [M, ...], the model's outputs in its own order.
-ready: [M]. Whether the stream's receptive field is full, this step among what it holds.
-output_shapes: Of each output of one stream, without M.
+streams: [M]. The stream of each row; distinct, each in [0, S), where S streams are held.
+inputs: [M, ...], the model's inputs in the model's order.
+outputs: [M, ...], the model's outputs in the model's order.
+ready: [M]. Whether the stream's receptive field is full, including this step.
+output_shapes: The shape of each output for one stream, without M.
 )doc");
 
 REGISTER_OP("ContinualTransformers>SessionClean")
@@ -558,11 +560,11 @@ REGISTER_OP("ContinualTransformers>SessionClean")
     .SetIsStateful()
     .SetShapeFn(OnePerStreamShape)
     .Doc(R"doc(
-Forgets what streams have seen: they begin again.
+Resets streams: they begin again.
 
 session: A session that has a model.
 streams: [M]. Distinct, each in [0, S), where S streams are held.
-position: [M]. How many steps each has taken then: zeros.
+position: [M]. The steps that each stream has taken afterwards: zeros.
 )doc");
 
 REGISTER_OP("ContinualTransformers>SessionEnsureStreams")
@@ -572,11 +574,11 @@ REGISTER_OP("ContinualTransformers>SessionEnsureStreams")
     .SetIsStateful()
     .SetShapeFn(ScalarsShape)
     .Doc(R"doc(
-Makes room for streams 0, ..., count - 1. Those that are held keep their state.
+Makes room for streams 0, ..., count - 1. Existing streams keep their state.
 
 session: A session that has a model.
-count: How many streams are wanted.
-held: How many streams are held then.
+count: The number of streams needed.
+held: The number of streams held afterwards.
 )doc");
 
 REGISTER_OP("ContinualTransformers>SessionGetState")
@@ -590,8 +592,8 @@ Copies the states of streams.
 
 session: A session that has a model.
 streams: [M], each in [0, S), where S streams are held.
-states: [M]. Copies, as get_state of continual_transformers_tf.Session gives them: each says which
-  model and which weights it belongs to.
+states: [M]. Copies in the format of continual_transformers_tf.Session.get_state. Each has the
+  fingerprints of its model and its weights.
 )doc");
 
 REGISTER_OP("ContinualTransformers>SessionSetState")
@@ -603,13 +605,13 @@ REGISTER_OP("ContinualTransformers>SessionSetState")
     .SetIsStateful()
     .SetShapeFn(OnePerStreamShape)
     .Doc(R"doc(
-Puts copies of states into streams, which go on from there. All of them, or none.
+Restores copies of states into streams, all or none. The streams continue from there.
 
 session: A session that has a model.
 streams: [M]. Distinct, each in [0, S), where S streams are held.
-states: [M], as SessionGetState gives them, of the same model.
-position: [M]. How many steps each has taken then.
-other_weights: Whether copies of the same model with other weights are taken too.
+states: [M], copies from SessionGetState, of the same model.
+position: [M]. The steps that each stream has taken afterwards.
+other_weights: Whether to accept copies of the same model with other weights.
 )doc");
 
 }  // namespace

@@ -1,6 +1,6 @@
-// The ops on a session: SessionHandle makes one, InitializeSession gives it a model, ReleaseSession
-// lets go of it, and the others step, clean, copy and make room for its streams. Whatever fails,
-// fails before any stream changes.
+// The ops on a session. SessionHandle makes one, InitializeSession loads its model, and
+// ReleaseSession releases it. The others step, clean and copy its streams, and make room for them.
+// An op that fails does so before any stream changes.
 
 #include <algorithm>
 #include <cstdint>
@@ -50,7 +50,7 @@ DataType TypeOf(DType dtype) {
     case DType::kBool:
       return tensorflow::DT_BOOL;
     default:
-      return tensorflow::DT_INVALID;  // No value of a plan.
+      return tensorflow::DT_INVALID;  // a plan has no such values
   }
 }
 
@@ -60,16 +60,16 @@ TensorShape ShapeOf(int64_t streams, const Value& value) {
   return shape;
 }
 
-// Of the same container and name there is one session. TensorFlow's resource manager holds it, so
-// that every run of a graph finds it, and so does every handle: what has captured one, such as a
-// function of a SavedModel, keeps the session when the manager has let go of it.
+// One session per container and name. TensorFlow's resource manager holds it, so that every run of
+// a graph finds it. Every handle holds it too: an object that captured a handle, such as a function
+// of a SavedModel, keeps the session after the manager has released it.
 class SessionHandleOp : public OpKernel {
  public:
   explicit SessionHandleOp(OpKernelConstruction* ctx) : OpKernel(ctx) {}
 
   ~SessionHandleOp() override {
     if (!info_.resource_is_private_to_kernel()) return;
-    // It may be gone already, with its container.
+    // It may already be deleted, together with its container.
     info_.resource_manager()
         ->Delete<SessionResource>(info_.container(), info_.name())
         .IgnoreError();
@@ -88,7 +88,7 @@ class SessionHandleOp : public OpKernel {
                               *made = new SessionResource;
                               return absl::OkStatus();
                             }));
-    // The handle has the reference that was got.
+    // The handle takes over the reference from LookupOrCreate.
     const ResourceHandle handle =
         ResourceHandle::MakeRefCountingHandle(resource, ctx->device()->name());
     Tensor* output;
@@ -114,15 +114,15 @@ class ReleaseSessionOp : public OpKernel {
   }
 };
 
-// What all ops on a session begin with.
+// The common beginning of all ops on a session.
 class OnSession {
  public:
-  // The resource that the first input is a handle of.
+  // Looks up the resource of the handle in the first input.
   Status LookUp(OpKernelContext* ctx) {
     return tensorflow::LookupResource(ctx, tensorflow::HandleFromInput(ctx, 0), &resource_);
   }
 
-  // And its session, and the ids of the streams that the second input names.
+  // Also looks up its session, and the ids of the streams in the second input.
   Status LookUpWithStreams(OpKernelContext* ctx) {
     TF_RETURN_IF_ERROR(LookUp(ctx));
     TF_RETURN_IF_ERROR(resource_->Get(&session_));
@@ -132,11 +132,11 @@ class OnSession {
     return resource_->Ids(streams_, &ids_);
   }
 
-  // Runs `call`, which is about these streams.
+  // Runs `call` on these streams.
   Status Run(absl::FunctionRef<void()> call) const {
     Status status = StatusOf(call);
     if (status.ok()) return status;
-    // The session speaks of ids, which the graph does not know.
+    // The session's errors name ids, which the graph does not know.
     absl::InlinedVector<int32_t, 64> sorted(streams_.begin(), streams_.end());
     std::sort(sorted.begin(), sorted.end());
     const auto twice = std::adjacent_find(sorted.begin(), sorted.end());

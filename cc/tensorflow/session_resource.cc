@@ -30,7 +30,7 @@ Status StatusOfError(const Error& error) {
   }
 }
 
-// On the machine's own file system the file is mapped; elsewhere ("gs://") TensorFlow reads it.
+// A file on a local file system is mapped. TensorFlow reads others ("gs://").
 Status ReadModel(tensorflow::Env* env, const std::string& path,
                  std::shared_ptr<const ModelFile>* model) {
   if (!absl::StrContains(path, "://")) {
@@ -69,7 +69,7 @@ Status SessionResource::Initialize(tensorflow::Env* env, const std::string& mode
   std::vector<StreamId> ids;
   TF_RETURN_IF_ERROR(StatusOf([&] {
     ids.resize(streams);
-    // One thread: TensorFlow runs steps side by side on threads of its own.
+    // One thread: TensorFlow runs steps in parallel on its own threads.
     session = std::make_unique<Session>(std::move(model), SessionOptions());
     session->store()->Defaults(streams, ids.data());
   }));

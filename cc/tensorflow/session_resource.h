@@ -1,5 +1,5 @@
-// A session as a resource of TensorFlow: made by an op, initialized by another from a model file,
-// and looked up by those that step its streams.
+// A session as a TensorFlow resource. One op makes it, another loads its model from a file, and the
+// ops that step its streams look it up.
 
 #ifndef CONTINUAL_TRANSFORMERS_TENSORFLOW_SESSION_RESOURCE_H_
 #define CONTINUAL_TRANSFORMERS_TENSORFLOW_SESSION_RESOURCE_H_
@@ -25,32 +25,32 @@ namespace continual_transformers {
 
 using StreamIds = absl::InlinedVector<StreamId, 64>;
 
-// What `call` throws, as a status with the same sentence.
+// Runs `call`. Returns a status with the message of what it throws.
 absl::Status StatusOf(absl::FunctionRef<void()> call);
 
-// Graphs know streams by numbers from 0, of which `held` are open: number i is the session's
-// default stream i. Any method may be called by several threads at once.
+// Graphs number streams from 0; `held` of them are open. Stream i is the session's default stream
+// i. Several threads may call any method at once.
 class SessionResource : public tensorflow::ResourceBase {
  public:
-  // Reads the model, opens streams 0 to `streams` - 1, and puts what the file `states` has into the
-  // first of them: copies as Session::GetState makes them, one after another; "": none. Does
-  // nothing where it was done before. A call that fails leaves the session uninitialized.
+  // Reads the model, opens streams 0 to `streams` - 1, and sets the first of them to the states in
+  // the file `states`: copies by Session::GetState, one after another; "": none. Does nothing if
+  // the session is already initialized. If it fails, the session stays uninitialized.
   absl::Status Initialize(tensorflow::Env* env, const std::string& model_file,
                           const std::string& states, int64_t streams);
-  // Makes room for streams 0 to `count` - 1. Those that are held keep their state.
+  // Makes room for streams 0 to `count` - 1. Streams that exist keep their state.
   absl::Status EnsureStreams(int64_t count, int64_t* held);
-  // The ids of these streams.
+  // Returns the ids of these streams.
   absl::Status Ids(absl::Span<const int32_t> streams, StreamIds* ids) const;
-  // The session, if it is initialized. It lives as long as this.
+  // Returns the session if it is initialized. It lives as long as this object.
   absl::Status Get(Session** session) const;
 
   std::string DebugString() const override;
 
  private:
-  std::mutex growing_;  // Held by who opens streams.
+  std::mutex growing_;  // held while streams are opened
   mutable std::shared_mutex ids_mutex_;
-  std::vector<StreamId> ids_;       // Written by who holds both.
-  std::unique_ptr<Session> owner_;  // Once it is set, it stays.
+  std::vector<StreamId> ids_;       // written only with both mutexes held
+  std::unique_ptr<Session> owner_;  // never changes once it is set
   std::atomic<Session*> session_{nullptr};
 };
 

@@ -1,10 +1,11 @@
-// Streams a packed model: one step for each row of a recording, and what a step took.
+// Streams a packed model: takes one step per row of a recording, and prints the time of a step.
 //
 //   stream MODEL.safetensors [STEPS.npy [OUTPUTS.npy]]
 //
-// STEPS.npy has a step a row, in the dtype of the model's input; without it, a thousand steps of
-// noise. OUTPUTS.npy gets the model's output a row. The model has one input and one output, as most
-// have; for others see ct::Session::Step. The README beside this file says how it is built.
+// STEPS.npy has one step per row, in the dtype of the model's input. Without it, the input is a
+// thousand steps of noise. The outputs are written to OUTPUTS.npy, one row per step. The model must
+// have one input and one output, as most have; for others see ct::Session::Step. The README beside
+// this file says how to build it.
 
 #include <algorithm>
 #include <chrono>
@@ -21,13 +22,13 @@
 
 namespace {
 
-// A NumPy array of any number of rows.
+// A NumPy array with any number of rows.
 struct Rows {
   int64_t rows = 0;
   std::vector<char> bytes;
 };
 
-// NumPy's name of a dtype.
+// Returns NumPy's name of a dtype.
 std::string Descr(ct_dtype dtype) {
   const std::map<ct_dtype, std::string> names = {{CT_FLOAT32, "<f4"},
                                                  {CT_FLOAT64, "<f8"},
@@ -37,7 +38,7 @@ std::string Descr(ct_dtype dtype) {
   return names.at(dtype);
 }
 
-// "(rows, 3, 4)" of rows of shape (3, 4).
+// Returns "(rows, 3, 4)" for rows of shape (3, 4).
 std::string Shape(int64_t rows, const std::vector<int64_t>& shape) {
   std::string text = "(" + std::to_string(rows) + ",";
   for (size_t i = 0; i < shape.size(); ++i) {
@@ -46,7 +47,7 @@ std::string Shape(int64_t rows, const std::vector<int64_t>& shape) {
   return text + ")";
 }
 
-// What stands behind a key in a .npy file's header, up to the next comma outside of brackets.
+// Returns the value of a key in a .npy file's header, up to the next comma outside brackets.
 std::string Field(const std::string& header, const std::string& key) {
   const size_t begin = header.find("'" + key + "':");
   if (begin == std::string::npos) throw std::runtime_error("the .npy file has no " + key);
@@ -59,16 +60,17 @@ std::string Field(const std::string& header, const std::string& key) {
   return header.substr(first, end - first);
 }
 
-// Reads rows of an input of the model; throws where the file has others.
+// Reads rows of the model's input. Throws if the file has another dtype or shape.
 Rows ReadNpy(const std::string& path, const ct::Value& input) {
   std::ifstream file(path, std::ios::binary);
   const std::string all((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
   const bool is_npy = all.size() >= 12 && all.compare(0, 6, "\x93NUMPY") == 0;
   if (!is_npy) throw std::runtime_error(path + " is no .npy file");
   const auto byte = [&](int i) { return static_cast<unsigned char>(all[i]); };
-  // Two bytes of length in version 1, four in later ones.
+  // The length has two bytes in version 1, four in later versions.
+  const size_t two_bytes = byte(8) + 256u * byte(9);
   const size_t length =
-      all[6] == 1 ? byte(8) + 256u * byte(9) : byte(8) + 256u * byte(9) + 65536u * byte(10);
+      all[6] == 1 ? two_bytes : two_bytes + 65536u * byte(10) + 16777216u * byte(11);
   const size_t data = (all[6] == 1 ? 10 : 12) + length;
   const std::string header = all.substr(0, std::min(data, all.size()));
   const std::string shape = Field(header, "shape");
@@ -95,7 +97,7 @@ void WriteNpy(const std::string& path, const ct::Value& output, const Rows& rows
   std::string header = "{'descr': '" + Descr(output.dtype) +
                        "', 'fortran_order': False, 'shape': " + Shape(rows.rows, output.shape) +
                        ", }";
-  // The data begins at a multiple of 64 bytes, behind a line's end.
+  // The data begins at a multiple of 64 bytes, after a newline.
   header.append(63 - (10 + header.size()) % 64, ' ');
   header += '\n';
   std::ofstream file(path, std::ios::binary);
@@ -105,7 +107,7 @@ void WriteNpy(const std::string& path, const ct::Value& output, const Rows& rows
   if (!file) throw std::runtime_error("cannot write " + path);
 }
 
-// A thousand rows of noise; of tokens, all are the first.
+// A thousand rows of noise. Tokens are all 0.
 Rows Noise(const ct::Value& input) {
   Rows rows;
   rows.rows = 1000;
@@ -142,7 +144,7 @@ void Run(const std::string& model, const std::string& steps, const std::string& 
   Rows y;
   y.rows = x.rows;
   y.bytes.resize(y.rows * output.bytes);
-  // A stream of our own, closed at the end of this function.
+  // Our own stream. It closes at the end of this function.
   ct::Stream stream = session.OpenStream();
   std::vector<double> microseconds;
   microseconds.reserve(x.rows);

@@ -20,8 +20,8 @@ struct Case {
   const char* name;
   FunctionSpec spec;
   std::function<double(double)> expected;
-  bool positive = false;  // Defined for positive numbers only.
-  double largest = 1000;  // Magnitude; beyond it the function's own formula cancels.
+  bool positive = false;  // defined only for positive numbers
+  double largest = 1000;  // the largest magnitude: beyond it the function's own formula cancels
 };
 
 double Softplus(double x) { return std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))); }
@@ -106,7 +106,8 @@ class ActivationsTest : public ::testing::TestWithParam<Target> {
   void SetUp() override { ASSERT_EQ(UseTarget(NameOf(GetParam())), ""); }
   void TearDown() override { UseTarget(""); }
 
-  // `bound`: relative to the larger of the result and what of the argument cancels in it.
+  // `bound` is relative to the larger of the result and the part of the argument that cancels in
+  // it.
   template <typename T>
   void Check(double bound) {
     for (const Case& c : Cases()) {
@@ -130,7 +131,7 @@ class ActivationsTest : public ::testing::TestWithParam<Target> {
         const double scale = std::max(std::abs(expected), std::min(1.0, std::abs(double{x[i]})));
         ASSERT_NEAR(y[i], expected, bound * scale) << "of " << x[i];
       }
-      // In place, and in pieces of any length: the same numbers.
+      // Computing in place, and in pieces of any length, gives the same numbers.
       std::vector<T> again = x;
       Apply(c.spec, again.data(), 3, again.data());
       Apply(c.spec, again.data() + 3, static_cast<int64_t>(again.size()) - 3, again.data() + 3);
@@ -149,7 +150,7 @@ class ActivationsTest : public ::testing::TestWithParam<Target> {
 TEST_P(ActivationsTest, Float) { Check<float>(5e-6); }
 TEST_P(ActivationsTest, Double) { Check<double>(1e-13); }
 
-// Near 0, where exponentials cancel, tanh keeps its relative error.
+// Near 0, where exponentials cancel, tanh keeps its relative accuracy.
 TEST_P(ActivationsTest, TanhIsExactNearZero) {
   for (double x = 1e-12; x < 1; x *= 1.3) {
     FunctionSpec spec;

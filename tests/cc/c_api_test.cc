@@ -1,4 +1,4 @@
-// The C interface against the C++ that it wraps, and the C++ wrapper over it.
+// Tests the C interface against the C++ that it wraps, and the C++ wrapper of it.
 
 #include <continual_transformers.h>
 #include <unistd.h>
@@ -22,7 +22,7 @@
 namespace continual_transformers {
 namespace {
 
-// A file that is gone with the test.
+// A file that is deleted at the end of the test.
 class TemporaryFile {
  public:
   explicit TemporaryFile(const std::string& bytes) {
@@ -52,7 +52,7 @@ class CApi : public ::testing::Test {
     return streams;
   }
 
-  // y of one step of streams with 3 features each.
+  // Takes one step of streams with 3 features each, and returns y.
   std::vector<float> Step(const std::vector<ct_stream>& streams, const std::vector<float>& x) {
     std::vector<float> y(5 * streams.size());
     const void* inputs[] = {x.data()};
@@ -72,7 +72,7 @@ class CApi : public ::testing::Test {
   ct_session* session_ = nullptr;
 };
 
-// Expects an error, and that its sentence has `part`.
+// Expects an error whose message contains `part`.
 void ExpectStatus(ct_status actual, ct_status expected, const std::string& part) {
   EXPECT_EQ(actual, expected) << ct_last_error();
   EXPECT_NE(std::string(ct_last_error()).find(part), std::string::npos) << ct_last_error();
@@ -92,7 +92,7 @@ TEST_F(CApi, StepsAreThoseOfTheSession) {
     EXPECT_EQ(BytesOf(y), expected[0]);
     EXPECT_EQ(BytesOf(positions), expected[1]);
   }
-  // Several at once, with a gap; the default streams.
+  // Several steps at once, with a gap, of the default streams.
   const Arrays inputs = RandomInputs(session.plan(), 6, 7);
   const bool key_mask[] = {true, false, true, true, true, false};
   const Arrays expected = TakeSteps(&session, nullptr, 2, 3, inputs, key_mask);
@@ -172,7 +172,7 @@ TEST_F(CApi, Streams) {
   ASSERT_EQ(ct_session_clean(session_, &streams[1], 1), CT_OK);
   EXPECT_EQ(Position(streams[0]), 1);
   EXPECT_EQ(Position(streams[1]), 0);
-  // No streams are no streams, and not all.
+  // A count of 0 cleans no streams, not all.
   ASSERT_EQ(ct_session_clean(session_, nullptr, 0), CT_OK);
   EXPECT_EQ(Position(streams[0]), 1);
   ASSERT_EQ(ct_session_clean_all(session_), CT_OK);
@@ -206,7 +206,7 @@ TEST_F(CApi, CopiesOfStreams) {
                CT_INVALID_ARGUMENT, "cut off");
   ExpectStatus(ct_session_set_state(session_, streams[0], nullptr, 0, false), CT_INVALID_ARGUMENT,
                "no copy");
-  state[24] ^= 1;  // The weights' fingerprint.
+  state[24] ^= 1;  // the weights' fingerprint
   ExpectStatus(ct_session_set_state(session_, streams[0], state.data(), bytes, false),
                CT_OTHER_MODEL, "other weights");
   ASSERT_EQ(ct_session_set_state(session_, streams[0], state.data(), bytes, true), CT_OK);
@@ -254,7 +254,7 @@ TEST_F(CApi, Options) {
   options.size = 4;
   ExpectStatus(load(), CT_INVALID_ARGUMENT, "CT_OPTIONS_DEFAULT");
 
-  // Those of a newer header: fine as long as what is new is not used.
+  // Options of a newer header are accepted if the new fields are zero.
   struct {
     ct_options options;
     int64_t newer;
@@ -295,7 +295,7 @@ TEST_F(CApi, Files) {
   ExpectStatus(ct_session_load_memory(nullptr, 0, nullptr, &session), CT_BAD_MODEL_FILE, "");
 }
 
-// What C cannot rule out: each is a sentence, not a crash.
+// Arguments that C's types allow and the library refuses. Each must give a message, not a crash.
 TEST_F(CApi, NullPointersAndNegativeCounts) {
   const ct_stream stream = Open(1)[0];
   float x[3] = {1, 2, 3}, y[5];
@@ -376,7 +376,7 @@ TEST_F(CApi, Memory) {
   ExpectStatus(ct_session_memory(session_, &memory, 8), CT_INVALID_ARGUMENT, "8");
 }
 
-// The C++ wrapper. A model of one input and one output, as most are.
+// For the C++ wrapper: a model with one input and one output, like most models.
 PlanBuilder OneOutput() {
   PlanBuilder model = SmallModel();
   model.plan["outputs"].erase(1);
@@ -432,7 +432,7 @@ TEST(Wrapper, StreamsOfAModel) {
     EXPECT_GT(session.memory().streams, 0);
   }
   EXPECT_EQ(session.open_streams(), 0);
-  // None: nothing happens.
+  // No streams: nothing happens.
   other.Clean(std::vector<ct_stream>());
   other.Close(std::vector<ct_stream>());
   other.Step(std::vector<ct_stream>(), static_cast<float*>(nullptr), static_cast<float*>(nullptr));

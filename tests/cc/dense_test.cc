@@ -1,4 +1,4 @@
-// x W + b, against sums in double, on every target.
+// Tests x W + b against sums in double, on every target.
 
 #include "cc/attention/dense.h"
 
@@ -31,8 +31,8 @@ class DenseTest : public ::testing::TestWithParam<Target> {
   void SetUp() override { ASSERT_EQ(UseTarget(NameOf(GetParam())), ""); }
   void TearDown() override { UseTarget(""); }
 
-  // Both in one piece and in three, which must be the same bits. The element behind each buffer's
-  // last is NaN, and stays so.
+  // Computes in one piece and in three, which must give the same bits. The element after each
+  // buffer's end is NaN, and must stay so.
   template <typename T, typename W>
   void Check(int64_t rows, int64_t inputs, int64_t outputs, bool use_bias, double bound) {
     SCOPED_TRACE("M " + std::to_string(rows) + " " + std::to_string(inputs) + " x " +
@@ -86,7 +86,7 @@ TEST_P(DenseTest, Grid) {
 }
 
 TEST_P(DenseTest, NarrowRoundsToTheNearestEven) {
-  // Of bfloat16 a unit at 1 is 2^-7, of half 2^-10.
+  // A unit at 1 is 2^-7 in bfloat16, and 2^-10 in half.
   const std::vector<float> x = {1,     1 + 0x1p-8f, 1 + 0x1.8p-7f, -1 - 0x1.1p-8f,
                                 3e38f, 0,           -0.0f,         INFINITY};
   const std::vector<uint16_t> expected = {0x3f80, 0x3f80, 0x3f82, 0xbf81,

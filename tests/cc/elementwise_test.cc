@@ -1,4 +1,4 @@
-// What happens between a layer's products, on every target, against long double.
+// Tests the operations between a layer's products against long double, on every target.
 
 #include "cc/attention/elementwise.h"
 
@@ -19,7 +19,7 @@ class ElementwiseTest : public ::testing::TestWithParam<Target> {
   void SetUp() override { ASSERT_EQ(UseTarget(NameOf(GetParam())), ""); }
   void TearDown() override { UseTarget(""); }
 
-  // One number more than asked for, which is NaN: nobody is to read or write it.
+  // Returns one number more than asked for. It is NaN, and no one may read or write it.
   template <typename T>
   std::vector<T> Numbers(int64_t size) {
     std::normal_distribution<double> normal(0, 3);
@@ -52,7 +52,7 @@ class ElementwiseTest : public ::testing::TestWithParam<Target> {
                            offset = Numbers<T>(size);
       const LayerNorm<T> norm = {scale.data(), offset.data(), T(1e-3)};
       std::vector<T> y = x;
-      Normalize(norm, y.data(), kRows, size, y.data());  // In place.
+      Normalize(norm, y.data(), kRows, size, y.data());  // in place
       EXPECT_TRUE(std::isnan(y[kRows * size]));
       for (int64_t row = 0; row < kRows; ++row) {
         const T* v = x.data() + row * size;

@@ -1,5 +1,5 @@
-// A plan with every op, run in every way a call can be cut: all give the same outputs. What the ops
-// compute is held against a reference in Python (tests/plan_reference.py).
+// A plan with every op, run with every division into calls: all must give the same outputs. Another
+// test compares the ops with a reference in Python (tests/plan_reference.py).
 
 #include "cc/session/executor.h"
 
@@ -19,7 +19,7 @@
 namespace continual_transformers {
 namespace {
 
-// An encoder block of E features, whose feed-forward part has F.
+// An encoder block with E features, and F in its feed-forward part.
 int Encoder(PlanBuilder* b, int x, int64_t e, int64_t f, int64_t heads, int64_t window) {
   const auto norm = [&](int y) {
     return b->Node("norm", {y}, {e}, {{"function", "layer"}, {"epsilon", 1e-6}},
@@ -41,13 +41,13 @@ PlanBuilder Stack(const std::string& dtype, int64_t e, int64_t f, int64_t heads,
   return b;
 }
 
-// Streams of an executor, and the calls they take.
+// Streams of an executor, and the calls on them.
 class Streams {
  public:
   Streams(std::shared_ptr<const ModelFile> file, const ExecutorOptions& options, int64_t count)
       : executor_(file, options), arena_(executor_.NewArena()), positions_(count, 0) {
     for (int64_t i = 0; i < count; ++i) {
-      // Memory of before, which no step may read: NaN in any floating dtype, true in none.
+      // Old memory that no step may read: NaN in every floating dtype, and no valid bool.
       blocks_.emplace_back(executor_.block_bytes() + 64, '\xff');
       char* p = blocks_.back().data();
       p += (64 - reinterpret_cast<uintptr_t>(p) % 64) % 64;
@@ -56,7 +56,8 @@ class Streams {
     }
   }
 
-  // The outputs of `steps` steps of streams [first, first + count): [count, steps, ...] each.
+  // Takes `steps` steps of streams [first, first + count). Returns the outputs, [count, steps, ...]
+  // each.
   std::vector<std::string> Take(int64_t first, int64_t count, int64_t steps,
                                 const std::vector<std::string>& inputs,
                                 const bool* key_mask = nullptr) {
@@ -98,7 +99,7 @@ class Streams {
   std::vector<int64_t> positions_;
 };
 
-// Inputs of `streams` streams of `steps` steps; those of a part of them are cut out of these.
+// Inputs for `steps` steps of `streams` streams. Inputs for a part of them are cut from these.
 class Recording {
  public:
   Recording(const Plan& plan, int64_t streams, int64_t steps) : plan_(plan), steps_(steps) {
@@ -190,7 +191,7 @@ ExecutorOptions OptionsOf(const Plan& plan, int64_t threads = 1) {
 
 class ExecutorTest : public ::testing::TestWithParam<std::string> {};
 
-// One stream and one step at a time, against any number of both.
+// Steps of one stream, one at a time, must equal calls with any number of streams and steps.
 TEST_P(ExecutorTest, CallsMayBeCutInAnyWay) {
   const auto file = EveryOp(GetParam()).File();
   const Plan& plan = file->plan();
@@ -252,7 +253,7 @@ TEST(ExecutorTest, ManyStreamsOverSeveralThreads) {
   }
 }
 
-// A single stream's wide layers are shared by the threads.
+// The threads share the wide layers of a single stream.
 TEST(ExecutorTest, WideLayersOverSeveralThreads) {
   const auto file = Stack("float32", 512, 700, 8, 40).File();
   const Plan& plan = file->plan();
@@ -289,7 +290,7 @@ TEST(ExecutorTest, TokensOutOfRangeAreRefused) {
   auto inputs = recording.Cut(0, 2, 0, 1);
   for (int32_t token : {-1, 5, std::numeric_limits<int32_t>::max()}) {
     auto wrong = inputs;
-    std::memcpy(&wrong[1][4 * 3], &token, sizeof(token));  // Stream 1's second.
+    std::memcpy(&wrong[1][4 * 3], &token, sizeof(token));  // stream 1's second token
     try {
       streams.Take(0, 2, 1, wrong);
       FAIL() << "expected an error for token " << token;
@@ -326,7 +327,7 @@ TEST(ExecutorTest, OutputsThatNoInstructionWrites) {
   EXPECT_EQ(outputs[4], BytesOf(std::vector<float>{8, 9, 8, 9, 8, 9}));
 }
 
-// What is folded into a dense layer gives what it gave alone.
+// A node fused into a dense layer gives the same result as on its own.
 TEST(ExecutorTest, NeighboursOfDenseLayersAreFolded) {
   for (bool used_twice : {false, true}) {
     PlanBuilder b;
@@ -344,7 +345,7 @@ TEST(ExecutorTest, NeighboursOfDenseLayersAreFolded) {
     const int sum = b.Node("binary", {other, normal}, {2}, {{"function", "add"}});
     const int y = b.Node("activation", {sum}, {2}, {{"function", "relu6"}});
     b.Output("y", y);
-    if (used_twice) {  // Nothing may then be folded.
+    if (used_twice) {  // then nothing may be fused
       b.Output("scaled", scaled);
       b.Output("dense", dense);
       b.Output("normal", normal);

@@ -1,4 +1,4 @@
-// Writes model files for tests: a plan node by node, and weights with the values that a test wants.
+// Writes model files for tests: a plan, node by node, and weights with chosen values.
 #ifndef CONTINUAL_TRANSFORMERS_TESTS_CC_MODEL_FILE_CASE_H_
 #define CONTINUAL_TRANSFORMERS_TESTS_CC_MODEL_FILE_CASE_H_
 
@@ -23,7 +23,7 @@ using Shape = std::vector<int64_t>;
 
 // One tensor of a safetensors file.
 struct TensorBytes {
-  std::string dtype;  // As a plan has it: "float32", "bfloat16", "int64".
+  std::string dtype;  // as in a plan: "float32", "bfloat16", "int64"
   Shape shape;
   std::string bytes;
 };
@@ -59,7 +59,7 @@ inline std::string BytesOf(const std::string& dtype, const std::vector<double>& 
       const float single = static_cast<float>(value);
       uint32_t bits;
       std::memcpy(&bits, &single, sizeof(bits));
-      // To nearest, ties to even. Tests have no NaN among their weights.
+      // Rounds to nearest, ties to even. The weights of tests have no NaN.
       rounded.push_back(static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16));
     }
     return BytesOf(rounded);
@@ -67,7 +67,8 @@ inline std::string BytesOf(const std::string& dtype, const std::vector<double>& 
   throw std::invalid_argument("no weights have dtype " + dtype);
 }
 
-// The bytes of a safetensors file: 8 bytes of header length, the header, the tensors' bytes.
+// Returns the bytes of a safetensors file: 8 bytes of header length, the header, the tensors'
+// bytes.
 inline std::string SafetensorsFile(const std::string& header, const std::string& data) {
   const uint64_t length = header.size();
   return std::string(reinterpret_cast<const char*>(&length), sizeof(length)) + header + data;
@@ -81,7 +82,7 @@ inline std::string SafetensorsFile(const std::string& header, const std::string&
 //   builder.Output("y", y);
 //   auto file = builder.File();
 //
-// `plan` and `tensors` may be changed by hand before Bytes or File, to make a file that is wrong.
+// To make a wrong file, change `plan` and `tensors` by hand before Bytes or File.
 class PlanBuilder {
  public:
   explicit PlanBuilder(const std::string& compute_dtype = "float32", uint32_t seed = 1)
@@ -103,7 +104,7 @@ class PlanBuilder {
             {"keras_state", Json::array()}};
   }
 
-  // Adds a value that no node has made yet and returns its number. dtype "": the compute dtype.
+  // Adds a value that no node makes yet, and returns its number. dtype "": the compute dtype.
   int Value(const Shape& shape, const std::string& dtype = "") {
     plan["values"].push_back(
         {{"shape", shape}, {"dtype", dtype.empty() ? compute_dtype() : dtype}});
@@ -123,7 +124,7 @@ class PlanBuilder {
     plan["outputs"].push_back({{"name", name}, {"value", value}});
   }
 
-  // A weight with these values, in a dtype ("": the compute dtype).
+  // Returns a weight with these values, in a dtype ("": the compute dtype).
   TensorBytes Weight(const Shape& shape, const std::vector<double>& values,
                      const std::string& dtype = "") const {
     if (Elements(shape) != static_cast<int64_t>(values.size())) {
@@ -133,7 +134,7 @@ class PlanBuilder {
     return {name, shape, BytesOf(name, values)};
   }
 
-  // A weight of normally distributed values, the same on every run.
+  // Returns a weight of normally distributed values, the same on every run.
   TensorBytes Random(const Shape& shape, double scale = 0.5, const std::string& dtype = "") {
     std::vector<double> values(Elements(shape));
     for (double& value : values) value = scale * Normal();
@@ -141,8 +142,8 @@ class PlanBuilder {
   }
 
   // Adds a node with one output, of `shape` and `dtype` ("": the compute dtype), and returns the
-  // output's value. `weights` goes from what the op calls a weight to the weight. `masks` from the
-  // mask's name to a value.
+  // output's value. `weights` maps the op's names of weights to weights, and `masks` the names of
+  // masks to values.
   int Node(const std::string& op, const std::vector<int>& inputs, const Shape& shape,
            const Json& attributes = Json::object(),
            const std::vector<std::pair<std::string, TensorBytes>>& weights = {},
@@ -164,7 +165,7 @@ class PlanBuilder {
     return output;
   }
 
-  // Multiplies and adds: `dense` with a kernel and a bias at random.
+  // Adds a `dense` node with a random kernel and bias.
   int Dense(int input, const Shape& shape, const std::string& kernel_dtype = "") {
     const int64_t in = plan["values"][input]["shape"].back();
     const int64_t out = shape.back();
@@ -173,7 +174,7 @@ class PlanBuilder {
                 {{"kernel", std::move(kernel)}, {"bias", Random({out}, 0.1)}});
   }
 
-  // `attention` over its whole window, with `changes` to the attributes that this gives it.
+  // Adds an `attention` node over its whole window. `changes` replaces attributes.
   int Attention(int query, int key, int value, int64_t heads, int64_t window,
                 const Json& changes = Json::object(),
                 const std::map<std::string, int>& masks = {}) {
@@ -187,7 +188,7 @@ class PlanBuilder {
                 masks);
   }
 
-  // The header of the file: where each tensor lies, and the plan among the metadata.
+  // Returns the header of the file: where each tensor lies, and the plan in the metadata.
   Json Header() const {
     Json header;
     int64_t offset = 0;
@@ -209,7 +210,7 @@ class PlanBuilder {
     return data;
   }
 
-  // The file's bytes. Its header is padded to a multiple of 8 bytes, as safetensors does.
+  // Returns the file's bytes. The header is padded to a multiple of 8 bytes, as safetensors does.
   std::string Bytes() const {
     std::string header = Header().dump();
     header.append((8 - header.size() % 8) % 8, ' ');
@@ -227,7 +228,7 @@ class PlanBuilder {
   std::map<std::string, TensorBytes> tensors;
 
  private:
-  // By Box and Muller, as std::normal_distribution differs from one standard library to another.
+  // Uses Box-Muller, as std::normal_distribution differs between standard libraries.
   double Normal() {
     const double radius = std::sqrt(-2 * std::log((random_() + 1.0) / 4294967296.0));
     return radius * std::cos(6.283185307179586 * (random_() / 4294967296.0));
@@ -236,7 +237,7 @@ class PlanBuilder {
   std::mt19937 random_;
 };
 
-// A small plan with every op, each in the middle of others, as the sizes of a test allow.
+// A small plan with every op, each between other ops where possible.
 inline PlanBuilder EveryOp(const std::string& compute_dtype = "float32") {
   PlanBuilder b(compute_dtype);
   b.plan["receptive_field"] = 4;
@@ -261,7 +262,7 @@ inline PlanBuilder EveryOp(const std::string& compute_dtype = "float32") {
   const int normal = b.Node("norm", {y}, {4}, {{"function", "layer"}, {"epsilon", 1e-6}},
                             {{"gamma", b.Random({4})}, {"beta", b.Random({4})}});
 
-  // Tokens, turned round, as [1, 2], and looked up.
+  // Tokens, reversed, as [1, 2], and looked up.
   int t = b.Node("strided", {tokens}, {2}, {{"offset", 1}, {"strides", {-1}}}, {}, {}, "int32");
   t = b.Node("reshape", {t}, {1, 2}, {}, {}, {}, "int32");
   const int embedded = b.Node("embedding", {t}, {1, 2, 3}, {}, {{"table", b.Random({5, 3})}});

@@ -1,12 +1,12 @@
-// Loads files that are wrong: nothing in a file may make the loader read or write out of bounds,
-// run into undefined behaviour, or throw anything but Error.
+// Loads wrong files: nothing in a file may make the loader read or write out of bounds, run into
+// undefined behaviour, or throw anything but Error.
 //
 // With libFuzzer (clang++ -fsanitize=fuzzer,address,undefined) it is a fuzz target. With
-// -DCONTINUAL_TRANSFORMERS_FUZZ_MAIN it has a main, which takes a number of files that it changes
-// at random, the same on every run:
+// -DCONTINUAL_TRANSFORMERS_FUZZ_MAIN it has a main, which changes a number of files at random, the
+// same way on every run:
 //
 //   model_file_fuzz [files] [seed]
-//   model_file_fuzz --corpus FOLDER    writes the files that it begins with, for libFuzzer
+//   model_file_fuzz --corpus FOLDER    writes the initial files, for libFuzzer
 
 #include <cmath>
 #include <cstddef>
@@ -32,7 +32,7 @@
 namespace continual_transformers {
 namespace {
 
-// Reads every byte that the executor may read, so that AddressSanitizer sees one that is not there.
+// Reads every byte that the executor may read, so that AddressSanitizer catches one out of bounds.
 uint64_t SumOf(const ModelFile& file) {
   uint64_t sum = file.weights_fingerprint() + file.plan().fingerprint;
   for (const Node& node : file.plan().nodes) {
@@ -51,11 +51,11 @@ uint64_t SumOf(const ModelFile& file) {
   return sum;
 }
 
-// How much memory a step may take that is worth the time.
+// Larger models would take too long to step.
 constexpr int64_t kMostBlockBytes = 1 << 20;
 constexpr int64_t kMostValueBytes = 1 << 14;
 
-// Exactly so many bytes, so that AddressSanitizer sees one too many.
+// A buffer of exactly `bytes` bytes, so that AddressSanitizer catches accesses past its end.
 class Buffer {
  public:
   explicit Buffer(int64_t bytes) {
@@ -69,7 +69,8 @@ class Buffer {
   void* data_ = nullptr;
 };
 
-// Numbers as an input may have them: any of a float's bits, tokens from -1 to 6, true and false.
+// Fills in numbers that an input may have: any bits for a float, tokens from -1 to 6, true and
+// false.
 void Fill(DType dtype, int64_t elements, std::mt19937* random, char* data) {
   for (int64_t i = 0; i < elements; ++i, data += SizeOf(dtype)) {
     const uint32_t bits = (*random)();
@@ -96,12 +97,12 @@ void Fill(DType dtype, int64_t elements, std::mt19937* random, char* data) {
         *data = static_cast<char>(bits % 2);
         break;
       default:
-        std::abort();  // No value has another.
+        std::abort();  // no value has another dtype
     }
   }
 }
 
-// Takes steps of two streams, if the model is small. Returns whether it did.
+// Takes steps of two streams if the model is small. Returns whether it did.
 bool TakeSteps(const std::shared_ptr<const ModelFile>& file) {
   const Plan& plan = file->plan();
   int64_t bytes = 0;
@@ -146,7 +147,7 @@ bool TakeSteps(const std::shared_ptr<const ModelFile>& file) {
       executor.Check(call);
     } catch (const Error& error) {
       if (error.code() != ErrorCode::kInvalidArgument) std::abort();
-      continue;  // A token that the table does not have.
+      continue;  // a token outside the table
     }
     executor.Step(call, arena.get());
     for (int64_t& position : positions) position += steps;
@@ -154,7 +155,7 @@ bool TakeSteps(const std::shared_ptr<const ModelFile>& file) {
   return true;
 }
 
-// How many files were taken, and with how many of them steps.
+// Files that were accepted, and those of them that took steps.
 int files_taken = 0, files_stepped = 0;
 
 void Load(const std::string& bytes) {
@@ -182,7 +183,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
 namespace continual_transformers {
 namespace {
 
-// Small plans with a few ops each, and one with all.
+// Small plans with a few ops each, and one with all ops.
 std::vector<PlanBuilder> Corpus() {
   std::vector<PlanBuilder> corpus = {EveryOp(), EveryOp("float64")};
   {
@@ -226,8 +227,7 @@ class Mutator {
   Mutator(std::vector<PlanBuilder> corpus, uint32_t seed)
       : corpus_(std::move(corpus)), random_(seed) {}
 
-  // A file that is wrong in one way, or in up to four: among its bytes, in its header, or in its
-  // plan.
+  // Returns a file with one to four errors: in its bytes, its header or its plan.
   std::string Next() {
     PlanBuilder builder = corpus_[Below(corpus_.size())];
     const size_t changes = Below(3) == 0 ? 1 + Below(4) : 1;
@@ -256,7 +256,7 @@ class Mutator {
     return json.dump(-1, ' ', false, Json::error_handler_t::replace);
   }
 
-  // Changes one place of a value, however deep it lies.
+  // Changes one place in a JSON value, at any depth.
   void Change(Json* root) {
     std::vector<Json*> places;
     Collect(root, &places);
@@ -354,7 +354,7 @@ class Mutator {
       case 3:
         bytes->insert(place, bytes->substr(Below(bytes->size()), Below(64)));
         break;
-      case 4:  // Among the header's length.
+      case 4:  // in the header's length
         if (bytes->size() >= 8) (*bytes)[Below(8)] = static_cast<char>(random_());
         break;
     }
@@ -396,7 +396,7 @@ int Main(int arguments, char** values) {
   }
   std::cout << files << " files: " << files_taken << " taken, " << files_stepped
             << " of them took steps\n";
-  // What takes or refuses all there is tests nothing.
+  // The test is useless if all files are accepted, or all are refused.
   const bool sound = files_stepped > files / 200 && files_taken < files / 2;
   return files < 1000 || sound ? 0 : 1;
 }

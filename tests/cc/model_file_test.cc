@@ -29,7 +29,7 @@
 namespace continual_transformers {
 namespace {
 
-// What a file is refused with; empty: it is not.
+// Returns the message with which a file is refused, or "".
 std::string Refusal(const std::string& bytes) {
   try {
     ModelFile::Copy(bytes.data(), bytes.size());
@@ -48,7 +48,7 @@ void ExpectIn(const std::string& part, const std::string& text) {
       << "expected \"" << part << "\" in \"" << text << "\"";
 }
 
-// The place in EveryOp's nodes of the first that has this op, and, if given, this function.
+// Returns the index of EveryOp's first node with this op and, if given, this function.
 size_t PlaceOf(const PlanBuilder& builder, const std::string& op,
                const std::string& function = "") {
   const Json& nodes = builder.plan["nodes"];
@@ -98,7 +98,7 @@ Error MapError(const std::string& path) {
   return Error(ErrorCode::kInternal, "");
 }
 
-// ---- What is read.
+// ---- Reading.
 
 TEST(ModelFileTest, ReadsWhatWasWritten) {
   for (const char* dtype : {"float32", "float64"}) {
@@ -160,7 +160,7 @@ TEST(ModelFileTest, GivesAttributesByTheirTypes) {
     return file->plan().nodes[PlaceOf(builder, op, function)];
   };
   EXPECT_EQ(node("attention").Int("window"), 4);
-  EXPECT_EQ(node("window_attention").Number("scale"), 1.0);  // Written as 1.
+  EXPECT_EQ(node("window_attention").Number("scale"), 1.0);  // written as 1
   EXPECT_TRUE(node("window_attention").Bool("causal"));
   EXPECT_EQ(node("retroactive_attention").Text("algorithm"), "auto");
   EXPECT_EQ(node("strided").Ints("strides"), std::vector<int64_t>{-1});
@@ -214,7 +214,7 @@ TEST(ModelFileTest, KernelsMayBeBfloat16WhereThePlanSaysSo) {
   builder.Output("y", builder.Dense(builder.Dense(x, {4}, "bfloat16"), {2}));
   ExpectIn("is bfloat16, expected float32. ", Refusal(builder));
   builder.plan["weights_dtype"] = "bfloat16";
-  EXPECT_EQ(Refusal(builder), "");  // Each kernel as it is: one is bfloat16, one is not.
+  EXPECT_EQ(Refusal(builder), "");  // each kernel as it is: one is bfloat16, one is not
   TensorBytes& bias = builder.tensors.at("dense_0/bias");
   bias = builder.Weight({4}, {0, 0, 0, 0}, "bfloat16");
   ExpectIn("its weight \"bias\", the tensor \"dense_0/bias\", is bfloat16, expected float32",
@@ -251,7 +251,7 @@ TEST(FingerprintTest, IsXxh64) {
     size_t bytes;
     uint64_t seed, hash;
   };
-  // By the Python package xxhash 4.1.
+  // Expected values from the Python package xxhash 4.1.
   for (const Case& c : std::vector<Case>{
            {0, 0, 0xef46db3751d8e999},   {0, 12345678901234567890u, 0x5a165a1e76ab9ee8},
            {1, 0, 0xf592c0c7639c4cb6},   {1, 12345678901234567890u, 0xeb9ed8ef88491a7f},
@@ -268,7 +268,7 @@ TEST(FingerprintTest, IsXxh64) {
            {100, 0, 0x4826e367566ea023}, {100, 12345678901234567890u, 0xe16ca21af79f4c70},
            {200, 0, 0x2f074b6dd9094e34}, {200, 12345678901234567890u, 0x49bc5b00b8a413b2}}) {
     EXPECT_EQ(Xxh64(data.data(), c.bytes, c.seed), c.hash) << c.bytes;
-    // From any address.
+    // The address may be unaligned.
     const std::string shifted = " " + data;
     EXPECT_EQ(Xxh64(shifted.data() + 1, c.bytes, c.seed), c.hash) << c.bytes;
   }
@@ -287,7 +287,7 @@ TEST(FingerprintTest, DoesNotDependOnNames) {
     node["name"] = "node " + node["name"].get<std::string>();
     for (auto& weight : node["weights"].items()) {
       const std::string name = weight.value();
-      // So that the tensors' order in the file is another.
+      // The new name changes the tensors' order in the file.
       const std::string other = std::string(name.rbegin(), name.rend());
       renamed.tensors[other] = renamed.tensors.at(name);
       renamed.tensors.erase(name);
@@ -300,8 +300,8 @@ TEST(FingerprintTest, DoesNotDependOnNames) {
 
 TEST(FingerprintTest, DoesNotDependOnHowANumberIsWritten) {
   PlanBuilder builder = EveryOp();
-  NodeOf(&builder, "window_attention")["attributes"]["scale"] = 1.0;  // Was 1.
-  NodeOf(&builder, "not_equal")["attributes"]["value"] = -0.0;        // Was 0.
+  NodeOf(&builder, "window_attention")["attributes"]["scale"] = 1.0;  // was 1
+  NodeOf(&builder, "not_equal")["attributes"]["value"] = -0.0;        // was 0
   EXPECT_EQ(builder.File()->plan().fingerprint, EveryOp().File()->plan().fingerprint);
 }
 
@@ -324,7 +324,7 @@ TEST(FingerprintTest, DependsOnThePlan) {
   add([](PlanBuilder* b) { b->plan["cache_dtype"] = "bfloat16"; });
   add([](PlanBuilder* b) { std::swap(b->plan["outputs"][0], b->plan["outputs"][1]); });
   add([](PlanBuilder* b) {
-    NodeOf(b, "activation")["attributes"]["max_value"] = 0;  // 0 is not null.
+    NodeOf(b, "activation")["attributes"]["max_value"] = 0;  // 0 is not null
   });
 }
 
@@ -350,8 +350,8 @@ TEST(FingerprintTest, HasTheSessionsCacheDtype) {
   EXPECT_NE(file->plan().fingerprint, builder.File()->plan().fingerprint);
 }
 
-// Computed by hand from docs/model_file.md, so that it cannot change unseen: copies of streams that
-// someone keeps carry it.
+// Computed by hand from docs/model_file.md. It must not change unnoticed: saved copies of streams
+// contain it.
 TEST(FingerprintTest, StaysTheSameFromVersionToVersion) {
   PlanBuilder builder;
   const int x = builder.Input("x", {2});
@@ -392,7 +392,7 @@ TEST(ModelFileTest, SavesOverTheFileThatItHasMapped) {
   const auto mapped = ModelFile::Map(folder / "a");
   const std::string other = EveryOp("float64").Bytes();
   ModelFile::Copy(other.data(), other.size())->Save(folder / "a");
-  // It still has the old file, as it was.
+  // The map still has the old file's contents.
   EXPECT_EQ(std::string(static_cast<const char*>(mapped->data()), mapped->size()), bytes);
   mapped->Save(folder / "a");
   EXPECT_EQ(Read(folder / "a"), bytes);
@@ -425,9 +425,9 @@ TEST(ModelFileTest, SavesWholeOrNotAtAll) {
   expect_io(folder / "no/such/folder", "No such file or directory");
   std::filesystem::create_directory(folder / "folder");
   expect_io(folder / "folder", "Is a directory");
-  EXPECT_EQ(folder.files(), 1u);  // No temporary file was left.
+  EXPECT_EQ(folder.files(), 1u);  // no temporary file is left
 
-  // A disk that is full, in the middle of the file.
+  // The disk becomes full in the middle of the file.
   Write(folder / "a", "before");
   struct rlimit limit;
   ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &limit), 0);
@@ -479,7 +479,7 @@ TEST(ModelFileTest, SaysWhyAFileCannotBeRead) {
   expect(folder / "text", ErrorCode::kBadModelFile, "no length of a header");
 }
 
-// ---- Safetensors files that are wrong.
+// ---- Wrong safetensors files.
 
 TEST(ModelFileTest, RefusesEveryTruncation) {
   const std::string bytes = EveryOp().Bytes();
@@ -489,7 +489,7 @@ TEST(ModelFileTest, RefusesEveryTruncation) {
   ExpectIn("the file is truncated", Refusal(bytes.substr(0, bytes.size() - 1)));
 }
 
-// A file with this change to its header.
+// Returns a file with this change to its header.
 std::string WithHeader(const std::function<void(Json*)>& change) {
   const PlanBuilder builder = EveryOp();
   Json header = builder.Header();
@@ -577,7 +577,7 @@ TEST(ModelFileTest, RefusesHeadersThatAreNotExactlyJson) {
   ExpectIn("has the key \"a\" twice", refusal("{\"a\": 1, \"a\": 2," + good.substr(1)));
   ExpectIn("has the key \"a\" twice",
            refusal("{\"b\": [{\"a\": 1, \"\\u0061\": 2}]," + good.substr(1)));
-  // The same key in two objects is no such case.
+  // The same key in two objects is allowed.
   ExpectIn("the tensor \"b\"", refusal("{\"b\": [{\"a\": 1}, {\"a\": 2}]," + good.substr(1)));
 }
 
@@ -591,7 +591,7 @@ TEST(ModelFileTest, RefusesValuesThatAreNestedDeep) {
   ASSERT_NE(place, std::string::npos);
   const auto refusal = [&](int depth) {
     std::string deep = plan;
-    deep.insert(place + before.size(), nested(depth - 2));  // The object and the list are two.
+    deep.insert(place + before.size(), nested(depth - 2));  // object and list are 2 levels
     Json header = {
         {"__metadata__",
          {{"format", "continual-transformers"}, {"format_version", "1"}, {"plan", deep}}}};
@@ -617,12 +617,12 @@ TEST(ModelFileTest, NamesOfAFileCannotSpoilTheSentence) {
   ExpectIn("node 0 (\"bad??[31m\xc3\xa9xxx", refusal);
   ExpectIn("xxx...\")", refusal);
   EXPECT_LT(refusal.size(), 400u);
-  // Cut between characters.
+  // A name is cut between characters.
   builder.plan["nodes"][0]["name"] = std::string(119, 'x') + "\xc3\xa9\xc3\xa9";
   ExpectIn("xxx\xc3\xa9...\"", Refusal(builder));
 }
 
-// ---- Plans that are wrong.
+// ---- Wrong plans.
 
 TEST(PlanTest, RefusesATopLevelThatIsWrong) {
   const auto expect = [](const std::string& pointer, const Json& value, const std::string& part) {
@@ -754,13 +754,12 @@ TEST(PlanTest, RefusesSizesBeyondAnyMemory) {
   ExpectIn("the values of one step have more than 2^40 bytes", Refusal(values));
 }
 
-// ---- Every op: what is wrong for each, over all the nodes of a plan that has them all.
+// ---- Errors in every op, tested on all nodes of a plan that has every op.
 
 class EveryOpTest : public ::testing::Test {
  protected:
-  // Calls `change` for each node of EveryOp, on a plan of its own, and expects that exactly this
-  // node is refused, with `part` in the sentence. Nodes for which `change` gives false are left
-  // out.
+  // Calls `change` for each node of EveryOp, each time on a new plan. Expects that exactly this
+  // node is refused, with `part` in the message. Skips nodes for which `change` returns false.
   void ExpectEveryNodeRefused(
       const std::function<bool(PlanBuilder*, Json*, const OpEntry&)>& change,
       const std::string& part) {
@@ -784,7 +783,7 @@ class EveryOpTest : public ::testing::Test {
     return refusal;
   }
 
-  // A test that changes nothing finds nothing.
+  // Guards against a test that changes no node.
   void TearDown() override { EXPECT_GE(refused_, 15); }
 
  private:
@@ -906,7 +905,7 @@ TEST_F(EveryOpTest, ChecksTheDtypeOfEveryInput) {
                               (kind == ValueKind::kBool && name == "bool") ||
                               (kind == ValueKind::kIndex && (name == "int32" || name == "int64"));
             if (fits) return false;
-            // Another input of the plan, of the same shape and this dtype.
+            // Another input of the plan, with the same shape and this dtype.
             const Shape shape = builder->plan["values"][(*node)["inputs"][i].get<int>()]["shape"];
             (*node)["inputs"][i] = builder->Input("other", shape, name);
             return true;
@@ -955,7 +954,7 @@ TEST_F(EveryOpTest, ChecksItsOutput) {
         },
         "its output is ");
   }
-  // Of another shape: with one more axis, with one less, with one element more in any axis.
+  // Wrong shapes: one more axis, one less, or one more element in an axis.
   const auto shape = [](const std::function<bool(Json*)>& change) {
     return [=](PlanBuilder* builder, Json* node, const OpEntry&) {
       return change(&builder->plan["values"][(*node)["outputs"][0].get<int>()]["shape"]);
@@ -1076,12 +1075,12 @@ TEST_F(EveryOpTest, ChecksEveryAttribute) {
   const auto number = [](const AttributeEntry& a) {
     return a.type == Type::kNumber || a.type == Type::kNumberOrNull;
   };
-  check(Json(Json::value_t::discarded), nullable);  // Left out.
+  check(Json(Json::value_t::discarded), nullable);  // absent
   check(nullptr, nullable);
   check(Json::object(), none);
   check({1, "2"}, none);
   check({1, 2.0}, none);
-  // No function is called so either, which the sentence for it says in other words.
+  // Such an attribute `function` is not a known function either, but has another message.
   const auto choice = [](const AttributeEntry& a) {
     return a.type == Type::kChoice && a.name == "function";
   };
@@ -1089,7 +1088,7 @@ TEST_F(EveryOpTest, ChecksEveryAttribute) {
   check("1", choice);
   check(true, [](const AttributeEntry& a) { return a.type == Type::kBool; });
   check(1.5, number);
-  check(-1e300, none);  // Beyond float32.
+  check(-1e300, none);  // beyond float32
   check(-1, [&](const AttributeEntry& a) { return number(a) && a.number_least < 0; });
   check(int64_t{1} << 40, number);
   check(std::numeric_limits<uint64_t>::max(), number);
@@ -1119,9 +1118,9 @@ TEST_F(EveryOpTest, ChecksEveryMask) {
   }
 }
 
-// ---- What only one op has.
+// ---- Errors in single ops.
 
-// The refusal of a plan with one node of this op, on inputs of these shapes.
+// Returns the refusal of a plan with one node of this op, on inputs of these shapes.
 std::string RefusalOfNode(const std::string& op, const std::vector<Shape>& inputs,
                           const Shape& output, const Json& attributes,
                           const std::vector<std::pair<std::string, Shape>>& weights = {}) {
@@ -1283,12 +1282,12 @@ TEST(StridedTest, ReadsOnlyItsInput) {
   };
   const int64_t most = std::numeric_limits<int64_t>::max();
   const int64_t least = std::numeric_limits<int64_t>::min();
-  EXPECT_EQ(refusal({3, 4}, {4, 3}, 0, {1, 4}), "");     // Transposed.
-  EXPECT_EQ(refusal({3, 4}, {3, 4}, 11, {-4, -1}), "");  // Flipped.
-  EXPECT_EQ(refusal({3, 4}, {100, 4}, 8, {0, 1}), "");   // Broadcast.
-  EXPECT_EQ(refusal({3, 4}, {}, 11, {}), "");            // One element.
+  EXPECT_EQ(refusal({3, 4}, {4, 3}, 0, {1, 4}), "");     // transposed
+  EXPECT_EQ(refusal({3, 4}, {3, 4}, 11, {-4, -1}), "");  // flipped
+  EXPECT_EQ(refusal({3, 4}, {100, 4}, 8, {0, 1}), "");   // broadcast
+  EXPECT_EQ(refusal({3, 4}, {}, 11, {}), "");            // one element
   EXPECT_EQ(refusal({}, {5}, 0, {0}), "");
-  EXPECT_EQ(refusal({12}, {1, 1}, 0, {2147483647, -2147483647}), "");  // Never taken.
+  EXPECT_EQ(refusal({12}, {1, 1}, 0, {2147483647, -2147483647}), "");  // never taken
   ExpectIn("reads element 12 of its input, which has 12", refusal({3, 4}, {3, 4}, 1, {4, 1}));
   ExpectIn("reads element -1 of its input", refusal({3, 4}, {3, 4}, 10, {-4, -1}));
   ExpectIn("reads element 12 of its input", refusal({3, 4}, {}, 12, {}));
@@ -1299,10 +1298,10 @@ TEST(StridedTest, ReadsOnlyItsInput) {
   ExpectIn("has the stride -9223372036854775808", refusal({3, 4}, {3, 4}, 0, {1, least}));
   ExpectIn("reads element", refusal({3, 4}, {3, 715827882}, 0, {0, 2147483647}));
   ExpectIn("reads element -", refusal({3, 4}, {2147483647}, 11, {-2147483647}));
-  // Two that would make up for each other if only the sum were looked at.
+  // Two strides that cancel in the sum: each one must be checked.
   ExpectIn("reads element", refusal({3, 4}, {13, 13}, 0, {1, -1}));
 
-  // Every slice of 12 elements, against all the places that it reads.
+  // Compares every slice of 12 elements with the list of all elements that it reads.
   for (int64_t offset = 0; offset < 13; ++offset) {
     for (int64_t a : {-5, -1, 0, 2, 4}) {
       for (int64_t b : {-3, 0, 1, 6}) {

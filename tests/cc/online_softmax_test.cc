@@ -11,7 +11,7 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// Feeds logits in blocks of `block`; gives the probability-weighted sum of the logits' indices.
+// Feeds logits in blocks of `block`. Returns the probability-weighted sum of the logits' indices.
 double WeightedIndex(const std::vector<double>& logits, size_t block) {
   OnlineSoftmax<double> softmax;
   double sum = 0;

@@ -1,4 +1,4 @@
-// x W + b + residual with a packed kernel, against sums in double, on every target.
+// Tests x W + b + residual with a packed kernel against sums in double, on every target.
 
 #include "cc/attention/packed_dense.h"
 
@@ -23,8 +23,8 @@ class PackedDenseTest : public ::testing::TestWithParam<Target> {
   void SetUp() override { ASSERT_EQ(UseTarget(NameOf(GetParam())), ""); }
   void TearDown() override { UseTarget(""); }
 
-  // Both in one piece and panel by panel, which must be the same bits. Buffers begin at an odd
-  // element; the elements before and behind are NaN, and stay so.
+  // Computes in one piece and panel by panel, which must give the same bits. Buffers begin at an
+  // odd element. The elements before and after them are NaN, and must stay so.
   template <typename T, typename W>
   void Check(int64_t rows, int64_t inputs, int64_t outputs, bool use_bias, bool use_residual,
              double bound) {
@@ -92,7 +92,7 @@ TEST_P(PackedDenseTest, WideLayers) {
   Check<float, float>(6, 513, 1000, true, true, 1e-6);
 }
 
-// The residual may be what the output overwrites.
+// The output may overwrite the residual.
 TEST_P(PackedDenseTest, InPlaceResidual) {
   constexpr int64_t kRows = 7, kSize = 70;
   std::vector<float> w(kSize * kSize, 0.01f), x(kRows * kSize, 1.0f), y(kRows * kSize, 2.0f);

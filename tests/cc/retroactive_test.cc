@@ -1,4 +1,5 @@
-// The kernel on raw pointers, against a reference in double that keeps each stream's whole history.
+// Tests the kernel on raw pointers against a reference in double that keeps each stream's whole
+// history.
 
 #include "cc/attention/retroactive.h"
 
@@ -22,10 +23,10 @@ namespace {
 struct Sizes {
   int64_t window, key_dim, value_dim;
   int64_t heads = 2;
-  bool row_major = false;  // Rings [S, N, H, D].
+  bool row_major = false;  // rings [S, N, H, D]
 };
 
-// A buffer of NaN whose data is not aligned to more than its element, with a NaN on either side.
+// A buffer of NaN, aligned only to its element, with a NaN on either side.
 template <typename T>
 class Unaligned {
  public:
@@ -41,7 +42,7 @@ class Unaligned {
   std::vector<T> data_;
 };
 
-// The streams' state, and what they have seen. About one step in five has no key, and holds NaN.
+// The streams' state and history. About one step in five has no key, and holds NaN.
 template <typename T>
 class Streams {
  public:
@@ -57,7 +58,7 @@ class Streams {
         made_with(held * 2),
         history_(held) {}
 
-  // Draws `steps` steps of `streams`, to be taken by Params() once or more.
+  // Draws `steps` steps of `streams`. Params() then takes them, once or more.
   void Draw(const std::vector<int32_t>& streams, int64_t steps) {
     streams_ = streams;
     steps_ = steps;
@@ -174,7 +175,7 @@ class Streams {
     T* output = output_.data() + (row * z.heads + h) * z.window * z.value_dim;
     for (int64_t c = 0; c < z.window; ++c) {
       std::vector<double> expected(z.value_dim);
-      const int64_t at = end - z.window + c;  // Which step's query.
+      const int64_t at = end - z.window + c;  // the step of the query
       double denominator = 0;
       for (int64_t p = begin; at >= 0 && p < end; ++p) {
         if (!history[p].has_key) continue;
@@ -205,7 +206,7 @@ class Streams {
   std::vector<std::vector<Step>> history_;
 };
 
-// What is computed in, and what it runs on.
+// The compute type and the target.
 template <typename T, Target target>
 struct Kernel {
   using Compute = T;
@@ -296,7 +297,7 @@ TYPED_TEST(RetroactiveTest, AnySplitOfTheTasksGivesTheSameBits) {
     for (const auto& [begin, end] : {std::tuple(4, 6), std::tuple(0, 1), std::tuple(1, 4)}) {
       RetroactiveAttention(p, begin, end);
     }
-    split.Take([&p] {  // Only what comes after the tasks.
+    split.Take([&p] {  // only what comes after the tasks
       auto none = p;
       none.num_heads = 0;
       return none;
@@ -327,8 +328,8 @@ TYPED_TEST(RetroactiveTest, PeekingLeavesTheState) {
   }
 }
 
-// What one target, or a file of its state, has left may differ in its last bits from what another
-// takes away.
+// The weights of another target, or of a file, may differ in the last bits from those that this
+// arithmetic would subtract.
 TYPED_TEST(RetroactiveTest, RowsOfAnotherArithmeticAreComputedAnew) {
   typename TestFixture::OneStreams streams({6, 24, 6}, 1);
   for (int round = 0; round < 12; ++round) {
@@ -337,7 +338,7 @@ TYPED_TEST(RetroactiveTest, RowsOfAnotherArithmeticAreComputedAnew) {
     p.recompute = round % 3 == 2;
     if (round % 4 == 1) {
       streams.made_with[0] += 1;
-      std::fill_n(p.softmax, 2 * 4 * 6, 3e30);  // Of no meaning to this arithmetic.
+      std::fill_n(p.softmax, 2 * 4 * 6, 3e30);  // meaningless to this arithmetic
       std::fill_n(p.weighted_sum, 2 * 6 * 6, 3e30);
     }
     streams.Take(p);

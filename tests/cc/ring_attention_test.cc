@@ -1,4 +1,4 @@
-// One query over rows of all heads, against softmax in double, on every target.
+// Tests one query over rows of all heads against softmax in double, on every target.
 
 #include "cc/attention/ring_attention.h"
 
@@ -29,7 +29,7 @@ class RingAttentionTest : public ::testing::TestWithParam<Target> {
   void SetUp() override { ASSERT_EQ(UseTarget(NameOf(GetParam())), ""); }
   void TearDown() override { UseTarget(""); }
 
-  // Rows outside the spans are NaN. `logit_scale` makes logits of that order.
+  // Rows outside the spans are NaN. `logit_scale` sets the magnitude of the logits.
   template <typename T, typename C>
   void Check(const Sizes& z, const RingSpans& spans, bool masked, double logit_scale,
              double bound) {
@@ -54,7 +54,7 @@ class RingAttentionTest : public ::testing::TestWithParam<Target> {
       mask[row] = !masked || random_() % 3 != 0;
       for (int64_t i = 0; i < key_size; ++i) key[row * key_stride + i + 1] = normal(random_);
       for (int64_t i = 0; i < value_size; ++i) {
-        // As whoever writes a row without a key leaves its value.
+        // As a session writes the value of a row without a key.
         value[row * value_stride + i + 1] = mask[row] ? normal(random_) : 0;
       }
       if (!mask[row]) key[row * key_stride + 1] = nan;
@@ -132,7 +132,7 @@ class RingAttentionTest : public ::testing::TestWithParam<Target> {
       }
     }
     Check<T, C>({1000, 2, 16, 16}, {{0, 1000}, {0, 0}}, true, 1, bound);
-    Check<T, C>({17, 70, 12, 12}, {{0, 17}, {0, 0}}, false, 1, bound);  // More heads than a pass.
+    Check<T, C>({17, 70, 12, 12}, {{0, 17}, {0, 0}}, false, 1, bound);  // more heads than a pass
     for (int64_t heads : {1, 2, 4, 5, 8, 11, 16}) {
       Check<T, C>({33, heads, 16, 16}, {{0, 33}, {0, 0}}, false, 1, bound);
     }
@@ -148,7 +148,7 @@ TEST_P(RingAttentionTest, Double) { CheckSizes<double, double>(1e-12); }
 
 TEST_P(RingAttentionTest, LargeLogits) {
   for (double scale : {1e-4, 30.0, 1e4}) {
-    // A logit of s is off by about s times a rounding, and its weight by as much.
+    // A logit of s has an error of about s roundings, and its weight the same relative error.
     Check<float, float>({64, 2, 16, 16}, {{0, 64}, {0, 0}}, false, scale, 5e-6 * (1 + scale));
     Check<double, double>({64, 2, 16, 16}, {{0, 64}, {0, 0}}, false, scale, 1e-12 * (1 + scale));
   }

@@ -1,4 +1,4 @@
-// Runs sessions in tests: random inputs for any plan, and outputs as bytes or numbers.
+// Helpers to run sessions in tests: random inputs for any plan, and outputs as bytes or numbers.
 #ifndef CONTINUAL_TRANSFORMERS_TESTS_CC_SESSION_CASE_H_
 #define CONTINUAL_TRANSFORMERS_TESTS_CC_SESSION_CASE_H_
 
@@ -21,7 +21,7 @@ namespace continual_transformers {
 
 using Ids = std::vector<StreamId>;
 
-// The bytes of every input, or output, of a call: [M, T, ...] each.
+// The bytes of every input or output of a call: [M, T, ...] each.
 using Arrays = std::vector<std::string>;
 
 inline int64_t RowBytes(const Plan& plan, const Port& port) {
@@ -29,7 +29,7 @@ inline int64_t RowBytes(const Plan& plan, const Port& port) {
   return value.size * SizeOf(value.dtype);
 }
 
-// Inputs of `rows` rows: normally distributed numbers, tokens 0 to 2, bools.
+// Returns inputs of `rows` rows: normally distributed numbers, tokens 0 to 2, bools.
 inline Arrays RandomInputs(const Plan& plan, int64_t rows, uint32_t seed) {
   std::mt19937 random(seed);
   std::normal_distribution<double> normal;
@@ -49,7 +49,7 @@ inline Arrays RandomInputs(const Plan& plan, int64_t rows, uint32_t seed) {
   return inputs;
 }
 
-// Takes `steps` steps of streams, the default ones for `ids` null; returns the outputs.
+// Takes `steps` steps of streams (null: the default streams) and returns the outputs.
 inline Arrays TakeSteps(Session* session, const StreamId* ids, int64_t count, int64_t steps,
                         const Arrays& inputs, const bool* key_mask = nullptr) {
   const Plan& plan = session->plan();
@@ -69,7 +69,7 @@ inline Arrays TakeSteps(Session* session, const Ids& ids, int64_t steps, const A
   return TakeSteps(session, ids.data(), ids.size(), steps, inputs);
 }
 
-// One step of one stream, on inputs that `seed` makes.
+// Takes one step of one stream, with inputs from `seed`.
 inline Arrays StepOne(Session* session, StreamId id, uint32_t seed) {
   return TakeSteps(session, {id}, 1, RandomInputs(session->plan(), 1, seed));
 }
@@ -92,7 +92,7 @@ inline std::vector<int64_t> PositionsOf(const Session& session, const Ids& ids) 
   return positions;
 }
 
-// The rows [begin, end) of every array.
+// Returns the rows [begin, end) of every array.
 inline Arrays Rows(const std::vector<Port>& ports, const Plan& plan, const Arrays& arrays,
                    int64_t begin, int64_t end) {
   Arrays rows;
@@ -103,7 +103,7 @@ inline Arrays Rows(const std::vector<Port>& ports, const Plan& plan, const Array
   return rows;
 }
 
-// Outputs that another number of rows, or another order, has made.
+// Compares outputs of calls with another number or order of rows, which round differently.
 inline void ExpectClose(const Plan& plan, const Arrays& actual, const Arrays& expected,
                         double tolerance = 1e-5) {
   ASSERT_EQ(actual.size(), expected.size());
@@ -131,7 +131,7 @@ inline void ExpectClose(const Plan& plan, const Arrays& actual, const Arrays& ex
   }
 }
 
-// Expects an Error of that code whose sentence has `part`.
+// Expects an Error with this code whose message contains `part`.
 inline void ExpectError(ErrorCode code, const std::string& part,
                         const std::function<void()>& call) {
   try {
@@ -143,8 +143,8 @@ inline void ExpectError(ErrorCode code, const std::string& part,
   }
 }
 
-// Attention over four steps among dense nodes, with positions: a small model of the usual kind. Its
-// second output is the number of steps that the stream took before, as long as these are below 50.
+// A small typical model: attention over four steps among dense nodes, with positions. Its second
+// output is the number of steps that the stream took before, as long as that is below 50.
 inline PlanBuilder SmallModel(uint32_t seed = 1) {
   PlanBuilder b("float32", seed);
   b.plan["receptive_field"] = 4;

@@ -1,5 +1,5 @@
-// Sessions on real plans: steps, copies of streams, weights, and what is refused. Numbers of nodes
-// are tested with the executor; here it is whose state they work on.
+// Tests sessions on real plans: steps, copies of streams, weights and refusals. The executor's
+// tests check the numbers of the nodes; these check which state they work on.
 
 #include "cc/session/session.h"
 
@@ -24,7 +24,7 @@ namespace {
 
 constexpr int64_t kHeaderBytes = 64;
 
-// The models that every test runs: a usual one, and one with every op in the plan.
+// Every test runs with two models: a typical one, and one with every op.
 class SessionTest : public ::testing::TestWithParam<bool> {
  protected:
   PlanBuilder Model(const std::string& compute_dtype = "float32") const {
@@ -36,7 +36,7 @@ class SessionTest : public ::testing::TestWithParam<bool> {
 INSTANTIATE_TEST_SUITE_P(Models, SessionTest, ::testing::Values(false, true),
                          [](const auto& info) { return info.param ? "EveryOp" : "Small"; });
 
-// Streams of other ages, in any order, are stepped as each by itself would be.
+// Streams of different ages, in any order, give the same as each one alone.
 TEST_P(SessionTest, StreamsOfOneCallAreStrangers) {
   Session together(File(), {}), alone(File(), {});
   const Ids ids = OpenStreams(&together, 7), own = OpenStreams(&alone, 7);
@@ -79,7 +79,7 @@ TEST_P(SessionTest, NoStreamsAndNoSteps) {
   TakeSteps(&session, nullptr, 3, 0, none);
   EXPECT_EQ(session.store()->open_streams(), 1);
   EXPECT_EQ(StateOf(session, ids[0]), before);
-  // What is named is checked all the same.
+  // Ids and counts are checked even without steps.
   ExpectError(ErrorCode::kUnknownStream, "77", [&] { TakeSteps(&session, Ids{77}, 0, none); });
   ExpectError(ErrorCode::kInvalidArgument, "-1",
               [&] { session.Step(ids.data(), -1, 1, nullptr, nullptr); });
@@ -117,7 +117,7 @@ TEST_P(SessionTest, DefaultStreams) {
   std::vector<int64_t> positions(4);
   session.Positions(nullptr, 4, positions.data());
   EXPECT_EQ(positions, std::vector<int64_t>({5, 3, 1, 0}));
-  // One that is closed begins again.
+  // A closed default stream begins again.
   Ids defaults(3);
   session.store()->Defaults(3, defaults.data());
   session.Close(&defaults[0], 1);
@@ -128,14 +128,14 @@ TEST_P(SessionTest, DefaultStreams) {
   ExpectError(ErrorCode::kUnknownStream, "was closed", [&] { StepOne(&session, defaults[0], 1); });
 }
 
-// A step that is refused opens no default streams and moves no stream.
+// A refused step opens no default streams and changes no stream.
 TEST(Session, ARefusedStepChangesNothing) {
   PlanBuilder model = EveryOp();
   SessionOptions options;
   options.streams = 3;
   Session session(model.File(), options);
   Arrays inputs = RandomInputs(session.plan(), 2, 1);
-  const int32_t token = 5;  // Of 5.
+  const int32_t token = 5;  // the table has 5
   std::memcpy(inputs[1].data() + 12, &token, sizeof(token));
   ExpectError(ErrorCode::kInvalidArgument, "5",
               [&] { TakeSteps(&session, nullptr, 2, 1, inputs); });
@@ -156,12 +156,12 @@ TEST(Session, ARefusedStepChangesNothing) {
   EXPECT_EQ(PositionsOf(session, ids), std::vector<int64_t>({1, 1}));
 }
 
-// A copy goes on where its stream was, in this session and in another one, at every age.
+// A copy continues where its stream was, in this session and in another one, at every age.
 TEST_P(SessionTest, CopiesGoOnWhereTheStreamWas) {
   Session session(File(), {}), other(File(), {});
   for (int64_t age = 0; age < 12; ++age) {
     const StreamId id = OpenStreams(&session, 1)[0];
-    // Streams that were used before, by others.
+    // Streams that other data was stepped through before.
     const Ids copies = {OpenStreams(&session, 1)[0], OpenStreams(&other, 1)[0]};
     for (uint32_t seed = 0; seed < 9; ++seed) {
       StepOne(&session, copies[0], 1000 + seed);
@@ -186,7 +186,7 @@ TEST_P(SessionTest, CopiesGoOnWhereTheStreamWas) {
   }
 }
 
-// What a copy holds is its stream's, byte for byte, whoever had the block before.
+// A copy holds only its own stream's data, whatever was in the block before.
 TEST_P(SessionTest, CopiesHoldNothingOfOthers) {
   for (const bool clean : {false, true}) {
     for (int64_t age = 0; age < 7; ++age) {
@@ -204,7 +204,7 @@ TEST_P(SessionTest, CopiesHoldNothingOfOthers) {
         EXPECT_EQ(StepOne(&used, id, i), StepOne(&fresh, same, i));
       }
       EXPECT_EQ(StateOf(used, id), StateOf(fresh, same)) << "after " << age << " steps";
-      // Also a copy that was made into a used block.
+      // The same after a copy was restored into a used block.
       const std::string state = StateOf(fresh, same);
       for (uint32_t seed = 0; seed < 20; ++seed) StepOne(&used, id, 500 + seed);
       used.SetState(id, state.data(), state.size());
@@ -231,7 +231,7 @@ TEST_P(SessionTest, CleanStreamsBeginAgain) {
               Rows(session.plan().outputs, session.plan(), expected, 1, 2));
 }
 
-// Whatever is wrong with a copy, it is said, and the stream goes on.
+// A wrong copy is refused with a message, and the stream continues.
 TEST_P(SessionTest, CopiesThatAreRefused) {
   PlanBuilder model = Model();
   Session session(model.File(), {});
@@ -339,12 +339,13 @@ TEST_P(SessionTest, AStateFromABlock) {
               [&] { session.MakeState(state.data() + kHeaderBytes, -3, made.data()); });
 }
 
-// Streams go on with new weights as if the state had been carried into a session of them.
+// With new weights, streams continue as if their state had been moved to a session with those
+// weights.
 TEST_P(SessionTest, NewWeights) {
   PlanBuilder trained = Model();
   for (auto& [name, tensor] : trained.tensors) {
     if (tensor.dtype == "float32") tensor = trained.Random(tensor.shape);
-    // A variance, and a row's length, stay positive numbers.
+    // A variance and a row's length must stay positive.
     if (name.find("variance") != std::string::npos) tensor = Model().tensors.at(name);
   }
   Session session(File(), {}), other(trained.File(), {});
@@ -366,7 +367,7 @@ TEST_P(SessionTest, NewWeights) {
     EXPECT_EQ(StepOne(&session, id, seed), StepOne(&other, same, seed));
   }
   EXPECT_EQ(session.memory().arenas, arenas);
-  // A copy that was made with the old weights is refused, unless it is wanted.
+  // A copy made with the old weights is refused, unless other weights are allowed.
   ExpectError(ErrorCode::kOtherModel, "other weights",
               [&] { session.SetState(id, before.data(), before.size()); });
 }
@@ -428,14 +429,14 @@ TEST_P(SessionTest, Threads) {
 
 }  // namespace
 
-// Allocations by this thread.
+// Allocations of this thread.
 thread_local int64_t allocations = 0;
 
 namespace {
 
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 
-// (The kernel of retroactive_attention, in the plan with every op, does.)
+// (The kernel of retroactive_attention, in the plan with every op, allocates.)
 TEST(Session, AStepAllocatesNothing) {
   Session session(SmallModel().File(), {});
   const Ids ids = OpenStreams(&session, 40);
@@ -450,7 +451,7 @@ TEST(Session, AStepAllocatesNothing) {
     session.Step(ids.data() + i % 10, 1 + i % 30, 1, from.data(), to.data());
   }
   EXPECT_EQ(allocations, before);
-  // Default streams too, once they are open.
+  // Default streams do not allocate either, once they are open.
   session.Step(nullptr, 40, 1, from.data(), to.data());
   const int64_t opened = allocations;
   for (int64_t i = 0; i < 100; ++i) session.Step(nullptr, 1 + i % 40, 1, from.data(), to.data());
@@ -461,7 +462,7 @@ TEST(Session, AStepAllocatesNothing) {
 
 #if !defined(__SANITIZE_THREAD__)
 
-// A child has the streams, and threads of its own.
+// A child process has the streams, and its own threads.
 TEST_P(SessionTest, Fork) {
   for (const int64_t threads : {1, 2}) {
     SessionOptions options;
@@ -473,7 +474,7 @@ TEST_P(SessionTest, Fork) {
     TakeSteps(&session, ids, 1, first);
     const pid_t pid = fork();
     if (pid == 0) {
-      alarm(30);  // Rather than to wait for ever.
+      alarm(30);  // instead of waiting for ever
       const Arrays outputs = TakeSteps(&session, ids, 1, second);
       Session other(File(), options);
       const Ids same = OpenStreams(&other, 300);

@@ -1,7 +1,6 @@
-// One session called by several threads at once. Every step's numbers are compared with those of a
-// session that one thread replays: the model's second output says which step of its stream a call
-// has got, so the order in which calls took turns can be told afterwards. Run under
-// ThreadSanitizer.
+// Tests one session called by several threads at once. Every step's numbers are compared with a
+// replay by one thread. The model's second output says which step of its stream a call got, so the
+// order of the calls is known afterwards. Run it under ThreadSanitizer.
 
 #include <atomic>
 #include <chrono>
@@ -28,7 +27,7 @@ namespace {
 
 constexpr int kThreads = 4;
 
-// Runs f(0), f(1), ... each in a thread of its own.
+// Runs f(0), f(1), ..., each in its own thread.
 void RunThreads(int count, const std::function<void(int)>& f) {
   std::vector<std::thread> threads;
   for (int t = 0; t < count; ++t) threads.emplace_back(f, t);
@@ -41,17 +40,16 @@ float Number(const std::string& bytes, int64_t i) {
   return x;
 }
 
-// Streams that all threads step, each call several of them in any order, with other inputs each
-// time.
+// All threads step the same streams. Each call steps several of them in any order, with new inputs.
 TEST(SessionThreads, StepsOfSharedStreamsAgainstAReplay) {
   constexpr int64_t kStreams = 6, kCalls = 40;
   Session session(SmallModel().File(), {}), replay(SmallModel().File(), {});
   const Ids ids = OpenStreams(&session, kStreams), same = OpenStreams(&replay, kStreams);
   struct Step {
-    Arrays inputs, outputs;  // Of one step of one stream.
+    Arrays inputs, outputs;  // of one step of one stream
   };
   std::mutex mutex;
-  // By stream, and by which step of the stream it was.
+  // Keys: the stream, and which of its steps it was.
   std::map<std::pair<int64_t, int64_t>, Step> log;
   RunThreads(kThreads, [&](int t) {
     std::mt19937 random(t);
@@ -59,7 +57,7 @@ TEST(SessionThreads, StepsOfSharedStreamsAgainstAReplay) {
       std::vector<int64_t> places(kStreams);
       for (int64_t i = 0; i < kStreams; ++i) places[i] = i;
       std::shuffle(places.begin(), places.end(), random);
-      places.resize(random() % 3);  // The model counts to 50: on average a stream takes 27 steps.
+      places.resize(random() % 3);  // The model counts to 50: a stream takes 27 steps on average.
       const int64_t count = places.size(), steps = 1;
       Ids some;
       for (const int64_t place : places) some.push_back(ids[place]);
@@ -86,8 +84,8 @@ TEST(SessionThreads, StepsOfSharedStreamsAgainstAReplay) {
   EXPECT_EQ(PositionsOf(session, ids), steps);
 }
 
-// Every stream has an input of its own, the same at every step: so its outputs and its state depend
-// on its position only, whatever the other threads do.
+// Every stream has its own input, the same at every step. So its outputs and its state depend only
+// on its position, whatever other threads do.
 class Expected {
  public:
   static constexpr int64_t kMost = 45;
@@ -118,7 +116,7 @@ class Expected {
   Session session_;
 };
 
-// Steps, copies, copies put back, cleans and positions of streams that all threads share; opens and
+// Steps, copies, restores, cleans and positions of streams that all threads share, and opens and
 // closes of others.
 TEST(SessionThreads, EverythingAtOnce) {
   constexpr int64_t kStreams = 5, kCalls = 400;
@@ -136,7 +134,7 @@ TEST(SessionThreads, EverythingAtOnce) {
       if (what == 0) {
         session.Clean(&id, 1);
       } else if (what == 1) {
-        // A copy is of one moment.
+        // A copy is of a single moment.
         const std::string state = StateOf(session, id);
         const int64_t position = Expected::PositionIn(state);
         ASSERT_LT(position, Expected::kMost);
@@ -159,14 +157,14 @@ TEST(SessionThreads, EverythingAtOnce) {
           ASSERT_LE(position, Expected::kMost);
         }
       } else if (what == 6) {
-        // Fresh streams of this thread's own: no one has touched them.
+        // Fresh streams that only this thread uses.
         for (StreamId& mine : own) {
           session.Clean(&mine, 1);
           ASSERT_EQ(TakeSteps(&session, {mine}, 1, expected.inputs[place]),
                     expected.outputs.at({place, 0}));
         }
       } else {
-        // Far enough from the last step that is known, whoever steps it meanwhile.
+        // The limit leaves room for the other threads' steps after this reading of the position.
         if (PositionsOf(session, {id})[0] > Expected::kMost - kThreads - 2) {
           session.Clean(&id, 1);
         }
@@ -188,7 +186,7 @@ TEST(SessionThreads, EverythingAtOnce) {
   }
 }
 
-// Calls of all streams, of default streams, and cleaning of all there are.
+// Calls on all streams, on default streams, and a clean of all.
 TEST(SessionThreads, CallsOfAllStreams) {
   constexpr int64_t kStreams = 8;
   Session session(SmallModel().File(), {});
@@ -208,7 +206,7 @@ TEST(SessionThreads, CallsOfAllStreams) {
         continue;
       }
       if (t == 1) {
-        // One of them is closed, and opened again by whoever steps next.
+        // One of them is closed, and the next step opens it again.
         StreamId id;
         session.store()->Defaults(1, &id);
         try {
@@ -235,11 +233,11 @@ TEST(SessionThreads, CallsOfAllStreams) {
   EXPECT_EQ(session.store()->open_streams(), kStreams);
 }
 
-// A call has the old weights or the new, at every one of its nodes.
+// A call uses the old weights or the new ones, in all of its nodes.
 TEST(SessionThreads, NewWeightsBetweenSteps) {
   const std::shared_ptr<const ModelFile> files[] = {SmallModel(1).File(), SmallModel(2).File()};
   Session session(files[0], {});
-  // Of fresh streams, by training.
+  // One for each training: what fresh streams must give.
   const Expected expected[] = {Expected(files[0], 3), Expected(files[1], 3)};
   std::atomic<bool> stop{false};
   std::atomic<int64_t> with[2] = {};
@@ -262,7 +260,7 @@ TEST(SessionThreads, NewWeightsBetweenSteps) {
   });
 }
 
-// A session with threads of its own, called by several.
+// A session with its own threads, called by several.
 TEST(SessionThreads, ThreadsOfItsOwn) {
   SessionOptions options;
   options.threads = 2;
@@ -282,8 +280,8 @@ TEST(SessionThreads, ThreadsOfItsOwn) {
   });
 }
 
-// Who waits for a step of stream a, and who does not. The step is a lease that this test holds as
-// long as it likes.
+// Tests which calls wait for a step of stream a. The step is a lease that the test holds as long as
+// it needs.
 class WhoWaits : public ::testing::Test {
  protected:
   WhoWaits() : session_(SmallModel().File(), {}), ids_(OpenStreams(&session_, 3)) {
@@ -294,7 +292,7 @@ class WhoWaits : public ::testing::Test {
   // Expects that `call` ends while the step is in progress.
   void DoesNotWait(const std::function<void()>& call) { std::thread(call).join(); }
 
-  // Expects that `call` ends after the step only.
+  // Expects that `call` ends only after the step.
   void Waits(const std::function<void()>& call) {
     std::atomic<bool> done{false};
     std::thread thread([&] {

@@ -1,5 +1,5 @@
-// A call of the kernel on raw pointers, and what a reference in double, which keeps each stream's
-// whole history, says of it.
+// A call of the kernel on raw pointers, and a reference in double that keeps each stream's whole
+// history.
 #ifndef CONTINUAL_TRANSFORMERS_TESTS_CC_SINGLE_OUTPUT_CASE_H_
 #define CONTINUAL_TRANSFORMERS_TESTS_CC_SINGLE_OUTPUT_CASE_H_
 
@@ -21,7 +21,8 @@
 
 namespace continual_transformers {
 
-// How rings lie: [S, H, N, D]; [S, N, H, D]; or the latter, each stream's in a block with more.
+// The layouts of rings: [S, H, N, D]; [S, N, H, D]; or the latter inside larger blocks, one per
+// stream.
 enum class Layout { kHeadMajor, kRowMajor, kBlocks };
 
 struct Sizes {
@@ -50,7 +51,7 @@ inline Float16 Nan<Float16>() {
   return {0x7e00};
 }
 
-// A number of a few bits, which all types hold exactly.
+// A number with few bits, which all types hold exactly.
 template <typename T>
 T Exactly(int quarters) {
   return T(quarters) / 4;
@@ -66,7 +67,7 @@ inline Float16 Exactly<Float16>(int quarters) {
   return {static_cast<uint16_t>(half | bits >> 31 << 15)};
 }
 
-// A buffer whose data is not aligned to more than its element, and which has NaN on either side.
+// A buffer that is aligned only to its element, with NaN on either side.
 template <typename T>
 class Unaligned {
  public:
@@ -84,8 +85,8 @@ class Unaligned {
   std::vector<T> data_;
 };
 
-// Everything one call touches, for streams at the given positions. About one step in five has no
-// key, and holds NaN instead.
+// Everything that one call touches, for streams at the given positions. About one step in five has
+// no key, and holds NaN instead.
 template <typename T, typename C>
 class Call {
  public:
@@ -141,7 +142,8 @@ class Call {
     }
   }
 
-  // A step whose windows are cut into parts. It gives no scores, and no window for a gradient.
+  // A step whose windows are divided into parts. It returns no scores, and no window for a
+  // gradient.
   SingleOutputParams<T, C> ParamsInParts(int64_t parts) {
     SingleOutputParams<T, C> p = ParamsWithoutOrder();
     parts_.resize(Pairs() * parts * (sizes_.value_dim + 2));
@@ -150,7 +152,7 @@ class Call {
     return p;
   }
 
-  // Steps that ask for nothing that has columns.
+  // Steps without any output that has columns.
   SingleOutputParams<T, C> ParamsWithoutOrder() {
     SingleOutputParams<T, C> p = Params();
     p.scores = nullptr;
@@ -195,7 +197,7 @@ class Call {
     return p;
   }
 
-  // Compares output and scores with the reference, and the rings with what must be in them.
+  // Compares output and scores with the reference, and the rings with what they must hold.
   void Check(double bound) {
     const Sizes& z = sizes_;
     for (size_t m = 0; m < streams_.size(); ++m) {
@@ -210,8 +212,8 @@ class Call {
                 window_key_.Intact() && window_value_.Intact());
   }
 
-  // Whether the rings have the same bits, those of rows that no step has written and of what lies
-  // between them too.
+  // Returns whether the rings have the same bits, including rows that no step has written and the
+  // memory between rows.
   bool SameState(const Call& other) const {
     return key_cache_.SameBits(other.key_cache_) && value_cache_.SameBits(other.value_cache_) &&
            key_mask_cache_ == other.key_mask_cache_;
@@ -222,7 +224,7 @@ class Call {
   int64_t Held() const { return positions_.size(); }
   int64_t Pairs() const { return streams_.size() * sizes_.heads; }
   int64_t Rows() const { return Pairs() * sizes_.steps; }
-  // Where step p of a stream lies in its ring.
+  // The address of step p of a stream in its ring.
   C* KeyRow(int64_t stream, int64_t h, int64_t p) {
     return Row(key_cache_.data(), sizes_.Ring(sizes_.key_dim), stream, h, p);
   }
@@ -234,7 +236,7 @@ class Call {
   }
   C Random() { return Exactly<C>(static_cast<int>(random_() % 17) - 8); }
 
-  // Whether step p of a stream in this call has a key.
+  // Returns whether step p of a stream in this call has a key.
   bool HasKey(int64_t m, int64_t p) {
     const int32_t stream = streams_[m];
     const int64_t position = positions_[stream];
@@ -242,7 +244,7 @@ class Call {
     return old_key_mask_[stream][p - position + std::min(position, sizes_.window)];
   }
 
-  // Feature d of step p of a stream in this call, from the history before it or from its inputs.
+  // Returns feature d of step p of a stream in this call, from its history or from the inputs.
   double Feature(bool of_key, int64_t m, int64_t h, int64_t p, int64_t d) {
     const int64_t size = of_key ? sizes_.key_dim : sizes_.value_dim;
     const int32_t stream = streams_[m];
@@ -272,7 +274,7 @@ class Call {
       weights.push_back(HasKey(m, p) ? std::exp(logit) : 0);
       denominator += weights.back();
     }
-    if (denominator == 0) denominator = 1;  // Nothing to attend to: zeros.
+    if (denominator == 0) denominator = 1;  // nothing to attend to: zeros
     for (int64_t d = 0; d < z.value_dim; ++d) {
       double expected = 0;
       for (int64_t p = oldest; p <= newest; ++p) {
@@ -289,7 +291,7 @@ class Call {
     }
   }
 
-  // Equal, where NaN equals NaN.
+  // Expects equal numbers; NaN equals NaN.
   static void ExpectSame(double got, double expected) {
     if (std::isnan(got) && std::isnan(expected)) return;
     ASSERT_EQ(got, expected);
@@ -309,7 +311,7 @@ class Call {
     }
   }
 
-  // The steps before the call, oldest first, as they were before it.
+  // Checks the copied steps before the call, oldest first.
   void CheckWindow(int64_t m, int64_t h) {
     const Sizes& z = sizes_;
     const int64_t position = positions_[streams_[m]];
@@ -343,7 +345,7 @@ class Call {
   bool check_scores_ = true;
 };
 
-// What is computed in, what keys and values are kept in, and what it runs on.
+// The compute type, the type of keys and values, and the target.
 template <typename T, typename C, Target target>
 struct Kernel {
   using Compute = T;

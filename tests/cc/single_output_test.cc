@@ -1,4 +1,5 @@
-// The kernel on raw pointers, against a reference in double that keeps each stream's whole history.
+// Tests the kernel on raw pointers against a reference in double that keeps each stream's whole
+// history.
 
 #include "cc/attention/single_output.h"
 
@@ -90,7 +91,7 @@ TYPED_TEST(SingleOutputTest, AnySplitOfTheTasksGivesTheSameBits) {
   }
 }
 
-// T steps in one call are T calls of one step, to the last bit.
+// T steps in one call give the same bits as T calls of one step.
 TYPED_TEST(SingleOutputTest, StepsInOneCallAreAsManyCalls) {
   constexpr int64_t kSteps = 9, kHeads = 2, kDim = 12;
   const Sizes sizes = {5, kDim, kDim, kSteps, kHeads};
@@ -144,10 +145,10 @@ TYPED_TEST(SingleOutputTest, WhereAWindowIsCutIntoParts) {
   EXPECT_EQ(PlanSingleOutput(p, 1).window_parts, 1);
   EXPECT_EQ(PlanSingleOutput(p, 4).window_parts, 4);
   EXPECT_EQ(PlanSingleOutput(p, 4).tasks, 4);
-  p.num_heads = 4;  // Heads enough.
+  p.num_heads = 4;  // enough heads
   EXPECT_EQ(PlanSingleOutput(p, 4).window_parts, 1);
   p.num_heads = 1;
-  p.scores = p.output;  // Scores are normalized in one piece.
+  p.scores = p.output;  // scores are normalized in one piece
   EXPECT_EQ(PlanSingleOutput(p, 4).window_parts, 1);
 }
 

@@ -1,5 +1,5 @@
-// Ids, blocks and leases of streams. Run under AddressSanitizer and ThreadSanitizer too: the
-// threads here write to blocks without any lock but the leases'.
+// Tests ids, blocks and leases of streams. Also run it under AddressSanitizer and ThreadSanitizer:
+// the threads here write to blocks with no lock but the leases'.
 
 #include "cc/session/stream_store.h"
 
@@ -73,7 +73,7 @@ void Step(StreamStore* store, const Ids& ids, int64_t steps = 1) {
 int64_t Slot(StreamId id) { return id & 0xffffffff; }
 int64_t Generation(StreamId id) { return id >> 32; }
 
-// Expects an Error of that code whose sentence has `part`.
+// Expects an Error with this code whose message contains `part`.
 void ExpectError(ErrorCode code, const std::string& part, const std::function<void()>& call) {
   try {
     call();
@@ -147,7 +147,7 @@ TEST(StreamStore, ASlotIsRetiredAfterItsLastGeneration) {
   EXPECT_EQ(Slot(id), 1);
   EXPECT_EQ(Generation(id), 1);
   ExpectError(ErrorCode::kUnknownStream, "was closed", [&] { Positions(store, {first}); });
-  EXPECT_FALSE(store.IsOpen(0));  // Generation 0 is what the slot has now.
+  EXPECT_FALSE(store.IsOpen(0));  // the slot now has generation 0
 }
 
 TEST(StreamStore, TheLimitIsOfStreamsOpenAtOnce) {
@@ -175,8 +175,8 @@ TEST(StreamStore, ManyAreOpenedOrNone) {
   EXPECT_EQ(Slot(OpenOne(&store)), 700);
 }
 
-// Blocks of all sizes: aligned, apart, where they were as long as the stream is open, and as the
-// caller left them.
+// Blocks of all sizes are aligned, do not overlap, never move while their stream is open, and keep
+// what the caller wrote.
 TEST(StreamStore, BlocksDoNotOverlapOrMove) {
   for (const int64_t bytes : {1, 63, 64, 65, 4096, 8192, 10000, 65536, 3000000, 5000000}) {
     StreamStore store(bytes, 0, NoInit);
@@ -228,7 +228,7 @@ TEST(StreamStore, PositionsChangeWhenTheLeaseIsReleased) {
   lease.Release();
   store.Clean(&ids[0], 1);
   EXPECT_EQ(Positions(store, ids), std::vector<int64_t>({0, 0, 7}));
-  // A stream that is closed and opened again begins with 0.
+  // A new stream begins at 0, also in a used slot.
   Close(&store, {ids[2]});
   EXPECT_EQ(Positions(store, {OpenOne(&store)}), std::vector<int64_t>({0}));
 }
@@ -252,7 +252,7 @@ TEST(StreamStore, BlocksAreInitializedBeforeTheyAreFirstUsed) {
   EXPECT_EQ(initialized.size(), 1u);
   EXPECT_EQ(lease.blocks()[0][63], 1);
   lease.Release();
-  // A clean and a new stream: when they are used next, and once.
+  // A cleaned and a new stream are initialized once, when they are used next.
   store.Clean(&ids[1], 1);
   store.Clean(&ids[1], 1);
   EXPECT_EQ(initialized.size(), 1u);
@@ -281,12 +281,12 @@ TEST(StreamStore, ALeaseThatIsRefusedHoldsNothing) {
     store.Clean(twice.data(), 2);
   });
   EXPECT_EQ(lease.count(), 0);
-  // This would wait for ever.
+  // If streams were still held, this would wait for ever.
   Take(&other, &store, ids);
   EXPECT_EQ(other.count(), 3);
   other.Release();
   EXPECT_EQ(store.open_streams(), 3);
-  // None at all is fine.
+  // No streams at all is fine.
   Take(&other, &store, {});
   EXPECT_EQ(other.count(), 0);
 }
@@ -311,7 +311,7 @@ TEST(StreamStore, DefaultStreams) {
   ExpectError(ErrorCode::kTooManyStreams, "", [&] { store.Defaults(6, many.data()); });
   EXPECT_EQ(store.default_streams(), 4);
   EXPECT_EQ(store.open_streams(), 5);
-  // One that was closed is opened again by the next call that needs it.
+  // The next call that needs a closed default stream opens it again.
   Close(&store, {more[1], first});
   std::vector<int64_t> positions(6, -1);
   store.Positions(nullptr, 6, positions.data());
@@ -329,12 +329,12 @@ TEST(StreamStore, DefaultStreams) {
   EXPECT_EQ(Positions(store, ids), std::vector<int64_t>({2, 2, 2}));
 }
 
-// Against a map, over blocks of several sizes: who is open, where streams are, what their blocks
-// hold, and that a lowest free slot is taken.
+// Random calls on stores with several block sizes, compared with a map: which streams are open,
+// their positions, the contents of their blocks, and that the lowest free slot is taken.
 TEST(StreamStore, RandomCallsAgainstAMap) {
   struct Stream {
     int64_t position = 0;
-    unsigned char content = 0;  // 0: fresh.
+    unsigned char content = 0;  // 0: fresh
   };
   for (const int64_t bytes : {40, 5000, 700000}) {
     std::mt19937 random(static_cast<uint32_t>(bytes));
@@ -353,7 +353,7 @@ TEST(StreamStore, RandomCallsAgainstAMap) {
       return ids;
     };
     for (int call = 0; call < 2000; ++call) {
-      // Between few and many, so that slabs empty.
+      // Alternate between few and many streams, so that slabs become empty.
       const bool grow = call / 500 % 2 == 0;
       const int64_t what = below(10);
       if (what < 3) {
@@ -425,7 +425,7 @@ TEST(StreamStore, SlabsThatEmptyAreGivenBack) {
   EXPECT_LE(store.reserved_bytes(), 1000 * bytes * 1.02 + (4 << 20));
   EXPECT_GE(store.used_bytes(), 1000 * bytes);
   EXPECT_LE(store.used_bytes(), 1000 * bytes * 1.02);
-  // All but every fiftieth: their slabs stay. All but the first two hundred: the others' go.
+  // `rest` keeps the slabs of the first two hundred streams, and of every fiftieth.
   Ids some, rest;
   for (size_t i = 0; i < ids.size(); ++i) (i >= 200 && i % 50 != 0 ? some : rest).push_back(ids[i]);
   Close(&store, some);
@@ -433,13 +433,13 @@ TEST(StreamStore, SlabsThatEmptyAreGivenBack) {
   Close(&store, rest);
   EXPECT_LE(store.reserved_bytes(), 4 << 20);
   EXPECT_LE(store.used_bytes(), 4 << 20);
-  // The one that is kept is the lowest: opening one stream makes none.
+  // The slab that is kept is the lowest: opening one stream makes no new one.
   const int64_t reserved = store.reserved_bytes();
   OpenOne(&store);
   EXPECT_EQ(store.reserved_bytes(), reserved);
 }
 
-// Sanitizers keep shadows of all memory, and take address space ahead.
+// Sanitizers keep shadows of all memory, and reserve address space.
 #ifndef CONTINUAL_TRANSFORMERS_SANITIZED
 
 int64_t ResidentBytes() {
@@ -478,7 +478,7 @@ TEST(StreamStore, MemoryOfStreamsInUseIsTheirBlocks) {
   }
 }
 
-// In a process of its own: returns what `child` does.
+// Runs `child` in a new process, and returns its result.
 int ExitStatus(const std::function<int()>& child) {
   const pid_t pid = fork();
   if (pid == 0) _exit(child());
@@ -487,11 +487,11 @@ int ExitStatus(const std::function<int()>& child) {
   return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
-// `ulimit -v`: streams are opened as far as memory goes, then refused; and opened again when others
-// were closed.
+// With `ulimit -v`, streams open until memory runs out, then opening is refused. It works again
+// after others were closed.
 TEST(StreamStore, LimitedAddressSpace) {
   EXPECT_EQ(ExitStatus([] {
-              // 64 MiB more than there are now.
+              // 64 MiB more than the process uses now.
               long pages = 0;
               FILE* const file = std::fopen("/proc/self/statm", "r");
               if (file == nullptr || std::fscanf(file, "%ld", &pages) != 1) return 1;
@@ -510,7 +510,7 @@ TEST(StreamStore, LimitedAddressSpace) {
               if (ids.size() < 300) return 5;
               if (store.open_streams() != static_cast<int64_t>(ids.size())) return 6;
               Step(&store, ids);
-              // Many at once, or none.
+              // Many at once: all or none.
               Close(&store, {ids.begin() + 200, ids.end()});
               ids.resize(200);
               try {
@@ -527,7 +527,7 @@ TEST(StreamStore, LimitedAddressSpace) {
             0);
 }
 
-// A child has the parent's streams, but for those that were in another thread's hands.
+// A child has the parent's streams, except those that another thread held.
 TEST(StreamStore, Fork) {
   StreamStore store(5000, 0, NoInit);
   const Ids ids = Open(&store, 4);
@@ -541,12 +541,12 @@ TEST(StreamStore, Fork) {
     held.set_value();
     done.get_future().wait();
   });
-  // Waits for the other thread's stream when the process forks.
+  // Another thread waits for the held stream when the process forks.
   std::thread waits([&] { Step(&store, {ids[1], ids[0]}); });
   held.get_future().wait();
   std::this_thread::sleep_for(std::chrono::milliseconds(20));
   EXPECT_EQ(ExitStatus([&] {
-              alarm(20);  // Rather than to wait for ever.
+              alarm(20);  // instead of waiting for ever
               if (store.IsOpen(ids[1])) return 1;
               if (!store.IsOpen(ids[3])) return 2;
               own.Advance(1);
@@ -615,12 +615,12 @@ TEST(StreamStoreThreads, AnotherLeaseWaitsForItsStreamsOnly) {
   const Ids ids = Open(&store, 4);
   StreamStore::Lease lease;
   Take(&lease, &store, {ids[0], ids[1]});
-  // Not held: at once.
+  // Streams that are not held: no waiting.
   Step(&store, {ids[2], ids[3]});
   Close(&store, {ids[3]});
   OpenOne(&store);
   EXPECT_EQ(Positions(store, {ids[0]})[0], 0);
-  // Held: when the lease is released, and not before.
+  // Held streams: these end when the lease is released, and not before.
   std::atomic<int> finished{0};
   std::vector<std::thread> threads;
   threads.emplace_back([&] { Step(&store, {ids[2], ids[0]}), ++finished; });
@@ -643,7 +643,7 @@ TEST(StreamStoreThreads, WhoWaitsForAStreamThatIsClosedIsRefused) {
   std::thread closes([&] { Close(&store, {ids[0]}); });
   std::this_thread::sleep_for(std::chrono::milliseconds(20));
   EXPECT_TRUE(store.IsOpen(ids[0]));
-  // Closing has its turn first, or the second waits with it and finds it done.
+  // Either closing comes first, or the step waits together with it and finds the stream closed.
   std::thread steps([&] {
     try {
       Step(&store, {ids[1], ids[0]});
@@ -656,11 +656,11 @@ TEST(StreamStoreThreads, WhoWaitsForAStreamThatIsClosedIsRefused) {
   closes.join();
   steps.join();
   EXPECT_FALSE(store.IsOpen(ids[0]));
-  // Whoever was refused left nothing behind.
+  // The refused call left nothing behind.
   Step(&store, {ids[1], OpenOne(&store)});
 }
 
-// A lease of all streams has its turn among threads that step single ones without a pause.
+// A lease of all streams gets its turn among threads that step single ones without a pause.
 TEST(StreamStoreThreads, ManyStreamsAreNotStarvedByFew) {
   StreamStore store(64, 0, NoInit);
   const Ids ids = Open(&store, 40);
@@ -673,7 +673,7 @@ TEST(StreamStoreThreads, ManyStreamsAreNotStarvedByFew) {
       for (int64_t i = 0; !stop; ++i) {
         lease.Take(&store, &ids[10 * t + i % 10], 1);
         started += i == 0;
-        if (i % 16 == 0) std::this_thread::yield();  // Held by one who does not run.
+        if (i % 16 == 0) std::this_thread::yield();  // sometimes the holder does not run
         lease.Advance(1);
         lease.Release();
       }
@@ -685,8 +685,8 @@ TEST(StreamStoreThreads, ManyStreamsAreNotStarvedByFew) {
   for (std::thread& thread : threads) thread.join();
 }
 
-// Blocks hold a count that only who holds the stream may change: no step is lost or torn, whoever
-// opens and closes streams meanwhile.
+// Each block holds a count that only the stream's holder may change: no step is lost or torn while
+// other threads open and close streams.
 TEST(StreamStoreThreads, StepsOpensClosesAndCleansAtOnce) {
   constexpr int kThreads = 4;
   constexpr int64_t kShared = 12, kWords = 200;
@@ -694,7 +694,7 @@ TEST(StreamStoreThreads, StepsOpensClosesAndCleansAtOnce) {
   StreamStore store(kWords * 8, 0, [](char* block) { std::memset(block, 0, kWords * 8); });
   const Ids shared = Open(&store, kShared);
   std::vector<std::atomic<int64_t>> steps(kShared);
-  // One step: every word of the block counts up, and agrees with the position.
+  // One step: every word of the block counts up, and matches the position.
   const auto step = [&](const StreamStore::Lease& lease) {
     for (int64_t i = 0; i < lease.count(); ++i) {
       int64_t* const words = reinterpret_cast<int64_t*>(lease.blocks()[i]);
@@ -710,7 +710,7 @@ TEST(StreamStoreThreads, StepsOpensClosesAndCleansAtOnce) {
     threads.emplace_back([&, t] {
       std::mt19937 random(t);
       StreamStore::Lease lease;
-      std::map<StreamId, int64_t> own;  // Of which no other thread knows.
+      std::map<StreamId, int64_t> own;  // no other thread knows these
       for (int call = 0; call < kCalls; ++call) {
         const int what = random() % 8;
         if (what == 0) {

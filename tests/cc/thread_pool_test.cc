@@ -1,4 +1,5 @@
-// Tasks shared out between threads: each is taken once, by callers at once, after a fork too.
+// Tests that threads share tasks: each task runs once, also with simultaneous callers and after a
+// fork.
 
 #include "cc/session/thread_pool.h"
 
@@ -17,7 +18,7 @@
 namespace continual_transformers {
 namespace {
 
-// Whether every task of a call was taken once, by a worker of the pool.
+// Returns whether every task of a call ran once, on a worker of the pool.
 bool EachTaskOnce(ThreadPool* pool, int64_t tasks) {
   std::vector<std::atomic<int>> taken(tasks);
   std::atomic<bool> known_workers{true};
@@ -61,8 +62,8 @@ TEST(ThreadPoolTest, SeveralCallersAtOnce) {
   EXPECT_EQ(wrong, 0);
 }
 
-#if !defined(__SANITIZE_THREAD__)  // Which ends a child that starts threads.
-// A child has none of its parent's threads, which wait for work when it is forked.
+#if !defined(__SANITIZE_THREAD__)  // ThreadSanitizer ends a child that starts threads
+// A child has none of its parent's threads, which wait for work at the fork.
 TEST(ThreadPoolTest, AChildStartsThreadsOfItsOwn) {
   auto pool = std::make_unique<ThreadPool>(3);
   ASSERT_TRUE(EachTaskOnce(pool.get(), 20));
@@ -70,7 +71,7 @@ TEST(ThreadPoolTest, AChildStartsThreadsOfItsOwn) {
   const pid_t child = fork();
   ASSERT_GE(child, 0);
   if (child == 0) {
-    alarm(20);  // Ends a child that waits for what is not there.
+    alarm(20);  // ends a child that waits for threads that do not exist
     bool right = true;
     for (int round = 0; round < 4; ++round) {
       right = right && EachTaskOnce(pool.get(), 20);

@@ -1,4 +1,5 @@
-// Threads that step streams of one cache at once: run under ThreadSanitizer, `--config=tsan`.
+// Tests threads that step streams of one cache at once. Run it under ThreadSanitizer,
+// `--config=tsan`.
 
 #include "cc/attention/threads.h"
 
@@ -19,7 +20,7 @@ namespace {
 
 constexpr int64_t kHeads = 3, kDim = 5, kFeatures = kHeads * kDim;
 
-// As TensorFlow shares tasks out, but always: one thread a task.
+// Divides tasks as TensorFlow does, but always: one thread per task.
 Threads ThreadPerTask(int64_t count) {
   return {count, [](int64_t tasks, int64_t, const std::function<void(int64_t, int64_t)>& f) {
             std::vector<std::thread> threads;
@@ -49,8 +50,8 @@ class Layer {
     }
   }
 
-  // One step of one stream with the input `x` for every feature. Calls for one stream take turns,
-  // as the op's calls do by the locks of its variables.
+  // Takes one step of one stream with the input `x` for every feature. Calls on one stream take
+  // turns, as the op's calls do with the locks of its variables.
   std::vector<float> Step(int32_t stream, float x, const Threads& threads) {
     std::lock_guard<std::mutex> lock(locks_[stream]);
     const std::vector<float> input(kFeatures, x);
@@ -120,7 +121,7 @@ TEST(ThreadsTest, ThreadsStepTheSameStream) {
     });
   }
   for (std::thread& thread : threads) thread.join();
-  // All steps were the same, so in any order the stream has seen the same.
+  // All steps are the same, so the order does not matter.
   for (int i = 0; i < kThreads * kSteps; ++i) alone.Step(0, 0.5f, kOneThread);
   EXPECT_EQ(layer.Step(0, 1, kOneThread), alone.Step(0, 1, kOneThread));
 }
@@ -130,7 +131,8 @@ TEST(ThreadsTest, TasksOfOneStepOnManyThreads) {
   for (int i = 0; i < 12; ++i) {
     EXPECT_EQ(shared.Step(0, 0.1f * i, ThreadPerTask(2)), alone.Step(0, 0.1f * i, kOneThread));
   }
-  // More threads than heads: windows in parts, whose merge rounds otherwise.
+  // There are more threads than heads, so windows are divided, and merging the parts rounds
+  // differently.
   const auto got = shared.Step(0, 2, ThreadPerTask(8)), expected = alone.Step(0, 2, kOneThread);
   for (int64_t i = 0; i < kFeatures; ++i) EXPECT_NEAR(got[i], expected[i], 1e-5);
 }

@@ -1,5 +1,5 @@
-// The vector mathematics on every target: the exponential against the C library's in a wider type,
-// widened halves against those of half.h.
+// Tests the vector functions on every target: the exponential against the C library's in a wider
+// type, widened 16-bit numbers against those of half.h.
 
 #include <algorithm>
 #include <cctype>
@@ -16,7 +16,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "tests/cc/vector_math_test.cc"
 #include "hwy/foreach_target.h"
-// After foreach_target.h, or they would be there for one target only.
+// Must follow foreach_target.h: otherwise these are compiled for one target only.
 #include "cc/attention/vector_math-inl.h"
 #include "hwy/highway.h"
 
@@ -97,7 +97,7 @@ void WidenOnTarget(const std::vector<C>& in, std::vector<float>* out) {
   CONTINUAL_TRANSFORMERS_DISPATCH(WidenAll, in, out);
 }
 
-// Every value that C has, infinities and NaNs of any payload among them.
+// Checks every value of C, including infinities and NaNs with any payload.
 template <typename C>
 void ExpectEveryValueIsWidened() {
   std::vector<C> every(1 << 16);
@@ -114,7 +114,7 @@ void ExpectEveryValueIsWidened() {
   }
 }
 
-// Of the targets that multiply and add with one rounding, 1.2 would do.
+// With fused multiply-add, 1.2 would do.
 constexpr double kBound = 1.4;
 
 class VectorMathTest : public ::testing::TestWithParam<Target> {
@@ -124,7 +124,7 @@ class VectorMathTest : public ::testing::TestWithParam<Target> {
 };
 
 // The largest distance between results and exact values, in units in the last place of the exact
-// ones, over x whose exponential is normal; what is below is to give 0.
+// ones, over x whose exponential is normal. Below that, results must be 0.
 template <typename Wide, typename T>
 double LargestError(const std::vector<T>& xs, T lowest) {
   const std::vector<T> got = Exp(xs);
@@ -146,7 +146,7 @@ TEST_P(VectorMathTest, ExpOfFloats) {
   const float end = -110;
   uint32_t last;
   std::memcpy(&last, &end, 4);
-  // From -0 down, past where the result would be subnormal: every 97th float that there is.
+  // From -0 down, past where the result would be subnormal: every 97th float.
   for (uint32_t bits = 0x80000000u; bits <= last; bits += 97) xs.push_back(FloatOfBits(bits));
   for (uint32_t bits = last; bits < 0xff800000u; bits += 997) xs.push_back(FloatOfBits(bits));
   EXPECT_LT(LargestError<double>(xs, -87.3365f), kBound);
@@ -173,7 +173,7 @@ TEST_P(VectorMathTest, ExpOfWhatIsNoNumber) {
 
 TEST_P(VectorMathTest, Erfc) {
   EXPECT_LT(LargestErrorOfErfc<float>(4), 2e-6);
-  EXPECT_LT(LargestErrorOfErfc<float>(9), 1e-5);  // x^2 is off by 4e-6.
+  EXPECT_LT(LargestErrorOfErfc<float>(9), 1e-5);  // x^2 is off by 4e-6
   EXPECT_LT(LargestErrorOfErfc<double>(4), 1e-14);
   EXPECT_LT(LargestErrorOfErfc<double>(25), 2e-13);
   std::vector<float> special(64, 0);

@@ -1,5 +1,5 @@
-// A C++17 wrapper of continual_transformers.h: nothing but headers, errors are exceptions, what is
-// made is freed. See that header for what each call does.
+// A C++17 wrapper of continual_transformers.h. It is header-only, throws errors as exceptions, and
+// frees what it makes. See that header for what each call does.
 //
 //   ct::Session session("model.safetensors");
 //   ct::Stream stream = session.OpenStream();
@@ -32,12 +32,12 @@ class Error : public std::runtime_error {
   ct_status status_;
 };
 
-// Throws what a call of the C interface says.
+// Throws the error of a C function.
 inline void Check(ct_status status) {
   if (status != CT_OK) throw Error(status, ct_last_error());
 }
 
-// float -> CT_FLOAT32. 16-bit numbers have no type in C++17: pass void pointers.
+// Returns CT_FLOAT32 for float, and so on. 16-bit floats have no type in C++17: pass void pointers.
 template <typename T>
 constexpr ct_dtype DtypeOf() {
   if constexpr (std::is_same_v<T, float>) {
@@ -64,13 +64,13 @@ inline const char* NameOf(ct_dtype dtype) {
 struct Value {
   std::string name;
   ct_dtype dtype;
-  std::vector<int64_t> shape;  // Of one step of one stream, as are the next two.
+  std::vector<int64_t> shape;  // of one step of one stream, like `elements` and `bytes`
   int64_t elements;
   int64_t bytes;
 };
 
 struct Options {
-  int64_t streams = 0;  // The most that may be open at once; 0: no limit.
+  int64_t streams = 0;  // the most streams open at once; 0: no limit
   int64_t threads = 1;
   ct_dtype cache_dtype = CT_DTYPE_OF_FILE;
   ct_dtype weights_dtype = CT_DTYPE_OF_FILE;
@@ -78,7 +78,7 @@ struct Options {
 
 class Stream;
 
-// A model and its streams. Several threads may call one session at once.
+// A model and its streams. Several threads may use one session at once.
 class Session {
  public:
   // Loads a model file.
@@ -87,7 +87,7 @@ class Session {
     Check(ct_session_load(path.c_str(), &c, &session_));
     Describe();
   }
-  // Takes a copy of a model file's bytes.
+  // Copies a model file's bytes.
   static Session FromMemory(const void* data, size_t bytes, const Options& options = {}) {
     const ct_options c = COptions(options);
     Session session;
@@ -110,7 +110,7 @@ class Session {
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
 
-  // For what this class does not wrap.
+  // The C session, for functions that this class does not wrap.
   ct_session* get() const { return session_; }
 
   void Save(const std::string& path) const { Check(ct_session_save(session_, path.c_str())); }
@@ -130,10 +130,10 @@ class Session {
     return memory;
   }
 
-  // A stream that closes itself; the session must outlive it.
+  // Opens a stream that closes itself. The session must outlive it.
   Stream OpenStream();
 
-  // Streams by their ids, as the C interface has them.
+  // Streams by id, as in the C interface.
   ct_stream Open() { return Open(1)[0]; }
   std::vector<ct_stream> Open(int64_t count) {
     std::vector<ct_stream> streams(count > 0 ? count : 0);
@@ -167,12 +167,12 @@ class Session {
     return ready;
   }
 
-  // One step of streams of a model with one input and one output: x is [M, ...], y [M, ...].
+  // Takes one step of streams, for a model with one input and one output: both are [M, ...].
   template <typename X, typename Y>
   void Step(const std::vector<ct_stream>& streams, const X* x, Y* y) {
     Steps(streams.data(), Count(streams), 1, x, y);
   }
-  // T steps: [M, T, ...].
+  // Takes T steps: arrays are [M, T, ...].
   template <typename X, typename Y>
   void Steps(const ct_stream* streams, int64_t count, int64_t steps, const X* x, Y* y) {
     CheckOnly<X>(inputs_, "input");
@@ -181,7 +181,7 @@ class Session {
     void* const outputs[] = {y};
     Check(ct_session_steps(session_, streams, count, steps, inputs, outputs, nullptr));
   }
-  // One step of streams of any model: a pointer for each input and output, in their order.
+  // Takes one step of streams, for any model: one pointer per input and output, in their order.
   void Step(const std::vector<ct_stream>& streams, const std::vector<const void*>& inputs,
             const std::vector<void*>& outputs) {
     CheckNumber(inputs.size(), inputs_.size(), "inputs");
@@ -189,7 +189,7 @@ class Session {
     Check(ct_session_step(session_, streams.data(), Count(streams), inputs.data(), outputs.data()));
   }
 
-  // A copy of a stream, and putting one back.
+  // Copies a stream, and restores a copy.
   std::vector<std::byte> GetState(ct_stream stream) const {
     std::vector<std::byte> state(ct_session_state_bytes(session_));
     Check(ct_session_get_state(session_, stream, state.data(), static_cast<int64_t>(state.size())));
@@ -254,7 +254,7 @@ class Session {
   std::vector<Value> inputs_, outputs_;
 };
 
-// An open stream: closed when this is destroyed.
+// An open stream. The destructor closes it.
 class Stream {
  public:
   explicit Stream(Session* session) : session_(session), id_(session->Open()) {}
@@ -273,7 +273,7 @@ class Stream {
 
   ct_stream id() const { return id_; }
 
-  // One step of a model with one input and one output.
+  // Takes one step, for a model with one input and one output.
   template <typename X, typename Y>
   void Step(const X* x, Y* y) {
     session_->Steps(&id_, 1, 1, x, y);
