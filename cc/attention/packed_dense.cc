@@ -91,32 +91,32 @@ class Panel {
   HWY_INLINE void Block(int64_t row, int64_t c) const {
     const D d;
     const T* HWY_RESTRICT x[kRows];
-    HWY_UNROLL(8)
+    CONTINUAL_TRANSFORMERS_UNROLL
     for (int r = 0; r < kRows; ++r) x[r] = x_ + (row + r) * inputs_;
     // All loops over these are unrolled. Otherwise the compiler keeps them in memory.
     V sum[kChains][kRows][kVectors];
-    HWY_UNROLL(8)
+    CONTINUAL_TRANSFORMERS_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       const V bias = bias_ == nullptr ? hn::Zero(d) : LoadColumns(bias_, c + v * kLanes);
-      HWY_UNROLL(8)
+      CONTINUAL_TRANSFORMERS_UNROLL
       for (int r = 0; r < kRows; ++r) {
         sum[0][r][v] = bias;
-        HWY_UNROLL(8)
+        CONTINUAL_TRANSFORMERS_UNROLL
         for (int chain = 1; chain < kChains; ++chain) sum[chain][r][v] = hn::Zero(d);
       }
     }
     const W* HWY_RESTRICT w = w_ + c;
     int64_t i = 0;
     for (; i + kChains <= inputs_; i += kChains) {
-      HWY_UNROLL(8)
+      CONTINUAL_TRANSFORMERS_UNROLL
       for (int chain = 0; chain < kChains; ++chain, w += width_) {
         V kernel[kVectors];
-        HWY_UNROLL(8)
+        CONTINUAL_TRANSFORMERS_UNROLL
         for (int v = 0; v < kVectors; ++v) kernel[v] = LoadWide(d, w + v * kLanes);
-        HWY_UNROLL(8)
+        CONTINUAL_TRANSFORMERS_UNROLL
         for (int r = 0; r < kRows; ++r) {
           const V value = hn::Set(d, x[r][i + chain]);
-          HWY_UNROLL(8)
+          CONTINUAL_TRANSFORMERS_UNROLL
           for (int v = 0; v < kVectors; ++v) {
             sum[chain][r][v] = hn::MulAdd(value, kernel[v], sum[chain][r][v]);
           }
@@ -124,22 +124,22 @@ class Panel {
       }
     }
     for (; i < inputs_; ++i, w += width_) {
-      HWY_UNROLL(8)
+      CONTINUAL_TRANSFORMERS_UNROLL
       for (int r = 0; r < kRows; ++r) {
         const V value = hn::Set(d, x[r][i]);
-        HWY_UNROLL(8)
+        CONTINUAL_TRANSFORMERS_UNROLL
         for (int v = 0; v < kVectors; ++v) {
           sum[0][r][v] = hn::MulAdd(value, LoadWide(d, w + v * kLanes), sum[0][r][v]);
         }
       }
     }
-    HWY_UNROLL(8)
+    CONTINUAL_TRANSFORMERS_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const int64_t at = (row + r) * outputs_;
-      HWY_UNROLL(8)
+      CONTINUAL_TRANSFORMERS_UNROLL
       for (int v = 0; v < kVectors; ++v) {
         V total = sum[0][r][v];
-        HWY_UNROLL(8)
+        CONTINUAL_TRANSFORMERS_UNROLL
         for (int chain = 1; chain < kChains; ++chain) total = hn::Add(total, sum[chain][r][v]);
         const int64_t column = c + v * kLanes;
         if (residual_ != nullptr) {

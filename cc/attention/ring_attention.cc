@@ -228,11 +228,11 @@ class RingPass {
     };
     // All loops over these are unrolled. Otherwise the compiler keeps them in memory.
     V sum[kChains][kHeads][kVectors];
-    HWY_UNROLL(8)
+    CONTINUAL_TRANSFORMERS_UNROLL
     for (int c = 0; c < kChains; ++c) {
-      HWY_UNROLL(8)
+      CONTINUAL_TRANSFORMERS_UNROLL
       for (int i = 0; i < kHeads; ++i) {
-        HWY_UNROLL(8)
+        CONTINUAL_TRANSFORMERS_UNROLL
         for (int v = 0; v < kVectors; ++v) sum[c][i][v] = hn::Zero(d);
       }
     }
@@ -247,10 +247,10 @@ class RingPass {
                  span.rows);
       }
       const auto add = [&](int c) HWY_ATTR {
-        HWY_UNROLL(8)
+        CONTINUAL_TRANSFORMERS_UNROLL
         for (int i = 0; i < kHeads; ++i) {
           const V weight = hn::Set(d, weights[i * stride_ + c]);
-          HWY_UNROLL(8)
+          CONTINUAL_TRANSFORMERS_UNROLL
           for (int v = 0; v < kVectors; ++v) {
             sum[c][i][v] = hn::MulAdd(
                 weight, load(value + c * value_stride + i * value_dim + v * kLanes), sum[c][i][v]);
@@ -259,7 +259,7 @@ class RingPass {
       };
       int64_t row = 0;
       for (; row + kChains <= span.rows; row += kChains) {
-        HWY_UNROLL(8)
+        CONTINUAL_TRANSFORMERS_UNROLL
         for (int c = 0; c < kChains; ++c) add(c);
         value += kChains * value_stride;
         weights += kChains;
@@ -270,14 +270,14 @@ class RingPass {
         ++weights;
       }
     }
-    HWY_UNROLL(8)
+    CONTINUAL_TRANSFORMERS_UNROLL
     for (int i = 0; i < kHeads; ++i) {
       const V normalizer = hn::Set(d, normalizer_of_[h + i - begin_]);
       T* output = p_.output + (h + i) * value_dim + column;
-      HWY_UNROLL(8)
+      CONTINUAL_TRANSFORMERS_UNROLL
       for (int v = 0; v < kVectors; ++v) {
         V total = sum[0][i][v];
-        HWY_UNROLL(8)
+        CONTINUAL_TRANSFORMERS_UNROLL
         for (int c = 1; c < kChains; ++c) total = hn::Add(total, sum[c][i][v]);
         total = hn::Mul(total, normalizer);
         if (kWidth == Width::kRest) {

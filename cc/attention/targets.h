@@ -38,6 +38,14 @@
 #error "Expected x86-64 or AArch64, which are what TensorFlow's wheels are built for"
 #endif
 
+// Unrolls a loop over an array of vectors, which are then kept in registers. Sanitizers need them
+// in memory, and would compile the unrolled loops for a quarter of an hour.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define CONTINUAL_TRANSFORMERS_UNROLL
+#else
+#define CONTINUAL_TRANSFORMERS_UNROLL HWY_UNROLL(8)
+#endif
+
 namespace continual_transformers {
 
 // AVX3 is Highway's name for the AVX-512 of servers since 2017: F, BW, CD, DQ and VL.
