@@ -69,9 +69,10 @@ def single_output_attention_cost(seq_len, key_dim, value_dim=None):
 
 
 def retroactive_attention_cost(seq_len, key_dim):
-    """A step of continual retroactive attention, as published.
+    """Return the cost of a step of continual retroactive attention, as published.
 
-    (7nd + 2n - 3d) + (6nd + 3n - 6d - 3) + (3n - 2), with n steps in the window and d features.
+    It is (7nd + 2n - 3d) + (6nd + 3n - 6d - 3) + (3n - 2), with n steps in the window and d
+    features.
     """
     n, d = seq_len, key_dim
     return Cost(
