@@ -118,8 +118,8 @@ def _classifier(name, features, classes, encoding, stack):
         [
             keras.Input((n, features)),
             keras.layers.Dense(embed_dim, name="embedding"),
-            # In a stream a window may begin at any row. In regular calls each window begins one row
-            # after the last, so that all rows are trained.
+            # In a stream a window may begin at any row. On windows, each call begins one row after
+            # the call before, so training meets every row.
             CircularPositionalEncoding(2 * n - 1, embed_dim, **encoding, name="position"),
             TransformerEncoder(**{"key_dim": embed_dim // heads, **stack}, name="encoder"),
             keras.layers.Dense(classes, name="classifier"),
