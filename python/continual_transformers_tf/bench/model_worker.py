@@ -38,7 +38,7 @@ class ModelWorker:
         return {}
 
     def check(self):
-        """Take steps until the receptive field is full; return the newest outputs of two streams."""
+        """Take steps until the receptive field is full; return the last outputs of two streams."""
         import numpy as np
 
         from continual_transformers_tf.bench import model_rivals

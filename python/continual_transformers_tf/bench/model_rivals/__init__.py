@@ -164,7 +164,7 @@ def checked_rows(size):
 
 
 def reference(size, steps, positions=True):
-    """Return the last outputs of new streams after so many steps, in float64: [checked rows, 10]."""
+    """Return the last outputs of new streams after `steps` steps, float64 [checked rows, 10]."""
     weights = weights_of(size)
     rows = checked_rows(size)
     taken = np.arange(steps)
