@@ -112,7 +112,7 @@ def softmax(context, weights, x, function, axis):
 
 
 def sparsemax(row):
-    """Compute sparsemax as Keras 3.15 does; the paper's threshold has only the last cumulative sum."""
+    """Compute sparsemax as Keras 3.15 does. The paper's threshold has one cumulative sum only."""
     ordered = np.sort(row)[::-1]
     sums = np.cumsum(ordered)
     support = 1 + np.arange(1, len(row) + 1) * ordered > sums

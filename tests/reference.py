@@ -81,7 +81,7 @@ class Stream:
         allowed = np.broadcast_to(has_key, (len(query), filled))
         if mask is not None:
             allowed = allowed & mask[:, self.seq_len - filled :]
-        # What is not attended to may be NaN.
+        # Keys and values that no query attends to may be NaN.
         keys, values = (np.where(has_key[:, None, None], x, 0) for x in (keys, values))
         output, scores = attention(query, keys, values, scale, allowed)
         unfilled = np.zeros((len(query), self.seq_len - filled))
@@ -111,7 +111,7 @@ class RetroactiveStream:
             return None
         queries, keys, values = map(np.stack, zip(*self.steps[-self.seq_len :], strict=True))
         has_key = np.array(self.has_key[-self.seq_len :])
-        # What is not attended to may be NaN.
+        # Keys and values that no query attends to may be NaN.
         keys, values = (np.where(has_key[:, None, None], x, 0) for x in (keys, values))
         scale = 1 / np.sqrt(queries.shape[-1]) if scale is None else scale
         queries, keys, values = (x.swapaxes(0, 1) for x in (queries, keys, values))  # [H, n, ...]

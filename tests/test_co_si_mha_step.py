@@ -35,7 +35,7 @@ LAYERS = [
 
 @pytest.mark.parametrize("options", LAYERS, ids=str)
 def test_one_op_is_the_several_ops(monkeypatch, random, options):
-    """With equal weights, steps, streams and masks, all results are those of plain ops."""
+    """With equal weights, steps, streams and masks, all results equal those of plain ops."""
     options = {"warm_up": "partial", **options}
     layers = {}
     for backend in ("fused", "tensorflow"):
@@ -228,7 +228,7 @@ def test_what_does_not_fit_changes_nothing(monkeypatch, random, what):
 
 @pytest.mark.parametrize(("features", "heads"), [(32, 4), (192, 16)])
 def test_weights_in_half_the_bytes(monkeypatch, random, features, heads):
-    """Outputs change by less than bfloat16's unit, 2^-8; other calls use the layer's weights."""
+    """Outputs change by less than bfloat16's unit, 2^-8; other calls use exact weights."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     exact, regular = pair(40, heads, features // heads, features, random=random)
     weights = regular.get_weights()

@@ -60,7 +60,7 @@ def test_retroactive_warms_up_as_the_shorter_sequence(backend, random, depth):
 
 
 def banded(layer, x, n=N):
-    """Return the newest output of regular blocks in which a step attends to the n newest up to it."""
+    """Return the newest output of regular blocks in which a step attends only to the n newest."""
     regular = RegularStack(layer)
     for block in regular.blocks:
         # Each row comes from the window that ends with it. The first windows are shorter.

@@ -1,4 +1,4 @@
-"""The build of the kernels into a library with the interface of cuda/c_api.h.
+"""Build the kernels into a library with the interface of cuda/c_api.h.
 
 nvcc builds it for the GPU of this machine, or a C++ compiler for the emulator, which runs the
 kernels on the CPU.
