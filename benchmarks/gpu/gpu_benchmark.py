@@ -77,7 +77,7 @@ class Gpu:
         return graph.replay
 
     def seconds(self, work):
-        """Return the device's time from the beginning of `work`'s first kernel to its last's end."""
+        """Return the device's time, from `work`'s first kernel to the end of its last one."""
         import torch
 
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -34,8 +34,8 @@ class AttentionSize(NamedTuple):
     def bytes(self):
         """The bytes that a step must read or write.
 
-        Each key and value of the window once, and which have a key; the newest ones are an input and
-        are written to the ring; queries in, outputs out.
+        Each key and value of the window once, and which have a key; the newest ones are an input
+        and are written to the ring; queries in, outputs out.
         """
         newest = 2 * self.streams * self.heads * self.dim * ITEM_BYTES[self.dtype]
         asked = 2 * self.streams * self.heads * self.dim * self.compute_bytes
