@@ -1,8 +1,8 @@
-"""pip's way in: the metadata that depends on TensorFlow, and the libraries.
+"""The build by pip: the metadata that depends on TensorFlow, and the libraries.
 
-They are built with the system's compiler: the core library, the op library for the TensorFlow that
-is installed where the package is going, and the Python extension. `cc/library.bzl` lists what each
-is made of. Objects stay in `build/objects`: what has not changed is not compiled again.
+The system's compiler builds the core library, the op library for the TensorFlow that is installed
+in the target environment, and the Python extension. `cc/library.bzl` lists the sources of each.
+Objects stay in `build/objects`: a source that has not changed is not compiled again.
 """
 
 import importlib
@@ -22,27 +22,27 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 VERSION = "0.1.0"
-# Of those that numbers are held against, in the race and in the tests of ct.from_torch.
+# The exact versions that the race and the tests of ct.from_torch compare with.
 TORCH = ["continual-inference==1.2.4", "torch==2.13.0"]
 CC = runpy.run_path("cc/library.bzl")
 sys.path[:0] = ["cuda", "tools"]
 nvcc = importlib.import_module("nvcc")
 object_files = importlib.import_module("object_files")
 BUILD = Path("build")
-# Set by the Bazel build of the wheel: a folder in which the libraries are, only to be packed.
+# Bazel's build of the wheel sets it: a folder with the built libraries, which are only packed here.
 PREBUILT = os.environ.get("CONTINUAL_TRANSFORMERS_PREBUILT")
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 
 
 def find_tensorflow():
-    """(folder, version) of the TensorFlow installed, or None.
+    """Return (folder, version) of the installed TensorFlow, or None.
 
-    pip builds in an environment of its own, whose Python cannot import what is installed beside it;
-    but the folders in which that lies are those of the same interpreter.
+    pip builds in an isolated environment, whose Python cannot import what is installed in the
+    target environment. But both have the same interpreter, so its folders can be searched.
     """
     paths = sysconfig.get_paths()
     folders = [paths["purelib"], paths["platlib"], site.getusersitepackages()]
-    # sys.path: where pip puts what it fetched for the build alone.
+    # sys.path: pip puts the packages there that it fetched only for the build.
     for folder in dict.fromkeys([*folders, *filter(os.path.isdir, sys.path)]):
         for distribution in metadata.distributions(path=[folder]):
             if distribution.name in ("tensorflow", "tensorflow-cpu", "tensorflow_cpu"):
@@ -54,7 +54,7 @@ def find_tensorflow():
 
 TENSORFLOW = find_tensorflow()
 MINOR = ".".join(TENSORFLOW[1].split(".")[:2]) if TENSORFLOW else CC["TENSORFLOW_DEFAULT"]
-# The libraries that are no Python extensions, though setuptools takes them for such.
+# Libraries that are not Python extensions, although setuptools builds them as such.
 FILES = {
     "core_library": CC["CORE_LIBRARY"],
     "op_library": CC["OP_LIBRARY"].format(MINOR=MINOR),
@@ -66,15 +66,15 @@ def sources(*parts):
 
 
 def system_includes(*folders):
-    # -isystem: these headers have warnings of their own.
+    # -isystem: no warnings from other projects' headers.
     return [word for folder in folders for word in ("-isystem", str(folder))]
 
 
 def headers_of(distribution):
-    """The folder of headers of a Python package that the build needs.
+    """Copy the headers of a Python package that the build needs, and return the copy's folder.
 
-    pip's environment for the build has another path each time. A copy has the same one, so that
-    objects stay current.
+    pip's environment for the build has a new path each time. The copy keeps its path, so objects
+    are not compiled again.
     """
     if distribution == "numpy":
         folder = importlib.import_module("numpy").get_include()
@@ -92,14 +92,14 @@ def headers_of(distribution):
 
 
 class build_libraries(build_ext):
-    """Builds the libraries, in the order in which they link each other."""
+    """The build of the libraries, in the order in which they link each other."""
 
     def get_ext_filename(self, fullname):
         *package, name = fullname.split(".")
         return str(Path(*package, FILES.get(name) or super().get_ext_filename(name)))
 
     def run(self):
-        # First: whether CUDA can be had is known in a moment, and compiling takes minutes.
+        # First, because looking for CUDA takes a moment, and compiling takes minutes.
         self.cuda = None if PREBUILT else nvcc.chosen()
         super().run()
 
@@ -120,7 +120,7 @@ class build_libraries(build_ext):
         options, objects, links = getattr(self, f"options_of_{name}")(*TENSORFLOW)
         compiler = subprocess.run([*CXX, "--version"], check=True, capture_output=True, text=True)
         heading = f"{compiler.stdout.splitlines()[0]}, TensorFlow {TENSORFLOW[1]}\n"
-        # Builds with and without CUDA keep their own objects, for whoever makes both in turn.
+        # Builds with and without CUDA keep separate objects, so alternating between them is fast.
         suffix = "_cuda" if self.cuda and name == "op_library" else ""
         folder = BUILD / "objects" / f"{name}{suffix}"
 
@@ -139,7 +139,7 @@ class build_libraries(build_ext):
         made.replace(target)
 
     def options_of_core_library(self, tensorflow, version):
-        """(compiler options, further objects, linker options)"""
+        """Return (compiler options, further objects, linker options)."""
         highway = tensorflow / CC["HIGHWAY_INCLUDE"]
         system = system_includes(highway, headers_of("nlohmann-json"))
         options = [*CC["CORE_OPTIONS"], "-Iinclude", *system]
@@ -166,7 +166,7 @@ class build_libraries(build_ext):
             ]
             self.ext_map["op_library"].sources += sources("TENSORFLOW_GPU")
             objects = list(map(str, cuda.compile_all(CC["CUDA_SOURCES"], nvcc.OBJECTS)))
-            # First: TensorFlow's library may have functions of the same names.
+            # First, because TensorFlow's library may define functions with the same names.
             links[:0] = [f"-L{folder}" for folder in cuda.lib] + CC["CUDA_LINK_OPTIONS"]
         return options, objects, links
 
@@ -177,7 +177,7 @@ class build_libraries(build_ext):
         return options, [], self.core_link_options()
 
     def remove_libraries_for_others(self):
-        """Removes op libraries that an earlier build in this folder made for other TensorFlows."""
+        """Remove op libraries that an earlier build in this folder made for other TensorFlows."""
         target = Path(self.get_ext_fullpath("continual_transformers_tf.op_library"))
         for path in target.parent.glob(CC["OP_LIBRARY"].format(MINOR="*")):
             if path != target:
@@ -189,7 +189,7 @@ class build_libraries(build_ext):
 
 
 setup(
-    # The local part says which TensorFlow the op library was built for: pip shows it.
+    # pip shows the local part: it says which TensorFlow the op library was built for.
     version=f"{VERSION}+tf{MINOR}",
     ext_modules=[
         Extension("continual_transformers_tf.core_library", sources("ATTENTION", "SESSION")),
@@ -205,20 +205,20 @@ setup(
     extras_require={
         "cpu": [f"tensorflow-cpu=={MINOR}.*", "keras>=3.15,<4"],
         "gpu": [f"tensorflow[and-cuda]=={MINOR}.*", "keras>=3.15,<4"],
-        # Who the races are against, and what their C++ programs are built with.
+        # The rivals of the races, and a header library that their C++ programs need.
         "bench": [
             *TORCH,
             *("jax", "matplotlib", "nlohmann-json", "onnx", "onnxruntime", "rich"),
             "sequence-layers==0.2.*",
         ],
         "demo": ["matplotlib", "rich", "seglearn"],
-        # Of examples/real_data.
+        # For examples/real_data.
         "examples": ["aeon", "matplotlib", "rich", "seglearn"],
-        # What ct.from_torch takes weights from.
+        # The sources of weights for ct.from_torch.
         "torch": [*TORCH, "safetensors"],
         "test": [
             *("clang-format==23.1.5", "hypothesis", "pytest", "pytest-xdist", "ruff==0.17.6"),
-            # Headers for Bazel's build; pip gets its own, by pyproject.toml.
+            # Headers for Bazel's build. For pip's build they are in pyproject.toml.
             *("nlohmann-json", "pybind11"),
         ],
     },

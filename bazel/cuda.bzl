@@ -1,4 +1,4 @@
-"""CUDA: its toolkit as an external repository, and nvcc, which cuda/nvcc.py finds and calls."""
+"""The CUDA toolkit as an external repository, and compiling with nvcc by cuda/nvcc.py."""
 
 load("//cc:library.bzl", "CUDA_LINK_OPTIONS")
 
@@ -58,7 +58,7 @@ cuda_configure = repository_rule(
 )
 
 def cuda_library(name, srcs, hdrs, attention_hdrs):
-    """Objects that nvcc made, to be linked into whatever depends on them."""
+    """Compile sources with nvcc into objects, which are linked into every target that uses them."""
     for source in srcs:
         native.genrule(
             name = source + ".object",

@@ -1,4 +1,4 @@
-"""Headers that pip installs, as an external repository: those of the python3 on PATH."""
+"""Headers that pip installed for the python3 on PATH, as an external repository."""
 
 _FACTS = """
 import importlib.util, os, sysconfig

@@ -1,4 +1,4 @@
-"""TensorFlow as an external repository: that of the python3 on PATH, as pip installed it."""
+"""The TensorFlow that pip installed for the python3 on PATH, as an external repository."""
 
 load("//cc:library.bzl", "HIGHWAY_INCLUDE")
 

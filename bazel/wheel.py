@@ -1,6 +1,6 @@
-"""Packs the libraries that Bazel built into a wheel: `bazel run //bazel:wheel -- FOLDER`.
+"""Packing the libraries that Bazel built into a wheel: `bazel run //bazel:wheel -- FOLDER`.
 
-The metadata is setup.py's, as for pip; only the compiler is not called a second time.
+setup.py provides the metadata, as for pip, but it does not compile again.
 """
 
 import os

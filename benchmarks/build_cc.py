@@ -1,9 +1,9 @@
-"""Builds the C++ programs that measure sessions, beside the installed package's library.
+"""The build of the C++ programs that measure sessions, against the installed package's library.
 
     python benchmarks/build_cc.py build/bench
 
-Bazel builds the same, as //benchmarks:model_benchmark and //benchmarks:session_benchmark; this is
-for `make bench`, which needs no more than pip does.
+Bazel builds the same programs, as //benchmarks:model_benchmark and //benchmarks:session_benchmark.
+This is for `make bench`, which needs no more than pip does.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ SHARED = ("fma_loop", "raw_model")
 
 
 def include_folders():
-    """Where the headers of Google Highway and nlohmann-json are: in wheels from PyPI."""
+    """Return the folders of Google Highway's and nlohmann-json's headers, in wheels from PyPI."""
     tensorflow = Path(importlib.util.find_spec("tensorflow").origin).parent
     json = Path(next(iter(importlib.util.find_spec("nlohmann_json").submodule_search_locations)))
     return [tensorflow / CC["HIGHWAY_INCLUDE"], json / "include"]

@@ -1,4 +1,4 @@
-"""What `ct.cost` says that a step costs, and what it takes: regular, retroactive, single output.
+"""What a step costs by `ct.cost`, and by measurement: regular, retroactive, single output.
 
 PYTHONPATH=python python benchmarks/measured_costs.py
 """
@@ -28,7 +28,7 @@ WAYS = ("regular", "retroactive", "single output")
 
 
 def block(layer, seq_len):
-    """A built block, with room for one stream."""
+    """Return a built block, with room for one stream."""
     made = layer(seq_len, EMBED_DIM, NUM_HEADS, FF_DIM, key_dim=EMBED_DIM // NUM_HEADS)
     made.build((None, seq_len, EMBED_DIM))
     made.ensure_streams(1)
@@ -36,7 +36,7 @@ def block(layer, seq_len):
 
 
 def stack(depth, seq_len, kind):
-    """A built stack: with one block that of the kind itself, all of whose outputs are asked for."""
+    """Return a built stack. With one block it is that block itself, with all of its outputs."""
     if depth == 1:
         layers = {
             "retroactive": ct.CoReTransformerEncoder, "single_output": ct.CoSiTransformerEncoder
@@ -51,7 +51,7 @@ def stack(depth, seq_len, kind):
 
 
 def regular_encoder(depth, seq_len):
-    """What calls an encoder whose every block computes all rows of the window, and its cost."""
+    """Return a function of an encoder whose blocks compute all rows of the window, and its cost."""
     blocks = [block(ct.CoReTransformerEncoder, seq_len) for _ in range(depth)]
 
     def call(x):
@@ -63,9 +63,9 @@ def regular_encoder(depth, seq_len):
 
 
 def ways(depth, seq_len, random):
-    """Of each way to answer at a step a function that takes one, and what `ct.cost` says of it.
+    """Return for each way to answer at a step (a function that takes one step, its `ct.cost`).
 
-    Each is served as is best: steps of many ops as a `tf.function`, those of single ops eagerly.
+    Each way runs as is best for it: steps of many ops as a `tf.function`, single ops eagerly.
     """
     window = tf.constant(random.normal(size=(1, seq_len, EMBED_DIM)), tf.float32)
     steps = itertools.cycle(tf.unstack(window, axis=1))
@@ -74,7 +74,7 @@ def ways(depth, seq_len, random):
     retroactive = stack(depth, seq_len, "retroactive")
     step = tf.function(lambda x: retroactive.call_step(x))
     single = stack(depth, seq_len, "single_output")
-    for _ in range(seq_len):  # Until all windows are full.
+    for _ in range(seq_len):  # Fill all windows.
         step(next(steps))
     for _ in range(depth * seq_len):
         single.call_step(next(steps))
@@ -86,10 +86,10 @@ def ways(depth, seq_len, random):
 
 
 def burst(call, seconds):
-    """The median of a call's microseconds, over so many seconds and at least five calls.
+    """Return the median of a call's microseconds, over so many seconds and at least five calls.
 
-    They are those of the processor in this process, which other work on the machine adds nothing
-    to: with one thread they are what passes where there is no other work.
+    This is processor time of this process, so other work on the machine does not add to it. With
+    one thread it is the time that would pass on an idle machine.
     """
     times = []
     while len(times) < 5 or sum(times) < seconds * 1e6:
@@ -100,10 +100,10 @@ def burst(call, seconds):
 
 
 def measure(depth, seq_len, rounds, seconds, advance):
-    """Of each way `(its Cost, microseconds)`; they take turns.
+    """Measure all ways in turn, and return for each (its Cost, microseconds).
 
-    That is the median of the calls of a round, of the round that was fastest: in another the caches
-    may have been shared with whatever else runs on the machine.
+    The time is the median of a round's calls, in the fastest round: in the others, different work
+    on the machine may have used the caches too.
     """
     found = ways(depth, seq_len, np.random.default_rng(1))
     times = {name: [] for name in found}
@@ -134,7 +134,7 @@ def ratios_table(results):
 
 
 def draw(path, results):
-    """Operations, bytes and time against the window: a row of pictures for each depth."""
+    """Draw operations, bytes and time against the window: a row of plots for each depth."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -1,4 +1,4 @@
-"""How far retroactive attention is off as logits grow: as published, naively anew, and here.
+"""The error of retroactive attention as logits grow: published, naively recomputed, and ours.
 
 PYTHONPATH=python:tests python benchmarks/retroactive_errors.py
 """

@@ -1,12 +1,12 @@
-"""What the libraries are made of: read by Bazel and, being plain Python too, by setup.py."""
+"""The sources and options of the libraries. Bazel reads it, and as plain Python also setup.py."""
 
-# Kernels, sessions and the C interface: no TensorFlow, no Python. What is below links it.
+# Kernels, sessions and the C interface: no TensorFlow, no Python. The other two libraries link it.
 CORE_LIBRARY = "libcontinual_transformers.so"
 
-# TensorFlow's ops, for one minor version of it.
+# The TensorFlow ops, for one minor version of TensorFlow.
 OP_LIBRARY = "libcontinual_transformers_tf{MINOR}.so"
 
-# The Python extension; the interpreter adds a suffix of its own.
+# The Python extension. Its file name has a suffix that depends on the interpreter.
 EXTENSION = "_session"
 
 ATTENTION_HEADERS = [
@@ -126,8 +126,8 @@ TENSORFLOW_SOURCES = [
     "tensorflow/threads.cc",
 ]
 
-# What only a build with CUDA compiles, which defines CONTINUAL_TRANSFORMERS_CUDA. In //cc, by the
-# C++ compiler:
+# Only a build with CUDA compiles the following. It defines CONTINUAL_TRANSFORMERS_CUDA. These are
+# in //cc, for the C++ compiler:
 TENSORFLOW_GPU_HEADERS = [
     "tensorflow/gpu/cuda_status.h",
     "tensorflow/gpu/gpu_call.h",
@@ -142,8 +142,8 @@ TENSORFLOW_GPU_SOURCES = [
     "tensorflow/gpu/single_output_kernel.cc",
 ]
 
-# In //cuda, by nvcc. The C interface is not in the op library: it is for tests and benchmarks of
-# the kernels, which have a library of their own.
+# These are in //cuda, for nvcc. The C interface is not in the op library: tests and benchmarks of
+# the kernels have a separate library with it.
 CUDA_HEADERS = [
     "arrival.cuh",
     "c_api.h",
@@ -178,8 +178,8 @@ COMPILER_OPTIONS = [
     "-Wextra",
 ]
 
-# The core library shows its C++ functions to the other two, as EXPORTS_FILE says, and calls them
-# itself without a detour through the dynamic linker's tables.
+# The core library exports its C++ functions to the other two (see EXPORTS_FILE). Its own calls to
+# them do not go through the dynamic linker's tables.
 CORE_OPTIONS = [
     "-fno-semantic-interposition",
     "-fvisibility-inlines-hidden",
@@ -194,33 +194,33 @@ CORE_LINK_OPTIONS = [
     "-pthread",
 ]
 
-# The libraries that link the core library show only what is marked in their sources.
+# The libraries that link the core library export only what is marked in their sources.
 HIDDEN_OPTIONS = ["-fvisibility=hidden"]
 
-# They find the core library beside them.
+# They look for the core library in their own folder.
 BESIDE_CORE_LINK_OPTIONS = ["-Wl,-rpath,$ORIGIN"]
 
-# What TensorFlow's own headers must be compiled with, as tf.sysconfig.get_compile_flags() says of
-# the wheels on PyPI.
+# TensorFlow's headers need these options; for the wheels on PyPI, tf.sysconfig.get_compile_flags()
+# returns them.
 TENSORFLOW_OPTIONS = [
     "-D_GLIBCXX_USE_CXX11_ABI=1",
     "-DEIGEN_MAX_ALIGN_BYTES=64",
 ]
 
-# Where in TensorFlow's headers those of Google Highway are.
+# The folder of Google Highway's headers within TensorFlow.
 HIGHWAY_INCLUDE = "include/external/com_google_highway"
 
-# The minor version of TensorFlow that is built for where none is installed.
+# The minor version of TensorFlow to build for if none is installed.
 TENSORFLOW_DEFAULT = "2.21"
 
-# Compute capabilities that there is machine code for. For newer ones there is PTX of the last,
-# which the driver compiles.
+# The compute capabilities with machine code. For newer ones there is PTX of the last, which the
+# driver compiles.
 CUDA_ARCHITECTURES = ["75", "80", "86", "89", "90"]
 
-# The oldest nvcc that will do.
+# The oldest nvcc that works.
 CUDA_OLDEST = "12.0"
 
-# nvcc's, to the letter: ptxas' report is what cuda/resources.py reads.
+# nvcc's options. cuda/resources.py reads the report that ptxas prints with -v.
 CUDA_OPTIONS = [
     "-std=c++17",
     "-O3",
@@ -230,8 +230,8 @@ CUDA_OPTIONS = [
     "-Xptxas=-v",
 ]
 
-# CUDA's runtime is in the library, so that it loads where there is neither CUDA nor a driver; and
-# shows nobody its functions, for TensorFlow has some of the same names.
+# CUDA's runtime is linked statically, so that the library loads on machines without CUDA or a
+# driver. Its functions are not exported, because TensorFlow has functions with the same names.
 CUDA_LINK_OPTIONS = [
     "-l:libcudart_static.a",
     "-Wl,--exclude-libs,libcudart_static.a",

@@ -6,11 +6,11 @@ import numpy as np
 import continual_transformers_tf as ct
 import reference
 
-N, H, D, E = 6, 3, 5, 7  # The window and sizes of tests that are about something else.
+N, H, D, E = 6, 3, 5, 7  # The window and sizes in tests where they do not matter.
 
 
 def pair(seq_len=N, num_heads=H, key_dim=D, features=E, *, random, layer_options=None, **options):
-    """A continual layer and the regular one with the same weights, none of them zero."""
+    """Return a continual layer and the regular one with the same weights, none of them zero."""
     regular = keras.layers.MultiHeadAttention(num_heads, key_dim, **options)
     regular.build((None, seq_len, features), (None, seq_len, features))
     outputs = regular.output_dense.kernel
@@ -27,6 +27,9 @@ def pair(seq_len=N, num_heads=H, key_dim=D, features=E, *, random, layer_options
 
 
 def all_of_windows(regular, x, seq_len):
-    """What the regular layer says of each full window of x [B, T, E]: [B, T - N + 1, N, ...]."""
+    """Return the regular layer's output for each full window of x [B, T, E].
+
+    The result is [B, T - N + 1, N, ...].
+    """
     windows = reference.sliding_windows(x.swapaxes(0, 1), seq_len)  # [T', N, B, E]
     return np.stack([regular(w, w) for w in windows.swapaxes(1, 2)], 1)

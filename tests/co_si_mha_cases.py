@@ -7,13 +7,13 @@ import tensorflow as tf
 import continual_transformers_tf as ct
 import reference
 
-N, H, D, E = 6, 3, 5, 7  # The window and sizes of tests that are about something else.
+N, H, D, E = 6, 3, 5, 7  # The window and sizes in tests where they do not matter.
 
 
 def pair(seq_len=N, num_heads=H, key_dim=D, features=E, *, random, layer_options=None, **options):
-    """A continual layer and the regular one with the same weights, none of them zero.
+    """Return a continual layer and the regular one with the same weights, none of them zero.
 
-    Projections of inputs of order one are of order one, and so are logits.
+    If inputs are of order one, so are their projections and the logits.
     """
     dtype = options.get("dtype", "float32")
     regular = keras.layers.MultiHeadAttention(num_heads, key_dim, **options)
@@ -33,9 +33,9 @@ def pair(seq_len=N, num_heads=H, key_dim=D, features=E, *, random, layer_options
 
 
 def newest_of_windows(regular, x, seq_len, every=1, **kwargs):
-    """What the regular layer says of each full window of x [B, T, E]: [B, T - N + 1, E].
+    """Return the regular layer's newest row for each full window of x [B, T, E].
 
-    Or of the first and every so many after it.
+    The result is [B, T - N + 1, E]. With `every`, only the first and each `every`th after it.
     """
     windows = reference.sliding_windows(x.swapaxes(0, 1), seq_len)[::every]  # [T', N, B, E]
     windows = windows.transpose(2, 0, 1, 3)

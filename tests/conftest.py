@@ -10,7 +10,7 @@ import tensorflow as tf
 import continual_transformers_tf as ct
 from continual_transformers_tf.ops.library import has_kernel
 
-# One thread for each worker of pytest-xdist would be enough; two hide no race between them.
+# One thread for each worker of pytest-xdist would be enough, but two can show races between them.
 tf.config.threading.set_intra_op_parallelism_threads(2)
 tf.config.threading.set_inter_op_parallelism_threads(2)
 
@@ -24,12 +24,12 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    # Their products have 10 bits of mantissa, and the bounds are those of float32.
+    # TensorFloat-32 products have 10 bits of mantissa, but the bounds are those of float32.
     tf.config.experimental.enable_tensor_float_32_execution(False)
 
 
 def default_device(config):
-    """The type of the device that tests run on: where `--device`, or TensorFlow, puts them."""
+    """Return the type of the device that tests run on: `--device`, or TensorFlow's choice."""
     chosen = config.getoption("--device")
     if chosen:
         return tf.DeviceSpec.from_string(f"/device:{chosen}").device_type
@@ -38,7 +38,7 @@ def default_device(config):
 
 @pytest.fixture(autouse=True)
 def device(request):
-    """Places a test on the device of `--device`; skips what is not about the tests' device."""
+    """Place a test on the device of `--device`; skip a test that is for another device."""
     device_type = default_device(request.config)
     cpu_only = request.node.get_closest_marker("cpu_only")
     if cpu_only and device_type != "CPU":
@@ -56,7 +56,7 @@ def device(request):
 
 @pytest.fixture(params=["fused", "tensorflow"])
 def backend(request, monkeypatch):
-    """Runs a test twice: with the fused kernels, and in plain TensorFlow."""
+    """Run a test twice: with the fused kernels, and in plain TensorFlow."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", request.param)
     if request.param == "fused":
         assert ct.ops.load_error() is None
@@ -69,14 +69,14 @@ def backend(request, monkeypatch):
 
 @pytest.fixture
 def random():
-    """Random numbers; Keras' and TensorFlow's are seeded too."""
+    """Return random numbers; also seed those of Keras and TensorFlow."""
     keras.utils.set_random_seed(20260611)
     return np.random.default_rng(20260611)
 
 
 @pytest.fixture
 def executed_ops():
-    """A list to which the type of every op that runs eagerly is appended."""
+    """Return a list to which the type of every op that runs eagerly is appended."""
     from tensorflow.python.framework import op_callbacks
 
     types = []

@@ -12,7 +12,7 @@ def attention(name=None, **options):
 
 
 def one_block(x):
-    """A pre-norm block and a head on its newest row, with operators between layers."""
+    """Return a pre-norm block and a head on its newest row, with operators between the layers."""
     y = keras.layers.LayerNormalization()(x)
     x = x + attention()(y, y)
     y = keras.layers.TimeDistributed(keras.layers.LayerNormalization())(x)
@@ -34,7 +34,10 @@ def causal_then_full(x):
 
 
 def query_from_later(x):
-    """The newest query may come from an attention that sees everything: it is asked but once."""
+    """Return attention whose query comes from an attention that sees the whole window.
+
+    That works for the newest query: it is used only once.
+    """
     y = attention()(x, x)
     return attention()(y, x)[:, -1]
 
@@ -47,7 +50,7 @@ def row_by_row(x):
 
 
 def of_the_newest_alone(x):
-    """After x[:, -1:] a layer may do what it likes: it is run on every step by itself."""
+    """Return a model with layers after x[:, -1:], which may do anything: they run on each step."""
     y = attention(use_gate=True, value_dim=3)(x, x)[:, -1:]
     y = keras.layers.Flatten()(keras.layers.Conv1D(4, 1)(y))
     return keras.layers.Reshape((2, 2))(keras.layers.Dense(4)(y))
@@ -83,5 +86,5 @@ def model_of(function, random, length=N):
 
 
 def newest(y, x):
-    """The row of the newest step, where there are rows of all."""
+    """Return the newest step's row of y, if y has a row for every step of x; otherwise y."""
     return y[:, -1] if len(y.shape) == 3 and y.shape[1] == x.shape[1] else y

@@ -6,7 +6,7 @@ N, E, H, FF = 6, 8, 2, 12
 
 
 class RegularEncoder:
-    """A block in `keras.layers` with the weights of one of ours, all rows of it."""
+    """A block made of `keras.layers` with the weights of one of our blocks. It gives all rows."""
 
     def __init__(
         self, layer, key_dim=E, norm_first=False, activation="gelu", epsilon=1e-6, use_bias=True
@@ -37,7 +37,7 @@ class RegularEncoder:
 
 
 class RegularStack:
-    """The regular encoder with the weights of a `ct.TransformerEncoder`: all rows of windows."""
+    """The regular encoder with the weights of a `ct.TransformerEncoder`. It gives all rows."""
 
     def __init__(self, stack, **options):
         self.blocks = [RegularEncoder(block, **options).model for block in stack.blocks]

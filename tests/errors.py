@@ -1,4 +1,4 @@
-"""What is raised for input that does not fit: by Python, or by an op."""
+"""The exceptions for an input that does not fit, from Python or from an op."""
 
 import tensorflow as tf
 

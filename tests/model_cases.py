@@ -1,9 +1,9 @@
-"""Small Keras models and layers for every node of a plan, with their inputs and what they give.
+"""Small Keras models and layers for every node of a plan, with their inputs and Keras' outputs.
 
 case = CASES["co_si"]
 model = case.build()                           # Seeded: the same weights every time.
 inputs = case.inputs(model, random, (M, T))    # Arrays (M, T, ...).
-expected = case.steps(model, inputs)           # What Keras' side gives, likewise.
+expected = case.steps(model, inputs)           # Keras' outputs for these steps, also as arrays.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from continual_transformers_tf.models.step_graph import StepGraph
 
 N, E, H, D = 4, 6, 2, 3
 HALVES = ("float16", "bfloat16")
-# How far steps may be from the float64 reference, relative to the largest output.
+# The largest allowed error against the float64 reference, relative to the largest output.
 BOUNDS = {"float64": 1e-12, "float32": 5e-6, "bfloat16": 2e-2, "float16": 4e-3}
 
 
@@ -31,14 +31,15 @@ class Case:
     """A model or layer.
 
     Attributes:
-        make: makes it; with no arguments.
-        seq_len: of plain Keras attention in it; None: there is none, or its windows say.
-        window: how many steps fill every window in it.
-        high: integers among the inputs are below this.
-        gaps: whether a fifth of the inputs' rows are zeros, for masks.
-        dtype: which of BOUNDS holds.
-        taken_only: whether rows of steps that were never taken have no meaning in its outputs.
-        first: as many of a stream's first outputs have no meaning.
+        make: A function without arguments that makes it.
+        seq_len: The window of plain Keras attention in it; None: it has none, or its input has the
+            length.
+        window: How many steps fill every window in it.
+        high: Integers among the inputs are below this.
+        gaps: Whether a fifth of the inputs' rows are zeros, for masks.
+        dtype: The key in BOUNDS of its bound.
+        taken_only: Whether rows of steps that were never taken have no meaning in its outputs.
+        first: How many of a stream's first outputs have no meaning.
     """
 
     make: Callable
@@ -68,7 +69,7 @@ class Case:
         return model
 
     def streaming(self, model):
-        """What takes the steps on Keras' side: a StreamingModel, a layer, or a StepGraph."""
+        """Return what takes the steps in Keras: a StreamingModel, a layer, or a StepGraph."""
         if not isinstance(model, keras.Model) or isinstance(model, ct.StreamingModel):
             return model
         kinds = [type(layer) for layer in model._flatten_layers()]
@@ -78,7 +79,7 @@ class Case:
         return ct.StreamingModel(model, warm_up="partial") if graph.layers else graph
 
     def inputs(self, model, random, lead):
-        """Arrays `(*lead, ...)` for each of the model's inputs, in Keras' order."""
+        """Return arrays `(*lead, ...)` for the model's inputs, in Keras' order."""
         if isinstance(model, keras.Model):
             functional = model.model if isinstance(model, ct.StreamingModel) else model
             specs = [(x.shape[2:], x.dtype) for x in functional.inputs]
@@ -100,23 +101,23 @@ class Case:
         return x.astype("float64" if dtype == "float64" else "float32")
 
     def steps(self, model, inputs, ages=(0,)):
-        """What Keras gives for T steps of M streams: a list of arrays (M, T, ...).
+        """Return Keras' outputs for T steps of M streams: a list of arrays (M, T, ...).
 
         Args:
-            model: what `build` gave.
-            inputs: arrays (M, T, ...).
-            ages: of each stream (the last for those that follow), how many of its steps it takes in
-                a call of its own before the rest.
+            model: The result of `build`.
+            inputs: Arrays (M, T, ...).
+            ages: For each stream, how many steps it takes in a separate call before the others.
+                The last age is also that of all further streams.
         """
         streaming = self.streaming(model)
         m, t = inputs[0].shape[:2]
         ages = [min(t, ages[min(i, len(ages) - 1)]) for i in range(m)]
-        parts = [[] for _ in range(m)]  # Of each stream, the outputs of its calls.
+        parts = [[] for _ in range(m)]  # For each stream, the outputs of its calls.
         for i, age in enumerate(ages):
             if age:
                 y = _steps(streaming, [x[i : i + 1, :age] for x in inputs], [i], m)
                 parts[i].append([array[0] for array in y])
-        for age in sorted(set(ages) - {t}):  # What is left to take, with those of the same age.
+        for age in sorted(set(ages) - {t}):  # The remaining steps, for all streams of the same age.
             same = [i for i in range(m) if ages[i] == age]
             y = _steps(streaming, [x[same, age:] for x in inputs], same, m)
             for row, i in enumerate(same):
@@ -126,7 +127,7 @@ class Case:
 
 
 def _steps(streaming, inputs, streams, held):
-    """T steps of streams: arrays (M, T, ...)."""
+    """Take T steps of streams, and return arrays (M, T, ...)."""
     streams = [int(i) for i in streams]
     if isinstance(streaming, StepGraph):
         tensors = [tf.cast(x, y.dtype) for x, y in zip(inputs, streaming.model.inputs, strict=True)]
@@ -151,7 +152,7 @@ def _steps(streaming, inputs, streams, held):
 
 @functools.lru_cache(maxsize=4)
 def _graph_step(layer):
-    """A layer's step as a graph, which gives an output at every step."""
+    """Return a layer's step as a graph, which gives an output at every step."""
     return tf.function(lambda *x, streams: layer.call_step(*x, streams=streams))
 
 
@@ -159,7 +160,7 @@ CASES = {}
 
 
 def case(function=None, *, name=None, **options):
-    """Adds a case that a function of a model's input makes, or one without arguments."""
+    """Add a case, made by a function of a model's input, or by one without arguments."""
     if function is None:
         return functools.partial(case, name=name, **options)
     CASES[name or function.__name__] = Case(function, **options)
@@ -167,7 +168,7 @@ def case(function=None, *, name=None, **options):
 
 
 def model(*shape, dtype=None, name=None, **options):
-    """Adds a functional model: the function makes the outputs of an input (T, *shape)."""
+    """Add a functional model: the function returns the outputs for an input (T, *shape)."""
 
     def register(function):
         def make():
@@ -193,7 +194,7 @@ def co_si(n=N, **options):
     return ct.CoSiMultiHeadAttention(n, **options)
 
 
-# Attention by itself, over the edges of the grid.
+# Only attention, at the edges of the grid.
 
 for n in (1, 2, 3, 16, 17):
     case(lambda n=n: built(co_si(n), E), name=f"co_si_window_{n}", window=n)
@@ -317,7 +318,7 @@ for n in (1, 2, 17):
 def positions_learned():
     layer = built(ct.CircularPositionalEncoding(5, E), N, E)
     layer(np.zeros((1, N, E)))
-    layer(np.zeros((1, N, E)))  # Now a stream starts at the third row.
+    layer(np.zeros((1, N, E)))  # So a stream starts at the third row.
     return layer
 
 
@@ -369,7 +370,7 @@ case(
 )
 
 
-# Whole models: those of ct.convert's tests, and deeper ones.
+# Whole models: those of ct.convert's tests, and deeper models.
 
 for function in convert_cases.MODELS:
     model(
@@ -432,7 +433,7 @@ def retroactive_then_causal(x):
     return kl.MultiHeadAttention(H, D, sliding_window=2)(x, x)
 
 
-@model(E, first=1)  # Of a first step there is no query that came before it.
+@model(E, first=1)  # The first step has no earlier query.
 def retroactive_then_regular_attention_of_ours(x):
     x = ct.CoReMultiHeadAttention(N, H, D, use_bias=False)(x)
     y = ct.CoReMultiHeadAttention(N, H, D)(x)
@@ -458,7 +459,7 @@ def stack_in_a_model(x):
     return kl.Dense(2)(kl.Flatten()(x))
 
 
-# Row by row: everything that keeps to a step.
+# Row by row: operations within one step.
 
 ACTIVATIONS = [
     "celu", "elu", "exponential", "gelu", "glu", "hard_shrink", "hard_sigmoid", "hard_silu",
@@ -472,8 +473,8 @@ ACTIVATIONS = [
 def every_activation(x):
     x = 3 * kl.Dense(8)(x)
     dense = [kl.Dense(4, name)(x) for name in ("gelu", "softmax")]
-    names = [name for name in ACTIVATIONS if name != "glu"]  # Of which Keras' layer does not know
-    return [kl.Activation(name)(x) for name in names] + dense  # that it halves the features.
+    names = [name for name in ACTIVATIONS if name != "glu"]  # Keras' layer gives a wrong shape:
+    return [kl.Activation(name)(x) for name in names] + dense  # glu halves the features.
 
 
 @model(E)
@@ -488,7 +489,7 @@ def activations_with_numbers(x):
         functools.partial(keras.activations.soft_shrink, threshold=0.1),
         kl.LeakyReLU(0.7),
     ]
-    x = kl.Reshape((3, 2))(newest_of(x))  # Of one step alone, with axes to spare.
+    x = kl.Reshape((3, 2))(newest_of(x))  # One step, with several axes.
     return [kl.Activation(f)(x) for f in functions] + [kl.Dense(2, functions[0])(x)]
 
 
@@ -602,7 +603,7 @@ def arithmetic(x):
 
 @model(E)
 def keras_functions(x):
-    """The functions of keras.activations and keras.ops, called as such."""
+    """Functions of keras.activations and keras.ops, called as functions."""
     names = [n for n in ACTIVATIONS if n not in ("hard_silu", "mish", "sparsemax")]
     y = [getattr(keras.activations, name)(x) for name in names]
     y += [ops.cos(x), ops.log1p(ops.abs(x)), ops.reciprocal(3 + x * x), ops.rsqrt(1 + x * x)]
@@ -640,7 +641,7 @@ def sequences_of_layers(x):
     return shared(shared(y)) + shared(x)
 
 
-# Of one step alone, and of whole windows: anything.
+# On one step only, and on whole windows: any operation.
 
 
 def newest_of(x):
@@ -716,7 +717,7 @@ def reductions_of_a_step(x):
 
 @case
 def attention_to_one_row():
-    """Keras' own attention, which a StreamingModel calls with the newest step alone."""
+    """Keras' own attention, which a StreamingModel calls with only the newest step."""
     x = keras.Input((N, E))
     y = co_si()(x, x)
     y = kl.MultiHeadAttention(H, D, use_gate=True, sliding_window=1)(y, y, use_causal_mask=True)
@@ -793,7 +794,7 @@ def masks_that_go_through(x):
 
 @model(E, gaps=True)
 def masks_that_layers_are_given(x):
-    """Keras draws what computes a mask into the graph, where a layer has an argument for it."""
+    """For layers with a mask argument, Keras adds the mask's computation to the graph."""
     masked = kl.Masking()(x)
     x = kl.BatchNormalization()(masked)
     y = kl.Add()([kl.TimeDistributed(kl.Dense(E))(x), kl.Masking(1.0)(x)])
@@ -882,8 +883,8 @@ def model_of_the_newest_step(x):
 
 @case(dtype="float64")
 def float64():
-    # Keras' regular attention rounds its scale to float32, and its GELU the root of 2: so these
-    # have a scale that is a power of two, and no GELU.
+    # Keras' regular attention rounds its scale to float32, and its GELU the root of 2. So the
+    # scale here is a power of two, and there is no GELU.
     policy = dict(dtype="float64")
     options = dict(kind="retroactive", activation="tanh", key_dim=4, **policy)
     x = keras.Input((N, E), dtype="float64")
@@ -911,12 +912,12 @@ def narrow_cache():
     return keras.Model(x, y)
 
 
-# Layers and functions of the user's own, where Keras can draw their graph.
+# The user's own layers and functions whose graph Keras can trace.
 
 
 @keras.saving.register_keras_serializable("model_cases")
 class Scaled(keras.Layer):
-    """A layer of the user's own."""
+    """A layer of a user."""
 
     def build(self, shape):
         self.factor = self.add_weight(shape=(shape[-1],), name="factor")

@@ -1,6 +1,6 @@
-"""Model files that are made by hand, for tests of sessions that need no Keras model.
+"""Hand-made model files, for tests of sessions that need no Keras model.
 
-They are written from docs/model_file.md alone: nothing here is ours.
+They follow docs/model_file.md only, and use no code of the package.
 """
 
 import json
@@ -14,8 +14,8 @@ class PlanFile:
     """A plan and its weights.
 
     Args:
-        compute_dtype, cache_dtype, weights_dtype: as docs/model_file.md has them.
-        receptive_field: in steps.
+        compute_dtype, cache_dtype, weights_dtype: As in docs/model_file.md.
+        receptive_field: In steps.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class PlanFile:
         }
 
     def value(self, *shape, dtype=None):
-        """Adds a value, and returns its number."""
+        """Add a value, and return its number."""
         self.plan["values"].append({"shape": list(shape), "dtype": dtype or self.compute_dtype})
         return len(self.plan["values"]) - 1
 
@@ -55,7 +55,7 @@ class PlanFile:
         self.plan["outputs"].append({"name": name, "value": number})
 
     def node(self, op, inputs, output, weights=None, masks=None, **attributes):
-        """Adds a node. `weights` are arrays by the names that the node gives them."""
+        """Add a node. `weights` are arrays by the node's names for them."""
         name = f"{op}_{len(self.plan['nodes'])}"
         names = {}
         for key, array in (weights or {}).items():
@@ -69,7 +69,7 @@ class PlanFile:
         return output
 
     def dense(self, random, x, size):
-        """Adds a dense node with random weights, and returns its output."""
+        """Add a dense node with random weights, and return its output."""
         of = self.plan["values"][x]["shape"][-1]
         weights = {
             "kernel": (random.standard_normal((of, size)) / np.sqrt(of)).astype(self.compute_dtype),
@@ -104,7 +104,7 @@ class PlanFile:
         return path
 
     def session(self, **options):
-        """A session of it. Its file is gone when this returns, but stays mapped."""
+        """Return a session of the plan. Its file is deleted, but stays mapped."""
         from continual_transformers_tf.session import Session
 
         with tempfile.TemporaryDirectory() as folder:
@@ -136,7 +136,7 @@ def attention_plan(random, features=6, heads=2, key_size=3, window=4, outputs=5,
 
 
 def attention_only_plan(window=4, size=4, **options):
-    """Queries, keys and values are the input: y is attention over the window."""
+    """Return a plan whose query, key and value are the input; y is attention over the window."""
     plan = PlanFile(receptive_field=window, **options)
     x = plan.input("x", size)
     y = plan.node(

@@ -1,6 +1,6 @@
-"""What a plan gives, step by step, in float64: written from docs/model_file.md alone.
+"""A float64 reference of plans, step by step, written only from docs/model_file.md.
 
-It imports nothing of the package under test. It keeps no rings: only each stream's whole history.
+It imports nothing of the package under test. It has no rings, only each stream's whole history.
 
     stream = plan_reference.Stream(plan, weights)
     outputs = stream.step([x])      # Arrays without axes of streams and steps.
@@ -15,8 +15,8 @@ class Stream:
     """One stream of a plan.
 
     Args:
-        plan: the dict of docs/model_file.md.
-        weights: arrays by name.
+        plan: The plan, a dict as in docs/model_file.md.
+        weights: Arrays by name.
     """
 
     def __init__(self, plan, weights):
@@ -26,13 +26,13 @@ class Stream:
             for name, w in weights.items()
         }
         self.position = 0
-        self.history = [[] for _ in plan["nodes"]]  # Of each node with a state, what came in.
+        self.history = [[] for _ in plan["nodes"]]  # All inputs of each node with a state.
 
     def step(self, inputs, has_key=True):
-        """Takes a step.
+        """Take a step.
 
         Args:
-            inputs: an array for each of the plan's inputs.
+            inputs: An array for each of the plan's inputs.
             has_key: False: the caller marks the step as a gap.
 
         Returns:
@@ -54,7 +54,7 @@ class Stream:
         return [values[port["value"]] for port in self.plan["outputs"]]
 
     def _checked(self, place, x):
-        """An array of the shape and kind that the plan says."""
+        """Return an array, checked against the plan's shape and dtype."""
         value = self.plan["values"][place]
         kinds = {"bool": bool, "int32": np.int64, "int64": np.int64}
         x = np.asarray(x)
@@ -65,7 +65,7 @@ class Stream:
 
 
 class Context:
-    """What a node knows beside its inputs."""
+    """What a node has besides its inputs."""
 
     def __init__(self, stream, history, masks, has_key, node):
         self.position = stream.position
@@ -112,7 +112,7 @@ def softmax(context, weights, x, function, axis):
 
 
 def sparsemax(row):
-    """As Keras 3.15 has it; the threshold of the paper would be of the last cumulative sum only."""
+    """Compute sparsemax as Keras 3.15 does. The paper's threshold has one cumulative sum only."""
     ordered = np.sort(row)[::-1]
     sums = np.cumsum(ordered)
     support = 1 + np.arange(1, len(row) + 1) * ordered > sums
@@ -223,7 +223,7 @@ def delay(context, weights, x, steps):
 
 
 def newest(taken, n):
-    """The n newest of a stream's steps, oldest first; zeros for those that were never taken."""
+    """Return the n newest of a stream's steps, oldest first, with zeros for steps never taken."""
     return np.stack([np.zeros_like(taken[0])] * max(0, n - len(taken)) + taken[-n:])
 
 
@@ -240,7 +240,7 @@ def zero_untaken(context, weights, x):
 
 
 def attend(query, keys, values, allowed, heads, scale):
-    """query [H * D], keys [n, H * D], values [n, H * Dv], allowed bool [n] -> [H * Dv]."""
+    """Attend: query [H * D], keys [n, H * D], values [n, H * Dv], allowed bool [n] -> [H * Dv]."""
     if not allowed.any():
         return np.zeros(values.shape[1])
     keys, values = keys[allowed], values[allowed]
@@ -294,7 +294,7 @@ def window_attention(context, weights, query, key, value, heads, scale, band, ca
     return np.stack(rows)
 
 
-# Of numbers, one by one: as keras.activations says in words.
+# Functions of single numbers, following the descriptions in keras.activations.
 
 
 def _sigmoid(x):
@@ -318,7 +318,7 @@ SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 
 
 def _exact(function):
-    """A function of math that gives infinity, and NaN, as floats do."""
+    """Return a function of `math` that gives infinity and NaN instead of errors."""
 
     def of_number(x):
         try:

@@ -1,18 +1,18 @@
-"""The answers: attention over the whole window, recomputed at every step in float64 NumPy.
+"""The reference: attention over the whole window, recomputed at every step in float64 NumPy.
 
-It imports nothing of the package under test and keeps no ring: only each stream's whole history.
+It imports nothing of the package under test. It has no ring, only each stream's whole history.
 """
 
 import numpy as np
 
-# max|output - reference| / max|reference| at the most, for logits of order one.
+# The largest allowed max|output - reference| / max|reference|, for logits of order one.
 BOUNDS = {"float32": 5e-6, "float64": 1e-12}
-# What rounding to a type costs at the most, relative to the number.
+# The largest error of rounding to a type, relative to the number.
 ROUNDING = {"bfloat16": 2**-8, "float16": 2**-11}
 
 
 def softmax(logits, axis=-1):
-    with np.errstate(invalid="ignore"):  # A row of -inf only has no softmax: zeros.
+    with np.errstate(invalid="ignore"):  # A row with only -inf has no softmax: it gives zeros.
         weights = np.exp(logits - np.max(logits, axis=axis, keepdims=True))
         weights = np.where(np.isneginf(np.max(logits, axis=axis, keepdims=True)), 0, weights)
         total = weights.sum(axis=axis, keepdims=True)
@@ -20,7 +20,11 @@ def softmax(logits, axis=-1):
 
 
 def attention(query, keys, values, scale=None, mask=None):
-    """query [H, D], keys [n, H, D], values [n, H, Dv], mask bool [H, n] -> [H, Dv], [H, n]."""
+    """Attend: query [H, D], keys [n, H, D], values [n, H, Dv], mask bool [H, n].
+
+    Returns:
+        (output [H, Dv], scores [H, n]).
+    """
     scale = 1 / np.sqrt(query.shape[-1]) if scale is None else scale
     logits = scale * np.einsum("hd,nhd->hn", query, keys)
     if mask is not None:
@@ -30,16 +34,16 @@ def attention(query, keys, values, scale=None, mask=None):
 
 
 def sliding_windows(x, seq_len):
-    """x [T, ...] -> [T - N + 1, N, ...]."""
+    """Return all windows: x [T, ...] -> [T - N + 1, N, ...]."""
     return np.stack([x[t : t + seq_len] for t in range(len(x) - seq_len + 1)])
 
 
 def newest_of_multi_head_attention(weights, windows):
-    """The newest row of multi-head self-attention on each window.
+    """Return the newest row of multi-head self-attention on each window.
 
     Args:
-        weights: kernel [E, H, D] and bias [H, D] of query, key and value, and of the output
-            [H, D, E] and [E], as `keras.layers.MultiHeadAttention` orders them.
+        weights: Kernel [E, H, D] and bias [H, D] of query, key and value, and of the output
+            [H, D, E] and [E], in the order of `keras.layers.MultiHeadAttention`.
         windows: [..., N, E].
 
     Returns:
@@ -56,7 +60,7 @@ def newest_of_multi_head_attention(weights, windows):
 
 
 class Stream:
-    """One stream: every key and value it has ever seen."""
+    """One stream, with every key and value that it has seen."""
 
     def __init__(self, seq_len, keys=(), values=()):
         self.seq_len = seq_len
@@ -65,7 +69,7 @@ class Stream:
         self.has_key = [True] * len(self.keys)
 
     def step(self, query, key, value, scale=None, mask=None, has_key=True):
-        """One step: [H, D], [H, D], [H, Dv], mask [H, N] -> output [H, Dv], scores [H, N]."""
+        """Take one step: [H, D], [H, D], [H, Dv], mask [H, N] -> output [H, Dv], scores [H, N]."""
         self.keys.append(np.asarray(key, np.float64))
         self.values.append(np.asarray(value, np.float64))
         self.has_key.append(bool(has_key))
@@ -77,7 +81,7 @@ class Stream:
         allowed = np.broadcast_to(has_key, (len(query), filled))
         if mask is not None:
             allowed = allowed & mask[:, self.seq_len - filled :]
-        # What is not attended to may be NaN.
+        # Keys and values that no query attends to may be NaN.
         keys, values = (np.where(has_key[:, None, None], x, 0) for x in (keys, values))
         output, scores = attention(query, keys, values, scale, allowed)
         unfilled = np.zeros((len(query), self.seq_len - filled))
@@ -85,7 +89,7 @@ class Stream:
 
 
 class RetroactiveStream:
-    """One stream: every query, key and value it has ever seen."""
+    """One stream, with every query, key and value that it has seen."""
 
     def __init__(self, seq_len, queries=(), keys=(), values=()):
         self.seq_len = seq_len
@@ -96,10 +100,10 @@ class RetroactiveStream:
         self.has_key = [True] * len(self.steps)
 
     def step(self, query, key, value, scale=None, has_key=True, compute=True, mask=None):
-        """One step: [H, D], [H, D], [H, Dv] -> [H, N, Dv], or None where it need not be computed.
+        """Take one step: [H, D], [H, D], [H, Dv] -> [H, N, Dv], or None if it is not needed.
 
         Row N - 1 is that of the newest step's query; rows of steps never taken are zeros. The mask
-        is bool [H, N, N], and `scores` then are those of the step, [H, N, N].
+        is bool [H, N, N]. With it, `scores` are those of the step, [H, N, N].
         """
         self.steps.append(tuple(np.asarray(x, np.float64) for x in (query, key, value)))
         self.has_key.append(bool(has_key))
@@ -107,7 +111,7 @@ class RetroactiveStream:
             return None
         queries, keys, values = map(np.stack, zip(*self.steps[-self.seq_len :], strict=True))
         has_key = np.array(self.has_key[-self.seq_len :])
-        # What is not attended to may be NaN.
+        # Keys and values that no query attends to may be NaN.
         keys, values = (np.where(has_key[:, None, None], x, 0) for x in (keys, values))
         scale = 1 / np.sqrt(queries.shape[-1]) if scale is None else scale
         queries, keys, values = (x.swapaxes(0, 1) for x in (queries, keys, values))  # [H, n, ...]
@@ -121,7 +125,7 @@ class RetroactiveStream:
 
 
 def relative_error(output, expected):
-    """max|output - expected| / max|expected|; NaN anywhere gives NaN."""
+    """Return max|output - expected| / max|expected|; NaN if there is a NaN."""
     output = np.asarray(output, np.float64)
     assert output.shape == expected.shape, (output.shape, expected.shape)
     largest = np.abs(expected).max(initial=0)

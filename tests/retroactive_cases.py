@@ -1,4 +1,4 @@
-"""Caches, steps and what the reference says of them, for the tests of retroactive attention."""
+"""Caches, steps and the reference's results, for the tests of retroactive attention."""
 
 import numpy as np
 import tensorflow as tf
@@ -8,9 +8,9 @@ from continual_transformers_tf.ops import RetroactiveCache
 
 
 def cache_at(positions, num_heads, seq_len, key_dim, value_dim, dtype, random):
-    """A cache whose streams have taken so many steps, and their references.
+    """Return a cache whose streams have taken so many steps, and their references.
 
-    Ring rows that no step has written hold NaN, and so does what is kept of every softmax.
+    Ring rows that no step has written hold NaN, and so do the parts kept of their softmax.
     """
     cache = RetroactiveCache(len(positions), num_heads, seq_len, key_dim, value_dim, dtype)
     state = cache.get_state()
@@ -32,14 +32,14 @@ def cache_at(positions, num_heads, seq_len, key_dim, value_dim, dtype, random):
 
 
 def steps_of(*sizes, dtype, random):
-    """query, key and value [*lead, H, D] and [*lead, H, Dv]; sizes is lead, H, D, Dv."""
+    """Return query, key [*lead, H, D] and value [*lead, H, Dv]; sizes is lead, H, D, Dv."""
     *lead, key_dim, value_dim = sizes
     query, key = random.normal(size=(2, *lead, key_dim)).astype(dtype)
     return query, key, random.normal(size=(*lead, value_dim)).astype(dtype)
 
 
 def expected_of(streams, query, key, value, scale=None, key_mask=None, newest=None):
-    """Steps the references: output [M, T, H, N, Dv], or of the `newest` steps only."""
+    """Step the references: output [M, T, H, N, Dv], or only the `newest` steps of it."""
     steps = query.shape[1]
     newest = steps if newest is None else newest
     rows = []
@@ -96,7 +96,7 @@ BAD = {
 
 
 class PublishedUpdate:
-    """The update as it was published, in float32, of one head whose window is full.
+    """The published update, in float32, of one head whose window is full.
 
     It adds and subtracts exponentials as they are.
 
@@ -118,7 +118,7 @@ class PublishedUpdate:
             return np.exp(queries @ keys.T * np.float32(keys.shape[1] ** -0.5))
 
     def step(self, query, key, value):
-        """One step, [D], [D], [Dv]: the outputs [N, Dv]."""
+        """Take one step, [D], [D], [Dv], and return the outputs [N, Dv]."""
         kept = self.queries[1:]
         with np.errstate(all="ignore"):
             leaving = self._weights(kept, self.keys[:1])
@@ -140,7 +140,7 @@ class PublishedUpdate:
 
 
 def naive_attention(queries, keys, values):
-    """Attention of a window in the type of its inputs: [n, D], [n, D], [n, Dv] -> [n, Dv]."""
+    """Attend within a window, in its dtype: [n, D], [n, D], [n, Dv] -> [n, Dv]."""
     logits = queries @ keys.T * queries.dtype.type(keys.shape[1] ** -0.5)
     weights = np.exp(logits - logits.max(1, keepdims=True))
     return weights / weights.sum(1, keepdims=True) @ values

@@ -1,8 +1,8 @@
-"""How Bazel runs a file of Python tests: `run_pytest.py FILE`.
+"""The program that runs a file of Python tests for Bazel: `run_pytest.py FILE`.
 
-A file of which every test was skipped passes: each skip says why, in the log. pytest by itself
-fails where the whole module was skipped as it was read, since then no test was collected. A file in
-which there are no tests at all is a mistake and fails.
+A file in which every test is skipped passes: each skip has its reason in the log. pytest alone
+fails if a whole module is skipped on import, because no test was collected. A file without any
+tests is a mistake, and fails.
 """
 
 import sys
@@ -11,7 +11,7 @@ import pytest
 
 
 class Skips:
-    """Whether a module was skipped as it was read."""
+    """A record of whether a module was skipped on import."""
 
     seen = False
 

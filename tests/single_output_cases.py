@@ -1,4 +1,4 @@
-"""Caches, steps and what the reference says of them, for the tests of single-output attention."""
+"""Caches, steps and the reference's results, for the tests of single-output attention."""
 
 import numpy as np
 import tensorflow as tf
@@ -8,7 +8,7 @@ from continual_transformers_tf.ops import AttentionCache
 
 
 def cache_at(positions, num_heads, seq_len, key_dim, value_dim, dtype, random):
-    """A cache whose streams have taken so many steps, and their references.
+    """Return a cache whose streams have taken so many steps, and their references.
 
     Ring rows that no step has written hold NaN.
     """
@@ -38,9 +38,9 @@ def steps_of(m, t, num_heads, key_dim, value_dim, dtype, random):
 
 
 def expected_of(streams, query, key, value, scale=None, mask=None, key_mask=None):
-    """Steps the references: output [M, T, H, Dv], scores [M, H, T, N].
+    """Step the references: output [M, T, H, Dv], scores [M, H, T, N].
 
-    mask [M, H, T, N], key_mask [M, T].
+    mask is [M, H, T, N], key_mask [M, T].
     """
     pairs = [
         [

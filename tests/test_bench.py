@@ -1,4 +1,4 @@
-"""The races: that they run, say who is missing, and that all rivals compute the same."""
+"""Tests of the races: they run, report missing rivals, and all rivals compute the same."""
 
 import importlib.util
 import json
@@ -40,7 +40,7 @@ def installed(name):
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    """The folder of the C++ programs."""
+    """Return the folder of the C++ programs."""
     folder = tmp_path_factory.mktemp("programs")
     runpy.run_path(str(BUILD_PROGRAMS))["build"](folder)
     return folder
@@ -117,7 +117,7 @@ def test_a_quick_race_of_whole_models(programs, tmp_path):
     ])  # fmt: skip
     assert result.exit_code == 0, result.output
     found = json.loads(paths["all.json"].read_text())
-    # Whoever took part has computed the reference's outputs.
+    # Nothing is missing, so every contestant's outputs matched the reference.
     assert found["models"]["missing"] == found["session"]["missing"] == {}
     for entry in found["models"]["results"]:
         alone = entry["threads"] == 1
@@ -125,7 +125,7 @@ def test_a_quick_race_of_whole_models(programs, tmp_path):
             name for name in names if alone or name not in model_rivals.ONE_THREAD
         }
         assert all(figures["median"] > 0 for figures in entry["rivals"].values())
-    # On one core two threads are not compared.
+    # With one core, two threads are not compared.
     assert len(session_goals.goals(found["session"])) in (13, 14)
     page = paths["page.md"].read_text()
     for text in ("## Whole models", "`session_cpp` over `bound`", "first step of a stream"):
@@ -133,7 +133,7 @@ def test_a_quick_race_of_whole_models(programs, tmp_path):
     assert paths["picture.png"].stat().st_size > 10_000
     again = CliRunner().invoke(main, ["bench", "--from-json", str(paths["all.json"])])
     assert again.exit_code == 0
-    # One part anew, beside what was found of another.
+    # Run one part again, and keep the results of another.
     del found["session"]
     paths["all.json"].write_text(json.dumps(found))
     again = CliRunner().invoke(main, [
@@ -161,7 +161,7 @@ def test_every_contestant_computes_the_reference(name, size, tmp_path):
     contestant.stop()
     assert answer["positions"] == (name != "sequence_layers")
     assert model_race.compare(size, answer) == {}
-    # It would be noticed.
+    # A wrong output is noticed.
     answer["outputs"][-1][-1] += 0.01
     assert "expected its outputs within 0.0001" in model_race.compare(size, answer)["error"]
     answer["outputs"][0][0] = float("nan")
@@ -189,7 +189,7 @@ def test_models_without_programs_say_how_to_build_them(tmp_path):
     found = model_race.run((1,), 1, True, ("bound",), tmp_path, lambda *_: None)
     assert "benchmarks/build_cc.py" in found["missing"]["bound"]["missing"]
     assert "benchmarks/build_cc.py" in str(session_goals.run(True, tmp_path)["missing"])
-    # There is nothing to report, and that is no error.
+    # A report without results is not an error.
     page = report.markdown({"models": found})
     assert "Did not take part: bound: there is no " in page
     assert "### Goals" not in page

@@ -1,4 +1,4 @@
-"""CircularPositionalEncoding: which row each step gets, on windows and on streams."""
+"""Tests of CircularPositionalEncoding: which row each step gets, on windows and on streams."""
 
 import keras
 import numpy as np
@@ -19,7 +19,7 @@ def encoding(**options):
 
 
 def rows_of(output):
-    """Which row was added to zeros: an index for each step."""
+    """Return which row was added to zeros: an index for each step."""
     output = np.asarray(output)
     assert (output == output[..., :1]).all()
     return (output[..., 0] - 1).astype(int).tolist()
@@ -46,7 +46,7 @@ def test_steps_go_round(portions):
 
 
 def test_steps_continue_windows_as_in_the_original_package():
-    """Its test: a whole window, and the same in steps, from the same index."""
+    """The original package's test: a whole window, and the same steps, from the same index."""
     layer = encoding(call_update_index_steps=0)
     whole = rows_of(layer(zeros(2, 4)))
     steps = rows_of(layer.call_steps(zeros(2, 3)))
@@ -94,9 +94,9 @@ def test_streams_go_on_in_another_layer():
 
 
 def test_the_position_goes_with_the_index():
-    """The index goes round; the steps taken do not, and the two lie apart where windows moved."""
+    """The index wraps around, the position does not; windows move only the index."""
     here, there = encoding(), encoding()
-    here(zeros(1, 3))  # The index of all is now one further.
+    here(zeros(1, 3))  # This moves the index of all streams by one.
     here.call_steps(zeros(2, ROWS + 2))
     state = here.get_state()
     assert state["position"].tolist() == [ROWS + 2] * 2
@@ -182,12 +182,12 @@ def test_sinusoids_go_round_and_are_no_weights():
     layer = ct.CircularPositionalEncoding(rows, features, 0, encoding="sinusoidal")
     table = layer(np.zeros((1, rows, features), np.float32)).numpy()[0]
     assert layer.weights == []
-    # In float64 from the definition: each pair goes round a whole number of times, fewer and fewer.
+    # In float64, by the definition: each pair goes round a whole number of times, ever fewer.
     times = [7, 4, 2, 1]
     angles = 2 * np.pi * np.arange(rows)[:, None] * times / rows
     np.testing.assert_allclose(table[:, 0::2], np.sin(angles), atol=1e-6)
     np.testing.assert_allclose(table[:, 1::2], np.cos(angles), atol=1e-6)
-    # How alike rows are depends on how far apart they lie, round the end too; and no two are equal.
+    # The similarity of rows depends only on their distance, also past the end. None are equal.
     alike = table @ table.T
     for i in range(rows):
         np.testing.assert_allclose(np.roll(alike[i], -i), alike[0], atol=1e-5)
@@ -229,7 +229,7 @@ def test_sinusoids_stream_are_saved_and_exported(tmp_path, dtype):
     y = step(x=x[:, 0], streams=tf.constant([0, 1]))["y"]
     assert y.dtype == dtype
     layer.set_state(state)
-    # The exported step is a session's, which computes in float32 and rounds once.
+    # The exported step runs in a session, which computes in float32 and rounds once.
     rounding = {"float32": 1e-6, "float64": 1e-15, "float16": 1e-3, "bfloat16": 1e-2}[dtype]
     expected = tf.cast(layer.call_step(x[:, 0]), tf.float64)
     np.testing.assert_allclose(tf.cast(y, tf.float64), expected, rtol=rounding, atol=rounding)

@@ -1,4 +1,4 @@
-"""`continual-transformers pack` and `info`: what they write and say, and what they refuse."""
+"""Tests of `continual-transformers pack` and `info`: what they write, print, and refuse."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def run(*arguments, status=0):
 
 
 def plain_model(length):
-    """A Keras model that knows nothing of streams."""
+    """Return a Keras model that cannot stream by itself."""
     x = keras.Input((length, E), name="sensor")
     h = keras.layers.Dense(8)(x)
     h = h + keras.layers.MultiHeadAttention(2, 4)(h, h)
@@ -31,7 +31,7 @@ def plain_model(length):
 
 @pytest.fixture
 def saved(random, tmp_path):
-    """The path of a saved Keras model whose axis of time is open."""
+    """Return the path of a saved Keras model whose time axis has no fixed length."""
     plain_model(None).save(tmp_path / "watch.keras")
     return tmp_path / "watch.keras"
 
@@ -58,7 +58,7 @@ def test_pack_and_check(saved, random, tmp_path, shape):
 
 
 def test_the_check_finds_a_difference(saved, random, tmp_path):
-    """bfloat16 weights round: by more than float32 would, and by less than the outputs."""
+    """bfloat16 weights differ by more than float32 would, and by less than the outputs."""
     np.save(tmp_path / "x.npy", random.standard_normal((12, E)).astype("float32"))
     output = tmp_path / "watch.safetensors"
     options = ("--seq-len", N, "--weights-dtype", "bfloat16", "--cache-dtype", "float16")

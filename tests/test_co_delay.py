@@ -1,4 +1,4 @@
-"""CoDelay: what comes out of it when, on windows and on streams."""
+"""Tests of CoDelay: its outputs on windows and on streams."""
 
 import keras
 import numpy as np
@@ -12,14 +12,14 @@ E = 3
 
 
 def numbers(streams, steps, features=(E,)):
-    """x [M, T, ...], in which every number is another, and none 0."""
+    """Return x [M, T, ...] in which all numbers differ, and none is 0."""
     return np.arange(1, 1 + streams * steps * int(np.prod(features)), dtype="float32").reshape(
         streams, steps, *features
     )
 
 
 def late(x, delay):
-    """What is expected of T steps from the first: zeros, and then those of `delay` before."""
+    """Return the expected outputs of the first T steps: zeros, then the steps of `delay` before."""
     zeros = np.zeros_like(x[:, :delay])
     return np.concatenate([zeros, x], 1)[:, : x.shape[1]]
 
@@ -91,7 +91,7 @@ def test_what_an_earlier_stream_left_is_never_given():
 
 def test_more_rows_are_more_streams():
     layer, x = ct.CoDelay(1), numbers(3, 3)
-    ct.ensure_streams(layer, 1)  # Before it is built, too.
+    ct.ensure_streams(layer, 1)  # This also works before the layer is built.
     assert layer.call_step(x[:2, 0]) is None
     y = layer.call_step(x[:, 1])
     np.testing.assert_array_equal(y, [*x[:2, 0], 0 * x[2, 0]])
@@ -118,7 +118,7 @@ def test_state_goes_on_in_another_layer_bit_for_bit(tmp_path):
     here, there = ct.CoDelay(3), ct.CoDelay(3)
     here.call_steps(x[:, :5])
     np.savez(tmp_path / "state.npz", **here.get_state(streams=[1, 0]))
-    there.set_state(dict(np.load(tmp_path / "state.npz")))  # It was never built.
+    there.set_state(dict(np.load(tmp_path / "state.npz")))  # This layer was never built.
     there.ensure_streams(6)
     there.set_state(here.get_state(), streams=[5, 2])
     for t in range(5, 9):
@@ -191,7 +191,7 @@ def test_gradients_flow_to_the_steps_of_the_call():
     with tf.GradientTape() as tape:
         tape.watch(x)
         loss = tf.reduce_sum(layer.call_steps(x[:, 1:]) * [[[1.0], [2.0], [3.0]]])
-    # Of steps 0 to 2, which came out, step 0 was another call's.
+    # Steps 0 to 2 came out, but step 0 belongs to another call.
     np.testing.assert_array_equal(tape.gradient(loss, x)[0, :, 0], [0, 2, 3, 0, 0])
 
 

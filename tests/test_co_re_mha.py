@@ -40,7 +40,7 @@ def test_steps_equal_regular_attention_on_all_of_sliding_windows(
 @pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_bfloat16", "float16"])
 @pytest.mark.parametrize("lengths", [[30], [1] * 10, [2, 3, 1, 9], [5, 1, 1], [6, 6]])
 def test_steps_in_any_portions_of_all_rows(backend, random, lengths, dtype):
-    """T calls of call_step are one call_steps: outputs and state, at every age."""
+    """T calls of call_step equal one call_steps in outputs and state, at every age."""
     layer, regular = pair(random=random, dtype=dtype)
     x = random.normal(size=(2, sum(lengths), E)).astype("float32")
     outputs, first = [], 0
@@ -57,7 +57,7 @@ def test_steps_in_any_portions_of_all_rows(backend, random, lengths, dtype):
     exact.build((None, N, E), (None, N, E))
     exact.set_weights(regular.get_weights())
     expected = all_of_windows(exact, x.astype("float64"), N)
-    # In float64 Keras rounds its scale to float32.
+    # Keras rounds its scale to float32, also in float64.
     bounds = {"float32": 5e-6, "float64": 1e-7, "mixed_bfloat16": 0.03, "float16": 4e-3}
     assert reference.relative_error(np.concatenate(outputs, 1), expected) < bounds[dtype]
 
@@ -72,7 +72,7 @@ def test_steps_in_any_portions_of_all_rows(backend, random, lengths, dtype):
 
 @pytest.mark.parametrize("algorithm", ["update", "recompute"])
 def test_partial_warm_up_and_streams_of_different_ages(backend, random, algorithm):
-    """The rows of steps that were never taken are zeros, whatever the projection's bias."""
+    """Rows of steps that were never taken are zeros, regardless of the projection's bias."""
     options = dict(warm_up="partial", algorithm=algorithm)
     layer, regular = pair(random=random, layer_options=options)
     layer.ensure_streams(5)

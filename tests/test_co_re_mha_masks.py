@@ -1,4 +1,4 @@
-"""Masks, scores and gates of retroactive attention, in steps: against the reference, and Keras."""
+"""Masks, scores and gates in steps of retroactive attention, against the reference and Keras."""
 
 import keras
 import numpy as np
@@ -20,7 +20,7 @@ SHAPES = {"[N, N]": (), "[M, N, N]": (3,), "[M, H, N, N]": (3, 2), "[M, H, T, N,
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("t", [1, 4, 300])
 def test_masks_and_scores_of_every_row(backend, random, t, dtype, shape):
-    """In turn with steps that have neither, of streams of different ages."""
+    """Alternating with steps that have neither, for streams of different ages."""
     m, h, n, d, dv = 3, 2, 7, 5, 4
     cache, streams = cache_at([0, 3, 17], h, n, d, dv, dtype, random)
     lead = tuple(t if axis is None else axis for axis in SHAPES[shape])
@@ -30,7 +30,7 @@ def test_masks_and_scores_of_every_row(backend, random, t, dtype, shape):
         mask = None
         if round_ % 2:
             mask = random.random((*lead, n, n)) < 0.6
-            mask[..., 4, :] = False  # A row that attends to nothing.
+            mask[..., 4, :] = False  # This row attends to nothing.
         outputs, scores = retroactive_attention(
             *inputs,
             cache,
@@ -65,7 +65,7 @@ def test_masks_and_scores_of_every_row(backend, random, t, dtype, shape):
             assert error < reference.BOUNDS[dtype]
 
 
-EVERY_OTHER = (np.add.outer(range(N), range(N)) % 2 == 0)[None]  # Each its own step, too.
+EVERY_OTHER = (np.add.outer(range(N), range(N)) % 2 == 0)[None]  # A query sees its own step, too.
 CALLS = {
     "causal": dict(use_causal_mask=True),
     "scores": dict(return_attention_scores=True),
@@ -110,7 +110,7 @@ def test_while_the_window_fills_there_are_no_scores(backend, random):
 
 @pytest.mark.parametrize("lengths", [[1] * 20, [3, 9, 1, 7], [20]])
 def test_each_row_keeps_its_gate(backend, random, lengths):
-    """Of streams of different ages; peeking leaves them."""
+    """For streams of different ages; peeking does not change the gates."""
     layer, regular = pair(random=random, use_gate=True, layer_options=dict(warm_up="partial"))
     layer.ensure_streams(3)
     layer.call_steps(random.normal(size=(1, 4, E)), streams=[2])
@@ -148,7 +148,7 @@ def test_gradients_pass_the_gates_of_steps_that_were_never_taken(backend, random
 
 
 def test_masks_scores_and_gates_in_graphs(backend, random):
-    """Of any number of streams and steps: checked when it runs, and then nothing has changed."""
+    """For any number of streams and steps. A failed check at run time changes nothing."""
     layer, _ = pair(random=random, use_gate=True, layer_options=dict(warm_up="partial"))
     other, _ = pair(random=random, use_gate=True, layer_options=dict(warm_up="partial"))
     other.set_weights(layer.get_weights())

@@ -1,4 +1,4 @@
-"""What CoReMultiHeadAttention refuses, and that it then changes nothing."""
+"""CoReMultiHeadAttention refuses what does not fit, and then changes nothing."""
 
 import numpy as np
 import pytest

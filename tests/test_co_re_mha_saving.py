@@ -1,4 +1,4 @@
-"""A CoReMultiHeadAttention comes back from files, and with its streams from saved models."""
+"""Saving and loading of CoReMultiHeadAttention, also with its streams in saved models."""
 
 import copy
 import json

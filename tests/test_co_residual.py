@@ -12,7 +12,7 @@ from errors import BAD_INPUT
 
 
 def residual(random, **layer_options):
-    """A residual around attention, and what it is on windows, by Keras: all rows."""
+    """Return a residual around attention, and a Keras function for it on windows, with all rows."""
     attention, regular = pair(random=random, layer_options=layer_options)
     return ct.CoResidual(attention), lambda x: keras.layers.Add()([x, regular(x, x)]).numpy()
 
@@ -23,7 +23,7 @@ def test_modes_equal_the_sum_on_windows(backend, random, index, single_output):
     layer, regular = residual(random, query_index=index, single_output=single_output)
     x = random.normal(size=(3, 3 * N, E)).astype("float32")
     windows = reference.sliding_windows(x.swapaxes(0, 1), N).swapaxes(1, 2).reshape(-1, N, E)
-    expected = regular(windows).astype("float64")  # Of 2N + 1 windows of 3 streams.
+    expected = regular(windows).astype("float64")  # 2N + 1 windows of 3 streams.
     rows = expected[:, index % N].reshape(2 * N + 1, 3, E)
     for t in range(2 * N):
         output = layer.call_step(x[:, t])
@@ -56,9 +56,9 @@ def test_steps_in_any_portions_are_one_call(random, warm_up, index, portions):
 def test_streams_of_different_ages_in_any_order(backend, random, index):
     layer, _ = residual(random, query_index=index, warm_up="partial")
     x = random.normal(size=(3, 3 * N, E)).astype("float32")
-    expected = layer.call_steps(x)  # From the first step on that has an output.
+    expected = layer.call_steps(x)  # It begins with the first step that has an output.
     layer.clean_state()
-    layer.layer.ensure_streams(4)  # The layer alone: what goes past it follows.
+    layer.layer.ensure_streams(4)  # Only the inner layer; the residual's own delay follows.
     layer.call_step(x[:1, 0], streams=[3])
     taken = [0, 0, 0, 1]
     for streams in [[2], [2, 0], [0, 1, 2], [1, 2], [2, 1, 0]] * 3:
@@ -183,7 +183,7 @@ def test_where_the_layer_fails_in_a_graph_nothing_goes_past_it(backend, random):
     step(x[:, 0], [True, False])
     before = layer.get_state()
     with pytest.raises(tf.errors.InvalidArgumentError):
-        step(x[:, 1], [True, False, True])  # Which only the layer looks at.
+        step(x[:, 1], [True, False, True])  # Only the inner layer checks the mask.
     for part, state in layer.get_state().items():
         for name, array in state.items():
             np.testing.assert_array_equal(array, before[part][name])
@@ -254,7 +254,7 @@ def test_is_exported(random, tmp_path):
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float32"])
 def test_half_precision(random, dtype):
-    """In the dtype of the layer within, or another."""
+    """In the dtype of the inner layer, or in another."""
     attention = ct.CoSiMultiHeadAttention(N, H, D, query_index=-2, dtype="bfloat16")
     layer = ct.CoResidual(attention, **({} if dtype is None else dict(dtype=dtype)))
     x = tf.cast(random.normal(size=(2, N, E)), "float32")

@@ -26,9 +26,9 @@ from co_si_mha_cases import D, E, H, N, newest_of_windows, pair
 def test_steps_equal_regular_attention_on_sliding_windows(
     backend, random, seq_len, num_heads, key_dim, features, batch
 ):
-    """Over two thousand steps: eagerly while the window fills and a little on, then as a graph.
+    """Over two thousand steps: eager until a little after the window is full, then in a graph.
 
-    Short windows, and plain TensorFlow, whose rings go round as the kernels' do, take fewer.
+    Short windows and plain TensorFlow take fewer steps: their rings wrap around in the same way.
     """
     layer, regular = pair(seq_len, num_heads, key_dim, features, random=random)
     steps = 2000 if backend == "fused" and seq_len > 16 else 3 * seq_len + 50
@@ -38,8 +38,8 @@ def test_steps_equal_regular_attention_on_sliding_windows(
     assert outputs[: seq_len - 1] == [None] * (seq_len - 1)
     graph = tf.function(layer.call_step)
     outputs += [graph(tf.constant(x[:, t])) for t in range(eager_steps, steps)]
-    # The answers take the time. Long windows are compared at every seventh step, and so at every
-    # place at which a ring may begin.
+    # The reference takes most of the time. Long windows are compared at every seventh step, so
+    # at every place where a ring can begin.
     every = 7 if seq_len > 60 else 1
     outputs = np.stack(outputs[seq_len - 1 :: every], 1)
     expected = newest_of_windows(regular, x, seq_len, every)
@@ -49,7 +49,7 @@ def test_steps_equal_regular_attention_on_sliding_windows(
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("lengths", [[30], [1] * 10, [2, 3, 1, 9], [5, 1, 1], [6, 6], [11]])
 def test_steps_in_any_portions(backend, random, lengths, dtype):
-    """T calls of call_step are one call_steps: outputs and state, at every age."""
+    """T calls of call_step equal one call_steps in outputs and state, at every age."""
     layer, regular = pair(random=random, dtype=dtype)
     x = random.normal(size=(2, sum(lengths), E))
     outputs, first = [], 0
@@ -62,7 +62,7 @@ def test_steps_in_any_portions(backend, random, lengths, dtype):
         if output is not None:
             assert output.shape == (2, ready, E)
             outputs.append(output)
-    # Not Keras' own answer: it rounds the scale to float32, which float64's bound would notice.
+    # Not compared with Keras: it rounds the scale to float32, which exceeds float64's bound.
     weights = [w.astype("float64") for w in regular.get_weights()]
     windows = reference.sliding_windows(x.astype(dtype).swapaxes(0, 1), N).transpose(2, 0, 1, 3)
     expected = reference.newest_of_multi_head_attention(weights, windows)
@@ -225,7 +225,7 @@ def test_call_modes(random):
 
 
 def test_a_program_written_for_the_original_package(random):
-    """Its order of calls: built by steps, cleaned, weights set, warmed up, stepped, mode set."""
+    """In its order of calls: build by steps, clean, set weights, warm up, step, set mode."""
     regular = keras.layers.MultiHeadAttention(num_heads=4, key_dim=6)
     query, key, value = random.normal(size=(3, 2, 12, 4)).astype("float32")
     whole = [x[:, :10] for x in (query, value, key)]

@@ -1,4 +1,4 @@
-"""The dtypes of CoSiMultiHeadAttention: its own, Keras' policies, and that of its ring."""
+"""Dtypes of CoSiMultiHeadAttention: its own, Keras' policies, and the dtype of its ring."""
 
 import keras
 import numpy as np
@@ -13,7 +13,7 @@ HALF = ["bfloat16", "float16"]
 
 
 def naive(weights, windows, dtype):
-    """The newest output of each window, every operation in `dtype`, by plain TensorFlow."""
+    """Return the newest output of each window, every operation in `dtype`, in plain TensorFlow."""
     wq, bq, wk, bk, wv, bv, wo, bo = (tf.cast(w, dtype) for w in weights)
     x = tf.cast(windows, dtype)
     query = tf.einsum("...e,ehd->...hd", x[..., -1, :], wq) + bq
@@ -27,7 +27,7 @@ def naive(weights, windows, dtype):
 @pytest.mark.parametrize("dtype", [*HALF, "mixed_float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("seq_len", [N, 64])
 def test_half_precision(backend, random, dtype, seq_len):
-    """At most twice the error of a naive implementation in that type."""
+    """The error is at most twice that of a naive implementation in that type."""
     layer = ct.CoSiMultiHeadAttention(seq_len, H, D, dtype=dtype)
     x = random.normal(size=(2, seq_len + 40, E)).astype("float32")
     layer.build((None, seq_len, E))
@@ -55,12 +55,12 @@ def test_half_precision(backend, random, dtype, seq_len):
     (N, H, D, E), (64, 4, 32, 128), (120, 16, 12, 192),
 ])  # fmt: skip
 def test_a_smaller_ring(backend, random, cache_dtype, bound, seq_len, num_heads, key_dim, features):
-    """Half the bytes; the rest of the layer is float32."""
+    """The ring takes half the bytes; the rest of the layer is float32."""
     options = dict(cache_dtype=cache_dtype)
     layer, regular = pair(
         seq_len, num_heads, key_dim, features, random=random, layer_options=options
     )
-    # Keys and values of order one.
+    # These weights give keys and values of order one.
     weights = [w * 2.5 / np.sqrt(w.shape[0]) if w.ndim == 3 else w for w in regular.get_weights()]
     layer.set_weights(weights)
     x = random.normal(size=(2, seq_len + 20, features)).astype("float32")
@@ -77,7 +77,7 @@ def test_a_smaller_ring(backend, random, cache_dtype, bound, seq_len, num_heads,
     layer.clean_state()
     apart = [layer.call_step(x[:, t]) for t in range(x.shape[1])]
     apart = np.stack(apart[seq_len - 1 :], 1)
-    # Projections that differ in a float's last bit may fall to different sides of a half's.
+    # Projections that differ in a float's last bit may round to different 16-bit numbers.
     assert reference.relative_error(apart, together.numpy().astype("float64")) < bound / 50
     one_unit = {"bfloat16": 2**-7, "float16": 2**-10}[cache_dtype]
     for name, array in layer.get_state().items():
@@ -133,7 +133,7 @@ def test_a_global_policy_of_keras(backend, random):
         peek = layer.call_step(step, update_state=False)
         assert peek.dtype == "float16"
         assert layer.weights[0].dtype == "float32"
-        with ct.call_mode("step"):  # Through Keras' __call__, which casts variables by itself.
+        with ct.call_mode("step"):  # This goes through Keras' __call__, which casts variables.
             np.testing.assert_array_equal(layer(step), peek)
         inputs = keras.Input((N, E))
         model = keras.Model(inputs, keras.layers.Dense(1, dtype="float32")(layer(inputs)))

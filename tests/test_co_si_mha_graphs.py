@@ -1,4 +1,4 @@
-"""CoSiMultiHeadAttention in graphs, in Keras models of every kind, under XLA, and in threads."""
+"""CoSiMultiHeadAttention in graphs, in Keras models of all kinds, under XLA, and in threads."""
 
 import threading
 
@@ -28,7 +28,7 @@ def test_inside_a_graph_warm_up_is_partial_and_nothing_retraces(backend, random)
         assert reference.relative_error(output, regular(window, window)[:, -1].numpy()) < 5e-6
     assert len(traces) == 1
     np.testing.assert_array_equal(layer.ready, [True, True])
-    # The eager layer knows how far the graph has come.
+    # The eager layer knows how many steps the graph has taken.
     assert layer.call_step(x[:, 0]) is not None
 
     clean = tf.function(layer.clean_state)
@@ -79,7 +79,7 @@ def test_models_take_steps(backend, random, make):
         predicted = model.predict(x, verbose=0)
     for outputs in (eager, graph, predicted):
         assert reference.relative_error(outputs[:, N - 1 :], expected) < 5e-6
-    # Those that have a graph expect what they were built on, windows; StreamingModel lends it.
+    # Models with a graph expect windows, as they were built; StreamingModel uses their graph.
     streaming = model if make is Subclassed else ct.StreamingModel(model)
     layer.clean_state()
     with ct.call_mode("step"):
@@ -109,7 +109,7 @@ def test_symbolic_shapes(mode):
 @pytest.mark.parametrize("options", [{}, dict(use_gate=True, query_index=1)], ids=str)
 @pytest.mark.parametrize("t", [1, 5])
 def test_under_xla_the_plain_twin_gives_equal_results(random, t, options):
-    """Room for the streams is made before: XLA lets no variable grow."""
+    """Room for the streams is made before, because variables cannot grow under XLA."""
     layer_options = dict(warm_up="partial", query_index=options.get("query_index", -1))
     options = {name: x for name, x in options.items() if name != "query_index"}
     layer, _ = pair(random=random, layer_options=layer_options, **options)
@@ -149,13 +149,13 @@ def test_steps_from_a_dataset(backend, random):
     assert reference.relative_error(np.stack(outputs[N - 1 :], 1), expected) < 5e-6
     layer.clean_state()
     layer.ensure_streams(2)
-    mapped = steps.map(layer.call_step)  # One step after another: it is stateful.
+    mapped = steps.map(layer.call_step)  # In order, because the step is stateful.
     outputs = np.stack([output.numpy() for output in mapped], 1)
     assert reference.relative_error(outputs[:, N - 1 :], expected) < 5e-6
 
 
 def test_two_models_in_two_threads(backend, random):
-    """Each eagerly, and each as a graph, both at the same time and in call modes of their own."""
+    """Both run at the same time, in eager mode and as graphs, in different call modes."""
     pairs = [pair(random=random, layer_options=dict(warm_up="partial")) for _ in range(2)]
     x = random.normal(size=(2, 2, 60, E)).astype("float32")
     expected = [newest_of_windows(regular, x[i], N) for i, (_, regular) in enumerate(pairs)]
@@ -187,7 +187,7 @@ def test_two_models_in_two_threads(backend, random):
 
 
 def test_threads_step_streams_of_one_layer(random, monkeypatch):
-    """Different streams of one fused layer, eagerly: each as if it were alone."""
+    """Threads step different streams of a fused layer; each result is as if it were alone."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     layer, regular = pair(random=random, layer_options=dict(warm_up="partial"))
     layer.ensure_streams(4)

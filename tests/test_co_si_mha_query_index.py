@@ -1,4 +1,4 @@
-"""CoSiMultiHeadAttention whose output is that of an older step's query."""
+"""CoSiMultiHeadAttention with the output of an older step's query."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,10 @@ from errors import BAD_INPUT
 
 
 def expected_rows(regular, x, index, **kwargs):
-    """The regular layer's row at `index` of each full window of x [B, T, E]: [B, T - N + 1, E]."""
+    """Return the regular layer's row at `index` of each full window of x [B, T, E].
+
+    The result is [B, T - N + 1, E].
+    """
     windows = [x[:, t : t + N] for t in range(x.shape[1] - N + 1)]
     return np.stack([regular(w, w, **kwargs)[:, index] for w in windows], 1)
 
@@ -47,14 +50,14 @@ def test_delay_and_receptive_field():
 
 @pytest.mark.parametrize("in_graph", [False, True])
 def test_partial_warm_up_begins_with_the_first_query(backend, random, in_graph):
-    """From then on it is the row of that query in the shorter sequence."""
+    """From then on a step gives the row of that query in the shorter sequence."""
     layer, regular = pair(random=random, layer_options=dict(query_index=-3, warm_up="partial"))
     x = random.normal(size=(2, N + 3, E)).astype("float32")
     step = tf.function(layer.call_step) if in_graph else layer.call_step
     for t in range(N + 3):
         output = step(tf.constant(x[:, t]))
         if t < 2:
-            if in_graph:  # The output of an attention to nothing: the projection's bias.
+            if in_graph:  # It attends to nothing, which gives the projection's bias.
                 bias = np.tile(regular.get_weights()[-1], (2, 1))
                 np.testing.assert_allclose(output, bias, rtol=1e-6)
             else:
@@ -67,7 +70,7 @@ def test_partial_warm_up_begins_with_the_first_query(backend, random, in_graph):
 
 
 def test_masks(backend, random):
-    """The causal mask hides what came after the query; a query's mask goes with the query."""
+    """The causal mask hides the steps after the query; a query's mask stays with the query."""
     layer, regular = pair(random=random, layer_options=dict(query_index=-3))
     x = random.normal(size=(2, N + 4, E)).astype("float32")
     expected = expected_rows(regular, x, -3, use_causal_mask=True)
@@ -80,7 +83,7 @@ def test_masks(backend, random):
     query_mask[1, N] = False
     outputs = layer.call_steps(x, query_mask=query_mask).numpy()
     expected = expected_rows(regular, x, -3)
-    expected[1, N - (N - 3)] = regular.get_weights()[-1]  # Step N is the query two steps later.
+    expected[1, N - (N - 3)] = regular.get_weights()[-1]  # Step N's query is used two steps later.
     assert reference.relative_error(outputs, expected) < 5e-6
 
 
@@ -109,7 +112,7 @@ def test_streams_of_different_ages_and_state_that_moves(backend, random):
 
 @pytest.mark.parametrize("in_graph", [False, True])
 def test_a_gate_that_waited_is_forgotten_with_its_stream(backend, random, in_graph):
-    """Whatever it was: until a query's turn has come there is no gate to be multiplied by."""
+    """Even a NaN is forgotten: before a query's turn there is no gate to multiply by."""
     layer_options = dict(query_index=0, warm_up="partial")
     layer, regular = pair(random=random, use_gate=True, layer_options=layer_options)
     layer.call_steps(np.full((1, 2 * N, E), np.nan, np.float32))

@@ -1,4 +1,4 @@
-"""What CoSiMultiHeadAttention refuses, and that it then changes nothing."""
+"""CoSiMultiHeadAttention refuses what does not fit, and then changes nothing."""
 
 import numpy as np
 import pytest

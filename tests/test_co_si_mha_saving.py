@@ -1,4 +1,4 @@
-"""CoSiMultiHeadAttention kept and brought back: files, configs, clones and pickles."""
+"""Saving and restoring of CoSiMultiHeadAttention: files, configs, clones and pickles."""
 
 import copy
 import json
@@ -88,7 +88,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_model_comes_back(random, tmp_path, way):
-    """With its weights, and with clean streams: their state is no part of a model."""
+    """It has its weights, but clean streams: their state is not a part of a model."""
     inputs = keras.Input((None, E))
     layer = ct.CoSiMultiHeadAttention(**{**OPTIONS, "query_index": -1})
     model = keras.Model(inputs, layer(inputs))
@@ -125,7 +125,7 @@ def test_state_is_part_of_a_saved_model(tmp_path, random):
 
 
 def test_a_step_is_ready_by_what_has_really_been_taken(backend, random):
-    """However the state came about: in a graph, by a checkpoint, by room that a graph made."""
+    """The state may come from a graph, a checkpoint, or room that a graph made."""
     layer, _ = pair(random=random)
     x = random.normal(size=(3, N, E)).astype("float32")
     checkpoint = tf.train.Checkpoint(state=layer._stream_state)
@@ -143,9 +143,9 @@ def test_a_step_is_ready_by_what_has_really_been_taken(backend, random):
 
 @pytest.mark.parametrize("cache_dtype", [None, "bfloat16", "float16"])
 def test_state_as_files(backend, random, tmp_path, cache_dtype):
-    """What get_state gives goes through np.savez and on in another layer, bit for bit.
+    """The result of get_state goes through np.savez into another layer, bit for bit.
 
-    NumPy's files know no bfloat16: it comes back as two bytes without a meaning.
+    NumPy's files do not know bfloat16: it comes back as two bytes without a type.
     """
     options = dict(query_index=1, cache_dtype=cache_dtype)
     layer, _ = pair(random=random, layer_options=options)

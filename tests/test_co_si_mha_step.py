@@ -1,4 +1,4 @@
-"""The whole layer's step as one op: equal to the same step by several, and what it is made of."""
+"""The whole layer's step as one op: it equals the same step as several ops."""
 
 import copy
 import itertools
@@ -17,7 +17,7 @@ import reference
 from co_si_mha_cases import E, H, N, pair
 from errors import BAD_INPUT
 
-# Every combination in few cases: inputs, masks, scores, and what the layer is made of.
+# Few cases that cover the options of the layer; the steps cover inputs, masks and scores.
 LAYERS = [
     {},
     dict(use_bias=False),
@@ -35,7 +35,7 @@ LAYERS = [
 
 @pytest.mark.parametrize("options", LAYERS, ids=str)
 def test_one_op_is_the_several_ops(monkeypatch, random, options):
-    """The same weights, steps, streams and masks: the outputs, scores and state of plain ops."""
+    """With equal weights, steps, streams and masks, all results equal those of plain ops."""
     options = {"warm_up": "partial", **options}
     layers = {}
     for backend in ("fused", "tensorflow"):
@@ -45,7 +45,7 @@ def test_one_op_is_the_several_ops(monkeypatch, random, options):
         layer.set_weights([np.random.normal(scale=0.4, size=w.shape) for w in layer.weights])
         layer.ensure_streams(4)
     exact = 1e-12 if options.get("dtype") == "float64" else 5e-6
-    # A float's last bit may send a key to the other side of a half's.
+    # A difference in a float's last bit may round a key to another 16-bit number.
     bound = {"bfloat16": 2e-2, "float16": 2e-3}.get(options.get("cache_dtype"), exact)
     for step in range(3 * N):
         m = random.integers(1, 5)
@@ -80,7 +80,7 @@ def test_one_op_is_the_several_ops(monkeypatch, random, options):
 
 
 def plain_step(layer, x):
-    """The same by several ops: under a tape, which asks for a gradient."""
+    """Take the step as several ops: under a tape, the layer must be differentiable."""
     with tf.GradientTape():
         return layer.call_step(x)
 
@@ -130,7 +130,7 @@ def test_a_step_is_differentiated_by_several_ops(monkeypatch, random):
         y = tf.reduce_sum(layer.call_step(x) ** 2)
     assert all(g is not None for g in tape.gradient(y, layer.trainable_weights))
     graph = tf.function(layer.call_step)
-    graph(x)  # Traced for serving, with no tape about it.
+    graph(x)  # Traced for serving, without a tape around it.
     with tf.GradientTape() as tape:
         y = tf.reduce_sum(graph(x))
     with pytest.raises(tf.errors.InvalidArgumentError, match="training=True"):
@@ -143,11 +143,11 @@ def test_a_deep_copy_steps_by_itself(monkeypatch, random):
     x = random.normal(size=(1, E)).astype("float32")
     layer.call_step(x)
     step = layer._one_op_step
-    assert copy.deepcopy(step) is None  # It would bind the first layer's variables.
+    assert copy.deepcopy(step) is None  # It would be bound to the old variables.
 
 
 def test_what_a_layer_becomes_later_is_heeded(monkeypatch, random):
-    """Quantized to float8 it keeps its kernels; an encoder's activation may be another."""
+    """Quantizing a layer to float8 keeps its kernels; an encoder's activation may change."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     layer, _ = pair(random=random, layer_options=dict(warm_up="partial"))
     x = random.normal(size=(1, E)).astype("float32")
@@ -228,7 +228,7 @@ def test_what_does_not_fit_changes_nothing(monkeypatch, random, what):
 
 @pytest.mark.parametrize(("features", "heads"), [(32, 4), (192, 16)])
 def test_weights_in_half_the_bytes(monkeypatch, random, features, heads):
-    """Outputs move by less than a bfloat16's unit, 2^-8; all else uses the layer's own weights."""
+    """Outputs change by less than bfloat16's unit, 2^-8; other calls use exact weights."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     exact, regular = pair(40, heads, features // heads, features, random=random)
     weights = regular.get_weights()
@@ -262,7 +262,7 @@ def test_converted_weights_follow_when_told(monkeypatch, random, tmp_path):
     layer.convert_weights()
     fresh = peek()
     assert reference.relative_error(fresh, first) > 0.1
-    # Biases are not converted, so what was stale had moved a little.
+    # Biases are not converted, so the stale output has changed a little.
     assert reference.relative_error(stale, fresh) > 0.1
     layer.set_weights([w / 2 for w in doubled])
     np.testing.assert_array_equal(peek(), first)
@@ -274,7 +274,7 @@ def test_converted_weights_follow_when_told(monkeypatch, random, tmp_path):
 
 
 def test_a_models_converted_weights_follow_when_told(monkeypatch, random):
-    """Keras' set_weights of a model does not call that of its layers."""
+    """Keras' set_weights of a model does not call set_weights of its layers."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     layers = [
         ct.CoSiMultiHeadAttention(N, H, 4, warm_up="partial", weights_dtype="bfloat16"),
@@ -290,7 +290,7 @@ def test_a_models_converted_weights_follow_when_told(monkeypatch, random):
         model.set_weights([2 * random.normal(size=w.shape) for w in model.weights])
         ct.convert_weights(model)
         converted = layer.call_step(x, update_state=False).numpy()
-        with tf.GradientTape():  # By several ops, with the layer's own weights.
+        with tf.GradientTape():  # As several ops, with the layer's own weights.
             expected = layer.call_step(x, update_state=False).numpy()
         assert reference.relative_error(converted, expected) < 0.1
         layer.set_weights([w / 2 for w in layer.get_weights()])
@@ -341,7 +341,7 @@ def test_a_target_that_there_is_not_is_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ct.ops.cpu_targets()[0][1:] if ct.ops.kernels() else [])
 def test_every_target_passes_the_tests(target):
-    """Those of the kernels and of the layer; `make test` itself runs on the fastest."""
+    """Run the kernels' and the layer's tests on every target; `make test` runs on the fastest."""
     here = Path(__file__).parent
     tests = [here / f"test_{name}.py" for name in ("single_output", "co_si_mha", "co_si_mha_step")]
     command = ["-m", "pytest", "-q", "-m", "not slow", "-k", "not tensorflow", *map(str, tests)]
@@ -350,7 +350,7 @@ def test_every_target_passes_the_tests(target):
 
 
 def test_steps_allocate_nothing_that_grows_with_the_window(monkeypatch, random):
-    """Memory of the process over many steps of a window of 16 MB: less than one more window."""
+    """Over many steps of a window of 16 MB, the process grows by less than one more window."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     layer, _ = pair(65_536, 1, 32, 32, random=random, layer_options=dict(warm_up="partial"))
     x = random.normal(size=(1, 32)).astype("float32")

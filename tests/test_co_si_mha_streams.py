@@ -1,4 +1,4 @@
-"""The streams of CoSiMultiHeadAttention: their ages, their state, eagerly and in graphs."""
+"""The streams of CoSiMultiHeadAttention: their ages and state, in eager mode and in graphs."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def test_streams_of_different_ages_in_any_order(backend, random):
 
 
 def test_warm_up_none_with_streams_of_different_ages(backend, random):
-    """None while no stream of the call is ready; and ready tells which rows are full."""
+    """A step gives None while no stream of the call is ready; `ready` tells which rows are full."""
     layer, _ = pair(random=random)
     layer.ensure_streams(2)
     x = random.normal(size=(2, 2 * N, E)).astype("float32")
@@ -41,7 +41,7 @@ def test_warm_up_none_with_streams_of_different_ages(backend, random):
     np.testing.assert_array_equal(layer.ready, [True, False])
     layer.clean_state(streams=[0])
     assert layer.call_step(x[:, 2]) is None
-    # Stream 1 has come furthest: after its steps 4, ..., N + 2, three of them end a full window.
+    # Stream 1 is the oldest: it takes its steps 4, ..., N + 2, and three of them end a full window.
     assert layer.call_steps(x[:, : N - 1]).shape == (2, 3, E)
 
 
@@ -106,7 +106,7 @@ def test_100_000_steps_show_no_drift_and_no_growth_of_memory(monkeypatch, random
         for t in range(0, 1000, 50):
             outputs = steps(tf.constant(x[:, t : t + 50]))
         for t in range(5):
-            layer.call_step(x[:, t], update_state=False)  # Eager calls leave nothing behind either.
+            layer.call_step(x[:, t], update_state=False)  # Eager calls must not leak memory either.
         if i in (9, 99):
             resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
     np.testing.assert_array_equal(layer.position, [100_000] * 2)

@@ -13,7 +13,7 @@ T = N + 4
 
 
 def plain_steps(weights, x, seq_len, gate=None):
-    """What T steps from a clean state compute, in plain TensorFlow: a band of attention."""
+    """Return T steps' outputs from a clean state, in plain TensorFlow: a band of attention."""
     wq, bq, wk, bk, wv, bv, wo, bo = weights
     query, key, value = (tf.einsum("mte,ehd->mthd", x, w) + b for w, b in
                          ((wq, bq), (wk, bk), (wv, bv)))  # fmt: skip
@@ -42,7 +42,7 @@ def test_gradients_of_steps_are_those_of_plain_tensorflow(backend, random, graph
         return gradients_of(lambda: layer.call_steps(x), [x, *weights])
 
     got = (tf.function(gradients) if graph else gradients)()
-    largest = max(np.abs(wanted).max() for wanted in expected)  # The keys' bias has none.
+    largest = max(np.abs(wanted).max() for wanted in expected)  # The keys' bias has no gradient.
     for gradient, wanted in zip(got, expected, strict=True):
         np.testing.assert_allclose(gradient, wanted, atol=1e-12 * largest)
 
@@ -63,7 +63,7 @@ def test_gradients_are_those_of_finite_differences(backend, random, call, option
         elif call == "steps":
             output = layer.call_steps(x)
         else:
-            # What a step leaves in the ring is a constant to the steps after it.
+            # Keys and values in the ring are constants for later steps.
             output = layer.call_step(x[:, -1])
         return tf.reduce_sum(tf.sin(output))
 
@@ -91,7 +91,7 @@ def test_a_regular_call_has_the_gradients_of_keras_layer(random):
 
 
 def test_a_model_learns_in_steps_mode_what_then_streams(backend, random):
-    """fit, evaluate, predict in "steps" mode, each batch from a clean state; then step by step."""
+    """fit, evaluate, predict in "steps" mode, each batch from a clean state; then single steps."""
     layer = ct.CoSiMultiHeadAttention(N, H, D, warm_up="partial", dropout=0.1)
     model = keras.Sequential([layer, keras.layers.Dense(1)])
     x = random.normal(size=(48, 3 * N, E)).astype("float32")
@@ -124,7 +124,7 @@ def test_dropout_acts_on_the_scores_in_training_alone(backend, random):
     np.testing.assert_array_equal(run(training=False), plain)
     trained = [run(training=True) for _ in range(8)]
     assert np.abs(trained[0] - trained[1]).max() > 0.1
-    # Dropout keeps the expectation: over streams and draws the outputs lie around the plain ones.
+    # Dropout keeps the expectation: the mean over streams and draws is near the plain output.
     apart = np.mean(trained, 0) - plain
     assert np.abs(apart.mean(0)).max() < 0.1 * np.abs(plain).max()
     with tf.GradientTape() as tape:
@@ -134,7 +134,7 @@ def test_dropout_acts_on_the_scores_in_training_alone(backend, random):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "mixed_bfloat16", "mixed_float16"])
 def test_dropout_in_half_precision(random, dtype):
-    """Keras' dropout gives its own compute dtype, where the scores are float32."""
+    """Keras' dropout returns its own compute dtype, but the scores are float32."""
     layer = ct.CoSiMultiHeadAttention(N, H, D, dropout=0.5, dtype=dtype, warm_up="partial")
     x = random.normal(size=(4, T, E)).astype("float32")
     with tf.GradientTape() as tape:
@@ -145,7 +145,7 @@ def test_dropout_in_half_precision(random, dtype):
 
 
 def test_regularized_activity_and_constraints_in_steps(backend, random):
-    """What Keras' sublayers do besides their product is done in training by steps too."""
+    """Training by steps also applies what Keras' sublayers do besides their product."""
     layer, _ = pair(random=random, activity_regularizer="l2", kernel_constraint="non_neg")
     regular, _ = pair(random=random, activity_regularizer="l2")
     regular.set_weights(layer.get_weights())

@@ -1,4 +1,4 @@
-"""CoSiTransformerEncoder against the regular encoder: Keras' layers with the same weights."""
+"""CoSiTransformerEncoder against a regular encoder of Keras' layers with the same weights."""
 
 import keras
 import numpy as np
@@ -52,7 +52,7 @@ def test_what_a_block_may_be(backend, random, executed_ops, options):
     dtype = options.pop("dtype", "float32")
     regular = RegularEncoder(layer, **options)
     x = random.normal(size=(3, 2 * N, E)).astype(dtype)
-    # Keras rounds the attention's scale to float32.
+    # Keras rounds the attention's scale to float32, also in float64.
     bound = 1e-5 if dtype == "float32" else 1e-7
     for t in range(2 * N):
         output = layer.call_step(x[:, t])
@@ -76,7 +76,7 @@ def test_what_a_block_may_be(backend, random, executed_ops, options):
     dict(cache_dtype="bfloat16", weights_dtype="bfloat16"),
 ], ids=str)  # fmt: skip
 def test_one_op_is_the_several_ops(monkeypatch, random, rows, options):
-    """Streams in any order and of different ages, more than one vector and a rest of features."""
+    """Streams in any order and of different ages; features fill more than one vector."""
     bound = {"float64": 1e-12}.get(options.get("dtype"), 5e-6)
     if "weights_dtype" in options:
         bound = 2e-2
@@ -104,7 +104,7 @@ def test_one_op_is_the_several_ops(monkeypatch, random, rows, options):
 @pytest.mark.parametrize("scale", [1, 1e-3])
 @pytest.mark.parametrize("options", [dict(norm_first=True), dict(use_bias=False)], ids=str)
 def test_in_float64_with_small_variances(monkeypatch, random, scale, options):
-    """A rounded epsilon would be seen here: in the one op, and in plain TensorFlow."""
+    """A rounded epsilon would show here, in the one op and in plain TensorFlow."""
     layer = ct.CoSiTransformerEncoder(N, E, H, FF, dtype="float64", warm_up="partial", **options)
     layer.build((None, E))
     layer.set_weights([random.normal(scale=0.4, size=w.shape) for w in layer.weights])
@@ -129,7 +129,7 @@ def test_in_a_graph_and_exported_it_is_the_same_op(monkeypatch, random, layer):
     np.testing.assert_array_equal(graph(x), expected)
     types = {op.type for op in graph.get_concrete_function(x).graph.get_operations()}
     assert "ContinualTransformers>CoSiTransformerEncoderStep" in types
-    with tf.GradientTape() as tape:  # A tape inside: by several ops, which have gradients.
+    with tf.GradientTape() as tape:  # Under a tape the step is several ops, which have gradients.
         y = tf.reduce_sum(layer.call_step(x))
     assert all(g is not None for g in tape.gradient(y, layer.trainable_weights))
 
@@ -142,7 +142,7 @@ def test_weights_that_change_are_heeded(monkeypatch, random, layer):
     layer.feed_forward.kernel.assign(2 * layer.feed_forward.kernel)
     changed = layer.call_step(x, update_state=False).numpy()
     assert reference.relative_error(changed, first) > 1e-2
-    layer.feed_forward.enable_lora(2)  # The op knows of none.
+    layer.feed_forward.enable_lora(2)  # The op does not support LoRA.
     np.testing.assert_allclose(layer.call_step(x, update_state=False), changed, atol=1e-5)
     assert layer._one_op_step is None
 

@@ -1,4 +1,4 @@
-"""ct.convert: Keras models that stream with the weights that they have."""
+"""ct.convert: Keras models that stream with the weights they have."""
 
 import keras
 import numpy as np
@@ -97,7 +97,7 @@ def row(a):
 @pytest.mark.parametrize("length", [None, N])
 @pytest.mark.parametrize("of_newest", [pooled, convolved, row], ids=lambda f: f.__name__)
 def test_the_newest_is_known_where_the_window_is_of_any_length(backend, random, of_newest, length):
-    """Its axis of time is there, though the shape of x[:, -1:] does not tell that it is 1."""
+    """x[:, -1:] has a time axis, although its shape does not say that its length is 1."""
     model = model_of(lambda x: of_newest(attention()(x, x)[:, -1:]), random, length)
     streaming = ct.convert(model, seq_len=N, warm_up="partial")
     x = random.normal(size=(2, N, E)).astype("float32")
@@ -181,7 +181,7 @@ def test_under_policies_of_keras(backend, random, policy):
 
 @pytest.mark.parametrize("function", [one_block, already_ours])
 def test_what_streams_already_takes_the_options_that_are_given(random, function):
-    """Whatever made it: its own are kept where they are left out."""
+    """Options that are left out stay as they were, for any kind of streaming model."""
     streaming = ct.convert(
         model_of(function, random, None), N, warm_up="partial", call_mode="steps", name="mine"
     )

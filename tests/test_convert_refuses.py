@@ -1,4 +1,4 @@
-"""What cannot be converted, or run on steps, is refused by name."""
+"""Models that cannot be converted or run on steps are refused, and the layer is named."""
 
 import keras
 import numpy as np
@@ -38,7 +38,7 @@ def twice(x):
 
 
 def newest_embedding(x):
-    return keras.layers.Conv1D(E, N, name="embedding")(x)  # (B, 1, E), of all the steps.
+    return keras.layers.Conv1D(E, N, name="embedding")(x)  # (B, 1, E), computed from all steps.
 
 
 def with_positions(x):

@@ -28,17 +28,17 @@ def test_the_formulas_of_the_paper(n, d):
 
 
 def counted_attention(queries, keys, key_dim, value_dim):
-    """The operations of one head, one by one."""
+    """Count the operations of one head, one by one."""
     multiplications = additions = exponentials = 0
     for _ in range(queries):
-        multiplications += key_dim  # The query, scaled.
+        multiplications += key_dim  # Scaling the query.
         for _ in range(keys):
             multiplications, additions = multiplications + key_dim, additions + key_dim - 1
             exponentials += 1
         additions += keys - 1  # The sum of the exponentials.
         for _ in range(value_dim):
             multiplications, additions = multiplications + keys, additions + keys - 1
-            multiplications += 1  # By which the output is divided.
+            multiplications += 1  # Dividing the output by the sum.
     return multiplications, additions, exponentials
 
 
@@ -55,7 +55,7 @@ def test_attention_is_its_projections_and_its_heads(random, use_bias, value_dim)
 
     def expected(queries, keys, projected=None):
         per_head = np.array(counted_attention(queries, keys, D, v))
-        projected = projected or keys  # Those of a step's window were, each as it came.
+        projected = projected or keys  # In a step, the others were projected when they came.
         into = H * (D * queries + D * projected + v * projected)
         out = E * queries
         products = E * into + H * v * out
@@ -117,7 +117,7 @@ def test_retroactive_attention_is_its_projections_and_its_heads(use_gate, slidin
     )  # fmt: skip
     layer.build((None, N, E))
     heads = formulas.retroactive_attention_cost(N, D)
-    if sliding_window == 3:  # All rows are computed anew.
+    if sliding_window == 3:  # All rows are computed again.
         heads = formulas.attention_cost(N, N, D)
     into = formulas.dense_cost(1, E, H * D)
     expected = heads * H + into * 3 + formulas.dense_cost(N, H * D, E)
@@ -219,7 +219,7 @@ def single_output_block(x):
 
 
 def paper_model(features, *blocks):
-    """(Co)OadTR, of features [64, features]."""
+    """Return (Co)OadTR for windows [64, features]."""
     inputs = keras.Input((STEPS, features))
     x = keras.layers.Dense(WIDTH)(inputs)
     x = ct.CircularPositionalEncoding(2 * STEPS - 1, WIDTH, encoding="sinusoidal")(x)
@@ -228,13 +228,13 @@ def paper_model(features, *blocks):
     return keras.Model(inputs, keras.layers.Dense(CLASSES)(x[:, -1:]))
 
 
-# MFLOPs a prediction as published, of models whose input has 3072 or 4096 features.
+# Published MFLOPs a prediction, for models whose input has 3072 or 4096 features.
 @pytest.mark.parametrize(("features", "regular", "ours"), [(3072, 605.7, 9.6), (4096, 673.0, 10.6)])
 def test_the_papers_63_times_for_one_block(features, regular, ours):
     step = ct.cost(paper_model(features, single_output_block)).multiplications
     window = ct.cost(paper_model(features, regular_block), "regular").multiplications
     assert step / 1e6 == pytest.approx(ours, abs=0.05)
-    # Theirs counts less of the regular attention's products than its own formula does.
+    # The paper counts fewer products of regular attention than its own formula gives.
     assert window / 1e6 == pytest.approx(regular, rel=0.015)
     assert window / step == pytest.approx(63, rel=0.02)
 
@@ -243,17 +243,17 @@ def test_the_papers_63_times_for_one_block(features, regular, ours):
     ("features", "regular", "ours"), [(3072, 1008.1, 410.8), (4096, 1075.7, 411.9)]
 )
 def test_the_papers_2_6_times_for_two_blocks(features, regular, ours):
-    """By the formulas: a retroactive block, and then a regular one of which one row goes on."""
+    """By the formulas: a retroactive block, then a block of which only one row is needed."""
     two = ct.cost(paper_model(features, regular_block, regular_block), "regular").multiplications
     assert two / 1e6 == pytest.approx(regular, rel=0.02)
     size, after = WIDTH // HEADS, formulas.dense_cost(1, WIDTH, WIDTH) * 3
     heads = formulas.retroactive_attention_cost(STEPS, size) * HEADS
     once = formulas.dense_cost(1, WIDTH, WIDTH) * 3 + heads
-    retroactive = once + after * STEPS  # Its outputs all change: they go on, all of them.
+    retroactive = once + after * STEPS  # The rest of the block runs on all rows.
     last = formulas.single_output_attention_cost(STEPS, size) * HEADS + after
     into_heads = formulas.dense_cost(STEPS, WIDTH, WIDTH)
     embedded = formulas.dense_cost(1, features, WIDTH) + formulas.dense_cost(1, WIDTH, CLASSES)
-    # The paper projects the queries of all steps, of which it then uses one.
+    # The paper projects the queries of all steps, but uses only one.
     published = (embedded + retroactive + into_heads * 3 + last).multiplications
     assert published / 1e6 == pytest.approx(ours, rel=0.006)
     assert two / published == pytest.approx({3072: 2.48, 4096: 2.64}[features], abs=0.01)

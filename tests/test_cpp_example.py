@@ -1,4 +1,4 @@
-"""The C and C++ interface from outside: the README of examples/cpp, headers, CMake, pkg-config."""
+"""The C and C++ interface for users: the README of examples/cpp, headers, CMake, pkg-config."""
 
 import os
 import re
@@ -20,13 +20,13 @@ VERSION = re.search(r"^VERSION = \"(.*)\"$", (ROOT / "setup.py").read_text(), re
 
 
 def environment():
-    """With the command `continual-transformers` of this Python first in the path."""
+    """Return an environment with this Python's `continual-transformers` first on the path."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return {**os.environ, "PATH": path}
 
 
 def run(command, folder, status=0):
-    """Run a list or a line for bash; return what it prints, errors too."""
+    """Run a command (a list, or a line for bash), and return its output and errors."""
     words = command if isinstance(command, list) else ["bash", "-euo", "pipefail", "-c", command]
     result = subprocess.run(
         words, cwd=folder, env=environment(), text=True, stdout=subprocess.PIPE,
@@ -46,7 +46,7 @@ def blocks(language):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A copy of the example, with the model and the recording that its README makes."""
+    """Return a copy of the example, with the model and the recording that its README makes."""
     folder = tmp_path_factory.mktemp("example") / "cpp"
     shutil.copytree(EXAMPLE, folder)
     (pack,) = blocks("python")
@@ -59,7 +59,7 @@ BUILDS = {"cmake": 0, "pkg-config": 1}
 
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=needs(name)) for name in BUILDS])
 def built(request, folder):
-    """The folder, with the program built one way or the other."""
+    """Return the folder with the program, built in one of the two ways."""
     shutil.rmtree(folder / "build", ignore_errors=True)
     run(blocks("bash")[BUILDS[request.param]], folder)
     return folder
@@ -146,7 +146,7 @@ def test_versions_that_cmake_finds(tmp_path, wanted, found):
 
 @needs("cmake")
 def test_wherever_the_package_is(tmp_path, folder):
-    """What CMake and pkg-config need is relative to the package, whose path may have spaces."""
+    """CMake and pkg-config use relative paths. The package's path may have spaces."""
     package = tmp_path / "another place" / "continual_transformers_tf"
     package.mkdir(parents=True)
     for name in ("include", "cmake", "pkgconfig"):

@@ -1,4 +1,4 @@
-"""The build with CUDA, without a GPU: nvcc found or refused, what it made, what kernels take."""
+"""The build with CUDA, without a GPU: finding nvcc, refusals, output, the kernels' resources."""
 
 import ctypes
 import os
@@ -26,7 +26,7 @@ with_cuda = pytest.mark.skipif(
 
 @pytest.fixture
 def unset(monkeypatch, tmp_path):
-    """No nvcc anywhere, and nothing chosen."""
+    """Hide every nvcc, and unset all options."""
     for name in (nvcc.CUDA, nvcc.ARCHITECTURES, "CUDA_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
@@ -35,7 +35,7 @@ def unset(monkeypatch, tmp_path):
 
 @pytest.fixture
 def toolkit_says(unset, monkeypatch, tmp_path):
-    """Makes an nvcc, of a version, that goes on in some way in the shell."""
+    """Return a function that makes an nvcc of a version, with a shell script for its behaviour."""
 
     def make(version, script="exit 0"):
         program = tmp_path / "bin" / "nvcc"
@@ -232,7 +232,7 @@ def toolkit():
         pytest.skip(str(why))
 
 
-# Minutes, unless what `make` compiled is current.
+# It takes minutes, unless the objects of `make` are up to date.
 @pytest.mark.slow
 def test_no_kernel_takes_more_than_its_limits(toolkit):
     found = resources.measure(toolkit)
@@ -258,7 +258,7 @@ def test_the_library_of_the_c_interface_loads_without_a_driver(toolkit):
 
 
 def functions_of(library):
-    """What others can call."""
+    """Return the functions that a library exports."""
     said = subprocess.run(
         ["nm", "-D", "--defined-only", library], check=True, capture_output=True, text=True
     ).stdout
@@ -266,9 +266,9 @@ def functions_of(library):
 
 
 def code_in(library):
-    """Which GPUs there is code for in a library: {("machine code" or "PTX", capability)}.
+    """Return which GPUs a library has code for: {("machine code" or "PTX", capability)}.
 
-    For each source there is a container of CUDA's: a header, and entries with headers of their own.
+    Each source has a container of CUDA's: a header, and entries with their own headers.
     """
     data, found = Path(library).read_bytes(), []
     for container in re.finditer(re.escape(struct.pack("<IH", 0xBA55ED50, 1)), data):
@@ -287,7 +287,7 @@ def code_in(library):
 
 
 def code_for(toolkit):
-    """The same, as it is to be."""
+    """Return the expected result of `code_in`."""
     capabilities = [int(name.rstrip("af")) for name in toolkit.architectures]
     return {("machine code", each) for each in capabilities} | {("PTX", capabilities[-1])}
 
@@ -309,6 +309,6 @@ def test_the_op_library_has_code_for_what_it_says():
 
 @with_cuda
 def test_the_op_library_keeps_the_cuda_runtime_to_itself():
-    """TensorFlow has functions of the same names, of another version of CUDA."""
+    """TensorFlow has functions with the same names, from another version of CUDA."""
     ours = {name for name in functions_of(ct.ops.LIBRARY_PATH) if "cuda" in name.lower()}
     assert ours == {"continual_transformers_cuda_build"}

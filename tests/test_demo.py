@@ -10,13 +10,13 @@ import continual_transformers_tf as ct
 from continual_transformers_tf import cli
 from continual_transformers_tf.demo import model, report, stream, train, watch
 
-# What a random forest on the same two-second windows reaches on three held-out people.
+# The accuracy of a random forest on the same two-second windows of three held-out people.
 RANDOM_FOREST = 0.83
 
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory):
-    """The demo as a person runs it, on two recordings of each: its JSON."""
+    """Return the JSON of the demo, run from the command line on two recordings of each person."""
     picture = tmp_path_factory.mktemp("demo") / "somewhere" / "stream.png"
     result = CliRunner().invoke(
         cli.main, ["demo", "--json", "--recordings", "2", "--picture", str(picture)]
@@ -53,7 +53,7 @@ def test_the_shipped_weights_beat_the_random_forest_on_people_they_never_saw():
 
 
 def stream_accuracy(trained, recordings):
-    """The share of full windows that the model gets right, each recording a stream in one call."""
+    """Return the share of full windows that the model gets right. Each recording is one call."""
     session = ct.Session(trained)
     right = []
     for recording in recordings:

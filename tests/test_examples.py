@@ -1,4 +1,4 @@
-"""examples/real_data runs, on a few steps of training; its figures are in its README."""
+"""examples/real_data runs with a few training steps; its README has the real figures."""
 
 import json
 import os

@@ -45,7 +45,7 @@ def whole_model(random):
 
 
 def model_of(*layers):
-    """Of these layers and a head, one after another."""
+    """Return a StreamingModel of these layers and a head, one after another."""
     x = inputs = keras.Input((N, E))
     for layer in (*layers, keras.layers.Dense(3)):
         x = layer(x)
@@ -77,7 +77,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_goes_on_where_it_was(backend, random, tmp_path, name):
-    """In this process: every signature; and the exported streams are others than the layer's."""
+    """In this process, with every signature. The exported streams are separate from the layer's."""
     layer = LAYERS[name](random)
     x = random.normal(size=(2 * N + 3, 3, E)).astype("float32")
     for t in range(3):
@@ -106,7 +106,7 @@ def test_goes_on_where_it_was(backend, random, tmp_path, name):
 
 
 def stepped(layer, x):
-    """[T, M, features + 1]: outputs, and whether ready, of steps x [T, M, E]."""
+    """Return the outputs of steps x [T, M, E], and whether they are ready: [T, M, features + 1]."""
     graph = tf.function(layer.call_step)
     outputs = []
     for step in x:
@@ -138,7 +138,7 @@ def snippets(language):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A folder with the program, built and tried as its README says; and what that printed."""
+    """Return a folder with the program, built and run as its README says, and what it printed."""
     folder = tmp_path_factory.mktemp("cpp")
     shutil.copy(EXAMPLE / "stream.cc", folder)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -168,7 +168,7 @@ def test_the_readme_of_the_example(built):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["attention", "encoder", "whole"])
 def test_in_cpp_without_python(monkeypatch, built, random, tmp_path, name):
-    """The same numbers, from streams that go on, begin anew, and are refused."""
+    """The same numbers, from streams that continue, restart, and are refused."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     layer = LAYERS[name](random)
     x = random.normal(size=(N + 4, 2, E)).astype("float32")
@@ -206,7 +206,7 @@ def test_in_cpp_without_python(monkeypatch, built, random, tmp_path, name):
 
 
 def test_inputs_by_name(backend, random, tmp_path):
-    """Of different sizes each has its own; of one size, they can be asked for."""
+    """Inputs of different sizes have separate names; inputs of the same size can have them."""
     layer = ct.CoSiMultiHeadAttention(N, H, D, warm_up="partial")
     layer.call_step(np.ones((1, E)), np.ones((1, 3)), np.ones((1, 4)))
     ct.export(layer, tmp_path / "sizes")

@@ -1,4 +1,4 @@
-"""SavedModels whose step is one op on a session; test_export.py has what all SavedModels do."""
+"""SavedModels whose step is one op on a session. test_export.py tests all SavedModels."""
 
 import gc
 import os
@@ -58,7 +58,7 @@ def exported(model, path, **options):
 
 
 def ops_of(loaded, signature="step"):
-    """The types of all ops that a signature runs."""
+    """Return the types of all ops that a signature runs."""
     graph = loaded.signatures[signature].graph.as_graph_def()
     nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
     return {node.op for node in nodes}
@@ -170,7 +170,7 @@ def test_dtypes_of_the_signature_are_the_model_s(random, tmp_path, dtype):
 
 @pytest.mark.parametrize("count", [1, 3, 70])
 def test_states_go_along_unless_they_are_not_wanted(random, tmp_path, count):
-    """Of streams of different ages, some of them clean; and in so many that they are cut up."""
+    """Streams of different ages, some of them clean, and so many that they are saved in parts."""
     model = block_model()
     model.ensure_streams(count + 2)
     for t in range(N + 2):
@@ -265,7 +265,7 @@ def test_errors_leave_every_stream_as_it_was(random, tmp_path):
         for name in ("clean", "get_state"):
             function = loaded.signatures.get(name) or loaded.get_state
             if name == "get_state" and bad == (1, 1):
-                continue  # A copy of the same, twice.
+                continue  # The same stream may be copied twice.
             with pytest.raises(tf.errors.InvalidArgumentError, match="expected"):
                 function(streams=numbers(*bad))
         assert states(loaded, 0, 1, 2) == before
@@ -346,7 +346,7 @@ def test_files_that_do_not_fit_are_refused_with_a_sentence(random, tmp_path):
     x = random.normal(size=(2, E)).astype("float32")
     (y,), _ = raw_step(handle, [x], [0, 1])
     np.testing.assert_allclose(y, model.call_step(x), rtol=1e-5, atol=1e-6)
-    initialize(handle, tmp_path / "nowhere")  # It has a model: nothing happens.
+    initialize(handle, tmp_path / "nowhere")  # The session has a model already, so nothing happens.
     for match, arguments in {
         "expected 1 inputs, as the model file has, but got 2": dict(x=[x, x]),
         "expected 1 outputs": dict(x=[x], output_types=("float32", "float32")),
@@ -358,14 +358,14 @@ def test_files_that_do_not_fit_are_refused_with_a_sentence(random, tmp_path):
             raw_step(handle, streams=[0, 1], **arguments)
     with pytest.raises(tf.errors.InvalidArgumentError, match="expected streams of rank 1"):
         ops_module().continual_transformers_session_clean(handle, numbers([0]))
-    for _ in range(2):  # The second does nothing.
+    for _ in range(2):  # The second call does nothing.
         ops_module().continual_transformers_release_session(shared_name=str(tmp_path))
-    raw_step(handle, [x], [0, 1])  # The handle keeps it.
+    raw_step(handle, [x], [0, 1])  # The handle keeps the session alive.
     with pytest.raises(tf.errors.FailedPreconditionError, match="has no model yet"):
         raw_step(new_session(str(tmp_path)), [x], [0, 1])
 
 
-# More than one.
+# Several SavedModels.
 
 
 def test_two_loads_share_no_streams_and_are_given_back(random, tmp_path):
@@ -400,7 +400,7 @@ def test_two_loads_share_no_streams_and_are_given_back(random, tmp_path):
 
 
 def test_an_export_over_one_that_is_loaded(random, tmp_path):
-    """What is loaded keeps its weights; what is loaded later has the new, and no old states."""
+    """A loaded SavedModel keeps its weights. A later one has the new weights and no old states."""
     model = block_model()
     x = random.normal(size=(2, E)).astype("float32")
     model.call_step(x)
@@ -418,7 +418,7 @@ def test_an_export_over_one_that_is_loaded(random, tmp_path):
 
 
 def test_a_saved_model_inside_another(random, tmp_path):
-    """What was loaded can be saved as a part of a module, which then has a session of its own."""
+    """A loaded SavedModel can be saved as a part of a module, which then has its own session."""
     model = block_model()
     x = random.normal(size=(2, E)).astype("float32")
     model.call_step(x)
@@ -445,7 +445,7 @@ def test_a_saved_model_inside_another(random, tmp_path):
 
 
 def in_a_session_of_tensorflow_1(path, signature, steps):
-    """Outputs y of steps of streams 0, 1, ..., as the C API and TensorFlow Serving load a model."""
+    """Return outputs y of streams 0, 1, ..., loaded as by the C API and TensorFlow Serving."""
     with tf.compat.v1.Session(graph=tf.Graph()) as session:
         meta = tf.compat.v1.saved_model.load(session, ["serve"], str(path))
         signature = meta.signature_def[signature]
@@ -495,7 +495,7 @@ def test_threads_step_their_own_streams_as_one_thread_would(random, tmp_path):
 
 
 def test_threads_that_step_the_same_stream_take_turns(random, tmp_path):
-    """Each step counts once: of T steps, all but the first of a receptive field are ready."""
+    """Each step counts once: all T steps but the first ones of a receptive field are ready."""
     loaded = exported(block_model(), tmp_path, streams=1)
     x = random.normal(size=(1, E)).astype("float32")
     with ThreadPoolExecutor(4) as threads:
@@ -518,7 +518,7 @@ def test_many_calls_of_a_data_pipeline(random, tmp_path):
     np.testing.assert_array_equal(got, expected)
 
 
-# What is not a session's.
+# Exports without a session.
 
 
 def test_a_model_that_a_session_cannot_run_is_exported_as_a_graph(random, tmp_path):

@@ -1,4 +1,4 @@
-"""ct.from_torch: streamed side by side with the module that the weights are from."""
+"""ct.from_torch: streamed side by side with the module that provided the weights."""
 
 import sys
 
@@ -18,13 +18,13 @@ def module_of(cls=torch.nn.MultiheadAttention, dtype=torch.float64, **options):
     torch.manual_seed(20260611)
     module = cls(E, H, dtype=dtype, **options).eval()
     with torch.no_grad():
-        for parameter in module.parameters():  # No bias is to be zero.
+        for parameter in module.parameters():  # No bias should be zero.
             parameter.copy_(torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5)
     return module
 
 
 def newest(module, query, key, value):
-    """What PyTorch says of the newest step of a window [B, T, ...]."""
+    """Return PyTorch's output for the newest step of a window [B, T, ...]."""
     given = [torch.tensor(x, dtype=module.out_proj.weight.dtype) for x in (query, key, value)]
     if not module.batch_first:
         given = [x.transpose(0, 1) for x in given]
@@ -82,7 +82,7 @@ def test_streams_side_by_side_with_continual_inference(random, query_index, sing
     for t in range(3 * N):
         with torch.no_grad():
             expected = module.forward_step(torch.tensor(x[:, t]))
-        if t >= N - 1:  # Theirs attends to zeros until then.
+        if t >= N - 1:  # Until then the module attends to zeros.
             output = layer.call_step(x[:, t])
             assert reference.relative_error(output, expected.numpy()) < 1e-12
         else:
@@ -159,7 +159,7 @@ def test_what_has_no_counterpart_is_refused(make, message):
 
 
 def test_retroactive_attention_side_by_side(random):
-    """Their update is exact enough for logits of order one; in a window they are the same."""
+    """The published update is exact enough for logits of order one; windows are the same."""
     module = module_of(
         co.RetroactiveMultiheadAttention, torch.float32, batch_first=True, sequence_len=N
     )
@@ -204,7 +204,7 @@ def test_whole_encoders_side_by_side(random, depth, norm):
         torch.nn.TransformerEncoderLayer(**ENCODER, batch_first=True), depth, norm,
         enable_nested_tensor=False,
     ).eval()  # fmt: skip
-    with torch.no_grad():  # Copies of one layer at first.
+    with torch.no_grad():  # PyTorch begins with copies of one layer.
         for weight in module.parameters():
             weight.copy_(torch.from_numpy(random.normal(scale=0.4, size=weight.shape)))
     stack = ct.from_torch(module, seq_len=N)
@@ -226,7 +226,7 @@ def test_encoder_layers_of_continual_inference(random, make):
     module = make(**ENCODER, activation=activation, sequence_len=N).eval()
     layer = ct.from_torch(module)
     x = random.normal(size=(2, N, E)).astype("float32")
-    with torch.no_grad():  # Theirs are (B, E, T).
+    with torch.no_grad():  # The module's arrays are (B, E, T).
         expected = module.forward(torch.from_numpy(x.swapaxes(1, 2).copy())).numpy().swapaxes(1, 2)
     output = layer.call_steps(x)[:, -1].numpy()
     wanted = expected if output.ndim == 3 else expected[:, -1]

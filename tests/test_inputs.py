@@ -1,4 +1,4 @@
-"""What every layer says of an input that is none, or of another rank."""
+"""The errors of every layer for an input that is None, or of another rank."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from co_si_mha_cases import D, E, H, N
 )
 @pytest.mark.parametrize("mode", ["regular", "step", "steps"])
 def test_no_input_is_named_as_such(make, mode):
-    """As of a step while the window fills, given to the next layer."""
+    """For example the None of a step while the window fills, passed to the next layer."""
     layer = make()
     with pytest.raises(ValueError, match="Expected .* but got None.*while its window fills"):
         getattr(layer, f"call_{mode}")(None)

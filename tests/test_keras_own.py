@@ -1,4 +1,4 @@
-"""Keras' own tests of MultiHeadAttention, which its wheel carries, on CoSiMultiHeadAttention."""
+"""Keras' own tests of MultiHeadAttention, from its wheel, run on CoSiMultiHeadAttention."""
 
 import keras
 import pytest
@@ -9,7 +9,7 @@ import continual_transformers_tf as ct
 
 @keras.saving.register_keras_serializable("test_keras_own")
 class DropIn(ct.CoSiMultiHeadAttention):
-    """Made as Keras' layer is made, and of all outputs: what a user of that layer would write."""
+    """Our layer with the constructor of Keras' layer, and with all outputs."""
 
     def __init__(self, num_heads, key_dim, *args, seq_len=8, **kwargs):
         kwargs = {"single_output": False, "call_mode": "regular", **kwargs}
@@ -17,7 +17,7 @@ class DropIn(ct.CoSiMultiHeadAttention):
 
 
 class _Layers:
-    """keras.layers with one layer exchanged."""
+    """keras.layers with one layer replaced."""
 
     MultiHeadAttention = DropIn
 
@@ -31,7 +31,7 @@ def exchanged(monkeypatch):
 
 
 class TestMultiHeadAttention(keras_own.MultiHeadAttentionTest):
-    """Runs every test of theirs."""
+    """Every test of Keras' layer."""
 
 
 def test_they_are_run_on_our_layer():

@@ -1,4 +1,4 @@
-"""The state of streams of a Keras model, put into a session of it."""
+"""The state of a Keras model's streams, put into a session of the model."""
 
 import json
 
@@ -12,7 +12,7 @@ from continual_transformers_tf.models.keras_state import blocks_from_keras_state
 from continual_transformers_tf.models.lowering import lower
 from model_cases import BOUNDS, CASES
 
-# With a state of every kind.
+# These have every kind of state.
 NAMES = [
     "co_si_window_1", "co_si_window_3", "co_si_gate", "co_si_first_query", "co_si_second_query",
     "co_re_window_1", "co_re_window_3", "co_re_gate", "co_re_sliding_window_gate",
@@ -48,7 +48,7 @@ def test_a_session_goes_on_from_the_state_of_the_keras_model(random, name, taken
 
 
 def session_steps(session, inputs, streams):
-    """T steps: arrays (M, T, ...), in Keras' order of the outputs."""
+    """Take T steps, and return arrays (M, T, ...), in Keras' order of the outputs."""
     plan = json.loads(session._plan_json)
     outputs = []
     for t in range(inputs[0].shape[1]):
@@ -117,13 +117,13 @@ def test_a_masked_query_that_the_plan_does_not_keep_is_refused(random):
     with pytest.raises(ValueError, match="a step that was masked"):
         session.set_state(layer.get_state(), [session.open()])
     layer.clean_state()
-    for _ in range(9):  # In the ring is what came before.
+    for _ in range(9):  # The ring has only rows from before.
         layer.call_step(x)
     session.set_state(layer.get_state(), [session.open()])
 
 
 def test_bfloat16_as_numpy_reads_it_from_a_file(random):
-    """Without its type, and rounded as TensorFlow rounds it."""
+    """It has lost its type there. Rounding is the same as TensorFlow's."""
     streaming = CASES["narrow_cache"].streaming(CASES["narrow_cache"].build())
     streaming.call_steps(random.normal(size=(2, 6, 6)).astype("float32"))
     state = streaming.get_state()

@@ -1,4 +1,4 @@
-"""What is imported when, and what the package does where TensorFlow and Keras are not installed."""
+"""Which modules are imported when, and what the package does without TensorFlow and Keras."""
 
 import subprocess
 import sys
@@ -13,13 +13,13 @@ from plan_files import attention_plan
 
 ROOT = Path(__file__).parent.parent
 
-# Put before a program: makes a Python in which TensorFlow and Keras are not installed.
+# A prefix for programs: it makes TensorFlow and Keras look as if they were not installed.
 WITHOUT_TENSORFLOW = """
 import sys
 sys.modules.update(dict.fromkeys(("tensorflow", "keras"), None))
 """
 
-# Streams a model file, and prints which modules that took.
+# A program that streams a model file, and prints which modules were imported.
 STREAM = """
 import sys
 import numpy as np
@@ -42,7 +42,7 @@ def run(program, *arguments, python=sys.executable, status=0):
 
 @pytest.fixture
 def streamed(random, tmp_path):
-    """The arguments of STREAM, and what it must write."""
+    """Return the arguments of STREAM, and what it must write."""
     plan = attention_plan(random)
     x = random.standard_normal((2, 9, 6)).astype("float32")
     np.save(tmp_path / "x.npy", x)
@@ -52,7 +52,7 @@ def streamed(random, tmp_path):
 
 def check_streamed(streamed, said):
     (*_, path), expected = streamed
-    # Steps one by one and all at once: other numbers of rows.
+    # Single steps and one call of many round differently: their kernels have other numbers of rows.
     np.testing.assert_allclose(np.load(path), expected, rtol=1e-5, atol=1e-6)
     loaded = {name.split(".")[0] for name in said.split()}
     assert "numpy" in loaded
@@ -137,7 +137,7 @@ def test_keras_loads_models_with_our_layers_whoever_is_imported_first(tmp_path, 
 
 @pytest.mark.slow
 def test_a_server_s_installation_has_no_tensorflow(streamed, tmp_path, monkeypatch):
-    """The wheel with what it asks for and no extra, in an environment of its own."""
+    """The wheel is installed with its dependencies, without an extra, in a new environment."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_CUDA", "0")
     wheels = tmp_path / "wheels"
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", wheels, ROOT]

@@ -1,4 +1,4 @@
-"""The loader: which kernels it finds, and what it says where it finds none."""
+"""The loader of the library: which kernels it finds, and its messages if it finds none."""
 
 import contextlib
 import io
@@ -21,7 +21,8 @@ from continual_transformers_tf.ops import library
 
 PACKAGE = Path(ct.__file__).parent
 
-# A stream in whatever kernels there are: prints their devices, the reason, and an answer.
+# A program that streams in the kernels that there are. It prints their devices, the reason for
+# missing ones, and an output.
 PROGRAM = """
 import warnings
 with warnings.catch_warnings(record=True) as caught:
@@ -44,7 +45,7 @@ for warning in caught:
 
 @pytest.fixture
 def copied_package(tmp_path):
-    """A copy of the package, to break."""
+    """Return a copy of the package, to break."""
     return Path(
         shutil.copytree(
             PACKAGE,
@@ -56,7 +57,7 @@ def copied_package(tmp_path):
 
 @pytest.fixture
 def anew(monkeypatch):
-    """The loader as if it had never been asked: a new process takes seconds to start."""
+    """Reset the loader as if it had never run: a new process would take seconds to start."""
     caches = (library._load, library._warn_once)
 
     def forget():
@@ -71,14 +72,14 @@ def anew(monkeypatch):
 
 
 def run_here():
-    """What the program prints in this process."""
+    """Return what the program prints in this process."""
     with contextlib.redirect_stdout(io.StringIO()) as output:
         exec(PROGRAM, {})
     return output.getvalue()
 
 
 def run(package):
-    """What it prints in a new one, with that package."""
+    """Return what the program prints in a new process, with that package."""
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         env={**os.environ, "PYTHONPATH": str(package.parent), "TF_CPP_MIN_LOG_LEVEL": "3"},
@@ -184,7 +185,7 @@ def test_the_op_library_needs_the_core_library_beside_it(copied_package):
 
 
 def shown_by(path):
-    """The names that a library shows to others, C++ names mangled."""
+    """Return the names that a library exports, with C++ names mangled."""
     command = ["nm", "--dynamic", "--defined-only", path]
     listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return [line.split()[-1] for line in listed.splitlines()]

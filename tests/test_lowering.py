@@ -1,4 +1,4 @@
-"""Lowering: a plan gives, step by step, what the Keras model gives."""
+"""Lowering: a plan gives the same outputs as the Keras model, step by step."""
 
 import json
 
@@ -12,7 +12,7 @@ from continual_transformers_tf.layers import CircularPositionalEncoding
 from continual_transformers_tf.models.lowering import lower
 from model_cases import BOUNDS, CASES
 
-AGES = (0, 2)  # Steps that streams are ahead of each other.
+AGES = (0, 2)  # The streams' ages, in steps.
 
 
 def lowered(case):
@@ -21,7 +21,7 @@ def lowered(case):
 
 
 def streamed(plan, weights, inputs):
-    """What the reference gives of a plan for T steps of M streams: arrays (M, T, ...)."""
+    """Return the reference's outputs of a plan for T steps of M streams: arrays (M, T, ...)."""
     outputs = []
     for i in range(len(inputs[0])):
         stream = plan_reference.Stream(plan, weights)
@@ -52,7 +52,7 @@ def test_a_plan_gives_what_keras_gives(random, name):
 
 
 def rows_taken(y, n):
-    """Outputs in which rows of a window that were never taken are zeros."""
+    """Return outputs in which rows of a window that were never taken are zeros."""
     if y.ndim < 4 or y.shape[2] != n:
         return y
     y = np.array(y)
@@ -62,7 +62,7 @@ def rows_taken(y, n):
 
 
 def check_well_formed(result):
-    """What docs/model_file.md says of a plan's form, and that the file holds it."""
+    """Check docs/model_file.md's rules for a plan's form, and that the file contains the plan."""
     plan = result.plan
     values, known = plan["values"], {port["value"] for port in plan["inputs"]}
     names = [node["name"] for node in plan["nodes"]]
@@ -95,7 +95,7 @@ def check_well_formed(result):
 
 
 def test_normalization_of_numbers_far_from_zero():
-    """Such as an air pressure: x * scale - mean * scale would lose it in rounding."""
+    """For example an air pressure: x * scale - mean * scale would lose it in rounding."""
     layer = keras.layers.Normalization(mean=101325.0, variance=1.0)
     x = keras.Input((4, 1))
     y = CircularPositionalEncoding(7, 1, encoding="sinusoidal")(layer(x))

@@ -1,4 +1,4 @@
-"""What a plan cannot be made of, and the sentences that say so."""
+"""Models that cannot be lowered to a plan, and the error messages."""
 
 import re
 
@@ -20,7 +20,7 @@ def co_si(**options):
 
 
 def refused(model, **options):
-    """The lines of the error, the first without the model's name."""
+    """Return the lines of the error, the first without the model's name."""
     with pytest.raises(ValueError, match=".") as error:
         lower(model, **options)
     return str(error.value).splitlines()

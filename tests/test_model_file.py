@@ -1,4 +1,4 @@
-"""What `continual-transformers info` says of a model file, and of files that are none."""
+"""What `continual-transformers info` prints for model files, and for other files."""
 
 import json
 import re
@@ -112,7 +112,7 @@ def test_it_needs_no_tensorflow(plan, tmp_path):
 
 
 def xxh64(data, seed=0):
-    """As https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md has it."""
+    """Compute XXH64 as in https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md."""
     p1, p2, p3 = 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
     p4, p5, mask = 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5, (1 << 64) - 1
 
@@ -159,7 +159,7 @@ def test_xxh64_is_the_one_that_others_have():
 
 
 class Entries:
-    """What a fingerprint hashes, as docs/model_file.md has it."""
+    """The data that a fingerprint hashes, as defined in docs/model_file.md."""
 
     def __init__(self):
         self.data = b""
@@ -177,14 +177,14 @@ class Entries:
                 self.data += int(x).to_bytes(8, "little", signed=True)
 
 
-# Attributes that are numbers, whole or not.
+# Attributes that are numbers, and not whole numbers by type.
 NUMBERS = {
     "alpha", "b", "epsilon", "max_value", "negative_slope", "scale", "threshold", "value",
 }  # fmt: skip
 
 
 def fingerprints(plan, tensors):
-    """(the plan's, the weights') as docs/model_file.md defines them."""
+    """Return the fingerprints of the plan and the weights, as defined in docs/model_file.md."""
     entries = Entries()
     entries.add(plan["compute_dtype"], plan["receptive_field"], plan["delay"], plan["block"])
     entries.add(len(plan["values"]))
@@ -245,7 +245,7 @@ def test_fingerprints_are_those_of_the_document(random, plan, tmp_path):
 
 
 def edited(plan, change):
-    """The file with a change to its header."""
+    """Return the file with a change to its header."""
     data = plan.to_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])

@@ -1,10 +1,10 @@
-"""Model files and copies of streams that earlier versions wrote are still read, and mean the same.
+"""Model files and copies of streams from earlier versions are still read, with the same meaning.
 
 `data/model_version_1.safetensors` has format version 1 and every op of the version that made it. It
-is what `EveryOp` in tests/cc/model_file_case.h gives. `data/model_version_1.npz` has inputs of a
+is the result of `EveryOp` in tests/cc/model_file_case.h. `data/model_version_1.npz` has inputs of a
 stream, the outputs of tests/plan_reference.py for them, and the copy of the stream that
-`Session.get_state` gave half-way. These files are never made anew: a later format version gets
-files of its own, by `python tests/test_model_file_versions.py PATH`.
+`Session.get_state` returned half-way. These files are never made again: a later format version gets
+its own files, by `python tests/test_model_file_versions.py PATH`.
 """
 
 import json
@@ -33,7 +33,7 @@ def kept(model):
 
 
 def take_steps(session, kept, first, last, stream):
-    """Takes steps first, ..., last - 1 and compares what they give with what was kept."""
+    """Take steps first, ..., last - 1 and compare their outputs with the kept ones."""
     for t in range(first, last):
         inputs = [kept[f"in/{spec.name}"][t][None] for spec in session.inputs]
         outputs = session.step(inputs, streams=[stream])
@@ -70,8 +70,8 @@ def test_a_stream_is_copied_as_it_was(model, kept):
     stream = session.open()
     take_steps(session, kept, 0, STEPS // 2, stream)
     (state,) = session.get_state([stream])
-    # The header, with both fingerprints and the position. Beyond it are floats, rounded as each
-    # machine does.
+    # Compare the header, with both fingerprints and the position. The rest are floats, which
+    # machines round differently.
     assert len(state) == len(kept["state"])
     assert state[:64] == kept["state"].tobytes()[:64]
 
@@ -82,7 +82,7 @@ def test_a_kept_file_is_saved_as_it_was(model, tmp_path):
 
 
 def make(model):
-    """Writes what this version gives for a model file beside it."""
+    """Write this version's outputs for a model file beside it."""
     data = model.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])

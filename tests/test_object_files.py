@@ -1,4 +1,4 @@
-"""What has not changed is not compiled again, and what has changed is: tools/object_files.py."""
+"""tools/object_files.py compiles a file again only if something has changed."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no
 
 @pytest.fixture
 def program(tmp_path):
-    """A source file that includes a header: (the command to compile it, the folder)."""
+    """Return (the command that compiles a source file with a header, the folder)."""
     (tmp_path / "a.cc").write_text('#include "a.h"\nint f() { return N; }\n')
     (tmp_path / "a.h").write_text("#define N 1\n")
     long_ago = time.time() - 100
@@ -23,7 +23,7 @@ def program(tmp_path):
 
 
 def compiled(command, folder, heading=""):
-    """Whether the compiler was called."""
+    """Return whether the compiler was called."""
     target = folder / "objects" / "a.o"
     before = target.stat().st_ino if target.exists() else None
     compile_object(command, target, heading)
@@ -88,6 +88,6 @@ def test_an_error_is_the_compiler_s_and_leaves_the_object_before_it(program):
     with pytest.raises(SystemExit, match=r"g\+\+ -c .*a\.cc\n(.|\n)*nothing"):
         compiled(command, folder)
     assert (folder / "objects" / "a.o").exists()
-    # It is no object of the new file: the next build tries again.
+    # The object is not of the new file, so the next build tries again.
     with pytest.raises(SystemExit):
         compiled(command, folder)

@@ -1,4 +1,4 @@
-"""The wheels, each in an environment of its own, and the lists of sources that both builds read."""
+"""The wheels, each in a new environment, and the lists of sources that both builds read."""
 
 import json
 import re
@@ -16,7 +16,7 @@ import nvcc
 
 ROOT = Path(__file__).parent.parent
 
-# Run where the package is installed and the checkout is not at hand.
+# A program that runs with the installed package, outside the checkout.
 PROGRAM = """
 import json, sys
 import numpy as np
@@ -67,14 +67,14 @@ def test_the_version_is_the_same_everywhere():
 
 
 def environment_with(requirement, folder):
-    """A new environment in which this is installed by pip, with what it asks for."""
+    """Return a new environment in which pip has installed this, with its dependencies."""
     venv.create(folder, with_pip=True)
     subprocess.run([folder / "bin/python", "-m", "pip", "install", "-q", requirement], check=True)
     return folder
 
 
 def check_streams_in(environment, kernels=("CPU",)):
-    """The package streams there with the kernels that were installed with it."""
+    """Check that the package streams there with the kernels that were installed with it."""
 
     def run(*command):
         return subprocess.run(
@@ -98,7 +98,7 @@ def check_streams_in(environment, kernels=("CPU",)):
 
 
 def check_wheel(wheel, folder, kernels=("CPU",)):
-    """It says which TensorFlow it is for, and streams in an environment of its own."""
+    """Check that the wheel names its TensorFlow version, and streams in a new environment."""
     minor = ".".join(tf.__version__.split(".")[:2])
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert f"+tf{minor}-{python}-{python}-linux" in wheel.name
@@ -118,7 +118,7 @@ def test_the_readme_s_installation_where_there_is_no_tensorflow_yet(tmp_path, mo
 
 @pytest.mark.slow
 def test_the_wheel_that_pip_builds(tmp_path):
-    """With CUDA where there is an nvcc: what `make` compiled with it is used again."""
+    """With an nvcc it has GPU kernels: the objects that `make` compiled are used again."""
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", tmp_path, ROOT],
         check=True,

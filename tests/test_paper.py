@@ -1,4 +1,4 @@
-"""The paper's models: their sizes, and their windows and steps."""
+"""The paper's models: their sizes, and their outputs on windows and in steps."""
 
 import keras
 import numpy as np
@@ -46,7 +46,7 @@ def test_steps_are_the_windows_newest_outputs(tmp_path, random, build, num_layer
         assert (output is None) == (t < 5)
         if output is not None:
             assert reference.relative_error(output, streamed[:, t - 5].numpy()) < 1e-5
-    # On windows that begin at the row that the stream's window begins at.
+    # These windows begin at the same row as the stream's window.
     position = model.model.get_layer("position")
     position.clean_state()
     for t in range(5, 13):

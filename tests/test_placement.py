@@ -1,6 +1,6 @@
-"""Which path a step takes for the device of its streams' state, and what the library has for it.
+"""Which path a step takes depending on its state's device, and what the library has for it.
 
-Without a GPU: that the kernels there give the right numbers is for `pytest --device GPU:0`.
+These tests need no GPU. `pytest --device GPU:0` checks the numbers of the GPU's kernels.
 """
 
 import numpy as np
@@ -114,7 +114,7 @@ def test_a_library_without_cuda_says_how_to_build_one_with_it(monkeypatch):
         assert library.fused_ops("GPU") is None
 
 
-# For these TensorFlow has no kernel on a GPU, where the state's variables may be.
+# TensorFlow has no GPU kernels of these for bool, but the state's variables may be on a GPU.
 NOT_FOR_BOOL = ("ResourceScatterNdUpdate", "ResourceGatherNd")
 
 

@@ -1,4 +1,4 @@
-"""The parts of a plan that others are made of, against NumPy, on shapes and numbers at random."""
+"""The basic nodes of a plan, against NumPy, on random shapes and numbers."""
 
 import functools
 import itertools
@@ -19,7 +19,7 @@ SHAPES = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple)
 
 
 def computed(function, *arrays):
-    """What the plan of a function of a builder and Symbols gives for arrays."""
+    """Return the results for arrays, and the plan, of a function of a builder and Symbols."""
     b = PlanBuilder("float64")
     inputs = b.add_inputs([(x.shape, "float64") for x in arrays])
     outputs = function(b, *inputs)
@@ -41,7 +41,7 @@ def array_of(shape, seed=0):
 
 @st.composite
 def einsums(draw):
-    """An equation with one axis of samples, the sizes of its letters."""
+    """Draw an equation with one axis of samples, and the sizes of its letters."""
     letters = draw(st.permutations("bcdef"))[: draw(st.integers(2, 5))]
     sizes = {a: draw(st.integers(1, 3)) for a in letters}
     roles = {
@@ -83,7 +83,7 @@ def test_einsums_that_mix_samples_or_say_too_little(equation):
 def keys(draw):
     shape = draw(SHAPES)
     named = draw(st.integers(0, len(shape)))
-    first = draw(st.integers(0, named))  # So many before an ellipsis, the others after it.
+    first = draw(st.integers(0, named))  # This many before an ellipsis, the others after it.
     key = []
     for n in (*shape[:first], Ellipsis, *shape[len(shape) - (named - first) :]):
         key += [None] * draw(st.integers(0, 1))
@@ -137,7 +137,7 @@ def test_shapes(data):
 @SETTINGS
 @given(st.data())
 def test_arithmetic_with_arrays(data):
-    """Folded where it may be: chains of scaling and moving give what they gave."""
+    """Operations may be folded: chains of scaling and adding give the same as before."""
     shape = data.draw(SHAPES)
     x = y = array_of(shape)
     steps = []

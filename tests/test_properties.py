@@ -1,4 +1,4 @@
-"""What holds of every stream, whatever the sizes, masks and order of calls: Hypothesis tries."""
+"""Properties of every stream, for all sizes, masks and orders of calls, tested with Hypothesis."""
 
 import numpy as np
 import pytest
@@ -11,10 +11,11 @@ import continual_transformers_tf as ct
 settings.register_profile("ci", deadline=None, max_examples=12, derandomize=True, database=None)
 settings.load_profile("ci")
 
-# Outputs that take other roads to the same numbers, in float32; those that take the same are equal.
+# The bound in float32 for outputs that are computed in different ways; the same way gives equal
+# outputs.
 CLOSE = dict(rtol=2e-5, atol=2e-5)
-# A product of several rows may differ from that of one in a key's last bit, and so send it to the
-# other side of a half's.
+# A product of several rows may differ from a product of one in a key's last bit, and so round
+# it to another 16-bit number.
 CLOSE_IN_HALVES = dict(rtol=2e-2, atol=2e-2)
 
 
@@ -24,7 +25,7 @@ def close(layer):
 
 @st.composite
 def layers(draw):
-    """A function that makes the same layer again and again, each with its streams clean."""
+    """Return a function that makes the same layer again and again, with clean streams."""
     seq_len = draw(st.integers(1, 9))
     options = dict(
         seq_len=seq_len,
@@ -54,7 +55,7 @@ def layers(draw):
 
 @st.composite
 def recordings(draw, layer, streams):
-    """x `[S, T, E]` and which steps have a key, `[S, T]`."""
+    """Draw x `[S, T, E]` and which steps have a key, `[S, T]`."""
     steps = draw(st.integers(1, 24))
     random = np.random.default_rng(draw(st.integers(0, 2**16)))
     x = random.normal(size=(streams, steps, layer.input_size)).astype("float32")
@@ -62,7 +63,7 @@ def recordings(draw, layer, streams):
 
 
 def run(layer, x, has_key):
-    """Outputs of the steps of a call, `[M, T, E]`, zeros before the delayed query's first."""
+    """Return a call's outputs, `[M, T, E]`, with zeros before the first delayed query."""
     y = layer.call_steps(x, key_mask=has_key)
     outputs = np.zeros(x.shape, "float32")
     if y is not None:
@@ -71,7 +72,7 @@ def run(layer, x, has_key):
 
 
 def portions(data, steps):
-    """Lengths, each at least 1, that sum to `steps`."""
+    """Draw lengths, each at least 1, that sum to `steps`."""
     lengths = []
     while sum(lengths) < steps:
         lengths.append(data.draw(st.integers(1, steps - sum(lengths))))

@@ -19,7 +19,7 @@ WAYS = ["update", "recompute", "tensorflow"]
 
 @pytest.fixture(params=WAYS)
 def algorithm(request, monkeypatch):
-    """Runs a test with each of the fused op's algorithms, and in plain TensorFlow."""
+    """Run a test with each of the fused op's algorithms, and in plain TensorFlow."""
     plain = request.param == "tensorflow"
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "tensorflow" if plain else "fused")
     return "auto" if plain else request.param
@@ -29,10 +29,10 @@ def algorithm(request, monkeypatch):
 @pytest.mark.parametrize("seq_len", WINDOWS)
 @pytest.mark.parametrize("key_dim", KEY_DIMS)
 def test_grid(algorithm, random, key_dim, seq_len, dtype):
-    """Streams of all ages in one call, in some order, T steps, then two more; every position."""
+    """Streams of all ages in any order, T steps, then two more, at every position."""
     n, num_heads = seq_len, 2
     value_dim = key_dim if key_dim in (1, 64) else key_dim // 2 + 3
-    # Long calls of wide windows are compared at one size only: the reference takes the time.
+    # Long calls of wide windows are compared at only one size, because the reference is slow.
     lengths = (1, 2, n, n + 5) if dtype == "float32" else (2, n + 5)
     for t in lengths if n < 64 or key_dim == 12 else (1, 2):
         positions = random.permutation([0, 1, n - 1, n, n + 1, 2 * n + 3])
@@ -55,7 +55,7 @@ def test_grid(algorithm, random, key_dim, seq_len, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("key_dim", [12, 64])
 def test_a_window_of_1000(monkeypatch, random, key_dim, dtype):
-    """Three windows long: each row has been updated as often as any ever is."""
+    """The test runs for three windows, so rows get as many updates as a row can get."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     n, h = 1000, 1
     cache = RetroactiveCache(1, h, n, key_dim, dtype=dtype)
@@ -99,7 +99,7 @@ def test_peeking_is_the_next_step_and_changes_nothing(algorithm, random):
 
 @pytest.mark.parametrize("t", [1, 3, 9])
 def test_a_step_without_a_key_is_never_attended_to(algorithm, random, t):
-    """Neither now nor later, whatever its key and value hold; its query attends."""
+    """No query attends to it, now or later; it may hold anything. Its own query attends."""
     m, h, n, d = 3, 2, 7, 4
     cache, streams = cache_at([0, 3, 11], h, n, d, d, "float32", random)
     for round_ in range(36 // t):
@@ -124,7 +124,7 @@ def test_where_no_step_has_a_key_there_are_zeros(algorithm, random):
     for t in range(3 * n):
         inputs = steps_of(1, 1, 3, 3, dtype="float32", random=random)
         has_key = np.array([t in (1, n + 3)])
-        # A logit far below 0 is as good as any where it is the only one.
+        # A single logit gets all the weight, even if it is far below 0.
         output = retroactive_attention(
             100 * inputs[0], -100 * np.abs(inputs[1]), inputs[2], cache, key_mask=has_key,
             algorithm=algorithm,
@@ -156,7 +156,7 @@ def test_what_is_not_finite_stays_in_its_stream_and_leaves_with_its_window(
     assert reference.relative_error(outputs[1], expected[1]) < 5e-6
     assert reference.relative_error(outputs[0, 2 + n :], expected[0, 2 + n :]) < 5e-6
     assert reference.relative_error(outputs[0, :2], expected[0, :2]) < 5e-6
-    if where == 0:  # A query's own row only.
+    if where == 0:  # Only the query's own row is affected.
         for t in range(2, 2 + n):
             others = np.arange(n) != n - 1 - (t - 2)
             error = reference.relative_error(outputs[0, t][:, others], expected[0, t][:, others])
@@ -164,7 +164,7 @@ def test_what_is_not_finite_stays_in_its_stream_and_leaves_with_its_window(
 
 
 def test_infinite_logits_that_pass_do_not_spoil_finite_ones(algorithm):
-    """A key of -infinity has weight zero, wherever in the window it lies."""
+    """A key of -infinity has weight zero at any place in the window."""
     cache = RetroactiveCache(1, 1, 5, 1)
     ones = np.ones((1, 1, 1, 1), np.float32)
     for _ in range(7):
@@ -176,7 +176,7 @@ def test_infinite_logits_that_pass_do_not_spoil_finite_ones(algorithm):
 
 
 def test_another_way_can_go_on_at_any_step(monkeypatch, random):
-    """Update, recompute and plain TensorFlow, any of them after any other, one scale or another."""
+    """Update, recompute and plain TensorFlow alternate in any order, also with other scales."""
     h, n, d, dv = 2, 7, 8, 6
     cache, streams = cache_at([0, 3, 12], h, n, d, dv, "float32", random)
     for _ in range(60):
@@ -266,7 +266,7 @@ def test_eagerly_one_op(monkeypatch, executed_ops):
 
 
 def test_gradients_are_those_of_finite_differences(backend, random):
-    """Of the call's own steps; what is in the rings is constant to them."""
+    """Gradients flow to the call's own steps; keys and values in the rings are constants."""
     cache, _ = cache_at([3, 9], 2, 4, 3, 2, "float64", random)
     inputs = [tf.constant(x) for x in steps_of(2, 5, 2, 3, 2, dtype="float64", random=random)]
     weights = random.normal(size=(2, 5, 2, 4, 2))

@@ -1,4 +1,4 @@
-"""Retroactive attention where the published update fails: large logits, peaks that leave, time."""
+"""Retroactive attention where the published update fails: large logits, departing peaks, time."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def fused(monkeypatch):
 
 
 def streamed(inputs, n, algorithm="update", dtype="float32", steps_per_call=100):
-    """The outputs [T, N, Dv] of one head and one stream; inputs [T, D], [T, D], [T, Dv]."""
+    """Return the outputs [T, N, Dv] of one head and one stream; inputs [T, D], [T, D], [T, Dv]."""
     cache = RetroactiveCache(1, 1, n, inputs[0].shape[-1], inputs[2].shape[-1], dtype)
     inputs = [x[None, :, None].astype(dtype) for x in inputs]
     outputs = [
@@ -30,18 +30,18 @@ def streamed(inputs, n, algorithm="update", dtype="float32", steps_per_call=100)
 
 
 def errors_at(steps, inputs, outputs, n):
-    """Of these steps the largest error, and the largest of a naive implementation in its type."""
+    """Return the largest error of these steps, and that of a naive implementation in their type."""
     errors = []
     for t in steps:
         window = [x[t - n + 1 : t + 1] for x in inputs]
         expected = naive_attention(*(x.astype("float64") for x in window))
         of = [outputs[t], naive_attention(*window)]
         errors.append([reference.relative_error(output, expected) for output in of])
-    return np.max(errors, 0)  # NaN, if there is one.
+    return np.max(errors, 0)  # NaN if there is a NaN.
 
 
 def logits_of(std, steps, key_dim, random):
-    """float32 queries, keys and values whose logits have this standard deviation."""
+    """Return float32 queries, keys and values whose logits have this standard deviation."""
     query, key = random.normal(scale=std**0.5, size=(2, steps, key_dim)).astype("float32")
     return query, key, random.normal(size=(steps, key_dim)).astype("float32")
 
@@ -50,7 +50,7 @@ def logits_of(std, steps, key_dim, random):
 @pytest.mark.parametrize("std", [1, 4, 9, 16, 36])
 @pytest.mark.parametrize("n", [16, 64])
 def test_logits_of_any_size(random, n, std, algorithm):
-    """As exact as what is computed anew; the published update is not from 9 on."""
+    """Outputs are as exact as recomputed ones; the published update is not, from 9 on."""
     inputs = logits_of(std, 1000, 64, random)
     outputs = streamed(inputs, n, algorithm)
     error, naive_error = errors_at(range(n - 1, 1000, 7), inputs, outputs, n)
@@ -90,13 +90,13 @@ def test_logits_of_ten_thousand(random, largest):
 @pytest.mark.parametrize("factor", [1, 0])
 @pytest.mark.parametrize("height", [5.0, 15.0, 30.0, 55.0, 70.0, 300.0])
 def test_a_key_that_all_rows_attend_to_comes_and_leaves(random, height, factor):
-    """The worst case of a subtraction: at every row at once, all but nothing is left.
+    """The worst case of a subtraction: almost nothing is left, in every row at once.
 
-    With a value of 0, only the denominator tells.
+    With a value of 0, only the denominator shows it.
     """
     n, d = 32, 8
     query, key, value = logits_of(0.25, 400, d, random)
-    query[:, 0] = d**0.5  # What every query asks for, and every 50th key has.
+    query[:, 0] = d**0.5  # Every query looks for this feature, and every 50th key has it.
     key[:, 0] = 0
     key[::50, 0] = height
     value[::50] *= factor
@@ -120,7 +120,7 @@ def test_logits_that_rise_and_fall_without_end(random, slope):
 
 @pytest.mark.parametrize("ratio", [1e3, 1e10, 1e30])
 def test_large_values_leave_nothing_behind(random, ratio):
-    """At once, one after another, or as they become ever smaller."""
+    """Large values come alone, one after another, or become ever smaller."""
     n, d = 16, 8
     query, key, value = logits_of(1, 300, d, random)
     value[50] *= ratio
@@ -134,7 +134,7 @@ def test_large_values_leave_nothing_behind(random, ratio):
 
 @pytest.mark.parametrize(("std", "dtype"), [(1, "float32"), (9, "float32"), (1, "float64")])
 def test_100_000_steps(random, std, dtype):
-    """No drift: the last windows are as exact as the first."""
+    """There is no drift: the last windows are as exact as the first."""
     n, h, d = 16, 1, 8
     cache = RetroactiveCache(1, h, n, d, dtype=dtype)
     step = tf.function(lambda *inputs: retroactive_attention(*inputs, cache, algorithm="update"))

@@ -1,4 +1,4 @@
-"""What Bazel makes of a file of tests: its exit status."""
+"""The exit status that Bazel gets for a file of tests."""
 
 import subprocess
 import sys

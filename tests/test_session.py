@@ -1,4 +1,4 @@
-"""Whole models as a session: against a float64 reference of the plan, and against Keras' steps."""
+"""Whole models in a session, against a float64 reference of the plan, and against Keras' steps."""
 
 import json
 
@@ -12,12 +12,12 @@ from continual_transformers_tf.models.lowering import lower
 from continual_transformers_tf.session import OtherModelError, Session
 from model_cases import BOUNDS, CASES, E, N
 
-# Streams' ages in steps when they step together for the first time.
+# The streams' ages, in steps, when they step together for the first time.
 AGES = (0, 2, 5)
 
 
 def packed(structure, arrays):
-    """Arrays in the structure that a session's plan has."""
+    """Return arrays in the structure of a session's plan."""
     if isinstance(structure, list):
         return [packed(part, arrays) for part in structure]
     if isinstance(structure, dict):
@@ -26,7 +26,7 @@ def packed(structure, arrays):
 
 
 class Streamed:
-    """Takes steps of a session with flat lists of arrays."""
+    """A session that is stepped with flat lists of arrays."""
 
     def __init__(self, session):
         self.session = session
@@ -45,9 +45,9 @@ class Streamed:
 
 
 def by_streams(streamed, inputs, ids):
-    """All steps of `inputs` (M, T, ...) in a mix of calls: arrays (M, T, ...).
+    """Take all steps of `inputs` (M, T, ...) in a mix of calls, and return arrays (M, T, ...).
 
-    Streams begin by themselves, take single steps together in changing order, and end with several
+    Streams begin alone, take single steps together in changing order, and end with several steps
     at once.
     """
     m, t = inputs[0].shape[:2]
@@ -75,7 +75,7 @@ def by_streams(streamed, inputs, ids):
 
 
 def referenced(plan, weights, inputs):
-    """What the float64 reference gives: arrays (M, T, ...)."""
+    """Return the outputs of the float64 reference: arrays (M, T, ...)."""
     outputs = []
     for i in range(len(inputs[0])):
         stream = plan_reference.Stream(plan, weights)
@@ -107,13 +107,13 @@ def test_a_session_gives_what_the_plan_says(random, tmp_path, name):
     check(outputs, expected, BOUNDS[case.dtype])
     assert session.ready(ids).all()
     assert session.receptive_field == lowered.plan["receptive_field"]
-    # The same as a loaded file, to the bit.
+    # A loaded file gives the same, to the bit.
     session.save(tmp_path / "model.safetensors")
     loaded = Session.load(tmp_path / "model.safetensors")
     others = loaded.open(5)[[1, 2, 4]]
     for y, x in zip(by_streams(Streamed(loaded), inputs, others), outputs, strict=True):
         np.testing.assert_array_equal(y, x)
-    # A copy of a stream in the middle goes on as the stream does.
+    # A copy of a stream, made half-way, continues as the stream does.
     loaded.set_state(session.get_state(ids), others[::-1])
     step = [x[:, 0] for x in inputs]
     for y, x in zip(
@@ -124,8 +124,8 @@ def test_a_session_gives_what_the_plan_says(random, tmp_path, name):
         np.testing.assert_array_equal(y, x)
 
 
-# What is compared with Keras' own steps, and takes over its streams. (That Keras gives for every
-# case what the plan says is test_lowering.py's.)
+# Cases that are compared with Keras' own steps, and take over its streams. (test_lowering.py
+# checks for every case that Keras gives the same as the plan.)
 KERAS_CASES = [
     "co_si_gate",
     "co_si_second_query",
@@ -161,7 +161,7 @@ def test_a_session_goes_on_where_keras_was(random, name):
     inputs = case.inputs(model, random, (2, case.window + 6))
     first, rest = ([x[:, s] for x in inputs] for s in (np.s_[:-4], np.s_[-4:]))
     ids = session.open(2)
-    bound = 2 * BOUNDS[case.dtype]  # Both sides err.
+    bound = 2 * BOUNDS[case.dtype]  # Both sides have an error.
     check(streamed.steps(first, streams=ids), case.steps(streaming, first), bound)
     # The first stream is older than the second.
     more = [x[:1, :3] for x in first]
@@ -240,7 +240,7 @@ def test_narrow_types(random, tmp_path, cache_dtype, weights_dtype):
     assert reference.relative_error(y, z) < 2e-2
     is_narrow = cache_dtype is not None or weights_dtype is not None
     assert (reference.relative_error(y, z) > 1e-5) == is_narrow
-    # Chosen when a file is loaded, they are the same.
+    # Dtypes that are chosen when a file is loaded give the same.
     exact.save(tmp_path / "model.safetensors")
     loaded = Session.load(
         tmp_path / "model.safetensors", cache_dtype=cache_dtype, weights_dtype=weights_dtype
@@ -259,7 +259,7 @@ def test_a_model_that_cannot_be_lowered_says_what_stands_in_the_way():
 
 
 def test_threads_give_the_same(random):
-    """Many rows in two threads; other numbers of threads may differ in rounding."""
+    """Many rows in two threads. Other numbers of threads may round differently."""
     model = CASES["demo"].build()
     one, two = Session(model), Session(model, threads=2)
     x = random.standard_normal((600, 12, E)).astype(np.float32)

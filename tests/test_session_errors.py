@@ -1,4 +1,4 @@
-"""What a session refuses, in which words, and that every stream then goes on as before."""
+"""What a session refuses, with which messages; afterwards every stream continues as before."""
 
 import pickle
 
@@ -20,7 +20,7 @@ def plan(random):
 
 @pytest.fixture
 def session(plan, random):
-    """A session of which streams a, b and c, and two default streams, have taken some steps."""
+    """Return a session whose streams a, b and c, and two default streams, have taken some steps."""
     session = plan.session()
     ids = session.open(3)
     assert ids.tolist() == sorted(set(ids.tolist()))
@@ -31,7 +31,7 @@ def session(plan, random):
 
 
 def everything(session):
-    """All that a session remembers."""
+    """Return all that a session remembers."""
     ids = [int(i) for i in session.ids]
     return (
         session.get_state(ids),
@@ -52,7 +52,7 @@ def zeros(*shape, dtype=F):
     return np.zeros(shape, dtype)
 
 
-# What is called, what is raised, and what it says: got, expected, and often the cure.
+# (call, exception, message): the message has what was got and expected, and often the cure.
 REFUSED = {
     "no input": (lambda s: s.step(), TypeError, "step needs x"),
     "unknown keyword": (
@@ -308,9 +308,9 @@ def test_outputs_may_not_overlap_inputs(random):
     with pytest.raises(ValueError, match="shares memory"):
         session.step(flat[:6].reshape(1, 6), streams=a, out=flat[5:11].reshape(1, 6))
     assert session.position(a) == 0
-    # Neighbours do not overlap.
+    # Adjacent memory does not overlap.
     session.step(flat[:6].reshape(1, 6), streams=a, out=flat[6:12].reshape(1, 6))
-    # A copy is read of an input that is not contiguous.
+    # A non-contiguous input is copied first.
     session.step(memory[:, :2].T.repeat(6, 0)[::2][:2, :].reshape(-1)[:6].reshape(1, 6), streams=a)
     assert session.position(a) == 2
 
@@ -419,7 +419,7 @@ def test_more_streams_than_there_is_room_for(plan):
     assert isinstance(raised.value, RuntimeError)
     assert session.open_streams == 2
     with pytest.raises(sessions.TooManyStreamsError):
-        session.step(zeros(2, 6))  # Two default streams more.
+        session.step(zeros(2, 6))  # This needs two more default streams.
     assert session.open_streams == 2
     session.step(zeros(1, 6))
     with pytest.raises(sessions.TooManyStreamsError):
@@ -491,7 +491,7 @@ def test_state_of_another_model(session, random):
     with pytest.raises(sessions.OtherModelError) as raised:
         session.set_state(other.get_state(a), [session.ids[0]])
     assert isinstance(raised.value, ValueError)
-    # All or nothing: the second one does not fit.
+    # All or nothing: the second state does not fit, so neither is put back.
     states = [session.get_state(session.ids)[1], *other.get_state(a)]
     with pytest.raises(sessions.OtherModelError):
         session.set_state(states, session.ids[[0, 2]])

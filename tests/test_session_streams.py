@@ -1,4 +1,4 @@
-"""Streams of a session: ids, steps in any order, outputs that are reused, gaps, copies, room."""
+"""Streams of a session: ids, steps in any order, reused outputs, gaps, copies, memory."""
 
 import copy
 import pickle
@@ -15,7 +15,7 @@ from plan_files import PlanFile, attention_only_plan, attention_plan, many_ports
 
 F = np.float32
 FEATURES, OUTPUTS, WINDOW = 6, 5, 4
-# Other M may give other bits: DESIGN's bound for float32.
+# Another M may give other bits. This is DESIGN's bound for float32.
 CLOSE = dict(rtol=5e-6, atol=5e-6)
 
 
@@ -31,12 +31,12 @@ def session(plan):
 
 @pytest.fixture
 def x(random):
-    """Steps of 8 streams, (8, 20, FEATURES)."""
+    """Return steps of 8 streams, (8, 20, FEATURES)."""
     return random.standard_normal((8, 20, FEATURES)).astype(F)
 
 
 def replay(session, steps):
-    """A new stream's outputs, one step at a time."""
+    """Return a new stream's outputs, one step at a time."""
     stream = session.open()
     outputs = [session.step(step[None], streams=stream)[0] for step in steps]
     session.close(stream)
@@ -75,7 +75,7 @@ def test_a_closed_id_is_refused_for_ever(session, x):
     for call in calls:
         with pytest.raises(UnknownStreamError, match=str(a)):
             call()
-    # The room's new owner begins at its own beginning.
+    # The slot's new stream begins with an empty state.
     assert session.position(b) == 0
     np.testing.assert_array_equal(replay(session, x[0]), replay(session, x[0]))
 
@@ -112,7 +112,7 @@ def test_a_stream_in_used_room_has_seen_nothing(session, x):
     ids=["array", "list", "tuple", "scalars", "strided", "reversed", "unaligned", "swapped", "ll"],
 )
 def test_ids_may_be_given_as(session, x, ids):
-    # Generations beyond 0, so that ids have more than 32 bits.
+    # Use generations beyond 0, so that ids have more than 32 bits.
     session.close(session.open(3))
     opened = session.open(3)
     assert (opened > 2**32).all()
@@ -239,7 +239,7 @@ def test_out_is_written_and_returned(session, x):
         y = session.step(x[:2, t], streams=a)
         assert session.step(x[:2, t], streams=b, out=out) is out
         np.testing.assert_array_equal(out, y)
-    # A part of a larger array, an unusual step of axes of size 1, and steps.
+    # A part of a larger array, and an unusual stride of axes of size 1.
     large = np.full((5, 3, OUTPUTS), np.nan, F)
     y = session.steps(x[:2, 6:9], streams=a)
     assert session.steps(x[:2, 6:9], streams=b, out=large[1:3]).base is large
@@ -289,7 +289,7 @@ def test_float64(random, x):
 
 
 def attended(steps, keyed, scale=0.5):
-    """Attention of the last of some steps over all of them, float64."""
+    """Return the attention of the last step over all steps, in float64."""
     query, steps = steps[-1].astype(float), steps[keyed].astype(float)
     if not len(steps):
         return np.zeros_like(query)
@@ -316,7 +316,7 @@ def test_key_mask_marks_gaps(random, several):
             expected = attended(x[i, since : t + 1], mask[i, since : t + 1])
             np.testing.assert_allclose(y[i, t], expected, **CLOSE)
     assert not y[1].any()
-    # None, and a mask of True, are the same; a mask need not be contiguous.
+    # None and a mask of True are the same. A mask need not be contiguous.
     a, b = session.open(3), session.open(3)
     np.testing.assert_array_equal(
         session.steps(x, streams=a, key_mask=None),
@@ -351,7 +351,7 @@ def test_several_inputs_and_outputs(random):
 
 
 def test_more_inputs_than_are_few(random):
-    """Over 8 inputs and outputs, which the module keeps on the stack."""
+    """More than 8 inputs and outputs; the module keeps up to 8 on the stack."""
     plan = PlanFile()
     numbers = [plan.input(f"x{i}", 2) for i in range(20)]
     for i, x in enumerate(numbers):
@@ -382,7 +382,7 @@ def test_a_copy_goes_on_as_its_stream(session, plan, x, steps):
     session.set_state([bytearray(state)], [here])
     assert session.get_state(here) == other.get_state(elsewhere[1]) == [state]
     assert other.position(elsewhere).tolist() == [20, steps]
-    # The same M on the same machine: the same bits.
+    # The same M on the same machine gives the same bits.
     for t in range(8):
         y = session.step(x[:1, t], streams=a)
         np.testing.assert_array_equal(session.step(x[:1, t], streams=here), y)
@@ -428,7 +428,7 @@ def test_save_and_load(session, plan, x, tmp_path):
     a, b = session.open(), loaded.open()
     session.steps(x[:1], streams=a)
     loaded.set_state(session.get_state(a), b)
-    session.save(path)  # Over itself, while it is mapped.
+    session.save(path)  # This replaces the file while it is mapped.
     np.testing.assert_array_equal(
         loaded.step(x[:1, 0], streams=b), session.step(x[:1, 0], streams=a)
     )
@@ -461,7 +461,7 @@ def test_a_copy_of_a_session_has_its_model_and_no_streams(plan, x, how):
     for name in ("streams", "threads", "cache_dtype", "weights_dtype", "release_gil", "name"):
         assert getattr(other, name) == getattr(session, name)
     np.testing.assert_array_equal(replay(other, x[0]), replay(session, x[0]))
-    # Copies of streams fit.
+    # Copies of the other session's streams fit.
     b = other.open()
     other.set_state(session.get_state(a), b)
     assert other.position(b) == 1
@@ -514,7 +514,7 @@ def test_memory(session, x):
     assert "streams_overhead" in str(during)
     assert str(during).splitlines()[-1].split()[0] == "total"
     session.close(ids)
-    assert session.memory().streams <= during.streams  # Of a few KB, one slab is kept.
+    assert session.memory().streams <= during.streams  # If a slab has only a few KB, one is kept.
 
 
 def test_profile(session):
@@ -534,7 +534,7 @@ def test_profile(session):
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_no_drift(random, rows):
-    """After 100,000 steps the outputs are those of a window."""
+    """After 100,000 steps the outputs still equal attention over the window."""
     session = attention_only_plan(window=16, size=8).session()
     ids = session.open(rows)
     for _ in range(100):
@@ -548,7 +548,7 @@ def test_no_drift(random, rows):
 
 
 def run(code, *arguments):
-    """Runs Python code in a process of its own, which imports neither Keras nor TensorFlow here."""
+    """Run Python code in a new process, which imports neither Keras nor TensorFlow here."""
     code = textwrap.dedent(code)
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
@@ -571,7 +571,7 @@ RSS = """
 
 
 def test_memory_of_streams_that_never_step(random, tmp_path):
-    """100,000 of them take less than 50 MB, and are O(1) to open one by one."""
+    """100,000 such streams take less than 50 MB, and opening one takes constant time."""
     path = attention_plan(random, 64, heads=4, key_size=16, window=64).write(tmp_path)
     done = run(
         RSS
@@ -589,7 +589,7 @@ def test_memory_of_streams_that_never_step(random, tmp_path):
 
 
 def test_memory_of_streams_in_use(random, tmp_path):
-    """2,000 of them take what the arithmetic says, and what they took is given back."""
+    """2,000 streams take the computed memory, and closing them gives it back."""
     path = attention_plan(random, 64, heads=4, key_size=16, window=64).write(tmp_path)
     done = run(
         RSS
@@ -613,8 +613,8 @@ def test_memory_of_streams_in_use(random, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     taken, left = map(int, done.stdout.split())
-    block = 2 * 64 * 64 * 4 + 64  # Keys and values, and which steps have a key.
-    # The 100 streams before may have left their room mapped, or not.
+    block = 2 * 64 * 64 * 4 + 64  # Keys and values, and the flags of which steps have a key.
+    # The room of the 100 streams before may still be mapped, or not.
     assert 1900 * block <= taken <= 1.02 * 2000 * block + 2e6
     assert left < 0.1 * taken
 
@@ -627,6 +627,6 @@ def test_close_and_get_state_open_no_default_streams(session, tmp_path):
     assert session.open_streams == 0
     assert session.get_state() == []
     ids = session.open(2)
-    session.close()  # There is room for no default stream, and none is asked for.
+    session.close()  # There is no room for a default stream, but this needs none.
     assert session.open_streams == 2
     session.close(ids)

@@ -33,7 +33,7 @@ def session(request, plan):
 
 @pytest.fixture(autouse=True)
 def switching():
-    """Threads take turns often."""
+    """Let threads take turns often."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -41,7 +41,7 @@ def switching():
 
 
 def in_threads(*functions):
-    """Runs functions at once, and raises what they raise."""
+    """Run functions at once, and raise what they raise."""
     with ThreadPoolExecutor(len(functions)) as pool:
         futures = [pool.submit(function) for function in functions]
         return [future.result(timeout=300) for future in futures]
@@ -66,7 +66,7 @@ def test_threads_on_their_own_streams(session, random):
 
 
 def test_threads_on_one_stream(session):
-    """Steps of one stream run one after the other: none is lost, none is torn."""
+    """Steps of one stream run one after the other: none is lost or torn."""
     x = np.arange(FEATURES, dtype=F)[None]
     alone, a = session.open(2)
     outputs = {session.step(x, streams=alone).tobytes() for _ in range(4 * 500)}
@@ -81,7 +81,7 @@ def test_threads_on_one_stream(session):
 
 
 def test_threads_that_name_the_same_streams_in_other_orders(session, random):
-    """No two calls wait for each other."""
+    """No two calls wait for each other forever."""
     ids = session.open(6)
     x = random.standard_normal((6, FEATURES)).astype(F)
 
@@ -96,7 +96,7 @@ def test_threads_that_name_the_same_streams_in_other_orders(session, random):
 
 
 def test_copies_are_never_torn(session, random):
-    """While a stream steps, others copy, open, close and clean."""
+    """While a stream steps, other threads copy, open, close and clean streams."""
     x = random.standard_normal((400, 1, FEATURES)).astype(F)
     alone = session.open()
     states = [session.get_state(alone)[0]]
@@ -141,7 +141,7 @@ def test_copies_are_never_torn(session, random):
 
 
 def test_closing_while_others_step(session):
-    """A step of a closed stream is refused, and one in progress ends first."""
+    """A step of a closed stream is refused; a step in progress ends first."""
     x = np.ones((2, FEATURES), F)
     for _ in range(50):
         keep, gone = session.open(2)
@@ -189,7 +189,7 @@ def test_weights_change_between_steps(session, random, tmp_path):
 
 
 def test_other_threads_run_during_a_long_step(plan):
-    """They see its first outputs before its last ones are written."""
+    """Other threads see its first outputs before its last ones are written."""
     session = plan.session()
     assert session.release_gil is None
     x = np.zeros((1, 50_000, FEATURES), F)
@@ -219,7 +219,7 @@ def test_other_threads_run_during_a_long_step(plan):
 
 @pytest.mark.parametrize("call", ["step", "get_state", "clean_state", "close"])
 def test_other_threads_run_while_one_waits_for_a_stream(plan, call):
-    """Also if the call itself keeps Python's lock."""
+    """This holds even if the call itself keeps Python's global lock."""
     session = plan.session()
     session.release_gil = False
     count = 200_000
@@ -252,12 +252,12 @@ def test_other_threads_run_while_one_waits_for_a_stream(plan, call):
             seen.append(int(np.isnan(out[0, ::1000, 0]).argmax()))
 
     in_threads(stream, wait, watch)
-    # It watched the long step past its middle.
+    # The other thread watched the long step until after its middle.
     assert max(seen) > count // 1000 // 2
 
 
 def test_indices_cannot_change_during_a_step(random):
-    """Another thread writes bad indices while a long step runs: refused, or never seen."""
+    """Another thread writes bad indices during a long step: they are refused, or never seen."""
     plan, table = many_ports_plan(random)
     session = plan.session()
     session.release_gil = True

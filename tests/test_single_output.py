@@ -20,10 +20,10 @@ KEY_DIMS = (1, 12, 16, 24, 33, 64, 128)
 @pytest.mark.parametrize("seq_len", WINDOWS)
 @pytest.mark.parametrize("key_dim", KEY_DIMS)
 def test_grid(backend, random, key_dim, seq_len, dtype):
-    """Streams of all ages in one call, in some order, T steps, then one more; every position."""
+    """Streams of all ages in any order, T steps, then one more, at every position."""
     n, num_heads = seq_len, 2
     value_dim = key_dim if key_dim in (1, 64) else key_dim // 2 + 3
-    # A window of 1000 is compared at fewer lengths of call: the reference is what takes the time.
+    # A window of 1000 is compared at fewer lengths of calls, because the reference is slow.
     lengths = (1, 2, n, n + 5) if dtype == "float32" else (2, n + 5)
     for t in lengths if n < 1000 else (1, 2):
         positions = random.permutation([0, 1, n - 1, n, n + 1, 2 * n + 3])
@@ -97,7 +97,7 @@ def test_fully_masked_gives_zeros_and_masked_nan_does_no_harm(backend, random):
 @pytest.mark.parametrize("t", [1, 3, 9])
 @pytest.mark.parametrize("rank", [None, 4])
 def test_a_step_without_a_key_is_never_attended_to(backend, random, t, rank):
-    """Neither now nor later, whatever its key and value hold; a mask of the window acts too."""
+    """No query attends to it, now or later; it may hold anything. A mask of the window acts too."""
     m, h, n, d = 3, 2, 7, 4
     cache, streams = cache_at([0, 3, 11], h, n, d, d, "float32", random)
     for _ in range(27 // t):
@@ -140,7 +140,7 @@ def test_nan_stays_in_its_stream_and_leaves_with_its_window(backend, random, t):
 
 @pytest.mark.parametrize("largest", [1e1, 1e2, 1e4])
 def test_large_logits(backend, random, largest):
-    """The bound for any logits: twice the error of a naive implementation in the type."""
+    """The bound for any logits is twice the error of a naive implementation in the type."""
     h, n, d = 2, 33, 16
     cache, streams = cache_at([40], h, n, d, d, "float32", random)
     query, key, value = steps_of(1, 5, h, d, d, "float32", random)
@@ -165,10 +165,10 @@ def test_large_logits(backend, random, largest):
 
 
 def test_infinite_logits_that_pass_do_not_spoil_finite_ones(backend):
-    """A key of -infinity has weight zero, wherever in the window it lies."""
+    """A key of -infinity has weight zero at any place in the window."""
     cache = AttentionCache(1, 1, 100, 1)
     ones = np.ones((1, 1, 1, 1), np.float32)
-    for _ in range(70):  # More than a block of rows.
+    for _ in range(70):  # This is more than a block of rows.
         output = single_output_attention(ones, ones * -np.inf, ones, cache)
         np.testing.assert_array_equal(output, ones * 0)
     output = single_output_attention(ones, ones, 5 * ones, cache)
@@ -245,7 +245,7 @@ def test_eagerly_one_op(monkeypatch, executed_ops):
 @pytest.mark.parametrize("query_dtype", ["as the cache", "float32"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision(backend, random, dtype, query_dtype):
-    """What is kept is rounded, and an output in that type; nothing between."""
+    """Stored keys and values are rounded, and an output in that type; nothing in between."""
     dtype = tf.as_dtype(dtype)
     query_dtype = dtype if query_dtype == "as the cache" else tf.float32
     for n, d, dv, t in (
@@ -272,14 +272,14 @@ def test_half_precision(backend, random, dtype, query_dtype):
 
 @pytest.mark.cpu_only("no kernel takes values of 4,096 features")
 def test_every_value_of_float16_is_read_right(backend):
-    """As a value that is attended to alone: subnormals, infinities and NaN among them."""
+    """Each is the only attended value: subnormals, infinities and NaN included."""
     every = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(16, 1, 1, -1)
     cache = AttentionCache(16, 1, 3, 1, every.shape[-1], "float16")
     zeros = tf.zeros((16, 1, 1, 1), "float16")
     newest = np.array([False, False, True])
     output = single_output_attention(zeros, zeros, every, cache, attention_mask=newest)
     np.testing.assert_array_equal(output, every)
-    before = np.array([False, True, False])  # Now it comes from the ring.
+    before = np.array([False, True, False])  # Now the value comes from the ring.
     output = single_output_attention(
         zeros, zeros, np.zeros_like(every), cache, attention_mask=before
     )

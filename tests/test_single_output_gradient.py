@@ -11,7 +11,7 @@ H, D, DV = 2, 4, 3
 
 
 def loss_of(inputs, cache, weights, mask=None, key_mask=None, scale=0.7, **options):
-    """A number that depends on every output and score, with the state left as it is."""
+    """Return a number that depends on every output and score, without changing the state."""
     output, scores = single_output_attention(
         *inputs,
         cache,
@@ -26,7 +26,7 @@ def loss_of(inputs, cache, weights, mask=None, key_mask=None, scale=0.7, **optio
 
 
 def case(random, n, t, positions=(0, 3, 40), dtype="float64"):
-    """A cache, steps, weights of the outputs, and masks that leave something to attend to."""
+    """Return a cache, steps, weights of the outputs, and masks that do not hide everything."""
     m = len(positions)
     cache, _ = cache_at(positions, H, n, D, DV, dtype, random)
     inputs = [tf.constant(x) for x in steps_of(m, t, H, D, DV, dtype, random)]
@@ -80,7 +80,7 @@ def test_the_fused_gradient_is_that_of_plain_tensorflow(monkeypatch, random, t, 
 
 
 def test_gradients_do_not_mind_what_is_overwritten(backend, random):
-    """The rings that a step attended to are those before it, whatever has come since."""
+    """They use the rings as they were at the step, even if later steps have overwritten them."""
     cache, inputs, weights, *_ = case(random, 5, 4)
     before = cache.get_state()
     with tf.GradientTape() as tape:
@@ -134,7 +134,7 @@ def test_a_query_that_attends_to_nothing_may_hold_anything(backend, random):
 
 @pytest.mark.parametrize("t", [1, 4])
 def test_in_a_graph(backend, random, t):
-    """With the tape within it; and around it, where it takes several steps."""
+    """With the tape inside the graph, and around it if the graph takes several steps."""
     cache, inputs, weights, *_ = case(random, 5, t)
     with tf.GradientTape() as tape:
         tape.watch(inputs)
@@ -188,7 +188,7 @@ def test_in_a_graph_of_unknown_sizes(backend, random):
 
 
 def test_of_keys_kept_in_half_precision(backend, random):
-    """As if the keys had been given so rounded; gradients come back in float32."""
+    """Gradients are as if the keys had been rounded on input; they come back in float32."""
     query, key, value = (tf.constant(x) for x in steps_of(2, 6, H, D, DV, "float32", random))
     rounded = [query, *(tf.cast(tf.cast(x, "bfloat16"), "float32") for x in (key, value))]
     gradients = []

@@ -1,4 +1,4 @@
-"""What single-output attention refuses, and that it then changes nothing."""
+"""Single-output attention refuses what does not fit, and then changes nothing."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_bad_input_is_named_and_changes_nothing(backend, random, what):
     ],
 )
 def test_a_cache_of_another_shape_is_refused(monkeypatch, name, value):
-    """By the kernel itself: `AttentionCache` would not let it happen."""
+    """The kernel itself refuses it; `AttentionCache` cannot have such a shape."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     cache = AttentionCache(3, 3, 5, 8, 6)
     setattr(cache, name, value)

@@ -1,4 +1,4 @@
-"""The state of streams under single-output attention: kept, moved, and shared by threads."""
+"""The streams' state in single-output attention: kept, moved, and shared by threads."""
 
 import threading
 
@@ -58,7 +58,7 @@ def test_room_for_more_streams_leaves_those_held(backend, random):
 
 
 def test_what_was_read_before_a_step_stays_as_it_was(backend, random):
-    """The step changes the variables in place, but never a tensor that someone holds."""
+    """A step changes the variables in place, but never a tensor that was read from them."""
     cache, _ = cache_at([7], 2, 5, 8, 8, "float32", random)
     tensor = cache.key.read_value()
     before = tensor.numpy().copy()
@@ -139,7 +139,7 @@ def test_threads_with_streams_of_their_own_disturb_no_one(monkeypatch, random):
 
 
 def test_streams_come_while_others_step(monkeypatch, random):
-    """Making room copies the rings: no step may fall between the copy and its return."""
+    """Making room copies the rings: no step may be lost between the copy and its return."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     h, n, d, calls, rooms = 4, 64, 16, 1500, 60
     cache = AttentionCache(1, h, n, d)
@@ -164,12 +164,12 @@ def test_streams_come_while_others_step(monkeypatch, random):
 
 
 def test_threads_on_one_stream_take_turns(monkeypatch, random):
-    """Each call is whole: the ring is the steps of the last calls, one call after the other."""
+    """No call is torn: the ring has the steps of the last calls, one call after the other."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     h, steps, d, threads, calls = 16, 16, 64, 4, 60
     n = 4 * steps
     cache = AttentionCache(1, h, n, d)
-    # Every element of a call's keys and values is the call's own number.
+    # Every element of a call's keys and values is that call's number.
     numbers = np.arange(threads * calls, dtype=np.float32).reshape(threads, calls)
     shape = (1, steps, h, d)
 
@@ -182,7 +182,7 @@ def test_threads_on_one_stream_take_turns(monkeypatch, random):
     assert int(cache.position[0]) == threads * calls * steps
     state = cache.get_state()
     for rings in (state["key"], state["value"]):
-        last_calls = rings[0].transpose(1, 0, 2).reshape(4, -1)  # A row a call.
+        last_calls = rings[0].transpose(1, 0, 2).reshape(4, -1)  # One row for each call.
         assert (last_calls == last_calls[:, :1]).all()
     np.testing.assert_array_equal(state["key"], state["value"])
     assert len(set(state["key"][0, 0, ::steps, 0])) == 4

@@ -1,4 +1,4 @@
-"""StreamingModel of models with delays, and of those whose windows change at every step."""
+"""StreamingModel with delays, and with windows that change at every step."""
 
 import keras
 import numpy as np
@@ -24,7 +24,7 @@ def residual(x):
 
 
 def two_windows(x):
-    """Rows of windows, as late as each other."""
+    """Return rows of two windows with the same delay."""
     x = late(single_output=False)(x) + ct.CoDelay(3)(x)
     return keras.layers.Dense(2, "tanh")(x)
 
@@ -34,12 +34,12 @@ def row_of_two_windows(x):
 
 
 def late_beside_newest(x):
-    """Of the same window, whose newest row is no row of another step."""
+    """Return a late row beside the newest row: both are single rows of the same window."""
     return keras.layers.Concatenate()([late()(x), x[:, -1:]])
 
 
 def delayed_convolution(x):
-    """What is given one step alone may be anything."""
+    """Return a convolution on one step: any layer may follow a single row."""
     return keras.layers.Conv1D(3, 1)(ct.CoDelay(2)(ct.CoResidual(ct.CoDelay(1))(x))[:, -4:-3])
 
 
@@ -50,7 +50,7 @@ def retroactive_stack(x):
 
 
 def retroactive_attention(x):
-    """What follows whole windows is any layer of Keras."""
+    """Return whole windows, followed by any kind of Keras layer."""
     x = keras.layers.Dense(E)(x)
     x = keras.layers.LayerNormalization()(ct.CoReMultiHeadAttention(N, H, D)(x, x))
     x = x + keras.layers.MultiHeadAttention(H, D)(x[:, ::-1], x)
@@ -75,7 +75,7 @@ def nested(x):
     return after(inner(x))
 
 
-# Of each model its receptive field and its delay.
+# Each model's receptive field and delay.
 MODELS = {
     residual: (N, 3),
     two_windows: (N, 3),
@@ -100,7 +100,7 @@ def model_of(function, random, length=N, **options):
 
 
 def of_a_step(model, window):
-    """What a regular call says of the window that ends with a step: of rows, that of the step."""
+    """Return a regular call's output for the window that ends with a step, as the step gives it."""
     y = model(window).numpy()
     rows = model.model.outputs[0].shape[1:-1] == (N,) and model.delay > 0
     return y[:, -1 - model.delay] if rows else y
@@ -164,7 +164,7 @@ def test_windows_that_are_not_full_yet_are_those_of_shorter_sequences(backend, r
 
 
 def test_delays_and_receptive_fields_add_up(backend, random):
-    """Causal rows may be delayed once more: they do not change as the window moves on."""
+    """Causal rows may be delayed once more, because they do not change as the window moves on."""
     inputs = keras.Input((None, E))
     x = late(single_output=False, query_index=-2)(inputs, inputs, use_causal_mask=True)
     outputs = keras.layers.Dense(2)(ct.CoDelay(2)(x))

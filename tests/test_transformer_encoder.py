@@ -1,4 +1,4 @@
-"""Stacks of any depth: both kinds against regular encoders on windows."""
+"""Stacks of any depth, of both kinds, against regular encoders on windows."""
 
 import threading
 
@@ -60,10 +60,10 @@ def test_retroactive_warms_up_as_the_shorter_sequence(backend, random, depth):
 
 
 def banded(layer, x, n=N):
-    """The newest output of regular blocks in which each step attends to the n newest up to it."""
+    """Return the newest output of regular blocks in which a step attends only to the n newest."""
     regular = RegularStack(layer)
     for block in regular.blocks:
-        # Each row from a window of its own, which ends with it: first those that are shorter.
+        # Each row comes from the window that ends with it. The first windows are shorter.
         rows = [block(x[:, :t])[:, -1] for t in range(1, min(n, x.shape[1] + 1))]
         if x.shape[1] >= n:
             windows = reference.sliding_windows(x.swapaxes(0, 1), n).swapaxes(1, 2)  # [T', B, n, E]
@@ -88,7 +88,7 @@ def test_single_output_is_a_band_in_every_layer(backend, random, depth):
             expected = banded(layer, window, n)
             assert reference.relative_error(output, expected) < 2e-5
             assert reference.relative_error(layer(window)[:, 0], expected) < 2e-5
-            # What is before the receptive field plays no part.
+            # Steps before the receptive field have no effect.
             assert reference.relative_error(layer(x[:, : t + 1])[:, 0], expected) < 2e-5
     np.testing.assert_array_equal(layer.ready, [True, True])
 
@@ -108,7 +108,7 @@ def test_single_output_warms_up_as_the_shorter_sequence(backend, random, depth):
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("lengths", [[16], [1] * 16, [2, 6, 1, 7]], ids=str)
 def test_steps_are_one_call(backend, random, kind, depth, lengths):
-    """Outputs, and the state: streams of different ages, in another order at each call."""
+    """Outputs and state are the same, for streams in another order at each call."""
     n, count = 3, sum(lengths)
     layer = stack(random, depth, kind, n)
     whole = stack(random, depth, kind, n)
@@ -130,7 +130,7 @@ def test_steps_are_one_call(backend, random, kind, depth, lengths):
         assert (peek is None) == (output is None)
         if output is not None:
             assert reference.relative_error(peek, output.numpy()) < 2e-5
-            outputs.append(output.numpy()[order])  # Either order is its own inverse.
+            outputs.append(output.numpy()[order])  # Each order is its own inverse.
         first += length
     outputs = np.concatenate(outputs, 1)
     assert outputs.shape == expected.shape == (2, count - layer.receptive_field + 1, E)
@@ -143,7 +143,7 @@ def test_steps_are_one_call(backend, random, kind, depth, lengths):
 @pytest.mark.parametrize("kind", ["single_output", "retroactive"])
 @pytest.mark.parametrize("xla", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_trained_on_steps_it_is_what_streams(random, kind, xla):
-    """fit in "steps" mode from a clean state; then the same outputs step by step."""
+    """fit in "steps" mode from a clean state; then single steps give the same outputs."""
     layer = ct.TransformerEncoder(2, 4, E, H, FF, kind=kind, dropout_rate=0.0, warm_up="partial")
     model = keras.Sequential([layer, keras.layers.Dense(1)])
     x = random.normal(size=(24, 10, E)).astype("float32")

@@ -1,4 +1,4 @@
-"""Compiles files, only those that have changed: for setup.py, for nvcc and for the emulated ops."""
+"""Compiling only the files that have changed, for setup.py, nvcc and the emulated ops."""
 
 import os
 import shlex
@@ -12,18 +12,18 @@ from pathlib import Path
 def compile_object(command, target, heading=""):
     """Compile a file, unless an earlier run of the same command is still current.
 
-    Beside the object lie what the compiler said (`.log`, which begins with the heading and the
-    command) and the files that it read (`.d`). An object is as old as the start of its compilation,
-    so a file that is edited meanwhile counts as changed.
+    Two files are kept beside the object: a `.log` with the heading, the command and the compiler's
+    output, and a `.d` with the files that the compiler read. The object's time is set to the start
+    of its compilation, so a file that is edited meanwhile counts as changed.
 
     Args:
-        command: a list, the compiler and its options, without those for the output.
-        target: the object's path.
-        heading: what else the object depends on, such as the versions of the compiler and of
-            headers of the system's: a change to those is not looked for in the files.
+        command: A list, the compiler and its options, without those for the output.
+        target: The object's path.
+        heading: What else the object depends on, such as the versions of the compiler and of system
+            headers, whose files are not checked for changes.
 
     Returns:
-        What the compiler said; "" if it was not called.
+        The compiler's output; "" if it was not called.
     """
     log, listed = target.with_suffix(".log"), target.with_suffix(".d")
     heading = f"{heading}{shlex.join(command)}\n"
@@ -49,7 +49,7 @@ def compile_object(command, target, heading=""):
 
 
 def is_current(target, log, listed, heading):
-    """Whether an object was made by the same command from files that have not changed since."""
+    """Return whether the same command made the object from files that have not changed since."""
     if not (target.exists() and log.exists() and listed.exists()):
         return False
     if not log.read_text().startswith(heading):
@@ -59,11 +59,11 @@ def is_current(target, log, listed, heading):
 
 
 def listed_in(path):
-    """The files that a compiler's list of dependencies (`-MF`) names."""
+    """Return the files that a compiler's list of dependencies (`-MF`) names."""
     return path.read_text().replace("\\\n", " ").split(":", 1)[1].split()
 
 
 def side_by_side(function, items):
-    """Call a function on every item, as many at once as there are processors."""
+    """Call a function on every item, with as many calls at once as there are processors."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(function, items))

@@ -1,10 +1,10 @@
-"""Times the kernels on the GPU that is here: `python benchmarks/gpu/gpu_benchmark.py --json FILE`.
+"""Time the kernels on this machine's GPU: `python benchmarks/gpu/gpu_benchmark.py --json FILE`.
 
-Kernels alone, by replays of CUDA graphs between events. Rings are taken in turn, so many of them
-that none is in L2 when its turn comes, and then one of them again and again. Beside them, in the
-same run: a large copy on the device, a kernel that does nothing, and PyTorch's
-scaled_dot_product_attention on the same rings, with and without a graph. It needs PyTorch, and for
-tables and pictures rich and matplotlib where they are.
+It times only kernels, by replaying CUDA graphs between events. It uses enough sets of rings in turn
+that none is in L2 when its turn comes, and then one set again and again. In the same run it times a
+large copy on the device, a kernel that does nothing, and PyTorch's scaled_dot_product_attention on
+the same rings, with and without a graph. It needs PyTorch. For tables and pictures it uses rich and
+matplotlib if they are installed.
 """
 
 import argparse
@@ -28,13 +28,13 @@ sys.path.insert(0, str(ROOT / "tests" / "gpu"))
 import cuda_build  # noqa: E402
 import cuda_calls  # noqa: E402
 
-EPSILON = 1e-6  # Of the encoder block's norms.
-# What outputs may differ by from PyTorch's, which computes in the ring's type.
+EPSILON = 1e-6  # The epsilon of the encoder block's norms.
+# The largest difference from PyTorch's outputs, which are computed in the ring's type.
 AGREEMENT = {"float64": 1e-10, "float32": 5e-3, "bfloat16": 4e-2, "float16": 1e-2}
 
 
 class Gpu:
-    """The first GPU, by PyTorch."""
+    """The first GPU, used through PyTorch."""
 
     device = "cuda"
 
@@ -68,7 +68,7 @@ class Gpu:
         torch.cuda.synchronize()
 
     def capture(self, work):
-        """What does `work` again, from a graph."""
+        """Return a function that repeats `work` from a graph."""
         import torch
 
         graph = torch.cuda.CUDAGraph()
@@ -77,7 +77,7 @@ class Gpu:
         return graph.replay
 
     def seconds(self, work):
-        """Of the device's, from the first thing that `work` gives it to the end of the last."""
+        """Return the device's time, from `work`'s first kernel to the end of its last one."""
         import torch
 
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -97,12 +97,12 @@ def _driver():
 
 
 class Bench:
-    """What all measurements share.
+    """The pool of memory and the timing that all measurements share.
 
     Args:
-        gpu: a Gpu.
-        memory_bytes: how much the rings may take.
-        target: seconds that a timed piece is to take.
+        gpu: A Gpu.
+        memory_bytes: How much memory the rings may take.
+        target: The seconds that a timed piece should take.
     """
 
     def __init__(self, gpu, library, memory_bytes, target=1e-3, repeats=7):
@@ -110,27 +110,27 @@ class Bench:
 
         self.torch, self.gpu, self.library = torch, gpu, library
         self.target, self.repeats = target, repeats
-        # Cut up anew for each size, and filled once for each type.
+        # The pool is split again for each size, and filled once for each type.
         self.pool = torch.empty(memory_bytes, dtype=torch.uint8, device=gpu.device)
         self.filled = None
 
     def numbers(self, dtype, count, sets=1):
-        """`sets` tensors of so many numbers, one after another in the pool."""
+        """Return `sets` tensors of so many numbers, one after another in the pool."""
         kind = getattr(self.torch, dtype)
         pool = self.pool.view(kind)
         if self.filled != dtype:
-            # Piece by piece, since a generator may want as much memory again.
+            # Piece by piece, because a generator may need as much memory again.
             for piece in pool.split(1 << 28):
                 piece.normal_()
             self.filled = dtype
         return [pool[i * count : (i + 1) * count] for i in range(sets)]
 
     def dirty(self):
-        """The pool holds something else now than what it was filled with."""
+        """Record that the pool no longer holds what it was filled with."""
         self.filled = None
 
     def time(self, work, times=1):
-        """Microseconds of one of the `times` pieces of which `work` is made."""
+        """Return the microseconds of one of the `times` pieces that `work` consists of."""
         work()
         self.gpu.synchronize()
         once = self.gpu.seconds(work)
@@ -144,8 +144,8 @@ class Bench:
         return dict(median=statistics.median(taken), least=min(taken), most=max(taken))
 
     def time_graph(self, work, times):
-        """The same of a graph with as many pieces; `work(i)` does the i-th."""
-        work(0)  # Whatever happens only once happens here, outside the graph.
+        """Time a graph with as many pieces; `work(i)` does the i-th."""
+        work(0)  # Work that happens only once happens here, outside the graph.
         self.gpu.synchronize()
 
         def pieces():
@@ -155,13 +155,13 @@ class Bench:
         return self.time(self.gpu.capture(pieces), times)
 
     def pieces(self, sets, size_bytes):
-        """How many steps go into one graph: all sets' turns, and some milliseconds at least."""
+        """Return how many steps go into one graph: all sets in turn, for some milliseconds."""
         estimate = 2e-6 + size_bytes / 2e12
         wanted = max(1, min(200, round(self.target / estimate)))
         return -(-wanted // sets) * sets
 
     def copy(self):
-        """A large copy on the device: bytes, read plus written, per second."""
+        """Time a large copy on the device, in bytes per second, read plus written."""
         half = min(len(self.pool) // 2, 4 << 30)
         source, target = self.pool[:half], self.pool[half : 2 * half]
         self.dirty()
@@ -224,7 +224,7 @@ class AttentionRings:
         return self.bench.torch.nn.functional.scaled_dot_product_attention(self.asked, key, value)
 
     def check(self):
-        """That PyTorch says the same, as far as its type goes."""
+        """Check that PyTorch gives the same, within the precision of its type."""
         self.step(0)
         expected = self.sdpa(0).double().flatten()
         error = (self.output.double().flatten() - expected).abs().max() / expected.abs().max()
@@ -232,13 +232,13 @@ class AttentionRings:
 
 
 def _agreement(error, dtype):
-    if not error < AGREEMENT[dtype]:  # NaN too.
+    if not error < AGREEMENT[dtype]:  # True for NaN, too.
         raise RuntimeError(f"PyTorch's output differs by {error:g}, expected {AGREEMENT[dtype]:g}")
     return error
 
 
 def measure_attention(bench, size):
-    """An entry of the JSON's `attention`."""
+    """Return an entry of the JSON's `attention`."""
     skipped = gpu_sizes.why_skipped(size, len(bench.pool))
     if skipped:
         return dict(size=size._asdict(), skipped=skipped)
@@ -280,7 +280,7 @@ class LayerWeights:
         attention = size.attention
         m, e, h, n, d = size.streams, size.features, size.heads, size.window, attention.dim
         make = dict(device=bench.gpu.device)
-        # Query, key, value and output's kernels [E, E], those of the feed-forward part, the rings.
+        # The kernels [E, E] of query, key, value and output, the feed-forward kernels, the rings.
         shapes = [(4, e, e), (e, size.hidden), (size.hidden, e), (2, m, h, n, d)]
         counts = [math.prod(shape) for shape in shapes]
         all_numbers = [
@@ -333,16 +333,16 @@ class LayerWeights:
             self.steps.append(mine)
         if size.hidden:
             self._put_into_blocks()
-        # Torch's layers have kernels [out, in]; these are views, in the ring's type throughout.
+        # Torch's layers have kernels [out, in]. These are views, all in the ring's type.
         self.torch_x = self.x.to(kind)
         self.torch_biases = self.biases.to(kind)
         self.torch_row = (self.position[0, :1] % n).expand(1)
 
     def _put_into_blocks(self):
-        """The steps are the encoder blocks' then."""
+        """Make the steps those of encoder blocks."""
         torch, size, library = self.bench.torch, self.size, self.bench.library
         make = dict(dtype=torch.float32, device=self.bench.gpu.device)
-        # Two norms' scales and offsets, and the last bias.
+        # The scales and offsets of two norms, and the last bias.
         self.vectors = torch.randn(5, size.features, **make)
         self.hidden_bias = torch.randn(size.hidden, **make)
         names = [
@@ -376,7 +376,7 @@ class LayerWeights:
         take(ctypes.byref(step), self.bench.gpu.stream())
 
     def torch_step(self, i):
-        """Projections, a row of the ring, SDPA, projection: as one would in PyTorch."""
+        """Take the step as usual in PyTorch: projections, a row of the ring, SDPA, projection."""
         torch, (m, e, h, *_) = self.bench.torch, self.size
         addmm = torch.addmm
         kernels, (keys, values) = self.kernels[i % self.sets], self.rings[i % self.sets]
@@ -399,18 +399,18 @@ class LayerWeights:
 
     def check(self):
         self.step(0)
-        expected = self.torch_step(0).double()  # Writes the same row again.
+        expected = self.torch_step(0).double()  # This writes the same row again.
         error = (self.result.double() - expected).abs().max() / expected.abs().max()
         return _agreement(error.item(), self.size.dtype)
 
 
 def measure_layer(bench, size):
-    """An entry of the JSON's `layer`."""
+    """Return an entry of the JSON's `layer`."""
     size_bytes = size.weights_bytes + size.attention.ring_bytes
     sets = gpu_sizes.copies_beyond(bench.gpu.l2_bytes, size_bytes)
     sets = max(1, min(sets, len(bench.pool) // size_bytes))
     layers = LayerWeights(bench, size, sets)
-    # torch's row is where the first step goes.
+    # PyTorch's step writes the same row as our first step.
     error = layers.check()
     times, few = bench.pieces(sets, size.bytes), bench.pieces(1, size.bytes)
     ours = dict(
@@ -435,9 +435,9 @@ def measure_layer(bench, size):
 
 
 def run(bench, attention, layer, seconds, save=lambda found: None):
-    """Measures until the seconds are over. What went wrong with a size is said in its entry.
+    """Measure until the seconds are over. An error is recorded in the entry of its size.
 
-    `save` is called now and then with what was found so far: whoever is ended has left that.
+    `save` is called now and then with the results so far, in case the process is killed.
     """
     import torch
 
@@ -480,12 +480,12 @@ def run(bench, attention, layer, seconds, save=lambda found: None):
 
 
 def write(found, json_path, picture):
-    """The JSON and the picture, each where it is asked for."""
+    """Write the JSON and the picture, if they are asked for."""
     if json_path:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         part = json_path.with_name(f"{json_path.name}.part")
         part.write_text(json.dumps(found, indent=1))
-        part.replace(json_path)  # Whole at any time.
+        part.replace(json_path)  # So the file is complete at any time.
     if picture:
         try:
             gpu_report.draw(picture, found)
@@ -521,7 +521,7 @@ def main(arguments=None):
         if not torch.cuda.is_available():
             print("PyTorch sees no GPU here.", file=sys.stderr)
             return 1
-        # A capture collects garbage first; what is there already is none.
+        # A capture first collects garbage. Freezing makes it skip what exists already.
         gc.collect()
         gc.freeze()
         path = cuda_build.build(cuda_build.default_directory(False, capability), False, capability)

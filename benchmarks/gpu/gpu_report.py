@@ -1,18 +1,18 @@
-"""What the benchmark found: goals, tables, a picture."""
+"""The report of the benchmark: goals, tables, a picture."""
 
 from collections import defaultdict
 
 from gpu_sizes import AttentionSize, LayerSize
 
-# Issue 5: of copy bandwidth from so many times L2 on; microseconds a step at batch 1 up to so long
-# a window; times SDPA, anywhere and at batch 1.
+# Issue 5: the share of copy bandwidth, from so many times L2 on; microseconds of a step at batch
+# 1, up to such a window; how many times as fast as SDPA, anywhere and at batch 1.
 BANDWIDTH_GOAL, BANDWIDTH_FROM = 0.9, 10
 LATENCY_GOAL, LATENCY_TO = 5.0, 512
 SDPA_GOAL, SDPA_GOAL_OF_ONE = 1.0, 2.0
 
 
 def attention_rows(found):
-    """Those measured: (AttentionSize, entry)."""
+    """Return the measured sizes: (AttentionSize, entry)."""
     return [
         (AttentionSize(**entry["size"]), entry)
         for entry in found["attention"]
@@ -35,17 +35,17 @@ def share_of_copy(found, size, entry):
 
 
 def times_sdpa(entry):
-    """How many times faster than SDPA, which may have a graph or not, on rings out of L2."""
+    """Return how many times as fast as SDPA, with or without a graph, on rings out of L2."""
     rival = min(figures["median"] for figures in entry["sdpa"].values())
     return rival / entry["ours"]["out_of_l2"]["median"]
 
 
 def goals(found):
-    """Each goal, and the worst and the middle of what was measured.
+    """Return each goal, with the worst and the median of the measurements.
 
     Returns:
         A list of dicts: goal, bound, worst, middle, where (the size of the worst), of (how many
-        sizes), reached (None where no size was measured).
+        sizes), reached (None if no size was measured).
     """
     rows = [(size, entry) for size, entry in attention_rows(found) if size.dtype != "float64"]
     far = BANDWIDTH_FROM * found["machine"]["l2_bytes"]
@@ -92,7 +92,7 @@ def _goal(name, rows, figure, bound, at_least):
 
 
 def goal_lines(found):
-    """A sentence for each goal."""
+    """Return a sentence for each goal."""
     lines = []
     for goal in goals(found):
         sign = "≥" if goal["at_least"] else "≤"
@@ -116,7 +116,7 @@ LAYER_HEAD = ("size", "µs", "in L2", "bytes / copy", "torch graph", "torch", "�
 
 
 def table_cells(found):
-    """The tables: (title, head, rows of text)."""
+    """Return the tables: (title, head, rows of text)."""
     copy = found["copy"]["bytes_per_second"]
     attention = []
     for entry in found["attention"]:
@@ -167,7 +167,7 @@ def heading(found):
     ]
 
 
-# Bytes per second of device memory, as their maker says: of an H100 (SXM) and of an H200.
+# Bytes per second of device memory, as the maker states: H100 (SXM), H200.
 DATASHEET = (3.35e12, 4.8e12)
 PREDICTED = (
     *(AttentionSize(1, 8, window, 64, "bfloat16") for window in (64, 512, 4096, 65536)),
@@ -181,8 +181,10 @@ PREDICTED = (
 
 
 def predictions():
-    """Rows of docs/gpu.md: a size's operations and bytes, and the microseconds that the bytes take
-    at each bandwidth of DATASHEET."""
+    """Return rows of docs/gpu.md: a size's operations, bytes, and predicted microseconds.
+
+    The microseconds are those that the bytes take at each bandwidth of DATASHEET.
+    """
     return [
         "| "
         + " | ".join(
@@ -199,7 +201,7 @@ def predictions():
 
 
 def print_tables(found):
-    """By rich where it is there."""
+    """Print the tables, with rich if it is installed."""
     try:
         import rich.console
         import rich.table
@@ -221,7 +223,7 @@ def print_tables(found):
 
 
 def plain(found):
-    """The same as text."""
+    """Return the report as plain text."""
     lines = heading(found)
     for title, head, rows in table_cells(found):
         lines += ["", title]
@@ -234,7 +236,7 @@ def plain(found):
 
 
 def draw(path, found):
-    """The picture: microseconds and share of copy bandwidth against the window, by streams."""
+    """Draw microseconds and share of copy bandwidth against the window, by streams."""
     import matplotlib
 
     matplotlib.use("Agg")

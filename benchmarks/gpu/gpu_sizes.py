@@ -1,17 +1,17 @@
-"""What is timed, and what each step must compute and touch at the least."""
+"""The sizes that are timed, and the operations and least bytes of each step."""
 
 from typing import NamedTuple
 
 ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 WINDOWS = (16, 64, 256, 512, 1024, 4096, 16384, 65536)
 HEADS = 8
-STREAMS = (1, 8, 64, 512, 2048)  # Times heads: 8 to 16,384.
+STREAMS = (1, 8, 64, 512, 2048)  # Times HEADS, this is 8 to 16,384 heads.
 DIMS = (64, 128)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 class AttentionSize(NamedTuple):
-    """One step of some streams: query, key and value are projected already."""
+    """One step of some streams, with query, key and value already projected."""
 
     streams: int
     heads: int
@@ -21,19 +21,22 @@ class AttentionSize(NamedTuple):
 
     @property
     def compute_bytes(self):
-        """Of a number as it is computed with."""
+        """The bytes of a number in the computation."""
         return max(4, ITEM_BYTES[self.dtype])
 
     @property
     def ring_bytes(self):
-        """Of the keys and values held."""
+        """The bytes of the stored keys and values."""
         rows = self.streams * self.heads * self.window
         return 2 * rows * self.dim * ITEM_BYTES[self.dtype]
 
     @property
     def bytes(self):
-        """What a step must touch: each key and value of the window once, the newest of which come
-        with the call and go to the ring, and which have a key; queries in, outputs out."""
+        """The bytes that a step must read or write.
+
+        Each key and value of the window once, and which have a key; the newest ones are an input
+        and are written to the ring; queries in, outputs out.
+        """
         newest = 2 * self.streams * self.heads * self.dim * ITEM_BYTES[self.dtype]
         asked = 2 * self.streams * self.heads * self.dim * self.compute_bytes
         return self.ring_bytes + newest + asked + self.streams * self.window
@@ -50,14 +53,14 @@ class AttentionSize(NamedTuple):
 class LayerSize(NamedTuple):
     """One step of a whole layer: E features in and out, D = E / H.
 
-    With `hidden` features it is that of an encoder block, with its norms and feed-forward part.
+    With `hidden` features it is a step of an encoder block, with its norms and feed-forward part.
     """
 
     streams: int
     features: int
     heads: int
     window: int
-    dtype: str  # Of the weights and of the ring.
+    dtype: str  # The dtype of the weights and the ring.
     hidden: int = 0
 
     @property
@@ -67,7 +70,7 @@ class LayerSize(NamedTuple):
 
     @property
     def weights_bytes(self):
-        """Of all kernels, and of biases and norms."""
+        """The bytes of all kernels, biases and norms."""
         vectors = 4 * self.features
         if self.hidden:
             vectors += 5 * self.features + self.hidden
@@ -79,7 +82,7 @@ class LayerSize(NamedTuple):
 
     @property
     def bytes(self):
-        """What a step must touch: weights and windows once, inputs, outputs."""
+        """The bytes that a step must read or write: weights and windows once, inputs, outputs."""
         ends = 2 * self.streams * self.features * self.attention.compute_bytes
         return self.weights_bytes + self.attention.ring_bytes + ends
 
@@ -95,7 +98,7 @@ class LayerSize(NamedTuple):
 
 
 def attention_sizes():
-    """Those that say most first: should time run out, the rest is missed least."""
+    """Return the sizes, the most telling first: if time runs out, the others are missing."""
     sizes = [
         AttentionSize(streams, HEADS, window, dim, dtype)
         for dtype in DTYPES
@@ -113,7 +116,7 @@ def attention_sizes():
 
 
 def layer_sizes():
-    """The paper's: E = 1024, 8 heads, windows of 64; the layer alone, and the whole block."""
+    """Return the paper's: E = 1024, 8 heads, windows of 64; only the layer, and the whole block."""
     return [
         LayerSize(streams, 1024, 8, 64, dtype, hidden)
         for hidden in (0, 1024)
@@ -123,12 +126,12 @@ def layer_sizes():
 
 
 def copies_beyond(cache_bytes, size_bytes):
-    """How many sets of so many bytes, taken in turn, are never in a cache when their turn comes."""
+    """Return how many sets of so many bytes to use in turn, so that none is still in a cache."""
     return 1 if size_bytes > 2 * cache_bytes else 2 * cache_bytes // size_bytes + 2
 
 
 def why_skipped(size, memory_bytes):
-    """Why a size cannot be measured in so much memory; None where it can."""
+    """Return why a size cannot be measured in so much memory; None if it can."""
     needed = size.ring_bytes
     if needed > memory_bytes:
         return f"{needed / 1e9:.1f} GB of rings do not fit into {memory_bytes / 1e9:.1f} GB"

@@ -1,7 +1,7 @@
 """Transformers for TensorFlow that answer at every step of an endless stream.
 
-Every name is imported when it is first asked for (PEP 562): `ct.Session.load(...)` imports neither
-TensorFlow nor Keras, and works where they are not installed.
+Every name is imported when it is first used (PEP 562). `ct.Session.load(...)` imports neither
+TensorFlow nor Keras, and works if they are not installed.
 """
 
 import importlib
@@ -64,7 +64,7 @@ __all__ = [
     "ops",
 ]
 
-# In which module of the package a name is; the others are in `layers`.
+# The module of each name. Names that are not listed are in `layers`.
 _MODULES = {
     "Session": "session",
     "StreamingModel": "models",
@@ -99,8 +99,8 @@ def _version():
     from importlib import metadata
 
     try:
-        return metadata.version("continual-transformers-tf")  # setup.py says it, once.
-    except metadata.PackageNotFoundError:  # A checkout that is on the path and not installed.
+        return metadata.version("continual-transformers-tf")  # Defined in setup.py.
+    except metadata.PackageNotFoundError:  # A checkout on the path that is not installed.
         return "unknown"
 
 

@@ -1,7 +1,7 @@
-"""Registers the layers with Keras once Keras is imported, be it before this package or after it.
+"""Registration of the layers with Keras, whether Keras is imported before this package or after it.
 
-`keras.models.load_model` finds only classes that are registered. The package is imported lazily,
-and a program that imports it for a saved model's sake may never ask it for a layer.
+`keras.models.load_model` finds only registered classes. This package is imported lazily, and a
+program that imports it only to load a saved model may never use one of its names.
 """
 
 import importlib
@@ -29,13 +29,13 @@ class _OnImportOfKeras(importlib.abc.MetaPathFinder):
 
 
 def _register(keras):
-    # The layers are TensorFlow's: a program with another backend of Keras has no use for them.
+    # The layers need TensorFlow: they do not work with another Keras backend.
     if keras.config.backend() == "tensorflow":
         importlib.import_module("continual_transformers_tf.models")
 
 
 def begin():
-    """Import the layers now if Keras is imported, otherwise as soon as it is."""
+    """Import the layers now if Keras has been imported, otherwise as soon as it is."""
     if sys.modules.get("keras") is not None:
         _register(sys.modules["keras"])
     else:

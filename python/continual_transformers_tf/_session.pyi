@@ -1,5 +1,5 @@
 # The native module behind session.py, built from cc/python. Only `step`, `steps`, `release_gil` and
-# the exceptions are public, as those of `Session` and its module.
+# the exceptions are public: users reach them through `Session` and its module.
 
 from collections.abc import Mapping, Sequence
 from typing import Any

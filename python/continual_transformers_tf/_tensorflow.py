@@ -1,4 +1,4 @@
-"""Imported first by what needs TensorFlow: says what to install where it is missing."""
+"""A check that modules import before TensorFlow: it says what to install if that is missing."""
 
 import importlib.util
 

@@ -28,7 +28,7 @@ def main():
 
 
 def need_tensorflow():
-    """Ends the command with a sentence where TensorFlow or Keras is missing."""
+    """End the command with a message if TensorFlow or Keras is missing."""
     try:
         importlib.import_module("continual_transformers_tf._tensorflow")
     except ImportError as error:
@@ -40,10 +40,10 @@ def need_tensorflow():
 @click.option("--cmake-dir", is_flag=True, help="Print the folder for CMake's find_package.")
 @click.option("--pkg-config-dir", is_flag=True, help="Print the folder for PKG_CONFIG_PATH.")
 def info(model, cmake_dir, pkg_config_dir):
-    """Say what is in a model file, or which libraries and kernels there are.
+    """Print what is in a model file, or which libraries and kernels are installed.
 
-    Without a MODEL: the exit status is 1 where CONTINUAL_TRANSFORMERS_BACKEND=fused asks for
-    kernels in TensorFlow and there are none.
+    Without a MODEL, the exit status is 1 if CONTINUAL_TRANSFORMERS_BACKEND=fused asks for kernels
+    in TensorFlow and there are none.
     """
     if cmake_dir or pkg_config_dir:
         if cmake_dir:

@@ -1,4 +1,4 @@
-"""What is in a model file (docs/model_file.md), read without TensorFlow and without its weights."""
+"""The contents of a model file (docs/model_file.md), read without TensorFlow or the weights."""
 
 import collections
 import ctypes
@@ -12,7 +12,8 @@ from continual_transformers_tf import native
 FORMAT = "continual-transformers"
 FORMAT_VERSION = "1"
 
-# Of a safetensors file: the header's length, in the first bytes, and the most that it may be.
+# A safetensors file begins with the length of its header: how many bytes that number has, and the
+# longest header that is allowed.
 _LENGTH_BYTES = 8
 _MOST_HEADER_BYTES = 100_000_000
 
@@ -36,7 +37,7 @@ class Port:
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of the file."""
+    """A tensor of a model file."""
 
     name: str
     shape: tuple[int, ...]
@@ -45,26 +46,27 @@ class StoredTensor:
 
     @property
     def size(self) -> int:
-        """How many elements it has."""
+        """How many elements the tensor has."""
         return math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFile:
-    """What is in a model file.
+    """The contents of a model file.
 
     Attributes:
-        path: the file's.
-        bytes: its size.
-        name: the model's.
-        producer: what wrote it.
-        compute_dtype, cache_dtype, weights_dtype: what is computed in, and what rings of keys and
-            values and kernels of dense products are kept in.
-        receptive_field: how many steps an output depends on.
-        delay: how many steps lie between an input and its output.
-        inputs, outputs: of a step, in the model's order.
-        nodes: how many nodes each op has, the most frequent first.
-        weights: the tensors that nodes use.
+        path: The file's path.
+        bytes: The file's size.
+        name: The model's name.
+        producer: The program that wrote the file.
+        compute_dtype: The dtype that a step computes in.
+        cache_dtype: The dtype of the rings of keys and values.
+        weights_dtype: The dtype of the kernels of dense products.
+        receptive_field: How many steps an output depends on.
+        delay: How many steps lie between an input and its output.
+        inputs, outputs: The inputs and outputs of a step, in the model's order.
+        nodes: How many nodes each op has, the most frequent first.
+        weights: The tensors that nodes use.
     """
 
     path: str
@@ -83,12 +85,12 @@ class ModelFile:
 
     @property
     def parameters(self) -> int:
-        """How many numbers its weights have."""
+        """How many elements all weights have together."""
         return sum(tensor.size for tensor in self.weights)
 
     @property
     def weights_bytes(self) -> dict[str, int]:
-        """How many bytes of weights each dtype has, the most first."""
+        """How many bytes of weights each dtype has, the largest count first."""
         counts = collections.Counter()
         for tensor in self.weights:
             counts[tensor.dtype] += tensor.bytes
@@ -98,12 +100,12 @@ class ModelFile:
     def read(cls, path: str | os.PathLike) -> "ModelFile":
         """Read the header of a model file.
 
-        It is checked as far as it is read. What a step needs is checked by the library, when a
-        session loads the file.
+        This checks only what it reads. The library checks what a step needs when a session loads
+        the file.
 
         Raises:
-            OSError: if the file cannot be read.
-            ValueError: if it is not a model file, is damaged, or is of a newer version.
+            OSError: If the file cannot be read.
+            ValueError: If it is not a model file, is damaged, or has a newer version.
         """
         path = os.fspath(path)
         header, data_bytes = _read_header(path)
@@ -141,11 +143,11 @@ class ModelFile:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """What the library says of a model file when it has loaded it.
+    """What the library reports about a model file that it has loaded.
 
     Attributes:
-        plan_fingerprint, weights_fingerprint: those that copies of streams carry.
-        state_bytes: of a copy of one stream.
+        plan_fingerprint, weights_fingerprint: The fingerprints that copies of streams contain.
+        state_bytes: The size of a copy of one stream, in bytes.
     """
 
     plan_fingerprint: int
@@ -154,11 +156,11 @@ class Loaded:
 
 
 def load(path: str | os.PathLike) -> Loaded:
-    """Load a model file with the library, as a session does, and return what it says of it.
+    """Load a model file with the library, as a session does, and return what the library reports.
 
     Raises:
-        ImportError: if the library cannot be loaded.
-        ValueError: if the library refuses the file.
+        ImportError: If the library cannot be loaded.
+        ValueError: If the library refuses the file.
     """
     library = native.core_library()
     try:
@@ -188,11 +190,11 @@ def load(path: str | os.PathLike) -> Loaded:
 
 
 def describe(path: str | os.PathLike) -> str:
-    """Return what `continual-transformers info MODEL` prints: what is in a model file, in lines.
+    """Return the lines that `continual-transformers info MODEL` prints about a model file.
 
     Raises:
-        OSError: if the file cannot be read.
-        ValueError: if it is not a model file, is damaged, or is of a newer version.
+        OSError: If the file cannot be read.
+        ValueError: If it is not a model file, is damaged, or has a newer version.
     """
     file = ModelFile.read(path)
     count = sum(file.nodes.values())
@@ -235,7 +237,7 @@ def _counted(count, noun):
 
 
 def _printable(text):
-    """A line of text without control characters, which a file's names may have."""
+    """Return the text without control characters, which names in a file may contain."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 

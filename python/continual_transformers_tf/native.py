@@ -1,4 +1,4 @@
-"""The libraries, as far as they need no TensorFlow: where they are, what their kernels run on."""
+"""The native libraries, without TensorFlow: their paths, and the instruction sets they can use."""
 
 import ctypes
 import functools
@@ -21,10 +21,10 @@ HOW_TO_BUILD = (
 
 
 def backend():
-    """What CONTINUAL_TRANSFORMERS_BACKEND asks for: "auto", "fused" or "tensorflow".
+    """Return what CONTINUAL_TRANSFORMERS_BACKEND asks for: "auto", "fused" or "tensorflow".
 
     Raises:
-        ValueError: if it is set to anything else.
+        ValueError: If it is set to anything else.
     """
     choice = os.environ.get(BACKEND_VARIABLE, "auto")
     if choice not in BACKENDS:
@@ -34,10 +34,10 @@ def backend():
 
 @functools.cache
 def core_library():
-    """The core library's C functions (cc/attention/c_api.cc).
+    """Load the core library and return its C functions (cc/attention/c_api.cc).
 
     Raises:
-        ImportError: if it cannot be loaded.
+        ImportError: If it cannot be loaded.
     """
     if not CORE_LIBRARY_PATH.exists():
         raise ImportError(f"{CORE_LIBRARY_PATH} does not exist. {HOW_TO_BUILD}")
@@ -55,15 +55,15 @@ def core_library():
 
 
 def cpu_targets():
-    """The vector instruction sets that the CPU kernels can use here.
+    """Return the vector instruction sets that the CPU kernels can use on this machine.
 
     Returns:
-        (names, fastest first; the one in use: the fastest, or what CONTINUAL_TRANSFORMERS_TARGET
-        named when the library was loaded).
+        (names, the one in use). The fastest name comes first. The one in use is the fastest, or the
+        one that CONTINUAL_TRANSFORMERS_TARGET named when the library was loaded.
 
     Raises:
-        ImportError: if the core library cannot be loaded.
-        ValueError: if CONTINUAL_TRANSFORMERS_TARGET names none of them.
+        ImportError: If the core library cannot be loaded.
+        ValueError: If CONTINUAL_TRANSFORMERS_TARGET names none of them.
     """
     library = core_library()
     error = library.continual_transformers_target_error().decode()
@@ -74,7 +74,7 @@ def cpu_targets():
 
 
 def op_libraries():
-    """The op libraries of this installation: {TensorFlow's minor version: path}."""
+    """Return the op libraries of this installation: {TensorFlow's minor version: path}."""
     prefix = f"{CORE_LIBRARY_PATH.stem}_tf"
     found = {
         path.stem.removeprefix(prefix): path

@@ -57,10 +57,10 @@ class ArraySpec(NamedTuple):
     """An input or output of a model.
 
     Attributes:
-        name: its name in the model.
-        shape: its shape for one step of one stream. `Session.step` takes `(M, *shape)`,
+        name: The name in the model.
+        shape: The shape for one step of one stream. `Session.step` takes `(M, *shape)`,
             `Session.steps` takes `(M, T, *shape)`.
-        dtype: its NumPy dtype.
+        dtype: The NumPy dtype.
     """
 
     name: str
@@ -72,16 +72,16 @@ class ArraySpec(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What a session holds in memory, in bytes.
+    """The memory that a session holds, in bytes.
 
     Attributes:
-        weights: the weights, packed for the kernels.
-        model_file: the model file: a copy of it in memory, or its pages, which the system reads
-            when they are needed and may drop.
-        streams: room for the states of streams. The system provides its pages when a stream takes
+        weights: The weights, packed for the kernels.
+        model_file: The model file: a copy of it in memory, or its mapped pages. The system reads
+            mapped pages on demand and may drop them.
+        streams: Room for the states of streams. The system provides its pages when a stream takes
             its first step.
-        streams_overhead: what is kept beside those states: ids, positions, locks.
-        arenas: what steps in progress compute in.
+        streams_overhead: Everything else that is kept for each stream: ids, positions, locks.
+        arenas: The scratch memory of steps in progress.
     """
 
     weights: int
@@ -92,7 +92,7 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """The sum of all, in bytes."""
+        """The sum of all fields, in bytes."""
         return sum(self)
 
     def __str__(self):
@@ -101,12 +101,12 @@ class Memory(NamedTuple):
 
 
 class ProfileRow(NamedTuple):
-    """What one part of a step takes.
+    """The time of one part of a step.
 
     Attributes:
-        name: the names of the plan's nodes that it runs, with " + " between.
-        op: their ops, in the same way.
-        seconds: its time in one step, the mean.
+        name: The names of the plan's nodes that this part runs, joined by " + ".
+        op: The ops of these nodes, joined in the same way.
+        seconds: The mean time of this part in one step, in seconds.
     """
 
     name: str
@@ -115,11 +115,11 @@ class ProfileRow(NamedTuple):
 
 
 class Profile(tuple):
-    """What each part of a step takes: a tuple of `ProfileRow`, which prints as a table.
+    """The times of all parts of a step: a tuple of `ProfileRow`, which prints as a table.
 
     Attributes:
-        streams: how many streams the step had.
-        repeat: how many steps were taken.
+        streams: How many streams the step had.
+        repeat: How many steps were taken.
     """
 
     streams: int
@@ -136,7 +136,7 @@ class Profile(tuple):
 
     @property
     def seconds(self) -> float:
-        """What all parts of a step take together, in seconds."""
+        """The time of all parts of a step together, in seconds."""
         return sum(row.seconds for row in self)
 
     def __str__(self):
@@ -159,43 +159,45 @@ class Profile(tuple):
 class Session(_session.NativeSession):
     """A model and its streams, stepped by native code on NumPy arrays.
 
-    A step takes the newest input of M streams and gives what the model gives for it: the numbers of
-    `StreamingModel`, within rounding, without TensorFlow. A stream's past (rings of keys and
-    values, delays, the position) lies in one block in the session, and is named by the stream's id.
+    A step takes the newest input of M streams and returns the model's output for it. The numbers
+    are those of `StreamingModel`, within rounding, but TensorFlow is not used. The session keeps a
+    stream's past (rings of keys and values, delays, the position) in one block. The stream's id
+    names this block.
 
     >>> session = ct.Session(model, streams=1000)
     >>> a, b = session.open(2)
     >>> y = session.step(x, streams=[a, b])  # (2, ...) -> (2, ...)
 
-    Any method may be called by several threads at once. Steps of different streams run side by
-    side, and calls that name the same stream run one after the other. After an error every stream
-    is as it was before the call.
+    Several threads may call any method at once. Steps of different streams run side by side, and
+    calls that name the same stream run one after the other. After an error every stream is as it
+    was before the call.
 
-    A session works after `fork`, in both processes, which then go their own ways. Pickles and
-    copies hold the model, its weights and the options, but no streams: `get_state` copies those.
+    A session works after `fork`, in both processes; from then on their streams are independent.
+    Pickles and copies hold the model, its weights and the options, but no streams: `get_state`
+    copies those.
 
     Args:
-        model: a functional or sequential Keras model, a `StreamingModel`, or one layer of this
+        model: A functional or sequential Keras model, a `StreamingModel`, or one layer of this
             package. Its weights are copied.
-        streams: how many streams may be open at once; None: no limit.
-        threads: how many threads a step of many rows may use; 1: only the caller's.
-        weights_dtype: what kernels of dense products are kept in: "float32", "bfloat16" or
-            "float64"; None: what the model's layers say.
-        cache_dtype: what keys and values of past steps are kept in: "float32", "bfloat16",
-            "float16" or "float64"; None: what the model's layers say.
+        streams: How many streams may be open at once; None: no limit.
+        threads: How many threads a step of many rows may use; 1: only the caller's.
+        weights_dtype: The dtype of the kernels of dense products: "float32", "bfloat16" or
+            "float64"; None: the dtype that the model's layers ask for.
+        cache_dtype: The dtype of the keys and values of past steps: "float32", "bfloat16",
+            "float16" or "float64"; None: the dtype that the model's layers ask for.
         device: "cpu".
-        seq_len: the window, in steps, of every `keras.layers.MultiHeadAttention` inside, where the
-            model's axis of time is open.
+        seq_len: The window, in steps, of every `keras.layers.MultiHeadAttention` inside. It is
+            needed if the length of the model's time axis is None.
 
     Attributes:
-        release_gil: None: a step that takes longer than about 0.1 ms, by an estimate, lets other
-            Python threads run, and a shorter one does not, as taking Python's global lock back from
-            a thread that computes takes 0.08 ms in the mean and up to 5. True: every step lets
-            them run. False: no step does.
+        release_gil: Whether a step lets other Python threads run. True: every step. False: no step.
+            None: only a step that takes longer than about 0.1 ms, by an estimate. Taking Python's
+            global lock back from a thread that computes takes 0.08 ms on average and up to 5 ms,
+            too much for a shorter step.
 
     Raises:
-        ValueError: if the model cannot run step by step, with each layer that stands in the way and
-            the reason; or if an option does not fit.
+        ValueError: If the model cannot run step by step (the message lists each layer in the way
+            and the reason), or if an option does not fit.
     """
 
     def __init__(
@@ -226,26 +228,26 @@ class Session(_session.NativeSession):
     ) -> Session:
         """Return a session of a model file. It needs neither TensorFlow nor Keras.
 
-        The file is mapped into memory, and must not change while the session lives; to replace it,
-        write another and rename it, as `save` does.
+        The file is mapped into memory and must not change while the session lives. To replace it,
+        write another file and rename it, as `save` does.
 
         Args:
-            path: a model file, which `save` or `continual-transformers pack` wrote.
-            streams, threads, device: as the constructor has them.
-            weights_dtype, cache_dtype: as the constructor has them; None: the file's.
+            path: A model file that `save` or `continual-transformers pack` wrote.
+            streams, threads, device: As in the constructor.
+            weights_dtype, cache_dtype: As in the constructor; None: the file's.
 
         Raises:
-            OSError: if the file cannot be read.
-            ModelFileError: a ValueError, if it is not a model file, is damaged, or is of a newer
-                version.
-            ValueError: if an option does not fit.
+            OSError: If the file cannot be read.
+            ModelFileError: A ValueError, if it is not a model file, is damaged, or has a newer
+                format version.
+            ValueError: If an option does not fit.
         """
         options = _checked_options(streams, threads, weights_dtype, cache_dtype, device)
         return cls._make(_checked_path(path), True, options)
 
     @classmethod
     def _make(cls, model, is_path, options):
-        """A session of a model file's path or bytes."""
+        """Return a session of a model file, given as its path or its bytes."""
         session = cls.__new__(cls)
         _session.NativeSession.__init__(session, model, is_path=is_path, **options)
         return session
@@ -253,30 +255,30 @@ class Session(_session.NativeSession):
     def save(self, path: str | os.PathLike) -> None:
         """Write the model file: the plan and the weights, but no streams.
 
-        The file appears whole or not at all. `cache_dtype` and `weights_dtype` of a session that
-        `load` made are not written: the file stays the one that was loaded.
+        The file appears whole or not at all. If `load` made this session, its `cache_dtype` and
+        `weights_dtype` are not written: the new file is the same as the one that was loaded.
 
         Args:
-            path: where to; it ends in ".safetensors" by convention.
+            path: The path to write to. It ends in ".safetensors" by convention.
 
         Raises:
-            OSError: if the file cannot be written.
+            OSError: If the file cannot be written.
         """
         self._save(os.fspath(path))
 
     def load_weights(self, model: Any, *, seq_len: int | None = None) -> None:
-        """Take other weights for the same model.
+        """Replace the weights by those of another model of the same architecture.
 
-        Steps in progress end with the old weights, later ones have the new. Streams keep what they
-        have seen: keys and values in their rings are those of the old weights.
+        Steps in progress end with the old weights, later steps use the new ones. Streams keep their
+        state: the keys and values in their rings still come from the old weights.
 
         Args:
-            model: a Keras model of the same architecture, or the path of a model file.
-            seq_len: as the constructor has it; None: the window of this session's attention.
+            model: A Keras model of the same architecture, or the path of a model file.
+            seq_len: As in the constructor; None: the window of this session's attention.
 
         Raises:
-            OtherModelError: a ValueError, if the model is another one.
-            OSError, ModelFileError: as `load`.
+            OtherModelError: A ValueError, if the model has another architecture.
+            OSError, ModelFileError: As in `load`.
         """
         if isinstance(model, (str, bytes, os.PathLike)):
             self._load_weights_path(_checked_path(model))
@@ -293,33 +295,33 @@ class Session(_session.NativeSession):
     @overload
     def open(self, count: int) -> npt.NDArray[np.int64]: ...
     def open(self, count=None):
-        """Open new streams, which have seen nothing.
+        """Open new streams, with empty states.
 
         Args:
-            count: how many; None: one.
+            count: How many streams; None: one.
 
         Returns:
             With None the stream's id, an int; otherwise ids, an int64 array `(count,)`. An id is
-            never given out twice.
+            never used twice.
 
         Raises:
-            TooManyStreamsError: a RuntimeError, if there is no room for all of them; none is
-                opened then.
+            TooManyStreamsError: A RuntimeError, if there is no room for all of them. Then none is
+                opened.
         """
         return self._open(count)
 
     def close(self, streams: Streams | None = None) -> None:
         """Forget streams and free their room. Their ids are refused from then on.
 
-        It waits for steps in progress on these streams.
+        This waits for steps in progress on these streams.
 
         Args:
-            streams: an id, a list or tuple of ids, or an int64 array `(M,)`; None: the default
+            streams: An id, a list or tuple of ids, or an int64 array `(M,)`; None: the default
                 streams.
 
         Raises:
-            ValueError: if a stream is named twice; `UnknownStreamError`, a ValueError, if one is
-                not open. None is closed then.
+            ValueError: If a stream is named twice; `UnknownStreamError`, a ValueError, if one is
+                not open. Then none is closed.
         """
         self._close(streams)
 
@@ -327,30 +329,30 @@ class Session(_session.NativeSession):
         """Return which streams have taken at least `receptive_field` steps.
 
         Args:
-            streams: an id, a list or tuple of ids, or an int64 array `(M,)`; None: the default
+            streams: An id, a list or tuple of ids, or an int64 array `(M,)`; None: the default
                 streams.
 
         Returns:
             A bool for an id, otherwise a bool array `(M,)`.
 
         Raises:
-            UnknownStreamError: a ValueError, if a stream is not open.
+            UnknownStreamError: A ValueError, if a stream is not open.
         """
         return self._ready(streams)
 
     def position(self, streams: Streams | None = None) -> int | npt.NDArray[np.int64]:
         """Return how many steps streams have taken.
 
-        It does not wait: a step in progress is not counted.
+        This does not wait: a step in progress is not counted.
 
         Args:
-            streams: as `ready` has it.
+            streams: As in `ready`.
 
         Returns:
             An int for an id, otherwise an int64 array `(M,)`.
 
         Raises:
-            UnknownStreamError: a ValueError, if a stream is not open.
+            UnknownStreamError: A ValueError, if a stream is not open.
         """
         return self._position(streams)
 
@@ -358,26 +360,27 @@ class Session(_session.NativeSession):
         """Forget what streams have seen. They stay open, with the same ids.
 
         Args:
-            streams: as `ready` has it; but None: every open stream.
+            streams: As in `ready`, but None means every open stream.
 
         Raises:
-            ValueError: as `close`. No stream is changed then.
+            ValueError: As in `close`. Then no stream is changed.
         """
         self._clean_state(streams)
 
     def get_state(self, streams: Streams | None = None) -> list[bytes]:
         """Return copies of streams' states.
 
-        A copy says which model and which weights it belongs to. It is the same on every machine.
+        A copy says which model and which weights it belongs to. Its format is the same on every
+        machine.
 
         Args:
-            streams: as `ready` has it.
+            streams: As in `ready`.
 
         Returns:
             A list of bytes, one for each stream (also for a single id).
 
         Raises:
-            UnknownStreamError: a ValueError, if a stream is not open.
+            UnknownStreamError: A ValueError, if a stream is not open.
         """
         return self._get_state(streams)
 
@@ -388,18 +391,18 @@ class Session(_session.NativeSession):
         *,
         other_weights: bool = False,
     ) -> None:
-        """Put copies of states into streams, which go on from there.
+        """Put copies of states into streams, which continue from there.
 
         Args:
-            states: what `get_state` gave, here or in another session of the same model with the
-                same `cache_dtype`; or what the `get_state` of the Keras model gave.
-            streams: as `ready` has it, as many as there are states.
-            other_weights: also take copies of the same model with other weights.
+            states: The result of `get_state`, from this or another session of the same model with
+                the same `cache_dtype`, or the result of the Keras model's `get_state`.
+            streams: As in `ready`, as many as there are states.
+            other_weights: Also accept copies from the same model with other weights.
 
         Raises:
-            OtherModelError: a ValueError, if a copy is of another model, or of other weights.
-            ValueError: if there are too few or too many states, or one is damaged; also as `close`.
-                No stream is changed then.
+            OtherModelError: A ValueError, if a copy is of another model, or of other weights.
+            ValueError: If there are too few or too many states, or one is damaged; also as in
+                `close`. Then no stream is changed.
         """
         if isinstance(states, (bytes, bytearray, memoryview)):
             states = [states]
@@ -437,7 +440,7 @@ class Session(_session.NativeSession):
 
     @property
     def delay(self) -> int:
-        """How many steps an output comes after the input that it belongs to."""
+        """How many steps later than its input an output comes."""
         return self._delay
 
     @property
@@ -462,12 +465,12 @@ class Session(_session.NativeSession):
 
     @property
     def weights_dtype(self) -> str:
-        """The dtype in which kernels of dense products are kept."""
+        """The dtype of the kernels of dense products in memory."""
         return self._weights_dtype
 
     @property
     def cache_dtype(self) -> str:
-        """The dtype in which keys and values of past steps are kept."""
+        """The dtype of the keys and values of past steps in memory."""
         return self._cache_dtype
 
     @property
@@ -481,21 +484,21 @@ class Session(_session.NativeSession):
         return self._state_bytes
 
     def memory(self) -> Memory:
-        """Return what the session holds in memory, in bytes."""
+        """Return how much memory the session holds, in bytes."""
         return Memory(**self._memory())
 
     def profile(self, streams: int = 1, repeat: int = 100) -> Profile:
-        """Measure what each part of a step takes.
+        """Measure the time of each part of a step.
 
-        It steps new streams of its own on zeros, with full windows. Other calls can go on
-        meanwhile, and disturb the measurement.
+        It opens streams for this measurement and steps them on zeros, with full windows. Other
+        calls may run meanwhile, and disturb the measurement.
 
         Args:
-            streams: how many streams each step has.
-            repeat: how many steps to take.
+            streams: How many streams each step has.
+            repeat: How many steps to take.
 
         Returns:
-            A `Profile`, which prints as a table: a row for each part, with the mean of its time.
+            A `Profile`, which prints as a table: a row for each part, with its mean time.
         """
         streams = _whole("streams", streams, 1)
         repeat = _whole("repeat", repeat, 1)
@@ -538,7 +541,7 @@ def _is_sequence_of_bytes(states):
 
 
 def _lowered(model, seq_len, cache_dtype, weights_dtype):
-    """The model file of a Keras model, as bytes."""
+    """Return the model file of a Keras model, as bytes."""
     if isinstance(model, (str, bytes, os.PathLike)):
         raise TypeError(
             f"Expected a Keras model, but got {model!r}. Session.load({model!r}) reads a model file"
@@ -570,7 +573,7 @@ def _dtype_name(name, dtype, known):
 
 
 def _checked_options(streams, threads, weights_dtype, cache_dtype, device):
-    """The options as the native session takes them."""
+    """Check the options and return them as the native session takes them."""
     if device not in DEVICES:
         raise ValueError(
             f"Expected device to be 'cpu', but got {device!r}. A Session does not run on other "

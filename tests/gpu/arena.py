@@ -1,8 +1,8 @@
-"""Memory for one call of a kernel: named buffers with guards about them, in host or device memory.
+"""Memory for one call of a kernel: named buffers with guards around them, on host or device.
 
-Everything that a call does not declare as written must be as it was afterwards, byte for byte: the
-other buffers, and the guards. Guards are bytes of 255, which are NaN in every floating type, -1 as
-an index and true as a bool, so that a read past a buffer does not go unnoticed either.
+Everything that a call does not declare as written must be unchanged after it, byte for byte: the
+other buffers, and the guards. Guards are bytes of 255. That is NaN in every floating type, -1 as an
+index and true as a bool, so a read past a buffer does not go unnoticed either.
 """
 
 import os
@@ -11,12 +11,12 @@ import numpy as np
 
 import cuda_build
 
-GUARD = 256  # Bytes on either side of a buffer, and what each begins at a multiple of.
+GUARD = 256  # The bytes on either side of a buffer; buffers also begin at a multiple of this.
 POISON = 255
 
 
 class HostMemory:
-    """NumPy arrays: where the emulator's kernels run."""
+    """NumPy arrays, for the emulator's kernels."""
 
     stream = None
     multiprocessors = 7
@@ -34,7 +34,7 @@ class HostMemory:
         pass
 
     def capture(self, launch):
-        """What launches again what `launch` launched, from a graph where there are graphs."""
+        """Return a function that launches again what `launch` does, from a graph if supported."""
         return launch
 
 
@@ -75,7 +75,7 @@ class CupyMemory:
             graph = stream.end_capture()
 
         def replay():
-            self.synchronize()  # What is in the arena came by another stream.
+            self.synchronize()  # Another stream uploaded the arena's contents.
             graph.launch(stream)
 
         return replay
@@ -115,18 +115,18 @@ class TorchMemory:
 
 
 def separate_allocations():
-    """Whether each buffer is to be an allocation, so that a sanitizer sees where it ends.
+    """Return whether each buffer should be an allocation, so that a sanitizer sees its end.
 
-    It is so where PyTorch itself is told not to keep memory for later.
+    This is so if PyTorch is told not to cache memory.
     """
     return os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") == "1"
 
 
 def device_memory():
-    """CuPy's or PyTorch's device memory.
+    """Return the device memory of CuPy or PyTorch.
 
     Returns:
-        It, or None and the reason.
+        (the memory, None), or (None, the reason).
     """
     why = cuda_build.why_no_driver()
     if why is not None:
@@ -136,7 +136,7 @@ def device_memory():
         try:
             __import__(module)
             return kind(), None
-        except Exception as error:  # Without a driver each has an exception of its own.
+        except Exception as error:  # Without a driver, each raises a different exception.
             reasons.append(f"{module}: {str(error).splitlines()[0] if str(error) else error!r}")
     return None, "no GPU is at hand: " + "; ".join(reasons)
 
@@ -156,14 +156,14 @@ class Arena:
         self.held = None
 
     def add(self, name, array, written=False):
-        """A buffer with a copy of `array` in it; `written` says that the call may write it."""
+        """Add a buffer with a copy of `array`; `written` says that the call may write it."""
         if array is not None:
             self.arrays[name] = np.ascontiguousarray(array)
             if written:
                 self.written.add(name)
 
     def output(self, name, shape, dtype):
-        """A buffer for the call to write, poisoned."""
+        """Add a buffer for the call to write, filled with poison."""
         array = np.empty(shape, dtype)
         array.view(np.uint8)[...] = POISON
         self.add(name, array, written=True)
@@ -171,7 +171,7 @@ class Arena:
     def place(self):
         size = GUARD
         for name, array in self.arrays.items():
-            # A kernel may count on an element's own alignment, and on nothing else.
+            # A kernel may rely only on the alignment of an element.
             start = size + (array.itemsize if self.misaligned else 0)
             self.places[name] = (start, start + array.nbytes)
             size = (start + array.nbytes + GUARD) // GUARD * GUARD + GUARD
@@ -190,7 +190,7 @@ class Arena:
             assert base % 16 == 0, base
 
     def address(self, name):
-        """Of a buffer, or None where there is none of the name."""
+        """Return the address of a buffer, or None if there is no buffer of this name."""
         if name not in self.places:
             return None
         if isinstance(self.held, dict):
@@ -199,7 +199,7 @@ class Arena:
         return self.memory.address(self.held) + self.places[name][0]
 
     def set(self, name, array):
-        """Gives a placed buffer other contents."""
+        """Give a placed buffer other contents."""
         assert not isinstance(self.held, dict)
         start, end = self.places[name]
         array = np.ascontiguousarray(array, self.arrays[name].dtype)
@@ -207,7 +207,7 @@ class Arena:
         self.held[start:end] = self.memory.upload(self.before[start:end])
 
     def results(self, check=True):
-        """What the written buffers hold now, by name, once nothing else has changed."""
+        """Check that nothing else has changed, and return the written buffers' contents by name."""
         self.memory.synchronize()
         if isinstance(self.held, dict):
             after = self.before.copy()
@@ -234,7 +234,7 @@ class Arena:
         assert len(places) == 0, f"bytes written that were not to be: {self._where(places)}"
 
     def _where(self, places):
-        """Which buffers some bytes lie in, or how far from which."""
+        """Say in which buffers some bytes lie, or how far from which buffer."""
         said = []
         for place in places[:4]:
             name, (start, end) = min(
@@ -245,5 +245,5 @@ class Arena:
 
 
 def array_lead(start):
-    """Bytes before a buffer that keep its alignment when it is an allocation of its own."""
+    """Return the bytes before a buffer that keep its alignment in a separate allocation."""
     return start % 16

@@ -1,8 +1,7 @@
-"""`machine`: where the kernels run. "gpu" is a GPU, through CuPy or PyTorch; "emulated" is the CPU,
-through tests/gpu/emulator.
+"""The fixture `machine`, which runs the kernels: "gpu" on a GPU, "emulated" on the CPU.
 
-It needs NumPy and pytest, and for "gpu" CUDA and CuPy or PyTorch; neither TensorFlow nor this
-package:
+The GPU is used through CuPy or PyTorch, the CPU through tests/gpu/emulator. It needs NumPy and
+pytest, and for "gpu" CUDA and CuPy or PyTorch; neither TensorFlow nor this package:
 
     python -m pytest --confcutdir=tests/gpu tests/gpu
 """
@@ -32,7 +31,7 @@ class Machine(NamedTuple):
 
 @cache
 def find_machine(name):
-    """A Machine, or the reason why there is none."""
+    """Return a Machine, or the reason why there is none."""
     if name == "emulated":
         memory, capability = arena.HostMemory(), None
     else:
@@ -53,9 +52,7 @@ def machine(request):
         if os.environ.get("CONTINUAL_TRANSFORMERS_EXPECT_GPU") == "1":
             pytest.fail(found)
         pytest.skip(found)
-    if (
-        not found.is_gpu
-    ):  # Each test has an order of threads and blocks of its own, always the same.
+    if not found.is_gpu:  # Each test has its own order of threads and blocks, always the same.
         found.library.set_order(zlib.crc32(request.node.name.encode()) % 5)
     return found
 

@@ -1,9 +1,11 @@
-"""Builds the kernels into a library with the interface of cuda/c_api.h: by nvcc for the GPU that is
-there, or by a C++ compiler on the emulator, which runs them on the CPU.
+"""Build the kernels into a library with the interface of cuda/c_api.h.
+
+nvcc builds it for the GPU of this machine, or a C++ compiler for the emulator, which runs the
+kernels on the CPU.
 
     python tests/gpu/cuda_build.py [--emulated] [--capability 90] [--output DIRECTORY]
 
-prints the library's path. What was built from the same sources by the same commands is kept.
+prints the library's path. A library from the same sources and commands is not built again.
 """
 
 import argparse
@@ -23,7 +25,7 @@ LIBRARY = "libcontinual_transformers_cuda.so"
 
 
 def what_is_read():
-    """Every file that a build may read."""
+    """Return every file that a build may read."""
     patterns = (
         "cuda/*",
         "cc/library.bzl",
@@ -35,8 +37,10 @@ def what_is_read():
 
 
 def why_no_driver():
-    """None where there is a driver for GPUs, whether or not there is a GPU; sooner known than by an
-    import of PyTorch."""
+    """Return the reason why there is no driver for GPUs; None if there is one, even without a GPU.
+
+    This is faster than importing PyTorch.
+    """
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError as error:
@@ -45,7 +49,7 @@ def why_no_driver():
 
 
 def find_capability():
-    """The compute capability of the first GPU, as "90", or None where there is no GPU."""
+    """Return the compute capability of the first GPU, as "90", or None if there is no GPU."""
     if why_no_driver() is not None:
         return None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -65,10 +69,10 @@ def find_capability():
 
 
 def build(directory, emulated=False, capability=None):
-    """Builds the library, unless it is there as its sources are now, and returns its path.
+    """Build the library, unless it is up to date, and return its path.
 
     Raises:
-        RuntimeError: with what the compiler said.
+        RuntimeError: With the compiler's output.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -80,11 +84,11 @@ def build(directory, emulated=False, capability=None):
         digest.update(path.name.encode() + path.read_bytes())
     stamp = directory / "built"
     with open(directory / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # Several workers may want it at once.
+        fcntl.flock(lock, fcntl.LOCK_EX)  # Several workers may build it at once.
         if library.exists() and stamp.exists() and stamp.read_text() == digest.hexdigest():
             return library
         stamp.unlink(missing_ok=True)
-        # A process that has the old library mapped keeps it.
+        # A process that has mapped the old library keeps it.
         fresh = library.with_suffix(".fresh")
         if emulated:
             _build_emulated(compiler, directory, fresh)
@@ -92,7 +96,7 @@ def build(directory, emulated=False, capability=None):
             environment = {
                 **os.environ,
                 "CONTINUAL_TRANSFORMERS_CUDA_ARCHITECTURES": capability,
-                # A sanitizer then names the line.
+                # So that a sanitizer can name the line.
                 "NVCC_APPEND_FLAGS": "-lineinfo",
             }
             _run([sys.executable, str(ROOT / "cuda/nvcc.py"), "library", str(fresh)], environment)
@@ -102,7 +106,7 @@ def build(directory, emulated=False, capability=None):
 
 
 def _build_emulated(compiler, directory, target):
-    # A GPU stops at a vector that is not aligned; here UBSan does.
+    # A GPU fails on an unaligned vector; here UBSan does.
     checks = ["-fsanitize=alignment,bounds,shift,signed-integer-overflow"]
     options = ["-std=c++17", "-O1", "-fPIC", *checks, "-fno-sanitize-recover=all"]
     options += [f"-I{ROOT / 'tests/gpu/emulator'}", f"-I{ROOT}", "-x", "c++"]

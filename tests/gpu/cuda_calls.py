@@ -1,4 +1,4 @@
-"""cuda/c_api.h by ctypes: its structs and functions, field for field."""
+"""The structs and functions of cuda/c_api.h by ctypes, field for field."""
 
 import ctypes
 from ctypes import c_char_p, c_double, c_int32, c_int64, c_void_p
@@ -74,11 +74,11 @@ FUNCTIONS = {
 
 
 class Refused(Exception):
-    """What a launcher said: a sentence."""
+    """The message of a launcher that refused a call."""
 
 
 class CudaLibrary:
-    """The functions of c_api.h, without their prefix; a sentence where null is expected raises."""
+    """The functions of c_api.h, without their prefix. An error message raises Refused."""
 
     def __init__(self, path):
         library = ctypes.CDLL(str(path))
@@ -86,7 +86,7 @@ class CudaLibrary:
             function = getattr(library, f"continual_transformers_cuda_{name}")
             function.restype, function.argtypes = result, arguments
             setattr(self, name, _raising(function) if result is c_char_p else function)
-        # Of the emulator: in what order threads and blocks run.
+        # Only the emulator has it: the order in which threads and blocks run.
         self.set_order = getattr(library, "cuda_emulator_set_order", None)
 
 

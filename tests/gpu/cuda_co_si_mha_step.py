@@ -1,4 +1,4 @@
-"""A layer, its streams and what the reference says of its steps, for the whole layer's kernels."""
+"""A layer, its streams and the reference's results, for the tests of the whole layer's kernels."""
 
 import ctypes
 from typing import NamedTuple
@@ -32,7 +32,7 @@ class LayerSizes(NamedTuple):
 
 
 class Layer:
-    """Weights: kernels as they travel, and biases."""
+    """The weights of a layer: kernels as they are stored, and biases."""
 
     def __init__(self, random, sizes):
         self.sizes = sizes
@@ -54,13 +54,13 @@ class Layer:
                 self.biases[name] = random.normal(scale=0.3, size=outputs).astype(compute)
 
     def project(self, name, x):
-        """In float64: [M, inputs] -> [M, outputs]."""
+        """Project in float64: [M, inputs] -> [M, outputs]."""
         y = x.astype(np.float64) @ to_float64(self.kernels[name], self.sizes.weights_dtype)
         return y + self.biases[name] if name in self.biases else y
 
 
 class LayerStreams(Streams):
-    """The attention's streams, and with a delay the queries that wait."""
+    """The attention's streams, and with a delay the waiting queries."""
 
     def __init__(self, random, positions, layer, gaps=0.0):
         sizes = layer.sizes
@@ -76,13 +76,13 @@ class LayerStreams(Streams):
         for name, ring in self.delayed.items():
             ring = ring if ring.dtype == bool else ring.astype(compute)
             for s, position in enumerate(self.position):
-                # What no step has left behind.
+                # These rows were written by no step.
                 ring[s, max(0, position) :] = True if ring.dtype == bool else np.nan
             self.delayed[name] = ring
 
 
 class LayerCall:
-    """One step, placed in memory: `launch` it, and look at what it wrote."""
+    """One step, placed in memory: `launch` it, and check what it wrote."""
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class LayerCall:
             call.attention.mask_rows, call.attention.mask_heads = mask.shape[:2]
             call.attention.mask_steps = mask.shape[2]
         library = machine.library
-        # Those of a step with a gate differ.
+        # A step with a gate needs other sizes.
         if sizes.use_gate:
             call.gate_kernel = 1
         scratch = library.co_si_mha_step_scratch_bytes(ctypes.byref(call))
@@ -183,20 +183,20 @@ class LayerCall:
         return results
 
 
-# How far keys and values may be from exact ones, relative to themselves and to the largest.
+# The largest error of keys and values, relative to each of them and to the largest.
 def ring_bound(dtype):
     return reference.ROUNDING.get(dtype, 0), bound_of(dtype)
 
 
 def check_layer_call(machine, layer, streams, chosen, inputs, **options):
-    """Takes the step on the machine, and holds all that it wrote against the reference."""
+    """Take the step on the machine, and compare all that it wrote with the reference."""
     call = LayerCall(machine, layer, streams, chosen, inputs, **options)
     call.launch()
     return check_layer_results(call, streams, chosen, inputs, **options)
 
 
 def check_layer_results(call, streams, chosen, inputs, **options):
-    """Holds what a launched call wrote against the reference, which takes the step too."""
+    """Compare what a launched call wrote with the reference, which takes the step too."""
     results, layer = call.results(), call.layer
     sizes = layer.sizes
     heads, n, d, dv, dtype = sizes.attention
@@ -212,7 +212,7 @@ def check_layer_results(call, streams, chosen, inputs, **options):
     asks = options.get("query_mask")
     asks = np.ones(m, bool) if asks is None else asks.copy()
 
-    # A number's last bit may send a key to the other side of a half's: what was stored counts.
+    # A last bit of difference may round a key to another 16-bit number, so use the stored key.
     bound = bound_of(dtype)
     if not update_state and dtype in reference.ROUNDING:
         bound = max(bound, reference.ROUNDING[dtype])
@@ -279,7 +279,7 @@ def check_layer_results(call, streams, chosen, inputs, **options):
 
 
 def inputs_of(random, layer, m):
-    """The layer's inputs query, key and value of a step: [M, features] each."""
+    """Return the layer's inputs query, key and value of a step: [M, features] each."""
     sizes = layer.sizes
     features = (sizes.query_features, sizes.key_features, sizes.value_features)
     compute = compute_dtype(sizes.attention.dtype)

@@ -1,6 +1,6 @@
-"""Streams, steps and what the reference says of them, for the kernels called through cuda/c_api.h.
+"""Streams, steps and the reference's results, for kernels that are called through cuda/c_api.h.
 
-What is kept in bfloat16 or float16 travels as its bits, in uint16.
+Arrays in bfloat16 or float16 are held as their bits, in uint16.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ STORED = {
 
 
 def compute_dtype(dtype):
-    """What is computed in where keys and values are kept in `dtype`."""
+    """Return the dtype of the computation if keys and values are stored in `dtype`."""
     return np.float64 if dtype == "float64" else np.float32
 
 
@@ -30,7 +30,7 @@ def bound_of(dtype):
 
 
 def to_stored(x, dtype):
-    """Numbers, rounded to the nearest (ties to even), as they travel."""
+    """Return numbers in their stored form, rounded to nearest (ties to even)."""
     if dtype == "bfloat16":
         bits = np.asarray(x, np.float32).view(np.uint32)
         rounded = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -41,7 +41,7 @@ def to_stored(x, dtype):
 
 
 def to_float64(stored, dtype):
-    """The numbers that travel so."""
+    """Return stored numbers in float64."""
     if dtype == "bfloat16":
         return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     if dtype == "float16":
@@ -58,12 +58,12 @@ class Sizes(NamedTuple):
 
 
 class Streams:
-    """Streams that have taken so many steps: the arrays of a cache, and all that they remember.
+    """Streams that have taken so many steps: the arrays of a cache, and their whole history.
 
-    Rows that no step has written hold NaN, and say at random whether they have a key.
+    Rows that no step has written hold NaN, and random flags of whether they have a key.
 
     Args:
-        gaps: how many of the steps before had no key.
+        gaps: The share of earlier steps without a key.
     """
 
     def __init__(self, random, positions, sizes, gaps=0.0):
@@ -93,14 +93,14 @@ class Streams:
         return 0 <= stream < len(self.position) and self.position[stream] >= 0
 
     def steps(self, random, m, t):
-        """Query [M, T, H, D], key [M, T, H, D], value [M, T, H, Dv] of so many steps."""
+        """Return query [M, T, H, D], key [M, T, H, D] and value [M, T, H, Dv] of new steps."""
         heads, _, d, dv, dtype = self.sizes
         query = random.normal(size=(m, t, heads, d)).astype(compute_dtype(dtype))
         key = to_stored(random.normal(size=(m, t, heads, d)), dtype)
         return query, key, to_stored(random.normal(size=(m, t, heads, dv)), dtype)
 
     def expected(self, chosen, inputs, scale, mask=None, key_mask=None, query_mask=None):
-        """What these steps give: output [M, T, H, Dv], scores [M, H, T, N], in float64."""
+        """Return these steps' results in float64: output [M, T, H, Dv], scores [M, H, T, N]."""
         heads, n, _, dv, _ = self.sizes
         m, t = inputs[0].shape[:2]
         output = np.full((m, t, heads, dv), np.nan)
@@ -128,7 +128,7 @@ class Streams:
         keys = to_float64(np.concatenate([old_keys, key]), dtype).swapaxes(0, 1)  # [H, n, D]
         values = to_float64(np.concatenate([old_values, value]), dtype).swapaxes(0, 1)
         has_key = np.concatenate([old_has_key, key_mask])
-        # What is not attended to may be NaN.
+        # A key and value that no query attends to may be NaN.
         keys, values = (np.where(has_key[:, None], x, 0) for x in (keys, values))
         logits = scale * (query @ keys.swapaxes(1, 2))  # [H, T, steps known]
         # Column c of query q's window is step first + c.
@@ -146,7 +146,7 @@ class Streams:
         return output, scores
 
     def take(self, chosen, inputs, key_mask=None):
-        """Takes the steps, in the arrays and in what is remembered."""
+        """Take the steps, in the arrays and in the history."""
         n = self.sizes.window
         _, key, value = inputs
         t = key.shape[1]
@@ -166,7 +166,7 @@ class Streams:
             self.position[stream] += t
 
     def windows(self, chosen):
-        """The N - 1 steps before now, oldest first: keys, values, which have a key."""
+        """Return the N - 1 last steps, oldest first: keys, values, and which steps have a key."""
         heads, n, d, dv, dtype = self.sizes
         keys = np.zeros((len(chosen), heads, n - 1, d), STORED[dtype])
         values = np.zeros((len(chosen), heads, n - 1, dv), STORED[dtype])
@@ -181,7 +181,7 @@ class Streams:
 
 
 class Call:
-    """One call of the kernel, placed in memory: `launch` it, and look at what it wrote."""
+    """One call of the kernel, placed in memory: `launch` it, and check what it wrote."""
 
     def __init__(
         self,
@@ -224,7 +224,7 @@ class Call:
         for name, x in state.items():
             arena.add(name, x, written=update_state)
         arena.output("output", (m, t, heads, dv), compute)
-        # No poison: as an integer that is what is said where there is no such stream.
+        # Not poison: as an integer that is -1, the value for a stream that does not exist.
         arena.add("steps_taken", np.full(m, 77), written=True)
         if scores:
             arena.output("scores", (m, heads, t, n), compute)
@@ -273,14 +273,14 @@ def same_bits(got, expected, what):
 
 
 def check_call(machine, streams, chosen, inputs, bound=None, **options):
-    """Takes the steps on the machine, and holds all that they wrote against the reference."""
+    """Take the steps on the machine, and compare all that they wrote with the reference."""
     call = Call(machine, streams, chosen, inputs, **options)
     call.launch()
     return check_results(call, streams, chosen, inputs, bound, **options)
 
 
 def check_results(call, streams, chosen, inputs, bound=None, **options):
-    """Holds what a launched call wrote against the reference, which takes the steps too."""
+    """Compare what a launched call wrote with the reference, which takes the steps too."""
     results = call.results()
     bound = bound_of(streams.sizes.dtype) if bound is None else bound
     m, t = inputs[0].shape[:2]

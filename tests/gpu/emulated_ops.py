@@ -1,11 +1,12 @@
-"""Tests the ops for GPUs where there is no GPU: the kernels emulated, and TensorFlow's side of them
-as it is, but registered for the CPU in place of the CPU's own.
+"""Tests of the GPU's ops without a GPU: emulated kernels and the real TensorFlow side of them.
+
+The TensorFlow side is registered for the CPU, in place of the CPU's own kernels.
 
     python tests/gpu/emulated_ops.py [what pytest takes]
 
 builds such an op library in a copy of the package, in build/emulated_ops, and runs the tests in
-`tests/` that are not about the CPU alone; without arguments those of the ops. What it cannot find
-is what the emulator cannot, and whatever comes of a GPU's memory being another than the host's.
+`tests/` that are not only about the CPU; without arguments it runs those of the ops. It cannot find
+what the emulator cannot find, nor errors that come from a GPU having separate memory.
 """
 
 import os
@@ -19,12 +20,12 @@ import tensorflow as tf
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
-from object_files import compile_object, side_by_side  # noqa: E402  Beside the tests.
+from object_files import compile_object, side_by_side  # noqa: E402  In tools/.
 
 BUILD = ROOT / "build" / "emulated_ops"
 PACKAGE = "continual_transformers_tf"
 
-# The CPU's own kernels of the same ops; and the stream of an op, of which the CPU has none.
+# The CPU's own kernels of the same ops; and op_stream.cc, because the CPU has no CUDA streams.
 LEFT_OUT = {
     "tensorflow/single_output_kernel.cc",
     "tensorflow/co_si_mha_step_kernel.cc",
@@ -45,7 +46,7 @@ TESTS = (
 
 
 def compile_one(source):
-    """The object of a source file, made anew where the source or a header that it includes is."""
+    """Compile a source file if it or a header has changed, and return the object."""
     made = BUILD / "objects" / f"{source.relative_to(source.anchor)}.o"
     lists = runpy.run_path(str(ROOT / "cc" / "library.bzl"))
     command = [
@@ -55,7 +56,7 @@ def compile_one(source):
         f'-DCONTINUAL_TRANSFORMERS_TENSORFLOW="{tf.__version__}"',
     ]  # fmt: skip
     if "gpu" in source.parts or source.suffix == ".cu":
-        # To the emulator a fiber that is left by a jump is an error of _FORTIFY_SOURCE's.
+        # _FORTIFY_SOURCE takes the emulator's jumps out of fibers for errors.
         command += [f"-I{ROOT}/tests/gpu/emulator", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
         command += ['-DCONTINUAL_TRANSFORMERS_CUDA_BUILD="emulated"', "-DDEVICE_GPU=DEVICE_CPU"]
         command += ["-O1"]
@@ -64,7 +65,7 @@ def compile_one(source):
 
 
 def build():
-    """Builds the library in a copy of the package; returns the folder to import it from."""
+    """Build the library in a copy of the package; return the folder to import it from."""
     lists = runpy.run_path(str(ROOT / "cc" / "library.bzl"))
     names = lists["TENSORFLOW_SOURCES"] + lists["TENSORFLOW_GPU_SOURCES"]
     sources = [ROOT / "cc" / name for name in names if name not in LEFT_OUT]

@@ -1,11 +1,11 @@
-"""`make gpu`: builds the kernels for the GPU that is here, checks them and times them.
+"""`make gpu`: build the kernels for this machine's GPU, check them and time them.
 
     python tests/gpu/gpu_run.py [--out DIRECTORY] [--only STEP ...]
 
 It needs nvcc, a C++ compiler, Python, NumPy, PyTorch and pytest; neither TensorFlow, nor a network,
-nor this package. Each step is a process with a time limit of its own, and all of them together have
-one. What they found is in DIRECTORY (build/gpu, or $OUT): gpu.json, pictures, what each printed.
-The exit status is 0 only where nothing went wrong; a figure that misses its goal is no fault.
+nor this package. Each step is a process with its own time limit, and all of them together have one.
+The results are in DIRECTORY (build/gpu, or $OUT): gpu.json, pictures, and the output of each step.
+The exit status is 0 only if nothing went wrong; a figure that misses its goal is not an error.
 """
 
 import argparse
@@ -30,16 +30,17 @@ SUITE = [
     sys.executable, "-m", "pytest", "--confcutdir=tests/gpu", "tests/gpu", "-q", "-rfE",
     "-p", "no:cacheprovider", "-k", "not emulated",
 ]  # fmt: skip
-# Those of the op, of the layer and of the encoder, on TensorFlow's own GPU.
+# The tests of the op, the layer and the encoder, which run on TensorFlow's GPU.
 TENSORFLOW_TESTS = ("test_single_output*.py", "test_co_si_*.py")
 
 
 class Step(NamedTuple):
-    """
+    """One step of `make gpu`.
+
     Args:
-        limit: seconds, after which the step is ended.
-        needs: names of steps without whose success this one is not run.
-        reason: why it is not run anyway, or None.
+        limit: The seconds after which the step is stopped.
+        needs: The names of steps that must succeed before this one runs.
+        reason: Why it does not run anyway, or None.
     """
 
     name: str
@@ -51,12 +52,12 @@ class Step(NamedTuple):
 
 
 def steps(out):
-    """What `make gpu` does, on a machine with a GPU."""
+    """Return the steps of `make gpu`, on a machine with a GPU."""
     many = ["-n", "4"] if importlib.util.find_spec("xdist") else []
     sanitizer = find_sanitizer()
     lacking = None if sanitizer else "there is no compute-sanitizer, on PATH or in CUDA_HOME"
-    # Buffers are allocations of their own then, so that each one's end is seen.
-    expected = {"CONTINUAL_TRANSFORMERS_EXPECT_GPU": "1"}  # A test without one is then no skip.
+    # For the sanitizer, each buffer is a separate allocation, so that it sees the buffer's end.
+    expected = {"CONTINUAL_TRANSFORMERS_EXPECT_GPU": "1"}  # Without a GPU, a test fails.
     apart = {**expected, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     made = [
         Step("build", [sys.executable, "tests/gpu/cuda_build.py"], 100),
@@ -87,7 +88,7 @@ def find_sanitizer():
 
 
 def why_no_tensorflow():
-    """Why the tests of the ops cannot run inside TensorFlow on its GPU; None where they can."""
+    """Return why the ops' tests cannot run in TensorFlow on its GPU; None if they can."""
     for module in ("tensorflow", "continual_transformers_tf"):
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed here"
@@ -106,10 +107,10 @@ def why_no_tensorflow():
 
 
 def run_step(step, log, limit):
-    """Runs it, everything that it prints into `log`, and ends it and its children at the limit.
+    """Run a step, with its output in `log`; stop it and its children at the limit.
 
     Returns:
-        How it went: "ok", "failed" or "timed out", its exit status, its seconds, its last line.
+        A dict: how it went ("ok", "failed" or "timed out"), its exit status, seconds and last line.
     """
     begin = time.monotonic()
     with open(log, "wb") as output:
@@ -124,7 +125,7 @@ def run_step(step, log, limit):
         except subprocess.TimeoutExpired:
             went, status = "timed out", None
         finally:
-            # Whom it has left behind too: they are a session of their own.
+            # Also stops processes that it left behind: they are in its process group.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -133,7 +134,7 @@ def run_step(step, log, limit):
 
 
 def run_steps(chosen, out, seconds=ALL_SECONDS):
-    """Runs one after another; what is left of `seconds` limits each too."""
+    """Run one step after another. The rest of `seconds` also limits each step."""
     begin = time.monotonic()
     found = {}
     for step in chosen:
@@ -143,7 +144,7 @@ def run_steps(chosen, out, seconds=ALL_SECONDS):
         if reason is None and missing:
             reason = f"{missing[0]}: {found[missing[0]]['went']}"
         if reason is None and left <= 1:
-            # It ought to have been: not as where something is not installed.
+            # The step should have run. That is an error, unlike something that is not installed.
             found[step.name] = dict(went="timed out", last_line=f"the {seconds:g} s were over")
         elif reason is not None:
             found[step.name] = dict(went=NOT_RUN, last_line=reason)
@@ -151,7 +152,7 @@ def run_steps(chosen, out, seconds=ALL_SECONDS):
             print(f"{step.name} ...", flush=True)
             limit = min(step.limit, left)
             command = [*step.command]
-            if step.name == "benchmark":  # So that it ends by itself.
+            if step.name == "benchmark":  # So that it ends before the limit.
                 command += ["--seconds", f"{0.8 * limit:.0f}"]
             log = out / f"{step.name}.txt"
             found[step.name] = run_step(step._replace(command=command), log, limit)
@@ -159,7 +160,7 @@ def run_steps(chosen, out, seconds=ALL_SECONDS):
 
 
 def summary(found, benchmark=None):
-    """What is printed last."""
+    """Return the summary, which is printed last."""
     lines = []
     for name, step in found.items():
         took = f"{step['seconds']:6.1f} s" if "seconds" in step else " " * 8
@@ -199,7 +200,7 @@ def main(arguments=None):
             )
         wanted = [step for step in wanted if step.name in chosen.only]
     recorded = out / "benchmark.json"
-    recorded.unlink(missing_ok=True)  # That of another day.
+    recorded.unlink(missing_ok=True)  # Left from an earlier run.
     found = run_steps(wanted, out)
     benchmark = json.loads(recorded.read_text()) if recorded.exists() else None
     wrong = is_wrong(found)

@@ -29,7 +29,7 @@ def normalize(x, scale, offset):
 
 
 class Block:
-    """The attention layer and what is round it, all from E features to E."""
+    """The attention layer and the rest of a block, all with E features."""
 
     def __init__(self, random, attention, hidden, weights_dtype, activation, norm_first):
         features = attention.heads * 3 + 2
@@ -65,7 +65,7 @@ class Block:
         return self.norm("attention", x) if self.norm_first else x.astype(np.float64)
 
     def expected(self, x, attended):
-        """The output [M, E] for the attention layer's [M, E]."""
+        """Return the output [M, E] for the attention layer's output [M, E]."""
         between = x + attended
         kernels = {
             name: to_float64(kernel, self.layer.sizes.weights_dtype)
@@ -114,7 +114,7 @@ def check_step(machine, block, streams, chosen, x, result=True, update_state=Tru
     written = arena.results()
     if result:
         error = reference.relative_error(written["result"], block.expected(x, attended))
-        # Seven layers and norms after one another, of whose bounds each has its own.
+        # Seven layers and norms follow each other, and each adds an error: allow 3 times the bound.
         assert error < 3 * max(bound_of(dtype), reference.ROUNDING.get(dtype, 0))
     check_layer_results(attention, streams, chosen, [exact] * 3, **options)
 

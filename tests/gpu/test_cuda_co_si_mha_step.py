@@ -52,7 +52,7 @@ def layer(request, random):
 
 @pytest.mark.sanitizer
 def test_layers(machine, random, layer):
-    """Every kind of layer, with streams of all ages and every mask, now and then."""
+    """Every kind of layer, with streams of all ages, and with every mask in some of the cases."""
     heads, n = layer.sizes.attention[:2]
     streams = LayerStreams(random, [0, 1, n - 1, n, 2 * n + 3], layer, gaps=0.2)
     for step, m in enumerate((3, 1, 4, 2, 5)):
@@ -82,7 +82,7 @@ def test_rows(machine, random, rows, weights_dtype):
 
 @pytest.mark.parametrize("features", [64, 130, 256])
 def test_features(machine, random, features):
-    """Sums over many features, and outputs by the block."""
+    """Sums over many features, and outputs of many blocks."""
     for weights_dtype in ("float32", "bfloat16"):
         attention = Sizes(4, 6, features // 4, features // 4)
         sizes = layer_sizes(attention, (features,) * 3, features, weights_dtype=weights_dtype)
@@ -161,7 +161,7 @@ def test_replayed_while_the_streams_age(machine, random, delay):
     streams = LayerStreams(random, [0, 2, 30], layer)
     chosen = [2, 0]
     inputs = inputs_of(random, layer, 2)
-    # What happens at a kernel's first launch only must not happen in a capture.
+    # A kernel's first launch does work that must not happen in a capture.
     check_layer_call(machine, layer, LayerStreams(random, [0, 2, 30], layer), chosen, inputs)
     call = LayerCall(machine, layer, streams, chosen, inputs)
     replay = machine.memory.capture(call.launch)
@@ -178,7 +178,7 @@ def test_replayed_while_the_streams_age(machine, random, delay):
 
 
 def test_steps_follow_one_another(machine, random):
-    """Launched one after another with nothing awaited: each sees what the one before it wrote."""
+    """Steps that are launched without waiting see what the earlier ones wrote."""
     layer = Layer(random, layer_sizes(Sizes(2, 7, 16, 16), (32, 32, 32), 32))
     streams = LayerStreams(random, [3], layer)
     lap, laps = 15, 200 if machine.is_gpu else 2

@@ -22,7 +22,7 @@ KEY_DIMS = (1, 12, 16, 24, 33, 64, 128)
 
 
 def on_each_machine(emulated, gpu):
-    """Parametrizes by (machine, case): each machine has cases of its own, since one is slow."""
+    """Parametrize by (machine, case). Each machine has its own cases, because one is slow."""
     cases = [("emulated", case) for case in emulated] + [("gpu", case) for case in gpu]
     ids = [f"{name}-{case[0]}-{case[1]}" for name, case in cases]
     return pytest.mark.parametrize(("machine", "case"), cases, indirect=["machine"], ids=ids)
@@ -48,7 +48,7 @@ GPU_GRID = [
 
 @on_each_machine(EMULATED_GRID, GPU_GRID)
 def test_grid(machine, random, case):
-    """Streams of all ages in one call, in some order, T steps, then one more; every position."""
+    """Streams of all ages in any order, T steps, then one more, at every position."""
     n, dtype, key_dims, lengths = case
     for key_dim in key_dims:
         for t in lengths:
@@ -83,7 +83,7 @@ def test_long_windows(machine, random, case):
 @pytest.mark.parametrize("t", [1, 3, 9])
 @pytest.mark.parametrize("window_parts", [1, 2, 7])
 def test_window_parts(machine, random, window_parts, t, dtype):
-    """Any number of parts, with everything else that can be asked for, and all once more."""
+    """Any number of parts, with all other options, in two calls after each other."""
     n = 7 if t == 9 else 37
     streams = Streams(random, [0, 4, n, 3 * n - 1], Sizes(3, n, 16, 24, dtype), gaps=0.2)
     for chosen in ([2, 0, 3], [3, 1]):
@@ -101,7 +101,7 @@ def test_window_parts(machine, random, window_parts, t, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("key_dim", [1, 16, 33, 64])
 def test_unaligned(machine, random, key_dim, dtype):
-    """Every pointer aligned to its own element's size and no more."""
+    """Every pointer is aligned only to the size of its elements."""
     streams = Streams(random, [3, 30], Sizes(2, 12, key_dim, 16, dtype))
     for t, parts in ((1, 1), (2, 3)):
         inputs = streams.steps(random, 2, t)
@@ -124,7 +124,7 @@ def test_attention_mask(machine, random, axes, t):
 
 @pytest.mark.parametrize("t", [1, 3])
 def test_query_mask(machine, random, t):
-    """A row whose query attends to nothing: zeros; its stream takes the step."""
+    """A query that attends to nothing gives zeros; its stream takes the step."""
     streams = Streams(random, [0, 11, 50], Sizes(2, 7, 8, 12))
     for window_parts in (1, 2):
         inputs = streams.steps(random, 3, t)
@@ -153,7 +153,7 @@ def test_fully_masked_gives_zeros_and_masked_nan_does_no_harm(machine, random, w
 
 @pytest.mark.parametrize("t", [1, 3, 9])
 def test_a_step_without_a_key_is_never_attended_to(machine, random, t):
-    """Neither now nor later, whatever its key and value hold."""
+    """No query attends to it, now or later, and its key and value may hold anything."""
     streams = Streams(random, [0, 3, 11], Sizes(2, 7, 4, 4), gaps=0.3)
     for _ in range(18 // t):
         query, key, value = streams.steps(random, 3, t)
@@ -185,7 +185,7 @@ def test_nan_stays_in_its_stream_and_leaves_with_its_window(machine, random, t):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("largest", [1e1, 1e2, 1e4])
 def test_large_logits(machine, random, largest, dtype):
-    """The bound for any logits: twice the error of a naive implementation in the type."""
+    """The bound for any logits is twice the error of a naive implementation in the type."""
     n, t = 33, 5
     streams = Streams(random, [40], Sizes(2, n, 16, 16, dtype))
     query, key, value = streams.steps(random, 1, t)
@@ -211,7 +211,7 @@ def test_large_logits(machine, random, largest, dtype):
 
 
 def test_infinite_logits_that_pass_do_not_spoil_finite_ones(machine):
-    """A key of -infinity has weight zero, wherever in the window it lies."""
+    """A key of -infinity has weight zero at any place in the window."""
     streams = Streams(np.random.default_rng(), [0], Sizes(1, 100, 1, 1))
     ones = np.ones((1, 1, 1, 1), np.float32)
 
@@ -252,7 +252,7 @@ def test_window_copies(machine, random, window, dtype):
 @pytest.mark.parametrize("t", [1, 3])
 @pytest.mark.parametrize("window_parts", [1, 2])
 def test_no_such_stream_touches_nothing(machine, random, window_parts, t):
-    """Out of range, or of a negative position: NaN, and not a byte of anybody's state."""
+    """A number out of range, or a negative position, gives NaN and changes no byte of any state."""
     streams = Streams(random, [5, -1, 3, 0, np.iinfo(np.int64).min], Sizes(2, 7, 16, 8))
     chosen = [2, 5, 1, -1, 0, np.iinfo(np.int32).max, np.iinfo(np.int32).min, 4]
     for _ in range(2):
@@ -262,7 +262,7 @@ def test_no_such_stream_touches_nothing(machine, random, window_parts, t):
 
 
 def test_rows_beyond_the_streams_held_are_no_streams(machine, random):
-    """Without `streams` row m is stream m."""
+    """Without `streams`, row m is stream m."""
     streams = Streams(random, [5, 0, 30], Sizes(2, 7, 4, 4))
     for m in (2, 3, 5):
         check_call(machine, streams, range(m), streams.steps(random, m, 1), in_order=True)
@@ -274,7 +274,7 @@ def test_no_rows(machine, random):
 
 
 def refused_call(machine, random, sizes, t=1, **fields):
-    """A call that no kernel takes writes nothing; the sentence that says so."""
+    """Check that a call that no kernel takes writes nothing; return the error message."""
     streams = Streams(random, [5, 7], sizes)
     call = Call(machine, streams, [1, 0], streams.steps(random, 2, t))
     for name, value in fields.items():
@@ -321,9 +321,9 @@ def test_sizes_that_no_kernel_takes_are_said(machine, random):
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("window_parts", [1, 3])
 def test_no_drift(machine, random, window_parts, overlap):
-    """As many steps, launched one after another with nothing awaited, leave no trace.
+    """Many steps that are launched without waiting leave no error behind.
 
-    The steps of a lap are laid side by side, and a launch looks at one of them.
+    The steps of a lap are placed side by side, and a launch reads one of them.
     """
     sizes = Sizes(2, 64 if machine.is_gpu else 20, 16, 8)
     lap = 1001 if machine.is_gpu else 51
@@ -353,12 +353,12 @@ def test_no_drift(machine, random, window_parts, overlap):
 @pytest.mark.parametrize("t", [1, 2])
 @pytest.mark.parametrize("window_parts", [1, 3])
 def test_replayed_while_the_streams_age(machine, random, window_parts, t):
-    """Captured once in a graph, where there are graphs; the host knows of no position."""
+    """Steps are captured once in a graph, if there are graphs: the host knows no positions."""
     streams = Streams(random, [0, 2, 30], Sizes(2, 7, 16, 8))
     chosen = [2, 0]
     inputs = streams.steps(random, 2, t)
     options = dict(window_parts=window_parts)
-    # What happens at a kernel's first launch only must not happen in a capture.
+    # A kernel's first launch does work that must not happen in a capture.
     check_call(machine, Streams(random, [0, 2, 30], streams.sizes), chosen, inputs, **options)
     call = Call(machine, streams, chosen, inputs, **options)
     replay = machine.memory.capture(call.launch)
@@ -375,7 +375,7 @@ def test_replayed_while_the_streams_age(machine, random, window_parts, t):
 
 
 def test_planned_parts(machine):
-    """No more than there are rows, enough for every multiprocessor, and one for many queries."""
+    """At most as many parts as rows, enough for every multiprocessor, one for many queries."""
     plan = machine.library.plan_window_parts
     for queries in (0, 1, 8, 1000, 1 << 40):
         for window in (1, 16, 1000, 65536):
@@ -392,7 +392,7 @@ def test_nothing_is_launched(machine):
 
 
 def test_the_same_reference(random):
-    """What is expected here is what tests/reference.py says, step by step."""
+    """The expected results here equal those of tests/reference.py, step by step."""
     n, dtype = 5, "bfloat16"
     sizes = Sizes(2, n, 4, 3, dtype)
     streams = Streams(random, [3, 9], sizes, gaps=0.2)

@@ -1,4 +1,4 @@
-"""The GPU's benchmark as far as it goes without one: sizes, arithmetic, what it reports."""
+"""The parts of the GPU's benchmark that need no GPU: sizes, arithmetic, its report."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ def test_bytes_and_operations():
     size = AttentionSize(streams=3, heads=2, window=10, dim=4, dtype="bfloat16")
     rows = 3 * 2 * 10
     assert size.ring_bytes == rows * 4 * 2 * 2
-    # The ring; newest key and value, 2 bytes a number; query and output, 4; the mask.
+    # The ring; the newest key and value, at 2 bytes a number; query and output, at 4; the mask.
     assert size.bytes == size.ring_bytes + 3 * 2 * 4 * (2 * 2 + 2 * 4) + 3 * 10
     assert size.operations == rows * 4 * 2 * 2
     layer = LayerSize(streams=1, features=1024, heads=8, window=64, dtype="float32")
@@ -53,7 +53,7 @@ def test_so_many_sets_that_none_is_in_the_cache():
     for cache in (1 << 20, 50 << 20):
         for size in (1 << 10, 1 << 16, 60 << 20, 1 << 30):
             sets = copies_beyond(cache, size)
-            # Between two turns of one, all others are read.
+            # Between two uses of one set, all others are read.
             assert sets == 1 or (sets - 1) * size >= 2 * cache
             assert sets > 1 or size > 2 * cache
 
@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_said():
     large = AttentionSize(2048, 8, 65536, 128, "float32")
     assert "do not fit" in why_skipped(large, 70e9)
     assert why_skipped(AttentionSize(1, 8, 65536, 128, "float32"), 70e9) is None
-    # On a GPU of 80 GB there is something at either end.
+    # On a GPU of 80 GB both ends of the range have sizes that fit.
     fitting = [size for size in attention_sizes() if why_skipped(size, 68e9) is None]
     assert len(fitting) > 150
     assert max(size.ring_bytes for size in fitting) > 10e9
@@ -95,7 +95,7 @@ def entry(size, ours, sdpa):
 
 @pytest.fixture
 def found():
-    """What a run records, in its format, of a GPU that there is not."""
+    """Return what a run records, in its format, for a GPU that does not exist."""
     small, middle, large = (
         AttentionSize(1, 8, 64, 64, "bfloat16"),
         AttentionSize(1, 8, 512, 64, "bfloat16"),
@@ -170,7 +170,7 @@ def test_recorded_results_are_shown_again(found, tmp_path, capsys, monkeypatch):
     assert picture.stat().st_size > 10_000
     assert json.loads((tmp_path / "a").read_text()) == found
     assert "NOT REACHED" in capsys.readouterr().out
-    # Without rich the same is said.
+    # Without rich, the plain report has the same contents.
     monkeypatch.setitem(sys.modules, "rich.console", None)
     found["failures"] = ["N=64: it broke"]
     recorded.write_text(json.dumps(found))
@@ -187,7 +187,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 
 
 class EmulatedGpu:
-    """As gpu_benchmark.Gpu, by the emulator, on PyTorch's tensors in host memory."""
+    """The emulator in place of gpu_benchmark.Gpu, on PyTorch tensors in host memory."""
 
     device = "cpu"
     multiprocessors = 4
@@ -214,7 +214,7 @@ class EmulatedGpu:
 
 
 def test_measured_by_the_emulator():
-    """Not how fast anything is, but that all of it runs, and agrees with PyTorch."""
+    """This does not measure speed: it checks that everything runs, and agrees with PyTorch."""
     torch = pytest.importorskip("torch", reason="the benchmark is PyTorch's")
     path = cuda_build.build(cuda_build.default_directory(True), emulated=True)
     bench = gpu_benchmark.Bench(
@@ -236,7 +236,7 @@ def test_measured_by_the_emulator():
     many = layer + 20 * layer[:1]
     found = gpu_benchmark.run(bench, attention, many, 100, lambda found: saved.append(dict(found)))
     assert len(saved) == 1
-    assert gpu_report.plain(saved[0])  # What there is of it can be shown.
+    assert gpu_report.plain(saved[0])  # A report of an incomplete run works too.
     assert found["failures"] == []
     *measured, skipped = found["attention"]
     assert "do not fit" in skipped["skipped"]
@@ -249,7 +249,7 @@ def test_measured_by_the_emulator():
         assert entry["error_against_torch"] < 4e-2
     assert "the emulator" in gpu_report.plain(found)
     json.dumps(found)
-    # A kernel that computes something else is a failure, and the exit status says so.
+    # A kernel with wrong results is a failure, and sets the exit status.
     size = AttentionSize(1, 2, 16, 16, "float32")
     rings = gpu_benchmark.AttentionRings(bench, size, 1)
     rings.calls[0].scale = 3.0

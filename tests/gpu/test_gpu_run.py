@@ -1,4 +1,4 @@
-"""`make gpu` as far as it goes without a GPU: its steps' limits, its exit status, what it says."""
+"""The parts of `make gpu` that need no GPU: its steps' limits, its exit status, its messages."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def test_without_a_gpu_one_sentence_and_a_status(monkeypatch, capsys, tmp_path):
 
 
 def test_as_a_person_would_run_it():
-    """Neither a package of ours nor a virtual environment is asked for."""
+    """It needs neither a package of ours nor a virtual environment."""
     if cuda_build.find_capability() is not None:
         pytest.skip("there is a GPU here")
     command = ["make", "--no-print-directory", "gpu", f"PYTHON={sys.executable}"]
@@ -69,7 +69,7 @@ def test_a_step_at_its_limit_is_ended_with_its_children(tmp_path):
     assert found["after"]["went"] == "ok"
     assert gpu_run.is_wrong(found)
     child = int((tmp_path / "step.txt").read_text())
-    for _ in range(100):  # Whoever adopts it lets it go in the end.
+    for _ in range(100):  # The process that adopts it reaps it after a while.
         try:
             os.kill(child, 0)
             with open(f"/proc/{child}/stat") as stat:

@@ -1,1 +1,1 @@
-"""The races: a step of a whole model, and of the whole layer, against every rival and its bound."""
+"""The races: a step of a whole model, and of the attention layer, against rivals and a bound."""

@@ -1,6 +1,6 @@
-"""Races whole models: every contestant in a process of its own, one timed after another, in rounds.
+"""The race of whole models: each contestant has its own process; a round times them in turn.
 
-Before it is timed, each contestant's outputs are compared with a float64 reference.
+Before a contestant is timed, its outputs are compared with a float64 reference.
 """
 
 import statistics
@@ -20,7 +20,7 @@ WORKER = [sys.executable, "-m", "continual_transformers_tf.bench.model_worker"]
 
 
 def contestants(only, threads):
-    """The names of those that take part."""
+    """Return the names of the contestants that take part."""
     return [
         name
         for name in model_rivals.MODEL_MODULES
@@ -29,15 +29,15 @@ def contestants(only, threads):
 
 
 def run(threads, rounds, quick, only, programs, progress):
-    """The whole race.
+    """Run the whole race.
 
     Args:
-        threads: list of ints, how many threads each contestant may use.
-        rounds: int.
-        quick: whether to run tiny sizes for a moment, to see that it works.
-        only: the names of contestants that take part; empty: all.
-        programs: the folder of the C++ programs, which `benchmarks/build_cc.py` builds.
-        progress: called with (done, of how many, what comes now).
+        threads: A list of ints, how many threads each contestant may use.
+        rounds: How many rounds.
+        quick: Whether to run tiny sizes for a moment, to see that it works.
+        only: The names of contestants that take part; empty: all.
+        programs: The folder of the C++ programs, which `benchmarks/build_cc.py` builds.
+        progress: A function that is called with (done, of how many, what comes now).
 
     Returns:
         A dict that is JSON.
@@ -71,7 +71,7 @@ class _Race:
         self.missing = {}
 
     def of_size(self, folder, threads, size, names):
-        """Race the contestants of a size: its entry in the results."""
+        """Race the contestants of a size, and return its entry in the results."""
         folder = folder / str(size).replace(" ", "_")
         self._write(folder, size)
         bursts = {}
@@ -102,11 +102,11 @@ class _Race:
         return entry
 
     def _python(self, threads):
-        """Microseconds that a step from Python takes over the same step in C++.
+        """Return how many microseconds a step from Python takes more than the same step in C++.
 
-        The median of many differences between two bursts in a row: what else the machine does
-        changes more from round to round than Python takes. Of many streams it would be lost in the
-        noise all the same.
+        It is the median of many differences between two consecutive bursts: between rounds, the
+        machine's speed changes by more than Python takes. With many streams the difference would
+        be lost in the noise even so.
         """
         burst = dict(seconds=0.001 if self._burst["seconds"] < 0.1 else 0.01, least=2)
         medians = [
@@ -119,7 +119,7 @@ class _Race:
         )
 
     def _write(self, folder, size):
-        """The model as contestants read it that do not make it themselves."""
+        """Write weights and inputs for the contestants that read them from files."""
         if folder.exists():
             return
         folder.mkdir()
@@ -128,7 +128,7 @@ class _Race:
         model_rivals.inputs_of(size).tofile(folder / "inputs.bin")
 
     def _prepare(self, name, threads, size, folder):
-        """Make a contestant ready to be timed: {} or what is wrong."""
+        """Make a contestant ready to be timed. Return {} or what is wrong."""
         if name.startswith("session") and not (folder / "model.safetensors").exists():
             answer = self._process("packer", 1).ask("pack", size=size, directory=str(folder))
             if answer:
@@ -167,17 +167,17 @@ class _Race:
 
 
 def missing_program(path):
-    """{}, or what is to be done where a C++ program was not built."""
+    """Return {}, or what to do if a C++ program was not built."""
     if path.exists():
         return {}
     return {"missing": f"{path}, which `{BUILD} {path.parent}` builds in a checkout"}
 
 
 def compare(size, answer):
-    """Compare a contestant's outputs with the reference: {} or what is wrong."""
+    """Compare a contestant's outputs with the reference. Return {} or what is wrong."""
     expected = model_rivals.reference(size, answer["steps"], answer["positions"])
     largest = np.abs(expected).max()
     error = np.abs(np.array(answer["outputs"]) - expected).max() / largest
-    if error < model_rivals.TOLERANCE:  # Not so of NaN.
+    if error < model_rivals.TOLERANCE:  # False for NaN.
         return {}
     return {"error": f"expected its outputs within {model_rivals.TOLERANCE:g}, got {error:.2g}"}

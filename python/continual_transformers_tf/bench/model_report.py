@@ -1,4 +1,4 @@
-"""What the race of whole models found: a table, the goals, and their section in the docs."""
+"""The report of the race of whole models: a table, the goals, and their section in the docs."""
 
 from continual_transformers_tf.bench.model_rivals import MODEL_DESCRIPTIONS, MODEL_MODULES
 from continual_transformers_tf.bench.race import missing_lines
@@ -14,7 +14,7 @@ OURS = "session"
 
 
 def rows(models, threads):
-    """The results of a number of threads: a list of (ModelSize, dict from name to its figures)."""
+    """Return the results for a number of threads: a list of (ModelSize, {name: figures})."""
     return [
         (ModelSize(**entry["size"]), entry["rivals"])
         for entry in models["results"]
@@ -23,7 +23,7 @@ def rows(models, threads):
 
 
 def check_goals(models):
-    """Every goal, of one thread, as far as it was measured: a list of (ModelSize, Goal)."""
+    """Return every goal for one thread that was measured: a list of (ModelSize, Goal)."""
     found = []
     for entry in models["results"]:
         if entry["threads"] != 1:
@@ -49,7 +49,7 @@ def check_goals(models):
 
 
 def table(models, threads):
-    """A rich.table.Table: microseconds of a step, and how many times ours."""
+    """Return a rich.table.Table of microseconds a step, also as multiples of ours."""
     import rich.table
 
     title = f"One step of a whole model, {threads} thread(s), µs (× {OURS})"
@@ -63,7 +63,7 @@ def table(models, threads):
 
 
 def goals_table(models):
-    """A rich.table.Table of the goals, or None where none was measured."""
+    """Return a rich.table.Table of the goals, or None if none was measured."""
     import rich.table
 
     goals = check_goals(models)
@@ -99,12 +99,12 @@ def _spread(figures):
 
 
 def number(microseconds):
-    """As many digits as mean something."""
+    """Format microseconds with the digits that are significant."""
     return f"{microseconds:.1f}" if microseconds < 100 else f"{microseconds:,.0f}"
 
 
 def markdown_lines(models):
-    """The section of the docs."""
+    """Return the lines of the section in the docs."""
     lines = [
         "",
         "## Whole models",
@@ -149,7 +149,7 @@ def _markdown_table(head, body):
 
 
 def draw_bars(axis, models):
-    """A bar for every contestant and size, one thread, on a logarithmic axis."""
+    """Draw a bar for every contestant and size, with one thread, on a logarithmic axis."""
     import matplotlib.pyplot as plt
 
     sizes = rows(models, 1)

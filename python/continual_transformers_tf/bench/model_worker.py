@@ -7,7 +7,7 @@ from pathlib import Path
 
 from continual_transformers_tf.bench import worker
 
-CHUNK_SECONDS = 200e-6  # A sample of steps that are faster than this is of several.
+CHUNK_SECONDS = 200e-6  # Steps that are faster than this are timed several at once.
 
 
 class ModelWorker:
@@ -29,7 +29,7 @@ class ModelWorker:
         from continual_transformers_tf.bench import model_rivals
         from continual_transformers_tf.bench.sizes import ModelSize
 
-        self._contestant = self._inputs = None  # Those of the size before go first.
+        self._contestant = self._inputs = None  # Free those of the last size first.
         self._size = ModelSize(*size)
         self._contestant = model_rivals.make(
             self._name, self._size, self._threads, str(Path(directory, "model.safetensors"))
@@ -38,14 +38,14 @@ class ModelWorker:
         return {}
 
     def check(self):
-        """Take steps until the receptive field is full: the newest outputs of two streams."""
+        """Take steps until the receptive field is full; return the last outputs of two streams."""
         import numpy as np
 
         from continual_transformers_tf.bench import model_rivals
 
         contestant, size = self._contestant, self._size
         steps = model_rivals.checked_steps(size, contestant.windows)
-        # A window begins with all steps but the newest.
+        # A contestant on windows begins with all steps of its window but the newest.
         for step in range(steps - 1 if contestant.windows else 0, steps):
             outputs = contestant.step(self._inputs[step % len(self._inputs)])
         outputs = np.asarray(contestant.output(outputs))
@@ -53,7 +53,7 @@ class ModelWorker:
         return {"steps": steps, "outputs": rows.tolist(), "positions": contestant.positions}
 
     def burst(self, seconds, least):
-        """Time steps: the median, in microseconds, of samples of one step or of several."""
+        """Time steps, and return the median in microseconds. A sample has one step or several."""
         step, inputs = self._contestant.step, itertools.cycle(self._inputs)
         start = time.perf_counter()
         step(next(inputs))
@@ -61,7 +61,7 @@ class ModelWorker:
         times = []
         end = time.perf_counter() + seconds
         while len(times) < least or time.perf_counter() < end:
-            # Beforehand: neither the slice nor the list is to be timed.
+            # Make the list first, so that it is not timed.
             taken = list(itertools.islice(inputs, chunk))
             start = time.perf_counter_ns()
             for x in taken:

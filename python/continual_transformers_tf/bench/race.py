@@ -1,4 +1,4 @@
-"""Runs the race: every rival in a process of its own, one timed after another, in rounds."""
+"""The race of the layer: every rival has its own process; in each round they are timed in turn."""
 
 import json
 import os
@@ -11,16 +11,16 @@ from continual_transformers_tf.bench.rivals import MODULES
 from continual_transformers_tf.bench.sizes import QUICK, STREAMS, TABLE, WINDOWS
 
 GROWTH_RIVALS = ("ours", "ours_bfloat16", "torch_sdpa", "onnxruntime", "read_bound")
-RECOMPUTED_UP_TO = 1024  # Beyond this window a recomputed step takes long to show what is plain.
+RECOMPUTED_UP_TO = 1024  # Longer windows take long to recompute, and the result is plain by then.
 
 
 class Rival:
-    """A worker's process.
+    """The process of a worker.
 
     Args:
-        name: the rival's.
-        threads: how many it may use.
-        command: what starts a worker, without those two; None: `worker.py`.
+        name: The rival's name.
+        threads: How many threads it may use.
+        command: The command that starts a worker, without these two; None: `worker.py`.
     """
 
     def __init__(self, name, threads, command=None):
@@ -36,7 +36,7 @@ class Rival:
         )
 
     def ask(self, what, **arguments):
-        """Return the worker's answer: a dict, in which "missing" or "error" says what is wrong."""
+        """Return the worker's answer, a dict. If something is wrong it has "missing" or "error"."""
         try:
             self._process.stdin.write(json.dumps([what, arguments]) + "\n")
             self._process.stdin.flush()
@@ -50,7 +50,7 @@ class Rival:
 
 
 def races(quick):
-    """What is run: (part, size, its rivals)."""
+    """Return the races to run, as a list of (part, size, names of rivals)."""
     if quick:
         return [("table", size, tuple(MODULES)) for size in QUICK]
     found = [("table", size, tuple(MODULES)) for size in TABLE]
@@ -62,15 +62,15 @@ def races(quick):
 
 
 def run(threads, rounds, quick, only, progress):
-    """The whole race.
+    """Run the whole race.
 
     Args:
-        threads: list of ints, how many threads each rival may use; only the table is run with more
-            than one.
-        rounds: int.
-        quick: whether to run tiny sizes for a moment, to see that it works.
-        only: the names of rivals that take part; empty: all.
-        progress: called with (done, of how many, what comes now).
+        threads: A list of ints, how many threads each rival may use. With more than one thread,
+            only the table is run.
+        rounds: How many rounds.
+        quick: Whether to run tiny sizes for a moment, to see that it works.
+        only: The names of rivals that take part; empty: all.
+        progress: A function that is called with (done, of how many, what comes now).
 
     Returns:
         A dict that is JSON.
@@ -126,21 +126,21 @@ def run(threads, rounds, quick, only, progress):
 
 
 def reason(why):
-    """Say why a rival did not take part, of what `Rival.ask` returned."""
+    """Return why a rival did not take part, given the answer of `Rival.ask`."""
     if "missing" not in why:
         return why["error"]
-    if "`" in why["missing"]:  # It says itself what to do.
+    if "`" in why["missing"]:  # The text contains the command to run.
         return f"there is no {why['missing']}"
     return f"there is no {why['missing']}: pip install '.[bench]' in a checkout"
 
 
 def missing_lines(found):
-    """A sentence of the docs for every rival that did not take part."""
+    """Return a sentence for the docs for every rival that did not take part."""
     return [f"Did not take part: {name}: {reason(why)}." for name, why in found["missing"].items()]
 
 
 def machine():
-    """What it ran on: a dict."""
+    """Return a dict that describes this machine."""
     from continual_transformers_tf.ops import cpu_targets
 
     found = {

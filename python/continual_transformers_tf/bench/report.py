@@ -1,4 +1,4 @@
-"""What the races found: tables, a picture, the goals, and the page of the docs."""
+"""The report of the races: tables, a picture, the goals, and the page of the docs."""
 
 from collections import defaultdict
 
@@ -7,12 +7,13 @@ from continual_transformers_tf.bench.race import missing_lines
 from continual_transformers_tf.bench.rivals import DESCRIPTIONS, MODULES
 from continual_transformers_tf.bench.sizes import ModelSize, Size, goals
 
-# Of the whole layer eagerly: this many times its read bound, plus one op dispatch.
+# The goal for an eager step of the layer, for E from BOUND_FROM on: at most this many times its
+# read bound, plus one op dispatch.
 BOUND_GOAL, BOUND_FROM = 1.5, 512
 
 
 def rows(found, part="table", threads=1):
-    """The results of a part: a list of (Size, dict from rival to its figures)."""
+    """Return the results of a part: a list of (Size, dict from rival to its figures)."""
     return [
         (Size(**entry["size"]), entry["rivals"])
         for entry in found["results"]
@@ -21,10 +22,10 @@ def rows(found, part="table", threads=1):
 
 
 def check_goals(found):
-    """Every goal against a rival, as far as it was measured.
+    """Return every goal against a rival that was measured.
 
     Returns:
-        A list of (Size, rival, how many times faster ours is to be, and is).
+        A list of (Size, rival, goal, measured): how many times faster ours should be, and is.
     """
     checked = []
     for size, rivals in rows(found):
@@ -36,7 +37,7 @@ def check_goals(found):
 
 
 def table(found, threads=1):
-    """A rich.table.Table: microseconds of a step, and how many times ours."""
+    """Return a rich.table.Table of microseconds a step, also as multiples of ours."""
     import rich.table
 
     made = rich.table.Table(title=f"One step of the whole layer, {threads} thread(s), µs (× ours)")
@@ -60,11 +61,11 @@ def _cell(rivals, name):
 
 
 def tables(found):
-    """What is printed: a list of rich.table.Table.
+    """Return the tables to print, as a list of rich.table.Table.
 
     Args:
-        found: a dict of what `model_race.run` gave, as "models", `session_goals.run`, as
-            "session", and `race.run`, as "layers"; or of some of them.
+        found: A dict with any of "models", the result of `model_race.run`; "session", of
+            `session_goals.run`; and "layers", of `race.run`.
     """
     made = []
     if "models" in found:
@@ -83,7 +84,7 @@ def _threads(part):
 
 
 def markdown(found):
-    """docs/benchmarks.md, whole. Its argument is that of `tables`."""
+    """Return all of docs/benchmarks.md. The argument is the same as for `tables`."""
     machine, versions = {}, {}
     for part in found.values():
         machine.update(part["machine"])
@@ -195,7 +196,7 @@ def _goals_section(found):
 
 
 def dispatch_of(found):
-    """Microseconds that a step takes beside its work: of the smallest window, less its bound."""
+    """Return a step's overhead in microseconds: the smallest window's time less its bound."""
     windows = rows(found, "windows")
     if not windows or not {"ours", "read_bound"} <= {*windows[0][1]}:
         return None
@@ -248,7 +249,7 @@ def _markdown_table(head, body):
 def draw(path, found):
     """Draw whole models, and the layer: its latency against window and streams, and its table.
 
-    Its argument is that of `tables`.
+    The argument `found` is the same as for `tables`.
     """
     import matplotlib
 

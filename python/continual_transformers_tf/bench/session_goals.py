@@ -1,4 +1,4 @@
-"""What a session promises beside a fast step, measured by benchmarks/cc/session_benchmark.cc."""
+"""A session's goals other than a fast step, measured by benchmarks/cc/session_benchmark.cc."""
 
 import json
 import subprocess
@@ -11,18 +11,18 @@ from continual_transformers_tf.bench.race import Rival, machine
 from continual_transformers_tf.bench.sizes import MODEL_QUICK, MODEL_TABLE
 
 PROGRAM = "session_benchmark"
-MODEL = MODEL_TABLE[1]  # Whose block, of some 100 KB, is that of a usual model.
+MODEL = MODEL_TABLE[1]  # Its stream block has some 100 KB, a usual size.
 
 
 class Goal(NamedTuple):
-    """A goal as measured.
+    """A goal and what was measured.
 
     Attributes:
-        what: what is measured.
-        goal, measured: numbers of `unit`.
-        at_least: whether the measured number is to be at least the goal, or at most.
-        unit: what is written after a number.
-        detail: what it was made of.
+        what: What is measured.
+        goal, measured: Numbers in `unit`.
+        at_least: Whether the measured number should be at least the goal. False: at most.
+        unit: The text to write after a number.
+        detail: The numbers that the measured one was computed from.
     """
 
     what: str
@@ -37,7 +37,7 @@ class Goal(NamedTuple):
         return self.measured >= self.goal if self.at_least else self.measured <= self.goal
 
     def cells(self):
-        """What a table shows: what, the goal, what was measured, whether it was reached."""
+        """Return a table's cells: what, the goal, what was measured, whether it was reached."""
         sign = "≥" if self.at_least else "≤"
         measured = f"{self.measured:.3g}{self.unit}"
         return [
@@ -52,8 +52,8 @@ def run(quick, programs):
     """Measure a session of one of the raced models.
 
     Args:
-        quick: whether to measure little for a moment, to see that it works.
-        programs: the folder of the C++ programs.
+        quick: Whether to measure only for a moment, to see that it works.
+        programs: The folder of the C++ programs.
 
     Returns:
         A dict that is JSON.
@@ -79,12 +79,12 @@ def run(quick, programs):
 
 
 def goals(session):
-    """A list of Goal."""
+    """Return the session's results as a list of Goal."""
     return [Goal(**result) for result in session["results"]]
 
 
 def table(session):
-    """A rich.table.Table of the goals, or None where none was measured."""
+    """Return a rich.table.Table of the goals, or None if none was measured."""
     import rich.table
 
     if not session["results"]:

@@ -1,10 +1,10 @@
-"""What is raced: the sizes of layers and of whole models, and the goals."""
+"""The sizes of the layers and whole models in the races, and the goals."""
 
 from typing import NamedTuple
 
 
 class Size(NamedTuple):
-    """M streams of a layer with N steps in the window, E features and H heads of E / H."""
+    """The size of a layer: N steps in the window, E features, H heads of E / H, and M streams."""
 
     seq_len: int
     features: int
@@ -17,7 +17,7 @@ class Size(NamedTuple):
 
     @property
     def ring_bytes(self):
-        """Keys and values of all streams, in float32."""
+        """The bytes of all streams' keys and values, in float32."""
         return 2 * 4 * self.streams * self.seq_len * self.features
 
     @property
@@ -45,7 +45,7 @@ QUICK = (Size(8, 16, 2), Size(8, 16, 2, streams=4))
 
 
 def goals(size):
-    """From a rival to how many times faster than it a step of this size is to be."""
+    """Return a dict from rivals to how many times faster than them a step should be."""
     n, e, m = size.seq_len, size.features, size.streams
     if size not in TABLE:
         return {}
@@ -62,11 +62,11 @@ def goals(size):
 
 
 class ModelSize(NamedTuple):
-    """M streams of a model: dense, positional encoding, L encoder blocks, dense."""
+    """The size of a model (dense, positional encoding, L encoder blocks, dense) and M streams."""
 
     streams: int
     seq_len: int
-    features: int  # Of the input.
+    features: int  # The input's features.
     embed_dim: int
     heads: int
     layers: int
@@ -102,14 +102,15 @@ MODEL_TABLE = (
 )
 MODEL_QUICK = (ModelSize(1, 8, 5, 16, 2, 2), ModelSize(3, 8, 5, 16, 2, 2))
 
-# By streams: how many times faster than a rival a session's step is to be, both from Python.
+# By the number of streams: how many times faster a session's step should be than a rival's, both
+# from Python.
 MODEL_GOALS = {
     "onnxruntime": {1: 6, 64: 4, 256: 3},
     "torch_ring": {1: 25, 64: 5, 256: 2},
     "sequence_layers": {1: 5, 64: 4, 256: 4},
     "keras_windows": {1: 100},
 }
-# By streams: how many times its bound a step in C++ may take.
+# By the number of streams: how many times its bound a step in C++ may take.
 MODEL_BOUND_GOALS = {1: 1.4, 64: 1.7, 256: 1.7}
-# Microseconds that a step from Python may take over the same step in C++.
+# How many microseconds a step from Python may take more than the same step in C++.
 PYTHON_GOAL = 1.0

@@ -1,4 +1,7 @@
-"""A rival's own process: reads what to do from standard input, a line of JSON each, and answers."""
+"""The process of a rival. It reads requests from standard input, a line of JSON each, and answers.
+
+The answers are lines of JSON too.
+"""
 
 import contextlib
 import json
@@ -8,7 +11,7 @@ import statistics
 import sys
 import time
 
-STEPS = 64  # Inputs that are prepared, and taken in turn.
+STEPS = 64  # This many inputs are prepared, and used in turn.
 VERSIONED = (
     "tensorflow",
     "tensorflow-cpu",
@@ -31,7 +34,7 @@ class Worker:
         from continual_transformers_tf.bench import rivals
         from continual_transformers_tf.bench.sizes import Size
 
-        self.step = self.inputs = None  # Those of the size before go first.
+        self.step = self.inputs = None  # Free those of the last size first.
         self.step, convert = rivals.make(self.name, Size(*size), self.threads)
         self.inputs = [convert(x) for x in rivals.inputs_of(Size(*size), STEPS)]
         self.at = 0
@@ -45,7 +48,7 @@ class Worker:
         return self.step(x)
 
     def burst(self, seconds, least):
-        """Times steps one by one: their median, in microseconds."""
+        """Time steps one by one, and return their median in microseconds."""
         times = []
         end = time.perf_counter() + seconds
         while len(times) < least or (time.perf_counter() < end and len(times) < 20_000):
@@ -55,7 +58,7 @@ class Worker:
         return {"median": statistics.median(times) / 1e3, "steps": len(times)}
 
     def outputs(self):
-        """Those of the next step, as lists."""
+        """Return the outputs of the next step, as lists."""
         import numpy as np
 
         output = self.take()
@@ -66,7 +69,7 @@ class Worker:
         return {"outputs": np.asarray(output).tolist()}
 
     def memory(self, steps):
-        """Bytes of the state, and what the process grows by over some steps."""
+        """Return the bytes of the state, and how much the process grows over some steps."""
         layer = self.step.__self__
         state = sum(array.nbytes for array in layer.get_state().values())
         for _ in range(20):
@@ -81,7 +84,7 @@ class Worker:
 
 
 def installed_versions():
-    """The versions of what rivals are made of, as far as it is installed: a dict."""
+    """Return a dict of the installed versions of the packages that rivals need."""
     from importlib import metadata
 
     found = {}
@@ -99,12 +102,13 @@ def _resident():
 def main(make_worker=Worker):
     """Answer requests until standard input ends."""
     name, threads = sys.argv[1], int(sys.argv[2])
-    # Before anything is imported that would read them. Who waits must not spin: others are timed.
+    # Set these before anything that reads them is imported. Waiting threads must not spin, because
+    # another rival is timed meanwhile.
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[variable] = str(threads)
     os.environ.update(OMP_WAIT_POLICY="passive", KMP_BLOCKTIME="0", TF_CPP_MIN_LOG_LEVEL="3")
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # What libraries print is no answer.
+    os.dup2(2, 1)  # Libraries print to standard output: keep that out of the answers.
     worker = make_worker(name, threads)
     for line in sys.stdin:
         what, arguments = json.loads(line)
@@ -112,7 +116,7 @@ def main(make_worker=Worker):
             answer = getattr(worker, what)(**arguments)
         except ModuleNotFoundError as missing:
             answer = {"missing": missing.name}
-        except Exception as error:  # It is the race's to say whose.
+        except Exception as error:  # The race reports it with the rival's name.
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -1,1 +1,1 @@
-"""A smartwatch, streamed: the data, the model, its training, and the demo of the command line."""
+"""The smartwatch demo: its data, its model, the training, and the command line's output."""

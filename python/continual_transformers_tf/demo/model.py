@@ -18,11 +18,11 @@ WEIGHTS = resources.files("continual_transformers_tf.demo") / "watch.weights.h5"
 
 
 def build_model():
-    """Return a model that says which exercise is being done, with new weights.
+    """Return a model that recognizes the exercise being done, with new weights.
 
     It is a functional Keras model: windows `(B, 100, 6)` give logits `(B, 1, 7)` for the newest
-    sample. As a `ct.Session` a step takes samples `(M, 6)` and gives logits `(M, 7)`. While the
-    window fills they are those of the samples seen so far.
+    sample. In a `ct.Session` a step takes samples `(M, 6)` and returns logits `(M, 7)`. While the
+    window fills, the logits are based on the samples seen so far.
     """
     windows = keras.Input((SEQ_LEN, len(CHANNELS)), name="samples")
     x = keras.layers.Normalization(name="normalization")(windows)
@@ -43,7 +43,7 @@ def build_model():
 
 
 def trained_model():
-    """Return the model that `demo/train.py` trained, whose weights come with the package."""
+    """Return the model with the weights that `demo/train.py` trained and the package contains."""
     model = build_model()
     with resources.as_file(WEIGHTS) as path:
         model.load_weights(path)

@@ -11,9 +11,9 @@ TREES = 100
 
 
 def random_forest_accuracy(recordings, held_out, seed=0):
-    """The share of the held-out recordings' windows that a forest grown on the others gets right.
+    """Return a random forest's accuracy on the windows of the held-out recordings.
 
-    Windows are of the model's length, half of each overlapping the next.
+    The windows have the model's length, and each overlaps the next by half.
     """
     features, exercises = _features_and_exercises(recordings)
     forest = RandomForestClassifier(TREES, random_state=seed, n_jobs=-1).fit(features, exercises)
@@ -27,7 +27,7 @@ def _features_and_exercises(recordings):
 
 
 def _features(windows):
-    """[B, N, 6] -> [B, 54]: what is usually taken of inertial signals, of each channel."""
+    """Return the usual statistics of inertial signals for each channel: [B, N, 6] -> [B, 54]."""
     centred = windows - windows.mean(1, keepdims=True)
     statistics = (
         windows.mean(1),

@@ -1,4 +1,4 @@
-"""What the demo shows: a live line, a table, a picture, and the same as plain data."""
+"""The demo's output: a live line, a table, a picture, and the figures as plain data."""
 
 import numpy as np
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -11,11 +11,11 @@ SAMPLES_PER_REFRESH = 75  # Half a second of three watches.
 
 
 class LiveLine:
-    """A progress bar that says what the model thinks now.
+    """A progress bar that shows the model's current predictions.
 
     Args:
-        console: a `rich.console.Console`.
-        total: how many steps all streams will take.
+        console: A `rich.console.Console`.
+        total: How many steps all streams will take.
     """
 
     def __init__(self, console, total):
@@ -37,7 +37,7 @@ class LiveLine:
         self._progress.stop()
 
     def __call__(self, taken, now):
-        """Shows the state after `taken` steps; see `stream`'s `on_step`."""
+        """Show the predictions after `taken` steps; see `stream`'s `on_step`."""
         if taken - self._shown < SAMPLES_PER_REFRESH:
             return
         self._shown = taken
@@ -45,7 +45,7 @@ class LiveLine:
         self._progress.update(self._task, completed=taken, description="  ".join(thoughts))
 
     def finish(self):
-        """Shows that all steps are taken."""
+        """Show that all steps have been taken."""
         task = self._progress.tasks[0]
         self._progress.update(self._task, completed=task.total, description="done")
 
@@ -59,18 +59,18 @@ def _thought(wearer, recording, logits):
 
 
 def legend():
-    """What the live line's words and colors mean."""
+    """Return the meaning of the live line's words and colors."""
     names = ", ".join(f"{a} {b}" for a, b in zip(EXERCISES, EXERCISE_NAMES, strict=True))
     return f"What each person is doing ({names}): [green]right[/], [red]wrong[/]"
 
 
 def summarize(wearers, result, window_predictions):
-    """The demo's figures, as plain data for `--json`.
+    """Return the demo's figures, as plain data for `--json`.
 
     Args:
-        wearers: list of `Wearer`.
-        result: the `StreamResult` of their streams.
-        window_predictions: what `on_windows` says of the same.
+        wearers: A list of `Wearer`.
+        result: The `StreamResult` of their streams.
+        window_predictions: The result of `on_windows` for the same wearers.
     """
     truth = [
         np.full(len(predictions), recording.exercise)
@@ -96,7 +96,7 @@ def summarize(wearers, result, window_predictions):
 
 
 def table(summary):
-    """The figures as a `rich.table.Table`."""
+    """Return the figures as a `rich.table.Table`."""
     people = ", ".join(map(str, summary["subjects"]))
     result = Table(
         title=f"{summary['predictions']:,} predictions for people the model never saw: {people}",
@@ -122,12 +122,12 @@ def table(summary):
 
 
 def draw(path, wearer, predictions):
-    """Draws one person's stream: signal, truth and prediction over time.
+    """Draw one person's stream: signal, truth and prediction over time.
 
     Args:
-        path: of the PNG file.
-        wearer: a `Wearer`.
-        predictions: for each of the wearer's recordings, as in `StreamResult`.
+        path: The path of the PNG file.
+        wearer: A `Wearer`.
+        predictions: The predictions for each of the wearer's recordings, as in `StreamResult`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import BoundaryNorm, ListedColormap
@@ -137,7 +137,7 @@ def draw(path, wearer, predictions):
     samples = np.concatenate([recording.samples for recording in wearer.recordings])
     lengths = [len(recording.samples) for recording in wearer.recordings]
     truth = np.repeat([recording.exercise for recording in wearer.recordings], lengths)
-    # No answer while a window fills: masked.
+    # There is no prediction while a window fills: mask these samples.
     predicted = np.concatenate([np.r_[np.full(SEQ_LEN - 1, -1), p] for p in predictions])
     predicted = np.ma.masked_less(predicted, 0)
     seconds = np.arange(len(samples)) / SAMPLE_RATE

@@ -1,4 +1,4 @@
-"""The demo itself: people whom the model never saw, streamed sample by sample."""
+"""The streaming part of the demo: samples of people whom the model never saw, one by one."""
 
 import time
 from typing import NamedTuple
@@ -10,26 +10,27 @@ import continual_transformers_tf as ct
 from continual_transformers_tf.demo.model import SEQ_LEN
 from continual_transformers_tf.demo.windows import WindowModel
 
-# How often a step is followed by the windows' answer to the same question, to time both in one run.
+# After every so many steps, the rival computes the same predictions on windows. So both are timed
+# in the same run.
 STEPS_PER_RIVAL = 50
 WARM_UP_STEPS = 20  # Not timed: the first calls trace and allocate.
 
 
 class Wearer(NamedTuple):
-    """One person's recordings, one after the other: what a stream is fed."""
+    """One person and their recordings, which one stream takes one after the other."""
 
     subject: int
     recordings: list
 
 
 class StreamResult(NamedTuple):
-    """What streaming gave.
+    """The result of streaming.
 
     Attributes:
-        predictions: for each wearer, for each recording, the predictions of the steps with a full
+        predictions: For each wearer and each recording, the predictions of the steps with a full
             window: int `[T - N + 1]`.
-        step_microseconds: of each timed call of the stream's step.
-        window_microseconds: of each timed call of the rival, on the same streams.
+        step_microseconds: The time of each timed step of the session.
+        window_microseconds: The time of each timed call of the rival, on the same streams.
     """
 
     predictions: list
@@ -38,7 +39,7 @@ class StreamResult(NamedTuple):
 
 
 def wearers_of(recordings):
-    """Recordings by the person who wore the watch."""
+    """Group recordings by the person who wore the watch."""
     subjects = dict.fromkeys(recording.subject for recording in recordings)
     return [Wearer(s, [r for r in recordings if r.subject == s]) for s in subjects]
 
@@ -46,13 +47,14 @@ def wearers_of(recordings):
 def stream(model, wearers, on_step=None):
     """Step all wearers' streams together in a `ct.Session`, one sample of each at a time.
 
-    A stream begins again with each recording, which is another exercise; the others go on.
+    Each recording is another exercise, so its stream is reset before it. The other streams go on.
 
     Args:
-        model: the trained model.
-        wearers: list of `Wearer`; each has a stream of its own.
-        on_step: called after each step with (steps taken by all streams together, list of (wearer,
-            recording, logits [7]), one for each stream that took the step).
+        model: The trained model.
+        wearers: A list of `Wearer`; each has its own stream.
+        on_step: A function that is called after each step with (steps taken by all streams
+            together, list of (wearer, recording, logits [7]), one for each stream that took the
+            step).
 
     Returns:
         A `StreamResult`.
@@ -96,13 +98,13 @@ def stream(model, wearers, on_step=None):
 
 
 def on_windows(model, wearers):
-    """`StreamResult.predictions`, of every window computed anew."""
+    """Return predictions as in `StreamResult.predictions`, but computed from every window."""
     rival = WindowModel(model)
     return [[rival.predictions(r.samples) for r in wearer.recordings] for wearer in wearers]
 
 
 class _Cursor:
-    """Where a stream stands in its wearer's recordings."""
+    """The place of a stream in its wearer's recordings."""
 
     def __init__(self, wearer):
         self._recordings = iter(wearer.recordings)

@@ -1,7 +1,7 @@
-"""Trains the demo's model: `python -m continual_transformers_tf.demo.train`.
+"""Training of the demo's model: `python -m continual_transformers_tf.demo.train`.
 
-It takes a few minutes on two cores. It trains on windows, by regular calls, as any Keras model, and
-writes the weights that the package ships, and beside them a record of how they came about.
+It takes a few minutes on two cores. It trains on windows, by regular calls, as any Keras model. It
+writes the weights that the package ships, and beside them a record of the training.
 """
 
 import json
@@ -24,15 +24,15 @@ WEIGHT_DECAY = 1e-2
 LABEL_SMOOTHING = 0.1
 EMA_MOMENTUM = 0.995  # The weights kept are an average over the last few hundred steps.
 
-# How people and the way they wear a watch differ, as far as can be made up.
-TEMPO = 0.25  # Of the logarithm of speed, uniform within it.
-TILT = 0.15  # Radians about each axis, standard deviation.
-STRENGTH = 0.1  # Of the logarithm of all signals, standard deviation.
+# Augmentation: a guess at how people, and the way they wear a watch, differ.
+TEMPO = 0.25  # The logarithm of speed is uniform within ± this.
+TILT = 0.15  # Standard deviation of the rotation about each axis, in radians.
+STRENGTH = 0.1  # Standard deviation of the logarithm of a common factor of all signals.
 NOISE = 0.05  # Standard deviation, in the sensors' units.
 
 
 class Windows(keras.utils.PyDataset):
-    """Batches of varied windows, each exercise as often as every other."""
+    """Batches of augmented windows, with every exercise equally likely."""
 
     def __init__(self, recordings, seed, **kwargs):
         super().__init__(**kwargs)
@@ -57,7 +57,7 @@ class Windows(keras.utils.PyDataset):
         return windows.astype(np.float32), exercises[:, np.newaxis]
 
     def _window(self, recordings):
-        """A random window of a random recording, as if done faster or slower."""
+        """Return a random window of a random recording, at a faster or slower speed."""
         samples = recordings[self._random.integers(len(recordings))]
         speed = np.exp(self._random.uniform(-TEMPO, TEMPO))
         speed = min(speed, (len(samples) - 2) / (SEQ_LEN - 1))
@@ -71,7 +71,7 @@ class Windows(keras.utils.PyDataset):
 
 
 def _rotations(vectors):
-    """Rotation matrices [B, 3, 3] from rotation vectors [B, 3] (Rodrigues' formula)."""
+    """Return rotation matrices [B, 3, 3] for rotation vectors [B, 3] (Rodrigues' formula)."""
     angle = np.linalg.norm(vectors, axis=-1, keepdims=True)[..., np.newaxis]
     x, y, z = (vectors / np.maximum(angle[..., 0], 1e-12)).T
     o = np.zeros_like(x)
@@ -80,7 +80,7 @@ def _rotations(vectors):
 
 
 def train(recordings, epochs, seed):
-    """A model trained on these recordings."""
+    """Return a model trained on these recordings."""
     keras.utils.set_random_seed(seed)
     model = build_model()
     samples = np.concatenate([recording.samples for recording in recordings])
@@ -97,9 +97,10 @@ def train(recordings, epochs, seed):
         metrics=["sparse_categorical_accuracy"],
     )
     model.fit(Windows(recordings, seed), epochs=epochs)
-    trained = build_model()  # Without the optimizer's variables, which are most of a file.
+    # A new model has no optimizer, whose variables would be most of the file.
+    trained = build_model()
     trained.set_weights(model.get_weights())
-    # Takes the mean and variance from the weights.
+    # The layer computes what it needs from the weights' mean and variance.
     trained.get_layer("normalization").finalize_state()
     return trained
 

@@ -1,6 +1,6 @@
-"""The data: ten people's shoulder exercises, seen by the smartwatch on their wrist.
+"""The demo's data: ten people's shoulder exercises, recorded by a smartwatch on their wrist.
 
-It comes inside the package seglearn (Burns, Leung, Hardisty, Whyne, Henry & McLachlin, "Shoulder
+The package seglearn contains it (Burns, Leung, Hardisty, Whyne, Henry & McLachlin, "Shoulder
 physiotherapy exercise recognition: machine learning the inertial signals from a smartwatch", 2018).
 """
 
@@ -26,9 +26,9 @@ EXERCISE_NAMES = (
 SUBJECTS = tuple(range(1, 11))
 HELD_OUT = (8, 9, 10)  # Training never sees them.
 
-# A left arm's movement is the mirror image of a right arm's, and a reflection along x makes it one:
-# it negates that component of an acceleration, and the other two of a rate of turn, which is an
-# axial vector. A watch knows which wrist it is on.
+# A left arm's movement is the mirror image of a right arm's. A reflection along x turns one into
+# the other: it negates the x component of an acceleration, and the other two components of a rate
+# of turn, which is an axial vector. A watch knows which wrist it is on.
 _MIRROR = np.array([-1, 1, 1, 1, -1, -1], np.float32)
 
 
@@ -41,13 +41,13 @@ class Recording(NamedTuple):
 
 
 def load_recordings(subjects=SUBJECTS):
-    """The recordings of these subjects, in their order, left wrists mirrored.
+    """Return the recordings of these subjects, in their order, with left wrists mirrored.
 
     Raises:
-        ModuleNotFoundError: if seglearn is not installed; it comes with the extra `demo`.
+        ModuleNotFoundError: If seglearn is not installed; the extra `demo` installs it.
     """
-    # Found, not imported: only its data is wanted, and importing it wants pandas, which it does not
-    # install.
+    # Find seglearn without importing it: only its data is needed, and the import needs pandas,
+    # which seglearn does not install.
     package = util.find_spec("seglearn")
     if package is None:
         raise ModuleNotFoundError(

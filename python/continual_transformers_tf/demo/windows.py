@@ -1,4 +1,4 @@
-"""The demo's rival: the same model and weights, every window computed anew, with Keras alone."""
+"""The demo's rival: the same model and weights, called on every whole window, in plain Keras."""
 
 import keras
 import numpy as np
@@ -10,16 +10,16 @@ BATCH_SIZE = 256
 
 
 def windows_of(samples):
-    """Every full window of a recording: [T, 6] -> [T - N + 1, N, 6], a view."""
+    """Return every full window of a recording as a view: [T, 6] -> [T - N + 1, N, 6]."""
     windows = np.lib.stride_tricks.sliding_window_view(samples, SEQ_LEN, axis=0)
     return windows.transpose(0, 2, 1)
 
 
 class WindowModel:
-    """The demo's model with `keras.layers.MultiHeadAttention` for its attention.
+    """The demo's model with `keras.layers.MultiHeadAttention` as its attention.
 
     Args:
-        model: the trained model whose weights it takes.
+        model: The trained model whose weights it uses.
     """
 
     def __init__(self, model):
@@ -36,7 +36,12 @@ class WindowModel:
         )
 
     def _logits(self, windows, first_step):
-        """The logits of windows [B, N, 6] whose oldest samples are their streams' first_step'th."""
+        """Return the logits of windows [B, N, 6].
+
+        Args:
+            windows: Full windows.
+            first_step: int64 [B], the position of each window's oldest sample in its stream.
+        """
         layer = self._model.get_layer
         encoder = layer("encoder")
         table = layer("position").embeddings.value
@@ -44,14 +49,13 @@ class WindowModel:
         rows = tf.math.floormod(rows, tf.shape(table, tf.int64)[0])
         x = layer("embedding")(layer("hidden")(layer("normalization")(windows)))
         x += tf.gather(table, rows)
-        # Only the newest step's query is asked for, so nothing else is computed that a user of
-        # Keras could leave out.
+        # Attend with the newest step's query only: leave out everything that a Keras user could.
         x = encoder.attention_norm(x[:, -1] + self._attention(x[:, -1:], x)[:, 0])
         x = encoder.output_norm(x + encoder.feed_forward_output(encoder.feed_forward(x)))
         return layer("classifier")(x)
 
     def predictions(self, samples):
-        """What the model says of each full window of a recording [T, 6]: [T - N + 1]."""
+        """Return the predictions for each full window of a recording: [T, 6] -> [T - N + 1]."""
         windows = windows_of(samples)
         first_step = np.arange(len(windows))
         return np.concatenate(
@@ -65,7 +69,7 @@ class WindowModel:
 
 
 def window_accuracy(model, recordings):
-    """The share of full windows of these recordings that the model gets right."""
+    """Return the model's accuracy on the full windows of these recordings."""
     window_model = WindowModel(model)
     right = [window_model.predictions(r.samples) == r.exercise for r in recordings]
     return float(np.concatenate(right).mean())

@@ -1,7 +1,7 @@
-"""Whole models: Keras models that stream, made from those that do not; and what serves them."""
+"""Whole models: making Keras models stream, exporting them, and counting what they cost."""
 
-import continual_transformers_tf._tensorflow  # First: says where it is missing.
-import continual_transformers_tf.models.cost_retroactive  # noqa: F401  Its entries of cost.
+import continual_transformers_tf._tensorflow  # First: it says if TensorFlow is missing.
+import continual_transformers_tf.models.cost_retroactive  # noqa: F401  Adds entries to cost.
 from continual_transformers_tf.models.convert import convert
 from continual_transformers_tf.models.cost import cost
 from continual_transformers_tf.models.export import export

@@ -1,4 +1,4 @@
-"""A Keras model that streams, from one that does not."""
+"""`ct.convert`: makes a Keras model stream."""
 
 import keras
 
@@ -9,26 +9,27 @@ from continual_transformers_tf.models.streaming_model import StreamingModel
 
 
 def convert(model, seq_len, **options):
-    """A model with the weights of a Keras model, which also answers at every step of a stream.
+    """Return a copy of a Keras model that also answers at every step of a stream.
 
     Every `keras.layers.MultiHeadAttention` becomes a `CoSiMultiHeadAttention` with a window of
-    `seq_len` steps, and layers that are continual already get that window. Regular calls give what
-    they gave; steps give what a regular call gives for the newest step of the window (see
-    `StreamingModel`).
+    `seq_len` steps, and continual layers in the model get that window too. Regular calls give the
+    same outputs as before. A step gives the output of a regular call for the newest step of the
+    window (see `StreamingModel`).
 
     Args:
-        model: a functional or built sequential `keras.Model`, models within it likewise. It stays
-            as it is.
+        model: A functional or built sequential `keras.Model`; models within it likewise. It is not
+            changed.
         seq_len: N, the window: how many of the newest steps a step's query attends to.
         **options: `warm_up`, `call_mode` and `name` of the `StreamingModel`, and `cache_dtype` of
-            its attention. What is left out stays as it was in a model that streams already.
+            its attention. If the model is a `StreamingModel` already, options that are left out
+            stay as they were.
 
     Returns:
         A `StreamingModel`. Its weights are copies.
 
     Raises:
-        ValueError: if something in the model cannot be converted, or run on steps: for every layer
-            that stands in the way the reason.
+        ValueError: If something in the model cannot be converted or run on steps. The message gives
+            the reason for every layer in the way.
     """
     attention = {"seq_len": seq_len}
     if options.get("cache_dtype") is not None:
@@ -62,15 +63,17 @@ def convert(model, seq_len, **options):
 
 
 def convert_layers(model, attention, also_continual=True):
-    """Returns a copy of a model in which attention is continual, and what stood in the way.
+    """Return a copy of a model with continual attention, and the problems that were found.
 
     Args:
-        model: built. One that is neither functional nor sequential is given back as it is.
-        attention: a dict of options of the attention: seq_len, and perhaps cache_dtype.
-        also_continual: whether layers that are continual already get these options too.
+        model: A built model. A model that is neither functional nor sequential is returned as it
+            is.
+        attention: A dict of options of the attention: seq_len, and perhaps cache_dtype.
+        also_continual: Whether continual layers in the model get these options too.
 
     Returns:
-        (the copy, a list of sentences). The copy has the model's weights where there are none.
+        (the copy, a list of problems, as sentences). If there are no problems, the copy has the
+        model's weights.
     """
     problems = []
 
@@ -92,7 +95,7 @@ def convert_layers(model, attention, also_continual=True):
         return _copy(layer)
 
     if not isinstance(model, keras.Sequential) and not hasattr(model, "_nodes_by_depth"):
-        return model, problems  # Without a graph: StreamingModel says so.
+        return model, problems  # It has no graph; StreamingModel reports that.
     copy = keras.models.clone_model(model, clone_function=convert_layer, recursive=True)
     if not problems:
         copy.set_weights(model.get_weights())
@@ -104,7 +107,7 @@ def _copy(layer):
 
 
 def _with_options(layer, options):
-    """A continual layer like another, with these options where it has a window."""
+    """Return a copy of a continual layer, with these options if the layer has a window."""
     config = layer.get_config()
     if "seq_len" in config:
         if not set(options) <= set(config):

@@ -1,4 +1,4 @@
-"""What a step of a layer or a model costs, and a regular call."""
+"""`ct.cost`: what a step, or a regular call, of a layer or a model costs."""
 
 import math
 
@@ -15,27 +15,29 @@ MODES = ("step", "regular")
 
 
 def cost(layer_or_model, mode="step", seq_len=None):
-    """What a layer or model costs: operations, the bytes of a stream, the bytes a step reads.
+    """Count what a layer or model costs: operations, bytes of a stream, bytes a step reads.
 
-    What is counted is what the mathematics needs, by the rules of `cost_formulas`, in inference;
-    not what a kernel does beside it. A product of matrices is as many multiplications as it is
-    multiply-adds: `multiplications` is what tables of "FLOPs" often mean, the paper's among them.
+    This counts what the mathematics needs in inference, by the rules of `cost_formulas`. It does
+    not count extra work that a kernel does. A matrix product has as many multiplications as
+    multiply-adds, so `multiplications` is what tables of "FLOPs" often mean, including the paper's.
+
+    For other types of layers, register a function of the layer and a `Rows` with
+    `ct.cost.register`, which works as that of `functools.singledispatch`.
 
     Args:
-        layer_or_model: a built layer of this package or of Keras, a functional or built sequential
+        layer_or_model: A built layer of this package or of Keras, a functional or built sequential
             model of them, or a `StreamingModel`.
         mode: "step": one step of one stream whose window is full. "regular": a regular call on one
             window.
-        seq_len: with mode="regular", the steps of the window: needed unless the layer or the
+        seq_len: With mode="regular", the steps of the window. It is needed unless the layer or the
             model's input has it.
 
     Returns:
-        A `Cost`. A layer of another type is made known by `ct.cost.register`, as
-        `functools.singledispatch` has it, with a function of the layer and a `Rows`.
+        A `Cost`.
 
     Raises:
-        ValueError: if the mode is neither, something is not built, the length of the window is not
-            known, a model cannot be run on steps, or nothing is known of a layer's cost.
+        ValueError: If the mode is neither, something is not built, the length of the window is not
+            known, a model cannot be run on steps, or the cost of a layer is not known.
     """
     if mode not in MODES:
         raise ValueError(f"Expected mode to be one of {MODES}, but got {mode!r}")
@@ -63,7 +65,7 @@ def _check_built(layer):
 
 # Whole models.
 
-# keras.ops, by the names of their classes: multiplications and additions of each number.
+# keras.ops, by the names of their classes: (multiplications, additions) for each element.
 _OPS = {"Add": (0, 1), "Subtract": (0, 1), "Multiply": (1, 0), "Divide": (1, 0), "GetItem": (0, 0)}
 _OPS |= {"TrueDivide": (1, 0), "Negative": (0, 0), "Cast": (0, 0), "Reshape": (0, 0)}
 
@@ -95,9 +97,9 @@ def _cost_of_node(graph, node, mode, seq_len):
             return _cost_of_graph(inner, mode, seq_len)
     shapes = [_shape_of_one(graph, x, mode, seq_len) for x in node.input_tensors]
     if any(_kind(graph, x) == "whole" for x in node.input_tensors):
-        mode = "regular"  # At every step, on the whole window.
+        mode = "regular"  # The layer is run on the whole window at every step.
     shape = largest(shapes)
-    # Numbers of tokens have no axis of features.
+    # Token ids have no feature axis.
     given = shape if isinstance(op, keras.layers.Embedding) else shape[:-1]
     rows = Rows(mode, None if None in given else math.prod(given), shapes)
     if isinstance(op, keras.layers.Layer):
@@ -112,7 +114,7 @@ def _cost_of_node(graph, node, mode, seq_len):
 
 
 def _shape_of_one(graph, x, mode, seq_len):
-    """The shape of one window or step of a tensor of the graph, without its batch."""
+    """Return the shape of one window or step of a tensor of the graph, without the batch axis."""
     kind = _kind(graph, x)
     if kind == "whole":
         return list(graph._known[id(x)].shape[1:])
@@ -127,6 +129,6 @@ def _shape_of_one(graph, x, mode, seq_len):
 
 
 def _kind(graph, x):
-    """The kind of a tensor of the graph; None of what is not in it."""
+    """Return the kind of a tensor of the graph; None if it is not in the graph."""
     known = graph._known.get(id(x))
     return None if known is None else known.kind

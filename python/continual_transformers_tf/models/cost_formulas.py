@@ -1,9 +1,10 @@
-"""What computations cost, as plain functions of their sizes.
+"""The costs of computations, as plain functions of their sizes.
 
-Multiplications, additions and exponentials are counted one by one, by these rules: a division and a
-root are multiplications; an exponential, logarithm, tanh or error function is an exponential; what
-compares, moves or rounds costs nothing. The attention formulas are then those of Hedegaard &
-Iosifidis, "Continual Transformers" (ICLR 2023, arXiv 2201.06268), of one head.
+Multiplications, additions and exponentials are counted one by one, by these rules: a division or a
+root counts as a multiplication; an exponential, logarithm, tanh or error function counts as an
+exponential; comparing, moving and rounding cost nothing. With these rules, the attention formulas
+are those of Hedegaard & Iosifidis, "Continual Transformers" (ICLR 2023, arXiv 2201.06268), for one
+head.
 """
 
 import dataclasses
@@ -12,15 +13,15 @@ import math
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a layer or model costs one stream, or one window.
+    """The cost of a layer or model for one stream, or for one window.
 
-    Costs can be added, and `cost * n` is n times as many operations.
+    Costs can be added. `cost * n` has n times as many operations, but the same bytes.
 
     Attributes:
-        multiplications, additions, exponentials: operations.
-        state_bytes: what is kept of each stream between steps.
-        read_bytes: what a step has to read: the weights, and of the state what it needs. In a
-            regular call: the weights.
+        multiplications, additions, exponentials: Numbers of operations.
+        state_bytes: The size of each stream's state between steps.
+        read_bytes: What a step has to read: the weights, and the part of the state that it needs.
+            In a regular call: the weights.
     """
 
     multiplications: int = 0
@@ -48,10 +49,10 @@ class Cost:
 
 
 def attention_cost(queries, keys, key_dim, value_dim=None):
-    """Attention of one head: of all its queries to all its keys.
+    """Return the cost of one head's attention, from all its queries to all its keys.
 
-    With n queries, n keys and d features for both (2n²d + 2nd) + (2n²d - nd - n) + n². The 2nd
-    multiplications scale the queries and divide the outputs by their sums.
+    With n queries, n keys and d features for both, it is (2n²d + 2nd) + (2n²d - nd - n) + n². The
+    2nd multiplications scale the queries and divide the outputs by their sums.
     """
     value_dim = key_dim if value_dim is None else value_dim
     products = queries * keys * (key_dim + value_dim)
@@ -63,14 +64,15 @@ def attention_cost(queries, keys, key_dim, value_dim=None):
 
 
 def single_output_attention_cost(seq_len, key_dim, value_dim=None):
-    """A step of continual single-output attention: (2nd + 2d) + (2nd - d - 1) + n."""
+    """Return a step's cost of single-output attention: (2nd + 2d) + (2nd - d - 1) + n."""
     return attention_cost(1, seq_len, key_dim, value_dim)
 
 
 def retroactive_attention_cost(seq_len, key_dim):
-    """A step of continual retroactive attention, as published.
+    """Return the cost of a step of continual retroactive attention, as published.
 
-    (7nd + 2n - 3d) + (6nd + 3n - 6d - 3) + (3n - 2), with n steps in the window and d features.
+    It is (7nd + 2n - 3d) + (6nd + 3n - 6d - 3) + (3n - 2), with n steps in the window and d
+    features.
     """
     n, d = seq_len, key_dim
     return Cost(
@@ -81,29 +83,29 @@ def retroactive_attention_cost(seq_len, key_dim):
 
 
 def dense_cost(rows, inputs, outputs, use_bias=True):
-    """A matrix product of rows `[rows, inputs]` with a kernel `[inputs, outputs]`."""
+    """Return the cost of a matrix product of `[rows, inputs]` with a kernel `[inputs, outputs]`."""
     additions = rows * (inputs - 1 + bool(use_bias)) * outputs
     return Cost(multiplications=rows * inputs * outputs, additions=additions)
 
 
 def layer_norm_cost(rows, features):
-    """Layer normalization of rows of these features, with scale and offset."""
-    # Mean, centred, squares, their mean, epsilon, root; and by the root, the scale, the offset.
+    """Return the cost of layer normalization of these rows, with scale and offset."""
+    # The mean, centring, squares, their mean, epsilon, the root, dividing by it, scale and offset.
     return Cost(multiplications=rows * (3 * features + 3), additions=rows * (4 * features - 1))
 
 
 def activation_cost(name, elements):
-    """An activation by its name in Keras; None where it is not known."""
+    """Return the cost of an activation by its name in Keras; None if it is not known."""
     known = _ACTIVATIONS.get(name)
     return None if known is None else Cost(*known) * elements
 
 
 def softmax_cost(rows, features):
-    """The softmax of rows of these features."""
+    """Return the cost of a softmax of rows with this number of features."""
     return Cost(rows * features, rows * (2 * features - 1), rows * features)
 
 
-# Of one number: multiplications, additions, exponentials.
+# For one element: (multiplications, additions, exponentials).
 _ACTIVATIONS = {
     "linear": (0, 0, 0),
     "relu": (0, 0, 0),
@@ -121,5 +123,5 @@ _ACTIVATIONS = {
 
 
 def bytes_of(shape, itemsize):
-    """The bytes of an array."""
+    """Return the size of an array in bytes."""
     return math.prod(shape) * itemsize

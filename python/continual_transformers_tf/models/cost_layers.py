@@ -1,6 +1,6 @@
-"""What each layer costs: a function for each type of layer, by `functools.singledispatch`.
+"""The costs of layers: one function for each type of layer, by `functools.singledispatch`.
 
-One line makes another type known, here or by `ct.cost.register`.
+`cost_of.register`, or `ct.cost.register` for users, adds another type.
 """
 
 import functools
@@ -29,12 +29,13 @@ from continual_transformers_tf.models.cost_formulas import (
 
 
 class Rows:
-    """What a layer is run on.
+    """The rows that a layer is run on.
 
     Args:
         mode: "step" or "regular".
-        count: how many rows of features; None where that is not known.
-        shapes: those of a window or step of each input, without its batch; none for a layer alone.
+        count: How many rows of features; None if that is not known.
+        shapes: The shape of a window or step of each input, without the batch axis; empty for a
+            layer that is not part of a model.
     """
 
     def __init__(self, mode, count, shapes=()):
@@ -47,7 +48,7 @@ class Rows:
         return known_length(self._count)
 
     def numbers(self, layer):
-        """How many numbers its largest input has, for a layer that knows no features itself."""
+        """Return how many elements the largest input has, for a layer without weights."""
         if not self.shapes:
             raise ValueError(
                 f"Expected a model that {layer.name} ({type(layer).__name__}) is a part of: by "
@@ -57,7 +58,7 @@ class Rows:
 
 
 def known_length(count):
-    """The number of steps or rows; ValueError if it is None."""
+    """Return the number of steps or rows, or raise ValueError if it is None."""
     if count is None:
         raise ValueError(
             'Expected seq_len, the steps of the window, with mode="regular", but got None'
@@ -66,20 +67,20 @@ def known_length(count):
 
 
 def largest(shapes):
-    """The shape with the most axes, the first of them."""
+    """Return the first of the shapes with the most axes."""
     return max(shapes, key=len)
 
 
 @functools.singledispatch
 def cost_of(layer, rows):
-    """What a layer costs, a `Cost`, on rows, a `Rows`."""
+    """Return the `Cost` of a layer on a `Rows`."""
     raise ValueError(
         f"Expected a layer whose cost is known, but got {layer.name} ({type(layer).__name__}): "
         "make it known by ct.cost.register"
     )
 
 
-# Of Keras.
+# Keras' layers.
 
 
 @cost_of.register
@@ -95,7 +96,7 @@ def _(layer: keras.layers.EinsumDense, rows):
     sizes = zip(kernel, layer.kernel.shape, strict=True)
     outputs = math.prod(size for letter, size in sizes if letter in output)
     count = rows.count
-    if rows.shapes:  # More than the last axis may be summed over.
+    if rows.shapes:  # The equation may sum over more than the last axis.
         count = rows.numbers(layer) * outputs // math.prod(layer.kernel.shape)
     activation = _activation(layer, count * outputs, outputs)
     return projection(layer, count, outputs) + activation + _weights(layer)
@@ -154,7 +155,7 @@ def _(layer: keras.layers.MultiHeadAttention, rows):
     return attention_of_windows(layer, rows)
 
 
-# Of this package.
+# This package's layers.
 
 
 @cost_of.register
@@ -177,7 +178,7 @@ def _(layer: CoSiMultiHeadAttention, rows):
 
 @cost_of.register
 def _(layer: CoSiTransformerEncoder, rows):
-    """The newest row alone goes beyond the attention, in a step and in a regular call."""
+    """Return the cost. Only the newest row goes on after the attention, also in a regular call."""
     newest = Rows(rows.mode, 1)
     total = cost_of(layer.attention, rows) + Cost(additions=2 * layer.input_features["x"])
     total += cost_of(layer.attention_norm, rows if layer.norm_first else newest)
@@ -216,18 +217,18 @@ def _(layer: CoResidual, rows):
     return total + Cost(additions=added * int(np.prod(features)))
 
 
-# What they share.
+# Shared by the functions above.
 
 
 def _gives_one_row(layer):
-    """Whether a regular call gives the row of one step alone."""
+    """Return whether a regular call gives only one row."""
     if isinstance(layer, CoResidual):
         return _gives_one_row(layer.layer)
     return isinstance(layer, CoSiTransformerEncoder) or getattr(layer, "_single_output", False)
 
 
 def attention_of_windows(layer, rows, single_output=False):
-    """A regular call of attention."""
+    """Return the cost of a regular call of attention."""
     queries = keys = rows.count
     if rows.shapes:
         queries, *_, keys = (known_length(shape[0]) for shape in (rows.shapes * 2)[:2])
@@ -239,7 +240,7 @@ def attention_of_windows(layer, rows, single_output=False):
 
 
 def _projections(layer, queries, keys):
-    """Into heads and back; of a gate, too, and what it multiplies."""
+    """Return the cost of projecting into heads and back, and of the gate and its products."""
     heads = layer._num_heads
     total = projection(layer._query_dense, queries, heads * layer._key_dim)
     total += projection(layer._key_dense, keys, heads * layer._key_dim)
@@ -281,7 +282,7 @@ def _weights(layer):
 
 
 def bytes_of_weights(layer, kernels=None):
-    """The bytes of a layer's weights, with its kernels in another dtype where one is given."""
+    """Return the bytes of a layer's weights, with the kernels in another dtype if it is given."""
     return sum(
         bytes_of(w.shape, _itemsize(kernels if kernels and w.name == "kernel" else w.dtype))
         for w in layer.weights
@@ -289,7 +290,7 @@ def bytes_of_weights(layer, kernels=None):
 
 
 def bytes_of_state(state, names=None):
-    """The bytes of a stream's row of the variables of a `StreamState`."""
+    """Return the bytes of one stream in the variables of a `StreamState`."""
     return sum(
         bytes_of(variable.shape[1:], variable.dtype.size)
         for name, variable in state._variables.items()

@@ -1,4 +1,4 @@
-"""What retroactive attention, its blocks and stacks cost: entries of `ct.cost`."""
+"""The costs of retroactive attention, its blocks and stacks: entries of `ct.cost`."""
 
 from continual_transformers_tf.layers.co_re_mha import CoReMultiHeadAttention
 from continual_transformers_tf.layers.co_re_transformer_encoder import CoReTransformerEncoder
@@ -21,9 +21,9 @@ from continual_transformers_tf.models.cost_layers import (
 
 @cost_of.register
 def _(layer: CoReMultiHeadAttention, rows):
-    """The published update of a step, or with a band, which a step computes anew, all rows of it.
+    """Return the cost of the published update of a step, or with a band, of computing all rows.
 
-    All N outputs of it go through the last layer.
+    All N outputs go through the output projection.
     """
     if rows.mode == "regular":
         return attention_of_windows(layer, rows)
@@ -47,7 +47,7 @@ def _(layer: CoReMultiHeadAttention, rows):
 
 @cost_of.register
 def _(layer: CoReTransformerEncoder, rows):
-    """All N rows go beyond the attention, in a step too."""
+    """Return the cost. All N rows go on after the attention, also in a step."""
     count = layer.seq_len if rows.mode == "step" else rows.count
     whole = Rows("regular", count)
     before = Rows(rows.mode, 1) if rows.mode == "step" and layer.norm_first else whole
@@ -67,7 +67,7 @@ def _(layer: TransformerEncoder, rows):
     for i, block in enumerate(layer.blocks):
         if layer.kind == "single_output" or i == 0:
             total += cost_of(block, rows)
-        else:  # It is given the whole window at every step.
+        else:  # Its input is the whole window at every step.
             count = layer.seq_len if rows.mode == "step" else rows.count
             total += cost_of(block, Rows("regular", count))
     return total if layer.final_norm is None else total + cost_of(layer.final_norm, Rows("step", 1))

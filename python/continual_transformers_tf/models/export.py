@@ -1,4 +1,4 @@
-"""SavedModels that take steps of streams: served with no Keras, and with no Python."""
+"""SavedModels that take steps of streams, served without Keras, or without Python."""
 
 import tempfile
 import uuid
@@ -15,7 +15,7 @@ from continual_transformers_tf.native import backend
 from continual_transformers_tf.ops.library import fused_ops
 from continual_transformers_tf.ops.stream_state import check_integer
 
-# Their names among the SavedModel's assets.
+# Names of the SavedModel's assets.
 MODEL_FILE = "model.safetensors"
 STATES_FILE = "streams.states"
 
@@ -23,48 +23,49 @@ STATES_FILE = "streams.states"
 def export(model, path, streams=None, inputs=None, *, states=True):
     """Write a SavedModel whose signatures take steps of streams.
 
-    Its step is one op on a `Session`, and the session's model file is one of the SavedModel's
-    assets. What loads it must first load the op library, in Python by
-    `tf.load_op_library(ct.ops.LIBRARY_PATH)` and in C by `TF_LoadLibrary`; it needs neither this
-    package nor Keras. Every SavedModel that is loaded has streams of its own. The model file is
-    mapped into memory: do not change it in place while something has it loaded. (`ct.export` to the
-    same folder writes another.)
+    The step is one op on a `Session`, and the session's model file is one of the SavedModel's
+    assets. A program that loads the SavedModel must first load the op library, in Python by
+    `tf.load_op_library(ct.ops.LIBRARY_PATH)` and in C by `TF_LoadLibrary`. It needs neither this
+    package nor Keras. Every loaded SavedModel has its own streams. The model file is mapped into
+    memory: do not change it in place while a process has it loaded. (`ct.export` to the same folder
+    writes a new file.)
 
     A model that a `Session` cannot run is written as a graph of TensorFlow's ops with the same
-    signatures, and a warning says why. So is a model whose streams' state is on a GPU, where its
-    steps then run; and with CONTINUAL_TRANSFORMERS_BACKEND=tensorflow any model, which then needs
-    no op library either.
+    signatures, and a warning says why. The same holds for a model whose streams' state is on a GPU;
+    its steps then run there. With CONTINUAL_TRANSFORMERS_BACKEND=tensorflow every model is written
+    as such a graph, which does not need the op library.
 
-    The signatures, M being any number of streams:
+    The signatures, with M any number of streams:
 
-    - `step`: the inputs, float `(M, E)`, "x" or each by its name, and "streams", int32 `(M,)`:
-      which stream each row belongs to, each once. Outputs "y" `(M, ...)`, of retroactive layers
-      `(M, N, ...)`, or of several each by its name, and "ready", bool `(M,)`: whose receptive field
-      is full. Before, y is that of `warm_up="partial"`.
-    - `clean`: "streams", int32 `(M,)`: these begin again. Output "position", int64 `(M,)`: zeros.
+    - `step`: the inputs, float `(M, E)`, "x" or each by its name, and "streams", int32 `(M,)`: the
+      stream of each row, each stream once. Outputs: "y" `(M, ...)`, for retroactive layers
+      `(M, N, ...)`, or several outputs by name; and "ready", bool `(M,)`: which streams have a full
+      receptive field. Before that, y is the output of `warm_up="partial"`.
+    - `clean`: "streams", int32 `(M,)`: resets these streams. Output "position", int64 `(M,)`:
+      zeros.
     - `ensure_streams`: "count", an int32 scalar: makes room for streams 0, ..., count - 1. Output
-      "count": how many are held then.
+      "count": how many streams there are after the call.
 
-    What `tf.saved_model.load` gives has two functions more: `get_state(streams)` returns copies of
-    streams' states, a string tensor `(M,)`, and `set_state(streams, states)` puts them back. They
-    are what `Session.get_state` and `Session.set_state` give and take. A graph of TensorFlow's ops
-    has them not.
+    The object that `tf.saved_model.load` returns has two more functions: `get_state(streams)`
+    returns copies of streams' states, a string tensor `(M,)`, and `set_state(streams, states)` puts
+    them back. The copies are the same as those of `Session.get_state` and `Session.set_state`. A
+    graph of TensorFlow's ops does not have these functions.
 
     Args:
-        model: a built continual layer (`CoSiMultiHeadAttention`, `CoReMultiHeadAttention`,
+        model: A built continual layer (`CoSiMultiHeadAttention`, `CoReMultiHeadAttention`,
             `CoSiTransformerEncoder`, `CoReTransformerEncoder`, `TransformerEncoder`,
             `CircularPositionalEncoding`, `CoDelay`, `CoResidual`) or a `StreamingModel`.
-        path: the folder to write.
-        streams: make room for so many; None: those that are held.
-        inputs: the names of what a layer is called with, of "query", "value" and "key"; None: its
-            one input, "x".
-        states: whether the streams go on from where they are now, wherever the SavedModel is
-            loaded. False: they begin anew.
+        path: The folder to write.
+        streams: Make room for at least this many streams; None: as many as the model has now.
+        inputs: The names of a layer's inputs, the first of "query", "value" and "key"; None: its
+            one input, "x", or all of them if they have different sizes.
+        states: Whether the streams of the SavedModel continue from their current states. False:
+            they start empty.
 
     Raises:
-        ValueError: if the model is not a built continual layer or `StreamingModel`, `inputs` has
-            no meaning, or an input or output has a name that the signature needs.
-        ImportError: under CONTINUAL_TRANSFORMERS_BACKEND=fused, if the op library cannot be loaded.
+        ValueError: If the model is not a built continual layer or `StreamingModel`, `inputs` does
+            not fit it, or an input or output has a name that the signature needs.
+        ImportError: With CONTINUAL_TRANSFORMERS_BACKEND=fused, if the op library cannot be loaded.
     """
     if not isinstance(model, ContinualLayer):
         raise ValueError(
@@ -84,16 +85,16 @@ def export(model, path, streams=None, inputs=None, *, states=True):
         _export_session(ops, lowered, model, path, streams, signature, states)
 
 
-# A session.
+# Export with a session.
 
 
 def _on_a_session(model, inputs):
-    """(the op library's module, the `Lowered` model); None twice where TensorFlow's ops must do."""
+    """Return (the op library's module, the `Lowered` model); (None, None) for a graph export."""
     if backend() == "tensorflow" or "GPU" in model.position.device:
         return None, None
     ops = fused_ops("CPU", "ContinualTransformers>SessionStep")
     if ops is None:
-        return None, None  # There was a warning.
+        return None, None  # fused_ops has warned.
     try:
         return ops, lower(model, inputs=inputs)
     except ValueError as error:
@@ -107,22 +108,22 @@ def _on_a_session(model, inputs):
 
 
 class _SessionResource(tf.saved_model.experimental.TrackableResource):
-    """The session of a SavedModel, which its loader makes and initializes.
+    """The session of a SavedModel. The SavedModel's loader creates and initializes it.
 
     Args:
-        ops: the op library's module.
-        model_file: the path of the model file.
-        states: that of the file with the streams' states; None: they are clean.
-        streams: how many are held.
+        ops: The op library's module.
+        model_file: The path of the model file.
+        states: The path of the file with the streams' states; None: the streams start empty.
+        streams: How many streams there are.
     """
 
     def __init__(self, ops, model_file, states, streams):
         super().__init__()
         self._ops = ops
         self._streams = streams
-        # Unique: two SavedModels in one graph are two sessions.
+        # A unique name, so that two SavedModels in one graph have two sessions.
         self._shared_name = f"continual_transformers_session_{uuid.uuid4()}"
-        # Assets are found only where they are tracked.
+        # TensorFlow saves only assets that are tracked.
         self._model_file = self._track_trackable(tf.saved_model.Asset(model_file), "model_file")
         self._states = None
         if states is not None:
@@ -140,7 +141,8 @@ class _SessionResource(tf.saved_model.experimental.TrackableResource):
         )
 
     def _destroy_resource(self):
-        # The functions that have its handle keep it: a signature outlives what it was taken from.
+        # Functions with the handle keep the session alive: a signature may outlive the SavedModel
+        # object that it was taken from.
         self._ops.continual_transformers_release_session(shared_name=self._shared_name)
 
 
@@ -154,7 +156,8 @@ def _export_session(ops, lowered, model, path, streams, signature, states):
         if states and position.any():
             states_file = Path(folder, STATES_FILE)
             _write_states(model, model_file, states_file, int(np.flatnonzero(position)[-1]) + 1)
-        # What is loaded from there maps the file: another takes its place.
+        # A process that loaded an earlier export maps these files, so they must not be overwritten
+        # in place: remove them first.
         for name in (MODEL_FILE, STATES_FILE):
             asset = tf.io.gfile.join(path, "assets", name)
             if tf.io.gfile.exists(asset):
@@ -167,7 +170,7 @@ def _export_session(ops, lowered, model, path, streams, signature, states):
 
 
 def _functions_on_a_session(ops, module, plan, model, signature):
-    """The signatures' functions; further ones are set on the module."""
+    """Return the signatures' functions, and set get_state and set_state on the module."""
     session = module.session.resource_handle
     values = [plan["values"][port["value"]] for port in plan["outputs"]]
     types = [plan["values"][port["value"]]["dtype"] for port in plan["inputs"]]
@@ -177,7 +180,7 @@ def _functions_on_a_session(ops, module, plan, model, signature):
         output_types = [y.dtype for y in keras.tree.flatten(structure)]
 
     def step(streams, **steps):
-        # tf.function has them in its own order.
+        # tf.function passes them in another order.
         given = [tf.cast(steps[name], dtype) for name, dtype in zip(signature, types, strict=True)]
         results, ready = ops.continual_transformers_session_step(
             session,
@@ -211,7 +214,7 @@ def _functions_on_a_session(ops, module, plan, model, signature):
 
 
 def _write_states(model, model_file, path, count):
-    """Writes the states of streams 0 to count - 1, as a session of the model file has them."""
+    """Write the states of streams 0 to count - 1, in the format of a session of the model file."""
     from continual_transformers_tf.session import Session
 
     session = Session.load(model_file)
@@ -226,7 +229,7 @@ def _write_states(model, model_file, path, count):
             file.writelines(session.get_state(streams))
 
 
-# A graph of TensorFlow's ops.
+# Export as a graph of TensorFlow's ops.
 
 
 def _export_graph(model, path, streams, signature, states):
@@ -234,14 +237,15 @@ def _export_graph(model, path, streams, signature, states):
         model.ensure_streams(streams)
 
     def step(streams, **steps):
-        given = [steps[name] for name in signature]  # tf.function has them in its own order.
+        given = [steps[name] for name in signature]  # tf.function passes them in another order.
         if isinstance(model, keras.Model):
             given = keras.tree.pack_sequence_as(model._graph.model.input, given)
             y = model.call_step(given, streams=streams)
         else:
             y = model.call_step(*given, streams=streams)
         outputs = _by_name(y)
-        # After the step: TensorFlow keeps the order of what reads and writes a variable.
+        # This reads the position after the step: TensorFlow keeps the order of a variable's reads
+        # and writes.
         ready = tf.gather(model.position, streams) >= model.receptive_field
         return {**outputs, "ready": ready}
 
@@ -255,8 +259,8 @@ def _export_graph(model, path, streams, signature, states):
 
     signatures = _traced(step, clean, ensure_streams, signature)
     module = tf.Module()
-    # Not the model: TensorFlow would write Keras' variables twice, and outside Python restore the
-    # copies that no function uses.
+    # Keep the variables and not the model: TensorFlow would write Keras' variables twice, and
+    # outside Python it would restore the copies that no function uses.
     used = {v.ref(): v for function in signatures.values() for v in function.graph.variables}
     module.kept = list(used.values())
     if states:
@@ -270,11 +274,11 @@ def _export_graph(model, path, streams, signature, states):
         model.set_state(kept)
 
 
-# Both.
+# Shared by both.
 
 
 def _traced(step, clean, ensure_streams, signature):
-    """The signatures: a dict from names to concrete functions."""
+    """Return the signatures: a dict from names to concrete functions."""
     numbers = tf.TensorSpec([None], tf.int32, name="streams")
     count = tf.TensorSpec([], tf.int32, name="count")
     return {
@@ -291,7 +295,7 @@ def _save(module, path, signatures):
 
 
 def _input_signature(model, inputs):
-    """A dict from the name of an input to its tf.TensorSpec."""
+    """Return a dict from the name of an input to its tf.TensorSpec."""
     if isinstance(model, keras.Model):
         if inputs is not None:
             raise ValueError(f"Expected no inputs, which a model names itself, but got {inputs}")
@@ -310,7 +314,7 @@ def _input_signature(model, inputs):
         }
     features = model.input_features
     if inputs is None:
-        # One input serves as all, unless they are of different sizes.
+        # One input serves as query, value and key, unless these have different sizes.
         inputs = ["x"] if len(set(features.values())) == 1 else list(features)
     elif not inputs or list(inputs) != list(features)[: len(inputs)]:
         raise ValueError(f"Expected inputs to be the first of {list(features)}, but got {inputs}")

@@ -1,4 +1,4 @@
-"""Layers that stream with the weights of PyTorch's, from live modules and from files of them."""
+"""Streaming layers with the weights of PyTorch modules, from live modules or from files."""
 
 import os
 from collections.abc import Mapping
@@ -8,40 +8,40 @@ from continual_transformers_tf.models.from_torch_attention import name_of
 
 
 def from_torch(module, seq_len=None, *, num_heads=None, prefix="", **options):
-    """A continual layer with the weights of a module of PyTorch.
+    """Return a continual layer with the weights of a PyTorch module.
 
-    It is called as Keras' layers are: `(B, T, E)` whatever `batch_first` says, and in the order
-    query, value, key, where PyTorch's is query, key, value.
+    The layer is called as Keras' layers are: its inputs are `(B, T, E)`, regardless of
+    `batch_first`, and their order is query, value, key, where PyTorch's is query, key, value.
 
     | module | layer |
     | --- | --- |
     | `torch.nn.MultiheadAttention`, weights | `CoSiMultiHeadAttention` |
     | `torch.nn.TransformerEncoderLayer` | `CoSiTransformerEncoder` |
-    | `torch.nn.TransformerEncoder` | `TransformerEncoder`, retroactive but with `kind=` |
+    | `torch.nn.TransformerEncoder` | `TransformerEncoder`, retroactive unless `kind=` is given |
     | continual-inference's `SingleOutputMultiheadAttention` | `CoSiMultiHeadAttention` |
     | its `RetroactiveMultiheadAttention` | `CoReMultiHeadAttention` |
     | its `SingleOutputTransformerEncoderLayer` | `CoSiTransformerEncoder` |
     | its `RetroactiveTransformerEncoderLayer` | `CoReTransformerEncoder` |
 
     Args:
-        module: a live module; or weights by their names in the `state_dict` of a
+        module: A live module; or weights by their names in the `state_dict` of a
             `torch.nn.MultiheadAttention`: a mapping to arrays or tensors, or the path of a
             safetensors file.
-        seq_len: N, the window; None: that of a module that has one.
-        num_heads: H, for weights, which do not know it; of a module it is its own.
-        prefix: what the names of the weights begin with, as "encoder.self_attn.".
-        **options: further arguments of the layer. Those that the module has too are its own where
-            they are left out: dropout, dtype, activation and so on, and of continual-inference's
-            query_index, and whether a regular call gives the one output.
+        seq_len: N, the window; None: the module's own window, if it has one.
+        num_heads: H. It is needed for weights, which do not contain it; a module knows its own.
+        prefix: The beginning of the weights' names, such as "encoder.self_attn.".
+        **options: Further arguments of the layer. Arguments that are left out are taken from the
+            module if it has them: dropout, dtype, activation and so on; from
+            continual-inference's attention also query_index and single_output.
 
     Returns:
         The layer, built. Its weights are copies.
 
     Raises:
-        ValueError: if the module is none of these, or has what has no counterpart
+        ValueError: If the module is none of these, or has something without a counterpart
             (`add_bias_kv`, `add_zero_attn`, layers that differ); if `seq_len` or `num_heads` is
-            needed and left out, or the weights do not fit each other.
-        ImportError: if a path is given, and safetensors is not installed.
+            needed and left out; or if the weights do not fit each other.
+        ImportError: If a path is given, and safetensors is not installed.
     """
     if isinstance(module, (str, os.PathLike)):
         module = _weights_in(module)
@@ -60,8 +60,8 @@ def from_torch(module, seq_len=None, *, num_heads=None, prefix="", **options):
     )
 
 
-# By the names of their classes, so that torch is imported by those alone who have it. The first in
-# a module's order of inheritance counts. Each a function of (module, seq_len, options).
+# Functions of (module, seq_len, options), by the names of the modules' classes: so torch need not
+# be imported here. The first match in the order of inheritance counts.
 _MODULES = {
     "torch.nn.modules.activation.MultiheadAttention": from_torch_attention.multi_head_attention,
     "torch.nn.modules.transformer.TransformerEncoderLayer": from_torch_encoders.encoder_layer,
@@ -72,7 +72,7 @@ _MODULES = {
     "continual.multihead_attention.retroactive_mha.RetroactiveMultiheadAttention": (
         from_torch_attention.retroactive_attention
     ),
-    # What its functions for encoder layers make.
+    # continual-inference's functions for encoder layers return a Sequential.
     "continual.container.Sequential": from_torch_encoders.continual_encoder_layer,
 }
 

@@ -1,4 +1,4 @@
-"""Attention that streams with the weights of PyTorch's: entries of `ct.from_torch`."""
+"""Streaming attention with the weights of PyTorch attention: entries of `ct.from_torch`."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from continual_transformers_tf.layers.co_re_mha import CoReMultiHeadAttention
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.ops.stream_state import check_integer
 
-# Modules, each a function of (module, seq_len, options).
+# Modules: one function of (module, seq_len, options) for each type.
 
 
 def multi_head_attention(module, seq_len, options):
@@ -31,7 +31,7 @@ def retroactive_attention(module, seq_len, options):
 
 
 def needed_window(seq_len):
-    """seq_len, where it is not None."""
+    """Return seq_len, or raise ValueError if it is None."""
     if seq_len is None:
         raise ValueError("Expected seq_len, the window, which the module does not know: got None")
     return seq_len
@@ -54,7 +54,7 @@ _KNOWN = {
 
 
 def attention_of(weights, num_heads, seq_len, options):
-    """The layer, from the state_dict of a `torch.nn.MultiheadAttention`."""
+    """Return the layer for the state_dict of a `torch.nn.MultiheadAttention`."""
     needed_window(seq_len)
     placed, inputs = attention_weights(weights, num_heads)
     query, key, value = inputs
@@ -72,7 +72,11 @@ def attention_of(weights, num_heads, seq_len, options):
 
 
 def attention_weights(weights, num_heads):
-    """Keras' weights in Keras' order, and the features of query, key and value, of a state_dict."""
+    """Convert a state_dict to Keras.
+
+    Returns:
+        (the weights in Keras' order, the numbers of features of query, key and value).
+    """
     check_integer("num_heads", num_heads, at_least=1)
     for name, why in _REFUSED.items():
         if name in weights:
@@ -104,7 +108,7 @@ def attention_weights(weights, num_heads):
 
 
 def _projections(arrays):
-    """Kernels `[E, inputs]` of query, key, value and output, and their biases, or none."""
+    """Return (kernels `[E, inputs]` of query, key, value and output, their biases or [])."""
     output = arrays["out_proj.weight"]
     if "in_proj_weight" in arrays:
         kernels = np.split(arrays["in_proj_weight"], 3)
@@ -129,7 +133,7 @@ def _projections(arrays):
 
 
 def array_of(weight):
-    """An array of a tensor; those of bfloat16, which NumPy does not know, as TensorFlow's is."""
+    """Return a tensor as an array. bfloat16, which NumPy lacks, has the dtype of ml_dtypes."""
     if not hasattr(weight, "detach"):
         return np.asarray(weight)
     weight = weight.detach().cpu()

@@ -1,4 +1,4 @@
-"""Encoders that stream with the weights of PyTorch's: entries of `ct.from_torch`."""
+"""Streaming encoders with the weights of PyTorch encoders: entries of `ct.from_torch`."""
 
 import types
 
@@ -14,16 +14,16 @@ from continual_transformers_tf.models.from_torch_attention import (
 
 
 def encoder_layer(module, seq_len, options):
-    """A `CoSiTransformerEncoder` of a `torch.nn.TransformerEncoderLayer`."""
+    """Return a `CoSiTransformerEncoder` for a `torch.nn.TransformerEncoderLayer`."""
     return _block(CoSiTransformerEncoder, module, seq_len, options)
 
 
 def continual_encoder_layer(module, seq_len, options):
-    """A block of what continual-inference makes an encoder layer of: a sequence of named parts."""
+    """Return a block for an encoder layer of continual-inference, a Sequential of named parts."""
     parts = {}
     for path, part in module.named_modules():
         name = path.rsplit(".", 1)[-1]
-        if name == "fn":  # Of what is wrapped in a part of theirs.
+        if name == "fn":  # Some parts wrap a module as `fn`.
             name = path.rsplit(".", 2)[-2]
         parts[name] = part
     missing = [name for name in _PARTS if name not in parts]
@@ -57,9 +57,9 @@ _PARTS = ("self_attn", "norm1", "linear1", "linear2", "norm2")
 
 
 def encoder(module, seq_len, options):
-    """A `ct.TransformerEncoder` of a `torch.nn.TransformerEncoder`.
+    """Return a `ct.TransformerEncoder` for a `torch.nn.TransformerEncoder`.
 
-    Without `kind=` it is the retroactive stack, which gives what the module gives for the newest
+    Without `kind=` it is the retroactive stack, whose output is the module's output for the newest
     step of every window.
     """
     blocks = list(module.layers)
@@ -96,7 +96,7 @@ def _block(cls, module, seq_len, options):
 
 
 def _sizes(module):
-    """embed_dim, num_heads, ff_dim."""
+    """Return embed_dim, num_heads and ff_dim."""
     attention = module.self_attn
     return attention.embed_dim, attention.num_heads, module.linear1.out_features
 
@@ -123,7 +123,7 @@ def _options_of(module):
 
 
 def _activation(activation):
-    """The name in Keras of a function or module of torch."""
+    """Return Keras' name of an activation function or module of torch."""
     name = getattr(activation, "__name__", type(activation).__name__).lower()
     known = {"relu": "relu", "gelu": "gelu", "silu": "silu", "tanh": "tanh"}
     if name not in known or getattr(activation, "approximate", "none") != "none":
@@ -132,7 +132,7 @@ def _activation(activation):
 
 
 def _weights(module, num_heads):
-    """Those of a block, in our order."""
+    """Return a block's weights, in this package's order."""
     dense = [
         array_of(weight) if i % 2 else array_of(weight).T
         for linear in (module.linear1, module.linear2)

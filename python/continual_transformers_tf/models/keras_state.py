@@ -1,6 +1,6 @@
-"""The state of streams of a Keras model as stream blocks of its plan. NumPy only.
+"""Conversion of a Keras model's stream states into stream blocks of its plan, with NumPy only.
 
-`docs/model_file.md` says what the plan's `keras_state` is, and what a stream block is.
+`docs/model_file.md` defines the plan's `keras_state` and the stream block.
 """
 
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 _ALIGNMENT = 64
-# Which axis of these entries, counted from the last, is the window's rows; they are no rings.
+# The axis of the window's rows in these entries, counted from the last. They are not rings.
 _WINDOW_AXIS = {"softmax": -1, "weighted_sum": -2}
 
 
@@ -24,18 +24,18 @@ class Entry(NamedTuple):
 
 
 def blocks_from_keras_state(plan, layout, state):
-    """Turns what the `get_state` of a Keras model or layer gave into stream blocks.
+    """Turn the result of a Keras model's or layer's `get_state` into stream blocks.
 
     Args:
-        plan: the plan, as a dict.
-        layout: the parts of a stream block: tuples of what an `Entry` has.
-        state: what `get_state` gave, of M streams.
+        plan: The plan, as a dict.
+        layout: The parts of a stream block: tuples with the fields of an `Entry`.
+        state: The result of `get_state`, for M streams.
 
     Returns:
         (a list of M blocks, bytes; a list of M positions, ints).
 
     Raises:
-        ValueError: if the state is not one of the plan's model.
+        ValueError: If the state does not belong to the plan's model.
     """
     parts = list(_parts(plan["keras_state"], state, "the state"))
     positions = _positions(parts)
@@ -69,7 +69,7 @@ def blocks_from_keras_state(plan, layout, state):
 
 
 def _parts(described, state, where):
-    """Pairs what the plan says of a state with what was given: (where, leaf, array)."""
+    """Yield (where, leaf, array) for every leaf of `keras_state` and its array in the state."""
     if not isinstance(described, dict):
         yield where, described, state
         return
@@ -82,7 +82,7 @@ def _parts(described, state, where):
 
 
 def _positions(parts):
-    """The streams' positions, which all layers share."""
+    """Return the streams' positions, which all layers must share."""
     taken = [(where, np.asarray(x)) for where, leaf, x in parts if leaf == "position"]
     if not taken:
         raise ValueError("Expected the state of a model with streams, but the plan keeps nothing")
@@ -109,7 +109,7 @@ def _checked(where, array, streams):
 
 
 def _check_true(where, ring, positions):
-    """Raises ValueError where the model keeps False for a step, and the plan keeps nothing."""
+    """Raise ValueError if the model keeps a False for a step: the plan keeps no mask there."""
     for array, position in zip(ring, positions, strict=True):
         if not array[_rows_taken(position, len(array))].all():
             raise ValueError(
@@ -119,12 +119,12 @@ def _check_true(where, ring, positions):
 
 
 def _rows_taken(position, rows):
-    """The rows of a ring that steps have written, as indices."""
+    """Return the indices of the rows of a ring that steps have written."""
     return np.arange(max(0, position - rows), position) % rows
 
 
 def _ring(where, array, positions, entry):
-    """Rows [M, R, ...] of a ring, in the places that a ring of other rows has for their steps."""
+    """Move rows [M, R, ...] of a ring to their places in the entry's ring of another length."""
     rows, size = entry.ring_rows, int(np.prod(entry.shape[1:]))
     if array.ndim < 2 or array.shape[1] < rows or array[:1, :1].size not in (0, size):
         raise ValueError(
@@ -140,7 +140,7 @@ def _ring(where, array, positions, entry):
 
 
 def _window_rows(where, array, positions, entry):
-    """What is kept of the rows of a window, without those that no step has written."""
+    """Return an entry about the window's rows, with zeros for rows that no step has written."""
     if array.shape[1:] != tuple(entry.shape):
         raise ValueError(
             f"Expected {where} to be {list(entry.shape)} for each stream, but got "
@@ -160,20 +160,20 @@ def _window_rows(where, array, positions, entry):
 
 
 def _as_dtype(where, array, dtype):
-    """An array in a dtype of the plan; bfloat16, which NumPy has not, as uint16."""
+    """Return an array in a dtype of the plan; bfloat16, which NumPy lacks, as uint16."""
     array = _floats_of(array)
     if (array.dtype == bool) != (dtype == "bool") or array.dtype.kind not in "biuf":
         raise ValueError(f"Expected {where} of {dtype}, but got {array.dtype}")
     if dtype != "bfloat16":
         return np.ascontiguousarray(array, np.dtype(dtype).newbyteorder("<"))
     bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
-    # To the nearest, of two to the even one; NaN stays NaN.
+    # Round to nearest, ties to even; NaN stays NaN.
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     return np.where(np.isnan(array), bits >> 16 | 0x40, rounded).astype("<u2")
 
 
 def _floats_of(array):
-    """bfloat16 as float32: what TensorFlow gives, and what NumPy reads from a file of it."""
+    """Return bfloat16 as float32: TensorFlow's bfloat16, or the V2 that NumPy reads from a file."""
     if array.dtype.name != "bfloat16" and array.dtype != np.dtype("V2"):
         return array
     bits = np.ascontiguousarray(array).view(np.uint16)

@@ -17,11 +17,11 @@ def load_model(path):
 
 
 def pack(model, path, *, weights_dtype=None, cache_dtype=None, seq_len=None):
-    """Write a model file, and return a `Session` of what was written.
+    """Write a model file, and return a `Session` loaded from it.
 
     Args:
-        model, weights_dtype, cache_dtype, seq_len: as `ct.Session` has them.
-        path: where to write it.
+        model, weights_dtype, cache_dtype, seq_len: As in `ct.Session`.
+        path: The path to write to.
     """
     options = {"weights_dtype": weights_dtype, "cache_dtype": cache_dtype, "seq_len": seq_len}
     Session(model, **options).save(path)
@@ -29,23 +29,23 @@ def pack(model, path, *, weights_dtype=None, cache_dtype=None, seq_len=None):
 
 
 def streaming_twin(model, seq_len=None):
-    """The model as it streams in Keras, with outputs from the first step on as a session has them.
+    """Return the `StreamingModel` of a model, with outputs from the first step on, as in a session.
 
     Args:
-        model, seq_len: as `ct.Session` has them.
+        model, seq_len: As in `ct.Session`.
     """
     return StreamingModel(continual_model(model, seq_len), warm_up="partial")
 
 
 def describe_cost(model, session, seq_len=None):
-    """Say in two lines what a step costs, and what a stream keeps."""
+    """Return two lines: what a step costs, and how large a stream's state is."""
     try:
         of_step = cost(continual_model(model, seq_len))
         operations = (
             f"{of_step.multiplications:,} multiplications, {of_step.additions:,} additions, "
             f"{of_step.exponentials:,} exponentials"
         )
-    except ValueError as error:  # A layer of which ct.cost knows nothing may stream all the same.
+    except ValueError as error:  # A session may run a layer that ct.cost does not know.
         operations = f"its operations are not counted. {error}"
     return (
         f"a step: {operations}\n"
@@ -55,14 +55,14 @@ def describe_cost(model, session, seq_len=None):
 
 
 def read_recordings(path, session):
-    """Read recordings to stream: for each input of a session an array `(streams, T, ...)`.
+    """Read recordings to stream: an array `(streams, T, ...)` for each input of a session.
 
     Args:
-        path: a `.npy` file with the array of the only input, or an `.npz` file with an array for
-            each input, by name. One stream's axis may be left out.
+        path: A `.npy` file with the array of the only input, or an `.npz` file with an array for
+            each input, by name. With one stream, the axis of streams may be left out.
 
     Raises:
-        ValueError: if they do not fit the model's inputs.
+        ValueError: If they do not fit the model's inputs.
     """
     found = np.load(path, allow_pickle=False)
     arrays = [found] if isinstance(found, np.ndarray) else found
@@ -107,12 +107,12 @@ def read_recordings(path, session):
 
 
 class Comparison(NamedTuple):
-    """What streaming the same recordings through a Keras model and a session gave.
+    """The result of streaming the same recordings through a Keras model and a session.
 
     Attributes:
-        streams, steps: how much was streamed.
-        difference: the largest between two outputs; NaN where only one of them is NaN.
-        largest: the largest output of the Keras model.
+        streams, steps: How many streams and steps were taken.
+        difference: The largest difference of two outputs; NaN if only one of the two is NaN.
+        largest: The largest absolute output of the Keras model.
     """
 
     streams: int
@@ -131,9 +131,9 @@ def compare(model, session, recordings, seq_len=None):
     """Stream recordings through a Keras model and through a session of it, and compare.
 
     Args:
-        model, seq_len: as `ct.Session` has them.
-        session: a `Session` of the model.
-        recordings: as `read_recordings` gives them.
+        model, seq_len: As in `ct.Session`.
+        session: A `Session` of the model.
+        recordings: The result of `read_recordings`.
 
     Returns:
         A `Comparison`.
@@ -154,7 +154,7 @@ def compare(model, session, recordings, seq_len=None):
     session.close(ids)
     differences, sizes = [], []
     for i, expected in enumerate(by_keras):
-        # With a delay Keras gives no outputs for the first steps.
+        # If the model has a delay, Keras gives no outputs for the first steps.
         got = np.stack([outputs[i] for outputs in taken], axis=1)[:, -expected.shape[1] :]
         expected = expected.astype(np.float64)
         differences.append(np.max(np.abs(got - expected), initial=0, where=got != expected))

@@ -1,4 +1,4 @@
-"""The models of the paper: Hedegaard & Iosifidis, "Continual Transformers", ICLR 2023."""
+"""The paper's models: Hedegaard & Iosifidis, "Continual Transformers", ICLR 2023."""
 
 import keras
 
@@ -20,30 +20,30 @@ def co_oad_tr(
     dropout_rate=0.1,
     **options,
 ):
-    """CoOadTR, which tells the actions in a video as it is seen (arXiv 2201.06268, section 4.2).
+    """Return CoOadTR, which detects actions in a live video (arXiv 2201.06268, section 4.2).
 
-    A linear embedding, an encoding that goes round 2N - 1 rows, a retroactive stack of pre-norm
-    blocks, a linear classifier. The defaults are the paper's for THUMOS14: with one block 9,468,950
-    parameters, with two 15,766,550, which are those counts without biases in the attention and with
-    an encoding that has no parameters.
+    It has a linear embedding, a circular encoding with 2N - 1 rows, a retroactive stack of pre-norm
+    blocks and a linear classifier. The defaults are the paper's for THUMOS14. They give the paper's
+    parameter counts, 9,468,950 with one block and 15,766,550 with two, which are those without
+    biases in the attention and with an encoding that has no parameters.
 
     Args:
-        num_layers: L, the encoder blocks.
-        features: of each step of the input.
-        classes: of the output.
+        num_layers: L, the number of encoder blocks.
+        features: The features of each step of the input.
+        classes: The number of classes.
         seq_len: N, the window.
-        embed_dim: E, of the blocks, whose heads share it.
-        num_heads: H, of which E is a multiple.
-        ff_dim: of the feed-forward parts.
-        dropout_rate: as `ct.TransformerEncoder` has it.
-        **options: further arguments of `ct.TransformerEncoder`, and `name`.
+        embed_dim: E, the features of the blocks, divided among the heads.
+        num_heads: H, the number of heads. E must be a multiple of it.
+        ff_dim: The features of the feed-forward parts.
+        dropout_rate: As in `ct.TransformerEncoder`.
+        **options: Further arguments of `ct.TransformerEncoder`, and `name`.
 
     Returns:
         A `ct.StreamingModel`: windows `(B, N, features)` to logits `(B, 1, classes)`, a step
         `(M, features)` to `(M, classes)`.
 
     Raises:
-        ValueError: if a size is not a positive integer, or the heads cannot share E.
+        ValueError: If a size is not a positive integer, or E is not a multiple of H.
     """
     return _classifier(
         "co_oad_tr",
@@ -74,19 +74,19 @@ def co_audio_transformer(
     dropout_rate=0.1,
     **options,
 ):
-    """The paper's model of sound (section 4.3): spectra in, ten kinds of music out.
+    """Return the paper's audio model (section 4.3), from spectra to ten genres of music.
 
-    As `co_oad_tr`, with a learned encoding, biases, and the sizes of the paper's audio experiments;
-    sixteen heads of twelve features.
+    It differs from `co_oad_tr` in its learned encoding, its biases, and the sizes, which are those
+    of the paper's audio experiments: sixteen heads of twelve features.
 
     Args:
-        num_layers, ..., **options: as `co_oad_tr` has them.
+        num_layers, ..., **options: As in `co_oad_tr`.
 
     Returns:
-        A `ct.StreamingModel`, as there.
+        A `ct.StreamingModel`, as `co_oad_tr` does.
 
     Raises:
-        ValueError: as there.
+        ValueError: As in `co_oad_tr`.
     """
     return _classifier(
         "co_audio_transformer",
@@ -118,7 +118,8 @@ def _classifier(name, features, classes, encoding, stack):
         [
             keras.Input((n, features)),
             keras.layers.Dense(embed_dim, name="embedding"),
-            # In a stream a window may begin at any row; on windows each begins at the next one.
+            # In a stream a window may begin at any row. On windows, each call begins one row after
+            # the call before, so training meets every row.
             CircularPositionalEncoding(2 * n - 1, embed_dim, **encoding, name="position"),
             TransformerEncoder(**{"key_dim": embed_dim // heads, **stack}, name="encoder"),
             keras.layers.Dense(classes, name="classifier"),

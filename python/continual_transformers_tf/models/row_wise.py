@@ -1,4 +1,4 @@
-"""What is known of a tensor of a Keras model's graph, and what computes it row by row."""
+"""The description of a tensor in a Keras model's graph, and the operations that work row by row."""
 
 import dataclasses
 import re
@@ -12,11 +12,13 @@ class Tensor:
     """What is known of a tensor of the graph before it is run; see `StepGraph`."""
 
     kind: str  # "window", "newest", "sample" or "whole".
-    # Whether a row of a window depends on no later one: only then are rows known as they come.
+    # Whether no row of a window depends on a later one. Only such rows never change afterwards.
     causal: bool
     receptive_field: int
-    shape: tuple  # For each window. That of the graph may leave open that newest is one step.
-    # How many steps a step's row comes late: of the window it is row -1 - delay.
+    # For each window. In the graph's own shape, the length of a "newest" may be unknown; here it
+    # is 1.
+    shape: tuple
+    # How many steps late a step's row comes: it is row -1 - delay of the window.
     delay: int = 0
     delayed_by: str = ""  # The layer that last delayed it.
 
@@ -52,8 +54,7 @@ ROW_WISE = (
     keras.layers.TimeDistributed,
     keras.layers.UnitNormalization,
 )
-# keras.ops that compute each number from the numbers in its place, by the names of their classes,
-# which are not public.
+# Element-wise keras.ops, by the names of their classes, which are not public.
 ELEMENT_WISE_OPS = {
     "Abs", "Absolute", "Add", "Cast", "Celu", "Clip", "Cos", "Divide", "Elu", "Exp", "Gelu",
     "HardShrink", "HardSigmoid", "HardSilu", "HardTanh", "LeakyRelu", "Log", "Log1p", "LogSigmoid",
@@ -62,14 +63,17 @@ ELEMENT_WISE_OPS = {
     "Softsign", "SparsePlus", "SparseSigmoid", "Sqrt", "Square", "Squareplus", "Subtract", "Tanh",
     "TanhShrink", "Threshold", "TrueDivide",
 }  # fmt: skip
-# What Keras computes masks by.
+# The ops that Keras computes masks with.
 MASK_OPS = {"LogicalAnd", "LogicalNot", "LogicalOr", "NotEqual"}
-# Those that work along an axis of their own.
+# Ops that work along the axis that they are given.
 OPS_ALONG_AN_AXIS = {"Concatenate", "Glu", "LogSoftmax", "Softmax", "Sparsemax"}
 
 
 def row_taken(op, args, kwargs):
-    """Of x[:, -3:-2] or x[:, -3] the kind of the result and the row, -3; None for anything else."""
+    """Return (kind of the result, row) of an op that takes one row of a window, otherwise None.
+
+    x[:, -3:-2] gives ("newest", -3), x[:, -3] gives ("sample", -3).
+    """
     if name_of_op(op) != "GetItem":
         return None
     key = args[1] if len(args) > 1 else kwargs.get("key")
@@ -86,31 +90,31 @@ def row_taken(op, args, kwargs):
 
 
 def name_of_op(op):
-    """The name of the class of one of keras.ops; None for whatever else may have such a name."""
+    """Return the name of the class of one of keras.ops; None for any other op."""
     module = type(op).__module__
     ours = module.startswith(("keras.src.ops.", "keras.src.activations."))
     return type(op).__name__ if ours else None
 
 
 def is_row_wise(node, args, kwargs):
-    """Whether a node computes each row of windows from that row alone."""
+    """Return whether a node computes each row of windows only from that row."""
     op, name = node.operation, name_of_op(node.operation)
     # Keras' masks, (B, T), which layers in a graph may be given beside windows.
     masks = keras.tree.flatten(node.arguments.kwargs.get("mask"))
     tensors = [x for x in node.input_tensors if not any(x is mask for mask in masks)]
     rank = len(tensors[0].shape)
     if any(len(x.shape) != rank for x in tensors) or lengths_differ(node.input_tensors):
-        return False  # One would be broadcast over the other's time.
-    if rank == 2:  # Numbers of tokens, or masks, (B, T): their last axis is time.
+        return False  # One would be broadcast over the time axis of the other.
+    if rank == 2:  # Token ids or masks, (B, T): their last axis is time.
         return type(op) in (keras.layers.Embedding, keras.layers.Identity) or (
             name in MASK_OPS and _same_for_all_steps(op, args, kwargs, rank)
         )
-    if name == "Any":  # Over the features: a mask.
+    if name == "Any":  # Over the features, this computes a mask.
         axes = [] if op.axis is None else list(np.atleast_1d(op.axis) % rank)
         return axes == [rank - 1] and not op.keepdims
     if isinstance(op, keras.layers.EinsumDense):
         return _einsum_is_row_wise(op, rank)
-    if type(op) is keras.layers.PReLU:  # Its numbers may be those of each step.
+    if type(op) is keras.layers.PReLU:  # It may have separate weights for each step.
         return op.alpha.shape[0] == 1
     if type(op) is keras.layers.Permute:
         return op.dims[0] == 1
@@ -129,20 +133,20 @@ def is_row_wise(node, args, kwargs):
 
 
 def _same_for_all_steps(op, args, kwargs, rank):
-    """Whether no array that an operation is given has a row for each step of a window."""
+    """Return whether none of an operation's fixed arrays has a row for each step of a window."""
     arrays = [x for x in keras.tree.flatten((args, kwargs)) if not isinstance(x, Tensor)]
     arrays += [getattr(op, limit) for limit in ("x_min", "x_max") if hasattr(op, limit)]
     return all(np.ndim(x) <= rank - 2 for x in arrays)
 
 
 def _along_features(axis, rank):
-    """Whether axes are none of the first two, samples and time."""
+    """Return whether none of the axes is samples or time, the first two."""
     axes = axis if isinstance(axis, (list, tuple)) else [axis]
     return all(axis % rank > 1 for axis in axes)
 
 
 def _takes_features(key):
-    """Whether x[key] leaves the first two axes as they are."""
+    """Return whether x[key] leaves the first two axes as they are."""
     if not isinstance(key, (tuple, list)):
         return key is Ellipsis
     for k in key[:2]:
@@ -154,7 +158,7 @@ def _takes_features(key):
 
 
 def _einsum_is_row_wise(layer, rank):
-    """Whether an EinsumDense leaves the first two axes alone, and no weight depends on time."""
+    """Return whether an EinsumDense keeps the first two axes, and no weight depends on time."""
     given, kernel, output = re.fullmatch(r"(.*),(.*)->(.*)", layer.equation).groups()
     rest = "0123456789"[: rank - len(given.replace("...", ""))]  # The axes that are not named.
     given, output = (x.replace("...", rest) for x in (given, output))
@@ -163,5 +167,5 @@ def _einsum_is_row_wise(layer, rank):
 
 
 def lengths_differ(tensors):
-    """Whether windows are known to be of different lengths."""
+    """Return whether windows are known to have different lengths."""
     return len({x.shape[1] for x in tensors} - {None}) > 1

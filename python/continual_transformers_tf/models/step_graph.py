@@ -1,19 +1,20 @@
 """How the graph of a Keras model is run on steps of streams, and whether it can be.
 
-A tensor of the graph is, for each window, one of four things, and in steps always `(M, T, ...)`:
+A tensor of the graph has one of four kinds. Its shape in a regular call depends on the kind, and in
+steps it is always `(M, T, ...)`:
 
 - "window": `(B, T, ...)`, a row for every step of the window;
-- "newest": `(B, 1, ...)`, that of the newest step alone, or of a delayed one;
-- "sample": `(B, ...)`, the same, its axis of time gone;
-- "whole": `(B, N, ...)`, a row for every step of the window, all of which every step changes: what
-  retroactive attention gives, in steps `(M, T, N, ...)`.
+- "newest": `(B, 1, ...)`, only the row of the newest step, or of a delayed one;
+- "sample": `(B, ...)`, the same without the time axis;
+- "whole": `(B, N, ...)`, a row for every step of the window, but every new step changes all of
+  them. Retroactive attention gives this; in steps it is `(M, T, N, ...)`.
 
-What computes each row of a window from that row alone computes the same of a step. What is given
-the newest step alone, or a whole window, may be anything: it is run on every step as if that were
-a sample of a batch. And attention keeps what it needs of the steps before.
+An operation that computes each row of a window only from that row does the same on a step. An
+operation on the newest step only, or on a whole window, may be anything: it is run on every step as
+if that were a sample of a batch. Attention keeps the state that it needs from earlier steps.
 
-A step's row of a window may come late. That which step t gives is then row -1 - delay of the window
-that ends with step t: so a step gives what a regular call gives for that window.
+A step's row of a window may come late. The row that step t gives is then row -1 - delay of the
+window that ends with step t. So a step still gives what a regular call gives for that window.
 """
 
 import inspect
@@ -39,22 +40,25 @@ class StepGraph:
     """The graph of a functional or sequential model, planned for steps.
 
     Args:
-        model: a built `keras.Model` that is functional or sequential.
+        model: A built `keras.Model` that is functional or sequential.
+        inputs: The `Tensor`s of the model's inputs, if it is a part of another model; None: windows
+            of single steps.
 
     Attributes:
-        model: the functional model that the model is, or has within it; None if there is none.
-        problems: why it cannot be run on steps: sentences that name the layer; none if it can.
-        layers: its continual layers, in the order in which they are run.
-        receptive_field: how many steps an output depends on.
-        delay: how many steps late an output of windows comes, or what it is made of.
+        model: The functional model that the model is, or contains; None if there is none.
+        problems: Why the model cannot be run on steps: sentences that name the layer. Empty if it
+            can.
+        layers: The continual layers, in the order in which they are run.
+        receptive_field: How many steps an output depends on.
+        delay: How many steps late an output comes, or the windows that it is computed from.
     """
 
     def __init__(self, model, inputs=None):
         self.model = _functional(model)
-        self._plan = {}  # Of a node's id: how it is run, one of the names in _RUNS.
-        self._inner = {}  # Of the id of a nested model's node: its StepGraph.
-        self._known = {}  # Of the id of a tensor of the graph: its Tensor.
-        self._refused = set()  # Ids of nodes that there are problems with.
+        self._plan = {}  # Id of a node -> how it is run, one of the names in _RUNS.
+        self._inner = {}  # Id of a nested model's node -> its StepGraph.
+        self._known = {}  # Id of a tensor of the graph -> its Tensor.
+        self._refused = set()  # Ids of nodes with problems.
         self.problems = []
         self.layers = []
         if self.model is None:
@@ -81,11 +85,11 @@ class StepGraph:
             self.problems.append(f"its outputs are {late}")
 
     def run(self, inputs, **options):
-        """Takes T steps.
+        """Take T steps.
 
         Args:
-            inputs: tensors `(M, T, ...)`, in the order of the model's inputs.
-            **options: training, streams and update_state, for those who take them.
+            inputs: Tensors `(M, T, ...)`, in the order of the model's inputs.
+            **options: training, streams and update_state, for the layers that take them.
 
         Returns:
             Tensors `(M, T, ...)`, in the structure of the model's outputs.
@@ -97,48 +101,52 @@ class StepGraph:
         )
 
     def way(self, node):
-        """How a node is run on steps; None if it cannot be.
+        """Return how a node is run on steps; None if it cannot be.
 
         - "continual": a continual layer takes a step.
         - "model": a model within the model, whose `StepGraph` is `inner(node)`.
-        - "row taken": the step's row is the result.
+        - "row taken": the node takes the row that the step gives, so it does nothing in steps.
         - "row by row": the operation is called with (M, T, ...), as if with a window.
         - "on samples": the operation is called with every step as a sample of a batch.
-        - "attention to whole": likewise, and rows of steps that were never taken are masked.
+        - "attention to whole": the same, and rows of steps that were never taken are masked.
         """
         return None if id(node) in self._refused else self._plan.get(id(node))
 
     def inner(self, node):
-        """The StepGraph of the model that a node calls."""
+        """Return the StepGraph of the model that a node calls."""
         return self._inner[id(node)]
 
     def known(self, tensor):
-        """The `Tensor` that a tensor of the graph is on steps."""
+        """Return the `Tensor` that describes a tensor of the graph."""
         return self._known[id(tensor)]
 
     @property
     def has_whole_windows(self):
-        """Whether a layer in it gives all outputs of the window at every step."""
+        """Whether a layer of the model gives all rows of the window at every step."""
         return any(x.kind == "whole" for x in self._known.values()) or any(
             graph.has_whole_windows for graph in self._inner.values()
         )
 
     def _taken(self, x, streams):
-        """int64 `[M]`: the steps that each stream of the call has taken before."""
+        """Return the steps that each stream of the call has taken before, int64 `[M]`."""
         first = self.layers[0]
         if streams is None:
             rows = x.shape[0] or tf.shape(x)[0]
             first.ensure_streams(rows)
             streams = tf.range(rows)
-        # Of a stream that is not held the layers say that it is not.
+        # No error here for a stream that does not exist: the layers report it.
         position = tf.pad(first.position, [[0, 1]])
         held = tf.cast(tf.clip_by_value(streams, 0, tf.shape(first.position)[0]), tf.int32)
         return tf.gather(position, held)
 
     def walk(self, inputs, visit, values=None):
-        """The outputs, where visit(node, values) says what a node makes of the values so far.
+        """Visit all nodes in order, and return the model's outputs.
 
-        `values`, at first empty, goes from the ids of the graph's tensors to their values.
+        Args:
+            inputs: The values of the model's inputs.
+            visit: A function of (node, values) that returns the values of the node's outputs.
+            values: A dict from the ids of the graph's tensors to their values, which this fills;
+                None: a new one.
         """
         values = {} if values is None else values
         values.update((id(x), y) for x, y in zip(self.model.inputs, inputs, strict=True))
@@ -165,7 +173,7 @@ class StepGraph:
         if unequal:
             self._refuse(node, f"is given {unequal}")
         if isinstance(op, keras.Model):
-            # A StreamingModel is, as a part of another, the model that it holds.
+            # A StreamingModel within another model is treated as the model that it contains.
             inner = op.model if isinstance(op, ContinualLayer) else op
             if _functional(inner) is not None:
                 graph = self._inner[id(node)] = StepGraph(inner, inputs)
@@ -222,7 +230,7 @@ class StepGraph:
             self._refuse(node, "mixes whole windows with what is of their newest step alone")
         elif not is_row_wise(node, args, kwargs):
             self._refuse(node, "needs more of a window than the row that it gives a result for")
-            # What follows is judged as if it had given what it seems to give.
+            # Guess the kinds of its outputs by their shapes, to find the problems of later nodes.
             rank = len(node.input_tensors[0].shape)
             kinds = ["window" if len(x.shape) >= rank else "sample" for x in node.outputs]
             return [
@@ -233,7 +241,7 @@ class StepGraph:
         return [Tensor("window", causal, field, tuple(x.shape), **late) for x in node.outputs]
 
     def _shapes_of_newest(self, node, values):
-        """The shapes of what a node makes of the newest step alone."""
+        """Return the shapes of a node's outputs for the newest step only."""
         given = {
             id(x): keras.KerasTensor(values[id(x)].shape, dtype=x.dtype)
             for x in node.input_tensors
@@ -249,12 +257,15 @@ class StepGraph:
         return [tuple(x.shape) for x in keras.tree.flatten(outputs)]
 
     def _plan_continual(self, node, args, kwargs, inputs):
-        """Whether the outputs depend on no later steps than the inputs do."""
+        """Plan a continual layer, and return whether it is causal.
+
+        A causal layer's outputs depend on no later steps than its inputs do.
+        """
         layer = node.operation
         self._add_layer(layer)
         if any(x.kind != "window" for x in inputs):
             self._refuse(node, "is given the newest step alone, where it needs windows")
-        while isinstance(layer, CoResidual):  # Which is called as the layer within is.
+        while isinstance(layer, CoResidual):  # It is called as the layer within it is.
             layer = layer.layer
         late = max(inputs, key=lambda x: x.delay)
         if late.delay > 0 and not isinstance(layer, CoDelay):
@@ -299,7 +310,7 @@ class StepGraph:
         return bool(given.get("use_causal_mask"))
 
     def _plan_attention_to_whole(self, node):
-        """A regular call on the whole window of every step, which no stream plays a part in."""
+        """Plan a regular call on the whole window of every step, which uses no stream's state."""
         op = node.operation
         self._plan[id(node)] = "attention to whole"
         if isinstance(op, (keras.layers.MultiHeadAttention, TransformerEncoderBlock)):
@@ -338,11 +349,11 @@ class StepGraph:
         return _call(node, values, options)
 
     def _run_attention_to_whole(self, node, values, options):
-        """As `_run_on_samples`; no row attends to a step that was never taken."""
+        """Run as `_run_on_samples`, but let no row attend to a step that was never taken."""
         x = next(values[id(x)] for x in node.input_tensors if self._known[id(x)].kind == "whole")
         steps, n = tf.shape(x, tf.int64)[1], x.shape[2]
         step = options["taken"][:, tf.newaxis] + tf.range(steps)
-        row = tf.range(n, dtype=tf.int64) - n + 1  # 0: the newest step's.
+        row = tf.range(n, dtype=tf.int64) - n + 1  # 0 is the newest step's row.
         there = tf.reshape(step[..., tf.newaxis] + row >= 0, [-1, n])
         with call_mode("regular"):
             if isinstance(node.operation, TransformerEncoderBlock):
@@ -351,7 +362,7 @@ class StepGraph:
             return self._run_on_samples(node, values, options, value_mask=there)
 
     def _run_on_samples(self, node, values, options, **more):
-        """Steps take the place of samples: (M, T, ...) becomes (M * T, ...), and comes back."""
+        """Run a node with steps as samples: (M, T, ...) becomes (M * T, ...), and back."""
         inputs = [x for x in node.input_tensors if id(x) in values]
         lead = tf.shape(values[id(inputs[0])])[:2]
         samples = {id(x): _to_samples(self._known[id(x)].kind, values[id(x)]) for x in inputs}
@@ -371,14 +382,15 @@ _RUNS = {
     "attention to whole": StepGraph._run_attention_to_whole,
 }
 
-# What layers that attend may be called with in the graph of a model; the rest is of whole windows.
+# The arguments that attention in a model's graph may be called with. All others are for whole
+# windows.
 STEP_ARGUMENTS = ("x", "query", "value", "key", "use_causal_mask", "training")
 
 
 def names_of_inputs(model):
-    """What messages call a model's inputs: by their names; where they were given none, by place.
+    """Return what messages call a model's inputs: their names, or their places if unnamed.
 
-    Keras calls such an input keras_tensor and some number, which nobody knows.
+    Keras names an unnamed input keras_tensor and a number, which users do not know.
     """
     own = [x.name for x in model.inputs]
     places = ["inputs"] if len(own) == 1 else [f"inputs[{i}]" for i in range(len(own))]
@@ -389,14 +401,14 @@ def names_of_inputs(model):
 
 
 def _functional(model):
-    """The functional model that a model is, or has within it; None where there is none."""
+    """Return the functional model that a model is, or contains; None if there is none."""
     if isinstance(model, keras.Sequential):
         return model._functional
     return model if hasattr(model, "_nodes_by_depth") else None
 
 
 def _unequal_delays(tensors):
-    """What is wrong with windows of which steps give different rows, and the cure; or None."""
+    """Return what is wrong if windows have different delays, and the cure; otherwise None."""
     windows = sorted((x for x in tensors if x.kind == "window"), key=lambda x: x.delay)
     if not windows or windows[0].delay == windows[-1].delay:
         return None
@@ -410,9 +422,14 @@ def _unequal_delays(tensors):
 
 
 def _kind_of_one(shape, whole=()):
-    """What a tensor that is of a step alone is: a window of one of these lengths, or what is left.
+    """Return the kind of a tensor of one step, by its shape.
 
-    That is the newest step, with an axis of time or without.
+    Args:
+        shape: The tensor's shape.
+        whole: Lengths of whole windows. A tensor whose axis 1 has such a length is "whole".
+
+    Returns:
+        "whole", or "newest" or "sample": the newest step with or without a time axis.
     """
     if len(shape) > 2 and shape[1] in whole:
         return "whole"

@@ -11,41 +11,44 @@ from continual_transformers_tf.models.step_graph import StepGraph, names_of_inpu
 
 @keras.saving.register_keras_serializable("continual_transformers_tf")
 class StreamingModel(CompositeLayer, keras.Model):
-    """A functional or sequential Keras model, window by window as ever, or step by step.
+    """A functional or sequential Keras model that can be called on windows or step by step.
 
-    A step gives what a regular call gives for the newest step of the window. Layers that compute
-    each row of a window from that row alone take steps as they are; `CoSiMultiHeadAttention` and
-    the other continual layers keep what they need of the steps before; and what comes after the
-    newest row has been taken, as by `x[:, -1]`, may be anything. `ct.convert` makes such a model of
-    one with `keras.layers.MultiHeadAttention`.
+    A step gives the output of a regular call for the newest step of the window. Layers that compute
+    each row of a window only from that row take steps as they are. `CoSiMultiHeadAttention` and the
+    other continual layers keep the state that they need from earlier steps. After the newest row
+    has been taken, as by `x[:, -1]`, any layer may follow. `ct.convert` makes a `StreamingModel`
+    from a model with `keras.layers.MultiHeadAttention`.
 
-    Where attention follows attention, the earlier must be causal (`use_causal_mask=True`). In a
-    stream it then sees the newest `seq_len` steps and not the window's beginning: steps equal
-    regular calls on sequences of at most `seq_len` steps, and go on as the same model with
-    `sliding_window=seq_len` would. Or it is retroactive (`CoReMultiHeadAttention`,
-    `CoReTransformerEncoder`): every step then gives its whole window, on which what follows,
-    whatever it is, makes a regular call. (While the window fills, rows of steps that were never
-    taken are zeros, to which no attention attends.)
+    If one attention follows another, there are two ways:
+
+    - The earlier one is causal (`use_causal_mask=True`). In a stream it then sees the newest
+      `seq_len` steps and not the window's beginning. Steps equal regular calls on sequences of at
+      most `seq_len` steps; after that they equal the same model with `sliding_window=seq_len`.
+    - The earlier one is retroactive (`CoReMultiHeadAttention`, `CoReTransformerEncoder`). It then
+      gives its whole window at every step, and any layers that follow are called on that window as
+      in a regular call. (While the window fills, rows of steps that were never taken are zeros, and
+      no attention attends to them.)
 
     A layer with a delay, such as `CoDelay` or attention with a `query_index`, gives at a step the
-    row of `delay` steps before: row -1 - delay of the window that ends with the step, and
-    `x[:, -1 - delay]` is how to take it. Windows that meet, as in a sum, must be as late as each
-    other: `CoDelay` makes them so, and `CoResidual`. Delays and receptive fields add up.
+    row of `delay` steps before. That is row -1 - delay of the window that ends with the step; take
+    it by `x[:, -1 - delay]`. Windows that are combined, as in a sum, must have the same delay:
+    `CoDelay` and `CoResidual` can make it so. Delays and receptive fields add up.
 
     Args:
-        model: a functional model, or a sequential one that is built. It is not copied.
+        model: A functional model, or a built sequential one. It is not copied.
         warm_up: "none": in eager mode, steps give None until a stream's receptive field is full;
-            "partial": the outputs of shorter sequences. As `CoSiMultiHeadAttention` has it, for the
-            model as a whole and instead of its layers' own.
-        call_mode: what calling the model does: "regular", "step" or "steps".
-        **kwargs: `name` and the like.
+            "partial": they give the outputs of shorter sequences. It works as in
+            `CoSiMultiHeadAttention`, but for the model as a whole: it replaces the layers' own
+            `warm_up`.
+        call_mode: What calling the model does: "regular", "step" or "steps".
+        **kwargs: `name` and other arguments of `keras.Model`.
 
     Attributes:
-        model: the model that was given.
+        model: The model that was given.
 
     Raises:
-        ValueError: at construction, if the model cannot be run on steps: for every layer that
-            stands in the way the reason.
+        ValueError: At construction, if the model cannot be run on steps. The message gives the
+            reason for every layer in the way.
     """
 
     def __init__(self, model, warm_up="none", call_mode="regular", **kwargs):
@@ -102,49 +105,50 @@ class StreamingModel(CompositeLayer, keras.Model):
         return call(inputs, training, streams=streams, update_state=update_state)
 
     def call_regular(self, inputs, training=None):
-        """The model's outputs for whole windows; the streams' state plays no part."""
+        """Return the model's outputs for whole windows. This does not use the streams' state."""
         with call_mode("regular"):
             return self.model(inputs, training=training)
 
     def call_step(self, inputs, training=None, *, streams=None, update_state=True):
-        """Takes one step of M streams.
+        """Take one step of M streams.
 
         Args:
-            inputs: the model's inputs without their axis of time: `(M, ...)`.
-            training: whether this is training.
-            streams, update_state: as `CoSiMultiHeadAttention.call_step` has them.
+            inputs: The model's inputs without their time axis: `(M, ...)`.
+            training: Whether this is training.
+            streams, update_state: As in `CoSiMultiHeadAttention.call_step`.
 
         Returns:
-            The model's outputs for the newest step, `(M, ...)`, or for that of `delay` steps
+            The model's outputs for the newest step, `(M, ...)`, or for the step `delay` steps
             before; None while the receptive field fills (see `warm_up`).
 
         Raises:
-            ValueError, tf.errors.InvalidArgumentError: if shapes, dtypes or streams do not fit. The
-                streams then go on as if the call had not been made. (Not so if room was made in
-                some of the layers alone: `ensure_streams` here makes it in all.)
+            ValueError, tf.errors.InvalidArgumentError: If shapes, dtypes or streams do not fit. The
+                streams then continue as if the call had not been made. (This does not hold if room
+                was made in only some of the layers. The model's `ensure_streams` makes room in all
+                of them.)
         """
         steps = [tf.expand_dims(x, 1) for x in self._inputs(inputs, axes_of_steps=1)]
         outputs = self._take_steps(steps, training, streams, update_state)
         return keras.tree.map_structure(lambda y: None if y is None else tf.squeeze(y, 1), outputs)
 
     def call_steps(self, inputs, training=None, *, streams=None, update_state=True):
-        """Takes T steps of M streams: the same outputs and state as T calls of `call_step`.
+        """Take T steps of M streams, with the same outputs and state as T calls of `call_step`.
 
         Args:
-            inputs: the model's inputs, `(M, T, ...)`.
-            training, streams, update_state: as `call_step` has them.
+            inputs: The model's inputs, `(M, T, ...)`.
+            training, streams, update_state: As in `call_step`.
 
         Returns:
-            `(M, T', ...)` or None, as `CoSiMultiHeadAttention.call_steps`.
+            `(M, T', ...)` or None, as in `CoSiMultiHeadAttention.call_steps`.
 
         Raises:
-            ValueError, tf.errors.InvalidArgumentError: as `call_step`; and if T = 0.
+            ValueError, tf.errors.InvalidArgumentError: As in `call_step`; also if T = 0.
         """
         inputs = self._inputs(inputs, axes_of_steps=2)
         return self._take_steps(inputs, training, streams, update_state)
 
     def _inputs(self, inputs, axes_of_steps):
-        """The inputs as a list of tensors, with the features that the model was built for."""
+        """Check the inputs, and return them as a list of tensors."""
         flat = keras.tree.flatten(self._by_name(inputs))
         if len(flat) != len(self.model.inputs):
             raise ValueError(f"Expected {len(self.model.inputs)} inputs, but got {len(flat)}")
@@ -166,8 +170,8 @@ class StreamingModel(CompositeLayer, keras.Model):
         return _of_same_steps(tensors, letters)
 
     def _by_name(self, inputs):
-        """The inputs in the structure of the model's own, where one of the two is a dict."""
-        # A sequential model knows its own only if it was called as a part of another.
+        """Return the inputs in the structure of the model's inputs, if either of them is a dict."""
+        # A sequential model has names for its inputs only if it was called as a part of another.
         own = self._graph.model.input
         names = list(own) if isinstance(own, dict) else [x.name for x in self.model.inputs]
         expected = f"Expected inputs by the names of {' and '.join(map(repr, names))}"
@@ -207,15 +211,18 @@ class StreamingModel(CompositeLayer, keras.Model):
 
     @property
     def ready(self):
-        """bool tensor `[S]`: which of the streams held have a full receptive field."""
+        """Which streams have a full receptive field: a bool tensor `[S]`."""
         return self.position >= self.receptive_field
 
 
 def _of_same_steps(tensors, letters):
-    """The tensors, known to agree in their first axes: where they do not, no layer has moved yet.
+    """Check that the tensors agree in their first axes, before any layer's state changes.
+
+    Returns:
+        The tensors. In a graph they depend on the check.
 
     Raises:
-        ValueError: if they do not; in a graph tf.errors.InvalidArgumentError, when it runs.
+        ValueError: If they do not agree; in a graph tf.errors.InvalidArgumentError, when it runs.
     """
     first, axes = tensors[0], len(letters)
     expected = f"Expected inputs of the same {' and '.join(letters)}"

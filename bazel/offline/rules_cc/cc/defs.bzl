@@ -1,4 +1,4 @@
-"""The rules that Bazel has built in, under the names that rules_cc gives them."""
+"""Bazel's built-in rules, under the names that they have in rules_cc."""
 
 cc_binary = native.cc_binary
 cc_import = native.cc_import

@@ -1,11 +1,11 @@
-"""Whole models: what a step is, and everyone who takes it.
+"""The contestants of the race of whole models, and the model that they run.
 
 The model is dense -> circular positional encoding of 2N - 1 learned rows -> L encoder blocks
 (post-norm, exact GELU, as many features between the feed-forward layers as outside) -> dense. Each
-block attends to the N newest steps. Every contestant is given the same weights and the same steps.
+block attends to the N newest steps. Every contestant gets the same weights and the same steps.
 
-A module names its contestants in RIVALS, a dict from a name to what makes one of a size, the
-weights and a number of threads: a `Contestant`.
+Each module has a dict RIVALS, from a contestant's name to a function of a size, the weights and a
+number of threads that returns a `Contestant`.
 """
 
 import importlib
@@ -16,11 +16,11 @@ import numpy as np
 
 from continual_transformers_tf.bench.sizes import MODEL_OUTPUTS
 
-STEPS = 64  # Steps that are prepared, and taken in turn.
-EPSILON = 1e-6  # Of the layer norms.
-TOLERANCE = 1e-4  # Of a contestant's output, relative to the largest element of the reference.
+STEPS = 64  # This many steps are prepared, and taken in turn.
+EPSILON = 1e-6  # The epsilon of the layer norms.
+TOLERANCE = 1e-4  # The largest error of an output, relative to the largest reference element.
 
-# The module of each, which imports what the contestant needs. "native": the program of
+# The module of each contestant, which imports what the contestant needs. "native" is the program of
 # benchmarks/cc/model_benchmark.cc.
 MODEL_MODULES = {
     "session": "session",
@@ -56,13 +56,14 @@ class Contestant(NamedTuple):
     """A model that is ready to take steps.
 
     Attributes:
-        step: takes what `convert` made of a step's inputs `[M, F]`; returns its outputs `[M, 10]`.
-        convert: from NumPy.
-        output: outputs to NumPy.
-        windows: whether a step is a call on the window of the N newest steps, in which the blocks
-            before the last one see no further back. It then begins with the first N - 1 steps in
-            its window, and is compared at the first that is full.
-        positions: whether it has the positional encoding.
+        step: A function of a step's inputs `[M, F]`, converted by `convert`, that returns the
+            outputs `[M, 10]`.
+        convert: A function that converts inputs from NumPy.
+        output: A function that converts outputs to NumPy.
+        windows: Whether a step is a call on the window of the N newest steps, in which the blocks
+            before the last one see no further back. Such a contestant begins with the first N - 1
+            steps in its window, and is compared at the first full window.
+        positions: Whether it has the positional encoding.
     """
 
     step: Callable
@@ -70,20 +71,20 @@ class Contestant(NamedTuple):
     output: Callable = np.asarray
     windows: bool = False
     positions: bool = True
-    keep: Any = None  # What must live as long as `step`.
+    keep: Any = None  # An object that must live as long as `step`.
 
 
 def make(name, size, threads, model_file):
-    """A contestant of a size.
+    """Return a contestant for a size.
 
     Args:
-        name: of MODEL_MODULES, but for those of C++.
-        size: a ModelSize.
-        threads: int.
-        model_file: path of the model file.
+        name: A name in MODEL_MODULES, but not a "native" one.
+        size: A ModelSize.
+        threads: How many threads it may use.
+        model_file: The path of the model file.
 
     Raises:
-        ModuleNotFoundError: if what it needs is not installed.
+        ModuleNotFoundError: If a package that it needs is not installed.
     """
     module = importlib.import_module(f"{__name__}.{MODEL_MODULES[name]}_models")
     if MODEL_MODULES[name] == "session":
@@ -111,7 +112,7 @@ class Weights(NamedTuple):
     classifier: tuple
 
     def arrays(self):
-        """All arrays in order, as the C++ program reads them."""
+        """Return all arrays in the order in which the C++ program reads them."""
         found = [*self.embedding, self.positions]
         for block in self.blocks:
             found += [array for pair in block for array in pair]
@@ -119,7 +120,7 @@ class Weights(NamedTuple):
 
 
 def weights_of(size):
-    """The same weights for all."""
+    """Return the weights, which are the same for all contestants."""
     random = np.random.default_rng(7)
 
     def normal(scale, *shape):
@@ -147,23 +148,23 @@ def weights_of(size):
 
 
 def inputs_of(size):
-    """The steps that are taken in turn: [STEPS, M, F]."""
+    """Return the steps that are taken in turn: [STEPS, M, F]."""
     random = np.random.default_rng(13)
     return random.normal(size=(STEPS, size.streams, size.features)).astype(np.float32)
 
 
 def checked_steps(size, windows):
-    """How many steps a contestant takes before its output is compared."""
+    """Return how many steps a contestant takes before its output is compared."""
     return size.seq_len if windows else size.receptive_field + 3
 
 
 def checked_rows(size):
-    """Whose outputs are compared: the first stream's and the last one's. No row sees another."""
+    """Return the rows to compare: the first stream and the last. Rows are independent."""
     return sorted({0, size.streams - 1})
 
 
 def reference(size, steps, positions=True):
-    """The outputs of the last of so many steps of new streams, in float64: [checked rows, 10]."""
+    """Return the last outputs of new streams after `steps` steps, float64 [checked rows, 10]."""
     weights = weights_of(size)
     rows = checked_rows(size)
     taken = np.arange(steps)

@@ -1,4 +1,4 @@
-"""What ONNX Runtime makes of the step: a graph whose rings and position go in and come out."""
+"""The step in ONNX Runtime: a graph with rings and position as inputs and outputs."""
 
 import numpy as np
 import onnxruntime
@@ -9,7 +9,7 @@ from continual_transformers_tf.bench.sizes import MODEL_OUTPUTS
 
 
 class _Graph:
-    """Nodes and constants, as they are named."""
+    """The nodes and constants of a graph, with their names."""
 
     def __init__(self):
         self.constants, self.nodes = {}, []
@@ -106,7 +106,7 @@ def _onnxruntime(size, weights, threads):
         state.name: np.zeros(state.shape, np.int64 if state.name == "position" else np.float32)
         for state in session.get_inputs()[1:]
     }
-    # Two sets: what comes out of a step goes into the next.
+    # Two sets, because the outputs of a step are the inputs of the next.
     sets = [{name: ortvalue(zeros) for name, zeros in states.items()} for _ in range(2)]
     bindings = []
     for source, target in ((0, 1), (1, 0)):

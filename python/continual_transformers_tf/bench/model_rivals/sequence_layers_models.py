@@ -1,4 +1,4 @@
-"""google's sequence-layers under JAX: the state goes into a step, and its buffers are reused."""
+"""The model in google's sequence-layers with JAX: a step donates the buffers of its state."""
 
 import os
 
@@ -74,7 +74,7 @@ def _parameters(size, weights):
 
 def _sequence_layers(size, weights, threads):
     if threads == 1:
-        # Before JAX starts its threads: it has no other switch for how many.
+        # Before JAX starts its threads: it has no other way to limit their number.
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     import jax
     import jax.numpy as jnp
@@ -94,7 +94,7 @@ def _sequence_layers(size, weights, threads):
     state = model.apply(
         variables, size.streams, spec, training=False, method=model.get_initial_state
     )
-    # Some of its buffers are shared, and those cannot be donated.
+    # Copy the state: some of its buffers are shared, and shared buffers cannot be donated.
     state = jax.tree.map(jnp.array, state)
 
     def step(x):

@@ -1,4 +1,4 @@
-"""Ours as it is served: a model file, and no TensorFlow in the process."""
+"""Our session as it is served: loaded from a model file, without TensorFlow in the process."""
 
 import numpy as np
 

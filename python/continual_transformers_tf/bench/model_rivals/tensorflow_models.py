@@ -1,4 +1,4 @@
-"""The model in Keras: ours in a graph, and the regular one on windows."""
+"""The model in Keras: ours in a graph, and a regular model on windows."""
 
 import keras
 import numpy as np
@@ -20,7 +20,7 @@ def _set_threads(threads):
 
 
 def streaming_model(size):
-    """The `ct.StreamingModel` that is raced, with its weights."""
+    """Return the `ct.StreamingModel` that is raced, with its weights."""
     inputs = keras.Input((None, size.features), name="x")
     x = keras.layers.Dense(size.embed_dim, name="embedding")(inputs)
     x = ct.CircularPositionalEncoding(size.position_rows, size.embed_dim, name="positions")(x)
@@ -62,14 +62,14 @@ def _attention_weights(size, block):
 
 
 def _tf_function(size, weights, threads):
-    del weights  # Those of `streaming_model`.
+    del weights  # `streaming_model` sets them.
     _set_threads(threads)
     model = streaming_model(size)
     return Contestant(tf.function(model.call_step), tf.constant, keep=model)
 
 
 class _Positions(keras.layers.Layer):
-    """Adds the first rows of a learned encoding."""
+    """A layer that adds the first rows of a learned encoding."""
 
     def build(self, input_shape):
         self.rows = self.add_weight(shape=input_shape[1:], name="rows")
@@ -84,7 +84,8 @@ def _regular_model(size, weights):
     x = _with_weights(_Positions(), x, [weights.positions[: size.seq_len]])
     for i, block in enumerate(weights.blocks):
         attention = keras.layers.MultiHeadAttention(size.heads, size.head)
-        # So that no row of a block that others follow sees later steps; the newest sees all.
+        # Causal in all blocks but the last, so that no row sees later steps. In the last block only
+        # the newest row is used, and it sees all steps.
         causal = i < size.layers - 1
         attended = attention(x, x, use_causal_mask=causal)
         attention.set_weights(_attention_weights(size, block))
@@ -111,7 +112,7 @@ def _keras_windows(size, weights, threads, jit_compile=False):
     _set_threads(threads)
     model = _regular_model(size, weights)
     first = np.resize(inputs_of(size), (size.seq_len, size.streams, size.features))
-    # The row before the first goes with the first step.
+    # The first step drops the oldest row, so the first of the N - 1 steps comes second.
     window = tf.constant(np.roll(first, 1, axis=0).swapaxes(0, 1))
 
     @tf.function(jit_compile=jit_compile)

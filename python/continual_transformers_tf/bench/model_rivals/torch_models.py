@@ -1,4 +1,4 @@
-"""What a PyTorch user would write by hand: rings that are written in place."""
+"""The model as a PyTorch user would write it by hand, with rings that are written in place."""
 
 import time
 
@@ -9,7 +9,7 @@ from continual_transformers_tf.bench.model_rivals import EPSILON, Contestant, in
 
 
 def _torch_ring(size, weights, threads):
-    """The faster of two ways to attend."""
+    """Return the contestant with the faster of two ways to attend."""
     torch.set_num_threads(threads)
     x = torch.from_numpy(inputs_of(size)[0])
     ways = [_sdpa, _products]
@@ -70,7 +70,7 @@ class _Model:
 
 
 def _linear(*layers):
-    """Weight and bias as nn.Linear keeps them, of layers side by side."""
+    """Return weight and bias in nn.Linear's layout, with several layers concatenated."""
     kernels, biases = zip(*layers, strict=True)
     return (
         torch.cat([torch.from_numpy(kernel.T.copy()) for kernel in kernels]),

@@ -1,14 +1,15 @@
-"""The rivals: each module names its own in RIVALS, a dict from a name to what makes one.
+"""The rivals of the layer's race.
 
-What makes one takes a size and a layer's weights (`weights_of`), and gives a function that takes a
-step's inputs as `inputs_of` gives them, and returns its outputs, `[M, E]`. Its window is full.
+Each module has a dict RIVALS, from a rival's name to a function of a size, the layer's weights
+(`weights_of`) and a number of threads. It returns (step, convert): step takes the inputs of
+`inputs_of` after convert, and returns the outputs `[M, E]`. The window is full from the start.
 """
 
 import importlib
 
 import numpy as np
 
-# The module of each, which imports what the rival needs.
+# The module of each rival, which imports what the rival needs.
 MODULES = {
     "ours": "tensorflow",
     "ours_bfloat16": "tensorflow",
@@ -38,17 +39,17 @@ DESCRIPTIONS = {
 
 
 def make(name, size, threads):
-    """A rival's step, ready to take inputs.
+    """Return (step, convert) of a rival, ready to take inputs.
 
     Raises:
-        ModuleNotFoundError: if what it needs is not installed.
+        ModuleNotFoundError: If a package that it needs is not installed.
     """
     module = importlib.import_module(f"{__name__}.{MODULES[name]}_rivals")
     return module.RIVALS[name](size, weights_of(size), threads)
 
 
 def weights_of(size):
-    """The same weights for all: kernels [E, E] and biases [E] of q, k, v and the output."""
+    """Return the kernels [E, E] and biases [E] of q, k, v and the output, the same for all."""
     random = np.random.default_rng(7)
     scale = 1 / np.sqrt(size.features)
     return [
@@ -61,13 +62,13 @@ def weights_of(size):
 
 
 def past_of(size):
-    """The steps that fill the window, oldest first: [N, M, E]."""
+    """Return the steps that fill the window, oldest first: [N, M, E]."""
     random = np.random.default_rng(11)
     return random.normal(size=(size.seq_len, size.streams, size.features)).astype(np.float32)
 
 
 def rings_of(size, weights):
-    """Keys and values of the steps that fill the window: [M, H, N, D] each."""
+    """Return keys and values of the steps that fill the window: [M, H, N, D] each."""
     past = past_of(size)
     shape = (size.seq_len, size.streams, size.heads, size.head)
     return [
@@ -77,6 +78,6 @@ def rings_of(size, weights):
 
 
 def inputs_of(size, steps):
-    """The steps that are timed: [steps, M, E]."""
+    """Return the steps that are timed: [steps, M, E]."""
     random = np.random.default_rng(13)
     return random.normal(size=(steps, size.streams, size.features)).astype(np.float32)

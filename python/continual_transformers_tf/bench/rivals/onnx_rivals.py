@@ -1,4 +1,4 @@
-"""What ONNX Runtime makes of the same step: a graph whose rings go in and come out."""
+"""The layer's step in ONNX Runtime: a graph with the rings as inputs and outputs."""
 
 import numpy as np
 import onnxruntime
@@ -65,7 +65,7 @@ def _onnxruntime(size, weights, threads):
     rings = rings_of(size, weights)
     x = ortvalue(np.zeros((size.streams, size.features), np.float32))
     y = ortvalue(np.zeros((size.streams, size.features), np.float32))
-    # Two sets of rings: what comes out of a step goes into the next.
+    # Two sets of rings, because the outputs of a step are the inputs of the next.
     sets = [[ortvalue(ring) for ring in rings], [ortvalue(np.zeros_like(ring)) for ring in rings]]
     bindings = []
     for source, target in ((0, 1), (1, 0)):

@@ -1,4 +1,4 @@
-"""The bound: one plain vector read loop over what a step must touch."""
+"""The bound: a plain vector loop that reads the bytes that a step must read."""
 
 import numpy as np
 
@@ -7,9 +7,9 @@ from continual_transformers_tf.native import core_library
 
 
 def _read_bound(size, weights, threads):
-    del threads  # The bound of one thread, whatever the others use.
+    del threads  # The bound is for one thread, even if the rivals use more.
     arrays = [*rings_of(size, weights), *(kernel for kernel, _ in weights)]
-    # In one piece: every call from Python would add its third of a microsecond.
+    # One array and so one call: every call from Python would add a third of a microsecond.
     everything = np.concatenate([array.ravel() for array in arrays])
     read = core_library().continual_transformers_read
     address, size_in_bytes = everything.ctypes.data, everything.nbytes

@@ -1,4 +1,4 @@
-"""Ours, and what TensorFlow's users do without it."""
+"""Our layer, and what TensorFlow users do without it."""
 
 import os
 

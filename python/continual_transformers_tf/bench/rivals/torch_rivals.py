@@ -1,4 +1,4 @@
-"""What PyTorch's users have."""
+"""The layer's step in PyTorch: continual-inference, and SDPA on a hand-written ring."""
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ def _continual_inference(size, weights, threads):
 
 def _torch_sdpa(size, weights, threads):
     torch.set_num_threads(threads)
-    # As nn.Linear keeps them: [outputs, inputs].
+    # In nn.Linear's layout: [outputs, inputs].
     (wq, bq), (wk, bk), (wv, bv), (wo, bo) = (
         (torch.from_numpy(w.T.copy()), torch.from_numpy(b)) for w, b in weights
     )

@@ -1,4 +1,4 @@
-"""From a Keras model to a plan: what `ct.Session` runs."""
+"""Lowering of a Keras model to a plan, which `ct.Session` runs."""
 
 from importlib import metadata
 
@@ -20,33 +20,33 @@ HALVES = ("bfloat16", "float16")
 
 
 def lower(model, seq_len=None, cache_dtype=None, weights_dtype=None, inputs=None):
-    """Turns one step of a Keras model into a plan, as `docs/model_file.md` defines it.
+    """Turn one step of a Keras model into a plan, as `docs/model_file.md` defines it.
 
-    A step of the plan gives what a step of the `StreamingModel` (or the layer) gives with
-    `warm_up="partial"`. Layers that compute in 16 bits are computed in float32, from their
-    weights as they are; a model with a layer in float64 is computed in float64 as a whole. Layers
-    that only act in training vanish.
+    A step of the plan gives the outputs of a step of the `StreamingModel` (or the layer) with
+    `warm_up="partial"`. Layers that compute in 16 bits are computed in float32, with their weights
+    as they are. A model with a layer in float64 is computed in float64 as a whole. Layers that only
+    act in training are left out.
 
     Args:
-        model: a functional or built sequential `keras.Model`, a `StreamingModel`, or one of the
-            continual layers of this package, built. A layer whose inputs are of different sizes
-            has several inputs: "query", "value" and "key". A plain
-            `keras.layers.MultiHeadAttention` inside is converted as `ct.convert` does it;
-            layers that are continual already keep their window.
-        seq_len: the window of plain Keras attention; None: the length of the model's windows.
-        cache_dtype: what keys and values are kept in: the compute dtype, or under float32
-            "bfloat16" or "float16". None: the layers' own where they agree, or the compute dtype.
-        weights_dtype: what dense kernels are kept in: the compute dtype, or under float32
-            "bfloat16". None: the layers' own where they agree, or the compute dtype.
-        inputs: what a layer is called with, the first of "query", "value" and "key"; None: its one
-            input, "x", or all where they are of different sizes. A model names its own.
+        model: A functional or built sequential `keras.Model`, a `StreamingModel`, or a built
+            continual layer of this package. A layer whose inputs have different sizes has several
+            inputs: "query", "value" and "key". A plain `keras.layers.MultiHeadAttention` inside is
+            converted as by `ct.convert`; layers that are already continual keep their window.
+        seq_len: The window of plain Keras attention; None: the length of the model's windows.
+        cache_dtype: The dtype of cached keys and values: the compute dtype, or if that is float32,
+            also "bfloat16" or "float16". None: the layers' own if they agree, otherwise the compute
+            dtype.
+        weights_dtype: The dtype of dense kernels: the compute dtype, or if that is float32, also
+            "bfloat16". None: the layers' own if they agree, otherwise the compute dtype.
+        inputs: The names of a layer's inputs, the first of "query", "value" and "key"; None: its
+            one input, "x", or all if they have different sizes. A model names its own inputs.
 
     Returns:
         A `Lowered`.
 
     Raises:
-        ValueError: if something in the model cannot be lowered: a line for every layer, with the
-            reason; or if an argument does not fit.
+        ValueError: If something in the model cannot be lowered: a line for every such layer, with
+            the reason. Also if an argument does not fit.
     """
     if isinstance(model, keras.Model):
         return _lower_model(model, seq_len, cache_dtype, weights_dtype)
@@ -98,7 +98,7 @@ def _lower_model(model, seq_len, cache_dtype, weights_dtype):
     state = [lowering.state[id(layer)] for layer in graph.layers]
     given = graph.model._inputs_struct
     if isinstance(given, (list, tuple)) and len(given) == 1:
-        given = given[0]  # A list of one is as good as the one.
+        given = given[0]  # A list of one input is the same as that input.
     names = [x.name for x in graph.model.inputs]
     if names_of_inputs(graph.model) != names:
         names = ["x"] if len(names) == 1 else [f"x_{i}" for i in range(len(names))]
@@ -118,16 +118,16 @@ def _lower_model(model, seq_len, cache_dtype, weights_dtype):
 
 
 def continual_model(model, seq_len=None):
-    """Return the functional or sequential model of whose steps the plan is made.
+    """Return the functional or sequential model whose steps become the plan.
 
     Args:
-        model, seq_len: as `lower` has them.
+        model, seq_len: As in `lower`.
     """
     return _continual(model, seq_len)[0]
 
 
 def _continual(model, seq_len):
-    """(`continual_model`, a list of what stood in the way)."""
+    """Return (`continual_model`, a list of problems)."""
     if isinstance(model, StreamingModel):
         return model.model, []
     if not _has_plain_attention(model):
@@ -144,7 +144,7 @@ def _has_plain_attention(model):
 
 
 def _window(model, seq_len):
-    """The window of a model's plain attention."""
+    """Return the window of a model's plain attention."""
     if seq_len is not None:
         return seq_len
     functional = model._functional if isinstance(model, keras.Sequential) else model
@@ -158,7 +158,7 @@ def _window(model, seq_len):
 
 
 def _input(b, x, problems):
-    """The shape and dtype of a step of a model's input."""
+    """Return the shape and dtype of a step of a model's input."""
     if keras.backend.is_float_dtype(x.dtype):
         dtype = b.dtype
     elif x.dtype == "bool":
@@ -276,7 +276,7 @@ def _finish(
 
 
 def _cache_of(layer):
-    """What a layer keeps keys and values in; None where it keeps none."""
+    """Return the dtype of a layer's cached keys and values; None if it has none."""
     state = getattr(layer, "_stream_state", None)
     if isinstance(layer, keras.layers.MultiHeadAttention) and hasattr(state, "dtype"):
         return state.dtype.name
@@ -284,7 +284,7 @@ def _cache_of(layer):
 
 
 def _chosen(name, dtype, of_layers, b, halves):
-    """A dtype that was asked for, or that of the layers."""
+    """Return the dtype that was asked for, or that of the layers."""
     if dtype is None:
         own = {x for x in of_layers if x is not None}
         own = own.pop() if len(own) == 1 else b.dtype
@@ -299,7 +299,7 @@ def _chosen(name, dtype, of_layers, b, halves):
 
 
 def _entries(state, place):
-    """keras_state as JSON has it; see docs/model_file.md."""
+    """Return keras_state in its JSON form; see docs/model_file.md."""
     if isinstance(state, StateOf):
         return [place(state.value), state.entry, *state.layout]
     if isinstance(state, dict):
@@ -310,7 +310,7 @@ def _entries(state, place):
 
 
 def _places(structure):
-    """A structure with the place of each leaf in the list of all as its leaf."""
+    """Return the structure with each leaf replaced by its place in the list of all leaves."""
     flat = keras.tree.flatten(structure)
     places = keras.tree.pack_sequence_as(structure, list(range(len(flat))))
     return _plain(places)

@@ -6,7 +6,7 @@ import keras
 
 from continual_transformers_tf.models.lowering.plan_builder import CannotLower
 
-# Element-wise functions: the numbers that the node has, with Keras' defaults.
+# Element-wise functions, with the node's numbers and Keras' defaults for them.
 NUMBERS = {
     "celu": {"alpha": 1.0},
     "elu": {"alpha": 1.0},
@@ -41,14 +41,14 @@ _FUNCTIONS = {
 
 
 def activate(b, x, function, lead=1):
-    """What an activation function makes of a Symbol.
+    """Apply an activation function to a Symbol.
 
     Args:
-        b: the `PlanBuilder`.
-        x: a Symbol.
-        function: of `keras.activations`, with or without `functools.partial`, or an activation
-            layer, as `keras.activations.get` gives them.
-        lead: how many axes Keras' tensor has before those of the Symbol.
+        b: The `PlanBuilder`.
+        x: A Symbol.
+        function: A function of `keras.activations`, perhaps in a `functools.partial`; an activation
+            layer; None; or the user's own function, which is traced.
+        lead: How many axes Keras' tensor has before those of the Symbol.
     """
     options = {}
     while isinstance(function, functools.partial):
@@ -71,7 +71,7 @@ def activate(b, x, function, lead=1):
 
 
 def named(b, x, name, lead=1, options=None):
-    """An activation by the name of its function in `keras.activations`, with its numbers."""
+    """Apply an activation by the name of its function in `keras.activations`, with its numbers."""
     options = options or {}
     if name == "gelu":
         return b.activation(x, "gelu_tanh" if options.get("approximate", False) else "gelu")
@@ -101,7 +101,7 @@ def glu(b, x, axis):
 
 
 def axis_of_step(axis, x, lead):
-    """Where an axis of Keras' tensor lies in a Symbol."""
+    """Return the axis of a Symbol that is this axis of Keras' tensor."""
     rank = len(x.shape) + lead
     if not -rank <= axis < rank:
         raise CannotLower(f"works along axis {axis} of {rank}")

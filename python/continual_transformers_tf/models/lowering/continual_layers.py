@@ -1,7 +1,7 @@
-"""What one step of the continual layers is in a plan, and regular attention on whole windows.
+"""Lowering of one step of the continual layers, and of regular attention on whole windows.
 
-Every function returns a pair: the Symbol of the output, and the layer's entry of `keras_state` (see
-`docs/model_file.md`), in which a `StateOf` stands for a node's state.
+The functions for streaming layers return a pair: the Symbol of the output, and the layer's entry of
+`keras_state` (see `docs/model_file.md`), in which a `StateOf` stands for a node's state.
 """
 
 import dataclasses
@@ -27,30 +27,30 @@ from continual_transformers_tf.models.lowering.plan_builder import CannotLower
 
 @dataclasses.dataclass(frozen=True)
 class StateOf:
-    """An entry of a node's state: the node is that whose output is the value of this index."""
+    """An entry of a node's state. `value` is the index of the node's output."""
 
     value: int
     entry: str
     layout: tuple = ()
 
 
-HEADS_FIRST = ("heads_first",)  # Of a layout: Keras has [H, N, D], the plan [N, H, D].
-POSITION = "position"  # Of the state: what all layers share.
-ALL_TRUE = "true"  # Of the state: what the plan does not keep, as it is always true.
+HEADS_FIRST = ("heads_first",)  # A layout: Keras has [H, N, D], the plan [N, H, D].
+POSITION = "position"  # A state entry: the streams' positions, which all layers share.
+ALL_TRUE = "true"  # A state entry that the plan does not keep, because it is always true.
 
 
 # Parts of layers.
 
 
 def kernel_of(layer):
-    """The variable of a dense layer's kernel, or the tensor that Keras computes from several."""
+    """Return the variable of a dense layer's kernel, or the tensor that LoRA computes."""
     if layer.quantization_mode is not None:
         raise CannotLower(f"is quantized to {layer.quantization_mode}: lower it before that")
     return layer.kernel if layer.lora_enabled else layer._kernel
 
 
 def project(b, x, layer, name=None, axes=1):
-    """What a `Dense`, or an `EinsumDense` over the last `axes` axes, computes of x [..., I]."""
+    """Apply a `Dense` layer, or an `EinsumDense` over the last `axes` axes, to x [..., I]."""
     kernel = kernel_of(layer)
     inputs = math.prod(kernel.shape[:axes])
     weights = [b.variable(kernel, (inputs, -1), kernel=True, name=layer.path + "/kernel")]
@@ -60,7 +60,7 @@ def project(b, x, layer, name=None, axes=1):
 
 
 def layer_norm(b, x, layer, name=None):
-    """What a `LayerNormalization` over the last axis computes."""
+    """Apply a `LayerNormalization` over the last axis."""
     weights = {
         key: b.variable(w)
         for key, w in (("gamma", layer.gamma), ("beta", layer.beta))
@@ -74,7 +74,7 @@ def layer_norm(b, x, layer, name=None):
 
 
 def output_shape(layer):
-    """The features that a MultiHeadAttention gives."""
+    """Return the shape of a MultiHeadAttention's output features."""
     return tuple(layer._output_dense.kernel.shape[2:])
 
 
@@ -108,7 +108,7 @@ def co_si_mha(
         if query_mask is not None:
             query_mask = delayed(b, query_mask, late, "query_mask_delay")
             state["query_mask"] = StateOf(query_mask.index, "ring")
-    at, first, end = n - 1 - late, 0, n  # The query's own column, and those that it may attend to.
+    at, first, end = n - 1 - late, 0, n  # The query's own column; the columns it may attend to.
     if layer._sliding_window is not None:
         first, end = max(0, at - layer._sliding_window + 1), min(n, at + layer._sliding_window)
     if use_causal_mask:
@@ -178,13 +178,13 @@ def co_re_mha(
         state["gate"] = StateOf(gate.index, "ring")
     output = project(b, gated(b, layer, attended, gate), layer._output_dense, "output", axes=2)
     output = b.reshape(output, (n, *output_shape(layer)))
-    if layer._output_dense.bias is not None:  # Of steps that were never taken: no bias either.
+    if layer._output_dense.bias is not None:  # Rows of steps that were never taken stay zeros.
         output = b.node("zero_untaken", [output], output.shape, name="taken")
     return output, state
 
 
 def _masked_rows(b, layer, queries, keys, values, mask, use_causal_mask):
-    """All rows of the window computed anew, each from the part of the window that it may see."""
+    """Compute all rows of the window, each from the part of the window that it may see."""
     if mask is not None:
         raise CannotLower(
             "is given a mask together with use_causal_mask or sliding_window, which a plan has no "
@@ -209,7 +209,7 @@ def _masked_rows(b, layer, queries, keys, values, mask, use_causal_mask):
         name: StateOf(x.index, "ring", HEADS_FIRST)
         for name, x in zip(("query", "key", "value"), windows, strict=True)
     }
-    # What a row's softmax has been is computed anew; no step may be a gap.
+    # The plan keeps no sums, because it computes every row again. No step can be a gap here.
     unused = {"softmax": None, "weighted_sum": None, "made_with": None, "key_mask": ALL_TRUE}
     return attended, {**state, **unused, "position": POSITION}
 
@@ -231,7 +231,10 @@ def window_of(b, x, n, name=None):
 
 
 def attend_whole(b, layer, query, value=None, key=None, use_causal_mask=False, **ignored):
-    """A regular call of a MultiHeadAttention on windows [N, E], whose rows all may be new."""
+    """Lower a regular call of a MultiHeadAttention on windows [N, E], in which all rows may be new.
+
+    It returns only the output's Symbol: there is no state.
+    """
     if tuple(layer._attention_axes) != (1,):
         raise CannotLower(f"has attention_axes={layer._attention_axes}: expected time, axis 1")
     value = query if value is None else value
@@ -248,7 +251,7 @@ def attend_whole(b, layer, query, value=None, key=None, use_causal_mask=False, *
             only -= query.shape[0]
         if not -query.shape[0] <= only < 0:
             raise CannotLower(f"is given windows of {query.shape[0]} steps, without query_index")
-        # The query's row and what is newer, so that it keeps its place among the rows.
+        # With a mask along time, take the query's row and all newer ones, to keep its place.
         rows = -only if use_causal_mask or band else 1
         first = query.shape[0] + only
         query = b.strided(
@@ -282,7 +285,7 @@ def attend_whole(b, layer, query, value=None, key=None, use_causal_mask=False, *
 
 
 def encoder_on_whole(b, block, x):
-    """A regular call of an encoder block on whole windows [N, E]."""
+    """Lower a regular call of an encoder block on whole windows [N, E]."""
     normal = layer_norm(b, x, block.attention_norm, "attention_norm") if block.norm_first else x
     with b.within("attention"):
         attended = attend_whole(b, block.attention, normal)
@@ -293,7 +296,7 @@ def encoder_on_whole(b, block, x):
 
 
 def feed_forward(b, block, x, attended):
-    """What comes after the attention of a block, of rows x of its input."""
+    """Lower the part of a block after its attention, for rows x of the block's input."""
     attended = b.binary("add", x, attended)
     if not block.norm_first:
         attended = layer_norm(b, attended, block.attention_norm, "attention_norm")
@@ -389,12 +392,12 @@ CONTINUAL = {
 
 
 def lower_continual(b, layer, *inputs, **arguments):
-    """One step of a continual layer.
+    """Lower one step of a continual layer.
 
     Args:
-        b: the `PlanBuilder`.
-        layer: built.
-        *inputs: Symbols, as `call_step` takes them.
+        b: The `PlanBuilder`.
+        layer: A built layer.
+        *inputs: Symbols, in the order of `call_step`.
         **arguments: use_causal_mask, and Symbols query_mask, value_mask and key_mask.
 
     Returns:
@@ -409,5 +412,5 @@ def lower_continual(b, layer, *inputs, **arguments):
 
 
 def _steps_as(layer, kind):
-    """Whether a layer of a subclass takes the steps of the class."""
+    """Return whether a layer of a subclass takes steps exactly as the class does."""
     return type(layer).call is kind.call and type(layer).call_steps is kind.call_steps

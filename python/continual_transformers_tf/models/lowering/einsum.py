@@ -1,4 +1,4 @@
-"""Products of a step with a fixed tensor, by any equation, as dense nodes."""
+"""Einsum products of a step with a fixed tensor, lowered to dense nodes."""
 
 import itertools
 import math
@@ -10,16 +10,16 @@ from continual_transformers_tf.models.lowering.plan_builder import CannotLower
 
 
 def einsum(b, equation, x, kernel, lead, name, bias=None):
-    """What `keras.ops.einsum(equation, x, kernel)` gives of a step, plus a bias.
+    """Lower `keras.ops.einsum(equation, x, kernel)`, plus a bias, for a step.
 
     Args:
-        b: the `PlanBuilder`.
-        equation: as "abc,cde->abde"; it may have an ellipsis.
-        x: a Symbol, Keras' first operand without its first axes.
-        kernel: a `keras.Variable`, or a tensor.
-        lead: how many axes Keras' operand has before those of the Symbol.
-        name: of the kernel's tensor where it is no variable.
-        bias: a `keras.Variable` that broadcasts to Keras' output; None: none.
+        b: The `PlanBuilder`.
+        equation: For example "abc,cde->abde"; it may have an ellipsis.
+        x: A Symbol, Keras' first operand without its first axes.
+        kernel: A `keras.Variable`, or a tensor.
+        lead: How many axes Keras' operand has before those of the Symbol.
+        name: The name of the kernel's tensor, if the kernel is not a variable.
+        bias: A `keras.Variable` that broadcasts to Keras' output; None: no bias.
     """
     given, weights, output = letters(equation, len(x.shape) + lead)
     for part in (given, weights, output):
@@ -45,7 +45,7 @@ def einsum(b, equation, x, kernel, lead, name, bias=None):
     def size(axes):
         return math.prod(sizes[a] for a in axes)
 
-    # x as [batched, free, contracted], the kernel as [batched, contracted, made].
+    # Bring x to [batched, free, contracted], and the kernel to [batched, contracted, made].
     x = b.transpose(b.cast(x, b.dtype), [given.index(a) for a in (*batched, *free, *contracted)])
     order = [*batched, *contracted, *made]
 
@@ -88,7 +88,7 @@ def einsum(b, equation, x, kernel, lead, name, bias=None):
 
 
 def letters(equation, rank):
-    """The axes of the first operand, the second, and the output: lists of letters."""
+    """Return the axes of the first operand, the second, and the output, as lists of letters."""
     match = re.fullmatch(r"([^,]*),([^,]*)->(.*)", equation.replace(" ", ""))
     if match is None:
         raise CannotLower(f"has the equation {equation!r}: expected two operands and an output")
@@ -103,14 +103,14 @@ def letters(equation, rank):
 
 
 def _is_of(bias, output, made, size):
-    """Whether a bias has an element for each of the axes that a product makes, and no other."""
+    """Return whether a bias varies along exactly the axes that a product makes."""
     axes = output[len(output) - len(bias.shape) :] if len(bias.shape) <= len(output) else []
     varies = [a for a, n in zip(axes, bias.shape, strict=False) if n != 1]
     return math.prod(bias.shape) == size and set(varies) <= set(made)
 
 
 def _plus(b, y, bias):
-    """y plus a bias of other axes than those that the product made."""
+    """Add a bias along other axes than those that the product made."""
     array = np.asarray(bias.value).astype(b.dtype)
     if array.ndim > len(y.shape):
         array = array.reshape(array.shape[array.ndim - len(y.shape) :])

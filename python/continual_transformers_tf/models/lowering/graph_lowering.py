@@ -1,4 +1,4 @@
-"""Walks the graph of a Keras model, planned for steps, and writes the nodes of a plan."""
+"""Lowering of a Keras model's graph, planned for steps, to the nodes of a plan."""
 
 import inspect
 
@@ -25,16 +25,16 @@ from continual_transformers_tf.models.lowering.plan_builder import CannotLower
 
 
 class GraphLowering:
-    """Lowers the graph of a model.
+    """The lowering of one model's graph.
 
     Args:
-        b: the `PlanBuilder`.
-        graph: a `StepGraph`.
-        scope: what the names of nodes begin with.
+        b: The `PlanBuilder`.
+        graph: A `StepGraph`.
+        scope: The beginning of the nodes' names.
 
     Attributes:
-        problems: sentences that name the layer and the reason.
-        state: of the id of a continual layer its entry of keras_state.
+        problems: Sentences that name the layer and the reason.
+        state: A dict from the id of a continual layer to its entry of keras_state.
     """
 
     def __init__(self, b, graph, scope=""):
@@ -45,14 +45,18 @@ class GraphLowering:
         self._scope = scope
 
     def run(self, inputs):
-        """The Symbols of the model's outputs, in its own structure; those of its inputs given."""
+        """Lower the model with these Symbols as inputs.
+
+        Returns:
+            The Symbols of the model's outputs, in their own structure.
+        """
         return self.graph.walk(inputs, self._visit)
 
     def _visit(self, node, values):
         way, op = self.graph.way(node), node.operation
         self.b.scope = f"{self._scope}/{op.name}" if self._scope else op.name
         try:
-            if way is None:  # The graph has said why.
+            if way is None:  # The graph's problems have the reason.
                 return self._placeholders(node)
             outputs = _WAYS[way](self, node, values)
             self._check(node, outputs)
@@ -64,11 +68,11 @@ class GraphLowering:
             self.b.scope = self._scope
 
     def _placeholders(self, node):
-        """What stands for the outputs of a node that cannot be lowered, so that others can."""
+        """Return stand-ins for the outputs of a node that cannot be lowered, so that others can."""
         return [self.b.add_value(shape, "float32") for shape in self._shapes(node, 1)]
 
     def _shapes(self, node, unknown=None):
-        """The shapes of a node's outputs a step; `unknown` for sizes that are not known."""
+        """Return the shapes of a node's outputs in a step; `unknown` replaces unknown sizes."""
         shapes = []
         for x in node.outputs:
             known = self.graph.known(x)
@@ -77,7 +81,7 @@ class GraphLowering:
         return shapes
 
     def _check(self, node, outputs):
-        """Raises CannotLower where a step's shape is not what Keras says."""
+        """Raise CannotLower if a step's shape differs from that in Keras' graph."""
         for y, shape in zip(keras.tree.flatten(outputs), self._shapes(node), strict=True):
             same = len(y.shape) == len(shape) and all(
                 n in (None, m) for n, m in zip(shape, y.shape, strict=True)
@@ -102,7 +106,7 @@ class GraphLowering:
 
     def _model(self, node, values):
         inner = GraphLowering(self.b, self.graph.inner(node), self.b.scope)
-        # Its graph's problems are known already: they are among those of this graph.
+        # The inner graph's problems are among those of this graph already.
         inner.problems = []
         outputs = inner.run([values[id(x)] for x in node.input_tensors])
         self.problems += inner.problems
@@ -130,7 +134,7 @@ class GraphLowering:
         return self._steps(node, [y])
 
     def _samples(self, node, values):
-        """The values of a node's inputs, as samples of a batch have them: with no masks."""
+        """Return the values of a node's inputs as samples of a batch, without masks."""
         samples = {}
         for x in node.input_tensors:
             y = values[id(x)].with_mask(None)
@@ -140,7 +144,7 @@ class GraphLowering:
         return samples
 
     def _steps(self, node, outputs):
-        """Outputs of samples as those of steps."""
+        """Return outputs of samples as outputs of steps."""
         steps = []
         for x, y in zip(node.outputs, outputs, strict=True):
             y = y.with_mask(None)
@@ -169,7 +173,7 @@ _WAYS = {
 
 
 def lower_call(b, op, call):
-    """The Symbols of the outputs of a Keras layer or operation, a list."""
+    """Lower a Keras layer or operation, and return a list of its outputs' Symbols."""
     if not isinstance(op, keras.layers.Layer):
         return lower_op(b, op, call)
     y = lower_layer(b, op, call=call)
@@ -179,13 +183,13 @@ def lower_call(b, op, call):
 
 
 def trace(b, function, symbols, lead):
-    """What a function of tensors makes of Symbols, by the graph that Keras draws of it.
+    """Apply a function of tensors to Symbols, by the graph that Keras traces of the function.
 
     Args:
-        b: the `PlanBuilder`.
-        function: of as many tensors as there are symbols.
-        symbols: a list.
-        lead: how many axes Keras' tensors have before those of a Symbol.
+        b: The `PlanBuilder`.
+        function: A function of as many tensors as there are symbols.
+        symbols: A list of Symbols.
+        lead: How many axes Keras' tensors have before those of a Symbol.
 
     Returns:
         A Symbol, or a list of them.
@@ -215,7 +219,7 @@ def trace(b, function, symbols, lead):
 
 
 def check_time_axis(layer, x):
-    """Raises CannotLower where a layer's time is not the model's, axis 1."""
+    """Raise CannotLower if a layer's time axis is not the model's, axis 1."""
     while isinstance(layer, CoResidual):
         layer = layer.layer
     axis = 1
@@ -228,8 +232,8 @@ def check_time_axis(layer, x):
 
 
 def masks_of_call(layer, given):
-    """The masks that Keras hands to a continual layer with its inputs."""
-    while isinstance(layer, CoResidual):  # Which hands its input's on.
+    """Return the masks that Keras passes to a continual layer with its inputs."""
+    while isinstance(layer, CoResidual):  # It passes the mask of its input on.
         layer = layer.layer
     if not isinstance(layer, keras.layers.MultiHeadAttention):
         return {}
@@ -240,7 +244,7 @@ def masks_of_call(layer, given):
 
 
 def continual_mask_after(layer, mask):
-    """Keras' mask on the output of a continual layer, of that on its first input."""
+    """Return Keras' mask on a continual layer's output, given the mask on its first input."""
     if isinstance(layer, CoSiMultiHeadAttention):
         return None if layer.delay > 0 else mask
     if not isinstance(layer, CoResidual):

@@ -1,7 +1,7 @@
 """Keras' layers as nodes of a plan: one function for each class.
 
-They are given a `PlanBuilder`, the layer, its first input (a Symbol, or what a merging layer is
-given), and a `Call`.
+The functions take a `PlanBuilder`, the layer, its first input (a Symbol, or a merging layer's list
+of Symbols), and a `Call`.
 """
 
 import inspect
@@ -42,14 +42,14 @@ def layer(*classes):
 
 
 def lower_layer(b, layer, *args, lead=1, call=None):
-    """The Symbol of a Keras layer's output; masks are the caller's business.
+    """Lower a Keras layer, and return its output's Symbol. The caller handles masks.
 
     Args:
-        b: the `PlanBuilder`.
-        layer: the layer.
-        *args: what it is called with.
-        lead: how many axes Keras' tensors have before those of a Symbol.
-        call: the `Call`, where there is more to know.
+        b: The `PlanBuilder`.
+        layer: The layer.
+        *args: The arguments of its call, if `call` is None.
+        lead: How many axes Keras' tensors have before those of a Symbol, if `call` is None.
+        call: The `Call`; None: one with `args` and `lead`.
     """
     if call is None:
         call = Call(args, {}, lead, layer.compute_dtype, [None])
@@ -64,7 +64,7 @@ def lower_layer(b, layer, *args, lead=1, call=None):
 
 
 def _own_layer(b, layer, call):
-    """A layer of the user's own, by what its `call` makes of symbolic tensors."""
+    """Lower the user's own layer by tracing its `call` with symbolic tensors."""
     from continual_transformers_tf.models.lowering.graph_lowering import trace
 
     arguments = bound(layer, call)
@@ -86,7 +86,7 @@ def _symbols_in(x):
 
 
 def bound(layer, call):
-    """The arguments of a call by their names."""
+    """Return the arguments of a call by their names."""
     return inspect.signature(layer.call).bind(*call.args, **call.kwargs).arguments
 
 
@@ -211,7 +211,7 @@ def _softmax(b, layer, x, call):
 
 
 def _norm(b, x, axes, function, weights, epsilon):
-    """A norm over axes; its weights are variables of the shape of those axes."""
+    """Apply a norm over axes. Its weights are variables with the shape of those axes."""
     weights = {name: b.variable(w, (-1,)) for name, w in weights.items() if w is not None}
     numbers = dict(function=function, epsilon=float(epsilon))
     return along_last(
@@ -259,7 +259,7 @@ def _group_norm(b, layer, x, call):
     channels, groups = x.shape[axis], layer.groups
     groups = channels if groups == -1 else groups
     others = [a for a in range(len(x.shape)) if a != axis]
-    # [groups, channels of one, others]: normalized over all but the first.
+    # Bring it to [groups, channels of a group, others], and normalize over all axes but the first.
     y = b.transpose(b.cast(x, b.dtype), [axis, *others])
     moved = y.shape
     y = b.reshape(y, (groups, -(-x.size // groups)))
@@ -280,8 +280,8 @@ def _normalization(b, layer, x, call):
     deviation = np.maximum(np.sqrt(variance), keras.config.epsilon())
     if layer.invert:
         return b.affine(x, deviation, mean)
-    # As Keras computes it, in two parts: x * scale - mean * scale would cancel where a mean is many
-    # deviations away from 0, such as that of an air pressure.
+    # In two parts, as Keras computes it. x * scale - mean * scale would lose digits if the mean is
+    # many deviations away from 0, as that of an air pressure is.
     centred = b.affine(b.cast(x, b.dtype), np.ones_like(mean), -mean)
     return b.affine(centred, 1 / deviation, np.zeros_like(mean))
 
@@ -295,7 +295,7 @@ def _rescaling(b, layer, x, call):
 
 
 def _without_lead(array, x):
-    """An array that broadcasts to Keras' tensor, as one that broadcasts to the Symbol."""
+    """Turn an array that broadcasts to Keras' tensor into one that broadcasts to the Symbol."""
     extra = array.ndim - len(x.shape)
     if extra <= 0:
         return array
@@ -333,7 +333,7 @@ def _merge(b, layer, xs, call):
 
 
 def _extreme(b, function, xs):
-    """The largest or smallest of what is not masked, as Keras has it."""
+    """Return the largest or smallest of the inputs that are not masked, as Keras does."""
     y, mask = xs[0], xs[0].mask
     for x in xs[1:]:
         own = x.mask
@@ -374,20 +374,20 @@ def _masking(b, layer, x, call):
     x, value = b.cast(x, b.dtype), float(np.asarray(layer.mask_value))
     if len(x.shape) == 1:
         return b.node("masked", [x, mask_of(b, layer, x)], x.shape, name="masked")
-    # Of several rows each by itself: x times 0 or 1, which is as Keras has it but for NaN times 0,
-    # and a row with NaN differs from any number.
+    # A step of several rows masks each of them: multiply by 0 or 1. Keras does the same. NaN * 0
+    # cannot occur: a row with NaN differs from any number, so it is kept.
     differs = b.activation(b.affine(x, 1, -value), "sign")
     kept = b.reduce(b.activation(differs, "absolute"), "max", [len(x.shape) - 1], keepdims=True)
     return b.binary("multiply", x, kept)
 
 
 def mask_of(b, layer, x):
-    """The mask that a `Masking` or `Embedding` layer makes of its input."""
+    """Return the mask that a `Masking` or `Embedding` layer computes from its input."""
     value = float(np.asarray(layer.mask_value)) if isinstance(layer, keras.layers.Masking) else 0
     return b.not_equal(x if x.shape else b.reshape(x, (1,)), value)
 
 
-# What does nothing when it is not training.
+# Layers that do nothing outside training.
 
 
 @layer(
@@ -478,7 +478,7 @@ def _pooling(b, layer, x, call):
 
 @layer(keras.layers.TimeDistributed)
 def _time_distributed(b, layer, x, call):
-    # Rows of a window are the step's; of a sample they stay where they are.
+    # In a window the distributed rows are the steps; in a sample they are an axis of the Symbol.
     inner, lead = layer.layer, call.lead - 1
     if isinstance(inner, (ContinualLayer, keras.Model)):
         raise CannotLower("distributes a model or a continual layer over time")
@@ -506,19 +506,19 @@ def _lambda(b, layer, x, call):
 
 
 def mask_after(b, layer, call, y):
-    """Keras' mask on a layer's output: None where there is none."""
+    """Return Keras' mask on a layer's output; None if there is none."""
     given = call.args[0] if call.args else call.symbols[0]
     if isinstance(layer, (keras.layers.Masking, keras.layers.Embedding)):
         if isinstance(layer, keras.layers.Embedding) and not layer.mask_zero:
             return None
         if len(given.shape) > (1 if isinstance(layer, keras.layers.Masking) else 0):
-            return None  # One for every row of a step; no layer that a plan has acts on it.
+            return None  # A mask for every row of a step: no layer in a plan uses one.
         return mask_of(b, layer, given)
     masks = [getattr(x, "mask", None) for x in keras.tree.flatten(given)]
     if not any(mask is not None for mask in masks) or not layer.supports_masking:
         return None
     if isinstance(layer, keras.layers.Concatenate):
-        # Where one input has none, all of its features count as there.
+        # In an input without a mask, every step counts as there.
         return None if None in masks else _any_of(b, masks)
     if isinstance(given, (list, tuple)):
         return None if None in masks else _any_of(b, masks)

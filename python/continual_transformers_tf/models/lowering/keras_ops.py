@@ -1,6 +1,6 @@
 """keras.ops as nodes of a plan: one function for each, by the name of its class.
 
-They are given a `PlanBuilder`, the operation, and a `Call`.
+The functions take a `PlanBuilder`, the operation, and a `Call`.
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ from continual_transformers_tf.models.lowering.plan_builder import (
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """How an operation is called, seen from one step of one stream.
+    """The call of an operation, for one step of one stream.
 
     Attributes:
-        args, kwargs: as the graph has them, with Symbols in the place of tensors.
-        lead: how many axes Keras' tensors have before those of a Symbol.
-        dtype: of Keras' first output.
-        shapes: of the outputs a step; None where they are not known.
+        args, kwargs: The arguments in the graph, with Symbols instead of tensors.
+        lead: How many axes Keras' tensors have before those of a Symbol.
+        dtype: The dtype of Keras' first output.
+        shapes: The shapes of the outputs in a step; None if they are not known.
     """
 
     args: tuple
@@ -38,11 +38,11 @@ class Call:
     shapes: list
 
     def axis(self, axis, x):
-        """Where an axis of Keras' tensor lies in a Symbol."""
+        """Return the axis of a Symbol that is this axis of Keras' tensor."""
         return activations.axis_of_step(axis, x, self.lead)
 
     def axes(self, axis, x):
-        """Likewise of one axis, several, or all (None)."""
+        """Return the axes of a Symbol for one axis of Keras' tensor, several, or all (None)."""
         axes = range(len(x.shape) + self.lead) if axis is None else np.atleast_1d(axis)
         return sorted(self.axis(int(a), x) for a in axes)
 
@@ -54,7 +54,7 @@ class Call:
         return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
 
     def operand(self, place, name, b):
-        """An operand as a Symbol, or a NumPy array of what the graph holds fixed."""
+        """Return an operand: a Symbol, or for a constant of the graph a NumPy array."""
         x = self.argument(place, name)
         rank = max(len(y.shape) for y in self.symbols) + self.lead
         if isinstance(x, Symbol):
@@ -64,7 +64,7 @@ class Call:
                 )
             return x
         x = fixed(x, b.dtype)
-        # The axes of streams and steps are not there.
+        # Drop the axes of streams and steps, which a Symbol does not have.
         extra = x.ndim - (rank - self.lead)
         if extra > 0:
             if any(n != 1 for n in x.shape[:extra]):
@@ -74,14 +74,14 @@ class Call:
 
 
 def fixed(x, dtype):
-    """What a graph holds that is no tensor of it, as an array."""
+    """Return a constant of a graph as an array."""
     if hasattr(x, "path"):  # A variable.
         x = x.value
     return np.asarray(x).astype(dtype)
 
 
 def lower_op(b, op, call):
-    """The Symbols of an operation's outputs, a list."""
+    """Lower an operation, and return a list of its outputs' Symbols."""
     lower = OPS.get(type(op).__name__)
     if lower is None:
         raise CannotLower("is an operation that a plan has no node for")
@@ -161,7 +161,7 @@ def _binary(b, op, call):
 
 
 def arithmetic(b, function, x, y):
-    """An element-wise function of Symbols and arrays, at least one of them a Symbol."""
+    """Apply an element-wise function to Symbols and arrays, at least one of them a Symbol."""
     if isinstance(x, Symbol) and isinstance(y, Symbol):
         return b.binary(function, x, y)
     symbol, array = (x, y) if isinstance(x, Symbol) else (y, x)
@@ -183,7 +183,7 @@ def arithmetic(b, function, x, y):
 
 
 def _exactly_inverted(array):
-    """Whether multiplying with 1 / array is the same as dividing: powers of two."""
+    """Return whether multiplying by 1 / array is the same as dividing: for powers of two it is."""
     mantissa, _ = np.frexp(array)
     return bool((np.abs(mantissa) == 0.5).all())
 
@@ -193,7 +193,7 @@ def _not_equal(b, op, call):
     x, y = call.operand(0, "x1", b), call.operand(1, "x2", b)
     if any(z.dtype in ("int32", "int64") for z in call.symbols) and not _is_zero(y):
         raise CannotLower("compares integers with others than 0, which floats cannot do exactly")
-    # Of differences, which are 0 only between equal numbers.
+    # The sign of the difference, which is 0 only between equal numbers.
     sign = b.activation(arithmetic(b, "subtract", _floating(b, x), _floating(b, y)), "sign")
     return b.cast(sign, "bool")
 
@@ -306,14 +306,14 @@ def _normalize(b, op, call):
 
 
 def unit_norm(b, x, axes, epsilon):
-    """x over its length, or over epsilon where that is shorter."""
+    """Divide x by its length, or by epsilon if the length is smaller."""
     return along_last(
         b, x, axes, lambda y: b.node("norm", [y], y.shape, function="unit", epsilon=epsilon**2)
     )
 
 
 def along_last(b, x, axes, function):
-    """Applies a function along several axes as one, the last."""
+    """Apply a function along several axes, merged into one last axis."""
     x = b.cast(x, b.dtype)
     others = [a for a in range(len(x.shape)) if a not in axes]
     order = [*others, *axes]
@@ -354,7 +354,7 @@ def _transpose(b, op, call):
 
 
 def transpose(b, x, axes, lead):
-    """By Keras' order of axes, which leaves those before the Symbol's where they are."""
+    """Transpose by Keras' order of axes, which must not move the axes before the Symbol's."""
     rank = len(x.shape) + lead
     axes = [a % rank for a in axes]
     if axes[:lead] != list(range(lead)):
@@ -451,7 +451,7 @@ def _pad(b, op, call):
 
 
 def pad(b, x, width, value=0):
-    """x with (before, after) more elements along each axis."""
+    """Pad x with (before, after) more elements along each axis."""
     for a, (before, after) in enumerate(width):
         parts = []
         for n, place in ((before, 0), (after, 1)):
@@ -536,13 +536,13 @@ def _take(b, op, call):
 
 
 def _along(b, x, axis, indices):
-    """The elements of these indices along one axis."""
+    """Take the elements with these indices along one axis."""
     n = x.shape[axis]
     if any(not -n <= i < n for i in indices):
         raise CannotLower(f"takes from {n} elements the one at {indices}")
     indices = [i % n for i in indices]
     steps = {after - i for i, after in itertools.pairwise(indices)} or {1}
-    if len(steps) == 1:  # As a slice.
+    if len(steps) == 1:  # Evenly spaced: a slice.
         return b.slice(x, axis, indices[0], len(indices), steps.pop())
     return b.concat([b.slice(x, axis, i, 1) for i in indices], axis)
 
@@ -554,7 +554,7 @@ def _get_item(b, op, call):
 
 
 def get_item(b, x, key, lead):
-    """x[key], of Keras' axes."""
+    """Return x[key], with a key for the axes of Keras' tensor."""
     key = list(key) if isinstance(key, (tuple, list)) else [key]
     rank = len(x.shape) + lead
     named = sum(k is not None and k is not Ellipsis for k in key)
@@ -593,7 +593,7 @@ def get_item(b, x, key, lead):
     return b.strided(x, shape, picked, offset, name="slice")
 
 
-# Products with what is fixed.
+# Products with constants.
 
 
 @op("Matmul", "Dot")

@@ -1,4 +1,4 @@
-"""A plan and its weights, and the bytes of the file that holds them."""
+"""A plan and its weights, and the model file made of them."""
 
 import dataclasses
 import json
@@ -12,16 +12,16 @@ _NAMES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64",
     "int32": "I32", "bool": "BOOL",
 }  # fmt: skip
-# Where the tensors begin in the file: at a multiple of this, so that a mapped file is aligned.
+# The tensors begin at a multiple of this in the file, so that they are aligned when it is mapped.
 _ALIGNMENT = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Lowered:
-    """One step of a model: what `docs/model_file.md` calls a plan, and the tensors that it names.
+    """One step of a model as a plan and its tensors, as `docs/model_file.md` defines them.
 
     Attributes:
-        plan: a dict, as the document has it.
+        plan: The plan, a dict.
         weights: NumPy arrays by name.
     """
 
@@ -29,7 +29,7 @@ class Lowered:
     weights: dict
 
     def to_bytes(self):
-        """The model file: safetensors, with the plan in its metadata."""
+        """Return the model file: safetensors, with the plan in its metadata."""
         header = {
             "__metadata__": {
                 "format": FORMAT,
@@ -37,7 +37,7 @@ class Lowered:
                 "plan": json.dumps(self.plan, separators=(",", ":"), allow_nan=False),
             }
         }
-        # Those of wide elements first: each then lies at a multiple of its element's size.
+        # Tensors with wide elements come first, so each lies at a multiple of its element's size.
         order = sorted(self.weights, key=lambda name: -self.weights[name].dtype.itemsize)
         end, data = 0, []
         for name in order:

@@ -1,4 +1,4 @@
-"""A plan in the making: values, nodes and weights, as `docs/model_file.md` defines them."""
+"""A builder of plans: values, nodes and weights, as `docs/model_file.md` defines them."""
 
 import contextlib
 import dataclasses
@@ -10,15 +10,15 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Symbol:
-    """A value of the plan, and what goes with it while a model is lowered.
+    """A value of the plan, with its Keras mask while a model is lowered.
 
-    Its shape is that of one step of one stream: there are no axes of streams and steps.
+    Its shape is that of one step of one stream, without the axes of streams and steps.
     """
 
     index: int  # Place in the plan's values.
     shape: tuple
     dtype: str
-    # Keras' mask of the step, a Symbol of dtype bool and shape [1]; None where there is none.
+    # Keras' mask of the step, a Symbol of dtype bool and shape [1]; None if there is none.
     mask: "Symbol | None" = None
 
     @property
@@ -30,19 +30,19 @@ class Symbol:
 
 
 class CannotLower(Exception):
-    """Raised where something of a layer has no node: the message is the reason."""
+    """The error for something in a layer that has no node. The message is the reason."""
 
 
 class PlanBuilder:
-    """Collects the nodes of a plan.
+    """A plan under construction.
 
     Args:
         compute_dtype: "float32" or "float64".
 
     Attributes:
-        dtype: the compute dtype.
-        scope: what the names of nodes begin with; changed while a layer is lowered.
-        weights: the plan's tensors by name.
+        dtype: The compute dtype.
+        scope: The beginning of new nodes' names; it changes from layer to layer.
+        weights: The plan's tensors by name.
     """
 
     def __init__(self, compute_dtype):
@@ -52,15 +52,16 @@ class PlanBuilder:
         self.nodes = []
         self.weights = {}
         self.kernels = set()  # Names of the weights that are kernels of dense nodes.
-        self._names = {}  # Of the name of each node: how many others have asked for it.
-        self._tensors = {}  # Of what was stored: (its name, its owner, which must stay alive).
-        self._masks = {}  # Of (the index of a value, a number): its mask.
-        self._affine_of = {}  # Of the index of a value that was only scaled: (of what, by what).
-        self._unshaped = {}  # Of the index of a reshaped value: the Symbol that was reshaped.
+        self._names = {}  # Name of each node -> how many other nodes have asked for that name.
+        # What was stored -> (its name, the variable, which must stay alive for its id).
+        self._tensors = {}
+        self._masks = {}  # (index of a value, number) -> the mask.
+        self._affine_of = {}  # Index of a value that was only scaled -> (scaled Symbol, scale).
+        self._unshaped = {}  # Index of a reshaped value -> the Symbol that was reshaped.
 
     @contextlib.contextmanager
     def within(self, name):
-        """Within it, nodes have names that begin with this one too."""
+        """Add a name to the scope within a `with` block."""
         outer = self.scope
         self.scope = f"{outer}/{name}" if outer else name
         try:
@@ -77,16 +78,16 @@ class PlanBuilder:
     def node(
         self, op, inputs, shape, dtype=None, *, name=None, weights=None, masks=None, **attributes
     ):
-        """Adds a node, and returns the Symbol of its output.
+        """Add a node, and return the Symbol of its output.
 
         Args:
-            op: its name.
+            op: The op's name.
             inputs: Symbols.
-            shape, dtype: of the output; None: the compute dtype.
-            name: of the node within the scope; None: that of the scope.
-            weights: a dict from the name in the node to that of the tensor.
-            masks: a dict of Symbols; those that are None are left out.
-            **attributes: the node's.
+            shape, dtype: Of the output; None: the compute dtype.
+            name: The node's name within the scope; None: the scope's own name.
+            weights: A dict from names in the node to names of tensors.
+            masks: A dict of Symbols; those that are None are left out.
+            **attributes: The node's attributes.
         """
         output = self.add_value(shape, dtype)
         node = {
@@ -114,14 +115,14 @@ class PlanBuilder:
     # Weights.
 
     def variable(self, variable, shape=None, transform=None, kernel=False, name=None):
-        """Stores a Keras variable, and returns its tensor's name: the variable's path.
+        """Store a Keras variable, and return its tensor's name: the variable's path.
 
         Args:
-            variable: a `keras.Variable`, or a tensor that Keras derives from one.
-            shape: what it is read as; None: its own shape.
-            transform: a function of its array and a name for the result: what is stored instead.
-            kernel: whether it is the kernel of a dense node.
-            name: of the tensor, where it is none of a variable.
+            variable: A `keras.Variable`, or a tensor that Keras derives from one.
+            shape: The shape to store it in; None: its own.
+            transform: A function of its array; its result is stored instead. None: the array.
+            kernel: Whether it is the kernel of a dense node.
+            name: The tensor's name if `variable` is not a variable and has no path.
         """
         path = getattr(variable, "path", None) or name
         array = to_numpy(variable, self.dtype)
@@ -137,7 +138,7 @@ class PlanBuilder:
         return name
 
     def constant_weight(self, name, array, dtype=None):
-        """Stores an array under a name of its own; returns the name."""
+        """Store an array under a name that is unique, and return that name."""
         shape = np.shape(array)  # NumPy makes a vector of a contiguous scalar.
         unique, count = name, 0
         while unique in self.weights:
@@ -148,13 +149,13 @@ class PlanBuilder:
         return unique
 
     def derived(self, name, array, dtype=None):
-        """Stores an array that the lowering computed, named within the scope."""
+        """Store an array that the lowering computed, named within the scope."""
         return self.constant_weight(f"{self.scope}/{name}" if self.scope else name, array, dtype)
 
-    # Nodes that others are made of.
+    # Basic nodes.
 
     def reshape(self, x, shape):
-        """The same elements in another shape. Chains of reshapes become one, or none."""
+        """Give a Symbol another shape. Chains of reshapes become one node, or none."""
         shape = tuple(int(n) for n in shape)
         if math.prod(shape) != x.size:
             raise CannotLower(f"reshapes {list(x.shape)} to {list(shape)}")
@@ -168,7 +169,7 @@ class PlanBuilder:
         return y.with_mask(x.mask)
 
     def strided(self, x, shape, strides, offset=0, name=None):
-        """Picks elements; see the node `strided`."""
+        """Pick elements with the node `strided`."""
         return self.node(
             "strided", [x], shape, x.dtype, name=name,
             offset=int(offset), strides=[int(s) for s in strides],
@@ -183,7 +184,7 @@ class PlanBuilder:
         return self.strided(x, shape, [strides[a] for a in axes], name="transpose")
 
     def slice(self, x, axis, start, size, step=1):
-        """`size` elements along one axis, from `start` on."""
+        """Take `size` elements along one axis, from `start` on."""
         if start == 0 and size == x.shape[axis] and step == 1:
             return x
         strides = contiguous_strides(x.shape)
@@ -201,7 +202,7 @@ class PlanBuilder:
         return self.node("concat", xs, shape, xs[0].dtype, name="concat", axis=axis)
 
     def broadcast(self, x, shape):
-        """As NumPy broadcasts."""
+        """Broadcast a Symbol to a shape, as NumPy does."""
         shape = tuple(shape)
         if x.shape == shape:
             return x
@@ -221,7 +222,7 @@ class PlanBuilder:
         return self.node("constant", [], array.shape, dtype, weights=weights)
 
     def binary(self, function, x, y):
-        """An element-wise function of two Symbols, broadcast to each other."""
+        """Apply an element-wise function to two Symbols, broadcast to each other."""
         shape = broadcast_shapes(x.shape, y.shape)
         x, y = (self.broadcast(self.cast(z, self.dtype), shape) for z in (x, y))
         return self.node("binary", [x, y], shape, name=function, function=function)
@@ -238,15 +239,15 @@ class PlanBuilder:
         return self.node("cast", [x], x.shape, dtype).with_mask(x.mask)
 
     def affine(self, x, scale, offset):
-        """x * scale + offset, of arrays that broadcast to x."""
+        """Compute x * scale + offset, with arrays that broadcast to x."""
         x, shape = self.cast(x, self.dtype), x.shape
-        # Along how many of the last axes they vary: those are read as one.
+        # The number of last axes along which they vary. These axes are read as one.
         axes = max(1, _axes_that_vary(scale), _axes_that_vary(offset))
         channels = shape[len(shape) - axes :] if shape else (1,)
         scale, offset = (_channels(a, channels) for a in (scale, offset))
         scaled = self._affine_of.get(x.index)
         if scaled is not None and len(scaled[1]) == len(scale) and (scale == 1).all():
-            # What was only scaled before is scaled and moved at once: exactly the same.
+            # x was only scaled before: scale and move the original at once, with the same result.
             x, scale = scaled
         elif (offset == 0).all():
             scaled = (x, scale)
@@ -258,7 +259,7 @@ class PlanBuilder:
         return y
 
     def dense(self, x, kernel, bias=None, name=None):
-        """x [..., I] by a kernel [I, O]; both are names of tensors."""
+        """Multiply x [..., I] by a kernel [I, O]; kernel and bias are names of tensors."""
         inputs, outputs = self.weights[kernel].shape
         if x.shape[-1:] != (inputs,):
             raise CannotLower(f"is given {list(x.shape)}, where its kernel has {inputs} inputs")
@@ -266,10 +267,10 @@ class PlanBuilder:
         return self.node("dense", [x], (*x.shape[:-1], outputs), name=name, weights=weights)
 
     def reduce(self, x, function, axes, keepdims=False):
-        """Over axes from 0, one after the other."""
+        """Reduce over axes, counted from 0, one after the other."""
         shape = [1 if a in axes else n for a, n in enumerate(x.shape)]
         x = self.cast(x, self.dtype)
-        # Neighbours become one axis: a mean of means would round twice.
+        # Neighbouring axes are merged into one: a mean of means would round twice.
         groups = _neighbours(axes)
         for first, last in reversed(groups):
             size = math.prod(x.shape[first : last + 1])
@@ -279,7 +280,7 @@ class PlanBuilder:
         return self.reshape(x, shape) if keepdims else x
 
     def is_of_input(self, x):
-        """Whether a value is one of the plan's inputs, perhaps in another order or shape."""
+        """Return whether a value is one of the plan's inputs, perhaps in another order or shape."""
         made_by = {i: node for node in self.nodes for i in node["outputs"]}
         index = x.index
         while index in made_by:
@@ -291,7 +292,7 @@ class PlanBuilder:
     # Masks.
 
     def not_equal(self, x, value):
-        """A mask: whether any of x differs from a number."""
+        """Return the mask of whether any element of x differs from a number."""
         key = (x.index, value)
         if key not in self._masks:
             self._masks[key] = self.node(
@@ -300,7 +301,7 @@ class PlanBuilder:
         return self._masks[key]
 
     def mask_and(self, a, b):
-        """Where both are true; None for a mask that is left out."""
+        """Return the mask of where both are true. None stands for a mask that is left out."""
         if a is None or b is None or a == b:
             return b if a is None else a
         return self.node("mask_and", [a, b], (1,), "bool")
@@ -315,7 +316,7 @@ class PlanBuilder:
         return self.cast(self.binary("add", a, b), "bool")
 
     def where(self, mask, x, y):
-        """x where a mask is true, y elsewhere: selected, so that NaN stays where it is."""
+        """Return x where a mask is true, y elsewhere. It selects, so a NaN does not spread."""
         x, y = (self.cast(z, self.dtype) for z in (x, y))
         x = self.node("masked", [x, mask], x.shape)
         y = self.node("masked", [y, self.mask_not(mask)], y.shape)
@@ -324,11 +325,11 @@ class PlanBuilder:
     # The end.
 
     def finish(self, outputs):
-        """Drops nodes that nothing uses, and weights and values with them.
+        """Drop nodes that nothing uses, with their weights and values.
 
         Returns:
-            (a function from an old place of a node to its new one, or None for one that is gone;
-            likewise for values).
+            Two functions, for nodes and for values. Each maps an old place to the new one, or to
+            None if the node or value is gone.
         """
         used = {x.index for x in outputs}
         kept = []
@@ -359,12 +360,12 @@ class PlanBuilder:
         return places.get, values.get
 
     def add_inputs(self, specs):
-        """Adds the plan's inputs, its first values: (shape, dtype) each."""
+        """Add the plan's inputs as its first values, each given as (shape, dtype)."""
         self.inputs = len(specs)
         return [self.add_value(shape, dtype) for shape, dtype in specs]
 
     def convert_kernels(self, dtype):
-        """Keeps the kernels of dense nodes in another dtype."""
+        """Convert the kernels of dense nodes to another dtype."""
         for name in self.kernels:
             self.weights[name] = self.weights[name].astype(np_dtype(dtype))
 
@@ -377,13 +378,13 @@ def np_dtype(name):
 
 
 def to_numpy(x, dtype):
-    """An array of a Keras variable, a tensor or an array."""
+    """Return a Keras variable, a tensor or an array as an array of a dtype."""
     x = getattr(x, "value", x) if hasattr(x, "path") else x
     return np.asarray(x).astype(dtype)
 
 
 def _plain(x):
-    """An attribute as JSON has it: users may have given numbers of NumPy's."""
+    """Return an attribute as a JSON value: users may have given NumPy numbers."""
     x = x.item() if isinstance(x, np.generic) else x
     if isinstance(x, float) and not math.isfinite(x):
         raise CannotLower(f"has the number {x}, which a plan cannot hold: expected finite ones")
@@ -391,7 +392,7 @@ def _plain(x):
 
 
 def broadcast_shapes(*shapes):
-    """The shape that NumPy broadcasts these to."""
+    """Return the shape that NumPy broadcasts these shapes to."""
     try:
         return np.broadcast_shapes(*shapes)
     except ValueError as error:
@@ -409,7 +410,7 @@ def contiguous_strides(shape):
 
 
 def _channels(array, shape):
-    """An array as a vector with an element for each of these channels."""
+    """Return an array as a vector with one element for each of these channels."""
     array = np.asarray(array, np.float64)
     if array.ndim > len(shape):
         array = array.reshape(array.shape[array.ndim - len(shape) :])
@@ -417,7 +418,7 @@ def _channels(array, shape):
 
 
 def _axes_that_vary(array):
-    """How many of the last axes an array needs, once leading axes of size 1 are gone."""
+    """Return how many axes an array has without its leading axes of size 1."""
     shape = list(np.shape(array))
     while shape and shape[0] == 1:
         shape.pop(0)
@@ -425,7 +426,7 @@ def _axes_that_vary(array):
 
 
 def _neighbours(axes):
-    """Sorted axes as (first, last) of runs of neighbours."""
+    """Return the runs of neighbouring axes as [first, last]."""
     groups = []
     for a in sorted(axes):
         if groups and groups[-1][1] == a - 1:
