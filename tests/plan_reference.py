@@ -96,7 +96,8 @@ def dense(context, weights, x):
 @op
 def activation(context, weights, x, function, **numbers):
     of_number = np.vectorize(ACTIVATIONS[function], otypes=[np.float64])
-    return np.where(np.isnan(x), np.nan, of_number(x, *weights.values(), **numbers))
+    y = of_number(x, *weights.values(), **numbers)
+    return y if function == "threshold" else np.where(np.isnan(x), np.nan, y)
 
 
 @op

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 
+import continual_transformers_tf as ct
 import plan_reference
 import reference
 from continual_transformers_tf.layers import CircularPositionalEncoding
@@ -105,3 +106,16 @@ def test_normalization_of_numbers_far_from_zero():
     scale, offset = (lowered.weights[nodes[0]["weights"][name]] for name in ("scale", "offset"))
     assert (scale == 1).all()
     assert (offset == -101325).all()
+
+
+def test_masking_of_several_rows_a_step_keeps_a_nan_where_it_is():
+    x = keras.Input((4, 6))
+    y = keras.layers.Masking()(keras.layers.Reshape((3, 2))(x[:, -1]))
+    model = keras.Model(x, y)
+    result = lower(model)
+    rows = [[np.nan, 1, 0, 0, 2, np.nan], [0, 0, 0, np.nan, -0.0, 3], [0, -0.0, np.inf, 0, 5, 6]]
+    inputs = np.array(rows, "float32")[:, np.newaxis]
+    expected = model(np.repeat(inputs, 4, axis=1)).numpy()
+    (got,) = streamed(result.plan, result.weights, [inputs])
+    np.testing.assert_array_equal(got[:, 0], expected)
+    np.testing.assert_array_equal(ct.Session(model).step(inputs[:, 0]), expected)

@@ -55,8 +55,9 @@ def from_torch(module, seq_len=None, *, num_heads=None, prefix="", **options):
         if read is not None:
             return read(module, seq_len, options)
     raise ValueError(
-        "Expected a torch.nn.MultiheadAttention, a SingleOutputMultiheadAttention of "
-        f"continual-inference, or their weights, but got {name_of(module)}"
+        "Expected a torch.nn.MultiheadAttention, TransformerEncoderLayer or TransformerEncoder, an "
+        "attention module or encoder layer of continual-inference, or the weights of an attention "
+        f"module, but got {name_of(module)}"
     )
 
 

@@ -375,9 +375,11 @@ def _masking(b, layer, x, call):
     if len(x.shape) == 1:
         return b.node("masked", [x, mask_of(b, layer, x)], x.shape, name="masked")
     # A step of several rows masks each of them: multiply by 0 or 1. Keras does the same. NaN * 0
-    # cannot occur: a row with NaN differs from any number, so it is kept.
-    differs = b.activation(b.affine(x, 1, -value), "sign")
-    kept = b.reduce(b.activation(differs, "absolute"), "max", [len(x.shape) - 1], keepdims=True)
+    # cannot occur: a NaN differs from any number, so its row is kept.
+    equal = b.activation(b.activation(b.affine(x, 1, -value), "sign"), "absolute")
+    # -0 stays, and both -1 and NaN become 1.
+    differs = b.activation(b.activation(equal, "negative"), "threshold", threshold=-0.5, value=1.0)
+    kept = b.reduce(differs, "max", [len(x.shape) - 1], keepdims=True)
     return b.binary("multiply", x, kept)
 
 
