@@ -1,7 +1,6 @@
 """Transformer encoders of any depth, on windows and on streams."""
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf.layers.co_re_transformer_encoder import CoReTransformerEncoder
@@ -10,7 +9,7 @@ from continual_transformers_tf.layers.composite_layer import CompositeLayer
 from continual_transformers_tf.layers.continual_layer import always_partial
 from continual_transformers_tf.layers.inputs import WARM_UPS, step_input
 from continual_transformers_tf.layers.step_ops import layer_norm
-from continual_transformers_tf.ops.stream_state import check_integer
+from continual_transformers_tf.ops.stream_state import check_integer, stream_tensor
 
 KINDS = ("single_output", "retroactive")
 
@@ -119,6 +118,9 @@ class TransformerEncoder(CompositeLayer, keras.layers.Layer):
                 self.blocks.append(CoSiTransformerEncoder(**block, **single_output, **names))
             else:
                 self.blocks.append(CoReTransformerEncoder(**block, **names))
+        # Keras hides lists of layers from tf.train.Checkpoint.
+        for block in self.blocks:
+            self._track_trackable(block, block.name)
         # Those that take steps; the others are given whole windows.
         self._streaming = self.blocks if kind == "single_output" else self.blocks[:1]
         self.final_norm = None
@@ -314,6 +316,6 @@ class TransformerEncoder(CompositeLayer, keras.layers.Layer):
         if self.active_warm_up == "partial":
             return steps
         taken = self.position.numpy()
-        taken = taken[: x.shape[0]] if streams is None else taken[np.asarray(streams)]
+        taken = taken[: x.shape[0]] if streams is None else taken[stream_tensor(streams).numpy()]
         furthest = int(taken.max(initial=0)) + (0 if update_state else steps)
         return max(0, min(steps, furthest - self.receptive_field + 1))

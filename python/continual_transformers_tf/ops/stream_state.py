@@ -39,7 +39,6 @@ class StreamState(tf.Module):
         for row_name, (shape, dtype) in {**(rows or {}), "position": ([], tf.int64)}.items():
             self._add_variable(row_name, streams, shape, dtype)
         self.lock = threading.RLock()
-        self._streams = streams  # At least so many are held: a graph may have made room for more.
 
     def add_row(self, name, shape, dtype):
         """Keeps one thing more of each stream, for layers that learn its shape when they are built.
@@ -83,10 +82,14 @@ class StreamState(tf.Module):
         if not isinstance(streams, (int, np.integer)):
             held = tf.shape(self.position)[0]
             tf.cond(streams > held, lambda: self._grow(streams), lambda: held)
-        elif streams > self._streams:
-            with tf.init_scope(), self.lock:
-                self._grow(streams)
-                self._streams = streams
+            return
+        with tf.init_scope():
+            # The variable itself is asked: a graph may have made room, or a checkpoint may have
+            # restored fewer streams.
+            shape = tf.raw_ops.VariableShape(input=self.position.handle)
+            if not tf.executing_eagerly() or streams > shape.numpy()[0]:
+                with self.lock:
+                    self._grow(streams)
 
     def _grow(self, streams):
         missing = tf.maximum(streams - tf.shape(self.position)[0], 0)
