@@ -211,3 +211,24 @@ def test_a_streaming_model_inside_another(backend, random):
     assert shorter.receptive_field == 1 + 3 * 2
     for w, other in zip(shorter.get_weights(), streaming.get_weights(), strict=True):
         np.testing.assert_array_equal(w, other)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_keras_own_export_of_a_model_that_was_called(random, tmp_path, several):
+    x = keras.Input((N, E), name="x")
+    y = ct.CoSiMultiHeadAttention(N, 2, 4)(x)[:, 0]
+    if several:
+        other = keras.Input((N, 2), name="other")
+        model = keras.Model({"x": x, "other": other}, y + keras.layers.Dense(E)(other)[:, -1])
+    else:
+        model = keras.Model(x, y)
+    streaming = ct.StreamingModel(model)
+    windows = {
+        spec.name: random.normal(size=(3, *spec.shape[1:])).astype("float32")
+        for spec in model.inputs
+    }
+    inputs = windows if several else windows["x"]
+    expected = streaming(inputs)
+    streaming.export(str(tmp_path / "model"), verbose=False)
+    loaded = tf.saved_model.load(str(tmp_path / "model"))
+    np.testing.assert_allclose(loaded.serve(inputs), expected, atol=1e-6)

@@ -202,6 +202,25 @@ class StreamingModel(CompositeLayer, keras.Model):
         ready = int(max(0, min(steps, furthest - self.receptive_field + 1)))
         return keras.tree.map_structure(lambda y: y[:, steps - ready :] if ready else None, outputs)
 
+    def export(self, filepath, format="tf_saved_model", **options):
+        """Export the call of the model, as `keras.Model.export` does. `ct.export` exports steps.
+
+        Args:
+            filepath, format, options: As in `keras.Model.export`. The default `input_signature` is
+                that of the model's windows.
+        """
+        if options.get("input_signature") is None:
+            # Keras would take it from the build, which this model does not need.
+            options["input_signature"] = [
+                keras.tree.map_structure(
+                    lambda x: keras.InputSpec(
+                        dtype=x.dtype, shape=(None, *x.shape[1:]), name=x.name
+                    ),
+                    self._graph.model.input,
+                )
+            ]
+        super().export(filepath, format=format, **options)
+
     def compute_output_shape(self, input_shape):
         return self.model.compute_output_shape(input_shape)
 
