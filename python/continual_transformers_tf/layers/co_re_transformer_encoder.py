@@ -199,7 +199,7 @@ class CoReTransformerEncoder(TransformerEncoderBlock):
         if not isinstance(state, dict) or "window" not in state or "position" not in state:
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"Expected a state with 'window' and 'position', but got {got}")
-        before = self.get_state()
+        before = self.get_state(streams)
         attention = {name: array for name, array in state.items() if name != "window"}
         window = {"window": state["window"], "position": state["position"]}
         self.attention.set_state(attention, streams)
@@ -207,7 +207,8 @@ class CoReTransformerEncoder(TransformerEncoderBlock):
             self._hold_as_many()
             self._window.set_state(window, streams)
         except Exception:
-            self.attention.set_state({k: v for k, v in before.items() if k != "window"})
+            before.pop("window")
+            self.attention.set_state(before, streams)
             raise
 
     def _hold_as_many(self):

@@ -225,12 +225,12 @@ class CoResidual(ContinualLayer, keras.layers.Layer):
         if self._skip is None:
             self.layer.set_state(state["layer"], streams)
             return
-        before = self._skip.get_state()
+        before = self._skip.get_state(streams)
         self._skip.set_state(state["skip"], streams)
         try:
             self.layer.set_state(state["layer"], streams)
         except Exception:
-            self._skip.set_state(before)
+            self._skip.set_state(before, streams)
             raise
 
     # Calling.

@@ -68,11 +68,11 @@ class CompositeLayer(ContinualLayer):
                 "Expected a state in which all layers have taken the same steps, but got positions "
                 f"{[np.asarray(x).tolist() for x in taken]}"
             )
-        before = self.get_state()
+        before = self.get_state(streams)
         try:
             for name, layer in layers.items():
                 layer.set_state(state[name], streams)
         except Exception:
             for name, layer in layers.items():
-                layer.set_state(before[name])
+                layer.set_state(before[name], streams)
             raise

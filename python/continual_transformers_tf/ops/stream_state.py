@@ -179,8 +179,14 @@ class StreamState(tf.Module):
             ValueError: if a stream is not held, or is named twice.
         """
         with self.lock:
-            chosen = slice(None) if streams is None else self.checked(streams).numpy()
-            return {name: variable.numpy()[chosen] for name, variable in self._variables.items()}
+            if streams is None:
+                return {name: variable.numpy() for name, variable in self._variables.items()}
+            # Reads no other stream's rows.
+            streams = self.checked(streams)
+            return {
+                name: tf.gather(variable, streams).numpy()
+                for name, variable in self._variables.items()
+            }
 
     def set_state(self, state, streams=None):
         """Puts back what `get_state` gave, here or elsewhere, of streams of the same sizes.
