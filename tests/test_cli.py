@@ -63,7 +63,13 @@ def test_the_check_finds_a_difference(saved, random, tmp_path):
     output = tmp_path / "watch.safetensors"
     options = ("--seq-len", N, "--weights-dtype", "bfloat16", "--cache-dtype", "float16")
     said = run("pack", saved, output, *options, "--check", tmp_path / "x.npy")
-    assert 1e-4 < largest_difference(said) < 0.1
+    difference = largest_difference(said)
+    assert 1e-4 < difference < 0.1
+    check = ("--check", tmp_path / "x.npy", "--tolerance")
+    run("pack", saved, output, *options, *check, 2 * difference)
+    said = run("pack", saved, output, *options, *check, difference / 2, status=1)
+    assert "largest difference is" in said
+    assert "--tolerance needs --check" in run("pack", saved, output, "--tolerance", 1, status=2)
     session = ct.Session.load(output)
     assert (session.weights_dtype, session.cache_dtype) == ("bfloat16", "float16")
 
@@ -71,6 +77,7 @@ def test_the_check_finds_a_difference(saved, random, tmp_path):
 def test_several_inputs_are_checked_by_name(random, tmp_path):
     inputs = {name: keras.Input((N, size), name=name) for name, size in (("a", 3), ("b", 4))}
     h = keras.layers.Concatenate()([inputs["b"], inputs["a"]])
+    h = keras.layers.PReLU(shared_axes=[1])(h)  # Its cost is not known.
     h = ct.CoSiMultiHeadAttention(N, 2, 4)(h, h)
     keras.Model(inputs, {"y": h[:, -1], "z": h[:, -1, :2]}).save(tmp_path / "two.keras")
     arrays = {name: random.standard_normal((2, 9, x.shape[-1])) for name, x in inputs.items()}
@@ -102,6 +109,7 @@ def test_recordings_that_do_not_fit_are_refused(saved, tmp_path, array, why):
     files = saved, tmp_path / "watch.safetensors"
     said = run("pack", *files, "--seq-len", N, "--check", tmp_path / "x.npy", status=1)
     assert re.search(why, said)
+    assert not files[1].exists()
 
 
 def test_what_cannot_be_packed_is_said_and_nothing_is_written(saved, tmp_path):

@@ -203,6 +203,12 @@ def test_states_move_between_a_session_and_a_saved_model(random, tmp_path):
     position = loaded.set_state(numbers(2, 0), tf.constant(session.get_state(ids)))
     assert position.numpy().tolist() == [N, N]
     assert states(loaded, 2, 0) == session.get_state(ids)
+    # A session takes the copies as the SavedModel gives them.
+    again = session.open(2)
+    for copies in (loaded.get_state(numbers(2, 0)), loaded.get_state(numbers(2, 0)).numpy()):
+        session.clean_state(again)
+        session.set_state(copies, again)
+        assert session.get_state(again) == session.get_state(ids)
     np.testing.assert_array_equal(step(loaded, x[N], [2, 0])[0], session.step(x[N], ids))
     session.set_state(states(loaded, 0, 2), ids)
     np.testing.assert_array_equal(step(loaded, x[N + 1], [0, 2])[0], session.step(x[N + 1], ids))

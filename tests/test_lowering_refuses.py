@@ -43,7 +43,7 @@ def test_every_layer_that_cannot_be_lowered_is_named_at_once():
     first, *lines = refused(keras.Model(x, [y, z, w], name="given"))
     assert first == "given cannot be run by a session:"
     expected = [
-        r"- memory \(LSTM\) needs more of a window than the row",
+        r"- memory \(LSTM\) may look at several steps of the window",
         r"- tf_function \(Dense\) computes by other means than keras.ops",
         r"- tf_lambda \(Lambda\) computes by other means than keras.ops",
         r"- memory_of_a_step \(LSTM\) is a layer that a plan has no node for",
@@ -159,7 +159,7 @@ def test_narrow_weights_are_those_of_dense_nodes(random):
 REASONS = {
     "a mask that Keras reads as one of features": (
         lambda x: kl.Softmax(name="layer")(kl.Masking()(x)),
-        "needs more of a window|is given a mask|mixes whole windows",
+        "may look at several steps|is given a mask|mixes whole windows",
     ),
     "a mask and a causal mask under retroactive attention": (
         lambda x: ct.CoReMultiHeadAttention(N, H, D, name="layer")(

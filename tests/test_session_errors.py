@@ -224,6 +224,11 @@ REFUSED = {
         r"\(1,\).*\(1, 3\)",
     ),
     "open fewer than none": (lambda s: s.open(-1), ValueError, "count is -1"),
+    "open more than there are ids": (
+        lambda s: s.open(2**40),
+        sessions.TooManyStreamsError,
+        "count is 1099511627776.*at most",
+    ),
     "open a part": (lambda s: s.open(1.5), TypeError, "of type float"),
     "open True": (lambda s: s.open(True), TypeError, "of type bool"),
     "close one twice": (lambda s: s.close([s.ids[0], s.ids[0]]), ValueError, "twice"),
@@ -263,6 +268,11 @@ REFUSED = {
         lambda s: s.set_state(s.get_state(s.ids)[1:], s.ids),
         ValueError,
         "2 states for 3 streams",
+    ),
+    "set without names": (
+        lambda s: s.set_state(s.get_state(s.ids)),
+        ValueError,
+        r"3 states for 2 streams.*set_state\(states, session.open\(n\)\)",
     ),
     "set a short one": (
         lambda s: s.set_state([s.get_state(s.ids)[2], b"ab"], s.ids[:2]),
@@ -552,3 +562,8 @@ def test_an_input_that_numpy_does_not_have():
     plan.output("y", plan.node("cast", [x], plan.value(3)))
     with pytest.raises(sessions.ModelFileError):
         plan.session()
+
+
+def test_too_many_threads_are_refused(plan):
+    with pytest.raises(ValueError, match="threads to be an int of 1 or more, at most 1024"):
+        plan.session(threads=10**9)

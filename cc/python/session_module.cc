@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -123,6 +124,10 @@ py::object Open(PythonSession& session, const py::object& count) {
     Raise(PyExc_ValueError,
           "count is " + std::to_string(number) + ". Expected how many streams to open, 0 or more.");
   }
+  if (number > std::numeric_limits<uint32_t>::max()) {
+    Raise(exceptions.too_many_streams,
+          "count is " + std::to_string(number) + ". A session holds at most 2^32 - 1 streams.");
+  }
   npy_intp size = number;
   PyObject* array = PyArray_SimpleNew(1, &size, NPY_INT64);
   if (!array) throw PythonError();
@@ -218,7 +223,11 @@ void SetState(PythonSession& session, const py::sequence& states, const py::obje
   if (count != ids->count()) {
     Raise(PyExc_ValueError, "There are " + std::to_string(count) + " states for " +
                                 std::to_string(ids->count()) +
-                                " streams. Expected a state for each stream.");
+                                " streams. Expected a state for each stream." +
+                                (streams.is_none() ? " Name the streams, as in set_state(states, "
+                                                     "session.open(n)). Without names the states "
+                                                     "go to the default streams that are open."
+                                                   : ""));
   }
   std::vector<std::unique_ptr<ReadBuffer>> buffers;
   std::vector<const void*> data;

@@ -157,7 +157,7 @@ PyArrayObject* CheckInput(const ArraySpec& spec, PyObject* given, Rows* rows,
   } else if (streams != rows->streams || steps != rows->steps) {
     Raise(PyExc_ValueError, spec.label + " has shape " + ShapeText(array) + ". Expected " +
                                 rows->ExpectedExactly(spec.shape.data(), spec.shape.size()) +
-                                ", as many rows as the first input has.");
+                                ", as many streams and steps as the first input has.");
   }
   return Plain(array, spec.type_number, references);
 }

@@ -180,8 +180,9 @@ class Session::Impl final : public ForkListener {
     const uint64_t fingerprint = file->plan().FingerprintWith(options_.cache_dtype);
     if (fingerprint != plan_fingerprint_) {
       throw Error(ErrorCode::kOtherModel,
-                  "the file has weights of another model: its plan has the fingerprint " +
-                      Hex(fingerprint) + ", that of this session is " + Hex(plan_fingerprint_) +
+                  "these are weights of another model: its layers or sizes (heads, features, "
+                  "window, cache dtype) differ, so its plan has the fingerprint " +
+                      Hex(fingerprint) + ", and that of this session is " + Hex(plan_fingerprint_) +
                       "; make a session of its own for it");
     }
     auto executor = std::make_shared<const Executor>(std::move(file), options_);
@@ -441,7 +442,8 @@ class Session::Impl final : public ForkListener {
     if (header.weights_fingerprint != weights_fingerprint_ && !other_weights) {
       throw Error(ErrorCode::kOtherModel,
                   "this is a copy of a stream of the same model with other weights (another "
-                  "training): their fingerprint is " +
+                  "training, or another start row of a positional encoding, which regular calls "
+                  "move): their fingerprint is " +
                       Hex(header.weights_fingerprint) + ", that of this session's weights is " +
                       Hex(weights_fingerprint_) +
                       "; load those weights, or say that it is wanted (other_weights)");

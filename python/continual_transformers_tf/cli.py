@@ -122,31 +122,42 @@ def info_about_tensorflow():
     type=MODEL,
     metavar="DATA",
     help="Stream these recordings through the Keras model and the model file, and print the "
-    "largest difference: a .npy file of shape (T, ...) or (streams, T, ...), or an .npz file with "
-    "an array for each input.",
+    "largest difference of their steps: a .npy file of shape (T, ...) or (streams, T, ...), or an "
+    ".npz file with an array for each input.",
 )
-def pack(model, output, weights_dtype, cache_dtype, seq_len, data):
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    help="Fail if --check finds a larger difference.",
+)
+def pack(model, output, weights_dtype, cache_dtype, seq_len, data, tolerance):
     """Write the model file OUTPUT (.safetensors) of the Keras model MODEL (.keras).
 
     `ct.Session.load` and the C interface read it, without TensorFlow.
     """
+    if tolerance is not None and not data:
+        raise click.UsageError("--tolerance needs --check DATA, whose outputs it compares")
     need_tensorflow()
     from continual_transformers_tf.models import packing
 
     try:
         keras_model = packing.load_model(model)
-        session = packing.pack(
-            keras_model,
-            output,
-            weights_dtype=weights_dtype,
-            cache_dtype=cache_dtype,
-            seq_len=seq_len,
+        session = ct.Session(
+            keras_model, weights_dtype=weights_dtype, cache_dtype=cache_dtype, seq_len=seq_len
         )
+        recordings = packing.read_recordings(data, session) if data else None
+        session.save(output)
+        session = ct.Session.load(output)
         click.echo(f"written: {output}, {output.stat().st_size:,} bytes")
         click.echo(packing.describe_cost(keras_model, session, seq_len))
         if data:
-            recordings = packing.read_recordings(data, session)
-            click.echo(packing.compare(keras_model, session, recordings, seq_len))
+            found = packing.compare(keras_model, session, recordings, seq_len)
+            click.echo(found)
+            if tolerance is not None and not found.difference <= tolerance:
+                raise ValueError(
+                    f"the largest difference is {found.difference:.3g}, and --tolerance allows "
+                    f"{tolerance:g}"
+                )
     except (ImportError, OSError, TypeError, ValueError) as error:
         raise click.ClickException(str(error)) from error
 

@@ -51,6 +51,7 @@ __all__ = [
 CACHE_DTYPES = ("float32", "float64", "bfloat16", "float16")
 WEIGHTS_DTYPES = ("float32", "float64", "bfloat16")
 DEVICES = ("cpu",)
+MOST_THREADS = 1024
 
 
 class ArraySpec(NamedTuple):
@@ -395,17 +396,22 @@ class Session(_session.NativeSession):
 
         Args:
             states: The result of `get_state`, from this or another session of the same model with
-                the same `cache_dtype`, or the result of the Keras model's `get_state`.
+                the same `cache_dtype`, from its SavedModel (a string tensor or array), or the
+                result of the Keras model's `get_state`.
             streams: As in `ready`, as many as there are states.
             other_weights: Also accept copies from the same model with other weights.
 
         Raises:
             OtherModelError: A ValueError, if a copy is of another model, or of other weights.
-            ValueError: If there are too few or too many states, or one is damaged; also as in
-                `close`. Then no stream is changed.
+            ValueError: If there are too few or too many states, or one is not a whole copy of a
+                stream; also as in `close`. Then no stream is changed. There is no checksum: keep
+                copies where they are not changed.
         """
         if isinstance(states, (bytes, bytearray, memoryview)):
             states = [states]
+        elif hasattr(states, "numpy") or isinstance(states, np.ndarray):
+            # A SavedModel gives its copies as a string tensor.
+            states = np.asarray(states).tolist()
         elif not _is_sequence_of_bytes(states):
             states = self._states_from_keras(states)
         self._set_state(states, streams, other_weights)
@@ -551,13 +557,15 @@ def _lowered(model, seq_len, cache_dtype, weights_dtype):
     return lower(model, seq_len, cache_dtype, weights_dtype).to_bytes()
 
 
-def _whole(name, number, least):
+def _whole(name, number, least, most=2**31 - 1):
     try:
         whole = number.__index__()
     except AttributeError:
         raise TypeError(f"Expected {name} to be an int, but got {number!r}") from None
-    if isinstance(number, bool) or not least <= whole < 2**31:
-        raise ValueError(f"Expected {name} to be an int of {least} or more, but got {number!r}")
+    if isinstance(number, bool) or not least <= whole <= most:
+        raise ValueError(
+            f"Expected {name} to be an int of {least} or more, at most {most}, but got {number!r}"
+        )
     return whole
 
 
@@ -581,7 +589,7 @@ def _checked_options(streams, threads, weights_dtype, cache_dtype, device):
         )
     return {
         "streams": 0 if streams is None else _whole("streams", streams, 1),
-        "threads": _whole("threads", threads, 1),
+        "threads": _whole("threads", threads, 1, MOST_THREADS),
         "cache_dtype": _dtype_name("cache_dtype", cache_dtype, CACHE_DTYPES),
         "weights_dtype": _dtype_name("weights_dtype", weights_dtype, WEIGHTS_DTYPES),
     }

@@ -135,6 +135,7 @@ def _(layer: keras.layers.Embedding, rows):
     return Cost(read_bytes=rows.count * width)
 
 
+@cost_of.register(keras.layers.Concatenate)
 @cost_of.register(keras.layers.Dropout)
 @cost_of.register(keras.layers.Flatten)
 @cost_of.register(keras.layers.Identity)

@@ -69,8 +69,9 @@ def export(model, path, streams=None, inputs=None, *, states=True):
     """
     if not isinstance(model, ContinualLayer):
         raise ValueError(
-            f"Expected a continual layer or a StreamingModel, but got {model!r}. (ct.convert makes "
-            "one of a Keras model.)"
+            f"Expected a continual layer or a StreamingModel, but got {model!r}. Of a "
+            "model with continual layers ct.StreamingModel makes one, of a model with layers of "
+            "Keras only ct.convert"
         )
     if not model.built:
         raise ValueError(f"Expected a built layer, but {model.name} has never been called")

@@ -64,7 +64,8 @@ class StepGraph:
         if self.model is None:
             self.problems.append(
                 f"{model.name} is neither a functional nor a built sequential model, and so has no "
-                "graph to be read: give it CoSiMultiHeadAttention.from_regular(...) for its layers"
+                "graph to be read. Give ct.Session the subclassed model's continual layers one by "
+                "one, or build the model with keras.Model(inputs, outputs)"
             )
             return
         inputs_are_own = inputs is None
@@ -223,13 +224,14 @@ class StepGraph:
         if "whole" in kinds:
             self._refuse(
                 node,
-                "mixes windows of which every step changes all rows, as retroactive attention "
-                "gives them, with others: ct.CoReTransformerEncoder has residuals of such windows",
+                "combines the output of retroactive attention, all of whose rows change at every "
+                "step, with a window that only gets a new row. ct.CoReTransformerEncoder has the "
+                "residual inside",
             )
         elif kinds != {"window"}:
             self._refuse(node, "mixes whole windows with what is of their newest step alone")
         elif not is_row_wise(node, args, kwargs):
-            self._refuse(node, "needs more of a window than the row that it gives a result for")
+            self._refuse(node, _looks_at_more(node.operation))
             # Guess the kinds of its outputs by their shapes, to find the problems of later nodes.
             rank = len(node.input_tensors[0].shape)
             kinds = ["window" if len(x.shape) >= rank else "sample" for x in node.outputs]
@@ -304,8 +306,11 @@ class StepGraph:
         if not all(x.causal for x in attended or inputs):
             self._refuse(
                 node,
-                "attends to the outputs of an attention that itself sees later steps: those of "
-                "older steps change with every step (use_causal_mask=True there would mend it)",
+                "attends to the outputs of another attention. With every new step all of them "
+                "change, so none can be kept. ct.TransformerEncoder(kind='retroactive') has the "
+                "outputs of the model on windows. With use_causal_mask=True the lower attention "
+                "streams too, but then an output depends on more steps than a window has: train "
+                "the model on steps",
             )
         return bool(given.get("use_causal_mask"))
 
@@ -385,6 +390,13 @@ _RUNS = {
 # The arguments that attention in a model's graph may be called with. All others are for whole
 # windows.
 STEP_ARGUMENTS = ("x", "query", "value", "key", "use_causal_mask", "training")
+
+
+def _looks_at_more(operation):
+    why = "may look at several steps of the window, but a step has only the newest one"
+    if not type(operation).__module__.startswith("keras."):
+        why += ". A layer of your own can be read as a keras.layers.Lambda of keras.ops"
+    return why
 
 
 def names_of_inputs(model):
