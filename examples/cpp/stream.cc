@@ -63,6 +63,7 @@ std::string Field(const std::string& header, const std::string& key) {
 // Reads rows of the model's input. Throws if the file has another dtype or shape.
 Rows ReadNpy(const std::string& path, const ct::Value& input) {
   std::ifstream file(path, std::ios::binary);
+  if (!file) throw std::runtime_error("cannot read " + path);
   const std::string all((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
   const bool is_npy = all.size() >= 12 && all.compare(0, 6, "\x93NUMPY") == 0;
   if (!is_npy) throw std::runtime_error(path + " is no .npy file");
@@ -82,9 +83,12 @@ Rows ReadNpy(const std::string& path, const ct::Value& input) {
                              expected);
   }
   const std::string dtype = "'" + Descr(input.dtype) + "'";
-  if (Field(header, "descr") != dtype || Field(header, "fortran_order") != "False") {
+  if (Field(header, "descr") != dtype) {
     throw std::runtime_error(path + " has the dtype " + Field(header, "descr") +
-                             ", the model takes " + dtype + " in C order");
+                             ", the model takes " + dtype);
+  }
+  if (Field(header, "fortran_order") != "False") {
+    throw std::runtime_error(path + " is in Fortran order: save np.ascontiguousarray(array)");
   }
   if (all.size() != data + result.rows * input.bytes) {
     throw std::runtime_error(path + " is cut off");
