@@ -114,6 +114,9 @@ def test_recordings_that_do_not_fit_are_refused(saved, tmp_path, array, why):
 
 def test_what_cannot_be_packed_is_said_and_nothing_is_written(saved, tmp_path):
     output = tmp_path / "watch.safetensors"
+    packed = tmp_path / "packed.safetensors"
+    packed.touch()
+    assert "is a model file already" in run("pack", packed, output, status=1)
     assert "Expected seq_len" in run("pack", saved, output, status=1)
     x = keras.Input((N, E))
     convolution = keras.layers.Conv1D(4, 3, name="convolution")

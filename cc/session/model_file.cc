@@ -79,7 +79,10 @@ std::string OtherKind(const char* data, size_t size) {
 // Returns the size of the JSON header in bytes.
 size_t HeaderBytes(const char* data, size_t size) {
   const std::string other = OtherKind(data, size);
-  if (!other.empty()) Refuse("expected a safetensors file, but " + other);
+  // The sentence has its own cure: there is no file to write again.
+  if (!other.empty()) {
+    throw Error(ErrorCode::kBadModelFile, "expected a safetensors file, but " + other);
+  }
   if (size < kLengthBytes) {
     Refuse("expected a safetensors file, but it has only " + std::to_string(size) + " bytes");
   }

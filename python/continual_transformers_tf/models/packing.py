@@ -12,6 +12,8 @@ from continual_transformers_tf.models.streaming_model import StreamingModel
 
 def load_model(path):
     """Read a Keras model from a `.keras` file, or another that Keras reads."""
+    if str(path).endswith(".safetensors"):
+        raise ValueError(f"Expected a Keras model, but {path} is a model file already")
     return keras.saving.load_model(path, compile=False)
 
 
