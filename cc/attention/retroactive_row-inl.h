@@ -228,14 +228,18 @@ double SumValues(const T* value, int64_t stride, int64_t size, const T* weights,
   constexpr int64_t kLanes = hn::Lanes(hn::ScalableTag<double>());
   double largest = 0;
   int64_t at = 0;
-  const auto columns = [&](auto sum_columns, size_t partial) HWY_ATTR {
-    largest = std::max(largest, sum_columns(value + at, stride, weights, mask, count, normalizer,
-                                            sum + at, output + at, partial));
+  const auto columns = [&](auto vectors, size_t partial) HWY_ATTR {
+    largest = std::max(
+        largest, SumColumns<decltype(vectors)::value>(value + at, stride, weights, mask, count,
+                                                      normalizer, sum + at, output + at, partial));
   };
-  for (; at + 8 * kLanes <= size; at += 8 * kLanes) columns(SumColumns<8, T>, 0);
-  for (; at + 4 * kLanes <= size; at += 4 * kLanes) columns(SumColumns<4, T>, 0);
-  for (; at + kLanes <= size; at += kLanes) columns(SumColumns<1, T>, 0);
-  if (at < size) columns(SumColumns<1, T>, size - at);
+  const std::integral_constant<int, 8> eight;
+  const std::integral_constant<int, 4> four;
+  const std::integral_constant<int, 1> one;
+  for (; at + 8 * kLanes <= size; at += 8 * kLanes) columns(eight, 0);
+  for (; at + 4 * kLanes <= size; at += 4 * kLanes) columns(four, 0);
+  for (; at + kLanes <= size; at += kLanes) columns(one, 0);
+  if (at < size) columns(one, size - at);
   return largest;
 }
 
