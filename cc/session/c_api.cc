@@ -104,8 +104,12 @@ ct_dtype Dtype(ct::DType dtype) {
   return CT_DTYPE_OF_FILE;  // There is no other.
 }
 
-std::optional<ct::DType> OptionalDtype(ct_dtype dtype, const char* name) {
-  switch (dtype) {
+std::optional<ct::DType> OptionalDtype(const ct_dtype& dtype, const char* name) {
+  // C puts any number there. As an enum it could not even be read.
+  int number;
+  static_assert(sizeof(number) == sizeof(dtype));
+  std::memcpy(&number, &dtype, sizeof(number));
+  switch (number) {
     case CT_DTYPE_OF_FILE:
       return std::nullopt;
     case CT_FLOAT32:
@@ -117,7 +121,7 @@ std::optional<ct::DType> OptionalDtype(ct_dtype dtype, const char* name) {
     case CT_FLOAT16:
       return ct::DType::kFloat16;
     default:
-      Invalid(std::string(name) + " is " + std::to_string(static_cast<int>(dtype)) +
+      Invalid(std::string(name) + " is " + std::to_string(number) +
               ", expected a ct_dtype of numbers that are not whole");
   }
 }

@@ -248,7 +248,8 @@ TEST_F(CApi, Options) {
   ExpectStatus(load(), CT_INVALID_ARGUMENT, "cache_dtype");
   options.cache_dtype = CT_FLOAT64;
   ExpectStatus(load(), CT_INVALID_ARGUMENT, "float64");
-  options.cache_dtype = static_cast<ct_dtype>(99);
+  const int none = 99;
+  std::memcpy(&options.cache_dtype, &none, sizeof(none));
   ExpectStatus(load(), CT_INVALID_ARGUMENT, "99");
   options.cache_dtype = CT_DTYPE_OF_FILE;
   options.size = 4;
