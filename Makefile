@@ -56,10 +56,10 @@ bazel-cuda: .venv/installed
 bazel-test: .venv/installed
 	$(RUN_BAZEL) test $(BAZEL_FLAGS) //...
 
-# The C++ tests with AddressSanitizer and UBSan, and with ThreadSanitizer.
+# The C++ tests with AddressSanitizer and UBSan, and those of threads with ThreadSanitizer.
 sanitize: .venv/installed
 	$(RUN_BAZEL) test $(BAZEL_FLAGS) --config=asan //tests:cc
-	$(RUN_BAZEL) test $(BAZEL_FLAGS) --config=tsan //tests:cc
+	$(RUN_BAZEL) test $(BAZEL_FLAGS) --config=tsan //tests:threads
 
 # What each kernel for GPUs takes of one: registers, spills, stack, shared memory.
 cuda-resources:
