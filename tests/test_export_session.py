@@ -94,7 +94,7 @@ def test_a_step_is_one_op_and_equals_the_session_and_the_model(random, tmp_path)
         np.testing.assert_array_equal(y, session.step(x, ids[streams]))
         np.testing.assert_array_equal(ready, session.ready(ids[streams]))
         expected = model.call_step(x, streams=streams)
-        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     y, ready = step(loaded, np.zeros((0, E), "float32"), [])
     assert y.shape == (0, 3)
     assert ready.shape == (0,)
@@ -147,7 +147,7 @@ def test_several_inputs_and_outputs_by_name(random, tmp_path):
         expected = model.call_step([tokens, x])
         assert set(got) == {"logits", "sizes", "ready"}
         for name, y in expected.items():
-            np.testing.assert_allclose(got[name], y, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(got[name], y, rtol=1e-5, atol=1e-5)
     assert got["ready"].numpy().all()
 
 
@@ -185,11 +185,11 @@ def test_states_go_along_unless_they_are_not_wanted(random, tmp_path, count):
     y, ready = step(loaded, x, range(count + 2))
     y_fresh, ready_fresh = step(fresh, x, range(count + 2))
     expected = model.call_step(x)
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(ready, model.ready)
     assert not ready_fresh.any()
     model.clean_state()
-    np.testing.assert_allclose(y_fresh, model.call_step(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(y_fresh, model.call_step(x), rtol=1e-5, atol=1e-5)
 
 
 def test_states_move_between_a_session_and_a_saved_model(random, tmp_path):
@@ -351,7 +351,7 @@ def test_files_that_do_not_fit_are_refused_with_a_sentence(random, tmp_path):
     initialize(handle, model_file, states=states_file)
     x = random.normal(size=(2, E)).astype("float32")
     (y,), _ = raw_step(handle, [x], [0, 1])
-    np.testing.assert_allclose(y, model.call_step(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(y, model.call_step(x), rtol=1e-5, atol=1e-5)
     initialize(handle, tmp_path / "nowhere")  # The session has a model already, so nothing happens.
     for match, arguments in {
         "expected 1 inputs, as the model file has, but got 2": dict(x=[x, x]),
@@ -386,7 +386,7 @@ def test_two_loads_share_no_streams_and_are_given_back(random, tmp_path):
     assert not ready.any()
     assert clean == states(load(tmp_path), 0, 1)
     ct.clean_state(model)
-    np.testing.assert_allclose(y, model.call_step(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(y, model.call_step(x), rtol=1e-5, atol=1e-5)
 
     model_file = os.path.realpath(tmp_path / "assets" / "model.safetensors")
 
@@ -417,9 +417,9 @@ def test_an_export_over_one_that_is_loaded(random, tmp_path):
     model.clean_state()
     model.set_weights([w + 1 for w in model.get_weights()])
     again = exported(model, tmp_path)
-    np.testing.assert_allclose(step(loaded, x, [0, 1])[0], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(step(loaded, x, [0, 1])[0], expected, rtol=1e-5, atol=1e-5)
     changed = model.call_step(x)
-    np.testing.assert_allclose(step(again, x, [0, 1])[0], changed, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(step(again, x, [0, 1])[0], changed, rtol=1e-5, atol=1e-5)
     assert not (tmp_path / "assets" / "streams.states").exists()
 
 
@@ -444,10 +444,10 @@ def test_a_saved_model_inside_another(random, tmp_path):
     outer = load(tmp_path / "outer")
     expected = model.call_step(x)
     got = outer.doubled(tf.constant(x), numbers(0, 1))
-    np.testing.assert_allclose(got, 2 * expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got, 2 * expected, rtol=1e-5, atol=1e-5)
     (y,) = in_a_session_of_tensorflow_1(tmp_path / "outer", "serving_default", x[None])
-    np.testing.assert_allclose(y, 2 * expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(step(inner, x, [0, 1])[0], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(y, 2 * expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(step(inner, x, [0, 1])[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def in_a_session_of_tensorflow_1(path, signature, steps):
@@ -468,7 +468,7 @@ def test_each_session_of_tensorflow_1_has_its_own_streams(random, tmp_path):
     expected = [model.call_step(step) for step in x[1:]]
     for _ in range(2):
         got = in_a_session_of_tensorflow_1(tmp_path, "step", x[1:])
-        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 # Threads.
@@ -544,7 +544,7 @@ def test_a_model_that_a_session_cannot_run_is_exported_as_a_graph(random, tmp_pa
     assert not step(fresh, x[1], [0, 1])[1].any()
     assert model.position.numpy().tolist() == [1, 1, 0]
     expected = model.call_step(x[1])
-    np.testing.assert_allclose(step(loaded, x[1], [0, 1])[0], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(step(loaded, x[1], [0, 1])[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_without_the_library_the_graph_is_plain(monkeypatch, random, tmp_path):
@@ -564,4 +564,4 @@ def test_an_export_of_0_1_0_still_runs(tmp_path):
     assert any("ContinualTransformers" in op for op in ops_of(loaded))
     for x, y in zip(recorded["x"], recorded["y"], strict=True):
         got, _ = step(loaded, x, [0, 1])
-        np.testing.assert_allclose(got, y, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(got, y, rtol=1e-5, atol=1e-5)
