@@ -1,4 +1,4 @@
-// What a session promises besides a fast step: even step times, cheap streams, little memory.
+// Measures a session's other goals: even step times, cheap streams, little memory.
 // Prints each result and its goal.
 //
 //   session_benchmark MODEL.safetensors [--json] [--quick]

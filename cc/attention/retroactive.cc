@@ -14,7 +14,7 @@
 #define CONTINUAL_TRANSFORMERS_ATTENTION_RETROACTIVE_CC_ONCE_
 namespace continual_transformers {
 
-// What made_with holds: the arithmetic and the scale of the rows' weights.
+// The contents of made_with: the arithmetic and the scale of the rows' weights.
 struct MadeWith {
   double arithmetic;
   double scale;
@@ -35,10 +35,10 @@ MadeWith MadeWithOf(const RetroactiveParams<T>& params) {
 template <typename T>
 constexpr double kLeastOfPeak = sizeof(T) == 4 ? 0x1p-20 : 0x1p-5;
 
-// DotsOfOne and DotsOfTwo may write as many elements beyond the last logit.
+// DotsOfOne and DotsOfTwo may write up to this many elements past the last logit.
 constexpr int64_t kPadding = 16;
 
-// The memory of a task beside the state, used again by the next task. Nothing in it is initialized.
+// A task's working memory, not initialized. The next task uses it again.
 template <typename T>
 struct Scratch {
   Scratch(const RetroactiveParams<T>& p, uintptr_t memory) {
@@ -63,7 +63,7 @@ struct Scratch {
   // Rows that must be computed exactly, at most all.
   int64_t* inexact;
   int64_t num_inexact = 0;
-  // Where a call that only peeks takes its steps.
+  // A copy of the state, for a call that does not update it.
   T* ring = nullptr;
   double* sums = nullptr;
   uintptr_t end;
@@ -259,7 +259,7 @@ class RetroactiveHead {
       const double sum = ExchangeValues({fresh[i], leaving[i], s_.fresh_value, s_.leaving_value},
                                         Normalizer(denominator), p_.value_dim,
                                         state_.weighted_sum + i * p_.value_dim, OutputOf(i));
-      // The value that leaves can be arbitrarily large, whatever its weight.
+      // The leaving value may be large even if its weight is small.
       if (sum < kLeastOfPeak<T> * state_.peak_sum[i]) {
         NoteInexact(i);
         continue;

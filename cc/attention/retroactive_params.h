@@ -28,7 +28,7 @@ struct RetroactiveParams : RingParams<T> {
   //   peak_sum: the largest magnitude in weighted_sum since then.
   double* softmax;       // [S, H, 4, N]: reference, denominator, peak, peak_sum
   double* weighted_sum;  // [S, H, N, Dv], the sum of values with these weights
-  // What these weights were computed with: the arithmetic and scale of MadeWith. Another arithmetic
+  // The arithmetic and scale of these weights, as in MadeWith. Another arithmetic
   // or scale gives other bits, so subtracting would not undo adding. All rows are then recomputed.
   double* made_with;  // [S, 2]
 

@@ -148,7 +148,7 @@ HWY_INLINE void StoreAs(D d, hn::Vec<D> v, T* p, size_t count) {
   }
 }
 
-// What enters and leaves the sums of all kept rows.
+// The weights and values that enter and leave the sums of a kept row.
 struct Exchange {
   double fresh_weight, leaving_weight;
   const double* HWY_RESTRICT fresh;    // [Dv]

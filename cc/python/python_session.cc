@@ -111,7 +111,7 @@ std::string TypeName(PyObject* object) { return Py_TYPE(object)->tp_name; }
 
 constexpr char kExpectedIds[] =
     "Expected an int, a list or tuple of ints, or an array of int64, as Session.open gives them. "
-    "Of another array of integers, give streams.astype(np.int64).";
+    "For an array of another integer type, give streams.astype(np.int64).";
 
 StreamId IdOf(PyObject* item) {
   long long id = -1;

@@ -105,7 +105,7 @@ ct_dtype Dtype(ct::DType dtype) {
 }
 
 std::optional<ct::DType> OptionalDtype(const ct_dtype& dtype, const char* name) {
-  // C puts any number there. As an enum it could not even be read.
+  // A C caller may store any number. Reading it as an enum would be undefined.
   int number;
   static_assert(sizeof(number) == sizeof(dtype));
   std::memcpy(&number, &dtype, sizeof(number));

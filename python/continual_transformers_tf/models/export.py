@@ -69,9 +69,9 @@ def export(model, path, streams=None, inputs=None, *, states=True):
     """
     if not isinstance(model, ContinualLayer):
         raise ValueError(
-            f"Expected a continual layer or a StreamingModel, but got {model!r}. Of a "
-            "model with continual layers ct.StreamingModel makes one, of a model with layers of "
-            "Keras only ct.convert"
+            f"Expected a continual layer or a StreamingModel, but got {model!r}. Wrap "
+            "a model with continual layers in ct.StreamingModel, and give a model that has only "
+            "Keras' layers to ct.convert"
         )
     if not model.built:
         raise ValueError(f"Expected a built layer, but {model.name} has never been called")
