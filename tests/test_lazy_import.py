@@ -162,4 +162,4 @@ def test_a_server_s_installation_has_no_tensorflow(streamed, tmp_path, monkeypat
         capture_output=True,
         text=True,
     ).stdout
-    assert "TensorFlow is not installed" in said
+    assert "TensorFlow and Keras are not installed" in said

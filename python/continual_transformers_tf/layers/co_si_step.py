@@ -169,7 +169,7 @@ class OneOpStep:
         cache, query = self._cache, inputs[0]
         rows = query.shape[0]
         if streams is None:
-            cache.ensure_streams(tf.shape(query)[0] if rows is None else rows)
+            cache.ensure_rows(tf.shape(query)[0] if rows is None else rows)
         else:
             streams = cache.streams_of_call(streams, rows)
         first_step = self._first_step()

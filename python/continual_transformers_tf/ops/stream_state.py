@@ -39,6 +39,8 @@ class StreamState(tf.Module):
         for row_name, (shape, dtype) in {**(rows or {}), "position": ([], tf.int64)}.items():
             self._add_variable(row_name, streams, shape, dtype)
         self.lock = threading.RLock()
+        # At least so many streams are held, unless a checkpoint has restored fewer.
+        self._known_streams = streams
 
     def add_row(self, name, shape, dtype):
         """Keeps one thing more of each stream, for layers that learn its shape when they are built.
@@ -84,12 +86,25 @@ class StreamState(tf.Module):
             tf.cond(streams > held, lambda: self._grow(streams), lambda: held)
             return
         with tf.init_scope():
-            # The variable itself is asked: a graph may have made room, or a checkpoint may have
-            # restored fewer streams.
+            # Ask the variable itself: a graph may have made room, or a checkpoint may have restored
+            # fewer streams.
             shape = tf.raw_ops.VariableShape(input=self.position.handle)
             if not tf.executing_eagerly() or streams > shape.numpy()[0]:
                 with self.lock:
                     self._grow(streams)
+            self._known_streams = streams
+
+    def ensure_rows(self, rows):
+        """Make room for the rows of a call: streams 0, ..., rows - 1.
+
+        Unlike `ensure_streams`, this runs no op if the room is known to be there, so that an eager
+        step stays one op. After a checkpoint of fewer streams, call `ensure_streams` first.
+
+        Args:
+            rows: As in `ensure_streams`.
+        """
+        if not isinstance(rows, int) or rows > self._known_streams:
+            self.ensure_streams(rows)
 
     def _grow(self, streams):
         missing = tf.maximum(streams - tf.shape(self.position)[0], 0)
@@ -114,7 +129,7 @@ class StreamState(tf.Module):
         """
         if streams is not None:
             return stream_tensor(streams)
-        self.ensure_streams(rows)
+        self.ensure_rows(rows)
         if not tf.executing_eagerly():
             return tf.range(rows)
         return _first_streams(rows)
