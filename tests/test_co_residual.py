@@ -234,7 +234,7 @@ def test_attention_to_what_sees_later_steps_is_refused_through_a_residual():
         attention = ct.CoSiMultiHeadAttention(N, H, D, single_output=False)
         return ct.CoResidual(attention)(x, **options)
 
-    with pytest.raises(ValueError, match="itself sees later steps"):
+    with pytest.raises(ValueError, match="attends to the outputs of another attention"):
         ct.StreamingModel(keras.Model(inputs, block(block(inputs))))
     causal = block(block(inputs, use_causal_mask=True))
     ct.StreamingModel(keras.Model(inputs, causal))

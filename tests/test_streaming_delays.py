@@ -229,13 +229,13 @@ CANNOT = {
         lambda x: ct.CoReMultiHeadAttention(N, H, D, name="after")(
             ct.CoSiMultiHeadAttention(N, H, D, single_output=False)(x)
         ),
-        "after .* itself sees later steps",
+        "after .* attends to the outputs of another attention",
     ),
     "an encoder of what sees later steps": (
         lambda x: ct.CoSiTransformerEncoder(N, E, H, 7, name="after")(
             ct.CoSiMultiHeadAttention(N, H, D, single_output=False)(x)
         ),
-        "after .* itself sees later steps",
+        "after .* attends to the outputs of another attention",
     ),
     "whole windows and rows": (
         lambda x: x + ct.CoReMultiHeadAttention(N, H, D)(x), "CoReTransformerEncoder"
