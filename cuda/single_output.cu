@@ -147,7 +147,9 @@ class QueryBlock {
     return base + Here().m * strides.stream + Here().h * strides.head + t * strides.step;
   }
 
-  __device__ void Advance() const { p_.next_position[Here().stream] += p_.num_steps; }
+  __device__ void Advance() const {
+    if (p_.next_position != nullptr) p_.next_position[Here().stream] += p_.num_steps;
+  }
 
   // Attends to this part of the window, and finishes the query where this is the last part to
   // arrive. Returns whether it is.

@@ -22,7 +22,7 @@ struct DeviceSingleOutputParams : SingleOutputParams<T, C> {
   // NaN. Which streams there are nobody else checks: one named twice is a race on its state.
   // `streams` may be null: row m is then stream m.
   int64_t num_held;
-  // The positions again, for the launch to advance with update_state.
+  // The positions again, for the launch to advance with update_state. Null: the caller does it.
   int64_t* next_position;  // [S]
   int64_t* steps_taken;    // [M], the positions after this call; null: not wanted
   // Rows whose queries attend to nothing, and whose outputs and scores are zeros; null: none.

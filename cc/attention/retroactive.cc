@@ -20,13 +20,17 @@ struct MadeWith {
   double scale;
 };
 
-// The arithmetic is a number for the target in use, whose order of sums decides the bits of a
-// weight. 0 is for rows without a softmax, and for new or cleaned streams. Change the numbers of
-// all targets when the order of sums changes: files may hold old state.
+// Of the sums of a stream that has taken `position` steps. The arithmetic is a number for the
+// target in use, whose order of sums decides the bits of a weight, and for the position: a model's
+// step that fails after this layer leaves the position, and the sums, which have moved on, are then
+// known to be of no use. 0 is for rows without a softmax, and for new streams. Change the numbers
+// of all targets when the order of sums changes: files may hold old state.
 template <typename T>
-MadeWith MadeWithOf(const RetroactiveParams<T>& params) {
+MadeWith MadeWithOf(const RetroactiveParams<T>& params, int64_t position) {
   if (params.recompute) return {0, 0};
-  return {1.0 + static_cast<int>(TargetInUse()), static_cast<double>(params.scale)};
+  constexpr double kTargets = 64;
+  return {1.0 + static_cast<int>(TargetInUse()) + kTargets * static_cast<double>(position),
+          static_cast<double>(params.scale)};
 }
 
 // The remainder of a subtraction is exact enough down to this fraction of the sums' peak. The sums
@@ -137,7 +141,7 @@ class RetroactiveHead {
               params.weighted_sum + pair_held * n * params.value_dim};
     if (!params.update_state) CopyState();
     std::copy_n(params.key_mask_cache + stream * n, n, Mask());
-    const MadeWith now = MadeWithOf(params);
+    const MadeWith now = MadeWithOf(params, params.position[stream]);
     const double* then = params.made_with + 2 * stream;
     exact_ = then[0] == now.arithmetic && then[1] == now.scale;
   }
@@ -397,13 +401,13 @@ template <typename T>
 void FinishRetroactive(const RetroactiveParams<T>& params) {
   if (!params.update_state) return;
   const int64_t steps = params.num_steps, window = params.window;
-  const MadeWith now = MadeWithOf(params);
   for (int64_t m = 0; m < params.num_streams; ++m) {
     const int64_t stream = params.streams[m], position = params.position[stream];
     bool* ring = params.key_mask_cache + stream * window;
     for (int64_t t = std::max<int64_t>(0, steps - window); t < steps; ++t) {
       ring[(position + t) % window] = params.key_mask == nullptr || params.key_mask[m * steps + t];
     }
+    const MadeWith now = MadeWithOf(params, position + steps);
     params.made_with[2 * stream] = now.arithmetic;
     params.made_with[2 * stream + 1] = now.scale;
   }

@@ -56,7 +56,9 @@ class Call {
         variables_(variables),
         device_(device),
         attention_(step_.attention),
-        state_(device->memory()) {}
+        state_(device->memory()) {
+    state_.set_advances(options.advance_position);
+  }
 
   Status Run(tensorflow::OpKernelContext* ctx) {
     TF_RETURN_IF_ERROR(ReadWeights());

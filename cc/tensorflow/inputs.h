@@ -101,10 +101,14 @@ class AttentionState {
     return absl::OkStatus();
   }
 
+  // The op's attribute advance_position.
+  void set_advances(bool advances) { advances_ = advances; }
+  bool advances() const { return advances_; }
+
   // Advances the streams after a call, in host memory.
   template <typename T, typename C>
   void Advance(const RingParams<T, C>& p) {
-    if (!p.update_state) return;
+    if (!p.update_state || !advances_) return;
     auto positions = position()->flat<int64_t>();
     for (int64_t m = 0; m < p.num_streams; ++m) positions(p.streams[m]) += p.num_steps;
   }
@@ -115,6 +119,7 @@ class AttentionState {
 
   DeviceMemory* const device_;
   std::array<tensorflow::Var*, 4> cache_;
+  bool advances_ = true;
   LockedVariables locked_;
 };
 

@@ -132,6 +132,7 @@ REGISTER_OP("ContinualTransformers>SingleOutputAttention")
     .Attr("return_attention_scores: bool = false")
     .Attr("return_window: bool = false")
     .Attr("update_state: bool = true")
+    .Attr("advance_position: bool = true")
     .SetIsStateful()
     .SetShapeFn(SingleOutputAttentionShape)
     .Doc(R"doc(
@@ -169,6 +170,8 @@ window_key: [M, H, N - 1, D], the keys of the steps before this call, oldest fir
 window_value: [M, H, N - 1, Dv], likewise.
 window_key_mask: [M, N - 1], likewise.
 update_state: If false, the outputs are the same, but the caches and positions do not change.
+advance_position: If false, the caches change and the positions do not: whoever shares them among
+  several ops advances them when all have succeeded.
 )doc");
 
 Status RetroactiveAttentionShape(InferenceContext* c) {
@@ -241,6 +244,7 @@ REGISTER_OP("ContinualTransformers>RetroactiveAttention")
     .Attr("num_key_masks: int >= 0 = 0")
     .Attr("algorithm: {'auto', 'update', 'recompute'} = 'auto'")
     .Attr("update_state: bool = true")
+    .Attr("advance_position: bool = true")
     .SetIsStateful()
     .SetShapeFn(RetroactiveAttentionShape)
     .Doc(R"doc(
@@ -277,6 +281,8 @@ steps_taken: [M], the number of steps that each of these streams has taken, incl
 algorithm: "update" adds the new key to each row and subtracts the oldest; "recompute" recomputes
   every row; "auto" picks the faster one for these sizes.
 update_state: If false, the outputs are the same, but the caches and positions do not change.
+advance_position: If false, the caches change and the positions do not: whoever shares them among
+  several ops advances them when all have succeeded.
 )doc");
 
 // The kernel checks everything else.
@@ -346,6 +352,7 @@ REGISTER_OP("ContinualTransformers>CoSiMultiHeadAttentionStep")
     .Attr("use_delay: bool = false")
     .Attr("first_step: int >= 0 = 0")
     .Attr("update_state: bool = true")
+    .Attr("advance_position: bool = true")
     .SetIsStateful()
     .SetShapeFn(CoSiMultiHeadAttentionStepShape)
     .Doc(R"doc(
@@ -378,6 +385,8 @@ first_step: The first step with outputs. While no stream of the call has taken t
   including this one, the op only updates the state.
 use_gate: Whether the attention output is multiplied by the sigmoid of a dense layer of the query.
 update_state: If false, the outputs are the same, but the state does not change.
+advance_position: If false, the rings change and the positions do not: whoever shares them among
+  several ops advances them when all have succeeded.
 )doc");
 
 Status CoSiTransformerEncoderStepShape(InferenceContext* c) {
@@ -409,6 +418,7 @@ REGISTER_OP("ContinualTransformers>CoSiTransformerEncoderStep")
     .Attr("epsilon_low: float = 0")
     .Attr("first_step: int >= 0 = 0")
     .Attr("update_state: bool = true")
+    .Attr("advance_position: bool = true")
     .SetIsStateful()
     .SetShapeFn(CoSiTransformerEncoderStepShape)
     .Doc(R"doc(
@@ -431,6 +441,8 @@ activation: The activation of the hidden layer.
 epsilon, epsilon_low: The layer norms add the sum of both to the variance.
 first_step: The first step with outputs, as in CoSiMultiHeadAttentionStep.
 update_state: If false, the outputs are the same, but the state does not change.
+advance_position: If false, the rings change and the positions do not: whoever shares them among
+  several ops advances them when all have succeeded.
 )doc");
 
 // The second input of the ops on a session: the streams, int32 [M].

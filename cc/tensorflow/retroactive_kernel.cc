@@ -35,6 +35,7 @@ class RetroactiveAttentionOp : public OpKernel {
     OP_REQUIRES_OK(ctx, ExpectTarget());
     OP_REQUIRES_OK(ctx, ctx->GetAttr("algorithm", &algorithm_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("update_state", &update_state_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("advance_position", &advance_position_));
   }
 
   void Compute(OpKernelContext* ctx) override {
@@ -45,6 +46,7 @@ class RetroactiveAttentionOp : public OpKernel {
     }
     const auto var = [&](Variable v) { return variables[v].get(); };
     AttentionState state;
+    state.set_advances(advance_position_);
     OP_REQUIRES_OK(ctx,
                    state.Lock({var(kKey), var(kValue), var(kKeyMask), var(kPosition)}, kDataType<T>,
                               {{var(kQuery), "query_cache", kDataType<T>},
@@ -137,7 +139,7 @@ class RetroactiveAttentionOp : public OpKernel {
   }
 
   std::string algorithm_;
-  bool update_state_;
+  bool update_state_, advance_position_;
 };
 
 #define REGISTER_CPU(T)                                                      \

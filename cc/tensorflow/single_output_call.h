@@ -18,12 +18,13 @@ namespace continual_transformers {
 
 // The op's attributes.
 struct SingleOutputOptions {
-  bool return_attention_scores, return_window, update_state;
+  bool return_attention_scores, return_window, update_state, advance_position;
 
   absl::Status Read(tensorflow::OpKernelConstruction* ctx) {
     TF_RETURN_IF_ERROR(ctx->GetAttr("return_attention_scores", &return_attention_scores));
     TF_RETURN_IF_ERROR(ctx->GetAttr("return_window", &return_window));
-    return ctx->GetAttr("update_state", &update_state);
+    TF_RETURN_IF_ERROR(ctx->GetAttr("update_state", &update_state));
+    return ctx->GetAttr("advance_position", &advance_position);
   }
 };
 
@@ -34,7 +35,9 @@ class SingleOutputCall {
   // scale are the host's wherever the others are.
   SingleOutputCall(const SingleOutputOptions& options, tensorflow::OpKernelContext* ctx,
                    DeviceMemory* device = nullptr)
-      : options_(options), ctx_(ctx), state_(device) {}
+      : options_(options), ctx_(ctx), state_(device) {
+    state_.set_advances(options.advance_position);
+  }
 
   // Locks the state until this goes out of scope, and sets all of *p but its parts and, where it is
   // on a device, its streams.

@@ -79,7 +79,8 @@ class Gpu {
                    DeviceCoSiMhaStep<T, C, W>* launched) {
     static_cast<CoSiMhaStep<T, C, W>&>(*launched) = step;
     launched->num_held = state->key()->dim_size(0);
-    launched->next_position = state->position()->template flat<int64_t>().data();
+    launched->next_position =
+        state->advances() ? state->position()->template flat<int64_t>().data() : nullptr;
     return call_.Multiprocessors(&launched->multiprocessors);
   }
 

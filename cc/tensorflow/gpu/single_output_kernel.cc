@@ -37,7 +37,9 @@ class SingleOutputAttentionGpuOp : public OpKernel {
     OP_REQUIRES_OK(ctx, gpu.Multiprocessors(&multiprocessors));
     params.window_parts = PlanWindowParts(params.NumQueries(), params.window, multiprocessors);
     params.num_held = call.state().key()->dim_size(0);
-    params.next_position = call.state().position()->template flat<int64_t>().data();
+    params.next_position = call.state().advances()
+                               ? call.state().position()->template flat<int64_t>().data()
+                               : nullptr;
     params.steps_taken = call.steps_taken()->template flat<int64_t>().data();
     OP_REQUIRES_OK(ctx, NotRefused(RefusesSingleOutput(params), params));
 

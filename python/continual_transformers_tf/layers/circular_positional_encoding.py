@@ -5,7 +5,7 @@ import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
-from continual_transformers_tf.layers.inputs import expect_given, step_input
+from continual_transformers_tf.layers.inputs import expect_given, rows_and_steps, step_input
 from continual_transformers_tf.ops.stream_state import StreamState, check_integer
 
 ENCODINGS = ("learned", "sinusoidal")
@@ -161,11 +161,8 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         return tuple(input_shape)
 
-    def clean_state(self, streams=None):
-        """Streams begin again where a new one would; None: all, at the first row."""
-        if streams is None:
-            self._start.assign(0)
-        super().clean_state(streams)
+    def _restart(self):
+        self._start.assign(0)
 
     def get_state(self, streams=None):
         """The state of streams: a dict of int64 arrays `[M]`. Eager mode only.
@@ -182,8 +179,7 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         index = (self._start.numpy() + state["offset"] + state["position"]) % self._max_len
         return {"index": index, "position": state["position"]}
 
-    def set_state(self, state, streams=None):
-        """Puts back what `get_state` gave, here or in another layer; see `ContinualLayer`."""
+    def _states(self, state):
         if not isinstance(state, dict) or set(state) != {"index", "position"}:
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"Expected a state with ['index', 'position'], but got {got}")
@@ -194,7 +190,7 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
                 f"{index.dtype} {list(index.shape)} and {position.dtype} {list(position.shape)}"
             )
         offset = (index - self._start.numpy() - position) % self._max_len
-        self._stream_state.set_state({"offset": offset, "position": position}, streams)
+        return super()._states({"offset": offset, "position": position})
 
     def _steps_input(self, x, mode):
         """Windows or several steps as (B, T, E), wherever the user has time."""
@@ -219,18 +215,13 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         return x
 
     def _take_steps(self, x, streams, update_state):
-        state = self._stream_state
-        rows = tf.shape(x)[0] if x.shape[0] is None else x.shape[0]
-        named = streams is not None
-        streams = state.checked(streams, rows) if named else state.streams_of_call(None, rows)
-        with state.lock:
-            position = tf.gather(state.position, streams)
-            output = self._add_rows(x, tf.gather(state.offset, streams) + position)
-            if update_state:
-                steps = tf.cast(tf.shape(x)[1], tf.int64)
-                with tf.control_dependencies([output]):  # In a graph: if that fails, none moves.
-                    state.position.scatter_nd_update(tf.expand_dims(streams, 1), position + steps)
-        return output
+        def compute(step):
+            return self._add_rows(
+                x, tf.gather(self._stream_state.offset, step.numbers) + step.position
+            )
+
+        rows, steps = rows_and_steps(x)
+        return self._streams.take_steps(self, compute, streams, rows, steps, update_state)
 
     def _add_rows(self, x, moved):
         """x [M, T, E] + the rows from start + moved [M] on."""

@@ -5,7 +5,7 @@ import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
-from continual_transformers_tf.layers.inputs import WARM_UPS, expect_given
+from continual_transformers_tf.layers.inputs import WARM_UPS, expect_given, rows_and_steps
 from continual_transformers_tf.ops.delay import delayed_steps, put_steps
 from continual_transformers_tf.ops.stream_state import StreamState, check_integer
 
@@ -190,17 +190,14 @@ class CoDelay(ContinualLayer, keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         return tuple(input_shape)
 
-    def set_state(self, state, streams=None):
-        """Puts back what `get_state` gave, here or in another layer; see `ContinualLayer`.
-
-        A layer that was never called learns from it what a step is.
-        """
+    def _states(self, state):
+        # A layer that was never called learns from the state what a step is.
         if self._features is None and isinstance(state, dict) and "steps" in state:
             ring = np.asarray(state["steps"])
             if ring.ndim >= 2 and ring.shape[1] == self._delay:
                 self._keep(ring.shape[2:])
                 self.built = True
-        super().set_state(state, streams)
+        return super()._states(state)
 
     def _keep(self, features):
         """Makes the rings, for steps of these features."""
@@ -245,29 +242,25 @@ class CoDelay(ContinualLayer, keras.layers.Layer):
     def _take_steps(self, x, streams, update_state):
         """x [M, T, ...] -> [M, T', ...] or None."""
         state = self._stream_state
-        rows = tf.shape(x)[0] if x.shape[0] is None else x.shape[0]
-        named = streams is not None
-        streams = state.checked(streams, rows) if named else state.streams_of_call(None, rows)
-        taken = tf.shape(x, tf.int64)[1]
-        with state.lock:
-            position = tf.gather(state.position, streams)
+        rows, steps = rows_and_steps(x)
+
+        def compute(step):
             delayed = x
             if self._delay > 0:
-                delayed = delayed_steps(state.steps, x, streams, position)
+                delayed = delayed_steps(state.steps, x, step.numbers, step.position)
                 # Selected: what an earlier stream left there may be NaN.
-                step = tf.expand_dims(position, 1) + tf.range(taken)
-                came = tf.reshape(step >= self._delay, tf.concat([tf.shape(step), self._ones], 0))
+                taken = tf.range(tf.cast(steps, tf.int64))
+                came = tf.expand_dims(step.position, 1) + taken >= self._delay
+                came = tf.reshape(came, tf.concat([tf.shape(came), self._ones], 0))
                 delayed = tf.where(came, delayed, tf.zeros([], delayed.dtype))
-            if update_state:
-                with tf.control_dependencies([delayed]):  # In a graph: if that fails, none moves.
-                    if self._delay > 0:
-                        put_steps(state.steps, x, streams, position)
-                    state.position.scatter_nd_update(tf.expand_dims(streams, 1), position + taken)
-        if self._delay == 0 or self.active_warm_up == "partial":
-            return delayed
-        furthest = int(position.numpy().max(initial=0)) + int(taken)
-        ready = max(0, min(int(taken), furthest - self._delay))
-        return delayed[:, int(taken) - ready :] if ready else None
+                step.at_the_end(lambda: put_steps(state.steps, x, step.numbers, step.position))
+            if self._delay == 0 or self.active_warm_up == "partial":
+                return delayed
+            furthest = int(step.position.numpy().max(initial=0)) + steps
+            ready = max(0, min(steps, furthest - self._delay))
+            return delayed[:, steps - ready :] if ready else None
+
+        return self._streams.take_steps(self, compute, streams, rows, steps, update_state)
 
     @property
     def _ones(self):

@@ -9,9 +9,10 @@ from continual_transformers_tf.layers.co_si_steps import (
     step_inputs,
     unready_steps,
 )
+from continual_transformers_tf.layers.inputs import rows_and_steps
 from continual_transformers_tf.layers.step_ops import cast, project
 from continual_transformers_tf.ops.delay import put_steps, windows_of
-from continual_transformers_tf.ops.retroactive import attend_all_steps
+from continual_transformers_tf.ops.retroactive import attend_all_steps, put_whole_window
 from continual_transformers_tf.ops.single_output import expand_key_mask, expand_mask
 
 
@@ -52,58 +53,59 @@ def take_all_steps(
         expand_key_mask(name, given, query, rank == 2)
         for name, given in (("value_mask", value_mask), ("key_mask", key_mask))
     )
-    rows = tf.shape(query)[0] if query.shape[0] is None else query.shape[0]
-    streams = cache.streams_of_call(streams, rows)
-    queries, keys, values = (
-        cast(project(x, dense, dtype, training), cache.dtype)
-        for x, dense in (
-            (query, layer._query_dense),
-            (key, layer._key_dense),
-            (value, layer._value_dense),
-        )
-    )
+    rows, steps = rows_and_steps(query)
     dropout = scores_dropout(layer, training)
-    with cache.lock:
+
+    def compute(step):
+        queries, keys, values = (
+            cast(project(x, dense, dtype, training), cache.dtype)
+            for x, dense in (
+                (query, layer._query_dense),
+                (key, layer._key_dense),
+                (value, layer._value_dense),
+            )
+        )
         if layer._use_gate:
             gate = project(query, layer._gate_dense, dtype, training)
-            streams = cache.checked(streams, rows)
-            position = tf.gather(cache.position, streams)
-            gates, _ = windows_of(cache.gate, gate, streams, position, layer.seq_len)
+            gates, _ = windows_of(cache.gate, gate, step.numbers, step.position, layer.seq_len)
+            step.at_the_end(lambda: put_steps(cache.gate, gate, step.numbers, step.position))
+        present = both_masks(value_mask, key_mask)
         attended, scores, steps_taken = attend_all_steps(
             queries,
             keys,
             values,
             cache,
-            streams=streams,
+            streams=step.numbers,
             attention_mask=mask,
-            key_mask=both_masks(value_mask, key_mask),
+            key_mask=present,
             scale=layer._inverse_sqrt_key_dim,
             return_attention_scores=return_attention_scores,
             algorithm=layer.algorithm,
-            update_state=update_state,
+            update_state=step.writes_rings,
+            advance_position=False,
             training=training,
             dropout=None if dropout is None else lambda x: cast(dropout(x), cache.dtype),
         )
-        if layer._use_gate and update_state:
-            with tf.control_dependencies([attended]):  # In a graph: if that fails, nothing is put.
-                put_steps(cache.gate, gate, streams, position)
+        if not step.one:
+            step.at_the_end(lambda: put_whole_window(cache, queries, keys, values, present, step))
+        unready = unready_steps(layer, query, steps_taken)
+        if unready == query.shape[1]:
+            return None, None
+        attended = tf.transpose(cast(attended, dtype), (0, 1, 3, 2, 4))  # [M, T, N, H, Dv]
+        if layer._use_gate:
+            attended *= gates
+        if unready > 0:
+            attended = attended[:, unready:]
+        output = project(attended, layer._output_dense, dtype, training, axes=2)
+        output = _without_rows_never_taken(layer, output, steps_taken)
+        if not return_attention_scores:
+            return tf.squeeze(output, 1) if rank == 2 else output, None
+        scores = cast(scores, dtype)[:, :, unready:]
+        if rank == 2:
+            output, scores = tf.squeeze(output, 1), tf.squeeze(scores, 2)
+        return output, scores
 
-    unready = unready_steps(layer, query, steps_taken)
-    if unready == query.shape[1]:
-        return None, None
-    attended = tf.transpose(cast(attended, dtype), (0, 1, 3, 2, 4))  # [M, T, N, H, Dv]
-    if layer._use_gate:
-        attended *= gates
-    if unready > 0:
-        attended = attended[:, unready:]
-    output = project(attended, layer._output_dense, dtype, training, axes=2)
-    output = _without_rows_never_taken(layer, output, steps_taken)
-    if not return_attention_scores:
-        return tf.squeeze(output, 1) if rank == 2 else output, None
-    scores = cast(scores, dtype)[:, :, unready:]
-    if rank == 2:
-        output, scores = tf.squeeze(output, 1), tf.squeeze(scores, 2)
-    return output, scores
+    return cache.streams.take_steps(layer, compute, streams, rows, steps, update_state)
 
 
 def window_mask(layer, use_causal_mask):

@@ -4,13 +4,14 @@ import keras
 import tensorflow as tf
 
 from continual_transformers_tf.layers.co_delay import CoDelay
+from continual_transformers_tf.layers.composite_layer import CompositeLayer
 from continual_transformers_tf.layers.continual_layer import ContinualLayer, call_mode
 from continual_transformers_tf.layers.inputs import expect_given
 from continual_transformers_tf.layers.step_ops import cast
 
 
 @keras.saving.register_keras_serializable("continual_transformers_tf")
-class CoResidual(ContinualLayer, keras.layers.Layer):
+class CoResidual(CompositeLayer, keras.layers.Layer):
     """`layer(x) + x`, where each output meets the step that it belongs to.
 
     What goes past the layer is delayed by the layer's delay, and of windows of which the layer
@@ -61,6 +62,11 @@ class CoResidual(ContinualLayer, keras.layers.Layer):
                 warm_up="partial",
                 name="skip",
             )
+            self._share_streams()
+
+    @property
+    def parts(self):
+        return [self.layer] if self._skip is None else [self.layer, self._skip]
 
     @property
     def receptive_field(self):
@@ -190,48 +196,29 @@ class CoResidual(ContinualLayer, keras.layers.Layer):
 
     # The state of the streams: the layer's, and of what goes past it.
 
-    @property
-    def _stream_state(self):
-        return self.layer
-
-    def ensure_streams(self, streams):
-        super().ensure_streams(streams)
-        if self._skip is not None:
-            self._skip.ensure_streams(streams)
-
-    def clean_state(self, streams=None):
-        super().clean_state(streams)
-        if self._skip is not None:
-            self._skip.clean_state(streams)
-
     def get_state(self, streams=None):
-        """The state of streams: "layer", and of a delayed layer "skip", that of a `CoDelay`.
+        """Return the state of streams: "layer", and of a delayed layer "skip", that of a `CoDelay`.
 
         Args:
-            streams: integers `[M]`, which ones, in this order; None: all.
+            streams: Integers `[M]`: which ones, in this order; None: all.
 
         Raises:
-            ValueError: if a stream is not held, or is named twice.
+            ValueError: If a stream is not held, or is named twice.
         """
-        state = {"layer": self.layer.get_state(streams)}
-        return state if self._skip is None else {**state, "skip": self._skip.get_state(streams)}
+        with self._streams.turn():
+            states = [part.get_state(streams) for part in self.parts]
+        return dict(zip(("layer", "skip"), states, strict=False))
 
-    def set_state(self, state, streams=None):
-        """Puts back what `get_state` gave, here or in another layer; see `ContinualLayer`."""
-        expected = ["layer"] if self._skip is None else ["layer", "skip"]
+    def _states(self, state):
+        expected = ["layer", "skip"][: len(self.parts)]
         if not isinstance(state, dict) or sorted(state) != expected:
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"Expected a state with {expected}, but got {got}")
-        if self._skip is None:
-            self.layer.set_state(state["layer"], streams)
-            return
-        before = self._skip.get_state(streams)
-        self._skip.set_state(state["skip"], streams)
-        try:
-            self.layer.set_state(state["layer"], streams)
-        except Exception:
-            self._skip.set_state(before, streams)
-            raise
+        return [
+            pair
+            for name, part in zip(expected, self.parts, strict=True)
+            for pair in part._states(state[name])
+        ]
 
     # Calling.
 
@@ -276,23 +263,25 @@ class CoResidual(ContinualLayer, keras.layers.Layer):
     def _add_steps(self, mode, call, x, training, streams, update_state, arguments):
         options = self._options(training, arguments)
         x = self._input(mode, x)
-        if self._skip is not None:  # The layer may have been given room by itself.
-            held = tf.shape(self.layer.position)[0]
-            self._skip.ensure_streams(int(held) if tf.executing_eagerly() else held)
-        y = call(x, streams=streams, update_state=update_state, **options)
-        past = x
-        if self._skip is not None:
-            # In a graph: if the layer fails, nothing goes past it.
-            with tf.control_dependencies([] if y is None else [y]):
-                skip = self._skip.call_step if mode == "step" else self._skip.call_steps
-                past = skip(x, streams=streams, update_state=update_state)
-        if y is None:
-            return None
-        y = cast(y, self.compute_dtype)
-        if mode == "step":
-            return y + past
         axis = self._time_axis % x.shape.rank
-        if y.shape[axis] != x.shape[axis] and tf.executing_eagerly():
-            newest = tf.range(x.shape[axis] - y.shape[axis], x.shape[axis])
-            past = tf.gather(past, newest, axis=axis)
-        return y + past
+        steps = 1 if mode == "step" else x.shape[axis]
+
+        def compute(step):
+            y = call(x, streams=streams, update_state=update_state, **options)
+            past = x
+            if self._skip is not None:
+                skip = self._skip.call_step if mode == "step" else self._skip.call_steps
+                past = skip(x, update_state=update_state)
+            if y is None:
+                return None
+            y = cast(y, self.compute_dtype)
+            if mode == "steps" and y.shape[axis] != x.shape[axis] and tf.executing_eagerly():
+                newest = tf.range(x.shape[axis] - y.shape[axis], x.shape[axis])
+                past = tf.gather(past, newest, axis=axis)
+            return y + past
+
+        if self._skip is None:  # The layer takes the step by itself.
+            return compute(None)
+        rows = tf.shape(x)[0] if x.shape[0] is None else x.shape[0]
+        steps = tf.shape(x)[axis] if steps is None else steps
+        return self._streams.take_steps(self, compute, streams, rows, steps, update_state)

@@ -8,6 +8,7 @@ from continual_transformers_tf.layers.inputs import check_features, check_same_r
 from continual_transformers_tf.ops.co_si_step import MHA_STEP, co_si_step, handles
 from continual_transformers_tf.ops.library import fused_ops, has_kernel, in_xla
 from continual_transformers_tf.ops.single_output import expand_key_mask, expand_mask
+from continual_transformers_tf.ops.stream_state import stream_tensor
 
 PLAIN_DTYPES = ("float32", "float64")
 
@@ -166,18 +167,25 @@ class OneOpStep:
             streams, update_state: as `call_step` has them.
             **attributes: of the op, beside those of every call.
         """
-        cache, query = self._cache, inputs[0]
-        rows = query.shape[0]
-        if streams is None:
-            cache.ensure_rows(tf.shape(query)[0] if rows is None else rows)
+        all_streams, query = self._cache.streams, inputs[0]
+        step = all_streams.step
+        if step is not None:  # Of a whole, which has seen to its streams.
+            streams = step.streams
         else:
-            streams = cache.streams_of_call(streams, rows)
+            if update_state:
+                all_streams.expect_to_step(self._layer)
+            if streams is None:
+                rows = query.shape[0]
+                all_streams.ensure_rows(tf.shape(query)[0] if rows is None else rows)
+            else:
+                streams = stream_tensor(streams)
         first_step = self._first_step()
         attributes |= self._layer_attributes()
-        with cache.lock:
+        with all_streams.turn():
             result, *others = co_si_step(
                 self._fused, self.op, *inputs, handles(self._variables), _list_of(streams), *masks,
-                first_step=first_step, update_state=bool(update_state), **attributes,
+                first_step=first_step, update_state=bool(update_state),
+                advance_position=step is None or step.advancing(), **attributes,
             )  # fmt: skip
         # M = 0 gives no rows at any step; where a step before the first gives none, it is None too.
         if first_step > 1 and result.shape[0] == 0:
@@ -223,7 +231,12 @@ def one_op_step(layer, training, query, kind=OneOpStep):
     """
     if training or record.could_possibly_record() or not layer.built:
         return None
-    device_type = (layer.attention if kind.encoder else layer)._stream_state.device_type
+    state = (layer.attention if kind.encoder else layer)._stream_state
+    if state.streams.step is not None and layer.delay > 0:
+        # The op overwrites the queries that wait, which a second attempt would need if a later
+        # layer of the whole fails.
+        return None
+    device_type = state.device_type
     if device_type == "GPU" and not few_rows(query):
         return None
     step = layer._one_op_step

@@ -4,10 +4,20 @@ import tensorflow as tf
 
 from continual_transformers_tf.layers.co_si_step import fixed_mask
 from continual_transformers_tf.layers.continual_layer import always_partial_here
-from continual_transformers_tf.layers.inputs import check_features, check_same_rows, step_input
+from continual_transformers_tf.layers.inputs import (
+    check_features,
+    check_same_rows,
+    rows_and_steps,
+    step_input,
+)
 from continual_transformers_tf.layers.step_ops import cast, project
 from continual_transformers_tf.ops.delay import delayed_steps, put_steps
-from continual_transformers_tf.ops.single_output import attend_steps, expand_key_mask, expand_mask
+from continual_transformers_tf.ops.single_output import (
+    attend_steps,
+    expand_key_mask,
+    expand_mask,
+    put_window,
+)
 
 
 def take_steps(
@@ -45,55 +55,62 @@ def take_steps(
             ("key_mask", key_mask),
         )
     )
-    rows = tf.shape(query)[0] if query.shape[0] is None else query.shape[0]
-    streams = cache.streams_of_call(streams, rows)
-    keys = project(key, layer._key_dense, dtype, training)
-    values = project(value, layer._value_dense, dtype, training)
-    asks = {"query": project(query, layer._query_dense, dtype, training)}
-    if layer._use_gate:
-        asks["gate"] = project(query, layer._gate_dense, dtype, training)
-    if query_mask is not None:
-        asks["query_mask"] = query_mask
+    rows, steps = rows_and_steps(query)
 
-    with cache.lock:
+    def compute(step):
+        keys = cast(project(key, layer._key_dense, dtype, training), cache.dtype)
+        values = cast(project(value, layer._value_dense, dtype, training), cache.dtype)
+        asks = {"query": project(query, layer._query_dense, dtype, training)}
+        if layer._use_gate:
+            asks["gate"] = project(query, layer._gate_dense, dtype, training)
+        if query_mask is not None:
+            asks["query_mask"] = query_mask
         if layer.delay > 0:
-            streams = cache.checked(streams, rows)
-            position = tf.gather(cache.position, streams)
-            new, asks = _exchange(layer, asks, streams, position)
+            new, asks = _exchange(layer, asks, step)
+            step.at_the_end(lambda: put_all(cache, new, step))
+        asked = mask
         if "query_mask" in asks:
             asking = tf.expand_dims(tf.expand_dims(asks["query_mask"], 1), 3)  # [M, 1, T, 1]
-            mask = asking & (tf.ones([1, 1, 1, layer.seq_len], bool) if mask is None else mask)
+            everything = tf.ones([1, 1, 1, layer.seq_len], bool)
+            asked = asking & (everything if mask is None else mask)
+        present = both_masks(value_mask, key_mask)
         attended, scores, steps_taken = attend_steps(
             cast(asks["query"], cache.compute_dtype),
-            cast(keys, cache.dtype),
-            cast(values, cache.dtype),
+            keys,
+            values,
             cache,
-            streams=streams,
-            attention_mask=mask,
-            key_mask=both_masks(value_mask, key_mask),
+            streams=step.numbers,
+            attention_mask=asked,
+            key_mask=present,
             scale=layer._inverse_sqrt_key_dim,
             return_attention_scores=return_attention_scores,
-            update_state=update_state,
+            update_state=step.writes_rings,
+            advance_position=False,
             training=training,
             dropout=scores_dropout(layer, training),
         )
-        if layer.delay > 0 and update_state:
-            with tf.control_dependencies([attended]):  # In a graph: if that fails, nothing is put.
-                for name, steps in new.items():
-                    put_steps(getattr(cache, name), steps, streams, position)
+        if not step.one:
+            step.at_the_end(lambda: put_window(cache, keys, values, present, step))
+        attended, scores = cast(attended, dtype), cast(scores, dtype)
+        if layer._use_gate:
+            attended *= asks["gate"]
+        unready = unready_steps(layer, query, steps_taken)
+        if unready == query.shape[1]:
+            return None, None
+        if unready > 0:
+            attended, scores = attended[:, unready:], scores[:, :, unready:]
+        output = project(attended, layer._output_dense, dtype, training, axes=2)
+        if rank == 2:
+            output, scores = tf.squeeze(output, 1), tf.squeeze(scores, 2)
+        return output, scores if return_attention_scores else None
 
-    attended, scores = cast(attended, dtype), cast(scores, dtype)
-    if layer._use_gate:
-        attended *= asks["gate"]
-    unready = unready_steps(layer, query, steps_taken)
-    if unready == query.shape[1]:
-        return None, None
-    if unready > 0:
-        attended, scores = attended[:, unready:], scores[:, :, unready:]
-    output = project(attended, layer._output_dense, dtype, training, axes=2)
-    if rank == 2:
-        output, scores = tf.squeeze(output, 1), tf.squeeze(scores, 2)
-    return output, scores if return_attention_scores else None
+    return cache.streams.take_steps(layer, compute, streams, rows, steps, update_state)
+
+
+def put_all(state, rows, step):
+    """Put the rows (M, T, ...) of a step's tokens into the rings of these names."""
+    for name, new in rows.items():
+        put_steps(getattr(state, name), new, step.numbers, step.position)
 
 
 def step_inputs(layer, rank, query, value, key):
@@ -123,7 +140,7 @@ def step_inputs(layer, rank, query, value, key):
     return steps, values, steps if key is query else tf.expand_dims(key, 1)
 
 
-def _exchange(layer, asks, streams, position):
+def _exchange(layer, asks, step):
     """This call's queries, and what goes with them, for those whose turn it is.
 
     Returns:
@@ -133,12 +150,12 @@ def _exchange(layer, asks, streams, position):
     new = {"query_mask": tf.ones(shape, bool), **asks}
     cache = layer._stream_state
     due = {
-        name: delayed_steps(getattr(cache, name), steps, streams, position)
+        name: delayed_steps(getattr(cache, name), steps, step.numbers, step.position)
         for name, steps in new.items()
     }
     # Before as many steps as it is delayed by there is no query.
-    step = tf.expand_dims(position, 1) + tf.range(tf.cast(shape[1], tf.int64))
-    waited = step >= layer.delay
+    number = tf.expand_dims(step.position, 1) + tf.range(tf.cast(shape[1], tf.int64))
+    waited = number >= layer.delay
     due["query_mask"] &= waited
     if "gate" in due:  # Selected: what an earlier stream left there may be NaN.
         due["gate"] = tf.where(waited[:, :, tf.newaxis, tf.newaxis], due["gate"], 0)

@@ -6,6 +6,7 @@ import tensorflow as tf
 from continual_transformers_tf.layers.co_si_encoder_step import OneOpEncoderStep
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_si_step import one_op_step
+from continual_transformers_tf.layers.inputs import rows_and_steps
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
 
 
@@ -107,14 +108,19 @@ class CoSiTransformerEncoder(TransformerEncoderBlock):
             ValueError, tf.errors.InvalidArgumentError: if shapes, dtypes or streams do not fit. The
                 streams then go on as if the call had not been made.
         """
-        step = one_op_step(self, training, x, OneOpEncoderStep)
+        one_op = one_op_step(self, training, x, OneOpEncoderStep)
         x = self._input(x, "step")
-        if step is not None:
-            return step(x, streams, update_state)
-        attended = self.attention.call_step(
-            self._attention_input(x), training=training, streams=streams, update_state=update_state
-        )
-        return None if attended is None else self._step_feed_forward(x, attended, training)
+        if one_op is not None:
+            return one_op(x, streams, update_state)
+
+        def compute(step):
+            attended = self.attention.call_step(
+                self._attention_input(x), training=training, update_state=update_state
+            )
+            return None if attended is None else self._step_feed_forward(x, attended, training)
+
+        rows = tf.shape(x)[0] if x.shape[0] is None else x.shape[0]
+        return self._streams.take_steps(self, compute, streams, rows, 1, update_state)
 
     def call_steps(self, x, training=None, *, streams=None, update_state=True):
         """Takes T steps of M streams: the same outputs and state as T calls of `call_step`.
@@ -130,21 +136,22 @@ class CoSiTransformerEncoder(TransformerEncoderBlock):
             ValueError, tf.errors.InvalidArgumentError: as `call_step`; and if T = 0.
         """
         x = self._input(x, "steps")
-        attended = self.attention.call_steps(
-            self._attention_input(x), training=training, streams=streams, update_state=update_state
-        )
-        if attended is None:
-            return None
-        return self._step_feed_forward(x[:, -tf.shape(attended)[1] :], attended, training)
+
+        def compute(step):
+            attended = self.attention.call_steps(
+                self._attention_input(x), training=training, update_state=update_state
+            )
+            if attended is None:
+                return None
+            return self._step_feed_forward(x[:, -tf.shape(attended)[1] :], attended, training)
+
+        rows, steps = rows_and_steps(x)
+        return self._streams.take_steps(self, compute, streams, rows, steps, update_state)
 
     def compute_output_shape(self, input_shape):
         if self.active_call_mode == "regular":
             return (input_shape[0], 1, input_shape[2])
         return tuple(input_shape)
-
-    @property
-    def _stream_state(self):
-        return self.attention
 
     def convert_weights(self):
         """Takes the kernels as they are now for steps in `weights_dtype`: after training, say."""

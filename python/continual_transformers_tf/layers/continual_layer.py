@@ -70,8 +70,8 @@ def ensure_streams(model, streams):
         model: a `keras.Model` or `keras.layers.Layer`.
         streams: int.
     """
-    for layer in _continual_layers(model):
-        layer.ensure_streams(streams)
+    for streams_of_layers in _streams_of(model):
+        streams_of_layers.ensure(streams)
 
 
 def convert_weights(model):
@@ -98,8 +98,16 @@ def clean_state(model, streams=None):
     Raises:
         ValueError: if a stream is not held, or is named twice.
     """
-    for layer in _continual_layers(model):
-        layer.clean_state(streams)
+    for streams_of_layers in _streams_of(model):
+        streams_of_layers.clean(streams)
+    if streams is None:
+        for layer in _continual_layers(model):
+            layer._restart()
+
+
+def _streams_of(model):
+    """All `Streams` of a model's layers, each once."""
+    return dict.fromkeys(layer._streams for layer in _continual_layers(model))
 
 
 def _continual_layers(model):
@@ -111,8 +119,8 @@ def _continual_layers(model):
 class ContinualLayer:
     """Mixed into a Keras layer: `call` does what the call mode says, and streams have a state.
 
-    The layer gives `call_regular`, `call_step` and `call_steps`, and `_stream_state`: a
-    `StreamState`, or another continual layer that has the state.
+    The layer gives `call_regular`, `call_step` and `call_steps`, and `_stream_state`, its
+    `StreamState`. A whole of several layers is a `CompositeLayer`.
     """
 
     gives_windows = False  # Whether a step gives all outputs of the window, and not one row.
@@ -166,46 +174,65 @@ class ContinualLayer:
         """
         raise NotImplementedError
 
+    # The state of the streams. All of it is that of `_streams`, which the layers of a whole share.
+
+    @property
+    def _streams(self):
+        """The `Streams` that the layer steps."""
+        return self._stream_state.streams
+
     def ensure_streams(self, streams):
-        """Makes room for streams 0, ..., streams - 1. Those that are held keep their state."""
+        """Make room for streams 0, ..., streams - 1. Those that are held keep their state.
+
+        As `clean_state`, this acts on all layers that share the layer's streams.
+        """
         if not tf.is_tensor(streams):
             check_integer("streams", streams, at_least=0)
-        self._stream_state.ensure_streams(streams)
+        self._streams.ensure(streams)
 
     def clean_state(self, streams=None):
-        """Forgets what streams have seen: they begin again.
+        """Forget what streams have seen: they begin again.
 
         Args:
-            streams: integers `[M]`, which ones; None: all.
+            streams: Integers `[M]`: which ones; None: all.
 
         Raises:
-            ValueError: if a stream is not held, or is named twice.
+            ValueError: If a stream is not held, or is named twice.
         """
-        self._stream_state.clean_state(streams)
+        self._streams.clean(streams)
+        if streams is None:
+            self._restart()
+
+    def _restart(self):
+        """Forget what is not one stream's; called when all streams begin again."""
 
     def get_state(self, streams=None):
-        """The state of streams, a dict of NumPy arrays with one row a stream. Eager mode only.
+        """Return the state of streams: a dict of NumPy arrays, a row a stream. Eager mode only.
 
         Args:
-            streams: integers `[M]`, which ones, in this order; None: all.
+            streams: Integers `[M]`: which ones, in this order; None: all.
 
         Raises:
-            ValueError: if a stream is not held, or is named twice.
+            ValueError: If a stream is not held, or is named twice.
         """
         return self._stream_state.get_state(streams)
 
     def set_state(self, state, streams=None):
-        """Puts back what `get_state` gave, here or in another layer of the same sizes.
+        """Put back what `get_state` gave, here or in another layer of the same sizes.
 
         Args:
-            state: what `get_state` gave, of M streams.
-            streams: integers `[M]`, which streams take it; None: streams 0, ..., M - 1, for which
-                there is made room, and others that are held begin again.
+            state: What `get_state` gave, of M streams.
+            streams: Integers `[M]`: which streams take it; None: streams 0, ..., M - 1. Room is
+                made for them, and other streams that are held begin again.
 
         Raises:
-            ValueError: if the state does not fit; the streams then stay as they were.
+            ValueError: If the state does not fit; the streams then stay as they were.
         """
-        self._stream_state.set_state(state, streams)
+        self._streams.set_state(self._states(state), streams)
+
+    def _states(self, state):
+        """What `get_state` gave, as pairs of a `StreamState` and its part of it."""
+        return [(self._stream_state, state)]
 
     def get_config(self):
         return {**super().get_config(), "call_mode": self._call_mode}

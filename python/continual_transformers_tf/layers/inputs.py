@@ -53,6 +53,11 @@ def check_same_rows(**inputs):
         raise ValueError(f"Expected at least one step, but got {tuple(first.shape)}")
 
 
+def rows_and_steps(x):
+    """M and T of a tensor (M, T, ...): ints where they are known, otherwise int32 scalars."""
+    return tuple(tf.shape(x)[axis] if x.shape[axis] is None else x.shape[axis] for axis in range(2))
+
+
 def check_features(name, x, features):
     """Raises ValueError unless the last axis of a tensor is what the layer was built for."""
     if x.shape[-1] != features:

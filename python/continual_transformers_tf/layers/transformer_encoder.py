@@ -7,9 +7,9 @@ from continual_transformers_tf.layers.co_re_transformer_encoder import CoReTrans
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
 from continual_transformers_tf.layers.composite_layer import CompositeLayer
 from continual_transformers_tf.layers.continual_layer import always_partial
-from continual_transformers_tf.layers.inputs import WARM_UPS, step_input
+from continual_transformers_tf.layers.inputs import WARM_UPS, rows_and_steps, step_input
 from continual_transformers_tf.layers.step_ops import layer_norm
-from continual_transformers_tf.ops.stream_state import check_integer, stream_tensor
+from continual_transformers_tf.ops.stream_state import check_integer
 
 KINDS = ("single_output", "retroactive")
 
@@ -123,6 +123,7 @@ class TransformerEncoder(CompositeLayer, keras.layers.Layer):
             self._track_trackable(block, block.name)
         # Those that take steps; the others are given whole windows.
         self._streaming = self.blocks if kind == "single_output" else self.blocks[:1]
+        self._share_streams()
         self.final_norm = None
         if norm_first if final_norm is None else final_norm:
             self.final_norm = keras.layers.LayerNormalization(
@@ -222,16 +223,24 @@ class TransformerEncoder(CompositeLayer, keras.layers.Layer):
                 streams then go on as if the call had not been made.
         """
         x = self._input(x, "step")
-        options = dict(training=training, streams=streams, update_state=update_state)
-        with always_partial():
-            if self.kind == "single_output" or len(self.blocks) == 1:
+        if self.kind == "retroactive" and len(self.blocks) > 1:
+            y = self.call_steps(
+                tf.expand_dims(x, 1), training, streams=streams, update_state=update_state
+            )
+            return None if y is None else tf.squeeze(y, 1)
+
+        def compute(step):
+            ready = self._ready_steps(step)
+            y = x
+            with always_partial():
                 for block in self._streaming:
-                    x = block.call_step(x, **options)
-            else:
-                windows = self.blocks[0].call_steps(tf.expand_dims(x, 1), **options)
-                x = tf.squeeze(self._above(windows, streams, update_state, training), 1)
-        x = self._normalized(x)
-        return x if self._ready_steps(1, x, streams, update_state) else None
+                    # What follows the last block is a layer norm at most: its op may be the last.
+                    step.op_advances = block is self.blocks[-1] and step.whole is self
+                    y = block.call_step(y, training, update_state=update_state)
+            return self._normalized(y) if ready else None
+
+        rows = tf.shape(x)[0] if x.shape[0] is None else x.shape[0]
+        return self._streams.take_steps(self, compute, streams, rows, 1, update_state)
 
     def call_steps(self, x, training=None, *, streams=None, update_state=True):
         """Takes T steps of M streams: the same outputs and state as T calls of `call_step`.
@@ -247,17 +256,22 @@ class TransformerEncoder(CompositeLayer, keras.layers.Layer):
             ValueError, tf.errors.InvalidArgumentError: as `call_step`; and if T = 0.
         """
         x = self._input(x, "steps")
-        options = dict(training=training, streams=streams, update_state=update_state)
-        with always_partial():
-            for block in self._streaming:
-                x = block.call_steps(x, **options)
-            if self.kind == "retroactive" and len(self.blocks) > 1:
-                x = self._above(x, streams, update_state, training)
-        x = self._normalized(x)
-        ready = self._ready_steps(x.shape[1], x, streams, update_state)
-        if ready == x.shape[1]:
-            return x
-        return x[:, -ready:] if ready else None
+        rows, steps = rows_and_steps(x)
+
+        def compute(step):
+            ready = self._ready_steps(step)
+            y = x
+            with always_partial():
+                for block in self._streaming:
+                    y = block.call_steps(y, training, update_state=update_state)
+                if self.kind == "retroactive" and len(self.blocks) > 1:
+                    y = self._above(y, step, training)
+            y = self._normalized(y)
+            if ready is step.steps or (tf.executing_eagerly() and ready == step.steps):
+                return y
+            return y[:, -ready:] if ready else None
+
+        return self._streams.take_steps(self, compute, streams, rows, steps, update_state)
 
     def compute_output_shape(self, input_shape):
         if self.active_call_mode == "regular":
@@ -291,31 +305,21 @@ class TransformerEncoder(CompositeLayer, keras.layers.Layer):
         age = step[:, tf.newaxis] - step
         return ((age >= 0) & (age < self.seq_len))[tf.newaxis]
 
-    def _above(self, windows, streams, update_state, training):
+    def _above(self, windows, step, training):
         """The newest outputs of the blocks above the first, of its outputs `(M, T, N, E)`."""
         shape = tf.shape(windows)
         m, t, n, features = shape[0], shape[1], self.seq_len, windows.shape[-1]
-        taken = self._taken(m, streams)
-        after = (taken if update_state else taken + tf.cast(t, tf.int64))[:, tf.newaxis]
-        at = (
-            after - tf.cast(t, tf.int64) + 1 + tf.range(tf.cast(t, tf.int64))
-        )  # Steps taken by then.
-        there = tf.range(tf.constant(n, tf.int64)) >= n - at[..., tf.newaxis]
+        # How many steps each stream has taken by then, [M, T].
+        taken = step.position[:, tf.newaxis] + 1 + tf.range(tf.cast(t, tf.int64))
+        there = tf.range(tf.constant(n, tf.int64)) >= n - taken[..., tf.newaxis]
         x, there = tf.reshape(windows, [m * t, n, features]), tf.reshape(there, [m * t, n])
         for block in self.blocks[1:]:
             x = block.call_regular(x, training, key_mask=there)
         return tf.reshape(x, [m, t, features])
 
-    def _taken(self, rows, streams):
-        """int64 `[M]`: the steps that each stream of the call has taken."""
-        streams = tf.range(rows) if streams is None else tf.cast(streams, tf.int32)
-        return tf.gather(self.position, streams)
-
-    def _ready_steps(self, steps, x, streams, update_state):
-        """How many of a call's newest steps have an output: all, where it may not be None."""
+    def _ready_steps(self, step):
+        """How many of a step's newest tokens have an output: all, where it may not be None."""
         if self.active_warm_up == "partial":
-            return steps
-        taken = self.position.numpy()
-        taken = taken[: x.shape[0]] if streams is None else taken[stream_tensor(streams).numpy()]
-        furthest = int(taken.max(initial=0)) + (0 if update_state else steps)
-        return max(0, min(steps, furthest - self.receptive_field + 1))
+            return step.steps
+        furthest = int(step.position.numpy().max(initial=0)) + step.steps
+        return max(0, min(step.steps, furthest - self.receptive_field + 1))

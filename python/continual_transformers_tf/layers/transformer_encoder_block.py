@@ -90,6 +90,10 @@ class TransformerEncoderBlock(ContinualLayer, keras.layers.Layer):
         return {"x": self._config["embed_dim"]}
 
     @property
+    def _stream_state(self):
+        return self.attention._stream_state
+
+    @property
     def ready(self):
         """bool tensor `[S]`: which of the streams held have a full window."""
         return self.attention.ready

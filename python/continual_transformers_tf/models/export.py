@@ -263,7 +263,7 @@ def _export_graph(model, path, streams, signature, states):
     # Keep the variables and not the model: TensorFlow would write Keras' variables twice, and
     # outside Python it would restore the copies that no function uses.
     used = {v.ref(): v for function in signatures.values() for v in function.graph.variables}
-    module.kept = list(used.values())
+    module.kept = [*used.values(), model._streams.mutex]
     if states:
         _save(module, path, signatures)
         return

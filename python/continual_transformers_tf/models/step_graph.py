@@ -85,20 +85,20 @@ class StepGraph:
         if late and inputs_are_own:
             self.problems.append(f"its outputs are {late}")
 
-    def run(self, inputs, **options):
-        """Take T steps.
+    def run(self, inputs, step, training):
+        """Compute the outputs of T steps.
 
         Args:
             inputs: Tensors `(M, T, ...)`, in the order of the model's inputs.
-            **options: training, streams and update_state, for the layers that take them.
+            step: The `Step` that the model's streams are taking.
+            training: Whether this is training.
 
         Returns:
             Tensors `(M, T, ...)`, in the structure of the model's outputs.
         """
-        if self.has_whole_windows and "taken" not in options:
-            options["taken"] = self._taken(inputs[0], options["streams"])
         return self.walk(
-            inputs, lambda node, values: _RUNS[self._plan[id(node)]](self, node, values, options)
+            inputs,
+            lambda node, values: _RUNS[self._plan[id(node)]](self, node, values, step, training),
         )
 
     def way(self, node):
@@ -127,18 +127,6 @@ class StepGraph:
         return any(x.kind == "whole" for x in self._known.values()) or any(
             graph.has_whole_windows for graph in self._inner.values()
         )
-
-    def _taken(self, x, streams):
-        """Return the steps that each stream of the call has taken before, int64 `[M]`."""
-        first = self.layers[0]
-        if streams is None:
-            rows = x.shape[0] or tf.shape(x)[0]
-            first.ensure_streams(rows)
-            streams = tf.range(rows)
-        # No error here for a stream that does not exist: the layers report it.
-        position = tf.pad(first.position, [[0, 1]])
-        held = tf.cast(tf.clip_by_value(streams, 0, tf.shape(first.position)[0]), tf.int32)
-        return tf.gather(position, held)
 
     def walk(self, inputs, visit, values=None):
         """Visit all nodes in order, and return the model's outputs.
@@ -339,39 +327,40 @@ class StepGraph:
 
     # Running.
 
-    def _run_continual(self, node, values, options):
-        kept = {name: options[name] for name in ("streams", "update_state")}
-        return _call(node, values, options, **kept)
+    def _run_continual(self, node, values, step, training):
+        return _call(node, values, training, update_state=step.update_state)
 
-    def _run_model(self, node, values, options):
+    def _run_model(self, node, values, step, training):
         inner = [values[id(x)] for x in node.input_tensors]
-        return self._inner[id(node)].run(inner, **options)
+        return self._inner[id(node)].run(inner, step, training)
 
-    def _run_identity(self, node, values, options):
+    def _run_identity(self, node, values, step, training):
         return values[id(node.input_tensors[0])]
 
-    def _run_row_wise(self, node, values, options):
-        return _call(node, values, options)
+    def _run_row_wise(self, node, values, step, training):
+        return _call(node, values, training)
 
-    def _run_attention_to_whole(self, node, values, options):
+    def _run_attention_to_whole(self, node, values, step, training):
         """Run as `_run_on_samples`, but let no row attend to a step that was never taken."""
         x = next(values[id(x)] for x in node.input_tensors if self._known[id(x)].kind == "whole")
         steps, n = tf.shape(x, tf.int64)[1], x.shape[2]
-        step = options["taken"][:, tf.newaxis] + tf.range(steps)
+        number = step.position[:, tf.newaxis] + tf.range(steps)
         row = tf.range(n, dtype=tf.int64) - n + 1  # 0 is the newest step's row.
-        there = tf.reshape(step[..., tf.newaxis] + row >= 0, [-1, n])
+        there = tf.reshape(number[..., tf.newaxis] + row >= 0, [-1, n])
         with call_mode("regular"):
             if isinstance(node.operation, TransformerEncoderBlock):
                 regular = node.operation.call_regular
-                return self._run_on_samples(node, values, options, call=regular, key_mask=there)
-            return self._run_on_samples(node, values, options, value_mask=there)
+                return self._run_on_samples(
+                    node, values, step, training, call=regular, key_mask=there
+                )
+            return self._run_on_samples(node, values, step, training, value_mask=there)
 
-    def _run_on_samples(self, node, values, options, **more):
+    def _run_on_samples(self, node, values, step, training, **more):
         """Run a node with steps as samples: (M, T, ...) becomes (M * T, ...), and back."""
         inputs = [x for x in node.input_tensors if id(x) in values]
         lead = tf.shape(values[id(inputs[0])])[:2]
         samples = {id(x): _to_samples(self._known[id(x)].kind, values[id(x)]) for x in inputs}
-        outputs = keras.tree.flatten(_call(node, samples, options, **more))
+        outputs = keras.tree.flatten(_call(node, samples, training, **more))
         return [
             _to_steps(self._known[id(x)].kind, y, lead)
             for x, y in zip(node.outputs, outputs, strict=True)
@@ -458,8 +447,8 @@ def _to_steps(kind, x, lead):
     return tf.reshape(x, tf.concat([lead, tf.shape(x)[first:]], 0))
 
 
-def _call(node, values, options, call=None, **more):
+def _call(node, values, training, call=None, **more):
     args, kwargs = node.arguments.fill_in(values)
     if getattr(node.operation, "_call_has_training_arg", False):
-        kwargs = {"training": options["training"], **kwargs}
+        kwargs = {"training": training, **kwargs}
     return (call or node.operation)(*args, **kwargs, **more)

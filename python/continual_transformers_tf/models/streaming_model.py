@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from continual_transformers_tf.layers.composite_layer import CompositeLayer
 from continual_transformers_tf.layers.continual_layer import always_partial, call_mode
-from continual_transformers_tf.layers.inputs import WARM_UPS, expect_given
+from continual_transformers_tf.layers.inputs import WARM_UPS, expect_given, rows_and_steps
 from continual_transformers_tf.models.step_graph import StepGraph, names_of_inputs
 
 
@@ -71,6 +71,7 @@ class StreamingModel(CompositeLayer, keras.Model):
         self._warm_up = warm_up
         self.call_mode = call_mode
         self.built = True
+        self._share_streams()
 
     @property
     def warm_up(self):
@@ -123,9 +124,7 @@ class StreamingModel(CompositeLayer, keras.Model):
 
         Raises:
             ValueError, tf.errors.InvalidArgumentError: If shapes, dtypes or streams do not fit. The
-                streams then continue as if the call had not been made. (This does not hold if room
-                was made in only some of the layers. The model's `ensure_streams` makes room in all
-                of them.)
+                streams then continue as if the call had not been made.
         """
         steps = [tf.expand_dims(x, 1) for x in self._inputs(inputs, axes_of_steps=1)]
         outputs = self._take_steps(steps, training, streams, update_state)
@@ -188,19 +187,20 @@ class StreamingModel(CompositeLayer, keras.Model):
         return [inputs[name] for name in names]
 
     def _take_steps(self, inputs, training, streams, update_state):
-        first = inputs[0]
-        with call_mode("steps"), always_partial():
-            outputs = self._graph.run(
-                inputs, training=training, streams=streams, update_state=update_state
-            )
-        if self.active_warm_up == "partial":
-            return outputs
-        rows = range(first.shape[0]) if streams is None else streams
-        taken = tf.gather(self.position, tf.cast(rows, tf.int32)).numpy().max(initial=0)
-        steps = first.shape[1]
-        furthest = taken if update_state else taken + steps
-        ready = int(max(0, min(steps, furthest - self.receptive_field + 1)))
-        return keras.tree.map_structure(lambda y: y[:, steps - ready :] if ready else None, outputs)
+        rows, steps = rows_and_steps(inputs[0])
+
+        def compute(step):
+            with call_mode("steps"), always_partial():
+                outputs = self._graph.run(inputs, step, training)
+            if self.active_warm_up == "partial":
+                return outputs
+            furthest = int(step.position.numpy().max(initial=0)) + steps
+            ready = max(0, min(steps, furthest - self.receptive_field + 1))
+            if ready == 0:
+                return keras.tree.map_structure(lambda y: None, outputs)
+            return keras.tree.map_structure(lambda y: y[:, steps - ready :], outputs)
+
+        return self._streams.take_steps(self, compute, streams, rows, steps, update_state)
 
     def export(self, filepath, format="tf_saved_model", **options):
         """Export the call of the model, as `keras.Model.export` does. `ct.export` exports steps.

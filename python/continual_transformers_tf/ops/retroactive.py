@@ -119,6 +119,7 @@ def attend_all_steps(
     return_attention_scores=False,
     algorithm="auto",
     update_state=True,
+    advance_position=True,
     training=None,
     dropout=None,
 ):
@@ -146,7 +147,7 @@ def attend_all_steps(
     plain = training or dropout is not None or record.should_record_backprop(list(inputs.values()))
     plain = plain or attention_mask is not None or return_attention_scores
     fused = None if plain else library.fused_ops(cache.device_type, OP)
-    with cache.lock:
+    with cache.turn():
         if fused is None:
             return retroactive_twin.attend_all_steps(
                 **inputs,
@@ -160,6 +161,7 @@ def attend_all_steps(
                 key_mask=masks,
                 return_attention_scores=return_attention_scores,
                 update_state=update_state,
+                advance_position=advance_position,
                 dropout=dropout,
             )
         output, steps_taken = fused.continual_transformers_retroactive_attention(
@@ -175,8 +177,30 @@ def attend_all_steps(
             key_mask=masks,
             algorithm=algorithm,
             update_state=update_state,
+            advance_position=advance_position,
         )
     return output, None, steps_taken
+
+
+def put_whole_window(cache, query, key, value, key_mask, step):
+    """Put a step's queries, keys and values into the rings; the next step computes the sums anew.
+
+    Args:
+        cache: The `RetroactiveCache`.
+        query, key, value, key_mask: As in `attend_all_steps`.
+        step: The `Step`, of any number of steps.
+    """
+    if key_mask is None:
+        key_mask = tf.ones(tf.shape(key)[:2], bool)
+    rings = [
+        (cache.query, tf.transpose(query, (0, 2, 1, 3))),
+        (cache.key, tf.transpose(key, (0, 2, 1, 3))),
+        (cache.value, tf.transpose(value, (0, 2, 1, 3))),
+        (cache.key_mask, key_mask),
+    ]
+    retroactive_twin.write(rings, step.numbers, step.position)
+    nobodys = tf.zeros([tf.shape(step.numbers)[0], 2], cache.made_with.dtype)
+    cache.made_with.scatter_nd_update(step.numbers[:, tf.newaxis], nobodys)
 
 
 def check_algorithm(algorithm):

@@ -38,6 +38,7 @@ def attend_all_steps(
     attention_mask=None,
     return_attention_scores=False,
     dropout=None,
+    advance_position=True,
 ):
     """See `ContinualTransformers>RetroactiveAttention` in cc/tensorflow/ops.cc.
 
@@ -100,7 +101,8 @@ def attend_all_steps(
             rows = tf.expand_dims(streams, 1)
             nobodys = tf.zeros([*sizes(streams, 1), 2], made_with.dtype)
             made_with.scatter_nd_update(rows, nobodys)
-            position.scatter_nd_update(rows, steps_taken)
+            if advance_position:
+                position.scatter_nd_update(rows, steps_taken)
     return output, scores, steps_taken
 
 

@@ -103,6 +103,7 @@ def attend_steps(
     scale=None,
     return_attention_scores=False,
     update_state=True,
+    advance_position=True,
     training=None,
     dropout=None,
 ):
@@ -134,8 +135,9 @@ def attend_steps(
         key_mask=[] if key_mask is None else [key_mask],
         return_attention_scores=return_attention_scores,
         update_state=update_state,
+        advance_position=advance_position,
     )
-    with cache.lock:
+    with cache.turn():
         if fused is None:
             return single_output_twin.attend_steps(
                 **inputs,
@@ -155,6 +157,24 @@ def attend_steps(
             return_window=_gradient_may_be_wanted([query, key, value, scale], training),
             **options,
         )[:3]
+
+
+def put_window(cache, key, value, key_mask, step):
+    """Put a step's keys and values into the rings, as `attend_steps` does with `update_state`.
+
+    Args:
+        cache: The `AttentionCache`.
+        key, value, key_mask: As in `attend_steps`.
+        step: The `Step`, of any number of steps.
+    """
+    if key_mask is None:
+        key_mask = tf.ones(tf.shape(key)[:2], bool)
+    rings = [
+        (cache.key, tf.transpose(key, (0, 2, 1, 3))),
+        (cache.value, tf.transpose(value, (0, 2, 1, 3))),
+        (cache.key_mask, key_mask),
+    ]
+    single_output_twin.write(rings, step.numbers, step.position)
 
 
 def _gradient_may_be_wanted(inputs, training):

@@ -31,6 +31,7 @@ def attend_steps(
     return_attention_scores,
     update_state,
     dropout=None,
+    advance_position=True,
 ):
     """See `ContinualTransformers>SingleOutputAttention` in cc/tensorflow/ops.cc.
 
@@ -90,7 +91,8 @@ def attend_steps(
         with tf.control_dependencies([keys, values, output, scores]):
             rings = [(key_cache, key_steps), (value_cache, value_steps), (key_mask_cache, key_mask)]
             write(rings, streams, start)
-            position.scatter_nd_update(tf.expand_dims(streams, 1), steps_taken)
+            if advance_position:
+                position.scatter_nd_update(tf.expand_dims(streams, 1), steps_taken)
     return output, scores, steps_taken
 
 
