@@ -258,7 +258,7 @@ def test_layers_alone_of_another_kind():
     layer.built = True
     lines = refused(layer)
     assert lines[0] == "other cannot be run by a session:"
-    assert lines[1].startswith("- other (Other) is a continual layer of another package")
+    assert lines[1].startswith("- other (Other) computes in its own way")
 
 
 def test_inputs_of_open_size_and_of_texts():

@@ -44,9 +44,9 @@ class OneOpEncoderStep(OneOpStep):
     def fits(self):
         return super().fits() and self._layer_attributes() == self._gathered
 
-    def convert_weights(self):
+    def _gather(self):
         self._gathered = self._layer_attributes()
-        super().convert_weights()
+        super()._gather()
 
     def _weights(self, kernels):
         layer, weights = self._layer, super()._weights(kernels)

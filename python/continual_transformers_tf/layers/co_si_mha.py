@@ -5,7 +5,7 @@ import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf.layers.co_si_regular import at_query_index, attend_windows
-from continual_transformers_tf.layers.co_si_step import one_op_step
+from continual_transformers_tf.layers.co_si_step import OneOpStep, one_op_step
 from continual_transformers_tf.layers.co_si_steps import take_steps
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.from_regular import co_si_from_regular
@@ -14,6 +14,7 @@ from continual_transformers_tf.layers.inputs import (
     checked_cache_dtype,
     checked_weights_dtype,
 )
+from continual_transformers_tf.layers.narrow_kernels import NarrowKernels
 from continual_transformers_tf.ops.attention_cache import AttentionCache
 from continual_transformers_tf.ops.stream_state import check_integer
 
@@ -54,9 +55,11 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
             (`tests/test_co_si_mha_dtypes.py` holds 1 % and 0.15 %).
         weights_dtype: what kernels are kept in for a step that is one fused op. None: the layer's
             own variables. Under float32, "bfloat16" halves what a step reads of them: a copy is
-            made at the first such step, and again after this layer's `set_weights`, when files are
-            loaded, and by `convert_weights` (of a model `ct.convert_weights`), to be called after
-            whatever else changes weights: training, and a model's `set_weights`. With projections
+            made at the first such step. It is written again by `set_weights` of this layer or of a
+            layer of this package around it, when Keras loads a file of weights, and by
+            `convert_weights` (of a model `ct.convert_weights`). Call the last after anything else
+            that changes weights: training, a Keras model's `set_weights`, the restore of a
+            `tf.train.Checkpoint`. Functions traced before see the new copy too. With projections
             of order one, outputs moved by 0.23 % at the most (`tests/test_co_si_mha_step.py` holds
             0.4 %). All else uses the layer's own.
         call_mode: what calling the layer does: "regular", "step" or "steps".
@@ -150,6 +153,7 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         self._weights_dtype = checked_weights_dtype(weights_dtype, self.compute_dtype)
         self.call_mode = call_mode
         self._one_op_step = None  # Gathered at the first step that needs it.
+        self._narrow_kernels = NarrowKernels()
         # Why no step can be taken, where the layer is only Keras' own.
         self._no_steps = None if along_time else f"attention_axes={attention_axes!r}"
         self._stream_state = AttentionCache(
@@ -427,16 +431,8 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
 
     def convert_weights(self):
         """Takes the kernels as they are now for steps in `weights_dtype`: after training, say."""
-        if self._one_op_step is not None:
-            self._one_op_step.convert_weights()
-
-    def set_weights(self, weights):
-        super().set_weights(weights)
-        self.convert_weights()
-
-    def load_own_variables(self, store):
-        super().load_own_variables(store)
-        self._one_op_step = None  # Its sublayers' variables are loaded after it.
+        if self.built:
+            self._narrow_kernels.convert(OneOpStep.dense_layers(self))
 
     def _ensure_built(self, query, value, key):
         if not self.built:

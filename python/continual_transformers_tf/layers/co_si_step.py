@@ -38,9 +38,8 @@ class OneOpStep:
         self._dense = self.dense_layers(layer)
         # A layer that is quantized, or given a low-rank addition, has another kernel than here.
         self._kernels = tuple(dense._kernel for dense in self._dense)
-        self._narrow = None
         self._masks = {causal: fixed_mask(self._attention, causal) for causal in (False, True)}
-        self.convert_weights()
+        self._gather()
 
     @staticmethod
     def dense_layers(layer):
@@ -90,22 +89,15 @@ class OneOpStep:
                 return False
         return True
 
-    def convert_weights(self):
-        """Takes the kernels as they are now, in the layer's `weights_dtype`."""
+    def _gather(self):
+        """Gather the op's variables, with the kernels in the layer's `weights_dtype`."""
         attention, cache = self._attention, self._cache
         weights_dtype = attention.weights_dtype
         if weights_dtype is None:
             kernels = [kernel.value for kernel in self._kernels]
         else:
-            with tf.init_scope():
-                narrow = [tf.cast(kernel.value, weights_dtype) for kernel in self._kernels]
-                if self._narrow is None:
-                    with tf.device(cache.key.device):
-                        self._narrow = [tf.Variable(kernel, trainable=False) for kernel in narrow]
-                else:
-                    for variable, kernel in zip(self._narrow, narrow, strict=True):
-                        variable.assign(kernel)
-            kernels = self._narrow
+            narrow = self._layer._narrow_kernels
+            kernels = narrow.of(self._dense, weights_dtype, cache.key.device)
         rings = []
         if attention.delay > 0:
             rings = [cache.query, cache.query_mask]

@@ -7,6 +7,7 @@ from continual_transformers_tf.layers.co_si_encoder_step import OneOpEncoderStep
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_si_step import one_op_step
 from continual_transformers_tf.layers.inputs import rows_and_steps
+from continual_transformers_tf.layers.narrow_kernels import NarrowKernels
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
 
 
@@ -75,6 +76,7 @@ class CoSiTransformerEncoder(TransformerEncoderBlock):
             **kwargs,
         )
         self._one_op_step = None  # Gathered at the first step that needs it.
+        self._narrow_kernels = NarrowKernels()
 
     def call_regular(self, x, training=None, key_mask=None):
         """The newest step's output of whole windows; the streams' state plays no part.
@@ -156,13 +158,5 @@ class CoSiTransformerEncoder(TransformerEncoderBlock):
     def convert_weights(self):
         """Takes the kernels as they are now for steps in `weights_dtype`: after training, say."""
         self.attention.convert_weights()  # It may be called by itself.
-        if self._one_op_step is not None:
-            self._one_op_step.convert_weights()
-
-    def set_weights(self, weights):
-        super().set_weights(weights)
-        self.convert_weights()
-
-    def load_own_variables(self, store):
-        super().load_own_variables(store)
-        self._one_op_step = None  # Its sublayers' variables are loaded after it.
+        if self.built:
+            self._narrow_kernels.convert(OneOpEncoderStep.dense_layers(self))

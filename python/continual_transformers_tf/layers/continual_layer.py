@@ -77,8 +77,9 @@ def ensure_streams(model, streams):
 def convert_weights(model):
     """Takes the kernels of a model as they are now, in every layer that has a `weights_dtype`.
 
-    To be called after `fit`, `model.set_weights`, or whatever else changes weights but for the
-    layer's own `set_weights` and for files.
+    Call it after `fit`, `keras.Model.set_weights`, `tf.train.Checkpoint.restore` and anything else
+    that changes weights. It is not needed after `set_weights` of a layer of this package, or when
+    Keras loads a file. Functions traced before see the new kernels too.
 
     Args:
         model: a `keras.Model` or `keras.layers.Layer`.
@@ -233,6 +234,10 @@ class ContinualLayer:
     def _states(self, state):
         """What `get_state` gave, as pairs of a `StreamState` and its part of it."""
         return [(self._stream_state, state)]
+
+    def set_weights(self, weights):
+        super().set_weights(weights)
+        convert_weights(self)
 
     def get_config(self):
         return {**super().get_config(), "call_mode": self._call_mode}

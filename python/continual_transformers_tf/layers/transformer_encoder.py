@@ -284,10 +284,6 @@ class TransformerEncoder(CompositeLayer, keras.layers.Layer):
             if isinstance(block, CoSiTransformerEncoder):
                 block.convert_weights()
 
-    def set_weights(self, weights):
-        super().set_weights(weights)
-        self.convert_weights()
-
     def _input(self, x, mode):
         x = step_input("x", x, mode, self.compute_dtype)
         if not self.built:

@@ -5,6 +5,11 @@ import keras
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
+from continual_transformers_tf.models.own_calls import (
+    OWN_CALL,
+    check_streaming_model,
+    own_calls_within,
+)
 from continual_transformers_tf.models.streaming_model import StreamingModel
 
 
@@ -50,6 +55,7 @@ def convert(model, seq_len, **options):
         )
     options = {"name": model.name, **options}
     if isinstance(model, StreamingModel):
+        check_streaming_model(model)
         options = {"warm_up": model.warm_up, "call_mode": model.call_mode, **options}
         model = model.model
     if not model.built:
@@ -97,6 +103,11 @@ def convert_layers(model, attention, also_continual=True):
     if not isinstance(model, keras.Sequential) and not hasattr(model, "_nodes_by_depth"):
         return model, problems  # It has no graph; StreamingModel reports that.
     copy = keras.models.clone_model(model, clone_function=convert_layer, recursive=True)
+    # Keras copies some subclasses of models as the plain model.
+    lost = own_calls_within(model)
+    for of_copy in own_calls_within(copy):
+        lost.remove(next(x for x in lost if type(x) is type(of_copy)))
+    problems += [f"{x.name} ({type(x).__name__}) {OWN_CALL}" for x in lost]
     if not problems:
         copy.set_weights(model.get_weights())
     return copy, problems

@@ -7,6 +7,7 @@ import keras
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.models.cost_formulas import Cost
 from continual_transformers_tf.models.cost_layers import Rows, cost_of, largest
+from continual_transformers_tf.models.own_calls import check_streaming_model
 from continual_transformers_tf.models.step_graph import StepGraph
 from continual_transformers_tf.models.streaming_model import StreamingModel
 from continual_transformers_tf.ops.stream_state import check_integer
@@ -71,7 +72,11 @@ _OPS |= {"TrueDivide": (1, 0), "Negative": (0, 0), "Cast": (0, 0), "Reshape": (0
 
 
 def _cost_of_model(model, mode, seq_len):
-    graph = model._graph if isinstance(model, StreamingModel) else StepGraph(model)
+    if isinstance(model, StreamingModel):
+        check_streaming_model(model)
+        graph = model._graph
+    else:
+        graph = StepGraph(model)
     if graph.model is None or (mode == "step" and graph.problems):
         raise ValueError(
             f"{model.name} cannot be run on the steps of a stream:\n"

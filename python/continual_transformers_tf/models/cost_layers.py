@@ -26,6 +26,7 @@ from continual_transformers_tf.models.cost_formulas import (
     single_output_attention_cost,
     softmax_cost,
 )
+from continual_transformers_tf.models.own_calls import computes_as
 
 
 class Rows:
@@ -72,12 +73,25 @@ def largest(shapes):
 
 
 @functools.singledispatch
-def cost_of(layer, rows):
-    """Return the `Cost` of a layer on a `Rows`."""
+def _function_of(layer, rows):
     raise ValueError(
         f"Expected a layer whose cost is known, but got {layer.name} ({type(layer).__name__}): "
         "make it known by ct.cost.register"
     )
+
+
+def cost_of(layer, rows):
+    """Return the `Cost` of a layer on a `Rows`."""
+    known = next(c for c in type(layer).__mro__ if c in _function_of.registry)
+    if known is not object and not computes_as(layer, known):
+        raise ValueError(
+            f"Expected a layer whose cost is known, but {layer.name} ({type(layer).__name__}) does "
+            f"not compute as {known.__name__} does: make its cost known by ct.cost.register"
+        )
+    return _function_of(layer, rows)
+
+
+cost_of.register = _function_of.register
 
 
 # Keras' layers.

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from continual_transformers_tf.layers.continual_layer import ContinualLayer
+from continual_transformers_tf.layers.continual_layer import ContinualLayer, convert_weights
 from continual_transformers_tf.models.lowering import lower
 from continual_transformers_tf.native import backend
 from continual_transformers_tf.ops.library import fused_ops
@@ -236,6 +236,7 @@ def _write_states(model, model_file, path, count):
 def _export_graph(model, path, streams, signature, states):
     if streams is not None:
         model.ensure_streams(streams)
+    convert_weights(model)  # After training, say: the SavedModel keeps the copies.
 
     def step(streams, **steps):
         given = [steps[name] for name in signature]  # tf.function passes them in another order.

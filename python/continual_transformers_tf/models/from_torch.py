@@ -53,12 +53,29 @@ def from_torch(module, seq_len=None, *, num_heads=None, prefix="", **options):
     for cls in type(module).__mro__:
         read = _MODULES.get(f"{cls.__module__}.{cls.__qualname__}")
         if read is not None:
+            _check_computation(module)
             return read(module, seq_len, options)
     raise ValueError(
         "Expected a torch.nn.MultiheadAttention, TransformerEncoderLayer or TransformerEncoder, an "
         "attention module or encoder layer of continual-inference, or the weights of an attention "
         f"module, but got {name_of(module)}"
     )
+
+
+def _check_computation(module):
+    """Raise ValueError if the module, or a part of it, has a `forward` of its own.
+
+    Only the weights are read, so the layer would leave out what that computes.
+    """
+    for path, part in [("", module), *module.named_modules()]:
+        cls = next(c for c in type(part).__mro__ if "forward" in vars(c))
+        if cls.__module__.split(".")[0] not in ("torch", "continual"):
+            where = f" at {path}" if path else ""
+            raise ValueError(
+                "Expected a module that computes as those of torch or of continual-inference, but "
+                f"{name_of(part)}{where} has a forward of its own: give ct.from_torch the "
+                "attention inside, and write the rest in Keras"
+            )
 
 
 # Functions of (module, seq_len, options), by the names of the modules' classes: so torch need not

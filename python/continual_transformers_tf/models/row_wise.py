@@ -6,6 +6,8 @@ import re
 import keras
 import numpy as np
 
+from continual_transformers_tf.models.own_calls import computes_as
+
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
@@ -112,13 +114,13 @@ def is_row_wise(node, args, kwargs):
     if name == "Any":  # Over the features, this computes a mask.
         axes = [] if op.axis is None else list(np.atleast_1d(op.axis) % rank)
         return axes == [rank - 1] and not op.keepdims
-    if isinstance(op, keras.layers.EinsumDense):
+    if isinstance(op, keras.layers.EinsumDense) and computes_as(op, keras.layers.EinsumDense):
         return _einsum_is_row_wise(op, rank)
     if type(op) is keras.layers.PReLU:  # It may have separate weights for each step.
         return op.alpha.shape[0] == 1
     if type(op) is keras.layers.Permute:
         return op.dims[0] == 1
-    if isinstance(op, keras.layers.Concatenate) or type(op) in ROW_WISE:
+    if type(op) in ROW_WISE or type(op) is keras.layers.Concatenate:
         return _along_features(getattr(op, "axis", ()), rank)
     if name in OPS_ALONG_AN_AXIS:
         return _along_features(op.axis, rank)

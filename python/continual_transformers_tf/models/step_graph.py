@@ -28,6 +28,7 @@ from continual_transformers_tf.layers.co_delay import CoDelay
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.continual_layer import ContinualLayer, call_mode
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
+from continual_transformers_tf.models.own_calls import OWN_CALL, computes_as_ours, has_own_call
 from continual_transformers_tf.models.row_wise import (
     Tensor,
     is_row_wise,
@@ -61,6 +62,9 @@ class StepGraph:
         self._refused = set()  # Ids of nodes with problems.
         self.problems = []
         self.layers = []
+        if self.model is None and _graph_of(model) is not None:
+            self.problems.append(f"{model.name} ({type(model).__name__}) {OWN_CALL}")
+            return
         if self.model is None:
             self.problems.append(
                 f"{model.name} is neither a functional nor a built sequential model, and so has no "
@@ -162,8 +166,12 @@ class StepGraph:
         if unequal:
             self._refuse(node, f"is given {unequal}")
         if isinstance(op, keras.Model):
-            # A StreamingModel within another model is treated as the model that it contains.
-            inner = op.model if isinstance(op, ContinualLayer) else op
+            inner = op
+            if isinstance(op, ContinualLayer):
+                # A StreamingModel within another model is treated as the model that it contains.
+                inner = op.model
+                if not computes_as_ours(op):
+                    self._refuse(node, OWN_CALL)
             if _functional(inner) is not None:
                 graph = self._inner[id(node)] = StepGraph(inner, inputs)
                 self._plan[id(node)] = "model"
@@ -188,6 +196,7 @@ class StepGraph:
             ]
         if "window" not in kinds:
             self._plan[id(node)] = "on samples"
+            self._check_nothing_streams_within(node)
             whole = {x.shape[1] for x in inputs if x.kind == "whole"}
             if whole and isinstance(op, (ContinualLayer, keras.layers.MultiHeadAttention)):
                 self._plan_attention_to_whole(node)
@@ -227,6 +236,7 @@ class StepGraph:
                 Tensor(kind, causal, field, tuple(x.shape), **late)
                 for kind, x in zip(kinds, node.outputs, strict=True)
             ]
+        self._check_nothing_streams_within(node)
         self._plan[id(node)] = "row by row"
         return [Tensor("window", causal, field, tuple(x.shape), **late) for x in node.outputs]
 
@@ -306,13 +316,39 @@ class StepGraph:
         """Plan a regular call on the whole window of every step, which uses no stream's state."""
         op = node.operation
         self._plan[id(node)] = "attention to whole"
-        if isinstance(op, (keras.layers.MultiHeadAttention, TransformerEncoderBlock)):
+        if isinstance(op, keras.layers.MultiHeadAttention):
+            return
+        if isinstance(op, TransformerEncoderBlock):
+            # Its call_regular is called, not its call, because that takes no mask.
+            if type(op).call is not TransformerEncoderBlock.call:
+                self._refuse(
+                    node,
+                    "has a call of its own, which steps on whole windows would leave out: give it "
+                    "a call_regular of its own instead",
+                )
             return
         self._refuse(
             node,
             "is given whole windows at every step, of which each step changes all rows: a layer "
             "that takes steps comes before retroactive attention",
         )
+
+    def _check_nothing_streams_within(self, node):
+        """Refuse a layer with continual layers inside: it would move their streams in its own way.
+
+        The graph reaches only continual layers that are its own, or those of models within it.
+        """
+        op = node.operation
+        if isinstance(op, ContinualLayer) or not isinstance(op, keras.layers.Layer):
+            return
+        for layer in op._flatten_layers():
+            if isinstance(layer, ContinualLayer):
+                self._refuse(
+                    node,
+                    f"calls {layer.name} ({type(layer).__name__}) by itself, which takes steps: "
+                    "put that layer into the graph of the model",
+                )
+                return
 
     def _add_layer(self, layer):
         if any(layer is other for other in self.layers):
@@ -382,6 +418,8 @@ STEP_ARGUMENTS = ("x", "query", "value", "key", "use_causal_mask", "training")
 
 
 def _looks_at_more(operation):
+    if isinstance(operation, keras.Model) and _graph_of(operation) is not None:
+        return OWN_CALL
     why = "may look at several steps of the window, but a step has only the newest one"
     if not type(operation).__module__.startswith("keras."):
         why += ". A layer of your own can be read as a keras.layers.Lambda of keras.ops"
@@ -402,6 +440,12 @@ def names_of_inputs(model):
 
 
 def _functional(model):
+    """Return the functional model that a model computes; None if there is none."""
+    graph = _graph_of(model)
+    return None if graph is None or has_own_call(model) else graph
+
+
+def _graph_of(model):
     """Return the functional model that a model is, or contains; None if there is none."""
     if isinstance(model, keras.Sequential):
         return model._functional

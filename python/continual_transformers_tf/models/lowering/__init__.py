@@ -11,6 +11,7 @@ from continual_transformers_tf.models.lowering.continual_layers import StateOf, 
 from continual_transformers_tf.models.lowering.graph_lowering import GraphLowering
 from continual_transformers_tf.models.lowering.lowered import Lowered
 from continual_transformers_tf.models.lowering.plan_builder import CannotLower, PlanBuilder
+from continual_transformers_tf.models.own_calls import check_streaming_model
 from continual_transformers_tf.models.step_graph import StepGraph, names_of_inputs
 from continual_transformers_tf.models.streaming_model import StreamingModel
 
@@ -70,6 +71,7 @@ def lower(model, seq_len=None, cache_dtype=None, weights_dtype=None, inputs=None
 def _lower_model(model, seq_len, cache_dtype, weights_dtype):
     whole = model
     if isinstance(model, StreamingModel):
+        check_streaming_model(model)
         model = model.model
     if not hasattr(model, "_nodes_by_depth") and not isinstance(model, keras.Sequential):
         raise ValueError(

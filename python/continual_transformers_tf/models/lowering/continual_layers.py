@@ -23,6 +23,7 @@ from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTrans
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
 from continual_transformers_tf.models.lowering.activations import activate
 from continual_transformers_tf.models.lowering.plan_builder import CannotLower
+from continual_transformers_tf.models.own_calls import computes_as
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +236,7 @@ def attend_whole(b, layer, query, value=None, key=None, use_causal_mask=False, *
 
     It returns only the output's Symbol: there is no state.
     """
+    check_computation(layer)
     if tuple(layer._attention_axes) != (1,):
         raise CannotLower(f"has attention_axes={layer._attention_axes}: expected time, axis 1")
     value = query if value is None else value
@@ -286,6 +288,7 @@ def attend_whole(b, layer, query, value=None, key=None, use_causal_mask=False, *
 
 def encoder_on_whole(b, block, x):
     """Lower a regular call of an encoder block on whole windows [N, E]."""
+    check_computation(block)
     normal = layer_norm(b, x, block.attention_norm, "attention_norm") if block.norm_first else x
     with b.within("attention"):
         attended = attend_whole(b, block.attention, normal)
@@ -404,13 +407,24 @@ def lower_continual(b, layer, *inputs, **arguments):
         (the Symbol of its output, its entry of keras_state).
     """
     for kind, lower in CONTINUAL.items():
-        if type(layer) is kind or (isinstance(layer, kind) and _steps_as(layer, kind)):
+        if isinstance(layer, kind) and computes_as(layer, kind):
             return lower(b, layer, *inputs, **arguments)
+    check_computation(layer)
     raise CannotLower(
         "is a continual layer of another package: a plan has nodes for those of this one"
     )
 
 
-def _steps_as(layer, kind):
-    """Return whether a layer of a subclass takes steps exactly as the class does."""
-    return type(layer).call is kind.call and type(layer).call_steps is kind.call_steps
+def check_computation(layer):
+    """Raise CannotLower if a layer is of a subclass with calls of its own.
+
+    A plan has nodes for what the parent computes.
+    """
+    for kind in (*CONTINUAL, keras.layers.MultiHeadAttention):
+        if isinstance(layer, kind):
+            if not computes_as(layer, kind):
+                raise CannotLower(
+                    f"computes in its own way, which a plan has no node for: expected the calls of "
+                    f"{kind.__name__}"
+                )
+            return

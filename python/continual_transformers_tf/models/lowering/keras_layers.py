@@ -29,6 +29,7 @@ from continual_transformers_tf.models.lowering.plan_builder import (
     Symbol,
     broadcast_shapes,
 )
+from continual_transformers_tf.models.own_calls import computes_as
 
 LAYERS = {}
 
@@ -54,7 +55,7 @@ def lower_layer(b, layer, *args, lead=1, call=None):
     if call is None:
         call = Call(args, {}, lead, layer.compute_dtype, [None])
     for kind in type(layer).__mro__:
-        if kind in LAYERS and type(layer).call is kind.call:
+        if kind in LAYERS and computes_as(layer, kind):
             if not layer.built:
                 raise CannotLower("was never called, and has no weights")
             return LAYERS[kind](b, layer, call.args[0] if call.args else call.symbols[0], call)
