@@ -13,7 +13,7 @@ BENCH := build/bench/venv/bin/python -m continual_transformers_tf.cli bench --pr
 RUN_BAZEL := bazel/offline/configure.sh && PATH="$(CURDIR)/$(BIN):$$PATH" $(BAZEL)
 TENSORFLOW = $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('cc/library.bzl')['TENSORFLOW_DEFAULT'])")
 FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc cc/*/*/*.h cc/*/*/*.cc cuda/*.cu cuda/*.cuh cuda/*.h \
-  tests/cc/*.h tests/cc/*.cc tests/gpu/emulator/*.h benchmarks/cc/*.cc examples/*/*.cc \
+  tests/cc/*.h tests/cc/*.cc tools/gpu/emulator/*.h benchmarks/cc/*.cc examples/*/*.cc \
   python/continual_transformers_tf/include/*.h python/continual_transformers_tf/include/*.hpp)
 
 .PHONY: demo test test-torch test-slow lint format bazel-build bazel-cuda bazel-test sanitize bench \
@@ -30,7 +30,7 @@ test: .venv/installed
 test-torch: .venv/installed
 	$(BIN)/python -m pip install --quiet "continual-transformers-tf[torch]"
 	$(BIN)/python -m pytest tests/test_from_torch.py tests/test_docs.py \
-	  tests/gpu/test_gpu_benchmark.py $(PYTEST_FLAGS)
+	  benchmarks/gpu/test_gpu_benchmark.py $(PYTEST_FLAGS)
 
 # The tests that take long: wheels in clean environments, every target of the kernels, deep stacks.
 test-slow: .venv/installed
@@ -81,7 +81,7 @@ bench-cc: .venv/installed
 # On a machine with a GPU, nvcc and PyTorch: builds, checks and times the CUDA kernels, into build/gpu
 # or $OUT, in at most eight minutes. Without .venv, TensorFlow or a network.
 gpu:
-	$(PYTHON) tests/gpu/gpu_run.py
+	$(PYTHON) tools/gpu/gpu_run.py
 
 # Into dist/.
 wheel: .venv/installed
@@ -100,8 +100,9 @@ build/bench/installed: .venv/installed
 	build/bench/venv/bin/python -m pip install --quiet "continual-transformers-tf[bench]"
 	touch $@
 
-build/bench/programs: build/bench/installed $(wildcard benchmarks/cc/*)
-	build/bench/venv/bin/python benchmarks/build_cc.py build/bench
+build/bench/programs: build/bench/installed tools/build_benchmarks.py \
+  $(wildcard benchmarks/cc/*)
+	build/bench/venv/bin/python tools/build_benchmarks.py build/bench
 	touch $@
 
 .venv/bin/python:
@@ -111,8 +112,8 @@ build/bench/programs: build/bench/installed $(wildcard benchmarks/cc/*)
 # TensorFlow first: the op library is then built for it, and not for one that pip would fetch for the
 # build alone. With kernels for GPUs where there is an nvcc; CONTINUAL_TRANSFORMERS_CUDA=0 leaves them
 # out. What has not changed since the last build is not compiled again.
-.venv/installed: .venv/bin/python setup.py pyproject.toml \
-  $(wildcard cc/*.bzl cc/*.lds cc/*/* cc/*/*/* cuda/*.* tools/*.py)
+.venv/installed: .venv/bin/python setup.py pyproject.toml tools/object_files.py \
+  $(wildcard cc/*.bzl cc/*.lds cc/*/* cc/*/*/* cuda/*.*)
 	$(BIN)/python -m pip install --quiet "tensorflow-cpu==$(TENSORFLOW).*"
 	$(BIN)/python -m pip install --quiet --editable ".[cpu,demo,test]"
 	touch $@

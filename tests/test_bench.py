@@ -31,7 +31,7 @@ from continual_transformers_tf.cli import main
 
 NEEDS = {"torch": "continual", "onnx": "onnxruntime", "sequence_layers": "sequence_layers"}
 MODEL_NEEDS = {**NEEDS, "torch": "torch"}
-BUILD_PROGRAMS = Path(__file__).parent.parent / "benchmarks" / "build_cc.py"
+BUILD_PROGRAMS = Path(__file__).parent.parent / "tools" / "build_benchmarks.py"
 
 
 def installed(name):
@@ -187,8 +187,8 @@ def test_the_reference_of_a_model_is_the_streaming_model():
 
 def test_models_without_programs_say_how_to_build_them(tmp_path):
     found = model_race.run((1,), 1, True, ("bound",), tmp_path, lambda *_: None)
-    assert "benchmarks/build_cc.py" in found["missing"]["bound"]["missing"]
-    assert "benchmarks/build_cc.py" in str(session_goals.run(True, tmp_path)["missing"])
+    assert "tools/build_benchmarks.py" in found["missing"]["bound"]["missing"]
+    assert "tools/build_benchmarks.py" in str(session_goals.run(True, tmp_path)["missing"])
     # A report without results is not an error.
     page = report.markdown({"models": found})
     assert "Did not take part: bound: there is no " in page

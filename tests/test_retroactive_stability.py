@@ -6,7 +6,8 @@ import tensorflow as tf
 
 import reference
 from continual_transformers_tf.ops import RetroactiveCache, retroactive_attention
-from retroactive_cases import PublishedUpdate, expected_of, naive_attention, steps_of
+from published_retroactive import PublishedUpdate, naive_attention
+from retroactive_cases import expected_of, steps_of
 
 pytestmark = pytest.mark.cpu_only("RetroactiveAttention has no fused kernel there")
 

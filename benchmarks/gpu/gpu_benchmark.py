@@ -23,7 +23,7 @@ import gpu_report
 import gpu_sizes
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "gpu"))
+sys.path.insert(0, str(ROOT / "tools" / "gpu"))
 
 import cuda_build  # noqa: E402
 import cuda_calls  # noqa: E402

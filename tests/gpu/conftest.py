@@ -1,6 +1,6 @@
 """The fixture `machine`, which runs the kernels: "gpu" on a GPU, "emulated" on the CPU.
 
-The GPU is used through CuPy or PyTorch, the CPU through tests/gpu/emulator. It needs NumPy and
+The GPU is used through CuPy or PyTorch, the CPU through tools/gpu/emulator. It needs NumPy and
 pytest, and for "gpu" CUDA and CuPy or PyTorch; neither TensorFlow nor this package:
 
     python -m pytest --confcutdir=tests/gpu tests/gpu

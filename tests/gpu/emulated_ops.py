@@ -57,7 +57,7 @@ def compile_one(source):
     ]  # fmt: skip
     if "gpu" in source.parts or source.suffix == ".cu":
         # _FORTIFY_SOURCE takes the emulator's jumps out of fibers for errors.
-        command += [f"-I{ROOT}/tests/gpu/emulator", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
+        command += [f"-I{ROOT}/tools/gpu/emulator", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
         command += ['-DCONTINUAL_TRANSFORMERS_CUDA_BUILD="emulated"', "-DDEVICE_GPU=DEVICE_CPU"]
         command += ["-O1"]
     compile_object([*command, "-x", "c++", "-c", str(source)], made)

@@ -75,7 +75,7 @@ def test_built_once_for_the_same_sources(monkeypatch, tmp_path):
     assert first.exists()
     asked = len(calls.read_text().splitlines())
     assert asked > 2
-    assert "tests/gpu/emulator" in calls.read_text()
+    assert "tools/gpu/emulator" in calls.read_text()
     cuda_build.build(tmp_path / "out", emulated=True)
     assert len(calls.read_text().splitlines()) == asked
     read = cuda_build.what_is_read()

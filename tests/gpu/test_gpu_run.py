@@ -105,7 +105,7 @@ def test_the_steps_and_their_limits(tmp_path, monkeypatch):
     assert gpu_run.ALL_SECONDS < 8 * 60
     for step in steps.values():
         for word in step.command:
-            if str(word).startswith(("tests/", "benchmarks/")):
+            if str(word).startswith(("tests/", "tools/", "benchmarks/")):
                 assert (cuda_build.ROOT / word).exists()
 
 

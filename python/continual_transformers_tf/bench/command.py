@@ -33,7 +33,7 @@ PATH = click.Path(dir_okay=False, path_type=Path)
     type=click.Path(file_okay=False, path_type=Path),
     default="build/bench",
     show_default=True,
-    help="Where benchmarks/build_cc.py has built the C++ programs.",
+    help="Where tools/build_benchmarks.py has built the C++ programs.",
 )
 @click.option("--json", "json_path", type=PATH, help="Where to write everything.")
 @click.option(

@@ -15,7 +15,7 @@ from continual_transformers_tf.bench.race import Rival, machine
 from continual_transformers_tf.bench.sizes import MODEL_QUICK, MODEL_TABLE
 
 PROGRAM = "model_benchmark"
-BUILD = "python benchmarks/build_cc.py"
+BUILD = "python tools/build_benchmarks.py"
 WORKER = [sys.executable, "-m", "continual_transformers_tf.bench.model_worker"]
 
 
@@ -36,7 +36,7 @@ def run(threads, rounds, quick, only, programs, progress):
         rounds: How many rounds.
         quick: Whether to run tiny sizes for a moment, to see that it works.
         only: The names of contestants that take part; empty: all.
-        programs: The folder of the C++ programs, which `benchmarks/build_cc.py` builds.
+        programs: The folder of the C++ programs, which `tools/build_benchmarks.py` builds.
         progress: A function that is called with (done, of how many, what comes now).
 
     Returns:

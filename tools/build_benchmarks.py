@@ -1,6 +1,6 @@
 """The build of the C++ programs that measure sessions, against the installed package's library.
 
-    python benchmarks/build_cc.py build/bench
+    python tools/build_benchmarks.py build/bench
 
 Bazel builds the same programs, as //benchmarks:model_benchmark and //benchmarks:session_benchmark.
 This is for `make bench`, which needs no more than pip does.

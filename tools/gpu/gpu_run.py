@@ -1,6 +1,6 @@
 """`make gpu`: build the kernels for this machine's GPU, check them and time them.
 
-    python tests/gpu/gpu_run.py [--out DIRECTORY] [--only STEP ...]
+    python tools/gpu/gpu_run.py [--out DIRECTORY] [--only STEP ...]
 
 It needs nvcc, a C++ compiler, Python, NumPy, PyTorch and pytest; neither TensorFlow, nor a network,
 nor this package. Each step is a process with its own time limit, and all of them together have one.
@@ -27,8 +27,8 @@ ROOT = cuda_build.ROOT
 ALL_SECONDS = 475
 NOT_RUN = "not run"
 SUITE = [
-    sys.executable, "-m", "pytest", "--confcutdir=tests/gpu", "tests/gpu", "-q", "-rfE",
-    "-p", "no:cacheprovider", "-k", "not emulated",
+    sys.executable, "-m", "pytest", "--confcutdir=tests/gpu", "tests/gpu", "benchmarks/gpu",
+    "-q", "-rfE", "-p", "no:cacheprovider", "-k", "not emulated",
 ]  # fmt: skip
 # The tests of the op, the layer and the encoder, which run on TensorFlow's GPU.
 TENSORFLOW_TESTS = ("test_single_output*.py", "test_co_si_*.py")
@@ -60,7 +60,7 @@ def steps(out):
     expected = {"CONTINUAL_TRANSFORMERS_EXPECT_GPU": "1"}  # Without a GPU, a test fails.
     apart = {**expected, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     made = [
-        Step("build", [sys.executable, "tests/gpu/cuda_build.py"], 100),
+        Step("build", [sys.executable, "tools/gpu/cuda_build.py"], 100),
         Step("suite", [*SUITE, *many], 110, ("build",), None, expected),
     ]
     for tool in ("memcheck", "racecheck"):

@@ -3,7 +3,7 @@
 nvcc builds it for the GPU of this machine, or a C++ compiler for the emulator, which runs the
 kernels on the CPU.
 
-    python tests/gpu/cuda_build.py [--emulated] [--capability 90] [--output DIRECTORY]
+    python tools/gpu/cuda_build.py [--emulated] [--capability 90] [--output DIRECTORY]
 
 prints the library's path. A library from the same sources and commands is not built again.
 """
@@ -30,8 +30,8 @@ def what_is_read():
         "cuda/*",
         "cc/library.bzl",
         "cc/attention/*.h",
-        "tests/gpu/emulator/*",
-        "tools/*.py",
+        "tools/gpu/emulator/*",
+        "tools/object_files.py",
     )
     return sorted(path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file())
 
@@ -109,7 +109,7 @@ def _build_emulated(compiler, directory, target):
     # A GPU fails on an unaligned vector; here UBSan does.
     checks = ["-fsanitize=alignment,bounds,shift,signed-integer-overflow"]
     options = ["-std=c++17", "-O1", "-fPIC", *checks, "-fno-sanitize-recover=all"]
-    options += [f"-I{ROOT / 'tests/gpu/emulator'}", f"-I{ROOT}", "-x", "c++"]
+    options += [f"-I{ROOT / 'tools/gpu/emulator'}", f"-I{ROOT}", "-x", "c++"]
     lists = runpy.run_path(str(ROOT / "cc" / "library.bzl"))
     names = lists["CUDA_SOURCES"] + lists["CUDA_C_API_SOURCES"]
     objects = [str((directory / name).with_suffix(".o")) for name in names]

@@ -1,5 +1,5 @@
 // An emulator of as much of CUDA as the kernels in cuda/ use, so that their logic is tested where
-// there is no GPU: `g++ -x c++ -Itests/gpu/emulator` finds this in place of CUDA's own header.
+// there is no GPU: `g++ -x c++ -Itools/gpu/emulator` finds this in place of CUDA's own header.
 //
 // The blocks of a launch run one after another, and the threads of a block as fibers, which are
 // switched where they wait for each other: at __syncthreads and at shuffles. In what order blocks
