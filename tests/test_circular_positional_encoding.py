@@ -151,6 +151,81 @@ def test_the_index_is_not_a_weight_and_the_layer_comes_back_from_a_file(tmp_path
     assert loaded.layers[0].get_config() == model.layers[0].get_config()
 
 
+def functional():
+    inputs = keras.Input((4, E))
+    return keras.Model(inputs, encoding()(inputs))
+
+
+def sequential():
+    return keras.Sequential([keras.Input((4, E)), encoding()])
+
+
+def within_another():
+    inputs = keras.Input((4, E))
+    return keras.Model(inputs, functional()(inputs))
+
+
+def streaming():
+    return ct.StreamingModel(functional(), warm_up="partial")
+
+
+class Subclassed(keras.Model):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def call(self, x, training=None):
+        return self.model(x, training=training)
+
+
+MODELS = [functional, sequential, within_another, streaming, lambda: Subclassed(functional())]
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_outside_training_a_model_is_a_function_of_its_input(make):
+    model = make()
+    for _ in range(2):
+        assert rows_of(model(zeros(2, 4))) == [[0, 1, 2, 3]] * 2
+        assert rows_of(model.predict(zeros(2, 4), verbose=0)) == [[0, 1, 2, 3]] * 2
+    assert rows_of(model(zeros(2, 4), training=True)) == [[0, 1, 2, 3]] * 2
+    assert rows_of(model(zeros(2, 4), training=True)) == [[1, 2, 3, 4]] * 2
+    assert rows_of(model(zeros(2, 4))) == [[0, 1, 2, 3]] * 2
+
+
+def test_streams_of_a_model_keep_their_own_rows():
+    model = streaming()
+    assert rows_of(model.call_steps(zeros(2, 3))) == [[0, 1, 2]] * 2
+    assert rows_of(model(zeros(3, 4))) == [[0, 1, 2, 3]] * 3
+    assert rows_of(model(zeros(3, 4), training=True)) == [[0, 1, 2, 3]] * 3
+    assert rows_of(model.call_step(zeros(3))) == [3, 3, 0]
+    session = ct.Session(model)
+    assert rows_of(session.step(zeros(1))) == [0]
+    ids = session.open(2)
+    session.set_state(model.get_state(streams=[1, 2]), ids)
+    assert rows_of(session.step(zeros(2), streams=ids)) == [4, 1]
+
+
+def test_a_model_whose_encoding_is_told_to_move_moves():
+    inputs = keras.Input((4, E))
+    model = keras.Model(inputs, encoding(call_update_index_steps=2)(inputs))
+    assert rows_of(model(zeros(1, 4))) == [[0, 1, 2, 3]]
+    assert rows_of(model(zeros(1, 4))) == [[2, 3, 4, 0]]
+
+
+def test_a_layer_by_itself_and_in_a_subclassed_model_moves():
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.position = encoding()
+
+        def call(self, x):
+            return self.position(x)
+
+    for model in (Model(), encoding(), functional().layers[1]):
+        assert rows_of(model(zeros(1, 2))) == [[0, 1]]
+        assert rows_of(model(zeros(1, 2))) == [[1, 2]]
+
+
 @pytest.mark.parametrize("sizes", [(0, 3), (3, 0), (2.5, 3), (3, 3, -1), (3, 3, 1, 0)])
 def test_bad_construction(sizes):
     with pytest.raises(ValueError, match="Expected"):

@@ -79,15 +79,13 @@ def test_a_state_that_does_not_fit_leaves_every_layer_as_it_was(random, monkeypa
     for bad in (others, behind, {**others, "position": [[]]}, None, {**before["1"], "key": "k"}):
         with pytest.raises(ValueError, match="Expected"):
             streaming.set_state({**before, "1": bad})
-    second = streaming._graph.layers[1]._stream_state
-    set_state = second.set_state
+    second = streaming.parts[1]._stream_state
 
     def no_memory(*args):
-        monkeypatch.setattr(second, "set_state", set_state)
         raise tf.errors.ResourceExhaustedError(None, None, "out of memory")
 
-    monkeypatch.setattr(second, "set_state", no_memory)
-    zeros = {i: {part: 0 * x for part, x in layer.items()} for i, layer in before.items()}
+    monkeypatch.setattr(second, "arrays_of", no_memory)
+    zeros = keras.tree.map_structure(np.zeros_like, before)
     with pytest.raises(tf.errors.ResourceExhaustedError):
         streaming.set_state(zeros)
     for name, layer in streaming.get_state().items():

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         clean_state,
         convert_weights,
         ensure_streams,
+        hold_streams,
     )
     from continual_transformers_tf.models import (
         StreamingModel,
@@ -61,6 +62,7 @@ __all__ = [
     "ensure_streams",
     "export",
     "from_torch",
+    "hold_streams",
     "ops",
 ]
 

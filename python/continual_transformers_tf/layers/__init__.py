@@ -14,6 +14,7 @@ from continual_transformers_tf.layers.continual_layer import (
     clean_state,
     convert_weights,
     ensure_streams,
+    hold_streams,
 )
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
 
@@ -31,4 +32,5 @@ __all__ = [
     "clean_state",
     "convert_weights",
     "ensure_streams",
+    "hold_streams",
 ]

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import tensorflow as tf
+from keras.src.backend.common import global_state
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.inputs import expect_given, rows_and_steps, step_input
@@ -19,16 +20,25 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
     differ. (Recycling positional encoding; Hedegaard & Iosifidis, "Continual Transformers", ICLR
     2023, arXiv 2201.06268, which takes 2N - 1 rows for windows of N steps.)
 
-    The index, the row that is next, is the streams' state and not among the weights: that of a
-    stream moves with its steps, that of all with regular calls.
+    The index, the row that is next, is the streams' state and not among the weights. That of a
+    stream moves with its steps. Regular calls have an index of their own, the start row:
+
+    - In training it moves from call to call, so that the model meets every row at every place of a
+      window. A stream will do that too: it has no first row.
+    - Outside training a regular call of a functional, sequential or streaming model begins at row
+      0, as a new stream does. So the model is a function of its input, and its steps equal it on
+      windows.
+    - If `call_update_index_steps` is given, and in a layer that is called by itself or in a
+      subclassed model, every regular call moves the start row. Streams then begin there, and those
+      that are held move with it, as in the original package.
 
     Args:
         max_len: how many rows there are.
         embed_dim: E, the features of a row.
-        call_update_index_steps: how far a regular call moves the index. With 1, windows that slide
-            by a step get the rows that the stream would, and a model in training meets every row
-            at every place; but two calls on the same window then differ. With 0 every window begins
-            at the same row.
+        call_update_index_steps: How far a regular call moves the start row. With 1, windows that
+            slide by a step get the rows that the stream would, but two calls on the same window
+            differ. With 0 every window begins at the same row. None: 1 where regular calls move it,
+            as above.
         temporal_dim: which axis of windows and of several steps is time: 1, `(B, T, E)`, or 2,
             `(B, E, T)`.
         call_mode: what calling the layer does: "regular", "step" or "steps".
@@ -50,7 +60,7 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         self,
         max_len,
         embed_dim,
-        call_update_index_steps=1,
+        call_update_index_steps=None,
         temporal_dim=1,
         call_mode="regular",
         *,
@@ -59,7 +69,9 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
     ):
         check_integer("max_len", max_len, at_least=1)
         check_integer("embed_dim", embed_dim, at_least=1)
-        check_integer("call_update_index_steps", call_update_index_steps, at_least=0)
+        if call_update_index_steps is not None:
+            check_integer("call_update_index_steps", call_update_index_steps, at_least=0)
+            call_update_index_steps = int(call_update_index_steps)
         if temporal_dim not in (1, 2, -1, -2):
             raise ValueError(f"Expected temporal_dim to be 1 or 2, but got {temporal_dim!r}")
         if encoding not in ENCODINGS:
@@ -68,11 +80,11 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         self._temporal_dim = temporal_dim % 3
         self._max_len = int(max_len)
         self._embed_dim = int(embed_dim)
-        self._call_update_index_steps = int(call_update_index_steps)
+        self._call_update_index_steps = call_update_index_steps
         self._encoding = encoding
         self.call_mode = call_mode
-        # The index of stream s is start + offset[s] + position[s]. It has an offset where its state
-        # came from a layer that had another start.
+        # The index of stream s is first_row + offset[s] + position[s]. It has an offset where its
+        # state came from a layer that had another first row.
         with tf.init_scope():
             self._start = tf.Variable(0, trainable=False, name="start", dtype=tf.int64)
         self._stream_state = StreamState(0, {"offset": ([], tf.int64)}, name="state")
@@ -108,27 +120,48 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
             name="embeddings",
         )
 
-    def call(self, x, streams=None, update_state=True):
+    def call(self, x, training=None, streams=None, update_state=True):
         mode = self.active_call_mode
         if mode == "regular":
-            return self.call_regular(x)
+            return self.call_regular(x, training)
         call = self.call_step if mode == "step" else self.call_steps
         return call(x, streams=streams, update_state=update_state)
 
-    def call_regular(self, x):
-        """Adds rows index, index + 1, ... to windows; moves on by `call_update_index_steps`.
+    def call_regular(self, x, training=None):
+        """Add consecutive rows to windows; the class says from which row on.
 
         Args:
-            x: `(B, T, E)`; window i begins at the index of stream i.
+            x: `(B, T, E)`. Where streams move with the start row, window i begins at the index of
+                stream i.
+            training: Whether this is training.
         """
         x = self._steps_input(x, "regular")
-        # Windows beyond the streams that are held begin where a new stream would.
-        state = self._stream_state
-        moved = tf.concat([state.offset + state.position, tf.zeros([1], tf.int64)], 0)
-        window = tf.minimum(tf.range(tf.shape(x)[0]), tf.shape(moved)[0] - 1)
-        output = self._add_rows(x, tf.gather(moved, window))
-        self._start.assign_add(self._call_update_index_steps)
+        first = tf.zeros([1], tf.int64)
+        if self._begins_at_row_0 and _is_called_by_a_model(self):
+            if not training:
+                return self._time_in_place(self._add_rows(x, first))
+            first += self._start
+        else:
+            # Windows beyond the streams that are held begin where a new stream would.
+            state = self._stream_state
+            moved = tf.concat([state.offset + state.position, first], 0)
+            window = tf.minimum(tf.range(tf.shape(x)[0]), tf.shape(moved)[0] - 1)
+            first = self._start + tf.gather(moved, window)
+        output = self._add_rows(x, first)
+        by = self._call_update_index_steps
+        self._start.assign_add(1 if by is None else by)
         return self._time_in_place(output)
+
+    @property
+    def _begins_at_row_0(self):
+        """Whether new streams, and windows outside training, begin at row 0."""
+        # Only a functional or sequential model has nodes of its layers.
+        return bool(self._inbound_nodes) and self._call_update_index_steps is None
+
+    @property
+    def first_row(self):
+        """int64 scalar tensor: the row at which a new stream begins."""
+        return tf.zeros([], tf.int64) if self._begins_at_row_0 else self._start.value()
 
     def call_step(self, x, *, streams=None, update_state=True):
         """Adds to each stream's step the row at its index; moves these streams on by 1.
@@ -176,7 +209,7 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
             ValueError: if a stream is not held, or is named twice.
         """
         state = self._stream_state.get_state(streams)
-        index = (self._start.numpy() + state["offset"] + state["position"]) % self._max_len
+        index = (self.first_row.numpy() + state["offset"] + state["position"]) % self._max_len
         return {"index": index, "position": state["position"]}
 
     def _states(self, state):
@@ -189,7 +222,7 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
                 "Expected the state's index and position to be int64 [M], but got "
                 f"{index.dtype} {list(index.shape)} and {position.dtype} {list(position.shape)}"
             )
-        offset = (index - self._start.numpy() - position) % self._max_len
+        offset = (index - self.first_row.numpy() - position) % self._max_len
         return super()._states({"offset": offset, "position": position})
 
     def _steps_input(self, x, mode):
@@ -216,20 +249,25 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
 
     def _take_steps(self, x, streams, update_state):
         def compute(step):
-            return self._add_rows(
-                x, tf.gather(self._stream_state.offset, step.numbers) + step.position
-            )
+            moved = tf.gather(self._stream_state.offset, step.numbers) + step.position
+            return self._add_rows(x, self.first_row + moved)
 
         rows, steps = rows_and_steps(x)
         return self._streams.take_steps(self, compute, streams, rows, steps, update_state)
 
-    def _add_rows(self, x, moved):
-        """x [M, T, E] + the rows from start + moved [M] on."""
+    def _add_rows(self, x, first):
+        """x [M, T, E] + the rows from `first` [M or 1] on."""
         steps = tf.range(tf.shape(x, tf.int64)[1])
-        index = tf.math.floormod(self._start + tf.expand_dims(moved, 1) + steps, self._max_len)
+        index = tf.math.floormod(tf.expand_dims(first, 1) + steps, self._max_len)
         if self._encoding == "sinusoidal":
             return x + tf.gather(self._rows, index)
         return x + tf.cast(tf.gather(self.embeddings.value, index), self.compute_dtype)
+
+
+def _is_called_by_a_model(layer):
+    """Whether another layer's call is in progress, which then called this one."""
+    context = global_state.get_global_attribute("current_call_ctx")
+    return context is not None and context.entry_layer is not layer
 
 
 def sinusoids(rows, features):

@@ -106,6 +106,23 @@ def clean_state(model, streams=None):
             layer._restart()
 
 
+@contextlib.contextmanager
+def hold_streams(model):
+    """Within it, other threads do not step, read or change the streams of a Keras model or layer.
+
+    They wait. Use it round several reads that have to fit each other, such as the writing of a
+    `tf.train.Checkpoint`. `get_state` and all other methods do so by themselves. Within it, do not
+    call a `tf.function` that steps the same streams: it would wait for itself.
+
+    Args:
+        model: a `keras.Model` or `keras.layers.Layer`.
+    """
+    with contextlib.ExitStack() as held:
+        for streams in _streams_of(model):
+            held.enter_context(streams.turn())
+        yield
+
+
 def _streams_of(model):
     """All `Streams` of a model's layers, each once."""
     return dict.fromkeys(layer._streams for layer in _continual_layers(model))

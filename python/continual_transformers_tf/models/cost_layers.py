@@ -308,6 +308,6 @@ def bytes_of_state(state, names=None):
     """Return the bytes of one stream in the variables of a `StreamState`."""
     return sum(
         bytes_of(variable.shape[1:], variable.dtype.size)
-        for name, variable in state._variables.items()
+        for name, variable in state.variables_by_name.items()
         if names is None or name in names
     )

@@ -54,11 +54,8 @@ def _(layer: CoReTransformerEncoder, rows):
     total = cost_of(layer.attention, rows) + cost_of(layer.attention_norm, before)
     for part in (layer.feed_forward, layer.feed_forward_output, layer.output_norm):
         total += cost_of(part, whole)
-    total += Cost(additions=2 * count * layer.input_features["x"])
-    if rows.mode == "regular":
-        return total
-    state = bytes_of_state(layer._window, ("window",))
-    return total + Cost(state_bytes=state, read_bytes=state)
+    # The window's inputs are among the attention's state.
+    return total + Cost(additions=2 * count * layer.input_features["x"])
 
 
 @cost_of.register

@@ -436,17 +436,23 @@ class Streams:
                 "Expected a state in which all layers have taken the same steps, but got positions "
                 f"{[x.tolist() for x in taken]}"
             )
+        # All that takes memory comes before the first change.
+        changes = [
+            (variable, tf.constant(arrays[name], variable.dtype))
+            for member, arrays in states
+            for name, variable in member.variables_by_name.items()
+            if name != "position"
+        ] + [(self.position, tf.constant(taken[0]))]
         with self.turn():
             if streams is None:
                 self.ensure(len(taken[0]))
-                self.clean()
                 streams = np.arange(len(taken[0]))
-            indices = self.checked(streams)[:, tf.newaxis]
-            for member, arrays in states:
-                for name, variable in member.variables_by_name.items():
-                    if name != "position":
-                        scatter_nd_update(variable, indices, arrays[name])
-            scatter_nd_update(self.position, indices, taken[0])
+                indices = self.checked(streams)[:, tf.newaxis]
+                self.clean()
+            else:
+                indices = self.checked(streams)[:, tf.newaxis]
+            for variable, rows in changes:
+                scatter_nd_update(variable, indices, rows)
 
     def join(self, others, whole):
         """Make one set of streams of several, which a whole steps from now on.

@@ -351,7 +351,7 @@ def positional_encoding(b, layer, x, **ignored):
         rows = b.derived("rows", sinusoids(layer._max_len, layer._embed_dim))
     else:
         rows = b.variable(layer.embeddings)
-    first = int(layer._start.numpy())
+    first = int(layer.first_row)
     start = b.derived("start", np.int64(first), "int64")
     y = b.node("positional", [x], x.shape, weights={"rows": rows, "start": start})
     index = StateOf(y.index, "offset", ("index", first, layer._max_len))
