@@ -5,7 +5,12 @@ import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
-from continual_transformers_tf.layers.inputs import WARM_UPS, expect_given, rows_and_steps
+from continual_transformers_tf.layers.inputs import (
+    WARM_UPS,
+    expect_given,
+    rows_and_steps,
+    without_keras_mask,
+)
 from continual_transformers_tf.ops.delay import delayed_steps, put_steps
 from continual_transformers_tf.ops.stream_state import StreamState, check_integer
 
@@ -221,7 +226,8 @@ class CoDelay(ContinualLayer, keras.layers.Layer):
         own = tf.as_dtype(self.compute_dtype)
         if x.dtype != own and not (x.dtype.is_floating and own.is_floating):
             raise ValueError(f"Expected x of dtype {own.name}, but got {x.dtype.name}")
-        return x if x.dtype == own else tf.cast(x, own)
+        # No mask of Keras comes out later, so none comes out at once.
+        return without_keras_mask(x if x.dtype == own else tf.cast(x, own))
 
     def _check_features(self, x, features, time):
         """Raises ValueError unless x is of the features that the layer keeps; else builds it."""

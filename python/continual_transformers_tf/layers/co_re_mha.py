@@ -7,7 +7,7 @@ import tensorflow as tf
 from continual_transformers_tf.layers.co_re_steps import take_all_steps
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.from_regular import co_si_from_regular
-from continual_transformers_tf.layers.inputs import WARM_UPS, expect_given
+from continual_transformers_tf.layers.inputs import WARM_UPS, expect_given, without_keras_mask
 from continual_transformers_tf.ops.retroactive import check_algorithm
 from continual_transformers_tf.ops.retroactive_cache import RetroactiveCache
 from continual_transformers_tf.ops.stream_state import check_integer
@@ -220,10 +220,13 @@ class CoReMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         streams=None,
         update_state=True,
     ):
-        own_mask = getattr(query, "_keras_mask", None)
+        mask = getattr(query, "_keras_mask", None)
         if value is None and value_mask is None:
             # Keras fills in the masks that come with its arguments, and value is none of them.
-            value_mask = own_mask
+            value_mask = mask
+        if query_mask is mask:
+            # Keras' mask of a step hides its key. The row of its query is that of the others.
+            query_mask = None
         arguments = dict(
             query_mask=query_mask,
             attention_mask=attention_mask,
@@ -233,15 +236,15 @@ class CoReMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         masks = dict(value_mask=value_mask, key_mask=key_mask, training=training)
         if self.active_call_mode == "regular":
             return self.call_regular(query, value, key, **masks, **arguments)
-        if query_mask is own_mask:
-            del arguments["query_mask"]  # Nobody asked for it.
         call = self.call_step if self.active_call_mode == "step" else self.call_steps
         return call(
             query, value, key, **masks, **arguments, streams=streams, update_state=update_state
         )
 
     def call_regular(self, query, value=None, key=None, **arguments):
-        """Attention on whole windows, exactly Keras'; the streams' state plays no part.
+        """Attention on whole windows, as Keras' layer; the streams' state plays no part.
+
+        A mask that Keras put on the query's tensor is left out: only mask arguments count.
 
         Args:
             query: `(B, T, E)`, windows, oldest step first.
@@ -252,7 +255,8 @@ class CoReMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
             `(B, T, E)`. With return_attention_scores also the scores, `(B, H, T, S)`.
         """
         expect_given("query", query)
-        query = keras.ops.convert_to_tensor(query)
+        # Keras reads the query's mask from the tensor; a step has none.
+        query = without_keras_mask(keras.ops.convert_to_tensor(query))
         value = query if value is None else keras.ops.convert_to_tensor(value)
         self._ensure_built(query, value, key)
         return super().call(query, value, key, **arguments)

@@ -191,8 +191,13 @@ class CoResidual(CompositeLayer, keras.layers.Layer):
             return self.layer.compute_output_shape(tuple(input_shape))
 
     def compute_mask(self, inputs, previous_mask):
-        with call_mode(self.active_call_mode):
-            return self.layer.compute_mask(inputs, previous_mask)
+        layer, mode = self.layer, self.active_call_mode
+        if mode != "regular" and self.delay > 0:
+            return None  # The mask of a delayed row came with an earlier call, and was not kept.
+        if hasattr(layer, "seq_len") and not layer.supports_masking:
+            return None  # An encoder: it may give one row alone, and heeds no mask.
+        with call_mode(mode):
+            return layer.compute_mask(inputs, previous_mask)
 
     # The state of the streams: the layer's, and of what goes past it.
 

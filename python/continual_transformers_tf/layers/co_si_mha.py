@@ -275,9 +275,13 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         streams=None,
         update_state=True,
     ):
+        mask = getattr(query, "_keras_mask", None)
         if value is None and value_mask is None:
             # Keras fills in the masks that come with its arguments, and value is none of them.
-            value_mask = getattr(query, "_keras_mask", None)
+            value_mask = mask
+        if query_mask is mask:
+            # Keras' mask of a step hides its key. The row of its query is that of the others.
+            query_mask = None
         arguments = dict(
             query_mask=query_mask,
             value_mask=value_mask,
@@ -290,7 +294,6 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         if self.active_call_mode == "regular":
             return self.call_regular(query, value, key, **arguments)
         call = self.call_step if self.active_call_mode == "step" else self.call_steps
-        mask = getattr(query, "_keras_mask", None)
         outputs = call(query, value, key, **arguments, streams=streams, update_state=update_state)
         self._put_mask(mask, outputs[0] if return_attention_scores else outputs)
         return outputs

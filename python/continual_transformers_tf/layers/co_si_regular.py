@@ -3,7 +3,7 @@
 import keras
 import tensorflow as tf
 
-from continual_transformers_tf.layers.inputs import expect_given
+from continual_transformers_tf.layers.inputs import expect_given, without_keras_mask
 
 
 def attend_windows(
@@ -20,6 +20,8 @@ def attend_windows(
     """The arguments of `call_regular`; `attend` is the call of Keras' layer."""
     expect_given("query", query)
     query = keras.ops.convert_to_tensor(query)
+    if layer._single_output:  # Keras reads the query's mask from the tensor; a step has none.
+        query = without_keras_mask(query)
     value = query if value is None else keras.ops.convert_to_tensor(value)
     if layer._single_output:
         for name, x in (("query", query), ("value", value)):

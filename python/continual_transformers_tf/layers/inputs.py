@@ -42,6 +42,14 @@ def step_input(name, x, mode, dtype):
     return tf.cast(x, dtype)
 
 
+def without_keras_mask(x):
+    """Return a tensor that carries no mask of Keras, as another tensor if it carries one.
+
+    `keras.layers.MultiHeadAttention.call` reads the mask of its query from the tensor.
+    """
+    return x if getattr(x, "_keras_mask", None) is None else tf.identity(x)
+
+
 def check_same_rows(**inputs):
     """Raises ValueError unless tensors `(M, E)` or `(M, T, E)` agree in M and T, which is not 0."""
     first = next(iter(inputs.values()))

@@ -7,7 +7,12 @@ from continual_transformers_tf.layers.co_re_transformer_encoder import CoReTrans
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
 from continual_transformers_tf.layers.composite_layer import CompositeLayer
 from continual_transformers_tf.layers.continual_layer import always_partial
-from continual_transformers_tf.layers.inputs import WARM_UPS, rows_and_steps, step_input
+from continual_transformers_tf.layers.inputs import (
+    WARM_UPS,
+    rows_and_steps,
+    step_input,
+    without_keras_mask,
+)
 from continual_transformers_tf.layers.step_ops import layer_norm
 from continual_transformers_tf.ops.stream_state import check_integer
 
@@ -285,7 +290,8 @@ class TransformerEncoder(CompositeLayer, keras.layers.Layer):
                 block.convert_weights()
 
     def _input(self, x, mode):
-        x = step_input("x", x, mode, self.compute_dtype)
+        # The layer does not support masking, as Keras warns: no mode may heed a part of a mask.
+        x = without_keras_mask(step_input("x", x, mode, self.compute_dtype))
         if not self.built:
             with tf.init_scope():
                 self.build(x.shape)

@@ -4,7 +4,7 @@ import keras
 import tensorflow as tf
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
-from continual_transformers_tf.layers.inputs import step_input
+from continual_transformers_tf.layers.inputs import step_input, without_keras_mask
 from continual_transformers_tf.layers.step_ops import layer_norm, project
 from continual_transformers_tf.ops.stream_state import check_integer
 
@@ -137,7 +137,8 @@ class TransformerEncoderBlock(ContinualLayer, keras.layers.Layer):
         return self._feed_forward(x, attended, training)
 
     def _input(self, x, mode):
-        x = step_input("x", x, mode, self.compute_dtype)
+        # The layer does not support masking, as Keras warns: no mode may heed a part of a mask.
+        x = without_keras_mask(step_input("x", x, mode, self.compute_dtype))
         if not self.built:
             with tf.init_scope():
                 self.build(x.shape)

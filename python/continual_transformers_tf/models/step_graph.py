@@ -165,6 +165,13 @@ class StepGraph:
         unequal = _unequal_delays(inputs)
         if unequal:
             self._refuse(node, f"is given {unequal}")
+        if "whole" in kinds and _takes_mask_of_whole(node, values):
+            self._refuse(
+                node,
+                "is given the mask of a window, as from keras.layers.Masking, behind retroactive "
+                "attention, whose steps keep no such mask: pass the window through an operation "
+                "that carries no mask, such as keras.ops.multiply(x, 1)",
+            )
         if isinstance(op, keras.Model):
             inner = op
             if isinstance(op, ContinualLayer):
@@ -173,11 +180,18 @@ class StepGraph:
                 if not computes_as_ours(op):
                     self._refuse(node, OWN_CALL)
             if _functional(inner) is not None:
-                graph = self._inner[id(node)] = StepGraph(inner, inputs)
+                given = [values[id(x)] for x in inputs_of_model(node)]
+                graph = self._inner[id(node)] = StepGraph(inner, given)
                 self._plan[id(node)] = "model"
                 self.problems += graph.problems
                 for layer in graph.layers:
                     self._add_layer(layer)
+                if graph.has_whole_windows and any(map(_has_mask, node.input_tensors)):
+                    self._refuse(
+                        node,
+                        "has retroactive attention inside, and is given the mask of a window, as "
+                        "from keras.layers.Masking: put the layers of the model into this graph",
+                    )
                 return graph.outputs
         if isinstance(op, ContinualLayer) and "whole" not in kinds:
             self._plan[id(node)] = "continual"
@@ -367,7 +381,7 @@ class StepGraph:
         return _call(node, values, training, update_state=step.update_state)
 
     def _run_model(self, node, values, step, training):
-        inner = [values[id(x)] for x in node.input_tensors]
+        inner = [values[id(x)] for x in inputs_of_model(node)]
         return self._inner[id(node)].run(inner, step, training)
 
     def _run_identity(self, node, values, step, training):
@@ -415,6 +429,32 @@ _RUNS = {
 # The arguments that attention in a model's graph may be called with. All others are for whole
 # windows.
 STEP_ARGUMENTS = ("x", "query", "value", "key", "use_causal_mask", "training")
+
+
+def inputs_of_model(node):
+    """Return the tensors that a node gives to a model, without Keras' masks of them.
+
+    The tensors carry these masks themselves.
+    """
+    masks = keras.tree.flatten(node.arguments.kwargs.get("mask"))
+    return [x for x in node.input_tensors if not any(x is mask for mask in masks)]
+
+
+def _has_mask(tensor):
+    """Return whether a tensor of the graph carries a mask of Keras."""
+    return getattr(tensor, "_keras_mask", None) is not None
+
+
+def _takes_mask_of_whole(node, values):
+    """Return whether a node uses the mask of a window that retroactive attention gives."""
+    op = node.operation
+    whole = [x for x in node.input_tensors if id(x) in values and values[id(x)].kind == "whole"]
+    if not isinstance(op, keras.layers.Layer) or not any(map(_has_mask, whole)):
+        return False
+    names = inspect.signature(op.call).parameters
+    return isinstance(op, (keras.layers.Maximum, keras.layers.Minimum)) or any(
+        name == "mask" or name.endswith("_mask") for name in names
+    )
 
 
 def _looks_at_more(operation):

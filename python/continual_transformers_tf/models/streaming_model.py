@@ -126,7 +126,7 @@ class StreamingModel(CompositeLayer, keras.Model):
             ValueError, tf.errors.InvalidArgumentError: If shapes, dtypes or streams do not fit. The
                 streams then continue as if the call had not been made.
         """
-        steps = [tf.expand_dims(x, 1) for x in self._inputs(inputs, axes_of_steps=1)]
+        steps = [_with_axis_of_time(x) for x in self._inputs(inputs, axes_of_steps=1)]
         outputs = self._take_steps(steps, training, streams, update_state)
         return keras.tree.map_structure(lambda y: None if y is None else tf.squeeze(y, 1), outputs)
 
@@ -165,7 +165,7 @@ class StreamingModel(CompositeLayer, keras.Model):
                 raise ValueError(f"Expected at least one step, but got {tuple(x.shape)}")
             if x.dtype.is_floating and "int" in symbolic.dtype:
                 raise ValueError(f"Expected {name} of integers, but got {x.dtype.name}")
-            tensors.append(tf.cast(x, symbolic.dtype))
+            tensors.append(_with_mask(tf.cast(x, symbolic.dtype), getattr(x, "_keras_mask", None)))
         return _of_same_steps(tensors, letters)
 
     def _by_name(self, inputs):
@@ -234,6 +234,19 @@ class StreamingModel(CompositeLayer, keras.Model):
         return self.position >= self.receptive_field
 
 
+def _with_mask(x, mask):
+    """Put Keras' mask on a tensor; None: leave it as it is."""
+    if mask is not None:
+        x._keras_mask = mask
+    return x
+
+
+def _with_axis_of_time(x):
+    """Turn one step (M, ...) into (M, 1, ...), with its mask."""
+    mask = getattr(x, "_keras_mask", None)
+    return _with_mask(tf.expand_dims(x, 1), None if mask is None else tf.expand_dims(mask, 1))
+
+
 def _of_same_steps(tensors, letters):
     """Check that the tensors agree in their first axes, before any layer's state changes.
 
@@ -253,4 +266,4 @@ def _of_same_steps(tensors, letters):
     sizes = tf.shape(first)[:axes]
     fits = [tf.debugging.assert_equal(tf.shape(x)[:axes], sizes, expected) for x in tensors[1:]]
     with tf.control_dependencies(fits):
-        return [tf.identity(x) for x in tensors]
+        return [_with_mask(tf.identity(x), getattr(x, "_keras_mask", None)) for x in tensors]

@@ -87,8 +87,8 @@ def gated(b, layer, attended, gate):
 
 
 def co_si_mha(
-    b, layer, query, value=None, key=None, use_causal_mask=False, query_mask=None, value_mask=None,
-    key_mask=None, **ignored,
+    b, layer, query, value=None, key=None, use_causal_mask=False, value_mask=None, key_mask=None,
+    **ignored,
 ):  # fmt: skip
     check_steps(layer)
     value = query if value is None else value
@@ -106,9 +106,6 @@ def co_si_mha(
         if gate is not None:
             gate = delayed(b, gate, late, "gate_delay")
             state["gate"] = StateOf(gate.index, "ring")
-        if query_mask is not None:
-            query_mask = delayed(b, query_mask, late, "query_mask_delay")
-            state["query_mask"] = StateOf(query_mask.index, "ring")
     at, first, end = n - 1 - late, 0, n  # The query's own column; the columns it may attend to.
     if layer._sliding_window is not None:
         first, end = max(0, at - layer._sliding_window + 1), min(n, at + layer._sliding_window)
@@ -119,7 +116,7 @@ def co_si_mha(
         [queries, keys, values],
         (heads * layer._value_dim,),
         name="attention",
-        masks={"key": b.mask_and(value_mask, key_mask), "query": query_mask},
+        masks={"key": b.mask_and(value_mask, key_mask)},
         heads=heads,
         window=n,
         first_column=first,
@@ -401,7 +398,7 @@ def lower_continual(b, layer, *inputs, **arguments):
         b: The `PlanBuilder`.
         layer: A built layer.
         *inputs: Symbols, in the order of `call_step`.
-        **arguments: use_causal_mask, and Symbols query_mask, value_mask and key_mask.
+        **arguments: use_causal_mask, and Symbols value_mask and key_mask.
 
     Returns:
         (the Symbol of its output, its entry of keras_state).

@@ -22,6 +22,7 @@ from continual_transformers_tf.models.lowering.keras_layers import (
 )
 from continual_transformers_tf.models.lowering.keras_ops import Call, lower_op
 from continual_transformers_tf.models.lowering.plan_builder import CannotLower
+from continual_transformers_tf.models.step_graph import inputs_of_model
 
 
 class GraphLowering:
@@ -108,7 +109,7 @@ class GraphLowering:
         inner = GraphLowering(self.b, self.graph.inner(node), self.b.scope)
         # The inner graph's problems are among those of this graph already.
         inner.problems = []
-        outputs = inner.run([values[id(x)] for x in node.input_tensors])
+        outputs = inner.run([values[id(x)] for x in inputs_of_model(node)])
         self.problems += inner.problems
         self.state |= inner.state
         return outputs
@@ -239,7 +240,8 @@ def masks_of_call(layer, given):
         return {}
     if len(given) == 1:
         return {"value_mask": given[0].mask}
-    masks = zip(("query_mask", "value_mask", "key_mask"), given, strict=False)
+    # Keras' mask of a step hides its key. The row of its query is that of the others.
+    masks = zip(("value_mask", "key_mask"), given[1:], strict=False)
     return {name: None if x is None else x.mask for name, x in masks}
 
 
@@ -251,7 +253,8 @@ def continual_mask_after(layer, mask):
         return None
     while isinstance(layer, CoResidual):
         layer = layer.layer
-    return None if isinstance(layer, keras.layers.MultiHeadAttention) else mask
+    # Attention, or an encoder; or the mask of a delayed row, which came with an earlier step.
+    return None if hasattr(layer, "seq_len") or layer.delay > 0 else mask
 
 
 def _bound(layer, args, kwargs):
