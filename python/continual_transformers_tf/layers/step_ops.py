@@ -19,10 +19,22 @@ def project(x, layer, dtype, training=None, axes=1):
     and where its activity is regularized in training.
     """
     if layer.quantization_mode is not None or (training and layer.activity_regularizer):
-        return layer(x)
+        return _called(layer, x)
     y = _product(x, layer, dtype, axes)
     activation = layer.activation
     return y if activation is keras.activations.linear else _PLAIN.get(activation, activation)(y)
+
+
+def _called(layer, x):
+    """Call a Keras layer; leading axes that it was not built for are merged, and split again."""
+    rank = getattr(layer.input_spec, "ndim", None) or x.shape.rank
+    merged = x.shape.rank - rank + 1  # How many axes become the first.
+    if merged == 1:
+        return layer(x)
+    lead = tf.shape(x)[:merged]
+    y = layer(tf.reshape(x, tf.concat([[-1], tf.shape(x)[merged:]], 0)))
+    y = tf.reshape(y, tf.concat([lead, tf.shape(y)[1:]], 0))
+    return y
 
 
 def _gelu(x):
