@@ -2,7 +2,6 @@
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 import continual_transformers_tf as ct
 import reference
@@ -41,7 +40,6 @@ def newest_of_windows(regular, x, seq_len, every=1, **kwargs):
     windows = windows.transpose(2, 0, 1, 3)
     batch, count = windows.shape[:2]
     flat = windows.reshape(batch * count, *windows.shape[2:])
-    regular = tf.function(regular, reduce_retracing=True)
     newest = [
         regular(flat[i : i + 256], flat[i : i + 256], **kwargs)[:, -1]
         for i in range(0, len(flat), 256)
