@@ -4,8 +4,9 @@ PYTHON ?= python3
 BAZEL ?= bazel
 # Debian's Bazel has no network: see .bazelrc.
 BAZEL_FLAGS ?= $(if $(wildcard /usr/share/bazel/rules/java),--config=offline)
-# One worker a core. The tests hold little, but each worker imports TensorFlow.
-PYTEST_FLAGS ?= -n auto
+# One worker a core, because each imports TensorFlow. Each gets a run of neighbouring tests, which share
+# what they have computed.
+PYTEST_FLAGS ?= -n auto --dist worksteal
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 BIN := .venv/bin

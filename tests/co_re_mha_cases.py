@@ -32,4 +32,8 @@ def all_of_windows(regular, x, seq_len):
     The result is [B, T - N + 1, N, ...].
     """
     windows = reference.sliding_windows(x.swapaxes(0, 1), seq_len)  # [T', N, B, E]
-    return np.stack([regular(w, w) for w in windows.swapaxes(1, 2)], 1)
+    count, _, batch, features = windows.shape
+    # One call for all windows: each op in eager mode costs more than its work.
+    flat = windows.transpose(2, 0, 1, 3).reshape(batch * count, seq_len, features)
+    rows = regular(flat, flat).numpy()
+    return rows.reshape(batch, count, *rows.shape[1:])

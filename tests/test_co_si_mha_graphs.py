@@ -106,8 +106,13 @@ def test_symbolic_shapes(mode):
     assert layer.compute_output_shape(x.shape) == output.shape
 
 
-@pytest.mark.parametrize("options", [{}, dict(use_gate=True, query_index=1)], ids=str)
-@pytest.mark.parametrize("t", [1, 5])
+# XLA compiles for seconds: `make test` takes one case of each option and each length.
+@pytest.mark.parametrize(("t", "options"), [
+    (1, dict(use_gate=True, query_index=1)),
+    (5, {}),
+    pytest.param(1, {}, marks=pytest.mark.slow),
+    pytest.param(5, dict(use_gate=True, query_index=1), marks=pytest.mark.slow),
+], ids=str)  # fmt: skip
 def test_under_xla_the_plain_twin_gives_equal_results(random, t, options):
     """Room for the streams is made before, because variables cannot grow under XLA."""
     layer_options = dict(warm_up="partial", query_index=options.get("query_index", -1))
@@ -128,6 +133,7 @@ def test_under_xla_the_plain_twin_gives_equal_results(random, t, options):
         np.testing.assert_allclose(array, other.get_state()[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_model_compiled_for_xla_trains_in_steps(random):
     layer = ct.CoSiMultiHeadAttention(N, H, D, warm_up="partial", call_mode="steps")
     layer.ensure_streams(8)

@@ -59,8 +59,9 @@ def test_what_a_block_may_be(backend, random, executed_ops, options):
         if t >= N - 1:
             window = x[:, t - N + 1 : t + 1]
             assert output.dtype == dtype
-            assert reference.relative_error(output, regular.newest(window)) < bound
-            assert reference.relative_error(layer(window)[:, 0], regular.newest(window)) < bound
+            expected = regular.newest(window)
+            assert reference.relative_error(output, expected) < bound
+            assert reference.relative_error(layer(window)[:, 0], expected) < bound
     fused = backend == "fused" and options.get("activation") != "silu"
     assert ("ContinualTransformers>CoSiTransformerEncoderStep" in executed_ops) == fused
     layer.clean_state()

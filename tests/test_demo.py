@@ -62,6 +62,7 @@ def stream_accuracy(trained, recordings):
     return np.concatenate(right).mean()
 
 
+@pytest.mark.slow
 def test_training_makes_what_the_demo_loads(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "STEPS_PER_EPOCH", 4)
     recordings = watch.load_recordings([1])

@@ -8,8 +8,15 @@ from hypothesis import strategies as st
 
 import continual_transformers_tf as ct
 
-settings.register_profile("ci", deadline=None, max_examples=12, derandomize=True, database=None)
-settings.load_profile("ci")
+# The examples are the same on every run, so that more of them belong into `make test-slow`.
+examples = pytest.mark.parametrize("examples", [6, pytest.param(40, marks=pytest.mark.slow)])
+
+
+def check(holds, examples):
+    """Check that a property holds for this many examples."""
+    chosen = settings(deadline=None, max_examples=examples, derandomize=True, database=None)
+    chosen(given(st.data())(holds))()
+
 
 # The bound in float32 for outputs that are computed in different ways; the same way gives equal
 # outputs.
@@ -91,9 +98,7 @@ def backend(request):
         yield request.param
 
 
-@pytest.mark.usefixtures("backend")
-@given(st.data())
-def test_steps_in_any_portions_are_one_call(data):
+def steps_in_any_portions_are_one_call(data):
     make = data.draw(layers())
     one, other = make(), make()
     x, has_key = data.draw(recordings(one, 2))
@@ -107,9 +112,7 @@ def test_steps_in_any_portions_are_one_call(data):
     np.testing.assert_array_equal(one.position, other.position)
 
 
-@pytest.mark.usefixtures("backend")
-@given(st.data())
-def test_streams_in_any_order_are_each_as_if_alone(data):
+def streams_in_any_order_are_each_as_if_alone(data):
     make = data.draw(layers())
     together, count = make(), data.draw(st.integers(1, 4))
     x, has_key = data.draw(recordings(together, count))
@@ -132,9 +135,7 @@ def test_streams_in_any_order_are_each_as_if_alone(data):
     np.testing.assert_array_equal(together.get_state()["position"], taken)
 
 
-@pytest.mark.usefixtures("backend")
-@given(st.data())
-def test_saved_and_restored_at_any_step_is_no_interruption(data):
+def saved_and_restored_at_any_step_is_no_interruption(data):
     make = data.draw(layers())
     layer, other = make(), make()
     x, has_key = data.draw(recordings(layer, 2))
@@ -156,9 +157,7 @@ def test_saved_and_restored_at_any_step_is_no_interruption(data):
         np.testing.assert_array_equal(array, layer.get_state()[name])
 
 
-@pytest.mark.usefixtures("backend")
-@given(st.data())
-def test_peeking_is_the_next_step(data):
+def peeking_is_the_next_step(data):
     make = data.draw(layers())
     layer, untouched = make(), make()
     x, has_key = data.draw(recordings(layer, 2))
@@ -174,8 +173,7 @@ def test_peeking_is_the_next_step(data):
             np.testing.assert_array_equal(peek, real)
 
 
-@given(st.data())
-def test_fused_is_plain(data):
+def fused_is_plain(data):
     make = data.draw(layers())
     x, has_key = data.draw(recordings(make(), 2))
     lengths = portions(data, x.shape[1])
@@ -195,3 +193,32 @@ def test_fused_is_plain(data):
     for name, array in fused.get_state().items():
         written = tf.cast(array, "float32"), tf.cast(plain.get_state()[name], "float32")
         np.testing.assert_array_equal(*written)
+
+
+@pytest.mark.usefixtures("backend")
+@examples
+def test_steps_in_any_portions_are_one_call(examples):
+    check(steps_in_any_portions_are_one_call, examples)
+
+
+@pytest.mark.usefixtures("backend")
+@examples
+def test_streams_in_any_order_are_each_as_if_alone(examples):
+    check(streams_in_any_order_are_each_as_if_alone, examples)
+
+
+@pytest.mark.usefixtures("backend")
+@examples
+def test_saved_and_restored_at_any_step_is_no_interruption(examples):
+    check(saved_and_restored_at_any_step_is_no_interruption, examples)
+
+
+@pytest.mark.usefixtures("backend")
+@examples
+def test_peeking_is_the_next_step(examples):
+    check(peeking_is_the_next_step, examples)
+
+
+@examples
+def test_fused_is_plain(examples):
+    check(fused_is_plain, examples)

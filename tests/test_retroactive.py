@@ -1,6 +1,7 @@
 """Continual retroactive attention on projected steps, against the float64 reference."""
 
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -25,31 +26,49 @@ def algorithm(request, monkeypatch):
     return "auto" if plain else request.param
 
 
+@functools.cache
+def grid_case(key_dim, value_dim, n, dtype, t):
+    """Return positions, state, streams and two calls' (inputs, expected rows) of the grid.
+
+    All algorithms share it, because the reference takes most of the time.
+    """
+    num_heads = 2
+    random = np.random.default_rng([key_dim, n, t, dtype == "float64"])
+    positions = random.permutation([0, 1, n - 1, n, n + 1, 2 * n + 3])
+    cache, streams = cache_at(positions, num_heads, n, key_dim, value_dim, dtype, random)
+    chosen = random.permutation(len(positions))[:4]
+    calls = []
+    for steps in (t, 2):
+        sizes = (len(chosen), steps, num_heads, key_dim, value_dim)
+        inputs = steps_of(*sizes, dtype=dtype, random=random)
+        newest = steps if n < 64 else min(steps, 3)
+        calls.append((inputs, expected_of([streams[s] for s in chosen], *inputs, newest=newest)))
+    return positions, cache.get_state(), chosen, calls
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("seq_len", WINDOWS)
 @pytest.mark.parametrize("key_dim", KEY_DIMS)
-def test_grid(algorithm, random, key_dim, seq_len, dtype):
+def test_grid(algorithm, key_dim, seq_len, dtype):
     """Streams of all ages in any order, T steps, then two more, at every position."""
     n, num_heads = seq_len, 2
     value_dim = key_dim if key_dim in (1, 64) else key_dim // 2 + 3
     # Long calls of wide windows are compared at only one size, because the reference is slow.
     lengths = (1, 2, n, n + 5) if dtype == "float32" else (2, n + 5)
     for t in lengths if n < 64 or key_dim == 12 else (1, 2):
-        positions = random.permutation([0, 1, n - 1, n, n + 1, 2 * n + 3])
-        cache, streams = cache_at(positions, num_heads, n, key_dim, value_dim, dtype, random)
-        chosen = random.permutation(len(positions))[:4]
-        for steps in (t, 2):
-            sizes = (len(chosen), steps, num_heads, key_dim, value_dim)
-            inputs = steps_of(*sizes, dtype=dtype, random=random)
+        positions, state, chosen, calls = grid_case(key_dim, value_dim, n, dtype, t)
+        cache = RetroactiveCache(len(positions), num_heads, n, key_dim, value_dim, dtype)
+        cache.set_state(state)
+        for inputs, expected in calls:
             output = retroactive_attention(*inputs, cache, streams=chosen, algorithm=algorithm)
-            newest = steps if n < 64 else min(steps, 3)
-            expected = expected_of([streams[s] for s in chosen], *inputs, newest=newest)
+            steps, newest = inputs[0].shape[1], expected.shape[1]
             assert output.dtype == dtype
             assert output.shape == (4, steps, num_heads, n, value_dim)
             error = reference.relative_error(output[:, steps - newest :], expected)
             assert error < reference.BOUNDS[dtype]
-        positions[chosen] += t + 2
-        np.testing.assert_array_equal(cache.position, positions)
+        taken = np.array(positions)
+        taken[chosen] += t + 2
+        np.testing.assert_array_equal(cache.position, taken)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

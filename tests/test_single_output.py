@@ -1,5 +1,7 @@
 """Continual single-output attention on projected steps, against the float64 reference."""
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -16,30 +18,47 @@ WINDOWS = (1, 2, 3, 16, 17, 64, 120, 1000)
 KEY_DIMS = (1, 12, 16, 24, 33, 64, 128)
 
 
+@functools.cache
+def grid_case(key_dim, value_dim, n, dtype, t):
+    """Return positions, state, streams and two calls' (inputs, expected) of a test of the grid.
+
+    Both backends share it, because the reference takes most of the time.
+    """
+    num_heads = 2
+    random = np.random.default_rng([key_dim, n, t, dtype == "float64"])
+    positions = random.permutation([0, 1, n - 1, n, n + 1, 2 * n + 3])
+    cache, streams = cache_at(positions, num_heads, n, key_dim, value_dim, dtype, random)
+    chosen = random.permutation(len(positions))[:4]
+    calls = []
+    for steps in (t, 1):
+        inputs = steps_of(len(chosen), steps, num_heads, key_dim, value_dim, dtype, random)
+        calls.append((inputs, expected_of([streams[s] for s in chosen], *inputs)))
+    return positions, cache.get_state(), chosen, calls
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("seq_len", WINDOWS)
 @pytest.mark.parametrize("key_dim", KEY_DIMS)
-def test_grid(backend, random, key_dim, seq_len, dtype):
+def test_grid(backend, key_dim, seq_len, dtype):
     """Streams of all ages in any order, T steps, then one more, at every position."""
     n, num_heads = seq_len, 2
     value_dim = key_dim if key_dim in (1, 64) else key_dim // 2 + 3
     # A window of 1000 is compared at fewer lengths of calls, because the reference is slow.
     lengths = (1, 2, n, n + 5) if dtype == "float32" else (2, n + 5)
     for t in lengths if n < 1000 else (1, 2):
-        positions = random.permutation([0, 1, n - 1, n, n + 1, 2 * n + 3])
-        cache, streams = cache_at(positions, num_heads, n, key_dim, value_dim, dtype, random)
-        chosen = random.permutation(len(positions))[:4]
-        for steps in (t, 1):
-            inputs = steps_of(len(chosen), steps, num_heads, key_dim, value_dim, dtype, random)
+        positions, state, chosen, calls = grid_case(key_dim, value_dim, n, dtype, t)
+        cache = AttentionCache(len(positions), num_heads, n, key_dim, value_dim, dtype)
+        cache.set_state(state)
+        for inputs, (expected, expected_scores) in calls:
             output, scores = single_output_attention(
                 *inputs, cache, streams=chosen, return_attention_scores=True
             )
-            expected, expected_scores = expected_of([streams[s] for s in chosen], *inputs)
             assert output.dtype == dtype
             assert reference.relative_error(output, expected) < reference.BOUNDS[dtype]
             assert reference.relative_error(scores, expected_scores) < reference.BOUNDS[dtype]
-        positions[chosen] += t + 1
-        np.testing.assert_array_equal(cache.position, positions)
+        taken = np.array(positions)
+        taken[chosen] += t + 1
+        np.testing.assert_array_equal(cache.position, taken)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
