@@ -21,9 +21,9 @@ def expected_rows(regular, x, index, **kwargs):
 
 
 MIXED = [3, 1, 7, 9]
-# Single steps fill the window and replace it once; the other calls go on for longer. N - 1 and -N are
-# other names of -1 and 0, with the same delay (test_delay_and_receptive_field), so one kind of call
-# is enough for them.
+# Single steps fill the window and replace it once; the other calls go on for longer. N - 1 and -N
+# are other names of -1 and 0, with the same delay (test_delay_and_receptive_field), so one kind of
+# call is enough for them.
 CALLS = [(i, lengths) for i in (0, 2, -1, -2) for lengths in ([1] * (2 * N + 1), MIXED, [20])]
 CALLS += [(N - 1, MIXED), (-N, MIXED)]
 

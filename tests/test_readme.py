@@ -1,12 +1,13 @@
 """Every snippet of the README: the Python runs here, the commands run here or in .ci/run.
 
-The snippets of docs/sessions.md run here too.
+The snippets of docs/sessions.md and docs/threads_and_state.md run here too.
 """
 
 import re
 import shlex
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from continual_transformers_tf import cli
@@ -34,13 +35,14 @@ def test_python_snippets_run_one_after_the_other(monkeypatch, tmp_path):
     assert (tmp_path / "model.safetensors").exists()
 
 
-def test_the_page_on_sessions_runs(monkeypatch, tmp_path):
+@pytest.mark.parametrize("page", ["sessions.md", "threads_and_state.md"])
+def test_the_snippets_of_a_page_run(monkeypatch, tmp_path, page):
     monkeypatch.chdir(tmp_path)
     namespace = {}
-    for language, code in snippets_of(ROOT / "docs" / "sessions.md"):
+    for language, code in snippets_of(ROOT / "docs" / page):
         assert language == "python"
-        exec(compile(code, "sessions.md", "exec"), namespace)
-    assert len(namespace["y"]) == 200
+        exec(compile(code, page, "exec"), namespace)
+    assert namespace["np"].all(namespace["session"].position() >= 0)
 
 
 def test_commands_run():

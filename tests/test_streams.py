@@ -1,5 +1,6 @@
 """Tests of the streams that all layers of a model share: one owner, all or nothing, never torn."""
 
+import itertools
 import threading
 
 import keras
@@ -97,8 +98,17 @@ def one_by_one(model):
 WAYS = [eagerly, in_a_function, one_by_one]
 
 
-@pytest.mark.parametrize("build", BUILDS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("backend", "build", "way"),
+    [
+        # Plain TensorFlow differs in the ops of single layers only.
+        pytest.param(*case, marks=pytest.mark.slow if case[0] == "tensorflow" else ())
+        for case in itertools.product(("fused", "tensorflow"), BUILDS, WAYS)
+        if case != ("tensorflow", causal, in_a_function)
+    ]
+    + [("tensorflow", causal, in_a_function)],
+    indirect=["backend"],
+)
 def test_a_step_that_fails_half_way_leaves_every_layer_as_it_was(backend, random, build, way):
     model, undisturbed = streaming(build), streaming(build)
     steps, expected = way(model), way(undisturbed)
@@ -266,13 +276,28 @@ def made(name):
     return model
 
 
-@pytest.mark.parametrize("way", [called, traced, saved])
-@pytest.mark.parametrize("name", MODELS)
+# A sample for `make test`.
+QUICK = {
+    ("fused", "retroactive stack", called),
+    ("fused", "model", traced),
+    ("tensorflow", "delayed", traced),
+    ("tensorflow", "model", saved),
+}
+
+
+@pytest.mark.parametrize(
+    ("backend", "name", "way"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in itertools.product(("fused", "tensorflow"), MODELS, (called, traced, saved))
+    ],
+    indirect=["backend"],
+)
 def test_six_threads_against_a_replay(backend, random, tmp_path, name, way):
     """Two threads step, others make room, read, clean and save; each output is that of a replay."""
     model = made(name)
     step, clean, ensure = way(model, tmp_path / "model")
-    x = random.normal(size=(40, 2, E)).astype("float32")
+    x = random.normal(size=(30, 2, E)).astype("float32")
     alone = made(name)
     want = [
         None if y is None else np.asarray(y)

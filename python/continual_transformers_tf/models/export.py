@@ -9,7 +9,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from continual_transformers_tf.layers.continual_layer import ContinualLayer, convert_weights
+from continual_transformers_tf.layers.continual_layer import (
+    ContinualLayer,
+    convert_weights,
+    hold_streams,
+)
 from continual_transformers_tf.models.lowering import lower
 from continual_transformers_tf.native import backend
 from continual_transformers_tf.ops.library import fused_ops
@@ -266,14 +270,16 @@ def _export_graph(model, path, streams, signature, states):
     used = {v.ref(): v for function in signatures.values() for v in function.graph.variables}
     module.kept = [*used.values(), model._streams.mutex]
     if states:
-        _save(module, path, signatures)
+        with hold_streams(model):
+            _save(module, path, signatures)
         return
-    kept = model.get_state()
-    model.clean_state()
-    try:
-        _save(module, path, signatures)
-    finally:
-        model.set_state(kept)
+    with hold_streams(model):
+        kept = model.get_state()
+        model.clean_state()
+        try:
+            _save(module, path, signatures)
+        finally:
+            model.set_state(kept)
 
 
 # Shared by both.
