@@ -71,6 +71,7 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         self._call_update_index_steps = int(call_update_index_steps)
         self._encoding = encoding
         self.call_mode = call_mode
+        self._made_for = self.compute_dtype
         # The index of stream s is start + offset[s] + position[s]. It has an offset where its state
         # came from a layer that had another start.
         with tf.init_scope():
@@ -208,6 +209,8 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         return tf.transpose(x, (0, 2, 1)) if self._temporal_dim == 2 else x
 
     def _input(self, x, mode):
+        if mode != "regular":
+            self._check_policy()
         x = step_input("x", x, mode, self.compute_dtype)
         if x.shape[-1] != self._embed_dim:
             raise ValueError(
@@ -237,7 +240,7 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         steps = tf.range(tf.shape(x, tf.int64)[1])
         index = tf.math.floormod(self._start + tf.expand_dims(moved, 1) + steps, self._max_len)
         if self._encoding == "sinusoidal":
-            return x + tf.gather(self._rows, index)
+            return x + tf.cast(tf.gather(self._rows, index), self.compute_dtype)
         return x + tf.cast(tf.gather(self.embeddings.value, index), self.compute_dtype)
 
 

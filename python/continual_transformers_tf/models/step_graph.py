@@ -99,6 +99,8 @@ class StepGraph:
         Returns:
             Tensors `(M, T, ...)`, in the structure of the model's outputs.
         """
+        for layer in self.layers:  # Before the first of them moves.
+            layer._check_policy()
         if self.has_whole_windows and "taken" not in options:
             options["taken"] = self._taken(inputs[0], options["streams"])
         return self.walk(
