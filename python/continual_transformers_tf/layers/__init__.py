@@ -1,6 +1,6 @@
 """Continual layers for Keras: one file a layer."""
 
-import continual_transformers_tf._tensorflow  # noqa: F401  First: says where it is missing.
+import continual_transformers_tf._keras_backend  # noqa: F401  First: it says what is missing.
 from continual_transformers_tf.layers.callbacks import CleanState
 from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
 from continual_transformers_tf.layers.co_delay import CoDelay

@@ -83,6 +83,7 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         self._call_update_index_steps = call_update_index_steps
         self._encoding = encoding
         self.call_mode = call_mode
+        self._made_for = self.compute_dtype
         # The index of stream s is first_row + offset[s] + position[s]. It has an offset where its
         # state came from a layer that had another first row.
         with tf.init_scope():
@@ -237,6 +238,8 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         return tf.transpose(x, (0, 2, 1)) if self._temporal_dim == 2 else x
 
     def _input(self, x, mode):
+        if mode != "regular":
+            self._check_policy()
         x = step_input("x", x, mode, self.compute_dtype)
         if x.shape[-1] != self._embed_dim:
             raise ValueError(
@@ -260,7 +263,7 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         steps = tf.range(tf.shape(x, tf.int64)[1])
         index = tf.math.floormod(tf.expand_dims(first, 1) + steps, self._max_len)
         if self._encoding == "sinusoidal":
-            return x + tf.gather(self._rows, index)
+            return x + tf.cast(tf.gather(self._rows, index), self.compute_dtype)
         return x + tf.cast(tf.gather(self.embeddings.value, index), self.compute_dtype)
 
 

@@ -66,6 +66,7 @@ class CoDelay(ContinualLayer, keras.layers.Layer):
         self._temporal_dim = int(temporal_dim)
         self._warm_up = warm_up
         self.call_mode = call_mode
+        self._made_for = self.compute_dtype
         self._features = None  # Known, and with them the ring's shape, when the layer is built.
         self._stream_state = StreamState(0, name="state")
 
@@ -247,6 +248,7 @@ class CoDelay(ContinualLayer, keras.layers.Layer):
 
     def _take_steps(self, x, streams, update_state):
         """x [M, T, ...] -> [M, T', ...] or None."""
+        self._check_policy()
         state = self._stream_state
         rows, steps = rows_and_steps(x)
 

@@ -119,6 +119,7 @@ class CoReMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         self._warm_up = warm_up
         self._algorithm = algorithm
         self.call_mode = call_mode
+        self._made_for = self.compute_dtype
         along_time = attention_axes is None or tuple(np.atleast_1d(attention_axes)) in TIME_AXES
         # Why no step can be taken, where the layer is only Keras' own.
         self._no_steps = None if along_time else f"attention_axes={attention_axes!r}"

@@ -53,6 +53,7 @@ class CoResidual(CompositeLayer, keras.layers.Layer):
         self.layer = layer
         self.supports_masking = True
         self.call_mode = call_mode
+        self._made_for = self.compute_dtype
         self._skip = None
         if layer.delay > 0:
             self._skip = CoDelay(
@@ -231,7 +232,13 @@ class CoResidual(CompositeLayer, keras.layers.Layer):
     def _time_axis(self):
         return getattr(self.layer, "temporal_dim", 1)
 
+    def _check_policy(self):
+        super()._check_policy()
+        self.layer._check_policy()
+
     def _input(self, mode, x):
+        if mode != "regular":
+            self._check_policy()
         expect_given("x", x)
         x = tf.convert_to_tensor(x)
         mask = getattr(x, "_keras_mask", None)

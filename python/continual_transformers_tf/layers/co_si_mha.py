@@ -152,6 +152,7 @@ class CoSiMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         self._cache_dtype = checked_cache_dtype(cache_dtype, self.compute_dtype)
         self._weights_dtype = checked_weights_dtype(weights_dtype, self.compute_dtype)
         self.call_mode = call_mode
+        self._made_for = self.compute_dtype
         self._one_op_step = None  # Gathered at the first step that needs it.
         self._narrow_kernels = NarrowKernels()
         # Why no step can be taken, where the layer is only Keras' own.

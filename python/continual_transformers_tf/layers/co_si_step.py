@@ -2,6 +2,7 @@
 
 import numpy as np
 import tensorflow as tf
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 from tensorflow.python.eager import record
 
 from continual_transformers_tf.layers.inputs import check_features, check_same_rows, step_input
@@ -192,6 +193,7 @@ class OneOpStep:
     def _inputs(self, query, value, key):
         """Tensors that fit each other and the layer; None for what is left out."""
         layer = self._layer
+        layer._check_policy()
         given = {"query": query, "value": value, "key": key}
         tensors = {
             name: step_input(name, x, "step", layer.compute_dtype)
@@ -212,8 +214,9 @@ def one_op_step(layer, training, query, kind=OneOpStep):
     """The layer's `OneOpStep`, or None where its steps are to be taken by several ops.
 
     Those are training, and whatever else may be differentiated; 16-bit layers, whose products
-    TensorFlow rounds in its own way; layers whose weights are not what Keras makes at first; and
-    many rows on a GPU.
+    TensorFlow rounds in its own way; layers whose weights are not what Keras makes at first; steps
+    within `keras.StatelessScope`, whose weights are given and not the layer's variables; and many
+    rows on a GPU.
 
     Args:
         layer: the layer.
@@ -221,7 +224,7 @@ def one_op_step(layer, training, query, kind=OneOpStep):
         query: the step's input, as the user gave it.
         kind: `OneOpStep`, or a subclass of it.
     """
-    if training or record.could_possibly_record() or not layer.built:
+    if training or record.could_possibly_record() or not layer.built or in_stateless_scope():
         return None
     state = (layer.attention if kind.encoder else layer)._stream_state
     if state.streams.step is not None and layer.delay > 0:

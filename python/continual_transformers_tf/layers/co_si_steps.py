@@ -120,6 +120,7 @@ def step_inputs(layer, rank, query, value, key):
             f"Expected regular calls only: with {layer._no_steps} the layer is a "
             "keras.layers.MultiHeadAttention, and a step adds to windows (B, T, E) along time"
         )
+    layer._check_policy()
     dtype, mode = layer.compute_dtype, "step" if rank == 2 else "steps"
     query = step_input("query", query, mode, dtype)
     value = query if value is None else step_input("value", value, mode, dtype)

@@ -137,11 +137,16 @@ def _continual_layers(model):
 class ContinualLayer:
     """Mixed into a Keras layer: `call` does what the call mode says, and streams have a state.
 
+    The streams' state is no variable of Keras: it is not among the weights, and `stateless_call`
+    neither takes nor returns it. A step within `stateless_call` has the weights that are given, and
+    moves the layer's own streams, but with `update_state=False`.
+
     The layer gives `call_regular`, `call_step` and `call_steps`, and `_stream_state`, its
     `StreamState`. A whole of several layers is a `CompositeLayer`.
     """
 
     gives_windows = False  # Whether a step gives all outputs of the window, and not one row.
+    _made_for = None  # The compute dtype that the streams' state is for; None: any.
 
     def __call__(self, *args, **kwargs):
         if args:  # Keras would fail for want of a shape.
@@ -191,6 +196,20 @@ class ContinualLayer:
         A size is a number of features, or the shape of a row, a tuple.
         """
         raise NotImplementedError
+
+    def _check_policy(self):
+        """Raise ValueError if the layer computes in another dtype than its streams' state is for.
+
+        Keras lets a dtype policy be set after construction, and goes on in the new dtype.
+        """
+        if self._made_for not in (None, self.compute_dtype):
+            raise ValueError(
+                f"Expected the compute dtype that {self.name} was made with, {self._made_for}, "
+                f"which its streams' state is for, but got {self.compute_dtype}: its dtype_policy "
+                f"was set to {self.dtype_policy.name!r} later. Make another layer with "
+                f"dtype={self.dtype_policy.name!r}, and give it the weights by set_weights. "
+                "(Regular calls go on in the new dtype.)"
+            )
 
     # The state of the streams. All of it is that of `_streams`, which the layers of a whole share.
 

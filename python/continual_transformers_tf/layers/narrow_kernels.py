@@ -1,6 +1,7 @@
 """The copies of a layer's kernels in its `weights_dtype`, which a step that is one op reads."""
 
 import tensorflow as tf
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 
 class NarrowKernels:
@@ -43,7 +44,8 @@ class NarrowKernels:
                     self._convert(place, dense)
 
     def _convert(self, place, dense):
-        if dense.quantization_mode is None:  # A quantized layer has integers for a kernel.
+        # A quantized layer has integers for a kernel. What a stateless scope gives is not to stay.
+        if dense.quantization_mode is None and not in_stateless_scope():
             copy = self._variables[place]
             copy.assign(tf.cast(dense._kernel.value, copy.dtype))
 

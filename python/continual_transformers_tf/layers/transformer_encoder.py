@@ -114,6 +114,7 @@ class TransformerEncoder(CompositeLayer, keras.layers.Layer):
             "weights_dtype": weights_dtype,
         }
         self.call_mode = call_mode
+        self._made_for = self.compute_dtype
         self._warm_up = warm_up
         single_output = dict(cache_dtype=cache_dtype, weights_dtype=weights_dtype)
         self.blocks = []
@@ -289,7 +290,14 @@ class TransformerEncoder(CompositeLayer, keras.layers.Layer):
             if isinstance(block, CoSiTransformerEncoder):
                 block.convert_weights()
 
+    def _check_policy(self):
+        super()._check_policy()
+        for block in self.blocks:
+            block._check_policy()
+
     def _input(self, x, mode):
+        if mode != "regular" or self.compute_dtype != self.blocks[0].compute_dtype:
+            self._check_policy()
         # The layer does not support masking, as Keras warns: no mode may heed a part of a mask.
         x = without_keras_mask(step_input("x", x, mode, self.compute_dtype))
         if not self.built:

@@ -52,6 +52,7 @@ class TransformerEncoderBlock(ContinualLayer, keras.layers.Layer):
             **attention_options,
         )
         self.call_mode = call_mode
+        self._made_for = self.compute_dtype
         self.norm_first = bool(norm_first)
         policy = dict(dtype=self.dtype_policy)
         self.attention = self.make_attention(
@@ -136,7 +137,13 @@ class TransformerEncoderBlock(ContinualLayer, keras.layers.Layer):
         )
         return self._feed_forward(x, attended, training)
 
+    def _check_policy(self):
+        super()._check_policy()
+        self.attention._check_policy()
+
     def _input(self, x, mode):
+        if mode != "regular" or self.compute_dtype != self.attention.compute_dtype:
+            self._check_policy()
         # The layer does not support masking, as Keras warns: no mode may heed a part of a mask.
         x = without_keras_mask(step_input("x", x, mode, self.compute_dtype))
         if not self.built:

@@ -100,6 +100,8 @@ class StepGraph:
         Returns:
             Tensors `(M, T, ...)`, in the structure of the model's outputs.
         """
+        for layer in self.layers:  # Before anything is computed.
+            layer._check_policy()
         return self.walk(
             inputs,
             lambda node, values: _RUNS[self._plan[id(node)]](self, node, values, step, training),

@@ -1,0 +1,28 @@
+"""A check that the layers import first: Keras must run on TensorFlow."""
+
+import os
+import sys
+
+import continual_transformers_tf._tensorflow  # noqa: F401  First: it says what is not installed.
+
+
+def _refuse(found):
+    raise ImportError(
+        "The layers and models of continual_transformers_tf need Keras' TensorFlow backend, but "
+        f"{found}. Set KERAS_BACKEND=tensorflow in the environment before the first import of "
+        "keras. (`ct.Session.load` needs neither TensorFlow nor Keras.)"
+    )
+
+
+# Keras imports its backend, which may not be installed: ask the environment before it does.
+_named = os.environ.get("KERAS_BACKEND") or "tensorflow"
+if sys.modules.get("keras") is None and _named != "tensorflow":
+    _refuse(f"KERAS_BACKEND is {_named!r}")
+
+try:
+    import keras
+except ImportError as error:  # The backend that its configuration file names.
+    _refuse(f"Keras cannot be imported: {error}")
+
+if keras.config.backend() != "tensorflow":
+    _refuse(f"Keras runs on {keras.config.backend()!r}")
