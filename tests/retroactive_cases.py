@@ -15,15 +15,15 @@ def cache_at(positions, num_heads, seq_len, key_dim, value_dim, dtype, random):
     cache = RetroactiveCache(len(positions), num_heads, seq_len, key_dim, value_dim, dtype)
     state = cache.get_state()
     state["position"][:] = positions
-    for name in ("query", "key", "value", "softmax", "weighted_sum"):
+    for name in ("queries", "keys", "values", "softmax", "weighted_sum"):
         state[name][:] = np.nan
     streams = []
     for s, position in enumerate(positions):
         taken = min(position, seq_len)
         steps = steps_of(taken, num_heads, key_dim, value_dim, dtype=dtype, random=random)
-        for name, x in zip(("query", "key", "value"), steps, strict=True):
+        for name, x in zip(("queries", "keys", "values"), steps, strict=True):
             for i in range(taken):
-                state[name][s, :, (position - taken + i) % seq_len] = x[i]
+                state[name][s, (position - taken + i) % seq_len] = x[i]
         for i in range(taken):
             state["key_mask"][s, (position - taken + i) % seq_len] = True
         streams.append(reference.RetroactiveStream(seq_len, *steps))

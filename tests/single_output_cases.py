@@ -15,7 +15,7 @@ def cache_at(positions, num_heads, seq_len, key_dim, value_dim, dtype, random):
     cache = AttentionCache(len(positions), num_heads, seq_len, key_dim, value_dim, dtype)
     state = cache.get_state()
     state["position"][:] = positions
-    for name in ("key", "value"):
+    for name in ("keys", "values"):
         state[name][:] = np.nan
     streams = []
     for s, position in enumerate(positions):
@@ -24,8 +24,8 @@ def cache_at(positions, num_heads, seq_len, key_dim, value_dim, dtype, random):
         values = random.normal(size=(taken, num_heads, value_dim)).astype(dtype)
         for i in range(taken):
             row = (position - taken + i) % seq_len
-            state["key"][s, :, row] = keys[i]
-            state["value"][s, :, row] = values[i]
+            state["keys"][s, row] = keys[i]
+            state["values"][s, row] = values[i]
             state["key_mask"][s, row] = True
         streams.append(reference.Stream(seq_len, keys, values))
     cache.set_state(state)

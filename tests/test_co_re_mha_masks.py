@@ -184,7 +184,7 @@ def test_layers_of_half_precision_attend_in_float32(backend, random, dtype):
     x = random.normal(size=(2, N + 2, E)).astype("float32")
     outputs, scores = layer.call_steps(x, return_attention_scores=True)
     assert outputs.dtype == scores.dtype == layer.compute_dtype
-    assert layer.get_state()["key"].dtype == np.float32
+    assert layer.get_state()["keys"].dtype == np.float32
     expected = all_of_windows(exact, x.astype("float64"), N)
     bound = 0.03 if "bfloat" in dtype else 4e-3
     assert reference.relative_error(tf.cast(outputs, "float64"), expected) < bound

@@ -36,7 +36,7 @@ def test_half_precision(backend, random, dtype, seq_len):
     assert half in HALF
     output = layer.call_steps(x)
     assert output.dtype == half
-    assert {layer.get_state()[name].dtype.name for name in ("key", "value")} == {half}
+    assert {layer.get_state()[name].dtype.name for name in ("keys", "values")} == {half}
 
     windows = reference.sliding_windows(x.swapaxes(0, 1), seq_len).transpose(2, 0, 1, 3)
     weights = [tf.cast(w, "float64").numpy() for w in layer.get_weights()]
@@ -73,7 +73,7 @@ def test_a_smaller_ring(backend, random, cache_dtype, bound, seq_len, num_heads,
     error = reference.relative_error(together, expected)
     assert 1e-6 < error < bound
     state = layer.get_state()
-    assert state["key"].dtype.name == state["value"].dtype.name == cache_dtype
+    assert state["keys"].dtype.name == state["values"].dtype.name == cache_dtype
     layer.clean_state()
     apart = [layer.call_step(x[:, t]) for t in range(x.shape[1])]
     apart = np.stack(apart[seq_len - 1 :], 1)
@@ -110,7 +110,7 @@ def test_which_rings_there_are(dtype, cache_dtype, fits):
         return
     name = tf.as_dtype(cache_dtype).name
     assert layer().get_config()["cache_dtype"] == name
-    assert layer().get_state()["key"].dtype.name == name
+    assert layer().get_state()["keys"].dtype.name == name
 
 
 def test_inputs_of_other_floating_dtypes_are_cast(backend, random):

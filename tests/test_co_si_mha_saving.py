@@ -157,5 +157,5 @@ def test_state_as_files(backend, random, tmp_path, cache_dtype):
     other.set_state(dict(np.load(tmp_path / "state.npz")))
     np.testing.assert_array_equal(other.call_steps(x[:, N:]), layer.call_steps(x[:, N:]))
     assert reference.relative_error(other.ready, np.ones(2)) == 0
-    with pytest.raises(ValueError, match="Expected the state's key to be"):
-        other.set_state({**other.get_state(), "key": np.zeros((2, H, N, D), "V8")})
+    with pytest.raises(ValueError, match="Expected the state's keys to be"):
+        other.set_state({**other.get_state(), "keys": np.zeros((2, N, H, D), "V8")})

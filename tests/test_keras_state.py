@@ -1,6 +1,7 @@
 """The state of a Keras model's streams, put into a session of the model."""
 
 import json
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -11,6 +12,9 @@ import reference
 from continual_transformers_tf.models.keras_state import blocks_from_keras_state
 from continual_transformers_tf.models.lowering import lower
 from model_cases import BOUNDS, CASES
+from old_states import new_state, old_keras_state, old_state
+
+DATA = Path(__file__).parent / "data"
 
 # These have every kind of state.
 NAMES = [
@@ -78,6 +82,51 @@ def test_streams_of_different_ages(random):
         assert reference.relative_error(session.step(x[:, t], streams=ids), expected.numpy()) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "name", ["co_si_gate", "co_si_first_query", "co_re_gate", "co_re_sliding_window_gate",
+             "stack_single_output_3", "stack_retroactive_3", "demo"],
+)  # fmt: skip
+def test_plans_and_states_of_either_age_fit_each_other(random, name):
+    case = CASES[name]
+    streaming = case.streaming(case.build())
+    inputs = case.inputs(streaming, random, (2, case.window + 2))
+    case.steps(streaming, inputs)
+    state = streaming.get_state()
+    session = ct.Session(streaming)
+    plan, layout = json.loads(session._plan_json), session._state_entries()
+    assert "heads_first" not in session._plan_json
+    expected = blocks_from_keras_state(plan, layout, state)
+    old_plan = {**plan, "keras_state": old_keras_state(plan["keras_state"])}
+    assert "heads_first" in json.dumps(old_plan)
+    assert blocks_from_keras_state(plan, layout, old_state(state)) == expected
+    assert blocks_from_keras_state(old_plan, layout, state) == expected
+    assert blocks_from_keras_state(old_plan, layout, old_state(state)) == expected
+    streaming.clean_state()
+    streaming.set_state(old_state(state))
+    for part, array in zip(
+        keras.tree.flatten(streaming.get_state()), keras.tree.flatten(state), strict=True
+    ):
+        np.testing.assert_array_equal(part, array)
+
+
+def test_a_kept_file_of_rings_heads_first_takes_states_of_either_age():
+    """tests/data/heads_first.py made these files, before rings were sequence first."""
+    session = ct.Session.load(DATA / "heads_first.safetensors")
+    kept = np.load(DATA / "heads_first.npz")
+    assert "heads_first" in session._plan_json
+    old = {}
+    for name in kept.files:
+        kind, *path = name.split("/")
+        if kind == "state":
+            old.setdefault(path[0], {})[path[1]] = kept[name]
+    assert {"query", "key", "value"} < set(old["1"])
+    for state in (old, new_state(old)):
+        ids = session.open(2)
+        session.set_state(state, ids)
+        for x, y in zip(kept["x"], kept["y"], strict=True):
+            assert reference.relative_error(session.step(x, streams=ids), y) < 1e-5
+
+
 def test_states_that_do_not_fit_are_refused(random):
     model = CASES["demo"].build()
     streaming = CASES["demo"].streaming(model)
@@ -95,13 +144,13 @@ def test_states_that_do_not_fit_are_refused(random):
         "all layers have taken the same steps": {
             **state, "0": {**state["0"], "position": state["0"]["position"] + 1}
         },
-        "Expected 'key' of '1' of the state to be": {
-            **state, "1": {**attention, "key": attention["key"][:, :, :2]}
+        "Expected 'keys' of '1' of the state to be": {
+            **state, "1": {**attention, "keys": attention["keys"][:, :2]}
         },
         "Expected 'key_mask' of '1' of the state of bool": {
             **state, "1": {**attention, "key_mask": attention["key_mask"].astype("float32")}
         },
-        "to have 2 streams": {**state, "1": {**attention, "value": attention["value"][:1]}},
+        "to have 2 streams": {**state, "1": {**attention, "values": attention["values"][:1]}},
     }  # fmt: skip
     for message, broken in bad.items():
         with pytest.raises(ValueError, match=message):
@@ -133,7 +182,7 @@ def test_bfloat16_as_numpy_reads_it_from_a_file(random):
     part = state["0"]
     raw = {k: x.view("V2") if x.dtype.name == "bfloat16" else x for k, x in part.items()}
     wide = {k: x.astype("float32") if x.dtype.name == "bfloat16" else x for k, x in part.items()}
-    assert raw["key"].dtype == "V2"
+    assert raw["keys"].dtype == "V2"
     for other in (raw, wide):
         assert blocks_from_keras_state(plan, layout, {"0": other}) == expected
 

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 import reference
 from continual_transformers_tf.ops import RetroactiveCache, retroactive_attention
+from old_states import NEW_NAMES, old_state
 from retroactive_cases import GOOD, cache_at, expected_of, steps_of
 
 pytestmark = pytest.mark.cpu_only("RetroactiveAttention has no fused kernel there")
@@ -317,3 +318,29 @@ def test_a_graph_differentiated_from_outside_says_why_it_cannot_be(monkeypatch, 
         output = step(*inputs)
     with pytest.raises(tf.errors.InvalidArgumentError, match="training=True"):
         tape.gradient(output, inputs)
+
+
+def test_a_state_of_old_names_and_axes_is_read(backend, random):
+    here, _ = cache_at([3, 9], 2, 5, 8, 6, "float32", random)
+    step = steps_of(2, 1, 2, 8, 6, dtype="float32", random=random)
+    retroactive_attention(*step, here)
+    state = here.get_state()
+    assert (state["queries"].shape, state["values"].shape) == ((2, 5, 2, 8), (2, 5, 2, 6))
+    there = RetroactiveCache(0, 2, 5, 8, 6)
+    there.set_state(old_state(state))
+    for name, array in there.get_state().items():
+        np.testing.assert_array_equal(array, state[name])
+    step = steps_of(2, 1, 2, 8, 6, dtype="float32", random=random)
+    np.testing.assert_array_equal(
+        retroactive_attention(*step, there), retroactive_attention(*step, here)
+    )
+    with pytest.raises(ValueError, match="Expected a state with"):
+        there.set_state({**old_state(state), "queries": state["queries"]})
+
+
+def test_old_names_of_a_cache_warn_and_have_the_old_axes(random):
+    cache, _ = cache_at([3, 9], 2, 5, 8, 6, "float32", random)
+    for old, new in NEW_NAMES.items():
+        with pytest.warns(DeprecationWarning, match=f"RetroactiveCache.{old} .* use {new}"):
+            tensor = getattr(cache, old)
+        np.testing.assert_array_equal(tensor, getattr(cache, new).numpy().transpose(0, 2, 1, 3))

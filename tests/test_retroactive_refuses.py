@@ -28,11 +28,12 @@ def test_bad_input_is_named_and_changes_nothing(backend, random, what):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("key", tf.Variable(tf.zeros([3, 3, 5, 9]))),
-        ("query", tf.Variable(tf.zeros([3, 3, 5, 9]))),
-        ("query", tf.Variable(tf.zeros([2, 3, 5, 8]))),
-        ("query", tf.Variable(tf.zeros([3, 3, 5, 8], tf.float64))),
-        ("value", tf.Variable(tf.zeros([3, 3, 6, 6]))),
+        ("keys", tf.Variable(tf.zeros([3, 5, 3, 9]))),
+        ("queries", tf.Variable(tf.zeros([3, 5, 3, 9]))),
+        ("queries", tf.Variable(tf.zeros([2, 5, 3, 8]))),
+        ("queries", tf.Variable(tf.zeros([3, 5, 3, 8], tf.float64))),
+        ("queries", tf.Variable(tf.zeros([3, 3, 5, 8]))),
+        ("values", tf.Variable(tf.zeros([3, 6, 3, 6]))),
         ("softmax", tf.Variable(tf.zeros([3, 3, 3, 5], tf.float64))),
         ("softmax", tf.Variable(tf.zeros([3, 3, 4, 5]))),
         ("weighted_sum", tf.Variable(tf.zeros([3, 3, 5, 7], tf.float64))),

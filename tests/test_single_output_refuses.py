@@ -25,10 +25,12 @@ def test_bad_input_is_named_and_changes_nothing(backend, random, what):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("key", tf.Variable(tf.zeros([3, 3, 5, 9]))),
-        ("value", tf.Variable(tf.zeros([3, 3, 6, 6]))),
-        ("value", tf.Variable(tf.zeros([3, 3, 5, 6], tf.float64))),
-        ("key", tf.Variable(tf.zeros([3, 5, 8]))),
+        ("keys", tf.Variable(tf.zeros([3, 5, 3, 9]))),
+        ("values", tf.Variable(tf.zeros([3, 6, 3, 6]))),
+        ("values", tf.Variable(tf.zeros([3, 5, 3, 6], tf.float64))),
+        ("keys", tf.Variable(tf.zeros([3, 3, 5, 8]))),
+        ("values", tf.Variable(tf.zeros([3, 3, 5, 6]))),
+        ("keys", tf.Variable(tf.zeros([3, 5, 8]))),
         ("position", tf.Variable(tf.zeros([2], tf.int64))),
     ],
 )

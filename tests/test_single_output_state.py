@@ -8,6 +8,7 @@ import tensorflow as tf
 
 import reference
 from continual_transformers_tf.ops import AttentionCache, single_output_attention
+from old_states import old_state
 from single_output_cases import cache_at, expected_of, steps_of
 
 
@@ -46,6 +47,51 @@ def test_clean_streams_begin_again_and_others_go_on(backend, random):
     np.testing.assert_array_equal(cache.position, [0, 0])
 
 
+def test_a_state_of_old_names_and_axes_is_read(backend, random):
+    here, _ = cache_at([3, 9], 2, 5, 8, 6, "float32", random)
+    there = AttentionCache(0, 2, 5, 8, 6)
+    state = here.get_state()
+    assert set(state) == {"keys", "values", "key_mask", "position"}
+    assert (state["keys"].shape, state["values"].shape) == ((2, 5, 2, 8), (2, 5, 2, 6))
+    old = old_state(state)
+    assert old["key"].shape == (2, 2, 5, 8)
+    there.set_state(old)
+    for name, array in there.get_state().items():
+        np.testing.assert_array_equal(array, state[name])
+    inputs = steps_of(2, 6, 2, 8, 6, "float32", random)
+    expected = single_output_attention(*inputs, here)
+    np.testing.assert_array_equal(single_output_attention(*inputs, there), expected)
+
+
+def test_names_and_axes_of_a_state_are_not_mixed(random):
+    cache, _ = cache_at([3, 9], 2, 5, 8, 8, "float32", random)
+    state = cache.get_state()
+    old = old_state(state)
+    for wrong in (
+        {**old, "keys": state["keys"]},
+        {**{k: x for k, x in old.items() if k != "value"}, "values": state["values"]},
+        {**old, "key": state["keys"]},  # The old name with the present order of axes.
+        {**state, "keys": old["key"]},
+        {**old, "key": 7},
+        {**old, "key": old["key"][0]},
+    ):
+        with pytest.raises(ValueError, match="Expected"):
+            cache.set_state(wrong)
+    for name, array in cache.get_state().items():
+        np.testing.assert_array_equal(array, state[name])
+
+
+def test_old_names_of_a_cache_warn_and_have_the_old_axes(random):
+    cache, _ = cache_at([3, 9], 2, 5, 8, 6, "float32", random)
+    for old, new in (("key", "keys"), ("value", "values")):
+        with pytest.warns(DeprecationWarning, match=f"AttentionCache.{old} .* use {new}") as record:
+            tensor = getattr(cache, old)
+        assert record[0].filename == __file__
+        np.testing.assert_array_equal(tensor, getattr(cache, new).numpy().transpose(0, 2, 1, 3))
+        with pytest.raises(AttributeError):
+            setattr(cache, old, tensor)
+
+
 def test_room_for_more_streams_leaves_those_held(backend, random):
     cache, streams = cache_at([7, 9], 2, 5, 8, 8, "float32", random)
     cache.ensure_streams(4)
@@ -60,12 +106,12 @@ def test_room_for_more_streams_leaves_those_held(backend, random):
 def test_what_was_read_before_a_step_stays_as_it_was(backend, random):
     """A step changes the variables in place, but never a tensor that was read from them."""
     cache, _ = cache_at([7], 2, 5, 8, 8, "float32", random)
-    tensor = cache.key.read_value()
+    tensor = cache.keys.read_value()
     before = tensor.numpy().copy()
     for _ in range(3):
         single_output_attention(*steps_of(1, 2, 2, 8, 8, "float32", random), cache)
     np.testing.assert_array_equal(tensor, before)
-    assert (cache.key.numpy() != before).any()
+    assert (cache.keys.numpy() != before).any()
 
 
 def test_no_streams_at_all(backend):
@@ -88,10 +134,10 @@ def test_state_that_does_not_fit_is_refused(random):
     state = cache.get_state()
     other = AttentionCache(2, 2, 5, 4, 8)
     for wrong in (
-        {**state, "key": state["key"][:1]},
-        {**state, "key": state["key"].astype("float64")},
+        {**state, "keys": state["keys"][:1]},
+        {**state, "keys": state["keys"].astype("float64")},
         {**state, "position": np.array([-1, 2])},
-        {name: state[name] for name in ("key", "value")},
+        {name: state[name] for name in ("keys", "values")},
         other.get_state(),
         7,
     ):
@@ -158,9 +204,9 @@ def test_streams_come_while_others_step(monkeypatch, random):
     run_in_threads(run, 2)
     state = cache.get_state(streams=[0])
     assert state["position"][0] == calls
-    steps = np.roll(state["key"][0], -(calls % n), axis=1)  # Oldest first.
+    steps = np.roll(state["keys"][0], -(calls % n), axis=0)  # Oldest first.
     newest = np.arange(calls - n + 1, calls + 1)
-    assert (steps == newest[None, :, None]).all()
+    assert (steps == newest[:, None, None]).all()
 
 
 def test_threads_on_one_stream_take_turns(monkeypatch, random):
@@ -181,8 +227,8 @@ def test_threads_on_one_stream_take_turns(monkeypatch, random):
     run_in_threads(run, threads)
     assert int(cache.position[0]) == threads * calls * steps
     state = cache.get_state()
-    for rings in (state["key"], state["value"]):
-        last_calls = rings[0].transpose(1, 0, 2).reshape(4, -1)  # One row for each call.
+    for rings in (state["keys"], state["values"]):
+        last_calls = rings[0].reshape(4, -1)  # One row for each call.
         assert (last_calls == last_calls[:, :1]).all()
-    np.testing.assert_array_equal(state["key"], state["value"])
-    assert len(set(state["key"][0, 0, ::steps, 0])) == 4
+    np.testing.assert_array_equal(state["keys"], state["values"])
+    assert len(set(state["keys"][0, ::steps, 0, 0])) == 4

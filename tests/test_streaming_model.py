@@ -76,7 +76,7 @@ def test_a_state_that_does_not_fit_leaves_every_layer_as_it_was(random, monkeypa
     before = streaming.get_state()
     others = {name: array[:1] for name, array in before["1"].items()}
     behind = {**before["1"], "position": before["1"]["position"] - 1}
-    for bad in (others, behind, {**others, "position": [[]]}, None, {**before["1"], "key": "k"}):
+    for bad in (others, behind, {**others, "position": [[]]}, None, {**before["1"], "keys": "k"}):
         with pytest.raises(ValueError, match="Expected"):
             streaming.set_state({**before, "1": bad})
     second = streaming.parts[1]._stream_state

@@ -56,7 +56,7 @@ class Call {
         variables_(variables),
         device_(device),
         attention_(step_.attention),
-        state_(device->memory()) {
+        state_({options.sequence_first}, device->memory()) {
     state_.set_advances(options.advance_position);
   }
 
@@ -116,12 +116,12 @@ class Call {
     const Tensor& value = inputs_.value == nullptr ? query : *inputs_.value;
     const Tensor& key = inputs_.key == nullptr ? value : *inputs_.key;
     TF_RETURN_IF_ERROR(ExpectRank("query", query, 2, "[M, E]"));
-    TF_RETURN_IF_ERROR(ExpectRank("value_cache", *state_.value(), 4, "[S, H, N, Dv]"));
+    TF_RETURN_IF_ERROR(ExpectRank("value_cache", *state_.value(), 4, state_.order().axes()));
     auto& p = attention_;
     const int64_t m = p.num_streams = query.dim_size(0);
-    const int64_t h = p.num_heads = state_.key()->dim_size(1);
+    const int64_t h = p.num_heads = state_.heads();
     p.num_steps = 1;
-    p.window = state_.key()->dim_size(2);
+    p.window = state_.window();
     const int64_t d = p.key_dim = state_.key()->dim_size(3);
     const int64_t dv = p.value_dim = state_.value()->dim_size(3);
     p.scale = static_cast<T>(1 / std::sqrt(static_cast<double>(d)));

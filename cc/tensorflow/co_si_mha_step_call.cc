@@ -19,6 +19,7 @@ Status ReadCoSiMhaStepOptions(tensorflow::OpKernelConstruction* ctx, CoSiMhaStep
   TF_RETURN_IF_ERROR(ctx->GetAttr("first_step", &options->first_step));
   TF_RETURN_IF_ERROR(ctx->GetAttr("update_state", &options->update_state));
   TF_RETURN_IF_ERROR(ctx->GetAttr("advance_position", &options->advance_position));
+  TF_RETURN_IF_ERROR(ctx->GetAttr("sequence_first", &options->sequence_first));
   int scores;
   TF_RETURN_IF_ERROR(ctx->GetAttr("num_scores", &scores));
   if (scores > 1) return InvalidArgument("expected num_scores 0 or 1, but got ", scores);
@@ -32,6 +33,7 @@ Status ReadCoSiEncoderStepOptions(tensorflow::OpKernelConstruction* ctx,
   TF_RETURN_IF_ERROR(ctx->GetAttr("first_step", &options->first_step));
   TF_RETURN_IF_ERROR(ctx->GetAttr("update_state", &options->update_state));
   TF_RETURN_IF_ERROR(ctx->GetAttr("advance_position", &options->advance_position));
+  TF_RETURN_IF_ERROR(ctx->GetAttr("sequence_first", &options->sequence_first));
   CoSiEncoderOptions encoder;
   float epsilon, epsilon_low;
   std::string activation;

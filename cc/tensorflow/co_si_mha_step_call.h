@@ -29,6 +29,7 @@ struct CoSiEncoderOptions {
 // The op's attributes: which variables there are, and what is wanted.
 struct CoSiMhaStepOptions {
   bool use_bias, use_gate, use_delay, return_attention_scores, update_state, advance_position;
+  bool sequence_first;
   int64_t first_step;
   std::optional<CoSiEncoderOptions> encoder;
 

@@ -72,7 +72,7 @@ Status AttentionState::Lock(const std::array<tensorflow::Var*, 4>& cache,
       {cache[3], "position", tensorflow::DT_INT64}};
   variables.insert(variables.end(), others.begin(), others.end());
   TF_RETURN_IF_ERROR(locked_.Lock(variables));
-  return ExpectRank("key_cache", *key(), 4, "[S, H, N, D]");
+  return ExpectRank("key_cache", *key(), 4, order_.axes());
 }
 
 Status AttentionState::CheckSizes(int64_t streams_stepped, int64_t steps, int64_t heads,
@@ -83,8 +83,9 @@ Status AttentionState::CheckSizes(int64_t streams_stepped, int64_t steps, int64_
                            ", ", window, ", and ", key_dim, " and ", value_dim);
   }
   const int64_t held = key()->dim_size(0);
-  TF_RETURN_IF_ERROR(ExpectShape("key_cache", *key(), {held, heads, window, key_dim}));
-  TF_RETURN_IF_ERROR(ExpectShape("value_cache", *value(), {held, heads, window, value_dim}));
+  TF_RETURN_IF_ERROR(ExpectShape("key_cache", *key(), order_.Shape(held, heads, window, key_dim)));
+  TF_RETURN_IF_ERROR(
+      ExpectShape("value_cache", *value(), order_.Shape(held, heads, window, value_dim)));
   TF_RETURN_IF_ERROR(ExpectShape("key_mask_cache", *key_mask(), {held, window}));
   TF_RETURN_IF_ERROR(ExpectShape("position", *position(), {held}));
   if (streams == nullptr) {

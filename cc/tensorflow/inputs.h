@@ -68,11 +68,30 @@ inline Strides BatchHeadTime(int64_t heads, int64_t steps, int64_t size) {
   return {/*stream=*/heads * steps * size, /*step=*/size, /*head=*/steps * size};
 }
 
+// The order of a ring's axes: the ops' attribute sequence_first. Graphs from before this attribute
+// have rings [S, H, N, D].
+struct RingOrder {
+  bool sequence_first;
+
+  int window_axis() const { return sequence_first ? 1 : 2; }
+  int heads_axis() const { return sequence_first ? 2 : 1; }
+  const char* axes() const { return sequence_first ? "[S, N, H, D]" : "[S, H, N, D]"; }
+  tensorflow::TensorShape Shape(int64_t streams, int64_t heads, int64_t window,
+                                int64_t size) const {
+    if (sequence_first) return {streams, window, heads, size};
+    return {streams, heads, window, size};
+  }
+  Strides RingStrides(int64_t heads, int64_t window, int64_t size) const {
+    return (sequence_first ? RowMajorRing : HeadMajorRing)(heads, window, size);
+  }
+};
+
 // The variables of an `AttentionCache`, and the streams of a call.
 class AttentionState {
  public:
   // `device` owns the memory of the variables; null: the host.
-  explicit AttentionState(DeviceMemory* device = nullptr) : device_(device), locked_(device) {}
+  explicit AttentionState(RingOrder order, DeviceMemory* device = nullptr)
+      : order_(order), device_(device), locked_(device) {}
 
   // Locks `cache` (key_cache, value_cache, key_mask_cache and position, with keys and values of
   // `dtype`), together with `others`. They must outlive this object.
@@ -83,6 +102,9 @@ class AttentionState {
   tensorflow::Tensor* value() { return cache_[1]->tensor(); }
   tensorflow::Tensor* key_mask() { return cache_[2]->tensor(); }
   tensorflow::Tensor* position() { return cache_[3]->tensor(); }
+  const RingOrder& order() const { return order_; }
+  int64_t window() { return key()->dim_size(order_.window_axis()); }
+  int64_t heads() { return key()->dim_size(order_.heads_axis()); }
 
   // Sets the state fields of `p`, after its sizes are set. Checks that the cache and the streams
   // fit the sizes. `streams` is in host memory; null: row m is stream m. For device memory, the
@@ -94,9 +116,9 @@ class AttentionState {
     if (device_ == nullptr) p->streams = streams->flat<int32_t>().data();
     p->position = position()->flat<int64_t>().data();
     p->key_cache = Data<C>(key());
-    p->key_cache_strides = HeadMajorRing(p->num_heads, p->window, p->key_dim);
+    p->key_cache_strides = order_.RingStrides(p->num_heads, p->window, p->key_dim);
     p->value_cache = Data<C>(value());
-    p->value_cache_strides = HeadMajorRing(p->num_heads, p->window, p->value_dim);
+    p->value_cache_strides = order_.RingStrides(p->num_heads, p->window, p->value_dim);
     p->key_mask_cache = key_mask()->flat<bool>().data();
     return absl::OkStatus();
   }
@@ -117,6 +139,7 @@ class AttentionState {
   absl::Status CheckSizes(int64_t streams_stepped, int64_t steps, int64_t heads, int64_t window,
                           int64_t key_dim, int64_t value_dim, const tensorflow::Tensor* streams);
 
+  const RingOrder order_;
   DeviceMemory* const device_;
   std::array<tensorflow::Var*, 4> cache_;
   bool advances_ = true;

@@ -1,6 +1,7 @@
 // The ops for TensorFlow's graphs: names, types, documentation and shape functions.
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -21,6 +22,18 @@ ShapeHandle VariableShape(InferenceContext* c, int input) {
   const auto* shapes_and_types = c->input_handle_shapes_and_types(input);
   if (shapes_and_types == nullptr || shapes_and_types->empty()) return c->UnknownShape();
   return (*shapes_and_types)[0].shape;
+}
+
+// The axes of the window and of the heads in a ring.
+struct RingAxes {
+  int window = 2, heads = 1;
+};
+
+Status ReadRingAxes(InferenceContext* c, RingAxes* axes) {
+  bool sequence_first;
+  TF_RETURN_IF_ERROR(c->GetAttr("sequence_first", &sequence_first));
+  if (sequence_first) *axes = {1, 2};
+  return absl::OkStatus();
 }
 
 // Reads an optional input, a list of at most one tensor: sets *given, and its shape with the given
@@ -57,10 +70,12 @@ Status SingleOutputAttentionShape(InferenceContext* c) {
     TF_RETURN_IF_ERROR(c->Merge(t, c->Dim(input, 1), &t));
     TF_RETURN_IF_ERROR(c->Merge(h, c->Dim(input, 2), &h));
   }
+  RingAxes axes;
+  TF_RETURN_IF_ERROR(ReadRingAxes(c, &axes));
   for (ShapeHandle cache : {key_cache, value_cache}) {
     TF_RETURN_IF_ERROR(c->Merge(s, c->Dim(cache, 0), &s));
-    TF_RETURN_IF_ERROR(c->Merge(h, c->Dim(cache, 1), &h));
-    TF_RETURN_IF_ERROR(c->Merge(n, c->Dim(cache, 2), &n));
+    TF_RETURN_IF_ERROR(c->Merge(h, c->Dim(cache, axes.heads), &h));
+    TF_RETURN_IF_ERROR(c->Merge(n, c->Dim(cache, axes.window), &n));
   }
   TF_RETURN_IF_ERROR(c->Merge(s, c->Dim(key_mask_cache, 0), &s));
   TF_RETURN_IF_ERROR(c->Merge(m, c->Dim(streams, 0), &m));
@@ -133,6 +148,7 @@ REGISTER_OP("ContinualTransformers>SingleOutputAttention")
     .Attr("return_window: bool = false")
     .Attr("update_state: bool = true")
     .Attr("advance_position: bool = true")
+    .Attr("sequence_first: bool = false")
     .SetIsStateful()
     .SetShapeFn(SingleOutputAttentionShape)
     .Doc(R"doc(
@@ -149,8 +165,8 @@ with float also bfloat16 or half.
 query: [M, T, H, D].
 key: [M, T, H, D].
 value: [M, T, H, Dv].
-key_cache: A variable of type C, [S, H, N, D].
-value_cache: A variable of type C, [S, H, N, Dv].
+key_cache: A variable of type C, [S, N, H, D].
+value_cache: A variable of type C, [S, N, H, Dv].
 key_mask_cache: A variable of type bool, [S, N]: which steps have a key.
 position: A variable of type int64, [S]: the steps each stream has taken.
 streams: [M]. The stream of each row; distinct, each in [0, S).
@@ -172,6 +188,8 @@ window_key_mask: [M, N - 1], likewise.
 update_state: If false, the outputs are the same, but the caches and positions do not change.
 advance_position: If false, the caches change and the positions do not: whoever shares them among
   several ops advances them when all have succeeded.
+sequence_first: Whether the rings of queries, keys and values are [S, N, H, D], as above. If false,
+  they are [S, H, N, D], as in graphs that were saved before this attribute existed.
 )doc");
 
 Status RetroactiveAttentionShape(InferenceContext* c) {
@@ -197,6 +215,11 @@ Status RetroactiveAttentionShape(InferenceContext* c) {
   std::vector<DimensionHandle*> axes[] = {
       {&s, &h, &n, &d}, {&s, &h, &n, &dv},     {&s, &n},          {&s},
       {&s, &h, &n, &d}, {&s, &h, nullptr, &n}, {&s, &h, &n, &dv}, {&s, nullptr}};
+  bool sequence_first;
+  TF_RETURN_IF_ERROR(c->GetAttr("sequence_first", &sequence_first));
+  for (int ring : {0, 1, 4}) {
+    if (sequence_first) std::swap(axes[ring][1], axes[ring][2]);
+  }
   for (int i = 0; i < 8; ++i) {
     ShapeHandle variable;
     const int rank = axes[i].size();
@@ -245,6 +268,7 @@ REGISTER_OP("ContinualTransformers>RetroactiveAttention")
     .Attr("algorithm: {'auto', 'update', 'recompute'} = 'auto'")
     .Attr("update_state: bool = true")
     .Attr("advance_position: bool = true")
+    .Attr("sequence_first: bool = false")
     .SetIsStateful()
     .SetShapeFn(RetroactiveAttentionShape)
     .Doc(R"doc(
@@ -258,11 +282,11 @@ exist attend to each other.
 query: [M, T, H, D].
 key: [M, T, H, D].
 value: [M, T, H, Dv].
-key_cache: A variable of type T, [S, H, N, D].
-value_cache: A variable of type T, [S, H, N, Dv].
+key_cache: A variable of type T, [S, N, H, D].
+value_cache: A variable of type T, [S, N, H, Dv].
 key_mask_cache: A variable of type bool, [S, N]: which steps have a key.
 position: A variable of type int64, [S]: the steps each stream has taken.
-query_cache: A variable of type T, [S, H, N, D].
+query_cache: A variable of type T, [S, N, H, D].
 softmax: A variable of type double, [S, H, 4, N]. For each row of the window: what is subtracted
   from its logits, its denominator, and the largest denominator and the largest magnitude of a sum
   of values since the row was last computed exactly.
@@ -283,6 +307,8 @@ algorithm: "update" adds the new key to each row and subtracts the oldest; "reco
 update_state: If false, the outputs are the same, but the caches and positions do not change.
 advance_position: If false, the caches change and the positions do not: whoever shares them among
   several ops advances them when all have succeeded.
+sequence_first: Whether the rings of queries, keys and values are [S, N, H, D], as above. If false,
+  they are [S, H, N, D], as in graphs that were saved before this attribute existed.
 )doc");
 
 // The kernel checks everything else.
@@ -323,7 +349,11 @@ Status CoSiMultiHeadAttentionStepShape(InferenceContext* c) {
     TF_RETURN_IF_ERROR(c->Concatenate(c->Vector(m), features, &result));
   }
   c->set_output(0, result);
-  if (scores == 1) c->set_output(1, c->MakeShape({m, c->Dim(cache, 1), c->Dim(cache, 2)}));
+  RingAxes axes;
+  TF_RETURN_IF_ERROR(ReadRingAxes(c, &axes));
+  if (scores == 1) {
+    c->set_output(1, c->MakeShape({m, c->Dim(cache, axes.heads), c->Dim(cache, axes.window)}));
+  }
   return absl::OkStatus();
 }
 
@@ -353,6 +383,7 @@ REGISTER_OP("ContinualTransformers>CoSiMultiHeadAttentionStep")
     .Attr("first_step: int >= 0 = 0")
     .Attr("update_state: bool = true")
     .Attr("advance_position: bool = true")
+    .Attr("sequence_first: bool = false")
     .SetIsStateful()
     .SetShapeFn(CoSiMultiHeadAttentionStepShape)
     .Doc(R"doc(
@@ -363,7 +394,7 @@ query: [M, E].
 value: None (the query is used), or one of shape [M, Ev].
 key: None (the value is used), or one of shape [M, Ek].
 variables: In this order:
-  the rings, key [S, H, N, D] and value [S, H, N, Dv], of type T, or with float also bfloat16 or
+  the rings, key [S, N, H, D] and value [S, N, H, Dv], of type T, or with float also bfloat16 or
   half;
   bool [S, N], which steps have a key; int64 [S], the steps each stream has taken;
   with use_delay, the queries that wait: [S, delay, H, D] of type T, their masks, bool [S, delay],
@@ -387,6 +418,8 @@ use_gate: Whether the attention output is multiplied by the sigmoid of a dense l
 update_state: If false, the outputs are the same, but the state does not change.
 advance_position: If false, the rings change and the positions do not: whoever shares them among
   several ops advances them when all have succeeded.
+sequence_first: Whether the rings of queries, keys and values are [S, N, H, D], as above. If false,
+  they are [S, H, N, D], as in graphs that were saved before this attribute existed.
 )doc");
 
 Status CoSiTransformerEncoderStepShape(InferenceContext* c) {
@@ -419,6 +452,7 @@ REGISTER_OP("ContinualTransformers>CoSiTransformerEncoderStep")
     .Attr("first_step: int >= 0 = 0")
     .Attr("update_state: bool = true")
     .Attr("advance_position: bool = true")
+    .Attr("sequence_first: bool = false")
     .SetIsStateful()
     .SetShapeFn(CoSiTransformerEncoderStepShape)
     .Doc(R"doc(
@@ -443,6 +477,8 @@ first_step: The first step with outputs, as in CoSiMultiHeadAttentionStep.
 update_state: If false, the outputs are the same, but the state does not change.
 advance_position: If false, the rings change and the positions do not: whoever shares them among
   several ops advances them when all have succeeded.
+sequence_first: Whether the rings of queries, keys and values are [S, N, H, D], as above. If false,
+  they are [S, H, N, D], as in graphs that were saved before this attribute existed.
 )doc");
 
 // The second input of the ops on a session: the streams, int32 [M].

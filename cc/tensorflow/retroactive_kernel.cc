@@ -36,6 +36,7 @@ class RetroactiveAttentionOp : public OpKernel {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("algorithm", &algorithm_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("update_state", &update_state_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("advance_position", &advance_position_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("sequence_first", &order_.sequence_first));
   }
 
   void Compute(OpKernelContext* ctx) override {
@@ -45,7 +46,7 @@ class RetroactiveAttentionOp : public OpKernel {
                      LookupResource(ctx, HandleFromInput(ctx, kFirstVariable + i), &variables[i]));
     }
     const auto var = [&](Variable v) { return variables[v].get(); };
-    AttentionState state;
+    AttentionState state(order_);
     state.set_advances(advance_position_);
     OP_REQUIRES_OK(ctx,
                    state.Lock({var(kKey), var(kValue), var(kKeyMask), var(kPosition)}, kDataType<T>,
@@ -88,13 +89,13 @@ class RetroactiveAttentionOp : public OpKernel {
     const int64_t h = p->num_heads = query.dim_size(2);
     const int64_t d = p->key_dim = query.dim_size(3);
     const int64_t dv = p->value_dim = value.dim_size(3);
-    p->window = state->key()->dim_size(2);
+    p->window = state->window();
     if (t < 1 || h < 1 || p->window < 1 || d < 1 || dv < 1) {
       return InvalidArgument(
           "expected at least one step, head, feature and row of the window, "
           "but got query [M, T, H, D] = ",
           query.shape().DebugString(), ", value [M, T, H, Dv] = ", value.shape().DebugString(),
-          " and key_cache [S, H, N, D] = ", state->key()->shape().DebugString());
+          " and key_cache ", order_.axes(), " = ", state->key()->shape().DebugString());
     }
     TF_RETURN_IF_ERROR(ExpectShape("key", key, {m, t, h, d}));
     TF_RETURN_IF_ERROR(ExpectShape("value", value, {m, t, h, dv}));
@@ -119,7 +120,7 @@ class RetroactiveAttentionOp : public OpKernel {
                   RetroactiveParams<T>* p) const {
     const int64_t held = made_with->dims() > 0 ? made_with->dim_size(0) : 0;
     const int64_t h = p->num_heads, n = p->window;
-    TF_RETURN_IF_ERROR(ExpectShape("query_cache", *query, {held, h, n, p->key_dim}));
+    TF_RETURN_IF_ERROR(ExpectShape("query_cache", *query, order_.Shape(held, h, n, p->key_dim)));
     TF_RETURN_IF_ERROR(ExpectShape("softmax", *softmax, {held, h, 4, n}));
     TF_RETURN_IF_ERROR(ExpectShape("weighted_sum", *weighted_sum, {held, h, n, p->value_dim}));
     TF_RETURN_IF_ERROR(ExpectShape("made_with", *made_with, {held, 2}));
@@ -130,7 +131,7 @@ class RetroactiveAttentionOp : public OpKernel {
       }
     }
     p->query_cache = query->flat<T>().data();
-    p->query_cache_strides = HeadMajorRing(h, n, p->key_dim);
+    p->query_cache_strides = order_.RingStrides(h, n, p->key_dim);
     p->softmax = softmax->flat<double>().data();
     p->weighted_sum = weighted_sum->flat<double>().data();
     p->made_with = made_with->flat<double>().data();
@@ -139,6 +140,7 @@ class RetroactiveAttentionOp : public OpKernel {
   }
 
   std::string algorithm_;
+  RingOrder order_;
   bool update_state_, advance_position_;
 };
 

@@ -18,13 +18,14 @@ namespace continual_transformers {
 
 // The op's attributes.
 struct SingleOutputOptions {
-  bool return_attention_scores, return_window, update_state, advance_position;
+  bool return_attention_scores, return_window, update_state, advance_position, sequence_first;
 
   absl::Status Read(tensorflow::OpKernelConstruction* ctx) {
     TF_RETURN_IF_ERROR(ctx->GetAttr("return_attention_scores", &return_attention_scores));
     TF_RETURN_IF_ERROR(ctx->GetAttr("return_window", &return_window));
     TF_RETURN_IF_ERROR(ctx->GetAttr("update_state", &update_state));
-    return ctx->GetAttr("advance_position", &advance_position);
+    TF_RETURN_IF_ERROR(ctx->GetAttr("advance_position", &advance_position));
+    return ctx->GetAttr("sequence_first", &sequence_first);
   }
 };
 
@@ -35,7 +36,7 @@ class SingleOutputCall {
   // scale are the host's wherever the others are.
   SingleOutputCall(const SingleOutputOptions& options, tensorflow::OpKernelContext* ctx,
                    DeviceMemory* device = nullptr)
-      : options_(options), ctx_(ctx), state_(device) {
+      : options_(options), ctx_(ctx), state_({options.sequence_first}, device) {
     state_.set_advances(options.advance_position);
   }
 
@@ -68,13 +69,13 @@ class SingleOutputCall {
     const int64_t h = p->num_heads = query.dim_size(2);
     const int64_t d = p->key_dim = query.dim_size(3);
     const int64_t dv = p->value_dim = value.dim_size(3);
-    p->window = state_.key()->dim_size(2);
+    p->window = state_.window();
     if (t < 1 || h < 1 || p->window < 1 || d < 1 || dv < 1) {
       return InvalidArgument(
           "expected at least one step, head, feature and row of the window, "
           "but got query [M, T, H, D] = ",
           query.shape().DebugString(), ", value [M, T, H, Dv] = ", value.shape().DebugString(),
-          " and key_cache [S, H, N, D] = ", state_.key()->shape().DebugString());
+          " and key_cache ", state_.order().axes(), " = ", state_.key()->shape().DebugString());
     }
     TF_RETURN_IF_ERROR(ExpectShape("key", key, {m, t, h, d}));
     TF_RETURN_IF_ERROR(ExpectShape("value", value, {m, t, h, dv}));

@@ -70,7 +70,7 @@ class OneOpStep:
             return None
         # Of one device: that of a layer that was made on one and built on another has two.
         weights = layer.weights
-        if any(weight.value.device != cache.key.device for weight in weights):
+        if any(weight.value.device != cache.keys.device for weight in weights):
             return None
         return cls(layer, fused)
 
@@ -98,12 +98,12 @@ class OneOpStep:
             kernels = [kernel.value for kernel in self._kernels]
         else:
             narrow = self._layer._narrow_kernels
-            kernels = narrow.of(self._dense, weights_dtype, cache.key.device)
+            kernels = narrow.of(self._dense, weights_dtype, cache.keys.device)
         rings = []
         if attention.delay > 0:
             rings = [cache.query, cache.query_mask]
             rings += [cache.gate] if attention._use_gate else []
-        state = [cache.key, cache.value, cache.key_mask, cache.position]
+        state = [cache.keys, cache.values, cache.key_mask, cache.position]
         self._variables = tuple(state + rings + self._weights(kernels))
 
     def _weights(self, kernels):
@@ -178,7 +178,8 @@ class OneOpStep:
             result, *others = co_si_step(
                 self._fused, self.op, *inputs, handles(self._variables), _list_of(streams), *masks,
                 first_step=first_step, update_state=bool(update_state),
-                advance_position=step is None or step.advancing(), **attributes,
+                advance_position=step is None or step.advancing(), sequence_first=True,
+                **attributes,
             )  # fmt: skip
         # M = 0 gives no rows at any step; where a step before the first gives none, it is None too.
         if first_step > 1 and result.shape[0] == 0:

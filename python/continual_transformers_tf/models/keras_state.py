@@ -10,6 +10,10 @@ import numpy as np
 _ALIGNMENT = 64
 # The axis of the window's rows in these entries, counted from the last. They are not rings.
 _WINDOW_AXIS = {"softmax": -1, "weighted_sum": -2}
+# Attention's rings [N, H, D] in a state; in older states they had other names and were [H, N, D].
+# A plan from that time has the older names, with "heads_first".
+_OLD_NAMES = {"queries": "query", "keys": "key", "values": "value"}
+_NEW_NAMES = {old: new for new, old in _OLD_NAMES.items()}
 
 
 class Entry(NamedTuple):
@@ -57,8 +61,6 @@ def blocks_from_keras_state(plan, layout, state):
             _, start, rows = how
             values = (array.astype(np.int64) - start - positions) % rows
         elif entry.ring_rows:
-            if how == ["heads_first"]:
-                array = np.swapaxes(array, 1, 2)
             values = _ring(where, array, positions, entry)
         else:
             values = _window_rows(where, array, positions, entry)
@@ -73,12 +75,44 @@ def _parts(described, state, where):
     if not isinstance(described, dict):
         yield where, described, state
         return
+    described = _with_new_names(described)
     got = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
-    if not isinstance(state, dict) or set(map(str, state)) != set(described):
+    if isinstance(state, dict):
+        state = _sequence_first({str(name): part for name, part in state.items()}, described)
+    if not isinstance(state, dict) or set(state) != set(described):
         raise ValueError(f"Expected {where} to have {sorted(described)}, but got {got}")
-    state = {str(name): part for name, part in state.items()}
     for name, part in described.items():
         yield from _parts(part, state[name], f"{name!r} of {where}")
+
+
+def _with_new_names(described):
+    """Return a part of `keras_state` with the names of this version, without "heads_first"."""
+    renamed = {}
+    for name, part in described.items():
+        if isinstance(part, list) and part[2:] == ["heads_first"]:
+            name, part = _NEW_NAMES[name], part[:2]
+        renamed[name] = part
+    return renamed
+
+
+def _sequence_first(state, described):
+    """Return a state with the rings that `described` names, also if it has them as older states do.
+
+    Either all rings have the older names, or the state is returned as it is.
+    """
+    renamed = {_OLD_NAMES[name]: name for name in _OLD_NAMES if name in described}
+    if not all(old in state and new not in state for old, new in renamed.items()):
+        return state
+    return {
+        renamed.get(name, name): _swapped(part) if name in renamed else part
+        for name, part in state.items()
+    }
+
+
+def _swapped(array):
+    """Return [M, H, N, D] as [M, N, H, D]. What has other axes fails the later checks."""
+    array = np.asarray(array)
+    return np.swapaxes(array, 1, 2) if array.ndim == 4 else array
 
 
 def _positions(parts):

@@ -1,5 +1,8 @@
 """The state of streams under attention: rings of keys and values."""
 
+import warnings
+
+import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf.ops.stream_state import StreamState, check_integer
@@ -24,8 +27,8 @@ class AttentionCache(StreamState):
         extra_rows: what else is kept of each stream, as `StreamState` has its rows.
 
     Attributes:
-        key: tf.Variable `[S, H, N, D]`.
-        value: tf.Variable `[S, H, N, Dv]`.
+        keys: tf.Variable `[S, N, H, D]`.
+        values: tf.Variable `[S, N, H, Dv]`.
         key_mask: tf.Variable bool `[S, N]`, which steps have a key to attend to.
         position: tf.Variable int64 `[S]`, the steps each stream has taken.
         compute_dtype: what attention is computed in: float64 for float64, or else float32.
@@ -35,6 +38,9 @@ class AttentionCache(StreamState):
         ValueError: if a size is not a positive integer (streams: not negative), or there is no
             attention on this dtype.
     """
+
+    # States from before the rings were sequence first: their names there, with axes [S, H, N, D].
+    _old_names = {"key": "keys", "value": "values"}
 
     def __init__(
         self,
@@ -59,16 +65,66 @@ class AttentionCache(StreamState):
             )
         self.compute_dtype = tf.float64 if self.dtype == tf.float64 else tf.float32
         rows = dict(
-            key=([num_heads, seq_len, key_dim], self.dtype),
-            value=([num_heads, seq_len, value_dim], self.dtype),
+            keys=([seq_len, num_heads, key_dim], self.dtype),
+            values=([seq_len, num_heads, value_dim], self.dtype),
             key_mask=([seq_len], tf.bool),
             **(extra_rows or {}),
         )
         super().__init__(streams, rows, name=name)
-        device = tf.DeviceSpec.from_string(self.key.device)
+        device = tf.DeviceSpec.from_string(self.keys.device)
         self.device_type = device.device_type or "CPU"
 
     @property
     def ready(self):
         """bool tensor `[S]`: which streams' windows are full."""
         return self.position >= self.seq_len
+
+    def arrays_of(self, state, rows=None):
+        """See `StreamState.arrays_of`. Also takes states with the old names and order of axes."""
+        return super().arrays_of(with_new_names(state, self._old_names), rows)
+
+    @property
+    def key(self):
+        """Deprecated: the keys as a tensor `[S, H, N, D]`. Use `keys`."""
+        return self._heads_first("key")
+
+    @property
+    def value(self):
+        """Deprecated: the values as a tensor `[S, H, N, Dv]`. Use `values`."""
+        return self._heads_first("value")
+
+    def _heads_first(self, old_name):
+        name = self._old_names[old_name]
+        warnings.warn(
+            f"{type(self).__name__}.{old_name} is deprecated: use {name}, whose axes are "
+            "[S, N, H, size]",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        return tf.transpose(getattr(self, name), (0, 2, 1, 3))
+
+
+def with_new_names(state, old_names):
+    """Return a state with its rings `[M, N, H, size]` under their present names.
+
+    Args:
+        state: What the user gave as a state.
+        old_names: Dict from old names to present names. Under the old names, rings are
+            `[M, H, N, size]`.
+
+    Returns:
+        A new dict; or the state itself if it does not have exactly the old names.
+    """
+    is_old = isinstance(state, dict) and all(
+        old in state and new not in state for old, new in old_names.items()
+    )
+    if not is_old:
+        return state
+    renamed = {}
+    for name, array in state.items():
+        if name in old_names:
+            array = np.asarray(array)
+            # Arrays of any other rank fail the later checks of shapes.
+            array = array.swapaxes(1, 2) if array.ndim == 4 else array
+        renamed[old_names.get(name, name)] = array
+    return renamed

@@ -1,4 +1,4 @@
-"""Rings that give back what was put into them some steps ago.
+"""Rings of the newest steps of streams: put steps into them, and read steps of before.
 
 A ring is a `tf.Variable [S, D, ...]` with D >= 1; step number p of a stream lies in row p mod D.
 """
@@ -65,10 +65,27 @@ def windows_of(ring, steps, streams, position, seq_len):
 
 def put_steps(ring, steps, streams, position):
     """Puts the newest steps of streams into a ring; the arguments are those of `delayed_steps`."""
-    taken = tf.shape(steps)[1]
-    kept = tf.minimum(taken, ring.shape[1])
+    taken = sizes(steps, 2)[1]
+    kept = minimum(taken, ring.shape[1])
+    if kept is taken:  # All steps: the eager call saves two ops.
+        scatter_nd_update(ring, _rows(ring, streams, position, kept), steps)
+        return
     first = position + tf.cast(taken - kept, tf.int64)
     scatter_nd_update(ring, _rows(ring, streams, first, kept), steps[:, taken - kept :])
+
+
+# Eagerly, an index x[:, 0] takes as long as ten other ops, and a size that is known takes none.
+
+
+def sizes(x, count):
+    """Return the sizes of a tensor's first axes: ints if all are known, or else tensors."""
+    known = x.shape[:count]
+    return known.as_list() if known.is_fully_defined() else tf.unstack(tf.shape(x)[:count])
+
+
+def minimum(a, b):
+    """Return the smaller of two ints or tensors, an int if both are."""
+    return tf.minimum(a, b) if tf.is_tensor(a) or tf.is_tensor(b) else min(a, b)
 
 
 def _rows(ring, streams, first_step, count):

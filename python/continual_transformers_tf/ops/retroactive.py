@@ -6,6 +6,7 @@ import tensorflow as tf
 from tensorflow.python.eager import record
 
 from continual_transformers_tf.ops import library, retroactive_twin
+from continual_transformers_tf.ops.delay import put_steps
 from continual_transformers_tf.ops.single_output import expand_key_mask, expand_mask, scale_tensor
 from continual_transformers_tf.ops.stream_state import stream_tensor
 
@@ -151,11 +152,11 @@ def attend_all_steps(
         if fused is None:
             return retroactive_twin.attend_all_steps(
                 **inputs,
-                key_cache=cache.key,
-                value_cache=cache.value,
+                key_cache=cache.keys,
+                value_cache=cache.values,
                 key_mask_cache=cache.key_mask,
                 position=cache.position,
-                query_cache=cache.query,
+                query_cache=cache.queries,
                 made_with=cache.made_with,
                 attention_mask=attention_mask,
                 key_mask=masks,
@@ -166,11 +167,11 @@ def attend_all_steps(
             )
         output, steps_taken = fused.continual_transformers_retroactive_attention(
             **inputs,
-            key_cache=cache.key.handle,
-            value_cache=cache.value.handle,
+            key_cache=cache.keys.handle,
+            value_cache=cache.values.handle,
             key_mask_cache=cache.key_mask.handle,
             position=cache.position.handle,
-            query_cache=cache.query.handle,
+            query_cache=cache.queries.handle,
             softmax=cache.softmax.handle,
             weighted_sum=cache.weighted_sum.handle,
             made_with=cache.made_with.handle,
@@ -178,6 +179,7 @@ def attend_all_steps(
             algorithm=algorithm,
             update_state=update_state,
             advance_position=advance_position,
+            sequence_first=True,
         )
     return output, None, steps_taken
 
@@ -192,13 +194,9 @@ def put_whole_window(cache, query, key, value, key_mask, step):
     """
     if key_mask is None:
         key_mask = tf.ones(tf.shape(key)[:2], bool)
-    rings = [
-        (cache.query, tf.transpose(query, (0, 2, 1, 3))),
-        (cache.key, tf.transpose(key, (0, 2, 1, 3))),
-        (cache.value, tf.transpose(value, (0, 2, 1, 3))),
-        (cache.key_mask, key_mask),
-    ]
-    retroactive_twin.write(rings, step.numbers, step.position)
+    rings = (cache.queries, cache.keys, cache.values, cache.key_mask)
+    for ring, new in zip(rings, (query, key, value, key_mask), strict=True):
+        put_steps(ring, new, step.numbers, step.position)
     nobodys = tf.zeros([tf.shape(step.numbers)[0], 2], cache.made_with.dtype)
     cache.made_with.scatter_nd_update(step.numbers[:, tf.newaxis], nobodys)
 

@@ -20,8 +20,8 @@ class RetroactiveCache(AttentionCache):
         extra_rows: what else is kept of each stream, as `StreamState` has its rows.
 
     Attributes:
-        key, value, key_mask, position, compute_dtype, device_type: as of an `AttentionCache`.
-        query: tf.Variable `[S, H, N, D]`.
+        keys, values, key_mask, position, compute_dtype, device_type: as of an `AttentionCache`.
+        queries: tf.Variable `[S, N, H, D]`.
         softmax: tf.Variable float64 `[S, H, 4, N]`, of each row of the window what is subtracted
             from its logits, its denominator, and how large this and the sums have been.
         weighted_sum: tf.Variable float64 `[S, H, N, Dv]`, each row's sum of values.
@@ -33,6 +33,8 @@ class RetroactiveCache(AttentionCache):
         ValueError: if a size is not a positive integer (streams: not negative), or the dtype is
             another.
     """
+
+    _old_names = {"query": "queries", **AttentionCache._old_names}
 
     def __init__(
         self,
@@ -56,7 +58,7 @@ class RetroactiveCache(AttentionCache):
                 f"{dtype.name}"
             )
         rows = dict(
-            query=([num_heads, seq_len, key_dim], dtype),
+            queries=([seq_len, num_heads, key_dim], dtype),
             softmax=([num_heads, 4, seq_len], tf.float64),
             weighted_sum=([num_heads, seq_len, value_dim], tf.float64),
             made_with=([2], tf.float64),
@@ -65,3 +67,8 @@ class RetroactiveCache(AttentionCache):
         super().__init__(
             streams, num_heads, seq_len, key_dim, value_dim, dtype, name=name, extra_rows=rows
         )
+
+    @property
+    def query(self):
+        """Deprecated: the queries as a tensor `[S, H, N, D]`. Use `queries`."""
+        return self._heads_first("query")

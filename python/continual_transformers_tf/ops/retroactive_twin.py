@@ -6,14 +6,12 @@ marks what the fused op has kept as made with nobody's arithmetic, so that this 
 
 import tensorflow as tf
 
+from continual_transformers_tf.ops.delay import minimum, put_steps, sizes, steps_before
 from continual_transformers_tf.ops.single_output_twin import (
     check_static,
     check_values,
-    minimum,
-    sizes,
+    heads_first,
     softmax,
-    unroll,
-    write,
 )
 
 # Windows are gathered for so many steps at a time that together they have about as many rows: the
@@ -56,14 +54,15 @@ def attend_all_steps(
     ):
         streams = tf.identity(streams)  # What comes after waits for the checks.
     start = tf.gather(position, streams)  # [M]
-    seq_len = key_cache.shape[2]
+    seq_len = key_cache.shape[1]
 
     # The N steps before this call and its own, in order: column c is step start - N + c.
-    new = [tf.transpose(x, (0, 2, 1, 3)) for x in (query, key, value)]  # [M, H, T, D or Dv]
-    caches = (query_cache, key_cache, value_cache)
-    *old, had_key = unroll([*caches, key_mask_cache], streams, start)
-    queries, keys, values = (tf.concat(pair, 2) for pair in zip(old, new, strict=True))
-    has_key = tf.concat([had_key, key_mask], 1)
+    caches = (query_cache, key_cache, value_cache, key_mask_cache)
+    news = list(zip(caches, (query, key, value, key_mask), strict=True))
+    *rows, has_key = (
+        tf.concat([steps_before(ring, streams, start, seq_len), new], 1) for ring, new in news
+    )
+    queries, keys, values = map(heads_first, rows)  # [M, H, N + T, D or Dv]
 
     num_steps = query.shape[1]
     chunk = max(1, ROWS_PER_CHUNK // seq_len) if num_steps is not None else tf.shape(query)[1]
@@ -96,13 +95,13 @@ def attend_all_steps(
     if update_state:
         # In a graph, what is read is read before the state changes, and what fails has failed.
         with tf.control_dependencies([queries, keys, values, output]):
-            rings = [*zip(caches, new, strict=True), (key_mask_cache, key_mask)]
-            write(rings, streams, start)
-            rows = tf.expand_dims(streams, 1)
+            for ring, new in news:
+                put_steps(ring, new, streams, start)
+            indices = tf.expand_dims(streams, 1)
             nobodys = tf.zeros([*sizes(streams, 1), 2], made_with.dtype)
-            made_with.scatter_nd_update(rows, nobodys)
+            made_with.scatter_nd_update(indices, nobodys)
             if advance_position:
-                position.scatter_nd_update(rows, steps_taken)
+                position.scatter_nd_update(indices, steps_taken)
     return output, scores, steps_taken
 
 

@@ -8,6 +8,7 @@ import tensorflow as tf
 from tensorflow.python.eager import record
 
 from continual_transformers_tf.ops import library, single_output_gradient, single_output_twin
+from continual_transformers_tf.ops.delay import put_steps
 from continual_transformers_tf.ops.stream_state import stream_tensor
 
 
@@ -141,8 +142,8 @@ def attend_steps(
         if fused is None:
             return single_output_twin.attend_steps(
                 **inputs,
-                key_cache=cache.key,
-                value_cache=cache.value,
+                key_cache=cache.keys,
+                value_cache=cache.values,
                 key_mask_cache=cache.key_mask,
                 position=cache.position,
                 dropout=dropout,
@@ -150,11 +151,12 @@ def attend_steps(
             )
         return fused.continual_transformers_single_output_attention(
             **inputs,
-            key_cache=cache.key.handle,
-            value_cache=cache.value.handle,
+            key_cache=cache.keys.handle,
+            value_cache=cache.values.handle,
             key_mask_cache=cache.key_mask.handle,
             position=cache.position.handle,
             return_window=_gradient_may_be_wanted([query, key, value, scale], training),
+            sequence_first=True,
             **options,
         )[:3]
 
@@ -169,12 +171,8 @@ def put_window(cache, key, value, key_mask, step):
     """
     if key_mask is None:
         key_mask = tf.ones(tf.shape(key)[:2], bool)
-    rings = [
-        (cache.key, tf.transpose(key, (0, 2, 1, 3))),
-        (cache.value, tf.transpose(value, (0, 2, 1, 3))),
-        (cache.key_mask, key_mask),
-    ]
-    single_output_twin.write(rings, step.numbers, step.position)
+    for ring, new in ((cache.keys, key), (cache.values, value), (cache.key_mask, key_mask)):
+        put_steps(ring, new, step.numbers, step.position)
 
 
 def _gradient_may_be_wanted(inputs, training):
@@ -209,7 +207,7 @@ def expand_mask(mask, m, t, cache, all_rows=False):
     if mask is None:
         return None
     mask = _bool_tensor("attention_mask", mask)
-    sizes = dict(M=m, H=cache.key.shape[1], T=t, N=cache.seq_len)
+    sizes = dict(M=m, H=cache.keys.shape[2], T=t, N=cache.seq_len)
     window = "NN" if all_rows else "N"
     shapes = ["MHT"[:lead] + window for lead in range(4)]
     letters = next((shape for shape in shapes if len(shape) == mask.shape.rank), None)

@@ -8,7 +8,7 @@ its lock: two threads must not step one cache at the same time. XLA leaves asser
 
 import tensorflow as tf
 
-from continual_transformers_tf.ops.scatter import scatter_nd_update
+from continual_transformers_tf.ops.delay import minimum, put_steps, sizes, steps_before
 from continual_transformers_tf.ops.stream_state import check_streams, stream_assertions
 
 # Windows are gathered for this many steps at a time at the most: the memory of a call of many steps
@@ -47,15 +47,14 @@ def attend_steps(
     ):
         streams = tf.identity(streams)  # What comes after waits for the checks.
     start = tf.gather(position, streams)  # [M]
-    seq_len = key_cache.shape[2]
+    seq_len = key_cache.shape[1]
 
     # The N steps before this call and its own, in order: column c is step start - N + c.
-    key_steps = tf.transpose(key, (0, 2, 1, 3))  # [M, H, T, D]
-    value_steps = tf.transpose(value, (0, 2, 1, 3))
-    old_keys, old_values, had_key = unroll([key_cache, value_cache, key_mask_cache], streams, start)
-    keys = tf.concat([old_keys, key_steps], 2)
-    values = tf.concat([old_values, value_steps], 2)
-    has_key = tf.concat([had_key, key_mask], 1)
+    news = [(key_cache, key), (value_cache, value), (key_mask_cache, key_mask)]
+    keys, values, has_key = (
+        tf.concat([steps_before(ring, streams, start, seq_len), new], 1) for ring, new in news
+    )
+    keys, values = heads_first(keys), heads_first(values)  # [M, H, N + T, D or Dv]
 
     num_steps = query.shape[1]
     chunk = STEPS_PER_CHUNK if num_steps is not None else tf.shape(query)[1]
@@ -89,8 +88,8 @@ def attend_steps(
     if update_state:
         # In a graph, what is read is read before the state changes, and what fails has failed.
         with tf.control_dependencies([keys, values, output, scores]):
-            rings = [(key_cache, key_steps), (value_cache, value_steps), (key_mask_cache, key_mask)]
-            write(rings, streams, start)
+            for ring, new in news:
+                put_steps(ring, new, streams, start)
             if advance_position:
                 position.scatter_nd_update(tf.expand_dims(streams, 1), steps_taken)
     return output, scores, steps_taken
@@ -119,59 +118,9 @@ def softmax(logits, attended):
     return tf.math.divide_no_nan(weights, tf.reduce_sum(weights, -1, keepdims=True))
 
 
-# Eagerly, an index x[:, 0] takes as long as ten other ops, and a size that is known takes none.
-
-
-def sizes(x, count):
-    """The sizes of a tensor's first axes: ints where they are known."""
-    known = x.shape[:count]
-    return known.as_list() if known.is_fully_defined() else tf.unstack(tf.shape(x)[:count])
-
-
-def minimum(a, b):
-    return tf.minimum(a, b) if tf.is_tensor(a) or tf.is_tensor(b) else min(a, b)
-
-
-def unroll(rings, streams, start):
-    """Of rings [S, H, N, size] or [S, N], the first not the latter: those of streams, M for S.
-
-    They begin with the oldest row.
-    """
-    seq_len = rings[0].shape[2]
-    order = tf.range(seq_len, dtype=tf.int64)
-    rows = tf.math.floormod(tf.expand_dims(start, 1) + order, seq_len)
-    return [
-        tf.gather(
-            tf.gather(ring, streams), rows, axis=1 if ring.shape.rank == 2 else 2, batch_dims=1
-        )
-        for ring in rings
-    ]
-
-
-def write(rings, streams, start):
-    """Writes steps into rings of the same N: of more than N steps, the newest N.
-
-    Args:
-        rings: pairs of a ring [S, H, N, size] and its steps [M, H, T, size], or [S, N] and [M, T].
-        streams: [M], and `start` [M], the position of the first of the steps.
-    """
-    ring, steps = rings[0]
-    _, num_heads, seq_len, _ = ring.shape
-    m, _, taken = sizes(steps, 3)
-    kept = minimum(taken, seq_len)
-    newest = tf.range(tf.cast(taken - kept, tf.int64), tf.cast(taken, tf.int64))
-    rows = tf.cast(tf.math.floormod(tf.expand_dims(start, 1) + newest, seq_len), tf.int32)
-    streams = tf.broadcast_to(tf.expand_dims(streams, 1), [m, kept])
-    of_streams = tf.stack([streams, rows], -1)  # [M, kept, 2]
-    all_heads = [m, num_heads, kept]
-    heads = tf.broadcast_to(tf.reshape(tf.range(num_heads), [1, num_heads, 1]), all_heads)
-    streams, rows = (tf.broadcast_to(tf.expand_dims(x, 1), all_heads) for x in (streams, rows))
-    of_heads = tf.stack([streams, heads, rows], -1)  # [M, H, kept, 3]
-    for ring, steps in rings:
-        if ring.shape.rank == 2:
-            scatter_nd_update(ring, of_streams, steps if kept is taken else steps[:, -kept:])
-        else:
-            ring.scatter_nd_update(of_heads, steps if kept is taken else steps[:, :, -kept:])
+def heads_first(x):
+    """Return `[M, T, H, D]` as `[M, H, T, D]`."""
+    return tf.transpose(x, (0, 2, 1, 3))
 
 
 def check_static(query, key, value, key_cache, value_cache, streams):
@@ -184,7 +133,7 @@ def check_static(query, key, value, key_cache, value_cache, streams):
         if tensor.shape.rank != 4:
             raise ValueError(f"Expected {name} of rank 4, {axes}, but got {tensor.shape}")
     m, t, h, d = query.shape
-    _, held_heads, _, held_d = key_cache.shape
+    _, _, held_heads, held_d = key_cache.shape
     dv = value_cache.shape[3]
     for name, tensor, expected in (
         ("query", query, [m, t, held_heads, held_d]),
@@ -225,7 +174,7 @@ def check_values(query, key, value, streams, position, mask, key_mask, key_cache
         assertions += [
             tf.debugging.Assert(
                 tf.reduce_all((got[:3] == 1) | (got[:3] == full))
-                & tf.reduce_all(got[3:] == key_cache.shape[2]),
+                & tf.reduce_all(got[3:] == key_cache.shape[1]),
                 [f"Expected attention_mask of shape {axes}, with M, H, T", full, "got", got],
             )
         ]

@@ -28,8 +28,8 @@ def _layer(size, weights, **options):
     keys, values = rings_of(size, weights)
     dtype = layer._stream_state.dtype.as_numpy_dtype
     layer.set_state({
-        "key": keys.astype(dtype),
-        "value": values.astype(dtype),
+        "keys": keys.swapaxes(1, 2).astype(dtype),
+        "values": values.swapaxes(1, 2).astype(dtype),
         "key_mask": np.ones((size.streams, size.seq_len), bool),
         "position": np.full(size.streams, size.seq_len, np.int64),
     })  # fmt: skip

@@ -35,7 +35,6 @@ class StateOf:
     layout: tuple = ()
 
 
-HEADS_FIRST = ("heads_first",)  # A layout: Keras has [H, N, D], the plan [N, H, D].
 POSITION = "position"  # A state entry: the streams' positions, which all layers share.
 ALL_TRUE = "true"  # A state entry that the plan does not keep, because it is always true.
 
@@ -125,8 +124,8 @@ def co_si_mha(
         scale=layer._inverse_sqrt_key_dim,
     )
     state |= {
-        "key": StateOf(attended.index, "key", HEADS_FIRST),
-        "value": StateOf(attended.index, "value", HEADS_FIRST),
+        "keys": StateOf(attended.index, "key"),
+        "values": StateOf(attended.index, "value"),
         "key_mask": StateOf(attended.index, "key_mask"),
     }
     output = project(b, gated(b, layer, attended, gate), layer._output_dense, "output", axes=2)
@@ -162,8 +161,8 @@ def co_re_mha(
         )
         state = {
             **{
-                name: StateOf(attended.index, name, HEADS_FIRST)
-                for name in ("query", "key", "value")
+                ring: StateOf(attended.index, name)
+                for ring, name in (("queries", "query"), ("keys", "key"), ("values", "value"))
             },
             **{
                 name: StateOf(attended.index, name)
@@ -204,8 +203,8 @@ def _masked_rows(b, layer, queries, keys, values, mask, use_causal_mask):
         causal=bool(use_causal_mask),
     )
     state = {
-        name: StateOf(x.index, "ring", HEADS_FIRST)
-        for name, x in zip(("query", "key", "value"), windows, strict=True)
+        name: StateOf(x.index, "ring")
+        for name, x in zip(("queries", "keys", "values"), windows, strict=True)
     }
     # The plan keeps no sums, because it computes every row again. No step can be a gap here.
     unused = {"softmax": None, "weighted_sum": None, "made_with": None, "key_mask": ALL_TRUE}
