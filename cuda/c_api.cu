@@ -44,7 +44,8 @@ DeviceSingleOutputParams<T, C> ParamsOf(const ContinualTransformersSingleOutput&
   p.key_cache = static_cast<C*>(call.key_cache);
   p.value_cache = static_cast<C*>(call.value_cache);
   p.key_mask_cache = static_cast<bool*>(call.key_mask_cache);
-  p.position = p.next_position = call.position;
+  p.position = call.position;
+  p.next_position = call.advance_position != 0 ? call.position : nullptr;
   p.streams = call.streams;
   p.mask = static_cast<const bool*>(call.attention_mask);
   p.mask_strides = BatchHeadTime(call.mask_rows, call.mask_heads, call.mask_steps, call.window);
@@ -101,7 +102,7 @@ DeviceCoSiMhaStep<T, C, W> StepOf(const ContinualTransformersCoSiMhaStep& call) 
   s.gate_ring = static_cast<T*>(call.gate_ring);
   s.query_mask = static_cast<const bool*>(attention.query_mask);
   s.num_held = attention.num_held;
-  s.next_position = attention.position;
+  s.next_position = attention.advance_position != 0 ? attention.position : nullptr;
   s.multiprocessors = call.multiprocessors;
   s.scratch = call.scratch;
   s.arrivals = attention.arrivals;

@@ -28,7 +28,7 @@ typedef struct {
   void *output, *scores, *window_key, *window_value, *window_key_mask;
   int64_t num_held, num_streams, num_steps, num_heads, window, key_dim, value_dim;
   double scale;
-  int32_t update_state, overlap;
+  int32_t update_state, advance_position, overlap;
   int64_t window_parts;
   void* parts;
   int64_t* steps_taken;

@@ -17,7 +17,7 @@ namespace continual_transformers {
 template <typename T, typename C, typename W>
 struct DeviceCoSiMhaStep : CoSiMhaStep<T, C, W> {
   int64_t num_held;        // S; see DeviceSingleOutputParams
-  int64_t* next_position;  // [S], the positions again, for the launch to advance; null: the caller does
+  int64_t* next_position;  // [S], the positions again, for the launch to advance; null: they stay
   const T* residual;       // [M, output_features], added to the result; null: none
   int multiprocessors;     // Of the GPU.
   // ScratchBytes() of them, 16-byte aligned, with whatever is there; and arrivals, NumArrivals() of

@@ -15,6 +15,8 @@ import tensorflow as tf
 import continual_transformers_tf as ct
 import reference
 from co_si_mha_cases import E, H, N, pair
+from continual_transformers_tf.layers.co_si_step import OneOpStep
+from continual_transformers_tf.ops.co_si_step import MHA_STEP, co_si_step, handles
 from errors import BAD_INPUT
 
 # Few cases that cover the options of the layer; the steps cover inputs, masks and scores.
@@ -77,6 +79,38 @@ def test_one_op_is_the_several_ops(monkeypatch, random, options):
     for name, array in states[0].items():
         if name == "key_mask" or array.dtype.kind in "ib":
             np.testing.assert_array_equal(array, states[1][name])
+
+
+@pytest.mark.parametrize("options", [{}, dict(query_index=0, use_gate=True)], ids=str)
+def test_a_step_that_leaves_the_position(monkeypatch, random, options):
+    """The rings are written as by any step, so the caller only has to advance the position."""
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
+    layer = ct.CoSiMultiHeadAttention(N, H, 5, warm_up="partial", **options)
+    layer.build((None, 1, E))
+    layer.set_weights([random.normal(scale=0.4, size=w.shape) for w in layer.weights])
+    fused = ct.ops.library.fused_ops("CPU")
+    step, cache = OneOpStep.of(layer), layer._stream_state
+    for t in range(2 * N):
+        x = tf.constant(random.normal(size=(1, E)).astype("float32"))
+        layer.ensure_streams(1)
+        state = layer.get_state()
+        expected = layer.call_step(x)
+        after = layer.get_state()
+        layer.set_state(state)
+        attributes = dict(
+            use_bias=True, use_gate=layer._use_gate, use_delay=layer.delay > 0,
+            advance_position=False, sequence_first=True,
+        )  # fmt: skip
+        inputs = (x, [], [], handles(step._variables), [], [], [], [])
+        # A query that waits is replaced, so with a delay the step cannot be repeated.
+        for _ in range(1 if layer.delay else 2):
+            result, _ = co_si_step(fused, MHA_STEP, *inputs, **attributes)
+            if expected is not None:  # The first queries wait: the op gives zeros for them.
+                np.testing.assert_array_equal(result, expected)
+        assert cache.position.numpy() == t
+        cache.position.assign_add([1])
+        for name, array in layer.get_state().items():
+            np.testing.assert_array_equal(array, after[name], name)
 
 
 def plain_step(layer, x):

@@ -7,6 +7,8 @@ import tensorflow as tf
 
 import continual_transformers_tf as ct
 import reference
+from continual_transformers_tf.layers.co_si_encoder_step import OneOpEncoderStep
+from continual_transformers_tf.ops.co_si_step import ENCODER_STEP, co_si_step, handles
 from encoder_cases import FF, E, H, N, RegularEncoder
 from errors import BAD_INPUT
 
@@ -100,6 +102,32 @@ def test_one_op_is_the_several_ops(monkeypatch, random, rows, options):
             outputs[backend] = layer.call_step(x.astype(layer.compute_dtype), **arguments)
         assert reference.relative_error(outputs["fused"], outputs["tensorflow"].numpy()) < bound
     assert layers["fused"]._one_op_step is not None
+
+
+def test_a_step_that_leaves_the_position(monkeypatch, random):
+    """The rings are written as by any step, so the caller only has to advance the position."""
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
+    layer = ct.CoSiTransformerEncoder(N, E, H, FF, warm_up="partial")
+    layer.build((None, N, E))
+    layer.set_weights([random.normal(scale=0.5, size=w.shape) for w in layer.weights])
+    step, cache = OneOpEncoderStep.of(layer), layer.attention._stream_state
+    for t in range(2 * N):
+        x = tf.constant(random.normal(size=(1, E)).astype("float32"))
+        layer.ensure_streams(1)
+        state = layer.get_state()
+        expected = layer.call_step(x).numpy()
+        after = layer.get_state()
+        layer.set_state(state)
+        for _ in range(2):
+            (result,) = co_si_step(
+                step._fused, ENCODER_STEP, x, handles(step._variables), [],
+                advance_position=False, sequence_first=True, **step._layer_attributes(),
+            )  # fmt: skip
+            np.testing.assert_array_equal(result, expected)
+        assert cache.position.numpy() == t
+        cache.position.assign_add([1])
+        for name, array in layer.get_state().items():
+            np.testing.assert_array_equal(array, after[name], name)
 
 
 @pytest.mark.parametrize("scale", [1, 1e-3])

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 import reference
 from continual_transformers_tf.ops import RetroactiveCache, retroactive_attention
+from continual_transformers_tf.ops.retroactive import attend_all_steps
 from old_states import NEW_NAMES, old_state
 from retroactive_cases import GOOD, cache_at, expected_of, steps_of
 
@@ -85,6 +86,34 @@ def test_a_window_of_1000(monkeypatch, random, key_dim, dtype):
         output = retroactive_attention(*inputs, cache, algorithm="update")
         expected = expected_of([stream], *inputs, newest=1)
         assert reference.relative_error(output[:, -1:], expected) < reference.BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("t", [1, 7])
+def test_a_step_that_leaves_the_position(algorithm, random, t):
+    """The rings are written as by any step, so the caller only has to advance the position.
+
+    A call of one step can be repeated instead: the sums that the first one kept are not used.
+    """
+    cache, _ = cache_at([0, 3, 13], 2, 5, 8, 6, "float32", random)
+    other = RetroactiveCache(3, 2, 5, 8, 6)
+    options = dict(streams=tf.constant([2, 0, 1]), algorithm=algorithm)
+    for _ in range(3):  # From the second on, the sums that the one before kept are updated.
+        other.set_state(cache.get_state())
+        position = cache.position.numpy()
+        inputs = steps_of(3, t, 2, 8, 6, dtype="float32", random=random)
+        inputs = [tf.constant(x) for x in inputs]
+        expected, _, taken = attend_all_steps(*inputs, other, **options)
+        for _ in range(2 if t == 1 else 1):
+            output, _, steps_taken = attend_all_steps(
+                *inputs, cache, advance_position=False, **options
+            )
+            assert reference.relative_error(output, expected.numpy()) < 5e-6
+            np.testing.assert_array_equal(steps_taken, taken)
+            np.testing.assert_array_equal(cache.position, position)
+        cache.position.assign_add([t] * 3)
+        for name, array in other.get_state().items():
+            if name not in ("softmax", "weighted_sum"):  # Equal but for rounding.
+                np.testing.assert_array_equal(cache.get_state()[name], array, name)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

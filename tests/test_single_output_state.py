@@ -8,6 +8,7 @@ import tensorflow as tf
 
 import reference
 from continual_transformers_tf.ops import AttentionCache, single_output_attention
+from continual_transformers_tf.ops.single_output import attend_steps
 from old_states import old_state
 from single_output_cases import cache_at, expected_of, steps_of
 
@@ -21,6 +22,27 @@ def test_peeking_gives_the_next_output_and_changes_nothing(backend, random, t):
     for name, array in cache.get_state().items():
         np.testing.assert_array_equal(array, before[name])
     np.testing.assert_array_equal(single_output_attention(*inputs, cache), peek)
+
+
+@pytest.mark.parametrize("t", [1, 3, 9])
+def test_a_step_that_leaves_the_position(backend, random, t):
+    """The rings are written as by any step, so the caller only has to advance the position."""
+    cache, _ = cache_at([0, 5, 12], 2, 4, 8, 6, "float32", random)
+    other = AttentionCache(3, 2, 4, 8, 6)
+    other.set_state(cache.get_state())
+    inputs = [tf.constant(x) for x in steps_of(3, t, 2, 8, 6, "float32", random)]
+    streams = tf.constant([2, 0, 1])
+    expected, _, taken = attend_steps(*inputs, other, streams=streams)
+    for _ in range(2 if t == 1 else 1):  # Only a call of one step can be repeated.
+        output, _, steps_taken = attend_steps(
+            *inputs, cache, streams=streams, advance_position=False
+        )
+        np.testing.assert_array_equal(output, expected)
+        np.testing.assert_array_equal(steps_taken, taken)
+        np.testing.assert_array_equal(cache.position, [0, 5, 12])
+    cache.position.assign_add([t] * 3)
+    for name, array in other.get_state().items():
+        np.testing.assert_array_equal(cache.get_state()[name], array, name)
 
 
 def test_state_moves_to_another_cache_bit_for_bit(backend, random):

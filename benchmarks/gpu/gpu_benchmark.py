@@ -197,7 +197,7 @@ class AttentionRings:
             query=self.query.data_ptr(), key=self.key.data_ptr(), value=self.value.data_ptr(),
             output=self.output.data_ptr(),
             num_held=s, num_streams=s, num_steps=1, num_heads=h, window=n, key_dim=d, value_dim=d,
-            scale=d**-0.5, update_state=1,
+            scale=d**-0.5, update_state=1, advance_position=1,
             window_parts=bench.library.plan_window_parts(s * h, n, bench.gpu.multiprocessors),
         )  # fmt: skip
         self.window_parts = call.window_parts
@@ -306,7 +306,7 @@ class LayerWeights:
                 compute_dtype=cuda_calls.FLOAT32, cache_dtype=cuda_calls.DTYPES[size.dtype],
                 query=x, key=x, value=x,
                 num_held=m, num_streams=m, num_steps=1, num_heads=h, window=n, key_dim=d,
-                value_dim=d, scale=d**-0.5, update_state=1, window_parts=1,
+                value_dim=d, scale=d**-0.5, update_state=1, advance_position=1, window_parts=1,
             ),
             weights_dtype=cuda_calls.DTYPES[size.dtype],
             query_features=e, key_features=e, value_features=e, output_features=e,

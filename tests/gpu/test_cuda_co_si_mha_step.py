@@ -138,6 +138,14 @@ def test_no_result_wanted(machine, random):
         check_layer_call(machine, layer, streams, [1, 0], inputs, result=result, scores=False)
 
 
+@pytest.mark.parametrize("delay", [0, 2])
+def test_positions_that_stay(machine, random, delay):
+    layer = Layer(random, layer_sizes(delay=delay, use_gate=True))
+    streams = LayerStreams(random, [5, 0, 30], layer)
+    inputs = inputs_of(random, layer, 3)
+    check_layer_call(machine, layer, streams, [2, 0, 1], inputs, advance_position=False)
+
+
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("delay", [0, 2])
 def test_no_such_stream_touches_nothing(machine, random, delay):

@@ -261,6 +261,15 @@ def test_no_such_stream_touches_nothing(machine, random, window_parts, t):
         check_call(machine, streams, chosen, inputs, **options)
 
 
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("t", [1, 3, 9])
+def test_positions_that_stay(machine, random, t):
+    streams = Streams(random, [5, 0, 30], Sizes(2, 7, 16, 8))
+    inputs = streams.steps(random, 3, t)
+    options = dict(advance_position=False, window_parts=2)
+    check_call(machine, streams, [2, 0, 1], inputs, **options)
+
+
 def test_rows_beyond_the_streams_held_are_no_streams(machine, random):
     """Without `streams`, row m is stream m."""
     streams = Streams(random, [5, 0, 30], Sizes(2, 7, 4, 4))

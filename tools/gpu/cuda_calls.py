@@ -20,7 +20,7 @@ class SingleOutput(ctypes.Structure):
         (c_void_p, "output scores window_key window_value window_key_mask"),
         (c_int64, "num_held num_streams num_steps num_heads window key_dim value_dim"),
         (c_double, "scale"),
-        (c_int32, "update_state overlap"),
+        (c_int32, "update_state advance_position overlap"),
         (c_int64, "window_parts"),
         (c_void_p, "parts steps_taken query_mask arrivals"),
     )

@@ -132,6 +132,9 @@ def attend_all_steps(
         streams: int32 tensor `[M]`.
         attention_mask: bool tensor `[M, H, T, N, N]`, the first three axes may be 1; or None.
         key_mask: bool tensor `[M, T]`, or None.
+        advance_position: if False, the rings are written, but `cache.position` stays: the caller
+            advances it. A call of one step whose position stays can be taken again: its sums are
+            then computed anew.
         training: whether a graph may be asked for gradients from outside.
         dropout: what is applied to the scores before they weight the values; None: nothing.
 

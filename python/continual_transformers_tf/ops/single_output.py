@@ -117,6 +117,8 @@ def attend_steps(
         streams: int32 tensor `[M]`.
         attention_mask: bool tensor `[M, H, T, N]`, the first three axes may be 1; or None.
         key_mask: bool tensor `[M, T]`, or None.
+        advance_position: if False, the rings are written, but `cache.position` stays: the caller
+            advances it. A call of one step whose position stays can be taken again.
         training: whether a graph may be asked for gradients; None: where it takes several steps.
         dropout: what is applied to the scores before they weight the values; None: nothing. With
             it plain TensorFlow is used: the fused op has no random numbers.
