@@ -43,6 +43,8 @@ DeviceSingleOutputParams<T, C> ParamsOf(const ContinualTransformersSingleOutput&
   p.key_mask = static_cast<const bool*>(call.key_mask);
   p.key_cache = static_cast<C*>(call.key_cache);
   p.value_cache = static_cast<C*>(call.value_cache);
+  p.key_cache_strides = RowMajorRing(h, call.window, call.key_dim);
+  p.value_cache_strides = RowMajorRing(h, call.window, call.value_dim);
   p.key_mask_cache = static_cast<bool*>(call.key_mask_cache);
   p.position = call.position;
   p.next_position = call.advance_position != 0 ? call.position : nullptr;

@@ -39,13 +39,17 @@ class QueryBlock {
     const int stream = Stream(place.m);
     // It may be written only now, so what is there may be anything.
     if (place.t != 0 || stream < 0 || stream >= p_.num_held) return;
-    const int64_t ring = (stream * p_.num_heads + place.h) * p_.window;
-    const int64_t begin = p_.window * place.part / Parts();
-    const int64_t rows = p_.window * (place.part + 1) / Parts() - begin;
-    PrefetchIntoL2(p_.key_cache + (ring + begin) * p_.key_dim,
-                   rows * p_.key_dim * static_cast<int64_t>(sizeof(C)));
-    PrefetchIntoL2(p_.value_cache + (ring + begin) * p_.value_dim,
-                   rows * p_.value_dim * static_cast<int64_t>(sizeof(C)));
+    // A share of the stream's whole rings, which is contiguous. A head's own rows are not: they lie
+    // among those of the other heads, whose blocks fetch the rest.
+    const int64_t rows = p_.window * p_.num_heads, shares = Parts() * p_.num_heads;
+    const int64_t share = place.part * p_.num_heads + place.h;
+    const int64_t begin = rows * share / shares, end = rows * (share + 1) / shares;
+    const auto prefetch = [&](const C* cache, const Strides& strides, int64_t size) {
+      PrefetchIntoL2(cache + stream * strides.stream + begin * size,
+                     (end - begin) * size * static_cast<int64_t>(sizeof(C)));
+    };
+    prefetch(p_.key_cache, p_.key_cache_strides, p_.key_dim);
+    prefetch(p_.value_cache, p_.value_cache_strides, p_.value_dim);
   }
 
   __device__ void Run() {
@@ -84,8 +88,9 @@ class QueryBlock {
   // In 32 bits from where the launch keeps them, rather than each in a register.
   __device__ int Window() const { return static_cast<int>(p_.window); }
   __device__ int Parts() const { return static_cast<int>(p_.window_parts); }
-  __device__ int KeyDim() const { return static_cast<int>(p_.key_dim); }
-  __device__ int ValueDim() const { return static_cast<int>(p_.value_dim); }
+  // From one row of a head's ring to the next.
+  __device__ int KeyStep() const { return static_cast<int>(p_.key_cache_strides.step); }
+  __device__ int ValueStep() const { return static_cast<int>(p_.value_cache_strides.step); }
 
   // Where in a call this block is, for all its threads in shared memory rather than for each in
   // registers.
@@ -134,12 +139,11 @@ class QueryBlock {
   }
 
   // This head's ring of one of the caches.
-  template <typename U>
-  __device__ U* Ring(U* cache, int64_t size) const {
-    return cache + (Here().stream * p_.num_heads + Here().h) * p_.window * size;
+  __device__ C* Ring(C* cache, const Strides& strides) const {
+    return cache + Here().stream * strides.stream + Here().h * strides.head;
   }
-  __device__ C* KeyRing() const { return Ring(p_.key_cache, p_.key_dim); }
-  __device__ C* ValueRing() const { return Ring(p_.value_cache, p_.value_dim); }
+  __device__ C* KeyRing() const { return Ring(p_.key_cache, p_.key_cache_strides); }
+  __device__ C* ValueRing() const { return Ring(p_.value_cache, p_.value_cache_strides); }
   __device__ bool* MaskRing() const { return p_.key_mask_cache + Here().stream * p_.window; }
 
   template <typename U>
@@ -174,7 +178,7 @@ class QueryBlock {
     const auto ring_row = [&](int column) {
       int r = column + shift;
       if (r >= Window()) r -= Window();
-      return Row<C>{keys + r * KeyDim(), values + r * ValueDim(),
+      return Row<C>{keys + r * KeyStep(), values + r * ValueStep(),
                     static_cast<bool>(mask_ring[r] & allowed(column))};
     };
     const auto own_row = [&](int column) {
@@ -244,12 +248,12 @@ class QueryBlock {
 
   // This call's steps of one head.
   __device__ void WriteRing() const {
-    const auto write = [&](const C* from, const Strides& strides, int64_t size, C* ring) {
+    const auto write = [&](const C* from, const Strides& strides, int64_t size, C* ring, int step) {
       ForEachOfRows(Passed(), static_cast<int>(p_.num_steps), size,
-                    [&](int t, int i) { ring[RowAfter(t) * size + i] = At(from, strides, t)[i]; });
+                    [&](int t, int i) { ring[RowAfter(t) * step + i] = At(from, strides, t)[i]; });
     };
-    write(p_.key, p_.key_strides, p_.key_dim, KeyRing());
-    write(p_.value, p_.value_strides, p_.value_dim, ValueRing());
+    write(p_.key, p_.key_strides, p_.key_dim, KeyRing(), KeyStep());
+    write(p_.value, p_.value_strides, p_.value_dim, ValueRing(), ValueStep());
   }
 
   __device__ void WriteMaskRing() const {
@@ -266,15 +270,16 @@ class QueryBlock {
     const int64_t rows = Window() - 1;
     const int begin = static_cast<int>(rows * Here().part / Parts());
     const int end = static_cast<int>(rows * (Here().part + 1) / Parts());
-    const auto copy = [&](const auto* ring, int64_t size, auto* window) {
+    const auto copy = [&](const auto* ring, int step, int64_t size, auto* window) {
       ForEachOfRows(begin, end, size, [&](int row, int i) {
         window[row * size + i] = Here().taken - rows + row < 0 ? std::decay_t<decltype(*window)>{}
-                                                               : ring[RowAfter(row + 1) * size + i];
+                                                               : ring[RowAfter(row + 1) * step + i];
       });
     };
-    copy(KeyRing(), p_.key_dim, p_.window_key + Here().pair * p_.key_dim * rows);
-    copy(ValueRing(), p_.value_dim, p_.window_value + Here().pair * p_.value_dim * rows);
-    if (Here().h == 0) copy(MaskRing(), 1, p_.window_key_mask + int64_t{Here().m} * rows);
+    copy(KeyRing(), KeyStep(), p_.key_dim, p_.window_key + Here().pair * p_.key_dim * rows);
+    copy(ValueRing(), ValueStep(), p_.value_dim,
+         p_.window_value + Here().pair * p_.value_dim * rows);
+    if (Here().h == 0) copy(MaskRing(), 1, 1, p_.window_key_mask + int64_t{Here().m} * rows);
   }
 
   // A row of no stream that there is: NaN for what it asks, and no state is touched.
@@ -321,12 +326,13 @@ template <typename T, typename C>
 bool TakesVectors(const DeviceSingleOutputParams<T, C>& p) {
   // Doubles are for checking: one kernel is enough.
   if (std::is_same_v<C, double>) return false;
-  const auto aligned = [](const C* input, const Strides& strides, const C* ring, int64_t size) {
-    return IsAligned(input, strides.stream) && IsAligned(input, strides.step) &&
-           IsAligned(input, strides.head) && IsAligned(ring, size);
+  // The stride of the heads or the steps is a row's size, so a row is whole vectors.
+  const auto aligned = [](const C* rows, const Strides& strides) {
+    return IsAligned(rows, strides.stream) && IsAligned(rows, strides.step) &&
+           IsAligned(rows, strides.head);
   };
-  return aligned(p.key, p.key_strides, p.key_cache, p.key_dim) &&
-         aligned(p.value, p.value_strides, p.value_cache, p.value_dim);
+  return aligned(p.key, p.key_strides) && aligned(p.key_cache, p.key_cache_strides) &&
+         aligned(p.value, p.value_strides) && aligned(p.value_cache, p.value_cache_strides);
 }
 
 template <typename T, typename C>
@@ -357,7 +363,13 @@ const char* RefusesSingleOutput(const DeviceSingleOutputParams<T, C>& p) {
       p.window_parts < 1) {
     return "expected steps, heads, rows of the window, features and window_parts >= 1";
   }
-  if (std::max(p.window, p.num_steps) * std::max<int64_t>(LargerHead(p), 2) > (int64_t{1} << 31)) {
+  // Distances within a stream's rings and within a call are computed in 32 bits.
+  constexpr int64_t kMost = int64_t{1} << 31;
+  const int64_t ring_step = std::max(p.key_cache_strides.step, p.value_cache_strides.step);
+  if (p.window * ring_step > kMost) {
+    return "expected rings of at most 2^31 elements of keys and of values a stream";
+  }
+  if (std::max(p.window, p.num_steps) * std::max<int64_t>(LargerHead(p), 2) > kMost) {
     return "expected windows and calls of at most 2^31 elements of keys and of values a head";
   }
   static_assert(LargestLayout::kLargest == 256);

@@ -100,7 +100,11 @@ def test_state_goes_on_elsewhere(random):
     layer.clean_state(streams=[0])
     assert layer.ready.numpy().tolist() == [False, True]
     before = layer.get_state()
-    for bad in ({}, {**state, "window": state["window"][:, 1:]}, {**state, "keys": state["keys"][0]}):
+    for bad in (
+        {},
+        {**state, "window": state["window"][:, 1:]},
+        {**state, "keys": state["keys"][0]},
+    ):
         with pytest.raises(ValueError, match="Expected"):
             layer.set_state(bad)
     for name, array in layer.get_state().items():

@@ -185,7 +185,7 @@ class AttentionRings:
         s, h, n, d = size.streams, size.heads, size.window, size.dim
         make = dict(device=bench.gpu.device)
         both = bench.numbers(size.dtype, 2 * s * h * n * d, sets)
-        self.rings = [x.view(2, s, h, n, d) for x in both]
+        self.rings = [x.view(2, s, n, h, d) for x in both]
         self.query = torch.randn(s, 1, h, d, dtype=compute, **make)
         self.key, self.value = torch.randn(2, s, 1, h, d, dtype=torch.float32, **make).to(kind)
         self.output = torch.full((s, 1, h, d), float("nan"), dtype=compute, **make)
@@ -220,7 +220,7 @@ class AttentionRings:
         self.bench.library.single_output(ctypes.byref(call), self.bench.gpu.stream())
 
     def sdpa(self, i):
-        key, value = self.rings[i % len(self.rings)]
+        key, value = self.rings[i % len(self.rings)].transpose(2, 3)
         return self.bench.torch.nn.functional.scaled_dot_product_attention(self.asked, key, value)
 
     def check(self):
@@ -281,7 +281,7 @@ class LayerWeights:
         m, e, h, n, d = size.streams, size.features, size.heads, size.window, attention.dim
         make = dict(device=bench.gpu.device)
         # The kernels [E, E] of query, key, value and output, the feed-forward kernels, the rings.
-        shapes = [(4, e, e), (e, size.hidden), (size.hidden, e), (2, m, h, n, d)]
+        shapes = [(4, e, e), (e, size.hidden), (size.hidden, e), (2, m, n, h, d)]
         counts = [math.prod(shape) for shape in shapes]
         all_numbers = [
             [x.view(shape) for x, shape in zip(numbers.split(counts), shapes, strict=True)]
@@ -380,6 +380,7 @@ class LayerWeights:
         torch, (m, e, h, *_) = self.bench.torch, self.size
         addmm = torch.addmm
         kernels, (keys, values) = self.kernels[i % self.sets], self.rings[i % self.sets]
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)  # Views [M, H, N, D].
         query, key, value = (
             addmm(self.torch_biases[j], self.torch_x, kernels[j]).view(m, h, 1, -1)
             for j in range(3)

@@ -45,8 +45,7 @@ struct RingParams {
   const bool* key_mask;  // [M, T]
 
   // The streams' state. Step p of a stream is in row p mod N of its ring. The stride `step` of a
-  // ring goes from one row to the next. (cuda/ takes only rings [S, H, N, D] and ignores their
-  // strides.)
+  // ring goes from one row to the next.
   C* key_cache;  // [S, H, N, D] or [S, N, H, D]
   Strides key_cache_strides;
   C* value_cache;  // [S, H, N, Dv] or [S, N, H, Dv]

@@ -225,7 +225,7 @@ def check_layer_results(call, streams, chosen, inputs, **options):
         if update_state:
             for i in np.flatnonzero(there):
                 row = streams.position[chosen[i]] % n
-                kept[i, 0] = results[name][chosen[i]][:, row]
+                kept[i, 0] = results[name][chosen[i]][row]
             rounding, of_largest = ring_bound(dtype)
             error = np.abs(to_float64(kept, dtype) - exact)
             largest = np.abs(exact).max(initial=0)

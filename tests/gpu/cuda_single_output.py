@@ -72,8 +72,8 @@ class Streams:
         count = len(positions)
         self.position = np.array(positions, np.int64)
         nan = to_stored(np.array(np.nan), dtype)
-        self.key = np.full((count, heads, n, d), nan, STORED[dtype])
-        self.value = np.full((count, heads, n, dv), nan, STORED[dtype])
+        self.key = np.full((count, n, heads, d), nan, STORED[dtype])
+        self.value = np.full((count, n, heads, dv), nan, STORED[dtype])
         self.key_mask = random.random((count, n)) < 0.5
         # [steps, heads, size] and [steps], oldest first.
         self.history = []
@@ -84,8 +84,8 @@ class Streams:
             has_key = random.random(taken) >= gaps
             keys[~has_key], values[~has_key] = nan, nan
             rows = np.arange(position - taken, position) % n
-            self.key[s][:, rows] = keys.swapaxes(0, 1)
-            self.value[s][:, rows] = values.swapaxes(0, 1)
+            self.key[s, rows] = keys
+            self.value[s, rows] = values
             self.key_mask[s, rows] = has_key
             self.history.append((keys, values, has_key))
 
@@ -156,8 +156,8 @@ class Streams:
             has_key = np.ones(t, bool) if key_mask is None else key_mask[i]
             kept = min(t, n)
             rows = np.arange(self.position[stream] + t - kept, self.position[stream] + t) % n
-            self.key[stream][:, rows] = key[i, t - kept :].swapaxes(0, 1)
-            self.value[stream][:, rows] = value[i, t - kept :].swapaxes(0, 1)
+            self.key[stream, rows] = key[i, t - kept :]
+            self.value[stream, rows] = value[i, t - kept :]
             self.key_mask[stream, rows] = has_key[t - kept :]
             self.history[stream] = tuple(
                 np.concatenate(both)[-n:]

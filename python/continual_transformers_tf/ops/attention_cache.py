@@ -1,6 +1,7 @@
 """The state of streams under attention: rings of keys and values."""
 
 import warnings
+from typing import ClassVar
 
 import numpy as np
 import tensorflow as tf
@@ -40,7 +41,7 @@ class AttentionCache(StreamState):
     """
 
     # States from before the rings were sequence first: their names there, with axes [S, H, N, D].
-    _old_names = {"key": "keys", "value": "values"}
+    _old_names: ClassVar = {"key": "keys", "value": "values"}
 
     def __init__(
         self,

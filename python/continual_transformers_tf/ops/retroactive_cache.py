@@ -1,5 +1,7 @@
 """The state of streams under retroactive attention."""
 
+from typing import ClassVar
+
 import tensorflow as tf
 
 from continual_transformers_tf.ops.attention_cache import AttentionCache
@@ -34,7 +36,7 @@ class RetroactiveCache(AttentionCache):
             another.
     """
 
-    _old_names = {"query": "queries", **AttentionCache._old_names}
+    _old_names: ClassVar = {"query": "queries", **AttentionCache._old_names}
 
     def __init__(
         self,
