@@ -37,8 +37,19 @@ def test_steps_equal_regular_attention_on_all_of_sliding_windows(
     assert reference.relative_error(outputs, expected) < 5e-6
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_bfloat16", "float16"])
-@pytest.mark.parametrize("lengths", [[30], [1] * 10, [2, 3, 1, 9], [5, 1, 1], [6, 6]])
+PORTIONS = ([30], [1] * 10, [2, 3, 1, 9], [5, 1, 1], [6, 6])
+
+
+# Layers of half precision hold and attend to float32, with the same ops. So `make test` takes
+# fewer of their calls.
+@pytest.mark.parametrize(("lengths", "dtype"), [
+    *((lengths, dtype) for lengths in PORTIONS for dtype in ("float32", "float64")),
+    *(
+        pytest.param(lengths, dtype, marks=() if len(lengths) == 4 else pytest.mark.slow)
+        for lengths in PORTIONS
+        for dtype in ("mixed_bfloat16", "float16")
+    ),
+])  # fmt: skip
 def test_steps_in_any_portions_of_all_rows(backend, random, lengths, dtype):
     """T calls of call_step equal one call_steps in outputs and state, at every age."""
     layer, regular = pair(random=random, dtype=dtype)

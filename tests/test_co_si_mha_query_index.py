@@ -22,10 +22,15 @@ def expected_rows(regular, x, index, **kwargs):
 
 MIXED = [3, 1, 7, 9]
 # Single steps fill the window and replace it once; the other calls go on for longer. N - 1 and -N
-# are other names of -1 and 0, with the same delay (test_delay_and_receptive_field), so one kind of
-# call is enough for them.
-CALLS = [(i, lengths) for i in (0, 2, -1, -2) for lengths in ([1] * (2 * N + 1), MIXED, [20])]
-CALLS += [(N - 1, MIXED), (-N, MIXED)]
+# are other names of -1 and 0, with the same delay (test_delay_and_receptive_field), so `make test`
+# takes one kind of call of theirs.
+LENGTHS = ([1] * (2 * N + 1), MIXED, [20])
+CALLS = [(i, lengths) for i in (0, 2, -1, -2) for lengths in LENGTHS]
+CALLS += [
+    pytest.param(i, lengths, marks=() if lengths is MIXED else pytest.mark.slow)
+    for i in (N - 1, -N)
+    for lengths in LENGTHS
+]
 
 
 @pytest.mark.parametrize(("index", "lengths"), CALLS, ids=str)

@@ -75,7 +75,18 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
+# Made of others that are tested here too. Their graphs in plain TensorFlow take seconds to trace.
+COMPOSED = ("whole", "single_output", "retroactive", "late_model", "deep_model")
+
+
+@pytest.mark.parametrize(("backend", "name"), [
+    pytest.param(
+        backend, name,
+        marks=pytest.mark.slow if backend == "tensorflow" and name in COMPOSED else (),
+    )
+    for backend in ("fused", "tensorflow")
+    for name in LAYERS
+], indirect=["backend"])  # fmt: skip
 def test_goes_on_where_it_was(backend, random, tmp_path, name):
     """In this process, with every signature. The exported streams are separate from the layer's."""
     layer = LAYERS[name](random)

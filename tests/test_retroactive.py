@@ -73,8 +73,13 @@ def test_grid(algorithm, key_dim, seq_len, dtype):
         np.testing.assert_array_equal(cache.position, taken)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("key_dim", [12, 64])
+# The reference takes seconds: `make test` takes one case of each type and of each size.
+@pytest.mark.parametrize(("key_dim", "dtype"), [
+    (12, "float64"),
+    (64, "float32"),
+    pytest.param(12, "float32", marks=pytest.mark.slow),
+    pytest.param(64, "float64", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_window_of_1000(monkeypatch, random, key_dim, dtype):
     """The test runs for three windows, so rows get as many updates as a row can get."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
