@@ -81,7 +81,7 @@ struct Step {
     p.query_strides = p.key_strides = p.value_strides = p.output_strides = {0, 0, dim};
     p.key_cache = keys.data();
     p.value_cache = values.data();
-    p.key_cache_strides = p.value_cache_strides = HeadMajorRing(heads, window, dim);
+    p.key_cache_strides = p.value_cache_strides = RowMajorRing(heads, window, dim);
     p.key_mask_cache = reinterpret_cast<bool*>(key_mask.data());
     p.position = position.data();
     p.streams = stream.data();
@@ -92,6 +92,7 @@ struct Step {
     p.key_dim = p.value_dim = dim;
     p.scale = 0.125;
     p.update_state = true;
+    p.heads_per_task = PlanSingleOutput(p, 1).heads_per_task;
     return p;
   }
 
@@ -108,7 +109,7 @@ void Attention(benchmark::State& state) {
   Step<T, C> step(state);
   const SingleOutputParams<T, C> params = step.Params();
   for (auto _ : state) {
-    SingleOutputAttention(params, 0, step.streams * step.heads);
+    SingleOutputAttention(params, 0, PlanSingleOutput(params, 1).tasks);
     FinishSingleOutput(params);
     for (int64_t& position : step.position) ++position;
     benchmark::ClobberMemory();

@@ -104,6 +104,7 @@ class Stepper {
         attention_.output_strides = {value_size_, value_size_, attention_.value_dim};
     const SingleOutputPlan plan = PlanSingleOutput(attention_, threads_.count);
     attention_.window_parts = plan.window_parts;
+    attention_.heads_per_task = plan.heads_per_task;
     std::unique_ptr<T[]> parts;
     if (plan.window_parts > 1) {
       parts.reset(new T[plan.tasks * (attention_.value_dim + 2)]);

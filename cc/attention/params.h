@@ -90,6 +90,10 @@ struct SingleOutputParams : RingParams<T, C> {
   // values, its maximum and its denominator in `parts` until all are merged.
   int64_t window_parts;
   T* parts;  // [M, H, window_parts, Dv + 2]
+
+  // The number of heads of a stream that a task takes together. 0: 1. More only as PlanSingleOutput
+  // says. (cuda/ ignores it.)
+  int64_t heads_per_task;
 };
 
 }  // namespace continual_transformers

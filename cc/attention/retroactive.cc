@@ -317,7 +317,6 @@ class RetroactiveHead {
     params.key_dim = p_.key_dim;
     params.value_dim = p_.value_dim;
     params.scale = p_.scale;
-    params.key_cache_strides.step = state_.key.stride;
     WindowPass<T, T> pass(state_.query[i], params, nullptr, nullptr, OutputOf(i));
     pass.Attend({state_.key.rows, state_.key.stride, state_.value.rows, state_.value.stride, Mask(),
                  filled_},

@@ -13,10 +13,12 @@ namespace continual_transformers {
 
 // How a call is divided into tasks. A task is the T steps of one (stream, head). If there are fewer
 // heads than threads and windows are long, a task is one part of the window of one (stream, head).
+// If the heads of a row are next to each other in the rings, a task is several heads of a stream.
 struct SingleOutputPlan {
   int64_t window_parts;     // the value for params.window_parts
-  int64_t tasks;            // M * H * window_parts
+  int64_t tasks;            // M * H * window_parts, or M * (H / heads_per_task, rounded up)
   int64_t cycles_per_task;  // a rough estimate, with full windows
+  int64_t heads_per_task;   // the value for params.heads_per_task
 };
 template <typename T, typename C>
 SingleOutputPlan PlanSingleOutput(const SingleOutputParams<T, C>& params, int64_t threads);

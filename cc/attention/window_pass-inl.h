@@ -42,8 +42,6 @@ class WindowPass {
         scores_(scores),
         output_(output) {
     std::fill_n(output_, value_dim_, T(0));
-    // In other rings, the rows of other heads lie in between.
-    prefetch_ = params.key_cache_strides.step == key_dim_;
     const int64_t key_ring = params.window * key_dim_ * sizeof(C);
     const int64_t value_ring = params.window * value_dim_ * sizeof(C);
     const int64_t all = params.num_streams * params.num_heads * (key_ring + value_ring);
@@ -131,7 +129,7 @@ class WindowPass {
   HWY_INLINE void Prefetch(const C* keys, int64_t key_stride, const C* values,
                            int64_t value_stride) const {
     constexpr int64_t kBytes = sizeof(C), kLineBytes = 64, kNextBytes = 3072;
-    if (!prefetch_) return;
+    if (key_stride != key_dim_) return;  // rows of other heads lie in between
     const int64_t key_bytes = kRowsPerDot * key_stride * kBytes;
     const char* key = reinterpret_cast<const char*>(keys);
     if (key_ahead_ == 0) {
@@ -293,7 +291,6 @@ class WindowPass {
   T* scores_;
   T* output_;
   OnlineSoftmax<T> softmax_;
-  bool prefetch_;
   // Bytes, see Prefetch. 0 if what the call reads is near.
   int64_t key_ahead_ = 0;
   int64_t value_ahead_ = 0;

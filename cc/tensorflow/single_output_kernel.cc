@@ -35,6 +35,7 @@ class SingleOutputAttentionOp : public OpKernel {
     const Threads threads = ThreadsOf(ctx->device());
     const SingleOutputPlan plan = PlanSingleOutput(params, threads.count);
     params.window_parts = plan.window_parts;
+    params.heads_per_task = plan.heads_per_task;
     Tensor parts;
     if (plan.window_parts > 1) {
       OP_REQUIRES_OK(ctx,

@@ -29,6 +29,7 @@ struct Sizes {
   int64_t window, key_dim, value_dim, steps;
   int64_t heads = 2;
   Layout layout = Layout::kHeadMajor;
+  bool gaps = true;  // whether about one step in five has no key
 
   Strides Ring(int64_t size) const {
     if (layout == Layout::kHeadMajor) return HeadMajorRing(heads, window, size);
@@ -110,7 +111,7 @@ class Call {
         old_keys_(Held()),
         old_values_(Held()),
         old_key_mask_(Held()) {
-    for (char& has_key : key_mask_) has_key = random_() % 5 != 0;
+    for (char& has_key : key_mask_) has_key = !sizes.gaps || random_() % 5 != 0;
     for (int64_t i = 0; i < Rows() * sizes.key_dim; ++i) query_[i] = T(distribution_(random_));
     for (int64_t row = 0; row < Rows(); ++row) {
       const bool has_key = key_mask_[row / sizes.heads];
@@ -125,7 +126,7 @@ class Call {
     for (int64_t s = 0; s < Held(); ++s) {
       const int64_t taken = std::min(positions[s], sizes.window);
       for (int64_t p = positions[s] - taken; p < positions[s]; ++p) {
-        const bool has_key = random_() % 5 != 0;
+        const bool has_key = !sizes.gaps || random_() % 5 != 0;
         old_key_mask_[s].push_back(has_key);
         key_mask_cache_[s * sizes.window + p % sizes.window] = has_key;
         for (int64_t h = 0; h < sizes.heads; ++h) {
