@@ -37,6 +37,7 @@ def test_steps_equal_regular_attention_on_all_of_sliding_windows(
     assert reference.relative_error(outputs, expected) < 5e-6
 
 
+SUMS = ("softmax", "weighted_sum", "made_with")
 PORTIONS = ([30], [1] * 10, [2, 3, 1, 9], [5, 1, 1], [6, 6])
 
 
@@ -78,7 +79,13 @@ def test_steps_in_any_portions_of_all_rows(backend, random, lengths, dtype):
         stepped.call_step(x[:, t])
     state = layer.get_state()
     for name, array in stepped.get_state().items():
-        np.testing.assert_allclose(state[name], array, rtol=1e-4, atol=1e-5)
+        if name not in SUMS:
+            np.testing.assert_allclose(state[name], array, rtol=1e-4, atol=1e-5)
+    # A call of several steps keeps no sums: the next step computes them anew.
+    newest = random.normal(size=(2, E)).astype("float32")
+    outputs = [tf.cast(x.call_step(newest), "float64") for x in (layer, stepped)]
+    if outputs[1] is not None:
+        assert reference.relative_error(outputs[0], outputs[1].numpy()) < bounds[dtype]
 
 
 @pytest.mark.parametrize("algorithm", ["update", "recompute"])

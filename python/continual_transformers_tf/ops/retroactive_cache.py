@@ -27,9 +27,10 @@ class RetroactiveCache(AttentionCache):
         softmax: tf.Variable float64 `[S, H, 4, N]`, of each row of the window what is subtracted
             from its logits, its denominator, and how large this and the sums have been.
         weighted_sum: tf.Variable float64 `[S, H, N, Dv]`, each row's sum of values.
-        made_with: tf.Variable float64 `[S, 2]`, by which arithmetic and scale the former two were
-            computed. Where it is 0 they have no meaning, and the next fused step computes them
-            anew from the rings: so plain TensorFlow leaves them.
+        made_with: tf.Variable float64 `[S, 2]`, by which arithmetic, at which position and by which
+            scale the former two were computed. If it does not fit the next step, this step computes
+            them anew from the rings. So plain TensorFlow, calls of several steps, and steps that
+            failed leave them.
 
     Raises:
         ValueError: if a size is not a positive integer (streams: not negative), or the dtype is
