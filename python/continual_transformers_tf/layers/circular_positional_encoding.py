@@ -164,11 +164,12 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         """int64 scalar tensor: the row at which a new stream begins."""
         return tf.zeros([], tf.int64) if self._begins_at_row_0 else self._start.value()
 
-    def call_step(self, x, *, streams=None, update_state=True):
+    def call_step(self, x, training=None, *, streams=None, update_state=True):
         """Adds to each stream's step the row at its index; moves these streams on by 1.
 
         Args:
             x: `(M, E)`.
+            training: Makes no difference.
             streams: integers `[M]`, which stream each row belongs to, in any order, each once.
                 None: row i is stream i, and there is made room for M streams.
             update_state: whether to move on.
@@ -179,12 +180,12 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         x = self._input(x, "step")
         return tf.squeeze(self._take_steps(tf.expand_dims(x, 1), streams, update_state), 1)
 
-    def call_steps(self, x, *, streams=None, update_state=True):
+    def call_steps(self, x, training=None, *, streams=None, update_state=True):
         """Adds the rows of T steps; moves these streams on by T.
 
         Args:
             x: `(M, T, E)`.
-            streams, update_state: as `call_step` has them.
+            training, streams, update_state: as `call_step` has them.
 
         Raises:
             ValueError: as `call_step`.
