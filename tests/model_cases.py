@@ -131,7 +131,7 @@ def _steps(streaming, inputs, streams, held):
     streams = [int(i) for i in streams]
     if isinstance(streaming, StepGraph):
         tensors = [tf.cast(x, y.dtype) for x, y in zip(inputs, streaming.model.inputs, strict=True)]
-        outputs = streaming.run(tensors, training=False, streams=streams, update_state=True)
+        outputs = streaming.run(tensors, step=None, training=False)  # It has no streams.
     elif isinstance(streaming, keras.Model):
         streaming.ensure_streams(held)
         structure = streaming._graph.model._inputs_struct
