@@ -48,6 +48,7 @@ class WindowPass {
     if (all > kNearBytes) {
       key_ahead_ = std::min(kFarBytes, key_ring);
       value_ahead_ = std::min(kFarBytes, value_ring);
+      next_head_ = key_ring <= kFarBytes && value_ring <= kFarBytes;
     }
   }
 
@@ -126,10 +127,21 @@ class WindowPass {
   // instead of 32 for N=512 H=8 D=64, whose 2 MB are near. Alternatives that lost: prefetching
   // values only a block ahead (1.7 for N=4096), and adding a block's values while the next one's
   // dots are computed.
+  //
+  // Between the rows of a row-major ring are those of the other heads. Only the same rows of the
+  // next head are prefetched, if its ring is small: 1.25 instead of 1.7 times as long as in rings
+  // [S, H, N, D] for 64 streams of N=120 H=8 D=64 (AVX3, Xeon with 2 MB of second-level cache).
+  // Rows ahead of the same head lost: 2.8 instead of 2.0 for N=4096 H=16 D=64.
   HWY_INLINE void Prefetch(const C* keys, int64_t key_stride, const C* values,
                            int64_t value_stride) const {
     constexpr int64_t kBytes = sizeof(C), kLineBytes = 64, kNextBytes = 3072;
-    if (key_stride != key_dim_) return;  // rows of other heads lie in between
+    if (key_stride != key_dim_ || value_stride != value_dim_) {
+      if (next_head_) {
+        PrefetchRows(keys + key_dim_, key_stride, key_dim_ * kBytes);
+        PrefetchRows(values + value_dim_, value_stride, value_dim_ * kBytes);
+      }
+      return;
+    }
     const int64_t key_bytes = kRowsPerDot * key_stride * kBytes;
     const char* key = reinterpret_cast<const char*>(keys);
     if (key_ahead_ == 0) {
@@ -144,6 +156,14 @@ class WindowPass {
     const char* value = reinterpret_cast<const char*>(values) + value_ahead_;
     for (int64_t i = 0; i < kRowsPerDot * value_stride * kBytes; i += kLineBytes) {
       __builtin_prefetch(value + i, /*rw=*/0, /*locality=*/2);
+    }
+  }
+
+  // Prefetches kRowsPerDot rows into the second-level cache.
+  static HWY_INLINE void PrefetchRows(const C* rows, int64_t stride, int64_t bytes) {
+    for (int64_t r = 0; r < kRowsPerDot; ++r) {
+      const char* row = reinterpret_cast<const char*>(rows + r * stride);
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, /*rw=*/0, /*locality=*/2);
     }
   }
 
@@ -294,6 +314,7 @@ class WindowPass {
   // Bytes, see Prefetch. 0 if what the call reads is near.
   int64_t key_ahead_ = 0;
   int64_t value_ahead_ = 0;
+  bool next_head_ = false;
 };
 
 }  // namespace HWY_NAMESPACE
