@@ -290,6 +290,8 @@ QUICK = {
     [
         pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
         for case in itertools.product(("fused", "tensorflow"), MODELS, (called, traced, saved))
+        # Eager calls take turns in the same way in both backends.
+        if case[0] == "fused" or case[2] is not called or case[1] == "stack"
     ],
     indirect=["backend"],
 )
@@ -297,7 +299,7 @@ def test_six_threads_against_a_replay(backend, random, tmp_path, name, way):
     """Two threads step, others make room, read, clean and save; each output is that of a replay."""
     model = made(name)
     step, clean, ensure = way(model, tmp_path / "model")
-    x = random.normal(size=(30, 2, E)).astype("float32")
+    x = random.normal(size=(20, 2, E)).astype("float32")
     alone = made(name)
     want = [
         None if y is None else np.asarray(y)
