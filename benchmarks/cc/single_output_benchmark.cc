@@ -81,7 +81,7 @@ struct Step {
     p.query_strides = p.key_strides = p.value_strides = p.output_strides = {0, 0, dim};
     p.key_cache = keys.data();
     p.value_cache = values.data();
-    p.key_cache_strides = p.value_cache_strides = HeadMajorRing(heads, window, dim);
+    p.key_cache_strides = p.value_cache_strides = RowMajorRing(heads, window, dim);
     p.key_mask_cache = reinterpret_cast<bool*>(key_mask.data());
     p.position = position.data();
     p.streams = stream.data();
