@@ -136,7 +136,7 @@ class KernelsContestant : public Contestant {
     attention.key_cache = rings->key.data();
     attention.value_cache = rings->value.data();
     attention.key_cache_strides = attention.value_cache_strides =
-        HeadMajorRing(size_.heads, size_.window, size_.head());
+        RowMajorRing(size_.heads, size_.window, size_.head());
     attention.key_mask_cache = reinterpret_cast<bool*>(rings->key_mask.data());
     attention.position = position_.data();
     attention.streams = streams_.data();

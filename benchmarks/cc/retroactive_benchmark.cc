@@ -56,7 +56,7 @@ class Steps {
     p.key_cache = p.query_cache + window_ * dim_;
     p.value_cache = p.key_cache + window_ * dim_;
     p.query_cache_strides = p.key_cache_strides = p.value_cache_strides =
-        HeadMajorRing(1, window_, dim_);
+        RowMajorRing(1, window_, dim_);
     p.key_mask_cache = reinterpret_cast<bool*>(key_mask_.data());
     p.position = &position_;
     p.streams = &stream_;
