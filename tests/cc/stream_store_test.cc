@@ -541,9 +541,9 @@ TEST(StreamStore, Fork) {
     held.set_value();
     done.get_future().wait();
   });
+  held.get_future().wait();
   // Another thread waits for the held stream when the process forks.
   std::thread waits([&] { Step(&store, {ids[1], ids[0]}); });
-  held.get_future().wait();
   std::this_thread::sleep_for(std::chrono::milliseconds(20));
   EXPECT_EQ(ExitStatus([&] {
               alarm(20);  // instead of waiting for ever
