@@ -183,9 +183,13 @@ def test_a_layer_has_one_owner():
     layer = attention(single_output=False)
     inputs = keras.Input((N, E))
     y = layer(inputs, use_causal_mask=True)
-    first = ct.StreamingModel(keras.Model(inputs, y[:, -1]), name="first")
+    newest = attention()(y)
+    first = ct.StreamingModel(keras.Model(inputs, newest[:, -1]), name="first")
     with pytest.raises(ValueError, match=r"(?s)of first\..*clone_model"):
         ct.StreamingModel(keras.Model(inputs, attention()(y)[:, -1]), name="second")
+    # Nor one of a part of the layers: the others would miss its steps.
+    with pytest.raises(ValueError, match="of first"):
+        ct.StreamingModel(keras.Model(inputs, y[:, -1:] + 1), name="third")
     # Two of the very same layers may share their streams.
     again = ct.StreamingModel(first.model, warm_up="partial", name="again")
     x = np.ones((2, E), "float32")

@@ -463,15 +463,18 @@ class Streams:
 
         Raises:
             ValueError: If one of the streams belongs to another whole that is no part of this one,
-                or streams have taken other steps in one layer than in another. Nothing has then
-                changed.
+                or streams have taken other steps in one layer than in another. Of the state then
+                nothing has changed, but room may have been made.
         """
         every = list(dict.fromkeys([self, *others]))
-        inside = {id(layer) for layer in whole._flatten_layers()}
+        layers = whole._flatten_layers()
+        inside = {id(layer) for layer in layers}
+        states = {id(getattr(layer, "_stream_state", None)) for layer in layers}
+        # Two wholes of the very same layers may share their streams.
+        same = len(every) == 1 and all(id(state) in states for state in self.members)
         for streams in every:
             for other in streams.wholes:
-                # Two wholes of the very same layers may share their streams.
-                if id(other) not in inside and len(every) > 1:
+                if id(other) not in inside and not same:
                     raise ValueError(
                         f"Expected layers of which no other model steps the streams, but got some "
                         f"of {other.name}. A layer's streams have one owner: give {whole.name} "
