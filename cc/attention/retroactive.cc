@@ -20,11 +20,12 @@ struct MadeWith {
   double scale;
 };
 
-// Of the sums of a stream that has taken `position` steps. The arithmetic is a number for the
-// target in use, whose order of sums decides the bits of a weight, and for the position: a model's
-// step that fails after this layer leaves the position, and the sums, which have moved on, are then
-// known to be of no use. 0 is for rows without a softmax, and for new streams. Change the numbers
-// of all targets when the order of sums changes: files may hold old state.
+// Returns what describes the sums of a stream after `position` steps. The arithmetic is one number
+// for two things: the target in use, because its order of sums decides the bits of a weight, and
+// the position. If a model's step fails after this layer, the sums have moved on and the position
+// has not; they then do not match, and the next step computes the sums anew. 0 is for rows without
+// a softmax, and for new streams. Change the numbers of all targets when the order of sums changes:
+// files may hold old state.
 template <typename T>
 MadeWith MadeWithOf(const RetroactiveParams<T>& params, int64_t position) {
   if (params.recompute) return {0, 0};

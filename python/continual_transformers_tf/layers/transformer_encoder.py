@@ -240,7 +240,7 @@ class TransformerEncoder(CompositeLayer, keras.layers.Layer):
             y = x
             with always_partial():
                 for block in self._streaming:
-                    # What follows the last block is a layer norm at most: its op may be the last.
+                    # Only a layer norm can follow the last block. Nothing can fail after its op.
                     step.op_advances = block is self.blocks[-1] and step.whole is self
                     y = block.call_step(y, training, update_state=update_state)
             return self._normalized(y) if ready else None

@@ -4,7 +4,7 @@ import keras
 
 _PACKAGE = "continual_transformers_tf."
 
-# What the `call` of Keras' and this package's layers calls, and a subclass may have of its own.
+# The methods that compute a layer's outputs. A subclass may override them.
 COMPUTATION = (
     "__call__",
     "call",
