@@ -40,7 +40,9 @@ test-slow: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED_CC)
+	$(BIN)/python tools/clang_tidy.py
 
 format: .venv/installed
 	$(BIN)/ruff check --fix

@@ -217,7 +217,8 @@ setup(
         # The sources of weights for ct.from_torch.
         "torch": [*TORCH, "safetensors"],
         "test": [
-            *("clang-format==23.1.5", "hypothesis", "pytest", "pytest-xdist", "ruff==0.17.6"),
+            *("clang-format==23.1.5", "clang-tidy==23.1.4", "mypy==2.4.1", "ruff==0.17.6"),
+            *("hypothesis", "pytest", "pytest-xdist"),
             # Headers for Bazel's build. For pip's build they are in pyproject.toml.
             *("nlohmann-json", "pybind11"),
         ],
