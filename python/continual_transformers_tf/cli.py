@@ -19,7 +19,7 @@ MODEL = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 @click.group()
 @click.version_option(ct.__version__)
-def main():
+def main() -> None:
     """Streaming attention for TensorFlow."""
     try:
         native.backend()
@@ -27,7 +27,7 @@ def main():
         raise click.ClickException(str(error)) from error
 
 
-def need_tensorflow():
+def need_tensorflow() -> None:
     """End the command with a message if TensorFlow or Keras is missing."""
     try:
         importlib.import_module("continual_transformers_tf._tensorflow")
@@ -39,7 +39,7 @@ def need_tensorflow():
 @click.argument("model", type=MODEL, required=False)
 @click.option("--cmake-dir", is_flag=True, help="Print the folder for CMake's find_package.")
 @click.option("--pkg-config-dir", is_flag=True, help="Print the folder for PKG_CONFIG_PATH.")
-def info(model, cmake_dir, pkg_config_dir):
+def info(model: Path | None, cmake_dir: bool, pkg_config_dir: bool) -> None:
     """Print what is in a model file, or which libraries and kernels are installed.
 
     Without a MODEL, the exit status is 1 if CONTINUAL_TRANSFORMERS_BACKEND=fused asks for kernels
@@ -62,7 +62,7 @@ def info(model, cmake_dir, pkg_config_dir):
         info_about_tensorflow()
 
 
-def info_about_sessions():
+def info_about_sessions() -> None:
     click.echo(f"core library {native.CORE_LIBRARY_PATH}")
     try:
         targets, in_use = native.cpu_targets()
@@ -74,7 +74,7 @@ def info_about_sessions():
         click.echo(f"ct.Session: none. The reason: {error}")
 
 
-def info_about_tensorflow():
+def info_about_tensorflow() -> None:
     missing = [name for name in ("tensorflow", "keras") if not importlib.util.find_spec(name)]
     if missing:
         there_are = ", ".join(native.op_libraries()) or "none"
@@ -130,7 +130,15 @@ def info_about_tensorflow():
     type=click.FloatRange(min=0),
     help="Fail if --check finds a larger difference.",
 )
-def pack(model, output, weights_dtype, cache_dtype, seq_len, data, tolerance):
+def pack(
+    model: Path,
+    output: Path,
+    weights_dtype: str | None,
+    cache_dtype: str | None,
+    seq_len: int | None,
+    data: Path | None,
+    tolerance: float | None,
+) -> None:
     """Write the model file OUTPUT (.safetensors) of the Keras model MODEL (.keras).
 
     `ct.Session.load` and the C interface read it, without TensorFlow.
@@ -145,7 +153,7 @@ def pack(model, output, weights_dtype, cache_dtype, seq_len, data, tolerance):
         session = ct.Session(
             keras_model, weights_dtype=weights_dtype, cache_dtype=cache_dtype, seq_len=seq_len
         )
-        recordings = packing.read_recordings(data, session) if data else None
+        recordings = packing.read_recordings(data, session) if data else []
         session.save(output)
         session = ct.Session.load(output)
         click.echo(f"written: {output}, {output.stat().st_size:,} bytes")
@@ -177,7 +185,7 @@ def pack(model, output, weights_dtype, cache_dtype, seq_len, data, tolerance):
     default=None,
     help="Stream only so many recordings of each person.  [default: all]",
 )
-def demo(picture, as_json, recordings):
+def demo(picture: Path, as_json: bool, recordings: int | None) -> None:
     """Stream a smartwatch, worn by people the model never saw, through a trained transformer."""
     try:
         import matplotlib  # noqa: F401

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+from typing import Any
 
 from continual_transformers_tf import native
 
@@ -31,7 +32,7 @@ class Port:
     shape: tuple[int, ...]
     dtype: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.name} {list(self.shape)} {self.dtype}"
 
 
@@ -91,13 +92,13 @@ class ModelFile:
     @property
     def weights_bytes(self) -> dict[str, int]:
         """How many bytes of weights each dtype has, the largest count first."""
-        counts = collections.Counter()
+        counts: collections.Counter[str] = collections.Counter()
         for tensor in self.weights:
             counts[tensor.dtype] += tensor.bytes
         return dict(counts.most_common())
 
     @classmethod
-    def read(cls, path: str | os.PathLike) -> "ModelFile":
+    def read(cls, path: str | os.PathLike[str]) -> "ModelFile":
         """Read the header of a model file.
 
         This checks only what it reads. The library checks what a step needs when a session loads
@@ -155,7 +156,7 @@ class Loaded:
     state_bytes: int
 
 
-def load(path: str | os.PathLike) -> Loaded:
+def load(path: str | os.PathLike[str]) -> Loaded:
     """Load a model file with the library, as a session does, and return what the library reports.
 
     Raises:
@@ -189,7 +190,7 @@ def load(path: str | os.PathLike) -> Loaded:
         library.ct_session_free(session)
 
 
-def describe(path: str | os.PathLike) -> str:
+def describe(path: str | os.PathLike[str]) -> str:
     """Return the lines that `continual-transformers info MODEL` prints about a model file.
 
     Raises:
@@ -232,16 +233,16 @@ def describe(path: str | os.PathLike) -> str:
     return "\n".join(f"{name:<17}{_printable(value)}" for name, value in rows)
 
 
-def _counted(count, noun):
+def _counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def _printable(text):
+def _printable(text: str) -> str:
     """Return the text without control characters, which names in a file may contain."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def _read_header(path):
+def _read_header(path: str) -> tuple[dict[str, Any], int]:
     """Return (the header of a safetensors file as a dict, how many bytes of data follow)."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
@@ -269,7 +270,7 @@ def _read_header(path):
     return header, size - _LENGTH_BYTES - length
 
 
-def _check_version(path, metadata):
+def _check_version(path: str, metadata: dict[str, Any]) -> None:
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"{path} is a safetensors file, but not a model file: its metadata does not have "
@@ -283,7 +284,7 @@ def _check_version(path, metadata):
         )
 
 
-def _stored_tensor(path, name, entry, data_bytes):
+def _stored_tensor(path: str, name: str, entry: dict[str, Any], data_bytes: int) -> StoredTensor:
     begin, end = entry["data_offsets"]
     if not 0 <= begin <= end:
         raise ValueError(f"{path} is damaged: tensor {name!r} lies at {begin} to {end}")
@@ -296,7 +297,7 @@ def _stored_tensor(path, name, entry, data_bytes):
     return StoredTensor(name, tuple(int(n) for n in entry["shape"]), dtype, end - begin)
 
 
-def _ports(plan, kind):
+def _ports(plan: dict[str, Any], kind: str) -> tuple[Port, ...]:
     ports = []
     for port in plan[kind]:
         value = plan["values"][port["value"]]

@@ -2,7 +2,9 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -44,17 +46,17 @@ PATH = click.Path(dir_okay=False, path_type=Path)
 @click.option("--picture", type=PATH, help="Where to draw it.")
 @click.option("--markdown", type=PATH, help="Where to write the page of the docs.")
 def bench(
-    parts,
-    quick,
-    rounds,
-    threads,
-    only,
-    programs,
-    json_path,
-    from_json,
-    picture,
-    markdown,
-):
+    parts: tuple[str, ...],
+    quick: bool,
+    rounds: int,
+    threads: tuple[int, ...],
+    only: tuple[str, ...],
+    programs: Path,
+    json_path: Path | None,
+    from_json: Path | None,
+    picture: Path | None,
+    markdown: Path | None,
+) -> None:
     """Race whole models and whole attention layers against every other way to take a step.
 
     Without --models, --session or --layers: all three.
@@ -105,7 +107,7 @@ def bench(
             console.print(f"written: {path}")
 
 
-def _with_progress(run, *arguments):
+def _with_progress(run: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     import rich.console
     import rich.progress
 
@@ -113,7 +115,7 @@ def _with_progress(run, *arguments):
     with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
         task = bar.add_task("", total=None)
 
-        def show(done, total, now):
+        def show(done: int, total: int, now: str) -> None:
             bar.update(task, completed=done, total=total, description=now)
 
         return run(*arguments, show)

@@ -1,5 +1,7 @@
 """`ct.convert`: makes a Keras model stream."""
 
+from typing import Any
+
 import keras
 
 from continual_transformers_tf.layers.co_residual import CoResidual
@@ -13,7 +15,7 @@ from continual_transformers_tf.models.own_calls import (
 from continual_transformers_tf.models.streaming_model import StreamingModel
 
 
-def convert(model, seq_len, **options):
+def convert(model: keras.Model, seq_len: int, **options: Any) -> StreamingModel:
     """Return a copy of a Keras model that also answers at every step of a stream.
 
     Every `keras.layers.MultiHeadAttention` becomes a `CoSiMultiHeadAttention` with a window of
@@ -36,7 +38,7 @@ def convert(model, seq_len, **options):
         ValueError: If something in the model cannot be converted or run on steps. The message gives
             the reason for every layer in the way.
     """
-    attention = {"seq_len": seq_len}
+    attention: dict[str, Any] = {"seq_len": seq_len}
     if options.get("cache_dtype") is not None:
         attention["cache_dtype"] = options["cache_dtype"]
     options.pop("cache_dtype", None)
@@ -68,7 +70,9 @@ def convert(model, seq_len, **options):
     return StreamingModel(copy, **options)
 
 
-def convert_layers(model, attention, also_continual=True):
+def convert_layers(
+    model: keras.Model, attention: dict[str, Any], also_continual: bool = True
+) -> tuple[keras.Model, list[str]]:
     """Return a copy of a model with continual attention, and the problems that were found.
 
     Args:
@@ -81,9 +85,9 @@ def convert_layers(model, attention, also_continual=True):
         (the copy, a list of problems, as sentences). If there are no problems, the copy has the
         model's weights.
     """
-    problems = []
+    problems: list[str] = []
 
-    def convert_layer(layer):
+    def convert_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
         try:
             if isinstance(layer, StreamingModel):
                 return convert(layer, **attention) if also_continual else _copy(layer)
@@ -113,11 +117,11 @@ def convert_layers(model, attention, also_continual=True):
     return copy, problems
 
 
-def _copy(layer):
+def _copy(layer: keras.layers.Layer) -> keras.layers.Layer:
     return layer.__class__.from_config(layer.get_config())
 
 
-def _with_options(layer, options):
+def _with_options(layer: keras.layers.Layer, options: dict[str, Any]) -> keras.layers.Layer:
     """Return a copy of a continual layer, with these options if the layer has a window."""
     config = layer.get_config()
     if "seq_len" in config:

@@ -2,12 +2,23 @@
 
 import os
 from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy.typing as npt
 
 from continual_transformers_tf.models import from_torch_attention, from_torch_encoders
 from continual_transformers_tf.models.from_torch_attention import name_of
 
 
-def from_torch(module, seq_len=None, *, num_heads=None, prefix="", **options):
+def from_torch(
+    module: Any,
+    seq_len: int | None = None,
+    *,
+    num_heads: int | None = None,
+    prefix: str = "",
+    **options: Any,
+) -> keras.layers.Layer:
     """Return a continual layer with the weights of a PyTorch module.
 
     The layer is called as Keras' layers are: its inputs are `(B, T, E)`, regardless of
@@ -62,7 +73,7 @@ def from_torch(module, seq_len=None, *, num_heads=None, prefix="", **options):
     )
 
 
-def _check_computation(module):
+def _check_computation(module: Any) -> None:
     """Raise ValueError if the module, or a part of it, has a `forward` of its own.
 
     Only the weights are read, so the layer would leave out what that computes.
@@ -95,7 +106,7 @@ _MODULES = {
 }
 
 
-def _weights_in(path):
+def _weights_in(path: str | os.PathLike[str]) -> dict[str, npt.NDArray[Any]]:
     try:
         from safetensors.numpy import load_file
     except ImportError as error:

@@ -1,15 +1,24 @@
 """Streaming attention with the weights of PyTorch attention: entries of `ct.from_torch`."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import keras
 import numpy as np
+import numpy.typing as npt
 
 from continual_transformers_tf.layers.co_re_mha import CoReMultiHeadAttention
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.ops.stream_state import check_integer
 
+Array = npt.NDArray[Any]
+
 # Modules: one function of (module, seq_len, options) for each type.
 
 
-def multi_head_attention(module, seq_len, options):
+def multi_head_attention(
+    module: Any, seq_len: int | None, options: dict[str, Any]
+) -> keras.layers.Layer:
     if module.add_zero_attn:
         raise ValueError(
             "Expected add_zero_attn=False, but got a module that also attends to a step of zeros, "
@@ -19,25 +28,29 @@ def multi_head_attention(module, seq_len, options):
     return attention_of(module.state_dict(), module.num_heads, seq_len, options)
 
 
-def single_output_attention(module, seq_len, options):
+def single_output_attention(
+    module: Any, seq_len: int | None, options: dict[str, Any]
+) -> keras.layers.Layer:
     own = dict(query_index=module.query_index, single_output=module.single_output_forward)
     window = module.sequence_len if seq_len is None else seq_len
     return multi_head_attention(module, window, {**own, **options})
 
 
-def retroactive_attention(module, seq_len, options):
+def retroactive_attention(
+    module: Any, seq_len: int | None, options: dict[str, Any]
+) -> keras.layers.Layer:
     window = module.sequence_len if seq_len is None else seq_len
     return multi_head_attention(module, window, {"cls": CoReMultiHeadAttention, **options})
 
 
-def needed_window(seq_len):
+def needed_window(seq_len: int | None) -> int:
     """Return seq_len, or raise ValueError if it is None."""
     if seq_len is None:
         raise ValueError("Expected seq_len, the window, which the module does not know: got None")
     return seq_len
 
 
-def name_of(module):
+def name_of(module: Any) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
@@ -53,7 +66,9 @@ _KNOWN = {
 }  # fmt: skip
 
 
-def attention_of(weights, num_heads, seq_len, options):
+def attention_of(
+    weights: Mapping[str, Any], num_heads: int, seq_len: int | None, options: dict[str, Any]
+) -> keras.layers.Layer:
     """Return the layer for the state_dict of a `torch.nn.MultiheadAttention`."""
     needed_window(seq_len)
     placed, inputs = attention_weights(weights, num_heads)
@@ -71,7 +86,9 @@ def attention_of(weights, num_heads, seq_len, options):
     return layer
 
 
-def attention_weights(weights, num_heads):
+def attention_weights(
+    weights: Mapping[str, Any], num_heads: int
+) -> tuple[list[Array], tuple[int, ...]]:
     """Convert a state_dict to Keras.
 
     Returns:
@@ -107,7 +124,7 @@ def attention_weights(weights, num_heads):
     return placed, tuple(kernel.shape[1] for kernel in kernels[:3])
 
 
-def _projections(arrays):
+def _projections(arrays: Mapping[str, Array]) -> tuple[list[Array], list[Array]]:
     """Return (kernels `[E, inputs]` of query, key, value and output, their biases or [])."""
     output = arrays["out_proj.weight"]
     if "in_proj_weight" in arrays:
@@ -132,7 +149,7 @@ def _projections(arrays):
     return [*kernels, output], [*np.split(arrays["in_proj_bias"], 3), arrays["out_proj.bias"]]
 
 
-def array_of(weight):
+def array_of(weight: Any) -> Array:
     """Return a tensor as an array. bfloat16, which NumPy lacks, has the dtype of ml_dtypes."""
     if not hasattr(weight, "detach"):
         return np.asarray(weight)

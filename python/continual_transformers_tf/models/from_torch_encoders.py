@@ -1,11 +1,15 @@
 """Streaming encoders with the weights of PyTorch encoders: entries of `ct.from_torch`."""
 
 import types
+from typing import Any
+
+import keras
 
 from continual_transformers_tf.layers.co_re_transformer_encoder import CoReTransformerEncoder
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
 from continual_transformers_tf.models.from_torch_attention import (
+    Array,
     array_of,
     attention_weights,
     name_of,
@@ -13,12 +17,16 @@ from continual_transformers_tf.models.from_torch_attention import (
 )
 
 
-def encoder_layer(module, seq_len, options):
+def encoder_layer(
+    module: Any, seq_len: int | None, options: dict[str, Any]
+) -> CoSiTransformerEncoder:
     """Return a `CoSiTransformerEncoder` for a `torch.nn.TransformerEncoderLayer`."""
     return _block(CoSiTransformerEncoder, module, seq_len, options)
 
 
-def continual_encoder_layer(module, seq_len, options):
+def continual_encoder_layer(
+    module: Any, seq_len: int | None, options: dict[str, Any]
+) -> CoReTransformerEncoder | CoSiTransformerEncoder:
     """Return a block for an encoder layer of continual-inference, a Sequential of named parts."""
     parts = {}
     for path, part in module.named_modules():
@@ -56,7 +64,7 @@ def continual_encoder_layer(module, seq_len, options):
 _PARTS = ("self_attn", "norm1", "linear1", "linear2", "norm2")
 
 
-def encoder(module, seq_len, options):
+def encoder(module: Any, seq_len: int | None, options: dict[str, Any]) -> TransformerEncoder:
     """Return a `ct.TransformerEncoder` for a `torch.nn.TransformerEncoder`.
 
     Without `kind=` it is the retroactive stack, whose output is the module's output for the newest
@@ -87,21 +95,28 @@ def encoder(module, seq_len, options):
     return stack
 
 
-def _block(cls, module, seq_len, options):
+def _block(
+    cls: type[CoReTransformerEncoder] | type[CoSiTransformerEncoder],
+    module: Any,
+    seq_len: int | None,
+    options: dict[str, Any],
+) -> CoReTransformerEncoder | CoSiTransformerEncoder:
     sizes = _sizes(module)
-    block = cls(needed_window(seq_len), *sizes, **{**_options_of(module), **options})
+    block: keras.layers.Layer = cls(
+        needed_window(seq_len), *sizes, **{**_options_of(module), **options}
+    )
     block.build((None, None, sizes[0]))
     block.set_weights(_weights(module, sizes[1]))
     return block
 
 
-def _sizes(module):
+def _sizes(module: Any) -> tuple[int, int, int]:
     """Return embed_dim, num_heads and ff_dim."""
     attention = module.self_attn
     return attention.embed_dim, attention.num_heads, module.linear1.out_features
 
 
-def _options_of(module):
+def _options_of(module: Any) -> dict[str, Any]:
     if module.norm1.eps != module.norm2.eps:
         raise ValueError(
             f"Expected layer norms of one epsilon, but got {module.norm1.eps}, {module.norm2.eps}"
@@ -122,7 +137,7 @@ def _options_of(module):
     )
 
 
-def _activation(activation):
+def _activation(activation: Any) -> str:
     """Return Keras' name of an activation function or module of torch."""
     name = getattr(activation, "__name__", type(activation).__name__).lower()
     known = {"relu": "relu", "gelu": "gelu", "silu": "silu", "tanh": "tanh"}
@@ -131,7 +146,7 @@ def _activation(activation):
     return known[name]
 
 
-def _weights(module, num_heads):
+def _weights(module: Any, num_heads: int) -> list[Array]:
     """Return a block's weights, in this package's order."""
     dense = [
         array_of(weight) if i % 2 else array_of(weight).T

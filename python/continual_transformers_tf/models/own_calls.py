@@ -21,18 +21,18 @@ COMPUTATION = (
 )
 
 
-def computes_as(layer, kind):
+def computes_as(layer: keras.layers.Layer, kind: type[keras.layers.Layer]) -> bool:
     """Return whether a layer of a class, or of a subclass of it, computes exactly as the class."""
     return all(getattr(type(layer), n, None) is getattr(kind, n, None) for n in COMPUTATION)
 
 
-def computes_as_ours(layer):
+def computes_as_ours(layer: keras.layers.Layer) -> bool:
     """Return whether a continual layer computes exactly as this package's class that it is of."""
     ours = next(c for c in type(layer).__mro__ if c.__module__.startswith(_PACKAGE))
     return computes_as(layer, ours)
 
 
-def has_own_call(model):
+def has_own_call(model: keras.Model) -> bool:
     """Return whether a functional or sequential model has a `call` that is not Keras'.
 
     The graph of such a model is a part of what it computes.
@@ -41,7 +41,7 @@ def has_own_call(model):
     return not all(method.__module__.startswith("keras.") for method in methods)
 
 
-def own_calls_within(model):
+def own_calls_within(model: keras.Model) -> list[keras.Model]:
     """Return the functional and sequential models in a model, itself among them, with own calls."""
     return [
         layer
@@ -58,7 +58,7 @@ OWN_CALL = (
 )
 
 
-def check_streaming_model(model):
+def check_streaming_model(model: keras.Model) -> None:
     """Raise ValueError if a StreamingModel's subclass computes more than the model inside."""
     if not computes_as_ours(model):
         raise ValueError(f"{model.name} ({type(model).__name__}) {OWN_CALL}")

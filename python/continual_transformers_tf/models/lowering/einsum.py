@@ -1,15 +1,31 @@
 """Einsum products of a step with a fixed tensor, lowered to dense nodes."""
 
+import functools
 import itertools
 import math
 import re
+from collections.abc import Iterable, Sequence
 
+import keras
 import numpy as np
 
-from continual_transformers_tf.models.lowering.plan_builder import CannotLower
+from continual_transformers_tf.models.lowering.plan_builder import (
+    Array,
+    CannotLower,
+    PlanBuilder,
+    Symbol,
+)
 
 
-def einsum(b, equation, x, kernel, lead, name, bias=None):
+def einsum(
+    b: PlanBuilder,
+    equation: str,
+    x: Symbol,
+    kernel: keras.Variable | keras.KerasTensor,
+    lead: int,
+    name: str,
+    bias: keras.Variable | None = None,
+) -> Symbol:
     """Lower `keras.ops.einsum(equation, x, kernel)`, plus a bias, for a step.
 
     Args:
@@ -42,17 +58,18 @@ def einsum(b, equation, x, kernel, lead, name, bias=None):
     free = [a for a in given if a not in weights]
     made = [a for a in output if a in weights and a not in given]
 
-    def size(axes):
+    def size(axes: Iterable[str]) -> int:
         return math.prod(sizes[a] for a in axes)
 
     # Bring x to [batched, free, contracted], and the kernel to [batched, contracted, made].
     x = b.transpose(b.cast(x, b.dtype), [given.index(a) for a in (*batched, *free, *contracted)])
     order = [*batched, *contracted, *made]
 
-    def rows_of_kernel(array):
+    def rows_of_kernel(array: Array, place: tuple[int, ...] = ()) -> Array:
         total = array.sum(tuple(weights.index(a) for a in alone)) if alone else array
         left = [a for a in weights if a not in alone]
-        return total.transpose([left.index(a) for a in order])
+        rows: Array = total.transpose([left.index(a) for a in order])[place]
+        return rows
 
     plain = not alone and order == list(weights)
     if not batched:
@@ -74,7 +91,7 @@ def einsum(b, equation, x, kernel, lead, name, bias=None):
             matrix = b.variable(
                 kernel,
                 (size(contracted), size(made)),
-                transform=lambda array, place=place: rows_of_kernel(array)[place],
+                transform=functools.partial(rows_of_kernel, place=place),
                 kernel=True,
                 name=name,
             )
@@ -87,7 +104,7 @@ def einsum(b, equation, x, kernel, lead, name, bias=None):
     return y if bias is None else _plus(b, y, bias)
 
 
-def letters(equation, rank):
+def letters(equation: str, rank: int) -> tuple[list[str], list[str], list[str]]:
     """Return the axes of the first operand, the second, and the output, as lists of letters."""
     match = re.fullmatch(r"([^,]*),([^,]*)->(.*)", equation.replace(" ", ""))
     if match is None:
@@ -102,14 +119,14 @@ def letters(equation, rank):
     return given, list(kernel), output
 
 
-def _is_of(bias, output, made, size):
+def _is_of(bias: keras.Variable, output: Sequence[str], made: Iterable[str], size: int) -> bool:
     """Return whether a bias varies along exactly the axes that a product makes."""
     axes = output[len(output) - len(bias.shape) :] if len(bias.shape) <= len(output) else []
     varies = [a for a, n in zip(axes, bias.shape, strict=False) if n != 1]
     return math.prod(bias.shape) == size and set(varies) <= set(made)
 
 
-def _plus(b, y, bias):
+def _plus(b: PlanBuilder, y: Symbol, bias: keras.Variable) -> Symbol:
     """Add a bias along other axes than those that the product made."""
     array = np.asarray(bias.value).astype(b.dtype)
     if array.ndim > len(y.shape):

@@ -6,6 +6,9 @@ The functions take a `PlanBuilder`, the operation, and a `Call`.
 import dataclasses
 import itertools
 import math
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -13,7 +16,9 @@ import numpy as np
 from continual_transformers_tf.models.lowering import activations
 from continual_transformers_tf.models.lowering.einsum import einsum
 from continual_transformers_tf.models.lowering.plan_builder import (
+    Array,
     CannotLower,
+    PlanBuilder,
     Symbol,
     broadcast_shapes,
     contiguous_strides,
@@ -31,29 +36,29 @@ class Call:
         shapes: The shapes of the outputs in a step; None if they are not known.
     """
 
-    args: tuple
-    kwargs: dict
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     lead: int
     dtype: str
-    shapes: list
+    shapes: list[tuple[int, ...] | None]
 
-    def axis(self, axis, x):
+    def axis(self, axis: int, x: Symbol) -> int:
         """Return the axis of a Symbol that is this axis of Keras' tensor."""
         return activations.axis_of_step(axis, x, self.lead)
 
-    def axes(self, axis, x):
+    def axes(self, axis: int | Sequence[int] | None, x: Symbol) -> list[int]:
         """Return the axes of a Symbol for one axis of Keras' tensor, several, or all (None)."""
         axes = range(len(x.shape) + self.lead) if axis is None else np.atleast_1d(axis)
         return sorted(self.axis(int(a), x) for a in axes)
 
     @property
-    def symbols(self):
+    def symbols(self) -> list[Symbol]:
         return [x for x in keras.tree.flatten((self.args, self.kwargs)) if isinstance(x, Symbol)]
 
-    def argument(self, place, name, default=None):
+    def argument(self, place: int, name: str, default: Any = None) -> Any:
         return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
 
-    def operand(self, place, name, b):
+    def operand(self, place: int, name: str, b: PlanBuilder) -> "Symbol | Array":
         """Return an operand: a Symbol, or for a constant of the graph a NumPy array."""
         x = self.argument(place, name)
         rank = max(len(y.shape) for y in self.symbols) + self.lead
@@ -73,14 +78,14 @@ class Call:
         return x
 
 
-def fixed(x, dtype):
+def fixed(x: Any, dtype: str) -> Array:
     """Return a constant of a graph as an array."""
     if hasattr(x, "path"):  # A variable.
         x = x.value
     return np.asarray(x).astype(dtype)
 
 
-def lower_op(b, op, call):
+def lower_op(b: PlanBuilder, op: keras.Operation, call: Call) -> list[Symbol]:
     """Lower an operation, and return a list of its outputs' Symbols."""
     lower = OPS.get(type(op).__name__)
     if lower is None:
@@ -89,18 +94,21 @@ def lower_op(b, op, call):
     return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
 
 
-OPS = {}
+# A function of a PlanBuilder, an operation and its Call. It returns one Symbol, or a list.
+Lowering = Callable[[PlanBuilder, keras.Operation, Call], Symbol | list[Symbol]]
+
+OPS: dict[str, Lowering] = {}
 
 
-def op(*names):
-    def register(function):
+def op(*names: str) -> Callable[[Lowering], Lowering]:
+    def register(function: Lowering) -> Lowering:
         OPS.update((name, function) for name in names)
         return function
 
     return register
 
 
-def _floats(call):
+def _floats(call: Call) -> None:
     if not keras.backend.is_float_dtype(call.dtype):
         raise CannotLower(f"computes in {call.dtype}, where a plan computes in floats only")
 
@@ -115,7 +123,7 @@ _UNARY = {
 
 
 @op(*_UNARY)
-def _unary(b, op, call):
+def _unary(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     _floats(call)
     return b.activation(call.symbols[0], _UNARY[type(op).__name__])
 
@@ -134,7 +142,7 @@ _ACTIVATIONS = {
 
 
 @op(*_ACTIVATIONS)
-def _activation(b, op, call):
+def _activation(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     _floats(call)
     name = _ACTIVATIONS[type(op).__name__]
     numbers = activations.NUMBERS.get(name, {})
@@ -154,17 +162,18 @@ _BINARY = {
 
 
 @op(*_BINARY)
-def _binary(b, op, call):
+def _binary(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     _floats(call)
     x, y = call.operand(0, "x1", b), call.operand(1, "x2", b)
     return arithmetic(b, _BINARY[type(op).__name__], x, y)
 
 
-def arithmetic(b, function, x, y):
+def arithmetic(b: PlanBuilder, function: str, x: Symbol | Array, y: Symbol | Array) -> Symbol:
     """Apply an element-wise function to Symbols and arrays, at least one of them a Symbol."""
     if isinstance(x, Symbol) and isinstance(y, Symbol):
         return b.binary(function, x, y)
-    symbol, array = (x, y) if isinstance(x, Symbol) else (y, x)
+    first = isinstance(x, Symbol)  # Whether the Symbol is the first of the two.
+    symbol, array = typing.cast("tuple[Symbol, Array]", (x, y) if first else (y, x))
     shape = broadcast_shapes(symbol.shape, array.shape)
     if shape == symbol.shape:
         if function == "add":
@@ -172,24 +181,24 @@ def arithmetic(b, function, x, y):
         if function == "multiply":
             return b.affine(symbol, array, 0)
         if function == "subtract":
-            return b.affine(x, 1, -array) if symbol is x else b.affine(y, -1, array)
-        if function == "divide" and symbol is x and _exactly_inverted(array):
-            return b.affine(x, 1 / array, 0)
-        if function == "power" and symbol is x and array.size == 1 and array == 2:
-            return b.activation(x, "square")
-    array = b.constant(np.broadcast_to(array, shape))
-    x, y = (x, array) if symbol is x else (array, y)
-    return b.binary(function, x, y)
+            return b.affine(symbol, 1, -array) if first else b.affine(symbol, -1, array)
+        if function == "divide" and first and _exactly_inverted(array):
+            return b.affine(symbol, 1 / array, 0)
+        if function == "power" and first and array.size == 1 and array == 2:
+            return b.activation(symbol, "square")
+    constant = b.constant(np.broadcast_to(array, shape))
+    operands = (symbol, constant) if first else (constant, symbol)
+    return b.binary(function, *operands)
 
 
-def _exactly_inverted(array):
+def _exactly_inverted(array: Array) -> bool:
     """Return whether multiplying by 1 / array is the same as dividing: for powers of two it is."""
     mantissa, _ = np.frexp(array)
     return bool((np.abs(mantissa) == 0.5).all())
 
 
 @op("NotEqual")
-def _not_equal(b, op, call):
+def _not_equal(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x, y = call.operand(0, "x1", b), call.operand(1, "x2", b)
     if any(z.dtype in ("int32", "int64") for z in call.symbols) and not _is_zero(y):
         raise CannotLower("compares integers with others than 0, which floats cannot do exactly")
@@ -198,23 +207,23 @@ def _not_equal(b, op, call):
     return b.cast(sign, "bool")
 
 
-def _is_zero(x):
+def _is_zero(x: Symbol | Array) -> bool:
     return not isinstance(x, Symbol) and bool((x == 0).all())
 
 
-def _floating(b, x):
+def _floating(b: PlanBuilder, x: Symbol | Array) -> Symbol | Array:
     return b.cast(x, b.dtype) if isinstance(x, Symbol) else x
 
 
 @op("Any", "All")
-def _any(b, op, call):
+def _any(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x = call.symbols[0]
     function = "max" if type(op).__name__ == "Any" else "min"
     return b.cast(b.reduce(b.cast(x, "bool"), function, call.axes(op.axis, x), op.keepdims), "bool")
 
 
 @op("LogicalAnd", "LogicalOr")
-def _logical(b, op, call):
+def _logical(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     if len(call.symbols) != 2:
         raise CannotLower("is given a fixed mask")
     x, y = (b.cast(b.cast(z, "bool"), b.dtype) for z in call.symbols)
@@ -223,23 +232,23 @@ def _logical(b, op, call):
 
 
 @op("LogicalNot")
-def _logical_not(b, op, call):
+def _logical_not(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     return b.mask_not(b.cast(call.symbols[0], "bool"))
 
 
 @op("Clip")
-def _clip(b, op, call):
+def _clip(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     _floats(call)
     x = arithmetic(b, "maximum", call.symbols[0], fixed(op.x_min, b.dtype))
     return arithmetic(b, "minimum", x, fixed(op.x_max, b.dtype))
 
 
 @op("Cast")
-def _cast(b, op, call):
+def _cast(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     return cast(b, call.symbols[0], op.dtype)
 
 
-def cast(b, x, dtype):
+def cast(b: PlanBuilder, x: Symbol, dtype: str) -> Symbol:
     if keras.backend.is_float_dtype(dtype):
         return b.cast(x, b.dtype)
     if dtype in ("int32", "int64", "bool"):
@@ -248,7 +257,7 @@ def cast(b, x, dtype):
 
 
 @op("StopGradient", "Copy", "ConvertToTensor")
-def _identity(b, op, call):
+def _identity(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     return call.symbols[0].with_mask(None)
 
 
@@ -256,7 +265,7 @@ def _identity(b, op, call):
 
 
 @op("Sum", "Mean", "Max", "Amax", "Min", "Amin")
-def _reduce(b, op, call):
+def _reduce(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     _floats(call)
     if getattr(op, "initial", None) is not None:
         raise CannotLower("has an initial value")
@@ -266,7 +275,7 @@ def _reduce(b, op, call):
 
 
 @op("Average")
-def _average(b, op, call):
+def _average(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     if call.argument(1, "weights") is not None:
         raise CannotLower("has weights: multiply with them, and sum")
     x = call.symbols[0]
@@ -274,7 +283,7 @@ def _average(b, op, call):
 
 
 @op("Var", "Std")
-def _variance(b, op, call):
+def _variance(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     _floats(call)
     x = call.symbols[0]
     axes = call.axes(op.axis, x)
@@ -284,7 +293,7 @@ def _variance(b, op, call):
 
 
 @op("Logsumexp")
-def _logsumexp(b, op, call):
+def _logsumexp(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x = call.symbols[0]
     axes = call.axes(op.axis, x)
     highest = b.reduce(x, "max", axes, keepdims=True)
@@ -297,7 +306,7 @@ def _logsumexp(b, op, call):
 
 
 @op("Normalize")
-def _normalize(b, op, call):
+def _normalize(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     if op.order != 2:
         raise CannotLower(f"has order={op.order}: expected 2")
     x = call.symbols[0]
@@ -305,14 +314,16 @@ def _normalize(b, op, call):
     return unit_norm(b, x, call.axes(op.axis, x), epsilon)
 
 
-def unit_norm(b, x, axes, epsilon):
+def unit_norm(b: PlanBuilder, x: Symbol, axes: Sequence[int], epsilon: float) -> Symbol:
     """Divide x by its length, or by epsilon if the length is smaller."""
     return along_last(
         b, x, axes, lambda y: b.node("norm", [y], y.shape, function="unit", epsilon=epsilon**2)
     )
 
 
-def along_last(b, x, axes, function):
+def along_last(
+    b: PlanBuilder, x: Symbol, axes: Sequence[int], function: Callable[[Symbol], Symbol]
+) -> Symbol:
     """Apply a function along several axes, merged into one last axis."""
     x = b.cast(x, b.dtype)
     others = [a for a in range(len(x.shape)) if a not in axes]
@@ -327,7 +338,7 @@ def along_last(b, x, axes, function):
 
 
 @op("Reshape", "Ravel")
-def _reshape(b, op, call):
+def _reshape(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x = call.symbols[0]
     shape = call.shapes[0]
     if call.lead == 0 or shape is None:
@@ -336,10 +347,10 @@ def _reshape(b, op, call):
 
 
 @op("ExpandDims", "Squeeze")
-def _expand(b, op, call):
+def _expand(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     if call.lead == 0 or call.shapes[0] is None:
         raise CannotLower("changes the axes of samples")
-    axes = [] if op.axis is None else np.atleast_1d(op.axis)
+    axes = [] if op.axis is None else [int(a) for a in np.atleast_1d(op.axis)]
     rank = len(call.symbols[0].shape) + call.lead + (type(op).__name__ == "ExpandDims") * len(axes)
     if any(a % rank < call.lead for a in axes):
         raise CannotLower("changes the axes of samples")
@@ -347,13 +358,13 @@ def _expand(b, op, call):
 
 
 @op("Transpose")
-def _transpose(b, op, call):
+def _transpose(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x = call.symbols[0]
     rank = len(x.shape) + call.lead
     return transpose(b, x, op.axes or range(rank)[::-1], call.lead)
 
 
-def transpose(b, x, axes, lead):
+def transpose(b: PlanBuilder, x: Symbol, axes: Sequence[int], lead: int) -> Symbol:
     """Transpose by Keras' order of axes, which must not move the axes before the Symbol's."""
     rank = len(x.shape) + lead
     axes = [a % rank for a in axes]
@@ -363,7 +374,7 @@ def transpose(b, x, axes, lead):
 
 
 @op("Swapaxes")
-def _swapaxes(b, op, call):
+def _swapaxes(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x = call.symbols[0]
     order = list(range(len(x.shape)))
     i, j = call.axis(op.axis1, x), call.axis(op.axis2, x)
@@ -372,11 +383,10 @@ def _swapaxes(b, op, call):
 
 
 @op("Moveaxis")
-def _moveaxis(b, op, call):
+def _moveaxis(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x = call.symbols[0]
-    source, target = (
-        [call.axis(int(a), x) for a in np.atleast_1d(axes)] for axes in (op.source, op.destination)
-    )
+    source = [call.axis(int(a), x) for a in np.atleast_1d(op.source)]
+    target = [call.axis(int(a), x) for a in np.atleast_1d(op.destination)]
     order = [a for a in range(len(x.shape)) if a not in source]
     for to, a in sorted(zip(target, source, strict=True)):
         order.insert(to, a)
@@ -384,12 +394,15 @@ def _moveaxis(b, op, call):
 
 
 @op("BroadcastTo")
-def _broadcast_to(b, op, call):
-    return b.broadcast(call.symbols[0], call.shapes[0])
+def _broadcast_to(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
+    shape = call.shapes[0]
+    if shape is None:
+        raise CannotLower("changes the axes of samples")
+    return b.broadcast(call.symbols[0], shape)
 
 
 @op("Flip")
-def _flip(b, op, call):
+def _flip(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x = call.symbols[0]
     strides, offset = contiguous_strides(x.shape), 0
     for a in call.axes(op.axis, x):
@@ -399,7 +412,7 @@ def _flip(b, op, call):
 
 
 @op("Repeat")
-def _repeat(b, op, call):
+def _repeat(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x = call.symbols[0]
     if not isinstance(op.repeats, int) or op.axis is None:
         raise CannotLower("repeats by more than one number, or without an axis")
@@ -412,7 +425,7 @@ def _repeat(b, op, call):
 
 
 @op("Tile")
-def _tile(b, op, call):
+def _tile(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x = call.symbols[0]
     repeats = [int(n) for n in np.atleast_1d(op.repeats)]
     repeats = [1] * (len(x.shape) + call.lead - len(repeats)) + repeats
@@ -427,7 +440,7 @@ def _tile(b, op, call):
 
 
 @op("Roll")
-def _roll(b, op, call):
+def _roll(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x = call.symbols[0]
     if not isinstance(op.shift, int) or not isinstance(op.axis, int):
         raise CannotLower("rolls by more than one number, or along several axes")
@@ -440,7 +453,7 @@ def _roll(b, op, call):
 
 
 @op("Pad")
-def _pad(b, op, call):
+def _pad(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     value = call.argument(1, "constant_values")
     if op.mode != "constant":
         raise CannotLower(f"pads by mode={op.mode!r}: expected 'constant'")
@@ -450,7 +463,7 @@ def _pad(b, op, call):
     return pad(b, call.symbols[0], width[call.lead :], 0 if value is None else value)
 
 
-def pad(b, x, width, value=0):
+def pad(b: PlanBuilder, x: Symbol, width: Sequence[tuple[int, int]], value: float = 0) -> Symbol:
     """Pad x with (before, after) more elements along each axis."""
     for a, (before, after) in enumerate(width):
         parts = []
@@ -466,11 +479,11 @@ def pad(b, x, width, value=0):
 
 
 @op("Concatenate")
-def _concatenate(b, op, call):
+def _concatenate(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     return concatenate(b, call.argument(0, "xs"), op.axis, call)
 
 
-def concatenate(b, xs, axis, call):
+def concatenate(b: PlanBuilder, xs: Sequence[Any], axis: int, call: Call) -> Symbol:
     first = next(x for x in xs if isinstance(x, Symbol))
     axis = call.axis(axis, first)
     same = {x.dtype for x in xs if isinstance(x, Symbol)}
@@ -487,7 +500,7 @@ def concatenate(b, xs, axis, call):
 
 
 @op("Stack")
-def _stack(b, op, call):
+def _stack(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     xs = call.argument(0, "x")
     if not all(isinstance(x, Symbol) for x in xs):
         raise CannotLower("stacks arrays")
@@ -500,7 +513,7 @@ def _stack(b, op, call):
 
 
 @op("Split", "ArraySplit")
-def _split(b, op, call):
+def _split(b: PlanBuilder, op: keras.Operation, call: Call) -> list[Symbol]:
     x = call.symbols[0]
     axis = call.axis(op.axis, x)
     n, parts = x.shape[axis], op.indices_or_sections
@@ -517,7 +530,7 @@ def _split(b, op, call):
 
 
 @op("Unstack")
-def _unstack(b, op, call):
+def _unstack(b: PlanBuilder, op: keras.Operation, call: Call) -> list[Symbol]:
     x = call.symbols[0]
     axis = call.axis(op.axis, x)
     rest = (*x.shape[:axis], *x.shape[axis + 1 :])
@@ -525,7 +538,7 @@ def _unstack(b, op, call):
 
 
 @op("Take")
-def _take(b, op, call):
+def _take(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x, indices = call.symbols[0], call.argument(1, "indices")
     if isinstance(indices, Symbol) or op.axis is None:
         raise CannotLower("takes by indices that only a step knows, or without an axis")
@@ -535,7 +548,7 @@ def _take(b, op, call):
     return b.reshape(taken, (*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
 
 
-def _along(b, x, axis, indices):
+def _along(b: PlanBuilder, x: Symbol, axis: int, indices: list[int]) -> Symbol:
     """Take the elements with these indices along one axis."""
     n = x.shape[axis]
     if any(not -n <= i < n for i in indices):
@@ -548,12 +561,12 @@ def _along(b, x, axis, indices):
 
 
 @op("GetItem")
-def _get_item(b, op, call):
+def _get_item(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x, key = call.symbols[0], call.argument(1, "key")
     return get_item(b, x, key, call.lead)
 
 
-def get_item(b, x, key, lead):
+def get_item(b: PlanBuilder, x: Symbol, key: Any, lead: int) -> Symbol:
     """Return x[key], with a key for the axes of Keras' tensor."""
     key = list(key) if isinstance(key, (tuple, list)) else [key]
     rank = len(x.shape) + lead
@@ -597,7 +610,7 @@ def get_item(b, x, key, lead):
 
 
 @op("Matmul", "Dot")
-def _matmul(b, op, call):
+def _matmul(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x, y = call.argument(0, "x1"), call.argument(1, "x2")
     if not isinstance(x, Symbol) or isinstance(y, Symbol) or len(np.shape(y)) != 2:
         raise CannotLower("multiplies two tensors: a plan multiplies with fixed matrices only")
@@ -606,12 +619,12 @@ def _matmul(b, op, call):
 
 
 @op("Einsum")
-def _einsum(b, op, call):
+def _einsum(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     if len(call.args) != 2 or not isinstance(call.args[0], Symbol) or len(call.symbols) != 1:
         raise CannotLower("multiplies two tensors: a plan multiplies with fixed ones only")
     x, y = call.args
     return einsum(b, op.subscripts, x, y, call.lead, name=_scoped(b, "kernel"))
 
 
-def _scoped(b, name):
+def _scoped(b: PlanBuilder, name: str) -> str:
     return f"{b.scope}/{name}" if b.scope else name
