@@ -63,6 +63,7 @@ def info(model: Path | None, cmake_dir: bool, pkg_config_dir: bool) -> None:
 
 
 def info_about_sessions() -> None:
+    """Print the core library, and the instruction sets that it can use."""
     click.echo(f"core library {native.CORE_LIBRARY_PATH}")
     try:
         targets, in_use = native.cpu_targets()
@@ -75,6 +76,10 @@ def info_about_sessions() -> None:
 
 
 def info_about_tensorflow() -> None:
+    """Print the versions, the op library and its kernels.
+
+    The exit status is 1 if the kernels are required and there are none.
+    """
     missing = [name for name in ("tensorflow", "keras") if not importlib.util.find_spec(name)]
     if missing:
         there_are = ", ".join(native.op_libraries()) or "none"

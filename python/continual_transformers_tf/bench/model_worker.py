@@ -13,6 +13,8 @@ CHUNK_SECONDS = 200e-6  # Steps that are faster than this are timed several at o
 
 
 class ModelWorker:
+    """The requests that a contestant answers: each method is one, by its name."""
+
     def __init__(self, name: str, threads: int) -> None:
         self._name, self._threads = name, threads
         self._contestant: Any = None
@@ -74,6 +76,7 @@ class ModelWorker:
         return {"median": statistics.median(times) / 1e3, "steps": len(times) * chunk}
 
     def versions(self) -> dict[str, str]:
+        """Return the installed versions of the packages that contestants need."""
         return worker.installed_versions()
 
 

@@ -51,6 +51,7 @@ class Rival:
             return {"error": f"its process ended with status {self._process.wait()}"}
 
     def stop(self) -> None:
+        """End the process."""
         self._requests.close()
         self._process.wait()
 

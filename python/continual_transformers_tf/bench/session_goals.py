@@ -39,6 +39,7 @@ class Goal(NamedTuple):
 
     @property
     def reached(self) -> bool:
+        """Whether the goal was reached."""
         return self.measured >= self.goal if self.at_least else self.measured <= self.goal
 
     def cells(self) -> list[str]:

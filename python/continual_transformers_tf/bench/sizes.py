@@ -13,6 +13,7 @@ class Size(NamedTuple):
 
     @property
     def head(self) -> int:
+        """D, the features of a head."""
         return self.features // self.heads
 
     @property
@@ -22,6 +23,7 @@ class Size(NamedTuple):
 
     @property
     def weight_bytes(self) -> int:
+        """The bytes of the four projections' weights, in float32."""
         return 4 * 4 * self.features * (self.features + 1)
 
     def __str__(self) -> str:
@@ -73,6 +75,7 @@ class ModelSize(NamedTuple):
 
     @property
     def head(self) -> int:
+        """D, the features of a head."""
         return self.embed_dim // self.heads
 
     @property

@@ -29,12 +29,15 @@ VERSIONED = (
 
 
 class Worker:
+    """The requests that a rival answers: each method is one, by its name."""
+
     def __init__(self, name: str, threads: int) -> None:
         self.name, self.threads = name, threads
         self.step: Any = None
         self.inputs: list[Any] = []
 
     def prepare(self, size: Sequence[int]) -> dict[str, Any]:
+        """Make the rival of a size, and fill its window."""
         from continual_transformers_tf.bench import rivals
         from continual_transformers_tf.bench.sizes import Size
 
@@ -47,6 +50,7 @@ class Worker:
         return {}
 
     def take(self) -> Any:
+        """Take the next step, and return its outputs."""
         x = self.inputs[self.at % STEPS]
         self.at += 1
         return self.step(x)
@@ -84,6 +88,7 @@ class Worker:
         return {"state": state, "growth": _resident() - before}
 
     def versions(self) -> dict[str, str]:
+        """Return the installed versions of the packages that rivals need."""
         return installed_versions()
 
 

@@ -1,4 +1,4 @@
-"""`ct.convert`: makes a Keras model stream."""
+"""`ct.convert`, which makes a Keras model stream."""
 
 from typing import Any
 
@@ -24,8 +24,8 @@ def convert(model: keras.Model, seq_len: int, **options: Any) -> StreamingModel:
     window (see `StreamingModel`).
 
     Args:
-        model: A functional or built sequential `keras.Model`; models within it likewise. It is not
-            changed.
+        model: A functional or built sequential `keras.Model`. Models inside it must be of these
+            kinds too. It is not changed.
         seq_len: N, the window: how many of the newest steps a step's query attends to.
         **options: `warm_up`, `call_mode` and `name` of the `StreamingModel`, and `cache_dtype` of
             its attention. If the model is a `StreamingModel` already, options that are left out
@@ -44,16 +44,16 @@ def convert(model: keras.Model, seq_len: int, **options: Any) -> StreamingModel:
     options.pop("cache_dtype", None)
     if not isinstance(model, keras.Model):
         raise ValueError(
-            f"Expected a keras.Model, but got {model!r}. (For a layer alone there is "
-            "CoSiMultiHeadAttention.from_regular.)"
+            f"Expected a keras.Model, but got {model!r}. To convert a single layer, call "
+            "CoSiMultiHeadAttention.from_regular"
         )
     unknown = sorted(set(options) - {"warm_up", "call_mode", "name", "dtype", "trainable"})
     if unknown:
         raise ValueError(
-            "Expected warm_up, call_mode, name and cache_dtype alone, but got "
-            f"{' and '.join(unknown)}: other options are of single layers, and "
-            "CoSiMultiHeadAttention.from_regular(layer, seq_len, ...) takes them all; but "
-            "weights_dtype is of steps that are one op, which those of a StreamingModel are not"
+            "Expected only warm_up, call_mode, name and cache_dtype, but got "
+            f"{' and '.join(unknown)}. CoSiMultiHeadAttention.from_regular(layer, seq_len, ...) "
+            "takes every option of a single layer. weights_dtype is for a layer that is called "
+            "alone: in a StreamingModel a step of a layer is more than one op"
         )
     options = {"name": model.name, **options}
     if isinstance(model, StreamingModel):
@@ -61,7 +61,9 @@ def convert(model: keras.Model, seq_len: int, **options: Any) -> StreamingModel:
         options = {"warm_up": model.warm_up, "call_mode": model.call_mode, **options}
         model = model.model
     if not model.built:
-        raise ValueError(f"Expected a built model, but {model.name} has never been called")
+        raise ValueError(
+            f"Expected a built model, but {model.name} has never been called: call it once"
+        )
     copy, problems = convert_layers(model, attention)
     if problems:
         raise ValueError(
@@ -101,7 +103,9 @@ def convert_layers(
         except ValueError as error:
             problems.append(str(error))
         if isinstance(layer, keras.layers.GroupQueryAttention):
-            problems.append(f"{layer.name} ({type(layer).__name__}) has no continual twin here")
+            problems.append(
+                f"{layer.name} ({type(layer).__name__}) has no continual counterpart here"
+            )
         return _copy(layer)
 
     if not isinstance(model, keras.Sequential) and not hasattr(model, "_nodes_by_depth"):
@@ -126,6 +130,8 @@ def _with_options(layer: keras.layers.Layer, options: dict[str, Any]) -> keras.l
     config = layer.get_config()
     if "seq_len" in config:
         if not set(options) <= set(config):
-            raise ValueError(f"{layer.name} ({type(layer).__name__}) takes no cache_dtype")
+            raise ValueError(
+                f"{layer.name} ({type(layer).__name__}) takes no cache_dtype: leave it out"
+            )
         config |= options
     return layer.__class__.from_config(config)

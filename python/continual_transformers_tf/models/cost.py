@@ -1,4 +1,4 @@
-"""`ct.cost`: what a step, or a regular call, of a layer or a model costs."""
+"""`ct.cost`, which counts what a step or a regular call of a layer or a model costs."""
 
 import math
 from typing import Any
@@ -26,8 +26,8 @@ def cost(
     not count extra work that a kernel does. A matrix product has as many multiplications as
     multiply-adds, so `multiplications` is what tables of "FLOPs" often mean, including the paper's.
 
-    For other types of layers, register a function of the layer and a `Rows` with
-    `ct.cost.register`, which works as that of `functools.singledispatch`.
+    To count other types of layers, register a function of the layer and a `Rows` with
+    `ct.cost.register`. It works as the `register` of `functools.singledispatch` does.
 
     Args:
         layer_or_model: A built layer of this package or of Keras, a functional or built sequential
@@ -41,7 +41,7 @@ def cost(
         A `Cost`.
 
     Raises:
-        ValueError: If the mode is neither, something is not built, the length of the window is not
+        ValueError: If the mode is another, something is not built, the length of the window is not
             known, a model cannot be run on steps, or the cost of a layer is not known.
     """
     if mode not in MODES:
@@ -62,7 +62,9 @@ def cost(
 
 def _check_built(layer: keras.layers.Layer) -> None:
     if not layer.built:
-        raise ValueError(f"Expected a built layer, but {layer.name} has never been called")
+        raise ValueError(
+            f"Expected a built layer, but {layer.name} has never been called: call it once"
+        )
 
 
 # Whole models.

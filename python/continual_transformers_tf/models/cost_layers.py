@@ -37,7 +37,7 @@ P = ParamSpec("P")
 
 
 class Rows:
-    """The rows that a layer is run on.
+    """The rows that a layer runs on.
 
     Args:
         mode: "step" or "regular".
@@ -59,14 +59,14 @@ class Rows:
         """Return how many elements the largest input has, for a layer without weights."""
         if not self.shapes:
             raise ValueError(
-                f"Expected a model that {layer.name} ({type(layer).__name__}) is a part of: by "
-                "itself it knows no features"
+                f"Expected a model, but got only {layer.name} ({type(layer).__name__}), which does "
+                "not know how many features its input has: ask for the cost of a model around it"
             )
         return self.count * known_length(largest(self.shapes)[-1])
 
 
 def known_length(count: int | None) -> int:
-    """Return the number of steps or rows, or raise ValueError if it is None."""
+    """Return the number of steps or rows. Raise ValueError if it is None."""
     if count is None:
         raise ValueError(
             'Expected seq_len, the steps of the window, with mode="regular", but got None'
@@ -98,7 +98,7 @@ def with_register(function: Callable[P, Cost]) -> Registering[P]:
 def _function_of(layer: keras.layers.Layer, rows: Rows) -> Cost:
     raise ValueError(
         f"Expected a layer whose cost is known, but got {layer.name} ({type(layer).__name__}): "
-        "make it known by ct.cost.register"
+        "register a function for it with ct.cost.register"
     )
 
 
@@ -109,7 +109,8 @@ def cost_of(layer: keras.layers.Layer, rows: Rows) -> Cost:
     if known is not object and not computes_as(layer, known):
         raise ValueError(
             f"Expected a layer whose cost is known, but {layer.name} ({type(layer).__name__}) does "
-            f"not compute as {known.__name__} does: make its cost known by ct.cost.register"
+            f"not compute as {known.__name__} does: register a function for it with "
+            "ct.cost.register"
         )
     return _function_of(layer, rows)
 
@@ -278,7 +279,7 @@ def attention_of_windows(
 
 
 def _projections(layer: keras.layers.Layer, queries: int, keys: int) -> Cost:
-    """Return the cost of projecting into heads and back, and of the gate and its products."""
+    """Return the cost of the projections into heads and back, and of the gate."""
     heads = layer._num_heads
     total = projection(layer._query_dense, queries, heads * layer._key_dim)
     total += projection(layer._key_dense, keys, heads * layer._key_dim)
@@ -293,6 +294,7 @@ def _projections(layer: keras.layers.Layer, queries: int, keys: int) -> Cost:
 
 
 def projection(dense: keras.layers.Layer, rows: int, outputs: int) -> Cost:
+    """Return the cost of one projection of an attention layer."""
     inputs = math.prod(dense.kernel.shape) // outputs
     return dense_cost(rows, inputs, outputs, dense.bias is not None)
 
@@ -306,7 +308,8 @@ def _activation(layer: keras.layers.Layer, numbers: int, features: int) -> Cost:
     given = activation_cost(name, numbers)
     if given is None:
         raise ValueError(
-            f"Expected an activation whose cost is known, but {layer.name} has {name!r}"
+            f"Expected an activation whose cost is known, but {layer.name} has {name!r}: register "
+            "a function for the layer with ct.cost.register"
         )
     return given
 

@@ -44,9 +44,8 @@ def continual_encoder_layer(
     retroactive = type(attention).__name__ == "RetroactiveMultiheadAttention"
     if not retroactive and attention.query_index != -1:
         raise ValueError(
-            f"Expected an encoder layer of the newest step, query_index=-1, but got "
-            f"{attention.query_index}: CoResidual(CoSiMultiHeadAttention(query_index=...)) has its "
-            "delay"
+            f"Expected an encoder layer with query_index=-1, but got {attention.query_index}. "
+            "CoResidual(CoSiMultiHeadAttention(query_index=...)) attends from an earlier step"
         )
     activation = parts["activation"]
     while hasattr(activation, "fn"):
@@ -79,7 +78,9 @@ def encoder(module: Any, seq_len: int | None, options: dict[str, Any]) -> Transf
     own = _options_of(blocks[0])
     for block in blocks[1:]:
         if _options_of(block) != own:
-            raise ValueError(f"Expected layers that are alike, but got {own}, {_options_of(block)}")
+            raise ValueError(
+                f"Expected layers with equal options, but got {own} and {_options_of(block)}"
+            )
     sizes = _sizes(blocks[0])
     stack = TransformerEncoder(
         len(blocks),
@@ -119,7 +120,8 @@ def _sizes(module: Any) -> tuple[int, int, int]:
 def _options_of(module: Any) -> dict[str, Any]:
     if module.norm1.eps != module.norm2.eps:
         raise ValueError(
-            f"Expected layer norms of one epsilon, but got {module.norm1.eps}, {module.norm2.eps}"
+            f"Expected one epsilon for all layer norms, but got {module.norm1.eps} and "
+            f"{module.norm2.eps}"
         )
     for name in ("linear1", "norm1"):
         if getattr(module, name).bias is None:
@@ -142,7 +144,7 @@ def _activation(activation: Any) -> str:
     name = getattr(activation, "__name__", type(activation).__name__).lower()
     known = {"relu": "relu", "gelu": "gelu", "silu": "silu", "tanh": "tanh"}
     if name not in known or getattr(activation, "approximate", "none") != "none":
-        raise ValueError(f"Expected an activation of {sorted(known)}, but got {activation!r}")
+        raise ValueError(f"Expected one of the activations {sorted(known)}, but got {activation!r}")
     return known[name]
 
 

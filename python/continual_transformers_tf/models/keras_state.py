@@ -15,7 +15,7 @@ Positions = npt.NDArray[np.int64]
 _ALIGNMENT = 64
 # The axis of the window's rows in these entries, counted from the last. They are not rings.
 _WINDOW_AXIS = {"softmax": -1, "weighted_sum": -2}
-# Attention's rings [N, H, D] in a state; in older states they had other names and were [H, N, D].
+# Attention's rings are [N, H, D] in a state. In older states they are [H, N, D], with other names.
 # A plan from that time has the older names, with "heads_first".
 _OLD_NAMES = {"queries": "query", "keys": "key", "values": "value"}
 _NEW_NAMES = {old: new for new, old in _OLD_NAMES.items()}
@@ -103,9 +103,9 @@ def _with_new_names(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sequence_first(state: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:
-    """Return a state with the rings that `described` names, also if it has them as older states do.
+    """Return a state with the rings that `described` names. Rings of older states are converted.
 
-    Either all rings have the older names, or the state is returned as it is.
+    If not all rings have the older names, the state is returned as it is.
     """
     renamed = {_OLD_NAMES[name]: name for name in _OLD_NAMES if name in described}
     if not all(old in state and new not in state for old, new in renamed.items()):
@@ -117,7 +117,7 @@ def _sequence_first(state: dict[str, Any], described: dict[str, Any]) -> dict[st
 
 
 def _swapped(array: npt.ArrayLike) -> Array:
-    """Return [M, H, N, D] as [M, N, H, D]. What has other axes fails the later checks."""
+    """Return [M, H, N, D] as [M, N, H, D]. Later checks refuse arrays with other axes."""
     array = np.asarray(array)
     return np.swapaxes(array, 1, 2) if array.ndim == 4 else array
 
@@ -126,7 +126,9 @@ def _positions(parts: Iterable[tuple[str, Any, Any]]) -> Positions:
     """Return the streams' positions, which all layers must share."""
     taken = [(where, np.asarray(x)) for where, leaf, x in parts if leaf == "position"]
     if not taken:
-        raise ValueError("Expected the state of a model with streams, but the plan keeps nothing")
+        raise ValueError(
+            "Expected the state of a model that remembers steps, but this one remembers nothing"
+        )
     where, positions = taken[0]
     if positions.ndim != 1 or positions.dtype.kind not in "iu" or (positions < 0).any():
         raise ValueError(f"Expected {where} to be integers [M] >= 0, but got {positions!r}")
@@ -143,19 +145,19 @@ def _checked(where: str, array: npt.ArrayLike, streams: int) -> Array:
     array = np.asarray(array)
     if array.shape[:1] != (streams,):
         raise ValueError(
-            f"Expected {where} to have {streams} streams, as the positions, but got shape "
+            f"Expected {where} to have {streams} streams, as the positions have, but got shape "
             f"{list(array.shape)}"
         )
     return array
 
 
 def _check_true(where: str, ring: Array, positions: Positions) -> None:
-    """Raise ValueError if the model keeps a False for a step: the plan keeps no mask there."""
+    """Raise ValueError if the model masked a step. The plan has no room for a mask there."""
     for array, position in zip(ring, positions, strict=True):
         if not array[_rows_taken(position, len(array))].all():
             raise ValueError(
-                f"Expected {where} to be true for every step, but got a step that was masked: the "
-                "plan was made of a model that masks none"
+                f"Expected {where} to be true for every step, but got a step that was masked. The "
+                "plan comes from a model that masks no step"
             )
 
 
@@ -181,7 +183,7 @@ def _ring(where: str, array: Array, positions: Positions, entry: Entry) -> Array
 
 
 def _window_rows(where: str, array: Array, positions: Positions, entry: Entry) -> Array:
-    """Return an entry about the window's rows, with zeros for rows that no step has written."""
+    """Return an entry that is not a ring. Its rows that no step has written are zeros."""
     if array.shape[1:] != tuple(entry.shape):
         raise ValueError(
             f"Expected {where} to be {list(entry.shape)} for each stream, but got "
@@ -201,7 +203,7 @@ def _window_rows(where: str, array: Array, positions: Positions, entry: Entry) -
 
 
 def _as_dtype(where: str, array: Array, dtype: str) -> Array:
-    """Return an array in a dtype of the plan; bfloat16, which NumPy lacks, as uint16."""
+    """Return an array in a dtype of the plan. bfloat16 becomes uint16, because NumPy has none."""
     array = _floats_of(array)
     if (array.dtype == bool) != (dtype == "bool") or array.dtype.kind not in "biuf":
         raise ValueError(f"Expected {where} of {dtype}, but got {array.dtype}")

@@ -14,9 +14,9 @@ from continual_transformers_tf.session import Session
 
 
 def load_model(path: str | os.PathLike[str]) -> keras.Model:
-    """Read a Keras model from a `.keras` file, or another that Keras reads."""
+    """Read a Keras model from a `.keras` file, or from another file that Keras reads."""
     if str(path).endswith(".safetensors"):
-        raise ValueError(f"Expected a Keras model, but {path} is a model file already")
+        raise ValueError(f"Expected a Keras model, but {path} is already a model file")
     return keras.saving.load_model(path, compile=False)
 
 
@@ -93,7 +93,7 @@ def read_recordings(path: str | os.PathLike[str], session: Session) -> list[npt.
     if len({array.shape[:2] for array in recordings}) > 1:
         shapes = [array.shape for array in recordings]
         raise ValueError(
-            f"Expected as many streams and steps of every input, but got shapes {shapes} in {path}"
+            f"Expected the same streams and steps in every input, but got shapes {shapes} in {path}"
         )
     return recordings
 

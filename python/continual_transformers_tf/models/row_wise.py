@@ -13,14 +13,13 @@ from continual_transformers_tf.models.own_calls import computes_as
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """What is known of a tensor of the graph before it is run; see `StepGraph`."""
+    """The known facts about a tensor of the graph before the graph runs; see `StepGraph`."""
 
     kind: str  # "window", "newest", "sample" or "whole".
     # Whether no row of a window depends on a later one. Only such rows never change afterwards.
     causal: bool
     receptive_field: int
-    # For each window. In the graph's own shape, the length of a "newest" may be unknown; here it
-    # is 1.
+    # The shape for each window. The length of a "newest" is 1 here, also if Keras does not know it.
     shape: tuple[int | None, ...]
     # How many steps late a step's row comes: it is row -1 - delay of the window.
     delay: int = 0
@@ -105,7 +104,7 @@ def name_of_op(op: keras.Operation) -> str | None:
 def is_row_wise(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Return whether a node computes each row of windows only from that row."""
     op, name = node.operation, name_of_op(node.operation)
-    # Keras' masks, (B, T), which layers in a graph may be given beside windows.
+    # Keras may pass masks (B, T) to layers in a graph, beside windows.
     masks = keras.tree.flatten(node.arguments.kwargs.get("mask"))
     tensors = [x for x in node.input_tensors if not any(x is mask for mask in masks)]
     rank = len(tensors[0].shape)
@@ -141,7 +140,7 @@ def is_row_wise(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
 def _same_for_all_steps(
     op: keras.Operation, args: tuple[Any, ...], kwargs: dict[str, Any], rank: int
 ) -> bool:
-    """Return whether none of an operation's fixed arrays has a row for each step of a window."""
+    """Return whether an operation's fixed arrays are the same for all steps of a window."""
     arrays = [x for x in keras.tree.flatten((args, kwargs)) if not isinstance(x, Tensor)]
     arrays += [getattr(op, limit) for limit in ("x_min", "x_max") if hasattr(op, limit)]
     return all(np.ndim(x) <= rank - 2 for x in arrays)

@@ -110,6 +110,8 @@ class Block(NamedTuple):
 
 
 class Weights(NamedTuple):
+    """The weights of the model that is raced."""
+
     embedding: Pair
     positions: Array  # [2N - 1, E]
     blocks: tuple[Block, ...]

@@ -85,12 +85,14 @@ def _lower_model(
         model = model.model
     if not hasattr(model, "_nodes_by_depth") and not isinstance(model, keras.Sequential):
         raise ValueError(
-            f"{model.name} ({type(model).__name__}) has no graph that could be read: expected a "
+            f"{model.name} ({type(model).__name__}) has no graph to read: expected a "
             "functional or a built sequential model. Write it as keras.Model(inputs, outputs), or "
-            "give ct.Session its continual layers one by one"
+            "make a session of each continual layer"
         )
     if not model.built:
-        raise ValueError(f"Expected a built model, but {model.name} has never been called")
+        raise ValueError(
+            f"Expected a built model, but {model.name} has never been called: call it once"
+        )
     model, problems = _continual(whole, seq_len)
     graph = StepGraph(model)
     if graph.model is None:
@@ -165,7 +167,7 @@ def _window(model: keras.Model, seq_len: int | None) -> int:
         return lengths.pop()
     raise ValueError(
         f"Expected seq_len, the window of the attention in {model.name}: its inputs "
-        f"{[tuple(x.shape) for x in functional.inputs]} leave the axis of time open"
+        f"{[tuple(x.shape) for x in functional.inputs]} have no fixed axis of time"
     )
 
 
@@ -197,7 +199,9 @@ def _lower_layer(
     names: Sequence[str] | None,
 ) -> Lowered:
     if not layer.built:
-        raise ValueError(f"Expected a built layer, but {layer.name} has never been called")
+        raise ValueError(
+            f"Expected a built layer, but {layer.name} has never been called: call it once"
+        )
     b = PlanBuilder("float64" if layer.compute_dtype == "float64" else "float32")
     b.scope = layer.name
     try:
@@ -214,7 +218,9 @@ def _lower_layer(
         for name in names:
             size = next(iter(sizes.values())) if name == "x" else sizes[name]
             if size is None:
-                raise CannotLower("was never given a step, and does not know its features")
+                raise CannotLower(
+                    "does not know its features, because it was never called: call it once"
+                )
             specs.append((size if isinstance(size, (tuple, list)) else (size,), dtype))
         inputs = b.add_inputs(specs)
         output, state = lower_continual(b, layer, *inputs)

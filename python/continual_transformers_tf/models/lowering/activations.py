@@ -97,14 +97,16 @@ def named(
 
 
 def softmax(b: PlanBuilder, x: Symbol, function: str, axis: int) -> Symbol:
+    """Apply a softmax, log_softmax or sparsemax along one axis."""
     x = b.cast(x, b.dtype)
     return b.node("softmax", [x], x.shape, name=function, function=function, axis=axis)
 
 
 def glu(b: PlanBuilder, x: Symbol, axis: int) -> Symbol:
+    """Apply a gated linear unit: the first half of an axis times the sigmoid of the second."""
     half = x.shape[axis] // 2
     if 2 * half != x.shape[axis]:
-        raise CannotLower(f"halves an axis of {x.shape[axis]}")
+        raise CannotLower(f"halves an axis of {x.shape[axis]}: expected an even number")
     first, second = (b.slice(x, axis, i * half, half) for i in (0, 1))
     return b.binary("multiply", first, b.activation(second, "sigmoid"))
 
@@ -113,7 +115,7 @@ def axis_of_step(axis: int, x: Symbol, lead: int) -> int:
     """Return the axis of a Symbol that is this axis of Keras' tensor."""
     rank = len(x.shape) + lead
     if not -rank <= axis < rank:
-        raise CannotLower(f"works along axis {axis} of {rank}")
+        raise CannotLower(f"works along axis {axis}, but its input has {rank} axes")
     axis = axis % rank - lead
     if axis < 0:
         raise CannotLower("works along the axis of samples, or of time")

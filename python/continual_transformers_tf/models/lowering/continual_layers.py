@@ -31,7 +31,13 @@ from continual_transformers_tf.models.own_calls import computes_as
 
 @dataclasses.dataclass(frozen=True)
 class StateOf:
-    """An entry of a node's state. `value` is the index of the node's output."""
+    """An entry of a node's state, in place of that node.
+
+    Attributes:
+        value: The index of the node's output.
+        entry: The name of the entry.
+        layout: What follows in keras_state, such as "index" with its two numbers.
+    """
 
     value: int
     entry: str
@@ -50,7 +56,9 @@ ALL_TRUE = "true"  # A state entry that the plan does not keep, because it is al
 def kernel_of(layer: keras.layers.Layer) -> keras.Variable | keras.KerasTensor:
     """Return the variable of a dense layer's kernel, or the tensor that LoRA computes."""
     if layer.quantization_mode is not None:
-        raise CannotLower(f"is quantized to {layer.quantization_mode}: lower it before that")
+        raise CannotLower(
+            f"is quantized to {layer.quantization_mode}: make the session before quantize()"
+        )
     return layer.kernel if layer.lora_enabled else layer._kernel
 
 
@@ -87,6 +95,7 @@ def output_shape(layer: keras.layers.MultiHeadAttention) -> tuple[int, ...]:
 
 
 def gated(b: PlanBuilder, attended: Symbol, gate: Symbol | None) -> Symbol:
+    """Multiply the attended values by the gate, if the layer has one."""
     return attended if gate is None else b.binary("multiply", attended, gate)
 
 
@@ -104,6 +113,7 @@ def co_si_mha(
     key_mask: Symbol | None = None,
     **ignored: Any,
 ) -> tuple[Symbol, State]:
+    """Lower a step of single-output attention."""
     check_steps(layer)
     value = query if value is None else value
     key = value if key is None else key
@@ -158,6 +168,7 @@ def co_re_mha(
     key_mask: Symbol | None = None,
     **ignored: Any,
 ) -> tuple[Symbol, State]:
+    """Lower a step of retroactive attention."""
     check_steps(layer)
     value = query if value is None else value
     key = value if key is None else key
@@ -214,8 +225,8 @@ def _masked_rows(
     """Compute all rows of the window, each from the part of the window that it may see."""
     if mask is not None:
         raise CannotLower(
-            "is given a mask together with use_causal_mask or sliding_window, which a plan has no "
-            "node for: leave out one of them"
+            "is given a mask together with use_causal_mask or sliding_window. A plan has no node "
+            "for both: leave out one of them"
         )
     n, heads = layer.seq_len, layer._num_heads
     windows = [
@@ -242,15 +253,18 @@ def _masked_rows(
 
 
 def check_steps(layer: keras.layers.Layer) -> None:
+    """Raise CannotLower if the layer has options that only regular calls support."""
     if layer._no_steps is not None:
         raise CannotLower(f"takes no steps, with {layer._no_steps}")
 
 
 def delayed(b: PlanBuilder, x: Symbol, steps: int, name: str | None = None) -> Symbol:
+    """Add a node that returns its input from `steps` steps ago."""
     return b.node("delay", [x], x.shape, x.dtype, name=name, steps=steps)
 
 
 def window_of(b: PlanBuilder, x: Symbol, n: int, name: str | None = None) -> Symbol:
+    """Add a node that returns the n newest inputs, oldest first."""
     return b.node("window", [x], (n, *x.shape), name=name, window=n)
 
 
@@ -268,7 +282,7 @@ def attend_whole(
 ) -> Symbol:
     """Lower a regular call of a MultiHeadAttention on windows [N, E], in which all rows may be new.
 
-    It returns only the output's Symbol: there is no state.
+    Return only the Symbol of the output: there is no state.
     """
     check_computation(layer)
     if tuple(layer._attention_axes) != (1,):
@@ -286,7 +300,9 @@ def attend_whole(
         if only >= 0:
             only -= query.shape[0]
         if not -query.shape[0] <= only < 0:
-            raise CannotLower(f"is given windows of {query.shape[0]} steps, without query_index")
+            raise CannotLower(
+                f"is given windows of {query.shape[0]} steps, too short for its query_index"
+            )
         # With a mask along time, take the query's row and all newer ones, to keep its place.
         rows = -only if use_causal_mask or band else 1
         first = query.shape[0] + only
@@ -295,7 +311,8 @@ def attend_whole(
         )
     elif query.shape[0] != n and (use_causal_mask or band):
         raise CannotLower(
-            f"attends from {query.shape[0]} rows to {n} with a mask along time: expected as many"
+            f"attends from {query.shape[0]} rows to {n} with a mask along time: expected as many "
+            "rows as it attends to"
         )
     keys = project(b, key, layer._key_dense, "key")
     values = project(b, value, layer._value_dense, "value")
@@ -352,6 +369,7 @@ def feed_forward(
 def co_si_encoder(
     b: PlanBuilder, block: TransformerEncoderBlock, x: Symbol, **ignored: Any
 ) -> tuple[Symbol, State]:
+    """Lower a step of a single-output encoder block."""
     normal = layer_norm(b, x, block.attention_norm, "attention_norm") if block.norm_first else x
     with b.within("attention"):
         attended, state = co_si_mha(b, block.attention, normal)
@@ -361,6 +379,7 @@ def co_si_encoder(
 def co_re_encoder(
     b: PlanBuilder, block: TransformerEncoderBlock, x: Symbol, **ignored: Any
 ) -> tuple[Symbol, State]:
+    """Lower a step of a retroactive encoder block."""
     normal = layer_norm(b, x, block.attention_norm, "attention_norm") if block.norm_first else x
     with b.within("attention"):
         attended, state = co_re_mha(b, block.attention, normal)
@@ -373,6 +392,7 @@ def co_re_encoder(
 def transformer_encoder(
     b: PlanBuilder, stack: TransformerEncoder, x: Symbol, **ignored: Any
 ) -> tuple[Symbol, State]:
+    """Lower a step of a stack of encoder blocks."""
     state = []
     for block in stack._streaming:
         lower = co_si_encoder if isinstance(block, CoSiTransformerEncoder) else co_re_encoder
@@ -391,6 +411,7 @@ def transformer_encoder(
 def positional_encoding(
     b: PlanBuilder, layer: CircularPositionalEncoding, x: Symbol, **ignored: Any
 ) -> tuple[Symbol, State]:
+    """Lower a step of the circular positional encoding."""
     if layer._encoding == "sinusoidal":
         rows = b.derived("rows", sinusoids(layer._max_len, layer._embed_dim))
     else:
@@ -403,10 +424,11 @@ def positional_encoding(
 
 
 def co_delay(b: PlanBuilder, layer: CoDelay, x: Symbol, **ignored: Any) -> tuple[Symbol, State]:
+    """Lower a step of a delay."""
     dtype = layer.compute_dtype
     if dtype in ("int32", "int64", "bool"):
         if x.dtype != dtype:
-            raise CannotLower(f"delays {dtype}, and is given {x.dtype}")
+            raise CannotLower(f"delays {dtype}, but is given {x.dtype}: expected the same dtype")
     elif not keras.backend.is_float_dtype(dtype):
         raise CannotLower(f"delays {dtype}: expected floats, int32, int64 or bool")
     if layer.delay == 0:
@@ -418,6 +440,7 @@ def co_delay(b: PlanBuilder, layer: CoDelay, x: Symbol, **ignored: Any) -> tuple
 def co_residual(
     b: PlanBuilder, layer: CoResidual, x: Symbol, **arguments: Any
 ) -> tuple[Symbol, State]:
+    """Lower a step of a residual connection around another layer."""
     inner: keras.layers.Layer = layer.layer
     with b.within(inner.name):
         y, state = lower_continual(b, inner, x, **arguments)
@@ -460,12 +483,12 @@ def lower_continual(
             return lower(b, layer, *inputs, **arguments)
     check_computation(layer)
     raise CannotLower(
-        "is a continual layer of another package: a plan has nodes for those of this one"
+        "is a continual layer of another package: a plan has nodes only for the layers of this one"
     )
 
 
 def check_computation(layer: keras.layers.Layer) -> None:
-    """Raise CannotLower if a layer is of a subclass with calls of its own.
+    """Raise CannotLower if the class of a layer has calls of its own.
 
     A plan has nodes for what the parent computes.
     """
@@ -473,7 +496,7 @@ def check_computation(layer: keras.layers.Layer) -> None:
         if isinstance(layer, kind):
             if not computes_as(layer, kind):
                 raise CannotLower(
-                    f"computes in its own way, which a plan has no node for: expected the calls of "
-                    f"{kind.__name__}"
+                    "computes in its own way, and a plan has no node for that: expected the calls "
+                    f"of {kind.__name__}"
                 )
             return

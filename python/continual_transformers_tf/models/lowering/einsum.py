@@ -40,13 +40,15 @@ def einsum(
     given, weights, output = letters(equation, len(x.shape) + lead)
     for part in (given, weights, output):
         if len(set(part)) != len(part):
-            raise CannotLower(f"has the equation {equation!r}, which names an axis twice")
+            raise CannotLower(
+                f"has the equation {equation!r}, which names an axis twice: no node takes diagonals"
+            )
     if given[:lead] != output[:lead] or set(given[:lead]) & set(weights):
         raise CannotLower(f"has the equation {equation!r}, which mixes samples, or steps of time")
     given, output = given[lead:], output[lead:]
     sizes = dict(zip(weights, kernel.shape, strict=True)) | dict(zip(given, x.shape, strict=True))
     if any(letter not in sizes for letter in output):
-        raise CannotLower(f"has the equation {equation!r}, with an axis in its output alone")
+        raise CannotLower(f"has the equation {equation!r}, with an axis that only its output has")
 
     summed = [a for a in given if a not in weights and a not in output]
     if summed:
@@ -105,17 +107,19 @@ def einsum(
 
 
 def letters(equation: str, rank: int) -> tuple[list[str], list[str], list[str]]:
-    """Return the axes of the first operand, the second, and the output, as lists of letters."""
+    """Return the letters of the first operand, of the second, and of the output, as lists."""
     match = re.fullmatch(r"([^,]*),([^,]*)->(.*)", equation.replace(" ", ""))
     if match is None:
         raise CannotLower(f"has the equation {equation!r}: expected two operands and an output")
     given, kernel, output = match.groups()
     if "..." in kernel:
-        raise CannotLower(f"has the equation {equation!r}, with an ellipsis of the kernel")
+        raise CannotLower(
+            f"has the equation {equation!r}, with an ellipsis for the kernel: name its axes"
+        )
     rest = "0123456789"[: rank - len(given.replace("...", ""))]  # The axes that are not named.
     given, output = (list(part.replace("...", rest)) for part in (given, output))
     if len(given) != rank:
-        raise CannotLower(f"has the equation {equation!r}, and is given {rank} axes")
+        raise CannotLower(f"has the equation {equation!r}, but its input has {rank} axes")
     return given, list(kernel), output
 
 
@@ -127,7 +131,7 @@ def _is_of(bias: keras.Variable, output: Sequence[str], made: Iterable[str], siz
 
 
 def _plus(b: PlanBuilder, y: Symbol, bias: keras.Variable) -> Symbol:
-    """Add a bias along other axes than those that the product made."""
+    """Add a bias that varies along other axes than those that the product made."""
     array = np.asarray(bias.value).astype(b.dtype)
     if array.ndim > len(y.shape):
         array = array.reshape(array.shape[array.ndim - len(y.shape) :])

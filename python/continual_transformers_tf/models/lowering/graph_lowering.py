@@ -74,7 +74,10 @@ class GraphLowering:
             self.b.scope = self._scope
 
     def _placeholders(self, node: Node) -> list[Symbol]:
-        """Return stand-ins for the outputs of a node that cannot be lowered, so that others can."""
+        """Return Symbols in place of the outputs of a node that cannot be lowered.
+
+        With them the nodes after it can be lowered, and their problems reported too.
+        """
         shapes = [[1 if n is None else n for n in shape] for shape in self._shapes(node)]
         return [self.b.add_value(shape, "float32") for shape in shapes]
 
@@ -95,7 +98,7 @@ class GraphLowering:
             )
             if not same:
                 raise CannotLower(
-                    f"gives {list(y.shape)} a step, where Keras' graph has {list(shape)}"
+                    f"returns {list(y.shape)} in a step, but {list(shape)} in Keras' graph"
                 )
 
     # The ways of a node; see StepGraph.way.
@@ -193,7 +196,7 @@ def lower_call(b: PlanBuilder, op: keras.Operation, call: Call) -> list[Symbol]:
 def trace(
     b: PlanBuilder, function: Callable[..., Any], symbols: Sequence[Symbol], lead: int
 ) -> Any:
-    """Apply a function of tensors to Symbols, by the graph that Keras traces of the function.
+    """Apply a function of tensors to Symbols: trace it with Keras, and lower the graph.
 
     Args:
         b: The `PlanBuilder`.
@@ -222,7 +225,7 @@ def trace(
                 outputs = lower_call(b, node.operation, call)
             except CannotLower as reason:
                 kind = type(node.operation).__name__
-                raise CannotLower(f"has a {kind} in it, which {reason}") from reason
+                raise CannotLower(f"contains a {kind}, which {reason}") from reason
             values.update((id(x), y) for x, y in zip(node.outputs, outputs, strict=True))
     outputs = [values[id(x)] for x in graph.outputs]
     return outputs[0] if len(outputs) == 1 else outputs
@@ -238,7 +241,7 @@ def check_time_axis(layer: keras.layers.Layer, x: keras.KerasTensor) -> None:
     elif isinstance(layer, CircularPositionalEncoding):
         axis = layer.temporal_dim
     if axis != 1:
-        raise CannotLower(f"has time on axis {axis}, where that of a model is axis 1")
+        raise CannotLower(f"has time on axis {axis}: expected axis 1, that of the model")
 
 
 def masks_of_call(
@@ -251,7 +254,7 @@ def masks_of_call(
         return {}
     if len(given) == 1:
         given = [None, *given]  # The query is the value too.
-    # Keras' mask of a step hides its key. The row of its query is that of the others.
+    # Keras' mask of a step hides its key. Its query's row is like that of any other step.
     masks = zip(("value_mask", "key_mask"), given[1:], strict=False)
     return {name: None if x is None else x.mask for name, x in masks}
 
@@ -264,7 +267,7 @@ def continual_mask_after(layer: keras.layers.Layer, mask: Symbol | None) -> Symb
         return None
     while isinstance(layer, CoResidual):
         layer = layer.layer
-    # Attention, or an encoder; or the mask of a delayed row, which came with an earlier step.
+    # Attention and encoders pass no mask on. A delayed row's mask came with an earlier step.
     return None if hasattr(layer, "seq_len") or layer.delay > 0 else mask
 
 

@@ -43,6 +43,8 @@ LAYERS: dict[type, Lowering] = {}
 
 
 def layer(*classes: type[keras.layers.Layer]) -> Callable[[Lowering], Lowering]:
+    """Register a function that lowers layers of these classes."""
+
     def register(function: Lowering) -> Lowering:
         LAYERS.update((kind, function) for kind in classes)
         return function
@@ -67,7 +69,7 @@ def lower_layer(
     for kind in type(layer).__mro__:
         if kind in LAYERS and computes_as(layer, kind):
             if not layer.built:
-                raise CannotLower("was never called, and has no weights")
+                raise CannotLower("was never called, and has no weights: call it once")
             return LAYERS[kind](b, layer, call.args[0] if call.args else call.symbols[0], call)
     if type(layer).__module__.startswith("keras.") or isinstance(layer, keras.Model):
         raise CannotLower("is a layer that a plan has no node for")
@@ -121,7 +123,9 @@ def _einsum_dense(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Ca
 @layer(keras.layers.Conv1D)
 def _conv1d(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     if layer.groups != 1 or layer.data_format != "channels_last" or len(x.shape) != 2:
-        raise CannotLower("is a convolution in groups, or with channels first")
+        raise CannotLower(
+            "is a convolution in groups, or with channels first: expected one group, channels last"
+        )
     (taps,), (stride,), (dilation,) = layer.kernel_size, layer.strides, layer.dilation_rate
     kernel = b.variable(
         kernel_of(layer), (-1, layer.filters), kernel=True, name=layer.path + "/kernel"
@@ -150,16 +154,18 @@ def _attention(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call)
     value = given["value"]
     if len(value.shape) != 2 or value.shape[0] != 1:
         raise CannotLower(
-            "attends among rows of a step that are no steps of time: a plan has no node for that"
+            "attends among the rows of one step: a plan only has nodes that attend to steps of time"
         )
     return attend_whole(b, layer, **attention_arguments(given))
 
 
 def attention_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of an attention layer's call that `attend_whole` takes."""
     return {k: given.get(k) for k in ("query", "value", "key", "use_causal_mask")}
 
 
 def refuse_masks(given: Mapping[str, Any]) -> None:
+    """Raise CannotLower if an attention layer's call has a mask or returns scores."""
     for name in ("query_mask", "value_mask", "key_mask", "attention_mask"):
         if given.get(name) is not None:
             raise CannotLower(f"is called with {name}")
@@ -200,7 +206,7 @@ def _prelu(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> 
         shape = tuple(layer.alpha.shape)
         extra = len(shape) - len(x.shape)
         if any(n != 1 for n in shape[:extra]):
-            raise CannotLower("has numbers of its own for each step of time: give it shared_axes")
+            raise CannotLower("has separate slopes for each step of time: give it shared_axes=[1]")
         array = np.broadcast_to(np.asarray(layer.alpha.value).reshape(shape[extra:]), x.shape)
         alpha = b.constant_weight(layer.alpha.path, array)
     return b.node(
@@ -211,7 +217,7 @@ def _prelu(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> 
 @layer(keras.layers.Softmax)
 def _softmax(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     if bound(layer, call).get("mask") is not None or x.mask is not None:
-        raise CannotLower("is given a mask of steps, which Keras reads as one of features")
+        raise CannotLower("is given a mask of steps, but Keras would apply it to features")
     axes = call.axes(layer.axis, x)
     if len(axes) == 1:
         return softmax(b, x, "softmax", axes[0])
@@ -276,7 +282,7 @@ def _batch_norm(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call
 def _group_norm(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     axis = call.axis(layer.axis, x)
     if call.lead != 1:
-        raise CannotLower("normalizes over the steps of a window")
+        raise CannotLower("normalizes over the steps of a window, which a step does not have")
     channels, groups = x.shape[axis], layer.groups
     groups = channels if groups == -1 else groups
     others = [a for a in range(len(x.shape)) if a != axis]
@@ -302,7 +308,7 @@ def _normalization(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: C
     if layer.invert:
         return b.affine(x, deviation, mean)
     # In two parts, as Keras computes it. x * scale - mean * scale would lose digits if the mean is
-    # many deviations away from 0, as that of an air pressure is.
+    # many deviations away from 0, for example with air pressures.
     centred = b.affine(b.cast(x, b.dtype), np.ones_like(mean), -mean)
     return b.affine(centred, 1 / deviation, np.zeros_like(mean))
 
@@ -321,7 +327,9 @@ def _without_lead(array: Array, x: Symbol) -> Array:
     if extra <= 0:
         return array
     if any(n != 1 for n in array.shape[:extra]):
-        raise CannotLower(f"has numbers {list(array.shape)} of its own for each step or sample")
+        raise CannotLower(
+            f"has separate numbers for each step or sample, of shape {list(array.shape)}"
+        )
     return array.reshape(array.shape[extra:])
 
 
@@ -342,7 +350,7 @@ def _merge(b: PlanBuilder, layer: keras.layers.Layer, xs: list[Symbol], call: Ca
     function = next(f for kind, f in _MERGE.items() if isinstance(layer, kind))
     ranks = {len(x.shape) for x in xs}
     if len(ranks) != 1:
-        raise CannotLower(f"is given tensors of different ranks a step: {sorted(ranks)}")
+        raise CannotLower(f"is given tensors of different ranks: {sorted(ranks)} axes in a step")
     y = xs[0]
     if function in ("maximum", "minimum"):
         return _extreme(b, function, xs)
@@ -378,7 +386,9 @@ def _concatenate(b: PlanBuilder, layer: keras.layers.Layer, xs: list[Symbol], ca
 @layer(keras.layers.Embedding)
 def _embedding(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     if layer.quantization_mode is not None:
-        raise CannotLower(f"is quantized to {layer.quantization_mode}: lower it before that")
+        raise CannotLower(
+            f"is quantized to {layer.quantization_mode}: make the session before quantize()"
+        )
     if x.dtype not in ("int32", "int64"):
         raise CannotLower(f"is given {x.dtype}: expected an input of the model of integers")
     if not b.is_of_input(x):
@@ -476,7 +486,7 @@ def _up_sampling(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Cal
 @layer(keras.layers.GlobalAveragePooling1D, keras.layers.GlobalMaxPooling1D)
 def _global_pooling(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     if call.lead != 1:
-        raise CannotLower("reduces time, which a step has none of")
+        raise CannotLower("reduces the axis of time, which a step does not have")
     function = "mean" if isinstance(layer, keras.layers.GlobalAveragePooling1D) else "max"
     axis = 0 if layer.data_format == "channels_last" else 1
     return b.reduce(x, function, [axis], layer.keepdims)
@@ -485,7 +495,7 @@ def _global_pooling(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: 
 @layer(keras.layers.AveragePooling1D, keras.layers.MaxPooling1D)
 def _pooling(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     if layer.padding != "valid" or layer.data_format != "channels_last":
-        raise CannotLower("pools with padding, or with channels first")
+        raise CannotLower("pools with padding, or with channels first: expected neither")
     (size,), (stride,) = layer.pool_size, layer.strides
     rows, features = x.shape
     taken = (rows - size) // stride + 1
@@ -504,7 +514,9 @@ def _time_distributed(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call
     # In a window the distributed rows are the steps; in a sample they are an axis of the Symbol.
     inner, lead = layer.layer, call.lead - 1
     if isinstance(inner, (ContinualLayer, keras.Model)):
-        raise CannotLower("distributes a model or a continual layer over time")
+        raise CannotLower(
+            "distributes a model or a continual layer over time: use it without TimeDistributed"
+        )
     y = lower_layer(b, inner, x, lead=lead)
     kept = 1 if lead == 0 else 0
     if y.shape[:kept] != x.shape[:kept]:
@@ -535,17 +547,19 @@ def mask_after(b: PlanBuilder, layer: keras.layers.Layer, call: Call, y: Symbol)
         if isinstance(layer, keras.layers.Embedding) and not layer.mask_zero:
             return None
         if len(given.shape) > (1 if isinstance(layer, keras.layers.Masking) else 0):
-            return None  # A mask for every row of a step: no layer in a plan uses one.
+            return (
+                None  # This would be a mask for every row of a step. No layer in a plan uses one.
+            )
         return mask_of(b, layer, given)
     flat = keras.tree.flatten(given)
     masks: list[Symbol] = [x.mask for x in flat if getattr(x, "mask", None) is not None]
     if not masks or not layer.supports_masking:
         return None
     if isinstance(layer, keras.layers.Concatenate) or isinstance(given, (list, tuple)):
-        # In an input without a mask, every step counts as there.
+        # In an input without a mask, no step is masked.
         return _any_of(b, masks) if len(masks) == len(flat) else None
     if not type(layer).compute_mask.__module__.startswith("keras."):
-        raise CannotLower("computes a mask of its own")
+        raise CannotLower("computes a mask in its own way, and a plan has no node for that")
     return masks[0]
 
 

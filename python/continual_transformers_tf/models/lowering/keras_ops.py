@@ -47,25 +47,28 @@ class Call:
         return activations.axis_of_step(axis, x, self.lead)
 
     def axes(self, axis: int | Sequence[int] | None, x: Symbol) -> list[int]:
-        """Return the axes of a Symbol for one axis of Keras' tensor, several, or all (None)."""
+        """Return the axes of a Symbol for an axis or axes of Keras' tensor. None: all axes."""
         axes = range(len(x.shape) + self.lead) if axis is None else np.atleast_1d(axis)
         return sorted(self.axis(int(a), x) for a in axes)
 
     @property
     def symbols(self) -> list[Symbol]:
+        """All Symbols among the arguments."""
         return [x for x in keras.tree.flatten((self.args, self.kwargs)) if isinstance(x, Symbol)]
 
     def argument(self, place: int, name: str, default: Any = None) -> Any:
+        """Return an argument, by its place or by its name."""
         return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
 
     def operand(self, place: int, name: str, b: PlanBuilder) -> "Symbol | Array":
-        """Return an operand: a Symbol, or for a constant of the graph a NumPy array."""
+        """Return an operand: a Symbol, or a NumPy array for a constant of the graph."""
         x = self.argument(place, name)
         rank = max(len(y.shape) for y in self.symbols) + self.lead
         if isinstance(x, Symbol):
             if len(x.shape) + self.lead != rank and x.shape:
                 raise CannotLower(
-                    "meets tensors of different ranks, and so would mix samples: expected the same"
+                    "combines tensors of different ranks, which would mix samples: expected one "
+                    "rank"
                 )
             return x
         x = fixed(x, b.dtype)
@@ -73,7 +76,9 @@ class Call:
         extra = x.ndim - (rank - self.lead)
         if extra > 0:
             if any(n != 1 for n in x.shape[:extra]):
-                raise CannotLower(f"is given an array {list(x.shape)}, with a row for each sample")
+                raise CannotLower(
+                    f"is given an array of shape {list(x.shape)}, with a row for each sample"
+                )
             x = x.reshape(x.shape[extra:])
         return x
 
@@ -101,6 +106,8 @@ OPS: dict[str, Lowering] = {}
 
 
 def op(*names: str) -> Callable[[Lowering], Lowering]:
+    """Register a function that lowers operations of these class names."""
+
     def register(function: Lowering) -> Lowering:
         OPS.update((name, function) for name in names)
         return function
@@ -110,7 +117,7 @@ def op(*names: str) -> Callable[[Lowering], Lowering]:
 
 def _floats(call: Call) -> None:
     if not keras.backend.is_float_dtype(call.dtype):
-        raise CannotLower(f"computes in {call.dtype}, where a plan computes in floats only")
+        raise CannotLower(f"computes in {call.dtype}: a plan computes only in floats")
 
 
 # Element-wise.
@@ -192,7 +199,7 @@ def arithmetic(b: PlanBuilder, function: str, x: Symbol | Array, y: Symbol | Arr
 
 
 def _exactly_inverted(array: Array) -> bool:
-    """Return whether multiplying by 1 / array is the same as dividing: for powers of two it is."""
+    """Return whether all elements are powers of two. Only then 1 / array is exact."""
     mantissa, _ = np.frexp(array)
     return bool((np.abs(mantissa) == 0.5).all())
 
@@ -201,7 +208,10 @@ def _exactly_inverted(array: Array) -> bool:
 def _not_equal(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x, y = call.operand(0, "x1", b), call.operand(1, "x2", b)
     if any(z.dtype in ("int32", "int64") for z in call.symbols) and not _is_zero(y):
-        raise CannotLower("compares integers with others than 0, which floats cannot do exactly")
+        raise CannotLower(
+            "compares integers with a number other than 0: a plan compares floats, which are not "
+            "exact"
+        )
     # The sign of the difference, which is 0 only between equal numbers.
     sign = b.activation(arithmetic(b, "subtract", _floating(b, x), _floating(b, y)), "sign")
     return b.cast(sign, "bool")
@@ -225,7 +235,7 @@ def _any(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
 @op("LogicalAnd", "LogicalOr")
 def _logical(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     if len(call.symbols) != 2:
-        raise CannotLower("is given a fixed mask")
+        raise CannotLower("is given a constant mask: expected masks that a step computes")
     x, y = (b.cast(b.cast(z, "bool"), b.dtype) for z in call.symbols)
     function = "minimum" if type(op).__name__ == "LogicalAnd" else "maximum"
     return b.cast(b.binary(function, x, y), "bool")
@@ -249,6 +259,7 @@ def _cast(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
 
 
 def cast(b: PlanBuilder, x: Symbol, dtype: str) -> Symbol:
+    """Cast a Symbol to a dtype of Keras. Every float dtype becomes the plan's."""
     if keras.backend.is_float_dtype(dtype):
         return b.cast(x, b.dtype)
     if dtype in ("int32", "int64", "bool"):
@@ -268,7 +279,7 @@ def _identity(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
 def _reduce(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     _floats(call)
     if getattr(op, "initial", None) is not None:
-        raise CannotLower("has an initial value")
+        raise CannotLower("has an initial value: leave it out, and combine the result with it")
     x = call.symbols[0]
     function = type(op).__name__.lower().removeprefix("a")
     return b.reduce(x, function, call.axes(op.axis, x), op.keepdims)
@@ -277,7 +288,7 @@ def _reduce(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
 @op("Average")
 def _average(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     if call.argument(1, "weights") is not None:
-        raise CannotLower("has weights: multiply with them, and sum")
+        raise CannotLower("has weights: multiply by them, then sum")
     x = call.symbols[0]
     return b.reduce(x, "mean", call.axes(op.axis, x))
 
@@ -342,18 +353,18 @@ def _reshape(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x = call.symbols[0]
     shape = call.shapes[0]
     if call.lead == 0 or shape is None:
-        raise CannotLower("changes the axes of samples")
+        raise CannotLower("changes the axis of samples, or of time")
     return b.reshape(x, shape)
 
 
 @op("ExpandDims", "Squeeze")
 def _expand(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     if call.lead == 0 or call.shapes[0] is None:
-        raise CannotLower("changes the axes of samples")
+        raise CannotLower("changes the axis of samples, or of time")
     axes = [] if op.axis is None else [int(a) for a in np.atleast_1d(op.axis)]
     rank = len(call.symbols[0].shape) + call.lead + (type(op).__name__ == "ExpandDims") * len(axes)
     if any(a % rank < call.lead for a in axes):
-        raise CannotLower("changes the axes of samples")
+        raise CannotLower("changes the axis of samples, or of time")
     return b.reshape(call.symbols[0], call.shapes[0])
 
 
@@ -397,7 +408,7 @@ def _moveaxis(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
 def _broadcast_to(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     shape = call.shapes[0]
     if shape is None:
-        raise CannotLower("changes the axes of samples")
+        raise CannotLower("changes the axis of samples, or of time")
     return b.broadcast(call.symbols[0], shape)
 
 
@@ -484,6 +495,7 @@ def _concatenate(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
 
 
 def concatenate(b: PlanBuilder, xs: Sequence[Any], axis: int, call: Call) -> Symbol:
+    """Concatenate Symbols and constant arrays along an axis of Keras' tensors."""
     first = next(x for x in xs if isinstance(x, Symbol))
     axis = call.axis(axis, first)
     same = {x.dtype for x in xs if isinstance(x, Symbol)}
@@ -493,7 +505,9 @@ def concatenate(b: PlanBuilder, xs: Sequence[Any], axis: int, call: Call) -> Sym
         if not isinstance(x, Symbol):
             x = np.asarray(fixed(x, dtype))
             if x.ndim != len(first.shape) + call.lead or any(n != 1 for n in x.shape[: call.lead]):
-                raise CannotLower(f"is given an array {list(x.shape)}, with a row for each sample")
+                raise CannotLower(
+                    f"is given an array of shape {list(x.shape)}, with a row for each sample"
+                )
             x = b.constant(x.reshape(x.shape[call.lead :]), dtype)
         symbols.append(b.cast(x, dtype))
     return b.concat(symbols, axis)
@@ -503,7 +517,7 @@ def concatenate(b: PlanBuilder, xs: Sequence[Any], axis: int, call: Call) -> Sym
 def _stack(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     xs = call.argument(0, "x")
     if not all(isinstance(x, Symbol) for x in xs):
-        raise CannotLower("stacks arrays")
+        raise CannotLower("stacks constant arrays: expected only tensors")
     rank = len(xs[0].shape) + call.lead + 1
     axis = op.axis % rank - call.lead
     if axis < 0:
@@ -541,7 +555,9 @@ def _unstack(b: PlanBuilder, op: keras.Operation, call: Call) -> list[Symbol]:
 def _take(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x, indices = call.symbols[0], call.argument(1, "indices")
     if isinstance(indices, Symbol) or op.axis is None:
-        raise CannotLower("takes by indices that only a step knows, or without an axis")
+        raise CannotLower(
+            "takes by indices that a step computes, or without an axis: expected constant indices"
+        )
     axis = call.axis(op.axis, x)
     indices = np.asarray(indices)
     taken = _along(b, x, axis, [int(i) for i in indices.reshape(-1)])
@@ -552,7 +568,7 @@ def _along(b: PlanBuilder, x: Symbol, axis: int, indices: list[int]) -> Symbol:
     """Take the elements with these indices along one axis."""
     n = x.shape[axis]
     if any(not -n <= i < n for i in indices):
-        raise CannotLower(f"takes from {n} elements the one at {indices}")
+        raise CannotLower(f"takes the elements {indices} of an axis of {n}")
     indices = [i % n for i in indices]
     steps = {after - i for i, after in itertools.pairwise(indices)} or {1}
     if len(steps) == 1:  # Evenly spaced: a slice.
@@ -577,7 +593,7 @@ def get_item(b: PlanBuilder, x: Symbol, key: Any, lead: int) -> Symbol:
     key[at : at + 1] = [slice(None)] * (rank - named)
     for k in key[:lead]:
         if not (isinstance(k, slice) and k == slice(None)):
-            raise CannotLower("takes samples apart, or steps of time")
+            raise CannotLower("indexes samples or steps of time: expected `:` for these axes")
     strides, sizes = contiguous_strides(x.shape), list(x.shape)
     shape, picked, offset = [], [], 0
     for k in key[lead:]:
@@ -598,10 +614,10 @@ def get_item(b: PlanBuilder, x: Symbol, key: Any, lead: int) -> Symbol:
                 f"is indexed by {k!r}: expected integers in range, slices, ... and None"
             )
     if math.prod(shape) == 0:
-        raise CannotLower("gives no elements")
+        raise CannotLower("returns no elements")
     if (
         math.prod(shape) == x.size and offset == 0 and all(s >= 0 for s in picked)
-    ):  # Everything, in its own order.
+    ):  # All elements, in their order.
         return b.reshape(x, shape).with_mask(None)
     return b.strided(x, shape, picked, offset, name="slice")
 
@@ -613,7 +629,7 @@ def get_item(b: PlanBuilder, x: Symbol, key: Any, lead: int) -> Symbol:
 def _matmul(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x, y = call.argument(0, "x1"), call.argument(1, "x2")
     if not isinstance(x, Symbol) or isinstance(y, Symbol) or len(np.shape(y)) != 2:
-        raise CannotLower("multiplies two tensors: a plan multiplies with fixed matrices only")
+        raise CannotLower("multiplies two tensors: a plan multiplies only by constant matrices")
     kernel = b.variable(y, kernel=True, name=_scoped(b, "kernel"))
     return b.dense(b.cast(x, b.dtype), kernel)
 
@@ -621,7 +637,7 @@ def _matmul(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
 @op("Einsum")
 def _einsum(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     if len(call.args) != 2 or not isinstance(call.args[0], Symbol) or len(call.symbols) != 1:
-        raise CannotLower("multiplies two tensors: a plan multiplies with fixed ones only")
+        raise CannotLower("multiplies two tensors: a plan multiplies only by constant ones")
     x, y = call.args
     return einsum(b, op.subscripts, x, y, call.lead, name=_scoped(b, "kernel"))
 

@@ -21,7 +21,7 @@ class Symbol:
     Its shape is that of one step of one stream, without the axes of streams and steps.
     """
 
-    index: int  # Place in the plan's values.
+    index: int  # Its place in the plan's values.
     shape: tuple[int, ...]
     dtype: str
     # Keras' mask of the step, a Symbol of dtype bool and shape [1]; None if there is none.
@@ -29,14 +29,16 @@ class Symbol:
 
     @property
     def size(self) -> int:
+        """How many elements a step has."""
         return math.prod(self.shape)
 
     def with_mask(self, mask: "Symbol | None") -> "Symbol":
+        """Return the same value with another mask."""
         return dataclasses.replace(self, mask=mask)
 
 
 class CannotLower(Exception):
-    """The error for something in a layer that has no node. The message is the reason."""
+    """The error for a part of a layer that has no node. Its message continues "the layer ..."."""
 
 
 class PlanBuilder:
@@ -82,6 +84,7 @@ class PlanBuilder:
     # Values and nodes.
 
     def add_value(self, shape: Iterable[int], dtype: str | None = None) -> Symbol:
+        """Add a value to the plan, and return its Symbol. dtype None: the compute dtype."""
         self.values.append({"shape": [int(n) for n in shape], "dtype": dtype or self.dtype})
         return Symbol(len(self.values) - 1, tuple(int(n) for n in shape), dtype or self.dtype)
 
@@ -209,6 +212,7 @@ class PlanBuilder:
         )  # fmt: skip
 
     def transpose(self, x: Symbol, axes: Sequence[int]) -> Symbol:
+        """Transpose a Symbol. If only axes of size 1 move, this is a reshape."""
         shape = tuple(x.shape[a] for a in axes)
         moved = [a for a in axes if x.shape[a] != 1]
         if moved == sorted(moved):
@@ -228,6 +232,7 @@ class PlanBuilder:
         )
 
     def concat(self, xs: Sequence[Symbol], axis: int) -> Symbol:
+        """Concatenate Symbols along one axis."""
         if len(xs) == 1:
             return xs[0]
         shape = list(xs[0].shape)
@@ -250,6 +255,7 @@ class PlanBuilder:
         return self.strided(x, shape, [0] * lead + strides, name="broadcast")
 
     def constant(self, array: npt.ArrayLike, dtype: str | None = None) -> Symbol:
+        """Add a node that returns a constant array."""
         array = np.asarray(array)
         weights = {"value": self.derived("value", array, dtype)}
         return self.node("constant", [], array.shape, dtype, weights=weights)
@@ -261,12 +267,14 @@ class PlanBuilder:
         return self.node("binary", [x, y], shape, name=function, function=function)
 
     def activation(self, x: Symbol, function: str, **numbers: Any) -> Symbol:
+        """Apply an element-wise function, with its numbers as attributes."""
         if function == "linear":
             return x
         x = self.cast(x, self.dtype)
         return self.node("activation", [x], x.shape, name=function, function=function, **numbers)
 
     def cast(self, x: Symbol, dtype: str) -> Symbol:
+        """Cast a Symbol to another dtype. It keeps its mask."""
         if x.dtype == dtype:
             return x
         return self.node("cast", [x], x.shape, dtype).with_mask(x.mask)
@@ -297,7 +305,7 @@ class PlanBuilder:
         """Multiply x [..., I] by a kernel [I, O]; kernel and bias are names of tensors."""
         inputs, outputs = self.weights[kernel].shape
         if x.shape[-1:] != (inputs,):
-            raise CannotLower(f"is given {list(x.shape)}, where its kernel has {inputs} inputs")
+            raise CannotLower(f"is given shape {list(x.shape)}, but its kernel has {inputs} inputs")
         weights = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
         return self.node("dense", [x], (*x.shape[:-1], outputs), name=name, weights=weights)
 
@@ -329,7 +337,7 @@ class PlanBuilder:
     # Masks.
 
     def not_equal(self, x: Symbol, value: float) -> Symbol:
-        """Return the mask of whether any element of x differs from a number."""
+        """Return a mask that is true if any element of x differs from a number."""
         key = (x.index, value)
         if key not in self._masks:
             self._masks[key] = self.node(
@@ -338,15 +346,17 @@ class PlanBuilder:
         return self._masks[key]
 
     def mask_and(self, a: Symbol | None, b: Symbol | None) -> Symbol | None:
-        """Return the mask of where both are true. None stands for a mask that is left out."""
+        """Return a mask that is true if both are. None stands for a mask that is left out."""
         if a is None or b is None or a == b:
             return b if a is None else a
         return self.node("mask_and", [a, b], (1,), "bool")
 
     def mask_not(self, a: Symbol) -> Symbol:
+        """Return a mask that is true if the given one is false."""
         return self.cast(self.affine(self.cast(a, self.dtype), -1, 1), "bool")
 
     def mask_or(self, a: Symbol, b: Symbol) -> Symbol:
+        """Return a mask that is true if either is."""
         if a == b:
             return a
         a, b = (self.cast(x, self.dtype) for x in (a, b))
@@ -412,6 +422,7 @@ STATEFUL = {"positional", "delay", "window", "attention", "retroactive_attention
 
 
 def np_dtype(name: str) -> np.dtype[Any]:
+    """Return NumPy's dtype for a name. bfloat16 is ml_dtypes'."""
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
@@ -425,7 +436,7 @@ def _plain(x: Any) -> Any:
     """Return an attribute as a JSON value: users may have given NumPy numbers."""
     x = x.item() if isinstance(x, np.generic) else x
     if isinstance(x, float) and not math.isfinite(x):
-        raise CannotLower(f"has the number {x}, which a plan cannot hold: expected finite ones")
+        raise CannotLower(f"has the number {x}: a plan holds only finite numbers")
     return x
 
 
@@ -435,11 +446,12 @@ def broadcast_shapes(*shapes: Sequence[int]) -> tuple[int, ...]:
         return np.broadcast_shapes(*shapes)
     except ValueError as error:
         raise CannotLower(
-            f"meets shapes a step that do not fit: {', '.join(str(list(s)) for s in shapes)}"
+            f"combines shapes that do not fit in a step: {', '.join(str(list(s)) for s in shapes)}"
         ) from error
 
 
 def contiguous_strides(shape: Sequence[int]) -> list[int]:
+    """Return the strides of a contiguous array, in elements."""
     strides, step = [], 1
     for n in reversed(shape):
         strides.append(step)
