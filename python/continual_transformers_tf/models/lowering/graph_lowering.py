@@ -25,9 +25,7 @@ from continual_transformers_tf.models.lowering.keras_layers import (
 )
 from continual_transformers_tf.models.lowering.keras_ops import Call, lower_op
 from continual_transformers_tf.models.lowering.plan_builder import CannotLower, PlanBuilder, Symbol
-from continual_transformers_tf.models.step_graph import StepGraph, inputs_of_model
-
-Node = Any  # A node of Keras' graph. Its class is not public.
+from continual_transformers_tf.models.step_graph import Node, StepGraph, inputs_of_model
 
 
 class GraphLowering:
@@ -167,8 +165,9 @@ class GraphLowering:
         args, kwargs = node.arguments.fill_in(values)
         shapes: list[tuple[int, ...] | None] = []
         for x in node.outputs:
-            shape = tuple(self.graph.known(x).shape[lead:])
-            shapes.append(None if None in shape else shape)
+            shape = self.graph.known(x).shape[lead:]
+            sizes = tuple(n for n in shape if n is not None)
+            shapes.append(sizes if len(sizes) == len(shape) else None)
         call = Call(args, kwargs, lead, node.outputs[0].dtype, shapes)
         return lower_call(self.b, node.operation, call)
 
