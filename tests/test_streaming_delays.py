@@ -207,8 +207,8 @@ def windows_of_two_delays(x):
 CANNOT = {
     "two delays": (
         windows_of_two_delays,
-        r"sum \(Add\) is given .* late delays one by 3 steps, the delay of another is 1\..*CoDelay\(2\)"
-        r".*CoResidual",
+        r"sum \(Add\) is given .* late delays one by 3 steps, the delay of another is 1\."
+        r".*CoDelay\(2\).*CoResidual",
     ),
     "a residual that is not delayed": (
         lambda x: late(single_output=False)(x) + x, r"late delays one by 3 steps.*CoDelay\(3\)"

@@ -1,6 +1,6 @@
 """The command line: `continual-transformers`.
 
-TensorFlow is imported by the commands that need it.
+Only the commands that need TensorFlow import it.
 """
 
 import importlib.util
@@ -108,12 +108,12 @@ def info_about_tensorflow() -> None:
 @click.option(
     "--weights-dtype",
     type=click.Choice(["float32", "float64", "bfloat16"]),
-    help="What kernels of dense layers are kept in.  [default: what the layers say]",
+    help="The dtype of the kernels of dense layers.  [default: what the layers say]",
 )
 @click.option(
     "--cache-dtype",
     type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
-    help="What keys and values of past steps are kept in.  [default: what the layers say]",
+    help="The dtype of the keys and values of past steps.  [default: what the layers say]",
 )
 @click.option(
     "--seq-len",
@@ -188,7 +188,7 @@ def pack(
     "--recordings",
     type=click.IntRange(min=1),
     default=None,
-    help="Stream only so many recordings of each person.  [default: all]",
+    help="Stream only this many recordings of each person.  [default: all]",
 )
 def demo(picture: Path, as_json: bool, recordings: int | None) -> None:
     """Stream a smartwatch, worn by people the model never saw, through a trained transformer."""
@@ -216,7 +216,7 @@ def demo(picture: Path, as_json: bool, recordings: int | None) -> None:
     with report.LiveLine(console, steps) as line:
         result = stream.stream(model, people, on_step=line)
         line.finish()
-    with console.status("Every window of the same, computed anew, to compare ..."):
+    with console.status("Computing every window of the same recordings again, to compare ..."):
         window_predictions = stream.on_windows(model, people)
     summary = report.summarize(people, result, window_predictions)
     picture.parent.mkdir(parents=True, exist_ok=True)

@@ -137,8 +137,8 @@ class ModelFile:
             )
         except (AttributeError, IndexError, KeyError, RecursionError, TypeError) as error:
             raise ValueError(
-                f"{path} is not as docs/model_file.md has it ({type(error).__name__}: {error}): "
-                "the file is damaged or was edited. Write it again"
+                f"{path} is not a model file as docs/model_file.md describes it "
+                f"({type(error).__name__}: {error}): it is damaged or was edited. Write it again"
             ) from error
 
 
@@ -175,7 +175,7 @@ def load(path: str | os.PathLike[str]) -> Loaded:
         library.ct_last_error.restype = ctypes.c_char_p
     except AttributeError as error:
         raise ImportError(
-            f"{native.CORE_LIBRARY_PATH} is of another version: {error}. {native.HOW_TO_BUILD}"
+            f"{native.CORE_LIBRARY_PATH} is from another version: {error}. {native.HOW_TO_BUILD}"
         ) from error
     session = ctypes.c_void_p()
     if library.ct_session_load(os.fsencode(path), None, ctypes.byref(session)) != 0:
@@ -249,8 +249,8 @@ def _read_header(path: str) -> tuple[dict[str, Any], int]:
         first = file.read(_LENGTH_BYTES)
         if first.startswith(b"PK\x03\x04"):
             raise ValueError(
-                f"{path} is a ZIP archive, as a .keras file is, and not a model file: make one of "
-                "it with `continual-transformers pack model.keras model.safetensors`"
+                f"{path} is a ZIP archive, perhaps a .keras file, and not a model file. To make one, "
+                "run `continual-transformers pack model.keras model.safetensors`"
             )
         length = int.from_bytes(first, "little")
         if len(first) < _LENGTH_BYTES or length > _MOST_HEADER_BYTES:
@@ -278,9 +278,8 @@ def _check_version(path: str, metadata: dict[str, Any]) -> None:
         )
     if metadata["format_version"] != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {metadata['format_version']!r}, this version reads "
-            f"{FORMAT_VERSION!r}. It was written by a newer version of continual-transformers-tf: "
-            "upgrade it to read this file"
+            f"{path} has format version {metadata['format_version']!r}, but this version reads "
+            f"{FORMAT_VERSION!r}. A newer continual-transformers-tf wrote it: upgrade to read it"
         )
 
 

@@ -167,7 +167,7 @@ class Profile(tuple[ProfileRow, ...]):
 
 
 class Session(_session.NativeSession):
-    """A model and its streams, stepped by native code on NumPy arrays.
+    """A model and its streams. Native code steps them, on NumPy arrays.
 
     A step takes the newest input of M streams and returns the model's output for it. The numbers
     are those of `StreamingModel`, within rounding, but TensorFlow is not used. The session keeps a

@@ -1,4 +1,4 @@
-"""`continual-transformers bench`."""
+"""The command `continual-transformers bench`."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ PATH = click.Path(dir_okay=False, path_type=Path)
 @click.option(
     "--layers", "parts", flag_value="layers", multiple=True, help="Race the attention layer."
 )
-@click.option("--quick", is_flag=True, help="Tiny sizes for a moment: to see that it works.")
+@click.option("--quick", is_flag=True, help="Run tiny sizes for a moment, to see that it works.")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option(
     "--threads",
@@ -27,9 +27,11 @@ PATH = click.Path(dir_okay=False, path_type=Path)
     multiple=True,
     default=(1, 2),
     show_default=True,
-    help="How many each rival may use.",
+    help="How many threads each rival may use.",
 )
-@click.option("--only", multiple=True, metavar="RIVAL", help="Who takes part.  [default: all]")
+@click.option(
+    "--only", multiple=True, metavar="RIVAL", help="Which rivals take part.  [default: all]"
+)
 @click.option(
     "--programs",
     type=click.Path(file_okay=False, path_type=Path),
@@ -37,13 +39,13 @@ PATH = click.Path(dir_okay=False, path_type=Path)
     show_default=True,
     help="Where tools/build_benchmarks.py has built the C++ programs.",
 )
-@click.option("--json", "json_path", type=PATH, help="Where to write everything.")
+@click.option("--json", "json_path", type=PATH, help="Where to write all results.")
 @click.option(
     "--from-json",
     type=PATH,
-    help="Report what was written there; run only the parts that are named besides.",
+    help="Report the results in this file. Only parts that are named run again.",
 )
-@click.option("--picture", type=PATH, help="Where to draw it.")
+@click.option("--picture", type=PATH, help="Where to draw the picture.")
 @click.option("--markdown", type=PATH, help="Where to write the page of the docs.")
 def bench(
     parts: tuple[str, ...],
@@ -59,7 +61,7 @@ def bench(
 ) -> None:
     """Race whole models and whole attention layers against every other way to take a step.
 
-    Without --models, --session or --layers: all three.
+    Without --models, --session or --layers, all three run.
     """
     try:
         import matplotlib  # noqa: F401
@@ -81,7 +83,9 @@ def bench(
         taking_part.update(MODULES)
     unknown = set(only) - set(taking_part)
     if unknown:
-        raise click.BadParameter(f"expected rivals of {', '.join(taking_part)}, but got {unknown}")
+        raise click.BadParameter(
+            f"got {', '.join(sorted(unknown))}, expected any of {', '.join(taking_part)}"
+        )
     found = json.loads(from_json.read_text()) if from_json else {}
     if "models" in parts:
         arguments = (threads, rounds, quick, only, programs)

@@ -124,9 +124,9 @@ class _Race:
     def _python(self, threads: int) -> float:
         """Return how many microseconds a step from Python takes more than the same step in C++.
 
-        It is the median of many differences between two consecutive bursts: between rounds, the
-        machine's speed changes by more than Python takes. With many streams the difference would
-        be lost in the noise even so.
+        It is the median of many differences between two consecutive bursts, because between rounds
+        the machine's speed changes by more than Python takes. With many streams, noise would still
+        be larger than the difference.
         """
         burst = dict(seconds=0.001 if self._burst["seconds"] < 0.1 else 0.01, least=2)
         medians = [
@@ -187,7 +187,7 @@ class _Race:
 
 
 def missing_program(path: Path) -> dict[str, str]:
-    """Return {}, or what to do if a C++ program was not built."""
+    """Return {} if a C++ program was built, otherwise what to do."""
     if path.exists():
         return {}
     return {"missing": f"{path}, which `{BUILD} {path.parent}` builds in a checkout"}
@@ -200,4 +200,5 @@ def compare(size: ModelSize, answer: dict[str, Any]) -> dict[str, Any]:
     error = np.abs(np.array(answer["outputs"]) - expected).max() / largest
     if error < model_rivals.TOLERANCE:  # False for NaN.
         return {}
-    return {"error": f"expected its outputs within {model_rivals.TOLERANCE:g}, got {error:.2g}"}
+    expected_error = f"expected at most {model_rivals.TOLERANCE:g}"
+    return {"error": f"got outputs with an error of {error:.2g}, {expected_error}"}

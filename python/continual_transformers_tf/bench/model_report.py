@@ -109,7 +109,7 @@ def _spread(figures: dict[str, float]) -> str:
 
 
 def number(microseconds: float) -> str:
-    """Format microseconds with the digits that are significant."""
+    """Format microseconds with their significant digits."""
     return f"{microseconds:.1f}" if microseconds < 100 else f"{microseconds:,.0f}"
 
 

@@ -13,7 +13,9 @@ from continual_transformers_tf.bench.rivals import MODULES
 from continual_transformers_tf.bench.sizes import QUICK, STREAMS, TABLE, WINDOWS, Size
 
 GROWTH_RIVALS = ("ours", "ours_bfloat16", "torch_sdpa", "onnxruntime", "read_bound")
-RECOMPUTED_UP_TO = 1024  # Longer windows take long to recompute, and the result is plain by then.
+RECOMPUTED_UP_TO = (
+    1024  # Longer windows take long to recompute, and the trend is clear without them.
+)
 
 
 class Rival:
@@ -22,7 +24,7 @@ class Rival:
     Args:
         name: The rival's name.
         threads: How many threads it may use.
-        command: The command that starts a worker, without these two; None: `worker.py`.
+        command: The command that starts a worker, without name and threads; None: `worker.py`.
     """
 
     def __init__(self, name: str, threads: int, command: Sequence[str] | None = None) -> None:

@@ -105,8 +105,8 @@ def markdown(found: dict[str, Any]) -> str:
         "# Benchmarks",
         "",
         "Written by `make bench` (`continual-transformers bench --markdown docs/benchmarks.md`): "
-        "do not edit. Every rival runs in a process of its own; in each round all are timed one "
-        "after another. Absolute times are of that machine on that day; only the ratios count.",
+        "do not edit. Every rival has its own process. In each round they are timed one after "
+        "another. Absolute times are of that machine on that day: only the ratios count.",
         "",
         "Machine: " + ", ".join(f"{key} {value}" for key, value in machine.items()) + ".",
         "",
@@ -125,7 +125,13 @@ def markdown(found: dict[str, Any]) -> str:
 
 def _session_section(found: dict[str, Any]) -> list[str]:
     size = ModelSize(**found["size"])
-    lines = ["", "## A session in C++", "", f"Of the model {size}, by `make bench-session`.", ""]
+    lines = [
+        "",
+        "## A session in C++",
+        "",
+        f"The model is {size}. `make bench-session` measures it.",
+        "",
+    ]
     goals = [goal.cells() for goal in session_goals.goals(found)]
     return lines + _markdown_table(["", "goal", "measured", ""], goals)
 
@@ -164,8 +170,9 @@ def _goals_section(found: dict[str, Any]) -> list[str]:
         "",
         "### Goals",
         "",
-        "How many times faster `ours` is than a rival, one thread; and how many times faster a "
-        "plain read of rings and weights in float32 is, which no step in float32 can beat.",
+        "How many times faster `ours` is than a rival, with one thread. For comparison, how many "
+        "times faster a plain read of rings and weights in float32 is: no step in float32 can beat "
+        "it.",
         "",
     ]
     figures = dict(rows(found))

@@ -239,7 +239,7 @@ class StepGraph:
             if row != -1 - latest.delay:
                 self._refuse(
                     node,
-                    f"takes row {row} of a window, but a step gives row {-1 - latest.delay}: take that",
+                    f"takes row {row} of a window, but a step gives row {-1 - latest.delay}",
                 )
             lead, *features = node.outputs[0].shape
             shape = (lead, 1, *features[1:]) if kind == "newest" else (lead, *features)

@@ -60,9 +60,7 @@ class StreamingModel(CompositeLayer, keras.Model):
         if warm_up not in WARM_UPS:
             raise ValueError(f"Expected warm_up to be one of {WARM_UPS}, but got {warm_up!r}")
         if not isinstance(model, keras.Model):
-            raise ValueError(
-                f"Expected a keras.Model, but got {model!r}. A continual layer takes steps by itself"
-            )
+            raise ValueError(f"Expected a keras.Model, but got {model!r}")
         graph = StepGraph(model)
         problems = list(dict.fromkeys(graph.problems))
         if not problems and not graph.layers:

@@ -121,7 +121,7 @@ def _keras_windows(
     _set_threads(threads)
     model = _regular_model(size, weights)
     first = inputs_of(size)[np.arange(size.seq_len) % STEPS]
-    # The first step drops the oldest row, so the first of the N - 1 steps comes second.
+    # The first step drops row 0, so the first of the N - 1 steps is in row 1.
     window = tf.constant(np.roll(first, 1, axis=0).swapaxes(0, 1))
 
     @tf.function(jit_compile=jit_compile)
