@@ -249,8 +249,8 @@ def _read_header(path: str) -> tuple[dict[str, Any], int]:
         first = file.read(_LENGTH_BYTES)
         if first.startswith(b"PK\x03\x04"):
             raise ValueError(
-                f"{path} is a ZIP archive, perhaps a .keras file, and not a model file. To make one, "
-                "run `continual-transformers pack model.keras model.safetensors`"
+                f"{path} is a ZIP archive, perhaps a .keras file, and not a model file. To make a "
+                "model file, run `continual-transformers pack model.keras model.safetensors`"
             )
         length = int.from_bytes(first, "little")
         if len(first) < _LENGTH_BYTES or length > _MOST_HEADER_BYTES:
