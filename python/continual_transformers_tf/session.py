@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, overload
 
 import numpy as np
@@ -32,7 +32,9 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
+    import keras
     import numpy.typing as npt
+    import tensorflow as tf
 
     from continual_transformers_tf._session import Streams
 
@@ -212,7 +214,7 @@ class Session(_session.NativeSession):
 
     def __init__(
         self,
-        model: Any,
+        model: keras.layers.Layer,
         *,
         streams: int | None = None,
         threads: int = 1,
@@ -276,7 +278,12 @@ class Session(_session.NativeSession):
         """
         self._save(os.fspath(path))
 
-    def load_weights(self, model: Any, *, seq_len: int | None = None) -> None:
+    def load_weights(
+        self,
+        model: keras.layers.Layer | str | bytes | os.PathLike[Any],
+        *,
+        seq_len: int | None = None,
+    ) -> None:
         """Replace the weights by those of another model of the same architecture.
 
         Steps in progress end with the old weights, later steps use the new ones. Streams keep their
@@ -396,7 +403,7 @@ class Session(_session.NativeSession):
 
     def set_state(
         self,
-        states: Any,
+        states: Sequence[Any] | Mapping[str, Any] | npt.NDArray[Any] | tf.Tensor,
         streams: Streams | None = None,
         *,
         other_weights: bool = False,
@@ -416,14 +423,15 @@ class Session(_session.NativeSession):
                 stream; also as in `close`. Then no stream is changed. There is no checksum: keep
                 copies where they are not changed.
         """
+        copies: Any = states
         if isinstance(states, (bytes, bytearray, memoryview)):
-            states = [states]
+            copies = [states]
         elif hasattr(states, "numpy") or isinstance(states, np.ndarray):
             # A SavedModel gives its copies as a string tensor.
-            states = np.asarray(states).tolist()
+            copies = np.asarray(states).tolist()
         elif not _is_sequence_of_bytes(states):
-            states = self._states_from_keras(states)
-        self._set_state(states, streams, other_weights)
+            copies = self._states_from_keras(states)
+        self._set_state(copies, streams, other_weights)
 
     def _states_from_keras(self, state: Any) -> list[bytes]:
         from continual_transformers_tf.models.keras_state import blocks_from_keras_state
@@ -558,7 +566,10 @@ def _is_sequence_of_bytes(states: Any) -> bool:
 
 
 def _lowered(
-    model: Any, seq_len: int | None, cache_dtype: str | None, weights_dtype: str | None
+    model: keras.layers.Layer,
+    seq_len: int | None,
+    cache_dtype: str | None,
+    weights_dtype: str | None,
 ) -> bytes:
     """Return the model file of a Keras model, as bytes."""
     if isinstance(model, (str, bytes, os.PathLike)):
@@ -604,7 +615,7 @@ def _checked_options(
     if device not in DEVICES:
         raise ValueError(
             f"Expected device to be 'cpu', but got {device!r}. A Session does not run on other "
-            "devices; the layers of this package do, in TensorFlow"
+            "devices. The layers of this package do, in TensorFlow"
         )
     return {
         "streams": 0 if streams is None else _whole("streams", streams, 1),
