@@ -252,7 +252,7 @@ class StepGraph:
                 "ct.CoReTransformerEncoder has the residual inside",
             )
         elif kinds != {"window"}:
-            self._refuse(node, "mixes whole windows with tensors of the newest step alone")
+            self._refuse(node, "mixes whole windows with tensors of only the newest step")
         elif not is_row_wise(node, args, kwargs):
             self._refuse(node, _looks_at_more(node.operation))
             # Guess the kinds of its outputs by their shapes, to find the problems of later nodes.
@@ -283,7 +283,7 @@ class StepGraph:
             with call_mode("regular"):
                 outputs = node.operation.compute_output_spec(*args, **kwargs)
         except ValueError as error:
-            self._refuse(node, f"cannot be run on the newest step alone: {error}")
+            self._refuse(node, f"cannot run on only the newest step: {error}")
             outputs = node.outputs
         return [tuple(x.shape) for x in keras.tree.flatten(outputs)]
 
