@@ -37,7 +37,7 @@ test-torch: .venv/installed
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
 
-# About two minutes on two cores, most of it clang-tidy.
+# About a minute on two idle cores, most of it clang-tidy.
 lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
