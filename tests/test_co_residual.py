@@ -146,7 +146,7 @@ def test_masks_of_keras_and_arguments_of_the_layer(random):
     np.testing.assert_allclose(layer.call_steps(x, key_mask=kept)[:, -1:], expected, atol=1e-5)
     with ct.call_mode("steps"):
         np.testing.assert_allclose(layer(masking(x), streams=[1, 0])[:, -1].shape, (2, E))
-    with pytest.raises(ValueError, match="Expected outputs alone"):
+    with pytest.raises(ValueError, match="Expected outputs only"):
         layer.call_step(x[:, 0], return_attention_scores=True)
 
 

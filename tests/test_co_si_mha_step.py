@@ -15,7 +15,6 @@ import tensorflow as tf
 import continual_transformers_tf as ct
 import reference
 from co_si_mha_cases import E, H, N, pair
-from continual_transformers_tf.layers.co_si_step import OneOpStep
 from continual_transformers_tf.ops.co_si_step import MHA_STEP, co_si_step, handles
 from errors import BAD_INPUT
 
@@ -73,8 +72,8 @@ def test_one_op_is_the_several_ops(monkeypatch, random, options):
             assert output.dtype == expected.dtype
             assert reference.relative_error(output, expected.numpy()) < bound
             np.testing.assert_allclose(scores, expected_scores, atol=bound)
-    assert layers["fused"]._one_op_step is not None
-    assert layers["tensorflow"]._one_op_step is None
+    assert layers["fused"]._fused_step is not None
+    assert layers["tensorflow"]._fused_step is None
     states = [layer.get_state() for layer in layers.values()]
     for name, array in states[0].items():
         if name == "key_mask" or array.dtype.kind in "ib":
@@ -89,7 +88,7 @@ def test_a_step_that_leaves_the_position(monkeypatch, random, options):
     layer.build((None, 1, E))
     layer.set_weights([random.normal(scale=0.4, size=w.shape) for w in layer.weights])
     fused = ct.ops.library.fused_ops("CPU")
-    step, cache = OneOpStep.of(layer), layer._stream_state
+    step, cache = layer._make_fused_step(), layer._stream_state
     for t in range(2 * N):
         x = tf.constant(random.normal(size=(1, E)).astype("float32"))
         layer.ensure_streams(1)
@@ -176,7 +175,7 @@ def test_a_deep_copy_steps_by_itself(monkeypatch, random):
     layer, _ = pair(random=random, layer_options=dict(warm_up="partial"))
     x = random.normal(size=(1, E)).astype("float32")
     layer.call_step(x)
-    step = layer._one_op_step
+    step = layer._fused_step
     assert copy.deepcopy(step) is None  # It would be bound to the old variables.
 
 
@@ -186,10 +185,10 @@ def test_what_a_layer_becomes_later_is_heeded(monkeypatch, random):
     layer, _ = pair(random=random, layer_options=dict(warm_up="partial"))
     x = random.normal(size=(1, E)).astype("float32")
     layer.call_step(x)
-    assert layer._one_op_step is not None
+    assert layer._fused_step is not None
     layer.value_dense.quantize("float8")
     layer.call_step(x)
-    assert layer._one_op_step is None
+    assert layer._fused_step is None
     encoder = ct.CoSiTransformerEncoder(N, E, H, 11, warm_up="partial")
     encoder.call_step(x)
     gelu = encoder.call_step(x, update_state=False).numpy()

@@ -7,7 +7,6 @@ import tensorflow as tf
 
 import continual_transformers_tf as ct
 import reference
-from continual_transformers_tf.layers.co_si_encoder_step import OneOpEncoderStep
 from continual_transformers_tf.ops.co_si_step import ENCODER_STEP, co_si_step, handles
 from encoder_cases import FF, E, H, N, RegularEncoder
 from errors import BAD_INPUT
@@ -104,7 +103,7 @@ def test_one_op_is_the_several_ops(monkeypatch, random, rows, options):
             monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", backend)
             outputs[backend] = layer.call_step(x.astype(layer.compute_dtype), **arguments)
         assert reference.relative_error(outputs["fused"], outputs["tensorflow"].numpy()) < bound
-    assert layers["fused"]._one_op_step is not None
+    assert layers["fused"]._fused_step is not None
 
 
 def test_a_step_that_leaves_the_position(monkeypatch, random):
@@ -113,7 +112,7 @@ def test_a_step_that_leaves_the_position(monkeypatch, random):
     layer = ct.CoSiTransformerEncoder(N, E, H, FF, warm_up="partial")
     layer.build((None, N, E))
     layer.set_weights([random.normal(scale=0.5, size=w.shape) for w in layer.weights])
-    step, cache = OneOpEncoderStep.of(layer), layer.attention._stream_state
+    step, cache = layer._make_fused_step(), layer.attention._stream_state
     for t in range(2 * N):
         x = tf.constant(random.normal(size=(1, E)).astype("float32"))
         layer.ensure_streams(1)
@@ -124,7 +123,7 @@ def test_a_step_that_leaves_the_position(monkeypatch, random):
         for _ in range(2):
             (result,) = co_si_step(
                 step._fused, ENCODER_STEP, x, handles(step._variables), [],
-                advance_position=False, sequence_first=True, **step._layer_attributes(),
+                advance_position=False, sequence_first=True, **layer._fused_attributes(),
             )  # fmt: skip
             np.testing.assert_array_equal(result, expected)
         assert cache.position.numpy() == t
@@ -144,7 +143,7 @@ def test_in_float64_with_small_variances(monkeypatch, random, scale, options):
     outputs = []
     for backend in ("fused", "tensorflow"):
         monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", backend)
-        layer._one_op_step = None
+        layer._fused_step = None
         outputs.append(layer.call_step(x, update_state=False).numpy())
     assert reference.relative_error(*outputs) < 1e-12
 
@@ -176,7 +175,7 @@ def test_weights_that_change_are_heeded(monkeypatch, random, layer):
     assert reference.relative_error(changed, first) > 1e-2
     layer.feed_forward.enable_lora(2)  # The op does not support LoRA.
     np.testing.assert_allclose(layer.call_step(x, update_state=False), changed, atol=1e-5)
-    assert layer._one_op_step is None
+    assert layer._fused_step is None
 
 
 def test_a_program_written_for_the_original_package(random):

@@ -10,7 +10,7 @@ from tensorflow.python.framework import kernels as kernel_registry
 
 import continual_transformers_tf as ct
 from co_si_mha_cases import E, pair
-from continual_transformers_tf.layers import co_si_step
+from continual_transformers_tf.layers import fused_step
 from continual_transformers_tf.ops import delay, library, scatter
 
 PREFIX = "ContinualTransformers>"
@@ -59,9 +59,9 @@ def test_retroactive_attention_has_no_kernel_on_a_gpu():
     ((16, E), True), ((17, E), False), ((0, E), True), ((), False),
 ])  # fmt: skip
 def test_few_rows(shape, few):
-    assert co_si_step.few_rows(np.zeros(shape, "float32")) == few
-    assert co_si_step.few_rows(tf.zeros(shape)) == few
-    assert co_si_step.few_rows(np.zeros(shape).tolist()) == few
+    assert fused_step.has_few_rows(np.zeros(shape, "float32")) == few
+    assert fused_step.has_few_rows(tf.zeros(shape)) == few
+    assert fused_step.has_few_rows(np.zeros(shape).tolist()) == few
 
 
 def test_rows_that_are_not_known_are_many():
@@ -69,7 +69,7 @@ def test_rows_that_are_not_known_are_many():
 
     @tf.function(input_signature=[tf.TensorSpec([None, E])])
     def graph(x):
-        seen.append(co_si_step.few_rows(x))
+        seen.append(fused_step.has_few_rows(x))
         return x
 
     graph(np.zeros((1, E), "float32"))
@@ -80,12 +80,12 @@ def test_rows_that_are_not_known_are_many():
 def test_many_rows_on_a_gpu_are_taken_by_several_ops(monkeypatch, random):
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     layer, _ = pair(random=random, layer_options=dict(warm_up="partial"))
-    few, many = (np.zeros((m, E), "float32") for m in (1, co_si_step.MOST_ROWS_ON_GPU + 1))
+    few, many = (np.zeros((m, E), "float32") for m in (1, fused_step.MOST_ROWS_ON_GPU + 1))
     for x in (few, many):
-        assert co_si_step.one_op_step(layer, False, x) is not None
+        assert layer._step_as_one_op(False, x) is not None
     monkeypatch.setattr(layer._stream_state, "device_type", "GPU")
-    assert co_si_step.one_op_step(layer, False, few) is not None
-    assert co_si_step.one_op_step(layer, False, many) is None
+    assert layer._step_as_one_op(False, few) is not None
+    assert layer._step_as_one_op(False, many) is None
 
 
 @pytest.mark.parametrize("op", [library.SINGLE_OUTPUT, f"{PREFIX}RetroactiveAttention"])

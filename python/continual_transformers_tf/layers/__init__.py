@@ -1,6 +1,7 @@
 """Continual layers for Keras: one file a layer."""
 
 import continual_transformers_tf._keras_backend  # noqa: F401  First: it says what is missing.
+from continual_transformers_tf.layers.call_modes import call_mode
 from continual_transformers_tf.layers.callbacks import CleanState
 from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
 from continual_transformers_tf.layers.co_delay import CoDelay
@@ -9,8 +10,7 @@ from continual_transformers_tf.layers.co_re_transformer_encoder import CoReTrans
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
-from continual_transformers_tf.layers.continual_layer import (
-    call_mode,
+from continual_transformers_tf.layers.model_streams import (
     clean_state,
     convert_weights,
     ensure_streams,

@@ -1,15 +1,17 @@
-"""What Keras' training loops need of continual layers."""
+"""Callbacks for Keras' training loops."""
+
+from typing import Any
 
 import keras
 
-from continual_transformers_tf.layers.continual_layer import clean_state
+from continual_transformers_tf.layers.model_streams import clean_state
 
 
 class CleanState(keras.callbacks.Callback):
-    """Every batch's streams begin anew, in `fit`, `evaluate` and `predict`.
+    """Cleans the streams before every batch of `fit`, `evaluate` and `predict`.
 
-    A model in "steps" mode takes row i of every batch as the next steps of stream i. Where the rows
-    are sequences of their own instead, each batch must find the streams clean:
+    A model in "steps" mode takes row i of every batch as the next steps of stream i. If the rows
+    are separate sequences instead, each batch must find the streams clean:
 
     ```python
     with ct.call_mode("steps"):
@@ -19,7 +21,7 @@ class CleanState(keras.callbacks.Callback):
     With `steps_per_execution` above 1, Keras runs several batches before it calls back.
     """
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         clean_state(self.model)
 
     on_test_batch_begin = on_train_batch_begin

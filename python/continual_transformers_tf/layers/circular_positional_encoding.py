@@ -1,4 +1,6 @@
-"""Positional encoding that goes round, for streams without an end."""
+"""Positional encoding that repeats, for streams without an end."""
+
+from typing import Any
 
 import keras
 import numpy as np
@@ -6,26 +8,26 @@ import tensorflow as tf
 from keras.src.backend.common import global_state
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
-from continual_transformers_tf.layers.inputs import expect_given, rows_and_steps, step_input
-from continual_transformers_tf.ops.stream_state import StreamState, check_integer
+from continual_transformers_tf.layers.inputs import TensorLike, expect_given, rows_and_steps
+from continual_transformers_tf.ops.stream_state import Step, StreamState, check_integer
 
 ENCODINGS = ("learned", "sinusoidal")
 
 
 @keras.saving.register_keras_serializable("continual_transformers_tf")
-class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
-    """Adds rows in turn, and begins again with the first after the last.
+class CircularPositionalEncoding(ContinualLayer):
+    """Adds rows in turn, and begins again with the first row after the last.
 
-    An endless stream has no last position; what attention needs is that the steps of one window
-    differ. (Recycling positional encoding; Hedegaard & Iosifidis, "Continual Transformers", ICLR
-    2023, arXiv 2201.06268, which takes 2N - 1 rows for windows of N steps.)
+    An endless stream has no last position. Attention only needs the steps of one window to differ.
+    (This is the recycling positional encoding of Hedegaard & Iosifidis, "Continual Transformers",
+    ICLR 2023, arXiv 2201.06268, which takes 2N - 1 rows for windows of N steps.)
 
-    The index, the row that is next, is the streams' state and not among the weights. That of a
-    stream moves with its steps. Regular calls have an index of their own, the start row:
+    The index, the row that is next, is the streams' state and not among the weights. A stream's
+    index moves with its steps. Regular calls have an index of their own, the start row:
 
     - In training it moves from call to call, so that the model meets every row at every place of a
       window. A stream will do that too: it has no first row.
-    - Outside training a regular call of a functional, sequential or streaming model begins at row
+    - Outside training, a regular call of a functional, sequential or streaming model begins at row
       0, as a new stream does. So the model is a function of its input, and its steps equal it on
       windows.
     - If `call_update_index_steps` is given, and in a layer that is called by itself or in a
@@ -33,40 +35,40 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
       that are held move with it, as in the original package.
 
     Args:
-        max_len: how many rows there are.
+        max_len: The number of rows.
         embed_dim: E, the features of a row.
         call_update_index_steps: How far a regular call moves the start row. With 1, windows that
             slide by a step get the rows that the stream would, but two calls on the same window
             differ. With 0 every window begins at the same row. None: 1 where regular calls move it,
             as above.
-        temporal_dim: which axis of windows and of several steps is time: 1, `(B, T, E)`, or 2,
+        temporal_dim: The axis of time in windows and in several steps: 1, `(B, T, E)`, or 2,
             `(B, E, T)`.
-        call_mode: what calling the layer does: "regular", "step" or "steps".
-        encoding: what the rows are. "learned": weights. "sinusoidal": sines and cosines in turn,
-            of frequencies that fall from feature to feature and each go round a whole number of
-            times in `max_len` rows, so that the last row is followed by the first as any row is by
-            the next, and how alike two rows are depends only on how far apart they lie. There are
-            then no weights.
-        **kwargs: `name`, `dtype` and the like.
+        call_mode: What calling the layer does: "regular", "step" or "steps".
+        encoding: "learned": the rows are weights. "sinusoidal": the rows are sines and cosines in
+            turn, and there are no weights. Their frequencies fall from feature to feature, and each
+            completes a whole number of periods in `max_len` rows. So the first row follows the last
+            as any row follows the one before, and the similarity of two rows depends only on their
+            distance.
+        **kwargs: `name`, `dtype` and other arguments of `keras.layers.Layer`.
 
     Returns:
         A tensor of the shape of the input.
 
     Raises:
-        ValueError: at construction, if a size is not a positive integer, or `encoding` is neither.
+        ValueError: At construction, if a size is not a positive integer, or `encoding` is neither.
     """
 
     def __init__(
         self,
-        max_len,
-        embed_dim,
-        call_update_index_steps=None,
-        temporal_dim=1,
-        call_mode="regular",
+        max_len: int,
+        embed_dim: int,
+        call_update_index_steps: int | None = None,
+        temporal_dim: int = 1,
+        call_mode: str = "regular",
         *,
-        encoding="learned",
-        **kwargs,
-    ):
+        encoding: str = "learned",
+        **kwargs: Any,
+    ) -> None:
         check_integer("max_len", max_len, at_least=1)
         check_integer("embed_dim", embed_dim, at_least=1)
         if call_update_index_steps is not None:
@@ -91,15 +93,15 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         self._stream_state = StreamState(0, {"offset": ([], tf.int64)}, name="state")
 
     @property
-    def temporal_dim(self):
-        """Which axis of windows and of several steps is time."""
+    def temporal_dim(self) -> int:
+        """The axis of time in windows and in several steps."""
         return self._temporal_dim
 
     @property
-    def input_features(self):
+    def input_features(self) -> dict[str, int]:
         return {"x": self._embed_dim}
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "max_len": self._max_len,
@@ -109,7 +111,7 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
             "encoding": self._encoding,
         }
 
-    def build(self, input_shape):
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
         if self._encoding == "sinusoidal":
             with tf.init_scope():
                 rows = sinusoids(self._max_len, self._embed_dim)
@@ -121,18 +123,20 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
             name="embeddings",
         )
 
-    def call(self, x, training=None, streams=None, update_state=True):
-        mode = self.active_call_mode
-        if mode == "regular":
-            return self.call_regular(x, training)
-        call = self.call_step if mode == "step" else self.call_steps
-        return call(x, streams=streams, update_state=update_state)
+    def call(
+        self,
+        x: TensorLike,
+        training: bool | None = None,
+        streams: TensorLike | None = None,
+        update_state: bool = True,
+    ) -> tf.Tensor:
+        return self._call_by_mode(x, training=training, streams=streams, update_state=update_state)
 
-    def call_regular(self, x, training=None):
+    def call_regular(self, x: TensorLike, training: bool | None = None) -> tf.Tensor:
         """Add consecutive rows to windows; the class says from which row on.
 
         Args:
-            x: `(B, T, E)`. Where streams move with the start row, window i begins at the index of
+            x: `(B, T, E)`. If streams move with the start row, window i begins at the index of
                 stream i.
             training: Whether this is training.
         """
@@ -143,7 +147,7 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
                 return self._time_in_place(self._add_rows(x, first))
             first += self._start
         else:
-            # Windows beyond the streams that are held begin where a new stream would.
+            # Windows without a stream that is held begin where a new stream would.
             state = self._stream_state
             moved = tf.concat([state.offset + state.position, first], 0)
             window = tf.minimum(tf.range(tf.shape(x)[0]), tf.shape(moved)[0] - 1)
@@ -154,67 +158,81 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         return self._time_in_place(output)
 
     @property
-    def _begins_at_row_0(self):
+    def _begins_at_row_0(self) -> bool:
         """Whether new streams, and windows outside training, begin at row 0."""
         # Only a functional or sequential model has nodes of its layers.
         return bool(self._inbound_nodes) and self._call_update_index_steps is None
 
     @property
-    def first_row(self):
+    def first_row(self) -> tf.Tensor:
         """int64 scalar tensor: the row at which a new stream begins."""
         return tf.zeros([], tf.int64) if self._begins_at_row_0 else self._start.value()
 
-    def call_step(self, x, training=None, *, streams=None, update_state=True):
-        """Adds to each stream's step the row at its index; moves these streams on by 1.
+    def call_step(
+        self,
+        x: TensorLike,
+        training: bool | None = None,
+        *,
+        streams: TensorLike | None = None,
+        update_state: bool = True,
+    ) -> tf.Tensor:
+        """Add to each stream's step the row at its index, and move these streams on by 1.
 
         Args:
             x: `(M, E)`.
-            training: Makes no difference.
-            streams: integers `[M]`, which stream each row belongs to, in any order, each once.
-                None: row i is stream i, and there is made room for M streams.
-            update_state: whether to move on.
+            training: This has no effect.
+            streams: Integers `[M]`, the stream that each row belongs to, in any order, each once.
+                None: row i is stream i, and room is made for M streams.
+            update_state: Whether to move on.
 
         Raises:
-            ValueError: if shapes, dtypes or streams do not fit; no stream has then moved.
+            ValueError: If shapes, dtypes or streams do not fit. No stream has then moved.
         """
         x = self._input(x, "step")
         return tf.squeeze(self._take_steps(tf.expand_dims(x, 1), streams, update_state), 1)
 
-    def call_steps(self, x, training=None, *, streams=None, update_state=True):
-        """Adds the rows of T steps; moves these streams on by T.
+    def call_steps(
+        self,
+        x: TensorLike,
+        training: bool | None = None,
+        *,
+        streams: TensorLike | None = None,
+        update_state: bool = True,
+    ) -> tf.Tensor:
+        """Add the rows of T steps, and move these streams on by T.
 
         Args:
             x: `(M, T, E)`.
-            training, streams, update_state: as `call_step` has them.
+            training, streams, update_state: As in `call_step`.
 
         Raises:
-            ValueError: as `call_step`.
+            ValueError: As in `call_step`.
         """
         output = self._take_steps(self._steps_input(x, "steps"), streams, update_state)
         return self._time_in_place(output)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return tuple(input_shape)
 
-    def _restart(self):
+    def _restart(self) -> None:
         self._start.assign(0)
 
-    def get_state(self, streams=None):
-        """The state of streams: a dict of int64 arrays `[M]`. Eager mode only.
+    def get_state(self, streams: TensorLike | None = None) -> dict[str, Any]:
+        """Return the state of streams: a dict of int64 arrays `[M]`. Eager mode only.
 
-        It has "index", the row that is next, and "position", how many steps were taken.
+        It has "index", the row that is next, and "position", the number of steps taken.
 
         Args:
-            streams: integers `[M]`, which ones, in this order; None: all.
+            streams: Integers `[M]`, the streams to read, in this order. None: all.
 
         Raises:
-            ValueError: if a stream is not held, or is named twice.
+            ValueError: If a stream is not held, or is named twice.
         """
         state = self._stream_state.get_state(streams)
         index = (self.first_row.numpy() + state["offset"] + state["position"]) % self._max_len
         return {"index": index, "position": state["position"]}
 
-    def _states(self, state):
+    def _states(self, state: dict[str, Any]) -> list[tuple[StreamState, dict[str, Any]]]:
         if not isinstance(state, dict) or set(state) != {"index", "position"}:
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"Expected a state with ['index', 'position'], but got {got}")
@@ -227,58 +245,55 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         offset = (index - self.first_row.numpy() - position) % self._max_len
         return super()._states({"offset": offset, "position": position})
 
-    def _steps_input(self, x, mode):
-        """Windows or several steps as (B, T, E), wherever the user has time."""
+    def _steps_input(self, x: TensorLike, mode: str) -> tf.Tensor:
+        """Return windows or several steps as `(B, T, E)`, from any axis of time."""
         expect_given("x", x)
         x = tf.convert_to_tensor(x)
         if self._temporal_dim == 2 and x.shape.rank == 3:
             x = tf.transpose(x, (0, 2, 1))
         return self._input(x, mode)
 
-    def _time_in_place(self, x):
+    def _time_in_place(self, x: tf.Tensor) -> tf.Tensor:
         return tf.transpose(x, (0, 2, 1)) if self._temporal_dim == 2 else x
 
-    def _input(self, x, mode):
-        if mode != "regular":
-            self._check_policy()
-        x = step_input("x", x, mode, self.compute_dtype)
+    def _input(self, x: TensorLike, mode: str) -> tf.Tensor:
+        x = self._rows_input(x, mode)
         if x.shape[-1] != self._embed_dim:
             raise ValueError(
                 f"Expected x of {self._embed_dim} features, embed_dim, but got {tuple(x.shape)}"
             )
-        if not self.built:
-            with tf.init_scope():
-                self.build(x.shape)
         return x
 
-    def _take_steps(self, x, streams, update_state):
-        def compute(step):
+    def _take_steps(
+        self, x: tf.Tensor, streams: TensorLike | None, update_state: bool
+    ) -> tf.Tensor:
+        def compute(step: Step) -> tf.Tensor:
             moved = tf.gather(self._stream_state.offset, step.numbers) + step.position
             return self._add_rows(x, self.first_row + moved)
 
         rows, steps = rows_and_steps(x)
         return self._streams.take_steps(self, compute, streams, rows, steps, update_state)
 
-    def _add_rows(self, x, first):
-        """x [M, T, E] + the rows from `first` [M or 1] on."""
+    def _add_rows(self, x: tf.Tensor, first: tf.Tensor) -> tf.Tensor:
+        """Return x `(M, T, E)` plus the rows from `first`, `(M,)` or `(1,)`, on."""
         steps = tf.range(tf.shape(x, tf.int64)[1])
         index = tf.math.floormod(tf.expand_dims(first, 1) + steps, self._max_len)
-        if self._encoding == "sinusoidal":
-            return x + tf.cast(tf.gather(self._rows, index), self.compute_dtype)
-        return x + tf.cast(tf.gather(self.embeddings.value, index), self.compute_dtype)
+        rows = self._rows if self._encoding == "sinusoidal" else self.embeddings.value
+        return x + tf.cast(tf.gather(rows, index), self.compute_dtype)
 
 
-def _is_called_by_a_model(layer):
-    """Whether another layer's call is in progress, which then called this one."""
+def _is_called_by_a_model(layer: keras.layers.Layer) -> bool:
+    """Return whether another layer's call is in progress, which then called this one."""
     context = global_state.get_global_attribute("current_call_ctx")
     return context is not None and context.entry_layer is not layer
 
 
-def sinusoids(rows, features):
-    """Rows `[rows, features]` that go round: sines and cosines in turn, float64.
+def sinusoids(rows: int, features: int) -> np.ndarray:
+    """Return float64 rows `[rows, features]` of sines and cosines in turn, all of them periodic.
 
-    Feature pair i goes round a whole number of times: from (rows - 1) // 2, beyond which sines of
-    slower ones come back, down to once, which tells all rows apart, in equal ratios.
+    Each pair of features completes a whole number of periods. The first pair completes
+    (rows - 1) // 2 of them, beyond which a sine equals a slower one. The last pair completes one,
+    which tells all rows apart. The pairs between have equal ratios.
     """
     fastest = max(1, (rows - 1) // 2)
     times = np.round(np.geomspace(1, fastest, (features + 1) // 2))[::-1]

@@ -1,4 +1,7 @@
-"""A delay: what was put in comes out again some steps later."""
+"""A delay: a step comes out again some steps later."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -6,50 +9,51 @@ import tensorflow as tf
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.inputs import (
-    WARM_UPS,
+    TensorLike,
     expect_given,
     rows_and_steps,
     without_keras_mask,
 )
+from continual_transformers_tf.layers.warm_up import check_warm_up
 from continual_transformers_tf.ops.delay import delayed_steps, put_steps
-from continual_transformers_tf.ops.stream_state import StreamState, check_integer
+from continual_transformers_tf.ops.stream_state import Step, StreamState, check_integer
 
 
 @keras.saving.register_keras_serializable("continual_transformers_tf")
-class CoDelay(ContinualLayer, keras.layers.Layer):
-    """Gives each step `delay` steps later; windows as they are.
+class CoDelay(ContinualLayer):
+    """Returns each step `delay` steps later. Windows are returned as they are.
 
-    It brings a branch that is at once what it is beside one that answers later, such as attention
-    with a `query_index`: see `CoResidual`.
+    With it, a branch without delay meets another whose outputs come later, such as attention with a
+    `query_index`: see `CoResidual`.
 
     Args:
-        delay: D, by how many steps. 0: each step is given at once.
-        dtype: of the steps, which are kept and given in it: floating or not. None: Keras' own.
-        temporal_dim: which axis of windows and of several steps is time; a step has no such axis.
-        call_mode: what calling the layer does: "regular", "step" or "steps".
-        warm_up: what a step gives, in eager mode, while no stream of the call has taken more than
-            `delay` steps. "none": None. "partial": zeros, as of streams in a call that have not
-            when others have, and as in graphs.
-        **kwargs: `name` and the like.
+        delay: D, the delay in steps. 0: each step is returned at once.
+        dtype: The dtype in which steps are kept and returned, floating or not. None: Keras' own.
+        temporal_dim: The axis of time in windows and in several steps. A step has no such axis.
+        call_mode: What calling the layer does: "regular", "step" or "steps".
+        warm_up: What a step returns, in eager mode, while no stream of the call has taken more than
+            `delay` steps. "none": None. "partial": zeros. Graphs return zeros, and so do streams
+            that have not come so far in a call in which others have.
+        **kwargs: `name` and other arguments of `keras.layers.Layer`.
 
     Returns:
-        What the call mode's method returns: `call_regular`, `call_step`, `call_steps`.
+        What the method of the call mode returns: `call_regular`, `call_step`, `call_steps`.
 
     Raises:
-        ValueError: at construction, if `delay` is not an integer >= 0, `temporal_dim` is not an
+        ValueError: At construction, if `delay` is not an integer >= 0, `temporal_dim` is not an
             axis, or `warm_up` or `call_mode` is none of those above.
     """
 
     def __init__(
         self,
-        delay,
-        dtype="float32",
-        temporal_dim=1,
-        call_mode="regular",
+        delay: int,
+        dtype: Any = "float32",
+        temporal_dim: int = 1,
+        call_mode: str = "regular",
         *,
-        warm_up="none",
-        **kwargs,
-    ):
+        warm_up: str = "none",
+        **kwargs: Any,
+    ) -> None:
         check_integer("delay", delay, at_least=0)
         integer = isinstance(temporal_dim, (int, np.integer)) and not isinstance(temporal_dim, bool)
         if not integer or temporal_dim == 0:
@@ -57,47 +61,36 @@ class CoDelay(ContinualLayer, keras.layers.Layer):
                 "Expected temporal_dim to be an axis other than 0, the streams', but got "
                 f"{temporal_dim!r}"
             )
-        if warm_up not in WARM_UPS:
-            raise ValueError(f"Expected warm_up to be one of {WARM_UPS}, but got {warm_up!r}")
-        if isinstance(dtype, (tf.DType, type)):  # As of TensorFlow or NumPy: Keras knows names.
+        if isinstance(dtype, (tf.DType, type)):  # Keras knows only names of dtypes.
             dtype = tf.as_dtype(dtype).name
         super().__init__(dtype=dtype, **kwargs)
         self._delay = int(delay)
         self._temporal_dim = int(temporal_dim)
-        self._warm_up = warm_up
+        self._warm_up = check_warm_up(warm_up)
         self.call_mode = call_mode
         self._made_for = self.compute_dtype
-        self._features = None  # Known, and with them the ring's shape, when the layer is built.
+        # The shape of a step's row. It is known when the layer is built, and with it the ring's.
+        self._features: tuple[int | None, ...] | None = None
         self._stream_state = StreamState(0, name="state")
 
     @property
-    def temporal_dim(self):
-        """Which axis of windows and of several steps is time."""
+    def temporal_dim(self) -> int:
+        """The axis of time in windows and in several steps."""
         return self._temporal_dim
 
     @property
-    def warm_up(self):
-        """What a step gives while there is nothing to give yet: "none" or "partial"."""
-        return self._warm_up
-
-    @property
-    def receptive_field(self):
+    def receptive_field(self) -> int:
         return self._delay + 1
 
     @property
-    def delay(self):
+    def delay(self) -> int:
         return self._delay
 
     @property
-    def ready(self):
-        """bool tensor `[S]`: which of the streams held have taken more than `delay` steps."""
-        return self.position > self._delay
-
-    @property
-    def input_features(self):
+    def input_features(self) -> dict[str, Any]:
         return {"x": self._features}
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "delay": self._delay,
@@ -105,12 +98,12 @@ class CoDelay(ContinualLayer, keras.layers.Layer):
             "warm_up": self._warm_up,
         }
 
-    def build(self, input_shape):
-        """Learns the features of a step.
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Learn the features of a step.
 
         Args:
-            input_shape: in the call mode in force; features whose size is left open are learned
-                from the first step instead.
+            input_shape: The input's shape in the active call mode. Features of unknown size are
+                learned from the first step instead.
         """
         features = list(input_shape[1:])
         if self.active_call_mode != "step":
@@ -118,86 +111,88 @@ class CoDelay(ContinualLayer, keras.layers.Layer):
         if None not in features:
             self._keep(tuple(features))
 
-    def get_build_config(self):
+    def get_build_config(self) -> dict[str, Any]:
         return {"features": self._features}
 
-    def build_from_config(self, config):
+    def build_from_config(self, config: dict[str, Any]) -> None:
         if config["features"] is not None:
             self._keep(tuple(config["features"]))
         self.built = True
 
-    def call(self, x, streams=None, update_state=True):
-        mode = self.active_call_mode
-        if mode == "regular":
-            return self.call_regular(x)
-        call = self.call_step if mode == "step" else self.call_steps
-        return call(x, streams=streams, update_state=update_state)
+    def call(
+        self, x: TensorLike, streams: TensorLike | None = None, update_state: bool = True
+    ) -> Any:
+        return self._call_by_mode(x, streams=streams, update_state=update_state)
 
-    def call_regular(self, x):
-        """Windows as they are; the streams' state plays no part.
+    def call_regular(self, x: TensorLike) -> tf.Tensor:
+        """Return windows as they are. This does not use the streams' state.
 
         Args:
             x: `(B, T, ...)`, or with time on the axis `temporal_dim`.
         """
         return self._as_own_dtype(x)
 
-    def call_step(self, x, *, streams=None, update_state=True):
-        """Takes one step of M streams, and gives that of `delay` steps ago.
+    def call_step(
+        self, x: TensorLike, *, streams: TensorLike | None = None, update_state: bool = True
+    ) -> tf.Tensor | None:
+        """Take one step of M streams, and return that of `delay` steps before.
 
         Args:
             x: `(M, ...)`.
-            streams: integers `[M]`, which stream each row belongs to, in any order, each once.
-                None: row i is stream i, and there is made room for M streams.
-            update_state: if False, nothing changes: the output is that of the next real call.
+            streams: Integers `[M]`, the stream that each row belongs to, in any order, each once.
+                None: row i is stream i, and room is made for M streams.
+            update_state: If False, nothing changes: the output is that of the next real call.
 
         Returns:
             `(M, ...)`, or None while there is none (see `warm_up`).
 
         Raises:
-            ValueError: if shapes, dtypes or streams do not fit (in a graph, for streams,
-                tf.errors.InvalidArgumentError). The streams then go on as if the call had not been
-                made.
+            ValueError: If shapes, dtypes or streams do not fit (in a graph, for streams,
+                tf.errors.InvalidArgumentError). The streams then continue as if the call had not
+                been made.
         """
         x = self._as_own_dtype(x)
         if x.shape.rank == 0:
             raise ValueError(
                 f"Expected x of shape (M, ...), one step of M streams, but got {x.shape}"
             )
-        self._check_features(x, tuple(x.shape[1:]), [])
+        self._check_features(x, tuple(x.shape[1:]), time_axis=None)
         delayed = self._take_steps(tf.expand_dims(x, 1), streams, update_state)
         return None if delayed is None else tf.squeeze(delayed, 1)
 
-    def call_steps(self, x, *, streams=None, update_state=True):
-        """Takes T steps of M streams: the same outputs and state as T calls of `call_step`.
+    def call_steps(
+        self, x: TensorLike, *, streams: TensorLike | None = None, update_state: bool = True
+    ) -> tf.Tensor | None:
+        """Take T steps of M streams, with the same outputs and state as T calls of `call_step`.
 
-        Gradients flow to the steps of this call; those of earlier calls are constants.
+        Gradients flow to the steps of this call. Those of earlier calls are constants.
 
         Args:
             x: `(M, T, ...)`, oldest step first, or with time on the axis `temporal_dim`.
-            streams, update_state: as `call_step` has them.
+            streams, update_state: As in `call_step`.
 
         Returns:
-            `(M, T', ...)`, time where it was: in eager mode with `warm_up="none"` the outputs of
-            the T' newest steps, those that there are in the stream that has come furthest, or None
-            where there is none; otherwise T' = T.
+            `(M, T', ...)`, with time on the same axis. In eager mode with `warm_up="none"` these
+            are the outputs of the T' newest steps that have one in the stream that has come
+            furthest, or None if there are none. Otherwise T' = T.
 
         Raises:
-            ValueError, tf.errors.InvalidArgumentError: as `call_step`; and if T = 0.
+            ValueError, tf.errors.InvalidArgumentError: As in `call_step`; also if T = 0.
         """
         x = self._as_own_dtype(x)
         axis = self._time_axis(x.shape.rank)
         features = list(x.shape[1:])
         if features.pop(axis - 1) == 0:
             raise ValueError(f"Expected at least one step, but got {tuple(x.shape)}")
-        self._check_features(x, tuple(features), [axis])
-        delayed = self._take_steps(_moved(x, axis, 1), streams, update_state)
-        return None if delayed is None else _moved(delayed, 1, axis)
+        self._check_features(x, tuple(features), time_axis=axis)
+        delayed = self._take_steps(_with_moved_axis(x, axis, 1), streams, update_state)
+        return None if delayed is None else _with_moved_axis(delayed, 1, axis)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return tuple(input_shape)
 
-    def _states(self, state):
-        # A layer that was never called learns from the state what a step is.
+    def _states(self, state: dict[str, Any]) -> list[tuple[StreamState, dict[str, Any]]]:
+        # A layer that was never called learns a step's features from the state.
         if self._features is None and isinstance(state, dict) and "steps" in state:
             ring = np.asarray(state["steps"])
             if ring.ndim >= 2 and ring.shape[1] == self._delay:
@@ -205,78 +200,75 @@ class CoDelay(ContinualLayer, keras.layers.Layer):
                 self.built = True
         return super()._states(state)
 
-    def _keep(self, features):
-        """Makes the rings, for steps of these features."""
+    def _keep(self, features: tuple[int | None, ...]) -> None:
+        """Make the ring for steps of these features."""
         if self._features == features:
             return
         self._features = features
         if self._delay > 0:
             self._stream_state.add_row("steps", [self._delay, *features], self.compute_dtype)
 
-    def _time_axis(self, rank):
-        """Which axis of several steps or windows of this rank is time."""
+    def _time_axis(self, rank: int | None) -> int:
+        """Return the axis of time in several steps or windows of this rank."""
         axis = self._temporal_dim
         if rank is None or rank < 2 or not -rank < axis < rank:
             shape = "(M, T, ...)" if axis == 1 else f"with time on axis {axis}"
             raise ValueError(f"Expected x of shape {shape}, but got one of rank {rank}")
         return axis % rank
 
-    def _as_own_dtype(self, x):
+    def _as_own_dtype(self, x: TensorLike) -> tf.Tensor:
         expect_given("x", x)
         x = tf.convert_to_tensor(x)
         own = tf.as_dtype(self.compute_dtype)
         if x.dtype != own and not (x.dtype.is_floating and own.is_floating):
             raise ValueError(f"Expected x of dtype {own.name}, but got {x.dtype.name}")
-        # No mask of Keras comes out later, so none comes out at once.
+        # A mask of Keras is not kept for later, so none is returned at once either.
         return without_keras_mask(x if x.dtype == own else tf.cast(x, own))
 
-    def _check_features(self, x, features, time):
-        """Raises ValueError unless x is of the features that the layer keeps; else builds it."""
+    def _check_features(
+        self, x: tf.Tensor, features: Sequence[int | None], time_axis: int | None
+    ) -> None:
+        """Raise ValueError unless x has the features that the layer keeps. Build the layer."""
         if self._features is None:
             if None in features:
                 raise ValueError(f"Expected x of known features, but got {tuple(x.shape)}")
             with tf.init_scope():
-                self._keep(features)
+                self._keep(tuple(features))
             self.built = True
         if not tf.TensorShape(features).is_compatible_with(self._features):
-            expected = [str(size) for size in ("M", *self._features)]
-            for axis in time:
-                expected.insert(axis, "T")
+            expected = ["M", *map(str, self._features or ())]
+            if time_axis is not None:
+                expected.insert(time_axis, "T")
             raise ValueError(
                 f"Expected x of shape ({', '.join(expected)}), but got {tuple(x.shape)}"
             )
 
-    def _take_steps(self, x, streams, update_state):
-        """x [M, T, ...] -> [M, T', ...] or None."""
+    def _take_steps(
+        self, x: tf.Tensor, streams: TensorLike | None, update_state: bool
+    ) -> tf.Tensor | None:
+        """Take the steps x `(M, T, ...)`, and return `(M, T', ...)` or None."""
         self._check_policy()
         state = self._stream_state
         rows, steps = rows_and_steps(x)
 
-        def compute(step):
+        def compute(step: Step) -> tf.Tensor | None:
             delayed = x
             if self._delay > 0:
                 delayed = delayed_steps(state.steps, x, step.numbers, step.position)
-                # Selected: what an earlier stream left there may be NaN.
-                taken = tf.range(tf.cast(steps, tf.int64))
-                came = tf.expand_dims(step.position, 1) + taken >= self._delay
-                came = tf.reshape(came, tf.concat([tf.shape(came), self._ones], 0))
+                number = tf.range(tf.cast(steps, tf.int64))
+                came = tf.expand_dims(step.position, 1) + number >= self._delay
+                ones = tf.ones([x.shape.rank - 2], tf.int32)
+                came = tf.reshape(came, tf.concat([tf.shape(came), ones], 0))
+                # tf.where, because what an earlier stream left there may be NaN.
                 delayed = tf.where(came, delayed, tf.zeros([], delayed.dtype))
                 step.at_the_end(lambda: put_steps(state.steps, x, step.numbers, step.position))
-            if self._delay == 0 or self.active_warm_up == "partial":
-                return delayed
-            furthest = int(step.position.numpy().max(initial=0)) + steps
-            ready = max(0, min(steps, furthest - self._delay))
-            return delayed[:, steps - ready :] if ready else None
+            return self._ready_outputs(step, delayed)
 
         return self._streams.take_steps(self, compute, streams, rows, steps, update_state)
 
-    @property
-    def _ones(self):
-        return tf.ones([len(self._features)], tf.int32)
 
-
-def _moved(x, source, target):
-    """x with one axis elsewhere."""
+def _with_moved_axis(x: tf.Tensor, source: int, target: int) -> tf.Tensor:
+    """Return x with one axis moved."""
     if source == target:
         return x
     axes = [axis for axis in range(x.shape.rank) if axis != source]

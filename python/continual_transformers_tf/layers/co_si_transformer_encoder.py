@@ -1,70 +1,83 @@
 """The continual single-output transformer encoder."""
 
+from typing import Any
+
 import keras
+import numpy as np
 import tensorflow as tf
 
-from continual_transformers_tf.layers.co_si_encoder_step import OneOpEncoderStep
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
-from continual_transformers_tf.layers.co_si_step import one_op_step
-from continual_transformers_tf.layers.inputs import rows_and_steps
+from continual_transformers_tf.layers.fused_step import FusedStepLayer
+from continual_transformers_tf.layers.inputs import TensorLike, check_features
 from continual_transformers_tf.layers.narrow_kernels import NarrowKernels
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
+from continual_transformers_tf.ops.co_si_step import ENCODER_STEP
+from continual_transformers_tf.ops.stream_state import Step
+
+# The activations that the fused op knows, and its names for them. A step of a block with any other
+# is several ops.
+FUSED_ACTIVATIONS = {
+    keras.activations.gelu: "gelu",
+    keras.activations.relu: "relu",
+    keras.activations.linear: "linear",
+}
 
 
 @keras.saving.register_keras_serializable("continual_transformers_tf")
-class CoSiTransformerEncoder(TransformerEncoderBlock):
-    """A transformer encoder block that gives the newest step's output, on windows and on streams.
+class CoSiTransformerEncoder(FusedStepLayer, TransformerEncoderBlock):
+    """A transformer encoder block that returns the newest step's output, on windows and streams.
 
-    Attention, residual, layer norm, feed-forward, residual, layer norm, of the newest step only:
-    continual single-output attention leaves nothing else to compute (Hedegaard & Iosifidis,
-    "Continual Transformers", ICLR 2023, arXiv 2201.06268). Called eagerly, a step is one fused op,
-    but in training and with activations other than "gelu", "relu" and "linear".
+    It computes attention, residual, layer norm, feed-forward, residual and layer norm of the newest
+    step only: continual single-output attention needs no other (Hedegaard & Iosifidis, "Continual
+    Transformers", ICLR 2023, arXiv 2201.06268). A step is one fused op, except in training and with
+    activations other than "gelu", "relu" and "linear".
 
     Args:
         seq_len: N, the window: how many of the newest steps a step attends to. A regular call
-            attends to all of the window that it is given, of whatever length.
+            attends to its whole window, of any length.
         embed_dim: E, the features of input and output.
         num_heads: H.
         ff_dim: F, the features between the two layers of the feed-forward part.
-        dropout_rate: of the dropout before each residual, which acts where `training` is true.
-        call_mode: what calling the layer does: "regular", "step" or "steps".
-        key_dim: the size of each head's keys and values. None: embed_dim.
-        use_bias: whether the attention's layers have biases.
-        norm_first: whether each layer norm is of what goes into the attention and the feed-forward
-            part (pre-norm), and not of the residual sums (post-norm, as published).
-        activation: of the feed-forward part, as `keras.layers.Dense` takes it. "gelu" is the real
-            one, not its approximation by tanh. With any but "gelu", "relu" and "linear" a step in
-            TensorFlow is many ops; to a `ct.Session` all are alike.
-        epsilon: of the layer norms.
-        warm_up, cache_dtype, weights_dtype: as `CoSiMultiHeadAttention` has them; `weights_dtype`
-            is that of the feed-forward part too.
-        **kwargs: `name`, `dtype` and the like.
+        dropout_rate: The rate of the dropout before each residual. It acts if `training` is true.
+        call_mode: What calling the layer does: "regular", "step" or "steps".
+        key_dim: The size of each head's keys and values. None: embed_dim.
+        use_bias: Whether the attention's layers have biases.
+        norm_first: Whether the layer norms are applied to the inputs of the attention and of the
+            feed-forward part (pre-norm), and not to the residual sums (post-norm, as published).
+        activation: The activation of the feed-forward part, as in `keras.layers.Dense`. "gelu" is
+            the exact one, not its approximation by tanh. With any but "gelu", "relu" and "linear" a
+            step in TensorFlow is many ops. A `ct.Session` is as fast with all of them.
+        epsilon: The epsilon of the layer norms.
+        warm_up, cache_dtype, weights_dtype: As in `CoSiMultiHeadAttention`. `weights_dtype` is also
+            that of the feed-forward part.
+        **kwargs: `name`, `dtype` and other arguments of `keras.layers.Layer`.
 
     Attributes:
-        attention: the block's `CoSiMultiHeadAttention`.
+        attention: The block's `CoSiMultiHeadAttention`.
 
     Returns:
-        What the call mode's method returns: `call_regular`, `call_step`, `call_steps`.
+        What the method of the call mode returns: `call_regular`, `call_step`, `call_steps`.
 
     Raises:
-        ValueError: at construction, if a size is not a positive integer.
+        ValueError: At construction, if a size is not a positive integer.
     """
 
-    make_attention = CoSiMultiHeadAttention
+    _attention_class = CoSiMultiHeadAttention
+    _fused_op = ENCODER_STEP
 
     def __init__(
         self,
-        seq_len,
-        embed_dim,
-        num_heads,
-        ff_dim,
-        dropout_rate=0.1,
-        call_mode="regular",
+        seq_len: int,
+        embed_dim: int,
+        num_heads: int,
+        ff_dim: int,
+        dropout_rate: float = 0.1,
+        call_mode: str = "regular",
         *,
-        cache_dtype=None,
-        weights_dtype=None,
-        **kwargs,
-    ):
+        cache_dtype: str | None = None,
+        weights_dtype: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(
             seq_len,
             embed_dim,
@@ -75,88 +88,84 @@ class CoSiTransformerEncoder(TransformerEncoderBlock):
             attention_options=dict(cache_dtype=cache_dtype, weights_dtype=weights_dtype),
             **kwargs,
         )
-        self._one_op_step = None  # Gathered at the first step that needs it.
         self._narrow_kernels = NarrowKernels()
 
-    def call_regular(self, x, training=None, key_mask=None):
-        """The newest step's output of whole windows; the streams' state plays no part.
+    @property
+    def weights_dtype(self) -> str | None:
+        return self.attention.weights_dtype
+
+    def call_regular(
+        self,
+        x: TensorLike,
+        training: bool | None = None,
+        key_mask: TensorLike | None = None,
+    ) -> tf.Tensor:
+        """Return the newest step's output of whole windows. This does not use the streams' state.
 
         Args:
             x: `(B, T, E)`, windows, oldest step first.
-            training: whether dropout acts.
-            key_mask: bool `(B, T)`, which steps there are to attend to; None: all.
+            training: Whether dropout acts.
+            key_mask: bool `(B, T)`, the steps that can be attended to. None: all.
 
         Returns:
             `(B, 1, E)`.
         """
-        x = self._input(x, "regular")
+        x = self._rows_input(x, "regular")
         attended = self.attention.call_regular(
             self.attention_norm(x) if self.norm_first else x, training=training, key_mask=key_mask
         )
         return self._feed_forward(x[:, -1:], attended, training)
 
-    def call_step(self, x, training=None, *, streams=None, update_state=True):
-        """Takes one step of M streams.
+    def _take_steps(
+        self, mode: str, x: TensorLike, training: bool | None, streams: Any, update_state: bool
+    ) -> tf.Tensor | None:
+        fused_step = self._step_as_one_op(training, x) if mode == "step" else None
+        if fused_step is None:
+            return super()._take_steps(mode, x, training, streams, update_state)
+        x = self._rows_input(x, mode)
+        check_features("x", x, self._config["embed_dim"])
+        first_output = self._first_output if tf.executing_eagerly() else 0
+        (output,) = fused_step(self, (x,), (), first_output, streams, update_state)
+        return output
 
-        Args:
-            x: `(M, E)`.
-            training: whether dropout acts.
-            streams, update_state: as `CoSiMultiHeadAttention.call_step` has them.
+    def _step_outputs(
+        self, step: Step, x: tf.Tensor, attended: tf.Tensor | None, training: bool | None
+    ) -> tf.Tensor | None:
+        if attended is None:
+            return None
+        if x.shape.rank == 3:
+            x = x[:, -tf.shape(attended)[1] :]
+        return self._step_feed_forward(x, attended, training)
 
-        Returns:
-            `(M, E)`, or None while the window fills (see `warm_up`).
-
-        Raises:
-            ValueError, tf.errors.InvalidArgumentError: if shapes, dtypes or streams do not fit. The
-                streams then go on as if the call had not been made.
-        """
-        one_op = one_op_step(self, training, x, OneOpEncoderStep)
-        x = self._input(x, "step")
-        if one_op is not None:
-            return one_op(x, streams, update_state)
-
-        def compute(step):
-            attended = self.attention.call_step(
-                self._attention_input(x), training=training, update_state=update_state
-            )
-            return None if attended is None else self._step_feed_forward(x, attended, training)
-
-        rows = tf.shape(x)[0] if x.shape[0] is None else x.shape[0]
-        return self._streams.take_steps(self, compute, streams, rows, 1, update_state)
-
-    def call_steps(self, x, training=None, *, streams=None, update_state=True):
-        """Takes T steps of M streams: the same outputs and state as T calls of `call_step`.
-
-        Args:
-            x: `(M, T, E)`.
-            training, streams, update_state: as `call_step` has them.
-
-        Returns:
-            `(M, T', E)` or None, as `CoSiMultiHeadAttention.call_steps`.
-
-        Raises:
-            ValueError, tf.errors.InvalidArgumentError: as `call_step`; and if T = 0.
-        """
-        x = self._input(x, "steps")
-
-        def compute(step):
-            attended = self.attention.call_steps(
-                self._attention_input(x), training=training, update_state=update_state
-            )
-            if attended is None:
-                return None
-            return self._step_feed_forward(x[:, -tf.shape(attended)[1] :], attended, training)
-
-        rows, steps = rows_and_steps(x)
-        return self._streams.take_steps(self, compute, streams, rows, steps, update_state)
-
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         if self.active_call_mode == "regular":
             return (input_shape[0], 1, input_shape[2])
         return tuple(input_shape)
 
-    def convert_weights(self):
-        """Takes the kernels as they are now for steps in `weights_dtype`: after training, say."""
-        self.attention.convert_weights()  # It may be called by itself.
-        if self.built:
-            self._narrow_kernels.convert(OneOpEncoderStep.dense_layers(self))
+    # The fused op of a step.
+
+    def _dense_layers(self) -> tuple[keras.layers.Layer, ...]:
+        return (*self.attention._dense_layers(), self.feed_forward, self.feed_forward_output)
+
+    def _fused_weights(self, dense_weights: list[tf.Variable]) -> list[tf.Variable]:
+        *attention, w1, b1, w2, b2 = dense_weights
+        before, after = (
+            [norm.gamma.value, norm.beta.value] for norm in (self.attention_norm, self.output_norm)
+        )
+        return [*attention, *before, w1, b1, w2, b2, *after]
+
+    def _fused_attributes(self) -> dict[str, Any] | None:
+        activation = self.feed_forward.activation
+        names = [name for known, name in FUSED_ACTIVATIONS.items() if known is activation]
+        if not names:
+            return None
+        # The op's attributes are float32. A float64 takes two.
+        epsilon = self.attention_norm.epsilon
+        high = float(np.float32(epsilon))
+        return {
+            "use_bias": self.attention._use_bias,
+            "norm_first": self.norm_first,
+            "activation": names[0],
+            "epsilon": high,
+            "epsilon_low": epsilon - high,
+        }

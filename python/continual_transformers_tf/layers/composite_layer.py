@@ -1,51 +1,67 @@
-"""Wholes that are made of continual layers."""
+"""Layers that are made of several continual layers."""
+
+from collections.abc import Sequence
+from typing import Any
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
+from continual_transformers_tf.layers.inputs import TensorLike
+from continual_transformers_tf.ops.stream_state import Streams, StreamState
 
 
 class CompositeLayer(ContinualLayer):
     """A `ContinualLayer` whose streams' state is that of its parts, which all take the same steps.
 
-    The whole gives `parts`: a list of the continual layers in it that take steps. When they are
-    known it calls `_share_streams`.
+    A subclass defines `parts`, and calls `_share_streams` when they are known.
     """
 
     @property
-    def parts(self):
+    def parts(self) -> Sequence[ContinualLayer]:
+        """The continual layers in it that take steps."""
         raise NotImplementedError
 
-    def _share_streams(self):
-        """Make the parts' streams one, which this whole steps from now on."""
+    @property
+    def _part_names(self) -> list[str]:
+        """The names of the parts in the state."""
+        return [str(i) for i in range(len(self.parts))]
+
+    def _share_streams(self) -> None:
+        """Join the parts' streams. From now on this layer steps them."""
         first, *others = (part._streams for part in self.parts)
         first.join(others, self)
 
     @property
-    def _streams(self):
+    def _streams(self) -> Streams:
         return self.parts[0]._streams
 
-    @property
-    def position(self):
-        return self._streams.position
-
-    def _restart(self):
+    def _restart(self) -> None:
         for part in self.parts:
             part._restart()
 
-    def get_state(self, streams=None):
-        """Return the state of streams: a dict from the number of each continual layer to its state.
+    def get_state(self, streams: TensorLike | None = None) -> dict[str, Any]:
+        """Return the state of streams: a dict from the name of each part to its state.
+
+        The parts are numbered, "0", "1", ...; those of a `CoResidual` are "layer" and, if the layer
+        has a delay, "skip".
 
         Args:
-            streams: Integers `[M]`: which ones, in this order; None: all.
+            streams: Integers `[M]`, the streams to read, in this order. None: all.
 
         Raises:
             ValueError: If a stream is not held, or is named twice.
         """
         with self._streams.turn():
-            return {str(i): part.get_state(streams) for i, part in enumerate(self.parts)}
+            return {
+                name: part.get_state(streams)
+                for name, part in zip(self._part_names, self.parts, strict=True)
+            }
 
-    def _states(self, state):
-        parts = {str(i): part for i, part in enumerate(self.parts)}
-        if not isinstance(state, dict) or set(state) != set(parts):
+    def _states(self, state: dict[str, Any]) -> list[tuple[StreamState, dict[str, Any]]]:
+        names = self._part_names
+        if not isinstance(state, dict) or set(state) != set(names):
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"Expected a state with {sorted(parts)}, but got {got}")
-        return [pair for name, part in parts.items() for pair in part._states(state[name])]
+            raise ValueError(f"Expected a state with {sorted(names)}, but got {got}")
+        return [
+            pair
+            for name, part in zip(names, self.parts, strict=True)
+            for pair in part._states(state[name])
+        ]

@@ -1,206 +1,176 @@
-"""What all continual layers have: how they are called, and the state of their streams."""
+"""What all continual layers share: calls by mode, the warm-up rule and their streams' state."""
 
-import contextlib
-import contextvars
+from collections.abc import Sequence
+from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from continual_transformers_tf.layers.inputs import expect_given
-from continual_transformers_tf.ops.stream_state import check_integer
-
-CALL_MODES = ("regular", "step", "steps")
-
-_override = contextvars.ContextVar("continual_transformers_call_mode", default=None)
-_always_partial = contextvars.ContextVar("continual_transformers_always_partial", default=False)
-
-
-def _check(mode):
-    if mode not in CALL_MODES:
-        raise ValueError(f"Expected call_mode to be one of {CALL_MODES}, but got {mode!r}")
-    return mode
+from continual_transformers_tf.layers.call_modes import check_call_mode, entered_call_mode
+from continual_transformers_tf.layers.inputs import (
+    TensorLike,
+    expect_given,
+    step_input,
+    without_keras_mask,
+)
+from continual_transformers_tf.layers.warm_up import is_always_partial
+from continual_transformers_tf.ops.stream_state import Step, Streams, StreamState, check_integer
 
 
-@contextlib.contextmanager
-def call_mode(mode):
-    """Within it, every continual layer is called in `mode`, whatever its own call mode is.
+class ContinualLayer(keras.layers.Layer):
+    """A Keras layer that can also be called on the steps of endless streams.
 
-    ```python
-    with ct.call_mode("step"):
-        y = model(x)
-    ```
+    A subclass defines `call_regular`, `call_step` and `call_steps`. Its `call` calls
+    `_call_by_mode`, its constructor sets `call_mode`, `_warm_up` if there is a choice,
+    `_made_for` and `_stream_state`, and its steps are taken by `self._streams.take_steps`. A layer
+    that is made of several continual layers is a `CompositeLayer`.
 
-    It holds for the thread (or the asynchronous task) that entered it. A `tf.function` keeps the
-    mode that it was traced in; so does `model.predict`, which traces one at its first call.
-
-    Args:
-        mode: "regular", "step" or "steps".
-
-    Raises:
-        ValueError: if `mode` is none of these.
-    """
-    token = _override.set(_check(mode))
-    try:
-        yield
-    finally:
-        _override.reset(token)
-
-
-@contextlib.contextmanager
-def always_partial():
-    """Within it, layers warm up as with `warm_up="partial"`: a whole of layers warms up as one."""
-    token = _always_partial.set(True)
-    try:
-        yield
-    finally:
-        _always_partial.reset(token)
-
-
-def always_partial_here():
-    """Whether `always_partial` is entered."""
-    return _always_partial.get()
-
-
-def ensure_streams(model, streams):
-    """Makes room for streams 0, ..., streams - 1 in every continual layer of a model.
-
-    Those that are held keep their state.
-
-    Args:
-        model: a `keras.Model` or `keras.layers.Layer`.
-        streams: int.
-    """
-    for streams_of_layers in _streams_of(model):
-        streams_of_layers.ensure(streams)
-
-
-def convert_weights(model):
-    """Takes the kernels of a model as they are now, in every layer that has a `weights_dtype`.
-
-    Call it after `fit`, `keras.Model.set_weights`, `tf.train.Checkpoint.restore` and anything else
-    that changes weights. It is not needed after `set_weights` of a layer of this package, or when
-    Keras loads a file. Functions traced before see the new kernels too.
-
-    Args:
-        model: a `keras.Model` or `keras.layers.Layer`.
-    """
-    for layer in _continual_layers(model):
-        if hasattr(layer, "convert_weights"):
-            layer.convert_weights()
-
-
-def clean_state(model, streams=None):
-    """Forgets what streams have seen, in every continual layer of a Keras model or layer.
-
-    Args:
-        model: a `keras.Model` or `keras.layers.Layer`.
-        streams: integers `[M]`, which ones; None: all.
-
-    Raises:
-        ValueError: if a stream is not held, or is named twice.
-    """
-    for streams_of_layers in _streams_of(model):
-        streams_of_layers.clean(streams)
-    if streams is None:
-        for layer in _continual_layers(model):
-            layer._restart()
-
-
-@contextlib.contextmanager
-def hold_streams(model):
-    """Within it, other threads do not step, read or change the streams of a Keras model or layer.
-
-    They wait. Use it round several reads that have to fit each other, such as the writing of a
-    `tf.train.Checkpoint`. `get_state` and all other methods do so by themselves. Within it, do not
-    call a `tf.function` that steps the same streams: it would wait for itself.
-
-    Args:
-        model: a `keras.Model` or `keras.layers.Layer`.
-    """
-    with contextlib.ExitStack() as held:
-        for streams in _streams_of(model):
-            held.enter_context(streams.turn())
-        yield
-
-
-def _streams_of(model):
-    """All `Streams` of a model's layers, each once."""
-    return dict.fromkeys(layer._streams for layer in _continual_layers(model))
-
-
-def _continual_layers(model):
-    if not isinstance(model, keras.Layer):
-        raise ValueError(f"Expected a Keras model or layer, but got {model!r}")
-    return [layer for layer in model._flatten_layers() if isinstance(layer, ContinualLayer)]
-
-
-class ContinualLayer:
-    """Mixed into a Keras layer: `call` does what the call mode says, and streams have a state.
-
-    The streams' state is no variable of Keras: it is not among the weights, and `stateless_call`
-    neither takes nor returns it. A step within `stateless_call` has the weights that are given, and
-    moves the layer's own streams, but with `update_state=False`.
-
-    The layer gives `call_regular`, `call_step` and `call_steps`, and `_stream_state`, its
-    `StreamState`. A whole of several layers is a `CompositeLayer`.
+    The state of the streams is not in Keras variables: it is not among the weights, and
+    `stateless_call` neither takes nor returns it. A step within `stateless_call` uses the weights
+    that are given, and moves the layer's own streams unless `update_state=False`.
     """
 
-    gives_windows = False  # Whether a step gives all outputs of the window, and not one row.
-    _made_for = None  # The compute dtype that the streams' state is for; None: any.
+    # Whether a step returns the outputs of the whole window, and not one row.
+    gives_windows = False
 
-    def __call__(self, *args, **kwargs):
-        if args:  # Keras would fail for want of a shape.
+    # The compute dtype that the streams' state was made for. None: any.
+    _made_for: str | None = None
+    _warm_up = "partial"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args:  # Keras would fail because None has no shape.
             expect_given(f"an input of {self.name}", args[0])
         return super().__call__(*args, **kwargs)
 
+    # Calls by mode.
+
     @property
-    def call_mode(self):
+    def call_mode(self) -> str:
         """What calling the layer does: "regular", "step" or "steps"; see `ct.call_mode`."""
         return self._call_mode
 
     @call_mode.setter
-    def call_mode(self, mode):
-        self._call_mode = _check(mode)
+    def call_mode(self, mode: str) -> None:
+        self._call_mode = check_call_mode(mode)
 
     @property
-    def active_call_mode(self):
-        """The call mode in force: that of `ct.call_mode` where one is entered, or the layer's."""
-        return _override.get() or self._call_mode
+    def active_call_mode(self) -> str:
+        """The mode of `ct.call_mode` if that context is entered, otherwise the layer's own."""
+        return entered_call_mode() or self._call_mode
+
+    def _call_by_mode(
+        self, *inputs: Any, streams: TensorLike | None, update_state: bool, **arguments: Any
+    ) -> Any:
+        """Call the method of the active call mode. `streams`, `update_state` are for steps only."""
+        mode = self.active_call_mode
+        if mode == "regular":
+            return self.call_regular(*inputs, **arguments)
+        call = self.call_step if mode == "step" else self.call_steps
+        return call(*inputs, **arguments, streams=streams, update_state=update_state)
+
+    # What a step depends on, and when it has an output.
 
     @property
-    def active_warm_up(self):
-        """The warm-up in force: the layer's, but "partial" in a graph and within a whole."""
-        if always_partial_here() or not tf.executing_eagerly():
-            return "partial"
-        return self.warm_up
+    def warm_up(self) -> str:
+        """What a step returns while the receptive field fills: "none" or "partial"."""
+        return self._warm_up
 
     @property
-    def position(self):
-        """int64 tensor `[S]`: the steps that each of the streams held has taken."""
-        return self._stream_state.position
+    def active_warm_up(self) -> str:
+        """The layer's `warm_up`, but "partial" in a graph and as a part of a larger layer."""
+        return self.warm_up if self._can_return_none else "partial"
 
     @property
-    def receptive_field(self):
+    def _can_return_none(self) -> bool:
+        return tf.executing_eagerly() and not is_always_partial()
+
+    @property
+    def receptive_field(self) -> int:
         """How many steps an output depends on."""
         return 1
 
     @property
-    def delay(self):
-        """Steps between an input and the output that belongs to it."""
+    def delay(self) -> int:
+        """How many steps lie between an input and the output that belongs to it."""
         return 0
 
     @property
-    def input_features(self):
+    def ready(self) -> tf.Tensor:
+        """bool tensor `[S]`: which of the streams held have a full receptive field."""
+        return self.position >= self.receptive_field
+
+    @property
+    def _first_output(self) -> int:
+        """The first step of a stream that has an output, counted from 1."""
+        return 1 if self.active_warm_up == "partial" else self.receptive_field
+
+    def _unready_steps(self, step: Step) -> int:
+        """Return how many of a call's oldest steps have no output; in a graph always 0.
+
+        The stream of the call that has come furthest decides.
+        """
+        first = self._first_output
+        if first == 1:
+            return 0
+        furthest = int((step.position.numpy() + step.steps).max(initial=0))
+        return step.steps - max(0, min(step.steps, furthest - first + 1))
+
+    def _ready_outputs(self, step: Step, outputs: Any) -> Any:
+        """Return the outputs of a call without those of unready steps.
+
+        Args:
+            step: The `Step`.
+            outputs: A tensor `(M, T, ...)`, or a structure of them.
+
+        Returns:
+            `(M, T', ...)`, or None in place of every tensor if T' = 0.
+        """
+        unready = self._unready_steps(step)
+        if unready == 0:
+            return outputs
+        if unready == step.steps:
+            return keras.tree.map_structure(lambda x: None, outputs)
+        return keras.tree.map_structure(lambda x: x[:, unready:], outputs)
+
+    # Inputs.
+
+    @property
+    def input_features(self) -> dict[str, Any]:
         """The inputs of a step of a built layer, in order: a dict from names to sizes.
 
         A size is a number of features, or the shape of a row, a tuple.
         """
         raise NotImplementedError
 
-    def _check_policy(self):
+    def _rows_input(self, x: Any, mode: str) -> tf.Tensor:
+        """Return the only input of a layer `(..., E)` as a tensor, and build the layer.
+
+        The tensor carries no mask of Keras: such a layer heeds masks in no mode.
+        """
+        if mode != "regular" or any(
+            part.compute_dtype != self.compute_dtype for part in self._inner_layers
+        ):
+            self._check_policy()
+        x = without_keras_mask(step_input("x", x, mode, self.compute_dtype))
+        self._ensure_built(x)
+        return x
+
+    def _ensure_built(self, *inputs: tf.Tensor) -> None:
+        if not self.built:
+            # The weights are made outside the graph that may be being traced.
+            with tf.init_scope():
+                self.build(*(x.shape for x in inputs))
+
+    @property
+    def _inner_layers(self) -> Sequence["ContinualLayer"]:
+        """The continual layers that this layer calls."""
+        return []
+
+    def _check_policy(self) -> None:
         """Raise ValueError if the layer computes in another dtype than its streams' state is for.
 
-        Keras lets a dtype policy be set after construction, and goes on in the new dtype.
+        Keras lets a dtype policy be set after construction, and continues in the new dtype.
         """
         if self._made_for not in (None, self.compute_dtype):
             raise ValueError(
@@ -208,18 +178,25 @@ class ContinualLayer:
                 f"which its streams' state is for, but got {self.compute_dtype}: its dtype_policy "
                 f"was set to {self.dtype_policy.name!r} later. Make another layer with "
                 f"dtype={self.dtype_policy.name!r}, and give it the weights by set_weights. "
-                "(Regular calls go on in the new dtype.)"
+                "(Regular calls continue in the new dtype.)"
             )
+        for layer in self._inner_layers:
+            layer._check_policy()
 
-    # The state of the streams. All of it is that of `_streams`, which the layers of a whole share.
+    # The state of the streams, which the layers of a model share.
 
     @property
-    def _streams(self):
-        """The `Streams` that the layer steps."""
+    def _streams(self) -> Streams:
+        """The streams that the layer steps."""
         return self._stream_state.streams
 
-    def ensure_streams(self, streams):
-        """Make room for streams 0, ..., streams - 1. Those that are held keep their state.
+    @property
+    def position(self) -> tf.Tensor:
+        """int64 tensor `[S]`: the steps that each of the streams held has taken."""
+        return self._streams.position
+
+    def ensure_streams(self, streams: int | tf.Tensor) -> None:
+        """Make room for streams 0, ..., streams - 1. Streams that are held keep their state.
 
         As `clean_state`, this acts on all layers that share the layer's streams.
         """
@@ -227,11 +204,11 @@ class ContinualLayer:
             check_integer("streams", streams, at_least=0)
         self._streams.ensure(streams)
 
-    def clean_state(self, streams=None):
+    def clean_state(self, streams: TensorLike | None = None) -> None:
         """Forget what streams have seen: they begin again.
 
         Args:
-            streams: Integers `[M]`: which ones; None: all.
+            streams: Integers `[M]`, the streams to forget. None: all.
 
         Raises:
             ValueError: If a stream is not held, or is named twice.
@@ -240,40 +217,50 @@ class ContinualLayer:
         if streams is None:
             self._restart()
 
-    def _restart(self):
-        """Forget what is not one stream's; called when all streams begin again."""
+    def _restart(self) -> None:
+        """Forget what does not belong to a single stream, when all streams begin again."""
 
-    def get_state(self, streams=None):
+    def get_state(self, streams: TensorLike | None = None) -> dict[str, Any]:
         """Return the state of streams: a dict of NumPy arrays, a row a stream. Eager mode only.
 
         Args:
-            streams: Integers `[M]`: which ones, in this order; None: all.
+            streams: Integers `[M]`, the streams to read, in this order. None: all.
 
         Raises:
             ValueError: If a stream is not held, or is named twice.
         """
         return self._stream_state.get_state(streams)
 
-    def set_state(self, state, streams=None):
-        """Put back what `get_state` gave, here or in another layer of the same sizes.
+    def set_state(self, state: dict[str, Any], streams: TensorLike | None = None) -> None:
+        """Put back what `get_state` returned, here or in another layer of the same sizes.
 
         Args:
-            state: What `get_state` gave, of M streams.
-            streams: Integers `[M]`: which streams take it; None: streams 0, ..., M - 1. Room is
-                made for them, and other streams that are held begin again.
+            state: What `get_state` returned for M streams.
+            streams: Integers `[M]`, the streams that take it. None: streams 0, ..., M - 1. Room is
+                made for them, and all other streams that are held begin again.
 
         Raises:
-            ValueError: If the state does not fit; the streams then stay as they were.
+            ValueError: If the state does not fit. The streams then stay as they were.
         """
         self._streams.set_state(self._states(state), streams)
 
-    def _states(self, state):
-        """What `get_state` gave, as pairs of a `StreamState` and its part of it."""
+    def _states(self, state: dict[str, Any]) -> list[tuple[StreamState, dict[str, Any]]]:
+        """Split what `get_state` returned into pairs of a `StreamState` and its part."""
         return [(self._stream_state, state)]
 
-    def set_weights(self, weights):
-        super().set_weights(weights)
-        convert_weights(self)
+    # Weights and configuration.
 
-    def get_config(self):
+    def set_weights(self, weights: list[np.ndarray]) -> None:
+        super().set_weights(weights)
+        for layer in self._flatten_layers():
+            if isinstance(layer, ContinualLayer):
+                layer.convert_weights()
+
+    def convert_weights(self) -> None:
+        """Convert the kernels as they are now for steps in the layer's `weights_dtype`, if any.
+
+        `ct.convert_weights` says when to call it.
+        """
+
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "call_mode": self._call_mode}

@@ -1,9 +1,13 @@
-"""What every continual layer asks of its inputs and options."""
+"""Checks of the inputs and options of continual layers."""
+
+from typing import Any
 
 import keras
 import tensorflow as tf
 
-WARM_UPS = ("none", "partial")
+# A tensor, or anything that `tf.convert_to_tensor` takes.
+TensorLike = Any
+
 HALF_DTYPES = ("bfloat16", "float16")
 _AXES = {
     "regular": "(B, T, E), windows of T steps",
@@ -12,26 +16,26 @@ _AXES = {
 }
 
 
-def expect_given(name, x):
-    """Raises ValueError if an input is None."""
+def expect_given(name: str, x: Any) -> None:
+    """Raise ValueError if an input is None."""
     if x is None:
         raise ValueError(
-            f"Expected {name}, but got None. (A step of a continual layer gives None while its "
-            'window fills, but with warm_up="partial".)'
+            f'Expected {name}, but got None. (Unless warm_up="partial", a step of a continual '
+            "layer returns None while its window fills.)"
         )
 
 
-def step_input(name, x, mode, dtype):
-    """An input of a call, as a tensor of the layer's compute dtype.
+def step_input(name: str, x: Any, mode: str, dtype: str) -> tf.Tensor:
+    """Return an input of a call as a tensor of the layer's compute dtype.
 
     Args:
-        name: of the argument, for the message.
-        x: what the user gave.
-        mode: that of the call: "regular", "step" or "steps".
-        dtype: the layer's compute dtype; other floating dtypes are cast to it, as Keras does.
+        name: The name of the argument, for the message.
+        x: The input as the user gave it.
+        mode: The mode of the call: "regular", "step" or "steps".
+        dtype: The layer's compute dtype. Other floating dtypes are cast to it, as Keras does.
 
     Raises:
-        ValueError: if there is none, the rank is another, or the dtype not floating.
+        ValueError: If the input is None, has another rank, or its dtype is not floating.
     """
     expect_given(f"{name} of shape {_AXES[mode]}", x)
     x = tf.convert_to_tensor(x)
@@ -42,16 +46,16 @@ def step_input(name, x, mode, dtype):
     return tf.cast(x, dtype)
 
 
-def without_keras_mask(x):
-    """Return a tensor that carries no mask of Keras, as another tensor if it carries one.
+def without_keras_mask(x: tf.Tensor) -> tf.Tensor:
+    """Return x without a mask of Keras: another tensor, if x carries one.
 
     `keras.layers.MultiHeadAttention.call` reads the mask of its query from the tensor.
     """
     return x if getattr(x, "_keras_mask", None) is None else tf.identity(x)
 
 
-def check_same_rows(**inputs):
-    """Raises ValueError unless tensors `(M, E)` or `(M, T, E)` agree in M and T, which is not 0."""
+def check_same_rows(**inputs: tf.Tensor) -> None:
+    """Raise ValueError unless tensors `(M, E)` or `(M, T, E)` agree in M and T, and T is not 0."""
     first = next(iter(inputs.values()))
     for name, x in inputs.items():
         if not x.shape[:-1].is_compatible_with(first.shape[:-1]):
@@ -61,24 +65,37 @@ def check_same_rows(**inputs):
         raise ValueError(f"Expected at least one step, but got {tuple(first.shape)}")
 
 
-def rows_and_steps(x):
-    """M and T of a tensor (M, T, ...): ints where they are known, otherwise int32 scalars."""
-    return tuple(tf.shape(x)[axis] if x.shape[axis] is None else x.shape[axis] for axis in range(2))
+def rows_and_steps(
+    x: tf.Tensor, mode: str = "steps", time_axis: int = 1
+) -> tuple[int | tf.Tensor, int | tf.Tensor]:
+    """Return M and T of a call's input: ints if they are known, otherwise int32 scalar tensors.
+
+    Args:
+        x: `(M, T, ...)`; of one step `(M, ...)`.
+        mode: "step", whose T is 1, or "steps".
+        time_axis: The axis of T.
+    """
+    rows = _size(x, 0)
+    return rows, 1 if mode == "step" else _size(x, time_axis)
 
 
-def check_features(name, x, features):
-    """Raises ValueError unless the last axis of a tensor is what the layer was built for."""
+def _size(x: tf.Tensor, axis: int) -> int | tf.Tensor:
+    return tf.shape(x)[axis] if x.shape[axis] is None else x.shape[axis]
+
+
+def check_features(name: str, x: tf.Tensor, features: int) -> None:
+    """Raise ValueError unless the last axis of a tensor is what the layer was built for."""
     if x.shape[-1] != features:
         raise ValueError(
             f"Expected {name} of shape {(*x.shape[:-1], features)}, but got {tuple(x.shape)}"
         )
 
 
-def checked_cache_dtype(dtype, compute_dtype):
-    """The name of what keys and values are kept in; None, for the compute dtype, is itself.
+def checked_cache_dtype(dtype: Any, compute_dtype: str) -> str | None:
+    """Return the name of the dtype of kept keys and values, or None for the compute dtype.
 
     Raises:
-        ValueError: if it is neither the compute dtype, nor a half of float32.
+        ValueError: If it is neither the compute dtype nor, under float32, a 16-bit dtype.
     """
     if dtype is None:
         return None
@@ -91,11 +108,11 @@ def checked_cache_dtype(dtype, compute_dtype):
     )
 
 
-def checked_weights_dtype(dtype, compute_dtype):
-    """The name of what a step's kernels are kept in; None for the layer's own variables.
+def checked_weights_dtype(dtype: Any, compute_dtype: str) -> str | None:
+    """Return the name of the dtype of a step's kernels, or None for the layer's own variables.
 
     Raises:
-        ValueError: if it is neither the compute dtype, nor bfloat16 under float32.
+        ValueError: If it is neither the compute dtype nor, under float32, bfloat16.
     """
     if dtype is None or keras.backend.standardize_dtype(dtype) == compute_dtype:
         return None

@@ -1,39 +1,45 @@
-"""What the continual transformer encoder blocks have in common."""
+"""What the continual transformer encoder blocks share."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
-from continual_transformers_tf.layers.inputs import step_input, without_keras_mask
-from continual_transformers_tf.layers.step_ops import layer_norm, project
-from continual_transformers_tf.ops.stream_state import check_integer
+from continual_transformers_tf.layers.inputs import TensorLike, rows_and_steps
+from continual_transformers_tf.layers.plain_layers import layer_norm, project
+from continual_transformers_tf.layers.streaming_attention import StreamingAttention
+from continual_transformers_tf.ops.stream_state import Step, StreamState, check_integer
 
 
-class TransformerEncoderBlock(ContinualLayer, keras.layers.Layer):
+class TransformerEncoderBlock(ContinualLayer):
     """Attention, residual, layer norm, feed-forward, residual, layer norm; or with the norms first.
 
-    A block gives `make_attention`, the class of its attention, and the calls of the three modes.
-    Its arguments are those of `CoSiTransformerEncoder`, but for those of the attention alone.
+    A subclass defines `_attention_class`, `call_regular` and `_step_outputs`. The arguments are
+    those of `CoSiTransformerEncoder`; `attention_options` are arguments of the attention only.
     """
+
+    _attention_class: type[StreamingAttention]
 
     def __init__(
         self,
-        seq_len,
-        embed_dim,
-        num_heads,
-        ff_dim,
-        dropout_rate=0.1,
-        call_mode="regular",
+        seq_len: int,
+        embed_dim: int,
+        num_heads: int,
+        ff_dim: int,
+        dropout_rate: float = 0.1,
+        call_mode: str = "regular",
         *,
-        key_dim=None,
-        use_bias=True,
-        norm_first=False,
-        activation="gelu",
-        epsilon=1e-6,
-        warm_up="none",
-        attention_options,
-        **kwargs,
-    ):
+        key_dim: int | None = None,
+        use_bias: bool = True,
+        norm_first: bool = False,
+        activation: Any = "gelu",
+        epsilon: float = 1e-6,
+        warm_up: str = "none",
+        attention_options: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
         check_integer("embed_dim", embed_dim, at_least=1)
         check_integer("ff_dim", ff_dim, at_least=1)
         super().__init__(**kwargs)
@@ -55,7 +61,7 @@ class TransformerEncoderBlock(ContinualLayer, keras.layers.Layer):
         self._made_for = self.compute_dtype
         self.norm_first = bool(norm_first)
         policy = dict(dtype=self.dtype_policy)
-        self.attention = self.make_attention(
+        self.attention = self._attention_class(
             seq_len,
             num_heads,
             embed_dim if key_dim is None else key_dim,
@@ -73,36 +79,34 @@ class TransformerEncoderBlock(ContinualLayer, keras.layers.Layer):
         self.output_norm = keras.layers.LayerNormalization(epsilon=epsilon, **policy)
 
     @property
-    def seq_len(self):
+    def seq_len(self) -> int:
         """N, the window: the newest steps, which attend to each other."""
         return self.attention.seq_len
 
     @property
-    def warm_up(self):
-        """What a step gives while the window fills: "none" or "partial"."""
+    def warm_up(self) -> str:
         return self.attention.warm_up
 
     @property
-    def receptive_field(self):
+    def receptive_field(self) -> int:
         return self.attention.receptive_field
 
     @property
-    def input_features(self):
+    def input_features(self) -> dict[str, int]:
         return {"x": self._config["embed_dim"]}
 
     @property
-    def _stream_state(self):
+    def _stream_state(self) -> StreamState:
         return self.attention._stream_state
 
     @property
-    def ready(self):
-        """bool tensor `[S]`: which of the streams held have a full window."""
-        return self.attention.ready
+    def _inner_layers(self) -> Sequence[ContinualLayer]:
+        return [self.attention]
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), **self._config}
 
-    def build(self, input_shape):
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
         features = self._config["embed_dim"]
         if input_shape[-1] != features:
             raise ValueError(f"Expected {features} features, embed_dim, but got {input_shape}")
@@ -114,48 +118,117 @@ class TransformerEncoderBlock(ContinualLayer, keras.layers.Layer):
         self.feed_forward_output.build((None, self._config["ff_dim"]))
         self.output_norm.build(newest)
 
-    def call(self, x, training=None, streams=None, update_state=True):
-        if self.active_call_mode == "regular":
-            return self.call_regular(x, training)
-        call = self.call_step if self.active_call_mode == "step" else self.call_steps
-        return call(x, training, streams=streams, update_state=update_state)
+    def call(
+        self,
+        x: TensorLike,
+        training: bool | None = None,
+        streams: TensorLike | None = None,
+        update_state: bool = True,
+    ) -> Any:
+        return self._call_by_mode(x, training=training, streams=streams, update_state=update_state)
 
-    def call_regular_rows(self, x, training=None, attention_mask=None):
-        """All rows of windows, by Keras' own layers: a regular encoder with these weights.
+    def call_regular_rows(
+        self, x: TensorLike, training: bool | None = None, attention_mask: Any = None
+    ) -> tf.Tensor:
+        """Return all rows of windows, from Keras' own layers: a regular encoder's output.
 
         Args:
             x: `(B, T, E)`.
-            attention_mask: as `keras.layers.MultiHeadAttention` has it.
+            training: Whether dropout acts.
+            attention_mask: As in `keras.layers.MultiHeadAttention`.
 
         Returns:
             `(B, T, E)`.
         """
-        x = self._input(x, "regular")
+        x = self._rows_input(x, "regular")
         normal = self.attention_norm(x) if self.norm_first else x
-        attended = keras.layers.MultiHeadAttention.call(
-            self.attention, normal, normal, attention_mask=attention_mask, training=training
+        attended = self.attention.call_regular_rows(
+            normal, normal, attention_mask=attention_mask, training=training
         )
         return self._feed_forward(x, attended, training)
 
-    def _check_policy(self):
-        super()._check_policy()
-        self.attention._check_policy()
+    def call_step(
+        self,
+        x: TensorLike,
+        training: bool | None = None,
+        *,
+        streams: TensorLike | None = None,
+        update_state: bool = True,
+    ) -> tf.Tensor | None:
+        """Take one step of M streams.
 
-    def _input(self, x, mode):
-        if mode != "regular" or self.compute_dtype != self.attention.compute_dtype:
-            self._check_policy()
-        # The layer does not support masking, as Keras warns: no mode may heed a part of a mask.
-        x = without_keras_mask(step_input("x", x, mode, self.compute_dtype))
-        if not self.built:
-            with tf.init_scope():
-                self.build(x.shape)
-        return x
+        Args:
+            x: `(M, E)`.
+            training: Whether dropout acts.
+            streams, update_state: As in `CoSiMultiHeadAttention.call_step`.
 
-    def _attention_input(self, x):
-        return layer_norm(x, self.attention_norm, self.compute_dtype) if self.norm_first else x
+        Returns:
+            `(M, E)`; of a `CoReTransformerEncoder` `(M, N, E)`, the outputs of the window's steps,
+            oldest first, zeros for steps that were never taken. Or None while the window fills (see
+            `warm_up`).
 
-    def _step_feed_forward(self, x, attended, training):
-        """`_feed_forward` by plain ops, for steps."""
+        Raises:
+            ValueError, tf.errors.InvalidArgumentError: If shapes, dtypes or streams do not fit. The
+                streams then continue as if the call had not been made.
+        """
+        return self._take_steps("step", x, training, streams, update_state)
+
+    def call_steps(
+        self,
+        x: TensorLike,
+        training: bool | None = None,
+        *,
+        streams: TensorLike | None = None,
+        update_state: bool = True,
+    ) -> tf.Tensor | None:
+        """Take T steps of M streams, with the same outputs and state as T calls of `call_step`.
+
+        Args:
+            x: `(M, T, E)`.
+            training, streams, update_state: As in `call_step`.
+
+        Returns:
+            `(M, T', E)`; of a `CoReTransformerEncoder` `(M, T', N, E)`. T' and None are as in
+            `CoSiMultiHeadAttention.call_steps`.
+
+        Raises:
+            ValueError, tf.errors.InvalidArgumentError: As in `call_step`; also if T = 0.
+        """
+        return self._take_steps("steps", x, training, streams, update_state)
+
+    def _take_steps(
+        self, mode: str, x: TensorLike, training: bool | None, streams: Any, update_state: bool
+    ) -> tf.Tensor | None:
+        x = self._rows_input(x, mode)
+        attend = self.attention.call_step if mode == "step" else self.attention.call_steps
+
+        def compute(step: Step) -> tf.Tensor | None:
+            normal = x
+            if self.norm_first:
+                normal = layer_norm(x, self.attention_norm, self.compute_dtype)
+            attended = attend(normal, training=training, update_state=update_state)
+            return self._step_outputs(step, x, attended, training)
+
+        rows, steps = rows_and_steps(x, mode)
+        return self._streams.take_steps(self, compute, streams, rows, steps, update_state)
+
+    def _step_outputs(
+        self, step: Step, x: tf.Tensor, attended: tf.Tensor | None, training: bool | None
+    ) -> tf.Tensor | None:
+        """Return the block's outputs of a call of steps.
+
+        Args:
+            step: The `Step`.
+            x: The call's input, `(M, E)` or `(M, T, E)`.
+            attended: The attention's output; None while the window fills.
+            training: Whether dropout acts.
+        """
+        raise NotImplementedError
+
+    def _step_feed_forward(
+        self, x: tf.Tensor, attended: tf.Tensor, training: bool | None
+    ) -> tf.Tensor:
+        """Return what `_feed_forward` does, computed by plain ops."""
         dtype = self.compute_dtype
         if training:
             attended = self.attention_dropout(attended, training=True)
@@ -170,8 +243,11 @@ class TransformerEncoderBlock(ContinualLayer, keras.layers.Layer):
         output = attended + output
         return output if self.norm_first else layer_norm(output, self.output_norm, dtype)
 
-    def _feed_forward(self, x, attended, training):
-        """What comes after the attention, of rows `x` of the block's input."""
+    def _feed_forward(self, x: tf.Tensor, attended: tf.Tensor, training: bool | None) -> tf.Tensor:
+        """Return the block's outputs, given the rows `x` of its input and the attention's output.
+
+        A regular call uses Keras' own layers, so that it is exactly a regular encoder.
+        """
         attended = x + self.attention_dropout(attended, training=training)
         if not self.norm_first:
             attended = self.attention_norm(attended)

@@ -12,11 +12,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from continual_transformers_tf.layers.continual_layer import (
-    ContinualLayer,
-    convert_weights,
-    hold_streams,
-)
+from continual_transformers_tf.layers.continual_layer import ContinualLayer
+from continual_transformers_tf.layers.model_streams import convert_weights, hold_streams
 from continual_transformers_tf.models.lowering import Lowered, lower
 from continual_transformers_tf.native import backend
 from continual_transformers_tf.ops.library import fused_ops

@@ -25,10 +25,11 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from continual_transformers_tf.layers.call_modes import call_mode
 from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
 from continual_transformers_tf.layers.co_delay import CoDelay
 from continual_transformers_tf.layers.co_residual import CoResidual
-from continual_transformers_tf.layers.continual_layer import ContinualLayer, call_mode
+from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
 from continual_transformers_tf.models.own_calls import OWN_CALL, computes_as_ours, has_own_call
 from continual_transformers_tf.models.row_wise import (

@@ -5,9 +5,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from continual_transformers_tf.layers.call_modes import call_mode
 from continual_transformers_tf.layers.composite_layer import CompositeLayer
-from continual_transformers_tf.layers.continual_layer import always_partial, call_mode
-from continual_transformers_tf.layers.inputs import WARM_UPS, expect_given, rows_and_steps
+from continual_transformers_tf.layers.inputs import expect_given, rows_and_steps
+from continual_transformers_tf.layers.warm_up import always_partial, check_warm_up
 from continual_transformers_tf.models.step_graph import StepGraph, names_of_inputs
 from continual_transformers_tf.ops.stream_state import Step
 
@@ -57,8 +58,7 @@ class StreamingModel(CompositeLayer, keras.Model):
     def __init__(
         self, model: keras.Model, warm_up: str = "none", call_mode: str = "regular", **kwargs: Any
     ) -> None:
-        if warm_up not in WARM_UPS:
-            raise ValueError(f"Expected warm_up to be one of {WARM_UPS}, but got {warm_up!r}")
+        check_warm_up(warm_up)
         if not isinstance(model, keras.Model):
             raise ValueError(f"Expected a keras.Model, but got {model!r}")
         graph = StepGraph(model)
@@ -77,11 +77,6 @@ class StreamingModel(CompositeLayer, keras.Model):
         self.call_mode = call_mode
         self.built = True
         self._share_streams()
-
-    @property
-    def warm_up(self) -> str:
-        """What a step returns while the receptive field fills: "none" or "partial"."""
-        return self._warm_up
 
     @property
     def receptive_field(self) -> int:
@@ -115,10 +110,9 @@ class StreamingModel(CompositeLayer, keras.Model):
         streams: Any = None,
         update_state: bool = True,
     ) -> Any:
-        if self.active_call_mode == "regular":
-            return self.call_regular(inputs, training)
-        call = self.call_step if self.active_call_mode == "step" else self.call_steps
-        return call(inputs, training, streams=streams, update_state=update_state)
+        return self._call_by_mode(
+            inputs, training=training, streams=streams, update_state=update_state
+        )
 
     def call_regular(self, inputs: Any, training: bool | None = None) -> Any:
         """Return the model's outputs for whole windows. This does not use the streams' state."""
@@ -223,13 +217,7 @@ class StreamingModel(CompositeLayer, keras.Model):
         def compute(step: Step) -> Any:
             with call_mode("steps"), always_partial():
                 outputs = self._graph.run(inputs, step, training)
-            if self.active_warm_up == "partial":
-                return outputs
-            furthest = int(step.position.numpy().max(initial=0)) + steps
-            ready = max(0, min(steps, furthest - self.receptive_field + 1))
-            if ready == 0:
-                return keras.tree.map_structure(lambda y: None, outputs)
-            return keras.tree.map_structure(lambda y: y[:, steps - ready :], outputs)
+            return self._ready_outputs(step, outputs)
 
         return self._streams.take_steps(self, compute, streams, rows, steps, update_state)
 
@@ -258,11 +246,6 @@ class StreamingModel(CompositeLayer, keras.Model):
     @property
     def parts(self) -> list[keras.layers.Layer]:
         return self._graph.layers
-
-    @property
-    def ready(self) -> tf.Tensor:
-        """Which streams have a full receptive field: a bool tensor `[S]`."""
-        return self.position >= self.receptive_field
 
 
 def _with_mask(x: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
