@@ -64,7 +64,7 @@ class StreamingModel(CompositeLayer, keras.Model):
         graph = StepGraph(model)
         problems = list(dict.fromkeys(graph.problems))
         if not problems and not graph.layers:
-            problems = ["it has no continual layer: ct.convert makes them of its attention layers"]
+            problems = ["it has no layer of continual_transformers_tf"]
         if problems:
             raise ValueError(
                 f"{model.name} cannot be run on the steps of a stream:\n"
