@@ -122,7 +122,7 @@ def attention_weights(
         )
     size = features // num_heads
     # PyTorch's kernels are [outputs, inputs], the heads one after the other.
-    placed = [kernel.T.reshape(-1, num_heads, size) for kernel in kernels[:3]]
+    placed: list[Array] = [kernel.T.reshape(-1, num_heads, size) for kernel in kernels[:3]]
     placed.append(kernels[3].T.reshape(num_heads, size, features))
     if biases:
         placed_biases = [bias.reshape(num_heads, size) for bias in biases[:3]] + [biases[3]]
