@@ -33,7 +33,7 @@ struct DeviceCoSiEncoderStep {
 template <typename T, typename C, typename W>
 const char* RefusesCoSiEncoderStep(const DeviceCoSiEncoderStep<T, C, W>& step);
 
-// Takes the step, and advances the positions. Instantiated for (T, C, W) as TakeCoSiMhaStep is.
+// Takes the step, and advances the positions. Instantiated for the step types of step_types.h.
 template <typename T, typename C, typename W>
 cudaError_t LaunchCoSiEncoderStep(const DeviceCoSiEncoderStep<T, C, W>& step, cudaStream_t stream);
 

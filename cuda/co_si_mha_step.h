@@ -33,7 +33,7 @@ struct DeviceCoSiMhaStep : CoSiMhaStep<T, C, W> {
 template <typename T, typename C, typename W>
 const char* RefusesCoSiMhaStep(const DeviceCoSiMhaStep<T, C, W>& step);
 
-// Takes the step, and advances the positions. Instantiated for (T, C, W) as TakeCoSiMhaStep is.
+// Takes the step, and advances the positions. Instantiated for the step types of step_types.h.
 template <typename T, typename C, typename W>
 cudaError_t LaunchCoSiMhaStep(const DeviceCoSiMhaStep<T, C, W>& step, cudaStream_t stream);
 

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "cc/attention/half.h"
+#include "cc/attention/step_types.h"
 #include "cuda/dense.h"
 #include "cuda/elements.cuh"
 #include "cuda/launch.cuh"
@@ -154,18 +155,17 @@ class StripBlock {
     StoreAs<T>(layer.output, at, x);
   }
 
-  __device__ static T Activate(DenseActivation activation, T x) {
+  __device__ static T Activate(Activation activation, T x) {
     switch (activation) {
-      case DenseActivation::kLinear:
-        return x;
-      case DenseActivation::kSigmoid:
+      case Activation::kSigmoid:
         return T(1) / (T(1) + std::exp(-x));
-      case DenseActivation::kGelu:
+      case Activation::kGelu:
         return T(0.5) * x * std::erfc(x * T(-0.70710678118654752));
-      case DenseActivation::kRelu:
-        return x < T(0) ? T(0) : x;  // A NaN stays one.
+      case Activation::kRelu:
+        return x < T(0) ? T(0) : x;  // NaN stays NaN
+      default:
+        return x;
     }
-    return x;
   }
 
   template <typename C>
@@ -239,10 +239,8 @@ cudaError_t LaunchDense(const DeviceDenseParams<T, W>& p, cudaStream_t stream) {
 }
 
 #define INSTANTIATE(T, W) \
-  template cudaError_t LaunchDense<T, W>(const DeviceDenseParams<T, W>&, cudaStream_t)
-INSTANTIATE(float, float);
-INSTANTIATE(float, BFloat16);
-INSTANTIATE(double, double);
+  template cudaError_t LaunchDense<T, W>(const DeviceDenseParams<T, W>&, cudaStream_t);
+CONTINUAL_TRANSFORMERS_FOR_WEIGHT_TYPES(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace continual_transformers

@@ -7,11 +7,10 @@
 
 #include <cstdint>
 
+#include "cc/attention/activations.h"
 #include "cc/attention/co_si_mha_step.h"
 
 namespace continual_transformers {
-
-enum class DenseActivation { kLinear, kSigmoid, kGelu, kRelu };
 
 enum class Storage { kAsComputed, kBFloat16, kFloat16 };
 
@@ -25,8 +24,8 @@ struct DeviceDense {
   const T* bias;    // [outputs]; null: none
   int64_t inputs;
   int64_t outputs;
-  DenseActivation activation;
-  const T* residual;  // [M, outputs], added to what comes out; null: none
+  Activation activation;  // HasActivation()
+  const T* residual;      // [M, outputs], added to what comes out; null: none
   T* delay_ring;  // [S, delay, outputs]: what comes out is exchanged for that of `delay` steps ago,
                   // or zeros where there was no such step. Null: it is not.
   void* output;   // [M, outputs]
@@ -43,6 +42,12 @@ DeviceDense<T, W> DenseOf(const Projection<T, W>& projection, int64_t outputs, v
   layer.outputs = outputs;
   layer.output = output;
   return layer;
+}
+
+// Returns whether the kernel can apply it. Activations with parameters have their defaults.
+constexpr bool HasActivation(Activation activation) {
+  return activation == Activation::kLinear || activation == Activation::kSigmoid ||
+         activation == Activation::kGelu || activation == Activation::kRelu;
 }
 
 // Several of them on the same rows, in one launch.
@@ -67,7 +72,7 @@ struct DeviceDenseParams {
   bool overlap;  // See DeviceSingleOutputParams.
 };
 
-// Instantiated for (T, W) of (float, float), (float, BFloat16) and (double, double).
+// Instantiated for the weight types of step_types.h.
 template <typename T, typename W>
 cudaError_t LaunchDense(const DeviceDenseParams<T, W>& params, cudaStream_t stream);
 

@@ -1,6 +1,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cc/attention/step_types.h"
 #include "cuda/launch.cuh"
 #include "cuda/normalize.h"
 #include "cuda/warp.cuh"
@@ -54,7 +55,9 @@ cudaError_t LaunchNormalize(const DeviceNormalizeParams<T>& params, cudaStream_t
   return Launch(NormalizeKernel<T>, params.rows, kThreads, params.overlap, stream, params);
 }
 
-template cudaError_t LaunchNormalize<float>(const DeviceNormalizeParams<float>&, cudaStream_t);
-template cudaError_t LaunchNormalize<double>(const DeviceNormalizeParams<double>&, cudaStream_t);
+#define INSTANTIATE(T) \
+  template cudaError_t LaunchNormalize<T>(const DeviceNormalizeParams<T>&, cudaStream_t);
+CONTINUAL_TRANSFORMERS_FOR_COMPUTE_TYPES(INSTANTIATE)
+#undef INSTANTIATE
 
 }  // namespace continual_transformers

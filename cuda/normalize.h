@@ -22,7 +22,7 @@ struct DeviceNormalizeParams {
   bool overlap;  // See DeviceSingleOutputParams.
 };
 
-// Instantiated for float and double.
+// Instantiated for the compute types of step_types.h.
 template <typename T>
 cudaError_t LaunchNormalize(const DeviceNormalizeParams<T>& params, cudaStream_t stream);
 

@@ -13,8 +13,8 @@
 #include <limits>
 #include <type_traits>
 
-#include "cc/attention/half.h"
 #include "cc/attention/online_softmax.h"
+#include "cc/attention/step_types.h"
 #include "cuda/arrival.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/launch.cuh"
@@ -396,11 +396,9 @@ cudaError_t LaunchSingleOutput(const DeviceSingleOutputParams<T, C>& p, cudaStre
 
 #define INSTANTIATE(T, C)                                                                \
   template const char* RefusesSingleOutput<T, C>(const DeviceSingleOutputParams<T, C>&); \
-  template cudaError_t LaunchSingleOutput<T, C>(const DeviceSingleOutputParams<T, C>&, cudaStream_t)
-INSTANTIATE(float, float);
-INSTANTIATE(float, BFloat16);
-INSTANTIATE(float, Float16);
-INSTANTIATE(double, double);
+  template cudaError_t LaunchSingleOutput<T, C>(const DeviceSingleOutputParams<T, C>&,   \
+                                                cudaStream_t);
+CONTINUAL_TRANSFORMERS_FOR_CACHE_TYPES(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace continual_transformers

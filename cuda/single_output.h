@@ -51,8 +51,8 @@ int64_t PlanWindowParts(int64_t queries, int64_t window, int multiprocessors);
 template <typename T, typename C>
 const char* RefusesSingleOutput(const DeviceSingleOutputParams<T, C>& params);
 
-// Instantiated for (T, C) of (float, float), (float, BFloat16), (float, Float16) and
-// (double, double). Sizes that RefusesSingleOutput names give cudaErrorInvalidValue.
+// Instantiated for the cache types of step_types.h. Sizes that RefusesSingleOutput names give
+// cudaErrorInvalidValue.
 template <typename T, typename C>
 cudaError_t LaunchSingleOutput(const DeviceSingleOutputParams<T, C>& params, cudaStream_t stream);
 
