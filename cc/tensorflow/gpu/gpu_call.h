@@ -10,8 +10,6 @@
 #include <vector>
 
 #include "absl/status/status.h"
-#include "cc/attention/params.h"
-#include "cc/tensorflow/inputs.h"
 #include "cc/tensorflow/locked_variables.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/tensor.h"
@@ -42,17 +40,6 @@ class GpuCall : public DeviceMemory {
   tensorflow::OpKernelContext* const ctx_;
   const cudaStream_t stream_;
 };
-
-// What a launcher says of sizes that no kernel takes; null: nothing.
-template <typename T, typename C>
-absl::Status NotRefused(const char* refusal, const SingleOutputParams<T, C>& p) {
-  if (refusal == nullptr) return absl::OkStatus();
-  return InvalidArgument("on a GPU ", refusal, "; but got keys of size ", p.key_dim,
-                         " and values of size ", p.value_dim, ", a window of ", p.window, " and ",
-                         p.num_steps,
-                         " steps. (CONTINUAL_TRANSFORMERS_BACKEND=tensorflow takes "
-                         "any.)");
-}
 
 }  // namespace continual_transformers
 
