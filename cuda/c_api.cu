@@ -177,7 +177,7 @@ __global__ void NothingKernel(const __grid_constant__ Nothing) {}
 }  // namespace
 }  // namespace continual_transformers
 
-using namespace continual_transformers;  // What follows has C's names.
+using namespace continual_transformers;  // the functions below have C names
 
 const char* continual_transformers_cuda_single_output(const ContinualTransformersSingleOutput* call,
                                                       void* stream) {

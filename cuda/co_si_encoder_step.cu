@@ -57,7 +57,7 @@ class Launcher {
   }
 
  private:
-  // Nothing more once something has failed.
+  // Does nothing after an error.
   template <typename F>
   void Try(const F& launch) {
     if (error_ == cudaSuccess) error_ = launch();

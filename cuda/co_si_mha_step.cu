@@ -17,7 +17,7 @@ constexpr Storage kStorage = std::is_same_v<C, BFloat16>  ? Storage::kBFloat16
                              : std::is_same_v<C, Float16> ? Storage::kFloat16
                                                           : Storage::kAsComputed;
 
-// The step's own business between its launches.
+// The memory between the launches of a step.
 template <typename T, typename C, typename W>
 struct Scratch {
   explicit Scratch(const DeviceCoSiMhaStep<T, C, W>& step) {
@@ -44,7 +44,7 @@ struct Scratch {
   int64_t bytes;
 };
 
-// All but what is in memory that the launches share.
+// The parameters of the attention's launch.
 template <typename T, typename C, typename W>
 DeviceSingleOutputParams<T, C> AttentionOf(const DeviceCoSiMhaStep<T, C, W>& step) {
   const Scratch<T, C, W> scratch(step);
@@ -134,7 +134,7 @@ cudaError_t LaunchCoSiMhaStep(const DeviceCoSiMhaStep<T, C, W>& step, cudaStream
   const Scratch<T, C, W> scratch(step);
   DeviceDenseParams<T, W> in = ProjectionsIn(step, scratch);
   DeviceSingleOutputParams<T, C> attention = AttentionOf(step);
-  // Whatever is refused is refused before the first launch.
+  // Sizes are refused before the first launch.
   if (RefusesSingleOutput(attention) != nullptr) return cudaErrorInvalidValue;
   in.overlap = attention.overlap = CanOverlap();
   cudaError_t error = LaunchDense(in, stream);

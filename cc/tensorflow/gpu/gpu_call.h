@@ -1,5 +1,5 @@
-// What an op's call on a GPU asks of the GPU: everything on the op's own stream, in order with what
-// came before and comes after, so that the host waits for nothing.
+// Memory and copies for an op's call on a GPU. All work is on the op's own stream, in order with
+// the work before and after it, so the host does not wait.
 
 #ifndef CONTINUAL_TRANSFORMERS_TENSORFLOW_GPU_GPU_CALL_H_
 #define CONTINUAL_TRANSFORMERS_TENSORFLOW_GPU_GPU_CALL_H_
@@ -25,15 +25,16 @@ class GpuCall : public DeviceMemory {
 
   absl::Status Copy(const tensorflow::Tensor& from, tensorflow::Tensor* to) override;
 
-  // Temporary memory: as it comes, and of zeros.
+  // Allocate temporary memory: not initialized, and zeros.
   absl::Status Allocate(int64_t bytes, tensorflow::Tensor* memory);
   absl::Status AllocateZeros(int64_t bytes, tensorflow::Tensor* memory);
 
-  // The host's streams where a kernel can read them, kept by *memory: null where row m is stream m.
+  // Copies streams from the host to *memory, and sets *data to them. Sets null if row m is stream
+  // m.
   absl::Status Streams(const tensorflow::Tensor& streams, tensorflow::Tensor* memory,
                        const int32_t** data);
 
-  // The positions of all streams on the host, which waits for them.
+  // Copies the positions of all streams to the host, and waits for them.
   absl::Status Positions(const tensorflow::Tensor& position, std::vector<int64_t>* positions);
 
  private:
