@@ -22,12 +22,12 @@ ATTENTION_HEADERS = [
     "attention/params.h",
     "attention/read_loop.h",
     "attention/retroactive.h",
-    "attention/retroactive_params.h",
     "attention/retroactive_row-inl.h",
     "attention/ring_attention.h",
     "attention/ring_cache.h",
     "attention/rows.h",
     "attention/single_output.h",
+    "attention/step_types.h",
     "attention/targets.h",
     "attention/threads.h",
     "attention/vector_math-inl.h",
@@ -50,6 +50,7 @@ ATTENTION_SOURCES = [
 ]
 
 SESSION_HEADERS = [
+    "session/activations.h",
     "session/attention_instructions.h",
     "session/compiler.h",
     "session/dense_instruction.h",
@@ -57,7 +58,6 @@ SESSION_HEADERS = [
     "session/executor.h",
     "session/fingerprint.h",
     "session/fork.h",
-    "session/functions.h",
     "session/instruction.h",
     "session/layout_instructions.h",
     "session/model_file.h",
@@ -74,12 +74,12 @@ SESSION_HEADERS = [
 ]
 
 SESSION_SOURCES = [
+    "session/activations.cc",
     "session/c_api.cc",
     "session/compiler.cc",
     "session/executor.cc",
     "session/fingerprint.cc",
     "session/fork.cc",
-    "session/functions.cc",
     "session/model_file.cc",
     "session/plan.cc",
     "session/plan_ops.cc",
@@ -103,26 +103,50 @@ PYTHON_SOURCES = [
 ]
 
 TENSORFLOW_HEADERS = [
-    "tensorflow/co_si_mha_step_call-inl.h",
+    "tensorflow/attention_state.h",
+    "tensorflow/co_si_encoder_step_op.h",
     "tensorflow/co_si_mha_step_call.h",
-    "tensorflow/inputs.h",
+    "tensorflow/co_si_mha_step_op.h",
+    "tensorflow/co_si_mha_step_options.h",
+    "tensorflow/co_si_mha_step_shapes.h",
+    "tensorflow/cpu_device.h",
+    "tensorflow/dtypes.h",
+    "tensorflow/expect.h",
     "tensorflow/locked_variables.h",
+    "tensorflow/masks.h",
+    "tensorflow/op_io.h",
+    "tensorflow/op_shapes.h",
+    "tensorflow/ring_inputs.h",
+    "tensorflow/session_op.h",
     "tensorflow/session_resource.h",
-    "tensorflow/single_output_call.h",
+    "tensorflow/single_output_op.h",
     "tensorflow/threads.h",
 ]
 
 TENSORFLOW_SOURCES = [
+    "tensorflow/attention_state.cc",
     "tensorflow/build_info.cc",
-    "tensorflow/co_si_mha_step_call.cc",
+    "tensorflow/co_si_encoder_step_kernel.cc",
+    "tensorflow/co_si_encoder_step_op.cc",
     "tensorflow/co_si_mha_step_kernel.cc",
-    "tensorflow/inputs.cc",
+    "tensorflow/co_si_mha_step_op.cc",
+    "tensorflow/co_si_mha_step_shapes.cc",
+    "tensorflow/expect.cc",
+    "tensorflow/initialize_session_op.cc",
     "tensorflow/locked_variables.cc",
-    "tensorflow/ops.cc",
-    "tensorflow/retroactive_kernel.cc",
-    "tensorflow/session_kernel.cc",
+    "tensorflow/op_shapes.cc",
+    "tensorflow/release_session_op.cc",
+    "tensorflow/retroactive_op.cc",
+    "tensorflow/session_clean_op.cc",
+    "tensorflow/session_ensure_streams_op.cc",
+    "tensorflow/session_get_state_op.cc",
+    "tensorflow/session_handle_op.cc",
+    "tensorflow/session_op.cc",
     "tensorflow/session_resource.cc",
+    "tensorflow/session_set_state_op.cc",
+    "tensorflow/session_step_op.cc",
     "tensorflow/single_output_kernel.cc",
+    "tensorflow/single_output_op.cc",
     "tensorflow/threads.cc",
 ]
 
@@ -131,10 +155,12 @@ TENSORFLOW_SOURCES = [
 TENSORFLOW_GPU_HEADERS = [
     "tensorflow/gpu/cuda_status.h",
     "tensorflow/gpu/gpu_call.h",
+    "tensorflow/gpu/gpu_device.h",
     "tensorflow/gpu/op_stream.h",
 ]
 
 TENSORFLOW_GPU_SOURCES = [
+    "tensorflow/gpu/co_si_encoder_step_kernel.cc",
     "tensorflow/gpu/co_si_mha_step_kernel.cc",
     "tensorflow/gpu/cuda_status.cc",
     "tensorflow/gpu/gpu_call.cc",

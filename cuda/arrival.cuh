@@ -1,4 +1,5 @@
-// Blocks that wait for nobody: the last of those that share a piece of work does what needs all.
+// Blocks that share a piece of work and do not wait for each other: the last to arrive does what
+// needs the work of all.
 
 #ifndef CONTINUAL_TRANSFORMERS_CUDA_ARRIVAL_CUH_
 #define CONTINUAL_TRANSFORMERS_CUDA_ARRIVAL_CUH_
@@ -9,9 +10,9 @@
 
 namespace continual_transformers {
 
-// Whether the thread is the last of `count` that arrive at this counter, which is zero before the
-// first and after the last. It orders nothing: for a thread that only has to know that the others
-// have read what it is about to overwrite.
+// Returns whether the thread is the last of `count` that arrive at this counter, which is zero
+// before the first and after the last. It does not order memory accesses: it is for a thread that
+// only has to know that the others have read what it will overwrite.
 __device__ inline bool ThreadArrivesLast(uint32_t* counter, uint32_t count) {
   if (count == 1) return true;
   if (atomicAdd(counter, 1u) != count - 1) return false;
@@ -19,13 +20,13 @@ __device__ inline bool ThreadArrivesLast(uint32_t* counter, uint32_t count) {
   return true;
 }
 
-// The same of blocks, called by all their threads: and to the last one everything is visible that
-// the others wrote before they called.
+// The same for blocks. All threads of a block call it. The last block sees everything that the
+// other blocks wrote before they called.
 __device__ inline bool ArrivesLast(uint32_t* counter, uint32_t count) {
   __shared__ bool is_last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    // One thread's fences are enough for what the barriers show it of the others.
+    // The fences of one thread are enough: the barriers order the other threads' accesses.
     __threadfence();
     is_last = ThreadArrivesLast(counter, count);
     __threadfence();

@@ -2,7 +2,10 @@
 
 #include <type_traits>
 
+#include "cc/attention/activations.h"
 #include "cc/attention/half.h"
+#include "cc/attention/params.h"
+#include "cc/attention/step_types.h"
 #include "cuda/c_api.h"
 #include "cuda/co_si_encoder_step.h"
 #include "cuda/co_si_mha_step.h"
@@ -20,15 +23,25 @@ const char* ToMessage(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// Distances in [M, T, H, size].
-Strides BatchTimeHead(int64_t steps, int64_t heads, int64_t size) {
-  return {steps * heads * size, heads * size, size};
+// The dtypes of c_api.h.
+template <typename T>
+constexpr int32_t kDtype = std::is_same_v<T, float>      ? kFloat32
+                           : std::is_same_v<T, double>   ? kFloat64
+                           : std::is_same_v<T, BFloat16> ? kBFloat16
+                                                         : kFloat16;
+
+// The strides of a mask [M, H, T, N]. Axes of size 1 broadcast.
+Strides MaskStrides(int64_t rows, int64_t heads, int64_t steps, int64_t window) {
+  Strides strides = BatchHeadTime(heads, steps, window);
+  if (rows == 1) strides.stream = 0;
+  if (heads == 1) strides.head = 0;
+  if (steps == 1) strides.step = 0;
+  return strides;
 }
 
-// Distances in [M, H, T, N], of which those of axes of 1 broadcast.
-Strides BatchHeadTime(int64_t rows, int64_t heads, int64_t steps, int64_t window) {
-  return {rows == 1 ? 0 : heads * steps * window, steps == 1 ? 0 : window,
-          heads == 1 ? 0 : steps * window};
+// The activations of c_api.h.
+Activation ActivationOf(int32_t number) {
+  return number == 1 ? Activation::kGelu : number == 2 ? Activation::kRelu : Activation::kLinear;
 }
 
 template <typename T, typename C>
@@ -50,10 +63,10 @@ DeviceSingleOutputParams<T, C> ParamsOf(const ContinualTransformersSingleOutput&
   p.next_position = call.advance_position != 0 ? call.position : nullptr;
   p.streams = call.streams;
   p.mask = static_cast<const bool*>(call.attention_mask);
-  p.mask_strides = BatchHeadTime(call.mask_rows, call.mask_heads, call.mask_steps, call.window);
+  p.mask_strides = MaskStrides(call.mask_rows, call.mask_heads, call.mask_steps, call.window);
   p.output = static_cast<T*>(call.output);
   p.scores = static_cast<T*>(call.scores);
-  p.scores_strides = {h * t * call.window, call.window, t * call.window};
+  p.scores_strides = BatchHeadTime(h, t, call.window);
   p.window_key = static_cast<C*>(call.window_key);
   p.window_value = static_cast<C*>(call.window_value);
   p.window_key_mask = static_cast<bool*>(call.window_key_mask);
@@ -111,35 +124,27 @@ DeviceCoSiMhaStep<T, C, W> StepOf(const ContinualTransformersCoSiMhaStep& call) 
   return s;
 }
 
-// f(a params struct of the call's types); `otherwise` where there is no such.
+// Returns f(params of the call's types), or `otherwise` if no kernel has these types.
 template <typename R, typename F>
 R WithParams(const ContinualTransformersSingleOutput& call, R otherwise, const F& f) {
-  if (call.compute_dtype == kFloat64 && call.cache_dtype == kFloat64) {
-    return f(ParamsOf<double, double>(call));
+#define TRY(T, C)                                                         \
+  if (call.compute_dtype == kDtype<T> && call.cache_dtype == kDtype<C>) { \
+    return f(ParamsOf<T, C>(call));                                       \
   }
-  if (call.compute_dtype != kFloat32) return otherwise;
-  if (call.cache_dtype == kFloat32) return f(ParamsOf<float, float>(call));
-  if (call.cache_dtype == kBFloat16) return f(ParamsOf<float, BFloat16>(call));
-  if (call.cache_dtype == kFloat16) return f(ParamsOf<float, Float16>(call));
+  CONTINUAL_TRANSFORMERS_FOR_CACHE_TYPES(TRY)
+#undef TRY
   return otherwise;
 }
 
 template <typename R, typename F>
 R WithStep(const ContinualTransformersCoSiMhaStep& call, R otherwise, const F& f) {
-  const int compute = call.attention.compute_dtype, cache = call.attention.cache_dtype;
-  if (compute == kFloat64 && cache == kFloat64 && call.weights_dtype == kFloat64) {
-    return f(StepOf<double, double, double>(call));
+  const int32_t compute = call.attention.compute_dtype, cache = call.attention.cache_dtype;
+#define TRY(T, C, W)                                                                   \
+  if (compute == kDtype<T> && cache == kDtype<C> && call.weights_dtype == kDtype<W>) { \
+    return f(StepOf<T, C, W>(call));                                                   \
   }
-  if (compute != kFloat32) return otherwise;
-  const auto with = [&](auto w) {
-    using W = decltype(w);
-    if (cache == kFloat32) return f(StepOf<float, float, W>(call));
-    if (cache == kBFloat16) return f(StepOf<float, BFloat16, W>(call));
-    if (cache == kFloat16) return f(StepOf<float, Float16, W>(call));
-    return otherwise;
-  };
-  if (call.weights_dtype == kFloat32) return with(float());
-  if (call.weights_dtype == kBFloat16) return with(BFloat16());
+  CONTINUAL_TRANSFORMERS_FOR_STEP_TYPES(TRY)
+#undef TRY
   return otherwise;
 }
 
@@ -159,7 +164,7 @@ DeviceCoSiEncoderStep<T, C, W> EncoderOf(const ContinualTransformersCoSiEncoderS
   e.output =
       ProjectionOf<T, W>(nullptr, call.output_kernel, call.output_bias, call.hidden_features);
   e.hidden_features = call.hidden_features;
-  e.activation = static_cast<Activation>(call.activation);
+  e.activation = ActivationOf(call.activation);
   e.norm_first = call.norm_first != 0;
   e.result = static_cast<T*>(call.result);
   e.scratch = call.scratch;
@@ -172,7 +177,7 @@ __global__ void NothingKernel(const __grid_constant__ Nothing) {}
 }  // namespace
 }  // namespace continual_transformers
 
-using namespace continual_transformers;  // What follows has C's names.
+using namespace continual_transformers;  // the functions below have C names
 
 const char* continual_transformers_cuda_single_output(const ContinualTransformersSingleOutput* call,
                                                       void* stream) {

@@ -1,4 +1,4 @@
-// The kernels for whoever has no C++: tests/gpu and benchmarks/gpu call them by ctypes.
+// The kernels as a C interface, which tests/gpu and benchmarks/gpu call through ctypes.
 
 #ifndef CONTINUAL_TRANSFORMERS_CUDA_C_API_H_
 #define CONTINUAL_TRANSFORMERS_CUDA_C_API_H_
@@ -9,13 +9,13 @@
 extern "C" {
 #endif
 
-#pragma GCC visibility push(default)  // All else is the library's own business.
+#pragma GCC visibility push(default)  // the library exports nothing else
 
-// What is computed in, and what keys, values and kernels are kept in.
+// The dtypes of the computation, of keys and values, and of kernels.
 enum { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
-// SingleOutputParams and DeviceSingleOutputParams without types; arrays are contiguous, in the axes
-// that params.h gives.
+// SingleOutputParams and DeviceSingleOutputParams without types. Arrays are contiguous, with the
+// axes of params.h; rings are [S, N, H, D].
 typedef struct {
   int32_t compute_dtype, cache_dtype;
   const void *query, *key, *value;
@@ -36,10 +36,10 @@ typedef struct {
   uint32_t* arrivals;
 } ContinualTransformersSingleOutput;
 
-// Null, or why the call was not taken: a sentence that stays where it is.
+// Returns null, or the reason why the call was not made, which is never freed.
 const char* continual_transformers_cuda_single_output(const ContinualTransformersSingleOutput* call,
                                                       void* stream);
-// The sizes of call->parts, in elements of what is computed in, and of call->arrivals.
+// Return the sizes of call->parts, in elements of the compute dtype, and of call->arrivals.
 int64_t continual_transformers_cuda_single_output_parts(
     const ContinualTransformersSingleOutput* call);
 int64_t continual_transformers_cuda_single_output_arrivals(
@@ -47,8 +47,8 @@ int64_t continual_transformers_cuda_single_output_arrivals(
 int64_t continual_transformers_cuda_plan_window_parts(int64_t queries, int64_t window,
                                                       int32_t multiprocessors);
 
-// CoSiMhaStep and DeviceCoSiMhaStep without types. `attention` says its sizes, state, masks, scores
-// and streams, and key, value and query are the layer's inputs [M, features]; its output is unused.
+// CoSiMhaStep and DeviceCoSiMhaStep without types. `attention` has the sizes, state, masks, scores
+// and streams. Its query, key and value are the layer's inputs [M, features]. Its output is unused.
 typedef struct {
   ContinualTransformersSingleOutput attention;
   int32_t weights_dtype;
@@ -69,8 +69,8 @@ int64_t continual_transformers_cuda_co_si_mha_step_scratch_bytes(
 int64_t continual_transformers_cuda_co_si_mha_step_arrivals(
     const ContinualTransformersCoSiMhaStep* call);
 
-// DeviceCoSiEncoderStep without types. Of `attention` all but result and scratch; the norms' scales
-// and offsets are [E].
+// DeviceCoSiEncoderStep without types. The result and scratch of `attention` are unused. The norms'
+// scales and offsets are [E].
 typedef struct {
   ContinualTransformersCoSiMhaStep attention;
   const void *attention_norm_scale, *attention_norm_offset, *output_norm_scale, *output_norm_offset;
@@ -88,7 +88,7 @@ const char* continual_transformers_cuda_co_si_encoder_step(
 int64_t continual_transformers_cuda_co_si_encoder_step_scratch_bytes(
     const ContinualTransformersCoSiEncoderStep* call);
 
-// Launches a kernel that does nothing: what a launch costs.
+// Launches a kernel that does nothing, to measure the cost of a launch.
 const char* continual_transformers_cuda_nothing(void* stream);
 
 #pragma GCC visibility pop

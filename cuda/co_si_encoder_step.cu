@@ -1,6 +1,6 @@
 #include <cstdint>
 
-#include "cc/attention/half.h"
+#include "cc/attention/step_types.h"
 #include "cuda/co_si_encoder_step.h"
 #include "cuda/dense.h"
 #include "cuda/launch.cuh"
@@ -33,7 +33,10 @@ class Launcher {
   }
 
   int64_t bytes() const { return bytes_; }
-  const char* Refusal() const { return RefusesCoSiMhaStep(attention_); }
+  const char* Refusal() const {
+    if (!HasActivation(step_.activation)) return "expected the activation linear, gelu or relu";
+    return RefusesCoSiMhaStep(attention_);
+  }
 
   cudaError_t Run() {
     if (rows_ == 0) return cudaSuccess;
@@ -43,19 +46,18 @@ class Launcher {
     Try([&] { return LaunchCoSiMhaStep(attention_, stream_); });
     if (step_.result == nullptr) return error_;
     Normalize(step_.norm_first ? step_.output_norm : step_.attention_norm, attended_, normal_);
-    Project(step_.hidden, normal_, step_.hidden_features, ActivationOf(step_.activation), nullptr,
-            hidden_);
+    Project(step_.hidden, normal_, step_.hidden_features, step_.activation, nullptr, hidden_);
     if (step_.norm_first) {
-      Project(step_.output, hidden_, features_, DenseActivation::kLinear, attended_, step_.result);
+      Project(step_.output, hidden_, features_, Activation::kLinear, attended_, step_.result);
     } else {
-      Project(step_.output, hidden_, features_, DenseActivation::kLinear, normal_, attended_);
+      Project(step_.output, hidden_, features_, Activation::kLinear, normal_, attended_);
       Normalize(step_.output_norm, attended_, step_.result);
     }
     return error_;
   }
 
  private:
-  // Nothing more once something has failed.
+  // Does nothing after an error.
   template <typename F>
   void Try(const F& launch) {
     if (error_ == cudaSuccess) error_ = launch();
@@ -66,7 +68,7 @@ class Launcher {
   }
 
   void Project(const Projection<T, W>& layer, const T* input, int64_t outputs,
-               DenseActivation activation, const T* residual, T* output) {
+               Activation activation, const T* residual, T* output) {
     DeviceDenseParams<T, W> dense = {};
     dense.layers[0] = DenseOf(layer, outputs, output);
     dense.layers[0].input = input;
@@ -76,18 +78,6 @@ class Launcher {
     dense.rows = rows_;
     dense.overlap = overlap_;
     Try([&] { return LaunchDense(dense, stream_); });
-  }
-
-  static DenseActivation ActivationOf(Activation activation) {
-    switch (activation) {
-      case Activation::kLinear:
-        return DenseActivation::kLinear;
-      case Activation::kGelu:
-        return DenseActivation::kGelu;
-      case Activation::kRelu:
-        return DenseActivation::kRelu;
-    }
-    return DenseActivation::kLinear;
   }
 
   const DeviceCoSiEncoderStep<T, C, W>& step_;
@@ -121,14 +111,8 @@ cudaError_t LaunchCoSiEncoderStep(const DeviceCoSiEncoderStep<T, C, W>& step, cu
   template struct DeviceCoSiEncoderStep<T, C, W>;                                              \
   template const char* RefusesCoSiEncoderStep<T, C, W>(const DeviceCoSiEncoderStep<T, C, W>&); \
   template cudaError_t LaunchCoSiEncoderStep<T, C, W>(const DeviceCoSiEncoderStep<T, C, W>&,   \
-                                                      cudaStream_t)
-INSTANTIATE(float, float, float);
-INSTANTIATE(float, BFloat16, float);
-INSTANTIATE(float, Float16, float);
-INSTANTIATE(float, float, BFloat16);
-INSTANTIATE(float, BFloat16, BFloat16);
-INSTANTIATE(float, Float16, BFloat16);
-INSTANTIATE(double, double, double);
+                                                      cudaStream_t);
+CONTINUAL_TRANSFORMERS_FOR_STEP_TYPES(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace continual_transformers

@@ -1,5 +1,5 @@
-// One step of a whole single-output encoder block on a GPU: the launches of the attention layer
-// (co_si_mha_step.h), and one for each norm and each dense layer of the feed-forward part.
+// One step of a single-output encoder block on a GPU: the launches of the attention layer
+// (co_si_mha_step.h), and one launch for each norm and each dense layer of the feed-forward part.
 
 #ifndef CONTINUAL_TRANSFORMERS_CUDA_CO_SI_ENCODER_STEP_H_
 #define CONTINUAL_TRANSFORMERS_CUDA_CO_SI_ENCODER_STEP_H_
@@ -13,27 +13,27 @@
 
 namespace continual_transformers {
 
-// CoSiEncoderStep with every pointer to device memory.
+// CoSiEncoderStep with all pointers to device memory.
 template <typename T, typename C, typename W>
 struct DeviceCoSiEncoderStep {
-  // Its scratch, residual and result are the block's own business.
+  // The block sets its scratch, residual and result.
   DeviceCoSiMhaStep<T, C, W> attention;
   LayerNorm<T> attention_norm, output_norm;  // [E]
-  Projection<T, W> hidden, output;           // E -> F -> E; their inputs are null
+  Projection<T, W> hidden, output;           // E -> F -> E; the block sets their inputs
   int64_t hidden_features;                   // F
-  Activation activation;
+  Activation activation;                     // HasActivation() in dense.h
   bool norm_first;
-  T* result;      // [M, E]; null: not wanted, the streams only take the step
-  void* scratch;  // ScratchBytes() of it, 16-byte aligned, the attention's with it
+  T* result;      // [M, E]; null: not wanted, the step only updates the state
+  void* scratch;  // ScratchBytes(), 16-byte aligned; it includes the attention's scratch
 
   int64_t ScratchBytes() const;
 };
 
-// Why no kernel takes these sizes; null where one does.
+// Returns the reason why no kernel takes this step, or null if one does.
 template <typename T, typename C, typename W>
 const char* RefusesCoSiEncoderStep(const DeviceCoSiEncoderStep<T, C, W>& step);
 
-// Takes the step, and advances the positions. Instantiated for (T, C, W) as TakeCoSiMhaStep is.
+// Takes the step, and advances the positions. Instantiated for the step types of step_types.h.
 template <typename T, typename C, typename W>
 cudaError_t LaunchCoSiEncoderStep(const DeviceCoSiEncoderStep<T, C, W>& step, cudaStream_t stream);
 

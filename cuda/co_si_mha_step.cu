@@ -2,6 +2,7 @@
 #include <type_traits>
 
 #include "cc/attention/half.h"
+#include "cc/attention/step_types.h"
 #include "cuda/co_si_mha_step.h"
 #include "cuda/dense.h"
 #include "cuda/launch.cuh"
@@ -16,7 +17,7 @@ constexpr Storage kStorage = std::is_same_v<C, BFloat16>  ? Storage::kBFloat16
                              : std::is_same_v<C, Float16> ? Storage::kFloat16
                                                           : Storage::kAsComputed;
 
-// The step's own business between its launches.
+// The memory between the launches of a step.
 template <typename T, typename C, typename W>
 struct Scratch {
   explicit Scratch(const DeviceCoSiMhaStep<T, C, W>& step) {
@@ -43,20 +44,19 @@ struct Scratch {
   int64_t bytes;
 };
 
-// All but what is in memory that the launches share.
+// The parameters of the attention's launch.
 template <typename T, typename C, typename W>
 DeviceSingleOutputParams<T, C> AttentionOf(const DeviceCoSiMhaStep<T, C, W>& step) {
   const Scratch<T, C, W> scratch(step);
   DeviceSingleOutputParams<T, C> p = {};
   static_cast<SingleOutputParams<T, C>&>(p) = step.attention;
-  const int64_t keys = p.num_heads * p.key_dim, values = p.num_heads * p.value_dim;
   p.num_steps = 1;
   p.query = scratch.query;
   p.key = scratch.key;
   p.value = scratch.value;
   p.output = scratch.attended;
-  p.query_strides = p.key_strides = {keys, keys, p.key_dim};
-  p.value_strides = p.output_strides = {values, values, p.value_dim};
+  p.query_strides = p.key_strides = BatchTimeHead(1, p.num_heads, p.key_dim);
+  p.value_strides = p.output_strides = BatchTimeHead(1, p.num_heads, p.value_dim);
   p.window_parts = scratch.window_parts;
   p.parts = scratch.parts;
   p.num_held = step.num_held;
@@ -79,7 +79,7 @@ DeviceDenseParams<T, W> ProjectionsIn(const DeviceCoSiMhaStep<T, C, W>& step,
   dense.num_layers = 3;
   if (step.gate.kernel != nullptr) {
     dense.layers[3] = DenseOf(step.gate, values, scratch.gate);
-    dense.layers[3].activation = DenseActivation::kSigmoid;
+    dense.layers[3].activation = Activation::kSigmoid;
     dense.num_layers = 4;
   }
   dense.rows = p.num_streams;
@@ -134,7 +134,7 @@ cudaError_t LaunchCoSiMhaStep(const DeviceCoSiMhaStep<T, C, W>& step, cudaStream
   const Scratch<T, C, W> scratch(step);
   DeviceDenseParams<T, W> in = ProjectionsIn(step, scratch);
   DeviceSingleOutputParams<T, C> attention = AttentionOf(step);
-  // Whatever is refused is refused before the first launch.
+  // Sizes are refused before the first launch.
   if (RefusesSingleOutput(attention) != nullptr) return cudaErrorInvalidValue;
   in.overlap = attention.overlap = CanOverlap();
   cudaError_t error = LaunchDense(in, stream);
@@ -148,14 +148,8 @@ cudaError_t LaunchCoSiMhaStep(const DeviceCoSiMhaStep<T, C, W>& step, cudaStream
 #define INSTANTIATE(T, C, W)                                                           \
   template struct DeviceCoSiMhaStep<T, C, W>;                                          \
   template const char* RefusesCoSiMhaStep<T, C, W>(const DeviceCoSiMhaStep<T, C, W>&); \
-  template cudaError_t LaunchCoSiMhaStep<T, C, W>(const DeviceCoSiMhaStep<T, C, W>&, cudaStream_t)
-INSTANTIATE(float, float, float);
-INSTANTIATE(float, BFloat16, float);
-INSTANTIATE(float, Float16, float);
-INSTANTIATE(float, float, BFloat16);
-INSTANTIATE(float, BFloat16, BFloat16);
-INSTANTIATE(float, Float16, BFloat16);
-INSTANTIATE(double, double, double);
+  template cudaError_t LaunchCoSiMhaStep<T, C, W>(const DeviceCoSiMhaStep<T, C, W>&, cudaStream_t);
+CONTINUAL_TRANSFORMERS_FOR_STEP_TYPES(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace continual_transformers

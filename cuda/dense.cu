@@ -1,12 +1,13 @@
-// A block takes a strip of columns of one layer, and all rows of its kernel; groups of lanes each
-// take every so many rows of it, several loads at a time, and their sums are added up at the end.
-// The kernel is read once for kRows rows of input.
+// A block takes a strip of columns of one layer and all rows of its kernel. Each group of lanes
+// takes every n-th row, several loads at a time. The sums of the groups are added at the end. The
+// kernel is read once for kRows rows of input.
 
 #include <cmath>
 #include <limits>
 #include <type_traits>
 
 #include "cc/attention/half.h"
+#include "cc/attention/step_types.h"
 #include "cuda/dense.h"
 #include "cuda/elements.cuh"
 #include "cuda/launch.cuh"
@@ -18,9 +19,9 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kLanesPerWarp;
 
-// kColumns of a kernel's row are a lane's one load. kLanes of 4 make strips of 64 bytes: with 8,
-// the three layers of 1024 x 1024 floats of the paper's model would be 96 blocks, for 132
-// multiprocessors.
+// A lane loads kColumns of a kernel's row at once. With kLanes = 4, strips have 64 bytes. With 8,
+// the three layers of 1024 x 1024 floats of the paper's model would be only 96 blocks, for the 132
+// multiprocessors of an H100.
 template <int kColumns_, int kLanes_>
 struct StripLayout {
   static constexpr int kColumns = kColumns_, kLanes = kLanes_;
@@ -28,7 +29,7 @@ struct StripLayout {
   static constexpr int kGroups = kThreads / kLanes;
 };
 
-// How many rows of a kernel a lane has under way at once.
+// The number of rows of a kernel that a lane loads before it uses the first.
 constexpr int kLoads = 8;
 
 template <typename T, typename W, typename L, int kRows>
@@ -38,7 +39,7 @@ class StripBlock {
 
   __device__ StripBlock(const Params& params) : p_(params) {
     int block = blockIdx.x;
-    // Rows fastest: those that share a strip of a kernel find it in L2.
+    // Blocks for the same strip of a kernel are neighbours: all but the first find it in L2.
     const int row_blocks = static_cast<int>((p_.rows + kRows - 1) / kRows);
     first_row_ = block % row_blocks * kRows;
     block /= row_blocks;
@@ -51,7 +52,7 @@ class StripBlock {
     return static_cast<int>((layer.outputs + L::kStrip - 1) / L::kStrip);
   }
 
-  // A kernel is no earlier kernel's to write, but whose it is was not asked: into L2 it may come.
+  // Fetches the kernel's strip into L2. That is safe before WaitForPrevious(), whoever writes it.
   __device__ void Prefetch() const {
     if (!p_.overlap || first_row_ != 0) return;
     const DeviceDense<T, W>& layer = p_.layers[layer_];
@@ -117,7 +118,7 @@ class StripBlock {
     return layer.factor == nullptr ? x : x * layer.factor[row * layer.inputs + i];
   }
 
-  // A warp's sums into shared memory.
+  // Adds up a warp's sums, into shared memory.
   __device__ static void AddUp(const T (&sums)[kRows][L::kColumns]) {
     const int lane = threadIdx.x % kLanesPerWarp, warp = threadIdx.x / kLanesPerWarp;
 #pragma unroll
@@ -154,18 +155,17 @@ class StripBlock {
     StoreAs<T>(layer.output, at, x);
   }
 
-  __device__ static T Activate(DenseActivation activation, T x) {
+  __device__ static T Activate(Activation activation, T x) {
     switch (activation) {
-      case DenseActivation::kLinear:
-        return x;
-      case DenseActivation::kSigmoid:
+      case Activation::kSigmoid:
         return T(1) / (T(1) + std::exp(-x));
-      case DenseActivation::kGelu:
+      case Activation::kGelu:
         return T(0.5) * x * std::erfc(x * T(-0.70710678118654752));
-      case DenseActivation::kRelu:
-        return x < T(0) ? T(0) : x;  // A NaN stays one.
+      case Activation::kRelu:
+        return x < T(0) ? T(0) : x;  // NaN stays NaN
+      default:
+        return x;
     }
-    return x;
   }
 
   template <typename C>
@@ -173,8 +173,8 @@ class StripBlock {
     static_cast<C*>(output)[at] = ToStored<C>(x);
   }
 
-  // Element i of a row, for that of `delay` steps before; zero where there was none, or no such
-  // stream.
+  // Exchanges element i of a row for that of `delay` steps before. Returns zero if there was no
+  // such step, or if there is no such stream.
   template <typename U>
   __device__ U Exchange(U* ring, int64_t row, int64_t size, int64_t i, U now) const {
     const int64_t stream = p_.streams == nullptr ? row : p_.streams[row];
@@ -187,7 +187,7 @@ class StripBlock {
     return due;
   }
 
-  // Which of these rows' queries are to be answered.
+  // Writes which of these rows' queries attend.
   __device__ void Ask() const {
     const int64_t row = first_row_ + threadIdx.x;
     if (p_.asking == nullptr || threadIdx.x >= kRows || row >= p_.rows) return;
@@ -224,7 +224,7 @@ cudaError_t LaunchWith(const DeviceDenseParams<T, W>& p, cudaStream_t stream) {
 
 template <typename T, typename W>
 cudaError_t LaunchDense(const DeviceDenseParams<T, W>& p, cudaStream_t stream) {
-  bool vectors = !std::is_same_v<T, double>;  // Doubles are for checking: one kernel is enough.
+  bool vectors = !std::is_same_v<T, double>;  // doubles are for tests: one kernel is enough
   for (int i = 0; i < p.num_layers; ++i) {
     if (p.layers[i].inputs > std::numeric_limits<int>::max()) return cudaErrorInvalidValue;
     vectors = vectors && IsAligned(p.layers[i].kernel, p.layers[i].outputs);
@@ -239,10 +239,8 @@ cudaError_t LaunchDense(const DeviceDenseParams<T, W>& p, cudaStream_t stream) {
 }
 
 #define INSTANTIATE(T, W) \
-  template cudaError_t LaunchDense<T, W>(const DeviceDenseParams<T, W>&, cudaStream_t)
-INSTANTIATE(float, float);
-INSTANTIATE(float, BFloat16);
-INSTANTIATE(double, double);
+  template cudaError_t LaunchDense<T, W>(const DeviceDenseParams<T, W>&, cudaStream_t);
+CONTINUAL_TRANSFORMERS_FOR_WEIGHT_TYPES(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace continual_transformers

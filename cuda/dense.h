@@ -1,4 +1,4 @@
-// Dense layers of few rows on a GPU: what their kernels' bytes cost, and little more.
+// Dense layers with few rows on a GPU. The time is little more than that of reading their kernels.
 
 #ifndef CONTINUAL_TRANSFORMERS_CUDA_DENSE_H_
 #define CONTINUAL_TRANSFORMERS_CUDA_DENSE_H_
@@ -7,16 +7,15 @@
 
 #include <cstdint>
 
+#include "cc/attention/activations.h"
 #include "cc/attention/co_si_mha_step.h"
 
 namespace continual_transformers {
 
-enum class DenseActivation { kLinear, kSigmoid, kGelu, kRelu };
-
 enum class Storage { kAsComputed, kBFloat16, kFloat16 };
 
-// output = input * factor @ kernel + bias, then whatever else is asked for. T is what is computed
-// in, W what the kernel is kept in.
+// output = activation((input * factor) @ kernel + bias) + residual. T is the compute type, W the
+// type of the kernel.
 template <typename T, typename W>
 struct DeviceDense {
   const T* input;   // [M, inputs]
@@ -25,11 +24,12 @@ struct DeviceDense {
   const T* bias;    // [outputs]; null: none
   int64_t inputs;
   int64_t outputs;
-  DenseActivation activation;
-  const T* residual;  // [M, outputs], added to what comes out; null: none
-  T* delay_ring;  // [S, delay, outputs]: what comes out is exchanged for that of `delay` steps ago,
-                  // or zeros where there was no such step. Null: it is not.
-  void* output;   // [M, outputs]
+  Activation activation;  // HasActivation()
+  const T* residual;      // [M, outputs]; null: none
+  // [S, delay, outputs]. The output is exchanged for that of `delay` steps before, or for zeros if
+  // there was no such step. Null: no delay.
+  T* delay_ring;
+  void* output;  // [M, outputs]
   Storage output_as;
 };
 
@@ -45,7 +45,13 @@ DeviceDense<T, W> DenseOf(const Projection<T, W>& projection, int64_t outputs, v
   return layer;
 }
 
-// Several of them on the same rows, in one launch.
+// Returns whether the kernel can apply it. Activations with parameters have their defaults.
+constexpr bool HasActivation(Activation activation) {
+  return activation == Activation::kLinear || activation == Activation::kSigmoid ||
+         activation == Activation::kGelu || activation == Activation::kRelu;
+}
+
+// Several layers with the same rows, in one launch.
 template <typename T, typename W>
 struct DeviceDenseParams {
   static constexpr int kMost = 4;
@@ -53,21 +59,21 @@ struct DeviceDenseParams {
   int num_layers;
   int64_t rows;  // M
 
-  // Whose delay rings these are; looked at only where there are such.
+  // The streams of the delay rings. Not read if no layer has a ring.
   const int32_t* streams;   // [M]; null: row m is stream m
   const int64_t* position;  // [S]
   int64_t num_held;         // S
   int64_t delay;
   bool update_state;
-  // Of the queries: whether each is to be answered. Exchanged as the rest is; null: all true.
+  // Whether each query attends. It is exchanged like the outputs. Null: all true.
   const bool* query_mask;  // [M]
   bool* query_mask_ring;   // [S, delay]; null: no delay
   bool* asking;            // [M]; null: not wanted
 
-  bool overlap;  // See DeviceSingleOutputParams.
+  bool overlap;  // see DeviceSingleOutputParams
 };
 
-// Instantiated for (T, W) of (float, float), (float, BFloat16) and (double, double).
+// Instantiated for the weight types of step_types.h.
 template <typename T, typename W>
 cudaError_t LaunchDense(const DeviceDenseParams<T, W>& params, cudaStream_t stream);
 

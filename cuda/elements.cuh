@@ -1,4 +1,4 @@
-// Elements as they lie in memory and as they are computed with.
+// Elements in memory, and in the type that kernels compute with.
 
 #ifndef CONTINUAL_TRANSFORMERS_CUDA_ELEMENTS_CUH_
 #define CONTINUAL_TRANSFORMERS_CUDA_ELEMENTS_CUH_
@@ -22,7 +22,7 @@ __device__ inline float ToCompute(BFloat16 x) {
 }
 __device__ inline float ToCompute(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
 
-// What a thread loads by one instruction.
+// The elements that a thread loads with one instruction.
 template <typename C, int kElements>
 class alignas(sizeof(C) * kElements) Vector {
  public:
@@ -32,7 +32,7 @@ class alignas(sizeof(C) * kElements) Vector {
   C elements_[kElements];
 };
 
-// Two elements of 16 bits stay in one register until they are computed with.
+// Two elements of 16 bits stay in one register until they are used.
 template <int kElements>
 struct alignas(2 * kElements) Words {
   static_assert(kElements % 2 == 0);
@@ -65,8 +65,8 @@ __device__ inline double ToStored<double, double>(double x) {
 }
 template <>
 __device__ inline BFloat16 ToStored<BFloat16, float>(float x) {
-  // By its struct: the functions for its bits are there from CUDA 12.2 on, before compute
-  // capability 8.0.
+  // Reads the bits from its struct. Before compute capability 8.0, the functions for them exist
+  // only from CUDA 12.2 on.
   return {static_cast<__nv_bfloat16_raw>(__float2bfloat16_rn(x)).x};
 }
 template <>
@@ -74,7 +74,8 @@ __device__ inline Float16 ToStored<Float16, float>(float x) {
   return {__half_as_ushort(__float2half_rn(x))};
 }
 
-// Whether vectors may be loaded from here, and from every multiple of `stride` elements on.
+// Returns whether vectors can be loaded from `data`, and from every multiple of `stride` elements
+// after it.
 template <typename C>
 bool IsAligned(const C* data, int64_t stride) {
   return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&

@@ -1,4 +1,4 @@
-// How kernels are launched, and how they follow one another.
+// Launches kernels, and lets them overlap.
 
 #ifndef CONTINUAL_TRANSFORMERS_CUDA_LAUNCH_CUH_
 #define CONTINUAL_TRANSFORMERS_CUDA_LAUNCH_CUH_
@@ -10,9 +10,9 @@
 
 namespace continual_transformers {
 
-// With `overlap` the kernel may begin while the one before it on the stream is still at work, and
-// must WaitForPrevious() before it reads what that one writes (programmatic dependent launch).
-// Whoever launches asks for it only where the GPU has it: from compute capability 9.0 on.
+// With `overlap`, the kernel may begin while the kernel before it on the stream still runs
+// (programmatic dependent launch). It must call WaitForPrevious() before it reads what that one
+// writes. The caller sets `overlap` only if CanOverlap().
 template <typename Params>
 cudaError_t Launch(void (*kernel)(Params), int64_t blocks, int threads, bool overlap,
                    cudaStream_t stream, const Params& params) {
@@ -34,11 +34,11 @@ cudaError_t Launch(void (*kernel)(Params), int64_t blocks, int threads, bool ove
 #ifdef __CUDA_ARCH_LIST__
 constexpr int kArchitectures[] = {__CUDA_ARCH_LIST__};
 #else
-constexpr int kArchitectures[] = {900};  // The emulator.
+constexpr int kArchitectures[] = {900};  // the emulator
 #endif
 
-// Whether the GPU of this thread has programmatic dependent launch, and the kernels are code for
-// it: older code, which runs on such a GPU from its PTX, has no WaitForPrevious().
+// Returns whether this thread's GPU has programmatic dependent launch, and the kernels were
+// compiled for it. Older code, which runs on such a GPU from its PTX, has no WaitForPrevious().
 inline bool CanOverlap() {
   constexpr int kNewest = kArchitectures[sizeof(kArchitectures) / sizeof(int) - 1];
   int device, major;
@@ -47,26 +47,25 @@ inline bool CanOverlap() {
          major >= 9;
 }
 
-// Lets the kernel after this one begin as soon as there is room for it.
+// Lets the next kernel begin as soon as there is room for it.
 __device__ inline void ReleaseNext() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-// Until the kernel before this one, and so every one before that, has ended and its writes are
-// seen.
+// Waits until all kernels before this one have ended and their writes are visible.
 __device__ inline void WaitForPrevious() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// Asks for bytes to be brought into L2. That is right whoever writes them meanwhile, since L2 is
-// where all multiprocessors agree; so it may be done before WaitForPrevious.
+// Fetches bytes into L2. It may be called before WaitForPrevious(): all multiprocessors share L2,
+// so a later write by another kernel is seen there.
 __device__ inline void PrefetchIntoL2(const void* data, int64_t bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  // The copy engine takes multiples of 16 bytes; a part of one on either side is not worth asking.
+  // The copy engine takes multiples of 16 bytes. The rest on either side is not fetched.
   constexpr uint32_t kAtOnce = 1 << 16;
   uint64_t begin = (reinterpret_cast<uint64_t>(data) + 15) / 16 * 16;
   const uint64_t end = (reinterpret_cast<uint64_t>(data) + bytes) / 16 * 16;
@@ -82,7 +81,7 @@ __device__ inline void PrefetchIntoL2(const void* data, int64_t bytes) {
 #endif
 }
 
-// The same of the line there.
+// Fetches the cache line at `data`.
 __device__ inline void PrefetchLineIntoL2(const void* data) {
 #ifdef __CUDA_ARCH__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(data)));

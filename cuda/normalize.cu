@@ -1,6 +1,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cc/attention/step_types.h"
 #include "cuda/launch.cuh"
 #include "cuda/normalize.h"
 #include "cuda/warp.cuh"
@@ -11,7 +12,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kLanesPerWarp;
 
-// The sum over a block's threads, for all of them.
+// Returns the sum over a block's threads, to all of them.
 template <typename T>
 __device__ T SumOverBlock(T x) {
   __shared__ T sums[kWarps];
@@ -19,7 +20,7 @@ __device__ T SumOverBlock(T x) {
   for (int distance = kLanesPerWarp / 2; distance > 0; distance /= 2) {
     x += OfLaneAcross(x, distance);
   }
-  __syncthreads();  // The sums of an earlier call have been read.
+  __syncthreads();  // until the sums of an earlier call have been read
   if (threadIdx.x % kLanesPerWarp == 0) sums[threadIdx.x / kLanesPerWarp] = x;
   __syncthreads();
   x = T(0);
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kThreads)
   const T* const x = p.x + blockIdx.x * p.size;
   T* const y = p.y + blockIdx.x * p.size;
   const int size = static_cast<int>(p.size);
-  // The row is read three times rather than kept: it is in L1, and of any size.
+  // The row is read three times and not kept, because it has any size. It is in L1.
   T sum = T(0), squares = T(0);
   for (int i = threadIdx.x; i < size; i += kThreads) sum += x[i];
   const T mean = SumOverBlock(sum) / size;
@@ -54,7 +55,9 @@ cudaError_t LaunchNormalize(const DeviceNormalizeParams<T>& params, cudaStream_t
   return Launch(NormalizeKernel<T>, params.rows, kThreads, params.overlap, stream, params);
 }
 
-template cudaError_t LaunchNormalize<float>(const DeviceNormalizeParams<float>&, cudaStream_t);
-template cudaError_t LaunchNormalize<double>(const DeviceNormalizeParams<double>&, cudaStream_t);
+#define INSTANTIATE(T) \
+  template cudaError_t LaunchNormalize<T>(const DeviceNormalizeParams<T>&, cudaStream_t);
+CONTINUAL_TRANSFORMERS_FOR_COMPUTE_TYPES(INSTANTIATE)
+#undef INSTANTIATE
 
 }  // namespace continual_transformers

@@ -11,18 +11,18 @@
 
 namespace continual_transformers {
 
-// As Normalize() does it on a CPU.
+// The parameters of Normalize() in cc/attention/elementwise.h.
 template <typename T>
 struct DeviceNormalizeParams {
   LayerNorm<T> norm;
   const T* x;  // [rows, size]
-  T* y;        // [rows, size]; x's own, or apart from it
+  T* y;        // [rows, size]; may be x, but may not overlap it otherwise
   int64_t rows;
   int64_t size;
-  bool overlap;  // See DeviceSingleOutputParams.
+  bool overlap;  // see DeviceSingleOutputParams
 };
 
-// Instantiated for float and double.
+// Instantiated for the compute types of step_types.h.
 template <typename T>
 cudaError_t LaunchNormalize(const DeviceNormalizeParams<T>& params, cudaStream_t stream);
 

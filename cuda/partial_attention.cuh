@@ -17,30 +17,30 @@ namespace continual_transformers {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kLanesPerWarp;
 
-// As many blocks as are to have room on a multiprocessor at once. With 4 a thread has 128
-// registers, and the loads under way are 64 KB. Left to itself the compiler spends up to 161; with
-// 5 it spills.
+// The number of blocks that fit on a multiprocessor at once. With 4, a thread has 128 registers,
+// and 64 KB of loads are in flight. Without this limit the compiler uses up to 161 registers. With
+// 5 blocks it spills.
 template <typename T>
 constexpr int kBlocksPerMultiprocessor = sizeof(T) == 8 ? 3 : 4;
 
-// How a row lies over the lanes of a group: kLanes of them take kLoads loads each, of kElements
-// elements; lane j's load l begins at element (l * kLanes + j) * kElements.
+// How a row is divided among the lanes of a group. Each of kLanes lanes makes kLoads loads of
+// kElements elements. Load l of lane j begins at element (l * kLanes + j) * kElements.
 template <int kElements_, int kLanes_, int kLoads_>
 struct RowLayout {
   static constexpr int kElements = kElements_, kLanes = kLanes_, kLoads = kLoads_;
   static constexpr int kElementsPerLane = kElements * kLoads;
   static constexpr int kLargest = kElementsPerLane * kLanes;
   static constexpr int kGroups = kThreads / kLanes;
-  // Of keys and of values, whose loads are all under way before the first is used.
+  // The rows of keys and of values that are loaded before the first is used.
   static constexpr int kRowsAtATime = kLoads == 1 ? 4 : 1;
 
   __device__ static int Lane() { return threadIdx.x % kLanes; }
   __device__ static int Group() { return threadIdx.x / kLanes; }
   __device__ static int Element(int load) { return Lane() * kElements + load * kStride; }
-  static constexpr int kStride = kLanes * kElements;  // From one load of a lane to its next.
+  static constexpr int kStride = kLanes * kElements;  // from one load of a lane to its next
 };
 
-// As a lane sees it: from its own first element on.
+// A row, from a lane's first element on.
 template <typename C>
 struct Row {
   const C* key;
@@ -61,19 +61,19 @@ class PartialAttention {
     });
   }
 
-  // Attends to columns begin, ..., end - 1, whose rows `row` gives, kRows of a group at a time.
-  // Their logits go to `scores`, unless that is null.
+  // Attends to columns begin, ..., end - 1. row(column) returns a column's row. A group takes kRows
+  // rows at a time. The logits are written to `scores`; null: not wanted.
   template <int kRows, typename RowOf>
   __device__ void Attend(int begin, int end, const RowOf& row, T* scores) {
-    // Zeros where a lane has nothing to load: whatever is multiplied by them is not to be NaN.
+    // Zeros where a lane has nothing to load, so that products with them are not NaN.
     Loaded key[kRows] = {}, value[kRows] = {};
-    // The same number of turns for every group: shuffles want all lanes of a warp.
+    // Every group has the same number of turns, because shuffles need all lanes of a warp.
 #pragma unroll 1
     for (int base = begin; base < end; base += L::kGroups * kRows) {
       bool attended[kRows];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        // Beyond the end the last row once more, rather than a branch between the loads.
+        // Beyond the end the last row is loaded again. That avoids a branch between the loads.
         const int column = Column(base, r);
         const Row<C> from = row(column < end ? column : end - 1);
         attended[r] = from.attended & (column < end);
@@ -85,7 +85,7 @@ class PartialAttention {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const T logit = Dot(key[r]) * scale_;
-        // Of a row that is not attended to whatever came out is forgotten, its NaN too.
+        // The logit of a row that is not attended to is dropped, even if it is NaN.
         logits[r] = attended[r] ? logit : -std::numeric_limits<T>::infinity();
         if (logits[r] > largest) largest = logits[r];
       }
@@ -111,7 +111,8 @@ class PartialAttention {
     }
   }
 
-  // Then all threads know the block's softmax, and Store() gives the block's sum of values.
+  // Merges the groups. After it, all threads know the block's softmax, and Store() writes the
+  // block's sum of values.
   __device__ void MergeGroups() {
 #pragma unroll
     for (int distance = L::kLanes; distance < kLanesPerWarp; distance *= 2) {
@@ -141,7 +142,7 @@ class PartialAttention {
 
   __device__ const OnlineSoftmax<T>& softmax() const { return softmax_; }
 
-  // Writes [Dv] the block's sum of values times `factor`.
+  // Writes the block's sum of values times `factor` to output [Dv].
   __device__ void Store(T factor, T* output) const {
     const Shared& shared = SharedByWarps();
 #pragma unroll 1
@@ -154,7 +155,7 @@ class PartialAttention {
   }
 
  private:
-  // A row's elements, as far as they are this lane's.
+  // This lane's elements of a row.
   struct Loaded {
     Vector<C, L::kElements> vectors[L::kLoads];
 
@@ -190,7 +191,8 @@ class PartialAttention {
     }
   }
 
-  // Calls f(load, i) for this lane's elements, as far as any lane has some of a row of this size.
+  // Calls f(load, i) for this lane's elements. Skips loads that no lane needs for a row of this
+  // size.
   template <typename F>
   __device__ static void ForEachLoad(const F& f, int size) {
 #pragma unroll
@@ -201,7 +203,7 @@ class PartialAttention {
     }
   }
 
-  // In all lanes of the group.
+  // Returns query . key, to all lanes of the group.
   __device__ T Dot(const Loaded& key) const {
     T sum = T(0);
     ForEachLoad(
@@ -221,8 +223,8 @@ class PartialAttention {
   OnlineSoftmax<T> softmax_;
 };
 
-// Merges the parts of a query's attention, which lie at [parts, size + 2]: sums of values, maximum,
-// denominator. By all threads of a block, since one loop over parts would wait for each in turn.
+// Merges the parts of a query's attention, [parts, size + 2]: sum of values, maximum, denominator.
+// All threads of a block share the work: in one thread, the loop would wait for each part in turn.
 template <typename T>
 class PartsMerger {
  public:
@@ -256,7 +258,7 @@ class PartsMerger {
 #pragma unroll 1
     for (int first = 0; first < size_; first += kThreads) {
       const int elements = size_ - first < kThreads ? size_ - first : kThreads;
-      // An element's parts are shared by as many threads as there are to spare.
+      // The threads that are left over share the parts of an element.
       const int sharers = kThreads / elements;
       const int d = threadIdx.x % elements, sharer = threadIdx.x / elements;
       T sum = T(0);

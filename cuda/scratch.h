@@ -1,4 +1,4 @@
-// Device memory that the launches of one step share, laid out piece after piece.
+// The layout of device memory that the launches of one step share.
 
 #ifndef CONTINUAL_TRANSFORMERS_CUDA_SCRATCH_H_
 #define CONTINUAL_TRANSFORMERS_CUDA_SCRATCH_H_
@@ -7,12 +7,12 @@
 
 namespace continual_transformers {
 
-// Built on null, it tells how many bytes there must be.
+// With null, it only counts the bytes.
 class ScratchLayout {
  public:
   explicit ScratchLayout(void* begin) : begin_(reinterpret_cast<uintptr_t>(begin)) {}
 
-  // Room for so many, 16-byte aligned where the beginning is.
+  // Returns room for this many elements. It is 16-byte aligned if the beginning is.
   template <typename U>
   U* Take(int64_t elements) {
     constexpr int64_t kAlignment = 16;

@@ -1,20 +1,19 @@
-// A block of threads takes one query, or one part of its window, and reads every row of it once.
-// Within a block a group of lanes reads a row of keys and the row of values beside it, several rows
-// at a time, and keeps a softmax and a sum of values of its own; these are merged when all rows are
-// read. What needs all blocks (parts merged, rings of many steps written, positions advanced) is
-// done by the last of them to arrive, so a step is one launch.
+// A block of threads takes one query, or one part of its window, and reads each of its rows once.
+// Within a block, each group of lanes reads several rows of keys and values at a time, and keeps
+// its own softmax and sum of values. The groups are merged when all rows are read. The last block
+// to arrive does the work that needs all blocks: it merges parts, writes the rings of many steps,
+// and advances positions. So a step is one launch.
 //
-// That was chosen over a reduction through distributed shared memory, which exists from compute
-// capability 9.0 on and joins at most 16 blocks: one long window is to be read by all
-// multiprocessors.
+// The alternative was a reduction through distributed shared memory. It needs compute capability
+// 9.0 and joins at most 16 blocks, but one long window should be read by all multiprocessors.
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <type_traits>
 
-#include "cc/attention/half.h"
 #include "cc/attention/online_softmax.h"
+#include "cc/attention/step_types.h"
 #include "cuda/arrival.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/launch.cuh"
@@ -32,15 +31,15 @@ class QueryBlock {
 
   __device__ explicit QueryBlock(const Params& params) : p_(params) {}
 
-  // While the kernel before this one may still be writing the query.
+  // Runs while the kernel before this one may still be writing the query.
   __device__ void Prefetch() const {
     if (!p_.overlap || threadIdx.x != 0) return;
     const Place place = PlaceOfBlock();
     const int stream = Stream(place.m);
-    // It may be written only now, so what is there may be anything.
+    // The stream may be written at this moment, so it can be any number.
     if (place.t != 0 || stream < 0 || stream >= p_.num_held) return;
-    // A share of the stream's whole rings, which is contiguous. A head's own rows are not: they lie
-    // among those of the other heads, whose blocks fetch the rest.
+    // A contiguous share of all rings of the stream. The rows of one head are not contiguous: they
+    // lie between those of the other heads, whose blocks fetch the rest.
     const int64_t rows = p_.window * p_.num_heads, shares = Parts() * p_.num_heads;
     const int64_t share = place.part * p_.num_heads + place.h;
     const int64_t begin = rows * share / shares, end = rows * (share + 1) / shares;
@@ -59,11 +58,11 @@ class QueryBlock {
     }
     __syncthreads();
     const Place& here = Here();
-    // All blocks of a row see the same, so none waits for one that has left.
+    // All blocks of a row decide the same, so none waits for a block that has left.
     if (here.taken < 0) return Refuse();
     if (here.t == 0) CopyWindow();
-    // The row that the only step of a call overwrites is no longer in its window, so nobody reads
-    // it.
+    // If a call has only one step, the row that it overwrites has left the window, so no block
+    // reads it.
     if (p_.update_state && p_.num_steps == 1 && here.part == 0) {
       WriteRing();
       if (here.h == 0) WriteMaskRing();
@@ -76,7 +75,7 @@ class QueryBlock {
       if (threadIdx.x == 0 && ThreadArrivesLast(rows + here.m, heads)) Advance();
       return;
     }
-    // Until all queries have been answered, their windows' rows are needed.
+    // The rows of a window are needed until all its queries are answered.
     if (!ArrivesLast(pairs + here.pair, static_cast<uint32_t>(p_.num_steps))) return;
     WriteRing();
     if (!ArrivesLast(rows + here.m, heads)) return;
@@ -85,27 +84,26 @@ class QueryBlock {
   }
 
  private:
-  // In 32 bits from where the launch keeps them, rather than each in a register.
+  // Sizes in 32 bits, read from the launch's parameters instead of kept in registers.
   __device__ int Window() const { return static_cast<int>(p_.window); }
   __device__ int Parts() const { return static_cast<int>(p_.window_parts); }
-  // From one row of a head's ring to the next.
+  // The distance from one row of a head's ring to the next.
   __device__ int KeyStep() const { return static_cast<int>(p_.key_cache_strides.step); }
   __device__ int ValueStep() const { return static_cast<int>(p_.value_cache_strides.step); }
 
-  // Where in a call this block is, for all its threads in shared memory rather than for each in
-  // registers.
+  // Where in a call this block is. It is in shared memory, not in the registers of each thread.
   struct Place {
     int query, pair, m, h, t, part;
     int stream;
-    int taken;         // Steps before this call, at most the window; -1: there is no such stream.
-    int position_row;  // Of the ring, for this call's first step.
+    int taken;         // steps before this call, at most the window; -1: there is no such stream
+    int position_row;  // the ring's row for this call's first step
   };
   __device__ static Place& Here() {
     __shared__ Place place;
     return place;
   }
 
-  // All that the launch alone tells.
+  // Returns what follows from the launch.
   __device__ Place PlaceOfBlock() const {
     Place place;
     const unsigned block = blockIdx.x;
@@ -118,7 +116,7 @@ class QueryBlock {
     return place;
   }
 
-  // What the state tells, by one thread.
+  // Reads the rest from the state. One thread calls it.
   __device__ void Look(Place* place) const {
     const bool first = place->t == 0 && place->h == 0 && place->part == 0;
     const bool wants_steps = first && p_.steps_taken != nullptr;
@@ -133,12 +131,12 @@ class QueryBlock {
     if (wants_steps) p_.steps_taken[place->m] = position + p_.num_steps;
   }
 
-  // Read once: what is looked at before WaitForPrevious() may change between two reads.
+  // Reads the stream once: before WaitForPrevious() it may change between two reads.
   __device__ int Stream(int m) const {
     return p_.streams == nullptr ? m : *static_cast<const volatile int32_t*>(p_.streams + m);
   }
 
-  // This head's ring of one of the caches.
+  // Returns this head's ring in a cache.
   __device__ C* Ring(C* cache, const Strides& strides) const {
     return cache + Here().stream * strides.stream + Here().h * strides.head;
   }
@@ -155,20 +153,20 @@ class QueryBlock {
     if (p_.next_position != nullptr) p_.next_position[Here().stream] += p_.num_steps;
   }
 
-  // Attends to this part of the window, and finishes the query where this is the last part to
-  // arrive. Returns whether it is.
+  // Attends to this part of the window. If this is the last part to arrive, finishes the query and
+  // returns true.
   __device__ bool Attend() const {
     const int now = Here().t, part = Here().part, taken = Here().taken;
     const bool asks = p_.query_mask == nullptr || p_.query_mask[Here().m];
     // The columns of the window that hold a step begin at `filled`.
-    const int before = Window() - 1 - now;  // This call's own.
+    const int before = Window() - 1 - now;  // columns before this call
     const int filled = before > taken ? before - taken : 0;
     const int64_t columns = asks ? Window() - filled : 0;
     const int begin = filled + static_cast<int>(columns * part / Parts());
     const int end = filled + static_cast<int>(columns * (part + 1) / Parts());
-    // Those from `own` on are this call's: its newest is column window - 1, step t.
+    // Columns from `own` on are steps of this call. Column window - 1 is step `now`.
     const int own = before > 0 ? before : 0;
-    // Column c is row c + shift of the ring, or a window less.
+    // Column c is row c + shift of the ring, modulo the window.
     const int shift = RowAfter(now + 1 + filled) - filled;
     const bool* mask = p_.mask == nullptr ? nullptr : At(p_.mask, p_.mask_strides, now);
     T* scores = p_.scores == nullptr ? nullptr : At(p_.scores, p_.scores_strides, now);
@@ -191,7 +189,7 @@ class QueryBlock {
 
     PartialAttention<T, C, L> attention(At(p_.query, p_.query_strides, now), p_.key_dim,
                                         p_.value_dim, p_.scale);
-    // Apart, so that the loop over the ring has few addresses to work out.
+    // Two loops, so that the loop over the ring computes few addresses.
     attention.template Attend<L::kRowsAtATime>(begin, end < own ? end : own, ring_row, scores);
     attention.template Attend<1>(begin > own ? begin : own, end, own_row, scores);
     attention.MergeGroups();
@@ -214,7 +212,7 @@ class QueryBlock {
       softmax = merger.softmax();
     }
     if (scores == nullptr) return true;
-    __syncthreads();  // The block's own logits; those of other parts were waited for.
+    __syncthreads();  // for this block's logits; ArrivesLast() has waited for those of other parts
     const int scored = asks ? filled : Window();
     const T normalizer = softmax.Normalizer();
 #pragma unroll 1
@@ -224,18 +222,18 @@ class QueryBlock {
     return true;
   }
 
-  // The row of step number position + steps, or of one a whole number of windows away.
+  // Returns the ring's row of step number position + steps.
   __device__ int RowAfter(int steps) const {
     return static_cast<int>((static_cast<unsigned>(Here().position_row) + steps) % Window());
   }
 
-  // How many of this call's steps are too old for the ring already.
+  // Returns how many of this call's steps are already too old for the ring.
   __device__ int Passed() const {
     const int steps = static_cast<int>(p_.num_steps);
     return steps < Window() ? 0 : steps - Window();
   }
 
-  // Calls f(row, element) for all elements of rows begin, ..., end - 1, a warp a row.
+  // Calls f(row, element) for all elements of rows begin, ..., end - 1. A warp takes a row.
   template <typename F>
   __device__ static void ForEachOfRows(int begin, int end, int64_t size, const F& f) {
     const int warp = threadIdx.x / kLanesPerWarp, lane = threadIdx.x % kLanesPerWarp;
@@ -246,7 +244,7 @@ class QueryBlock {
     }
   }
 
-  // This call's steps of one head.
+  // Writes this call's steps of one head.
   __device__ void WriteRing() const {
     const auto write = [&](const C* from, const Strides& strides, int64_t size, C* ring, int step) {
       ForEachOfRows(Passed(), static_cast<int>(p_.num_steps), size,
@@ -264,7 +262,7 @@ class QueryBlock {
     }
   }
 
-  // This part of the N - 1 steps before this call, oldest first.
+  // Copies this part of the N - 1 steps before this call, oldest first.
   __device__ void CopyWindow() const {
     if (p_.window_key == nullptr) return;
     const int64_t rows = Window() - 1;
@@ -282,7 +280,7 @@ class QueryBlock {
     if (Here().h == 0) copy(MaskRing(), 1, 1, p_.window_key_mask + int64_t{Here().m} * rows);
   }
 
-  // A row of no stream that there is: NaN for what it asks, and no state is touched.
+  // Gives NaN for a row whose stream does not exist. Changes no state.
   __device__ void Refuse() const {
     if (Here().part != 0) return;
     const T nan = std::numeric_limits<T>::quiet_NaN();
@@ -324,7 +322,7 @@ using LargestLayout = RowLayout<1, 32, 8>;
 
 template <typename T, typename C>
 bool TakesVectors(const DeviceSingleOutputParams<T, C>& p) {
-  // Doubles are for checking: one kernel is enough.
+  // Doubles are for tests. One kernel is enough for them.
   if (std::is_same_v<C, double>) return false;
   // The stride of the heads or the steps is a row's size, so a row is whole vectors.
   const auto aligned = [](const C* rows, const Strides& strides) {
@@ -349,8 +347,8 @@ cudaError_t LaunchWith(const DeviceSingleOutputParams<T, C>& p, cudaStream_t str
 }  // namespace
 
 int64_t PlanWindowParts(int64_t queries, int64_t window, int multiprocessors) {
-  // Two blocks a multiprocessor keep enough loads under way; a part of fewer rows than a block
-  // reads at a time would be shorter than the merge that it costs.
+  // Two blocks per multiprocessor keep enough loads in flight. A part with fewer rows than a block
+  // reads at a time would be cheaper than merging it.
   constexpr int64_t kBlocks = 2, kRowsPerPart = 64;
   if (queries < 1) return 1;
   const int64_t wanted = (kBlocks * multiprocessors + queries - 1) / queries;
@@ -363,7 +361,7 @@ const char* RefusesSingleOutput(const DeviceSingleOutputParams<T, C>& p) {
       p.window_parts < 1) {
     return "expected steps, heads, rows of the window, features and window_parts >= 1";
   }
-  // Distances within a stream's rings and within a call are computed in 32 bits.
+  // Offsets within a stream's rings and within a call are computed in 32 bits.
   constexpr int64_t kMost = int64_t{1} << 31;
   const int64_t ring_step = std::max(p.key_cache_strides.step, p.value_cache_strides.step);
   if (p.window * ring_step > kMost) {
@@ -396,11 +394,9 @@ cudaError_t LaunchSingleOutput(const DeviceSingleOutputParams<T, C>& p, cudaStre
 
 #define INSTANTIATE(T, C)                                                                \
   template const char* RefusesSingleOutput<T, C>(const DeviceSingleOutputParams<T, C>&); \
-  template cudaError_t LaunchSingleOutput<T, C>(const DeviceSingleOutputParams<T, C>&, cudaStream_t)
-INSTANTIATE(float, float);
-INSTANTIATE(float, BFloat16);
-INSTANTIATE(float, Float16);
-INSTANTIATE(double, double);
+  template cudaError_t LaunchSingleOutput<T, C>(const DeviceSingleOutputParams<T, C>&,   \
+                                                cudaStream_t);
+CONTINUAL_TRANSFORMERS_FOR_CACHE_TYPES(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace continual_transformers

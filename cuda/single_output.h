@@ -1,5 +1,4 @@
-// Continual single-output attention on a GPU: what cc/attention/single_output.h does, in one
-// launch.
+// Continual single-output attention on a GPU, in one launch; see cc/attention/single_output.h.
 
 #ifndef CONTINUAL_TRANSFORMERS_CUDA_SINGLE_OUTPUT_H_
 #define CONTINUAL_TRANSFORMERS_CUDA_SINGLE_OUTPUT_H_
@@ -13,25 +12,24 @@
 
 namespace continual_transformers {
 
-// Every pointer is to device memory, which the host never looks at: so a step can be captured in a
-// CUDA graph and replayed while the streams age. `parts` holds a query's parts at
-// [M, H, T, window_parts, Dv + 2], and any number of steps, scores and window_key go with parts.
+// All pointers are to device memory, which the host never reads. So a step can be captured in a
+// CUDA graph and replayed while streams advance. `parts` is [M, H, T, window_parts, Dv + 2]. Unlike
+// on the CPU, windows with parts can also have several steps, scores and window_key.
 template <typename T, typename C>
 struct DeviceSingleOutputParams : SingleOutputParams<T, C> {
-  // S. A stream outside [0, S), or whose position is below 0, touches no state; its outputs are
-  // NaN. Which streams there are nobody else checks: one named twice is a race on its state.
-  // `streams` may be null: row m is then stream m.
+  // S. A stream outside [0, S), or with a position below 0, changes no state, and its outputs are
+  // NaN. The kernel does not check for a stream that is named twice: that is a race on its state.
+  // `streams` may be null: then row m is stream m.
   int64_t num_held;
-  // The positions again, for the launch to advance with update_state. Null: the caller does it.
+  // The positions, which the launch advances if update_state is true. Null: they stay.
   int64_t* next_position;  // [S]
-  int64_t* steps_taken;    // [M], the positions after this call; null: not wanted
-  // Rows whose queries attend to nothing, and whose outputs and scores are zeros; null: none.
+  int64_t* steps_taken;    // [M], positions after this call; null: not wanted
+  // If false, the row's query attends to nothing: its output and scores are zeros. Null: all true.
   const bool* query_mask;  // [M]
-  // Zeros before the first launch, and zeros again after each: who has arrived, so that the last
-  // block does what needs all.
+  // Counts the blocks that have arrived. Zeros before the first launch; each launch leaves zeros.
   uint32_t* arrivals;  // [NumArrivals()]
-  // The kernel before this one on the stream lets this one begin before it has ended (programmatic
-  // dependent launch, from compute capability 9.0 on; elsewhere without effect).
+  // Whether this kernel may begin before the kernel before it on the stream has ended: programmatic
+  // dependent launch, from compute capability 9.0 on.
   bool overlap;
 
   CONTINUAL_TRANSFORMERS_HOST_DEVICE int64_t NumQueries() const {
@@ -43,16 +41,15 @@ struct DeviceSingleOutputParams : SingleOutputParams<T, C> {
   }
 };
 
-// Into how many parts to cut windows so that a GPU of so many multiprocessors is busy: what
-// window_parts is to be.
+// Returns the value for window_parts that keeps a GPU with this many multiprocessors busy.
 int64_t PlanWindowParts(int64_t queries, int64_t window, int multiprocessors);
 
-// Why no kernel takes these sizes; null where one does.
+// Returns the reason why no kernel takes these sizes, or null if one does.
 template <typename T, typename C>
 const char* RefusesSingleOutput(const DeviceSingleOutputParams<T, C>& params);
 
-// Instantiated for (T, C) of (float, float), (float, BFloat16), (float, Float16) and
-// (double, double). Sizes that RefusesSingleOutput names give cudaErrorInvalidValue.
+// Instantiated for the cache types of step_types.h. Sizes that RefusesSingleOutput names give
+// cudaErrorInvalidValue.
 template <typename T, typename C>
 cudaError_t LaunchSingleOutput(const DeviceSingleOutputParams<T, C>& params, cudaStream_t stream);
 

@@ -1,4 +1,4 @@
-// What the lanes of a warp do together.
+// Exchanges between the lanes of a warp.
 
 #ifndef CONTINUAL_TRANSFORMERS_CUDA_WARP_CUH_
 #define CONTINUAL_TRANSFORMERS_CUDA_WARP_CUH_
@@ -10,7 +10,7 @@ namespace continual_transformers {
 constexpr int kLanesPerWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// The value of the lane whose number differs in this one bit. To be called by all lanes.
+// Returns the value of the lane whose number differs in this one bit. All lanes call it.
 template <typename T>
 __device__ T OfLaneAcross(T value, int distance) {
   return __shfl_xor_sync(kAllLanes, value, distance);

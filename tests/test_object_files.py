@@ -45,6 +45,18 @@ def test_a_file_that_has_changed(program, changed):
     assert not compiled(command, folder)
 
 
+def test_a_header_that_a_system_header_includes(program):
+    command, folder = program
+    (folder / "system").mkdir()
+    (folder / "system" / "s.h").write_text('#include "a.h"\n')
+    (folder / "a.cc").write_text("#include <s.h>\nint f() { return N; }\n")
+    command = [*command, "-isystem", str(folder / "system"), f"-I{folder}"]
+    assert compiled(command, folder)
+    (folder / "a.h").write_text("#define N 2\n")
+    assert compiled(command, folder)
+    assert not compiled(command, folder)
+
+
 def test_another_command_or_another_heading(program):
     command, folder = program
     assert compiled(command, folder, "g++ 12\n")

@@ -1,5 +1,6 @@
 """Compiling only the files that have changed, for setup.py, nvcc and the emulated ops."""
 
+import math
 import os
 import shlex
 import subprocess
@@ -24,8 +25,7 @@ def compile_object(command: Sequence[str], target: Path, heading: str = "") -> s
     Args:
         command: A list, the compiler and its options, without those for the output.
         target: The object's path.
-        heading: What else the object depends on, such as the versions of the compiler and of system
-            headers, whose files are not checked for changes.
+        heading: What else the object depends on, such as the compiler's version.
 
     Returns:
         The compiler's output; "" if it was not called.
@@ -39,7 +39,9 @@ def compile_object(command: Sequence[str], target: Path, heading: str = "") -> s
         made, made_list = Path(folder, "made.o"), Path(folder, "made.d")
         started = time.time()
         done = subprocess.run(
-            [*command, "-o", str(made), "-MMD", "-MF", str(made_list)],
+            # Not -MMD: it leaves out our own headers where Highway's foreach_target.h, a system
+            # header, includes them.
+            [*command, "-o", str(made), "-MD", "-MF", str(made_list)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -60,7 +62,15 @@ def is_current(target: Path, log: Path, listed: Path, heading: str) -> bool:
     if not log.read_text().startswith(heading):
         return False
     made = target.stat().st_mtime
-    return all(os.path.exists(name) and os.stat(name).st_mtime < made for name in listed_in(listed))
+    return all(changed_at(name) < made for name in listed_in(listed))
+
+
+def changed_at(name):
+    """Return the time of a file's last change; for a file that is gone, infinity."""
+    try:
+        return os.stat(name).st_mtime
+    except FileNotFoundError:
+        return math.inf
 
 
 def listed_in(path: Path) -> list[str]:

@@ -145,7 +145,7 @@ class KernelsContestant : public Contestant {
     step.hidden = projection(block.feed_forward);
     step.output = projection(block.feed_forward_output);
     step.hidden_features = e;
-    step.activation = Activation::kGelu;
+    step.activation = {Activation::kGelu};
     return step;
   }
 

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "benchmark/benchmark.h"
+#include "cc/attention/params.h"
 #include "cc/attention/retroactive.h"
-#include "cc/attention/retroactive_params.h"
 #include "cc/attention/targets.h"
 
 namespace continual_transformers {

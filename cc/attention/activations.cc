@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "cc/attention/step_types.h"
 #include "cc/attention/targets.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -79,21 +80,21 @@ HWY_INLINE V GeluTanhOf(D d, V x) {
 
 // Applies the common functions, a vector at a time. Returns false for other functions.
 template <typename T>
-bool ApplyVectors(const FunctionSpec& spec, const T* x, int64_t size, T* y) {
-  switch (spec.function) {
-    case Function::kGelu:
+bool ApplyVectors(const ActivationSpec& spec, const T* x, int64_t size, T* y) {
+  switch (spec.kind) {
+    case Activation::kGelu:
       Map(x, size, y, [](auto d, auto v) HWY_ATTR { return GeluOf(d, v); });
       return true;
-    case Function::kGeluTanh:
+    case Activation::kGeluTanh:
       Map(x, size, y, [](auto d, auto v) HWY_ATTR { return GeluTanhOf(d, v); });
       return true;
-    case Function::kSigmoid:
+    case Activation::kSigmoid:
       Map(x, size, y, [](auto d, auto v) HWY_ATTR { return SigmoidOf(d, v); });
       return true;
-    case Function::kSilu:
+    case Activation::kSilu:
       Map(x, size, y, [](auto d, auto v) HWY_ATTR { return hn::Mul(v, SigmoidOf(d, v)); });
       return true;
-    case Function::kTanh:
+    case Activation::kTanh:
       Map(x, size, y, [](auto d, auto v) HWY_ATTR { return TanhOf(d, v); });
       return true;
     default:
@@ -110,7 +111,7 @@ namespace continual_transformers {
 namespace {
 
 template <typename T>
-bool TryVectors(const FunctionSpec& spec, const T* x, int64_t size, T* y) {
+bool TryVectors(const ActivationSpec& spec, const T* x, int64_t size, T* y) {
   CONTINUAL_TRANSFORMERS_DISPATCH(ApplyVectors, spec, x, size, y);
 }
 
@@ -132,121 +133,122 @@ T Clip(T x, T low, T high) {
 }  // namespace
 
 template <typename T>
-void Apply(const FunctionSpec& spec, const T* x, int64_t size, T* y) {
+void Apply(const ActivationSpec& spec, const T* x, int64_t size, T* y) {
   if (TryVectors(spec, x, size, y)) return;
   const T a = static_cast<T>(spec.a), b = static_cast<T>(spec.b), c = static_cast<T>(spec.c);
-  switch (spec.function) {
-    case Function::kAbsolute:
+  switch (spec.kind) {
+    case Activation::kAbsolute:
       return Each(x, size, y, [](T v) { return std::abs(v); });
-    case Function::kCelu:
+    case Activation::kCelu:
       return Each(x, size, y, [a](T v) { return v > 0 ? v : a * std::expm1(v / a); });
-    case Function::kCos:
+    case Activation::kCos:
       return Each(x, size, y, [](T v) { return std::cos(v); });
-    case Function::kElu:
+    case Activation::kElu:
       return Each(x, size, y, [a](T v) { return v > 0 ? v : a * std::expm1(v); });
-    case Function::kExponential:
+    case Activation::kExponential:
       return Each(x, size, y, [](T v) { return std::exp(v); });
-    case Function::kHardShrink:
+    case Activation::kHardShrink:
       return Each(x, size, y, [a](T v) { return std::abs(v) <= a ? T(0) : v; });
-    case Function::kHardSigmoid:
+    case Activation::kHardSigmoid:
       return Each(x, size, y, [](T v) { return Clip(v + 3, T(0), T(6)) / 6; });
-    case Function::kHardSilu:
+    case Activation::kHardSilu:
       return Each(x, size, y, [](T v) { return v * (Clip(v + 3, T(0), T(6)) / 6); });
-    case Function::kHardTanh:
+    case Activation::kHardTanh:
       return Each(x, size, y, [](T v) { return Clip(v, T(-1), T(1)); });
-    case Function::kLeakyRelu:
+    case Activation::kLeakyRelu:
       return Each(x, size, y, [a](T v) { return v < 0 ? a * v : v; });
-    case Function::kLinear:
+    case Activation::kLinear:
       if (x != y) std::copy_n(x, size, y);
       return;
-    case Function::kLog:
+    case Activation::kLog:
       return Each(x, size, y, [](T v) { return std::log(v); });
-    case Function::kLog1p:
+    case Activation::kLog1p:
       return Each(x, size, y, [](T v) { return std::log1p(v); });
-    case Function::kLogSigmoid:
+    case Activation::kLogSigmoid:
       return Each(x, size, y, [](T v) { return -SoftplusOf(-v); });
-    case Function::kMish:
+    case Activation::kMish:
       return Each(x, size, y, [](T v) { return v * std::tanh(SoftplusOf(v)); });
-    case Function::kNegative:
+    case Activation::kNegative:
       return Each(x, size, y, [](T v) { return -v; });
-    case Function::kReciprocal:
+    case Activation::kReciprocal:
       return Each(x, size, y, [](T v) { return 1 / v; });
-    case Function::kRelu:
+    case Activation::kRelu:
       if (a == 0 && c == 0 && std::isinf(b)) {
         return Each(x, size, y, [](T v) { return v < 0 ? T(0) : v; });
       }
       return Each(x, size, y, [a, b, c](T v) {
         return v < c ? (a == 0 ? T(0) : a * (v - c)) : v > b ? b : v;
       });
-    case Function::kRsqrt:
+    case Activation::kRsqrt:
       return Each(x, size, y, [](T v) { return 1 / std::sqrt(v); });
-    case Function::kSelu:
+    case Activation::kSelu:
       return Each(x, size, y, [](T v) {
         constexpr T kScale = T(1.0507009873554805), kAlpha = T(1.6732632423543772);
         return kScale * (v > 0 ? v : kAlpha * std::expm1(v));
       });
-    case Function::kSign:
+    case Activation::kSign:
       return Each(x, size, y, [](T v) { return v > 0 ? T(1) : v < 0 ? T(-1) : v; });
-    case Function::kSin:
+    case Activation::kSin:
       return Each(x, size, y, [](T v) { return std::sin(v); });
-    case Function::kSoftShrink:
+    case Activation::kSoftShrink:
       return Each(x, size, y, [a](T v) { return v > a ? v - a : v < -a ? v + a : v * 0; });
-    case Function::kSoftplus:
+    case Activation::kSoftplus:
       return Each(x, size, y, [](T v) { return SoftplusOf(v); });
-    case Function::kSoftsign:
+    case Activation::kSoftsign:
       return Each(x, size, y, [](T v) { return v / (1 + std::abs(v)); });
-    case Function::kSparsePlus:
+    case Activation::kSparsePlus:
       return Each(x, size, y, [](T v) {
         return v <= -1 ? T(0) : v >= 1 ? v : (v + 1) * (v + 1) / 4;
       });
-    case Function::kSparseSigmoid:
+    case Activation::kSparseSigmoid:
       return Each(x, size, y, [](T v) { return v <= -1 ? T(0) : v >= 1 ? T(1) : (v + 1) / 2; });
-    case Function::kSqrt:
+    case Activation::kSqrt:
       return Each(x, size, y, [](T v) { return std::sqrt(v); });
-    case Function::kSquare:
+    case Activation::kSquare:
       return Each(x, size, y, [](T v) { return v * v; });
-    case Function::kSquareplus:
+    case Activation::kSquareplus:
       return Each(x, size, y, [a](T v) { return (v + std::sqrt(v * v + a)) / 2; });
-    case Function::kTanhShrink:
+    case Activation::kTanhShrink:
       return Each(x, size, y, [](T v) { return v - std::tanh(v); });
-    case Function::kThreshold:
+    case Activation::kThreshold:
       return Each(x, size, y, [a, b](T v) { return v > a ? v : b; });
-    case Function::kGelu:
-    case Function::kGeluTanh:
-    case Function::kSigmoid:
-    case Function::kSilu:
-    case Function::kTanh:
+    case Activation::kGelu:
+    case Activation::kGeluTanh:
+    case Activation::kSigmoid:
+    case Activation::kSilu:
+    case Activation::kTanh:
       return;  // ApplyVectors has done it
   }
 }
 
-int64_t CyclesPerElement(Function function) {
-  switch (function) {
-    case Function::kAbsolute:
-    case Function::kHardShrink:
-    case Function::kHardSigmoid:
-    case Function::kHardSilu:
-    case Function::kHardTanh:
-    case Function::kLeakyRelu:
-    case Function::kLinear:
-    case Function::kNegative:
-    case Function::kRelu:
-    case Function::kSign:
-    case Function::kSquare:
+int64_t CyclesPerElement(Activation activation) {
+  switch (activation) {
+    case Activation::kAbsolute:
+    case Activation::kHardShrink:
+    case Activation::kHardSigmoid:
+    case Activation::kHardSilu:
+    case Activation::kHardTanh:
+    case Activation::kLeakyRelu:
+    case Activation::kLinear:
+    case Activation::kNegative:
+    case Activation::kRelu:
+    case Activation::kSign:
+    case Activation::kSquare:
       return 1;
-    case Function::kGelu:
-    case Function::kGeluTanh:
-    case Function::kSigmoid:
-    case Function::kSilu:
-    case Function::kTanh:
+    case Activation::kGelu:
+    case Activation::kGeluTanh:
+    case Activation::kSigmoid:
+    case Activation::kSilu:
+    case Activation::kTanh:
       return 6;
     default:
       return 30;
   }
 }
 
-template void Apply<float>(const FunctionSpec&, const float*, int64_t, float*);
-template void Apply<double>(const FunctionSpec&, const double*, int64_t, double*);
+#define INSTANTIATE(T) template void Apply<T>(const ActivationSpec&, const T*, int64_t, T*);
+CONTINUAL_TRANSFORMERS_FOR_COMPUTE_TYPES(INSTANTIATE)
+#undef INSTANTIATE
 
 }  // namespace continual_transformers
 #endif  // HWY_ONCE

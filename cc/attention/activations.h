@@ -1,14 +1,15 @@
-// Element-wise functions: keras.activations, and the unary functions of keras.ops.
+// Activations: the functions of keras.activations and the unary functions of keras.ops, applied to
+// each element. Kernels, plans, ops and cuda/ use this one enum.
 
 #ifndef CONTINUAL_TRANSFORMERS_ATTENTION_ACTIVATIONS_H_
 #define CONTINUAL_TRANSFORMERS_ATTENTION_ACTIVATIONS_H_
 
 #include <cstdint>
-#include <string>
+#include <limits>
 
 namespace continual_transformers {
 
-enum class Function {
+enum class Activation {
   kAbsolute,
   kCelu,
   kCos,
@@ -48,9 +49,9 @@ enum class Function {
   kThreshold,
 };
 
-// A function and its parameters.
-struct FunctionSpec {
-  Function function = Function::kLinear;
+// An activation and its parameters.
+struct ActivationSpec {
+  Activation kind = Activation::kLinear;
   // kCelu, kElu: alpha. kLeakyRelu, kRelu: negative_slope. kHardShrink, kSoftShrink, kThreshold:
   // threshold. kSquareplus: b.
   double a = 0;
@@ -60,13 +61,18 @@ struct FunctionSpec {
   double c = 0;
 };
 
-// y[i] = function(x[i]); x and y may be the same. NaN gives NaN, except for kThreshold, which
-// returns `value` for it as Keras does. Instantiated for float and double.
+// x where it is positive, else 0.
+constexpr ActivationSpec PlainRelu() {
+  return {Activation::kRelu, 0, std::numeric_limits<double>::infinity(), 0};
+}
+
+// y[i] = activation(x[i]); x and y may be the same. NaN gives NaN, except for kThreshold, which
+// returns `value` for it as Keras does. Instantiated for the compute types of step_types.h.
 template <typename T>
-void Apply(const FunctionSpec& spec, const T* x, int64_t size, T* y);
+void Apply(const ActivationSpec& spec, const T* x, int64_t size, T* y);
 
 // A rough estimate of the CPU cycles per element.
-int64_t CyclesPerElement(Function function);
+int64_t CyclesPerElement(Activation activation);
 
 }  // namespace continual_transformers
 

@@ -2,13 +2,12 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <memory>
 
 #include "cc/attention/activations.h"
 #include "cc/attention/dense.h"
 #include "cc/attention/elementwise.h"
-#include "cc/attention/half.h"
+#include "cc/attention/step_types.h"
 
 namespace continual_transformers {
 namespace {
@@ -19,18 +18,6 @@ void Project(const Projection<T, W>& layer, const T* input, int64_t rows, int64_
   const Dense<T, W> dense = {input, layer.kernel, layer.bias, output, rows, layer.inputs, outputs};
   threads.share(DenseTasks(outputs), DenseCyclesPerTask(dense),
                 [&](int64_t begin, int64_t end) { TakeDenseTasks(dense, begin, end); });
-}
-
-FunctionSpec FunctionOf(Activation activation) {
-  switch (activation) {
-    case Activation::kLinear:
-      return {Function::kLinear};
-    case Activation::kGelu:
-      return {Function::kGelu};
-    case Activation::kRelu:
-      return {Function::kRelu, 0, std::numeric_limits<double>::infinity()};
-  }
-  return {};
 }
 
 }  // namespace
@@ -65,7 +52,7 @@ void TakeCoSiEncoderStep(const CoSiEncoderStep<T, C, W>& step, const Threads& th
     Normalize(step.attention_norm, attended, rows, features, attended);
   }
   Project(step.hidden, input, rows, step.hidden_features, hidden, threads);
-  Apply(FunctionOf(step.activation), hidden, rows * step.hidden_features, hidden);
+  Apply(step.activation, hidden, rows * step.hidden_features, hidden);
   Project(step.output, hidden, rows, features, output, threads);
   Add(output, attended, size);
   if (step.norm_first) {
@@ -76,14 +63,8 @@ void TakeCoSiEncoderStep(const CoSiEncoderStep<T, C, W>& step, const Threads& th
 }
 
 #define INSTANTIATE(T, C, W) \
-  template void TakeCoSiEncoderStep<T, C, W>(const CoSiEncoderStep<T, C, W>&, const Threads&)
-INSTANTIATE(float, float, float);
-INSTANTIATE(float, BFloat16, float);
-INSTANTIATE(float, Float16, float);
-INSTANTIATE(float, float, BFloat16);
-INSTANTIATE(float, BFloat16, BFloat16);
-INSTANTIATE(float, Float16, BFloat16);
-INSTANTIATE(double, double, double);
+  template void TakeCoSiEncoderStep<T, C, W>(const CoSiEncoderStep<T, C, W>&, const Threads&);
+CONTINUAL_TRANSFORMERS_FOR_STEP_TYPES(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace continual_transformers

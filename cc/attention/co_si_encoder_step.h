@@ -6,13 +6,12 @@
 
 #include <cstdint>
 
+#include "cc/attention/activations.h"
 #include "cc/attention/co_si_mha_step.h"
 #include "cc/attention/elementwise.h"
 #include "cc/attention/threads.h"
 
 namespace continual_transformers {
-
-enum class Activation { kLinear = 0, kGelu = 1, kRelu = 2 };
 
 template <typename T, typename C, typename W>
 struct CoSiEncoderStep {
@@ -22,13 +21,13 @@ struct CoSiEncoderStep {
   LayerNorm<T> attention_norm, output_norm;  // [E]
   // The feed-forward layers, E -> F -> E. Their inputs are null: the step sets them.
   Projection<T, W> hidden, output;
-  int64_t hidden_features;  // F
-  Activation activation;    // between `hidden` and `output`
+  int64_t hidden_features;    // F
+  ActivationSpec activation;  // between `hidden` and `output`
   bool norm_first;
   T* result;  // [M, E]; null: not wanted, the step only updates the state
 };
 
-// Takes the step. Instantiated for the types of TakeCoSiMhaStep.
+// Takes the step. Instantiated for the step types of step_types.h.
 template <typename T, typename C, typename W>
 void TakeCoSiEncoderStep(const CoSiEncoderStep<T, C, W>& step, const Threads& threads);
 

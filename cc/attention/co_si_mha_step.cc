@@ -9,9 +9,9 @@
 #include "cc/attention/activations.h"
 #include "cc/attention/dense.h"
 #include "cc/attention/elementwise.h"
-#include "cc/attention/half.h"
 #include "cc/attention/params.h"
 #include "cc/attention/single_output.h"
+#include "cc/attention/step_types.h"
 
 namespace continual_transformers {
 namespace {
@@ -39,7 +39,7 @@ class Stepper {
     asking_.reset(new bool[rows_]);
 
     ProjectIn();
-    if (gates > 0) Apply({Function::kSigmoid}, gate_, gates, gate_);
+    if (gates > 0) Apply({Activation::kSigmoid}, gate_, gates, gate_);
     for (int64_t m = 0; m < rows_; ++m) {
       asking_[m] = step_.query_mask == nullptr || step_.query_mask[m];
       if (step_.delay > 0) Exchange(m);
@@ -99,9 +99,10 @@ class Stepper {
       attention_.value = narrow.get() + rows_ * key_size_;
     }
     attention_.output = attended_;
-    attention_.query_strides = attention_.key_strides = {key_size_, key_size_, attention_.key_dim};
-    attention_.value_strides =
-        attention_.output_strides = {value_size_, value_size_, attention_.value_dim};
+    const int64_t heads = attention_.num_heads;
+    attention_.query_strides = attention_.key_strides = BatchTimeHead(1, heads, attention_.key_dim);
+    attention_.value_strides = attention_.output_strides =
+        BatchTimeHead(1, heads, attention_.value_dim);
     const SingleOutputPlan plan = PlanSingleOutput(attention_, threads_.count);
     attention_.window_parts = plan.window_parts;
     attention_.heads_per_task = plan.heads_per_task;
@@ -164,14 +165,8 @@ void TakeCoSiMhaStep(const CoSiMhaStep<T, C, W>& step, const Threads& threads) {
 }
 
 #define INSTANTIATE(T, C, W) \
-  template void TakeCoSiMhaStep<T, C, W>(const CoSiMhaStep<T, C, W>&, const Threads&)
-INSTANTIATE(float, float, float);
-INSTANTIATE(float, BFloat16, float);
-INSTANTIATE(float, Float16, float);
-INSTANTIATE(float, float, BFloat16);
-INSTANTIATE(float, BFloat16, BFloat16);
-INSTANTIATE(float, Float16, BFloat16);
-INSTANTIATE(double, double, double);
+  template void TakeCoSiMhaStep<T, C, W>(const CoSiMhaStep<T, C, W>&, const Threads&);
+CONTINUAL_TRANSFORMERS_FOR_STEP_TYPES(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace continual_transformers

@@ -43,8 +43,8 @@ struct CoSiMhaStep {
   const bool* query_mask;  // [M]; if false, the query attends to nothing. Null: all true.
 };
 
-// Takes the step. Does not change positions: the caller advances them. Instantiated for (T, C, W)
-// of (float, float | BFloat16 | Float16, float | BFloat16) and (double, double, double).
+// Takes the step. Does not change positions: the caller advances them. Instantiated for the step
+// types of step_types.h.
 template <typename T, typename C, typename W>
 void TakeCoSiMhaStep(const CoSiMhaStep<T, C, W>& step, const Threads& threads);
 

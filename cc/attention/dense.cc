@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cc/attention/half.h"
+#include "cc/attention/step_types.h"
 #include "cc/attention/targets.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -215,10 +215,8 @@ void TakeDenseTasks(const Dense<T, W>& dense, int64_t begin, int64_t end) {
 
 #define INSTANTIATE(T, W)                                        \
   template int64_t DenseCyclesPerTask<T, W>(const Dense<T, W>&); \
-  template void TakeDenseTasks<T, W>(const Dense<T, W>&, int64_t, int64_t)
-INSTANTIATE(float, float);
-INSTANTIATE(float, BFloat16);
-INSTANTIATE(double, double);
+  template void TakeDenseTasks<T, W>(const Dense<T, W>&, int64_t, int64_t);
+CONTINUAL_TRANSFORMERS_FOR_WEIGHT_TYPES(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace continual_transformers

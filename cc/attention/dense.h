@@ -30,7 +30,7 @@ template <typename T, typename W>
 int64_t DenseCyclesPerTask(const Dense<T, W>& dense);
 
 // Computes column blocks begin, ..., end - 1. Every split of them over threads gives the same bits.
-// Instantiated for (T, W) of (float, float), (float, BFloat16) and (double, double).
+// Instantiated for the weight types of step_types.h.
 template <typename T, typename W>
 void TakeDenseTasks(const Dense<T, W>& dense, int64_t begin, int64_t end);
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cc/attention/half.h"
+#include "cc/attention/step_types.h"
 #include "cc/attention/targets.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -125,9 +126,8 @@ template void Narrow<float, Float16>(const float*, int64_t, Float16*);
 #define INSTANTIATE(T)                              \
   template void Multiply<T>(T*, const T*, int64_t); \
   template void Add<T>(T*, const T*, int64_t);      \
-  template void Normalize<T>(const LayerNorm<T>&, const T*, int64_t, int64_t, T*)
-INSTANTIATE(float);
-INSTANTIATE(double);
+  template void Normalize<T>(const LayerNorm<T>&, const T*, int64_t, int64_t, T*);
+CONTINUAL_TRANSFORMERS_FOR_COMPUTE_TYPES(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace continual_transformers

@@ -12,7 +12,7 @@ namespace continual_transformers {
 template <typename T, typename C>
 void Narrow(const T* from, int64_t size, C* to);
 
-// x[i] *= factor[i]. Instantiated, like the functions below, for float and double.
+// x[i] *= factor[i]. Instantiated, like the functions below, for the compute types of step_types.h.
 template <typename T>
 void Multiply(T* x, const T* factor, int64_t size);
 

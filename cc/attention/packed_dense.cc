@@ -8,7 +8,7 @@
 #include <type_traits>
 
 #include "cc/attention/elementwise.h"
-#include "cc/attention/half.h"
+#include "cc/attention/step_types.h"
 #include "cc/attention/targets.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -241,10 +241,8 @@ void TakePackedDense(const PackedDense<T, W>& dense, int64_t begin, int64_t end)
 #define INSTANTIATE(T, W)                                                     \
   template class PackedKernel<T, W>;                                          \
   template int64_t PackedDenseCyclesPerPanel<T, W>(const PackedDense<T, W>&); \
-  template void TakePackedDense<T, W>(const PackedDense<T, W>&, int64_t, int64_t)
-INSTANTIATE(float, float);
-INSTANTIATE(float, BFloat16);
-INSTANTIATE(double, double);
+  template void TakePackedDense<T, W>(const PackedDense<T, W>&, int64_t, int64_t);
+CONTINUAL_TRANSFORMERS_FOR_WEIGHT_TYPES(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace continual_transformers

@@ -49,8 +49,8 @@ struct PackedDense {
   int64_t rows;
 };
 
-// Computes panels begin, ..., end - 1 of the output. Instantiated for (T, W) of (float, float),
-// (float, BFloat16) and (double, double).
+// Computes panels begin, ..., end - 1 of the output. Instantiated for the weight types of
+// step_types.h.
 template <typename T, typename W>
 void TakePackedDense(const PackedDense<T, W>& dense, int64_t begin, int64_t end);
 

@@ -28,6 +28,14 @@ constexpr Strides RowMajorRing(int64_t heads, int64_t window, int64_t size) {
   return {heads * window * size, heads * size, size};
 }
 
+// The strides of contiguous arrays [M, T, H, size] and [M, H, T, size].
+constexpr Strides BatchTimeHead(int64_t steps, int64_t heads, int64_t size) {
+  return {steps * heads * size, heads * size, size};
+}
+constexpr Strides BatchHeadTime(int64_t heads, int64_t steps, int64_t size) {
+  return {heads * steps * size, size, steps * size};
+}
+
 // The parameters that single-output and retroactive attention share: the new steps, and their
 // rings. T is the compute type, float or double. C is the type of keys and values: T, or with float
 // a type of half.h.
@@ -68,7 +76,7 @@ struct RingParams {
   bool update_state;  // false: computes the outputs, but leaves the state unchanged
 };
 
-// The output is [M, T, H, Dv].
+// Single-output attention (single_output.h). The output is [M, T, H, Dv].
 template <typename T, typename C = T>
 struct SingleOutputParams : RingParams<T, C> {
   // The columns of the window that may be attended to, oldest first; null: all. The innermost axis,
@@ -94,6 +102,36 @@ struct SingleOutputParams : RingParams<T, C> {
   // The number of heads of a stream that a task takes together. 0: 1. More only as PlanSingleOutput
   // says. (cuda/ ignores it.)
   int64_t heads_per_task;
+};
+
+// Retroactive attention (retroactive.h).
+//
+// T is the type of the computation and of the rings, float or double. Sums are always in double: a
+// term is added when its key enters and subtracted when it leaves. In float the two rounding errors
+// would add up over the N steps of a row to more than 5e-6 from N = 1000 on.
+//
+// The output is [M, T, H, N, Dv], oldest row first. Rows of steps never taken are zeros. A step
+// without a key is never attended to, but its query attends.
+template <typename T>
+struct RetroactiveParams : RingParams<T> {
+  T* query_cache;  // [S, H, N, D] or [S, N, H, D]
+  Strides query_cache_strides;
+
+  // The softmax state of each row of the window whose query is in the ring.
+  //   reference: what is subtracted from a logit before its exponential: the row's maximum when
+  //     the row was last computed exactly.
+  //   denominator: the sum of the weights exp(logit - reference) over the window.
+  //   peak: the largest denominator since then.
+  //   peak_sum: the largest magnitude in weighted_sum since then.
+  double* softmax;       // [S, H, 4, N]: reference, denominator, peak, peak_sum
+  double* weighted_sum;  // [S, H, N, Dv], the sum of values with these weights
+  // The arithmetic and scale of these weights, as in MadeWith. Another arithmetic
+  // or scale gives other bits, so subtracting would not undo adding. All rows are then recomputed.
+  double* made_with;  // [S, 2]
+
+  int64_t output_row_stride;
+  char* scratch;   // RetroactiveScratchBytes, aligned for double; null: the kernel allocates it
+  bool recompute;  // recomputes all rows at each step, and keeps no softmax state
 };
 
 }  // namespace continual_transformers

@@ -7,7 +7,7 @@
 #include <memory>
 
 #include "cc/attention/params.h"
-#include "cc/attention/retroactive_params.h"
+#include "cc/attention/step_types.h"
 #include "cc/attention/targets.h"
 
 #ifndef CONTINUAL_TRANSFORMERS_ATTENTION_RETROACTIVE_CC_ONCE_
@@ -418,9 +418,8 @@ void FinishRetroactive(const RetroactiveParams<T>& params) {
   template int64_t RetroactiveScratchBytes<T>(const RetroactiveParams<T>&);             \
   template int64_t RetroactiveCyclesPerTask<T>(const RetroactiveParams<T>&);            \
   template void RetroactiveAttention<T>(const RetroactiveParams<T>&, int64_t, int64_t); \
-  template void FinishRetroactive<T>(const RetroactiveParams<T>&)
-INSTANTIATE(float);
-INSTANTIATE(double);
+  template void FinishRetroactive<T>(const RetroactiveParams<T>&);
+CONTINUAL_TRANSFORMERS_FOR_COMPUTE_TYPES(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace continual_transformers

@@ -15,7 +15,7 @@
 
 #include <cstdint>
 
-#include "cc/attention/retroactive_params.h"
+#include "cc/attention/params.h"
 
 namespace continual_transformers {
 
@@ -34,7 +34,7 @@ template <typename T>
 int64_t RetroactiveCyclesPerTask(const RetroactiveParams<T>& params);
 
 // Runs tasks begin, ..., end - 1. Every split of them over threads gives the same bits.
-// Instantiated for float and double.
+// Instantiated for the compute types of step_types.h.
 template <typename T>
 void RetroactiveAttention(const RetroactiveParams<T>& params, int64_t begin, int64_t end);
 

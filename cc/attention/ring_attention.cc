@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <limits>
 
-#include "cc/attention/half.h"
 #include "cc/attention/ring_cache.h"
+#include "cc/attention/step_types.h"
 #include "cc/attention/targets.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -317,11 +317,8 @@ void RingAttention(const RingAttentionParams<T, C>& params, int64_t begin, int64
 }
 
 #define INSTANTIATE(T, C) \
-  template void RingAttention<T, C>(const RingAttentionParams<T, C>&, int64_t, int64_t)
-INSTANTIATE(float, float);
-INSTANTIATE(float, BFloat16);
-INSTANTIATE(float, Float16);
-INSTANTIATE(double, double);
+  template void RingAttention<T, C>(const RingAttentionParams<T, C>&, int64_t, int64_t);
+CONTINUAL_TRANSFORMERS_FOR_CACHE_TYPES(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace continual_transformers

@@ -40,7 +40,7 @@ struct RingAttentionParams {
 inline int64_t RingAttentionLogits(int64_t rows) { return (rows + 15) / 16 * 16 + 16; }
 
 // Computes heads begin, ..., end - 1. A query with nothing to attend to gives zeros. Instantiated
-// for (T, C) of (float, float), (float, BFloat16), (float, Float16) and (double, double).
+// for the cache types of step_types.h.
 template <typename T, typename C>
 void RingAttention(const RingAttentionParams<T, C>& params, int64_t begin, int64_t end);
 

@@ -5,12 +5,12 @@
 #include <cstring>
 #include <vector>
 
-#include "cc/attention/half.h"
 #include "cc/attention/online_softmax.h"
 #include "cc/attention/params.h"
 #include "cc/attention/ring_attention.h"
 #include "cc/attention/ring_cache.h"
 #include "cc/attention/rows.h"
+#include "cc/attention/step_types.h"
 #include "cc/attention/targets.h"
 
 #ifndef CONTINUAL_TRANSFORMERS_ATTENTION_SINGLE_OUTPUT_CC_ONCE_
@@ -426,11 +426,8 @@ void FinishSingleOutput(const SingleOutputParams<T, C>& params) {
 #define INSTANTIATE(T, C)                                                                       \
   template SingleOutputPlan PlanSingleOutput<T, C>(const SingleOutputParams<T, C>&, int64_t);   \
   template void SingleOutputAttention<T, C>(const SingleOutputParams<T, C>&, int64_t, int64_t); \
-  template void FinishSingleOutput<T, C>(const SingleOutputParams<T, C>&)
-INSTANTIATE(float, float);
-INSTANTIATE(float, BFloat16);
-INSTANTIATE(float, Float16);
-INSTANTIATE(double, double);
+  template void FinishSingleOutput<T, C>(const SingleOutputParams<T, C>&);
+CONTINUAL_TRANSFORMERS_FOR_CACHE_TYPES(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace continual_transformers

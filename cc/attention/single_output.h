@@ -24,8 +24,7 @@ template <typename T, typename C>
 SingleOutputPlan PlanSingleOutput(const SingleOutputParams<T, C>& params, int64_t threads);
 
 // Runs tasks begin, ..., end - 1. Every split of them over threads gives the same bits.
-// Instantiated for (T, C) of (float, float), (float, BFloat16), (float, Float16) and (double,
-// double).
+// Instantiated for the cache types of step_types.h.
 template <typename T, typename C>
 void SingleOutputAttention(const SingleOutputParams<T, C>& params, int64_t begin, int64_t end);
 

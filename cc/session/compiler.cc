@@ -8,15 +8,17 @@
 #include <memory>
 #include <numeric>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "cc/attention/activations.h"
 #include "cc/attention/half.h"
+#include "cc/attention/step_types.h"
+#include "cc/session/activations.h"
 #include "cc/session/attention_instructions.h"
 #include "cc/session/dense_instruction.h"
 #include "cc/session/error.h"
-#include "cc/session/functions.h"
 #include "cc/session/layout_instructions.h"
 #include "cc/session/retroactive_instruction.h"
 #include "cc/session/ring_instructions.h"
@@ -27,6 +29,16 @@ namespace continual_transformers {
 namespace {
 
 constexpr int64_t kAlignment = 64;
+
+// The dtype of a type of step_types.h.
+template <typename T>
+constexpr DType kDType = DType::kFloat32;
+template <>
+constexpr DType kDType<double> = DType::kFloat64;
+template <>
+constexpr DType kDType<BFloat16> = DType::kBFloat16;
+template <>
+constexpr DType kDType<Float16> = DType::kFloat16;
 
 int64_t Align(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -226,7 +238,7 @@ class Compiler {
     switch (node.op) {
       case Op::kActivation:
         if (HasWeights(node)) return MakePRelu<T>(Kept(Weights(node, "alpha")), In(node), output);
-        return MakeFunction<T>(FunctionOf(node), In(node), output, size);
+        return MakeActivation<T>(ActivationOf(node), In(node), output, size);
       case Op::kSoftmax: {
         const Axis axis = AxisOf(shape, node.Int("axis"));
         return std::make_unique<SoftmaxInstruction<T>>(node.Text("function"), axis, In(node),
@@ -327,17 +339,8 @@ class Compiler {
     }
     if (spec.residual >= 0) reads.push_back(spec.residual);
     spec.output = output;
-    std::unique_ptr<Instruction> instruction;
-    if constexpr (std::is_same_v<T, float>) {
-      if (options_.weights_dtype == DType::kBFloat16) {
-        instruction = MakeDense<BFloat16>(std::move(spec), kernel);
-      }
-    }
-    if (instruction == nullptr) {
-      // NOLINTNEXTLINE(bugprone-use-after-move): null means that nothing was moved above.
-      instruction = MakeDense<T>(std::move(spec), kernel);
-    }
-    emitted_.push_back({2 * last, std::move(instruction), name, op, std::move(reads), output});
+    emitted_.push_back(
+        {2 * last, MakeDense(std::move(spec), kernel), name, op, std::move(reads), output});
   }
 
   // The kernel of a dense layer. `tensor` is its name, "" once something is folded into it.
@@ -346,9 +349,19 @@ class Compiler {
     std::vector<T> elements;  // [inputs, outputs]
   };
 
+  std::unique_ptr<Instruction> MakeDense(DenseSpec<T> spec, const DenseKernel& kernel) {
+#define TRY(U, W)                                                                            \
+  if constexpr (std::is_same_v<T, U>) {                                                      \
+    if (options_.weights_dtype == kDType<W>) return MakeDenseOf<W>(std::move(spec), kernel); \
+  }
+    CONTINUAL_TRANSFORMERS_FOR_WEIGHT_TYPES(TRY)
+#undef TRY
+    throw Error(ErrorCode::kInternal, "no dense layer for this weights dtype");
+  }
+
   // Layers that share a tensor share the packed kernel.
   template <typename W>
-  std::unique_ptr<Instruction> MakeDense(DenseSpec<T> spec, const DenseKernel& kernel) {
+  std::unique_ptr<Instruction> MakeDenseOf(DenseSpec<T> spec, const DenseKernel& kernel) {
     std::shared_ptr<const PackedKernel<T, W>> packed;
     const auto found = packed_.find(kernel.tensor);
     if (found != packed_.end()) {
@@ -425,7 +438,7 @@ class Compiler {
   // Fuses a node into the dense layer whose output only this node reads. Returns false if that is
   // not possible.
   bool FoldAfter(const Node& node, int output, DenseSpec<T>* spec, DenseKernel* kernel) const {
-    const bool is_linear = spec->function.function == Function::kLinear;
+    const bool is_linear = spec->activation.kind == Activation::kLinear;
     if (!is_linear) return false;
     switch (node.op) {
       case Op::kAffine:
@@ -455,7 +468,7 @@ class Compiler {
       }
       case Op::kActivation:
         if (HasWeights(node)) return false;
-        spec->function = FunctionOf(node);
+        spec->activation = ActivationOf(node);
         return true;
       default:
         return false;
@@ -643,15 +656,14 @@ class Compiler {
     spec.key_ring = Offset(i, "key");
     spec.value_ring = Offset(i, "value");
     spec.mask_ring = Offset(i, "key_mask");
-    if constexpr (std::is_same_v<T, float>) {
-      if (options_.cache_dtype == DType::kBFloat16) {
-        return std::make_unique<AttentionInstruction<float, BFloat16>>(spec);
-      }
-      if (options_.cache_dtype == DType::kFloat16) {
-        return std::make_unique<AttentionInstruction<float, Float16>>(spec);
-      }
-    }
-    return std::make_unique<AttentionInstruction<T, T>>(spec);
+#define TRY(U, C)                                                \
+  if constexpr (std::is_same_v<T, U>) {                          \
+    if (options_.cache_dtype == kDType<C>)                       \
+      return std::make_unique<AttentionInstruction<T, C>>(spec); \
+  }
+    CONTINUAL_TRANSFORMERS_FOR_CACHE_TYPES(TRY)
+#undef TRY
+    throw Error(ErrorCode::kInternal, "no attention for this cache dtype");
   }
 
   std::unique_ptr<Instruction> RetroactiveAttentionOf(int i) {
@@ -766,7 +778,7 @@ class Compiler {
 }  // namespace
 
 CompiledPlan Compile(const ModelFile& file, const ExecutorOptions& options) {
-  const bool is_double = file.plan().compute_dtype == DType::kFloat64;
+  const DType compute = file.plan().compute_dtype;
   const auto check = [&](const char* what, DType dtype, bool fits) {
     if (fits) return;
     throw Error(ErrorCode::kInvalidArgument,
@@ -774,15 +786,14 @@ CompiledPlan Compile(const ModelFile& file, const ExecutorOptions& options) {
                     NameOf(file.plan().compute_dtype) + ", but got " + NameOf(dtype));
   };
   const DType cache = options.cache_dtype, weights = options.weights_dtype;
-  check("a cache dtype", cache,
-        is_double
-            ? cache == DType::kFloat64
-            : cache == DType::kFloat32 || cache == DType::kBFloat16 || cache == DType::kFloat16);
-  check("a weights dtype", weights,
-        is_double ? weights == DType::kFloat64
-                  : weights == DType::kFloat32 || weights == DType::kBFloat16);
-  return is_double ? Compiler<double>(file, options).Compile()
-                   : Compiler<float>(file, options).Compile();
+#define MATCHES_CACHE(T, C) || (compute == kDType<T> && cache == kDType<C>)
+#define MATCHES_WEIGHTS(T, W) || (compute == kDType<T> && weights == kDType<W>)
+  check("a cache dtype", cache, false CONTINUAL_TRANSFORMERS_FOR_CACHE_TYPES(MATCHES_CACHE));
+  check("a weights dtype", weights, false CONTINUAL_TRANSFORMERS_FOR_WEIGHT_TYPES(MATCHES_WEIGHTS));
+#undef MATCHES_CACHE
+#undef MATCHES_WEIGHTS
+  return compute == DType::kFloat64 ? Compiler<double>(file, options).Compile()
+                                    : Compiler<float>(file, options).Compile();
 }
 
 }  // namespace continual_transformers

@@ -15,7 +15,7 @@
 
 namespace continual_transformers {
 
-// function(x W + b + residual).
+// activation(x W + b + residual).
 template <typename T>
 struct DenseSpec {
   std::vector<T> bias;  // [outputs], or empty
@@ -23,7 +23,7 @@ struct DenseSpec {
   int64_t rows_a_step;  // of one step of one stream: the product of the axes before the last
   int input, output;
   int residual = -1;  // a plan value; -1: none
-  FunctionSpec function;
+  ActivationSpec activation;
 };
 
 template <typename T, typename W>
@@ -56,7 +56,7 @@ class DenseInstruction : public Instruction {
     dense.kernel = kernel_.get();
     dense.rows = rows * spec_.rows_a_step;
     return kernel_->panels() * PackedDenseCyclesPerPanel(dense) +
-           dense.rows * spec_.outputs * CyclesPerElement(spec_.function.function);
+           dense.rows * spec_.outputs * CyclesPerElement(spec_.activation.kind);
   }
 
   int64_t WeightsBytes() const override {
@@ -64,11 +64,11 @@ class DenseInstruction : public Instruction {
   }
 
  private:
-  // Runs after the product, while the rows are still cached. Fused into the product, the function
-  // would take registers from the sums.
+  // Runs after the product, while the rows are still cached. Fused into the product, the
+  // activation would take registers from the sums.
   void Finish(T* output, int64_t size) const {
-    if (spec_.function.function == Function::kLinear) return;
-    Apply(spec_.function, output, size, output);
+    if (spec_.activation.kind == Activation::kLinear) return;
+    Apply(spec_.activation, output, size, output);
   }
 
   DenseSpec<T> spec_;

@@ -41,9 +41,9 @@ std::unique_ptr<Instruction> MakeRows(int64_t cycles_a_row, F f) {
 }
 
 template <typename T>
-std::unique_ptr<Instruction> MakeFunction(const FunctionSpec& spec, int input, int output,
-                                          int64_t size) {
-  return MakeRows(size * CyclesPerElement(spec.function), [=](const Frame& frame) {
+std::unique_ptr<Instruction> MakeActivation(const ActivationSpec& spec, int input, int output,
+                                            int64_t size) {
+  return MakeRows(size * CyclesPerElement(spec.kind), [=](const Frame& frame) {
     Apply(spec, frame.Rows<T>(input), frame.rows() * size, frame.Rows<T>(output));
   });
 }

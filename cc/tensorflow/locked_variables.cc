@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cc/tensorflow/inputs.h"
+#include "cc/tensorflow/expect.h"
 #include "tensorflow/core/framework/tensor_util.h"
 
 namespace continual_transformers {
@@ -18,8 +18,8 @@ LockedVariables::~LockedVariables() {
 Status LockedVariables::Lock(absl::Span<const Variable> variables) {
   absl::InlinedVector<Var*, 8> ordered;
   for (const Variable& variable : variables) ordered.push_back(variable.var);
-  // In the order of their addresses, so that two ops on the same variables cannot each hold what
-  // the other waits for. A variable given twice is locked once.
+  // All ops lock in the order of addresses, so no two ops can each hold a lock that the other waits
+  // for. A variable that is given twice is locked once.
   std::sort(ordered.begin(), ordered.end());
   ordered.erase(std::unique(ordered.begin(), ordered.end()), ordered.end());
   for (Var* var : ordered) {
@@ -39,8 +39,8 @@ Status LockedVariables::PrepareInPlaceUpdate(const Variable& variable) {
     return InvalidArgument("expected ", variable.name, " to hold ", DataTypeString(variable.dtype),
                            ", but got ", DataTypeString(var->tensor()->dtype()));
   }
-  // From now on whoever reads the variable gets a copy; one who holds its buffer keeps the values
-  // as they were, in the old buffer.
+  // From now on, a read of the variable copies it. A reader that already holds the buffer keeps it
+  // with the old values, and the op changes a copy.
   var->copy_on_read_mode.store(true);
   if (var->tensor()->RefCountIsOne()) return absl::OkStatus();
   if (device_ == nullptr) {

@@ -11,15 +11,16 @@
 
 namespace continual_transformers {
 
-// Memory that the host cannot look into, such as a GPU's.
+// Memory that the host cannot read, such as a GPU's.
 class DeviceMemory {
  public:
   virtual ~DeviceMemory() = default;
-  // Makes *to a copy of a tensor that lies there.
+  // Makes *to a copy of a tensor in this memory.
   virtual absl::Status Copy(const tensorflow::Tensor& from, tensorflow::Tensor* to) = 0;
 };
 
-// Locked against every other op until this goes out of scope. The variables must outlive it.
+// Keeps variables locked against every other op until this goes out of scope. The variables must
+// outlive it.
 class LockedVariables {
  public:
   struct Variable {
@@ -28,7 +29,7 @@ class LockedVariables {
     tensorflow::DataType dtype;
   };
 
-  // `device` is whose memory the variables lie in; null: the host's.
+  // `device` owns the memory of the variables; null: the host.
   explicit LockedVariables(DeviceMemory* device = nullptr) : device_(device) {}
   LockedVariables(const LockedVariables&) = delete;
   LockedVariables& operator=(const LockedVariables&) = delete;

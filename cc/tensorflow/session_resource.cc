@@ -10,7 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "cc/session/error.h"
 #include "cc/session/model_file.h"
-#include "cc/tensorflow/inputs.h"
+#include "cc/tensorflow/expect.h"
 
 namespace continual_transformers {
 namespace {
@@ -115,11 +115,7 @@ Status SessionResource::Ids(absl::Span<const int32_t> streams, StreamIds* ids) c
   std::shared_lock<std::shared_mutex> lock(ids_mutex_);
   const int64_t held = ids_.size();
   for (size_t m = 0; m < streams.size(); ++m) {
-    if (streams[m] < 0 || streams[m] >= held) {
-      return InvalidArgument("expected streams in [0, ", held,
-                             "), the streams that are held, but got ", streams[m], " at index ", m,
-                             ". (ensure_streams makes room for more.)");
-    }
+    if (streams[m] < 0 || streams[m] >= held) return StreamNotHeld(streams[m], m, held);
     (*ids)[m] = ids_[streams[m]];
   }
   return absl::OkStatus();

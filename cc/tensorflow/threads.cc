@@ -8,8 +8,8 @@
 namespace continual_transformers {
 namespace {
 
-// Below this a call stays on its caller's thread. Medians on a 2-core AMD Zen 3, of steps in a
-// tight loop and of steps every 4 ms, whose second thread has gone to sleep:
+// A call with fewer cycles stays on its caller's thread. Medians on a 2-core AMD Zen 3: "hot" are
+// steps in a tight loop, "cold" are steps every 4 ms, whose second thread has gone to sleep:
 //
 //   shared from, cycles            never   500,000   250,000   150,000
 //   N=4096 H=4 D=32, hot           105 us      104        66
@@ -29,11 +29,10 @@ Threads ThreadsOf(tensorflow::DeviceBase* device) {
     if (threads == 1 || tasks * cycles_per_task < kCyclesWorthSharing) {
       f(0, tasks);
     } else {
-      // One run of tasks for each thread. TensorFlow's adaptive blocks were single tasks, strips of
-      // 64 columns of a kernel: two threads then took as long as one, 718 us for N=64 E=1024.
+      // One range of tasks for each thread. TensorFlow's adaptive blocks were single tasks, strips
+      // of 64 columns of a kernel. Two threads then took as long as one, 718 us for N=64 E=1024.
       using Scheduling = tensorflow::thread::ThreadPool::SchedulingParams;
-      // A share is not to be less than half of what is worth sharing, however many threads there
-      // are.
+      // A range has at least half of what is worth sharing, however many threads there are.
       const int64_t least = kCyclesWorthSharing / 2 / std::max<int64_t>(1, cycles_per_task);
       const int64_t block = std::max((tasks + threads - 1) / threads, std::min(least, tasks));
       pool->ParallelFor(tasks, Scheduling::Fixed(block), f);

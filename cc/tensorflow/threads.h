@@ -1,4 +1,4 @@
-// TensorFlow's threads, and when they are worth waking.
+// TensorFlow's threads for kernels.
 
 #ifndef CONTINUAL_TRANSFORMERS_TENSORFLOW_THREADS_H_
 #define CONTINUAL_TRANSFORMERS_TENSORFLOW_THREADS_H_
@@ -8,7 +8,7 @@
 
 namespace continual_transformers {
 
-// Those of a device.
+// Returns the threads of a device. Calls that are too short for several threads use one.
 Threads ThreadsOf(tensorflow::DeviceBase* device);
 
 }  // namespace continual_transformers

@@ -18,7 +18,7 @@ namespace {
 
 struct Case {
   const char* name;
-  FunctionSpec spec;
+  ActivationSpec spec;
   std::function<double(double)> expected;
   bool positive = false;  // defined only for positive numbers
   double largest = 1000;  // the largest magnitude: beyond it the function's own formula cancels
@@ -30,7 +30,7 @@ std::vector<Case> Cases() {
   const auto clip = [](double x, double a, double b) { return std::min(std::max(x, a), b); };
   const auto elu = [](double x, double a) { return x > 0 ? x : a * std::expm1(x); };
   const double infinity = std::numeric_limits<double>::infinity();
-  using F = Function;
+  using F = Activation;
   return {
       {"absolute", {F::kAbsolute}, [](double x) { return std::abs(x); }},
       {"celu", {F::kCelu, 2}, [](double x) { return x > 0 ? x : 2 * std::expm1(x / 2); }},
@@ -138,7 +138,7 @@ class ActivationsTest : public ::testing::TestWithParam<Target> {
       for (size_t i = 0; i < x.size(); ++i) ASSERT_EQ(again[i], y[i]);
       T nan = std::numeric_limits<T>::quiet_NaN();
       Apply(c.spec, &nan, 1, &nan);
-      if (c.spec.function == Function::kThreshold) {
+      if (c.spec.kind == Activation::kThreshold) {
         EXPECT_EQ(nan, T(-1));
       } else {
         EXPECT_TRUE(std::isnan(nan));
@@ -153,8 +153,8 @@ TEST_P(ActivationsTest, Double) { Check<double>(1e-13); }
 // Near 0, where exponentials cancel, tanh keeps its relative accuracy.
 TEST_P(ActivationsTest, TanhIsExactNearZero) {
   for (double x = 1e-12; x < 1; x *= 1.3) {
-    FunctionSpec spec;
-    spec.function = Function::kTanh;
+    ActivationSpec spec;
+    spec.kind = Activation::kTanh;
     float narrow;
     double wide;
     const float x32 = static_cast<float>(x);

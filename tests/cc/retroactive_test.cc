@@ -13,7 +13,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cc/attention/retroactive_params.h"
+#include "cc/attention/params.h"
 #include "cc/attention/targets.h"
 #include "gtest/gtest.h"
 

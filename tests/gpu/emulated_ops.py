@@ -28,6 +28,7 @@ PACKAGE = "continual_transformers_tf"
 # The CPU's own kernels of the same ops; and op_stream.cc, because the CPU has no CUDA streams.
 LEFT_OUT = {
     "tensorflow/single_output_kernel.cc",
+    "tensorflow/co_si_encoder_step_kernel.cc",
     "tensorflow/co_si_mha_step_kernel.cc",
     "tensorflow/gpu/op_stream.cc",
 }

@@ -6,7 +6,7 @@
 
 #ifndef CONTINUAL_TRANSFORMERS_CUDA_BUILD
 #error \
-    "The build defines what CUDA it is, and for which GPUs, as a string: see setup.py and bazel/."
+    "The build must define the version of CUDA and the GPUs as a string: see setup.py and bazel/."
 #endif
 
 namespace continual_transformers {
@@ -17,7 +17,7 @@ constexpr char kRebuild[] =
     "pip install --force-reinstall --no-deps --no-cache-dir .` in a checkout of "
     "continual-transformers-tf";
 
-// Of the GPU that is in use: "90", as the build names it, or "" where CUDA does not say.
+// Returns the architecture of the GPU in use as the build names it, such as "90"; "": unknown.
 std::string Architecture() {
   int device, major, minor;
   if (cudaGetDevice(&device) != cudaSuccess ||

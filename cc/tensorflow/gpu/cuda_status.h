@@ -1,4 +1,4 @@
-// What CUDA says, as what TensorFlow's users see.
+// CUDA's errors as TensorFlow's.
 
 #ifndef CONTINUAL_TRANSFORMERS_TENSORFLOW_GPU_CUDA_STATUS_H_
 #define CONTINUAL_TRANSFORMERS_TENSORFLOW_GPU_CUDA_STATUS_H_
@@ -9,8 +9,8 @@
 
 namespace continual_transformers {
 
-// What `error` says of `what` was being done, and what is to be done about it. CUDA forgets the
-// error, so that no later call, whoever makes it, is taken to have failed.
+// Returns the status for an error of CUDA, with `what` was being done and the cure. Clears CUDA's
+// last error, so that no later call seems to have failed.
 absl::Status CudaStatus(cudaError_t error, const char* what);
 
 }  // namespace continual_transformers

@@ -12,8 +12,8 @@ using tensorflow::Tensor;
 
 GpuCall::GpuCall(tensorflow::OpKernelContext* ctx) : ctx_(ctx), stream_(StreamOf(ctx)) {}
 
-// Not by the properties that Eigen's device holds: these are a struct of the CUDA that TensorFlow
-// was built with, and what is where in it changes with its versions.
+// Eigen's device also holds the GPU's properties. But they are a struct of the CUDA that TensorFlow
+// was built with, and its layout changes from version to version.
 Status GpuCall::Multiprocessors(int* count) const {
   int device;
   TF_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device), "asking for the GPU"));
@@ -22,7 +22,7 @@ Status GpuCall::Multiprocessors(int* count) const {
 }
 
 Status GpuCall::Copy(const Tensor& from, Tensor* to) {
-  // As TensorFlow itself allocates variables.
+  // TensorFlow allocates variables with these attributes.
   tensorflow::AllocatorAttributes attributes;
   attributes.set_gpu_compatible(true);
   attributes.set_nic_compatible(true);
@@ -30,7 +30,7 @@ Status GpuCall::Copy(const Tensor& from, Tensor* to) {
   if (from.TotalBytes() == 0) return absl::OkStatus();
   return CudaStatus(cudaMemcpyAsync(to->data(), from.data(), from.TotalBytes(),
                                     cudaMemcpyDeviceToDevice, stream_),
-                    "copying a variable that somebody else reads");
+                    "copying a variable that another op reads");
 }
 
 Status GpuCall::Allocate(int64_t bytes, Tensor* memory) {
@@ -52,8 +52,8 @@ Status GpuCall::Streams(const Tensor& streams, Tensor* memory, const int32_t** d
     *data = nullptr;
     return absl::OkStatus();
   }
-  // Of pageable memory, which CUDA takes before it returns. A tensor of TensorFlow's may be pinned,
-  // and then it is read when its turn comes, when it may hold something else.
+  // CUDA reads pageable memory before the call returns. A tensor may be in pinned memory, which
+  // CUDA would read later, when the tensor may have been changed.
   const std::vector<int32_t> pageable(given, given + count);
   TF_RETURN_IF_ERROR(Allocate(count * sizeof(int32_t), memory));
   *data = reinterpret_cast<const int32_t*>(memory->data());

@@ -1,5 +1,5 @@
-// What an op's call on a GPU asks of the GPU: everything on the op's own stream, in order with what
-// came before and comes after, so that the host waits for nothing.
+// Memory and copies for an op's call on a GPU. All work is on the op's own stream, in order with
+// the work before and after it, so the host does not wait.
 
 #ifndef CONTINUAL_TRANSFORMERS_TENSORFLOW_GPU_GPU_CALL_H_
 #define CONTINUAL_TRANSFORMERS_TENSORFLOW_GPU_GPU_CALL_H_
@@ -10,8 +10,6 @@
 #include <vector>
 
 #include "absl/status/status.h"
-#include "cc/attention/params.h"
-#include "cc/tensorflow/inputs.h"
 #include "cc/tensorflow/locked_variables.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/tensor.h"
@@ -27,32 +25,22 @@ class GpuCall : public DeviceMemory {
 
   absl::Status Copy(const tensorflow::Tensor& from, tensorflow::Tensor* to) override;
 
-  // Temporary memory: as it comes, and of zeros.
+  // Allocate temporary memory: not initialized, and zeros.
   absl::Status Allocate(int64_t bytes, tensorflow::Tensor* memory);
   absl::Status AllocateZeros(int64_t bytes, tensorflow::Tensor* memory);
 
-  // The host's streams where a kernel can read them, kept by *memory: null where row m is stream m.
+  // Copies streams from the host to *memory, and sets *data to them. Sets null if row m is stream
+  // m.
   absl::Status Streams(const tensorflow::Tensor& streams, tensorflow::Tensor* memory,
                        const int32_t** data);
 
-  // The positions of all streams on the host, which waits for them.
+  // Copies the positions of all streams to the host, and waits for them.
   absl::Status Positions(const tensorflow::Tensor& position, std::vector<int64_t>* positions);
 
  private:
   tensorflow::OpKernelContext* const ctx_;
   const cudaStream_t stream_;
 };
-
-// What a launcher says of sizes that no kernel takes; null: nothing.
-template <typename T, typename C>
-absl::Status NotRefused(const char* refusal, const SingleOutputParams<T, C>& p) {
-  if (refusal == nullptr) return absl::OkStatus();
-  return InvalidArgument("on a GPU ", refusal, "; but got keys of size ", p.key_dim,
-                         " and values of size ", p.value_dim, ", a window of ", p.window, " and ",
-                         p.num_steps,
-                         " steps. (CONTINUAL_TRANSFORMERS_BACKEND=tensorflow takes "
-                         "any.)");
-}
 
 }  // namespace continual_transformers
 

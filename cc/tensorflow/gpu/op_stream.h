@@ -1,5 +1,5 @@
-// The stream that TensorFlow runs an op on. In a file of its own, since Eigen's GPU device is what
-// keeps it, and that is the only thing here that needs more of CUDA than its runtime's functions.
+// The CUDA stream that TensorFlow runs an op on. Eigen's GPU device keeps it, which needs more of
+// CUDA than its runtime, so this is a separate file.
 
 #ifndef CONTINUAL_TRANSFORMERS_TENSORFLOW_GPU_OP_STREAM_H_
 #define CONTINUAL_TRANSFORMERS_TENSORFLOW_GPU_OP_STREAM_H_

@@ -16,7 +16,7 @@ def handles(variables):
 
 
 def co_si_step(fused, op, *inputs, **attributes):
-    """Calls one of the ops; see their documentation, in `cc/tensorflow/ops.cc`.
+    """Calls one of the ops; see their documentation, in `cc/tensorflow/co_si_*_step_op.cc`.
 
     Args:
         fused: the module with the fused ops.

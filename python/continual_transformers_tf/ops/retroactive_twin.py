@@ -38,7 +38,7 @@ def attend_all_steps(
     dropout=None,
     advance_position=True,
 ):
-    """See `ContinualTransformers>RetroactiveAttention` in cc/tensorflow/ops.cc.
+    """See `ContinualTransformers>RetroactiveAttention` in cc/tensorflow/retroactive_op.cc.
 
     Differs in what it takes for the cache: variables, not their handles, and only those that it
     uses; in `attention_mask`, bool `[M, H, T, N, N]` whose first three axes may be 1; and in

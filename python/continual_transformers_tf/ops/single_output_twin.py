@@ -33,7 +33,7 @@ def attend_steps(
     dropout=None,
     advance_position=True,
 ):
-    """See `ContinualTransformers>SingleOutputAttention` in cc/tensorflow/ops.cc.
+    """See `ContinualTransformers>SingleOutputAttention` in cc/tensorflow/single_output_op.cc.
 
     Differs in what it takes for the cache: variables, not their handles; in `dropout`, which is
     applied to the scores before they weight the values; and in that it need not return a window for
