@@ -52,7 +52,7 @@ FunctionSpec FunctionOf(const Node& node) {
   const std::string& name = node.Text("function");
   const auto found = functions.find(name);
   if (found == functions.end()) {
-    throw Error(ErrorCode::kBadModelFile, node.name + ": no activation " + name);
+    throw Error(ErrorCode::kBadModelFile, node.name + ": there is no activation " + name);
   }
   FunctionSpec spec;
   spec.function = found->second;
