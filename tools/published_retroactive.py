@@ -1,6 +1,6 @@
 """The published retroactive update, and naive attention, in NumPy.
 
-The tests and `benchmarks/retroactive_errors.py` compare the package with them.
+The tests and `benchmarks/retroactive_errors.py` compare the package with both.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 class PublishedUpdate:
     """The published update, in float32, of one head whose window is full.
 
-    It adds and subtracts exponentials as they are.
+    It adds and subtracts exponentials without subtracting a maximum first.
 
     Args:
         queries, keys, values: [N, D], [N, D] and [N, Dv], the window, oldest first.

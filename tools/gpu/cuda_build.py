@@ -1,6 +1,6 @@
 """Build the kernels into a library with the interface of cuda/c_api.h.
 
-nvcc builds it for the GPU of this machine, or a C++ compiler for the emulator, which runs the
+nvcc builds it for this machine's GPU. A C++ compiler builds it for the emulator, which runs the
 kernels on the CPU.
 
     python tools/gpu/cuda_build.py [--emulated] [--capability 90] [--output DIRECTORY]
@@ -96,7 +96,7 @@ def build(directory, emulated=False, capability=None):
             environment = {
                 **os.environ,
                 "CONTINUAL_TRANSFORMERS_CUDA_ARCHITECTURES": capability,
-                # So that a sanitizer can name the line.
+                # With it, a sanitizer can name the source line.
                 "NVCC_APPEND_FLAGS": "-lineinfo",
             }
             _run([sys.executable, str(ROOT / "cuda/nvcc.py"), "library", str(fresh)], environment)
@@ -106,7 +106,7 @@ def build(directory, emulated=False, capability=None):
 
 
 def _build_emulated(compiler, directory, target):
-    # A GPU fails on an unaligned vector; here UBSan does.
+    # A GPU fails on an unaligned vector. A CPU does not, so UBSan checks for it.
     checks = ["-fsanitize=alignment,bounds,shift,signed-integer-overflow"]
     options = ["-std=c++17", "-O1", "-fPIC", *checks, "-fno-sanitize-recover=all"]
     options += [f"-I{ROOT / 'tools/gpu/emulator'}", f"-I{ROOT}", "-x", "c++"]
@@ -137,12 +137,12 @@ def default_directory(emulated, capability=None):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--emulated", action="store_true")
-    parser.add_argument("--capability", help="such as 90; that of the GPU where it is left out")
+    parser.add_argument("--capability", help="for example 90; default: this GPU's")
     parser.add_argument("--output", type=Path)
     chosen = parser.parse_args(arguments)
     capability = chosen.capability or (None if chosen.emulated else find_capability())
     if capability is None and not chosen.emulated:
-        print("There is no GPU here; --capability says for which to build.", file=sys.stderr)
+        print("Found no GPU here: name a compute capability, as --capability 90.", file=sys.stderr)
         return 1
     try:
         directory = chosen.output or default_directory(chosen.emulated, capability)

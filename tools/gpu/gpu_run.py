@@ -2,10 +2,11 @@
 
     python tools/gpu/gpu_run.py [--out DIRECTORY] [--only STEP ...]
 
-It needs nvcc, a C++ compiler, Python, NumPy, PyTorch and pytest; neither TensorFlow, nor a network,
-nor this package. Each step is a process with its own time limit, and all of them together have one.
-The results are in DIRECTORY (build/gpu, or $OUT): gpu.json, pictures, and the output of each step.
-The exit status is 0 only if nothing went wrong; a figure that misses its goal is not an error.
+It needs nvcc, a C++ compiler, Python, NumPy, PyTorch and pytest. It does not need TensorFlow, a
+network or this package. Each step is a process with its own time limit, and there is a limit for
+all steps together. The results are in DIRECTORY (build/gpu, or $OUT): gpu.json, pictures, and the
+output of each step. The exit status is 0 only if nothing went wrong. A figure that misses its goal
+is not an error.
 """
 
 import argparse
@@ -40,7 +41,7 @@ class Step(NamedTuple):
     Args:
         limit: The seconds after which the step is stopped.
         needs: The names of steps that must succeed before this one runs.
-        reason: Why it does not run anyway, or None.
+        reason: Why it cannot run on this machine, or None.
     """
 
     name: str
@@ -55,7 +56,7 @@ def steps(out):
     """Return the steps of `make gpu`, on a machine with a GPU."""
     many = ["-n", "4"] if importlib.util.find_spec("xdist") else []
     sanitizer = find_sanitizer()
-    lacking = None if sanitizer else "there is no compute-sanitizer, on PATH or in CUDA_HOME"
+    lacking = None if sanitizer else "found no compute-sanitizer on PATH or in CUDA_HOME"
     # For the sanitizer, each buffer is a separate allocation, so that it sees the buffer's end.
     expected = {"CONTINUAL_TRANSFORMERS_EXPECT_GPU": "1"}  # Without a GPU, a test fails.
     apart = {**expected, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -107,7 +108,7 @@ def why_no_tensorflow():
 
 
 def run_step(step, log, limit):
-    """Run a step, with its output in `log`; stop it and its children at the limit.
+    """Run a step, with its output in `log`. Stop it and its children at the limit.
 
     Returns:
         A dict: how it went ("ok", "failed" or "timed out"), its exit status, seconds and last line.
@@ -125,7 +126,7 @@ def run_step(step, log, limit):
         except subprocess.TimeoutExpired:
             went, status = "timed out", None
         finally:
-            # Also stops processes that it left behind: they are in its process group.
+            # This also stops processes that the step left behind: they are in its process group.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -144,15 +145,15 @@ def run_steps(chosen, out, seconds=ALL_SECONDS):
         if reason is None and missing:
             reason = f"{missing[0]}: {found[missing[0]]['went']}"
         if reason is None and left <= 1:
-            # The step should have run. That is an error, unlike something that is not installed.
-            found[step.name] = dict(went="timed out", last_line=f"the {seconds:g} s were over")
+            # The step should have run, so this is an error. A tool that is not installed is not.
+            found[step.name] = dict(went="timed out", last_line=f"no time left of {seconds:g} s")
         elif reason is not None:
             found[step.name] = dict(went=NOT_RUN, last_line=reason)
         else:
             print(f"{step.name} ...", flush=True)
             limit = min(step.limit, left)
             command = [*step.command]
-            if step.name == "benchmark":  # So that it ends before the limit.
+            if step.name == "benchmark":  # It must end before the limit.
                 command += ["--seconds", f"{0.8 * limit:.0f}"]
             log = out / f"{step.name}.txt"
             found[step.name] = run_step(step._replace(command=command), log, limit)
@@ -182,11 +183,11 @@ def main(arguments=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=os.environ.get("OUT") or ROOT / "build/gpu")
-    parser.add_argument("--only", nargs="+", metavar="STEP", help="such as: build suite")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="for example: build suite")
     chosen = parser.parse_args(arguments)
     capability = cuda_build.find_capability()
     if capability is None:
-        print("There is no GPU here, so there is nothing that `make gpu` could check.")
+        print("Found no GPU on this machine, expected one: `make gpu` checks the kernels on it.")
         return 1
     out = Path(chosen.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -200,7 +201,7 @@ def main(arguments=None):
             )
         wanted = [step for step in wanted if step.name in chosen.only]
     recorded = out / "benchmark.json"
-    recorded.unlink(missing_ok=True)  # Left from an earlier run.
+    recorded.unlink(missing_ok=True)  # It may be from an earlier run.
     found = run_steps(wanted, out)
     benchmark = json.loads(recorded.read_text()) if recorded.exists() else None
     wrong = is_wrong(found)
@@ -208,10 +209,10 @@ def main(arguments=None):
     (out / "gpu.json").write_text(json.dumps(everything, indent=1))
     for name, step in found.items():
         if step["went"] in ("failed", "timed out") and (out / f"{name}.txt").exists():
-            print(f"\n--- {name}: the end of what it said")
+            print(f"\n--- {name}: the end of its output")
             print("\n".join((out / f"{name}.txt").read_text(errors="replace").split("\n")[-40:]))
     print("\n" + summary(found, benchmark))
-    print(f"\n{'SOMETHING WAS WRONG' if wrong else 'Nothing was wrong'}; all of it is in {out}")
+    print(f"\n{'SOMETHING WAS WRONG' if wrong else 'Nothing was wrong'}; all results are in {out}")
     return 1 if wrong else 0
 
 
