@@ -71,8 +71,8 @@ void Touch(char* begin, char* end) {
   const int64_t page = PageBytes();
   char* const first = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(begin) / page * page);
   if (madvise(first, RoundUp(end - first, page), MADV_POPULATE_WRITE) == 0) return;
-  // Linux before 5.14. The pages at both ends may be shared with neighbours, so nothing outside the
-  // range is written.
+  // Linux before 5.14 does not know the flag. The pages at both ends may be shared with neighbours,
+  // so this writes nothing outside the range.
   for (char* i = first; i < end; i += page) {
     volatile char* const byte = std::max(i, begin);
     *byte = 0;
