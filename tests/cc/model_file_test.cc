@@ -887,7 +887,7 @@ TEST_F(EveryOpTest, ChecksEveryInput) {
         put([](const PlanBuilder& b, const Json&) { return b.plan["values"].size(); }), input);
     ExpectEveryNodeRefused(
         put([](const PlanBuilder&, const Json& node) { return node["outputs"][0]; }),
-        "no node before it makes");
+        "no earlier node makes it");
     ExpectEveryNodeRefused(put([](const PlanBuilder&, const Json&) { return uint64_t{0} - 1; }),
                            input);
   }
@@ -1109,7 +1109,7 @@ TEST_F(EveryOpTest, ChecksEveryMask) {
       };
       ExpectIn("is value -1", refusal([](PlanBuilder*) { return -1; }));
       ExpectIn("is value 1000", refusal([](PlanBuilder*) { return 1000; }));
-      ExpectIn("no node before it makes",
+      ExpectIn("no earlier node makes it",
                refusal([](PlanBuilder* b) { return b->plan["values"].size() - 1; }));
       ExpectIn("is float32 [6], expected bool [1]", refusal([](PlanBuilder*) { return 0; }));
       ExpectIn("is bool [2], expected bool [1]",
