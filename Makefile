@@ -1,11 +1,11 @@
-# Each target is a thin line that a person could type; .venv is made where there is none.
+# Each target is a thin line that a person could type. If there is no .venv, make creates it.
 
 PYTHON ?= python3
 BAZEL ?= bazel
 # Debian's Bazel has no network: see .bazelrc.
 BAZEL_FLAGS ?= $(if $(wildcard /usr/share/bazel/rules/java),--config=offline)
-# One worker a core, because each imports TensorFlow. Each gets a run of neighbouring tests, which share
-# what they have computed.
+# One worker a core, because each imports TensorFlow. A worker gets neighbouring tests, because they
+# share results.
 PYTEST_FLAGS ?= -n auto --dist worksteal
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
@@ -33,7 +33,7 @@ test-torch: .venv/installed
 	$(BIN)/python -m pytest tests/test_from_torch.py tests/test_docs.py \
 	  benchmarks/gpu/test_gpu_benchmark.py $(PYTEST_FLAGS)
 
-# The tests that take long: wheels in clean environments, every target of the kernels, deep stacks.
+# The slow tests: wheels in clean environments, every instruction set of the kernels, deep stacks.
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
 
@@ -60,42 +60,42 @@ bazel-cuda: .venv/installed
 bazel-test: .venv/installed
 	$(RUN_BAZEL) test $(BAZEL_FLAGS) //...
 
-# The C++ tests with AddressSanitizer and UBSan, and those of threads with ThreadSanitizer.
+# The C++ tests with AddressSanitizer and UBSan, and the thread tests with ThreadSanitizer.
 sanitize: .venv/installed
 	$(RUN_BAZEL) test $(BAZEL_FLAGS) --config=asan //tests:cc
 	$(RUN_BAZEL) test $(BAZEL_FLAGS) --config=tsan //tests:threads
 
-# What each kernel for GPUs takes of one: registers, spills, stack, shared memory.
+# What each GPU kernel uses: registers, spills, stack, shared memory.
 cuda-resources:
 	$(PYTHON) cuda/resources.py
 
-# Against everyone else, into build/ and docs/benchmarks.md; half an hour.
+# The race against all rivals. It takes half an hour and writes to build/ and docs/benchmarks.md.
 bench: build/bench/programs
 	$(BENCH) --json build/bench.json --picture docs/benchmarks.png --markdown docs/benchmarks.md
 
-# What a session promises beside a fast step: even steps, cheap streams, little memory.
+# The other goals of a session: even steps, cheap streams, little memory.
 bench-session: build/bench/programs
 	$(BENCH) --session
 
-# The kernels alone, next to a plain read of the same bytes.
+# Only the kernels, and a plain read of the same bytes for comparison.
 bench-cc: .venv/installed
 	$(RUN_BAZEL) run $(BAZEL_FLAGS) //benchmarks:single_output_benchmark
 	$(RUN_BAZEL) run $(BAZEL_FLAGS) //benchmarks:retroactive_benchmark
 
-# On a machine with a GPU, nvcc and PyTorch: builds, checks and times the CUDA kernels, into build/gpu
-# or $OUT, in at most eight minutes. Without .venv, TensorFlow or a network.
+# Builds, checks and times the CUDA kernels, in at most eight minutes. Results are in build/gpu or $OUT.
+# It needs a GPU, nvcc and PyTorch. It does not need .venv, TensorFlow or a network.
 gpu:
 	$(PYTHON) tools/gpu/gpu_run.py
 
-# Into dist/.
+# Writes the wheel to dist/.
 wheel: .venv/installed
 	$(RUN_BAZEL) run $(BAZEL_FLAGS) //bazel:wheel -- "$(CURDIR)/dist"
 
 clean:
 	rm -rf .venv build dist
 
-# The rivals have an environment of their own, for some bring other versions of what is in .venv; it
-# sees the rest there.
+# The rivals have a separate environment, because some install other versions of packages in .venv. It
+# finds the other packages in .venv.
 build/bench/installed: .venv/installed
 	$(PYTHON) -m venv build/bench/venv
 	cd build/bench/venv/lib/python*/site-packages && \
@@ -113,9 +113,9 @@ build/bench/programs: build/bench/installed tools/build_benchmarks.py \
 	$(PYTHON) -m venv .venv || { echo "No virtual environment: on Debian, apt install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 
-# TensorFlow first: the op library is then built for it, and not for one that pip would fetch for the
-# build alone. With kernels for GPUs where there is an nvcc; CONTINUAL_TRANSFORMERS_CUDA=0 leaves them
-# out. What has not changed since the last build is not compiled again.
+# TensorFlow comes first: the op library is then built for it, and not for a TensorFlow that pip would
+# fetch only for the build. If there is an nvcc, the GPU kernels are built too;
+# CONTINUAL_TRANSFORMERS_CUDA=0 leaves them out. Unchanged files are not compiled again.
 .venv/installed: .venv/bin/python setup.py pyproject.toml tools/object_files.py \
   $(wildcard cc/*.bzl cc/*.lds cc/*/* cc/*/*/* cuda/*.*)
 	$(BIN)/python -m pip install --quiet "tensorflow-cpu==$(TENSORFLOW).*"

@@ -1,4 +1,4 @@
-"""The CUDA toolkit as an external repository, and compiling with nvcc by cuda/nvcc.py."""
+"""The CUDA toolkit as an external repository, and a rule that compiles with cuda/nvcc.py."""
 
 load("//cc:library.bzl", "CUDA_LINK_OPTIONS")
 
@@ -31,14 +31,14 @@ cc_library(
 def _cuda_configure_impl(repository_ctx):
     python = repository_ctx.which("python3")
     if python == None:
-        fail("found no python3 on PATH")
+        fail("found no python3 on PATH, expected one to run cuda/nvcc.py")
     script = repository_ctx.path(repository_ctx.attr._script)
     result = repository_ctx.execute([python, script, "describe"])
     if result.return_code != 0:
         fail("--config=cuda: " + result.stderr)
     toolkit = json.decode(result.stdout)
     repository_ctx.file("toolkit.json", result.stdout)
-    for folder in toolkit["include"][:1]:  # None where they are the system's.
+    for folder in toolkit["include"][:1]:  # Empty if the headers are the system's.
         repository_ctx.symlink(folder, "include")
     repository_ctx.file("BUILD", _BUILD.format(
         VERSION = toolkit["version"],

@@ -17,11 +17,11 @@ print("nlohmann_json", folder("nlohmann_json", "include"))
 def _python_configure_impl(repository_ctx):
     python = repository_ctx.which("python3")
     if python == None:
-        fail("found no python3 on PATH")
+        fail("found no python3 on PATH, expected one with numpy, nlohmann-json and pybind11")
     result = repository_ctx.execute([python, "-c", _FACTS])
     if result.return_code != 0:
-        fail("%s lacks what the extension is built against: " % python +
-             "pip install numpy nlohmann-json pybind11. It said: " + result.stderr)
+        fail("%s lacks packages that the extension is built with: " % python +
+             "pip install numpy nlohmann-json pybind11. Its error: " + result.stderr)
     for line in result.stdout.strip().split("\n"):
         name, folder = line.split(" ", 1)
         repository_ctx.symlink(folder, name)

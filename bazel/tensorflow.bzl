@@ -17,7 +17,7 @@ def _tensorflow_configure_impl(repository_ctx):
     result = repository_ctx.execute([python, "-c", _FACTS])
     if result.return_code != 0:
         fail("%s has no TensorFlow, which the op library is built against: " % python +
-             "pip install 'tensorflow-cpu'. It said: " + result.stderr)
+             "pip install 'tensorflow-cpu'. Its error: " + result.stderr)
     folder, version = result.stdout.strip().split("\n")
     repository_ctx.symlink(folder + "/include", "include")
     repository_ctx.symlink(

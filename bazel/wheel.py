@@ -1,6 +1,6 @@
-"""Packing the libraries that Bazel built into a wheel: `bazel run //bazel:wheel -- FOLDER`.
+"""Pack the libraries that Bazel built into a wheel: `bazel run //bazel:wheel -- FOLDER`.
 
-setup.py provides the metadata, as for pip, but it does not compile again.
+setup.py provides the metadata, as for pip, but it compiles nothing.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What a step costs by `ct.cost`, and by measurement: regular, retroactive, single output.
+"""Compare what `ct.cost` counts for a step with its time: regular, retroactive, single output.
 
 PYTHONPATH=python python benchmarks/measured_costs.py
 """
@@ -63,9 +63,10 @@ def regular_encoder(depth, seq_len):
 
 
 def ways(depth, seq_len, random):
-    """Return for each way to answer at a step (a function that takes one step, its `ct.cost`).
+    """Return (a function that takes one step, its `ct.cost`) for each way to answer at a step.
 
-    Each way runs as is best for it: steps of many ops as a `tf.function`, single ops eagerly.
+    Each way runs in the mode that suits it best: steps of many ops as a `tf.function`, single ops
+    eagerly.
     """
     window = tf.constant(random.normal(size=(1, seq_len, EMBED_DIM)), tf.float32)
     steps = itertools.cycle(tf.unstack(window, axis=1))
@@ -86,10 +87,10 @@ def ways(depth, seq_len, random):
 
 
 def burst(call, seconds):
-    """Return the median of a call's microseconds, over so many seconds and at least five calls.
+    """Return a call's median microseconds, from calls for `seconds` and at least five of them.
 
     This is processor time of this process, so other work on the machine does not add to it. With
-    one thread it is the time that would pass on an idle machine.
+    one thread, it is the time that would pass on an idle machine.
     """
     times = []
     while len(times) < 5 or sum(times) < seconds * 1e6:
@@ -100,10 +101,10 @@ def burst(call, seconds):
 
 
 def measure(depth, seq_len, rounds, seconds, advance):
-    """Measure all ways in turn, and return for each (its Cost, microseconds).
+    """Measure all ways in turn, and return (its Cost, microseconds) for each.
 
-    The time is the median of a round's calls, in the fastest round: in the others, different work
-    on the machine may have used the caches too.
+    The time is the median of a round's calls, in the fastest round. During the others, other work
+    on the machine may have used the caches.
     """
     found = ways(depth, seq_len, np.random.default_rng(1))
     times = {name: [] for name in found}
@@ -171,7 +172,7 @@ def draw(path, results):
 @click.command()
 @click.option("--windows", type=int, multiple=True, default=WINDOWS, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True)
-@click.option("--seconds", default=0.05, show_default=True, help="Of each way in each round.")
+@click.option("--seconds", default=0.05, show_default=True, help="Time for each way in a round.")
 @click.option("--picture", type=click.Path(path_type=Path), default=Path("docs/cost.png"))
 def main(windows, rounds, seconds, picture):
     """Measure steps of one and of two blocks, and print the tables of docs/cost.md."""

@@ -1,4 +1,4 @@
-"""The error of retroactive attention as logits grow: published, naively recomputed, and ours.
+"""Print how errors grow with the logits: the published update, naive recomputing, and ours.
 
 PYTHONPATH=python:tools python benchmarks/retroactive_errors.py
 """
@@ -17,7 +17,7 @@ STEPS = 1000
 def main():
     os.environ["CONTINUAL_TRANSFORMERS_BACKEND"] = "fused"
     random = np.random.default_rng(1)
-    print('| std of the logits | published | naive, anew | `algorithm="update"` |')
+    print('| std of the logits | published | naive, recomputed | `algorithm="update"` |')
     print("| --- | --- | --- | --- |")
     for std in (1, 2, 4, 9, 16, 36):
         query, key = random.normal(scale=std**0.5, size=(2, STEPS, D)).astype("float32")

@@ -83,7 +83,7 @@ def test_streams_as_a_session_does(built):
         (np.zeros(8, "float32"), r"shape (8,), the model takes rows of (8, 8)"),
         (np.zeros((5, 8)), "dtype '<f8', the model takes '<f4'"),
         (np.asfortranarray(np.zeros((5, 8), "float32")), "in Fortran order"),
-        (None, "is no .npy file"),
+        (None, "is not a .npy file"),
     ],
     ids=["features", "rank", "dtype", "order", "garbage"],
 )

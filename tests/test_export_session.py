@@ -218,7 +218,7 @@ def test_states_move_between_a_session_and_a_saved_model(random, tmp_path):
     refused = {
         "other weights": other.get_state(other.open(2)),
         "another model": [b"CTSTREAM", b"CTSTREAM"],
-        "no copy of a stream": [before[0], b"nothing"],
+        "not a copy of a stream": [before[0], b"nothing"],
         "as many": [before[0]],
     }
     refused["another model"] = _states_of_another_model()
@@ -343,7 +343,7 @@ def test_files_that_do_not_fit_are_refused_with_a_sentence(random, tmp_path):
     damaged = bytearray(states_file.read_bytes())
     damaged[0] ^= 1
     (tmp_path / "damaged").write_bytes(damaged)
-    with pytest.raises(tf.errors.InvalidArgumentError, match="no copy of a stream"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="not a copy of a stream"):
         initialize(handle, model_file, states=tmp_path / "damaged")
     with pytest.raises(tf.errors.FailedPreconditionError, match="has no model yet"):
         raw_step(handle, [np.zeros((1, E), "float32")], [0])

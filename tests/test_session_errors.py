@@ -282,7 +282,7 @@ REFUSED = {
     "set a damaged one": (
         lambda s: s.set_state([s.get_state(s.ids)[2], bytes(s.state_bytes)], s.ids[:2]),
         ValueError,
-        "no copy of a stream",
+        "not a copy of a stream",
     ),
     "release_gil of another type": (
         lambda s: setattr(s, "release_gil", 1),

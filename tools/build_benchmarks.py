@@ -1,9 +1,9 @@
-"""The build of the C++ programs that measure sessions, against the installed package's library.
+"""Build the C++ programs that measure sessions, against the installed package's library.
 
     python tools/build_benchmarks.py build/bench
 
 Bazel builds the same programs, as //benchmarks:model_benchmark and //benchmarks:session_benchmark.
-This is for `make bench`, which needs no more than pip does.
+`make bench` uses this script, because it needs nothing that pip's build does not need.
 """
 
 import importlib.util
@@ -46,7 +46,7 @@ def build(folder: Path, programs: Sequence[str] = PROGRAMS) -> dict[str, Path]:
     package = folder_of("continual_transformers_tf")
     library = package / CC["CORE_LIBRARY"]
     if not library.exists():
-        raise SystemExit(f"There is no {library}. `pip install .` in this checkout builds it")
+        raise SystemExit(f"found no {library}: run `pip install .` in this checkout to build it")
     compiler = os.environ.get("CXX", "g++")
     command = [compiler, *CC["COMPILER_OPTIONS"], f"-I{ROOT}"]
     command += [f"-isystem{path}" for path in include_folders()]

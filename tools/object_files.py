@@ -1,4 +1,4 @@
-"""Compiling only the files that have changed, for setup.py, nvcc and the emulated ops."""
+"""Compile only the files that have changed, for setup.py, nvcc and the emulated ops."""
 
 import math
 import os
@@ -18,8 +18,8 @@ R = TypeVar("R")
 def compile_object(command: Sequence[str], target: Path, heading: str = "") -> str:
     """Compile a file, unless an earlier run of the same command is still current.
 
-    Two files are kept beside the object: a `.log` with the heading, the command and the compiler's
-    output, and a `.d` with the files that the compiler read. The object's time is set to the start
+    It keeps two files beside the object: a `.log` with the heading, the command and the compiler's
+    output, and a `.d` with the files that the compiler read. It sets the object's time to the start
     of its compilation, so a file that is edited meanwhile counts as changed.
 
     Args:

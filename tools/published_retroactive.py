@@ -1,6 +1,6 @@
 """The published retroactive update, and naive attention, in NumPy.
 
-The tests and `benchmarks/retroactive_errors.py` compare the package with them.
+The tests and `benchmarks/retroactive_errors.py` compare the package with both.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ Array = npt.NDArray[Any]
 class PublishedUpdate:
     """The published update, in float32, of one head whose window is full.
 
-    It adds and subtracts exponentials as they are.
+    It adds and subtracts exponentials without subtracting a maximum first.
 
     Args:
         queries, keys, values: [N, D], [N, D] and [N, Dv], the window, oldest first.

@@ -10,13 +10,13 @@
 
 namespace continual_transformers {
 
-// Microseconds since an arbitrary moment.
+// Returns the microseconds since an arbitrary moment.
 inline double Now() {
   const auto now = std::chrono::steady_clock::now().time_since_epoch();
   return std::chrono::duration<double, std::micro>(now).count();
 }
 
-// The element that a `part` of all elements do not exceed. 0.5 gives the median.
+// Returns the element that a share `part` of all elements does not exceed. 0.5 gives the median.
 inline double Quantile(std::vector<double> values, double part) {
   const size_t at = std::min(values.size() - 1, static_cast<size_t>(part * values.size()));
   std::nth_element(values.begin(), values.begin() + at, values.end());
@@ -25,7 +25,8 @@ inline double Quantile(std::vector<double> values, double part) {
 
 inline double Median(std::vector<double> values) { return Quantile(std::move(values), 0.5); }
 
-// Microseconds per call of f, over enough calls to make the clock's cost negligible.
+// Returns the microseconds per call of f. `calls` must be large enough to make the clock's cost
+// negligible.
 template <typename F>
 double Microseconds(const F& f, int calls) {
   const double start = Now();
@@ -33,7 +34,7 @@ double Microseconds(const F& f, int calls) {
   return (Now() - start) / calls;
 }
 
-// The time between two successive readings of the clock.
+// Returns the time between two successive readings of the clock.
 inline double ClockMicroseconds() {
   std::vector<double> times;
   for (int i = 0; i < 1000; ++i) {

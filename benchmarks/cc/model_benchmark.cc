@@ -1,5 +1,5 @@
 // The C++ contestants of the whole-model race: a session's step, the kernels back to back, and the
-// bound. Takes the same requests as bench/worker.py, one line of JSON each.
+// bound. The program takes the same requests as bench/worker.py, one line of JSON each.
 //
 //   model_benchmark session_cpp|kernels|bound THREADS
 

@@ -1,4 +1,4 @@
-// The race's model as written for C++: its sizes, weights and steps, without a plan.
+// The race's model in plain C++: its sizes and weights, without a plan.
 
 #ifndef CONTINUAL_TRANSFORMERS_BENCHMARKS_RAW_MODEL_H_
 #define CONTINUAL_TRANSFORMERS_BENCHMARKS_RAW_MODEL_H_

@@ -31,7 +31,7 @@ namespace {
 
 using Json = nlohmann::json;
 
-// The resident memory of this process, in bytes.
+// Returns the resident memory of this process, in bytes.
 double ResidentBytes() {
   int64_t total = 0, resident = 0;
   std::ifstream("/proc/self/statm") >> total >> resident;
@@ -89,7 +89,7 @@ class Benchmark {
     }
   }
 
-  // Bytes of keys, values and the state of other nodes, without padding and masks.
+  // Returns the bytes of keys, values and the state of other nodes, without padding and masks.
   double Arithmetic(const Session& session) const {
     double bytes = 0;
     for (const StateEntry& entry : session.executor()->state()) {
@@ -119,7 +119,8 @@ class Benchmark {
 
   void Memory() {
     auto session = NewSession();
-    Fill(session.get(), Open(session.get(), 1));  // the arena, and all else made once
+    // Makes the arena, and everything else that is made once.
+    Fill(session.get(), Open(session.get(), 1));
     double before = ResidentBytes();
     const int64_t opened = Scaled(100000);
     std::vector<StreamId> ids(opened);
@@ -207,7 +208,7 @@ class Benchmark {
       auto ids = Open(session.get(), held[i]);
       std::mt19937 random(1);
       std::vector<double> open, close;
-      // Several at a time, at random places: reading the clock costs as much as one.
+      // Time several at once, at random places: reading the clock costs as much as one of them.
       const int64_t some = std::min<int64_t>(held[i], 8);
       for (int round = 0; round < 2000; ++round) {
         std::vector<int64_t> chosen(some);
@@ -234,7 +235,7 @@ class Benchmark {
     for (const int64_t held : {int64_t{10}, Scaled(100000)}) {
       auto session = NewSession();
       auto ids = Open(session.get(), held);
-      // Ten in turn, spread from the first to the last of those held.
+      // Ten streams take turns. They are spread from the first to the last open stream.
       std::vector<StreamId> used;
       for (int64_t i = 0; i < 10; ++i) used.push_back(ids[i * (held - 1) / 9]);
       Fill(session.get(), used);
@@ -275,7 +276,8 @@ class Benchmark {
     const auto step = [&](int thread, int64_t at, float* outputs) {
       Step(session.get(), ids[thread], at, outputs);
     };
-    // Two hardware threads may be one core's. A loop that only computes shows what they have.
+    // Two hardware threads may share a core. A loop that only computes shows how much the second
+    // one adds.
     const auto compute = [](int, int64_t, float* outputs) { outputs[0] = FmaLoop(500).sum; };
     std::vector<double> ratios, computing;
     for (int round = 0; round < 7; ++round) {
@@ -287,14 +289,14 @@ class Benchmark {
             "; multiply-adds in registers, two threads over one: " + Text(Median(computing), "×"));
   }
 
-  // Returns how many times what one thread does in a while two threads do together.
+  // Returns the rate of two threads together, divided by the rate of one.
   template <class F>
   double TwoOverOne(const F& once) const {
     const double one = Rate(1, once);
     return Rate(2, once) / one;
   }
 
-  // Returns the calls of `once`(thread, call, memory) per microsecond of all threads together.
+  // Returns how many times a microsecond all threads together call `once`(thread, call, memory).
   template <class F>
   double Rate(int threads, const F& once) const {
     std::atomic<int> ready{0};

@@ -1,7 +1,7 @@
-// The cost of opening, closing, holding and copying streams, with few and with many held.
+// Times opening, closing and holding streams, with few and with many streams open.
 //
-// A held stream is an open one. Blocks are those of three layers of 64 features and a window of 64
-// steps: 96 KiB. Streams that are never stepped take no memory, so a million fit.
+// A held stream is an open one. Blocks have the size of three layers of 64 features and a window of
+// 64 steps: 96 KiB. Streams that are never stepped take no memory, so a million fit.
 
 #include <benchmark/benchmark.h>
 
@@ -30,7 +30,7 @@ struct Held {
   std::vector<StreamId> ids;
 };
 
-// The store for the argument. It is made once, as opening a million streams takes a while.
+// Returns a store with `count` open streams. It is made once, as opening a million takes a while.
 Held& HeldStreams(int64_t count) {
   static std::unique_ptr<Held> held;
   static int64_t held_count = 0;
@@ -108,8 +108,8 @@ void TakeAndReleaseThreads(benchmark::State& state) {
 }
 BENCHMARK(TakeAndReleaseThreads)->Threads(1)->Threads(2)->UseRealTime();
 
-// A stream's first step has the page faults of what it touches: here one row in each of six rings.
-// Argument: 1 for streams that were given memory when they were opened.
+// A stream's first step has page faults for the memory that it touches: here one row in each of six
+// rings. Argument: 1 for streams that got memory when they were opened.
 void FirstTouch(benchmark::State& state) {
   const bool beforehand = state.range(0);
   std::vector<StreamId> ids(100);

@@ -1,10 +1,10 @@
 """Time the kernels on this machine's GPU: `python benchmarks/gpu/gpu_benchmark.py --json FILE`.
 
-It times only kernels, by replaying CUDA graphs between events. It uses enough sets of rings in turn
-that none is in L2 when its turn comes, and then one set again and again. In the same run it times a
-large copy on the device, a kernel that does nothing, and PyTorch's scaled_dot_product_attention on
-the same rings, with and without a graph. It needs PyTorch. For tables and pictures it uses rich and
-matplotlib if they are installed.
+It times only kernels, by replaying CUDA graphs between events. First it uses several sets of rings
+in turn, so many that none is in L2 when its turn comes. Then it uses one set again and again. In
+the same run it times a large copy on the device, a kernel that does nothing, and PyTorch's
+scaled_dot_product_attention on the same rings, with and without a graph. It needs PyTorch. For
+tables and pictures it uses rich and matplotlib if they are installed.
 """
 
 import argparse
@@ -115,7 +115,7 @@ class Bench:
         self.filled = None
 
     def numbers(self, dtype, count, sets=1):
-        """Return `sets` tensors of so many numbers, one after another in the pool."""
+        """Return `sets` tensors of `count` numbers each, one after another in the pool."""
         kind = getattr(self.torch, dtype)
         pool = self.pool.view(kind)
         if self.filled != dtype:
@@ -130,7 +130,7 @@ class Bench:
         self.filled = None
 
     def time(self, work, times=1):
-        """Return the microseconds of one of the `times` pieces that `work` consists of."""
+        """Return the microseconds of one piece of `work`, which consists of `times` pieces."""
         work()
         self.gpu.synchronize()
         once = self.gpu.seconds(work)
@@ -144,8 +144,8 @@ class Bench:
         return dict(median=statistics.median(taken), least=min(taken), most=max(taken))
 
     def time_graph(self, work, times):
-        """Time a graph with as many pieces; `work(i)` does the i-th."""
-        work(0)  # Work that happens only once happens here, outside the graph.
+        """Time a graph of `times` pieces; `work(i)` does the i-th."""
+        work(0)  # What happens only in a first call happens here, outside the graph.
         self.gpu.synchronize()
 
         def pieces():
@@ -224,7 +224,7 @@ class AttentionRings:
         return self.bench.torch.nn.functional.scaled_dot_product_attention(self.asked, key, value)
 
     def check(self):
-        """Check that PyTorch gives the same, within the precision of its type."""
+        """Check that PyTorch's output is the same, within the precision of the ring's type."""
         self.step(0)
         expected = self.sdpa(0).double().flatten()
         error = (self.output.double().flatten() - expected).abs().max() / expected.abs().max()
@@ -233,7 +233,7 @@ class AttentionRings:
 
 def _agreement(error, dtype):
     if not error < AGREEMENT[dtype]:  # True for NaN, too.
-        raise RuntimeError(f"PyTorch's output differs by {error:g}, expected {AGREEMENT[dtype]:g}")
+        raise RuntimeError(f"PyTorch's output differs by {error:g}, expected <{AGREEMENT[dtype]:g}")
     return error
 
 
@@ -339,7 +339,7 @@ class LayerWeights:
         self.torch_row = (self.position[0, :1] % n).expand(1)
 
     def _put_into_blocks(self):
-        """Make the steps those of encoder blocks."""
+        """Turn the layers' steps into steps of encoder blocks."""
         torch, size, library = self.bench.torch, self.size, self.bench.library
         make = dict(dtype=torch.float32, device=self.bench.gpu.device)
         # The scales and offsets of two norms, and the last bias.
@@ -376,7 +376,7 @@ class LayerWeights:
         take(ctypes.byref(step), self.bench.gpu.stream())
 
     def torch_step(self, i):
-        """Take the step as usual in PyTorch: projections, a row of the ring, SDPA, projection."""
+        """Take a step the usual way in PyTorch: project, write a row, SDPA, project back."""
         torch, (m, e, h, *_) = self.bench.torch, self.size
         addmm = torch.addmm
         kernels, (keys, values) = self.kernels[i % self.sets], self.rings[i % self.sets]
@@ -436,9 +436,10 @@ def measure_layer(bench, size):
 
 
 def run(bench, attention, layer, seconds, save=lambda found: None):
-    """Measure until the seconds are over. An error is recorded in the entry of its size.
+    """Measure all sizes, and skip those that are left when the seconds are over.
 
-    `save` is called now and then with the results so far, in case the process is killed.
+    An error is recorded in the entry of its size. `save` is called now and then with the results so
+    far, in case the process is killed.
     """
     import torch
 
@@ -465,7 +466,7 @@ def run(bench, attention, layer, seconds, save=lambda found: None):
                 found["seconds"] = time.monotonic() - begin
                 save(found)
             if time.monotonic() - begin > seconds:
-                entry = dict(size=size._asdict(), skipped=f"the {seconds:g} s were over")
+                entry = dict(size=size._asdict(), skipped=f"no time left of {seconds:g} s")
             else:
                 try:
                     entry = measure(bench, size)
@@ -486,7 +487,7 @@ def write(found, json_path, picture):
         json_path.parent.mkdir(parents=True, exist_ok=True)
         part = json_path.with_name(f"{json_path.name}.part")
         part.write_text(json.dumps(found, indent=1))
-        part.replace(json_path)  # So the file is complete at any time.
+        part.replace(json_path)  # The file is complete at any time.
     if picture:
         try:
             gpu_report.draw(picture, found)
@@ -498,11 +499,11 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].split(":")[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
-    parser.add_argument("--seconds", type=float, default=200, help="after which no size begins")
-    parser.add_argument("--memory-gb", type=float, default=70, help="that may be used at the most")
-    parser.add_argument("--quick", action="store_true", help="few sizes, one lap of each")
-    parser.add_argument("--predict", action="store_true", help="prints what docs/gpu.md has of it")
-    parser.add_argument("--from", dest="recorded", type=Path, help="shows a JSON, measures nothing")
+    parser.add_argument("--seconds", type=float, default=200, help="start no size after these")
+    parser.add_argument("--memory-gb", type=float, default=70, help="the most to use")
+    parser.add_argument("--quick", action="store_true", help="measure few sizes, once")
+    parser.add_argument("--predict", action="store_true", help="print the rows of docs/gpu.md")
+    parser.add_argument("--from", dest="recorded", type=Path, help="show a JSON, measure nothing")
     chosen = parser.parse_args(arguments)
     if chosen.predict:
         print("\n".join(gpu_report.predictions()))
@@ -512,15 +513,15 @@ def main(arguments=None):
     else:
         capability = cuda_build.find_capability()
         if capability is None:
-            print("There is no GPU here to measure.", file=sys.stderr)
+            print("Found no GPU on this machine, expected one to measure.", file=sys.stderr)
             return 1
         try:
             import torch
         except ImportError:
-            print("The benchmark needs PyTorch, which is not here.", file=sys.stderr)
+            print("The benchmark needs PyTorch: `pip install torch`.", file=sys.stderr)
             return 1
         if not torch.cuda.is_available():
-            print("PyTorch sees no GPU here.", file=sys.stderr)
+            print("PyTorch finds no GPU: install a build of PyTorch with CUDA.", file=sys.stderr)
             return 1
         # A capture first collects garbage. Freezing makes it skip what exists already.
         gc.collect()

@@ -1,11 +1,12 @@
-"""The report of the benchmark: goals, tables, a picture."""
+"""The report of the GPU benchmark: goals, tables, a picture."""
 
 from collections import defaultdict
 
 from gpu_sizes import AttentionSize, LayerSize
 
-# Issue 5: the share of copy bandwidth, from so many times L2 on; microseconds of a step at batch
-# 1, up to such a window; how many times as fast as SDPA, anywhere and at batch 1.
+# The goals of issue 5: the share of a copy's bandwidth, for rings of at least BANDWIDTH_FROM times
+# L2; the microseconds of a step of one stream, for windows of up to LATENCY_TO; how many times as
+# fast as SDPA, for all sizes and for one stream.
 BANDWIDTH_GOAL, BANDWIDTH_FROM = 0.9, 10
 LATENCY_GOAL, LATENCY_TO = 5.0, 512
 SDPA_GOAL, SDPA_GOAL_OF_ONE = 1.0, 2.0
@@ -35,7 +36,10 @@ def share_of_copy(found, size, entry):
 
 
 def times_sdpa(entry):
-    """Return how many times as fast as SDPA, with or without a graph, on rings out of L2."""
+    """Return how many times as fast as SDPA the kernel is, on rings out of L2.
+
+    The rival is the faster of SDPA with and without a graph.
+    """
     rival = min(figures["median"] for figures in entry["sdpa"].values())
     return rival / entry["ours"]["out_of_l2"]["median"]
 
@@ -167,7 +171,7 @@ def heading(found):
     ]
 
 
-# Bytes per second of device memory, as the maker states: H100 (SXM), H200.
+# Bytes per second of device memory, from NVIDIA's datasheets: H100 (SXM), H200.
 DATASHEET = (3.35e12, 4.8e12)
 PREDICTED = (
     *(AttentionSize(1, 8, window, 64, "bfloat16") for window in (64, 512, 4096, 65536)),
@@ -183,7 +187,7 @@ PREDICTED = (
 def predictions():
     """Return rows of docs/gpu.md: a size's operations, bytes, and predicted microseconds.
 
-    The microseconds are those that the bytes take at each bandwidth of DATASHEET.
+    The prediction is the time that the bytes take at each bandwidth of DATASHEET.
     """
     return [
         "| "

@@ -34,8 +34,9 @@ class AttentionSize(NamedTuple):
     def bytes(self):
         """The bytes that a step must read or write.
 
-        Each key and value of the window once, and which have a key; the newest ones are an input
-        and are written to the ring; queries in, outputs out.
+        It reads each key and value of the window once, and the mask of steps that have a key. It
+        reads the newest key and value, and writes them to the ring. It reads queries and writes
+        outputs.
         """
         newest = 2 * self.streams * self.heads * self.dim * ITEM_BYTES[self.dtype]
         asked = 2 * self.streams * self.heads * self.dim * self.compute_bytes
@@ -98,7 +99,7 @@ class LayerSize(NamedTuple):
 
 
 def attention_sizes():
-    """Return the sizes, the most telling first: if time runs out, the others are missing."""
+    """Return the sizes, the most important first: if time runs out, the last are missing."""
     sizes = [
         AttentionSize(streams, HEADS, window, dim, dtype)
         for dtype in DTYPES
@@ -116,7 +117,7 @@ def attention_sizes():
 
 
 def layer_sizes():
-    """Return the paper's: E = 1024, 8 heads, windows of 64; only the layer, and the whole block."""
+    """Return the paper's sizes: E = 1024, 8 heads, windows of 64; for a layer and a whole block."""
     return [
         LayerSize(streams, 1024, 8, 64, dtype, hidden)
         for hidden in (0, 1024)
@@ -126,12 +127,12 @@ def layer_sizes():
 
 
 def copies_beyond(cache_bytes, size_bytes):
-    """Return how many sets of so many bytes to use in turn, so that none is still in a cache."""
+    """Return how many sets of `size_bytes` to use in turn, so that none is still in a cache."""
     return 1 if size_bytes > 2 * cache_bytes else 2 * cache_bytes // size_bytes + 2
 
 
 def why_skipped(size, memory_bytes):
-    """Return why a size cannot be measured in so much memory; None if it can."""
+    """Return why a size cannot be measured in this much memory; None if it can."""
     needed = size.ring_bytes
     if needed > memory_bytes:
         return f"{needed / 1e9:.1f} GB of rings do not fit into {memory_bytes / 1e9:.1f} GB"

@@ -1,4 +1,4 @@
-"""The parts of the GPU's benchmark that need no GPU: sizes, arithmetic, its report."""
+"""Tests of the parts of the GPU benchmark that need no GPU: sizes, arithmetic, its report."""
 
 import json
 import sys
@@ -257,4 +257,4 @@ def test_measured_by_the_emulator():
         rings.check()
     assert torch.isfinite(rings.output).all()
     late = gpu_benchmark.run(bench, attention[:1], layer[:1], seconds=0)
-    assert [entry["skipped"] for entry in late["attention"]] == ["the 0 s were over"]
+    assert [entry["skipped"] for entry in late["attention"]] == ["no time left of 0 s"]

@@ -43,8 +43,8 @@ std::vector<ArraySpec> SpecsOf(const Plan& plan, const std::vector<Port>& ports,
     if (value.shape.size() + 2 > kMostAxes) {
       throw Error(ErrorCode::kBadModelFile,
                   "'" + port.name + "' has " + std::to_string(value.shape.size()) +
-                      " axes, and NumPy arrays at most " + std::to_string(kMostAxes) +
-                      ", two of them for streams and steps.");
+                      " axes, but a NumPy array has at most " + std::to_string(kMostAxes) +
+                      ", and two of them are for streams and steps.");
     }
     ArraySpec spec;
     spec.name = port.name;
@@ -102,7 +102,7 @@ void CheckStructure(const Structure& structure, const char* key, size_t count) {
   for (size_t i = 0; i < count; ++i) {
     if (!seen[i]) {
       throw Error(ErrorCode::kBadModelFile,
-                  std::string("The plan's ") + key + " lacks place " + std::to_string(i) + ".");
+                  std::string("The plan's ") + key + " has no place " + std::to_string(i) + ".");
     }
   }
 }
@@ -110,7 +110,7 @@ void CheckStructure(const Structure& structure, const char* key, size_t count) {
 std::string TypeName(PyObject* object) { return Py_TYPE(object)->tp_name; }
 
 constexpr char kExpectedIds[] =
-    "Expected an int, a list or tuple of ints, or an array of int64, as Session.open gives them. "
+    "Expected an int, a list or tuple of ints, or an array of int64, as Session.open returns. "
     "For an array of another integer type, give streams.astype(np.int64).";
 
 StreamId IdOf(PyObject* item) {

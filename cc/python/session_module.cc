@@ -23,7 +23,8 @@ namespace py = pybind11;
 namespace continual_transformers {
 namespace {
 
-// The cost of copies, which decides whether to release the GIL: 10 GB/s, and one lock per stream.
+// The estimated cost of copying streams: 10 GB/s, and one lock per stream. It decides whether to
+// release the GIL.
 constexpr double kNanosecondsPerByte = 0.1;
 constexpr double kNanosecondsPerStream = 100;
 
@@ -117,12 +118,12 @@ py::object Open(PythonSession& session, const py::object& count) {
   }
   if (!PyIndex_Check(count.ptr()) || PyBool_Check(count.ptr())) {
     Raise(PyExc_TypeError, std::string("count is of type ") + Py_TYPE(count.ptr())->tp_name +
-                               ". Expected how many streams to open, an int.");
+                               ". Expected an int, the number of streams to open.");
   }
   const Py_ssize_t number = PyNumber_AsSsize_t(count.ptr(), nullptr);
   if (number < 0) {
-    Raise(PyExc_ValueError,
-          "count is " + std::to_string(number) + ". Expected how many streams to open, 0 or more.");
+    Raise(PyExc_ValueError, "count is " + std::to_string(number) +
+                                ". Expected the number of streams to open, 0 or more.");
   }
   if (number > std::numeric_limits<uint32_t>::max()) {
     Raise(exceptions.too_many_streams,
@@ -226,7 +227,7 @@ void SetState(PythonSession& session, const py::sequence& states, const py::obje
                                 " streams. Expected a state for each stream." +
                                 (streams.is_none() ? " Name the streams, as in set_state(states, "
                                                      "session.open(n)). Without names the states "
-                                                     "go to the default streams that are open."
+                                                     "go to the default streams."
                                                    : ""));
   }
   std::vector<std::unique_ptr<ReadBuffer>> buffers;
@@ -419,10 +420,10 @@ PYBIND11_MODULE(_session, module) {
                    "A stream id that was never given out, or was closed.", PyExc_ValueError);
   exceptions.too_many_streams = NewException(
       module, "TooManyStreamsError",
-      "There is no room for another stream, by `streams=` or by memory.", PyExc_RuntimeError);
+      "There is no room for another stream: the limit `streams=`, or memory.", PyExc_RuntimeError);
   exceptions.model_file = NewException(
       module, "ModelFileError",
-      "A model file that is truncated, of another kind, of a newer version, or wrong inside.",
+      "A model file that is truncated, of another kind, of a newer version, or corrupt.",
       PyExc_ValueError);
   exceptions.other_model = NewException(
       module, "OtherModelError", "State or weights of another model, or state of another training.",

@@ -192,7 +192,7 @@ PyArrayObject* CheckOutput(const ArraySpec& spec, PyObject* given, const Rows& r
     Raise(PyExc_ValueError,
           spec.label +
               " is not C-contiguous, aligned and in the machine's byte order. Outputs are written "
-              "as they lie in memory" +
+              "to it without a copy" +
               kMakeOutput);
   }
   return array;
@@ -246,7 +246,7 @@ void Flatten(const Structure& structure, PyObject* given, const char* what,
     if (!child) {
       if (PyErr_Occurred()) throw PythonError();
       Raise(PyExc_ValueError, std::string(what) + " is " + Got(given) + ". Expected " +
-                                  structure.Text() + ", as the model has it.");
+                                  structure.Text() + ", the model's own structure.");
     }
     references->Hold(child);
     Flatten(structure.children[i], child, what, items, references);
@@ -429,7 +429,7 @@ PyObject* TakeSteps(PyObject* self, const Arguments& arguments, int axes) {
       if (overlaps) {
         Raise(PyExc_ValueError, spec.label +
                                     " shares memory with an input or another output. Expected "
-                                    "memory of its own: np.empty makes such an array.");
+                                    "separate memory: np.empty makes such an array.");
       }
     }
     output_data.push_back(PyArray_DATA(array));
@@ -486,18 +486,18 @@ Args:
         must be exact; an array that is not C-contiguous is copied.
     streams: the stream of each row: a list or tuple of ids, an int64 array `(M,)`, or one id if
         M = 1. None: row i is the session's i-th default stream, which the first such step opens.
-    out: where to write the outputs, in the structure in which they are returned; None, here or
-        inside of it: a new array. Arrays must be C-contiguous, with the exact shape and dtype, and
-        share no memory with the inputs.
+    out: arrays to write the outputs to, in the structure of the returned outputs. None, here or
+        inside the structure: a new array. Arrays must be C-contiguous, with the exact shape and
+        dtype, and share no memory with the inputs.
     key_mask: bool `(M,)`; False marks a gap: no query attends to that step, now or later.
 
 Returns:
-    The model's outputs for the newest step, or for the step of `delay` steps before: `(M, ...)`, in
-    the model's own structure (a tuple becomes a list). While a stream's receptive field fills
-    (see `ready`), they are those of the steps seen so far.
+    The model's outputs for the newest step, or for the step `delay` steps before it: `(M, ...)`, in
+    the model's own structure (a tuple becomes a list). Until a stream's receptive field is full
+    (see `ready`), they are computed from the steps seen so far.
 
 Raises:
-    TypeError: if an argument is of a type that is not named above.
+    TypeError: if an argument has a type that is not listed above.
     ValueError: if a shape, dtype, index or mask does not fit, or a stream is named twice.
     UnknownStreamError: a ValueError, if a stream is not open.
     TooManyStreamsError: a RuntimeError, if there is no room for the default streams.
@@ -505,7 +505,7 @@ Raises:
     After an error every stream is as it was before the call.
 
 Several threads may call one session. Calls that name the same stream run one after the other.
-Python's global lock is kept during a short step and released during a long one; see `release_gil`.
+A short step keeps Python's global lock, and a long one releases it; see `release_gil`.
 )";
 
 constexpr char kStepsDoc[] = R"(steps($self, x, streams=None, *, out=None, key_mask=None)
@@ -514,16 +514,16 @@ constexpr char kStepsDoc[] = R"(steps($self, x, streams=None, *, out=None, key_m
 Take T steps of M streams: the same outputs and state as T calls of `step`.
 
 Args:
-    x: as `step` has it, with the axis of time: `(M, T, ...)`.
-    streams: as `step` has it.
-    out: as `step` has it, `(M, T, ...)`.
-    key_mask: bool `(M, T)`, as `step` has it.
+    x: as for `step`, with the axis of time: `(M, T, ...)`.
+    streams: as for `step`.
+    out: as for `step`, `(M, T, ...)`.
+    key_mask: bool `(M, T)`, as for `step`.
 
 Returns:
     The model's outputs for each of the steps, `(M, T, ...)`.
 
 Raises:
-    As `step` does.
+    The same errors as `step`.
 )";
 
 }  // namespace

@@ -52,7 +52,7 @@ ActivationSpec ActivationOf(const Node& node) {
   const std::string& name = node.Text("function");
   const auto found = activations.find(name);
   if (found == activations.end()) {
-    throw Error(ErrorCode::kBadModelFile, node.name + ": no activation " + name);
+    throw Error(ErrorCode::kBadModelFile, node.name + ": there is no activation " + name);
   }
   ActivationSpec spec;
   spec.kind = found->second;

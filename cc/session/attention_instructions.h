@@ -39,7 +39,8 @@ class AttentionInstruction : public Instruction {
       : s_(spec),
         key_size_(spec.heads * spec.key_dim),
         value_size_(spec.heads * spec.value_dim),
-        // Rings beyond this are not in a near cache when their turn comes, so they are prefetched.
+        // With more streams than this, a ring is no longer in a near cache when its turn comes, so
+        // it is prefetched.
         streams_near_(std::max<int64_t>(1, kNearBytes / RingBytes())) {}
 
   void Run(const Frame& frame) const override {

@@ -37,7 +37,7 @@ constexpr char kVersion[] =
 
 static_assert(static_cast<int>(CT_INTERNAL) == static_cast<int>(ct::ErrorCode::kInternal) &&
                   static_cast<int>(CT_IO) == static_cast<int>(ct::ErrorCode::kIo),
-              "the codes of error.h are those of the C interface");
+              "error.h and the C interface must have the same codes");
 
 thread_local std::string last_error;
 
@@ -63,7 +63,7 @@ ct_status Status(const Call& call) noexcept {
   } catch (const std::exception& error) {
     return Fail(CT_INTERNAL, error.what());
   } catch (...) {
-    return Fail(CT_INTERNAL, "an exception that is no std::exception");
+    return Fail(CT_INTERNAL, "caught an exception that is not a std::exception");
   }
 }
 
@@ -79,7 +79,7 @@ void Check(const void* pointer, const char* name) {
 // An empty array may be null.
 void CheckArray(const void* pointer, int64_t count, const char* name) {
   if (count < 0) {
-    Invalid("a count must not be negative, got " + std::to_string(count));
+    Invalid("got a count of " + std::to_string(count) + ", expected 0 or more");
   }
   if (count > 0) Check(pointer, name);
 }
@@ -101,7 +101,7 @@ ct_dtype Dtype(ct::DType dtype) {
     case ct::DType::kBool:
       return CT_BOOL;
   }
-  return CT_DTYPE_OF_FILE;  // There is no other.
+  return CT_DTYPE_OF_FILE;  // not reached: the cases above are all dtypes
 }
 
 std::optional<ct::DType> OptionalDtype(const ct_dtype& dtype, const char* name) {
@@ -122,22 +122,23 @@ std::optional<ct::DType> OptionalDtype(const ct_dtype& dtype, const char* name) 
       return ct::DType::kFloat16;
     default:
       Invalid(std::string(name) + " is " + std::to_string(number) +
-              ", expected a ct_dtype of numbers that are not whole");
+              ", expected CT_FLOAT32, CT_FLOAT64, CT_BFLOAT16, CT_FLOAT16 or CT_DTYPE_OF_FILE");
   }
 }
 
 ct::SessionOptions Options(const ct_options* options) {
   if (options == nullptr) return {};
-  // The size in the first version. A newer header may have a larger one.
+  // sizeof(ct_options) here is the size in the first version. A newer header may have a larger one.
   if (options->size < sizeof(ct_options)) {
-    Invalid("the options' size is " + std::to_string(options->size) + ", expected " +
-            std::to_string(sizeof(ct_options)) + ": begin with CT_OPTIONS_DEFAULT");
+    Invalid("the `size` of ct_options is " + std::to_string(options->size) + ", expected " +
+            std::to_string(sizeof(ct_options)) +
+            ": initialize the options with CT_OPTIONS_DEFAULT");
   }
   const char* const bytes = reinterpret_cast<const char*>(options);
   if (std::any_of(bytes + sizeof(ct_options), bytes + options->size,
                   [](char byte) { return byte != 0; })) {
-    Invalid("the options have something that this version, " + std::string(kVersion) +
-            ", does not know: use a newer library");
+    Invalid("ct_options has fields that library version " + std::string(kVersion) +
+            " does not know, and they are not zero: use a newer library");
   }
   ct::SessionOptions result;
   result.streams = options->streams;
@@ -175,7 +176,8 @@ ct_status Describe(const ct_session* session, bool is_input, int64_t i, ct_value
     const std::vector<ct::Port>& ports = is_input ? plan.inputs : plan.outputs;
     if (i < 0 || i >= static_cast<int64_t>(ports.size())) {
       Invalid("the model has " + std::to_string(ports.size()) +
-              (is_input ? " inputs" : " outputs") + ", there is no number " + std::to_string(i));
+              (is_input ? " inputs" : " outputs") + ", counted from 0, got number " +
+              std::to_string(i));
     }
     const ct::Value& of = plan.values[ports[i].value];
     *value = {ports[i].name.c_str(), Dtype(of.dtype), static_cast<int64_t>(of.shape.size()),
@@ -315,7 +317,8 @@ ct_status ct_session_get_state(const ct_session* session, ct_stream stream, void
     Check(state, "state");
     if (bytes != session->session.state_bytes()) {
       Invalid("a copy of a stream has " + std::to_string(session->session.state_bytes()) +
-              " bytes, got room for " + std::to_string(bytes));
+              " bytes, got room for " + std::to_string(bytes) +
+              ": pass ct_session_state_bytes(session)");
     }
     session->session.GetState(stream, state);
   });
@@ -395,7 +398,7 @@ ct_status ct_session_memory(const ct_session* session, ct_memory* memory, size_t
     Check(memory, "memory");
     if (size < sizeof(ct_memory)) {
       Invalid("a ct_memory has " + std::to_string(sizeof(ct_memory)) + " bytes, got room for " +
-              std::to_string(size));
+              std::to_string(size) + ": pass sizeof(ct_memory)");
     }
     const ct::Session::Memory now = session->session.memory();
     // Fields that only a newer header has are zero.

@@ -303,7 +303,8 @@ class Compiler {
       case Op::kReshape:
         break;  // Translate and FindUses handle them
     }
-    throw Error(ErrorCode::kInternal, node.name + ": no instruction for " + NameOf(node.op));
+    throw Error(ErrorCode::kInternal,
+                node.name + ": there is no instruction for " + NameOf(node.op));
   }
 
   // Counts weights that instructions keep unchanged.
@@ -548,7 +549,9 @@ class Compiler {
       case DType::kBool:
         return MakeCast<From, bool>(input, output, size);
       default:
-        throw Error(ErrorCode::kBadModelFile, std::string("no cast to ") + NameOf(to));
+        throw Error(ErrorCode::kBadModelFile,
+                    std::string("cannot cast to ") + NameOf(to) +
+                        ", expected float32, float64, int32, int64 or bool");
     }
   }
 
@@ -566,7 +569,9 @@ class Compiler {
       case DType::kBool:
         return CastFrom<bool>(to, input, output, size);
       default:
-        throw Error(ErrorCode::kBadModelFile, std::string("no cast from ") + NameOf(from));
+        throw Error(ErrorCode::kBadModelFile,
+                    std::string("cannot cast from ") + NameOf(from) +
+                        ", expected float32, float64, int32, int64 or bool");
     }
   }
 
@@ -618,8 +623,8 @@ class Compiler {
       if (producer < 0 || plan_.nodes[producer].op != Op::kStrided) {
         throw Error(ErrorCode::kBadModelFile,
                     plan_.nodes[i].name +
-                        ": the indices of an embedding must be an input of the "
-                        "plan, or elements of one");
+                        ": another node computes the indices of this embedding, expected an input "
+                        "of the plan, or elements of one");
       }
       const Node& strided = plan_.nodes[producer];
       const std::vector<int64_t>& shape = ValueOf(strided.outputs[0]).shape;
@@ -782,7 +787,7 @@ CompiledPlan Compile(const ModelFile& file, const ExecutorOptions& options) {
   const auto check = [&](const char* what, DType dtype, bool fits) {
     if (fits) return;
     throw Error(ErrorCode::kInvalidArgument,
-                std::string("Expected ") + what + " that goes with a model in " +
+                std::string("Expected ") + what + " that fits a model in " +
                     NameOf(file.plan().compute_dtype) + ", but got " + NameOf(dtype));
   };
   const DType cache = options.cache_dtype, weights = options.weights_dtype;

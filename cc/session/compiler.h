@@ -1,5 +1,5 @@
-// Compiles a plan for an executor: which nodes become one instruction, in which order they run, and
-// where their values lie.
+// Compiles a plan for an executor. Decides which nodes become one instruction, in which order they
+// run, and where their values are in the arena.
 
 #ifndef CONTINUAL_TRANSFORMERS_SESSION_COMPILER_H_
 #define CONTINUAL_TRANSFORMERS_SESSION_COMPILER_H_

@@ -23,7 +23,7 @@ namespace {
 // few enough stay in the near caches between two nodes. A multiple of the rows that a matrix
 // product keeps in registers.
 constexpr int64_t kRowsAtOnce = 96;
-// a rough clock rate
+// A rough clock rate, in cycles per nanosecond.
 constexpr double kCyclesANanosecond = 3;
 
 struct Free {
@@ -102,7 +102,7 @@ class Executor::Impl {
     const int64_t rows = call.streams * call.steps;
     if (rows == 0) return;
     const bool share = pool_.threads() > 1 && EstimatedCycles(rows) > kCyclesWorthThreads;
-    // Reserve all memory before the first stream steps: if there is not enough, no stream has.
+    // Reserve all memory before the first stream steps. If there is not enough, no stream changes.
     for (int64_t part = 0; part < (share ? pool_.threads() : 1); ++part) {
       Reserve(std::min(rows, kRowsAtOnce), &arena->parts[part]);
     }
@@ -146,7 +146,8 @@ class Executor::Impl {
                     "Expected tokens from 0 to " + std::to_string(check.rows - 1) + " for " +
                         file_->plan().nodes[check.node].name + ", but got " +
                         std::to_string(token) + " for stream number " +
-                        std::to_string(r / call.steps) + " of the call; no stream has moved");
+                        std::to_string(r / call.steps) +
+                        " of the call; no stream has taken a step");
       }
     }
   }

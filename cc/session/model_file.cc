@@ -66,7 +66,7 @@ std::string OtherKind(const char* data, size_t size) {
     return size >= text.size() && std::memcmp(data, text.data(), text.size()) == 0;
   };
   if (begins("PK\x03\x04")) {
-    return "it is a ZIP archive, as a .keras file is: make a model file of it with "
+    return "it is a ZIP archive, like a .keras file: make a model file of it with "
            "`continual-transformers pack model.keras model.safetensors`";
   }
   if (begins("\x89HDF\r\n")) {
@@ -79,7 +79,7 @@ std::string OtherKind(const char* data, size_t size) {
 // Returns the size of the JSON header in bytes.
 size_t HeaderBytes(const char* data, size_t size) {
   const std::string other = OtherKind(data, size);
-  // The sentence has its own cure: there is no file to write again.
+  // `other` has its own cure. Refuse would add that the file should be written again.
   if (!other.empty()) {
     throw Error(ErrorCode::kBadModelFile, "expected a safetensors file, but " + other);
   }
@@ -89,7 +89,7 @@ size_t HeaderBytes(const char* data, size_t size) {
   uint64_t length;
   std::memcpy(&length, data, kLengthBytes);
   if (length > kMostHeaderBytes) {
-    Refuse("expected a safetensors file, but its first 8 bytes are no length of a header");
+    Refuse("expected a safetensors file, but its first 8 bytes are not the length of a header");
   }
   if (length > size - kLengthBytes) {
     Refuse("it is truncated, or not a safetensors file: its header has " + std::to_string(length) +

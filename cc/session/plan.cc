@@ -51,7 +51,7 @@ const T& Get(const Node& node, const std::string& name) {
   const auto found = node.attributes.find(name);
   if (found == node.attributes.end() || !std::holds_alternative<T>(found->second)) {
     throw Error(ErrorCode::kInternal, std::string(NameOf(node.op)) + " has no attribute " + name +
-                                          " of the type that is asked for");
+                                          " of the requested type");
   }
   return std::get<T>(found->second);
 }
@@ -93,11 +93,11 @@ class PlanParser {
     ParseNodes(reader.List("nodes"));
     plan_.outputs = ParsePorts(reader.List("outputs"), "output");
     for (size_t i = 0; i < plan_.values.size(); ++i) {
-      if (!is_made_[i]) Refuse("value " + std::to_string(i) + " is made by no input and no node");
+      if (!is_made_[i]) Refuse("no input and no node makes value " + std::to_string(i));
     }
     CheckStructure(reader.Need("input_structure"), "input_structure", plan_.inputs.size());
     CheckStructure(reader.Need("output_structure"), "output_structure", plan_.outputs.size());
-    reader.Need("keras_state");  // Python's; a step does not need it
+    reader.Need("keras_state");  // only Python reads it
     reader.RefuseOthers();
     if (state_bytes_ > kMostBytes) Refuse("a stream of the plan has more than 2^40 bytes of state");
     plan_.architecture = Architecture();
@@ -156,7 +156,7 @@ class PlanParser {
     if (!IsWhole(number, &value) || value < 0 ||
         value >= static_cast<int64_t>(plan_.values.size())) {
       Refuse(where + " is value " + Shown(number) + ", but the plan has " +
-             std::to_string(plan_.values.size()) + " values, from 0 on");
+             std::to_string(plan_.values.size()) + " values, counted from 0");
     }
     return static_cast<int>(value);
   }
@@ -166,14 +166,15 @@ class PlanParser {
     const int value = ValueNumber(number, where);
     if (!is_made_[value]) {
       Refuse(where + " is value " + std::to_string(value) +
-             ", which no input of the plan and no node before it makes");
+             ", but no input of the plan and no earlier node makes it");
     }
     return value;
   }
 
   void Produce(int value, const std::string& where) {
     if (is_made_[value]) {
-      Refuse(where + " is value " + std::to_string(value) + ", which is already made");
+      Refuse(where + " is value " + std::to_string(value) +
+             ", which an input or an earlier node already makes");
     }
     is_made_[value] = true;
   }
@@ -391,9 +392,9 @@ class PlanParser {
         const double number = value.get<double>();
         if (!(number >= entry.number_least) || !(std::abs(number) <= most)) {
           refuse(entry.number_least == 0
-                     ? std::string("a number that is not negative, of ") +
+                     ? std::string("a number of at least 0 that fits in ") +
                            NameOf(plan_.compute_dtype)
-                     : std::string("a number of ") + NameOf(plan_.compute_dtype));
+                     : std::string("a number that fits in ") + NameOf(plan_.compute_dtype));
         }
         attribute = number;
         break;

@@ -32,8 +32,8 @@ Shape WithFirst(int64_t first, const Shape& rest) {
 
 double Elements(const Value& value) { return static_cast<double>(value.size); }
 
-// The rows of a weight [R, ...]. At least 1, so that a wrong shape is refused by the comparison
-// that follows.
+// Returns the rows of a weight [R, ...], and at least 1, so that the comparison that follows
+// refuses a wrong shape.
 int64_t RowsOf(const Tensor& tensor) {
   return tensor.shape.empty() ? 1 : std::max<int64_t>(tensor.shape[0], 1);
 }
@@ -112,7 +112,7 @@ void CheckStrided(const NodeCheck& node) {
   for (size_t axis = 0; axis <= out.size(); ++axis) {
     if (least < 0 || greatest >= size) {
       node.Fail("reads element " + Number(least < 0 ? least : greatest) +
-                " of its input, which has " + Number(size));
+                " of its input, which has " + Number(size) + " elements");
     }
     if (axis == out.size()) break;
     if (strides[axis] < -kMostElements || strides[axis] > kMostElements) {
@@ -124,7 +124,8 @@ void CheckStrided(const NodeCheck& node) {
 
 void CheckReshape(const NodeCheck& node) {
   if (node.output().size != node.input(0).size) {
-    node.Fail("has " + Number(node.output().size) + " elements from " + Number(node.input(0).size));
+    node.Fail("has an output of " + Number(node.output().size) + " elements, but an input of " +
+              Number(node.input(0).size));
   }
 }
 
@@ -141,8 +142,8 @@ void CheckEmbedding(const NodeCheck& node) {
   node.ExpectWeight("table", {RowsOf(table), out.back()});
   if (!node.InputIsToken(0)) {
     node.Fail(
-        "looks up what another node computed; expected an input of the plan, perhaps reshaped or "
-        "strided, whose indices can be checked before a step");
+        "has indices that another node computes; expected an input of the plan, perhaps reshaped "
+        "or strided, because indices are checked before a step");
   }
 }
 

@@ -68,7 +68,7 @@ struct OpEntry {
   std::vector<WeightEntry> weights;
   std::vector<FunctionEntry> functions;  // values of `function`; empty: no such attribute
   std::vector<AttributeEntry> attributes;
-  // Checks shapes, and whatever this table does not cover.
+  // Checks shapes, and everything else that this table does not cover.
   void (*check)(const NodeCheck& node);
   // An upper estimate of the node's state in a stream block, in bytes. Null: no state.
   double (*state_bytes)(const NodeCheck& node) = nullptr;
@@ -79,12 +79,12 @@ struct OpEntry {
 const std::vector<OpEntry>& OpEntries();
 const OpEntry* FindOpEntry(const std::string& name);  // null: no such op
 
-// A node whose inputs, outputs, masks, weights and attributes are those of its op. NodeCheck checks
-// how they fit together.
+// A node that has the inputs, outputs, masks, weights and attributes of its op. NodeCheck checks
+// that they fit together.
 class NodeCheck {
  public:
-  // `is_token` has one entry per plan value: whether it is an input of the plan, perhaps reshaped
-  // or strided.
+  // `is_token` has one entry per plan value: whether the value is an input of the plan, perhaps
+  // reshaped or strided.
   NodeCheck(const Plan& plan, const Node& node, const std::map<std::string, const Tensor*>& weights,
             const std::vector<bool>& is_token, std::string where)
       : plan_(plan),

@@ -57,7 +57,7 @@ class RetroactiveInstruction : public Instruction {
     return rows * s_.heads * RetroactiveCyclesPerTask(p_);
   }
 
-  // Heads that threads share work at the same time.
+  // Threads may work on several heads at the same time, so each head has its own part.
   int64_t ScratchBytes() const override { return s_.heads * RetroactiveScratchBytes(p_); }
 
  private:

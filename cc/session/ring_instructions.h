@@ -14,7 +14,7 @@
 
 namespace continual_transformers {
 
-// Calls f(block, position, row) for every step, oldest first.
+// Calls f(frame, block, position, row) for every step, each stream's oldest step first.
 template <class F>
 std::unique_ptr<Instruction> MakeSteps(int64_t cycles_a_row, F f) {
   return MakeRows(cycles_a_row, [f = std::move(f)](const Frame& frame) {
@@ -44,7 +44,7 @@ std::unique_ptr<Instruction> MakePositional(std::vector<T> rows, int64_t start, 
   });
 }
 
-// Returns x of `steps` steps ago, or zeros.
+// Writes x of `steps` steps ago, or zeros if the stream has not taken that many.
 inline std::unique_ptr<Instruction> MakeDelay(int64_t steps, int64_t ring_at, int input, int output,
                                               int64_t bytes) {
   return MakeSteps(bytes / 8 + 20,
@@ -60,7 +60,7 @@ inline std::unique_ptr<Instruction> MakeDelay(int64_t steps, int64_t ring_at, in
                    });
 }
 
-// Returns x of the `window` newest steps, oldest first. Steps that were never taken are zeros.
+// Writes x of the `window` newest steps, oldest first. Steps that were never taken are zeros.
 inline std::unique_ptr<Instruction> MakeWindow(int64_t window, int64_t ring_at, int input,
                                                int output, int64_t bytes) {
   return MakeSteps(

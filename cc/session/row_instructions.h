@@ -93,7 +93,7 @@ template <typename T>
 void SoftmaxOf(const T* x, int64_t size, int64_t stride, bool log, T* y) {
   T max = -std::numeric_limits<T>::infinity();
   for (int64_t i = 0; i < size; ++i) {
-    if (x[i * stride] > max) max = x[i * stride];  // A NaN is kept by the exponential.
+    if (x[i * stride] > max) max = x[i * stride];  // The exponential keeps a NaN.
   }
   T sum = 0;
   for (int64_t i = 0; i < size; ++i) {
@@ -297,7 +297,7 @@ std::unique_ptr<Instruction> MakeCast(int input, int output, int64_t size) {
       if constexpr (std::is_same_v<To, bool>) {
         y[i] = x[i] != From(0);
       } else if constexpr (std::is_floating_point_v<From> && std::is_integral_v<To>) {
-        // As x86 converts, where C leaves it undefined: NaN and numbers out of range give the
+        // C++ leaves these conversions undefined. As on x86, NaN and numbers out of range give the
         // smallest integer.
         const bool fits = x[i] >= static_cast<From>(std::numeric_limits<To>::min()) &&
                           x[i] < -static_cast<From>(std::numeric_limits<To>::min());
@@ -314,7 +314,7 @@ template <typename T>
 std::unique_ptr<Instruction> MakeNotEqual(double number, bool any, int input, int output,
                                           int64_t size) {
   if constexpr (std::is_integral_v<T>) {
-    // A conversion of a number that T does not have is undefined. Every element differs from it.
+    // Converting a number that T cannot represent is undefined. Every element differs from it.
     // NOLINTNEXTLINE(bugprone-integer-division): half of T's range, rounded down, is meant.
     constexpr double kEnd = 2.0 * (std::numeric_limits<T>::max() / 2 + 1);
     const bool has = number >= static_cast<double>(std::numeric_limits<T>::min()) &&

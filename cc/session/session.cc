@@ -17,7 +17,7 @@
 namespace continual_transformers {
 namespace {
 
-// The most warm-up steps of a profile: a file may name any receptive field.
+// The most warm-up steps of a profile. A model file may have a receptive field of any size.
 constexpr int64_t kMostProfileWarmUp = 10000;
 
 // The header of a copy of a stream. Little-endian, like the block: model_file.cc does not compile
@@ -181,9 +181,9 @@ class Session::Impl final : public ForkListener {
     if (fingerprint != plan_fingerprint_) {
       throw Error(ErrorCode::kOtherModel,
                   "these are weights of another model: its layers or sizes (heads, features, "
-                  "window, cache dtype) differ, so its plan has the fingerprint " +
-                      Hex(fingerprint) + ", and that of this session is " + Hex(plan_fingerprint_) +
-                      "; make a session of its own for it");
+                  "window, cache dtype) differ. Its plan has the fingerprint " +
+                      Hex(fingerprint) + ", this session's plan has " + Hex(plan_fingerprint_) +
+                      ": make another session for that model");
     }
     auto executor = std::make_shared<const Executor>(std::move(file), options_);
     {
@@ -199,8 +199,9 @@ class Session::Impl final : public ForkListener {
   void Step(const StreamId* ids, int64_t count, int64_t steps, const void* const* inputs,
             void* const* outputs, const bool* key_mask, int64_t* positions) {
     if (count < 0 || steps < 0) {
-      throw Error(ErrorCode::kInvalidArgument,
-                  "cannot take " + Text(steps) + " steps of " + Text(count) + " streams");
+      throw Error(ErrorCode::kInvalidArgument, "cannot take " + Text(steps) + " steps of " +
+                                                   Text(count) +
+                                                   " streams, expected 0 or more of each");
     }
     // A call without steps opens no default streams.
     if (count == 0 || (steps == 0 && ids == nullptr)) {
@@ -399,9 +400,9 @@ class Session::Impl final : public ForkListener {
 
   static void CheckPosition(int64_t position) {
     if (position < 0 || position > kMostSteps) {
-      throw Error(
-          ErrorCode::kInvalidArgument,
-          "a stream's position is the number of its steps, 0 to 2^62, got " + Text(position));
+      throw Error(ErrorCode::kInvalidArgument,
+                  "got the position " + Text(position) +
+                      ", expected a stream's number of steps, 0 to 2^62");
     }
   }
 
@@ -412,13 +413,13 @@ class Session::Impl final : public ForkListener {
     if (begins == 0 || std::memcmp(from, kMagic, begins) != 0) {
       throw Error(ErrorCode::kInvalidArgument,
                   "these " + Text(bytes) +
-                      " bytes are no copy of a stream: one begins with CTSTREAM, as get_state "
-                      "writes it");
+                      " bytes are not a copy of a stream: a copy, as get_state writes it, begins "
+                      "with CTSTREAM");
     }
     if (bytes < static_cast<int64_t>(sizeof(header))) {
-      throw Error(ErrorCode::kInvalidArgument, "this copy of a stream is cut off: it has " +
-                                                   Text(bytes) + " bytes, and its header has " +
-                                                   Text(sizeof(header)));
+      throw Error(ErrorCode::kInvalidArgument,
+                  "this copy of a stream is cut off: it has " + Text(bytes) +
+                      " bytes, and its header alone has " + Text(sizeof(header)));
     }
     std::memcpy(&header, from, sizeof(header));
     if (header.version != kStateVersion || header.header_bytes != sizeof(header)) {
@@ -431,13 +432,13 @@ class Session::Impl final : public ForkListener {
       throw Error(ErrorCode::kOtherModel,
                   "this is a copy of another model's stream: its plan and cache dtype have the "
                   "fingerprint " +
-                      Hex(header.plan_fingerprint) + ", those of this session (cache dtype " +
+                      Hex(header.plan_fingerprint) + ", this session's (cache dtype " +
                       NameOf(options_.cache_dtype) + ") have " + Hex(plan_fingerprint_) +
-                      "; put it back into a session of the model that it came from");
+                      ": put it back into a session of the model that it came from");
     }
     if (header.block_bytes != store_.block_bytes() || bytes != state_bytes()) {
       throw Error(ErrorCode::kInvalidArgument,
-                  "this copy of a stream is cut off or has something behind it: it has " +
+                  "this copy of a stream is cut off or has extra bytes at its end: it has " +
                       Text(bytes) + " bytes, and a copy of this model's streams has " +
                       Text(state_bytes()));
     }
@@ -446,9 +447,9 @@ class Session::Impl final : public ForkListener {
                   "this is a copy of a stream of the same model with other weights (another "
                   "training, or another start row of a positional encoding, which regular calls "
                   "move): their fingerprint is " +
-                      Hex(header.weights_fingerprint) + ", that of this session's weights is " +
+                      Hex(header.weights_fingerprint) + ", this session's weights have " +
                       Hex(weights_fingerprint_) +
-                      "; load those weights, or say that it is wanted (other_weights)");
+                      ": load those weights, or allow other weights (other_weights)");
     }
     CheckPosition(header.position);
     for (const Segment& segment : segments_) {
@@ -457,8 +458,7 @@ class Session::Impl final : public ForkListener {
       const char* const end = begin + segment.Written(header.position);
       if (std::any_of(begin, end, [](char x) { return x != 0 && x != 1; })) {
         throw Error(ErrorCode::kInvalidArgument,
-                    "this copy of a stream was changed by someone: a bool in it is neither true "
-                    "nor false");
+                    "this copy of a stream is damaged: a bool in it is neither 0 nor 1");
       }
     }
   }

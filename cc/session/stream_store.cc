@@ -71,8 +71,8 @@ void Touch(char* begin, char* end) {
   const int64_t page = PageBytes();
   char* const first = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(begin) / page * page);
   if (madvise(first, RoundUp(end - first, page), MADV_POPULATE_WRITE) == 0) return;
-  // Linux before 5.14. The pages at both ends may be shared with neighbours, so nothing outside the
-  // range is written.
+  // Linux before 5.14 does not know the flag. The pages at both ends may be shared with neighbours,
+  // so this writes nothing outside the range.
   for (char* i = first; i < end; i += page) {
     volatile char* const byte = std::max(i, begin);
     *byte = 0;
@@ -214,12 +214,10 @@ struct StreamStore::State final : ForkListener {
     if (generation > 0 && slot < slots &&
         (SlotAt(slot).generation > generation || SlotAt(slot).generation == 0)) {
       return Error(ErrorCode::kUnknownStream,
-                   name + " was closed: open another one, and use the id that it gets");
+                   name + " was closed: open another stream, and use its id");
     }
     return Error(ErrorCode::kUnknownStream,
-                 name +
-                     " is not open in this session: stream ids are the numbers that opening "
-                     "streams gives");
+                 name + " is not open in this session: use an id that opening a stream returned");
   }
 
   // Marks all streams as held by `lease`. Returns false, and marks none, if another lease holds one
@@ -242,7 +240,7 @@ struct StreamStore::State final : ForkListener {
           if (first == i) return false;
           throw Error(ErrorCode::kInvalidArgument,
                       "stream " + Text(ids[i]) + " is named twice, at places " + Text(first) +
-                          " and " + Text(i) + ": a call takes each stream once");
+                          " and " + Text(i) + ": a call may name each stream once");
         }
         if (next != lease) {
           Unmark(lease, i);
@@ -337,7 +335,8 @@ struct StreamStore::State final : ForkListener {
       slot = free.TakeLowest();
     } else {
       if (slots >= kMostSlots) {
-        throw Error(ErrorCode::kTooManyStreams, "all 2^32 - 1 slots for streams are used up");
+        throw Error(ErrorCode::kTooManyStreams,
+                    "all 2^32 - 1 slots for streams are used up: make a new session");
       }
       if (slots >> kChunkBits == static_cast<int64_t>(chunks.size())) {
         free.Grow((chunks.size() + 1) << kChunkBits);
@@ -393,7 +392,7 @@ struct StreamStore::State final : ForkListener {
     AbandonSlot(number);
   }
 
-  // Frees a slot whose id no one knows, or no longer knows.
+  // Frees a slot whose id was never given out, or is no longer valid.
   void AbandonSlot(int64_t number) {
     Slot& slot = SlotAt(number);
     if (slot.flags & kIdle) idle_bytes -= stride;
@@ -672,7 +671,8 @@ void StreamStore::SetWaitHooks(const WaitHooks* hooks) {
 
 void StreamStore::Open(int64_t count, StreamId* ids) {
   if (count < 0) {
-    throw Error(ErrorCode::kInvalidArgument, "cannot open " + Text(count) + " streams");
+    throw Error(ErrorCode::kInvalidArgument,
+                "cannot open " + Text(count) + " streams, expected 0 or more");
   }
   std::lock_guard<std::mutex> opening(state_->opening);
   state_->OpenStreams(count, ids);
@@ -711,7 +711,7 @@ void StreamStore::Close(const StreamId* ids, int64_t count) {
     for (int64_t i = 0; i < count; ++i) state_->CloseSlot(static_cast<uint32_t>(ids[i]));
     lease.count_ = 0;
     unmap = !state_->loose.empty();
-    if (state_->waiting != 0) state_->wake->notify_all();  // their streams are closed
+    if (state_->waiting != 0) state_->wake->notify_all();  // they may wait for these streams
   }
   if (unmap) state_->UnmapLoose();
 }
@@ -730,7 +730,8 @@ void StreamStore::Clean(const StreamId* ids, int64_t count) {
 
 void StreamStore::Defaults(int64_t count, StreamId* ids) {
   if (count < 0) {
-    throw Error(ErrorCode::kInvalidArgument, "there are no " + Text(count) + " streams");
+    throw Error(ErrorCode::kInvalidArgument,
+                "got a count of " + Text(count) + " streams, expected 0 or more");
   }
   State& state = *state_;
   const auto find = [&] {
@@ -850,7 +851,8 @@ int64_t StreamStore::overhead_bytes() const {
 
 void StreamStore::Lease::Reserve(int64_t count) {
   if (count < 0) {
-    throw Error(ErrorCode::kInvalidArgument, "there are no " + Text(count) + " streams");
+    throw Error(ErrorCode::kInvalidArgument,
+                "got a count of " + Text(count) + " streams, expected 0 or more");
   }
   if (static_cast<int64_t>(slots_.size()) >= count) return;
   slots_.resize(count);

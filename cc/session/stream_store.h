@@ -1,10 +1,10 @@
 // The streams of a session: their ids, their blocks, and which call may use them now.
 //
 // An id is a slot and the slot's generation, so the id of a closed stream is refused for ever.
-// Blocks lie in slabs that are made on demand, and the lowest free slot is taken first. A stream's
-// first step touches its block's memory first. Only the blocks of the first few streams are touched
-// when they are opened. Nothing is ever copied to make room. A slab is freed once all its streams
-// are closed.
+// Blocks lie in slabs that are made on demand, and the lowest free slot is taken first. The system
+// gives a block memory when it is first touched: in its stream's first step, or for the first few
+// streams when they are opened. Nothing is ever copied to make room. A slab is freed once all its
+// streams are closed.
 //
 // A call that steps, copies, cleans or closes streams holds them with a Lease. A lease takes all
 // its streams at once or waits for all of them, so two leases never wait for each other.

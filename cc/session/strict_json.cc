@@ -106,8 +106,8 @@ void Refuse(const std::string& sentence) {
 void RefuseAsNewer(const std::string& sentence) {
   throw Error(ErrorCode::kBadModelFile,
               sentence +
-                  ". The file was written by a newer version of continual-transformers-tf: upgrade "
-                  "it to read this file");
+                  ". A newer version of continual-transformers-tf wrote the file: upgrade the "
+                  "package to read it");
 }
 
 ObjectReader::ObjectReader(const json& object, std::string where)

@@ -13,8 +13,9 @@
 namespace continual_transformers {
 namespace {
 
-// How often a thread polls for work before it sleeps, and a caller polls for the end of it. About
-// 20 us, the pause between two parts of a step. Waking a sleeping thread costs as much.
+// How often a thread polls for work before it sleeps, and how often a caller polls for the end of
+// the work before it yields. This takes about 20 us, the pause between two parts of a step. Waking
+// a sleeping thread costs as much.
 constexpr int kLooks = 4000;
 
 inline void Pause() {

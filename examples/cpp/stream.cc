@@ -66,7 +66,7 @@ Rows ReadNpy(const std::string& path, const ct::Value& input) {
   if (!file) throw std::runtime_error("cannot read " + path);
   const std::string all((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
   const bool is_npy = all.size() >= 12 && all.compare(0, 6, "\x93NUMPY") == 0;
-  if (!is_npy) throw std::runtime_error(path + " is no .npy file");
+  if (!is_npy) throw std::runtime_error(path + " is not a .npy file");
   const auto byte = [&](int i) { return static_cast<unsigned char>(all[i]); };
   // The length has two bytes in version 1, four in later versions.
   const size_t two_bytes = byte(8) + 256u * byte(9);
@@ -111,7 +111,7 @@ void WriteNpy(const std::string& path, const ct::Value& output, const Rows& rows
   if (!file) throw std::runtime_error("cannot write " + path);
 }
 
-// A thousand rows of noise. Tokens are all 0.
+// Returns a thousand rows of noise. Tokens are all 0.
 Rows Noise(const ct::Value& input) {
   Rows rows;
   rows.rows = 1000;
@@ -134,7 +134,7 @@ void Run(const std::string& model, const std::string& steps, const std::string& 
   if (session.inputs().size() != 1 || session.outputs().size() != 1) {
     throw std::runtime_error(session.name() + " has " + std::to_string(session.inputs().size()) +
                              " inputs and " + std::to_string(session.outputs().size()) +
-                             " outputs; this example streams models of one each");
+                             " outputs; this example needs a model with one of each");
   }
   const ct::Value& input = session.inputs()[0];
   const ct::Value& output = session.outputs()[0];
@@ -148,7 +148,7 @@ void Run(const std::string& model, const std::string& steps, const std::string& 
   Rows y;
   y.rows = x.rows;
   y.bytes.resize(y.rows * output.bytes);
-  // Our own stream. It closes at the end of this function.
+  // The stream closes itself at the end of this function.
   ct::Stream stream = session.OpenStream();
   std::vector<double> microseconds;
   microseconds.reserve(x.rows);

@@ -1,10 +1,11 @@
-// Steps a model that ct.export wrote, through TensorFlow's C API: no Python in the process.
+// Takes steps of a model that ct.export wrote, through TensorFlow's C API. The process runs no
+// Python.
 //
 //   stream OP_LIBRARY SAVED_MODEL < steps
 //
 // A line of the input is "step STREAM FEATURE...", one step of one stream, or "clean STREAM". For a
-// step it prints "ready" or "warming", and the model's output y. The README beside this file says
-// how it is built.
+// step the program prints "ready" or "warming", and the model's output y. The README beside this
+// file says how to build it.
 
 #include <cstdint>
 #include <cstdio>
@@ -23,12 +24,12 @@
 
 namespace {
 
-// Owners of what the C API hands out.
+// Owning pointers to the objects of the C API.
 using Status = std::unique_ptr<TF_Status, decltype(&TF_DeleteStatus)>;
 using Graph = std::unique_ptr<TF_Graph, decltype(&TF_DeleteGraph)>;
 using Tensor = std::unique_ptr<TF_Tensor, decltype(&TF_DeleteTensor)>;
 
-// Runs `call` with a status, and throws what that says if it is not OK.
+// Runs `call` with a status. Throws the status's message if it is not OK.
 template <typename Call>
 auto Checked(const Call& call) {
   const Status status(TF_NewStatus(), TF_DeleteStatus);
@@ -49,7 +50,7 @@ Tensor MakeTensor(TF_DataType dtype, const std::vector<int64_t>& shape,
 class Model {
  public:
   Model(const char* op_library, const char* saved_model) : graph_(TF_NewGraph(), TF_DeleteGraph) {
-    // The ops first: a graph that uses unknown ones is refused.
+    // Load the ops first: TensorFlow refuses a graph with unknown ops.
     library_ = Checked([&](TF_Status* s) { return TF_LoadLibrary(op_library, s); });
     TF_SessionOptions* options = TF_NewSessionOptions();
     TF_Buffer* buffer = TF_NewBuffer();
@@ -74,7 +75,7 @@ class Model {
     TF_DeleteLibraryHandle(library_);
   }
 
-  // One signature's outputs for its inputs, all by the names that it gives them.
+  // Runs a signature. Inputs and outputs have the names that the signature gives them.
   std::map<std::string, Tensor> Run(const std::string& signature,
                                     const std::map<std::string, TF_Tensor*>& feeds) {
     std::vector<TF_Output> inputs, outputs;
@@ -99,11 +100,11 @@ class Model {
   }
 
  private:
-  // "op:1" in the graph.
+  // Returns the output of the graph that a name such as "op:1" stands for.
   TF_Output Find(const std::string& place) const {
     const size_t colon = place.rfind(':');
     TF_Operation* op = TF_GraphOperationByName(graph_.get(), place.substr(0, colon).c_str());
-    if (op == nullptr) throw std::runtime_error("no operation " + place);
+    if (op == nullptr) throw std::runtime_error("the graph has no operation " + place);
     return {op, std::stoi(place.substr(colon + 1))};
   }
 

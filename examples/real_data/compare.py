@@ -1,9 +1,9 @@
-"""Trains both kinds of stack on real recordings, and streams them: `python compare.py`.
+"""Train both kinds of stack on real recordings, and stream them: `python compare.py`.
 
 The retroactive stack is the regular encoder, with the same weights: trained on windows, it streams
-the regular encoder's predictions. The single-output stack is trained on steps. Both are held
-against the regular encoder on sliding windows: what they get right of the steps of recordings that
-they never saw, and what a step takes.
+the regular encoder's predictions. The single-output stack is trained on steps. The script compares
+both with the regular encoder on sliding windows: how many steps of unseen recordings they get
+right, and how long a step takes.
 """
 
 import json
@@ -25,12 +25,13 @@ import continual_transformers_tf as ct
 
 EMBED_DIM, NUM_HEADS, FF_DIM, NUM_LAYERS = 32, 4, 64, 2
 BATCH_SIZE = 64
-BATCHES = {"retroactive": 1200, "single_output": 600}  # Which has a label a step, not one a window.
+# The single-output stack learns from a label for every step, not for every window.
+BATCHES = {"retroactive": 1200, "single_output": 600}
 LEARNING_RATE = 2e-3
 
 
 class Classifier(keras.Model):
-    """Embedding, encoding that goes round, stack, head: logits of the newest step."""
+    """A classifier of the newest step: embedding, circular encoding, stack, head."""
 
     def __init__(self, kind, data):
         super().__init__()
@@ -62,10 +63,10 @@ class Classifier(keras.Model):
 
 
 class Crops(keras.utils.PyDataset):
-    """Batches of pieces of recordings, each class as often as every other.
+    """Batches of pieces of recordings. All classes are equally frequent.
 
-    Each batch has (samples `[B, T, features]`, classes `[B, T']`, weights `[B, T']`), where T' is 1
-    for windows, and for steps T, of which those without a full window weigh nothing.
+    Each batch has (samples `[B, T, features]`, classes `[B, T']`, weights `[B, T']`). T' is 1 for
+    windows and T for steps. Steps without a full window have weight 0.
     """
 
     def __init__(self, data, kind, batches, seed, **kwargs):
@@ -104,7 +105,7 @@ class Bar(keras.callbacks.Callback):
 
 
 def train(data, kind, batches, seed, progress):
-    """A trained classifier: windows by regular calls, or steps from clean streams."""
+    """Return a classifier, trained on windows by regular calls, or on steps of clean streams."""
     keras.utils.set_random_seed(seed)
     model = Classifier(kind, data)
     mode = "steps" if kind == "single_output" else "regular"
@@ -122,7 +123,7 @@ def train(data, kind, batches, seed, progress):
 
 
 def stream(model, data, progress):
-    """Predictions of the steps with a full window, of all test recordings at once: a list."""
+    """Return the predictions of each test recording's steps with a full window, streamed."""
     ct.ensure_streams(model, len(data.test))
     ct.clean_state(model)
     longest = max(len(x) for x, _ in data.test)
@@ -140,7 +141,7 @@ def stream(model, data, progress):
 
 
 def on_windows(model, data, progress):
-    """The same of the regular encoder, every window computed anew."""
+    """Return the same predictions by the regular encoder, which recomputes every window."""
     call = tf.function(lambda x: model(x), reduce_retracing=True)
     predictions = []
     for samples, _ in progress.track(data.test, description=f"{data.name}: on windows"):
@@ -148,7 +149,7 @@ def on_windows(model, data, progress):
         windows, found = windows.transpose(0, 2, 1), []
         for i in range(0, len(windows), 512):
             batch = windows[i : i + 512]
-            # Each begins at the row of the encoding at which the stream's window does.
+            # Each window begins at the same row of the encoding as the stream's window.
             rows = np.arange(i, i + len(batch)) % (2 * data.seq_len - 1)
             model.position.set_state({"index": rows, "position": np.zeros_like(rows)})
             found.append(call(tf.constant(batch))[:, 0].numpy().argmax(1))
@@ -157,7 +158,7 @@ def on_windows(model, data, progress):
 
 
 def accuracy(predictions, data):
-    """The share of the steps that are right."""
+    """Return the share of steps that are right."""
     right = [p == label for p, (_, label) in zip(predictions, data.test, strict=True)]
     return float(np.concatenate(right).mean())
 
@@ -174,7 +175,7 @@ def microseconds(call, times=300):
 
 
 def compare(data, scale, seed, progress):
-    """What each kind gets right and what its step takes: a dict."""
+    """Return a dict with the accuracy of each kind and the time of its step."""
     models = {
         kind: train(data, kind, max(2, int(batches * scale)), seed, progress)
         for kind, batches in BATCHES.items()
@@ -218,9 +219,9 @@ def draw(path, results):
 
 
 @click.command()
-@click.option("--only", type=click.Choice(list(DATA)), multiple=True, help="Which recordings.")
-@click.option("--scale", default=1.0, show_default=True, help="Of the batches of training.")
-@click.option("--recordings", type=int, help="Stream the first few alone.")
+@click.option("--only", type=click.Choice(list(DATA)), multiple=True, help="The recordings to use.")
+@click.option("--scale", default=1.0, show_default=True, help="Multiplies the training batches.")
+@click.option("--recordings", type=int, help="Stream only the first few.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), default=Path("build"), show_default=True)
 def main(only, scale, recordings, seed, output):
@@ -238,7 +239,7 @@ def main(only, scale, recordings, seed, output):
             table.add_row(name, model, f"{found['accuracy']:.4f}", f"{found['microseconds']:,.0f}")
         found = figures["regular, on windows"]
         console.print(
-            f"{name}: of {found['predictions']:,} predictions {found['differ_from_the_stream']} of "
+            f"{name}: {found['differ_from_the_stream']} of {found['predictions']:,} predictions of "
             "the retroactive stream differ from the regular encoder's on windows"
         )
     console.print(table)

@@ -1,4 +1,4 @@
-"""Two real recordings that come inside packages: a smartwatch's, and nine speakers' vowels."""
+"""Two data sets of real recordings that come inside packages: a smartwatch's and vowels."""
 
 from importlib import util
 from pathlib import Path
@@ -10,14 +10,14 @@ from continual_transformers_tf.demo import watch
 
 
 class Recordings(NamedTuple):
-    """What is to be told apart, step by step.
+    """Recordings whose steps a model classifies.
 
     Attributes:
-        name: of the data.
-        classes: int.
+        name: The name of the data set.
+        classes: The number of classes.
         seq_len: N, the window.
-        crop: how many steps of a recording a model in training on steps is shown.
-        train, test: lists of (float32 `[T, features]`, class), T >= seq_len.
+        crop: The length of the pieces for training on steps.
+        train, test: Lists of (float32 `[T, features]`, class), T >= seq_len.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Recordings(NamedTuple):
 
 
 def watch_recordings():
-    """Seven exercises of ten people, at 25 Hz; three people are held out."""
+    """Return seven exercises of ten people, at 25 Hz. Three people are held out for the test."""
     train = [s for s in watch.SUBJECTS if s not in watch.HELD_OUT]
     return Recordings(
         "smartwatch",
@@ -42,18 +42,18 @@ def watch_recordings():
 
 
 def vowel_recordings():
-    """Who of nine speakers says two Japanese vowels: 12 coefficients of each frame.
+    """Return two Japanese vowels of nine speakers, 12 coefficients a frame. Classes are speakers.
 
-    It comes inside the package aeon (Kudo, Toyama & Shimbo, "Multidimensional curve classification
-    using passing-through regions", 1999; split as in the UEA archive).
+    The data come inside the package aeon (Kudo, Toyama & Shimbo, "Multidimensional curve
+    classification using passing-through regions", 1999; split as in the UEA archive).
 
     Raises:
-        ModuleNotFoundError: if aeon is not installed; it comes with the extra `examples`.
+        ModuleNotFoundError: if aeon is not installed. The extra `examples` installs it.
     """
     package = util.find_spec("aeon")
     if package is None:
         raise ModuleNotFoundError(
-            "The vowels come with aeon: `pip install '.[examples]'` in a checkout"
+            "The vowels are in the package aeon: run `pip install '.[examples]'` in a checkout"
         )
     folder = Path(package.origin).parent / "datasets" / "data" / "JapaneseVowels"
     train, test = (_read(folder / f"JapaneseVowels_{part}.ts") for part in ("TRAIN", "TEST"))
@@ -61,7 +61,7 @@ def vowel_recordings():
 
 
 def _read(path):
-    """A .ts file: a recording a line, its channels and its class with colons between them."""
+    """Return the recordings of a .ts file: one a line, channels and class separated by colons."""
     recordings = []
     for line in path.read_text().splitlines():
         if line and line[0] not in "#@":

@@ -205,7 +205,7 @@ TEST_F(CApi, CopiesOfStreams) {
   ExpectStatus(ct_session_set_state(session_, streams[0], state.data(), bytes - 1, false),
                CT_INVALID_ARGUMENT, "cut off");
   ExpectStatus(ct_session_set_state(session_, streams[0], nullptr, 0, false), CT_INVALID_ARGUMENT,
-               "no copy");
+               "not a copy");
   state[24] ^= 1;  // the weights' fingerprint
   ExpectStatus(ct_session_set_state(session_, streams[0], state.data(), bytes, false),
                CT_OTHER_MODEL, "other weights");

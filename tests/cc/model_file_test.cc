@@ -476,7 +476,7 @@ TEST(ModelFileTest, SaysWhyAFileCannotBeRead) {
   Write(folder / "h5", "\x89HDF\r\n\x1a\n and more");
   expect(folder / "h5", ErrorCode::kBadModelFile, "HDF5");
   Write(folder / "text", "This is not a model file, but a text.");
-  expect(folder / "text", ErrorCode::kBadModelFile, "no length of a header");
+  expect(folder / "text", ErrorCode::kBadModelFile, "not the length of a header");
 }
 
 // ---- Wrong safetensors files.
@@ -549,7 +549,7 @@ TEST(ModelFileTest, RefusesMetadataThatAreWrong) {
   ExpectIn("no \"format_version\"", refusal([](Json* m) { m->erase("format_version"); }));
   const std::string newer = refusal([](Json* m) { (*m)["format_version"] = "2"; });
   ExpectIn("its format version is \"2\", this version reads \"1\"", newer);
-  ExpectIn("newer version of continual-transformers-tf: upgrade", newer);
+  ExpectIn("newer version of continual-transformers-tf wrote the file: upgrade", newer);
   ExpectIn("expected a string", refusal([](Json* m) { (*m)["format_version"] = 1; }));
   ExpectIn("no \"plan\"", refusal([](Json* m) { m->erase("plan"); }));
   ExpectIn("expected a string", refusal([](Json* m) { (*m)["plan"] = Json::object(); }));
@@ -662,7 +662,8 @@ TEST(PlanTest, RefusesATopLevelThatIsWrong) {
   expect("/inputs/0/value", 1000, "input 0 is value 1000, but the plan has");
   expect("/inputs/0/value", -1, "input 0 is value -1");
   expect("/inputs/0/value", 0.0, "input 0 is value 0.0");
-  expect("/inputs/1/value", 0, "input \"tokens\" is value 0, which is already made");
+  expect("/inputs/1/value", 0,
+         "input \"tokens\" is value 0, which an input or an earlier node already makes");
   expect("/inputs/0/dtype", "float32", "input 0 has \"dtype\", which this version does not know");
   expect("/outputs/0/value", 1000, "output 0 is value 1000");
   expect("/input_structure", 0, "\"input_structure\" has 1 leaves, expected 3");
@@ -694,22 +695,23 @@ TEST(PlanTest, Float64HasOtherDtypes) {
 TEST(PlanTest, RefusesValuesThatNothingMakesOrThatAreMadeTwice) {
   PlanBuilder builder = EveryOp();
   builder.Value({3});
-  ExpectIn("is made by no input and no node", Refusal(builder));
+  ExpectIn("no input and no node makes value ", Refusal(builder));
 
   PlanBuilder twice = EveryOp();
   twice.plan["nodes"].push_back(twice.plan["nodes"][0]);
-  ExpectIn("its output is value 3, which is already made", Refusal(twice));
+  ExpectIn("its output is value 3, which an input or an earlier node already makes",
+           Refusal(twice));
 
   PlanBuilder input;
   const int x = input.Input("x", {2});
   const int y = input.Dense(x, {2});
   input.Output("y", y);
   input.plan["nodes"][0]["outputs"][0] = x;
-  ExpectIn("which is already made", Refusal(input));
+  ExpectIn("already makes", Refusal(input));
 
   PlanBuilder late = EveryOp();
   std::swap(late.plan["nodes"][0], late.plan["nodes"][1]);
-  ExpectIn("which no input of the plan and no node before it makes", Refusal(late));
+  ExpectIn("but no input of the plan and no earlier node makes it", Refusal(late));
 }
 
 TEST(PlanTest, RefusesMoreNodesThanItSays) {
@@ -885,7 +887,7 @@ TEST_F(EveryOpTest, ChecksEveryInput) {
         put([](const PlanBuilder& b, const Json&) { return b.plan["values"].size(); }), input);
     ExpectEveryNodeRefused(
         put([](const PlanBuilder&, const Json& node) { return node["outputs"][0]; }),
-        "no node before it makes");
+        "no earlier node makes it");
     ExpectEveryNodeRefused(put([](const PlanBuilder&, const Json&) { return uint64_t{0} - 1; }),
                            input);
   }
@@ -941,7 +943,7 @@ TEST_F(EveryOpTest, ChecksItsOutput) {
         (*node)["outputs"][0] = 0;
         return true;
       },
-      "which is already made");
+      "already makes");
   for (const char* dtype : {"compute", "int32", "bool"}) {
     ExpectEveryNodeRefused(
         [&](PlanBuilder* builder, Json* node, const OpEntry& entry) {
@@ -1107,7 +1109,7 @@ TEST_F(EveryOpTest, ChecksEveryMask) {
       };
       ExpectIn("is value -1", refusal([](PlanBuilder*) { return -1; }));
       ExpectIn("is value 1000", refusal([](PlanBuilder*) { return 1000; }));
-      ExpectIn("no node before it makes",
+      ExpectIn("no earlier node makes it",
                refusal([](PlanBuilder* b) { return b->plan["values"].size() - 1; }));
       ExpectIn("is float32 [6], expected bool [1]", refusal([](PlanBuilder*) { return 0; }));
       ExpectIn("is bool [2], expected bool [1]",
@@ -1288,7 +1290,8 @@ TEST(StridedTest, ReadsOnlyItsInput) {
   EXPECT_EQ(refusal({3, 4}, {}, 11, {}), "");            // one element
   EXPECT_EQ(refusal({}, {5}, 0, {0}), "");
   EXPECT_EQ(refusal({12}, {1, 1}, 0, {2147483647, -2147483647}), "");  // never taken
-  ExpectIn("reads element 12 of its input, which has 12", refusal({3, 4}, {3, 4}, 1, {4, 1}));
+  ExpectIn("reads element 12 of its input, which has 12 elements",
+           refusal({3, 4}, {3, 4}, 1, {4, 1}));
   ExpectIn("reads element -1 of its input", refusal({3, 4}, {3, 4}, 10, {-4, -1}));
   ExpectIn("reads element 12 of its input", refusal({3, 4}, {}, 12, {}));
   ExpectIn("\"offset\" is -1", refusal({3, 4}, {3, 4}, -1, {4, 1}));
@@ -1322,7 +1325,8 @@ TEST(StridedTest, ReadsOnlyItsInput) {
 TEST(ReshapeTest, KeepsTheElements) {
   EXPECT_EQ(RefusalOfNode("reshape", {{2, 6}}, {3, 4}, {}), "");
   EXPECT_EQ(RefusalOfNode("reshape", {{1}}, {}, {}), "");
-  ExpectIn("has 11 elements from 12", RefusalOfNode("reshape", {{2, 6}}, {11}, {}));
+  ExpectIn("has an output of 11 elements, but an input of 12",
+           RefusalOfNode("reshape", {{2, 6}}, {11}, {}));
 }
 
 TEST(FeaturesTest, HaveAWeightForEach) {
@@ -1338,7 +1342,7 @@ TEST(FeaturesTest, HaveAWeightForEach) {
     ExpectIn("expected [3]", RefusalOfNode("norm", {{2, 3}}, {2, 3}, attributes, {{"gamma", {2}}}));
     ExpectIn("at least one axis", RefusalOfNode("norm", {{}}, {}, attributes));
   }
-  ExpectIn("not negative",
+  ExpectIn("a number of at least 0",
            RefusalOfNode("norm", {{3}}, {3}, {{"function", "layer"}, {"epsilon", -1e-6}}));
   EXPECT_EQ(
       RefusalOfNode("batch_norm", {{3}}, {3}, {{"epsilon", 0}}, {{"mean", {3}}, {"variance", {3}}}),
@@ -1366,9 +1370,9 @@ TEST(EmbeddingTest, LooksUpOnlyWhatComesFromAnInput) {
   EXPECT_EQ(refusal(x, {2, 3}), "");
   EXPECT_EQ(refusal(flipped, {2, 3}), "");
   EXPECT_EQ(refusal(shaped, {2, 1, 3}), "");
-  ExpectIn("looks up what another node computed", refusal(seen, {2, 3}));
-  ExpectIn("looks up what another node computed", refusal(whole, {2, 3}));
-  ExpectIn("looks up what another node computed", refusal(delayed, {2, 1, 3}));
+  ExpectIn("has indices that another node computes", refusal(seen, {2, 3}));
+  ExpectIn("has indices that another node computes", refusal(whole, {2, 3}));
+  ExpectIn("has indices that another node computes", refusal(delayed, {2, 1, 3}));
   ExpectIn("has shape [5, 3], expected [5, 4]", refusal(x, {2, 4}));
   ExpectIn("expected [2, 3]", refusal(x, {1, 3}));
   ExpectIn("expected [2, 1]", refusal(x, {}));

@@ -248,14 +248,14 @@ TEST_P(SessionTest, CopiesThatAreRefused) {
     return state;
   };
   const ErrorCode invalid = ErrorCode::kInvalidArgument;
-  refused(invalid, "no copy of a stream", "");
-  refused(invalid, "no copy of a stream", "pickle");
-  refused(invalid, "no copy of a stream", std::string(before.size(), '\0'));
+  refused(invalid, "not a copy of a stream", "");
+  refused(invalid, "not a copy of a stream", "pickle");
+  refused(invalid, "not a copy of a stream", std::string(before.size(), '\0'));
   for (const int64_t bytes : {1, 8, 63}) refused(invalid, "cut off", before.substr(0, bytes));
   for (const int64_t bytes : {kHeaderBytes, kHeaderBytes + 1, session.state_bytes() - 1}) {
     refused(invalid, "cut off", before.substr(0, bytes));
   }
-  refused(invalid, "something behind it", before + '\0');
+  refused(invalid, "extra bytes at its end", before + '\0');
   refused(invalid, "format 2", changed(8, uint32_t{2}));
   refused(invalid, "format 1", changed(12, uint32_t{128}));
   refused(ErrorCode::kOtherModel, "another model", changed(16, uint64_t{1}));

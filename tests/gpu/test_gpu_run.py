@@ -30,7 +30,7 @@ def test_as_a_person_would_run_it():
     command = ["make", "--no-print-directory", "gpu", f"PYTHON={sys.executable}"]
     done = subprocess.run(command, cwd=cuda_build.ROOT, capture_output=True, text=True)
     assert done.returncode != 0
-    assert "There is no GPU here" in done.stdout
+    assert "Found no GPU" in done.stdout
     assert "pip install" not in done.stdout
 
 

@@ -1,6 +1,6 @@
 """Build the kernels into a library with the interface of cuda/c_api.h.
 
-nvcc builds it for the GPU of this machine, or a C++ compiler for the emulator, which runs the
+nvcc builds it for this machine's GPU. A C++ compiler builds it for the emulator, which runs the
 kernels on the CPU.
 
     python tools/gpu/cuda_build.py [--emulated] [--capability 90] [--output DIRECTORY]
@@ -98,7 +98,7 @@ def build(directory: str | Path, emulated: bool = False, capability: str | None 
             environment = {
                 **os.environ,
                 "CONTINUAL_TRANSFORMERS_CUDA_ARCHITECTURES": capability,
-                # So that a sanitizer can name the line.
+                # With it, a sanitizer can name the source line.
                 "NVCC_APPEND_FLAGS": "-lineinfo",
             }
             _run([sys.executable, str(ROOT / "cuda/nvcc.py"), "library", str(fresh)], environment)
@@ -139,12 +139,12 @@ def default_directory(emulated: bool, capability: str | None = None) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--emulated", action="store_true")
-    parser.add_argument("--capability", help="such as 90; if it is left out, that of the GPU")
+    parser.add_argument("--capability", help="for example 90; default: this GPU's")
     parser.add_argument("--output", type=Path)
     chosen = parser.parse_args(arguments)
     capability = chosen.capability or (None if chosen.emulated else find_capability())
     if capability is None and not chosen.emulated:
-        print("There is no GPU here. Name the one to build for with --capability.", file=sys.stderr)
+        print("Found no GPU here: name a compute capability, as --capability 90.", file=sys.stderr)
         return 1
     try:
         directory = chosen.output or default_directory(chosen.emulated, capability)

@@ -1,4 +1,4 @@
-"""The structs and functions of cuda/c_api.h by ctypes, field for field."""
+"""The structs and functions of cuda/c_api.h for ctypes, field for field."""
 
 import ctypes
 from collections.abc import Callable
@@ -95,7 +95,7 @@ class CudaLibrary:
             function = getattr(library, f"continual_transformers_cuda_{name}")
             function.restype, function.argtypes = result, arguments
             setattr(self, name, _raising(function) if result is c_char_p else function)
-        # Only the emulator has it: the order in which threads and blocks run.
+        # Only the emulator has this function. It sets the order in which threads and blocks run.
         self.set_order = getattr(library, "cuda_emulator_set_order", None)
 
 

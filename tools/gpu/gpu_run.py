@@ -40,7 +40,7 @@ class Step(NamedTuple):
     Args:
         limit: The seconds after which the step is stopped.
         needs: The names of steps that must succeed before this one runs.
-        reason: Why it does not run; None: it runs.
+        reason: Why it cannot run on this machine, or None.
     """
 
     name: str
@@ -55,7 +55,7 @@ def steps(out: Path) -> list[Step]:
     """Return the steps of `make gpu`, on a machine with a GPU."""
     many = ["-n", "4"] if importlib.util.find_spec("xdist") else []
     sanitizer = find_sanitizer()
-    lacking = None if sanitizer else "there is no compute-sanitizer, on PATH or in CUDA_HOME"
+    lacking = None if sanitizer else "found no compute-sanitizer on PATH or in CUDA_HOME"
     # For the sanitizer, each buffer is a separate allocation, so that it sees the buffer's end.
     expected = {"CONTINUAL_TRANSFORMERS_EXPECT_GPU": "1"}  # Without a GPU, a test fails.
     apart = {**expected, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -135,7 +135,7 @@ def run_step(step: Step, log: Path, limit: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             went, status = "timed out", None
         finally:
-            # Also stops processes that it left behind: they are in its process group.
+            # This also stops processes that the step left behind: they are in its process group.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -156,15 +156,15 @@ def run_steps(
         if reason is None and missing:
             reason = f"{missing[0]}: {found[missing[0]]['went']}"
         if reason is None and left <= 1:
-            # The step should have run. That is an error, unlike something that is not installed.
-            found[step.name] = dict(went="timed out", last_line=f"the {seconds:g} s were over")
+            # The step should have run, so this is an error. A tool that is not installed is not.
+            found[step.name] = dict(went="timed out", last_line=f"no time left of {seconds:g} s")
         elif reason is not None:
             found[step.name] = dict(went=NOT_RUN, last_line=reason)
         else:
             print(f"{step.name} ...", flush=True)
             limit = min(step.limit, left)
             command = [*step.command]
-            if step.name == "benchmark":  # So that it ends before the limit.
+            if step.name == "benchmark":  # It must end before the limit.
                 command += ["--seconds", f"{0.8 * limit:.0f}"]
             log = out / f"{step.name}.txt"
             found[step.name] = run_step(step._replace(command=command), log, limit)
@@ -195,11 +195,11 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=os.environ.get("OUT") or ROOT / "build/gpu")
-    parser.add_argument("--only", nargs="+", metavar="STEP", help="such as: build suite")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="for example: build suite")
     chosen = parser.parse_args(arguments)
     capability = cuda_build.find_capability()
     if capability is None:
-        print("There is no GPU here. `make gpu` needs one: run it on a machine with a GPU.")
+        print("Found no GPU on this machine, expected one: `make gpu` checks the kernels on it.")
         return 1
     out = Path(chosen.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -213,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
         wanted = [step for step in wanted if step.name in chosen.only]
     recorded = out / "benchmark.json"
-    recorded.unlink(missing_ok=True)  # Left from an earlier run.
+    recorded.unlink(missing_ok=True)  # It may be from an earlier run.
     found = run_steps(wanted, out)
     benchmark = json.loads(recorded.read_text()) if recorded.exists() else None
     wrong = is_wrong(found)
@@ -221,10 +221,10 @@ def main(arguments: list[str] | None = None) -> int:
     (out / "gpu.json").write_text(json.dumps(everything, indent=1))
     for name, step in found.items():
         if step["went"] in ("failed", "timed out") and (out / f"{name}.txt").exists():
-            print(f"\n--- {name}: the end of what it said")
+            print(f"\n--- {name}: the end of its output")
             print("\n".join((out / f"{name}.txt").read_text(errors="replace").split("\n")[-40:]))
     print("\n" + summary(found, benchmark))
-    print(f"\n{'SOMETHING WAS WRONG' if wrong else 'Nothing was wrong'}. All output is in {out}")
+    print(f"\n{'SOMETHING WAS WRONG' if wrong else 'Nothing was wrong'}; all results are in {out}")
     return 1 if wrong else 0
 
 

@@ -49,7 +49,7 @@ constexpr ct_dtype DtypeOf() {
   } else if constexpr (std::is_same_v<T, int64_t>) {
     return CT_INT64;
   } else {
-    static_assert(std::is_same_v<T, bool>, "the values of a model have none of this type");
+    static_assert(std::is_same_v<T, bool>, "a model has no values of this type");
     return CT_BOOL;
   }
 }

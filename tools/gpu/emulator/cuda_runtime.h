@@ -1,12 +1,13 @@
-// An emulator of as much of CUDA as the kernels in cuda/ use, so that their logic is tested where
-// there is no GPU: `g++ -x c++ -Itools/gpu/emulator` finds this in place of CUDA's own header.
+// An emulator of the part of CUDA that the kernels in cuda/ use. With it, their logic can be tested
+// on machines without a GPU: `g++ -x c++ -Itools/gpu/emulator` finds this header in place of
+// CUDA's.
 //
-// The blocks of a launch run one after another, and the threads of a block as fibers, which are
-// switched where they wait for each other: at __syncthreads and at shuffles. In what order blocks
-// and threads run can be chosen (cuda_emulator_set_order): a kernel whose result depends on it, or
-// that waits where not all arrive, is found. What this cannot find is a race: between two waits of
-// a thread, which compute-sanitizer finds on a GPU for shared memory, or between two blocks, which
-// only reading and results show.
+// The blocks of a launch run one after another. The threads of a block run as fibers, which switch
+// where they wait for each other: at __syncthreads and at shuffles. cuda_emulator_set_order sets
+// the order in which blocks and threads run. Tests thus find a kernel whose result depends on the
+// order, or that waits at a point that not all threads reach. The emulator cannot find races.
+// Between two waits of a thread, compute-sanitizer finds them on a GPU, for shared memory. Between
+// two blocks, only reading the code and wrong results show them.
 
 #ifndef CONTINUAL_TRANSFORMERS_TESTS_GPU_EMULATOR_CUDA_RUNTIME_H_
 #define CONTINUAL_TRANSFORMERS_TESTS_GPU_EMULATOR_CUDA_RUNTIME_H_
@@ -39,7 +40,7 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-// The thread that runs, and its block.
+// The running thread, and its block.
 inline dim3 threadIdx(0, 0, 0), blockIdx(0, 0, 0), blockDim, gridDim;
 
 enum cudaError_t {
@@ -74,7 +75,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
-// One memory, and nothing that is under way when a call has returned.
+// Host and device share one memory, and all work is done when a call returns.
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                                    cudaStream_t) {
@@ -104,8 +105,8 @@ namespace cuda_emulator {
 
 constexpr int kLanes = 32;
 
-// 0: blocks and threads run in the order of their numbers; 1: the other way round; else shuffled,
-// with this seed.
+// 0: blocks and threads run in the order of their numbers. 1: in reverse order. Other numbers:
+// shuffled, with the number as seed.
 inline int order = 0;
 
 inline std::vector<int> Ordered(int count) {
@@ -116,7 +117,7 @@ inline std::vector<int> Ordered(int count) {
   return numbers;
 }
 
-// Those who wait for each other, and what they then show each other.
+// A point at which threads wait for each other. `generation` counts how often all have arrived.
 struct Barrier {
   int waiting = 0;
   unsigned generation = 0;
@@ -141,10 +142,10 @@ class Block {
         current_ = &fiber;
         Resume(&fiber);
         if (fiber.done) --alive;
-        // Those who have left are not waited for.
+        // Threads that have ended are not waited for.
         if (alive > 0 && block_.waiting == alive) Release(&block_);
       }
-      if (!moved) Stop("threads wait for others that never arrive");
+      if (!moved) Stop("some threads wait for others that never arrive");
     }
   }
 
@@ -175,7 +176,7 @@ class Block {
   };
   struct Warp {
     Barrier barrier;
-    // Two sets: who is first in the next exchange must not overwrite what others still read.
+    // Two sets: the first thread in the next exchange must not overwrite what others still read.
     char slots[2][kLanes][8];
   };
 
@@ -187,7 +188,7 @@ class Block {
     ++barrier->generation;
   }
 
-  // Until `all` have arrived; -1: until Run() sees that all have who are left.
+  // Waits until `all` threads have arrived. -1: until Run() sees that all remaining ones have.
   void Wait(Barrier* barrier, int all) {
     Fiber& fiber = *current_;
     fiber.barrier = barrier;
@@ -199,13 +200,13 @@ class Block {
     fiber.barrier = nullptr;
   }
 
-  // A context of its own only to begin with: swapcontext asks the kernel for the signal mask at
-  // every switch, and jumps do not.
+  // Switches to a fiber. Only its first start uses a context: swapcontext makes a system call for
+  // the signal mask at every switch, and jumps do not.
   void Resume(Fiber* fiber) {
     if (_setjmp(scheduler_) != 0) return;
     if (fiber->begun) _longjmp(fiber->state, 1);
     fiber->begun = true;
-    // Kept for the blocks to come: to give the memory back and ask for it again is most of the
+    // Kept for later blocks: freeing the memory and allocating it again would take most of the
     // time.
     static std::vector<std::unique_ptr<char[]>> stacks;
     const size_t number = fiber - fibers_.data();
@@ -246,7 +247,7 @@ extern "C" __attribute__((used, visibility("default"))) inline void cuda_emulato
 }
 
 namespace cuda_emulator {
-// One launch at a time, whatever thread it is of: who runs is everybody's to see.
+// Only one launch runs at a time, also from several threads: threadIdx and the others are global.
 inline std::mutex launching;
 }  // namespace cuda_emulator
 
