@@ -65,7 +65,7 @@ def is_current(target: Path, log: Path, listed: Path, heading: str) -> bool:
     return all(changed_at(name) < made for name in listed_in(listed))
 
 
-def changed_at(name):
+def changed_at(name: str) -> float:
     """Return the time of a file's last change; for a file that is gone, infinity."""
     try:
         return os.stat(name).st_mtime

@@ -7,15 +7,15 @@ import numpy as np
 import tensorflow as tf
 from keras.src.backend.common import global_state
 
-from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.inputs import TensorLike, expect_given, rows_and_steps
+from continual_transformers_tf.layers.one_input_layer import OneInputLayer
 from continual_transformers_tf.ops.stream_state import Step, StreamState, check_integer
 
 ENCODINGS = ("learned", "sinusoidal")
 
 
 @keras.saving.register_keras_serializable("continual_transformers_tf")
-class CircularPositionalEncoding(ContinualLayer):
+class CircularPositionalEncoding(OneInputLayer):
     """Adds rows in turn, and begins again with the first row after the last.
 
     An endless stream has no last position. Attention only needs the steps of one window to differ.
@@ -123,15 +123,6 @@ class CircularPositionalEncoding(ContinualLayer):
             name="embeddings",
         )
 
-    def call(
-        self,
-        x: TensorLike,
-        training: bool | None = None,
-        streams: TensorLike | None = None,
-        update_state: bool = True,
-    ) -> tf.Tensor:
-        return self._call_by_mode(x, training=training, streams=streams, update_state=update_state)
-
     def call_regular(self, x: TensorLike, training: bool | None = None) -> tf.Tensor:
         """Add consecutive rows to windows; the class says from which row on.
 
@@ -167,49 +158,6 @@ class CircularPositionalEncoding(ContinualLayer):
     def first_row(self) -> tf.Tensor:
         """int64 scalar tensor: the row at which a new stream begins."""
         return tf.zeros([], tf.int64) if self._begins_at_row_0 else self._start.value()
-
-    def call_step(
-        self,
-        x: TensorLike,
-        training: bool | None = None,
-        *,
-        streams: TensorLike | None = None,
-        update_state: bool = True,
-    ) -> tf.Tensor:
-        """Add to each stream's step the row at its index, and move these streams on by 1.
-
-        Args:
-            x: `(M, E)`.
-            training: This has no effect.
-            streams: Integers `[M]`, the stream that each row belongs to, in any order, each once.
-                None: row i is stream i, and room is made for M streams.
-            update_state: Whether to move on.
-
-        Raises:
-            ValueError: If shapes, dtypes or streams do not fit. No stream has then moved.
-        """
-        x = self._input(x, "step")
-        return tf.squeeze(self._take_steps(tf.expand_dims(x, 1), streams, update_state), 1)
-
-    def call_steps(
-        self,
-        x: TensorLike,
-        training: bool | None = None,
-        *,
-        streams: TensorLike | None = None,
-        update_state: bool = True,
-    ) -> tf.Tensor:
-        """Add the rows of T steps, and move these streams on by T.
-
-        Args:
-            x: `(M, T, E)`.
-            training, streams, update_state: As in `call_step`.
-
-        Raises:
-            ValueError: As in `call_step`.
-        """
-        output = self._take_steps(self._steps_input(x, "steps"), streams, update_state)
-        return self._time_in_place(output)
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return tuple(input_shape)
@@ -265,14 +213,18 @@ class CircularPositionalEncoding(ContinualLayer):
         return x
 
     def _take_steps(
-        self, x: tf.Tensor, streams: TensorLike | None, update_state: bool
+        self, mode: str, x: TensorLike, training: bool | None, streams: Any, update_state: bool
     ) -> tf.Tensor:
+        one_step = mode == "step"
+        x = tf.expand_dims(self._input(x, mode), 1) if one_step else self._steps_input(x, mode)
+
         def compute(step: Step) -> tf.Tensor:
             moved = tf.gather(self._stream_state.offset, step.numbers) + step.position
             return self._add_rows(x, self.first_row + moved)
 
         rows, steps = rows_and_steps(x)
-        return self._streams.take_steps(self, compute, streams, rows, steps, update_state)
+        y = self._streams.take_steps(self, compute, streams, rows, steps, update_state)
+        return tf.squeeze(y, 1) if one_step else self._time_in_place(y)
 
     def _add_rows(self, x: tf.Tensor, first: tf.Tensor) -> tf.Tensor:
         """Return x `(M, T, E)` plus the rows from `first`, `(M,)` or `(1,)`, on."""

@@ -11,8 +11,6 @@ from continual_transformers_tf.layers.call_modes import check_call_mode, entered
 from continual_transformers_tf.layers.inputs import (
     TensorLike,
     expect_given,
-    step_input,
-    without_keras_mask,
 )
 from continual_transformers_tf.layers.warm_up import is_always_partial
 from continual_transformers_tf.ops.stream_state import Step, Streams, StreamState, check_integer
@@ -21,10 +19,11 @@ from continual_transformers_tf.ops.stream_state import Step, Streams, StreamStat
 class ContinualLayer(keras.layers.Layer):
     """A Keras layer that can also be called on the steps of endless streams.
 
-    A subclass defines `call_regular`, `call_step` and `call_steps`. Its `call` calls
-    `_call_by_mode`, its constructor sets `call_mode`, `_warm_up` if there is a choice,
-    `_made_for` and `_stream_state`, and its steps are taken by `self._streams.take_steps`. A layer
-    that is made of several continual layers is a `CompositeLayer`.
+    A subclass defines `call_regular`, `call_step` and `call_steps`, the latter two by
+    `self._streams.take_steps`, and `call` by `_call_by_mode`. (With one input it is a
+    `OneInputLayer`, which has most of these.) Its constructor sets `call_mode`, `_warm_up` if there
+    is a choice, `_made_for` and `_stream_state`. A layer that is made of several continual layers
+    is a `CompositeLayer`.
 
     The state of the streams is not in Keras variables: it is not among the weights, and
     `stateless_call` neither takes nor returns it. A step within `stateless_call` uses the weights
@@ -142,19 +141,6 @@ class ContinualLayer(keras.layers.Layer):
         A size is a number of features, or the shape of a row, a tuple.
         """
         raise NotImplementedError
-
-    def _rows_input(self, x: Any, mode: str) -> tf.Tensor:
-        """Return the only input of a layer `(..., E)` as a tensor, and build the layer.
-
-        The tensor carries no mask of Keras: such a layer heeds masks in no mode.
-        """
-        if mode != "regular" or any(
-            part.compute_dtype != self.compute_dtype for part in self._inner_layers
-        ):
-            self._check_policy()
-        x = without_keras_mask(step_input("x", x, mode, self.compute_dtype))
-        self._ensure_built(x)
-        return x
 
     def _ensure_built(self, *inputs: tf.Tensor) -> None:
         if not self.built:

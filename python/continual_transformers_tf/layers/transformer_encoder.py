@@ -11,6 +11,7 @@ from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTrans
 from continual_transformers_tf.layers.composite_layer import CompositeLayer
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.inputs import TensorLike, rows_and_steps
+from continual_transformers_tf.layers.one_input_layer import OneInputLayer
 from continual_transformers_tf.layers.plain_layers import layer_norm
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
 from continual_transformers_tf.layers.warm_up import always_partial, check_warm_up
@@ -20,7 +21,7 @@ KINDS = ("single_output", "retroactive")
 
 
 @keras.saving.register_keras_serializable("continual_transformers_tf")
-class TransformerEncoder(CompositeLayer):
+class TransformerEncoder(CompositeLayer, OneInputLayer):
     """A stack of encoder blocks that returns the newest step's output.
 
     Two kinds of stack stream with every step attending to the N newest (Hedegaard & Iosifidis,
@@ -174,15 +175,6 @@ class TransformerEncoder(CompositeLayer):
         if self.final_norm is not None:
             self.final_norm.build((None, input_shape[-1]))
 
-    def call(
-        self,
-        x: TensorLike,
-        training: bool | None = None,
-        streams: TensorLike | None = None,
-        update_state: bool = True,
-    ) -> Any:
-        return self._call_by_mode(x, training=training, streams=streams, update_state=update_state)
-
     def call_regular(self, x: TensorLike, training: bool | None = None) -> tf.Tensor:
         """Return the newest step's output of whole windows. This does not use the streams' state.
 
@@ -207,52 +199,6 @@ class TransformerEncoder(CompositeLayer):
             x = x[:, -self.seq_len :]
         x = last.call_regular(x, training)
         return x if self.final_norm is None else self.final_norm(x)
-
-    def call_step(
-        self,
-        x: TensorLike,
-        training: bool | None = None,
-        *,
-        streams: TensorLike | None = None,
-        update_state: bool = True,
-    ) -> tf.Tensor | None:
-        """Take one step of M streams.
-
-        Args:
-            x: `(M, E)`.
-            training: Whether dropout acts.
-            streams, update_state: As in `CoSiMultiHeadAttention.call_step`.
-
-        Returns:
-            `(M, E)`, or None while the receptive field fills (see `warm_up`).
-
-        Raises:
-            ValueError, tf.errors.InvalidArgumentError: If shapes, dtypes or streams do not fit. The
-                streams then continue as if the call had not been made.
-        """
-        return self._take_steps("step", x, training, streams, update_state)
-
-    def call_steps(
-        self,
-        x: TensorLike,
-        training: bool | None = None,
-        *,
-        streams: TensorLike | None = None,
-        update_state: bool = True,
-    ) -> tf.Tensor | None:
-        """Take T steps of M streams, with the same outputs and state as T calls of `call_step`.
-
-        Args:
-            x: `(M, T, E)`.
-            training, streams, update_state: As in `call_step`.
-
-        Returns:
-            `(M, T', E)` or None, as in `CoSiMultiHeadAttention.call_steps`.
-
-        Raises:
-            ValueError, tf.errors.InvalidArgumentError: As in `call_step`; also if T = 0.
-        """
-        return self._take_steps("steps", x, training, streams, update_state)
 
     def _take_steps(
         self, mode: str, x: TensorLike, training: bool | None, streams: Any, update_state: bool

@@ -8,12 +8,13 @@ import tensorflow as tf
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.inputs import TensorLike, rows_and_steps
+from continual_transformers_tf.layers.one_input_layer import OneInputLayer
 from continual_transformers_tf.layers.plain_layers import layer_norm, project
 from continual_transformers_tf.layers.streaming_attention import StreamingAttention
 from continual_transformers_tf.ops.stream_state import Step, StreamState, check_integer
 
 
-class TransformerEncoderBlock(ContinualLayer):
+class TransformerEncoderBlock(OneInputLayer):
     """Attention, residual, layer norm, feed-forward, residual, layer norm; or with the norms first.
 
     A subclass defines `_attention_class`, `call_regular` and `_step_outputs`. The arguments are
@@ -118,15 +119,6 @@ class TransformerEncoderBlock(ContinualLayer):
         self.feed_forward_output.build((None, self._config["ff_dim"]))
         self.output_norm.build(newest)
 
-    def call(
-        self,
-        x: TensorLike,
-        training: bool | None = None,
-        streams: TensorLike | None = None,
-        update_state: bool = True,
-    ) -> Any:
-        return self._call_by_mode(x, training=training, streams=streams, update_state=update_state)
-
     def call_regular_rows(
         self, x: TensorLike, training: bool | None = None, attention_mask: Any = None
     ) -> tf.Tensor:
@@ -146,55 +138,6 @@ class TransformerEncoderBlock(ContinualLayer):
             normal, normal, attention_mask=attention_mask, training=training
         )
         return self._feed_forward(x, attended, training)
-
-    def call_step(
-        self,
-        x: TensorLike,
-        training: bool | None = None,
-        *,
-        streams: TensorLike | None = None,
-        update_state: bool = True,
-    ) -> tf.Tensor | None:
-        """Take one step of M streams.
-
-        Args:
-            x: `(M, E)`.
-            training: Whether dropout acts.
-            streams, update_state: As in `CoSiMultiHeadAttention.call_step`.
-
-        Returns:
-            `(M, E)`; of a `CoReTransformerEncoder` `(M, N, E)`, the outputs of the window's steps,
-            oldest first, zeros for steps that were never taken. Or None while the window fills (see
-            `warm_up`).
-
-        Raises:
-            ValueError, tf.errors.InvalidArgumentError: If shapes, dtypes or streams do not fit. The
-                streams then continue as if the call had not been made.
-        """
-        return self._take_steps("step", x, training, streams, update_state)
-
-    def call_steps(
-        self,
-        x: TensorLike,
-        training: bool | None = None,
-        *,
-        streams: TensorLike | None = None,
-        update_state: bool = True,
-    ) -> tf.Tensor | None:
-        """Take T steps of M streams, with the same outputs and state as T calls of `call_step`.
-
-        Args:
-            x: `(M, T, E)`.
-            training, streams, update_state: As in `call_step`.
-
-        Returns:
-            `(M, T', E)`; of a `CoReTransformerEncoder` `(M, T', N, E)`. T' and None are as in
-            `CoSiMultiHeadAttention.call_steps`.
-
-        Raises:
-            ValueError, tf.errors.InvalidArgumentError: As in `call_step`; also if T = 0.
-        """
-        return self._take_steps("steps", x, training, streams, update_state)
 
     def _take_steps(
         self, mode: str, x: TensorLike, training: bool | None, streams: Any, update_state: bool
