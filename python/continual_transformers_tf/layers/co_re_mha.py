@@ -181,6 +181,11 @@ class CoReMultiHeadAttention(StreamingAttention):
                 (value, self._value_dense),
             )
         )
+        if self._use_gate:
+            # Before the attention, so that a gate that fails has changed nothing.
+            gate = project(query, self._gate_dense, dtype, training)
+            gates, _ = windows_of(cache.gate, gate, step.numbers, step.position, self._seq_len)
+            step.at_the_end(lambda: put_steps(cache.gate, gate, step.numbers, step.position))
         dropout = self._scores_dropout(training)
         attended, scores, _ = attend_all_steps(
             queries,
@@ -202,9 +207,6 @@ class CoReMultiHeadAttention(StreamingAttention):
             step.at_the_end(lambda: put_whole_window(cache, queries, keys, values, masks.key, step))
         attended = tf.transpose(cast(attended, dtype), (0, 1, 3, 2, 4))  # [M, T, N, H, Dv]
         if self._use_gate:
-            gate = project(query, self._gate_dense, dtype, training)
-            gates, _ = windows_of(cache.gate, gate, step.numbers, step.position, self._seq_len)
-            step.at_the_end(lambda: put_steps(cache.gate, gate, step.numbers, step.position))
             attended *= gates
         return attended, scores
 
