@@ -37,7 +37,7 @@ class Case:
         window: How many steps fill every window in it.
         high: Integers among the inputs are below this.
         gaps: Whether a fifth of the inputs' rows are zeros, for masks.
-        dtype: The key in BOUNDS of its bound.
+        dtype: Its bound is `BOUNDS[dtype]`.
         taken_only: Whether rows of steps that were never taken have no meaning in its outputs.
         first: How many of a stream's first outputs have no meaning.
     """
@@ -69,7 +69,7 @@ class Case:
         return model
 
     def streaming(self, model):
-        """Return what takes the steps in Keras: a StreamingModel, a layer, or a StepGraph."""
+        """Return the object that takes the steps in Keras: StreamingModel, layer or StepGraph."""
         if not isinstance(model, keras.Model) or isinstance(model, ct.StreamingModel):
             return model
         kinds = [type(layer) for layer in model._flatten_layers()]
@@ -321,7 +321,7 @@ for n in (1, 2, 17):
 def positions_learned():
     layer = built(ct.CircularPositionalEncoding(5, E), N, E)
     layer(np.zeros((1, N, E)))
-    layer(np.zeros((1, N, E)))  # So a stream starts at the third row.
+    layer(np.zeros((1, N, E)))  # After two calls, a stream starts at the third row.
     return layer
 
 

@@ -8,9 +8,9 @@ from continual_transformers_tf.ops import RetroactiveCache
 
 
 def cache_at(positions, num_heads, seq_len, key_dim, value_dim, dtype, random):
-    """Return a cache whose streams have taken so many steps, and their references.
+    """Return a cache whose streams are at these positions, and the streams' references.
 
-    Ring rows that no step has written hold NaN, and so do the parts kept of their softmax.
+    Ring rows that no step has written hold NaN. So do the kept parts of their softmax.
     """
     cache = RetroactiveCache(len(positions), num_heads, seq_len, key_dim, value_dim, dtype)
     state = cache.get_state()
@@ -39,7 +39,7 @@ def steps_of(*sizes, dtype, random):
 
 
 def expected_of(streams, query, key, value, scale=None, key_mask=None, newest=None):
-    """Step the references: output [M, T, H, N, Dv], or only the `newest` steps of it."""
+    """Step the references. Return output [M, T, H, N, Dv], or only its `newest` steps."""
     steps = query.shape[1]
     newest = steps if newest is None else newest
     rows = []

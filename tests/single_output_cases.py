@@ -8,7 +8,7 @@ from continual_transformers_tf.ops import AttentionCache
 
 
 def cache_at(positions, num_heads, seq_len, key_dim, value_dim, dtype, random):
-    """Return a cache whose streams have taken so many steps, and their references.
+    """Return a cache whose streams are at these positions, and the streams' references.
 
     Ring rows that no step has written hold NaN.
     """
@@ -38,7 +38,7 @@ def steps_of(m, t, num_heads, key_dim, value_dim, dtype, random):
 
 
 def expected_of(streams, query, key, value, scale=None, mask=None, key_mask=None):
-    """Step the references: output [M, T, H, Dv], scores [M, H, T, N].
+    """Step the references. Return output [M, T, H, Dv] and scores [M, H, T, N].
 
     mask is [M, H, T, N], key_mask [M, T].
     """

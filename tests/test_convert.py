@@ -181,7 +181,7 @@ def test_under_policies_of_keras(backend, random, policy):
 
 @pytest.mark.parametrize("function", [one_block, already_ours])
 def test_what_streams_already_takes_the_options_that_are_given(random, function):
-    """Options that are left out stay as they were, for any kind of streaming model."""
+    """An option that is not given keeps its value, for any kind of streaming model."""
     streaming = ct.convert(
         model_of(function, random, None), N, warm_up="partial", call_mode="steps", name="mine"
     )

@@ -96,7 +96,7 @@ def check_well_formed(result):
 
 
 def test_normalization_of_numbers_far_from_zero():
-    """For example an air pressure: x * scale - mean * scale would lose it in rounding."""
+    """An air pressure, for example: x * scale - mean * scale would lose it to rounding."""
     layer = keras.layers.Normalization(mean=101325.0, variance=1.0)
     x = keras.Input((4, 1))
     y = CircularPositionalEncoding(7, 1, encoding="sinusoidal")(layer(x))

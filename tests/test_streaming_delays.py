@@ -100,7 +100,7 @@ def model_of(function, random, length=N, **options):
 
 
 def of_a_step(model, window):
-    """Return a regular call's output for the window that ends with a step, as the step gives it."""
+    """Return the output of a regular call on a window, in the form that the last step gives."""
     y = model(window).numpy()
     rows = model.model.outputs[0].shape[1:-1] == (N,) and model.delay > 0
     return y[:, -1 - model.delay] if rows else y

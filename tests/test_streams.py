@@ -24,7 +24,7 @@ def encoder(kind):
 
 
 def model_with_tokens(build):
-    """A model whose last part looks tokens up: one out of range fails after the layers before."""
+    """A model that looks tokens up last: a bad token fails after the other layers ran."""
     x = keras.Input((N, E), name="x")
     tokens = keras.Input((N,), dtype="int32", name="tokens")
     y = build(x)
@@ -101,7 +101,7 @@ WAYS = [eagerly, in_a_function, one_by_one]
 @pytest.mark.parametrize(
     ("backend", "build", "way"),
     [
-        # Plain TensorFlow differs in the ops of single layers only.
+        # In plain TensorFlow, only the ops of single layers differ.
         pytest.param(*case, marks=pytest.mark.slow if case[0] == "tensorflow" else ())
         for case in itertools.product(("fused", "tensorflow"), BUILDS, WAYS)
         if case != ("tensorflow", causal, in_a_function)
@@ -187,10 +187,10 @@ def test_a_layer_has_one_owner():
     first = ct.StreamingModel(keras.Model(inputs, newest[:, -1]), name="first")
     with pytest.raises(ValueError, match=r"(?s)of first\..*clone_model"):
         ct.StreamingModel(keras.Model(inputs, attention()(y)[:, -1]), name="second")
-    # Nor one of a part of the layers: the others would miss its steps.
+    # A model with some of the layers is refused too: the other layers would miss its steps.
     with pytest.raises(ValueError, match="of first"):
         ct.StreamingModel(keras.Model(inputs, y[:, -1:] + 1), name="third")
-    # Two of the very same layers may share their streams.
+    # Two models of exactly the same layers may share their streams.
     again = ct.StreamingModel(first.model, warm_up="partial", name="again")
     x = np.ones((2, E), "float32")
     again.call_step(x)
@@ -300,7 +300,7 @@ QUICK = {
     indirect=["backend"],
 )
 def test_six_threads_against_a_replay(backend, random, tmp_path, name, way):
-    """Two threads step, others make room, read, clean and save; each output is that of a replay."""
+    """Two threads step while others make room, read, clean and save. A replay gives the same."""
     model = made(name)
     step, clean, ensure = way(model, tmp_path / "model")
     x = random.normal(size=(20, 2, E)).astype("float32")

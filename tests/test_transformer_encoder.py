@@ -108,7 +108,7 @@ def test_single_output_warms_up_as_the_shorter_sequence(backend, random, depth):
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("lengths", [[16], [1] * 16, [2, 6, 1, 7]], ids=str)
 def test_steps_are_one_call(backend, random, kind, depth, lengths):
-    """Outputs and state are the same, for streams in another order at each call."""
+    """Calls of any lengths, with streams in changing order, give one call's outputs and state."""
     n, count = 3, sum(lengths)
     layer = stack(random, depth, kind, n)
     whole = stack(random, depth, kind, n)
