@@ -40,21 +40,9 @@ def steps_of(*sizes, dtype, random):
 
 def expected_of(streams, query, key, value, scale=None, key_mask=None, newest=None):
     """Step the references. Return output [M, T, H, N, Dv], or only its `newest` steps."""
-    steps = query.shape[1]
-    newest = steps if newest is None else newest
-    rows = []
-    for m, stream in enumerate(streams):
-        outputs = [
-            stream.step(
-                *(x[m, t] for x in (query, key, value)),
-                scale,
-                has_key=key_mask is None or key_mask[m, t],
-                compute=t >= steps - newest,
-            )
-            for t in range(steps)
-        ]
-        rows.append(np.stack(outputs[steps - newest :]))
-    return np.stack(rows)
+    key_mask = [None] * len(streams) if key_mask is None else key_mask
+    rows = zip(streams, query, key, value, key_mask, strict=True)
+    return np.stack([s.take(q, k, v, scale, has_key, newest) for s, q, k, v, has_key in rows])
 
 
 GOOD = dict(
