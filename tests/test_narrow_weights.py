@@ -85,7 +85,7 @@ def load_and_convert(layer, weights, path):
 )
 def test_a_traced_step_sees_new_weights(layer, random, tmp_path, change):
     x = random.normal(size=(3, 2 * N, E)).astype("float32")
-    traced = tf.function(lambda x: layer.call_step(x))
+    traced = tf.function(lambda x: layer.call_step(x), autograph=False)  # Traced in half the time.
     old = regular(layer, x)
     assert reference.relative_error(last(traced, layer, x), old) < BOUND
     for _ in range(2):  # In the second round, the eager step has gathered its variables too.
@@ -104,7 +104,7 @@ def test_a_traced_step_sees_weights_of_a_step_gathered_again(random, monkeypatch
     layer = LAYERS["CoSiTransformerEncoder"]()
     layer.build((None, N, E))
     x = random.normal(size=(3, 2 * N, E)).astype("float32")
-    traced = tf.function(lambda x: layer.call_step(x))
+    traced = tf.function(lambda x: layer.call_step(x), autograph=False)  # Traced in half the time.
     last(traced, layer, x)
     gelu = layer.feed_forward.activation
     layer.feed_forward.activation = keras.activations.relu
@@ -116,7 +116,7 @@ def test_a_traced_step_sees_weights_of_a_step_gathered_again(random, monkeypatch
 
 def test_the_weights_after_a_checkpoint_is_restored(layer, random, tmp_path):
     x = random.normal(size=(3, 2 * N, E)).astype("float32")
-    traced = tf.function(lambda x: layer.call_step(x))
+    traced = tf.function(lambda x: layer.call_step(x), autograph=False)  # Traced in half the time.
     checkpoint = tf.train.Checkpoint(layer=layer)
     path = checkpoint.save(str(tmp_path / "checkpoint"))  # Saved before the copies are made.
     right = regular(layer, x)
