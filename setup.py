@@ -62,11 +62,13 @@ FILES = {
 
 
 def sources(*parts):
+    """Return the sources of these parts of `cc/library.bzl`."""
     return [f"cc/{name}" for part in parts for name in CC[f"{part}_SOURCES"]]
 
 
 def system_includes(*folders):
-    # -isystem: no warnings from other projects' headers.
+    """Return the compiler options that include folders of other projects' headers."""
+    # -isystem: no warnings from these headers.
     return [word for folder in folders for word in ("-isystem", str(folder))]
 
 
@@ -95,15 +97,18 @@ class build_libraries(build_ext):
     """The build of the libraries, in the order in which they link each other."""
 
     def get_ext_filename(self, fullname):
+        """Return the file name of a library. Only the Python extension has setuptools' suffix."""
         *package, name = fullname.split(".")
         return str(Path(*package, FILES.get(name) or super().get_ext_filename(name)))
 
     def run(self):
+        """Look for CUDA, then build all libraries."""
         # First, because looking for CUDA takes a moment, and compiling takes minutes.
         self.cuda = None if PREBUILT else nvcc.chosen()
         super().run()
 
     def build_extension(self, ext):
+        """Compile the sources that have changed, and link the library."""
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         name = ext.name.split(".")[-1]
@@ -147,6 +152,7 @@ class build_libraries(build_ext):
         return options, [], [exports, *CC["CORE_LINK_OPTIONS"]]
 
     def options_of_op_library(self, tensorflow, version):
+        """Return the same as `options_of_core_library`."""
         self.remove_libraries_for_others()
         options = [
             *CC["HIDDEN_OPTIONS"],
@@ -171,6 +177,7 @@ class build_libraries(build_ext):
         return options, objects, links
 
     def options_of__session(self, tensorflow, version):
+        """Return the same as `options_of_core_library`."""
         includes = [headers_of(name) for name in ("nlohmann-json", "numpy", "pybind11")]
         python = sysconfig.get_paths()["include"]
         options = [*CC["HIDDEN_OPTIONS"], *system_includes(python, *includes)]
@@ -184,12 +191,13 @@ class build_libraries(build_ext):
                 path.unlink()
 
     def core_link_options(self):
+        """Return the linker options of a library that links the core library."""
         core = Path(self.get_ext_fullpath("continual_transformers_tf.core_library"))
         return [f"-L{core.parent}", f"-l:{core.name}", *CC["BESIDE_CORE_LINK_OPTIONS"]]
 
 
 setup(
-    # pip shows the local part: it says which TensorFlow the op library was built for.
+    # The local part, which pip shows, is the TensorFlow that the op library was built for.
     version=f"{VERSION}+tf{MINOR}",
     ext_modules=[
         Extension("continual_transformers_tf.core_library", sources("ATTENTION", "SESSION")),
@@ -217,7 +225,8 @@ setup(
         # The sources of weights for ct.from_torch.
         "torch": [*TORCH, "safetensors"],
         "test": [
-            *("clang-format==23.1.5", "hypothesis", "pytest", "pytest-xdist", "ruff==0.17.6"),
+            *("clang-format==23.1.5", "clang-tidy==23.1.4", "mypy==2.4.1", "ruff==0.17.6"),
+            *("hypothesis", "pytest", "pytest-xdist"),
             # Headers for Bazel's build. For pip's build they are in pyproject.toml.
             *("nlohmann-json", "pybind11"),
         ],

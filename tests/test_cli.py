@@ -92,7 +92,7 @@ def test_several_inputs_are_checked_by_name(random, tmp_path):
     assert "an array for each of the model's inputs, ['a', 'b'], but got ['a']" in said
     np.savez(tmp_path / "x.npz", a=arrays["a"][:1], b=arrays["b"])
     said = run("pack", *files, "--check", tmp_path / "x.npz", status=1)
-    assert "Expected as many streams and steps of every input" in said
+    assert "Expected the same streams and steps in every input" in said
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_what_cannot_be_packed_is_said_and_nothing_is_written(saved, tmp_path):
     output = tmp_path / "watch.safetensors"
     packed = tmp_path / "packed.safetensors"
     packed.touch()
-    assert "is a model file already" in run("pack", packed, output, status=1)
+    assert "is already a model file" in run("pack", packed, output, status=1)
     assert "Expected seq_len" in run("pack", saved, output, status=1)
     x = keras.Input((N, E))
     convolution = keras.layers.Conv1D(4, 3, name="convolution")

@@ -194,7 +194,7 @@ def test_layers_of_half_precision_attend_in_float32(backend, random, dtype):
 def test_what_a_step_refuses_says_why(random):
     layer, _ = pair(random=random)
     x = np.ones((2, E), np.float32)
-    with pytest.raises(ValueError, match="no query_mask in a step.*leave its row"):
+    with pytest.raises(ValueError, match="no query_mask in a step.*Leave its row"):
         layer.call_step(x, query_mask=np.ones(2, bool))
     with pytest.raises(ValueError, match=r"\[N, N\], \[M, N, N\], \[M, H, N, N\] or"):
         layer.call_step(x, attention_mask=np.ones(N, bool))

@@ -277,7 +277,7 @@ def test_features_that_cannot_be_added_are_refused(mode):
     attention = ct.CoSiMultiHeadAttention(N, H, D, output_shape=E + 1)
     layer = ct.CoResidual(attention, call_mode=mode)
     x = np.zeros((2, E) if mode == "step" else (2, N, E), "float32")
-    with pytest.raises(ValueError, match=f"Expected a layer that gives the features.*{E + 1}"):
+    with pytest.raises(ValueError, match=f"Expected a layer that returns the features.*{E + 1}"):
         layer(x)
     assert attention.position.shape[0] in (None, 0)
 

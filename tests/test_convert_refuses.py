@@ -11,7 +11,7 @@ from convert_cases import D, E, H, N, attention, model_of, one_block
 def test_what_needs_more_than_the_newest_is_named():
     inputs = keras.Input((None, E))
     x = keras.layers.Conv1D(3, 3, name="wide")(attention()(inputs, inputs)[:, -1:])
-    with pytest.raises(ValueError, match="wide .Conv1D. cannot be run on the newest step alone"):
+    with pytest.raises(ValueError, match="wide .Conv1D. cannot run on only the newest step"):
         ct.convert(keras.Model(inputs, x), seq_len=N)
 
 
@@ -80,7 +80,7 @@ CANNOT = {
         lambda x: attention("uneven")(x, keras.layers.ZeroPadding1D(1)(x)), "uneven"
     ),
     "another row": (lambda x: attention()(x, x)[:, 2], "GetItem"),
-    "windows with their newest": (lambda x: attention()(x, x) + x[:, -1:], "newest step alone"),
+    "windows with their newest": (lambda x: attention()(x, x) + x[:, -1:], "only the newest step"),
     "attention to attention": (
         lambda x: attention("second")(*[attention("first")(x, x)] * 2), "second"
     ),
@@ -153,7 +153,7 @@ def test_all_that_stands_in_the_way_is_named_at_once(random):
 
 def test_other_options_of_layers_are_named(random):
     model = model_of(one_block, random)
-    with pytest.raises(ValueError, match="alone, but got weights_dtype.*from_regular"):
+    with pytest.raises(ValueError, match="only warm_up.*but got weights_dtype.*from_regular"):
         ct.convert(model, N, weights_dtype="bfloat16")
 
 

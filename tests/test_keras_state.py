@@ -204,5 +204,5 @@ def test_a_narrower_cache_rounds_what_it_is_given(random):
 def test_a_plan_without_streams_has_no_state():
     plan = lower(CASES["arithmetic"].build()).plan
     assert plan["keras_state"] == {}
-    with pytest.raises(ValueError, match="keeps nothing"):
+    with pytest.raises(ValueError, match="remembers nothing"):
         blocks_from_keras_state(plan, [], {})

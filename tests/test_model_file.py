@@ -282,7 +282,7 @@ REFUSED = {
     ),
     "newer": (
         lambda p: edited(p, lambda h: h["__metadata__"].update(format_version="2")),
-        "newer version of continual-transformers-tf: upgrade",
+        "A newer continual-transformers-tf wrote it: upgrade",
     ),
     "no plan": (lambda p: edited(p, lambda h: h["__metadata__"].pop("plan")), "KeyError: 'plan'"),
     "metadata are a list": (lambda p: edited(p, lambda h: h.update(__metadata__=[])), "damaged"),

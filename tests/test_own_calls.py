@@ -9,7 +9,7 @@ import reference
 
 N, E = 6, 8
 ENCODER = dict(seq_len=N, embed_dim=E, num_heads=2, ff_dim=8)
-OWN_CALL = r"has a call of its own, which steps would leave out"
+OWN_CALL = r"has a call of its own. Steps would leave it out"
 
 
 @keras.saving.register_keras_serializable("test_own_calls")
@@ -204,7 +204,7 @@ REFUSED = {
     "within_layer": within_layer,
     "distributed": distributed,
 }
-SENTENCES = "of its own, which steps|may look at several steps|by itself, which takes steps"
+SENTENCES = "of its own. Steps|may look at several steps|by itself, which takes steps"
 
 
 @pytest.mark.parametrize("make", REFUSED.values(), ids=REFUSED)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,13 @@ def test_the_version_is_the_same_everywhere():
     assert "version = " not in (ROOT / "pyproject.toml").read_text().split("[tool.", 1)[0]
 
 
+def test_both_builds_pack_the_types():
+    lists = [(ROOT / name).read_text() for name in ("pyproject.toml", "python/BUILD")]
+    for text in lists:
+        assert re.search(r'"([\w]+/)?py\.typed"', text)
+        assert re.search(r'"([\w]+/)?\*\.pyi"', text)
+
+
 def environment_with(requirement, folder):
     """Return a new environment in which pip has installed this, with its dependencies."""
     venv.create(folder, with_pip=True)
@@ -102,6 +110,9 @@ def check_wheel(wheel, folder, kernels=("CPU",)):
     minor = ".".join(tf.__version__.split(".")[:2])
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert f"+tf{minor}-{python}-{python}-linux" in wheel.name
+    with zipfile.ZipFile(wheel) as files:
+        types = {f"continual_transformers_tf/{name}" for name in ("py.typed", "_session.pyi")}
+        assert types <= {*files.namelist()}
     environment = environment_with(f"continual-transformers-tf[cpu] @ {wheel.as_uri()}", folder)
     check_streams_in(environment, kernels)
 

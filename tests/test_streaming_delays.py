@@ -217,11 +217,11 @@ def windows_of_two_delays(x):
 CANNOT = {
     "two delays": (
         windows_of_two_delays,
-        r"sum \(Add\) is given .* late makes one 3 steps late, where another is 1:.*CoDelay\(2\)"
-        r".*CoResidual",
+        r"sum \(Add\) is given .* late delays one by 3 steps, the delay of another is 1\."
+        r".*CoDelay\(2\).*CoResidual",
     ),
     "a residual that is not delayed": (
-        lambda x: late(single_output=False)(x) + x, r"late makes one 3 steps.*CoDelay\(3\)"
+        lambda x: late(single_output=False)(x) + x, r"late delays one by 3 steps.*CoDelay\(3\)"
     ),
     "outputs of two delays": (
         lambda x: [ct.CoDelay(2, name="slow")(x), x], r"its outputs are windows.*slow.*CoDelay\(2\)"
@@ -235,7 +235,7 @@ CANNOT = {
     ),
     "attention to what is late": (
         lambda x: ct.CoSiMultiHeadAttention(N, H, D, name="after")(ct.CoDelay(2, name="slow")(x)),
-        "after .* that slow makes 2 steps late.*put what delays them after it",
+        "after .* that slow delays by 2 steps.*put slow after it",
     ),
     "retroactive attention to what sees later steps": (
         lambda x: ct.CoReMultiHeadAttention(N, H, D, name="after")(
@@ -258,7 +258,7 @@ CANNOT = {
     ),
     "another window": (
         lambda x: ct.CoReMultiHeadAttention(N - 1, H, D, name="short")(x),
-        f"short .* its seq_len, {N - 1} steps, where those of the model have {N}",
+        f"short .* its seq_len, {N - 1} steps, but those of the model have {N}",
     ),
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,28 +24,34 @@ PROGRAMS = ("model_benchmark", "session_benchmark")
 SHARED = ("fma_loop", "raw_model")
 
 
-def include_folders():
+def include_folders() -> list[Path]:
     """Return the folders of Google Highway's and nlohmann-json's headers, in wheels from PyPI."""
-    tensorflow = Path(importlib.util.find_spec("tensorflow").origin).parent
-    json = Path(next(iter(importlib.util.find_spec("nlohmann_json").submodule_search_locations)))
-    return [tensorflow / CC["HIGHWAY_INCLUDE"], json / "include"]
+    return [folder_of("tensorflow") / CC["HIGHWAY_INCLUDE"], folder_of("nlohmann_json") / "include"]
 
 
-def build(folder, programs=PROGRAMS):
+def folder_of(package: str) -> Path:
+    """Return the folder of an installed package, without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"{package} is not installed: `make` installs it in .venv")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def build(folder: Path, programs: Sequence[str] = PROGRAMS) -> dict[str, Path]:
     """Build programs into a folder.
 
     Returns:
         Their paths, by name.
     """
-    package = Path(importlib.util.find_spec("continual_transformers_tf").origin).parent
+    package = folder_of("continual_transformers_tf")
     library = package / CC["CORE_LIBRARY"]
     if not library.exists():
-        raise SystemExit(f"there is no {library}: `pip install .` in this checkout builds it")
+        raise SystemExit(f"There is no {library}. `pip install .` in this checkout builds it")
     compiler = os.environ.get("CXX", "g++")
     command = [compiler, *CC["COMPILER_OPTIONS"], f"-I{ROOT}"]
     command += [f"-isystem{path}" for path in include_folders()]
 
-    def compile_source(name):
+    def compile_source(name: str) -> str:
         target = folder / "objects" / f"{name}.o"
         compile_object([*command, "-c", str(ROOT / "benchmarks" / "cc" / f"{name}.cc")], target)
         return str(target)

@@ -5,11 +5,16 @@ import shlex
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
-def compile_object(command, target, heading=""):
+def compile_object(command: Sequence[str], target: Path, heading: str = "") -> str:
     """Compile a file, unless an earlier run of the same command is still current.
 
     Two files are kept beside the object: a `.log` with the heading, the command and the compiler's
@@ -48,7 +53,7 @@ def compile_object(command, target, heading=""):
     return done.stdout
 
 
-def is_current(target, log, listed, heading):
+def is_current(target: Path, log: Path, listed: Path, heading: str) -> bool:
     """Return whether the same command made the object from files that have not changed since."""
     if not (target.exists() and log.exists() and listed.exists()):
         return False
@@ -58,12 +63,12 @@ def is_current(target, log, listed, heading):
     return all(os.path.exists(name) and os.stat(name).st_mtime < made for name in listed_in(listed))
 
 
-def listed_in(path):
+def listed_in(path: Path) -> list[str]:
     """Return the files that a compiler's list of dependencies (`-MF`) names."""
     return path.read_text().replace("\\\n", " ").split(":", 1)[1].split()
 
 
-def side_by_side(function, items):
+def side_by_side(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """Call a function on every item, with as many calls at once as there are processors."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(function, items))

@@ -3,7 +3,12 @@
 The tests and `benchmarks/retroactive_errors.py` compare the package with them.
 """
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
 
 
 class PublishedUpdate:
@@ -15,7 +20,7 @@ class PublishedUpdate:
         queries, keys, values: [N, D], [N, D] and [N, Dv], the window, oldest first.
     """
 
-    def __init__(self, queries, keys, values):
+    def __init__(self, queries: Array, keys: Array, values: Array) -> None:
         self.queries, self.keys, self.values = (
             np.asarray(x, np.float32) for x in (queries, keys, values)
         )
@@ -24,11 +29,11 @@ class PublishedUpdate:
             self.denominators, self.sums = weights.sum(1), weights @ self.values
 
     @staticmethod
-    def _weights(queries, keys):
+    def _weights(queries: Array, keys: Array) -> Array:
         with np.errstate(over="ignore"):
             return np.exp(queries @ keys.T * np.float32(keys.shape[1] ** -0.5))
 
-    def step(self, query, key, value):
+    def step(self, query: Array, key: Array, value: Array) -> Array:
         """Take one step, [D], [D], [Dv], and return the outputs [N, Dv]."""
         kept = self.queries[1:]
         with np.errstate(all="ignore"):
@@ -50,7 +55,7 @@ class PublishedUpdate:
             return self.sums / self.denominators[:, None]
 
 
-def naive_attention(queries, keys, values):
+def naive_attention(queries: Array, keys: Array, values: Array) -> Array:
     """Attend within a window, in its dtype: [n, D], [n, D], [n, Dv] -> [n, Dv]."""
     logits = queries @ keys.T * queries.dtype.type(keys.shape[1] ** -0.5)
     weights = np.exp(logits - logits.max(1, keepdims=True))

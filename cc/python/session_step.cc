@@ -62,7 +62,7 @@ std::string ShapeText(const char* axes, const Size* sizes, size_t count) {
     if (i || *axes) text += ", ";
     text += std::to_string(sizes[i]);
   }
-  if (text.size() > 1 && text.find(',') == std::string::npos) text += ",";
+  if (text.size() > 1 && text.find(',') == std::string::npos) text += ',';
   return text + ")";
 }
 

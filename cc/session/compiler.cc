@@ -169,6 +169,7 @@ class Compiler {
 
   std::vector<int> RootsRead(const Node& node) const {
     std::vector<int> roots;
+    roots.reserve(node.inputs.size() + node.masks.size());
     for (int value : node.inputs) roots.push_back(Root(value));
     for (const auto& mask : node.masks) roots.push_back(Root(mask.second));
     return roots;
@@ -333,6 +334,7 @@ class Compiler {
       }
     }
     if (instruction == nullptr) {
+      // NOLINTNEXTLINE(bugprone-use-after-move): null means that nothing was moved above.
       instruction = MakeDense<T>(std::move(spec), kernel);
     }
     emitted_.push_back({2 * last, std::move(instruction), name, op, std::move(reads), output});

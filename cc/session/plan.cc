@@ -111,7 +111,7 @@ class PlanParser {
     std::vector<std::string> names;
     for (DType dtype : dtypes) {
       if (name == NameOf(dtype)) return dtype;
-      names.push_back(NameOf(dtype));
+      names.emplace_back(NameOf(dtype));
     }
     const std::string sentence = reader->where() + ": " + Quoted(key) + " is " + Quoted(name) +
                                  ", expected one of " + Listed(names);

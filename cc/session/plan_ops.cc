@@ -293,6 +293,7 @@ std::vector<OpEntry> MakeEntries() {
   };
   const auto functions = [](const std::vector<std::string>& names) {
     std::vector<FunctionEntry> entries;
+    entries.reserve(names.size());
     for (const std::string& name : names) entries.push_back({name, {}});
     return entries;
   };

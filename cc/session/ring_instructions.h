@@ -17,7 +17,7 @@ namespace continual_transformers {
 // Calls f(block, position, row) for every step, oldest first.
 template <class F>
 std::unique_ptr<Instruction> MakeSteps(int64_t cycles_a_row, F f) {
-  return MakeRows(cycles_a_row, [=](const Frame& frame) {
+  return MakeRows(cycles_a_row, [f = std::move(f)](const Frame& frame) {
     for (int64_t m = 0; m < frame.streams; ++m) {
       for (int64_t t = 0; t < frame.steps; ++t) {
         f(frame, frame.blocks[m], frame.Position(m, t), m * frame.steps + t);

@@ -315,6 +315,7 @@ std::unique_ptr<Instruction> MakeNotEqual(double number, bool any, int input, in
                                           int64_t size) {
   if constexpr (std::is_integral_v<T>) {
     // A conversion of a number that T does not have is undefined. Every element differs from it.
+    // NOLINTNEXTLINE(bugprone-integer-division): half of T's range, rounded down, is meant.
     constexpr double kEnd = 2.0 * (std::numeric_limits<T>::max() / 2 + 1);
     const bool has = number >= static_cast<double>(std::numeric_limits<T>::min()) &&
                      number < kEnd && number == std::floor(number);

@@ -118,7 +118,7 @@ class CallPool {
       if (place.load(std::memory_order_relaxed) == nullptr &&
           place.compare_exchange_strong(none, call.get(), std::memory_order_release,
                                         std::memory_order_relaxed)) {
-        call.release();
+        call.release();  // NOLINT(bugprone-unused-return-value): `place` owns it now.
         return;
       }
     }
@@ -299,6 +299,8 @@ class Session::Impl final : public ForkListener {
       buffers.push_back(Allocate(streams * value.size * SizeOf(value.dtype)));
       return buffers.back().get();
     };
+    inputs.reserve(plan_.inputs.size());
+    outputs.reserve(plan_.outputs.size());
     for (const Port& port : plan_.inputs) inputs.push_back(allocate(port));
     for (const Port& port : plan_.outputs) outputs.push_back(allocate(port));
     std::vector<int64_t> positions(streams, 0);

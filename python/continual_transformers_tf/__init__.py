@@ -5,7 +5,7 @@ TensorFlow nor Keras, and works if they are not installed.
 """
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from continual_transformers_tf import _keras_registration
 
@@ -27,15 +27,12 @@ if TYPE_CHECKING:
         ensure_streams,
         hold_streams,
     )
-    from continual_transformers_tf.models import (
-        StreamingModel,
-        co_audio_transformer,
-        co_oad_tr,
-        convert,
-        cost,
-        export,
-        from_torch,
-    )
+    from continual_transformers_tf.models.convert import convert
+    from continual_transformers_tf.models.cost import cost
+    from continual_transformers_tf.models.export import export
+    from continual_transformers_tf.models.from_torch import from_torch
+    from continual_transformers_tf.models.paper import co_audio_transformer, co_oad_tr
+    from continual_transformers_tf.models.streaming_model import StreamingModel
     from continual_transformers_tf.session import Session
 
     __version__: str
@@ -79,7 +76,8 @@ _MODULES = {
 }
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
+    value: Any
     if name == "__version__":
         value = _version()
     elif name in ("layers", "models", "ops"):
@@ -93,11 +91,11 @@ def __getattr__(name):
     return value
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*__all__, *(name for name in globals() if name.startswith("__")), "__version__"})
 
 
-def _version():
+def _version() -> str:
     from importlib import metadata
 
     try:

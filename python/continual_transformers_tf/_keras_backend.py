@@ -2,11 +2,12 @@
 
 import os
 import sys
+from typing import NoReturn
 
 import continual_transformers_tf._tensorflow  # noqa: F401  First: it says what is not installed.
 
 
-def _refuse(found):
+def _refuse(found: str) -> NoReturn:
     raise ImportError(
         "The layers and models of continual_transformers_tf need Keras' TensorFlow backend, but "
         f"{found}. Set KERAS_BACKEND=tensorflow in the environment before the first import of "

@@ -1,6 +1,6 @@
 """The command line: `continual-transformers`.
 
-TensorFlow is imported by the commands that need it.
+Only the commands that need TensorFlow import it.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ MODEL = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 @click.group()
 @click.version_option(ct.__version__)
-def main():
+def main() -> None:
     """Streaming attention for TensorFlow."""
     try:
         native.backend()
@@ -27,7 +27,7 @@ def main():
         raise click.ClickException(str(error)) from error
 
 
-def need_tensorflow():
+def need_tensorflow() -> None:
     """End the command with a message if TensorFlow or Keras is missing."""
     try:
         importlib.import_module("continual_transformers_tf._tensorflow")
@@ -39,7 +39,7 @@ def need_tensorflow():
 @click.argument("model", type=MODEL, required=False)
 @click.option("--cmake-dir", is_flag=True, help="Print the folder for CMake's find_package.")
 @click.option("--pkg-config-dir", is_flag=True, help="Print the folder for PKG_CONFIG_PATH.")
-def info(model, cmake_dir, pkg_config_dir):
+def info(model: Path | None, cmake_dir: bool, pkg_config_dir: bool) -> None:
     """Print what is in a model file, or which libraries and kernels are installed.
 
     Without a MODEL, the exit status is 1 if CONTINUAL_TRANSFORMERS_BACKEND=fused asks for kernels
@@ -62,7 +62,8 @@ def info(model, cmake_dir, pkg_config_dir):
         info_about_tensorflow()
 
 
-def info_about_sessions():
+def info_about_sessions() -> None:
+    """Print the core library, and the instruction sets that it can use."""
     click.echo(f"core library {native.CORE_LIBRARY_PATH}")
     try:
         targets, in_use = native.cpu_targets()
@@ -74,7 +75,11 @@ def info_about_sessions():
         click.echo(f"ct.Session: none. The reason: {error}")
 
 
-def info_about_tensorflow():
+def info_about_tensorflow() -> None:
+    """Print the versions, the op library and its kernels.
+
+    The exit status is 1 if the kernels are required and there are none.
+    """
     missing = [name for name in ("tensorflow", "keras") if not importlib.util.find_spec(name)]
     if missing:
         there_are = ", ".join(native.op_libraries()) or "none"
@@ -103,12 +108,12 @@ def info_about_tensorflow():
 @click.option(
     "--weights-dtype",
     type=click.Choice(["float32", "float64", "bfloat16"]),
-    help="What kernels of dense layers are kept in.  [default: what the layers say]",
+    help="The dtype of the kernels of dense layers.  [default: what the layers say]",
 )
 @click.option(
     "--cache-dtype",
     type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
-    help="What keys and values of past steps are kept in.  [default: what the layers say]",
+    help="The dtype of the keys and values of past steps.  [default: what the layers say]",
 )
 @click.option(
     "--seq-len",
@@ -130,7 +135,15 @@ def info_about_tensorflow():
     type=click.FloatRange(min=0),
     help="Fail if --check finds a larger difference.",
 )
-def pack(model, output, weights_dtype, cache_dtype, seq_len, data, tolerance):
+def pack(
+    model: Path,
+    output: Path,
+    weights_dtype: str | None,
+    cache_dtype: str | None,
+    seq_len: int | None,
+    data: Path | None,
+    tolerance: float | None,
+) -> None:
     """Write the model file OUTPUT (.safetensors) of the Keras model MODEL (.keras).
 
     `ct.Session.load` and the C interface read it, without TensorFlow.
@@ -145,7 +158,7 @@ def pack(model, output, weights_dtype, cache_dtype, seq_len, data, tolerance):
         session = ct.Session(
             keras_model, weights_dtype=weights_dtype, cache_dtype=cache_dtype, seq_len=seq_len
         )
-        recordings = packing.read_recordings(data, session) if data else None
+        recordings = packing.read_recordings(data, session) if data else []
         session.save(output)
         session = ct.Session.load(output)
         click.echo(f"written: {output}, {output.stat().st_size:,} bytes")
@@ -175,9 +188,9 @@ def pack(model, output, weights_dtype, cache_dtype, seq_len, data, tolerance):
     "--recordings",
     type=click.IntRange(min=1),
     default=None,
-    help="Stream only so many recordings of each person.  [default: all]",
+    help="Stream only this many recordings of each person.  [default: all]",
 )
-def demo(picture, as_json, recordings):
+def demo(picture: Path, as_json: bool, recordings: int | None) -> None:
     """Stream a smartwatch, worn by people the model never saw, through a trained transformer."""
     try:
         import matplotlib  # noqa: F401
@@ -203,7 +216,7 @@ def demo(picture, as_json, recordings):
     with report.LiveLine(console, steps) as line:
         result = stream.stream(model, people, on_step=line)
         line.finish()
-    with console.status("Every window of the same, computed anew, to compare ..."):
+    with console.status("Computing every window of the same recordings again, to compare ..."):
         window_predictions = stream.on_windows(model, people)
     summary = report.summarize(people, result, window_predictions)
     picture.parent.mkdir(parents=True, exist_ok=True)

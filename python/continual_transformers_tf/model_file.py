@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+from typing import Any
 
 from continual_transformers_tf import native
 
@@ -31,7 +32,7 @@ class Port:
     shape: tuple[int, ...]
     dtype: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.name} {list(self.shape)} {self.dtype}"
 
 
@@ -91,13 +92,13 @@ class ModelFile:
     @property
     def weights_bytes(self) -> dict[str, int]:
         """How many bytes of weights each dtype has, the largest count first."""
-        counts = collections.Counter()
+        counts: collections.Counter[str] = collections.Counter()
         for tensor in self.weights:
             counts[tensor.dtype] += tensor.bytes
         return dict(counts.most_common())
 
     @classmethod
-    def read(cls, path: str | os.PathLike) -> "ModelFile":
+    def read(cls, path: str | os.PathLike[str]) -> "ModelFile":
         """Read the header of a model file.
 
         This checks only what it reads. The library checks what a step needs when a session loads
@@ -136,8 +137,8 @@ class ModelFile:
             )
         except (AttributeError, IndexError, KeyError, RecursionError, TypeError) as error:
             raise ValueError(
-                f"{path} is not as docs/model_file.md has it ({type(error).__name__}: {error}): "
-                "the file is damaged or was edited. Write it again"
+                f"{path} is not a model file as docs/model_file.md describes it "
+                f"({type(error).__name__}: {error}): it is damaged or was edited. Write it again"
             ) from error
 
 
@@ -155,7 +156,7 @@ class Loaded:
     state_bytes: int
 
 
-def load(path: str | os.PathLike) -> Loaded:
+def load(path: str | os.PathLike[str]) -> Loaded:
     """Load a model file with the library, as a session does, and return what the library reports.
 
     Raises:
@@ -174,7 +175,7 @@ def load(path: str | os.PathLike) -> Loaded:
         library.ct_last_error.restype = ctypes.c_char_p
     except AttributeError as error:
         raise ImportError(
-            f"{native.CORE_LIBRARY_PATH} is of another version: {error}. {native.HOW_TO_BUILD}"
+            f"{native.CORE_LIBRARY_PATH} is from another version: {error}. {native.HOW_TO_BUILD}"
         ) from error
     session = ctypes.c_void_p()
     if library.ct_session_load(os.fsencode(path), None, ctypes.byref(session)) != 0:
@@ -189,7 +190,7 @@ def load(path: str | os.PathLike) -> Loaded:
         library.ct_session_free(session)
 
 
-def describe(path: str | os.PathLike) -> str:
+def describe(path: str | os.PathLike[str]) -> str:
     """Return the lines that `continual-transformers info MODEL` prints about a model file.
 
     Raises:
@@ -232,24 +233,24 @@ def describe(path: str | os.PathLike) -> str:
     return "\n".join(f"{name:<17}{_printable(value)}" for name, value in rows)
 
 
-def _counted(count, noun):
+def _counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def _printable(text):
+def _printable(text: str) -> str:
     """Return the text without control characters, which names in a file may contain."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def _read_header(path):
+def _read_header(path: str) -> tuple[dict[str, Any], int]:
     """Return (the header of a safetensors file as a dict, how many bytes of data follow)."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         first = file.read(_LENGTH_BYTES)
         if first.startswith(b"PK\x03\x04"):
             raise ValueError(
-                f"{path} is a ZIP archive, as a .keras file is, and not a model file: make one of "
-                "it with `continual-transformers pack model.keras model.safetensors`"
+                f"{path} is a ZIP archive, perhaps a .keras file, and not a model file. To make a "
+                "model file, run `continual-transformers pack model.keras model.safetensors`"
             )
         length = int.from_bytes(first, "little")
         if len(first) < _LENGTH_BYTES or length > _MOST_HEADER_BYTES:
@@ -269,7 +270,7 @@ def _read_header(path):
     return header, size - _LENGTH_BYTES - length
 
 
-def _check_version(path, metadata):
+def _check_version(path: str, metadata: dict[str, Any]) -> None:
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"{path} is a safetensors file, but not a model file: its metadata does not have "
@@ -277,13 +278,12 @@ def _check_version(path, metadata):
         )
     if metadata["format_version"] != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {metadata['format_version']!r}, this version reads "
-            f"{FORMAT_VERSION!r}. It was written by a newer version of continual-transformers-tf: "
-            "upgrade it to read this file"
+            f"{path} has format version {metadata['format_version']!r}, but this version reads "
+            f"{FORMAT_VERSION!r}. A newer continual-transformers-tf wrote it: upgrade to read it"
         )
 
 
-def _stored_tensor(path, name, entry, data_bytes):
+def _stored_tensor(path: str, name: str, entry: dict[str, Any], data_bytes: int) -> StoredTensor:
     begin, end = entry["data_offsets"]
     if not 0 <= begin <= end:
         raise ValueError(f"{path} is damaged: tensor {name!r} lies at {begin} to {end}")
@@ -296,7 +296,7 @@ def _stored_tensor(path, name, entry, data_bytes):
     return StoredTensor(name, tuple(int(n) for n in entry["shape"]), dtype, end - begin)
 
 
-def _ports(plan, kind):
+def _ports(plan: dict[str, Any], kind: str) -> tuple[Port, ...]:
     ports = []
     for port in plan[kind]:
         value = plan["values"][port["value"]]

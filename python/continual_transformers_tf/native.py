@@ -20,7 +20,7 @@ HOW_TO_BUILD = (
 )
 
 
-def backend():
+def backend() -> str:
     """Return what CONTINUAL_TRANSFORMERS_BACKEND asks for: "auto", "fused" or "tensorflow".
 
     Raises:
@@ -33,7 +33,7 @@ def backend():
 
 
 @functools.cache
-def core_library():
+def core_library() -> ctypes.CDLL:
     """Load the core library and return its C functions (cc/attention/c_api.cc).
 
     Raises:
@@ -54,7 +54,7 @@ def core_library():
     return library
 
 
-def cpu_targets():
+def cpu_targets() -> tuple[list[str], str]:
     """Return the vector instruction sets that the CPU kernels can use on this machine.
 
     Returns:
@@ -73,7 +73,7 @@ def cpu_targets():
     return names, library.continual_transformers_target().decode()
 
 
-def op_libraries():
+def op_libraries() -> dict[str, Path]:
     """Return the op libraries of this installation: {TensorFlow's minor version: path}."""
     prefix = f"{CORE_LIBRARY_PATH.stem}_tf"
     found = {

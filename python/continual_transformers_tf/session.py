@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, overload
 
 import numpy as np
 
@@ -32,7 +32,9 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
+    import keras
     import numpy.typing as npt
+    import tensorflow as tf
 
     from continual_transformers_tf._session import Streams
 
@@ -54,6 +56,15 @@ DEVICES = ("cpu",)
 MOST_THREADS = 1024
 
 
+class _Options(TypedDict):
+    """The options of the native session, checked."""
+
+    streams: int
+    threads: int
+    cache_dtype: str | None
+    weights_dtype: str | None
+
+
 class ArraySpec(NamedTuple):
     """An input or output of a model.
 
@@ -66,9 +77,9 @@ class ArraySpec(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    dtype: np.dtype
+    dtype: np.dtype[Any]
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.name} {self.shape} {self.dtype}"
 
 
@@ -96,7 +107,7 @@ class Memory(NamedTuple):
         """The sum of all fields, in bytes."""
         return sum(self)
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = [*self._asdict().items(), ("total", self.total)]
         return "\n".join(f"{name:<17}{count:>16,} bytes" for name, count in rows)
 
@@ -115,7 +126,7 @@ class ProfileRow(NamedTuple):
     seconds: float
 
 
-class Profile(tuple):
+class Profile(tuple[ProfileRow, ...]):
     """The times of all parts of a step: a tuple of `ProfileRow`, which prints as a table.
 
     Attributes:
@@ -126,13 +137,13 @@ class Profile(tuple):
     streams: int
     repeat: int
 
-    def __new__(cls, rows, streams, repeat):
+    def __new__(cls, rows: Iterable[ProfileRow], streams: int, repeat: int) -> Profile:
         profile = super().__new__(cls, rows)
         profile.streams = streams
         profile.repeat = repeat
         return profile
 
-    def __getnewargs__(self):
+    def __getnewargs__(self) -> tuple[Any, ...]:
         return tuple(self), self.streams, self.repeat
 
     @property
@@ -140,7 +151,7 @@ class Profile(tuple):
         """The time of all parts of a step together, in seconds."""
         return sum(row.seconds for row in self)
 
-    def __str__(self):
+    def __str__(self) -> str:
         total = self.seconds
         streams = "1 stream" if self.streams == 1 else f"{self.streams} streams"
         lines = [
@@ -153,12 +164,12 @@ class Profile(tuple):
         ]
         return "\n".join(lines)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return str(self)
 
 
 class Session(_session.NativeSession):
-    """A model and its streams, stepped by native code on NumPy arrays.
+    """A model and its streams. Native code steps them, on NumPy arrays.
 
     A step takes the newest input of M streams and returns the model's output for it. The numbers
     are those of `StreamingModel`, within rounding, but TensorFlow is not used. The session keeps a
@@ -203,7 +214,7 @@ class Session(_session.NativeSession):
 
     def __init__(
         self,
-        model: Any,
+        model: keras.layers.Layer,
         *,
         streams: int | None = None,
         threads: int = 1,
@@ -219,7 +230,7 @@ class Session(_session.NativeSession):
     @classmethod
     def load(
         cls,
-        path: str | bytes | os.PathLike,
+        path: str | bytes | os.PathLike[Any],
         *,
         streams: int | None = None,
         threads: int = 1,
@@ -247,13 +258,13 @@ class Session(_session.NativeSession):
         return cls._make(_checked_path(path), True, options)
 
     @classmethod
-    def _make(cls, model, is_path, options):
+    def _make(cls, model: bytes | str, is_path: bool, options: _Options) -> Session:
         """Return a session of a model file, given as its path or its bytes."""
         session = cls.__new__(cls)
         _session.NativeSession.__init__(session, model, is_path=is_path, **options)
         return session
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model file: the plan and the weights, but no streams.
 
         The file appears whole or not at all. If `load` made this session, its `cache_dtype` and
@@ -267,7 +278,12 @@ class Session(_session.NativeSession):
         """
         self._save(os.fspath(path))
 
-    def load_weights(self, model: Any, *, seq_len: int | None = None) -> None:
+    def load_weights(
+        self,
+        model: keras.layers.Layer | str | bytes | os.PathLike[Any],
+        *,
+        seq_len: int | None = None,
+    ) -> None:
         """Replace the weights by those of another model of the same architecture.
 
         Steps in progress end with the old weights, later steps use the new ones. Streams keep their
@@ -295,7 +311,7 @@ class Session(_session.NativeSession):
     def open(self) -> int: ...
     @overload
     def open(self, count: int) -> npt.NDArray[np.int64]: ...
-    def open(self, count=None):
+    def open(self, count: int | None = None) -> int | npt.NDArray[np.int64]:
         """Open new streams, with empty states.
 
         Args:
@@ -387,7 +403,7 @@ class Session(_session.NativeSession):
 
     def set_state(
         self,
-        states: Sequence[bytes] | dict[str, Any],
+        states: Sequence[Any] | Mapping[str, Any] | npt.NDArray[Any] | tf.Tensor,
         streams: Streams | None = None,
         *,
         other_weights: bool = False,
@@ -407,16 +423,17 @@ class Session(_session.NativeSession):
                 stream; also as in `close`. Then no stream is changed. There is no checksum: keep
                 copies where they are not changed.
         """
+        copies: Any = states
         if isinstance(states, (bytes, bytearray, memoryview)):
-            states = [states]
+            copies = [states]
         elif hasattr(states, "numpy") or isinstance(states, np.ndarray):
             # A SavedModel gives its copies as a string tensor.
-            states = np.asarray(states).tolist()
+            copies = np.asarray(states).tolist()
         elif not _is_sequence_of_bytes(states):
-            states = self._states_from_keras(states)
-        self._set_state(states, streams, other_weights)
+            copies = self._states_from_keras(states)
+        self._set_state(copies, streams, other_weights)
 
-    def _states_from_keras(self, state):
+    def _states_from_keras(self, state: Any) -> list[bytes]:
         from continual_transformers_tf.models.keras_state import blocks_from_keras_state
 
         blocks, positions = blocks_from_keras_state(
@@ -513,8 +530,8 @@ class Session(_session.NativeSession):
             (ProfileRow(name, op, seconds / repeat) for name, op, seconds in rows), streams, repeat
         )
 
-    def __reduce__(self):
-        options = {
+    def __reduce__(self) -> tuple[Any, ...]:
+        options: _Options = {
             "streams": self._limit,
             "threads": self._threads,
             "cache_dtype": self._cache_dtype,
@@ -523,7 +540,7 @@ class Session(_session.NativeSession):
         arguments = (type(self), self._model_bytes(), options, self.release_gil)
         return _unpickle, arguments, self.__dict__ or None  # A subclass may have attributes.
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         inputs = ", ".join(map(str, self.inputs))
         outputs = ", ".join(map(str, self.outputs))
         limit = f" of {self.streams}" if self.streams else ""
@@ -534,19 +551,26 @@ class Session(_session.NativeSession):
         )
 
 
-def _unpickle(cls, data, options, release_gil):
+def _unpickle(
+    cls: type[Session], data: bytes, options: _Options, release_gil: bool | None
+) -> Session:
     session = cls._make(data, False, options)
     session.release_gil = release_gil
     return session
 
 
-def _is_sequence_of_bytes(states):
+def _is_sequence_of_bytes(states: Any) -> bool:
     return isinstance(states, (list, tuple)) and all(
         isinstance(state, (bytes, bytearray, memoryview)) for state in states
     )
 
 
-def _lowered(model, seq_len, cache_dtype, weights_dtype):
+def _lowered(
+    model: keras.layers.Layer,
+    seq_len: int | None,
+    cache_dtype: str | None,
+    weights_dtype: str | None,
+) -> bytes:
     """Return the model file of a Keras model, as bytes."""
     if isinstance(model, (str, bytes, os.PathLike)):
         raise TypeError(
@@ -557,7 +581,7 @@ def _lowered(model, seq_len, cache_dtype, weights_dtype):
     return lower(model, seq_len, cache_dtype, weights_dtype).to_bytes()
 
 
-def _whole(name, number, least, most=2**31 - 1):
+def _whole(name: str, number: Any, least: int, most: int = 2**31 - 1) -> int:
     try:
         whole = number.__index__()
     except AttributeError:
@@ -569,7 +593,7 @@ def _whole(name, number, least, most=2**31 - 1):
     return whole
 
 
-def _dtype_name(name, dtype, known):
+def _dtype_name(name: str, dtype: Any, known: tuple[str, ...]) -> str | None:
     if dtype is None:
         return None
     text = dtype if isinstance(dtype, str) else getattr(dtype, "name", None)
@@ -580,12 +604,18 @@ def _dtype_name(name, dtype, known):
     return text
 
 
-def _checked_options(streams, threads, weights_dtype, cache_dtype, device):
+def _checked_options(
+    streams: int | None,
+    threads: int,
+    weights_dtype: str | None,
+    cache_dtype: str | None,
+    device: str,
+) -> _Options:
     """Check the options and return them as the native session takes them."""
     if device not in DEVICES:
         raise ValueError(
             f"Expected device to be 'cpu', but got {device!r}. A Session does not run on other "
-            "devices; the layers of this package do, in TensorFlow"
+            "devices. The layers of this package do, in TensorFlow"
         )
     return {
         "streams": 0 if streams is None else _whole("streams", streams, 1),
@@ -595,7 +625,7 @@ def _checked_options(streams, threads, weights_dtype, cache_dtype, device):
     }
 
 
-def _checked_path(path):
+def _checked_path(path: str | bytes | os.PathLike[Any]) -> str:
     path = os.fsdecode(path)
     if not os.path.exists(path):
         raise FileNotFoundError(errno.ENOENT, "There is no such model file", path)

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 LIBRARY = "libcontinual_transformers_cuda.so"
 
 
-def what_is_read():
+def what_is_read() -> list[Path]:
     """Return every file that a build may read."""
     patterns = (
         "cuda/*",
@@ -36,7 +36,7 @@ def what_is_read():
     return sorted(path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file())
 
 
-def why_no_driver():
+def why_no_driver() -> str | None:
     """Return the reason why there is no driver for GPUs; None if there is one, even without a GPU.
 
     This is faster than importing PyTorch.
@@ -48,7 +48,7 @@ def why_no_driver():
     return None
 
 
-def find_capability():
+def find_capability() -> str | None:
     """Return the compute capability of the first GPU, as "90", or None if there is no GPU."""
     if why_no_driver() is not None:
         return None
@@ -68,7 +68,7 @@ def find_capability():
     return None
 
 
-def build(directory, emulated=False, capability=None):
+def build(directory: str | Path, emulated: bool = False, capability: str | None = None) -> Path:
     """Build the library, unless it is up to date, and return its path.
 
     Raises:
@@ -92,6 +92,8 @@ def build(directory, emulated=False, capability=None):
         fresh = library.with_suffix(".fresh")
         if emulated:
             _build_emulated(compiler, directory, fresh)
+        elif capability is None:
+            raise RuntimeError("Expected the compute capability to build for, but got None")
         else:
             environment = {
                 **os.environ,
@@ -105,7 +107,7 @@ def build(directory, emulated=False, capability=None):
     return library
 
 
-def _build_emulated(compiler, directory, target):
+def _build_emulated(compiler: str, directory: Path, target: Path) -> None:
     # A GPU fails on an unaligned vector; here UBSan does.
     checks = ["-fsanitize=alignment,bounds,shift,signed-integer-overflow"]
     options = ["-std=c++17", "-O1", "-fPIC", *checks, "-fno-sanitize-recover=all"]
@@ -122,7 +124,7 @@ def _build_emulated(compiler, directory, target):
     _run([compiler, "-shared", *checks, *objects, "-o", str(target)])
 
 
-def _run(command, environment=None):
+def _run(command: list[str], environment: dict[str, str] | None = None) -> None:
     done = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -130,19 +132,19 @@ def _run(command, environment=None):
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}")
 
 
-def default_directory(emulated, capability=None):
+def default_directory(emulated: bool, capability: str | None = None) -> Path:
     return ROOT / "build" / "gpu" / ("emulated" if emulated else f"sm_{capability}")
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--emulated", action="store_true")
-    parser.add_argument("--capability", help="such as 90; that of the GPU where it is left out")
+    parser.add_argument("--capability", help="such as 90; if it is left out, that of the GPU")
     parser.add_argument("--output", type=Path)
     chosen = parser.parse_args(arguments)
     capability = chosen.capability or (None if chosen.emulated else find_capability())
     if capability is None and not chosen.emulated:
-        print("There is no GPU here; --capability says for which to build.", file=sys.stderr)
+        print("There is no GPU here. Name the one to build for with --capability.", file=sys.stderr)
         return 1
     try:
         directory = chosen.output or default_directory(chosen.emulated, capability)

@@ -1,17 +1,22 @@
 """The structs and functions of cuda/c_api.h by ctypes, field for field."""
 
 import ctypes
+from collections.abc import Callable
 from ctypes import c_char_p, c_double, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
 
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = range(4)
 DTYPES = {"float32": FLOAT32, "float64": FLOAT64, "bfloat16": BFLOAT16, "float16": FLOAT16}
 
 
-def _fields(*groups):
+def _fields(*groups: tuple[Any, str]) -> list[tuple[str, Any]]:
     return [(name, kind) for kind, names in groups for name in names.split()]
 
 
 class SingleOutput(ctypes.Structure):
+    """ContinualTransformersSingleOutput."""
+
     _fields_ = _fields(
         (c_int32, "compute_dtype cache_dtype"),
         (c_void_p, "query key value key_mask key_cache value_cache key_mask_cache"),
@@ -27,6 +32,8 @@ class SingleOutput(ctypes.Structure):
 
 
 class CoSiMhaStep(ctypes.Structure):
+    """ContinualTransformersCoSiMhaStep."""
+
     _fields_ = _fields(
         (SingleOutput, "attention"),
         (c_int32, "weights_dtype"),
@@ -42,6 +49,8 @@ class CoSiMhaStep(ctypes.Structure):
 
 
 class CoSiEncoderStep(ctypes.Structure):
+    """ContinualTransformersCoSiEncoderStep."""
+
     _fields_ = _fields(
         (CoSiMhaStep, "attention"),
         (c_void_p, "attention_norm_scale attention_norm_offset"),
@@ -59,7 +68,7 @@ STRUCTS = {
     "ContinualTransformersCoSiMhaStep": CoSiMhaStep,
     "ContinualTransformersCoSiEncoderStep": CoSiEncoderStep,
 }
-FUNCTIONS = {
+FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "single_output": (c_char_p, [ctypes.POINTER(SingleOutput), c_void_p]),
     "single_output_parts": (c_int64, [ctypes.POINTER(SingleOutput)]),
     "single_output_arrivals": (c_int64, [ctypes.POINTER(SingleOutput)]),
@@ -80,7 +89,7 @@ class Refused(Exception):
 class CudaLibrary:
     """The functions of c_api.h, without their prefix. An error message raises Refused."""
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path) -> None:
         library = ctypes.CDLL(str(path))
         for name, (result, arguments) in FUNCTIONS.items():
             function = getattr(library, f"continual_transformers_cuda_{name}")
@@ -90,8 +99,8 @@ class CudaLibrary:
         self.set_order = getattr(library, "cuda_emulator_set_order", None)
 
 
-def _raising(function):
-    def call(*arguments):
+def _raising(function: Callable[..., Any]) -> Callable[..., None]:
+    def call(*arguments: Any) -> None:
         sentence = function(*arguments)
         if sentence is not None:
             raise Refused(sentence.decode())

@@ -2,10 +2,10 @@
 
     python tools/gpu/gpu_run.py [--out DIRECTORY] [--only STEP ...]
 
-It needs nvcc, a C++ compiler, Python, NumPy, PyTorch and pytest; neither TensorFlow, nor a network,
-nor this package. Each step is a process with its own time limit, and all of them together have one.
+It needs nvcc, a C++ compiler, Python, NumPy, PyTorch and pytest. It needs no TensorFlow, no network
+and not this package. Each step is a process with its own time limit, and there is one for all.
 The results are in DIRECTORY (build/gpu, or $OUT): gpu.json, pictures, and the output of each step.
-The exit status is 0 only if nothing went wrong; a figure that misses its goal is not an error.
+The exit status is 0 only if nothing went wrong. A figure that misses its goal is not an error.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cuda_build
 
@@ -40,18 +40,18 @@ class Step(NamedTuple):
     Args:
         limit: The seconds after which the step is stopped.
         needs: The names of steps that must succeed before this one runs.
-        reason: Why it does not run anyway, or None.
+        reason: Why it does not run; None: it runs.
     """
 
     name: str
-    command: list
+    command: list[str]
     limit: float
-    needs: tuple = ()
+    needs: tuple[str, ...] = ()
     reason: str | None = None
-    environment: dict = {}  # noqa: RUF012
+    environment: dict[str, str] = {}  # noqa: RUF012
 
 
-def steps(out):
+def steps(out: Path) -> list[Step]:
     """Return the steps of `make gpu`, on a machine with a GPU."""
     many = ["-n", "4"] if importlib.util.find_spec("xdist") else []
     sanitizer = find_sanitizer()
@@ -64,7 +64,16 @@ def steps(out):
         Step("suite", [*SUITE, *many], 110, ("build",), None, expected),
     ]
     for tool in ("memcheck", "racecheck"):
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "86", *SUITE, "-m", "sanitizer"]
+        command = [
+            sanitizer or "",
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "86",
+            *SUITE,
+            "-m",
+            "sanitizer",
+        ]
         made.append(Step(tool, command, 60, ("build",), lacking, apart))
     command = [
         sys.executable, "benchmarks/gpu/gpu_benchmark.py",
@@ -81,13 +90,14 @@ def steps(out):
     return made
 
 
-def find_sanitizer():
+def find_sanitizer() -> str | None:
+    """Return the path of compute-sanitizer; None if there is none."""
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     beside = os.pathsep.join(str(Path(home, "bin")) for home in homes if home)
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=beside)
 
 
-def why_no_tensorflow():
+def why_no_tensorflow() -> str | None:
     """Return why the ops' tests cannot run in TensorFlow on its GPU; None if they can."""
     for module in ("tensorflow", "continual_transformers_tf"):
         if importlib.util.find_spec(module) is None:
@@ -106,7 +116,7 @@ def why_no_tensorflow():
     return None if asked.returncode == 0 else asked.stderr.strip().split("\n")[-1]
 
 
-def run_step(step, log, limit):
+def run_step(step: Step, log: Path, limit: float) -> dict[str, Any]:
     """Run a step, with its output in `log`; stop it and its children at the limit.
 
     Returns:
@@ -133,10 +143,12 @@ def run_step(step, log, limit):
     return dict(went=went, status=status, seconds=time.monotonic() - begin, last_line=lines[-1])
 
 
-def run_steps(chosen, out, seconds=ALL_SECONDS):
+def run_steps(
+    chosen: list[Step], out: Path, seconds: float = ALL_SECONDS
+) -> dict[str, dict[str, Any]]:
     """Run one step after another. The rest of `seconds` also limits each step."""
     begin = time.monotonic()
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for step in chosen:
         left = seconds - (time.monotonic() - begin)
         missing = [name for name in step.needs if found.get(name, {}).get("went", "ok") != "ok"]
@@ -159,7 +171,7 @@ def run_steps(chosen, out, seconds=ALL_SECONDS):
     return found
 
 
-def summary(found, benchmark=None):
+def summary(found: dict[str, dict[str, Any]], benchmark: dict[str, Any] | None = None) -> str:
     """Return the summary, which is printed last."""
     lines = []
     for name, step in found.items():
@@ -173,11 +185,12 @@ def summary(found, benchmark=None):
     return "\n".join(lines)
 
 
-def is_wrong(found):
+def is_wrong(found: dict[str, dict[str, Any]]) -> bool:
+    """Return whether a step that ran did not succeed."""
     return any(step["went"] not in ("ok", NOT_RUN) for step in found.values())
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -186,7 +199,7 @@ def main(arguments=None):
     chosen = parser.parse_args(arguments)
     capability = cuda_build.find_capability()
     if capability is None:
-        print("There is no GPU here, so there is nothing that `make gpu` could check.")
+        print("There is no GPU here. `make gpu` needs one: run it on a machine with a GPU.")
         return 1
     out = Path(chosen.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -211,7 +224,7 @@ def main(arguments=None):
             print(f"\n--- {name}: the end of what it said")
             print("\n".join((out / f"{name}.txt").read_text(errors="replace").split("\n")[-40:]))
     print("\n" + summary(found, benchmark))
-    print(f"\n{'SOMETHING WAS WRONG' if wrong else 'Nothing was wrong'}; all of it is in {out}")
+    print(f"\n{'SOMETHING WAS WRONG' if wrong else 'Nothing was wrong'}. All output is in {out}")
     return 1 if wrong else 0
 
 

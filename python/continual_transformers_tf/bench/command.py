@@ -1,8 +1,10 @@
-"""`continual-transformers bench`."""
+"""The command `continual-transformers bench`."""
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,7 +19,7 @@ PATH = click.Path(dir_okay=False, path_type=Path)
 @click.option(
     "--layers", "parts", flag_value="layers", multiple=True, help="Race the attention layer."
 )
-@click.option("--quick", is_flag=True, help="Tiny sizes for a moment: to see that it works.")
+@click.option("--quick", is_flag=True, help="Run tiny sizes for a moment, to see that it works.")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option(
     "--threads",
@@ -25,9 +27,11 @@ PATH = click.Path(dir_okay=False, path_type=Path)
     multiple=True,
     default=(1, 2),
     show_default=True,
-    help="How many each rival may use.",
+    help="How many threads each rival may use.",
 )
-@click.option("--only", multiple=True, metavar="RIVAL", help="Who takes part.  [default: all]")
+@click.option(
+    "--only", multiple=True, metavar="RIVAL", help="Which rivals take part.  [default: all]"
+)
 @click.option(
     "--programs",
     type=click.Path(file_okay=False, path_type=Path),
@@ -35,29 +39,29 @@ PATH = click.Path(dir_okay=False, path_type=Path)
     show_default=True,
     help="Where tools/build_benchmarks.py has built the C++ programs.",
 )
-@click.option("--json", "json_path", type=PATH, help="Where to write everything.")
+@click.option("--json", "json_path", type=PATH, help="Where to write all results.")
 @click.option(
     "--from-json",
     type=PATH,
-    help="Report what was written there; run only the parts that are named besides.",
+    help="Report the results in this file. Only parts that are named run again.",
 )
-@click.option("--picture", type=PATH, help="Where to draw it.")
+@click.option("--picture", type=PATH, help="Where to draw the picture.")
 @click.option("--markdown", type=PATH, help="Where to write the page of the docs.")
 def bench(
-    parts,
-    quick,
-    rounds,
-    threads,
-    only,
-    programs,
-    json_path,
-    from_json,
-    picture,
-    markdown,
-):
+    parts: tuple[str, ...],
+    quick: bool,
+    rounds: int,
+    threads: tuple[int, ...],
+    only: tuple[str, ...],
+    programs: Path,
+    json_path: Path | None,
+    from_json: Path | None,
+    picture: Path | None,
+    markdown: Path | None,
+) -> None:
     """Race whole models and whole attention layers against every other way to take a step.
 
-    Without --models, --session or --layers: all three.
+    Without --models, --session or --layers, all three run.
     """
     try:
         import matplotlib  # noqa: F401
@@ -79,7 +83,9 @@ def bench(
         taking_part.update(MODULES)
     unknown = set(only) - set(taking_part)
     if unknown:
-        raise click.BadParameter(f"expected rivals of {', '.join(taking_part)}, but got {unknown}")
+        raise click.BadParameter(
+            f"got {', '.join(sorted(unknown))}, expected any of {', '.join(taking_part)}"
+        )
     found = json.loads(from_json.read_text()) if from_json else {}
     if "models" in parts:
         arguments = (threads, rounds, quick, only, programs)
@@ -105,7 +111,7 @@ def bench(
             console.print(f"written: {path}")
 
 
-def _with_progress(run, *arguments):
+def _with_progress(run: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     import rich.console
     import rich.progress
 
@@ -113,7 +119,7 @@ def _with_progress(run, *arguments):
     with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
         task = bar.add_task("", total=None)
 
-        def show(done, total, now):
+        def show(done: int, total: int, now: str) -> None:
             bar.update(task, completed=done, total=total, description=now)
 
         return run(*arguments, show)

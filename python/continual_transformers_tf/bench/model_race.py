@@ -6,20 +6,22 @@ Before a contestant is timed, its outputs are compared with a float64 reference.
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from continual_transformers_tf.bench import model_rivals
 from continual_transformers_tf.bench.race import Rival, machine
-from continual_transformers_tf.bench.sizes import MODEL_QUICK, MODEL_TABLE
+from continual_transformers_tf.bench.sizes import MODEL_QUICK, MODEL_TABLE, ModelSize
 
 PROGRAM = "model_benchmark"
 BUILD = "python tools/build_benchmarks.py"
 WORKER = [sys.executable, "-m", "continual_transformers_tf.bench.model_worker"]
 
 
-def contestants(only, threads):
+def contestants(only: Sequence[str], threads: int) -> list[str]:
     """Return the names of the contestants that take part."""
     return [
         name
@@ -28,7 +30,14 @@ def contestants(only, threads):
     ]
 
 
-def run(threads, rounds, quick, only, programs, progress):
+def run(
+    threads: Sequence[int],
+    rounds: int,
+    quick: bool,
+    only: Sequence[str],
+    programs: str | Path,
+    progress: Callable[[int, int, str], None],
+) -> dict[str, Any]:
     """Run the whole race.
 
     Args:
@@ -63,18 +72,29 @@ def run(threads, rounds, quick, only, programs, progress):
 
 
 class _Race:
-    def __init__(self, rounds, quick, programs, progress, total):
+    def __init__(
+        self,
+        rounds: int,
+        quick: bool,
+        programs: Path,
+        progress: Callable[[int, int, str], None],
+        total: int,
+    ) -> None:
         self._rounds, self._programs = rounds, programs
-        self._burst = dict(seconds=0.01, least=2) if quick else dict(seconds=0.15, least=3)
+        self._burst: dict[str, Any] = (
+            dict(seconds=0.01, least=2) if quick else dict(seconds=0.15, least=3)
+        )
         self._progress, self._total, self._done = progress, total, 0
-        self._processes = {}
-        self.missing = {}
+        self._processes: dict[tuple[str, int], Rival] = {}
+        self.missing: dict[str, dict[str, Any]] = {}
 
-    def of_size(self, folder, threads, size, names):
+    def of_size(
+        self, folder: Path, threads: int, size: ModelSize, names: Sequence[str]
+    ) -> dict[str, Any]:
         """Race the contestants of a size, and return its entry in the results."""
         folder = folder / str(size).replace(" ", "_")
         self._write(folder, size)
-        bursts = {}
+        bursts: dict[str, list[dict[str, float]]] = {}
         for name in names:
             self._progress(self._done, self._total, f"{size}, {name} gets ready")
             problem = self._prepare(name, threads, size, folder)
@@ -101,12 +121,12 @@ class _Race:
             entry["python"] = self._python(threads)
         return entry
 
-    def _python(self, threads):
+    def _python(self, threads: int) -> float:
         """Return how many microseconds a step from Python takes more than the same step in C++.
 
-        It is the median of many differences between two consecutive bursts: between rounds, the
-        machine's speed changes by more than Python takes. With many streams the difference would
-        be lost in the noise even so.
+        It is the median of many differences between two consecutive bursts, because between rounds
+        the machine's speed changes by more than Python takes. With many streams, noise would still
+        be larger than the difference.
         """
         burst = dict(seconds=0.001 if self._burst["seconds"] < 0.1 else 0.01, least=2)
         medians = [
@@ -118,7 +138,7 @@ class _Race:
             for i, (first, second) in enumerate(medians)
         )
 
-    def _write(self, folder, size):
+    def _write(self, folder: Path, size: ModelSize) -> None:
         """Write weights and inputs for the contestants that read them from files."""
         if folder.exists():
             return
@@ -127,7 +147,7 @@ class _Race:
         np.concatenate([array.ravel() for array in weights]).tofile(folder / "weights.bin")
         model_rivals.inputs_of(size).tofile(folder / "inputs.bin")
 
-    def _prepare(self, name, threads, size, folder):
+    def _prepare(self, name: str, threads: int, size: ModelSize, folder: Path) -> dict[str, Any]:
         """Make a contestant ready to be timed. Return {} or what is wrong."""
         if name.startswith("session") and not (folder / "model.safetensors").exists():
             answer = self._process("packer", 1).ask("pack", size=size, directory=str(folder))
@@ -145,39 +165,40 @@ class _Race:
         return compare(size, answer) if "outputs" in answer else answer
 
     @property
-    def _program(self):
+    def _program(self) -> Path:
         return self._programs / PROGRAM
 
-    def _process(self, name, threads):
+    def _process(self, name: str, threads: int) -> Rival:
         if (name, threads) not in self._processes:
             native = model_rivals.MODEL_MODULES.get(name) == "native"
             command = [str(self._program)] if native else WORKER
             self._processes[name, threads] = Rival(name, threads, command)
         return self._processes[name, threads]
 
-    def versions(self):
+    def versions(self) -> dict[str, Any]:
         found = {}
         for process in self._processes.values():
             found.update(process.ask("versions"))
         return found
 
-    def stop(self):
+    def stop(self) -> None:
         for process in self._processes.values():
             process.stop()
 
 
-def missing_program(path):
-    """Return {}, or what to do if a C++ program was not built."""
+def missing_program(path: Path) -> dict[str, str]:
+    """Return {} if a C++ program was built, otherwise what to do."""
     if path.exists():
         return {}
     return {"missing": f"{path}, which `{BUILD} {path.parent}` builds in a checkout"}
 
 
-def compare(size, answer):
+def compare(size: ModelSize, answer: dict[str, Any]) -> dict[str, Any]:
     """Compare a contestant's outputs with the reference. Return {} or what is wrong."""
     expected = model_rivals.reference(size, answer["steps"], answer["positions"])
     largest = np.abs(expected).max()
     error = np.abs(np.array(answer["outputs"]) - expected).max() / largest
     if error < model_rivals.TOLERANCE:  # False for NaN.
         return {}
-    return {"error": f"expected its outputs within {model_rivals.TOLERANCE:g}, got {error:.2g}"}
+    expected_error = f"expected at most {model_rivals.TOLERANCE:g}"
+    return {"error": f"got outputs with an error of {error:.2g}, {expected_error}"}

@@ -1,5 +1,9 @@
 """The report of the race of whole models: a table, the goals, and their section in the docs."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from continual_transformers_tf.bench.model_rivals import MODEL_DESCRIPTIONS, MODEL_MODULES
 from continual_transformers_tf.bench.race import missing_lines
 from continual_transformers_tf.bench.session_goals import Goal
@@ -10,10 +14,16 @@ from continual_transformers_tf.bench.sizes import (
     ModelSize,
 )
 
+if TYPE_CHECKING:
+    import rich.table
+    from matplotlib.axes import Axes
+
 OURS = "session"
 
 
-def rows(models, threads):
+def rows(
+    models: dict[str, Any], threads: int
+) -> list[tuple[ModelSize, dict[str, dict[str, float]]]]:
     """Return the results for a number of threads: a list of (ModelSize, {name: figures})."""
     return [
         (ModelSize(**entry["size"]), entry["rivals"])
@@ -22,7 +32,7 @@ def rows(models, threads):
     ]
 
 
-def check_goals(models):
+def check_goals(models: dict[str, Any]) -> list[tuple[ModelSize, Goal]]:
     """Return every goal for one thread that was measured: a list of (ModelSize, Goal)."""
     found = []
     for entry in models["results"]:
@@ -48,7 +58,7 @@ def check_goals(models):
     return found
 
 
-def table(models, threads):
+def table(models: dict[str, Any], threads: int) -> rich.table.Table:
     """Return a rich.table.Table of microseconds a step, also as multiples of ours."""
     import rich.table
 
@@ -62,7 +72,7 @@ def table(models, threads):
     return made
 
 
-def goals_table(models):
+def goals_table(models: dict[str, Any]) -> rich.table.Table | None:
     """Return a rich.table.Table of the goals, or None if none was measured."""
     import rich.table
 
@@ -75,7 +85,7 @@ def goals_table(models):
     return made
 
 
-def _cells(models, threads):
+def _cells(models: dict[str, Any], threads: int) -> tuple[list[str], list[list[str]]]:
     sizes = rows(models, threads)
     body = [
         [name, *(_cell(rivals, name) for _, rivals in sizes)]
@@ -85,7 +95,7 @@ def _cells(models, threads):
     return [str(size) for size, _ in sizes], body
 
 
-def _cell(rivals, name):
+def _cell(rivals: dict[str, dict[str, float]], name: str) -> str:
     if name not in rivals:
         return ""
     median, spread = rivals[name]["median"], _spread(rivals[name])
@@ -94,16 +104,16 @@ def _cell(rivals, name):
     return text if name == OURS or not ours else f"{text} ({median / ours['median']:.2g}×)"
 
 
-def _spread(figures):
+def _spread(figures: dict[str, float]) -> str:
     return f" [{number(figures['least'])}–{number(figures['most'])}]"
 
 
-def number(microseconds):
-    """Format microseconds with the digits that are significant."""
+def number(microseconds: float) -> str:
+    """Format microseconds with their significant digits."""
     return f"{microseconds:.1f}" if microseconds < 100 else f"{microseconds:,.0f}"
 
 
-def markdown_lines(models):
+def markdown_lines(models: dict[str, Any]) -> list[str]:
     """Return the lines of the section in the docs."""
     lines = [
         "",
@@ -143,19 +153,19 @@ def markdown_lines(models):
     return lines
 
 
-def _markdown_table(head, body):
+def _markdown_table(head: list[str], body: list[list[str]]) -> list[str]:
     lines = [head, ["---"] * len(head), *body]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def draw_bars(axis, models):
+def draw_bars(axis: Axes, models: dict[str, Any]) -> None:
     """Draw a bar for every contestant and size, with one thread, on a logarithmic axis."""
-    import matplotlib.pyplot as plt
+    import matplotlib
 
     sizes = rows(models, 1)
     names = [name for name in MODEL_MODULES if any(name in rivals for _, rivals in sizes)]
     width = 0.85 / max(1, len(names))
-    colours = dict(zip(MODEL_MODULES, plt.get_cmap("tab10").colors, strict=True))
+    colours = dict(zip(MODEL_MODULES, matplotlib.color_sequences["tab10"], strict=True))
     for i, name in enumerate(names):
         bars = [
             (x, rivals[name]["median"]) for x, (_, rivals) in enumerate(sizes) if name in rivals

@@ -3,7 +3,9 @@
 import itertools
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from continual_transformers_tf.bench import worker
 
@@ -11,10 +13,14 @@ CHUNK_SECONDS = 200e-6  # Steps that are faster than this are timed several at o
 
 
 class ModelWorker:
-    def __init__(self, name, threads):
-        self._name, self._threads = name, threads
+    """The requests that a contestant answers: each method is one, by its name."""
 
-    def pack(self, size, directory):
+    def __init__(self, name: str, threads: int) -> None:
+        self._name, self._threads = name, threads
+        self._contestant: Any = None
+        self._inputs: list[Any] = []
+
+    def pack(self, size: Sequence[int], directory: str) -> dict[str, Any]:
         """Write the model file of a size."""
         import continual_transformers_tf as ct
         from continual_transformers_tf.bench.model_rivals.tensorflow_models import streaming_model
@@ -24,12 +30,12 @@ class ModelWorker:
         session.save(str(Path(directory, "model.safetensors")))
         return {}
 
-    def prepare(self, size, directory):
+    def prepare(self, size: Sequence[int], directory: str) -> dict[str, Any]:
         """Make the contestant of a size."""
         from continual_transformers_tf.bench import model_rivals
         from continual_transformers_tf.bench.sizes import ModelSize
 
-        self._contestant = self._inputs = None  # Free those of the last size first.
+        self._contestant, self._inputs = None, []  # Free those of the last size first.
         self._size = ModelSize(*size)
         self._contestant = model_rivals.make(
             self._name, self._size, self._threads, str(Path(directory, "model.safetensors"))
@@ -37,7 +43,7 @@ class ModelWorker:
         self._inputs = [self._contestant.convert(x) for x in model_rivals.inputs_of(self._size)]
         return {}
 
-    def check(self):
+    def check(self) -> dict[str, Any]:
         """Take steps until the receptive field is full; return the last outputs of two streams."""
         import numpy as np
 
@@ -52,13 +58,13 @@ class ModelWorker:
         rows = outputs[model_rivals.checked_rows(size)]
         return {"steps": steps, "outputs": rows.tolist(), "positions": contestant.positions}
 
-    def burst(self, seconds, least):
+    def burst(self, seconds: float, least: int) -> dict[str, Any]:
         """Time steps, and return the median in microseconds. A sample has one step or several."""
         step, inputs = self._contestant.step, itertools.cycle(self._inputs)
         start = time.perf_counter()
         step(next(inputs))
         chunk = int(min(len(self._inputs), max(1, CHUNK_SECONDS / (time.perf_counter() - start))))
-        times = []
+        times: list[float] = []
         end = time.perf_counter() + seconds
         while len(times) < least or time.perf_counter() < end:
             # Make the list first, so that it is not timed.
@@ -69,7 +75,8 @@ class ModelWorker:
             times.append((time.perf_counter_ns() - start) / chunk)
         return {"median": statistics.median(times) / 1e3, "steps": len(times) * chunk}
 
-    def versions(self):
+    def versions(self) -> dict[str, str]:
+        """Return the installed versions of the packages that contestants need."""
         return worker.installed_versions()
 
 

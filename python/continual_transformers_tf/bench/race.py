@@ -6,12 +6,16 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from typing import IO, Any, cast
 
 from continual_transformers_tf.bench.rivals import MODULES
-from continual_transformers_tf.bench.sizes import QUICK, STREAMS, TABLE, WINDOWS
+from continual_transformers_tf.bench.sizes import QUICK, STREAMS, TABLE, WINDOWS, Size
 
 GROWTH_RIVALS = ("ours", "ours_bfloat16", "torch_sdpa", "onnxruntime", "read_bound")
-RECOMPUTED_UP_TO = 1024  # Longer windows take long to recompute, and the result is plain by then.
+RECOMPUTED_UP_TO = (
+    1024  # Longer windows take long to recompute, and the trend is clear without them.
+)
 
 
 class Rival:
@@ -20,10 +24,10 @@ class Rival:
     Args:
         name: The rival's name.
         threads: How many threads it may use.
-        command: The command that starts a worker, without these two; None: `worker.py`.
+        command: The command that starts a worker, without name and threads; None: `worker.py`.
     """
 
-    def __init__(self, name, threads, command=None):
+    def __init__(self, name: str, threads: int, command: Sequence[str] | None = None) -> None:
         self.name = name
         if command is None:
             command = [sys.executable, "-m", "continual_transformers_tf.bench.worker"]
@@ -34,22 +38,27 @@ class Rival:
             stderr=subprocess.DEVNULL,
             text=True,
         )
+        # Both are pipes. Popen's types allow None, for a process without them.
+        self._requests = cast("IO[str]", self._process.stdin)
+        self._answers = cast("IO[str]", self._process.stdout)
 
-    def ask(self, what, **arguments):
+    def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
         """Return the worker's answer, a dict. If something is wrong it has "missing" or "error"."""
         try:
-            self._process.stdin.write(json.dumps([what, arguments]) + "\n")
-            self._process.stdin.flush()
-            return json.loads(self._process.stdout.readline())
+            self._requests.write(json.dumps([what, arguments]) + "\n")
+            self._requests.flush()
+            answer: dict[str, Any] = json.loads(self._answers.readline())
+            return answer
         except (BrokenPipeError, json.JSONDecodeError):
             return {"error": f"its process ended with status {self._process.wait()}"}
 
-    def stop(self):
-        self._process.stdin.close()
+    def stop(self) -> None:
+        """End the process."""
+        self._requests.close()
         self._process.wait()
 
 
-def races(quick):
+def races(quick: bool) -> list[tuple[str, Size, tuple[str, ...]]]:
     """Return the races to run, as a list of (part, size, names of rivals)."""
     if quick:
         return [("table", size, tuple(MODULES)) for size in QUICK]
@@ -61,7 +70,13 @@ def races(quick):
     return found
 
 
-def run(threads, rounds, quick, only, progress):
+def run(
+    threads: Sequence[int],
+    rounds: int,
+    quick: bool,
+    only: Sequence[str],
+    progress: Callable[[int, int, str], None],
+) -> dict[str, Any]:
     """Run the whole race.
 
     Args:
@@ -82,12 +97,20 @@ def run(threads, rounds, quick, only, progress):
         for part, size, names in races(quick)
         if count == 1 or part == "table"
     ]  # fmt: skip
-    results, missing, versions, memory = [], {}, {}, []
+    results, memory = [], []
+    missing: dict[str, Any] = {}
+    versions: dict[str, str] = {}
     total = sum(len(names) for *_, names in plan) * rounds
-    done, processes = 0, {}
+    done = 0
+    processes: dict[tuple[str, int], Rival] = {}
     for count, part, size, names in plan:
-        entry = {"part": part, "threads": count, "size": size._asdict(), "rivals": {}}
-        medians = {}
+        entry: dict[str, Any] = {
+            "part": part,
+            "threads": count,
+            "size": size._asdict(),
+            "rivals": {},
+        }
+        medians: dict[str, list[float]] = {}
         for name in names:
             progress(done, total, f"{size}, {name} gets ready")
             if (name, count) not in processes:
@@ -125,7 +148,7 @@ def run(threads, rounds, quick, only, progress):
     }
 
 
-def reason(why):
+def reason(why: dict[str, str]) -> str:
     """Return why a rival did not take part, given the answer of `Rival.ask`."""
     if "missing" not in why:
         return why["error"]
@@ -134,12 +157,12 @@ def reason(why):
     return f"there is no {why['missing']}: pip install '.[bench]' in a checkout"
 
 
-def missing_lines(found):
+def missing_lines(found: dict[str, Any]) -> list[str]:
     """Return a sentence for the docs for every rival that did not take part."""
     return [f"Did not take part: {name}: {reason(why)}." for name, why in found["missing"].items()]
 
 
-def machine():
+def machine() -> dict[str, Any]:
     """Return a dict that describes this machine."""
     from continual_transformers_tf.ops import cpu_targets
 

@@ -1,18 +1,29 @@
 """The report of the races: tables, a picture, the goals, and the page of the docs."""
 
+from __future__ import annotations
+
 from collections import defaultdict
+from typing import TYPE_CHECKING, Any
 
 from continual_transformers_tf.bench import model_report, session_goals
 from continual_transformers_tf.bench.race import missing_lines
 from continual_transformers_tf.bench.rivals import DESCRIPTIONS, MODULES
 from continual_transformers_tf.bench.sizes import ModelSize, Size, goals
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import rich.table
+    from matplotlib.figure import FigureBase
+
 # The goal for an eager step of the layer, for E from BOUND_FROM on: at most this many times its
 # read bound, plus one op dispatch.
 BOUND_GOAL, BOUND_FROM = 1.5, 512
 
 
-def rows(found, part="table", threads=1):
+def rows(
+    found: dict[str, Any], part: str = "table", threads: int = 1
+) -> list[tuple[Size, dict[str, dict[str, float]]]]:
     """Return the results of a part: a list of (Size, dict from rival to its figures)."""
     return [
         (Size(**entry["size"]), entry["rivals"])
@@ -21,7 +32,7 @@ def rows(found, part="table", threads=1):
     ]
 
 
-def check_goals(found):
+def check_goals(found: dict[str, Any]) -> list[tuple[Size, str, float, float]]:
     """Return every goal against a rival that was measured.
 
     Returns:
@@ -36,7 +47,7 @@ def check_goals(found):
     return checked
 
 
-def table(found, threads=1):
+def table(found: dict[str, Any], threads: int = 1) -> rich.table.Table:
     """Return a rich.table.Table of microseconds a step, also as multiples of ours."""
     import rich.table
 
@@ -51,7 +62,7 @@ def table(found, threads=1):
     return made
 
 
-def _cell(rivals, name):
+def _cell(rivals: dict[str, dict[str, float]], name: str) -> str:
     if name not in rivals:
         return ""
     median = rivals[name]["median"]
@@ -60,14 +71,14 @@ def _cell(rivals, name):
     return text if name == "ours" or not ours else f"{text} ({median / ours['median']:.2g})"
 
 
-def tables(found):
+def tables(found: dict[str, Any]) -> list[rich.table.Table]:
     """Return the tables to print, as a list of rich.table.Table.
 
     Args:
         found: A dict with any of "models", the result of `model_race.run`; "session", of
             `session_goals.run`; and "layers", of `race.run`.
     """
-    made = []
+    made: list[rich.table.Table | None] = []
     if "models" in found:
         models = found["models"]
         made += [model_report.table(models, count) for count in _threads(models)]
@@ -79,13 +90,14 @@ def tables(found):
     return [one for one in made if one is not None]
 
 
-def _threads(part):
+def _threads(part: dict[str, Any]) -> list[int]:
     return sorted({entry["threads"] for entry in part["results"]})
 
 
-def markdown(found):
+def markdown(found: dict[str, Any]) -> str:
     """Return all of docs/benchmarks.md. The argument is the same as for `tables`."""
-    machine, versions = {}, {}
+    machine: dict[str, Any] = {}
+    versions: dict[str, str] = {}
     for part in found.values():
         machine.update(part["machine"])
         versions.update(part["versions"])
@@ -93,8 +105,8 @@ def markdown(found):
         "# Benchmarks",
         "",
         "Written by `make bench` (`continual-transformers bench --markdown docs/benchmarks.md`): "
-        "do not edit. Every rival runs in a process of its own; in each round all are timed one "
-        "after another. Absolute times are of that machine on that day; only the ratios count.",
+        "do not edit. Every rival has its own process. In each round they are timed one after "
+        "another. Absolute times are of that machine on that day: only the ratios count.",
         "",
         "Machine: " + ", ".join(f"{key} {value}" for key, value in machine.items()) + ".",
         "",
@@ -111,14 +123,20 @@ def markdown(found):
     return "\n".join(lines) + "\n"
 
 
-def _session_section(found):
+def _session_section(found: dict[str, Any]) -> list[str]:
     size = ModelSize(**found["size"])
-    lines = ["", "## A session in C++", "", f"Of the model {size}, by `make bench-session`.", ""]
+    lines = [
+        "",
+        "## A session in C++",
+        "",
+        f"The model is {size}. `make bench-session` measures it.",
+        "",
+    ]
     goals = [goal.cells() for goal in session_goals.goals(found)]
     return lines + _markdown_table(["", "goal", "measured", ""], goals)
 
 
-def _layers_section(found):
+def _layers_section(found: dict[str, Any]) -> list[str]:
     lines = [
         "",
         "## The whole attention layer",
@@ -147,18 +165,19 @@ def _layers_section(found):
     return lines + _goals_section(found) + _growth_section(found) + _memory_section(found)
 
 
-def _goals_section(found):
+def _goals_section(found: dict[str, Any]) -> list[str]:
     lines = [
         "",
         "### Goals",
         "",
-        "How many times faster `ours` is than a rival, one thread; and how many times faster a "
-        "plain read of rings and weights in float32 is, which no step in float32 can beat.",
+        "How many times faster `ours` is than a rival, with one thread. For comparison, how many "
+        "times faster a plain read of rings and weights in float32 is: no step in float32 can beat "
+        "it.",
         "",
     ]
     figures = dict(rows(found))
 
-    def read(size, rival):
+    def read(size: Size, rival: str) -> str:
         bound = figures[size].get("read_bound")
         return f"{figures[size][rival]['median'] / bound['median']:.2g}×" if bound else ""
 
@@ -195,7 +214,7 @@ def _goals_section(found):
     )  # fmt: skip
 
 
-def dispatch_of(found):
+def dispatch_of(found: dict[str, Any]) -> float | None:
     """Return a step's overhead in microseconds: the smallest window's time less its bound."""
     windows = rows(found, "windows")
     if not windows or not {"ours", "read_bound"} <= {*windows[0][1]}:
@@ -204,7 +223,7 @@ def dispatch_of(found):
     return rivals["ours"]["median"] - rivals["read_bound"]["median"]
 
 
-def _growth_section(found):
+def _growth_section(found: dict[str, Any]) -> list[str]:
     lines = []
     for part, title in (
         ("windows", "How cost grows with the window"),
@@ -222,7 +241,7 @@ def _growth_section(found):
     return lines
 
 
-def _memory_section(found):
+def _memory_section(found: dict[str, Any]) -> list[str]:
     what = (
         "The state against the arithmetic of the ring, and what the process grew by over 200 steps."
     )
@@ -237,16 +256,16 @@ def _memory_section(found):
     )  # fmt: skip
 
 
-def _reached(reached):
+def _reached(reached: bool) -> str:
     return "reached" if reached else "**not reached**"
 
 
-def _markdown_table(head, body):
+def _markdown_table(head: list[str], body: list[list[str]]) -> list[str]:
     lines = [head, ["---"] * len(head), *body]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def draw(path, found):
+def draw(path: Path, found: dict[str, Any]) -> None:
     """Draw whole models, and the layer: its latency against window and streams, and its table.
 
     The argument `found` is the same as for `tables`.
@@ -268,10 +287,10 @@ def draw(path, found):
     plt.close(figure)
 
 
-def _draw_layers(figure, found):
-    import matplotlib.pyplot as plt
+def _draw_layers(figure: FigureBase, found: dict[str, Any]) -> None:
+    import matplotlib
 
-    colours = dict(zip(MODULES, plt.get_cmap("tab20").colors, strict=False))
+    colours = dict(zip(MODULES, matplotlib.color_sequences["tab20"], strict=False))
     axes = figure.subplots(1, 3, width_ratios=[1, 1, 1.4])
     lines = {}
     for axis, part, letter in ((axes[0], "windows", "seq_len"), (axes[1], "streams", "streams")):

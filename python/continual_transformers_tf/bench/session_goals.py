@@ -1,14 +1,19 @@
 """A session's goals other than a fast step, measured by benchmarks/cc/session_benchmark.cc."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from continual_transformers_tf.bench.model_race import WORKER, missing_program
 from continual_transformers_tf.bench.race import Rival, machine
 from continual_transformers_tf.bench.sizes import MODEL_QUICK, MODEL_TABLE
+
+if TYPE_CHECKING:
+    import rich.table
 
 PROGRAM = "session_benchmark"
 MODEL = MODEL_TABLE[1]  # Its stream block has some 100 KB, a usual size.
@@ -33,10 +38,11 @@ class Goal(NamedTuple):
     detail: str = ""
 
     @property
-    def reached(self):
+    def reached(self) -> bool:
+        """Whether the goal was reached."""
         return self.measured >= self.goal if self.at_least else self.measured <= self.goal
 
-    def cells(self):
+    def cells(self) -> list[str]:
         """Return a table's cells: what, the goal, what was measured, whether it was reached."""
         sign = "≥" if self.at_least else "≤"
         measured = f"{self.measured:.3g}{self.unit}"
@@ -48,7 +54,7 @@ class Goal(NamedTuple):
         ]
 
 
-def run(quick, programs):
+def run(quick: bool, programs: str | Path) -> dict[str, Any]:
     """Measure a session of one of the raced models.
 
     Args:
@@ -78,12 +84,12 @@ def run(quick, programs):
     return {**found, "missing": {PROGRAM: problem} if problem else {}}
 
 
-def goals(session):
+def goals(session: dict[str, Any]) -> list[Goal]:
     """Return the session's results as a list of Goal."""
     return [Goal(**result) for result in session["results"]]
 
 
-def table(session):
+def table(session: dict[str, Any]) -> rich.table.Table | None:
     """Return a rich.table.Table of the goals, or None if none was measured."""
     import rich.table
 

@@ -12,19 +12,21 @@ class Size(NamedTuple):
     streams: int = 1
 
     @property
-    def head(self):
+    def head(self) -> int:
+        """D, the features of a head."""
         return self.features // self.heads
 
     @property
-    def ring_bytes(self):
+    def ring_bytes(self) -> int:
         """The bytes of all streams' keys and values, in float32."""
         return 2 * 4 * self.streams * self.seq_len * self.features
 
     @property
-    def weight_bytes(self):
+    def weight_bytes(self) -> int:
+        """The bytes of the four projections' weights, in float32."""
         return 4 * 4 * self.features * (self.features + 1)
 
-    def __str__(self):
+    def __str__(self) -> str:
         many = f" M={self.streams}" if self.streams > 1 else ""
         return f"N={self.seq_len} E={self.features} H={self.heads}{many}"
 
@@ -44,13 +46,13 @@ STREAMS = tuple(Size(64, 128, 4, streams=10**power) for power in range(4))
 QUICK = (Size(8, 16, 2), Size(8, 16, 2, streams=4))
 
 
-def goals(size):
+def goals(size: Size) -> dict[str, float]:
     """Return a dict from rivals to how many times faster than them a step should be."""
     n, e, m = size.seq_len, size.features, size.streams
     if size not in TABLE:
         return {}
     long, small = n >= 4096, e <= 192
-    found = {
+    found: dict[str, float] = {
         "continual_inference": 5 if e <= 512 or long else 3,
         "torch_sdpa": 2,
         "onnxruntime": 3 if long else 1.5 if (n, e) == (512, 512) else 1.2 if small else 1,
@@ -72,20 +74,21 @@ class ModelSize(NamedTuple):
     layers: int
 
     @property
-    def head(self):
+    def head(self) -> int:
+        """D, the features of a head."""
         return self.embed_dim // self.heads
 
     @property
-    def position_rows(self):
+    def position_rows(self) -> int:
         """How many rows the positional encoding has."""
         return 2 * self.seq_len - 1
 
     @property
-    def receptive_field(self):
+    def receptive_field(self) -> int:
         """How many steps an output depends on."""
         return 1 + self.layers * (self.seq_len - 1)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return (
             f"M={self.streams} N={self.seq_len} F={self.features} E={self.embed_dim} "
             f"H={self.heads} L={self.layers}"

@@ -10,6 +10,8 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 STEPS = 64  # This many inputs are prepared, and used in turn.
 VERSIONED = (
@@ -27,14 +29,19 @@ VERSIONED = (
 
 
 class Worker:
-    def __init__(self, name, threads):
-        self.name, self.threads = name, threads
+    """The requests that a rival answers: each method is one, by its name."""
 
-    def prepare(self, size):
+    def __init__(self, name: str, threads: int) -> None:
+        self.name, self.threads = name, threads
+        self.step: Any = None
+        self.inputs: list[Any] = []
+
+    def prepare(self, size: Sequence[int]) -> dict[str, Any]:
+        """Make the rival of a size, and fill its window."""
         from continual_transformers_tf.bench import rivals
         from continual_transformers_tf.bench.sizes import Size
 
-        self.step = self.inputs = None  # Free those of the last size first.
+        self.step, self.inputs = None, []  # Free those of the last size first.
         self.step, convert = rivals.make(self.name, Size(*size), self.threads)
         self.inputs = [convert(x) for x in rivals.inputs_of(Size(*size), STEPS)]
         self.at = 0
@@ -42,14 +49,15 @@ class Worker:
             self.take()
         return {}
 
-    def take(self):
+    def take(self) -> Any:
+        """Take the next step, and return its outputs."""
         x = self.inputs[self.at % STEPS]
         self.at += 1
         return self.step(x)
 
-    def burst(self, seconds, least):
+    def burst(self, seconds: float, least: int) -> dict[str, Any]:
         """Time steps one by one, and return their median in microseconds."""
-        times = []
+        times: list[float] = []
         end = time.perf_counter() + seconds
         while len(times) < least or (time.perf_counter() < end and len(times) < 20_000):
             start = time.perf_counter_ns()
@@ -57,7 +65,7 @@ class Worker:
             times.append(time.perf_counter_ns() - start)
         return {"median": statistics.median(times) / 1e3, "steps": len(times)}
 
-    def outputs(self):
+    def outputs(self) -> dict[str, Any]:
         """Return the outputs of the next step, as lists."""
         import numpy as np
 
@@ -68,7 +76,7 @@ class Worker:
             output = output.numpy()
         return {"outputs": np.asarray(output).tolist()}
 
-    def memory(self, steps):
+    def memory(self, steps: int) -> dict[str, Any]:
         """Return the bytes of the state, and how much the process grows over some steps."""
         layer = self.step.__self__
         state = sum(array.nbytes for array in layer.get_state().values())
@@ -79,11 +87,12 @@ class Worker:
             self.take()
         return {"state": state, "growth": _resident() - before}
 
-    def versions(self):
+    def versions(self) -> dict[str, str]:
+        """Return the installed versions of the packages that rivals need."""
         return installed_versions()
 
 
-def installed_versions():
+def installed_versions() -> dict[str, str]:
     """Return a dict of the installed versions of the packages that rivals need."""
     from importlib import metadata
 
@@ -94,12 +103,12 @@ def installed_versions():
     return found
 
 
-def _resident():
+def _resident() -> int:
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * resource.getpagesize()
 
 
-def main(make_worker=Worker):
+def main(make_worker: Callable[[str, int], object] = Worker) -> None:
     """Answer requests until standard input ends."""
     name, threads = sys.argv[1], int(sys.argv[2])
     # Set these before anything that reads them is imported. Waiting threads must not spin, because

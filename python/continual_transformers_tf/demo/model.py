@@ -17,7 +17,7 @@ DROPOUT = 0.2
 WEIGHTS = resources.files("continual_transformers_tf.demo") / "watch.weights.h5"
 
 
-def build_model():
+def build_model() -> keras.Model:
     """Return a model that recognizes the exercise being done, with new weights.
 
     It is a functional Keras model: windows `(B, 100, 6)` give logits `(B, 1, 7)` for the newest
@@ -42,7 +42,7 @@ def build_model():
     return keras.Model(windows, logits, name="watch")
 
 
-def trained_model():
+def trained_model() -> keras.Model:
     """Return the model with the weights that `demo/train.py` trained and the package contains."""
     model = build_model()
     with resources.as_file(WEIGHTS) as path:

@@ -1,11 +1,24 @@
 """The demo's output: a live line, a table, a picture, and the figures as plain data."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from continual_transformers_tf.demo.model import SEQ_LEN
-from continual_transformers_tf.demo.watch import CHANNELS, EXERCISE_NAMES, EXERCISES, SAMPLE_RATE
+from continual_transformers_tf.demo.stream import StreamResult, Wearer
+from continual_transformers_tf.demo.watch import (
+    CHANNELS,
+    EXERCISE_NAMES,
+    EXERCISES,
+    SAMPLE_RATE,
+    Recording,
+)
 
 SAMPLES_PER_REFRESH = 75  # Half a second of three watches.
 
@@ -18,7 +31,7 @@ class LiveLine:
         total: How many steps all streams will take.
     """
 
-    def __init__(self, console, total):
+    def __init__(self, console: Console, total: int) -> None:
         self._progress = Progress(
             BarColumn(bar_width=16),
             TaskProgressColumn(),
@@ -29,14 +42,16 @@ class LiveLine:
         self._task = self._progress.add_task("", total=total)
         self._shown = 0
 
-    def __enter__(self):
+    def __enter__(self) -> "LiveLine":
         self._progress.start()
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self._progress.stop()
 
-    def __call__(self, taken, now):
+    def __call__(
+        self, taken: int, now: list[tuple[Wearer, Recording, npt.NDArray[np.float32]]]
+    ) -> None:
         """Show the predictions after `taken` steps; see `stream`'s `on_step`."""
         if taken - self._shown < SAMPLES_PER_REFRESH:
             return
@@ -44,13 +59,13 @@ class LiveLine:
         thoughts = [_thought(*told) for told in now]
         self._progress.update(self._task, completed=taken, description="  ".join(thoughts))
 
-    def finish(self):
+    def finish(self) -> None:
         """Show that all steps have been taken."""
         task = self._progress.tasks[0]
         self._progress.update(self._task, completed=task.total, description="done")
 
 
-def _thought(wearer, recording, logits):
+def _thought(wearer: Wearer, recording: Recording, logits: npt.NDArray[np.float32]) -> str:
     probabilities = np.exp(logits - logits.max())
     probabilities /= probabilities.sum()
     guess = int(probabilities.argmax())
@@ -58,13 +73,17 @@ def _thought(wearer, recording, logits):
     return f"{wearer.subject:>2}: [{color}]{EXERCISES[guess]:>4} {probabilities[guess]:4.0%}[/]"
 
 
-def legend():
+def legend() -> str:
     """Return the meaning of the live line's words and colors."""
     names = ", ".join(f"{a} {b}" for a, b in zip(EXERCISES, EXERCISE_NAMES, strict=True))
     return f"What each person is doing ({names}): [green]right[/], [red]wrong[/]"
 
 
-def summarize(wearers, result, window_predictions):
+def summarize(
+    wearers: Sequence[Wearer],
+    result: StreamResult,
+    window_predictions: Sequence[Sequence[npt.ArrayLike]],
+) -> dict[str, Any]:
     """Return the demo's figures, as plain data for `--json`.
 
     Args:
@@ -72,12 +91,12 @@ def summarize(wearers, result, window_predictions):
         result: The `StreamResult` of their streams.
         window_predictions: The result of `on_windows` for the same wearers.
     """
-    truth = [
+    truths = [
         np.full(len(predictions), recording.exercise)
         for wearer, of_wearer in zip(wearers, result.predictions, strict=True)
         for recording, predictions in zip(wearer.recordings, of_wearer, strict=True)
     ]
-    truth = np.concatenate(truth)
+    truth = np.concatenate(truths)
     streamed = np.concatenate([p for of_wearer in result.predictions for p in of_wearer])
     windowed = np.concatenate([p for of_wearer in window_predictions for p in of_wearer])
     step, window = np.median(result.step_microseconds), np.median(result.window_microseconds)
@@ -95,7 +114,7 @@ def summarize(wearers, result, window_predictions):
     )
 
 
-def table(summary):
+def table(summary: dict[str, Any]) -> Table:
     """Return the figures as a `rich.table.Table`."""
     people = ", ".join(map(str, summary["subjects"]))
     result = Table(
@@ -121,7 +140,7 @@ def table(summary):
     return result
 
 
-def draw(path, wearer, predictions):
+def draw(path: Path, wearer: Wearer, predictions: Sequence[Sequence[int]]) -> None:
     """Draw one person's stream: signal, truth and prediction over time.
 
     Args:

@@ -1,13 +1,17 @@
 """The streaming part of the demo: samples of people whom the model never saw, one by one."""
 
 import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import keras
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 import continual_transformers_tf as ct
 from continual_transformers_tf.demo.model import SEQ_LEN
+from continual_transformers_tf.demo.watch import Recording
 from continual_transformers_tf.demo.windows import WindowModel
 
 # After every so many steps, the rival computes the same predictions on windows. So both are timed
@@ -20,7 +24,7 @@ class Wearer(NamedTuple):
     """One person and their recordings, which one stream takes one after the other."""
 
     subject: int
-    recordings: list
+    recordings: list[Recording]
 
 
 class StreamResult(NamedTuple):
@@ -33,18 +37,25 @@ class StreamResult(NamedTuple):
         window_microseconds: The time of each timed call of the rival, on the same streams.
     """
 
-    predictions: list
-    step_microseconds: np.ndarray
-    window_microseconds: np.ndarray
+    predictions: list[list[list[int]]]
+    step_microseconds: npt.NDArray[np.float64]
+    window_microseconds: npt.NDArray[np.float64]
 
 
-def wearers_of(recordings):
+# A function of the steps that all streams have taken together, and of a list with a (wearer,
+# recording, logits [7]) for each stream that took this step.
+OnStep = Callable[[int, list[tuple[Wearer, Recording, npt.NDArray[np.float32]]]], None]
+
+
+def wearers_of(recordings: Sequence[Recording]) -> list[Wearer]:
     """Group recordings by the person who wore the watch."""
     subjects = dict.fromkeys(recording.subject for recording in recordings)
     return [Wearer(s, [r for r in recordings if r.subject == s]) for s in subjects]
 
 
-def stream(model, wearers, on_step=None):
+def stream(
+    model: keras.Model, wearers: Sequence[Wearer], on_step: OnStep | None = None
+) -> StreamResult:
     """Step all wearers' streams together in a `ct.Session`, one sample of each at a time.
 
     Each recording is another exercise, so its stream is reset before it. The other streams go on.
@@ -97,7 +108,7 @@ def stream(model, wearers, on_step=None):
     )
 
 
-def on_windows(model, wearers):
+def on_windows(model: keras.Model, wearers: Sequence[Wearer]) -> list[list[npt.NDArray[np.int64]]]:
     """Return predictions as in `StreamResult.predictions`, but computed from every window."""
     rival = WindowModel(model)
     return [[rival.predictions(r.samples) for r in wearer.recordings] for wearer in wearers]
@@ -106,38 +117,36 @@ def on_windows(model, wearers):
 class _Cursor:
     """The place of a stream in its wearer's recordings."""
 
-    def __init__(self, wearer):
+    def __init__(self, wearer: Wearer) -> None:
         self._recordings = iter(wearer.recordings)
-        self.predictions = []
+        self.predictions: list[list[int]] = []
         self._next_recording()
 
-    def _next_recording(self):
-        self.recording = next(self._recordings, None)
+    def _next_recording(self) -> None:
+        recording = next(self._recordings, None)
         self.time = 0
-        if self.recording is not None:
+        self.done = recording is None
+        if recording is not None:
+            self.recording = recording
             self.predictions.append([])
 
     @property
-    def done(self):
-        return self.recording is None
-
-    @property
-    def has_window(self):
+    def has_window(self) -> bool:
         return self.time + 1 >= SEQ_LEN
 
     @property
-    def sample(self):
+    def sample(self) -> npt.NDArray[np.float32]:
         return self.recording.samples[self.time]
 
     @property
-    def window(self):
+    def window(self) -> npt.NDArray[np.float32]:
         return self.recording.samples[self.time + 1 - SEQ_LEN : self.time + 1]
 
-    def answer(self, prediction):
+    def answer(self, prediction: int) -> None:
         if self.has_window:
             self.predictions[-1].append(prediction)
 
-    def advance(self):
+    def advance(self) -> None:
         self.time += 1
         if self.time == len(self.recording.samples):
             self._next_recording()

@@ -6,15 +6,20 @@ writes the weights that the package ships, and beside them a record of the train
 
 import json
 import time
+from collections.abc import Sequence
 from importlib import metadata
+from typing import Any
 
 import click
 import keras
 import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
 
 from continual_transformers_tf.demo import watch
 from continual_transformers_tf.demo.model import SEQ_LEN, WEIGHTS, build_model
 from continual_transformers_tf.demo.random_forest import random_forest_accuracy
+from continual_transformers_tf.demo.watch import Recording
 from continual_transformers_tf.demo.windows import window_accuracy
 
 BATCH_SIZE = 128
@@ -34,7 +39,7 @@ NOISE = 0.05  # Standard deviation, in the sensors' units.
 class Windows(keras.utils.PyDataset):
     """Batches of augmented windows, with every exercise equally likely."""
 
-    def __init__(self, recordings, seed, **kwargs):
+    def __init__(self, recordings: Sequence[Recording], seed: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._by_exercise = [
             [r.samples for r in recordings if r.exercise == exercise]
@@ -42,10 +47,10 @@ class Windows(keras.utils.PyDataset):
         ]
         self._random = np.random.default_rng(seed)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return STEPS_PER_EPOCH
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         random = self._random
         exercises = random.integers(len(self._by_exercise), size=BATCH_SIZE)
         windows = np.stack([self._window(self._by_exercise[exercise]) for exercise in exercises])
@@ -56,9 +61,9 @@ class Windows(keras.utils.PyDataset):
         windows += random.normal(scale=NOISE, size=windows.shape)
         return windows.astype(np.float32), exercises[:, np.newaxis]
 
-    def _window(self, recordings):
+    def _window(self, recordings: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[Any]:
         """Return a random window of a random recording, at a faster or slower speed."""
-        samples = recordings[self._random.integers(len(recordings))]
+        samples = recordings[int(self._random.integers(len(recordings)))]
         speed = np.exp(self._random.uniform(-TEMPO, TEMPO))
         speed = min(speed, (len(samples) - 2) / (SEQ_LEN - 1))
         start = self._random.uniform(0, len(samples) - 1 - speed * (SEQ_LEN - 1))
@@ -70,7 +75,7 @@ class Windows(keras.utils.PyDataset):
         return window
 
 
-def _rotations(vectors):
+def _rotations(vectors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Return rotation matrices [B, 3, 3] for rotation vectors [B, 3] (Rodrigues' formula)."""
     angle = np.linalg.norm(vectors, axis=-1, keepdims=True)[..., np.newaxis]
     x, y, z = (vectors / np.maximum(angle[..., 0], 1e-12)).T
@@ -79,7 +84,7 @@ def _rotations(vectors):
     return np.eye(3) + np.sin(angle) * k + (1 - np.cos(angle)) * (k @ k)
 
 
-def train(recordings, epochs, seed):
+def train(recordings: Sequence[Recording], epochs: int, seed: int) -> keras.Model:
     """Return a model trained on these recordings."""
     keras.utils.set_random_seed(seed)
     model = build_model()
@@ -105,7 +110,7 @@ def train(recordings, epochs, seed):
     return trained
 
 
-def _smoothed_crossentropy(exercises, logits):
+def _smoothed_crossentropy(exercises: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
     one_hot = keras.ops.one_hot(keras.ops.cast(exercises, "int32"), len(watch.EXERCISES))
     one_hot = keras.ops.reshape(one_hot, keras.ops.shape(logits))
     return keras.losses.categorical_crossentropy(
@@ -117,7 +122,7 @@ def _smoothed_crossentropy(exercises, logits):
 @click.option("--epochs", default=20, show_default=True, help=f"Of {STEPS_PER_EPOCH} steps each.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--output", default=str(WEIGHTS), show_default=True, help="A .weights.h5 file.")
-def main(epochs, seed, output):
+def main(epochs: int, seed: int, output: str) -> None:
     """Train the demo's model on all subjects but the held-out ones."""
     started = time.time()
     subjects = [subject for subject in watch.SUBJECTS if subject not in watch.HELD_OUT]

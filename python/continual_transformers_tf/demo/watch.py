@@ -4,11 +4,13 @@ The package seglearn contains it (Burns, Leung, Hardisty, Whyne, Henry & McLachl
 physiotherapy exercise recognition: machine learning the inertial signals from a smartwatch", 2018).
 """
 
+from collections.abc import Iterable
 from importlib import util
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 SAMPLE_RATE = 50  # Hz
 CHANNELS = ("ax", "ay", "az", "wx", "wy", "wz")  # Accelerometer in g, gyroscope in rad/s.
@@ -37,10 +39,10 @@ class Recording(NamedTuple):
 
     subject: int
     exercise: int  # An index into EXERCISES.
-    samples: np.ndarray  # float32 [T, 6]
+    samples: npt.NDArray[np.float32]  # float32 [T, 6]
 
 
-def load_recordings(subjects=SUBJECTS):
+def load_recordings(subjects: Iterable[int] = SUBJECTS) -> list[Recording]:
     """Return the recordings of these subjects, in their order, with left wrists mirrored.
 
     Raises:
@@ -49,7 +51,7 @@ def load_recordings(subjects=SUBJECTS):
     # Find seglearn without importing it: only its data is needed, and the import needs pandas,
     # which seglearn does not install.
     package = util.find_spec("seglearn")
-    if package is None:
+    if package is None or package.origin is None:
         raise ModuleNotFoundError(
             "The demo's data comes with seglearn: `pip install '.[demo]'` in a checkout"
         )

@@ -1,15 +1,19 @@
 """The demo's rival: the same model and weights, called on every whole window, in plain Keras."""
 
+from collections.abc import Sequence
+
 import keras
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from continual_transformers_tf.demo.model import EMBED_DIM, NUM_HEADS, SEQ_LEN
+from continual_transformers_tf.demo.watch import Recording
 
 BATCH_SIZE = 256
 
 
-def windows_of(samples):
+def windows_of(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Return every full window of a recording as a view: [T, 6] -> [T - N + 1, N, 6]."""
     windows = np.lib.stride_tricks.sliding_window_view(samples, SEQ_LEN, axis=0)
     return windows.transpose(0, 2, 1)
@@ -22,7 +26,7 @@ class WindowModel:
         model: The trained model whose weights it uses.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: keras.Model) -> None:
         self._model = model
         self._attention = keras.layers.MultiHeadAttention(NUM_HEADS, EMBED_DIM)
         self._attention.build((None, SEQ_LEN, EMBED_DIM), (None, SEQ_LEN, EMBED_DIM))
@@ -35,7 +39,7 @@ class WindowModel:
             ],
         )
 
-    def _logits(self, windows, first_step):
+    def _logits(self, windows: tf.Tensor, first_step: tf.Tensor) -> tf.Tensor:
         """Return the logits of windows [B, N, 6].
 
         Args:
@@ -54,7 +58,7 @@ class WindowModel:
         x = encoder.output_norm(x + encoder.feed_forward_output(encoder.feed_forward(x)))
         return layer("classifier")(x)
 
-    def predictions(self, samples):
+    def predictions(self, samples: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
         """Return the predictions for each full window of a recording: [T, 6] -> [T - N + 1]."""
         windows = windows_of(samples)
         first_step = np.arange(len(windows))
@@ -68,7 +72,7 @@ class WindowModel:
         )
 
 
-def window_accuracy(model, recordings):
+def window_accuracy(model: keras.Model, recordings: Sequence[Recording]) -> float:
     """Return the model's accuracy on the full windows of these recordings."""
     window_model = WindowModel(model)
     right = [window_model.predictions(r.samples) == r.exercise for r in recordings]

@@ -4,19 +4,18 @@ from typing import Any
 
 import keras
 import numpy as np
-import numpy.typing as npt
 import tensorflow as tf
 from keras.src.backend.common import global_state
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
-from continual_transformers_tf.layers.inputs import expect_given, rows_and_steps
+from continual_transformers_tf.layers.inputs import TensorLike, expect_given, rows_and_steps
 from continual_transformers_tf.ops.stream_state import Step, StreamState, check_integer
 
 ENCODINGS = ("learned", "sinusoidal")
 
 
 @keras.saving.register_keras_serializable("continual_transformers_tf")
-class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
+class CircularPositionalEncoding(ContinualLayer):
     """Adds rows in turn, and begins again with the first row after the last.
 
     An endless stream has no last position. Attention only needs the steps of one window to differ.
@@ -126,14 +125,14 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
 
     def call(
         self,
-        x: npt.ArrayLike,
+        x: TensorLike,
         training: bool | None = None,
-        streams: npt.ArrayLike | None = None,
+        streams: TensorLike | None = None,
         update_state: bool = True,
     ) -> tf.Tensor:
         return self._call_by_mode(x, training=training, streams=streams, update_state=update_state)
 
-    def call_regular(self, x: npt.ArrayLike, training: bool | None = None) -> tf.Tensor:
+    def call_regular(self, x: TensorLike, training: bool | None = None) -> tf.Tensor:
         """Add consecutive rows to windows; the class says from which row on.
 
         Args:
@@ -171,10 +170,10 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
 
     def call_step(
         self,
-        x: npt.ArrayLike,
+        x: TensorLike,
         training: bool | None = None,
         *,
-        streams: npt.ArrayLike | None = None,
+        streams: TensorLike | None = None,
         update_state: bool = True,
     ) -> tf.Tensor:
         """Add to each stream's step the row at its index, and move these streams on by 1.
@@ -194,10 +193,10 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
 
     def call_steps(
         self,
-        x: npt.ArrayLike,
+        x: TensorLike,
         training: bool | None = None,
         *,
-        streams: npt.ArrayLike | None = None,
+        streams: TensorLike | None = None,
         update_state: bool = True,
     ) -> tf.Tensor:
         """Add the rows of T steps, and move these streams on by T.
@@ -218,7 +217,7 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
     def _restart(self) -> None:
         self._start.assign(0)
 
-    def get_state(self, streams: npt.ArrayLike | None = None) -> dict[str, Any]:
+    def get_state(self, streams: TensorLike | None = None) -> dict[str, Any]:
         """Return the state of streams: a dict of int64 arrays `[M]`. Eager mode only.
 
         It has "index", the row that is next, and "position", the number of steps taken.
@@ -246,7 +245,7 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         offset = (index - self.first_row.numpy() - position) % self._max_len
         return super()._states({"offset": offset, "position": position})
 
-    def _steps_input(self, x: npt.ArrayLike, mode: str) -> tf.Tensor:
+    def _steps_input(self, x: TensorLike, mode: str) -> tf.Tensor:
         """Return windows or several steps as `(B, T, E)`, from any axis of time."""
         expect_given("x", x)
         x = tf.convert_to_tensor(x)
@@ -257,7 +256,7 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
     def _time_in_place(self, x: tf.Tensor) -> tf.Tensor:
         return tf.transpose(x, (0, 2, 1)) if self._temporal_dim == 2 else x
 
-    def _input(self, x: npt.ArrayLike, mode: str) -> tf.Tensor:
+    def _input(self, x: TensorLike, mode: str) -> tf.Tensor:
         x = self._rows_input(x, mode)
         if x.shape[-1] != self._embed_dim:
             raise ValueError(
@@ -266,7 +265,7 @@ class CircularPositionalEncoding(ContinualLayer, keras.layers.Layer):
         return x
 
     def _take_steps(
-        self, x: tf.Tensor, streams: npt.ArrayLike | None, update_state: bool
+        self, x: tf.Tensor, streams: TensorLike | None, update_state: bool
     ) -> tf.Tensor:
         def compute(step: Step) -> tf.Tensor:
             moved = tf.gather(self._stream_state.offset, step.numbers) + step.position

@@ -5,11 +5,11 @@ from typing import Any
 
 import keras
 import numpy as np
-import numpy.typing as npt
 import tensorflow as tf
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.inputs import (
+    TensorLike,
     expect_given,
     rows_and_steps,
     without_keras_mask,
@@ -20,7 +20,7 @@ from continual_transformers_tf.ops.stream_state import Step, StreamState, check_
 
 
 @keras.saving.register_keras_serializable("continual_transformers_tf")
-class CoDelay(ContinualLayer, keras.layers.Layer):
+class CoDelay(ContinualLayer):
     """Returns each step `delay` steps later. Windows are returned as they are.
 
     With it, a branch without delay meets another whose outputs come later, such as attention with a
@@ -70,7 +70,7 @@ class CoDelay(ContinualLayer, keras.layers.Layer):
         self.call_mode = call_mode
         self._made_for = self.compute_dtype
         # The shape of a step's row. It is known when the layer is built, and with it the ring's.
-        self._features: tuple[int, ...] | None = None
+        self._features: tuple[int | None, ...] | None = None
         self._stream_state = StreamState(0, name="state")
 
     @property
@@ -120,11 +120,11 @@ class CoDelay(ContinualLayer, keras.layers.Layer):
         self.built = True
 
     def call(
-        self, x: npt.ArrayLike, streams: npt.ArrayLike | None = None, update_state: bool = True
+        self, x: TensorLike, streams: TensorLike | None = None, update_state: bool = True
     ) -> Any:
         return self._call_by_mode(x, streams=streams, update_state=update_state)
 
-    def call_regular(self, x: npt.ArrayLike) -> tf.Tensor:
+    def call_regular(self, x: TensorLike) -> tf.Tensor:
         """Return windows as they are. This does not use the streams' state.
 
         Args:
@@ -133,7 +133,7 @@ class CoDelay(ContinualLayer, keras.layers.Layer):
         return self._as_own_dtype(x)
 
     def call_step(
-        self, x: npt.ArrayLike, *, streams: npt.ArrayLike | None = None, update_state: bool = True
+        self, x: TensorLike, *, streams: TensorLike | None = None, update_state: bool = True
     ) -> tf.Tensor | None:
         """Take one step of M streams, and return that of `delay` steps before.
 
@@ -161,7 +161,7 @@ class CoDelay(ContinualLayer, keras.layers.Layer):
         return None if delayed is None else tf.squeeze(delayed, 1)
 
     def call_steps(
-        self, x: npt.ArrayLike, *, streams: npt.ArrayLike | None = None, update_state: bool = True
+        self, x: TensorLike, *, streams: TensorLike | None = None, update_state: bool = True
     ) -> tf.Tensor | None:
         """Take T steps of M streams, with the same outputs and state as T calls of `call_step`.
 
@@ -200,7 +200,7 @@ class CoDelay(ContinualLayer, keras.layers.Layer):
                 self.built = True
         return super()._states(state)
 
-    def _keep(self, features: tuple[int, ...]) -> None:
+    def _keep(self, features: tuple[int | None, ...]) -> None:
         """Make the ring for steps of these features."""
         if self._features == features:
             return
@@ -216,7 +216,7 @@ class CoDelay(ContinualLayer, keras.layers.Layer):
             raise ValueError(f"Expected x of shape {shape}, but got one of rank {rank}")
         return axis % rank
 
-    def _as_own_dtype(self, x: npt.ArrayLike) -> tf.Tensor:
+    def _as_own_dtype(self, x: TensorLike) -> tf.Tensor:
         expect_given("x", x)
         x = tf.convert_to_tensor(x)
         own = tf.as_dtype(self.compute_dtype)
@@ -236,7 +236,7 @@ class CoDelay(ContinualLayer, keras.layers.Layer):
                 self._keep(tuple(features))
             self.built = True
         if not tf.TensorShape(features).is_compatible_with(self._features):
-            expected = [str(size) for size in ("M", *self._features)]
+            expected = ["M", *map(str, self._features or ())]
             if time_axis is not None:
                 expected.insert(time_axis, "T")
             raise ValueError(
@@ -244,7 +244,7 @@ class CoDelay(ContinualLayer, keras.layers.Layer):
             )
 
     def _take_steps(
-        self, x: tf.Tensor, streams: npt.ArrayLike | None, update_state: bool
+        self, x: tf.Tensor, streams: TensorLike | None, update_state: bool
     ) -> tf.Tensor | None:
         """Take the steps x `(M, T, ...)`, and return `(M, T', ...)` or None."""
         self._check_policy()

@@ -3,10 +3,9 @@
 from typing import Any
 
 import keras
-import numpy.typing as npt
 import tensorflow as tf
 
-from continual_transformers_tf.layers.inputs import expect_given, without_keras_mask
+from continual_transformers_tf.layers.inputs import TensorLike, expect_given, without_keras_mask
 from continual_transformers_tf.layers.plain_layers import cast, project
 from continual_transformers_tf.layers.streaming_attention import StepMasks, StreamingAttention
 from continual_transformers_tf.ops.delay import put_steps, windows_of
@@ -126,9 +125,9 @@ class CoReMultiHeadAttention(StreamingAttention):
 
     def call_regular(
         self,
-        query: npt.ArrayLike,
-        value: npt.ArrayLike | None = None,
-        key: npt.ArrayLike | None = None,
+        query: TensorLike,
+        value: TensorLike | None = None,
+        key: TensorLike | None = None,
         **arguments: Any,
     ) -> Any:
         """Return attention on whole windows, as Keras' layer. This does not use the streams' state.

@@ -3,10 +3,10 @@
 from typing import Any
 
 import keras
-import numpy.typing as npt
 import tensorflow as tf
 
 from continual_transformers_tf.layers.co_re_mha import CoReMultiHeadAttention
+from continual_transformers_tf.layers.inputs import TensorLike
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
 from continual_transformers_tf.ops.delay import put_steps, windows_of
 from continual_transformers_tf.ops.stream_state import Step
@@ -71,7 +71,7 @@ class CoReTransformerEncoder(TransformerEncoderBlock):
 
     def call_regular(
         self,
-        x: npt.ArrayLike,
+        x: TensorLike,
         training: bool | None = None,
         key_mask: tf.Tensor | None = None,
     ) -> tf.Tensor:

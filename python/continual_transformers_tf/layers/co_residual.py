@@ -1,22 +1,22 @@
 """A residual connection around a continual layer."""
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import keras
-import numpy.typing as npt
 import tensorflow as tf
 
 from continual_transformers_tf.layers.call_modes import call_mode
 from continual_transformers_tf.layers.co_delay import CoDelay
 from continual_transformers_tf.layers.composite_layer import CompositeLayer
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
-from continual_transformers_tf.layers.inputs import expect_given, rows_and_steps
+from continual_transformers_tf.layers.inputs import TensorLike, expect_given, rows_and_steps
 from continual_transformers_tf.layers.plain_layers import cast
 from continual_transformers_tf.ops.stream_state import Step
 
 
 @keras.saving.register_keras_serializable("continual_transformers_tf")
-class CoResidual(CompositeLayer, keras.layers.Layer):
+class CoResidual(CompositeLayer):
     """`layer(x) + x`, in which each output is added to the step that it belongs to.
 
     The residual is delayed by the layer's delay. If the layer returns only one row of a window, as
@@ -45,7 +45,7 @@ class CoResidual(CompositeLayer, keras.layers.Layer):
     """
 
     def __init__(self, layer: ContinualLayer, call_mode: str = "regular", **kwargs: Any) -> None:
-        if not isinstance(layer, ContinualLayer) or not isinstance(layer, keras.layers.Layer):
+        if not isinstance(layer, ContinualLayer):
             raise ValueError(
                 f"Expected a continual layer of continual_transformers_tf, but got {layer!r}"
             )
@@ -72,7 +72,7 @@ class CoResidual(CompositeLayer, keras.layers.Layer):
             self._share_streams()
 
     @property
-    def parts(self) -> list[ContinualLayer]:
+    def parts(self) -> Sequence[ContinualLayer]:
         return [self.layer] if self._skip is None else [self.layer, self._skip]
 
     @property
@@ -80,7 +80,7 @@ class CoResidual(CompositeLayer, keras.layers.Layer):
         return ["layer", "skip"][: len(self.parts)]
 
     @property
-    def _inner_layers(self) -> list[ContinualLayer]:
+    def _inner_layers(self) -> Sequence[ContinualLayer]:
         return [self.layer]
 
     @property
@@ -140,9 +140,9 @@ class CoResidual(CompositeLayer, keras.layers.Layer):
 
     def call(
         self,
-        x: npt.ArrayLike,
+        x: TensorLike,
         training: bool | None = None,
-        streams: npt.ArrayLike | None = None,
+        streams: TensorLike | None = None,
         update_state: bool = True,
         **arguments: Any,
     ) -> Any:
@@ -158,7 +158,7 @@ class CoResidual(CompositeLayer, keras.layers.Layer):
         return self._add_steps(mode, call_layer, x, training, streams, update_state, arguments)
 
     def call_regular(
-        self, x: npt.ArrayLike, training: bool | None = None, **arguments: Any
+        self, x: TensorLike, training: bool | None = None, **arguments: Any
     ) -> tf.Tensor:
         """Return the layer's outputs for windows plus the steps that they belong to.
 
@@ -175,10 +175,10 @@ class CoResidual(CompositeLayer, keras.layers.Layer):
 
     def call_step(
         self,
-        x: npt.ArrayLike,
+        x: TensorLike,
         training: bool | None = None,
         *,
-        streams: npt.ArrayLike | None = None,
+        streams: TensorLike | None = None,
         update_state: bool = True,
         **arguments: Any,
     ) -> tf.Tensor | None:
@@ -201,10 +201,10 @@ class CoResidual(CompositeLayer, keras.layers.Layer):
 
     def call_steps(
         self,
-        x: npt.ArrayLike,
+        x: TensorLike,
         training: bool | None = None,
         *,
-        streams: npt.ArrayLike | None = None,
+        streams: TensorLike | None = None,
         update_state: bool = True,
         **arguments: Any,
     ) -> tf.Tensor | None:
@@ -240,7 +240,7 @@ class CoResidual(CompositeLayer, keras.layers.Layer):
     def _time_axis(self) -> int:
         return getattr(self.layer, "temporal_dim", 1)
 
-    def _input(self, mode: str, x: npt.ArrayLike) -> tf.Tensor:
+    def _input(self, mode: str, x: TensorLike) -> tf.Tensor:
         """Return the input as a tensor with its mask of Keras, and build the layer."""
         if mode != "regular":
             self._check_policy()
@@ -265,7 +265,7 @@ class CoResidual(CompositeLayer, keras.layers.Layer):
         return arguments
 
     def _add_windows(
-        self, call: Any, x: npt.ArrayLike, training: bool | None, arguments: dict[str, Any]
+        self, call: Any, x: TensorLike, training: bool | None, arguments: dict[str, Any]
     ) -> tf.Tensor:
         options = self._options(training, arguments)
         x = self._input("regular", x)
@@ -282,9 +282,9 @@ class CoResidual(CompositeLayer, keras.layers.Layer):
         self,
         mode: str,
         call: Any,
-        x: npt.ArrayLike,
+        x: TensorLike,
         training: bool | None,
-        streams: npt.ArrayLike | None,
+        streams: TensorLike | None,
         update_state: bool,
         arguments: dict[str, Any],
     ) -> tf.Tensor | None:

@@ -3,11 +3,11 @@
 from typing import Any
 
 import keras
-import numpy.typing as npt
 import tensorflow as tf
 
 from continual_transformers_tf.layers.fused_step import FusedStepLayer, optional_input
 from continual_transformers_tf.layers.inputs import (
+    TensorLike,
     checked_cache_dtype,
     checked_weights_dtype,
     expect_given,
@@ -170,13 +170,13 @@ class CoSiMultiHeadAttention(FusedStepLayer, StreamingAttention):
 
     def call_regular(
         self,
-        query: npt.ArrayLike,
-        value: npt.ArrayLike | None = None,
-        key: npt.ArrayLike | None = None,
-        query_mask: npt.ArrayLike | None = None,
-        value_mask: npt.ArrayLike | None = None,
-        key_mask: npt.ArrayLike | None = None,
-        attention_mask: npt.ArrayLike | None = None,
+        query: TensorLike,
+        value: TensorLike | None = None,
+        key: TensorLike | None = None,
+        query_mask: TensorLike | None = None,
+        value_mask: TensorLike | None = None,
+        key_mask: TensorLike | None = None,
+        attention_mask: TensorLike | None = None,
         return_attention_scores: bool = False,
         training: bool | None = None,
         use_causal_mask: bool = False,
@@ -249,13 +249,13 @@ class CoSiMultiHeadAttention(FusedStepLayer, StreamingAttention):
     def _take_steps(
         self,
         mode: str,
-        query: npt.ArrayLike,
-        value: npt.ArrayLike | None,
-        key: npt.ArrayLike | None,
+        query: TensorLike,
+        value: TensorLike | None,
+        key: TensorLike | None,
         *,
         return_attention_scores: bool,
         training: bool | None,
-        streams: npt.ArrayLike | None,
+        streams: TensorLike | None,
         update_state: bool,
         **masks: Any,
     ) -> tuple[Any, Any]:

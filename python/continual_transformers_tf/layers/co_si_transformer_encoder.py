@@ -4,12 +4,11 @@ from typing import Any
 
 import keras
 import numpy as np
-import numpy.typing as npt
 import tensorflow as tf
 
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.fused_step import FusedStepLayer
-from continual_transformers_tf.layers.inputs import check_features
+from continual_transformers_tf.layers.inputs import TensorLike, check_features
 from continual_transformers_tf.layers.narrow_kernels import NarrowKernels
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
 from continual_transformers_tf.ops.co_si_step import ENCODER_STEP
@@ -97,9 +96,9 @@ class CoSiTransformerEncoder(FusedStepLayer, TransformerEncoderBlock):
 
     def call_regular(
         self,
-        x: npt.ArrayLike,
+        x: TensorLike,
         training: bool | None = None,
-        key_mask: npt.ArrayLike | None = None,
+        key_mask: TensorLike | None = None,
     ) -> tf.Tensor:
         """Return the newest step's output of whole windows. This does not use the streams' state.
 
@@ -118,7 +117,7 @@ class CoSiTransformerEncoder(FusedStepLayer, TransformerEncoderBlock):
         return self._feed_forward(x[:, -1:], attended, training)
 
     def _take_steps(
-        self, mode: str, x: npt.ArrayLike, training: bool | None, streams: Any, update_state: bool
+        self, mode: str, x: TensorLike, training: bool | None, streams: Any, update_state: bool
     ) -> tf.Tensor | None:
         fused_step = self._step_as_one_op(training, x) if mode == "step" else None
         if fused_step is None:

@@ -1,10 +1,10 @@
 """Layers that are made of several continual layers."""
 
+from collections.abc import Sequence
 from typing import Any
 
-import numpy.typing as npt
-
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
+from continual_transformers_tf.layers.inputs import TensorLike
 from continual_transformers_tf.ops.stream_state import Streams, StreamState
 
 
@@ -15,7 +15,7 @@ class CompositeLayer(ContinualLayer):
     """
 
     @property
-    def parts(self) -> list[ContinualLayer]:
+    def parts(self) -> Sequence[ContinualLayer]:
         """The continual layers in it that take steps."""
         raise NotImplementedError
 
@@ -37,7 +37,7 @@ class CompositeLayer(ContinualLayer):
         for part in self.parts:
             part._restart()
 
-    def get_state(self, streams: npt.ArrayLike | None = None) -> dict[str, Any]:
+    def get_state(self, streams: TensorLike | None = None) -> dict[str, Any]:
         """Return the state of streams: a dict from the name of each part to its state.
 
         The parts are numbered, "0", "1", ...; those of a `CoResidual` are "layer" and, if the layer

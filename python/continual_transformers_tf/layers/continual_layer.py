@@ -1,22 +1,27 @@
 """What all continual layers share: calls by mode, the warm-up rule and their streams' state."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import numpy as np
-import numpy.typing as npt
 import tensorflow as tf
 
 from continual_transformers_tf.layers.call_modes import check_call_mode, entered_call_mode
-from continual_transformers_tf.layers.inputs import expect_given, step_input, without_keras_mask
+from continual_transformers_tf.layers.inputs import (
+    TensorLike,
+    expect_given,
+    step_input,
+    without_keras_mask,
+)
 from continual_transformers_tf.layers.warm_up import is_always_partial
 from continual_transformers_tf.ops.stream_state import Step, Streams, StreamState, check_integer
 
 
-class ContinualLayer:
-    """A mixin for Keras layers that can also be called on the steps of endless streams.
+class ContinualLayer(keras.layers.Layer):
+    """A Keras layer that can also be called on the steps of endless streams.
 
-    A class that uses it defines `call_regular`, `call_step` and `call_steps`. Its `call` calls
+    A subclass defines `call_regular`, `call_step` and `call_steps`. Its `call` calls
     `_call_by_mode`, its constructor sets `call_mode`, `_warm_up` if there is a choice,
     `_made_for` and `_stream_state`, and its steps are taken by `self._streams.take_steps`. A layer
     that is made of several continual layers is a `CompositeLayer`.
@@ -29,7 +34,6 @@ class ContinualLayer:
     # Whether a step returns the outputs of the whole window, and not one row.
     gives_windows = False
 
-    _stream_state: StreamState
     # The compute dtype that the streams' state was made for. None: any.
     _made_for: str | None = None
     _warm_up = "partial"
@@ -56,7 +60,7 @@ class ContinualLayer:
         return entered_call_mode() or self._call_mode
 
     def _call_by_mode(
-        self, *inputs: Any, streams: npt.ArrayLike | None, update_state: bool, **arguments: Any
+        self, *inputs: Any, streams: TensorLike | None, update_state: bool, **arguments: Any
     ) -> Any:
         """Call the method of the active call mode. `streams`, `update_state` are for steps only."""
         mode = self.active_call_mode
@@ -159,7 +163,7 @@ class ContinualLayer:
                 self.build(*(x.shape for x in inputs))
 
     @property
-    def _inner_layers(self) -> list["ContinualLayer"]:
+    def _inner_layers(self) -> Sequence["ContinualLayer"]:
         """The continual layers that this layer calls."""
         return []
 
@@ -200,7 +204,7 @@ class ContinualLayer:
             check_integer("streams", streams, at_least=0)
         self._streams.ensure(streams)
 
-    def clean_state(self, streams: npt.ArrayLike | None = None) -> None:
+    def clean_state(self, streams: TensorLike | None = None) -> None:
         """Forget what streams have seen: they begin again.
 
         Args:
@@ -216,7 +220,7 @@ class ContinualLayer:
     def _restart(self) -> None:
         """Forget what does not belong to a single stream, when all streams begin again."""
 
-    def get_state(self, streams: npt.ArrayLike | None = None) -> dict[str, Any]:
+    def get_state(self, streams: TensorLike | None = None) -> dict[str, Any]:
         """Return the state of streams: a dict of NumPy arrays, a row a stream. Eager mode only.
 
         Args:
@@ -227,7 +231,7 @@ class ContinualLayer:
         """
         return self._stream_state.get_state(streams)
 
-    def set_state(self, state: dict[str, Any], streams: npt.ArrayLike | None = None) -> None:
+    def set_state(self, state: dict[str, Any], streams: TensorLike | None = None) -> None:
         """Put back what `get_state` returned, here or in another layer of the same sizes.
 
         Args:

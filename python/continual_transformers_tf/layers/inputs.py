@@ -5,6 +5,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+# A tensor, or anything that `tf.convert_to_tensor` takes.
+TensorLike = Any
+
 HALF_DTYPES = ("bfloat16", "float16")
 _AXES = {
     "regular": "(B, T, E), windows of T steps",

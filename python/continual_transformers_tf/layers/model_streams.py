@@ -4,9 +4,9 @@ import contextlib
 from collections.abc import Iterator
 
 import keras
-import numpy.typing as npt
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
+from continual_transformers_tf.layers.inputs import TensorLike
 from continual_transformers_tf.ops.stream_state import Streams
 
 
@@ -37,7 +37,7 @@ def convert_weights(model: keras.layers.Layer) -> None:
         layer.convert_weights()
 
 
-def clean_state(model: keras.layers.Layer, streams: npt.ArrayLike | None = None) -> None:
+def clean_state(model: keras.layers.Layer, streams: TensorLike | None = None) -> None:
     """Forget what streams have seen, in every continual layer of a Keras model or layer.
 
     Args:

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple, Self
 
 import keras
 import numpy as np
-import numpy.typing as npt
 import tensorflow as tf
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.inputs import (
+    TensorLike,
     check_features,
     check_same_rows,
     rows_and_steps,
@@ -70,6 +70,7 @@ class StreamingAttention(ContinualLayer, keras.layers.MultiHeadAttention):
     """
 
     _stream_state: AttentionCache
+    _features: tuple[Any, ...]  # Of query, value and key, when the layer is built.
 
     def __init__(
         self,
@@ -233,17 +234,17 @@ class StreamingAttention(ContinualLayer, keras.layers.MultiHeadAttention):
 
     def call(
         self,
-        query: npt.ArrayLike,
-        value: npt.ArrayLike | None = None,
-        key: npt.ArrayLike | None = None,
-        query_mask: npt.ArrayLike | None = None,
-        value_mask: npt.ArrayLike | None = None,
-        key_mask: npt.ArrayLike | None = None,
-        attention_mask: npt.ArrayLike | None = None,
+        query: TensorLike,
+        value: TensorLike | None = None,
+        key: TensorLike | None = None,
+        query_mask: TensorLike | None = None,
+        value_mask: TensorLike | None = None,
+        key_mask: TensorLike | None = None,
+        attention_mask: TensorLike | None = None,
         return_attention_scores: bool = False,
         training: bool | None = None,
         use_causal_mask: bool = False,
-        streams: npt.ArrayLike | None = None,
+        streams: TensorLike | None = None,
         update_state: bool = True,
     ) -> Any:
         mask = getattr(query, "_keras_mask", None)
@@ -277,18 +278,18 @@ class StreamingAttention(ContinualLayer, keras.layers.MultiHeadAttention):
 
     def call_step(
         self,
-        query: npt.ArrayLike,
-        value: npt.ArrayLike | None = None,
-        key: npt.ArrayLike | None = None,
-        attention_mask: npt.ArrayLike | None = None,
+        query: TensorLike,
+        value: TensorLike | None = None,
+        key: TensorLike | None = None,
+        attention_mask: TensorLike | None = None,
         return_attention_scores: bool = False,
         training: bool | None = None,
         *,
-        query_mask: npt.ArrayLike | None = None,
-        value_mask: npt.ArrayLike | None = None,
-        key_mask: npt.ArrayLike | None = None,
+        query_mask: TensorLike | None = None,
+        value_mask: TensorLike | None = None,
+        key_mask: TensorLike | None = None,
         use_causal_mask: bool = False,
-        streams: npt.ArrayLike | None = None,
+        streams: TensorLike | None = None,
         update_state: bool = True,
     ) -> Any:
         """Take one step of M streams.
@@ -346,18 +347,18 @@ class StreamingAttention(ContinualLayer, keras.layers.MultiHeadAttention):
 
     def call_steps(
         self,
-        query: npt.ArrayLike,
-        value: npt.ArrayLike | None = None,
-        key: npt.ArrayLike | None = None,
-        attention_mask: npt.ArrayLike | None = None,
+        query: TensorLike,
+        value: TensorLike | None = None,
+        key: TensorLike | None = None,
+        attention_mask: TensorLike | None = None,
         return_attention_scores: bool = False,
         training: bool | None = None,
         *,
-        query_mask: npt.ArrayLike | None = None,
-        value_mask: npt.ArrayLike | None = None,
-        key_mask: npt.ArrayLike | None = None,
+        query_mask: TensorLike | None = None,
+        value_mask: TensorLike | None = None,
+        key_mask: TensorLike | None = None,
         use_causal_mask: bool = False,
-        streams: npt.ArrayLike | None = None,
+        streams: TensorLike | None = None,
         update_state: bool = True,
     ) -> Any:
         """Take T steps of M streams, with the same outputs and state as T calls of `call_step`.
@@ -402,13 +403,13 @@ class StreamingAttention(ContinualLayer, keras.layers.MultiHeadAttention):
     def _take_steps(
         self,
         mode: str,
-        query: npt.ArrayLike,
-        value: npt.ArrayLike | None,
-        key: npt.ArrayLike | None,
+        query: TensorLike,
+        value: TensorLike | None,
+        key: TensorLike | None,
         *,
         return_attention_scores: bool,
         training: bool | None,
-        streams: npt.ArrayLike | None,
+        streams: TensorLike | None,
         update_state: bool,
         **masks: Any,
     ) -> tuple[Any, Any]:

@@ -1,17 +1,18 @@
 """Transformer encoders of any depth, on windows and on streams."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
-import numpy.typing as npt
 import tensorflow as tf
 
 from continual_transformers_tf.layers.co_re_transformer_encoder import CoReTransformerEncoder
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
 from continual_transformers_tf.layers.composite_layer import CompositeLayer
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
-from continual_transformers_tf.layers.inputs import rows_and_steps
+from continual_transformers_tf.layers.inputs import TensorLike, rows_and_steps
 from continual_transformers_tf.layers.plain_layers import layer_norm
+from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
 from continual_transformers_tf.layers.warm_up import always_partial, check_warm_up
 from continual_transformers_tf.ops.stream_state import Step, check_integer
 
@@ -19,7 +20,7 @@ KINDS = ("single_output", "retroactive")
 
 
 @keras.saving.register_keras_serializable("continual_transformers_tf")
-class TransformerEncoder(CompositeLayer, keras.layers.Layer):
+class TransformerEncoder(CompositeLayer):
     """A stack of encoder blocks that returns the newest step's output.
 
     Two kinds of stack stream with every step attending to the N newest (Hedegaard & Iosifidis,
@@ -88,7 +89,7 @@ class TransformerEncoder(CompositeLayer, keras.layers.Layer):
         if kind not in KINDS:
             raise ValueError(f"Expected kind to be one of {KINDS}, but got {kind!r}")
         super().__init__(**kwargs)
-        block = dict(
+        block: dict[str, Any] = dict(
             seq_len=seq_len,
             embed_dim=embed_dim,
             num_heads=num_heads,
@@ -113,10 +114,10 @@ class TransformerEncoder(CompositeLayer, keras.layers.Layer):
         self.call_mode = call_mode
         self._made_for = self.compute_dtype
         self._warm_up = check_warm_up(warm_up)
-        single_output = dict(cache_dtype=cache_dtype, weights_dtype=weights_dtype)
-        self.blocks = []
+        single_output: dict[str, Any] = dict(cache_dtype=cache_dtype, weights_dtype=weights_dtype)
+        self.blocks: list[TransformerEncoderBlock] = []
         for i in range(num_layers):
-            names = dict(name=f"block_{i}", dtype=self.dtype_policy)
+            names: dict[str, Any] = dict(name=f"block_{i}", dtype=self.dtype_policy)
             if kind == "single_output" or i == num_layers - 1:
                 self.blocks.append(CoSiTransformerEncoder(**block, **single_output, **names))
             else:
@@ -152,11 +153,11 @@ class TransformerEncoder(CompositeLayer, keras.layers.Layer):
         return sum(block.delay for block in self._streaming)
 
     @property
-    def parts(self) -> list[ContinualLayer]:
+    def parts(self) -> Sequence[ContinualLayer]:
         return self._streaming
 
     @property
-    def _inner_layers(self) -> list[ContinualLayer]:
+    def _inner_layers(self) -> Sequence[ContinualLayer]:
         return self.blocks
 
     @property
@@ -175,14 +176,14 @@ class TransformerEncoder(CompositeLayer, keras.layers.Layer):
 
     def call(
         self,
-        x: npt.ArrayLike,
+        x: TensorLike,
         training: bool | None = None,
-        streams: npt.ArrayLike | None = None,
+        streams: TensorLike | None = None,
         update_state: bool = True,
     ) -> Any:
         return self._call_by_mode(x, training=training, streams=streams, update_state=update_state)
 
-    def call_regular(self, x: npt.ArrayLike, training: bool | None = None) -> tf.Tensor:
+    def call_regular(self, x: TensorLike, training: bool | None = None) -> tf.Tensor:
         """Return the newest step's output of whole windows. This does not use the streams' state.
 
         Args:
@@ -209,10 +210,10 @@ class TransformerEncoder(CompositeLayer, keras.layers.Layer):
 
     def call_step(
         self,
-        x: npt.ArrayLike,
+        x: TensorLike,
         training: bool | None = None,
         *,
-        streams: npt.ArrayLike | None = None,
+        streams: TensorLike | None = None,
         update_state: bool = True,
     ) -> tf.Tensor | None:
         """Take one step of M streams.
@@ -233,10 +234,10 @@ class TransformerEncoder(CompositeLayer, keras.layers.Layer):
 
     def call_steps(
         self,
-        x: npt.ArrayLike,
+        x: TensorLike,
         training: bool | None = None,
         *,
-        streams: npt.ArrayLike | None = None,
+        streams: TensorLike | None = None,
         update_state: bool = True,
     ) -> tf.Tensor | None:
         """Take T steps of M streams, with the same outputs and state as T calls of `call_step`.
@@ -254,7 +255,7 @@ class TransformerEncoder(CompositeLayer, keras.layers.Layer):
         return self._take_steps("steps", x, training, streams, update_state)
 
     def _take_steps(
-        self, mode: str, x: npt.ArrayLike, training: bool | None, streams: Any, update_state: bool
+        self, mode: str, x: TensorLike, training: bool | None, streams: Any, update_state: bool
     ) -> tf.Tensor | None:
         x = self._rows_input(x, mode)
         one_step = mode == "step"

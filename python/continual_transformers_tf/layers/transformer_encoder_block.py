@@ -1,19 +1,19 @@
 """What the continual transformer encoder blocks share."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
-import numpy.typing as npt
 import tensorflow as tf
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
-from continual_transformers_tf.layers.inputs import rows_and_steps
+from continual_transformers_tf.layers.inputs import TensorLike, rows_and_steps
 from continual_transformers_tf.layers.plain_layers import layer_norm, project
 from continual_transformers_tf.layers.streaming_attention import StreamingAttention
 from continual_transformers_tf.ops.stream_state import Step, StreamState, check_integer
 
 
-class TransformerEncoderBlock(ContinualLayer, keras.layers.Layer):
+class TransformerEncoderBlock(ContinualLayer):
     """Attention, residual, layer norm, feed-forward, residual, layer norm; or with the norms first.
 
     A subclass defines `_attention_class`, `call_regular` and `_step_outputs`. The arguments are
@@ -100,7 +100,7 @@ class TransformerEncoderBlock(ContinualLayer, keras.layers.Layer):
         return self.attention._stream_state
 
     @property
-    def _inner_layers(self) -> list[ContinualLayer]:
+    def _inner_layers(self) -> Sequence[ContinualLayer]:
         return [self.attention]
 
     def get_config(self) -> dict[str, Any]:
@@ -120,15 +120,15 @@ class TransformerEncoderBlock(ContinualLayer, keras.layers.Layer):
 
     def call(
         self,
-        x: npt.ArrayLike,
+        x: TensorLike,
         training: bool | None = None,
-        streams: npt.ArrayLike | None = None,
+        streams: TensorLike | None = None,
         update_state: bool = True,
     ) -> Any:
         return self._call_by_mode(x, training=training, streams=streams, update_state=update_state)
 
     def call_regular_rows(
-        self, x: npt.ArrayLike, training: bool | None = None, attention_mask: Any = None
+        self, x: TensorLike, training: bool | None = None, attention_mask: Any = None
     ) -> tf.Tensor:
         """Return all rows of windows, from Keras' own layers: a regular encoder's output.
 
@@ -149,10 +149,10 @@ class TransformerEncoderBlock(ContinualLayer, keras.layers.Layer):
 
     def call_step(
         self,
-        x: npt.ArrayLike,
+        x: TensorLike,
         training: bool | None = None,
         *,
-        streams: npt.ArrayLike | None = None,
+        streams: TensorLike | None = None,
         update_state: bool = True,
     ) -> tf.Tensor | None:
         """Take one step of M streams.
@@ -175,10 +175,10 @@ class TransformerEncoderBlock(ContinualLayer, keras.layers.Layer):
 
     def call_steps(
         self,
-        x: npt.ArrayLike,
+        x: TensorLike,
         training: bool | None = None,
         *,
-        streams: npt.ArrayLike | None = None,
+        streams: TensorLike | None = None,
         update_state: bool = True,
     ) -> tf.Tensor | None:
         """Take T steps of M streams, with the same outputs and state as T calls of `call_step`.
@@ -197,7 +197,7 @@ class TransformerEncoderBlock(ContinualLayer, keras.layers.Layer):
         return self._take_steps("steps", x, training, streams, update_state)
 
     def _take_steps(
-        self, mode: str, x: npt.ArrayLike, training: bool | None, streams: Any, update_state: bool
+        self, mode: str, x: TensorLike, training: bool | None, streams: Any, update_state: bool
     ) -> tf.Tensor | None:
         x = self._rows_input(x, mode)
         attend = self.attention.call_step if mode == "step" else self.attention.call_steps

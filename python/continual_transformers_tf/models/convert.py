@@ -1,4 +1,6 @@
-"""`ct.convert`: makes a Keras model stream."""
+"""`ct.convert`, which makes a Keras model stream."""
+
+from typing import Any
 
 import keras
 
@@ -13,7 +15,7 @@ from continual_transformers_tf.models.own_calls import (
 from continual_transformers_tf.models.streaming_model import StreamingModel
 
 
-def convert(model, seq_len, **options):
+def convert(model: keras.Model, seq_len: int, **options: Any) -> StreamingModel:
     """Return a copy of a Keras model that also answers at every step of a stream.
 
     Every `keras.layers.MultiHeadAttention` becomes a `CoSiMultiHeadAttention` with a window of
@@ -22,8 +24,8 @@ def convert(model, seq_len, **options):
     window (see `StreamingModel`).
 
     Args:
-        model: A functional or built sequential `keras.Model`; models within it likewise. It is not
-            changed.
+        model: A functional or built sequential `keras.Model`. Models inside it must be of these
+            kinds too. It is not changed.
         seq_len: N, the window: how many of the newest steps a step's query attends to.
         **options: `warm_up`, `call_mode` and `name` of the `StreamingModel`, and `cache_dtype` of
             its attention. If the model is a `StreamingModel` already, options that are left out
@@ -36,22 +38,22 @@ def convert(model, seq_len, **options):
         ValueError: If something in the model cannot be converted or run on steps. The message gives
             the reason for every layer in the way.
     """
-    attention = {"seq_len": seq_len}
+    attention: dict[str, Any] = {"seq_len": seq_len}
     if options.get("cache_dtype") is not None:
         attention["cache_dtype"] = options["cache_dtype"]
     options.pop("cache_dtype", None)
     if not isinstance(model, keras.Model):
         raise ValueError(
-            f"Expected a keras.Model, but got {model!r}. (For a layer alone there is "
-            "CoSiMultiHeadAttention.from_regular.)"
+            f"Expected a keras.Model, but got {model!r}. To convert a single layer, call "
+            "CoSiMultiHeadAttention.from_regular"
         )
     unknown = sorted(set(options) - {"warm_up", "call_mode", "name", "dtype", "trainable"})
     if unknown:
         raise ValueError(
-            "Expected warm_up, call_mode, name and cache_dtype alone, but got "
-            f"{' and '.join(unknown)}: other options are of single layers, and "
-            "CoSiMultiHeadAttention.from_regular(layer, seq_len, ...) takes them all; but "
-            "weights_dtype is of steps that are one op, which those of a StreamingModel are not"
+            "Expected only warm_up, call_mode, name and cache_dtype, but got "
+            f"{' and '.join(unknown)}. CoSiMultiHeadAttention.from_regular(layer, seq_len, ...) "
+            "takes every option of a single layer. weights_dtype is for a layer that is called "
+            "alone: in a StreamingModel a step of a layer is more than one op"
         )
     options = {"name": model.name, **options}
     if isinstance(model, StreamingModel):
@@ -59,7 +61,9 @@ def convert(model, seq_len, **options):
         options = {"warm_up": model.warm_up, "call_mode": model.call_mode, **options}
         model = model.model
     if not model.built:
-        raise ValueError(f"Expected a built model, but {model.name} has never been called")
+        raise ValueError(
+            f"Expected a built model, but {model.name} has never been called: call it once"
+        )
     copy, problems = convert_layers(model, attention)
     if problems:
         raise ValueError(
@@ -68,7 +72,9 @@ def convert(model, seq_len, **options):
     return StreamingModel(copy, **options)
 
 
-def convert_layers(model, attention, also_continual=True):
+def convert_layers(
+    model: keras.Model, attention: dict[str, Any], also_continual: bool = True
+) -> tuple[keras.Model, list[str]]:
     """Return a copy of a model with continual attention, and the problems that were found.
 
     Args:
@@ -81,9 +87,9 @@ def convert_layers(model, attention, also_continual=True):
         (the copy, a list of problems, as sentences). If there are no problems, the copy has the
         model's weights.
     """
-    problems = []
+    problems: list[str] = []
 
-    def convert_layer(layer):
+    def convert_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
         try:
             if isinstance(layer, StreamingModel):
                 return convert(layer, **attention) if also_continual else _copy(layer)
@@ -97,7 +103,9 @@ def convert_layers(model, attention, also_continual=True):
         except ValueError as error:
             problems.append(str(error))
         if isinstance(layer, keras.layers.GroupQueryAttention):
-            problems.append(f"{layer.name} ({type(layer).__name__}) has no continual twin here")
+            problems.append(
+                f"{layer.name} ({type(layer).__name__}) has no continual counterpart here"
+            )
         return _copy(layer)
 
     if not isinstance(model, keras.Sequential) and not hasattr(model, "_nodes_by_depth"):
@@ -113,15 +121,17 @@ def convert_layers(model, attention, also_continual=True):
     return copy, problems
 
 
-def _copy(layer):
+def _copy(layer: keras.layers.Layer) -> keras.layers.Layer:
     return layer.__class__.from_config(layer.get_config())
 
 
-def _with_options(layer, options):
+def _with_options(layer: keras.layers.Layer, options: dict[str, Any]) -> keras.layers.Layer:
     """Return a copy of a continual layer, with these options if the layer has a window."""
     config = layer.get_config()
     if "seq_len" in config:
         if not set(options) <= set(config):
-            raise ValueError(f"{layer.name} ({type(layer).__name__}) takes no cache_dtype")
+            raise ValueError(
+                f"{layer.name} ({type(layer).__name__}) takes no cache_dtype: leave it out"
+            )
         config |= options
     return layer.__class__.from_config(config)

@@ -1,12 +1,13 @@
-"""`ct.cost`: what a step, or a regular call, of a layer or a model costs."""
+"""`ct.cost`, which counts what a step or a regular call of a layer or a model costs."""
 
 import math
+from typing import Any
 
 import keras
 
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.models.cost_formulas import Cost
-from continual_transformers_tf.models.cost_layers import Rows, cost_of, largest
+from continual_transformers_tf.models.cost_layers import Rows, cost_of, largest, with_register
 from continual_transformers_tf.models.own_calls import check_streaming_model
 from continual_transformers_tf.models.step_graph import StepGraph
 from continual_transformers_tf.models.streaming_model import StreamingModel
@@ -15,15 +16,18 @@ from continual_transformers_tf.ops.stream_state import check_integer
 MODES = ("step", "regular")
 
 
-def cost(layer_or_model, mode="step", seq_len=None):
+@with_register
+def cost(
+    layer_or_model: keras.layers.Layer, mode: str = "step", seq_len: int | None = None
+) -> Cost:
     """Count what a layer or model costs: operations, bytes of a stream, bytes a step reads.
 
     This counts what the mathematics needs in inference, by the rules of `cost_formulas`. It does
     not count extra work that a kernel does. A matrix product has as many multiplications as
     multiply-adds, so `multiplications` is what tables of "FLOPs" often mean, including the paper's.
 
-    For other types of layers, register a function of the layer and a `Rows` with
-    `ct.cost.register`, which works as that of `functools.singledispatch`.
+    To count other types of layers, register a function of the layer and a `Rows` with
+    `ct.cost.register`. It works as the `register` of `functools.singledispatch` does.
 
     Args:
         layer_or_model: A built layer of this package or of Keras, a functional or built sequential
@@ -37,7 +41,7 @@ def cost(layer_or_model, mode="step", seq_len=None):
         A `Cost`.
 
     Raises:
-        ValueError: If the mode is neither, something is not built, the length of the window is not
+        ValueError: If the mode is another, something is not built, the length of the window is not
             known, a model cannot be run on steps, or the cost of a layer is not known.
     """
     if mode not in MODES:
@@ -56,12 +60,11 @@ def cost(layer_or_model, mode="step", seq_len=None):
     return cost_of(layer_or_model, Rows(mode, 1 if mode == "step" else seq_len))
 
 
-cost.register = cost_of.register
-
-
-def _check_built(layer):
+def _check_built(layer: keras.layers.Layer) -> None:
     if not layer.built:
-        raise ValueError(f"Expected a built layer, but {layer.name} has never been called")
+        raise ValueError(
+            f"Expected a built layer, but {layer.name} has never been called: call it once"
+        )
 
 
 # Whole models.
@@ -71,7 +74,7 @@ _OPS = {"Add": (0, 1), "Subtract": (0, 1), "Multiply": (1, 0), "Divide": (1, 0),
 _OPS |= {"TrueDivide": (1, 0), "Negative": (0, 0), "Cast": (0, 0), "Reshape": (0, 0)}
 
 
-def _cost_of_model(model, mode, seq_len):
+def _cost_of_model(model: keras.Model, mode: str, seq_len: int | None) -> Cost:
     if isinstance(model, StreamingModel):
         check_streaming_model(model)
         graph = model._graph
@@ -85,7 +88,7 @@ def _cost_of_model(model, mode, seq_len):
     return _cost_of_graph(graph, mode, seq_len)
 
 
-def _cost_of_graph(graph, mode, seq_len):
+def _cost_of_graph(graph: StepGraph, mode: str, seq_len: int | None) -> Cost:
     total = Cost()
     for nodes in graph.model._nodes_by_depth.values():
         for node in nodes:
@@ -94,7 +97,7 @@ def _cost_of_graph(graph, mode, seq_len):
     return total
 
 
-def _cost_of_node(graph, node, mode, seq_len):
+def _cost_of_node(graph: StepGraph, node: Any, mode: str, seq_len: int | None) -> Cost:
     op = node.operation
     if isinstance(op, keras.Model):
         inner = graph._inner.get(id(node))
@@ -106,19 +109,22 @@ def _cost_of_node(graph, node, mode, seq_len):
     shape = largest(shapes)
     # Token ids have no feature axis.
     given = shape if isinstance(op, keras.layers.Embedding) else shape[:-1]
-    rows = Rows(mode, None if None in given else math.prod(given), shapes)
+    known = [n for n in given if n is not None]
+    rows = Rows(mode, math.prod(known) if len(known) == len(given) else None, shapes)
     if isinstance(op, keras.layers.Layer):
         return cost_of(op, rows)
-    known = _OPS.get(type(op).__name__)
-    if known is None:
+    counts = _OPS.get(type(op).__name__)
+    if counts is None:
         raise ValueError(
             f"Expected layers and operations whose cost is known, but got {type(op).__name__}"
         )
-    numbers = rows.numbers(op) if any(known) else 0
-    return Cost(known[0] * numbers, known[1] * numbers)
+    numbers = rows.numbers(op) if any(counts) else 0
+    return Cost(counts[0] * numbers, counts[1] * numbers)
 
 
-def _shape_of_one(graph, x, mode, seq_len):
+def _shape_of_one(
+    graph: StepGraph, x: keras.KerasTensor, mode: str, seq_len: int | None
+) -> list[int | None]:
     """Return the shape of one window or step of a tensor of the graph, without the batch axis."""
     kind = _kind(graph, x)
     if kind == "whole":
@@ -133,7 +139,7 @@ def _shape_of_one(graph, x, mode, seq_len):
     return shape
 
 
-def _kind(graph, x):
+def _kind(graph: StepGraph, x: keras.KerasTensor) -> str | None:
     """Return the kind of a tensor of the graph; None if it is not in the graph."""
     known = graph._known.get(id(x))
     return None if known is None else known.kind

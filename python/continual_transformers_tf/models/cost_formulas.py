@@ -9,6 +9,7 @@ head.
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +32,15 @@ class Cost:
     read_bytes: int = 0
 
     @property
-    def flops(self):
+    def flops(self) -> int:
         """All operations: multiplications, additions and exponentials."""
         return self.multiplications + self.additions + self.exponentials
 
-    def __add__(self, other):
+    def __add__(self, other: "Cost") -> "Cost":
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         return Cost(*(one + another for one, another in pairs))
 
-    def __mul__(self, times):
+    def __mul__(self, times: int) -> "Cost":
         return dataclasses.replace(
             self,
             multiplications=self.multiplications * times,
@@ -48,7 +49,7 @@ class Cost:
         )
 
 
-def attention_cost(queries, keys, key_dim, value_dim=None):
+def attention_cost(queries: int, keys: int, key_dim: int, value_dim: int | None = None) -> Cost:
     """Return the cost of one head's attention, from all its queries to all its keys.
 
     With n queries, n keys and d features for both, it is (2n²d + 2nd) + (2n²d - nd - n) + n². The
@@ -63,12 +64,12 @@ def attention_cost(queries, keys, key_dim, value_dim=None):
     )
 
 
-def single_output_attention_cost(seq_len, key_dim, value_dim=None):
+def single_output_attention_cost(seq_len: int, key_dim: int, value_dim: int | None = None) -> Cost:
     """Return a step's cost of single-output attention: (2nd + 2d) + (2nd - d - 1) + n."""
     return attention_cost(1, seq_len, key_dim, value_dim)
 
 
-def retroactive_attention_cost(seq_len, key_dim):
+def retroactive_attention_cost(seq_len: int, key_dim: int) -> Cost:
     """Return the cost of a step of continual retroactive attention, as published.
 
     It is (7nd + 2n - 3d) + (6nd + 3n - 6d - 3) + (3n - 2), with n steps in the window and d
@@ -82,25 +83,30 @@ def retroactive_attention_cost(seq_len, key_dim):
     )
 
 
-def dense_cost(rows, inputs, outputs, use_bias=True):
+def dense_cost(rows: int, inputs: int, outputs: int, use_bias: bool = True) -> Cost:
     """Return the cost of a matrix product of `[rows, inputs]` with a kernel `[inputs, outputs]`."""
     additions = rows * (inputs - 1 + bool(use_bias)) * outputs
     return Cost(multiplications=rows * inputs * outputs, additions=additions)
 
 
-def layer_norm_cost(rows, features):
+def layer_norm_cost(rows: int, features: int) -> Cost:
     """Return the cost of layer normalization of these rows, with scale and offset."""
     # The mean, centring, squares, their mean, epsilon, the root, dividing by it, scale and offset.
     return Cost(multiplications=rows * (3 * features + 3), additions=rows * (4 * features - 1))
 
 
-def activation_cost(name, elements):
+def activation_cost(name: str, elements: int) -> Cost | None:
     """Return the cost of an activation by its name in Keras; None if it is not known."""
     known = _ACTIVATIONS.get(name)
     return None if known is None else Cost(*known) * elements
 
 
-def softmax_cost(rows, features):
+def sigmoid_cost(elements: int) -> Cost:
+    """Return the cost of a sigmoid, the activation of an attention's gate."""
+    return Cost(*_ACTIVATIONS["sigmoid"]) * elements
+
+
+def softmax_cost(rows: int, features: int) -> Cost:
     """Return the cost of a softmax of rows with this number of features."""
     return Cost(rows * features, rows * (2 * features - 1), rows * features)
 
@@ -122,6 +128,6 @@ _ACTIVATIONS = {
 }
 
 
-def bytes_of(shape, itemsize):
+def bytes_of(shape: Iterable[int], itemsize: int) -> int:
     """Return the size of an array in bytes."""
     return math.prod(shape) * itemsize

@@ -6,6 +6,8 @@
 import functools
 import math
 import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ParamSpec, Protocol, cast
 
 import keras
 import numpy as np
@@ -23,14 +25,19 @@ from continual_transformers_tf.models.cost_formulas import (
     bytes_of,
     dense_cost,
     layer_norm_cost,
+    sigmoid_cost,
     single_output_attention_cost,
     softmax_cost,
 )
 from continual_transformers_tf.models.own_calls import computes_as
+from continual_transformers_tf.ops.stream_state import StreamState
+
+Shape = Sequence[int | None]
+P = ParamSpec("P")
 
 
 class Rows:
-    """The rows that a layer is run on.
+    """The rows that a layer runs on.
 
     Args:
         mode: "step" or "regular".
@@ -39,27 +46,27 @@ class Rows:
             layer that is not part of a model.
     """
 
-    def __init__(self, mode, count, shapes=()):
+    def __init__(self, mode: str, count: int | None, shapes: Sequence[Shape] = ()) -> None:
         self.mode, self.shapes = mode, shapes
         self._count = count
 
     @property
-    def count(self):
+    def count(self) -> int:
         """How many rows of features."""
         return known_length(self._count)
 
-    def numbers(self, layer):
+    def numbers(self, layer: keras.layers.Layer) -> int:
         """Return how many elements the largest input has, for a layer without weights."""
         if not self.shapes:
             raise ValueError(
-                f"Expected a model that {layer.name} ({type(layer).__name__}) is a part of: by "
-                "itself it knows no features"
+                f"Expected a model, but got only {layer.name} ({type(layer).__name__}), which does "
+                "not know how many features its input has: ask for the cost of a model around it"
             )
-        return self.count * largest(self.shapes)[-1]
+        return self.count * known_length(largest(self.shapes)[-1])
 
 
-def known_length(count):
-    """Return the number of steps or rows, or raise ValueError if it is None."""
+def known_length(count: int | None) -> int:
+    """Return the number of steps or rows. Raise ValueError if it is None."""
     if count is None:
         raise ValueError(
             'Expected seq_len, the steps of the window, with mode="regular", but got None'
@@ -67,46 +74,60 @@ def known_length(count):
     return count
 
 
-def largest(shapes):
+def largest(shapes: Sequence[Shape]) -> Shape:
     """Return the first of the shapes with the most axes."""
     return max(shapes, key=len)
 
 
+class Registering(Protocol[P]):
+    """A function that returns a `Cost`, and registers functions for other types of layers."""
+
+    @property
+    def register(self) -> Callable[..., Any]: ...
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Cost: ...
+
+
+def with_register(function: Callable[P, Cost]) -> Registering[P]:
+    """Return the function, with an attribute `register`: that of `functools.singledispatch`."""
+    function.register = _function_of.register  # type: ignore[attr-defined]
+    return cast("Registering[P]", function)
+
+
 @functools.singledispatch
-def _function_of(layer, rows):
+def _function_of(layer: keras.layers.Layer, rows: Rows) -> Cost:
     raise ValueError(
         f"Expected a layer whose cost is known, but got {layer.name} ({type(layer).__name__}): "
-        "make it known by ct.cost.register"
+        "register a function for it with ct.cost.register"
     )
 
 
-def cost_of(layer, rows):
+@with_register
+def cost_of(layer: keras.layers.Layer, rows: Rows) -> Cost:
     """Return the `Cost` of a layer on a `Rows`."""
     known = next(c for c in type(layer).__mro__ if c in _function_of.registry)
     if known is not object and not computes_as(layer, known):
         raise ValueError(
             f"Expected a layer whose cost is known, but {layer.name} ({type(layer).__name__}) does "
-            f"not compute as {known.__name__} does: make its cost known by ct.cost.register"
+            f"not compute as {known.__name__} does: register a function for it with "
+            "ct.cost.register"
         )
     return _function_of(layer, rows)
-
-
-cost_of.register = _function_of.register
 
 
 # Keras' layers.
 
 
 @cost_of.register
-def _(layer: keras.layers.Dense, rows):
+def _(layer: keras.layers.Dense, rows: Rows) -> Cost:
     outputs = layer.units
     given = dense_cost(rows.count, layer.kernel.shape[0], outputs, layer.use_bias)
     return given + _activation(layer, rows.count * outputs, outputs) + _weights(layer)
 
 
 @cost_of.register
-def _(layer: keras.layers.EinsumDense, rows):
-    kernel, output = re.fullmatch(r".*,(.*)->(.*)", layer.equation).groups()
+def _(layer: keras.layers.EinsumDense, rows: Rows) -> Cost:
+    _, kernel, output = re.split(",|->", layer.equation)
     sizes = zip(kernel, layer.kernel.shape, strict=True)
     outputs = math.prod(size for letter, size in sizes if letter in output)
     count = rows.count
@@ -117,34 +138,34 @@ def _(layer: keras.layers.EinsumDense, rows):
 
 
 @cost_of.register
-def _(layer: keras.layers.LayerNormalization, rows):
+def _(layer: keras.layers.LayerNormalization, rows: Rows) -> Cost:
     features = math.prod(layer.gamma.shape)
     return layer_norm_cost(rows.count, features) + _weights(layer)
 
 
 @cost_of.register
-def _(layer: keras.layers.Activation, rows):
+def _(layer: keras.layers.Activation, rows: Rows) -> Cost:
     numbers = rows.numbers(layer)
     return _activation(layer, numbers, numbers // rows.count)
 
 
 @cost_of.register
-def _(layer: keras.layers.ReLU, rows):
+def _(layer: keras.layers.ReLU, rows: Rows) -> Cost:
     return Cost()
 
 
 @cost_of.register
-def _(layer: keras.layers.Softmax, rows):
+def _(layer: keras.layers.Softmax, rows: Rows) -> Cost:
     return softmax_cost(rows.count, rows.numbers(layer) // rows.count)
 
 
 @cost_of.register
-def _(layer: keras.layers.Add, rows):
+def _(layer: keras.layers.Add, rows: Rows) -> Cost:
     return Cost(additions=rows.numbers(layer) * (len(rows.shapes) - 1))
 
 
 @cost_of.register
-def _(layer: keras.layers.Embedding, rows):
+def _(layer: keras.layers.Embedding, rows: Rows) -> Cost:
     width = layer.output_dim * _itemsize(layer.variable_dtype)
     return Cost(read_bytes=rows.count * width)
 
@@ -156,12 +177,12 @@ def _(layer: keras.layers.Embedding, rows):
 @cost_of.register(keras.layers.InputLayer)
 @cost_of.register(keras.layers.Masking)
 @cost_of.register(keras.layers.Reshape)
-def _(layer, rows):
+def _(layer: keras.layers.Layer, rows: Rows) -> Cost:
     return Cost()
 
 
 @cost_of.register
-def _(layer: keras.layers.MultiHeadAttention, rows):
+def _(layer: keras.layers.MultiHeadAttention, rows: Rows) -> Cost:
     if rows.mode == "step":
         raise ValueError(
             f"Expected a layer that takes steps, but {layer.name} is a "
@@ -174,7 +195,7 @@ def _(layer: keras.layers.MultiHeadAttention, rows):
 
 
 @cost_of.register
-def _(layer: CoSiMultiHeadAttention, rows):
+def _(layer: CoSiMultiHeadAttention, rows: Rows) -> Cost:
     if rows.mode == "regular":
         return attention_of_windows(layer, rows, single_output=layer._single_output)
     cache = layer._stream_state
@@ -192,7 +213,7 @@ def _(layer: CoSiMultiHeadAttention, rows):
 
 
 @cost_of.register
-def _(layer: CoSiTransformerEncoder, rows):
+def _(layer: CoSiTransformerEncoder, rows: Rows) -> Cost:
     """Return the cost. Only the newest row goes on after the attention, also in a regular call."""
     newest = Rows(rows.mode, 1)
     total = cost_of(layer.attention, rows) + Cost(additions=2 * layer.input_features["x"])
@@ -203,7 +224,7 @@ def _(layer: CoSiTransformerEncoder, rows):
 
 
 @cost_of.register
-def _(layer: CircularPositionalEncoding, rows):
+def _(layer: CircularPositionalEncoding, rows: Rows) -> Cost:
     (features,) = layer.input_features.values()
     added = Cost(additions=rows.count * features)
     read = rows.count * features * _itemsize(layer.variable_dtype)
@@ -214,7 +235,7 @@ def _(layer: CircularPositionalEncoding, rows):
 
 
 @cost_of.register
-def _(layer: CoDelay, rows):
+def _(layer: CoDelay, rows: Rows) -> Cost:
     if rows.mode == "regular":
         return Cost()
     state = bytes_of_state(layer._stream_state)
@@ -223,7 +244,7 @@ def _(layer: CoDelay, rows):
 
 
 @cost_of.register
-def _(layer: CoResidual, rows):
+def _(layer: CoResidual, rows: Rows) -> Cost:
     total = cost_of(layer.layer, rows)
     if layer._skip is not None:
         total += cost_of(layer._skip, rows)
@@ -235,18 +256,21 @@ def _(layer: CoResidual, rows):
 # Shared by the functions above.
 
 
-def _gives_one_row(layer):
+def _gives_one_row(layer: keras.layers.Layer) -> bool:
     """Return whether a regular call gives only one row."""
     if isinstance(layer, CoResidual):
         return _gives_one_row(layer.layer)
     return isinstance(layer, CoSiTransformerEncoder) or getattr(layer, "_single_output", False)
 
 
-def attention_of_windows(layer, rows, single_output=False):
+def attention_of_windows(
+    layer: keras.layers.Layer, rows: Rows, single_output: bool = False
+) -> Cost:
     """Return the cost of a regular call of attention."""
     queries = keys = rows.count
     if rows.shapes:
-        queries, *_, keys = (known_length(shape[0]) for shape in (rows.shapes * 2)[:2])
+        queries = known_length(rows.shapes[0][0])
+        keys = known_length(rows.shapes[min(1, len(rows.shapes) - 1)][0])
     if single_output:
         queries = 1
     attended = attention_cost(queries, keys, layer._key_dim, layer._value_dim)
@@ -254,8 +278,8 @@ def attention_of_windows(layer, rows, single_output=False):
     return _projections(layer, queries, keys) + attended * layer._num_heads + weights
 
 
-def _projections(layer, queries, keys):
-    """Return the cost of projecting into heads and back, and of the gate and its products."""
+def _projections(layer: keras.layers.Layer, queries: int, keys: int) -> Cost:
+    """Return the cost of the projections into heads and back, and of the gate."""
     heads = layer._num_heads
     total = projection(layer._query_dense, queries, heads * layer._key_dim)
     total += projection(layer._key_dense, keys, heads * layer._key_dim)
@@ -265,16 +289,17 @@ def _projections(layer, queries, keys):
     if getattr(layer, "_use_gate", False):
         gated = heads * layer._value_dim
         total += projection(layer._gate_dense, queries, gated) + Cost(queries * gated)
-        total += activation_cost("sigmoid", queries * gated)
+        total += sigmoid_cost(queries * gated)
     return total
 
 
-def projection(dense, rows, outputs):
+def projection(dense: keras.layers.Layer, rows: int, outputs: int) -> Cost:
+    """Return the cost of one projection of an attention layer."""
     inputs = math.prod(dense.kernel.shape) // outputs
     return dense_cost(rows, inputs, outputs, dense.bias is not None)
 
 
-def _activation(layer, numbers, features):
+def _activation(layer: keras.layers.Layer, numbers: int, features: int) -> Cost:
     if layer.activation is None:
         return Cost()
     name = getattr(layer.activation, "__name__", type(layer.activation).__name__)
@@ -283,20 +308,21 @@ def _activation(layer, numbers, features):
     given = activation_cost(name, numbers)
     if given is None:
         raise ValueError(
-            f"Expected an activation whose cost is known, but {layer.name} has {name!r}"
+            f"Expected an activation whose cost is known, but {layer.name} has {name!r}: register "
+            "a function for the layer with ct.cost.register"
         )
     return given
 
 
-def _itemsize(dtype):
+def _itemsize(dtype: str) -> int:
     return tf.as_dtype(dtype).size
 
 
-def _weights(layer):
+def _weights(layer: keras.layers.Layer) -> Cost:
     return Cost(read_bytes=bytes_of_weights(layer))
 
 
-def bytes_of_weights(layer, kernels=None):
+def bytes_of_weights(layer: keras.layers.Layer, kernels: str | None = None) -> int:
     """Return the bytes of a layer's weights, with the kernels in another dtype if it is given."""
     return sum(
         bytes_of(w.shape, _itemsize(kernels if kernels and w.name == "kernel" else w.dtype))
@@ -304,7 +330,7 @@ def bytes_of_weights(layer, kernels=None):
     )
 
 
-def bytes_of_state(state, names=None):
+def bytes_of_state(state: StreamState, names: Iterable[str] | None = None) -> int:
     """Return the bytes of one stream in the variables of a `StreamState`."""
     return sum(
         bytes_of(variable.shape[1:], variable.dtype.size)

@@ -5,9 +5,9 @@ from continual_transformers_tf.layers.co_re_transformer_encoder import CoReTrans
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
 from continual_transformers_tf.models.cost_formulas import (
     Cost,
-    activation_cost,
     attention_cost,
     retroactive_attention_cost,
+    sigmoid_cost,
 )
 from continual_transformers_tf.models.cost_layers import (
     Rows,
@@ -20,7 +20,7 @@ from continual_transformers_tf.models.cost_layers import (
 
 
 @cost_of.register
-def _(layer: CoReMultiHeadAttention, rows):
+def _(layer: CoReMultiHeadAttention, rows: Rows) -> Cost:
     """Return the cost of the published update of a step, or with a band, of computing all rows.
 
     All N outputs go through the output projection.
@@ -39,14 +39,14 @@ def _(layer: CoReMultiHeadAttention, rows):
     total += projection(layer._output_dense, n, outputs)
     if layer._use_gate:  # Each output is multiplied by the gate that came with its query.
         gated = heads * layer._value_dim
-        total += projection(layer._gate_dense, 1, gated) + activation_cost("sigmoid", gated)
+        total += projection(layer._gate_dense, 1, gated) + sigmoid_cost(gated)
         total += Cost(multiplications=n * gated)
     state = bytes_of_state(layer._stream_state)
     return total + Cost(state_bytes=state, read_bytes=state + bytes_of_weights(layer))
 
 
 @cost_of.register
-def _(layer: CoReTransformerEncoder, rows):
+def _(layer: CoReTransformerEncoder, rows: Rows) -> Cost:
     """Return the cost. All N rows go on after the attention, also in a step."""
     count = layer.seq_len if rows.mode == "step" else rows.count
     whole = Rows("regular", count)
@@ -59,7 +59,7 @@ def _(layer: CoReTransformerEncoder, rows):
 
 
 @cost_of.register
-def _(layer: TransformerEncoder, rows):
+def _(layer: TransformerEncoder, rows: Rows) -> Cost:
     total = Cost()
     for i, block in enumerate(layer.blocks):
         if layer.kind == "single_output" or i == 0:

@@ -1,9 +1,12 @@
 """SavedModels that take steps of streams, served without Keras, or without Python."""
 
+import os
 import tempfile
 import uuid
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -11,17 +14,26 @@ import tensorflow as tf
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.model_streams import convert_weights, hold_streams
-from continual_transformers_tf.models.lowering import lower
+from continual_transformers_tf.models.lowering import Lowered, lower
 from continual_transformers_tf.native import backend
 from continual_transformers_tf.ops.library import fused_ops
 from continual_transformers_tf.ops.stream_state import check_integer
+
+Signature = dict[str, tf.TensorSpec]  # The inputs of a step, by name.
 
 # Names of the SavedModel's assets.
 MODEL_FILE = "model.safetensors"
 STATES_FILE = "streams.states"
 
 
-def export(model, path, streams=None, inputs=None, *, states=True):
+def export(
+    model: keras.layers.Layer,
+    path: str | os.PathLike[str],
+    streams: int | None = None,
+    inputs: Sequence[str] | None = None,
+    *,
+    states: bool = True,
+) -> None:
     """Write a SavedModel whose signatures take steps of streams.
 
     The step is one op on a `Session`, and the session's model file is one of the SavedModel's
@@ -68,14 +80,17 @@ def export(model, path, streams=None, inputs=None, *, states=True):
             not fit it, or an input or output has a name that the signature needs.
         ImportError: With CONTINUAL_TRANSFORMERS_BACKEND=fused, if the op library cannot be loaded.
     """
-    if not isinstance(model, ContinualLayer):
+    is_continual = isinstance(model, ContinualLayer)
+    if not is_continual:
         raise ValueError(
             f"Expected a continual layer or a StreamingModel, but got {model!r}. Wrap "
             "a model with continual layers in ct.StreamingModel, and give a model that has only "
             "Keras' layers to ct.convert"
         )
     if not model.built:
-        raise ValueError(f"Expected a built layer, but {model.name} has never been called")
+        raise ValueError(
+            f"Expected a built layer, but {model.name} has never been called: call it once"
+        )
     if streams is not None:
         check_integer("streams", streams, at_least=1)
     signature = _input_signature(model, inputs)
@@ -90,7 +105,9 @@ def export(model, path, streams=None, inputs=None, *, states=True):
 # Export with a session.
 
 
-def _on_a_session(model, inputs):
+def _on_a_session(
+    model: keras.layers.Layer, inputs: Sequence[str] | None
+) -> tuple[Any, Lowered | None]:
     """Return (the op library's module, the `Lowered` model); (None, None) for a graph export."""
     if backend() == "tensorflow" or "GPU" in model.position.device:
         return None, None
@@ -119,7 +136,7 @@ class _SessionResource(tf.saved_model.experimental.TrackableResource):
         streams: How many streams there are.
     """
 
-    def __init__(self, ops, model_file, states, streams):
+    def __init__(self, ops: Any, model_file: str, states: str | None, streams: int) -> None:
         super().__init__()
         self._ops = ops
         self._streams = streams
@@ -131,10 +148,10 @@ class _SessionResource(tf.saved_model.experimental.TrackableResource):
         if states is not None:
             self._states = self._track_trackable(tf.saved_model.Asset(states), "states")
 
-    def _create_resource(self):
+    def _create_resource(self) -> tf.Tensor:
         return self._ops.continual_transformers_session_handle(shared_name=self._shared_name)
 
-    def _initialize(self):
+    def _initialize(self) -> None:
         self._ops.continual_transformers_initialize_session(
             self.resource_handle,
             self._model_file.asset_path,
@@ -142,13 +159,21 @@ class _SessionResource(tf.saved_model.experimental.TrackableResource):
             streams=self._streams,
         )
 
-    def _destroy_resource(self):
+    def _destroy_resource(self) -> None:
         # Functions with the handle keep the session alive: a signature may outlive the SavedModel
         # object that it was taken from.
         self._ops.continual_transformers_release_session(shared_name=self._shared_name)
 
 
-def _export_session(ops, lowered, model, path, streams, signature, states):
+def _export_session(
+    ops: Any,
+    lowered: Lowered,
+    model: keras.layers.Layer,
+    path: str,
+    streams: int | None,
+    signature: Signature,
+    states: bool,
+) -> None:
     position = np.asarray(model.position)
     streams = max(position.size, streams or 0)
     with tempfile.TemporaryDirectory() as folder:
@@ -166,12 +191,18 @@ def _export_session(ops, lowered, model, path, streams, signature, states):
                 tf.io.gfile.remove(asset)
         module = tf.Module()
         module.session = _SessionResource(
-            ops, str(model_file), states_file and str(states_file), streams
+            ops, str(model_file), None if states_file is None else str(states_file), streams
         )
         _save(module, path, _functions_on_a_session(ops, module, lowered.plan, model, signature))
 
 
-def _functions_on_a_session(ops, module, plan, model, signature):
+def _functions_on_a_session(
+    ops: Any,
+    module: tf.Module,
+    plan: dict[str, Any],
+    model: keras.layers.Layer,
+    signature: Signature,
+) -> dict[str, Any]:
     """Return the signatures' functions, and set get_state and set_state on the module."""
     session = module.session.resource_handle
     values = [plan["values"][port["value"]] for port in plan["outputs"]]
@@ -181,7 +212,7 @@ def _functions_on_a_session(ops, module, plan, model, signature):
         structure = model._graph.model.output
         output_types = [y.dtype for y in keras.tree.flatten(structure)]
 
-    def step(streams, **steps):
+    def step(streams: tf.Tensor, **steps: tf.Tensor) -> dict[str, tf.Tensor]:
         # tf.function passes them in another order.
         given = [tf.cast(steps[name], dtype) for name, dtype in zip(signature, types, strict=True)]
         results, ready = ops.continual_transformers_session_step(
@@ -195,27 +226,27 @@ def _functions_on_a_session(ops, module, plan, model, signature):
         y = y[0] if structure is None else keras.tree.pack_sequence_as(structure, y)
         return {**_by_name(y), "ready": ready}
 
-    def clean(streams):
+    def clean(streams: tf.Tensor) -> dict[str, tf.Tensor]:
         return {"position": ops.continual_transformers_session_clean(session, streams)}
 
-    def ensure_streams(count):
+    def ensure_streams(count: tf.Tensor) -> dict[str, tf.Tensor]:
         return {"count": ops.continual_transformers_session_ensure_streams(session, count)}
 
     numbers = tf.TensorSpec([None], tf.int32, name="streams")
 
     @tf.function(input_signature=[numbers])
-    def get_state(streams):
+    def get_state(streams: tf.Tensor) -> tf.Tensor:
         return ops.continual_transformers_session_get_state(session, streams)
 
     @tf.function(input_signature=[numbers, tf.TensorSpec([None], tf.string, name="states")])
-    def set_state(streams, states):
+    def set_state(streams: tf.Tensor, states: tf.Tensor) -> tf.Tensor:
         return ops.continual_transformers_session_set_state(session, streams, states)
 
     module.get_state, module.set_state = get_state, set_state
     return _traced(step, clean, ensure_streams, signature)
 
 
-def _write_states(model, model_file, path, count):
+def _write_states(model: keras.layers.Layer, model_file: Path, path: Path, count: int) -> None:
     """Write the states of streams 0 to count - 1, in the format of a session of the model file."""
     from continual_transformers_tf.session import Session
 
@@ -234,12 +265,14 @@ def _write_states(model, model_file, path, count):
 # Export as a graph of TensorFlow's ops.
 
 
-def _export_graph(model, path, streams, signature, states):
+def _export_graph(
+    model: keras.layers.Layer, path: str, streams: int | None, signature: Signature, states: bool
+) -> None:
     if streams is not None:
         model.ensure_streams(streams)
     convert_weights(model)  # After training, say: the SavedModel keeps the copies.
 
-    def step(streams, **steps):
+    def step(streams: tf.Tensor, **steps: tf.Tensor) -> dict[str, tf.Tensor]:
         given = [steps[name] for name in signature]  # tf.function passes them in another order.
         if isinstance(model, keras.Model):
             given = keras.tree.pack_sequence_as(model._graph.model.input, given)
@@ -252,11 +285,11 @@ def _export_graph(model, path, streams, signature, states):
         ready = tf.gather(model.position, streams) >= model.receptive_field
         return {**outputs, "ready": ready}
 
-    def clean(streams):
+    def clean(streams: tf.Tensor) -> dict[str, tf.Tensor]:
         model.clean_state(streams)
         return {"position": tf.gather(model.position, streams)}
 
-    def ensure_streams(count):
+    def ensure_streams(count: tf.Tensor) -> dict[str, tf.Tensor]:
         model.ensure_streams(count)
         return {"count": tf.shape(model.position)[0]}
 
@@ -282,7 +315,12 @@ def _export_graph(model, path, streams, signature, states):
 # Shared by both.
 
 
-def _traced(step, clean, ensure_streams, signature):
+def _traced(
+    step: Callable[..., Any],
+    clean: Callable[..., Any],
+    ensure_streams: Callable[..., Any],
+    signature: Signature,
+) -> dict[str, Any]:
     """Return the signatures: a dict from names to concrete functions."""
     numbers = tf.TensorSpec([None], tf.int32, name="streams")
     count = tf.TensorSpec([], tf.int32, name="count")
@@ -293,13 +331,13 @@ def _traced(step, clean, ensure_streams, signature):
     }
 
 
-def _save(module, path, signatures):
+def _save(module: tf.Module, path: str, signatures: dict[str, Any]) -> None:
     for name, function in signatures.items():
         setattr(module, name, function)
     tf.saved_model.save(module, path, signatures=signatures)
 
 
-def _input_signature(model, inputs):
+def _input_signature(model: keras.layers.Layer, inputs: Sequence[str] | None) -> Signature:
     """Return a dict from the name of an input to its tf.TensorSpec."""
     if isinstance(model, keras.Model):
         if inputs is not None:
@@ -329,7 +367,7 @@ def _input_signature(model, inputs):
     }
 
 
-def _by_name(outputs):
+def _by_name(outputs: Any) -> dict[str, tf.Tensor]:
     flat = keras.tree.flatten(outputs)
     if len(flat) == 1:
         return {"y": flat[0]}

@@ -2,16 +2,27 @@
 
 import os
 from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy.typing as npt
 
 from continual_transformers_tf.models import from_torch_attention, from_torch_encoders
 from continual_transformers_tf.models.from_torch_attention import name_of
 
 
-def from_torch(module, seq_len=None, *, num_heads=None, prefix="", **options):
+def from_torch(
+    module: Any,
+    seq_len: int | None = None,
+    *,
+    num_heads: int | None = None,
+    prefix: str = "",
+    **options: Any,
+) -> keras.layers.Layer:
     """Return a continual layer with the weights of a PyTorch module.
 
-    The layer is called as Keras' layers are: its inputs are `(B, T, E)`, regardless of
-    `batch_first`, and their order is query, value, key, where PyTorch's is query, key, value.
+    Inputs are `(B, T, E)`, regardless of `batch_first`. They are in Keras' order: query, value,
+    key. PyTorch's order is query, key, value.
 
     | module | layer |
     | --- | --- |
@@ -28,7 +39,7 @@ def from_torch(module, seq_len=None, *, num_heads=None, prefix="", **options):
             `torch.nn.MultiheadAttention`: a mapping to arrays or tensors, or the path of a
             safetensors file.
         seq_len: N, the window; None: the module's own window, if it has one.
-        num_heads: H. It is needed for weights, which do not contain it; a module knows its own.
+        num_heads: H. Weights need it, because they do not contain it. A module has its own.
         prefix: The beginning of the weights' names, such as "encoder.self_attn.".
         **options: Further arguments of the layer. Arguments that are left out are taken from the
             module if it has them: dropout, dtype, activation and so on; from
@@ -48,7 +59,7 @@ def from_torch(module, seq_len=None, *, num_heads=None, prefix="", **options):
     if isinstance(module, Mapping):
         weights = {k.removeprefix(prefix): v for k, v in module.items() if k.startswith(prefix)}
         if num_heads is None:
-            raise ValueError("Expected num_heads, which weights alone do not tell, but got None")
+            raise ValueError("Expected num_heads, but got None: weights do not contain it")
         return from_torch_attention.attention_of(weights, num_heads, seq_len, options)
     for cls in type(module).__mro__:
         read = _MODULES.get(f"{cls.__module__}.{cls.__qualname__}")
@@ -62,24 +73,24 @@ def from_torch(module, seq_len=None, *, num_heads=None, prefix="", **options):
     )
 
 
-def _check_computation(module):
-    """Raise ValueError if the module, or a part of it, has a `forward` of its own.
+def _check_computation(module: Any) -> None:
+    """Raise ValueError if the user wrote the `forward` of the module or of a part of it.
 
-    Only the weights are read, so the layer would leave out what that computes.
+    Only the weights are read, so the layer would leave out what it computes.
     """
     for path, part in [("", module), *module.named_modules()]:
         cls = next(c for c in type(part).__mro__ if "forward" in vars(c))
         if cls.__module__.split(".")[0] not in ("torch", "continual"):
             where = f" at {path}" if path else ""
             raise ValueError(
-                "Expected a module that computes as those of torch or of continual-inference, but "
-                f"{name_of(part)}{where} has a forward of its own: give ct.from_torch the "
+                "Expected a module of torch or of continual-inference, but "
+                f"{name_of(part)}{where} has a forward of its own. Give ct.from_torch the "
                 "attention inside, and write the rest in Keras"
             )
 
 
-# Functions of (module, seq_len, options), by the names of the modules' classes: so torch need not
-# be imported here. The first match in the order of inheritance counts.
+# Functions of (module, seq_len, options), by the names of the modules' classes, so that torch need
+# not be imported here. The first match in the order of inheritance counts.
 _MODULES = {
     "torch.nn.modules.activation.MultiheadAttention": from_torch_attention.multi_head_attention,
     "torch.nn.modules.transformer.TransformerEncoderLayer": from_torch_encoders.encoder_layer,
@@ -95,7 +106,7 @@ _MODULES = {
 }
 
 
-def _weights_in(path):
+def _weights_in(path: str | os.PathLike[str]) -> dict[str, npt.NDArray[Any]]:
     try:
         from safetensors.numpy import load_file
     except ImportError as error:

@@ -1,43 +1,62 @@
 """Streaming attention with the weights of PyTorch attention: entries of `ct.from_torch`."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import keras
 import numpy as np
+import numpy.typing as npt
 
 from continual_transformers_tf.layers.co_re_mha import CoReMultiHeadAttention
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.ops.stream_state import check_integer
 
+Array = npt.NDArray[Any]
+
 # Modules: one function of (module, seq_len, options) for each type.
 
 
-def multi_head_attention(module, seq_len, options):
+def multi_head_attention(
+    module: Any, seq_len: int | None, options: dict[str, Any]
+) -> keras.layers.Layer:
+    """Return the layer for a `torch.nn.MultiheadAttention`."""
     if module.add_zero_attn:
         raise ValueError(
-            "Expected add_zero_attn=False, but got a module that also attends to a step of zeros, "
-            "which no window of keras.layers.MultiHeadAttention has"
+            "Expected add_zero_attn=False, but got a module that also attends to a step of zeros. "
+            "keras.layers.MultiHeadAttention has no such step"
         )
     options = {"dropout": module.dropout, **options}
     return attention_of(module.state_dict(), module.num_heads, seq_len, options)
 
 
-def single_output_attention(module, seq_len, options):
+def single_output_attention(
+    module: Any, seq_len: int | None, options: dict[str, Any]
+) -> keras.layers.Layer:
+    """Return the layer for a `SingleOutputMultiheadAttention` of continual-inference."""
     own = dict(query_index=module.query_index, single_output=module.single_output_forward)
     window = module.sequence_len if seq_len is None else seq_len
     return multi_head_attention(module, window, {**own, **options})
 
 
-def retroactive_attention(module, seq_len, options):
+def retroactive_attention(
+    module: Any, seq_len: int | None, options: dict[str, Any]
+) -> keras.layers.Layer:
+    """Return the layer for a `RetroactiveMultiheadAttention` of continual-inference."""
     window = module.sequence_len if seq_len is None else seq_len
     return multi_head_attention(module, window, {"cls": CoReMultiHeadAttention, **options})
 
 
-def needed_window(seq_len):
-    """Return seq_len, or raise ValueError if it is None."""
+def needed_window(seq_len: int | None) -> int:
+    """Return seq_len. Raise ValueError if it is None."""
     if seq_len is None:
-        raise ValueError("Expected seq_len, the window, which the module does not know: got None")
+        raise ValueError(
+            "Expected seq_len, the window, but got None: the module has none of its own"
+        )
     return seq_len
 
 
-def name_of(module):
+def name_of(module: Any) -> str:
+    """Return the full name of an object's class."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
@@ -53,7 +72,9 @@ _KNOWN = {
 }  # fmt: skip
 
 
-def attention_of(weights, num_heads, seq_len, options):
+def attention_of(
+    weights: Mapping[str, Any], num_heads: int, seq_len: int | None, options: dict[str, Any]
+) -> keras.layers.Layer:
     """Return the layer for the state_dict of a `torch.nn.MultiheadAttention`."""
     needed_window(seq_len)
     placed, inputs = attention_weights(weights, num_heads)
@@ -71,8 +92,10 @@ def attention_of(weights, num_heads, seq_len, options):
     return layer
 
 
-def attention_weights(weights, num_heads):
-    """Convert a state_dict to Keras.
+def attention_weights(
+    weights: Mapping[str, Any], num_heads: int
+) -> tuple[list[Array], tuple[int, ...]]:
+    """Convert a state_dict to Keras' weights.
 
     Returns:
         (the weights in Keras' order, the numbers of features of query, key and value).
@@ -81,14 +104,14 @@ def attention_weights(weights, num_heads):
     for name, why in _REFUSED.items():
         if name in weights:
             raise ValueError(
-                f"Expected weights without {name}, but got {why}, which no window of "
-                "keras.layers.MultiHeadAttention has"
+                f"Expected weights without {name}, but got {why}. keras.layers.MultiHeadAttention "
+                "has no such step"
             )
     unknown = sorted(set(weights) - _KNOWN)
     if unknown or "out_proj.weight" not in weights:
         raise ValueError(
             "Expected the weights of a torch.nn.MultiheadAttention, out_proj.weight and so on, but "
-            f"got {unknown or sorted(weights)} (prefix= chooses one attention among others)"
+            f"got {unknown or sorted(weights)}. prefix= chooses one attention among others"
         )
     arrays = {name: array_of(weight) for name, weight in weights.items()}
     kernels, biases = _projections(arrays)
@@ -107,7 +130,7 @@ def attention_weights(weights, num_heads):
     return placed, tuple(kernel.shape[1] for kernel in kernels[:3])
 
 
-def _projections(arrays):
+def _projections(arrays: Mapping[str, Array]) -> tuple[list[Array], list[Array]]:
     """Return (kernels `[E, inputs]` of query, key, value and output, their biases or [])."""
     output = arrays["out_proj.weight"]
     if "in_proj_weight" in arrays:
@@ -116,7 +139,7 @@ def _projections(arrays):
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         missing = [name for name in names if name not in arrays]
         if missing:
-            raise ValueError(f"Expected in_proj_weight, or else {names}, but there is no {missing}")
+            raise ValueError(f"Expected in_proj_weight, or {names}, but there is no {missing}")
         kernels = [arrays[name] for name in names]
     for kernel in kernels:
         if kernel.ndim != 2 or output.shape != (len(kernel), len(kernel)):
@@ -132,8 +155,8 @@ def _projections(arrays):
     return [*kernels, output], [*np.split(arrays["in_proj_bias"], 3), arrays["out_proj.bias"]]
 
 
-def array_of(weight):
-    """Return a tensor as an array. bfloat16, which NumPy lacks, has the dtype of ml_dtypes."""
+def array_of(weight: Any) -> Array:
+    """Return a tensor as an array. bfloat16 has the dtype of ml_dtypes, because NumPy has none."""
     if not hasattr(weight, "detach"):
         return np.asarray(weight)
     weight = weight.detach().cpu()

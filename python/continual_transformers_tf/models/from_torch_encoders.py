@@ -1,11 +1,15 @@
 """Streaming encoders with the weights of PyTorch encoders: entries of `ct.from_torch`."""
 
 import types
+from typing import Any
+
+import keras
 
 from continual_transformers_tf.layers.co_re_transformer_encoder import CoReTransformerEncoder
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
 from continual_transformers_tf.models.from_torch_attention import (
+    Array,
     array_of,
     attention_weights,
     name_of,
@@ -13,12 +17,16 @@ from continual_transformers_tf.models.from_torch_attention import (
 )
 
 
-def encoder_layer(module, seq_len, options):
+def encoder_layer(
+    module: Any, seq_len: int | None, options: dict[str, Any]
+) -> CoSiTransformerEncoder:
     """Return a `CoSiTransformerEncoder` for a `torch.nn.TransformerEncoderLayer`."""
     return _block(CoSiTransformerEncoder, module, seq_len, options)
 
 
-def continual_encoder_layer(module, seq_len, options):
+def continual_encoder_layer(
+    module: Any, seq_len: int | None, options: dict[str, Any]
+) -> CoReTransformerEncoder | CoSiTransformerEncoder:
     """Return a block for an encoder layer of continual-inference, a Sequential of named parts."""
     parts = {}
     for path, part in module.named_modules():
@@ -36,9 +44,8 @@ def continual_encoder_layer(module, seq_len, options):
     retroactive = type(attention).__name__ == "RetroactiveMultiheadAttention"
     if not retroactive and attention.query_index != -1:
         raise ValueError(
-            f"Expected an encoder layer of the newest step, query_index=-1, but got "
-            f"{attention.query_index}: CoResidual(CoSiMultiHeadAttention(query_index=...)) has its "
-            "delay"
+            f"Expected an encoder layer with query_index=-1, but got {attention.query_index}. "
+            "CoResidual(CoSiMultiHeadAttention(query_index=...)) attends from an earlier step"
         )
     activation = parts["activation"]
     while hasattr(activation, "fn"):
@@ -56,7 +63,7 @@ def continual_encoder_layer(module, seq_len, options):
 _PARTS = ("self_attn", "norm1", "linear1", "linear2", "norm2")
 
 
-def encoder(module, seq_len, options):
+def encoder(module: Any, seq_len: int | None, options: dict[str, Any]) -> TransformerEncoder:
     """Return a `ct.TransformerEncoder` for a `torch.nn.TransformerEncoder`.
 
     Without `kind=` it is the retroactive stack, whose output is the module's output for the newest
@@ -71,7 +78,9 @@ def encoder(module, seq_len, options):
     own = _options_of(blocks[0])
     for block in blocks[1:]:
         if _options_of(block) != own:
-            raise ValueError(f"Expected layers that are alike, but got {own}, {_options_of(block)}")
+            raise ValueError(
+                f"Expected layers with equal options, but got {own} and {_options_of(block)}"
+            )
     sizes = _sizes(blocks[0])
     stack = TransformerEncoder(
         len(blocks),
@@ -87,24 +96,32 @@ def encoder(module, seq_len, options):
     return stack
 
 
-def _block(cls, module, seq_len, options):
+def _block(
+    cls: type[CoReTransformerEncoder] | type[CoSiTransformerEncoder],
+    module: Any,
+    seq_len: int | None,
+    options: dict[str, Any],
+) -> CoReTransformerEncoder | CoSiTransformerEncoder:
     sizes = _sizes(module)
-    block = cls(needed_window(seq_len), *sizes, **{**_options_of(module), **options})
+    block: keras.layers.Layer = cls(
+        needed_window(seq_len), *sizes, **{**_options_of(module), **options}
+    )
     block.build((None, None, sizes[0]))
     block.set_weights(_weights(module, sizes[1]))
     return block
 
 
-def _sizes(module):
+def _sizes(module: Any) -> tuple[int, int, int]:
     """Return embed_dim, num_heads and ff_dim."""
     attention = module.self_attn
     return attention.embed_dim, attention.num_heads, module.linear1.out_features
 
 
-def _options_of(module):
+def _options_of(module: Any) -> dict[str, Any]:
     if module.norm1.eps != module.norm2.eps:
         raise ValueError(
-            f"Expected layer norms of one epsilon, but got {module.norm1.eps}, {module.norm2.eps}"
+            f"Expected one epsilon for all layer norms, but got {module.norm1.eps} and "
+            f"{module.norm2.eps}"
         )
     for name in ("linear1", "norm1"):
         if getattr(module, name).bias is None:
@@ -122,16 +139,16 @@ def _options_of(module):
     )
 
 
-def _activation(activation):
+def _activation(activation: Any) -> str:
     """Return Keras' name of an activation function or module of torch."""
     name = getattr(activation, "__name__", type(activation).__name__).lower()
     known = {"relu": "relu", "gelu": "gelu", "silu": "silu", "tanh": "tanh"}
     if name not in known or getattr(activation, "approximate", "none") != "none":
-        raise ValueError(f"Expected an activation of {sorted(known)}, but got {activation!r}")
+        raise ValueError(f"Expected one of the activations {sorted(known)}, but got {activation!r}")
     return known[name]
 
 
-def _weights(module, num_heads):
+def _weights(module: Any, num_heads: int) -> list[Array]:
     """Return a block's weights, in this package's order."""
     dense = [
         array_of(weight) if i % 2 else array_of(weight).T

@@ -3,14 +3,19 @@
 `docs/model_file.md` defines the plan's `keras_state` and the stream block.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Positions = npt.NDArray[np.int64]
 
 _ALIGNMENT = 64
 # The axis of the window's rows in these entries, counted from the last. They are not rings.
 _WINDOW_AXIS = {"softmax": -1, "weighted_sum": -2}
-# Attention's rings [N, H, D] in a state; in older states they had other names and were [H, N, D].
+# Attention's rings are [N, H, D] in a state. In older states they are [H, N, D], with other names.
 # A plan from that time has the older names, with "heads_first".
 _OLD_NAMES = {"queries": "query", "keys": "key", "values": "value"}
 _NEW_NAMES = {old: new for new, old in _OLD_NAMES.items()}
@@ -22,12 +27,14 @@ class Entry(NamedTuple):
     node: int
     name: str
     dtype: str
-    shape: tuple
+    shape: tuple[int, ...]
     offset: int
     ring_rows: int  # 0: not a ring.
 
 
-def blocks_from_keras_state(plan, layout, state):
+def blocks_from_keras_state(
+    plan: dict[str, Any], layout: Sequence[tuple[Any, ...]], state: Any
+) -> tuple[list[bytes], list[int]]:
     """Turn the result of a Keras model's or layer's `get_state` into stream blocks.
 
     Args:
@@ -70,7 +77,7 @@ def blocks_from_keras_state(plan, layout, state):
     return [block.tobytes() for block in blocks], [int(p) for p in positions]
 
 
-def _parts(described, state, where):
+def _parts(described: Any, state: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
     """Yield (where, leaf, array) for every leaf of `keras_state` and its array in the state."""
     if not isinstance(described, dict):
         yield where, described, state
@@ -85,7 +92,7 @@ def _parts(described, state, where):
         yield from _parts(part, state[name], f"{name!r} of {where}")
 
 
-def _with_new_names(described):
+def _with_new_names(described: dict[str, Any]) -> dict[str, Any]:
     """Return a part of `keras_state` with the names of this version, without "heads_first"."""
     renamed = {}
     for name, part in described.items():
@@ -95,10 +102,10 @@ def _with_new_names(described):
     return renamed
 
 
-def _sequence_first(state, described):
-    """Return a state with the rings that `described` names, also if it has them as older states do.
+def _sequence_first(state: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:
+    """Return a state with the rings that `described` names. Rings of older states are converted.
 
-    Either all rings have the older names, or the state is returned as it is.
+    If not all rings have the older names, the state is returned as it is.
     """
     renamed = {_OLD_NAMES[name]: name for name in _OLD_NAMES if name in described}
     if not all(old in state and new not in state for old, new in renamed.items()):
@@ -109,17 +116,19 @@ def _sequence_first(state, described):
     }
 
 
-def _swapped(array):
-    """Return [M, H, N, D] as [M, N, H, D]. What has other axes fails the later checks."""
+def _swapped(array: npt.ArrayLike) -> Array:
+    """Return [M, H, N, D] as [M, N, H, D]. Later checks refuse arrays with other axes."""
     array = np.asarray(array)
     return np.swapaxes(array, 1, 2) if array.ndim == 4 else array
 
 
-def _positions(parts):
+def _positions(parts: Iterable[tuple[str, Any, Any]]) -> Positions:
     """Return the streams' positions, which all layers must share."""
     taken = [(where, np.asarray(x)) for where, leaf, x in parts if leaf == "position"]
     if not taken:
-        raise ValueError("Expected the state of a model with streams, but the plan keeps nothing")
+        raise ValueError(
+            "Expected the state of a model that remembers steps, but this one remembers nothing"
+        )
     where, positions = taken[0]
     if positions.ndim != 1 or positions.dtype.kind not in "iu" or (positions < 0).any():
         raise ValueError(f"Expected {where} to be integers [M] >= 0, but got {positions!r}")
@@ -132,32 +141,32 @@ def _positions(parts):
     return positions.astype(np.int64)
 
 
-def _checked(where, array, streams):
+def _checked(where: str, array: npt.ArrayLike, streams: int) -> Array:
     array = np.asarray(array)
     if array.shape[:1] != (streams,):
         raise ValueError(
-            f"Expected {where} to have {streams} streams, as the positions, but got shape "
+            f"Expected {where} to have {streams} streams, as the positions have, but got shape "
             f"{list(array.shape)}"
         )
     return array
 
 
-def _check_true(where, ring, positions):
-    """Raise ValueError if the model keeps a False for a step: the plan keeps no mask there."""
+def _check_true(where: str, ring: Array, positions: Positions) -> None:
+    """Raise ValueError if the model masked a step. The plan has no room for a mask there."""
     for array, position in zip(ring, positions, strict=True):
         if not array[_rows_taken(position, len(array))].all():
             raise ValueError(
-                f"Expected {where} to be true for every step, but got a step that was masked: the "
-                "plan was made of a model that masks none"
+                f"Expected {where} to be true for every step, but got a step that was masked. The "
+                "plan comes from a model that masks no step"
             )
 
 
-def _rows_taken(position, rows):
+def _rows_taken(position: int, rows: int) -> Array:
     """Return the indices of the rows of a ring that steps have written."""
     return np.arange(max(0, position - rows), position) % rows
 
 
-def _ring(where, array, positions, entry):
+def _ring(where: str, array: Array, positions: Positions, entry: Entry) -> Array:
     """Move rows [M, R, ...] of a ring to their places in the entry's ring of another length."""
     rows, size = entry.ring_rows, int(np.prod(entry.shape[1:]))
     if array.ndim < 2 or array.shape[1] < rows or array[:1, :1].size not in (0, size):
@@ -173,8 +182,8 @@ def _ring(where, array, positions, entry):
     return ring
 
 
-def _window_rows(where, array, positions, entry):
-    """Return an entry about the window's rows, with zeros for rows that no step has written."""
+def _window_rows(where: str, array: Array, positions: Positions, entry: Entry) -> Array:
+    """Return an entry that is not a ring. Its rows that no step has written are zeros."""
     if array.shape[1:] != tuple(entry.shape):
         raise ValueError(
             f"Expected {where} to be {list(entry.shape)} for each stream, but got "
@@ -193,8 +202,8 @@ def _window_rows(where, array, positions, entry):
     return values
 
 
-def _as_dtype(where, array, dtype):
-    """Return an array in a dtype of the plan; bfloat16, which NumPy lacks, as uint16."""
+def _as_dtype(where: str, array: Array, dtype: str) -> Array:
+    """Return an array in a dtype of the plan. bfloat16 becomes uint16, because NumPy has none."""
     array = _floats_of(array)
     if (array.dtype == bool) != (dtype == "bool") or array.dtype.kind not in "biuf":
         raise ValueError(f"Expected {where} of {dtype}, but got {array.dtype}")
@@ -206,7 +215,7 @@ def _as_dtype(where, array, dtype):
     return np.where(np.isnan(array), bits >> 16 | 0x40, rounded).astype("<u2")
 
 
-def _floats_of(array):
+def _floats_of(array: Array) -> Array:
     """Return bfloat16 as float32: TensorFlow's bfloat16, or the V2 that NumPy reads from a file."""
     if array.dtype.name != "bfloat16" and array.dtype != np.dtype("V2"):
         return array
@@ -214,6 +223,6 @@ def _floats_of(array):
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def _bytes_of(entry):
+def _bytes_of(entry: Entry) -> int:
     size = 2 if entry.dtype == "bfloat16" else np.dtype(entry.dtype).itemsize
     return size * int(np.prod(entry.shape, dtype=np.int64))

@@ -1,4 +1,4 @@
-"""Whether a subclass computes what its parent does: if not, nothing may be read from the parent."""
+"""Tests of whether a subclass computes what its parent computes."""
 
 import keras
 
@@ -21,28 +21,28 @@ COMPUTATION = (
 )
 
 
-def computes_as(layer, kind):
-    """Return whether a layer of a class, or of a subclass of it, computes exactly as the class."""
+def computes_as(layer: keras.layers.Layer, kind: type[keras.layers.Layer]) -> bool:
+    """Return whether a layer computes exactly as a class does that it is an instance of."""
     return all(getattr(type(layer), n, None) is getattr(kind, n, None) for n in COMPUTATION)
 
 
-def computes_as_ours(layer):
-    """Return whether a continual layer computes exactly as this package's class that it is of."""
+def computes_as_ours(layer: keras.layers.Layer) -> bool:
+    """Return whether a continual layer computes exactly as its class in this package does."""
     ours = next(c for c in type(layer).__mro__ if c.__module__.startswith(_PACKAGE))
     return computes_as(layer, ours)
 
 
-def has_own_call(model):
+def has_own_call(model: keras.Model) -> bool:
     """Return whether a functional or sequential model has a `call` that is not Keras'.
 
-    The graph of such a model is a part of what it computes.
+    The graph of such a model is only a part of what it computes.
     """
     methods = (type(model).call, type(model).__call__)
     return not all(method.__module__.startswith("keras.") for method in methods)
 
 
-def own_calls_within(model):
-    """Return the functional and sequential models in a model, itself among them, with own calls."""
+def own_calls_within(model: keras.Model) -> list[keras.Model]:
+    """Return the functional and sequential models with own calls in a model, itself included."""
     return [
         layer
         for layer in model._flatten_layers()
@@ -52,13 +52,13 @@ def own_calls_within(model):
 
 
 OWN_CALL = (
-    "has a call of its own, which steps would leave out, because they run the layers of its graph "
-    "one by one. Put what it computes into the graph: as a layer, or as a keras.layers.Lambda of "
+    "has a call of its own. Steps would leave it out, because they run the layers of the graph one "
+    "by one. Put what it computes into the graph: as a layer, or as a keras.layers.Lambda of "
     "keras.ops"
 )
 
 
-def check_streaming_model(model):
+def check_streaming_model(model: keras.Model) -> None:
     """Raise ValueError if a StreamingModel's subclass computes more than the model inside."""
     if not computes_as_ours(model):
         raise ValueError(f"{model.name} ({type(model).__name__}) {OWN_CALL}")

@@ -1,23 +1,26 @@
 """Packing a Keras model into a model file, and checking it: `continual-transformers pack`."""
 
-from typing import NamedTuple
+import os
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+import numpy.typing as npt
 
 from continual_transformers_tf.models.cost import cost
 from continual_transformers_tf.models.lowering import continual_model
 from continual_transformers_tf.models.streaming_model import StreamingModel
+from continual_transformers_tf.session import Session
 
 
-def load_model(path):
-    """Read a Keras model from a `.keras` file, or another that Keras reads."""
+def load_model(path: str | os.PathLike[str]) -> keras.Model:
+    """Read a Keras model from a `.keras` file, or from another file that Keras reads."""
     if str(path).endswith(".safetensors"):
-        raise ValueError(f"Expected a Keras model, but {path} is a model file already")
+        raise ValueError(f"Expected a Keras model, but {path} is already a model file")
     return keras.saving.load_model(path, compile=False)
 
 
-def streaming_twin(model, seq_len=None):
+def streaming_twin(model: keras.Model, seq_len: int | None = None) -> StreamingModel:
     """Return the `StreamingModel` of a model, with outputs from the first step on, as in a session.
 
     Args:
@@ -26,7 +29,7 @@ def streaming_twin(model, seq_len=None):
     return StreamingModel(continual_model(model, seq_len), warm_up="partial")
 
 
-def describe_cost(model, session, seq_len=None):
+def describe_cost(model: keras.Model, session: Session, seq_len: int | None = None) -> str:
     """Return two lines: what a step costs, and how large a stream's state is."""
     try:
         of_step = cost(continual_model(model, seq_len))
@@ -43,7 +46,7 @@ def describe_cost(model, session, seq_len=None):
     )
 
 
-def read_recordings(path, session):
+def read_recordings(path: str | os.PathLike[str], session: Session) -> list[npt.NDArray[Any]]:
     """Read recordings to stream: an array `(streams, T, ...)` for each input of a session.
 
     Args:
@@ -90,7 +93,7 @@ def read_recordings(path, session):
     if len({array.shape[:2] for array in recordings}) > 1:
         shapes = [array.shape for array in recordings]
         raise ValueError(
-            f"Expected as many streams and steps of every input, but got shapes {shapes} in {path}"
+            f"Expected the same streams and steps in every input, but got shapes {shapes} in {path}"
         )
     return recordings
 
@@ -109,7 +112,7 @@ class Comparison(NamedTuple):
     difference: float
     largest: float
 
-    def __str__(self):
+    def __str__(self) -> str:
         return (
             f"checked: {self.streams} streams of {self.steps} steps, taken by Keras and by the "
             f"session: largest difference {self.difference:.3g} where outputs go up to "
@@ -117,7 +120,12 @@ class Comparison(NamedTuple):
         )
 
 
-def compare(model, session, recordings, seq_len=None):
+def compare(
+    model: keras.Model,
+    session: Session,
+    recordings: list[npt.NDArray[Any]],
+    seq_len: int | None = None,
+) -> Comparison:
     """Stream recordings through a Keras model and through a session of it, and compare.
 
     Args:

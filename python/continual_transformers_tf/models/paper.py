@@ -1,5 +1,7 @@
 """The paper's models: Hedegaard & Iosifidis, "Continual Transformers", ICLR 2023."""
 
+from typing import Any
+
 import keras
 
 from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
@@ -9,17 +11,17 @@ from continual_transformers_tf.ops.stream_state import check_integer
 
 
 def co_oad_tr(
-    num_layers=1,
+    num_layers: int = 1,
     *,
-    features=3072,
-    classes=22,
-    seq_len=64,
-    embed_dim=1024,
-    num_heads=8,
-    ff_dim=1024,
-    dropout_rate=0.1,
-    **options,
-):
+    features: int = 3072,
+    classes: int = 22,
+    seq_len: int = 64,
+    embed_dim: int = 1024,
+    num_heads: int = 8,
+    ff_dim: int = 1024,
+    dropout_rate: float = 0.1,
+    **options: Any,
+) -> StreamingModel:
     """Return CoOadTR, which detects actions in a live video (arXiv 2201.06268, section 4.2).
 
     It has a linear embedding, a circular encoding with 2N - 1 rows, a retroactive stack of pre-norm
@@ -63,17 +65,17 @@ def co_oad_tr(
 
 
 def co_audio_transformer(
-    num_layers=1,
+    num_layers: int = 1,
     *,
-    features=128,
-    classes=10,
-    seq_len=120,
-    embed_dim=192,
-    num_heads=16,
-    ff_dim=192,
-    dropout_rate=0.1,
-    **options,
-):
+    features: int = 128,
+    classes: int = 10,
+    seq_len: int = 120,
+    embed_dim: int = 192,
+    num_heads: int = 16,
+    ff_dim: int = 192,
+    dropout_rate: float = 0.1,
+    **options: Any,
+) -> StreamingModel:
     """Return the paper's audio model (section 4.3), from spectra to ten genres of music.
 
     It differs from `co_oad_tr` in its learned encoding, its biases, and the sizes, which are those
@@ -105,7 +107,9 @@ def co_audio_transformer(
     )
 
 
-def _classifier(name, features, classes, encoding, stack):
+def _classifier(
+    name: str, features: int, classes: int, encoding: dict[str, Any], stack: dict[str, Any]
+) -> StreamingModel:
     name = stack.pop("name", name)
     n, embed_dim, heads = stack["seq_len"], stack["embed_dim"], stack["num_heads"]
     sizes = {"features": features, "classes": classes, "seq_len": n, "embed_dim": embed_dim}

@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -11,15 +13,14 @@ from continual_transformers_tf.models.own_calls import computes_as
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """What is known of a tensor of the graph before it is run; see `StepGraph`."""
+    """The known facts about a tensor of the graph before the graph runs; see `StepGraph`."""
 
     kind: str  # "window", "newest", "sample" or "whole".
     # Whether no row of a window depends on a later one. Only such rows never change afterwards.
     causal: bool
     receptive_field: int
-    # For each window. In the graph's own shape, the length of a "newest" may be unknown; here it
-    # is 1.
-    shape: tuple
+    # The shape for each window. The length of a "newest" is 1 here, also if Keras does not know it.
+    shape: tuple[int | None, ...]
     # How many steps late a step's row comes: it is row -1 - delay of the window.
     delay: int = 0
     delayed_by: str = ""  # The layer that last delayed it.
@@ -71,7 +72,9 @@ MASK_OPS = {"LogicalAnd", "LogicalNot", "LogicalOr", "NotEqual"}
 OPS_ALONG_AN_AXIS = {"Concatenate", "Glu", "LogSoftmax", "Softmax", "Sparsemax"}
 
 
-def row_taken(op, args, kwargs):
+def row_taken(
+    op: keras.Operation, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[str, int] | None:
     """Return (kind of the result, row) of an op that takes one row of a window, otherwise None.
 
     x[:, -3:-2] gives ("newest", -3), x[:, -3] gives ("sample", -3).
@@ -91,17 +94,17 @@ def row_taken(op, args, kwargs):
     return ("sample", row) if key[1] == row else None
 
 
-def name_of_op(op):
+def name_of_op(op: keras.Operation) -> str | None:
     """Return the name of the class of one of keras.ops; None for any other op."""
     module = type(op).__module__
     ours = module.startswith(("keras.src.ops.", "keras.src.activations."))
     return type(op).__name__ if ours else None
 
 
-def is_row_wise(node, args, kwargs):
+def is_row_wise(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Return whether a node computes each row of windows only from that row."""
     op, name = node.operation, name_of_op(node.operation)
-    # Keras' masks, (B, T), which layers in a graph may be given beside windows.
+    # Keras may pass masks (B, T) to layers in a graph, beside windows.
     masks = keras.tree.flatten(node.arguments.kwargs.get("mask"))
     tensors = [x for x in node.input_tensors if not any(x is mask for mask in masks)]
     rank = len(tensors[0].shape)
@@ -134,20 +137,22 @@ def is_row_wise(node, args, kwargs):
     return element_wise and _same_for_all_steps(op, args, kwargs, rank)
 
 
-def _same_for_all_steps(op, args, kwargs, rank):
-    """Return whether none of an operation's fixed arrays has a row for each step of a window."""
+def _same_for_all_steps(
+    op: keras.Operation, args: tuple[Any, ...], kwargs: dict[str, Any], rank: int
+) -> bool:
+    """Return whether an operation's fixed arrays are the same for all steps of a window."""
     arrays = [x for x in keras.tree.flatten((args, kwargs)) if not isinstance(x, Tensor)]
     arrays += [getattr(op, limit) for limit in ("x_min", "x_max") if hasattr(op, limit)]
     return all(np.ndim(x) <= rank - 2 for x in arrays)
 
 
-def _along_features(axis, rank):
+def _along_features(axis: int | Sequence[int], rank: int) -> bool:
     """Return whether none of the axes is samples or time, the first two."""
-    axes = axis if isinstance(axis, (list, tuple)) else [axis]
-    return all(axis % rank > 1 for axis in axes)
+    axes = [axis] if isinstance(axis, int) else axis
+    return all(a % rank > 1 for a in axes)
 
 
-def _takes_features(key):
+def _takes_features(key: Any) -> bool:
     """Return whether x[key] leaves the first two axes as they are."""
     if not isinstance(key, (tuple, list)):
         return key is Ellipsis
@@ -159,15 +164,15 @@ def _takes_features(key):
     return True
 
 
-def _einsum_is_row_wise(layer, rank):
+def _einsum_is_row_wise(layer: keras.layers.EinsumDense, rank: int) -> bool:
     """Return whether an EinsumDense keeps the first two axes, and no weight depends on time."""
-    given, kernel, output = re.fullmatch(r"(.*),(.*)->(.*)", layer.equation).groups()
+    given, kernel, output = re.split(",|->", layer.equation)
     rest = "0123456789"[: rank - len(given.replace("...", ""))]  # The axes that are not named.
     given, output = (x.replace("...", rest) for x in (given, output))
     weights = kernel + (layer.bias_axes or "")
     return given[:2] == output[:2] and given[1] not in weights
 
 
-def lengths_differ(tensors):
+def lengths_differ(tensors: Iterable[keras.KerasTensor]) -> bool:
     """Return whether windows are known to have different lengths."""
     return len({x.shape[1] for x in tensors} - {None}) > 1

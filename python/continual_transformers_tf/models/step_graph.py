@@ -1,4 +1,4 @@
-"""How the graph of a Keras model is run on steps of streams, and whether it can be.
+"""The graph of a Keras model, planned for steps of streams: what runs how, and what cannot run.
 
 A tensor of the graph has one of four kinds. Its shape in a regular call depends on the kind, and in
 steps it is always `(M, T, ...)`:
@@ -7,18 +7,20 @@ steps it is always `(M, T, ...)`:
 - "newest": `(B, 1, ...)`, only the row of the newest step, or of a delayed one;
 - "sample": `(B, ...)`, the same without the time axis;
 - "whole": `(B, N, ...)`, a row for every step of the window, but every new step changes all of
-  them. Retroactive attention gives this; in steps it is `(M, T, N, ...)`.
+  them. Retroactive attention returns this. In steps it is `(M, T, N, ...)`.
 
-An operation that computes each row of a window only from that row does the same on a step. An
-operation on the newest step only, or on a whole window, may be anything: it is run on every step as
-if that were a sample of a batch. Attention keeps the state that it needs from earlier steps.
+An operation that computes each row of a window only from that row does the same on a step. Any
+operation may follow on the newest step only, or on a whole window: it runs on every step as on a
+sample of a batch. Attention keeps the state that it needs from earlier steps.
 
-A step's row of a window may come late. The row that step t gives is then row -1 - delay of the
-window that ends with step t. So a step still gives what a regular call gives for that window.
+A step's row of a window may be delayed. Step t then returns row -1 - delay of the window that ends
+with step t. So a step still returns what a regular call returns for that window.
 """
 
 import inspect
 import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -36,6 +38,10 @@ from continual_transformers_tf.models.row_wise import (
     lengths_differ,
     row_taken,
 )
+from continual_transformers_tf.ops.stream_state import Step
+
+Node = Any  # A node of Keras' graph. Its class is not public.
+Shape = tuple[int | None, ...]
 
 
 class StepGraph:
@@ -52,29 +58,29 @@ class StepGraph:
             can.
         layers: The continual layers, in the order in which they are run.
         receptive_field: How many steps an output depends on.
-        delay: How many steps late an output comes, or the windows that it is computed from.
+        delay: How many steps lie between an input and its output.
     """
 
-    def __init__(self, model, inputs=None):
-        self.model = _functional(model)
-        self._plan = {}  # Id of a node -> how it is run, one of the names in _RUNS.
-        self._inner = {}  # Id of a nested model's node -> its StepGraph.
-        self._known = {}  # Id of a tensor of the graph -> its Tensor.
-        self._refused = set()  # Ids of nodes with problems.
-        self.problems = []
-        self.layers = []
+    def __init__(self, model: keras.Model, inputs: list[Tensor] | None = None) -> None:
+        self.model: Any = _functional(model)  # Any: Keras' private attributes are read.
+        self._plan: dict[int, str] = {}  # Id of a node -> how it is run, one of the names in _RUNS.
+        self._inner: dict[int, StepGraph] = {}  # Id of a nested model's node -> its StepGraph.
+        self._known: dict[int, Tensor] = {}  # Id of a tensor of the graph -> its Tensor.
+        self._refused: set[int] = set()  # Ids of nodes with problems.
+        self.problems: list[str] = []
+        self.layers: list[keras.layers.Layer] = []
         if self.model is None and _graph_of(model) is not None:
             self.problems.append(f"{model.name} ({type(model).__name__}) {OWN_CALL}")
             return
         if self.model is None:
             self.problems.append(
-                f"{model.name} is neither a functional nor a built sequential model, and so has no "
-                "graph to be read. Give ct.Session the subclassed model's continual layers one by "
-                "one, or build the model with keras.Model(inputs, outputs)"
+                f"{model.name} is neither a functional nor a built sequential model, so it has no "
+                "graph to read. Make a ct.Session of each of its continual layers, or build the "
+                "model with keras.Model(inputs, outputs)"
             )
             return
         inputs_are_own = inputs is None
-        if inputs_are_own:
+        if inputs is None:
             inputs = [Tensor("window", True, 1, tuple(x.shape)) for x in self.model.inputs]
             self.problems += [
                 f"no axis of time in {name} of shape {x.shape}: expected (B, T, E), "
@@ -90,7 +96,7 @@ class StepGraph:
         if late and inputs_are_own:
             self.problems.append(f"its outputs are {late}")
 
-    def run(self, inputs, step, training):
+    def run(self, inputs: Sequence[tf.Tensor], step: Step, training: bool | None) -> Any:
         """Compute the outputs of T steps.
 
         Args:
@@ -108,7 +114,7 @@ class StepGraph:
             lambda node, values: _RUNS[self._plan[id(node)]](self, node, values, step, training),
         )
 
-    def way(self, node):
+    def way(self, node: Node) -> str | None:
         """Return how a node is run on steps; None if it cannot be.
 
         - "continual": a continual layer takes a step.
@@ -120,22 +126,27 @@ class StepGraph:
         """
         return None if id(node) in self._refused else self._plan.get(id(node))
 
-    def inner(self, node):
+    def inner(self, node: Node) -> "StepGraph":
         """Return the StepGraph of the model that a node calls."""
         return self._inner[id(node)]
 
-    def known(self, tensor):
+    def known(self, tensor: keras.KerasTensor) -> Tensor:
         """Return the `Tensor` that describes a tensor of the graph."""
         return self._known[id(tensor)]
 
     @property
-    def has_whole_windows(self):
+    def has_whole_windows(self) -> bool:
         """Whether a layer of the model gives all rows of the window at every step."""
         return any(x.kind == "whole" for x in self._known.values()) or any(
             graph.has_whole_windows for graph in self._inner.values()
         )
 
-    def walk(self, inputs, visit, values=None):
+    def walk(
+        self,
+        inputs: Sequence[Any],
+        visit: Callable[[Node, dict[int, Any]], Any],
+        values: dict[int, Any] | None = None,
+    ) -> Any:
         """Visit all nodes in order, and return the model's outputs.
 
         Args:
@@ -156,14 +167,14 @@ class StepGraph:
 
     # Planning.
 
-    def _plan_node(self, node, values):
+    def _plan_node(self, node: Node, values: dict[int, Tensor]) -> list[Tensor]:
         op = node.operation
         args, kwargs = node.arguments.fill_in(values)
         inputs = [x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, Tensor)]
         causal = all(x.causal for x in inputs)
         field = max(x.receptive_field for x in inputs)
         latest = max(inputs, key=lambda x: x.delay)
-        late = dict(delay=latest.delay, delayed_by=latest.delayed_by)
+        late: dict[str, Any] = dict(delay=latest.delay, delayed_by=latest.delayed_by)
         kinds = {x.kind for x in inputs}
         unequal = _unequal_delays(inputs)
         if unequal:
@@ -171,15 +182,15 @@ class StepGraph:
         if "whole" in kinds and _takes_mask_of_whole(node, values):
             self._refuse(
                 node,
-                "is given the mask of a window, as from keras.layers.Masking, behind retroactive "
-                "attention, whose steps keep no such mask: pass the window through an operation "
-                "that carries no mask, such as keras.ops.multiply(x, 1)",
+                "is given the mask of a window, as from keras.layers.Masking, after retroactive "
+                "attention, which keeps no such mask in steps: pass the window through an "
+                "operation that drops masks, such as keras.ops.multiply(x, 1)",
             )
         if isinstance(op, keras.Model):
             inner = op
             if isinstance(op, ContinualLayer):
                 # A StreamingModel within another model is treated as the model that it contains.
-                inner = op.model
+                inner = node.operation.model
                 if not computes_as_ours(op):
                     self._refuse(node, OWN_CALL)
             if _functional(inner) is not None:
@@ -201,9 +212,10 @@ class StepGraph:
             causal = self._plan_continual(node, args, kwargs, inputs) and causal
             field += op.receptive_field - 1
             if op.delay > 0:
-                late = dict(delay=latest.delay + op.delay, delayed_by=op.name)
+                late = dict(delay=latest.delay + op.delay, delayed_by=node.operation.name)
             if op.gives_windows:
-                shapes = [(x.shape[0], op.seq_len, *x.shape[2:]) for x in node.outputs]
+                n = node.operation.seq_len
+                shapes = [(x.shape[0], n, *x.shape[2:]) for x in node.outputs]
                 return [Tensor("whole", causal, field, shape, **late) for shape in shapes]
             return [
                 Tensor(
@@ -218,10 +230,8 @@ class StepGraph:
             if whole and isinstance(op, (ContinualLayer, keras.layers.MultiHeadAttention)):
                 self._plan_attention_to_whole(node)
             shapes = self._shapes_of_newest(node, values)
-            kinds = [_kind_of_one(shape, whole) for shape in shapes]
             return [
-                Tensor(kind, causal, field, shape, **late)
-                for kind, shape in zip(kinds, shapes, strict=True)
+                Tensor(_kind_of_one(shape, whole), causal, field, shape, **late) for shape in shapes
             ]
         taken = row_taken(op, args, kwargs)
         if taken is not None:
@@ -230,7 +240,7 @@ class StepGraph:
             if row != -1 - latest.delay:
                 self._refuse(
                     node,
-                    f"takes row {row} of a window of which a step gives row {-1 - latest.delay}",
+                    f"takes row {row} of a window, but a step gives row {-1 - latest.delay}",
                 )
             lead, *features = node.outputs[0].shape
             shape = (lead, 1, *features[1:]) if kind == "newest" else (lead, *features)
@@ -238,26 +248,31 @@ class StepGraph:
         if "whole" in kinds:
             self._refuse(
                 node,
-                "combines the output of retroactive attention, all of whose rows change at every "
-                "step, with a window that only gets a new row. ct.CoReTransformerEncoder has the "
-                "residual inside",
+                "combines the output of retroactive attention with a window. Every step changes "
+                "all rows of the first, but only adds a row to the second. "
+                "ct.CoReTransformerEncoder has the residual inside",
             )
         elif kinds != {"window"}:
-            self._refuse(node, "mixes whole windows with what is of their newest step alone")
+            self._refuse(node, "mixes whole windows with tensors of only the newest step")
         elif not is_row_wise(node, args, kwargs):
             self._refuse(node, _looks_at_more(node.operation))
             # Guess the kinds of its outputs by their shapes, to find the problems of later nodes.
             rank = len(node.input_tensors[0].shape)
-            kinds = ["window" if len(x.shape) >= rank else "sample" for x in node.outputs]
             return [
-                Tensor(kind, causal, field, tuple(x.shape), **late)
-                for kind, x in zip(kinds, node.outputs, strict=True)
+                Tensor(
+                    "window" if len(x.shape) >= rank else "sample",
+                    causal,
+                    field,
+                    tuple(x.shape),
+                    **late,
+                )
+                for x in node.outputs
             ]
         self._check_nothing_streams_within(node)
         self._plan[id(node)] = "row by row"
         return [Tensor("window", causal, field, tuple(x.shape), **late) for x in node.outputs]
 
-    def _shapes_of_newest(self, node, values):
+    def _shapes_of_newest(self, node: Node, values: dict[int, Tensor]) -> list[Shape]:
         """Return the shapes of a node's outputs for the newest step only."""
         given = {
             id(x): keras.KerasTensor(values[id(x)].shape, dtype=x.dtype)
@@ -269,11 +284,13 @@ class StepGraph:
             with call_mode("regular"):
                 outputs = node.operation.compute_output_spec(*args, **kwargs)
         except ValueError as error:
-            self._refuse(node, f"cannot be run on the newest step alone: {error}")
+            self._refuse(node, f"cannot run on only the newest step: {error}")
             outputs = node.outputs
         return [tuple(x.shape) for x in keras.tree.flatten(outputs)]
 
-    def _plan_continual(self, node, args, kwargs, inputs):
+    def _plan_continual(
+        self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor]
+    ) -> bool:
         """Plan a continual layer, and return whether it is causal.
 
         A causal layer's outputs depend on no later steps than its inputs do.
@@ -281,21 +298,21 @@ class StepGraph:
         layer = node.operation
         self._add_layer(layer)
         if any(x.kind != "window" for x in inputs):
-            self._refuse(node, "is given the newest step alone, where it needs windows")
+            self._refuse(node, "is given only the newest step, but needs windows")
         while isinstance(layer, CoResidual):  # It is called as the layer within it is.
             layer = layer.layer
         late = max(inputs, key=lambda x: x.delay)
         if late.delay > 0 and not isinstance(layer, CoDelay):
             self._refuse(
                 node,
-                f"is given rows that {late.delayed_by} makes {late.delay} steps late, and would "
-                "see a window that ended as many steps ago: put what delays them after it",
+                f"is given rows that {late.delayed_by} delays by {late.delay} steps, so it would "
+                f"see a window that ended before: put {late.delayed_by} after it",
             )
         lengths = {x.shape[1] for x in inputs} - {None}
         if layer.gives_windows and not lengths <= {layer.seq_len}:
             self._refuse(
                 node,
-                f"gives windows of its seq_len, {layer.seq_len} steps, where those of the model "
+                f"gives windows of its seq_len, {layer.seq_len} steps, but those of the model "
                 f"have {', '.join(map(str, lengths))}",
             )
         if getattr(layer, "_no_steps", None) is not None:
@@ -304,8 +321,8 @@ class StepGraph:
             if layer.delay > 0 and not all(x.causal for x in inputs):
                 self._refuse(
                     node,
-                    "delays rows that see later steps, and would give them of a window that ended "
-                    "before: give that attention the query_index of an older step instead, or "
+                    "delays rows that see later steps, so they would be of a window that ended "
+                    "before: give the attention before it the query_index of an older step, or "
                     "use_causal_mask=True",
                 )
             return True
@@ -313,7 +330,9 @@ class StepGraph:
         unknown = [k for k, x in given.items() if k not in STEP_ARGUMENTS and x is not None]
         unknown = [k for k in unknown if given[k] is not False]
         if unknown:
-            self._refuse(node, f"is called with {', '.join(unknown)}, which is of whole windows")
+            self._refuse(
+                node, f"is called with {', '.join(unknown)}, which only whole windows have"
+            )
         windows = [x for x in node.input_tensors if len(x.shape) == 3 and x.shape[1] != 1]
         if lengths_differ(windows):
             self._refuse(node, "attends between windows of different lengths")
@@ -321,15 +340,15 @@ class StepGraph:
         if not all(x.causal for x in attended or inputs):
             self._refuse(
                 node,
-                "attends to the outputs of another attention. With every new step all of them "
-                "change, so none can be kept. ct.TransformerEncoder(kind='retroactive') has the "
+                "attends to the outputs of another attention. Every new step changes all of "
+                "them, so none can be kept. ct.TransformerEncoder(kind='retroactive') has the "
                 "outputs of the model on windows. With use_causal_mask=True the lower attention "
                 "streams too, but then an output depends on more steps than a window has: train "
                 "the model on steps",
             )
         return bool(given.get("use_causal_mask"))
 
-    def _plan_attention_to_whole(self, node):
+    def _plan_attention_to_whole(self, node: Node) -> None:
         """Plan a regular call on the whole window of every step, which uses no stream's state."""
         op = node.operation
         self._plan[id(node)] = "attention to whole"
@@ -340,60 +359,72 @@ class StepGraph:
             if type(op).call is not TransformerEncoderBlock.call:
                 self._refuse(
                     node,
-                    "has a call of its own, which steps on whole windows would leave out: give it "
-                    "a call_regular of its own instead",
+                    "has a call of its own. Steps on whole windows would leave it out: give it a "
+                    "call_regular of its own instead",
                 )
             return
         self._refuse(
             node,
-            "is given whole windows at every step, of which each step changes all rows: a layer "
-            "that takes steps comes before retroactive attention",
+            "is given whole windows at every step, and each step changes all their rows: put "
+            "layers that take steps before retroactive attention",
         )
 
-    def _check_nothing_streams_within(self, node):
-        """Refuse a layer with continual layers inside: it would move their streams in its own way.
+    def _check_nothing_streams_within(self, node: Node) -> None:
+        """Refuse a layer that calls continual layers itself: the graph could not lead their steps.
 
-        The graph reaches only continual layers that are its own, or those of models within it.
+        The graph knows only its own continual layers, and those of the models inside.
         """
         op = node.operation
         if isinstance(op, ContinualLayer) or not isinstance(op, keras.layers.Layer):
             return
         for layer in op._flatten_layers():
+            name = layer.name
             if isinstance(layer, ContinualLayer):
                 self._refuse(
                     node,
-                    f"calls {layer.name} ({type(layer).__name__}) by itself, which takes steps: "
+                    f"calls {name} ({type(layer).__name__}) by itself, which takes steps: "
                     "put that layer into the graph of the model",
                 )
                 return
 
-    def _add_layer(self, layer):
+    def _add_layer(self, layer: keras.layers.Layer) -> None:
         if any(layer is other for other in self.layers):
             self.problems.append(
-                f"{layer.name} is called more than once: each call needs a state of its own"
+                f"{layer.name} is called more than once, but has one state: make a layer for each "
+                "call"
             )
         self.layers.append(layer)
 
-    def _refuse(self, node, why):
+    def _refuse(self, node: Node, why: str) -> None:
         self._refused.add(id(node))
         self.problems.append(f"{node.operation.name} ({type(node.operation).__name__}) {why}")
 
     # Running.
 
-    def _run_continual(self, node, values, step, training):
+    def _run_continual(
+        self, node: Node, values: dict[int, tf.Tensor], step: Step, training: bool | None
+    ) -> Any:
         return _call(node, values, training, update_state=step.update_state)
 
-    def _run_model(self, node, values, step, training):
+    def _run_model(
+        self, node: Node, values: dict[int, tf.Tensor], step: Step, training: bool | None
+    ) -> Any:
         inner = [values[id(x)] for x in inputs_of_model(node)]
         return self._inner[id(node)].run(inner, step, training)
 
-    def _run_identity(self, node, values, step, training):
+    def _run_identity(
+        self, node: Node, values: dict[int, tf.Tensor], step: Step, training: bool | None
+    ) -> tf.Tensor:
         return values[id(node.input_tensors[0])]
 
-    def _run_row_wise(self, node, values, step, training):
+    def _run_row_wise(
+        self, node: Node, values: dict[int, tf.Tensor], step: Step, training: bool | None
+    ) -> Any:
         return _call(node, values, training)
 
-    def _run_attention_to_whole(self, node, values, step, training):
+    def _run_attention_to_whole(
+        self, node: Node, values: dict[int, tf.Tensor], step: Step, training: bool | None
+    ) -> list[tf.Tensor]:
         """Run as `_run_on_samples`, but let no row attend to a step that was never taken."""
         x = next(values[id(x)] for x in node.input_tensors if self._known[id(x)].kind == "whole")
         steps, n = tf.shape(x, tf.int64)[1], x.shape[2]
@@ -408,7 +439,14 @@ class StepGraph:
                 )
             return self._run_on_samples(node, values, step, training, value_mask=there)
 
-    def _run_on_samples(self, node, values, step, training, **more):
+    def _run_on_samples(
+        self,
+        node: Node,
+        values: dict[int, tf.Tensor],
+        step: Step,
+        training: bool | None,
+        **more: Any,
+    ) -> list[tf.Tensor]:
         """Run a node with steps as samples: (M, T, ...) becomes (M * T, ...), and back."""
         inputs = [x for x in node.input_tensors if id(x) in values]
         lead = tf.shape(values[id(inputs[0])])[:2]
@@ -434,7 +472,7 @@ _RUNS = {
 STEP_ARGUMENTS = ("x", "query", "value", "key", "use_causal_mask", "training")
 
 
-def inputs_of_model(node):
+def inputs_of_model(node: Node) -> list[keras.KerasTensor]:
     """Return the tensors that a node gives to a model, without Keras' masks of them.
 
     The tensors carry these masks themselves.
@@ -443,12 +481,12 @@ def inputs_of_model(node):
     return [x for x in node.input_tensors if not any(x is mask for mask in masks)]
 
 
-def _has_mask(tensor):
+def _has_mask(tensor: keras.KerasTensor) -> bool:
     """Return whether a tensor of the graph carries a mask of Keras."""
     return getattr(tensor, "_keras_mask", None) is not None
 
 
-def _takes_mask_of_whole(node, values):
+def _takes_mask_of_whole(node: Node, values: dict[int, Tensor]) -> bool:
     """Return whether a node uses the mask of a window that retroactive attention gives."""
     op = node.operation
     whole = [x for x in node.input_tensors if id(x) in values and values[id(x)].kind == "whole"]
@@ -460,7 +498,7 @@ def _takes_mask_of_whole(node, values):
     )
 
 
-def _looks_at_more(operation):
+def _looks_at_more(operation: keras.Operation) -> str:
     if isinstance(operation, keras.Model) and _graph_of(operation) is not None:
         return OWN_CALL
     why = "may look at several steps of the window, but a step has only the newest one"
@@ -469,7 +507,7 @@ def _looks_at_more(operation):
     return why
 
 
-def names_of_inputs(model):
+def names_of_inputs(model: keras.Model) -> list[str]:
     """Return what messages call a model's inputs: their names, or their places if unnamed.
 
     Keras names an unnamed input keras_tensor and a number, which users do not know.
@@ -482,34 +520,34 @@ def names_of_inputs(model):
     ]
 
 
-def _functional(model):
+def _functional(model: keras.Model) -> keras.Model | None:
     """Return the functional model that a model computes; None if there is none."""
     graph = _graph_of(model)
     return None if graph is None or has_own_call(model) else graph
 
 
-def _graph_of(model):
+def _graph_of(model: keras.Model) -> keras.Model | None:
     """Return the functional model that a model is, or contains; None if there is none."""
     if isinstance(model, keras.Sequential):
         return model._functional
     return model if hasattr(model, "_nodes_by_depth") else None
 
 
-def _unequal_delays(tensors):
+def _unequal_delays(tensors: Iterable[Tensor]) -> str | None:
     """Return what is wrong if windows have different delays, and the cure; otherwise None."""
     windows = sorted((x for x in tensors if x.kind == "window"), key=lambda x: x.delay)
     if not windows or windows[0].delay == windows[-1].delay:
         return None
     early, late = windows[0], windows[-1]
     return (
-        f"windows of which a step gives rows of different steps: {late.delayed_by} makes one "
-        f"{late.delay} steps late, where another is {early.delay}: give the latter to "
-        f"ct.CoDelay({late.delay - early.delay}), or, if it is the sum of what goes into "
-        f"{late.delayed_by} and comes out, put ct.CoResidual around that layer"
+        f"windows with different delays: {late.delayed_by} delays one by {late.delay} steps, the "
+        f"delay of another is {early.delay}. Pass the other through "
+        f"ct.CoDelay({late.delay - early.delay}). If this is the sum of the input and the output "
+        f"of {late.delayed_by}, put ct.CoResidual around that layer"
     )
 
 
-def _kind_of_one(shape, whole=()):
+def _kind_of_one(shape: Shape, whole: Collection[int | None] = ()) -> str:
     """Return the kind of a tensor of one step, by its shape.
 
     Args:
@@ -524,17 +562,23 @@ def _kind_of_one(shape, whole=()):
     return "newest" if len(shape) > 2 and shape[1] == 1 else "sample"
 
 
-def _to_samples(kind, x):
+def _to_samples(kind: str, x: tf.Tensor) -> tf.Tensor:
     axis_of_time = [1] if kind == "newest" else []
     return tf.reshape(x, tf.concat([[-1], axis_of_time, tf.shape(x)[2:]], 0))
 
 
-def _to_steps(kind, x, lead):
+def _to_steps(kind: str, x: tf.Tensor, lead: tf.Tensor) -> tf.Tensor:
     first = 2 if kind == "newest" else 1
     return tf.reshape(x, tf.concat([lead, tf.shape(x)[first:]], 0))
 
 
-def _call(node, values, training, call=None, **more):
+def _call(
+    node: Node,
+    values: dict[int, tf.Tensor],
+    training: bool | None,
+    call: Callable[..., Any] | None = None,
+    **more: Any,
+) -> Any:
     args, kwargs = node.arguments.fill_in(values)
     if getattr(node.operation, "_call_has_training_arg", False):
         kwargs = {"training": training, **kwargs}

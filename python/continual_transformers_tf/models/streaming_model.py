@@ -1,5 +1,7 @@
 """A Keras model that answers at every step of an endless stream."""
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -8,6 +10,7 @@ from continual_transformers_tf.layers.composite_layer import CompositeLayer
 from continual_transformers_tf.layers.inputs import expect_given, rows_and_steps
 from continual_transformers_tf.layers.warm_up import always_partial, check_warm_up
 from continual_transformers_tf.models.step_graph import StepGraph, names_of_inputs
+from continual_transformers_tf.ops.stream_state import Step
 
 
 @keras.saving.register_keras_serializable("continual_transformers_tf")
@@ -37,8 +40,8 @@ class StreamingModel(CompositeLayer, keras.Model):
 
     Args:
         model: A functional model, or a built sequential one. It is not copied.
-        warm_up: "none": in eager mode, steps give None until a stream's receptive field is full;
-            "partial": they give the outputs of shorter sequences. It works as in
+        warm_up: "none": in eager mode, steps return None until a stream's receptive field is
+            full. "partial": they return the outputs of shorter sequences. It works as in
             `CoSiMultiHeadAttention`, but for the model as a whole: it replaces the layers' own
             `warm_up`.
         call_mode: What calling the model does: "regular", "step" or "steps".
@@ -52,7 +55,9 @@ class StreamingModel(CompositeLayer, keras.Model):
             reason for every layer in the way.
     """
 
-    def __init__(self, model, warm_up="none", call_mode="regular", **kwargs):
+    def __init__(
+        self, model: keras.Model, warm_up: str = "none", call_mode: str = "regular", **kwargs: Any
+    ) -> None:
         check_warm_up(warm_up)
         if not isinstance(model, keras.Model):
             raise ValueError(f"Expected a keras.Model, but got {model!r}")
@@ -74,14 +79,16 @@ class StreamingModel(CompositeLayer, keras.Model):
         self._share_streams()
 
     @property
-    def receptive_field(self):
+    def receptive_field(self) -> int:
+        """How many steps an output depends on."""
         return self._graph.receptive_field
 
     @property
-    def delay(self):
+    def delay(self) -> int:
+        """How many steps lie between an input and its output."""
         return self._graph.delay
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "model": keras.saving.serialize_keras_object(self.model),
@@ -90,21 +97,36 @@ class StreamingModel(CompositeLayer, keras.Model):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> "StreamingModel":
         model = keras.saving.deserialize_keras_object(config["model"], custom_objects)
         return cls(**{**config, "model": model})
 
-    def call(self, inputs, training=None, streams=None, update_state=True):
+    def call(
+        self,
+        inputs: Any,
+        training: bool | None = None,
+        streams: Any = None,
+        update_state: bool = True,
+    ) -> Any:
         return self._call_by_mode(
             inputs, training=training, streams=streams, update_state=update_state
         )
 
-    def call_regular(self, inputs, training=None):
+    def call_regular(self, inputs: Any, training: bool | None = None) -> Any:
         """Return the model's outputs for whole windows. This does not use the streams' state."""
         with call_mode("regular"):
             return self.model(inputs, training=training)
 
-    def call_step(self, inputs, training=None, *, streams=None, update_state=True):
+    def call_step(
+        self,
+        inputs: Any,
+        training: bool | None = None,
+        *,
+        streams: Any = None,
+        update_state: bool = True,
+    ) -> Any:
         """Take one step of M streams.
 
         Args:
@@ -124,7 +146,14 @@ class StreamingModel(CompositeLayer, keras.Model):
         outputs = self._take_steps(steps, training, streams, update_state)
         return keras.tree.map_structure(lambda y: None if y is None else tf.squeeze(y, 1), outputs)
 
-    def call_steps(self, inputs, training=None, *, streams=None, update_state=True):
+    def call_steps(
+        self,
+        inputs: Any,
+        training: bool | None = None,
+        *,
+        streams: Any = None,
+        update_state: bool = True,
+    ) -> Any:
         """Take T steps of M streams, with the same outputs and state as T calls of `call_step`.
 
         Args:
@@ -140,7 +169,7 @@ class StreamingModel(CompositeLayer, keras.Model):
         inputs = self._inputs(inputs, axes_of_steps=2)
         return self._take_steps(inputs, training, streams, update_state)
 
-    def _inputs(self, inputs, axes_of_steps):
+    def _inputs(self, inputs: Any, axes_of_steps: int) -> list[tf.Tensor]:
         """Check the inputs, and return them as a list of tensors."""
         flat = keras.tree.flatten(self._by_name(inputs))
         if len(flat) != len(self.model.inputs):
@@ -162,7 +191,7 @@ class StreamingModel(CompositeLayer, keras.Model):
             tensors.append(_with_mask(tf.cast(x, symbolic.dtype), getattr(x, "_keras_mask", None)))
         return _of_same_steps(tensors, letters)
 
-    def _by_name(self, inputs):
+    def _by_name(self, inputs: Any) -> Any:
         """Return the inputs in the structure of the model's inputs, if either of them is a dict."""
         # A sequential model has names for its inputs only if it was called as a part of another.
         own = self._graph.model.input
@@ -180,17 +209,19 @@ class StreamingModel(CompositeLayer, keras.Model):
             return type(own)((name, inputs[name]) for name in names)
         return [inputs[name] for name in names]
 
-    def _take_steps(self, inputs, training, streams, update_state):
+    def _take_steps(
+        self, inputs: list[tf.Tensor], training: bool | None, streams: Any, update_state: bool
+    ) -> Any:
         rows, steps = rows_and_steps(inputs[0])
 
-        def compute(step):
+        def compute(step: Step) -> Any:
             with call_mode("steps"), always_partial():
                 outputs = self._graph.run(inputs, step, training)
             return self._ready_outputs(step, outputs)
 
         return self._streams.take_steps(self, compute, streams, rows, steps, update_state)
 
-    def export(self, filepath, format="tf_saved_model", **options):
+    def export(self, filepath: str, format: str = "tf_saved_model", **options: Any) -> None:
         """Export the call of the model, as `keras.Model.export` does. `ct.export` exports steps.
 
         Args:
@@ -209,28 +240,28 @@ class StreamingModel(CompositeLayer, keras.Model):
             ]
         super().export(filepath, format=format, **options)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> Any:
         return self.model.compute_output_shape(input_shape)
 
     @property
-    def parts(self):
+    def parts(self) -> list[keras.layers.Layer]:
         return self._graph.layers
 
 
-def _with_mask(x, mask):
-    """Put Keras' mask on a tensor; None: leave it as it is."""
+def _with_mask(x: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
+    """Put Keras' mask on a tensor. None: leave the tensor as it is."""
     if mask is not None:
         x._keras_mask = mask
     return x
 
 
-def _with_axis_of_time(x):
+def _with_axis_of_time(x: tf.Tensor) -> tf.Tensor:
     """Turn one step (M, ...) into (M, 1, ...), with its mask."""
     mask = getattr(x, "_keras_mask", None)
     return _with_mask(tf.expand_dims(x, 1), None if mask is None else tf.expand_dims(mask, 1))
 
 
-def _of_same_steps(tensors, letters):
+def _of_same_steps(tensors: list[tf.Tensor], letters: tuple[str, ...]) -> list[tf.Tensor]:
     """Check that the tensors agree in their first axes, before any layer's state changes.
 
     Returns:

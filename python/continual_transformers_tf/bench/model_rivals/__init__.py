@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from continual_transformers_tf.bench.sizes import MODEL_OUTPUTS
+from continual_transformers_tf.bench.sizes import MODEL_OUTPUTS, ModelSize
 
 STEPS = 64  # This many steps are prepared, and taken in turn.
 EPSILON = 1e-6  # The epsilon of the layer norms.
@@ -51,6 +52,9 @@ MODEL_DESCRIPTIONS = {
 }
 ONE_THREAD = ("kernels", "bound")
 
+Array = npt.NDArray[Any]
+Pair = tuple[Array, Array]  # A layer's two weights.
+
 
 class Contestant(NamedTuple):
     """A model that is ready to take steps.
@@ -66,15 +70,15 @@ class Contestant(NamedTuple):
         positions: Whether it has the positional encoding.
     """
 
-    step: Callable
-    convert: Callable = lambda x: x
-    output: Callable = np.asarray
+    step: Callable[[Any], Any]
+    convert: Callable[[Array], Any] = lambda x: x
+    output: Callable[[Any], Array] = np.asarray
     windows: bool = False
     positions: bool = True
     keep: Any = None  # An object that must live as long as `step`.
 
 
-def make(name, size, threads, model_file):
+def make(name: str, size: ModelSize, threads: int, model_file: str) -> Contestant:
     """Return a contestant for a size.
 
     Args:
@@ -95,23 +99,25 @@ def make(name, size, threads, model_file):
 class Block(NamedTuple):
     """The weights of an encoder block: (kernel, bias) and (gamma, beta)."""
 
-    query: tuple
-    key: tuple
-    value: tuple
-    output: tuple
-    attention_norm: tuple
-    feed_forward: tuple
-    feed_forward_output: tuple
-    output_norm: tuple
+    query: Pair
+    key: Pair
+    value: Pair
+    output: Pair
+    attention_norm: Pair
+    feed_forward: Pair
+    feed_forward_output: Pair
+    output_norm: Pair
 
 
 class Weights(NamedTuple):
-    embedding: tuple
-    positions: Any  # [2N - 1, E]
-    blocks: tuple
-    classifier: tuple
+    """The weights of the model that is raced."""
 
-    def arrays(self):
+    embedding: Pair
+    positions: Array  # [2N - 1, E]
+    blocks: tuple[Block, ...]
+    classifier: Pair
+
+    def arrays(self) -> list[Array]:
         """Return all arrays in the order in which the C++ program reads them."""
         found = [*self.embedding, self.positions]
         for block in self.blocks:
@@ -119,27 +125,33 @@ class Weights(NamedTuple):
         return [*found, *self.classifier]
 
 
-def weights_of(size):
+def weights_of(size: ModelSize) -> Weights:
     """Return the weights, which are the same for all contestants."""
     random = np.random.default_rng(7)
 
-    def normal(scale, *shape):
+    def normal(scale: float, *shape: int) -> Array:
         return random.normal(scale=scale, size=shape).astype(np.float32)
 
-    def dense(inputs, outputs):
+    def dense(inputs: int, outputs: int) -> Pair:
         return normal(1 / np.sqrt(inputs), inputs, outputs), normal(0.1, outputs)
 
-    def norm():
+    def norm() -> Pair:
         return 1 + normal(0.1, size.embed_dim), normal(0.1, size.embed_dim)
 
     e = size.embed_dim
-    square = [e, e]
     return Weights(
         embedding=dense(size.features, e),
         positions=normal(0.3, size.position_rows, e),
         blocks=tuple(
             Block(
-                *(dense(*square) for _ in range(4)), norm(), dense(*square), dense(*square), norm()
+                query=dense(e, e),
+                key=dense(e, e),
+                value=dense(e, e),
+                output=dense(e, e),
+                attention_norm=norm(),
+                feed_forward=dense(e, e),
+                feed_forward_output=dense(e, e),
+                output_norm=norm(),
             )
             for _ in range(size.layers)
         ),
@@ -147,33 +159,33 @@ def weights_of(size):
     )
 
 
-def inputs_of(size):
+def inputs_of(size: ModelSize) -> Array:
     """Return the steps that are taken in turn: [STEPS, M, F]."""
     random = np.random.default_rng(13)
     return random.normal(size=(STEPS, size.streams, size.features)).astype(np.float32)
 
 
-def checked_steps(size, windows):
+def checked_steps(size: ModelSize, windows: bool) -> int:
     """Return how many steps a contestant takes before its output is compared."""
     return size.seq_len if windows else size.receptive_field + 3
 
 
-def checked_rows(size):
+def checked_rows(size: ModelSize) -> list[int]:
     """Return the rows to compare: the first stream and the last. Rows are independent."""
     return sorted({0, size.streams - 1})
 
 
-def reference(size, steps, positions=True):
+def reference(size: ModelSize, steps: int, positions: bool = True) -> npt.NDArray[np.float64]:
     """Return the last outputs of new streams after `steps` steps, float64 [checked rows, 10]."""
     weights = weights_of(size)
     rows = checked_rows(size)
     taken = np.arange(steps)
     x = inputs_of(size)[taken % STEPS][:, rows].astype(np.float64)
 
-    def dense(x, layer):
+    def dense(x: npt.NDArray[np.float64], layer: Pair) -> npt.NDArray[np.float64]:
         return x @ layer[0].astype(np.float64) + layer[1]
 
-    def norm(x, layer):
+    def norm(x: npt.NDArray[np.float64], layer: Pair) -> npt.NDArray[np.float64]:
         mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
         return (x - mean) / np.sqrt(variance + EPSILON) * layer[0] + layer[1]
 
@@ -198,7 +210,7 @@ def reference(size, steps, positions=True):
     return dense(x[-1], weights.classifier)
 
 
-def _erf(x):
+def _erf(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     import math
 
     return np.vectorize(math.erf)(x)

@@ -1,39 +1,44 @@
 """The step in ONNX Runtime: a graph with rings and position as inputs and outputs."""
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
+import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from continual_transformers_tf.bench.model_rivals import EPSILON, Contestant
-from continual_transformers_tf.bench.sizes import MODEL_OUTPUTS
+from continual_transformers_tf.bench.model_rivals import EPSILON, Contestant, Pair, Weights
+from continual_transformers_tf.bench.sizes import MODEL_OUTPUTS, ModelSize
 
 
 class _Graph:
     """The nodes and constants of a graph, with their names."""
 
-    def __init__(self):
-        self.constants, self.nodes = {}, []
+    def __init__(self) -> None:
+        self.constants: dict[str, onnx.TensorProto] = {}
+        self.nodes: list[onnx.NodeProto] = []
 
-    def constant(self, value, dtype=np.float32):
+    def constant(self, value: npt.ArrayLike, dtype: type = np.float32) -> str:
         name = f"constant_{len(self.constants)}"
         self.constants[name] = numpy_helper.from_array(np.asarray(value, dtype), name)
         return name
 
-    def node(self, op, *inputs, output=None, **attributes):
+    def node(self, op: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
         output = output or f"node_{len(self.nodes)}"
         self.nodes.append(helper.make_node(op, list(inputs), [output], **attributes))
         return output
 
-    def dense(self, x, layer, output=None):
+    def dense(self, x: str, layer: Pair, output: str | None = None) -> str:
         product = self.node("MatMul", x, self.constant(layer[0]))
         return self.node("Add", product, self.constant(layer[1]), output=output)
 
-    def norm(self, x, layer):
+    def norm(self, x: str, layer: Pair) -> str:
         scale, offset = (self.constant(array) for array in layer)
         return self.node("LayerNormalization", x, scale, offset, axis=-1, epsilon=EPSILON)
 
 
-def _model(size, weights):
+def _model(size: ModelSize, weights: Weights) -> onnx.ModelProto:
     graph = _Graph()
     node, constant = graph.node, graph.constant
     rows, heads, head = size.streams, size.heads, size.head
@@ -65,7 +70,7 @@ def _model(size, weights):
         x = graph.norm(node("Add", x, fed), block.output_norm)
     graph.dense(x, weights.classifier, output="y")
 
-    def value(name, *shape, dtype=TensorProto.FLOAT):
+    def info(name: str, *shape: int, dtype: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, dtype, shape)
 
     ring = (rows, heads, size.seq_len, head)
@@ -75,14 +80,14 @@ def _model(size, weights):
             graph.nodes,
             "step",
             [
-                value("x", rows, size.features),
-                value("position", 1, dtype=TensorProto.INT64),
-                *(value(name, *ring) for name in names),
+                info("x", rows, size.features),
+                info("position", 1, dtype=TensorProto.INT64),
+                *(info(name, *ring) for name in names),
             ],
             [
-                value("y", rows, MODEL_OUTPUTS),
-                value("position_out", 1, dtype=TensorProto.INT64),
-                *(value(f"{name}_out", *ring) for name in names),
+                info("y", rows, MODEL_OUTPUTS),
+                info("position_out", 1, dtype=TensorProto.INT64),
+                *(info(f"{name}_out", *ring) for name in names),
             ],
             list(graph.constants.values()),
         ),
@@ -91,7 +96,7 @@ def _model(size, weights):
     )
 
 
-def _onnxruntime(size, weights, threads):
+def _onnxruntime(size: ModelSize, weights: Weights, threads: int) -> Contestant:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -119,7 +124,7 @@ def _onnxruntime(size, weights, threads):
         bindings.append(binding)
     turn = 0
 
-    def step(inputs):
+    def step(inputs: npt.NDArray[np.float32]) -> onnxruntime.OrtValue:
         nonlocal turn
         x.update_inplace(inputs)
         session.run_with_iobinding(bindings[turn])

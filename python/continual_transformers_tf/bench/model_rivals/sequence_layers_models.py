@@ -1,16 +1,23 @@
 """The model in google's sequence-layers with JAX: a step donates the buffers of its state."""
 
+from __future__ import annotations
+
 import os
+from typing import TYPE_CHECKING, Any
 
-from continual_transformers_tf.bench.model_rivals import EPSILON, Contestant
-from continual_transformers_tf.bench.sizes import MODEL_OUTPUTS
+from continual_transformers_tf.bench.model_rivals import EPSILON, Array, Contestant, Pair, Weights
+from continual_transformers_tf.bench.sizes import MODEL_OUTPUTS, ModelSize
 
-
-def _model(size):
+if TYPE_CHECKING:
     import jax
     import sequence_layers.jax as sl
 
-    def gelu(x):
+
+def _model(size: ModelSize) -> sl.Serial:
+    import jax
+    import sequence_layers.jax as sl
+
+    def gelu(x: jax.Array) -> jax.Array:
         return jax.nn.gelu(x, approximate=False)
 
     features = size.embed_dim
@@ -42,17 +49,19 @@ def _model(size):
     return sl.Serial.Config(layers, name="model").make()
 
 
-def _parameters(size, weights):
+def _parameters(size: ModelSize, weights: Weights) -> dict[str, Any]:
     import numpy as np
 
-    def dense(layer):
+    def dense(layer: Pair) -> dict[str, Array]:
         return dict(kernel=layer[0], bias=layer[1])
 
-    def norm(layer):
+    def norm(layer: Pair) -> dict[str, Array]:
         return dict(scale=layer[0], bias=layer[1])
 
     heads = (size.heads, size.head)
-    named = dict(embedding=dense(weights.embedding), classifier=dense(weights.classifier))
+    named: dict[str, Any] = dict(
+        embedding=dense(weights.embedding), classifier=dense(weights.classifier)
+    )
     for i, block in enumerate(weights.blocks):
         kernels, biases = zip(*block[:3], strict=True)
         named[f"attention_{i}"] = dict(
@@ -72,7 +81,7 @@ def _parameters(size, weights):
     return dict(params=named)
 
 
-def _sequence_layers(size, weights, threads):
+def _sequence_layers(size: ModelSize, weights: Weights, threads: int) -> Contestant:
     if threads == 1:
         # Before JAX starts its threads: it has no other way to limit their number.
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -84,7 +93,7 @@ def _sequence_layers(size, weights, threads):
     variables = jax.tree.map(jnp.asarray, _parameters(size, weights))
     taken = jnp.ones((size.streams, 1), bool)
 
-    def take(x, state):
+    def take(x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         sequence = sl.Sequence(x[:, jnp.newaxis], taken)
         y, state = model.apply(variables, sequence, state, training=False, method=model.step)
         return y.values[:, 0], state
@@ -97,7 +106,7 @@ def _sequence_layers(size, weights, threads):
     # Copy the state: some of its buffers are shared, and shared buffers cannot be donated.
     state = jax.tree.map(jnp.array, state)
 
-    def step(x):
+    def step(x: jax.Array) -> jax.Array:
         nonlocal state
         y, state = take(x, state)
         return jax.block_until_ready(y)

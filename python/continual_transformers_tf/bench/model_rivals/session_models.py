@@ -4,9 +4,10 @@ import numpy as np
 
 import continual_transformers_tf as ct
 from continual_transformers_tf.bench.model_rivals import Contestant
+from continual_transformers_tf.bench.sizes import ModelSize
 
 
-def _session(size, model_file, threads):
+def _session(size: ModelSize, model_file: str, threads: int) -> Contestant:
     session = ct.Session.load(model_file, streams=size.streams, threads=threads)
     streams = session.open(size.streams)
     return Contestant(lambda x: session.step(x, streams=streams), np.ascontiguousarray)

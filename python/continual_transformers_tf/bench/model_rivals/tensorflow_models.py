@@ -1,5 +1,7 @@
 """The model in Keras: ours in a graph, and a regular model on windows."""
 
+from collections.abc import Sequence
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -7,19 +9,24 @@ import tensorflow as tf
 import continual_transformers_tf as ct
 from continual_transformers_tf.bench.model_rivals import (
     EPSILON,
+    STEPS,
+    Array,
+    Block,
     Contestant,
+    Pair,
+    Weights,
     inputs_of,
     weights_of,
 )
-from continual_transformers_tf.bench.sizes import MODEL_OUTPUTS
+from continual_transformers_tf.bench.sizes import MODEL_OUTPUTS, ModelSize
 
 
-def _set_threads(threads):
+def _set_threads(threads: int) -> None:
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(1)
 
 
-def streaming_model(size):
+def streaming_model(size: ModelSize) -> ct.StreamingModel:
     """Return the `ct.StreamingModel` that is raced, with its weights."""
     inputs = keras.Input((None, size.features), name="x")
     x = keras.layers.Dense(size.embed_dim, name="embedding")(inputs)
@@ -51,7 +58,7 @@ def streaming_model(size):
     return model
 
 
-def _attention_weights(size, block):
+def _attention_weights(size: ModelSize, block: Block) -> list[Array]:
     heads = (size.heads, size.head)
     inputs = [
         array
@@ -61,7 +68,7 @@ def _attention_weights(size, block):
     return [*inputs, block.output[0].reshape(*heads, -1), block.output[1]]
 
 
-def _tf_function(size, weights, threads):
+def _tf_function(size: ModelSize, weights: Weights, threads: int) -> Contestant:
     del weights  # `streaming_model` sets them.
     _set_threads(threads)
     model = streaming_model(size)
@@ -71,14 +78,14 @@ def _tf_function(size, weights, threads):
 class _Positions(keras.layers.Layer):
     """A layer that adds the first rows of a learned encoding."""
 
-    def build(self, input_shape):
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
         self.rows = self.add_weight(shape=input_shape[1:], name="rows")
 
-    def call(self, x):
+    def call(self, x: tf.Tensor) -> tf.Tensor:
         return x + self.rows
 
 
-def _regular_model(size, weights):
+def _regular_model(size: ModelSize, weights: Weights) -> keras.Model:
     inputs = keras.Input((size.seq_len, size.features))
     x = _with_weights(keras.layers.Dense(size.embed_dim), inputs, weights.embedding)
     x = _with_weights(_Positions(), x, [weights.positions[: size.seq_len]])
@@ -98,29 +105,31 @@ def _regular_model(size, weights):
     return keras.Model(inputs, outputs)
 
 
-def _norm(x, weights):
+def _norm(x: tf.Tensor, weights: Pair) -> tf.Tensor:
     return _with_weights(keras.layers.LayerNormalization(epsilon=EPSILON), x, weights)
 
 
-def _with_weights(layer, x, weights):
+def _with_weights(layer: keras.layers.Layer, x: tf.Tensor, weights: Sequence[Array]) -> tf.Tensor:
     y = layer(x)
     layer.set_weights(weights)
     return y
 
 
-def _keras_windows(size, weights, threads, jit_compile=False):
+def _keras_windows(
+    size: ModelSize, weights: Weights, threads: int, jit_compile: bool = False
+) -> Contestant:
     _set_threads(threads)
     model = _regular_model(size, weights)
-    first = np.resize(inputs_of(size), (size.seq_len, size.streams, size.features))
-    # The first step drops the oldest row, so the first of the N - 1 steps comes second.
+    first = inputs_of(size)[np.arange(size.seq_len) % STEPS]
+    # The first step drops row 0, so the first of the N - 1 steps is in row 1.
     window = tf.constant(np.roll(first, 1, axis=0).swapaxes(0, 1))
 
     @tf.function(jit_compile=jit_compile)
-    def call(window, x):
+    def call(window: tf.Tensor, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         window = tf.concat([window[:, 1:], x[:, tf.newaxis]], 1)
         return model(window, training=False), window
 
-    def step(x):
+    def step(x: tf.Tensor) -> tf.Tensor:
         nonlocal window
         output, window = call(window, x)
         return output
@@ -128,7 +137,7 @@ def _keras_windows(size, weights, threads, jit_compile=False):
     return Contestant(step, tf.constant, output=np.asarray, windows=True, keep=model)
 
 
-def _keras_windows_xla(size, weights, threads):
+def _keras_windows_xla(size: ModelSize, weights: Weights, threads: int) -> Contestant:
     return _keras_windows(size, weights, threads, jit_compile=True)
 
 

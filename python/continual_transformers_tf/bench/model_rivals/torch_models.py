@@ -1,14 +1,25 @@
 """The model as a PyTorch user would write it by hand, with rings that are written in place."""
 
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from continual_transformers_tf.bench.model_rivals import EPSILON, Contestant, inputs_of
+from continual_transformers_tf.bench.model_rivals import (
+    EPSILON,
+    Contestant,
+    Pair,
+    Weights,
+    inputs_of,
+)
+from continual_transformers_tf.bench.sizes import ModelSize
+
+# A function of queries, and of the rings of keys and values.
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _torch_ring(size, weights, threads):
+def _torch_ring(size: ModelSize, weights: Weights, threads: int) -> Contestant:
     """Return the contestant with the faster of two ways to attend."""
     torch.set_num_threads(threads)
     x = torch.from_numpy(inputs_of(size)[0])
@@ -17,17 +28,17 @@ def _torch_ring(size, weights, threads):
     return Contestant(_Model(size, weights, fastest).step, torch.from_numpy)
 
 
-def _sdpa(query, keys, values):
+def _sdpa(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(query, keys, values)
 
 
-def _products(query, keys, values):
+def _products(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     scores = (query * query.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
     return scores.softmax(-1) @ values
 
 
 class _Model:
-    def __init__(self, size, weights, attend):
+    def __init__(self, size: ModelSize, weights: Weights, attend: Attend) -> None:
         self._size, self._attend = size, attend
         self._heads = (size.streams, 3, size.heads, 1, size.head)
         self._embedding = _linear(weights.embedding)
@@ -49,7 +60,7 @@ class _Model:
         self._position = 0
 
     @torch.inference_mode()
-    def step(self, x):
+    def step(self, x: torch.Tensor) -> torch.Tensor:
         size = self._size
         features = (size.embed_dim,)
         row = self._position % size.seq_len
@@ -69,7 +80,7 @@ class _Model:
         return F.linear(x, *self._classifier)
 
 
-def _linear(*layers):
+def _linear(*layers: Pair) -> tuple[torch.Tensor, torch.Tensor]:
     """Return weight and bias in nn.Linear's layout, with several layers concatenated."""
     kernels, biases = zip(*layers, strict=True)
     return (
@@ -78,8 +89,8 @@ def _linear(*layers):
     )
 
 
-def _seconds(step, x):
-    def once():
+def _seconds(step: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> float:
+    def once() -> float:
         start = time.perf_counter()
         step(x)
         return time.perf_counter() - start

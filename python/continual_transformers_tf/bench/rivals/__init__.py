@@ -6,8 +6,17 @@ Each module has a dict RIVALS, from a rival's name to a function of a size, the 
 """
 
 import importlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+
+from continual_transformers_tf.bench.sizes import Size
+
+Array = npt.NDArray[Any]
+Weights = list[tuple[Array, Array]]  # The result of `weights_of`.
+Contestant = tuple[Callable[[Any], Any], Callable[[Array], Any]]  # (step, convert)
 
 # The module of each rival, which imports what the rival needs.
 MODULES = {
@@ -38,7 +47,7 @@ DESCRIPTIONS = {
 }
 
 
-def make(name, size, threads):
+def make(name: str, size: Size, threads: int) -> Contestant:
     """Return (step, convert) of a rival, ready to take inputs.
 
     Raises:
@@ -48,7 +57,7 @@ def make(name, size, threads):
     return module.RIVALS[name](size, weights_of(size), threads)
 
 
-def weights_of(size):
+def weights_of(size: Size) -> Weights:
     """Return the kernels [E, E] and biases [E] of q, k, v and the output, the same for all."""
     random = np.random.default_rng(7)
     scale = 1 / np.sqrt(size.features)
@@ -61,13 +70,13 @@ def weights_of(size):
     ]
 
 
-def past_of(size):
+def past_of(size: Size) -> Array:
     """Return the steps that fill the window, oldest first: [N, M, E]."""
     random = np.random.default_rng(11)
     return random.normal(size=(size.seq_len, size.streams, size.features)).astype(np.float32)
 
 
-def rings_of(size, weights):
+def rings_of(size: Size, weights: Weights) -> list[Array]:
     """Return keys and values of the steps that fill the window: [M, H, N, D] each."""
     past = past_of(size)
     shape = (size.seq_len, size.streams, size.heads, size.head)
@@ -77,7 +86,7 @@ def rings_of(size, weights):
     ]
 
 
-def inputs_of(size, steps):
+def inputs_of(size: Size, steps: int) -> Array:
     """Return the steps that are timed: [steps, M, E]."""
     random = np.random.default_rng(13)
     return random.normal(size=(steps, size.streams, size.features)).astype(np.float32)

@@ -1,25 +1,30 @@
 """The layer's step in ONNX Runtime: a graph with the rings as inputs and outputs."""
 
+from typing import Any
+
 import numpy as np
+import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from continual_transformers_tf.bench.rivals import rings_of
+from continual_transformers_tf.bench.rivals import Array, Contestant, Weights, rings_of
+from continual_transformers_tf.bench.sizes import Size
 
 
-def _graph(size, weights):
+def _graph(size: Size, weights: Weights) -> onnx.ModelProto:
     rows, heads, head = size.streams, size.heads, size.head
-    constants, nodes = {}, []
+    constants: dict[str, onnx.TensorProto] = {}
+    nodes: list[onnx.NodeProto] = []
 
-    def constant(name, value):
+    def constant(name: str, value: Array) -> str:
         constants[name] = numpy_helper.from_array(value, name)
         return name
 
-    def node(op, inputs, output, **attributes):
+    def node(op: str, inputs: list[str], output: str, **attributes: Any) -> str:
         nodes.append(helper.make_node(op, inputs, [output], **attributes))
         return output
 
-    def dense(x, i, output):
+    def dense(x: str, i: int, output: str) -> str:
         kernel, bias = constant(f"w{i}", weights[i][0]), constant(f"b{i}", weights[i][1])
         return node("Add", [node("MatMul", [x, kernel], f"product{i}"), bias], output)
 
@@ -39,7 +44,7 @@ def _graph(size, weights):
     attended = node("Reshape", [node("MatMul", [scores, rings[1]], "attended"), merged], "merged")
     dense(attended, 3, "y")
 
-    def value(name, *shape):
+    def value(name: str, *shape: int) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
     ring = (rows, heads, size.seq_len, head)
@@ -53,7 +58,7 @@ def _graph(size, weights):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def _onnxruntime(size, weights, threads):
+def _onnxruntime(size: Size, weights: Weights, threads: int) -> Contestant:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -78,7 +83,7 @@ def _onnxruntime(size, weights, threads):
         bindings.append(binding)
     turn = 0
 
-    def step(inputs):
+    def step(inputs: Array) -> onnxruntime.OrtValue:
         nonlocal turn
         x.update_inplace(inputs)
         session.run_with_iobinding(bindings[turn])

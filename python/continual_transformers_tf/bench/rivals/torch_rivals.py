@@ -3,10 +3,11 @@
 import torch
 import torch.nn.functional as F
 
-from continual_transformers_tf.bench.rivals import past_of, rings_of
+from continual_transformers_tf.bench.rivals import Contestant, Weights, past_of, rings_of
+from continual_transformers_tf.bench.sizes import Size
 
 
-def _continual_inference(size, weights, threads):
+def _continual_inference(size: Size, weights: Weights, threads: int) -> Contestant:
     import continual
 
     torch.set_num_threads(threads)
@@ -25,7 +26,7 @@ def _continual_inference(size, weights, threads):
     return step, torch.from_numpy
 
 
-def _torch_sdpa(size, weights, threads):
+def _torch_sdpa(size: Size, weights: Weights, threads: int) -> Contestant:
     torch.set_num_threads(threads)
     # In nn.Linear's layout: [outputs, inputs].
     (wq, bq), (wk, bk), (wv, bv), (wo, bo) = (
@@ -35,7 +36,7 @@ def _torch_sdpa(size, weights, threads):
     rows, heads, position = size.streams, (size.streams, size.heads, 1, size.head), size.seq_len
 
     @torch.inference_mode()
-    def step(x):
+    def step(x: torch.Tensor) -> torch.Tensor:
         nonlocal position
         row = position % size.seq_len
         keys[:, :, row : row + 1] = F.linear(x, wk, bk).view(heads)

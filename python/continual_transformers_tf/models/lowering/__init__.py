@@ -1,6 +1,8 @@
 """Lowering of a Keras model to a plan, which `ct.Session` runs."""
 
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from typing import Any
 
 import keras
 
@@ -10,7 +12,7 @@ from continual_transformers_tf.models.convert import convert_layers
 from continual_transformers_tf.models.lowering.continual_layers import StateOf, lower_continual
 from continual_transformers_tf.models.lowering.graph_lowering import GraphLowering
 from continual_transformers_tf.models.lowering.lowered import Lowered
-from continual_transformers_tf.models.lowering.plan_builder import CannotLower, PlanBuilder
+from continual_transformers_tf.models.lowering.plan_builder import CannotLower, PlanBuilder, Symbol
 from continual_transformers_tf.models.own_calls import check_streaming_model
 from continual_transformers_tf.models.step_graph import StepGraph, names_of_inputs
 from continual_transformers_tf.models.streaming_model import StreamingModel
@@ -20,7 +22,13 @@ __all__ = ["Lowered", "continual_model", "lower"]
 HALVES = ("bfloat16", "float16")
 
 
-def lower(model, seq_len=None, cache_dtype=None, weights_dtype=None, inputs=None):
+def lower(
+    model: keras.layers.Layer,
+    seq_len: int | None = None,
+    cache_dtype: str | None = None,
+    weights_dtype: str | None = None,
+    inputs: Sequence[str] | None = None,
+) -> Lowered:
     """Turn one step of a Keras model into a plan, as `docs/model_file.md` defines it.
 
     A step of the plan gives the outputs of a step of the `StreamingModel` (or the layer) with
@@ -68,19 +76,23 @@ def lower(model, seq_len=None, cache_dtype=None, weights_dtype=None, inputs=None
 # Models.
 
 
-def _lower_model(model, seq_len, cache_dtype, weights_dtype):
+def _lower_model(
+    model: keras.Model, seq_len: int | None, cache_dtype: str | None, weights_dtype: str | None
+) -> Lowered:
     whole = model
     if isinstance(model, StreamingModel):
         check_streaming_model(model)
         model = model.model
     if not hasattr(model, "_nodes_by_depth") and not isinstance(model, keras.Sequential):
         raise ValueError(
-            f"{model.name} ({type(model).__name__}) has no graph that could be read: expected a "
+            f"{model.name} ({type(model).__name__}) has no graph to read: expected a "
             "functional or a built sequential model. Write it as keras.Model(inputs, outputs), or "
-            "give ct.Session its continual layers one by one"
+            "make a session of each continual layer"
         )
     if not model.built:
-        raise ValueError(f"Expected a built model, but {model.name} has never been called")
+        raise ValueError(
+            f"Expected a built model, but {model.name} has never been called: call it once"
+        )
     model, problems = _continual(whole, seq_len)
     graph = StepGraph(model)
     if graph.model is None:
@@ -119,7 +131,7 @@ def _lower_model(model, seq_len, cache_dtype, weights_dtype):
     )
 
 
-def continual_model(model, seq_len=None):
+def continual_model(model: keras.Model, seq_len: int | None = None) -> keras.Model:
     """Return the functional or sequential model whose steps become the plan.
 
     Args:
@@ -128,7 +140,7 @@ def continual_model(model, seq_len=None):
     return _continual(model, seq_len)[0]
 
 
-def _continual(model, seq_len):
+def _continual(model: keras.Model, seq_len: int | None) -> tuple[keras.Model, list[str]]:
     """Return (`continual_model`, a list of problems)."""
     if isinstance(model, StreamingModel):
         return model.model, []
@@ -138,14 +150,14 @@ def _continual(model, seq_len):
     return convert_layers(model, attention, also_continual=False)
 
 
-def _has_plain_attention(model):
+def _has_plain_attention(model: keras.Model) -> bool:
     return any(
         isinstance(layer, keras.layers.MultiHeadAttention) and not isinstance(layer, ContinualLayer)
         for layer in model._flatten_layers()
     )
 
 
-def _window(model, seq_len):
+def _window(model: keras.Model, seq_len: int | None) -> int:
     """Return the window of a model's plain attention."""
     if seq_len is not None:
         return seq_len
@@ -155,11 +167,11 @@ def _window(model, seq_len):
         return lengths.pop()
     raise ValueError(
         f"Expected seq_len, the window of the attention in {model.name}: its inputs "
-        f"{[tuple(x.shape) for x in functional.inputs]} leave the axis of time open"
+        f"{[tuple(x.shape) for x in functional.inputs]} have no fixed axis of time"
     )
 
 
-def _input(b, x, problems):
+def _input(b: PlanBuilder, x: keras.KerasTensor, problems: list[str]) -> tuple[list[int], str]:
     """Return the shape and dtype of a step of a model's input."""
     if keras.backend.is_float_dtype(x.dtype):
         dtype = b.dtype
@@ -180,9 +192,16 @@ def _input(b, x, problems):
 # Layers.
 
 
-def _lower_layer(layer, cache_dtype, weights_dtype, names):
+def _lower_layer(
+    layer: keras.layers.Layer,
+    cache_dtype: str | None,
+    weights_dtype: str | None,
+    names: Sequence[str] | None,
+) -> Lowered:
     if not layer.built:
-        raise ValueError(f"Expected a built layer, but {layer.name} has never been called")
+        raise ValueError(
+            f"Expected a built layer, but {layer.name} has never been called: call it once"
+        )
     b = PlanBuilder("float64" if layer.compute_dtype == "float64" else "float32")
     b.scope = layer.name
     try:
@@ -199,7 +218,9 @@ def _lower_layer(layer, cache_dtype, weights_dtype, names):
         for name in names:
             size = next(iter(sizes.values())) if name == "x" else sizes[name]
             if size is None:
-                raise CannotLower("was never given a step, and does not know its features")
+                raise CannotLower(
+                    "does not know its features, because it was never called: call it once"
+                )
             specs.append((size if isinstance(size, (tuple, list)) else (size,), dtype))
         inputs = b.add_inputs(specs)
         output, state = lower_continual(b, layer, *inputs)
@@ -227,19 +248,19 @@ def _lower_layer(layer, cache_dtype, weights_dtype, names):
 
 
 def _finish(
-    b,
-    layers,
-    cache_dtype,
-    weights_dtype,
+    b: PlanBuilder,
+    layers: list[keras.layers.Layer],
+    cache_dtype: str | None,
+    weights_dtype: str | None,
     *,
-    name,
-    receptive_field,
-    delay,
-    inputs,
-    input_structure,
-    outputs,
-    state,
-):
+    name: str,
+    receptive_field: int,
+    delay: int,
+    inputs: Mapping[str, Symbol],
+    input_structure: Any,
+    outputs: Any,
+    state: Any,
+) -> Lowered:
     cache_dtype = _chosen("cache_dtype", cache_dtype, [_cache_of(x) for x in layers], b, HALVES)
     weights_dtype = _chosen(
         "weights_dtype",
@@ -277,19 +298,21 @@ def _finish(
     return Lowered(plan, b.weights)
 
 
-def _cache_of(layer):
+def _cache_of(layer: keras.layers.Layer) -> str | None:
     """Return the dtype of a layer's cached keys and values; None if it has none."""
-    state = getattr(layer, "_stream_state", None)
+    state: Any = getattr(layer, "_stream_state", None)
     if isinstance(layer, keras.layers.MultiHeadAttention) and hasattr(state, "dtype"):
         return state.dtype.name
     return None
 
 
-def _chosen(name, dtype, of_layers, b, halves):
+def _chosen(
+    name: str, dtype: str | None, of_layers: list[str | None], b: PlanBuilder, halves: Sequence[str]
+) -> str:
     """Return the dtype that was asked for, or that of the layers."""
     if dtype is None:
-        own = {x for x in of_layers if x is not None}
-        own = own.pop() if len(own) == 1 else b.dtype
+        agreed = {x for x in of_layers if x is not None}
+        own = agreed.pop() if len(agreed) == 1 else b.dtype
         return own if b.dtype == "float32" and own in halves else b.dtype
     dtype = keras.backend.standardize_dtype(dtype)
     if dtype == b.dtype or (b.dtype == "float32" and dtype in halves):
@@ -300,7 +323,7 @@ def _chosen(name, dtype, of_layers, b, halves):
     )
 
 
-def _entries(state, place):
+def _entries(state: Any, place: Callable[[int], int | None]) -> Any:
     """Return keras_state in its JSON form; see docs/model_file.md."""
     if isinstance(state, StateOf):
         return [place(state.value), state.entry, *state.layout]
@@ -311,14 +334,14 @@ def _entries(state, place):
     return state
 
 
-def _places(structure):
+def _places(structure: Any) -> Any:
     """Return the structure with each leaf replaced by its place in the list of all leaves."""
     flat = keras.tree.flatten(structure)
     places = keras.tree.pack_sequence_as(structure, list(range(len(flat))))
     return _plain(places)
 
 
-def _plain(structure):
+def _plain(structure: Any) -> Any:
     if isinstance(structure, dict):
         return {str(name): _plain(x) for name, x in structure.items()}
     if isinstance(structure, (list, tuple)):
@@ -326,7 +349,7 @@ def _plain(structure):
     return structure
 
 
-def _output_names(outputs):
+def _output_names(outputs: Any) -> list[str]:
     flat = keras.tree.flatten(outputs)
     if len(flat) == 1 and not isinstance(outputs, dict):
         return ["y"]
@@ -335,7 +358,7 @@ def _output_names(outputs):
     return [f"y_{i}" for i in range(len(flat))]
 
 
-def _version():
+def _version() -> str:
     try:
         return metadata.version("continual-transformers-tf")
     except metadata.PackageNotFoundError:

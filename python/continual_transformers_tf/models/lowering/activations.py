@@ -1,13 +1,15 @@
 """Keras' activation functions as nodes of a plan."""
 
 import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import keras
 
-from continual_transformers_tf.models.lowering.plan_builder import CannotLower
+from continual_transformers_tf.models.lowering.plan_builder import CannotLower, PlanBuilder, Symbol
 
 # Element-wise functions, with the node's numbers and Keras' defaults for them.
-NUMBERS = {
+NUMBERS: dict[str, dict[str, float | None]] = {
     "celu": {"alpha": 1.0},
     "elu": {"alpha": 1.0},
     "exponential": {},
@@ -40,7 +42,12 @@ _FUNCTIONS = {
 }
 
 
-def activate(b, x, function, lead=1):
+def activate(
+    b: PlanBuilder,
+    x: Symbol,
+    function: Callable[..., Any] | keras.layers.Layer | None,
+    lead: int = 1,
+) -> Symbol:
     """Apply an activation function to a Symbol.
 
     Args:
@@ -50,7 +57,7 @@ def activate(b, x, function, lead=1):
             layer; None; or the user's own function, which is traced.
         lead: How many axes Keras' tensor has before those of the Symbol.
     """
-    options = {}
+    options: dict[str, Any] = {}
     while isinstance(function, functools.partial):
         if function.args:
             raise CannotLower(f"has the activation {function}: give its numbers by name")
@@ -70,7 +77,9 @@ def activate(b, x, function, lead=1):
     return named(b, x, name, lead, options)
 
 
-def named(b, x, name, lead=1, options=None):
+def named(
+    b: PlanBuilder, x: Symbol, name: str, lead: int = 1, options: Mapping[str, Any] | None = None
+) -> Symbol:
     """Apply an activation by the name of its function in `keras.activations`, with its numbers."""
     options = options or {}
     if name == "gelu":
@@ -87,24 +96,26 @@ def named(b, x, name, lead=1, options=None):
     return b.activation(x, name, **numbers)
 
 
-def softmax(b, x, function, axis):
+def softmax(b: PlanBuilder, x: Symbol, function: str, axis: int) -> Symbol:
+    """Apply a softmax, log_softmax or sparsemax along one axis."""
     x = b.cast(x, b.dtype)
     return b.node("softmax", [x], x.shape, name=function, function=function, axis=axis)
 
 
-def glu(b, x, axis):
+def glu(b: PlanBuilder, x: Symbol, axis: int) -> Symbol:
+    """Apply a gated linear unit: the first half of an axis times the sigmoid of the second."""
     half = x.shape[axis] // 2
     if 2 * half != x.shape[axis]:
-        raise CannotLower(f"halves an axis of {x.shape[axis]}")
+        raise CannotLower(f"halves an axis of {x.shape[axis]}: expected an even number")
     first, second = (b.slice(x, axis, i * half, half) for i in (0, 1))
     return b.binary("multiply", first, b.activation(second, "sigmoid"))
 
 
-def axis_of_step(axis, x, lead):
+def axis_of_step(axis: int, x: Symbol, lead: int) -> int:
     """Return the axis of a Symbol that is this axis of Keras' tensor."""
     rank = len(x.shape) + lead
     if not -rank <= axis < rank:
-        raise CannotLower(f"works along axis {axis} of {rank}")
+        raise CannotLower(f"works along axis {axis}, but its input has {rank} axes")
     axis = axis % rank - lead
     if axis < 0:
         raise CannotLower("works along the axis of samples, or of time")

@@ -6,6 +6,8 @@ The functions for streaming layers return a pair: the Symbol of the output, and 
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -21,20 +23,29 @@ from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
+from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
 from continual_transformers_tf.models.lowering.activations import activate
-from continual_transformers_tf.models.lowering.plan_builder import CannotLower
+from continual_transformers_tf.models.lowering.plan_builder import CannotLower, PlanBuilder, Symbol
 from continual_transformers_tf.models.own_calls import computes_as
 
 
 @dataclasses.dataclass(frozen=True)
 class StateOf:
-    """An entry of a node's state. `value` is the index of the node's output."""
+    """An entry of a node's state, in place of that node.
+
+    Attributes:
+        value: The index of the node's output.
+        entry: The name of the entry.
+        layout: What follows in keras_state, such as "index" with its two numbers.
+    """
 
     value: int
     entry: str
-    layout: tuple = ()
+    layout: tuple[str | int, ...] = ()
 
 
+# A layer's entry of keras_state: a dict or list of States, a StateOf, or one of the words below.
+State = Any
 POSITION = "position"  # A state entry: the streams' positions, which all layers share.
 ALL_TRUE = "true"  # A state entry that the plan does not keep, because it is always true.
 
@@ -42,53 +53,67 @@ ALL_TRUE = "true"  # A state entry that the plan does not keep, because it is al
 # Parts of layers.
 
 
-def kernel_of(layer):
+def kernel_of(layer: keras.layers.Layer) -> keras.Variable | keras.KerasTensor:
     """Return the variable of a dense layer's kernel, or the tensor that LoRA computes."""
     if layer.quantization_mode is not None:
-        raise CannotLower(f"is quantized to {layer.quantization_mode}: lower it before that")
+        raise CannotLower(
+            f"is quantized to {layer.quantization_mode}: make the session before quantize()"
+        )
     return layer.kernel if layer.lora_enabled else layer._kernel
 
 
-def project(b, x, layer, name=None, axes=1):
+def project(
+    b: PlanBuilder, x: Symbol, layer: keras.layers.Layer, name: str | None = None, axes: int = 1
+) -> Symbol:
     """Apply a `Dense` layer, or an `EinsumDense` over the last `axes` axes, to x [..., I]."""
     kernel = kernel_of(layer)
     inputs = math.prod(kernel.shape[:axes])
-    weights = [b.variable(kernel, (inputs, -1), kernel=True, name=layer.path + "/kernel")]
-    if layer.bias is not None:
-        weights.append(b.variable(layer.bias, (-1,)))
-    return activate(b, b.dense(x, *weights, name=name), layer.activation)
+    matrix = b.variable(kernel, (inputs, -1), kernel=True, name=layer.path + "/kernel")
+    bias = None if layer.bias is None else b.variable(layer.bias, (-1,))
+    return activate(b, b.dense(x, matrix, bias, name=name), layer.activation)
 
 
-def layer_norm(b, x, layer, name=None):
+def layer_norm(
+    b: PlanBuilder, x: Symbol, layer: keras.layers.Layer, name: str | None = None
+) -> Symbol:
     """Apply a `LayerNormalization` over the last axis."""
     weights = {
         key: b.variable(w)
         for key, w in (("gamma", layer.gamma), ("beta", layer.beta))
         if w is not None
     }
-    numbers = {
-        "function": "rms" if getattr(layer, "rms_scaling", False) else "layer",
-        "epsilon": float(layer.epsilon),
-    }
-    return b.node("norm", [x], x.shape, name=name, weights=weights, **numbers)
+    function = "rms" if getattr(layer, "rms_scaling", False) else "layer"
+    epsilon = float(layer.epsilon)
+    return b.node(
+        "norm", [x], x.shape, name=name, weights=weights, function=function, epsilon=epsilon
+    )
 
 
-def output_shape(layer):
+def output_shape(layer: keras.layers.MultiHeadAttention) -> tuple[int, ...]:
     """Return the shape of a MultiHeadAttention's output features."""
     return tuple(layer._output_dense.kernel.shape[2:])
 
 
-def gated(b, layer, attended, gate):
-    return b.binary("multiply", attended, gate) if layer._use_gate else attended
+def gated(b: PlanBuilder, attended: Symbol, gate: Symbol | None) -> Symbol:
+    """Multiply the attended values by the gate, if the layer has one."""
+    return attended if gate is None else b.binary("multiply", attended, gate)
 
 
 # Attention of streams.
 
 
 def co_si_mha(
-    b, layer, query, value=None, key=None, use_causal_mask=False, value_mask=None, key_mask=None,
-    **ignored,
-):  # fmt: skip
+    b: PlanBuilder,
+    layer: CoSiMultiHeadAttention,
+    query: Symbol,
+    value: Symbol | None = None,
+    key: Symbol | None = None,
+    use_causal_mask: bool = False,
+    value_mask: Symbol | None = None,
+    key_mask: Symbol | None = None,
+    **ignored: Any,
+) -> tuple[Symbol, State]:
+    """Lower a step of single-output attention."""
     check_steps(layer)
     value = query if value is None else value
     key = value if key is None else key
@@ -97,7 +122,7 @@ def co_si_mha(
     values = project(b, value, layer._value_dense, "value")
     queries = project(b, query, layer._query_dense, "query")
     gate = project(b, query, layer._gate_dense, "gate") if layer._use_gate else None
-    state = {"position": POSITION}
+    state: dict[str, State] = {"position": POSITION}
     if late > 0:
         queries = delayed(b, queries, late, "query_delay")
         state["query"] = StateOf(queries.index, "ring")
@@ -128,14 +153,22 @@ def co_si_mha(
         "values": StateOf(attended.index, "value"),
         "key_mask": StateOf(attended.index, "key_mask"),
     }
-    output = project(b, gated(b, layer, attended, gate), layer._output_dense, "output", axes=2)
+    output = project(b, gated(b, attended, gate), layer._output_dense, "output", axes=2)
     return b.reshape(output, output_shape(layer)), state
 
 
 def co_re_mha(
-    b, layer, query, value=None, key=None, use_causal_mask=False, value_mask=None, key_mask=None,
-    **ignored,
-):  # fmt: skip
+    b: PlanBuilder,
+    layer: CoReMultiHeadAttention,
+    query: Symbol,
+    value: Symbol | None = None,
+    key: Symbol | None = None,
+    use_causal_mask: bool = False,
+    value_mask: Symbol | None = None,
+    key_mask: Symbol | None = None,
+    **ignored: Any,
+) -> tuple[Symbol, State]:
+    """Lower a step of retroactive attention."""
     check_steps(layer)
     value = query if value is None else value
     key = value if key is None else key
@@ -173,19 +206,27 @@ def co_re_mha(
     if gate is not None:
         gate = window_of(b, gate, n, "gate_window")
         state["gate"] = StateOf(gate.index, "ring")
-    output = project(b, gated(b, layer, attended, gate), layer._output_dense, "output", axes=2)
+    output = project(b, gated(b, attended, gate), layer._output_dense, "output", axes=2)
     output = b.reshape(output, (n, *output_shape(layer)))
     if layer._output_dense.bias is not None:  # Rows of steps that were never taken stay zeros.
         output = b.node("zero_untaken", [output], output.shape, name="taken")
     return output, state
 
 
-def _masked_rows(b, layer, queries, keys, values, mask, use_causal_mask):
+def _masked_rows(
+    b: PlanBuilder,
+    layer: CoReMultiHeadAttention,
+    queries: Symbol,
+    keys: Symbol,
+    values: Symbol,
+    mask: Symbol | None,
+    use_causal_mask: bool,
+) -> tuple[Symbol, State]:
     """Compute all rows of the window, each from the part of the window that it may see."""
     if mask is not None:
         raise CannotLower(
-            "is given a mask together with use_causal_mask or sliding_window, which a plan has no "
-            "node for: leave out one of them"
+            "is given a mask together with use_causal_mask or sliding_window. A plan has no node "
+            "for both: leave out one of them"
         )
     n, heads = layer.seq_len, layer._num_heads
     windows = [
@@ -211,26 +252,37 @@ def _masked_rows(b, layer, queries, keys, values, mask, use_causal_mask):
     return attended, {**state, **unused, "position": POSITION}
 
 
-def check_steps(layer):
+def check_steps(layer: keras.layers.Layer) -> None:
+    """Raise CannotLower if the layer has options that only regular calls support."""
     if layer._no_steps is not None:
         raise CannotLower(f"takes no steps, with {layer._no_steps}")
 
 
-def delayed(b, x, steps, name=None):
+def delayed(b: PlanBuilder, x: Symbol, steps: int, name: str | None = None) -> Symbol:
+    """Add a node that returns its input from `steps` steps ago."""
     return b.node("delay", [x], x.shape, x.dtype, name=name, steps=steps)
 
 
-def window_of(b, x, n, name=None):
+def window_of(b: PlanBuilder, x: Symbol, n: int, name: str | None = None) -> Symbol:
+    """Add a node that returns the n newest inputs, oldest first."""
     return b.node("window", [x], (n, *x.shape), name=name, window=n)
 
 
 # Attention on whole windows.
 
 
-def attend_whole(b, layer, query, value=None, key=None, use_causal_mask=False, **ignored):
+def attend_whole(
+    b: PlanBuilder,
+    layer: keras.layers.MultiHeadAttention,
+    query: Symbol,
+    value: Symbol | None = None,
+    key: Symbol | None = None,
+    use_causal_mask: bool = False,
+    **ignored: Any,
+) -> Symbol:
     """Lower a regular call of a MultiHeadAttention on windows [N, E], in which all rows may be new.
 
-    It returns only the output's Symbol: there is no state.
+    Return only the Symbol of the output: there is no state.
     """
     check_computation(layer)
     if tuple(layer._attention_axes) != (1,):
@@ -248,7 +300,9 @@ def attend_whole(b, layer, query, value=None, key=None, use_causal_mask=False, *
         if only >= 0:
             only -= query.shape[0]
         if not -query.shape[0] <= only < 0:
-            raise CannotLower(f"is given windows of {query.shape[0]} steps, without query_index")
+            raise CannotLower(
+                f"is given windows of {query.shape[0]} steps, too short for its query_index"
+            )
         # With a mask along time, take the query's row and all newer ones, to keep its place.
         rows = -only if use_causal_mask or band else 1
         first = query.shape[0] + only
@@ -257,7 +311,8 @@ def attend_whole(b, layer, query, value=None, key=None, use_causal_mask=False, *
         )
     elif query.shape[0] != n and (use_causal_mask or band):
         raise CannotLower(
-            f"attends from {query.shape[0]} rows to {n} with a mask along time: expected as many"
+            f"attends from {query.shape[0]} rows to {n} with a mask along time: expected as many "
+            "rows as it attends to"
         )
     keys = project(b, key, layer._key_dense, "key")
     values = project(b, value, layer._value_dense, "value")
@@ -273,7 +328,7 @@ def attend_whole(b, layer, query, value=None, key=None, use_causal_mask=False, *
         causal=bool(use_causal_mask),
     )
     gate = project(b, query, layer._gate_dense, "gate") if layer._use_gate else None
-    output = project(b, gated(b, layer, attended, gate), layer._output_dense, "output", axes=2)
+    output = project(b, gated(b, attended, gate), layer._output_dense, "output", axes=2)
     output = b.reshape(output, (query.shape[0], *output_shape(layer)))
     if only is not None and output.shape[0] > 1:
         size = math.prod(output.shape[1:])
@@ -282,7 +337,7 @@ def attend_whole(b, layer, query, value=None, key=None, use_causal_mask=False, *
     return output
 
 
-def encoder_on_whole(b, block, x):
+def encoder_on_whole(b: PlanBuilder, block: TransformerEncoderBlock, x: Symbol) -> Symbol:
     """Lower a regular call of an encoder block on whole windows [N, E]."""
     check_computation(block)
     normal = layer_norm(b, x, block.attention_norm, "attention_norm") if block.norm_first else x
@@ -294,7 +349,9 @@ def encoder_on_whole(b, block, x):
     return feed_forward(b, block, x, attended)
 
 
-def feed_forward(b, block, x, attended):
+def feed_forward(
+    b: PlanBuilder, block: TransformerEncoderBlock, x: Symbol, attended: Symbol
+) -> Symbol:
     """Lower the part of a block after its attention, for rows x of the block's input."""
     attended = b.binary("add", x, attended)
     if not block.norm_first:
@@ -309,14 +366,20 @@ def feed_forward(b, block, x, attended):
 # Whole layers.
 
 
-def co_si_encoder(b, block, x, **ignored):
+def co_si_encoder(
+    b: PlanBuilder, block: TransformerEncoderBlock, x: Symbol, **ignored: Any
+) -> tuple[Symbol, State]:
+    """Lower a step of a single-output encoder block."""
     normal = layer_norm(b, x, block.attention_norm, "attention_norm") if block.norm_first else x
     with b.within("attention"):
         attended, state = co_si_mha(b, block.attention, normal)
     return feed_forward(b, block, x, attended), state
 
 
-def co_re_encoder(b, block, x, **ignored):
+def co_re_encoder(
+    b: PlanBuilder, block: TransformerEncoderBlock, x: Symbol, **ignored: Any
+) -> tuple[Symbol, State]:
+    """Lower a step of a retroactive encoder block."""
     normal = layer_norm(b, x, block.attention_norm, "attention_norm") if block.norm_first else x
     with b.within("attention"):
         attended, state = co_re_mha(b, block.attention, normal)
@@ -326,7 +389,10 @@ def co_re_encoder(b, block, x, **ignored):
     return output, {**state, "window": StateOf(windows.index, "ring")}
 
 
-def transformer_encoder(b, stack, x, **ignored):
+def transformer_encoder(
+    b: PlanBuilder, stack: TransformerEncoder, x: Symbol, **ignored: Any
+) -> tuple[Symbol, State]:
+    """Lower a step of a stack of encoder blocks."""
     state = []
     for block in stack._streaming:
         lower = co_si_encoder if isinstance(block, CoSiTransformerEncoder) else co_re_encoder
@@ -342,7 +408,10 @@ def transformer_encoder(b, stack, x, **ignored):
     return x, state
 
 
-def positional_encoding(b, layer, x, **ignored):
+def positional_encoding(
+    b: PlanBuilder, layer: CircularPositionalEncoding, x: Symbol, **ignored: Any
+) -> tuple[Symbol, State]:
+    """Lower a step of the circular positional encoding."""
     if layer._encoding == "sinusoidal":
         rows = b.derived("rows", sinusoids(layer._max_len, layer._embed_dim))
     else:
@@ -354,11 +423,12 @@ def positional_encoding(b, layer, x, **ignored):
     return y, {"index": index, "position": POSITION}
 
 
-def co_delay(b, layer, x, **ignored):
+def co_delay(b: PlanBuilder, layer: CoDelay, x: Symbol, **ignored: Any) -> tuple[Symbol, State]:
+    """Lower a step of a delay."""
     dtype = layer.compute_dtype
     if dtype in ("int32", "int64", "bool"):
         if x.dtype != dtype:
-            raise CannotLower(f"delays {dtype}, and is given {x.dtype}")
+            raise CannotLower(f"delays {dtype}, but is given {x.dtype}: expected the same dtype")
     elif not keras.backend.is_float_dtype(dtype):
         raise CannotLower(f"delays {dtype}: expected floats, int32, int64 or bool")
     if layer.delay == 0:
@@ -367,9 +437,13 @@ def co_delay(b, layer, x, **ignored):
     return y, {"steps": StateOf(y.index, "ring"), "position": POSITION}
 
 
-def co_residual(b, layer, x, **arguments):
-    with b.within(layer.layer.name):
-        y, state = lower_continual(b, layer.layer, x, **arguments)
+def co_residual(
+    b: PlanBuilder, layer: CoResidual, x: Symbol, **arguments: Any
+) -> tuple[Symbol, State]:
+    """Lower a step of a residual connection around another layer."""
+    inner: keras.layers.Layer = layer.layer
+    with b.within(inner.name):
+        y, state = lower_continual(b, inner, x, **arguments)
     state, past = {"layer": state}, x
     if layer._skip is not None:
         past = delayed(b, x, layer.delay, "skip")
@@ -378,7 +452,7 @@ def co_residual(b, layer, x, **arguments):
     return b.binary("add", y, past), state
 
 
-CONTINUAL = {
+CONTINUAL: dict[type, Callable[..., tuple[Symbol, State]]] = {
     CoSiMultiHeadAttention: co_si_mha,
     CoReMultiHeadAttention: co_re_mha,
     CoSiTransformerEncoder: co_si_encoder,
@@ -390,7 +464,9 @@ CONTINUAL = {
 }
 
 
-def lower_continual(b, layer, *inputs, **arguments):
+def lower_continual(
+    b: PlanBuilder, layer: keras.layers.Layer, *inputs: Symbol, **arguments: Any
+) -> tuple[Symbol, State]:
     """Lower one step of a continual layer.
 
     Args:
@@ -407,12 +483,12 @@ def lower_continual(b, layer, *inputs, **arguments):
             return lower(b, layer, *inputs, **arguments)
     check_computation(layer)
     raise CannotLower(
-        "is a continual layer of another package: a plan has nodes for those of this one"
+        "is a continual layer of another package: a plan has nodes only for the layers of this one"
     )
 
 
-def check_computation(layer):
-    """Raise CannotLower if a layer is of a subclass with calls of its own.
+def check_computation(layer: keras.layers.Layer) -> None:
+    """Raise CannotLower if the class of a layer has calls of its own.
 
     A plan has nodes for what the parent computes.
     """
@@ -420,7 +496,7 @@ def check_computation(layer):
         if isinstance(layer, kind):
             if not computes_as(layer, kind):
                 raise CannotLower(
-                    f"computes in its own way, which a plan has no node for: expected the calls of "
-                    f"{kind.__name__}"
+                    "computes in its own way, and a plan has no node for that: expected the calls "
+                    f"of {kind.__name__}"
                 )
             return

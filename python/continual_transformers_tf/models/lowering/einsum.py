@@ -1,15 +1,31 @@
 """Einsum products of a step with a fixed tensor, lowered to dense nodes."""
 
+import functools
 import itertools
 import math
 import re
+from collections.abc import Iterable, Sequence
 
+import keras
 import numpy as np
 
-from continual_transformers_tf.models.lowering.plan_builder import CannotLower
+from continual_transformers_tf.models.lowering.plan_builder import (
+    Array,
+    CannotLower,
+    PlanBuilder,
+    Symbol,
+)
 
 
-def einsum(b, equation, x, kernel, lead, name, bias=None):
+def einsum(
+    b: PlanBuilder,
+    equation: str,
+    x: Symbol,
+    kernel: keras.Variable | keras.KerasTensor,
+    lead: int,
+    name: str,
+    bias: keras.Variable | None = None,
+) -> Symbol:
     """Lower `keras.ops.einsum(equation, x, kernel)`, plus a bias, for a step.
 
     Args:
@@ -24,13 +40,15 @@ def einsum(b, equation, x, kernel, lead, name, bias=None):
     given, weights, output = letters(equation, len(x.shape) + lead)
     for part in (given, weights, output):
         if len(set(part)) != len(part):
-            raise CannotLower(f"has the equation {equation!r}, which names an axis twice")
+            raise CannotLower(
+                f"has the equation {equation!r}, which names an axis twice: no node takes diagonals"
+            )
     if given[:lead] != output[:lead] or set(given[:lead]) & set(weights):
         raise CannotLower(f"has the equation {equation!r}, which mixes samples, or steps of time")
     given, output = given[lead:], output[lead:]
     sizes = dict(zip(weights, kernel.shape, strict=True)) | dict(zip(given, x.shape, strict=True))
     if any(letter not in sizes for letter in output):
-        raise CannotLower(f"has the equation {equation!r}, with an axis in its output alone")
+        raise CannotLower(f"has the equation {equation!r}, with an axis that only its output has")
 
     summed = [a for a in given if a not in weights and a not in output]
     if summed:
@@ -42,17 +60,18 @@ def einsum(b, equation, x, kernel, lead, name, bias=None):
     free = [a for a in given if a not in weights]
     made = [a for a in output if a in weights and a not in given]
 
-    def size(axes):
+    def size(axes: Iterable[str]) -> int:
         return math.prod(sizes[a] for a in axes)
 
     # Bring x to [batched, free, contracted], and the kernel to [batched, contracted, made].
     x = b.transpose(b.cast(x, b.dtype), [given.index(a) for a in (*batched, *free, *contracted)])
     order = [*batched, *contracted, *made]
 
-    def rows_of_kernel(array):
+    def rows_of_kernel(array: Array, place: tuple[int, ...] = ()) -> Array:
         total = array.sum(tuple(weights.index(a) for a in alone)) if alone else array
         left = [a for a in weights if a not in alone]
-        return total.transpose([left.index(a) for a in order])
+        rows: Array = total.transpose([left.index(a) for a in order])[place]
+        return rows
 
     plain = not alone and order == list(weights)
     if not batched:
@@ -74,7 +93,7 @@ def einsum(b, equation, x, kernel, lead, name, bias=None):
             matrix = b.variable(
                 kernel,
                 (size(contracted), size(made)),
-                transform=lambda array, place=place: rows_of_kernel(array)[place],
+                transform=functools.partial(rows_of_kernel, place=place),
                 kernel=True,
                 name=name,
             )
@@ -87,30 +106,32 @@ def einsum(b, equation, x, kernel, lead, name, bias=None):
     return y if bias is None else _plus(b, y, bias)
 
 
-def letters(equation, rank):
-    """Return the axes of the first operand, the second, and the output, as lists of letters."""
+def letters(equation: str, rank: int) -> tuple[list[str], list[str], list[str]]:
+    """Return the letters of the first operand, of the second, and of the output, as lists."""
     match = re.fullmatch(r"([^,]*),([^,]*)->(.*)", equation.replace(" ", ""))
     if match is None:
         raise CannotLower(f"has the equation {equation!r}: expected two operands and an output")
     given, kernel, output = match.groups()
     if "..." in kernel:
-        raise CannotLower(f"has the equation {equation!r}, with an ellipsis of the kernel")
+        raise CannotLower(
+            f"has the equation {equation!r}, with an ellipsis for the kernel: name its axes"
+        )
     rest = "0123456789"[: rank - len(given.replace("...", ""))]  # The axes that are not named.
     given, output = (list(part.replace("...", rest)) for part in (given, output))
     if len(given) != rank:
-        raise CannotLower(f"has the equation {equation!r}, and is given {rank} axes")
+        raise CannotLower(f"has the equation {equation!r}, but its input has {rank} axes")
     return given, list(kernel), output
 
 
-def _is_of(bias, output, made, size):
+def _is_of(bias: keras.Variable, output: Sequence[str], made: Iterable[str], size: int) -> bool:
     """Return whether a bias varies along exactly the axes that a product makes."""
     axes = output[len(output) - len(bias.shape) :] if len(bias.shape) <= len(output) else []
     varies = [a for a, n in zip(axes, bias.shape, strict=False) if n != 1]
     return math.prod(bias.shape) == size and set(varies) <= set(made)
 
 
-def _plus(b, y, bias):
-    """Add a bias along other axes than those that the product made."""
+def _plus(b: PlanBuilder, y: Symbol, bias: keras.Variable) -> Symbol:
+    """Add a bias that varies along other axes than those that the product made."""
     array = np.asarray(bias.value).astype(b.dtype)
     if array.ndim > len(y.shape):
         array = array.reshape(array.shape[array.ndim - len(y.shape) :])

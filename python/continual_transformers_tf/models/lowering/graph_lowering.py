@@ -1,6 +1,8 @@
 """Lowering of a Keras model's graph, planned for steps, to the nodes of a plan."""
 
 import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 
@@ -10,6 +12,7 @@ from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
 from continual_transformers_tf.models.lowering.continual_layers import (
+    State,
     attend_whole,
     encoder_on_whole,
     lower_continual,
@@ -21,8 +24,8 @@ from continual_transformers_tf.models.lowering.keras_layers import (
     refuse_masks,
 )
 from continual_transformers_tf.models.lowering.keras_ops import Call, lower_op
-from continual_transformers_tf.models.lowering.plan_builder import CannotLower
-from continual_transformers_tf.models.step_graph import inputs_of_model
+from continual_transformers_tf.models.lowering.plan_builder import CannotLower, PlanBuilder, Symbol
+from continual_transformers_tf.models.step_graph import Node, StepGraph, inputs_of_model
 
 
 class GraphLowering:
@@ -38,14 +41,14 @@ class GraphLowering:
         state: A dict from the id of a continual layer to its entry of keras_state.
     """
 
-    def __init__(self, b, graph, scope=""):
+    def __init__(self, b: PlanBuilder, graph: StepGraph, scope: str = "") -> None:
         self.b = b
         self.graph = graph
         self.problems = list(graph.problems)
-        self.state = {}
+        self.state: dict[int, State] = {}
         self._scope = scope
 
-    def run(self, inputs):
+    def run(self, inputs: Sequence[Symbol]) -> Any:
         """Lower the model with these Symbols as inputs.
 
         Returns:
@@ -53,7 +56,7 @@ class GraphLowering:
         """
         return self.graph.walk(inputs, self._visit)
 
-    def _visit(self, node, values):
+    def _visit(self, node: Node, values: dict[int, Symbol]) -> list[Symbol] | Symbol:
         way, op = self.graph.way(node), node.operation
         self.b.scope = f"{self._scope}/{op.name}" if self._scope else op.name
         try:
@@ -68,20 +71,24 @@ class GraphLowering:
         finally:
             self.b.scope = self._scope
 
-    def _placeholders(self, node):
-        """Return stand-ins for the outputs of a node that cannot be lowered, so that others can."""
-        return [self.b.add_value(shape, "float32") for shape in self._shapes(node, 1)]
+    def _placeholders(self, node: Node) -> list[Symbol]:
+        """Return Symbols in place of the outputs of a node that cannot be lowered.
 
-    def _shapes(self, node, unknown=None):
-        """Return the shapes of a node's outputs in a step; `unknown` replaces unknown sizes."""
+        With them the nodes after it can be lowered, and their problems reported too.
+        """
+        shapes = [[1 if n is None else n for n in shape] for shape in self._shapes(node)]
+        return [self.b.add_value(shape, "float32") for shape in shapes]
+
+    def _shapes(self, node: Node) -> list[tuple[int | None, ...]]:
+        """Return the shapes of a node's outputs in a step; None stands for an unknown size."""
         shapes = []
         for x in node.outputs:
             known = self.graph.known(x)
             shape = known.shape[1:] if known.kind in ("sample", "whole") else known.shape[2:]
-            shapes.append(tuple(unknown if n is None else n for n in shape))
+            shapes.append(tuple(shape))
         return shapes
 
-    def _check(self, node, outputs):
+    def _check(self, node: Node, outputs: Any) -> None:
         """Raise CannotLower if a step's shape differs from that in Keras' graph."""
         for y, shape in zip(keras.tree.flatten(outputs), self._shapes(node), strict=True):
             same = len(y.shape) == len(shape) and all(
@@ -89,12 +96,12 @@ class GraphLowering:
             )
             if not same:
                 raise CannotLower(
-                    f"gives {list(y.shape)} a step, where Keras' graph has {list(shape)}"
+                    f"returns {list(y.shape)} in a step, but {list(shape)} in Keras' graph"
                 )
 
     # The ways of a node; see StepGraph.way.
 
-    def _continual(self, node, values):
+    def _continual(self, node: Node, values: dict[int, Symbol]) -> Symbol:
         layer = node.operation
         arguments = _bound(layer, *node.arguments.fill_in(values))
         check_time_axis(layer, node.input_tensors[0])
@@ -105,7 +112,7 @@ class GraphLowering:
         y, self.state[id(layer)] = lower_continual(self.b, layer, *given, **masks, **causal)
         return y.with_mask(continual_mask_after(layer, given[0].mask))
 
-    def _model(self, node, values):
+    def _model(self, node: Node, values: dict[int, Symbol]) -> Any:
         inner = GraphLowering(self.b, self.graph.inner(node), self.b.scope)
         # The inner graph's problems are among those of this graph already.
         inner.problems = []
@@ -114,17 +121,17 @@ class GraphLowering:
         self.state |= inner.state
         return outputs
 
-    def _row_taken(self, node, values):
+    def _row_taken(self, node: Node, values: dict[int, Symbol]) -> Symbol:
         return values[id(node.input_tensors[0])]
 
-    def _row_by_row(self, node, values):
+    def _row_by_row(self, node: Node, values: dict[int, Symbol]) -> list[Symbol]:
         return self._lower(node, values, lead=2)
 
-    def _on_samples(self, node, values):
+    def _on_samples(self, node: Node, values: dict[int, Symbol]) -> list[Symbol]:
         outputs = self._lower(node, self._samples(node, values), lead=1)
         return self._steps(node, outputs)
 
-    def _attention_to_whole(self, node, values):
+    def _attention_to_whole(self, node: Node, values: dict[int, Symbol]) -> list[Symbol]:
         layer, samples = node.operation, self._samples(node, values)
         given = _bound(layer, *node.arguments.fill_in(samples))
         if isinstance(layer, TransformerEncoderBlock):
@@ -134,7 +141,7 @@ class GraphLowering:
             y = attend_whole(self.b, layer, **attention_arguments(given))
         return self._steps(node, [y])
 
-    def _samples(self, node, values):
+    def _samples(self, node: Node, values: dict[int, Symbol]) -> dict[int, Symbol]:
         """Return the values of a node's inputs as samples of a batch, without masks."""
         samples = {}
         for x in node.input_tensors:
@@ -144,7 +151,7 @@ class GraphLowering:
             samples[id(x)] = y
         return samples
 
-    def _steps(self, node, outputs):
+    def _steps(self, node: Node, outputs: Sequence[Symbol]) -> list[Symbol]:
         """Return outputs of samples as outputs of steps."""
         steps = []
         for x, y in zip(node.outputs, outputs, strict=True):
@@ -154,11 +161,13 @@ class GraphLowering:
             steps.append(y)
         return steps
 
-    def _lower(self, node, values, lead):
+    def _lower(self, node: Node, values: dict[int, Symbol], lead: int) -> list[Symbol]:
         args, kwargs = node.arguments.fill_in(values)
-        known = [self.graph.known(x) for x in node.outputs]
-        shapes = [tuple(x.shape[lead:]) for x in known]
-        shapes = [None if None in shape else shape for shape in shapes]
+        shapes: list[tuple[int, ...] | None] = []
+        for x in node.outputs:
+            shape = self.graph.known(x).shape[lead:]
+            sizes = tuple(n for n in shape if n is not None)
+            shapes.append(sizes if len(sizes) == len(shape) else None)
         call = Call(args, kwargs, lead, node.outputs[0].dtype, shapes)
         return lower_call(self.b, node.operation, call)
 
@@ -173,7 +182,7 @@ _WAYS = {
 }
 
 
-def lower_call(b, op, call):
+def lower_call(b: PlanBuilder, op: keras.Operation, call: Call) -> list[Symbol]:
     """Lower a Keras layer or operation, and return a list of its outputs' Symbols."""
     if not isinstance(op, keras.layers.Layer):
         return lower_op(b, op, call)
@@ -183,8 +192,10 @@ def lower_call(b, op, call):
     return [x.with_mask(mask) for x in outputs]
 
 
-def trace(b, function, symbols, lead):
-    """Apply a function of tensors to Symbols, by the graph that Keras traces of the function.
+def trace(
+    b: PlanBuilder, function: Callable[..., Any], symbols: Sequence[Symbol], lead: int
+) -> Any:
+    """Apply a function of tensors to Symbols: trace it with Keras, and lower the graph.
 
     Args:
         b: The `PlanBuilder`.
@@ -207,19 +218,19 @@ def trace(b, function, symbols, lead):
             if node.is_input:
                 continue
             args, kwargs = node.arguments.fill_in(values)
-            shapes = [tuple(x.shape[lead:]) for x in node.outputs]
+            shapes: list[tuple[int, ...] | None] = [tuple(x.shape[lead:]) for x in node.outputs]
             call = Call(args, kwargs, lead, node.outputs[0].dtype, shapes)
             try:
                 outputs = lower_call(b, node.operation, call)
             except CannotLower as reason:
                 kind = type(node.operation).__name__
-                raise CannotLower(f"has a {kind} in it, which {reason}") from reason
+                raise CannotLower(f"contains a {kind}, which {reason}") from reason
             values.update((id(x), y) for x, y in zip(node.outputs, outputs, strict=True))
     outputs = [values[id(x)] for x in graph.outputs]
     return outputs[0] if len(outputs) == 1 else outputs
 
 
-def check_time_axis(layer, x):
+def check_time_axis(layer: keras.layers.Layer, x: keras.KerasTensor) -> None:
     """Raise CannotLower if a layer's time axis is not the model's, axis 1."""
     while isinstance(layer, CoResidual):
         layer = layer.layer
@@ -229,23 +240,25 @@ def check_time_axis(layer, x):
     elif isinstance(layer, CircularPositionalEncoding):
         axis = layer.temporal_dim
     if axis != 1:
-        raise CannotLower(f"has time on axis {axis}, where that of a model is axis 1")
+        raise CannotLower(f"has time on axis {axis}: expected axis 1, that of the model")
 
 
-def masks_of_call(layer, given):
+def masks_of_call(
+    layer: keras.layers.Layer, given: Sequence[Symbol | None]
+) -> dict[str, Symbol | None]:
     """Return the masks that Keras passes to a continual layer with its inputs."""
     while isinstance(layer, CoResidual):  # It passes the mask of its input on.
         layer = layer.layer
     if not isinstance(layer, keras.layers.MultiHeadAttention):
         return {}
     if len(given) == 1:
-        return {"value_mask": given[0].mask}
-    # Keras' mask of a step hides its key. The row of its query is that of the others.
+        given = [None, *given]  # The query is the value too.
+    # Keras' mask of a step hides its key. Its query's row is like that of any other step.
     masks = zip(("value_mask", "key_mask"), given[1:], strict=False)
     return {name: None if x is None else x.mask for name, x in masks}
 
 
-def continual_mask_after(layer, mask):
+def continual_mask_after(layer: keras.layers.Layer, mask: Symbol | None) -> Symbol | None:
     """Return Keras' mask on a continual layer's output, given the mask on its first input."""
     if isinstance(layer, CoSiMultiHeadAttention):
         return None if layer.delay > 0 else mask
@@ -253,10 +266,12 @@ def continual_mask_after(layer, mask):
         return None
     while isinstance(layer, CoResidual):
         layer = layer.layer
-    # Attention, or an encoder; or the mask of a delayed row, which came with an earlier step.
+    # Attention and encoders pass no mask on. A delayed row's mask came with an earlier step.
     return None if hasattr(layer, "seq_len") or layer.delay > 0 else mask
 
 
-def _bound(layer, args, kwargs):
+def _bound(
+    layer: keras.layers.Layer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
     arguments = inspect.signature(layer.call).bind(*args, **kwargs).arguments
     return {k: x for k, x in arguments.items() if k != "training"}

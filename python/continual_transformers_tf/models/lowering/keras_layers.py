@@ -6,6 +6,8 @@ of Symbols), and a `Call`.
 
 import inspect
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import keras
 import numpy as np
@@ -25,24 +27,34 @@ from continual_transformers_tf.models.lowering.keras_ops import (
     unit_norm,
 )
 from continual_transformers_tf.models.lowering.plan_builder import (
+    Array,
     CannotLower,
+    PlanBuilder,
     Symbol,
     broadcast_shapes,
 )
 from continual_transformers_tf.models.own_calls import computes_as
 
-LAYERS = {}
+# A function of a PlanBuilder, a layer, its first input or inputs, and the Call. It returns one
+# Symbol, or several in the structure of the outputs.
+Lowering = Callable[[PlanBuilder, keras.layers.Layer, Any, Call], Any]
+
+LAYERS: dict[type, Lowering] = {}
 
 
-def layer(*classes):
-    def register(function):
+def layer(*classes: type[keras.layers.Layer]) -> Callable[[Lowering], Lowering]:
+    """Register a function that lowers layers of these classes."""
+
+    def register(function: Lowering) -> Lowering:
         LAYERS.update((kind, function) for kind in classes)
         return function
 
     return register
 
 
-def lower_layer(b, layer, *args, lead=1, call=None):
+def lower_layer(
+    b: PlanBuilder, layer: keras.layers.Layer, *args: Any, lead: int = 1, call: Call | None = None
+) -> Any:
     """Lower a Keras layer, and return its output's Symbol. The caller handles masks.
 
     Args:
@@ -57,14 +69,14 @@ def lower_layer(b, layer, *args, lead=1, call=None):
     for kind in type(layer).__mro__:
         if kind in LAYERS and computes_as(layer, kind):
             if not layer.built:
-                raise CannotLower("was never called, and has no weights")
+                raise CannotLower("was never called, and has no weights: call it once")
             return LAYERS[kind](b, layer, call.args[0] if call.args else call.symbols[0], call)
     if type(layer).__module__.startswith("keras.") or isinstance(layer, keras.Model):
         raise CannotLower("is a layer that a plan has no node for")
     return _own_layer(b, layer, call)
 
 
-def _own_layer(b, layer, call):
+def _own_layer(b: PlanBuilder, layer: keras.layers.Layer, call: Call) -> Any:
     """Lower the user's own layer by tracing its `call` with symbolic tensors."""
     from continual_transformers_tf.models.lowering.graph_lowering import trace
 
@@ -76,17 +88,17 @@ def _own_layer(b, layer, call):
     given = {name: x for name, x in arguments.items() if _symbols_in(x)}
     flat = keras.tree.flatten(given)
 
-    def function(*tensors):
+    def function(*tensors: Any) -> Any:
         return layer.call(**keras.tree.pack_sequence_as(given, tensors), **options)
 
     return trace(b, function, flat, call.lead)
 
 
-def _symbols_in(x):
+def _symbols_in(x: Any) -> bool:
     return any(isinstance(part, Symbol) for part in keras.tree.flatten(x))
 
 
-def bound(layer, call):
+def bound(layer: keras.layers.Layer, call: Call) -> dict[str, Any]:
     """Return the arguments of a call by their names."""
     return inspect.signature(layer.call).bind(*call.args, **call.kwargs).arguments
 
@@ -95,23 +107,25 @@ def bound(layer, call):
 
 
 @layer(keras.layers.Dense)
-def _dense(b, layer, x, call):
+def _dense(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     kernel = b.variable(kernel_of(layer), kernel=True, name=layer.path + "/kernel")
     bias = [] if layer.bias is None else [b.variable(layer.bias)]
     return activate(b, b.dense(b.cast(x, b.dtype), kernel, *bias), layer.activation, call.lead)
 
 
 @layer(keras.layers.EinsumDense)
-def _einsum_dense(b, layer, x, call):
+def _einsum_dense(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     kernel, name = kernel_of(layer), layer.path + "/kernel"
     y = einsum(b, layer.equation, x, kernel, call.lead, name, layer.bias)
     return activate(b, y, layer.activation, call.lead)
 
 
 @layer(keras.layers.Conv1D)
-def _conv1d(b, layer, x, call):
+def _conv1d(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     if layer.groups != 1 or layer.data_format != "channels_last" or len(x.shape) != 2:
-        raise CannotLower("is a convolution in groups, or with channels first")
+        raise CannotLower(
+            "is a convolution in groups, or with channels first: expected one group, channels last"
+        )
     (taps,), (stride,), (dilation,) = layer.kernel_size, layer.strides, layer.dilation_rate
     kernel = b.variable(
         kernel_of(layer), (-1, layer.filters), kernel=True, name=layer.path + "/kernel"
@@ -127,29 +141,31 @@ def _conv1d(b, layer, x, call):
     rows, channels = x.shape
     taken = (rows - reach - 1) // stride + 1
     strides = [stride * channels, dilation * channels, 1]
-    rows = b.strided(x, (taken, taps, channels), strides, name="patches")
+    patches = b.strided(x, (taken, taps, channels), strides, name="patches")
     bias = [] if layer.bias is None else [b.variable(layer.bias)]
-    y = b.dense(b.reshape(rows, (taken, taps * channels)), kernel, *bias)
+    y = b.dense(b.reshape(patches, (taken, taps * channels)), kernel, *bias)
     return activate(b, y, layer.activation, call.lead)
 
 
 @layer(keras.layers.MultiHeadAttention)
-def _attention(b, layer, x, call):
+def _attention(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     given = bound(layer, call)
     refuse_masks(given)
     value = given["value"]
     if len(value.shape) != 2 or value.shape[0] != 1:
         raise CannotLower(
-            "attends among rows of a step that are no steps of time: a plan has no node for that"
+            "attends among the rows of one step: a plan only has nodes that attend to steps of time"
         )
     return attend_whole(b, layer, **attention_arguments(given))
 
 
-def attention_arguments(given):
+def attention_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of an attention layer's call that `attend_whole` takes."""
     return {k: given.get(k) for k in ("query", "value", "key", "use_causal_mask")}
 
 
-def refuse_masks(given):
+def refuse_masks(given: Mapping[str, Any]) -> None:
+    """Raise CannotLower if an attention layer's call has a mask or returns scores."""
     for name in ("query_mask", "value_mask", "key_mask", "attention_mask"):
         if given.get(name) is not None:
             raise CannotLower(f"is called with {name}")
@@ -161,36 +177,36 @@ def refuse_masks(given):
 
 
 @layer(keras.layers.Activation)
-def _activation(b, layer, x, call):
+def _activation(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     return activate(b, x, layer.activation, call.lead)
 
 
 @layer(keras.layers.ReLU)
-def _relu(b, layer, x, call):
+def _relu(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     numbers = {k: getattr(layer, k) for k in ("negative_slope", "max_value", "threshold")}
     numbers = {k: None if v is None else float(v) for k, v in numbers.items()}
     return b.activation(x, "relu", **numbers)
 
 
 @layer(keras.layers.LeakyReLU)
-def _leaky_relu(b, layer, x, call):
+def _leaky_relu(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     return b.activation(x, "leaky_relu", negative_slope=float(layer.negative_slope))
 
 
 @layer(keras.layers.ELU)
-def _elu(b, layer, x, call):
+def _elu(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     return b.activation(x, "elu", alpha=float(layer.alpha))
 
 
 @layer(keras.layers.PReLU)
-def _prelu(b, layer, x, call):
+def _prelu(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     if layer.alpha.shape == x.shape:
         alpha = b.variable(layer.alpha)
     else:
         shape = tuple(layer.alpha.shape)
         extra = len(shape) - len(x.shape)
         if any(n != 1 for n in shape[:extra]):
-            raise CannotLower("has numbers of its own for each step of time: give it shared_axes")
+            raise CannotLower("has separate slopes for each step of time: give it shared_axes=[1]")
         array = np.broadcast_to(np.asarray(layer.alpha.value).reshape(shape[extra:]), x.shape)
         alpha = b.constant_weight(layer.alpha.path, array)
     return b.node(
@@ -199,9 +215,9 @@ def _prelu(b, layer, x, call):
 
 
 @layer(keras.layers.Softmax)
-def _softmax(b, layer, x, call):
+def _softmax(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     if bound(layer, call).get("mask") is not None or x.mask is not None:
-        raise CannotLower("is given a mask of steps, which Keras reads as one of features")
+        raise CannotLower("is given a mask of steps, but Keras would apply it to features")
     axes = call.axes(layer.axis, x)
     if len(axes) == 1:
         return softmax(b, x, "softmax", axes[0])
@@ -211,34 +227,44 @@ def _softmax(b, layer, x, call):
 # Normalization.
 
 
-def _norm(b, x, axes, function, weights, epsilon):
+def _norm(
+    b: PlanBuilder,
+    x: Symbol,
+    axes: list[int],
+    function: str,
+    weights: Mapping[str, keras.Variable | None],
+    epsilon: float,
+) -> Symbol:
     """Apply a norm over axes. Its weights are variables with the shape of those axes."""
-    weights = {name: b.variable(w, (-1,)) for name, w in weights.items() if w is not None}
-    numbers = dict(function=function, epsilon=float(epsilon))
-    return along_last(
-        b, x, axes, lambda y: b.node("norm", [y], y.shape, weights=weights, **numbers)
-    )
+    names = {name: b.variable(w, (-1,)) for name, w in weights.items() if w is not None}
+
+    def norm(y: Symbol) -> Symbol:
+        return b.node(
+            "norm", [y], y.shape, weights=names, function=function, epsilon=float(epsilon)
+        )
+
+    return along_last(b, x, axes, norm)
 
 
 @layer(keras.layers.LayerNormalization)
-def _layer_norm(b, layer, x, call):
+def _layer_norm(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     function = "rms" if getattr(layer, "rms_scaling", False) else "layer"
     weights = {"gamma": layer.gamma, "beta": layer.beta}
     return _norm(b, x, call.axes(layer.axis, x), function, weights, layer.epsilon)
 
 
 @layer(keras.layers.RMSNormalization)
-def _rms_norm(b, layer, x, call):
+def _rms_norm(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     return _norm(b, x, call.axes(layer.axis, x), "rms", {"gamma": layer.scale}, layer.epsilon)
 
 
 @layer(keras.layers.UnitNormalization)
-def _unit_norm(b, layer, x, call):
+def _unit_norm(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     return unit_norm(b, x, call.axes(layer.axis, x), 1e-12)
 
 
 @layer(keras.layers.BatchNormalization)
-def _batch_norm(b, layer, x, call):
+def _batch_norm(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     weights = {
         "mean": layer.moving_mean,
         "variance": layer.moving_variance,
@@ -253,10 +279,10 @@ def _batch_norm(b, layer, x, call):
 
 
 @layer(keras.layers.GroupNormalization)
-def _group_norm(b, layer, x, call):
+def _group_norm(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     axis = call.axis(layer.axis, x)
     if call.lead != 1:
-        raise CannotLower("normalizes over the steps of a window")
+        raise CannotLower("normalizes over the steps of a window, which a step does not have")
     channels, groups = x.shape[axis], layer.groups
     groups = channels if groups == -1 else groups
     others = [a for a in range(len(x.shape)) if a != axis]
@@ -273,7 +299,7 @@ def _group_norm(b, layer, x, call):
 
 
 @layer(keras.layers.Normalization)
-def _normalization(b, layer, x, call):
+def _normalization(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     mean, variance = (
         np.broadcast_to(_without_lead(np.asarray(a).astype("float64"), x), x.shape)
         for a in (layer.mean, layer.variance)
@@ -282,26 +308,28 @@ def _normalization(b, layer, x, call):
     if layer.invert:
         return b.affine(x, deviation, mean)
     # In two parts, as Keras computes it. x * scale - mean * scale would lose digits if the mean is
-    # many deviations away from 0, as that of an air pressure is.
+    # many deviations away from 0, for example with air pressures.
     centred = b.affine(b.cast(x, b.dtype), np.ones_like(mean), -mean)
     return b.affine(centred, 1 / deviation, np.zeros_like(mean))
 
 
 @layer(keras.layers.Rescaling)
-def _rescaling(b, layer, x, call):
+def _rescaling(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     scale, offset = (_without_lead(fixed(a, "float64"), x) for a in (layer.scale, layer.offset))
     x = b.cast(x, b.dtype)
     shape = broadcast_shapes(x.shape, scale.shape, offset.shape)
     return b.affine(b.broadcast(x, shape), scale, offset)
 
 
-def _without_lead(array, x):
+def _without_lead(array: Array, x: Symbol) -> Array:
     """Turn an array that broadcasts to Keras' tensor into one that broadcasts to the Symbol."""
     extra = array.ndim - len(x.shape)
     if extra <= 0:
         return array
     if any(n != 1 for n in array.shape[:extra]):
-        raise CannotLower(f"has numbers {list(array.shape)} of its own for each step or sample")
+        raise CannotLower(
+            f"has separate numbers for each step or sample, of shape {list(array.shape)}"
+        )
     return array.reshape(array.shape[extra:])
 
 
@@ -318,11 +346,11 @@ _MERGE = {
 
 
 @layer(*_MERGE)
-def _merge(b, layer, xs, call):
+def _merge(b: PlanBuilder, layer: keras.layers.Layer, xs: list[Symbol], call: Call) -> Symbol:
     function = next(f for kind, f in _MERGE.items() if isinstance(layer, kind))
     ranks = {len(x.shape) for x in xs}
     if len(ranks) != 1:
-        raise CannotLower(f"is given tensors of different ranks a step: {sorted(ranks)}")
+        raise CannotLower(f"is given tensors of different ranks: {sorted(ranks)} axes in a step")
     y = xs[0]
     if function in ("maximum", "minimum"):
         return _extreme(b, function, xs)
@@ -333,7 +361,7 @@ def _merge(b, layer, xs, call):
     return y
 
 
-def _extreme(b, function, xs):
+def _extreme(b: PlanBuilder, function: str, xs: list[Symbol]) -> Symbol:
     """Return the largest or smallest of the inputs that are not masked, as Keras does."""
     y, mask = xs[0], xs[0].mask
     for x in xs[1:]:
@@ -348,7 +376,7 @@ def _extreme(b, function, xs):
 
 
 @layer(keras.layers.Concatenate)
-def _concatenate(b, layer, xs, call):
+def _concatenate(b: PlanBuilder, layer: keras.layers.Layer, xs: list[Symbol], call: Call) -> Symbol:
     return concatenate(b, xs, layer.axis, call)
 
 
@@ -356,9 +384,11 @@ def _concatenate(b, layer, xs, call):
 
 
 @layer(keras.layers.Embedding)
-def _embedding(b, layer, x, call):
+def _embedding(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     if layer.quantization_mode is not None:
-        raise CannotLower(f"is quantized to {layer.quantization_mode}: lower it before that")
+        raise CannotLower(
+            f"is quantized to {layer.quantization_mode}: make the session before quantize()"
+        )
     if x.dtype not in ("int32", "int64"):
         raise CannotLower(f"is given {x.dtype}: expected an input of the model of integers")
     if not b.is_of_input(x):
@@ -371,7 +401,7 @@ def _embedding(b, layer, x, call):
 
 
 @layer(keras.layers.Masking)
-def _masking(b, layer, x, call):
+def _masking(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     x, value = b.cast(x, b.dtype), float(np.asarray(layer.mask_value))
     if len(x.shape) == 1:
         return b.node("masked", [x, mask_of(b, layer, x)], x.shape, name="masked")
@@ -384,7 +414,7 @@ def _masking(b, layer, x, call):
     return b.binary("multiply", x, kept)
 
 
-def mask_of(b, layer, x):
+def mask_of(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol) -> Symbol:
     """Return the mask that a `Masking` or `Embedding` layer computes from its input."""
     value = float(np.asarray(layer.mask_value)) if isinstance(layer, keras.layers.Masking) else 0
     return b.not_equal(x if x.shape else b.reshape(x, (1,)), value)
@@ -404,7 +434,7 @@ def mask_of(b, layer, x):
     keras.layers.SpatialDropout2D,
     keras.layers.SpatialDropout3D,
 )
-def _nothing(b, layer, x, call):
+def _nothing(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     return x
 
 
@@ -412,7 +442,7 @@ def _nothing(b, layer, x, call):
 
 
 @layer(keras.layers.Reshape, keras.layers.Flatten)
-def _reshape(b, layer, x, call):
+def _reshape(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     if call.lead != 1:
         raise CannotLower("changes the axes of time or of samples")
     if isinstance(layer, keras.layers.Flatten):
@@ -423,28 +453,28 @@ def _reshape(b, layer, x, call):
 
 
 @layer(keras.layers.Permute)
-def _permute(b, layer, x, call):
+def _permute(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     return transpose(b, x, [0, *layer.dims], call.lead)
 
 
 @layer(keras.layers.RepeatVector)
-def _repeat_vector(b, layer, x, call):
+def _repeat_vector(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     return b.broadcast(b.reshape(x, (1, *x.shape)), (layer.n, *x.shape))
 
 
 @layer(keras.layers.Cropping1D)
-def _cropping(b, layer, x, call):
+def _cropping(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     first, last = layer.cropping
     return b.slice(x, 0, first, x.shape[0] - first - last)
 
 
 @layer(keras.layers.ZeroPadding1D)
-def _zero_padding(b, layer, x, call):
+def _zero_padding(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     return pad(b, x, [layer.padding, (0, 0)])
 
 
 @layer(keras.layers.UpSampling1D)
-def _up_sampling(b, layer, x, call):
+def _up_sampling(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     rows, features = x.shape
     y = b.strided(x, (rows, layer.size, features), (features, 0, 1), name="repeat")
     return b.reshape(y, (rows * layer.size, features))
@@ -454,18 +484,18 @@ def _up_sampling(b, layer, x, call):
 
 
 @layer(keras.layers.GlobalAveragePooling1D, keras.layers.GlobalMaxPooling1D)
-def _global_pooling(b, layer, x, call):
+def _global_pooling(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     if call.lead != 1:
-        raise CannotLower("reduces time, which a step has none of")
+        raise CannotLower("reduces the axis of time, which a step does not have")
     function = "mean" if isinstance(layer, keras.layers.GlobalAveragePooling1D) else "max"
     axis = 0 if layer.data_format == "channels_last" else 1
     return b.reduce(x, function, [axis], layer.keepdims)
 
 
 @layer(keras.layers.AveragePooling1D, keras.layers.MaxPooling1D)
-def _pooling(b, layer, x, call):
+def _pooling(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     if layer.padding != "valid" or layer.data_format != "channels_last":
-        raise CannotLower("pools with padding, or with channels first")
+        raise CannotLower("pools with padding, or with channels first: expected neither")
     (size,), (stride,) = layer.pool_size, layer.strides
     rows, features = x.shape
     taken = (rows - size) // stride + 1
@@ -480,11 +510,13 @@ def _pooling(b, layer, x, call):
 
 
 @layer(keras.layers.TimeDistributed)
-def _time_distributed(b, layer, x, call):
+def _time_distributed(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Any:
     # In a window the distributed rows are the steps; in a sample they are an axis of the Symbol.
     inner, lead = layer.layer, call.lead - 1
     if isinstance(inner, (ContinualLayer, keras.Model)):
-        raise CannotLower("distributes a model or a continual layer over time")
+        raise CannotLower(
+            "distributes a model or a continual layer over time: use it without TimeDistributed"
+        )
     y = lower_layer(b, inner, x, lead=lead)
     kept = 1 if lead == 0 else 0
     if y.shape[:kept] != x.shape[:kept]:
@@ -493,13 +525,13 @@ def _time_distributed(b, layer, x, call):
 
 
 @layer(keras.layers.Lambda)
-def _lambda(b, layer, x, call):
+def _lambda(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Any:
     from continual_transformers_tf.models.lowering.graph_lowering import trace
 
     known = inspect.signature(layer.function).parameters
     options = {k: v for k, v in (("mask", None), ("training", False)) if k in known}
 
-    def function(x):
+    def function(x: Any) -> Any:
         return layer.function(x, **{**layer.arguments, **options})
 
     return trace(b, function, [x], call.lead)
@@ -508,29 +540,30 @@ def _lambda(b, layer, x, call):
 # Masks of outputs.
 
 
-def mask_after(b, layer, call, y):
+def mask_after(b: PlanBuilder, layer: keras.layers.Layer, call: Call, y: Symbol) -> Symbol | None:
     """Return Keras' mask on a layer's output; None if there is none."""
     given = call.args[0] if call.args else call.symbols[0]
     if isinstance(layer, (keras.layers.Masking, keras.layers.Embedding)):
         if isinstance(layer, keras.layers.Embedding) and not layer.mask_zero:
             return None
         if len(given.shape) > (1 if isinstance(layer, keras.layers.Masking) else 0):
-            return None  # A mask for every row of a step: no layer in a plan uses one.
+            return (
+                None  # This would be a mask for every row of a step. No layer in a plan uses one.
+            )
         return mask_of(b, layer, given)
-    masks = [getattr(x, "mask", None) for x in keras.tree.flatten(given)]
-    if not any(mask is not None for mask in masks) or not layer.supports_masking:
+    flat = keras.tree.flatten(given)
+    masks: list[Symbol] = [x.mask for x in flat if getattr(x, "mask", None) is not None]
+    if not masks or not layer.supports_masking:
         return None
-    if isinstance(layer, keras.layers.Concatenate):
-        # In an input without a mask, every step counts as there.
-        return None if None in masks else _any_of(b, masks)
-    if isinstance(given, (list, tuple)):
-        return None if None in masks else _any_of(b, masks)
+    if isinstance(layer, keras.layers.Concatenate) or isinstance(given, (list, tuple)):
+        # In an input without a mask, no step is masked.
+        return _any_of(b, masks) if len(masks) == len(flat) else None
     if not type(layer).compute_mask.__module__.startswith("keras."):
-        raise CannotLower("computes a mask of its own")
+        raise CannotLower("computes a mask in its own way, and a plan has no node for that")
     return masks[0]
 
 
-def _any_of(b, masks):
+def _any_of(b: PlanBuilder, masks: list[Symbol]) -> Symbol:
     mask = masks[0]
     for other in masks[1:]:
         mask = b.mask_or(mask, other)

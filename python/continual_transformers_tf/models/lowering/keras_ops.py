@@ -6,6 +6,9 @@ The functions take a `PlanBuilder`, the operation, and a `Call`.
 import dataclasses
 import itertools
 import math
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -13,7 +16,9 @@ import numpy as np
 from continual_transformers_tf.models.lowering import activations
 from continual_transformers_tf.models.lowering.einsum import einsum
 from continual_transformers_tf.models.lowering.plan_builder import (
+    Array,
     CannotLower,
+    PlanBuilder,
     Symbol,
     broadcast_shapes,
     contiguous_strides,
@@ -31,36 +36,39 @@ class Call:
         shapes: The shapes of the outputs in a step; None if they are not known.
     """
 
-    args: tuple
-    kwargs: dict
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     lead: int
     dtype: str
-    shapes: list
+    shapes: list[tuple[int, ...] | None]
 
-    def axis(self, axis, x):
+    def axis(self, axis: int, x: Symbol) -> int:
         """Return the axis of a Symbol that is this axis of Keras' tensor."""
         return activations.axis_of_step(axis, x, self.lead)
 
-    def axes(self, axis, x):
-        """Return the axes of a Symbol for one axis of Keras' tensor, several, or all (None)."""
+    def axes(self, axis: int | Sequence[int] | None, x: Symbol) -> list[int]:
+        """Return the axes of a Symbol for an axis or axes of Keras' tensor. None: all axes."""
         axes = range(len(x.shape) + self.lead) if axis is None else np.atleast_1d(axis)
         return sorted(self.axis(int(a), x) for a in axes)
 
     @property
-    def symbols(self):
+    def symbols(self) -> list[Symbol]:
+        """All Symbols among the arguments."""
         return [x for x in keras.tree.flatten((self.args, self.kwargs)) if isinstance(x, Symbol)]
 
-    def argument(self, place, name, default=None):
+    def argument(self, place: int, name: str, default: Any = None) -> Any:
+        """Return an argument, by its place or by its name."""
         return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
 
-    def operand(self, place, name, b):
-        """Return an operand: a Symbol, or for a constant of the graph a NumPy array."""
+    def operand(self, place: int, name: str, b: PlanBuilder) -> "Symbol | Array":
+        """Return an operand: a Symbol, or a NumPy array for a constant of the graph."""
         x = self.argument(place, name)
         rank = max(len(y.shape) for y in self.symbols) + self.lead
         if isinstance(x, Symbol):
             if len(x.shape) + self.lead != rank and x.shape:
                 raise CannotLower(
-                    "meets tensors of different ranks, and so would mix samples: expected the same"
+                    "combines tensors of different ranks, which would mix samples: expected one "
+                    "rank"
                 )
             return x
         x = fixed(x, b.dtype)
@@ -68,19 +76,21 @@ class Call:
         extra = x.ndim - (rank - self.lead)
         if extra > 0:
             if any(n != 1 for n in x.shape[:extra]):
-                raise CannotLower(f"is given an array {list(x.shape)}, with a row for each sample")
+                raise CannotLower(
+                    f"is given an array of shape {list(x.shape)}, with a row for each sample"
+                )
             x = x.reshape(x.shape[extra:])
         return x
 
 
-def fixed(x, dtype):
+def fixed(x: Any, dtype: str) -> Array:
     """Return a constant of a graph as an array."""
     if hasattr(x, "path"):  # A variable.
         x = x.value
     return np.asarray(x).astype(dtype)
 
 
-def lower_op(b, op, call):
+def lower_op(b: PlanBuilder, op: keras.Operation, call: Call) -> list[Symbol]:
     """Lower an operation, and return a list of its outputs' Symbols."""
     lower = OPS.get(type(op).__name__)
     if lower is None:
@@ -89,20 +99,25 @@ def lower_op(b, op, call):
     return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
 
 
-OPS = {}
+# A function of a PlanBuilder, an operation and its Call. It returns one Symbol, or a list.
+Lowering = Callable[[PlanBuilder, keras.Operation, Call], Symbol | list[Symbol]]
+
+OPS: dict[str, Lowering] = {}
 
 
-def op(*names):
-    def register(function):
+def op(*names: str) -> Callable[[Lowering], Lowering]:
+    """Register a function that lowers operations of these class names."""
+
+    def register(function: Lowering) -> Lowering:
         OPS.update((name, function) for name in names)
         return function
 
     return register
 
 
-def _floats(call):
+def _floats(call: Call) -> None:
     if not keras.backend.is_float_dtype(call.dtype):
-        raise CannotLower(f"computes in {call.dtype}, where a plan computes in floats only")
+        raise CannotLower(f"computes in {call.dtype}: a plan computes only in floats")
 
 
 # Element-wise.
@@ -115,7 +130,7 @@ _UNARY = {
 
 
 @op(*_UNARY)
-def _unary(b, op, call):
+def _unary(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     _floats(call)
     return b.activation(call.symbols[0], _UNARY[type(op).__name__])
 
@@ -134,7 +149,7 @@ _ACTIVATIONS = {
 
 
 @op(*_ACTIVATIONS)
-def _activation(b, op, call):
+def _activation(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     _floats(call)
     name = _ACTIVATIONS[type(op).__name__]
     numbers = activations.NUMBERS.get(name, {})
@@ -154,17 +169,18 @@ _BINARY = {
 
 
 @op(*_BINARY)
-def _binary(b, op, call):
+def _binary(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     _floats(call)
     x, y = call.operand(0, "x1", b), call.operand(1, "x2", b)
     return arithmetic(b, _BINARY[type(op).__name__], x, y)
 
 
-def arithmetic(b, function, x, y):
+def arithmetic(b: PlanBuilder, function: str, x: Symbol | Array, y: Symbol | Array) -> Symbol:
     """Apply an element-wise function to Symbols and arrays, at least one of them a Symbol."""
     if isinstance(x, Symbol) and isinstance(y, Symbol):
         return b.binary(function, x, y)
-    symbol, array = (x, y) if isinstance(x, Symbol) else (y, x)
+    first = isinstance(x, Symbol)  # Whether the Symbol is the first of the two.
+    symbol, array = typing.cast("tuple[Symbol, Array]", (x, y) if first else (y, x))
     shape = broadcast_shapes(symbol.shape, array.shape)
     if shape == symbol.shape:
         if function == "add":
@@ -172,74 +188,78 @@ def arithmetic(b, function, x, y):
         if function == "multiply":
             return b.affine(symbol, array, 0)
         if function == "subtract":
-            return b.affine(x, 1, -array) if symbol is x else b.affine(y, -1, array)
-        if function == "divide" and symbol is x and _exactly_inverted(array):
-            return b.affine(x, 1 / array, 0)
-        if function == "power" and symbol is x and array.size == 1 and array == 2:
-            return b.activation(x, "square")
-    array = b.constant(np.broadcast_to(array, shape))
-    x, y = (x, array) if symbol is x else (array, y)
-    return b.binary(function, x, y)
+            return b.affine(symbol, 1, -array) if first else b.affine(symbol, -1, array)
+        if function == "divide" and first and _exactly_inverted(array):
+            return b.affine(symbol, 1 / array, 0)
+        if function == "power" and first and array.size == 1 and array == 2:
+            return b.activation(symbol, "square")
+    constant = b.constant(np.broadcast_to(array, shape))
+    operands = (symbol, constant) if first else (constant, symbol)
+    return b.binary(function, *operands)
 
 
-def _exactly_inverted(array):
-    """Return whether multiplying by 1 / array is the same as dividing: for powers of two it is."""
+def _exactly_inverted(array: Array) -> bool:
+    """Return whether all elements are powers of two. Only then 1 / array is exact."""
     mantissa, _ = np.frexp(array)
     return bool((np.abs(mantissa) == 0.5).all())
 
 
 @op("NotEqual")
-def _not_equal(b, op, call):
+def _not_equal(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x, y = call.operand(0, "x1", b), call.operand(1, "x2", b)
     if any(z.dtype in ("int32", "int64") for z in call.symbols) and not _is_zero(y):
-        raise CannotLower("compares integers with others than 0, which floats cannot do exactly")
+        raise CannotLower(
+            "compares integers with a number other than 0: a plan compares floats, which are not "
+            "exact"
+        )
     # The sign of the difference, which is 0 only between equal numbers.
     sign = b.activation(arithmetic(b, "subtract", _floating(b, x), _floating(b, y)), "sign")
     return b.cast(sign, "bool")
 
 
-def _is_zero(x):
+def _is_zero(x: Symbol | Array) -> bool:
     return not isinstance(x, Symbol) and bool((x == 0).all())
 
 
-def _floating(b, x):
+def _floating(b: PlanBuilder, x: Symbol | Array) -> Symbol | Array:
     return b.cast(x, b.dtype) if isinstance(x, Symbol) else x
 
 
 @op("Any", "All")
-def _any(b, op, call):
+def _any(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x = call.symbols[0]
     function = "max" if type(op).__name__ == "Any" else "min"
     return b.cast(b.reduce(b.cast(x, "bool"), function, call.axes(op.axis, x), op.keepdims), "bool")
 
 
 @op("LogicalAnd", "LogicalOr")
-def _logical(b, op, call):
+def _logical(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     if len(call.symbols) != 2:
-        raise CannotLower("is given a fixed mask")
+        raise CannotLower("is given a constant mask: expected masks that a step computes")
     x, y = (b.cast(b.cast(z, "bool"), b.dtype) for z in call.symbols)
     function = "minimum" if type(op).__name__ == "LogicalAnd" else "maximum"
     return b.cast(b.binary(function, x, y), "bool")
 
 
 @op("LogicalNot")
-def _logical_not(b, op, call):
+def _logical_not(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     return b.mask_not(b.cast(call.symbols[0], "bool"))
 
 
 @op("Clip")
-def _clip(b, op, call):
+def _clip(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     _floats(call)
     x = arithmetic(b, "maximum", call.symbols[0], fixed(op.x_min, b.dtype))
     return arithmetic(b, "minimum", x, fixed(op.x_max, b.dtype))
 
 
 @op("Cast")
-def _cast(b, op, call):
+def _cast(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     return cast(b, call.symbols[0], op.dtype)
 
 
-def cast(b, x, dtype):
+def cast(b: PlanBuilder, x: Symbol, dtype: str) -> Symbol:
+    """Cast a Symbol to a dtype of Keras. Every float dtype becomes the plan's."""
     if keras.backend.is_float_dtype(dtype):
         return b.cast(x, b.dtype)
     if dtype in ("int32", "int64", "bool"):
@@ -248,7 +268,7 @@ def cast(b, x, dtype):
 
 
 @op("StopGradient", "Copy", "ConvertToTensor")
-def _identity(b, op, call):
+def _identity(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     return call.symbols[0].with_mask(None)
 
 
@@ -256,25 +276,25 @@ def _identity(b, op, call):
 
 
 @op("Sum", "Mean", "Max", "Amax", "Min", "Amin")
-def _reduce(b, op, call):
+def _reduce(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     _floats(call)
     if getattr(op, "initial", None) is not None:
-        raise CannotLower("has an initial value")
+        raise CannotLower("has an initial value: leave it out, and combine the result with it")
     x = call.symbols[0]
     function = type(op).__name__.lower().removeprefix("a")
     return b.reduce(x, function, call.axes(op.axis, x), op.keepdims)
 
 
 @op("Average")
-def _average(b, op, call):
+def _average(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     if call.argument(1, "weights") is not None:
-        raise CannotLower("has weights: multiply with them, and sum")
+        raise CannotLower("has weights: multiply by them, then sum")
     x = call.symbols[0]
     return b.reduce(x, "mean", call.axes(op.axis, x))
 
 
 @op("Var", "Std")
-def _variance(b, op, call):
+def _variance(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     _floats(call)
     x = call.symbols[0]
     axes = call.axes(op.axis, x)
@@ -284,7 +304,7 @@ def _variance(b, op, call):
 
 
 @op("Logsumexp")
-def _logsumexp(b, op, call):
+def _logsumexp(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x = call.symbols[0]
     axes = call.axes(op.axis, x)
     highest = b.reduce(x, "max", axes, keepdims=True)
@@ -297,7 +317,7 @@ def _logsumexp(b, op, call):
 
 
 @op("Normalize")
-def _normalize(b, op, call):
+def _normalize(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     if op.order != 2:
         raise CannotLower(f"has order={op.order}: expected 2")
     x = call.symbols[0]
@@ -305,14 +325,16 @@ def _normalize(b, op, call):
     return unit_norm(b, x, call.axes(op.axis, x), epsilon)
 
 
-def unit_norm(b, x, axes, epsilon):
+def unit_norm(b: PlanBuilder, x: Symbol, axes: Sequence[int], epsilon: float) -> Symbol:
     """Divide x by its length, or by epsilon if the length is smaller."""
     return along_last(
         b, x, axes, lambda y: b.node("norm", [y], y.shape, function="unit", epsilon=epsilon**2)
     )
 
 
-def along_last(b, x, axes, function):
+def along_last(
+    b: PlanBuilder, x: Symbol, axes: Sequence[int], function: Callable[[Symbol], Symbol]
+) -> Symbol:
     """Apply a function along several axes, merged into one last axis."""
     x = b.cast(x, b.dtype)
     others = [a for a in range(len(x.shape)) if a not in axes]
@@ -327,33 +349,33 @@ def along_last(b, x, axes, function):
 
 
 @op("Reshape", "Ravel")
-def _reshape(b, op, call):
+def _reshape(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x = call.symbols[0]
     shape = call.shapes[0]
     if call.lead == 0 or shape is None:
-        raise CannotLower("changes the axes of samples")
+        raise CannotLower("changes the axis of samples, or of time")
     return b.reshape(x, shape)
 
 
 @op("ExpandDims", "Squeeze")
-def _expand(b, op, call):
+def _expand(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     if call.lead == 0 or call.shapes[0] is None:
-        raise CannotLower("changes the axes of samples")
-    axes = [] if op.axis is None else np.atleast_1d(op.axis)
+        raise CannotLower("changes the axis of samples, or of time")
+    axes = [] if op.axis is None else [int(a) for a in np.atleast_1d(op.axis)]
     rank = len(call.symbols[0].shape) + call.lead + (type(op).__name__ == "ExpandDims") * len(axes)
     if any(a % rank < call.lead for a in axes):
-        raise CannotLower("changes the axes of samples")
+        raise CannotLower("changes the axis of samples, or of time")
     return b.reshape(call.symbols[0], call.shapes[0])
 
 
 @op("Transpose")
-def _transpose(b, op, call):
+def _transpose(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x = call.symbols[0]
     rank = len(x.shape) + call.lead
     return transpose(b, x, op.axes or range(rank)[::-1], call.lead)
 
 
-def transpose(b, x, axes, lead):
+def transpose(b: PlanBuilder, x: Symbol, axes: Sequence[int], lead: int) -> Symbol:
     """Transpose by Keras' order of axes, which must not move the axes before the Symbol's."""
     rank = len(x.shape) + lead
     axes = [a % rank for a in axes]
@@ -363,7 +385,7 @@ def transpose(b, x, axes, lead):
 
 
 @op("Swapaxes")
-def _swapaxes(b, op, call):
+def _swapaxes(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x = call.symbols[0]
     order = list(range(len(x.shape)))
     i, j = call.axis(op.axis1, x), call.axis(op.axis2, x)
@@ -372,11 +394,10 @@ def _swapaxes(b, op, call):
 
 
 @op("Moveaxis")
-def _moveaxis(b, op, call):
+def _moveaxis(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x = call.symbols[0]
-    source, target = (
-        [call.axis(int(a), x) for a in np.atleast_1d(axes)] for axes in (op.source, op.destination)
-    )
+    source = [call.axis(int(a), x) for a in np.atleast_1d(op.source)]
+    target = [call.axis(int(a), x) for a in np.atleast_1d(op.destination)]
     order = [a for a in range(len(x.shape)) if a not in source]
     for to, a in sorted(zip(target, source, strict=True)):
         order.insert(to, a)
@@ -384,12 +405,15 @@ def _moveaxis(b, op, call):
 
 
 @op("BroadcastTo")
-def _broadcast_to(b, op, call):
-    return b.broadcast(call.symbols[0], call.shapes[0])
+def _broadcast_to(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
+    shape = call.shapes[0]
+    if shape is None:
+        raise CannotLower("changes the axis of samples, or of time")
+    return b.broadcast(call.symbols[0], shape)
 
 
 @op("Flip")
-def _flip(b, op, call):
+def _flip(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x = call.symbols[0]
     strides, offset = contiguous_strides(x.shape), 0
     for a in call.axes(op.axis, x):
@@ -399,7 +423,7 @@ def _flip(b, op, call):
 
 
 @op("Repeat")
-def _repeat(b, op, call):
+def _repeat(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x = call.symbols[0]
     if not isinstance(op.repeats, int) or op.axis is None:
         raise CannotLower("repeats by more than one number, or without an axis")
@@ -412,7 +436,7 @@ def _repeat(b, op, call):
 
 
 @op("Tile")
-def _tile(b, op, call):
+def _tile(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x = call.symbols[0]
     repeats = [int(n) for n in np.atleast_1d(op.repeats)]
     repeats = [1] * (len(x.shape) + call.lead - len(repeats)) + repeats
@@ -427,7 +451,7 @@ def _tile(b, op, call):
 
 
 @op("Roll")
-def _roll(b, op, call):
+def _roll(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x = call.symbols[0]
     if not isinstance(op.shift, int) or not isinstance(op.axis, int):
         raise CannotLower("rolls by more than one number, or along several axes")
@@ -440,7 +464,7 @@ def _roll(b, op, call):
 
 
 @op("Pad")
-def _pad(b, op, call):
+def _pad(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     value = call.argument(1, "constant_values")
     if op.mode != "constant":
         raise CannotLower(f"pads by mode={op.mode!r}: expected 'constant'")
@@ -450,7 +474,7 @@ def _pad(b, op, call):
     return pad(b, call.symbols[0], width[call.lead :], 0 if value is None else value)
 
 
-def pad(b, x, width, value=0):
+def pad(b: PlanBuilder, x: Symbol, width: Sequence[tuple[int, int]], value: float = 0) -> Symbol:
     """Pad x with (before, after) more elements along each axis."""
     for a, (before, after) in enumerate(width):
         parts = []
@@ -466,11 +490,12 @@ def pad(b, x, width, value=0):
 
 
 @op("Concatenate")
-def _concatenate(b, op, call):
+def _concatenate(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     return concatenate(b, call.argument(0, "xs"), op.axis, call)
 
 
-def concatenate(b, xs, axis, call):
+def concatenate(b: PlanBuilder, xs: Sequence[Any], axis: int, call: Call) -> Symbol:
+    """Concatenate Symbols and constant arrays along an axis of Keras' tensors."""
     first = next(x for x in xs if isinstance(x, Symbol))
     axis = call.axis(axis, first)
     same = {x.dtype for x in xs if isinstance(x, Symbol)}
@@ -480,17 +505,19 @@ def concatenate(b, xs, axis, call):
         if not isinstance(x, Symbol):
             x = np.asarray(fixed(x, dtype))
             if x.ndim != len(first.shape) + call.lead or any(n != 1 for n in x.shape[: call.lead]):
-                raise CannotLower(f"is given an array {list(x.shape)}, with a row for each sample")
+                raise CannotLower(
+                    f"is given an array of shape {list(x.shape)}, with a row for each sample"
+                )
             x = b.constant(x.reshape(x.shape[call.lead :]), dtype)
         symbols.append(b.cast(x, dtype))
     return b.concat(symbols, axis)
 
 
 @op("Stack")
-def _stack(b, op, call):
+def _stack(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     xs = call.argument(0, "x")
     if not all(isinstance(x, Symbol) for x in xs):
-        raise CannotLower("stacks arrays")
+        raise CannotLower("stacks constant arrays: expected only tensors")
     rank = len(xs[0].shape) + call.lead + 1
     axis = op.axis % rank - call.lead
     if axis < 0:
@@ -500,7 +527,7 @@ def _stack(b, op, call):
 
 
 @op("Split", "ArraySplit")
-def _split(b, op, call):
+def _split(b: PlanBuilder, op: keras.Operation, call: Call) -> list[Symbol]:
     x = call.symbols[0]
     axis = call.axis(op.axis, x)
     n, parts = x.shape[axis], op.indices_or_sections
@@ -517,7 +544,7 @@ def _split(b, op, call):
 
 
 @op("Unstack")
-def _unstack(b, op, call):
+def _unstack(b: PlanBuilder, op: keras.Operation, call: Call) -> list[Symbol]:
     x = call.symbols[0]
     axis = call.axis(op.axis, x)
     rest = (*x.shape[:axis], *x.shape[axis + 1 :])
@@ -525,21 +552,23 @@ def _unstack(b, op, call):
 
 
 @op("Take")
-def _take(b, op, call):
+def _take(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x, indices = call.symbols[0], call.argument(1, "indices")
     if isinstance(indices, Symbol) or op.axis is None:
-        raise CannotLower("takes by indices that only a step knows, or without an axis")
+        raise CannotLower(
+            "takes by indices that a step computes, or without an axis: expected constant indices"
+        )
     axis = call.axis(op.axis, x)
     indices = np.asarray(indices)
     taken = _along(b, x, axis, [int(i) for i in indices.reshape(-1)])
     return b.reshape(taken, (*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
 
 
-def _along(b, x, axis, indices):
+def _along(b: PlanBuilder, x: Symbol, axis: int, indices: list[int]) -> Symbol:
     """Take the elements with these indices along one axis."""
     n = x.shape[axis]
     if any(not -n <= i < n for i in indices):
-        raise CannotLower(f"takes from {n} elements the one at {indices}")
+        raise CannotLower(f"takes the elements {indices} of an axis of {n}")
     indices = [i % n for i in indices]
     steps = {after - i for i, after in itertools.pairwise(indices)} or {1}
     if len(steps) == 1:  # Evenly spaced: a slice.
@@ -548,12 +577,12 @@ def _along(b, x, axis, indices):
 
 
 @op("GetItem")
-def _get_item(b, op, call):
+def _get_item(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x, key = call.symbols[0], call.argument(1, "key")
     return get_item(b, x, key, call.lead)
 
 
-def get_item(b, x, key, lead):
+def get_item(b: PlanBuilder, x: Symbol, key: Any, lead: int) -> Symbol:
     """Return x[key], with a key for the axes of Keras' tensor."""
     key = list(key) if isinstance(key, (tuple, list)) else [key]
     rank = len(x.shape) + lead
@@ -564,7 +593,7 @@ def get_item(b, x, key, lead):
     key[at : at + 1] = [slice(None)] * (rank - named)
     for k in key[:lead]:
         if not (isinstance(k, slice) and k == slice(None)):
-            raise CannotLower("takes samples apart, or steps of time")
+            raise CannotLower("indexes samples or steps of time: expected `:` for these axes")
     strides, sizes = contiguous_strides(x.shape), list(x.shape)
     shape, picked, offset = [], [], 0
     for k in key[lead:]:
@@ -585,10 +614,10 @@ def get_item(b, x, key, lead):
                 f"is indexed by {k!r}: expected integers in range, slices, ... and None"
             )
     if math.prod(shape) == 0:
-        raise CannotLower("gives no elements")
+        raise CannotLower("returns no elements")
     if (
         math.prod(shape) == x.size and offset == 0 and all(s >= 0 for s in picked)
-    ):  # Everything, in its own order.
+    ):  # All elements, in their order.
         return b.reshape(x, shape).with_mask(None)
     return b.strided(x, shape, picked, offset, name="slice")
 
@@ -597,21 +626,21 @@ def get_item(b, x, key, lead):
 
 
 @op("Matmul", "Dot")
-def _matmul(b, op, call):
+def _matmul(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x, y = call.argument(0, "x1"), call.argument(1, "x2")
     if not isinstance(x, Symbol) or isinstance(y, Symbol) or len(np.shape(y)) != 2:
-        raise CannotLower("multiplies two tensors: a plan multiplies with fixed matrices only")
+        raise CannotLower("multiplies two tensors: a plan multiplies only by constant matrices")
     kernel = b.variable(y, kernel=True, name=_scoped(b, "kernel"))
     return b.dense(b.cast(x, b.dtype), kernel)
 
 
 @op("Einsum")
-def _einsum(b, op, call):
+def _einsum(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     if len(call.args) != 2 or not isinstance(call.args[0], Symbol) or len(call.symbols) != 1:
-        raise CannotLower("multiplies two tensors: a plan multiplies with fixed ones only")
+        raise CannotLower("multiplies two tensors: a plan multiplies only by constant ones")
     x, y = call.args
     return einsum(b, op.subscripts, x, y, call.lead, name=_scoped(b, "kernel"))
 
 
-def _scoped(b, name):
+def _scoped(b: PlanBuilder, name: str) -> str:
     return f"{b.scope}/{name}" if b.scope else name

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 FORMAT = "continual-transformers"
 FORMAT_VERSION = "1"
@@ -25,12 +27,12 @@ class Lowered:
         weights: NumPy arrays by name.
     """
 
-    plan: dict
-    weights: dict
+    plan: dict[str, Any]
+    weights: dict[str, npt.NDArray[Any]]
 
-    def to_bytes(self):
+    def to_bytes(self) -> bytes:
         """Return the model file: safetensors, with the plan in its metadata."""
-        header = {
+        header: dict[str, Any] = {
             "__metadata__": {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,

@@ -3,9 +3,15 @@
 import contextlib
 import dataclasses
 import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+import keras
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,22 +21,24 @@ class Symbol:
     Its shape is that of one step of one stream, without the axes of streams and steps.
     """
 
-    index: int  # Place in the plan's values.
-    shape: tuple
+    index: int  # Its place in the plan's values.
+    shape: tuple[int, ...]
     dtype: str
     # Keras' mask of the step, a Symbol of dtype bool and shape [1]; None if there is none.
     mask: "Symbol | None" = None
 
     @property
-    def size(self):
+    def size(self) -> int:
+        """How many elements a step has."""
         return math.prod(self.shape)
 
-    def with_mask(self, mask):
+    def with_mask(self, mask: "Symbol | None") -> "Symbol":
+        """Return the same value with another mask."""
         return dataclasses.replace(self, mask=mask)
 
 
 class CannotLower(Exception):
-    """The error for something in a layer that has no node. The message is the reason."""
+    """The error for a part of a layer that has no node. Its message continues "the layer ..."."""
 
 
 class PlanBuilder:
@@ -45,22 +53,26 @@ class PlanBuilder:
         weights: The plan's tensors by name.
     """
 
-    def __init__(self, compute_dtype):
+    def __init__(self, compute_dtype: str) -> None:
         self.dtype = compute_dtype
         self.scope = ""
-        self.values = []
-        self.nodes = []
-        self.weights = {}
-        self.kernels = set()  # Names of the weights that are kernels of dense nodes.
-        self._names = {}  # Name of each node -> how many other nodes have asked for that name.
+        self.values: list[dict[str, Any]] = []
+        self.nodes: list[dict[str, Any]] = []
+        self.weights: dict[str, Array] = {}
+        self.kernels: set[str] = set()  # Names of the weights that are kernels of dense nodes.
+        self._names: dict[
+            str, int
+        ] = {}  # Name of each node -> how many other nodes have asked for that name.
         # What was stored -> (its name, the variable, which must stay alive for its id).
-        self._tensors = {}
-        self._masks = {}  # (index of a value, number) -> the mask.
-        self._affine_of = {}  # Index of a value that was only scaled -> (scaled Symbol, scale).
-        self._unshaped = {}  # Index of a reshaped value -> the Symbol that was reshaped.
+        self._tensors: dict[tuple[Any, ...], tuple[str, Any]] = {}
+        self._masks: dict[tuple[int, float], Symbol] = {}  # (index of a value, number) -> the mask.
+        # Index of a value that was only scaled -> (scaled Symbol, scale).
+        self._affine_of: dict[int, tuple[Symbol, Array]] = {}
+        # Index of a reshaped value -> the Symbol that was reshaped.
+        self._unshaped: dict[int, Symbol] = {}
 
     @contextlib.contextmanager
-    def within(self, name):
+    def within(self, name: str) -> Iterator[None]:
         """Add a name to the scope within a `with` block."""
         outer = self.scope
         self.scope = f"{outer}/{name}" if outer else name
@@ -71,13 +83,23 @@ class PlanBuilder:
 
     # Values and nodes.
 
-    def add_value(self, shape, dtype=None):
+    def add_value(self, shape: Iterable[int], dtype: str | None = None) -> Symbol:
+        """Add a value to the plan, and return its Symbol. dtype None: the compute dtype."""
         self.values.append({"shape": [int(n) for n in shape], "dtype": dtype or self.dtype})
         return Symbol(len(self.values) - 1, tuple(int(n) for n in shape), dtype or self.dtype)
 
     def node(
-        self, op, inputs, shape, dtype=None, *, name=None, weights=None, masks=None, **attributes
-    ):
+        self,
+        op: str,
+        inputs: Iterable[Symbol],
+        shape: Iterable[int],
+        dtype: str | None = None,
+        *,
+        name: str | None = None,
+        weights: dict[str, str] | None = None,
+        masks: Mapping[str, Symbol | None] | None = None,
+        **attributes: Any,
+    ) -> Symbol:
         """Add a node, and return the Symbol of its output.
 
         Args:
@@ -90,20 +112,20 @@ class PlanBuilder:
             **attributes: The node's attributes.
         """
         output = self.add_value(shape, dtype)
-        node = {
+        node: dict[str, Any] = {
             "op": op,
             "name": self._unique(name, op),
             "inputs": [x.index for x in inputs],
             "outputs": [output.index],
         }
-        masks = {key: x.index for key, x in (masks or {}).items() if x is not None}
-        if masks:
-            node["masks"] = masks
+        given = {key: x.index for key, x in (masks or {}).items() if x is not None}
+        if given:
+            node["masks"] = given
         attributes = {key: _plain(x) for key, x in attributes.items()}
         self.nodes.append({**node, "weights": weights or {}, "attributes": attributes})
         return output
 
-    def _unique(self, name, op):
+    def _unique(self, name: str | None, op: str) -> str:
         name = "/".join(part for part in (self.scope, name) if part) or op
         unique = name
         while unique in self._names:
@@ -114,7 +136,14 @@ class PlanBuilder:
 
     # Weights.
 
-    def variable(self, variable, shape=None, transform=None, kernel=False, name=None):
+    def variable(
+        self,
+        variable: keras.Variable | keras.KerasTensor,
+        shape: tuple[int, ...] | None = None,
+        transform: Callable[[Array], Array] | None = None,
+        kernel: bool = False,
+        name: str | None = None,
+    ) -> str:
         """Store a Keras variable, and return its tensor's name: the variable's path.
 
         Args:
@@ -124,7 +153,7 @@ class PlanBuilder:
             kernel: Whether it is the kernel of a dense node.
             name: The tensor's name if `variable` is not a variable and has no path.
         """
-        path = getattr(variable, "path", None) or name
+        path = getattr(variable, "path", None) or name or self.scope
         array = to_numpy(variable, self.dtype)
         array = array if transform is None else transform(array)
         array = array if shape is None else array.reshape(shape)
@@ -137,7 +166,7 @@ class PlanBuilder:
             self.kernels.add(name)
         return name
 
-    def constant_weight(self, name, array, dtype=None):
+    def constant_weight(self, name: str, array: npt.ArrayLike, dtype: str | None = None) -> str:
         """Store an array under a name that is unique, and return that name."""
         shape = np.shape(array)  # NumPy makes a vector of a contiguous scalar.
         unique, count = name, 0
@@ -148,13 +177,13 @@ class PlanBuilder:
         self.weights[unique] = array.reshape(shape)
         return unique
 
-    def derived(self, name, array, dtype=None):
+    def derived(self, name: str, array: npt.ArrayLike, dtype: str | None = None) -> str:
         """Store an array that the lowering computed, named within the scope."""
         return self.constant_weight(f"{self.scope}/{name}" if self.scope else name, array, dtype)
 
     # Basic nodes.
 
-    def reshape(self, x, shape):
+    def reshape(self, x: Symbol, shape: Iterable[int]) -> Symbol:
         """Give a Symbol another shape. Chains of reshapes become one node, or none."""
         shape = tuple(int(n) for n in shape)
         if math.prod(shape) != x.size:
@@ -168,14 +197,22 @@ class PlanBuilder:
         self._unshaped[y.index] = source.with_mask(None)
         return y.with_mask(x.mask)
 
-    def strided(self, x, shape, strides, offset=0, name=None):
+    def strided(
+        self,
+        x: Symbol,
+        shape: Iterable[int],
+        strides: Iterable[int],
+        offset: int = 0,
+        name: str | None = None,
+    ) -> Symbol:
         """Pick elements with the node `strided`."""
         return self.node(
             "strided", [x], shape, x.dtype, name=name,
             offset=int(offset), strides=[int(s) for s in strides],
         )  # fmt: skip
 
-    def transpose(self, x, axes):
+    def transpose(self, x: Symbol, axes: Sequence[int]) -> Symbol:
+        """Transpose a Symbol. If only axes of size 1 move, this is a reshape."""
         shape = tuple(x.shape[a] for a in axes)
         moved = [a for a in axes if x.shape[a] != 1]
         if moved == sorted(moved):
@@ -183,7 +220,7 @@ class PlanBuilder:
         strides = contiguous_strides(x.shape)
         return self.strided(x, shape, [strides[a] for a in axes], name="transpose")
 
-    def slice(self, x, axis, start, size, step=1):
+    def slice(self, x: Symbol, axis: int, start: int, size: int, step: int = 1) -> Symbol:
         """Take `size` elements along one axis, from `start` on."""
         if start == 0 and size == x.shape[axis] and step == 1:
             return x
@@ -194,14 +231,15 @@ class PlanBuilder:
             x, (*x.shape[:axis], size, *x.shape[axis + 1 :]), strides, offset, name="slice"
         )
 
-    def concat(self, xs, axis):
+    def concat(self, xs: Sequence[Symbol], axis: int) -> Symbol:
+        """Concatenate Symbols along one axis."""
         if len(xs) == 1:
             return xs[0]
         shape = list(xs[0].shape)
         shape[axis] = sum(x.shape[axis] for x in xs)
         return self.node("concat", xs, shape, xs[0].dtype, name="concat", axis=axis)
 
-    def broadcast(self, x, shape):
+    def broadcast(self, x: Symbol, shape: Iterable[int]) -> Symbol:
         """Broadcast a Symbol to a shape, as NumPy does."""
         shape = tuple(shape)
         if x.shape == shape:
@@ -216,57 +254,64 @@ class PlanBuilder:
         ]
         return self.strided(x, shape, [0] * lead + strides, name="broadcast")
 
-    def constant(self, array, dtype=None):
+    def constant(self, array: npt.ArrayLike, dtype: str | None = None) -> Symbol:
+        """Add a node that returns a constant array."""
         array = np.asarray(array)
         weights = {"value": self.derived("value", array, dtype)}
         return self.node("constant", [], array.shape, dtype, weights=weights)
 
-    def binary(self, function, x, y):
+    def binary(self, function: str, x: Symbol, y: Symbol) -> Symbol:
         """Apply an element-wise function to two Symbols, broadcast to each other."""
         shape = broadcast_shapes(x.shape, y.shape)
         x, y = (self.broadcast(self.cast(z, self.dtype), shape) for z in (x, y))
         return self.node("binary", [x, y], shape, name=function, function=function)
 
-    def activation(self, x, function, **numbers):
+    def activation(self, x: Symbol, function: str, **numbers: Any) -> Symbol:
+        """Apply an element-wise function, with its numbers as attributes."""
         if function == "linear":
             return x
         x = self.cast(x, self.dtype)
         return self.node("activation", [x], x.shape, name=function, function=function, **numbers)
 
-    def cast(self, x, dtype):
+    def cast(self, x: Symbol, dtype: str) -> Symbol:
+        """Cast a Symbol to another dtype. It keeps its mask."""
         if x.dtype == dtype:
             return x
         return self.node("cast", [x], x.shape, dtype).with_mask(x.mask)
 
-    def affine(self, x, scale, offset):
+    def affine(self, x: Symbol, scale: npt.ArrayLike, offset: npt.ArrayLike) -> Symbol:
         """Compute x * scale + offset, with arrays that broadcast to x."""
         x, shape = self.cast(x, self.dtype), x.shape
         # The number of last axes along which they vary. These axes are read as one.
         axes = max(1, _axes_that_vary(scale), _axes_that_vary(offset))
         channels = shape[len(shape) - axes :] if shape else (1,)
-        scale, offset = (_channels(a, channels) for a in (scale, offset))
+        factors, terms = _channels(scale, channels), _channels(offset, channels)
         scaled = self._affine_of.get(x.index)
-        if scaled is not None and len(scaled[1]) == len(scale) and (scale == 1).all():
+        if scaled is None or len(scaled[1]) != len(factors) or (factors != 1).any():
+            scaled = (x, factors)
+        else:
             # x was only scaled before: scale and move the original at once, with the same result.
-            x, scale = scaled
-        elif (offset == 0).all():
-            scaled = (x, scale)
+            x, factors = scaled
         x = self.reshape(x, (*shape[: len(shape) - axes], math.prod(channels)))
-        weights = {"scale": self.derived("scale", scale), "offset": self.derived("offset", offset)}
+        weights = {"scale": self.derived("scale", factors), "offset": self.derived("offset", terms)}
         y = self.reshape(self.node("affine", [x], x.shape, weights=weights), shape)
-        if (offset == 0).all():
+        if (terms == 0).all():
             self._affine_of[y.index] = scaled
         return y
 
-    def dense(self, x, kernel, bias=None, name=None):
+    def dense(
+        self, x: Symbol, kernel: str, bias: str | None = None, name: str | None = None
+    ) -> Symbol:
         """Multiply x [..., I] by a kernel [I, O]; kernel and bias are names of tensors."""
         inputs, outputs = self.weights[kernel].shape
         if x.shape[-1:] != (inputs,):
-            raise CannotLower(f"is given {list(x.shape)}, where its kernel has {inputs} inputs")
+            raise CannotLower(f"is given shape {list(x.shape)}, but its kernel has {inputs} inputs")
         weights = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
         return self.node("dense", [x], (*x.shape[:-1], outputs), name=name, weights=weights)
 
-    def reduce(self, x, function, axes, keepdims=False):
+    def reduce(
+        self, x: Symbol, function: str, axes: Sequence[int], keepdims: bool = False
+    ) -> Symbol:
         """Reduce over axes, counted from 0, one after the other."""
         shape = [1 if a in axes else n for a, n in enumerate(x.shape)]
         x = self.cast(x, self.dtype)
@@ -279,7 +324,7 @@ class PlanBuilder:
             x = self.node("reduce", [x], rest, name=function, function=function, axis=first)
         return self.reshape(x, shape) if keepdims else x
 
-    def is_of_input(self, x):
+    def is_of_input(self, x: Symbol) -> bool:
         """Return whether a value is one of the plan's inputs, perhaps in another order or shape."""
         made_by = {i: node for node in self.nodes for i in node["outputs"]}
         index = x.index
@@ -291,8 +336,8 @@ class PlanBuilder:
 
     # Masks.
 
-    def not_equal(self, x, value):
-        """Return the mask of whether any element of x differs from a number."""
+    def not_equal(self, x: Symbol, value: float) -> Symbol:
+        """Return a mask that is true if any element of x differs from a number."""
         key = (x.index, value)
         if key not in self._masks:
             self._masks[key] = self.node(
@@ -300,22 +345,24 @@ class PlanBuilder:
             )
         return self._masks[key]
 
-    def mask_and(self, a, b):
-        """Return the mask of where both are true. None stands for a mask that is left out."""
+    def mask_and(self, a: Symbol | None, b: Symbol | None) -> Symbol | None:
+        """Return a mask that is true if both are. None stands for a mask that is left out."""
         if a is None or b is None or a == b:
             return b if a is None else a
         return self.node("mask_and", [a, b], (1,), "bool")
 
-    def mask_not(self, a):
+    def mask_not(self, a: Symbol) -> Symbol:
+        """Return a mask that is true if the given one is false."""
         return self.cast(self.affine(self.cast(a, self.dtype), -1, 1), "bool")
 
-    def mask_or(self, a, b):
+    def mask_or(self, a: Symbol, b: Symbol) -> Symbol:
+        """Return a mask that is true if either is."""
         if a == b:
             return a
         a, b = (self.cast(x, self.dtype) for x in (a, b))
         return self.cast(self.binary("add", a, b), "bool")
 
-    def where(self, mask, x, y):
+    def where(self, mask: Symbol, x: Symbol, y: Symbol) -> Symbol:
         """Return x where a mask is true, y elsewhere. It selects, so a NaN does not spread."""
         x, y = (self.cast(z, self.dtype) for z in (x, y))
         x = self.node("masked", [x, mask], x.shape)
@@ -324,7 +371,9 @@ class PlanBuilder:
 
     # The end.
 
-    def finish(self, outputs):
+    def finish(
+        self, outputs: Iterable[Symbol]
+    ) -> tuple[Callable[[int], int | None], Callable[[int], int | None]]:
         """Drop nodes that nothing uses, with their weights and values.
 
         Returns:
@@ -332,19 +381,18 @@ class PlanBuilder:
             None if the node or value is gone.
         """
         used = {x.index for x in outputs}
-        kept = []
+        kept = set()
         for node in reversed(self.nodes):
             if used.intersection(node["outputs"]) or node["op"] in STATEFUL:
-                kept.append(id(node))
+                kept.add(id(node))
                 used.update(node["inputs"], node.get("masks", {}).values())
-        kept = set(kept)
-        places = {}
+        places: dict[int, int] = {}
         for i, node in enumerate(self.nodes):
             if id(node) in kept:
                 places[i] = len(places)
         self.nodes = [node for node in self.nodes if id(node) in kept]
         produced = {i for node in self.nodes for i in node["outputs"]}
-        values = {}
+        values: dict[int, int] = {}
         for i in range(len(self.values)):
             if i in produced or i < self.inputs:
                 values[i] = len(values)
@@ -359,12 +407,12 @@ class PlanBuilder:
         self.kernels &= used_weights
         return places.get, values.get
 
-    def add_inputs(self, specs):
+    def add_inputs(self, specs: Sequence[tuple[Iterable[int], str]]) -> list[Symbol]:
         """Add the plan's inputs as its first values, each given as (shape, dtype)."""
         self.inputs = len(specs)
         return [self.add_value(shape, dtype) for shape, dtype in specs]
 
-    def convert_kernels(self, dtype):
+    def convert_kernels(self, dtype: str) -> None:
         """Convert the kernels of dense nodes to another dtype."""
         for name in self.kernels:
             self.weights[name] = self.weights[name].astype(np_dtype(dtype))
@@ -373,35 +421,37 @@ class PlanBuilder:
 STATEFUL = {"positional", "delay", "window", "attention", "retroactive_attention"}
 
 
-def np_dtype(name):
-    return ml_dtypes.bfloat16 if name == "bfloat16" else np.dtype(name)
+def np_dtype(name: str) -> np.dtype[Any]:
+    """Return NumPy's dtype for a name. bfloat16 is ml_dtypes'."""
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
-def to_numpy(x, dtype):
+def to_numpy(x: Any, dtype: str) -> Array:
     """Return a Keras variable, a tensor or an array as an array of a dtype."""
     x = getattr(x, "value", x) if hasattr(x, "path") else x
     return np.asarray(x).astype(dtype)
 
 
-def _plain(x):
+def _plain(x: Any) -> Any:
     """Return an attribute as a JSON value: users may have given NumPy numbers."""
     x = x.item() if isinstance(x, np.generic) else x
     if isinstance(x, float) and not math.isfinite(x):
-        raise CannotLower(f"has the number {x}, which a plan cannot hold: expected finite ones")
+        raise CannotLower(f"has the number {x}: a plan holds only finite numbers")
     return x
 
 
-def broadcast_shapes(*shapes):
+def broadcast_shapes(*shapes: Sequence[int]) -> tuple[int, ...]:
     """Return the shape that NumPy broadcasts these shapes to."""
     try:
         return np.broadcast_shapes(*shapes)
     except ValueError as error:
         raise CannotLower(
-            f"meets shapes a step that do not fit: {', '.join(str(list(s)) for s in shapes)}"
+            f"combines shapes that do not fit in a step: {', '.join(str(list(s)) for s in shapes)}"
         ) from error
 
 
-def contiguous_strides(shape):
+def contiguous_strides(shape: Sequence[int]) -> list[int]:
+    """Return the strides of a contiguous array, in elements."""
     strides, step = [], 1
     for n in reversed(shape):
         strides.append(step)
@@ -409,7 +459,7 @@ def contiguous_strides(shape):
     return strides[::-1]
 
 
-def _channels(array, shape):
+def _channels(array: npt.ArrayLike, shape: tuple[int, ...]) -> Array:
     """Return an array as a vector with one element for each of these channels."""
     array = np.asarray(array, np.float64)
     if array.ndim > len(shape):
@@ -417,7 +467,7 @@ def _channels(array, shape):
     return np.broadcast_to(array, shape).reshape(-1)
 
 
-def _axes_that_vary(array):
+def _axes_that_vary(array: npt.ArrayLike) -> int:
     """Return how many axes an array has without its leading axes of size 1."""
     shape = list(np.shape(array))
     while shape and shape[0] == 1:
@@ -425,9 +475,9 @@ def _axes_that_vary(array):
     return len(shape)
 
 
-def _neighbours(axes):
+def _neighbours(axes: Sequence[int]) -> list[list[int]]:
     """Return the runs of neighbouring axes as [first, last]."""
-    groups = []
+    groups: list[list[int]] = []
     for a in sorted(axes):
         if groups and groups[-1][1] == a - 1:
             groups[-1][1] = a
