@@ -119,6 +119,7 @@ def test_in_a_graph_saved_and_trained(tmp_path, random):
     layer = ct.CoReTransformerEncoder(N, E, H, FF, algorithm="update")
     model = keras.Model(inputs, layer(inputs))
     model.compile("adam", "mse", jit_compile=False)
+    model.optimizer.build(model.trainable_variables)  # Otherwise fit traces its graph twice.
     x = random.normal(size=(32, N, E)).astype("float32")
     losses = model.fit(x, x[:, ::-1], epochs=3, verbose=0).history["loss"]
     assert losses[-1] < losses[0]

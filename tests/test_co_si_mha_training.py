@@ -100,6 +100,8 @@ def test_a_model_learns_in_steps_mode_what_then_streams(backend, random):
     model.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=False)
     clean = [ct.CleanState()]
     with ct.call_mode("steps"):
+        model.build((None, *x.shape[1:]))
+        model.optimizer.build(model.trainable_variables)  # Otherwise fit traces its graph twice.
         losses = model.fit(x, y, batch_size=20, epochs=12, verbose=0, callbacks=clean)
         predicted = model.predict(x, batch_size=20, verbose=0, callbacks=clean)
         loss = model.evaluate(x, y, batch_size=20, verbose=0, callbacks=clean)

@@ -271,7 +271,7 @@ def test_what_does_not_fit_is_named_at_construction(random, what):
 
 
 def test_a_residual_around_whole_windows_is_refused():
-    with pytest.raises(ValueError, match="gives all of the window.*CoReTransformerEncoder"):
+    with pytest.raises(ValueError, match="returns the whole window.*CoReTransformerEncoder"):
         ct.CoResidual(ct.CoReMultiHeadAttention(N, H, D))
 
 

@@ -111,16 +111,26 @@ def test_single_output_warms_up_as_the_shorter_sequence(backend, random, depth):
         assert reference.relative_error(layer(x[:, : t + 1])[:, 0], expected[:, t]) < 2e-5, t
 
 
+@functools.cache
+def stack_and_outputs(backend, kind, depth):
+    """Return a stack, 16 steps of two streams, and one call's outputs and state after them.
+
+    `backend` is in use. Tests share the stack, and clean its streams before they use it.
+    """
+    random = np.random.default_rng(20260611)
+    layer = stack(random, depth, kind, 3)
+    x = random.normal(size=(2, 16, E)).astype("float32")
+    return layer, x, layer.call_steps(x).numpy(), layer.get_state()
+
+
 @pytest.mark.parametrize("kind", ["single_output", "retroactive"])
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("lengths", [[16], [1] * 16, [2, 6, 1, 7]], ids=str)
-def test_steps_are_one_call(backend, random, kind, depth, lengths):
+def test_steps_are_one_call(backend, kind, depth, lengths):
     """Calls of any lengths, with streams in changing order, give one call's outputs and state."""
-    n, count = 3, sum(lengths)
-    layer = stack(random, depth, kind, n)
-    x = random.normal(size=(2, count, E)).astype("float32")
-    expected, whole = layer.call_steps(x).numpy(), layer.get_state()
-    layer.ensure_streams(5)  # Streams 3 and 4 are new.
+    layer, x, expected, whole = stack_and_outputs(backend, kind, depth)
+    layer.ensure_streams(5)
+    layer.clean_state()
     outputs, first = [], 0
     for i, length in enumerate(lengths):
         order = [0, 1] if i % 2 else [1, 0]
@@ -141,7 +151,7 @@ def test_steps_are_one_call(backend, random, kind, depth, lengths):
             outputs.append(output.numpy()[order])  # Each order is its own inverse.
         first += length
     outputs = np.concatenate(outputs, 1)
-    assert outputs.shape == expected.shape == (2, count - layer.receptive_field + 1, E)
+    assert outputs.shape == expected.shape == (2, 16 - layer.receptive_field + 1, E)
     assert reference.relative_error(outputs, expected) < 2e-5
     got = layer.get_state(streams=[4, 3])
     for part, state in whole.items():
@@ -159,6 +169,8 @@ def test_trained_on_steps_it_is_what_streams(random, kind, xla):
     ct.ensure_streams(model, 24)
     with ct.call_mode("steps"):
         model.compile("adam", "mse", jit_compile=xla)
+        model.build((None, *x.shape[1:]))
+        model.optimizer.build(model.trainable_variables)  # Otherwise fit traces its graph twice.
         history = model.fit(
             x, y, batch_size=24, epochs=6, verbose=0, callbacks=[ct.CleanState()]
         ).history["loss"]
