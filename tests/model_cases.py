@@ -141,7 +141,7 @@ def _steps(streaming, inputs, streams, held, traced):
         if isinstance(structure, (list, tuple)) and len(inputs) == 1:
             given = inputs[0]
         outputs = streaming.call_steps(given, streams=streams)
-    elif not traced and streaming.delay == 0:
+    elif not traced and not streaming.delay and streaming.get_config().get("temporal_dim", 1) == 1:
         streaming.ensure_streams(held)
         outputs = streaming.call_steps(*inputs, streams=streams)
     else:
