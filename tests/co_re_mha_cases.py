@@ -6,7 +6,7 @@ import numpy as np
 import continual_transformers_tf as ct
 import reference
 
-N, H, D, E = 6, 3, 5, 7  # The window and sizes in tests where they do not matter.
+N, H, D, E = 6, 3, 5, 7  # The window and sizes for tests that do not depend on them.
 
 
 def pair(seq_len=N, num_heads=H, key_dim=D, features=E, *, random, layer_options=None, **options):

@@ -6,7 +6,7 @@ import numpy as np
 import continual_transformers_tf as ct
 import reference
 
-N, H, D, E = 6, 3, 5, 7  # The window and sizes in tests where they do not matter.
+N, H, D, E = 6, 3, 5, 7  # The window and sizes for tests that do not depend on them.
 
 
 def pair(seq_len=N, num_heads=H, key_dim=D, features=E, *, random, layer_options=None, **options):
@@ -40,7 +40,7 @@ def newest_of_windows(regular, x, seq_len, every=1, **kwargs):
     windows = windows.transpose(2, 0, 1, 3)
     batch, count = windows.shape[:2]
     flat = windows.reshape(batch * count, *windows.shape[2:])
-    # The newest query gives its row without the others', unless a mask counts from the first one.
+    # The newest row needs only the newest query, unless a mask counts from the first query.
     queries = flat if kwargs or regular.get_config()["sliding_window"] else flat[:, -1:]
     newest = [
         regular(queries[i : i + 256], flat[i : i + 256], **kwargs)[:, -1]

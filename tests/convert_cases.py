@@ -36,7 +36,7 @@ def causal_then_full(x):
 def query_from_later(x):
     """Return attention whose query comes from an attention that sees the whole window.
 
-    That works for the newest query: it is used only once.
+    This works for the newest query, because it is used only once.
     """
     y = attention()(x, x)
     return attention()(y, x)[:, -1]
@@ -50,7 +50,7 @@ def row_by_row(x):
 
 
 def of_the_newest_alone(x):
-    """Return a model with layers after x[:, -1:], which may do anything: they run on each step."""
+    """Return a model with any kind of layers after x[:, -1:]: they run on each step."""
     y = attention(use_gate=True, value_dim=3)(x, x)[:, -1:]
     y = keras.layers.Flatten()(keras.layers.Conv1D(4, 1)(y))
     return keras.layers.Reshape((2, 2))(keras.layers.Dense(4)(y))

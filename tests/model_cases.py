@@ -37,7 +37,7 @@ class Case:
         window: How many steps fill every window in it.
         high: Integers among the inputs are below this.
         gaps: Whether a fifth of the inputs' rows are zeros, for masks.
-        dtype: The key in BOUNDS of its bound.
+        dtype: Its bound is `BOUNDS[dtype]`.
         taken_only: Whether rows of steps that were never taken have no meaning in its outputs.
         first: How many of a stream's first outputs have no meaning.
     """
@@ -69,7 +69,7 @@ class Case:
         return model
 
     def streaming(self, model):
-        """Return what takes the steps in Keras: a StreamingModel, a layer, or a StepGraph."""
+        """Return the object that takes the steps in Keras: StreamingModel, layer or StepGraph."""
         if not isinstance(model, keras.Model) or isinstance(model, ct.StreamingModel):
             return model
         kinds = [type(layer) for layer in model._flatten_layers()]
@@ -100,7 +100,7 @@ class Case:
             x[random.random(shape[:2]) < 0.2] = 0
         return x.astype("float64" if dtype == "float64" else "float32")
 
-    def steps(self, model, inputs, ages=(0,)):
+    def steps(self, model, inputs, ages=(0,), traced=True):
         """Return Keras' outputs for T steps of M streams: a list of arrays (M, T, ...).
 
         Args:
@@ -108,6 +108,8 @@ class Case:
             inputs: Arrays (M, T, ...).
             ages: For each stream, how many steps it takes in a separate call before the others.
                 The last age is also that of all further streams.
+            traced: Whether a layer takes its steps one by one, in a graph. If not, a layer without
+                a delay takes them in one eager call, which is faster.
         """
         streaming = self.streaming(model)
         m, t = inputs[0].shape[:2]
@@ -115,18 +117,18 @@ class Case:
         parts = [[] for _ in range(m)]  # For each stream, the outputs of its calls.
         for i, age in enumerate(ages):
             if age:
-                y = _steps(streaming, [x[i : i + 1, :age] for x in inputs], [i], m)
+                y = _steps(streaming, [x[i : i + 1, :age] for x in inputs], [i], m, traced)
                 parts[i].append([array[0] for array in y])
         for age in sorted(set(ages) - {t}):  # The remaining steps, for all streams of the same age.
             same = [i for i in range(m) if ages[i] == age]
-            y = _steps(streaming, [x[same, age:] for x in inputs], same, m)
+            y = _steps(streaming, [x[same, age:] for x in inputs], same, m, traced)
             for row, i in enumerate(same):
                 parts[i].append([array[row] for array in y])
         rows = [[np.concatenate(z) for z in zip(*part, strict=True)] for part in parts]
         return [np.stack(z) for z in zip(*rows, strict=True)]
 
 
-def _steps(streaming, inputs, streams, held):
+def _steps(streaming, inputs, streams, held, traced):
     """Take T steps of streams, and return arrays (M, T, ...)."""
     streams = [int(i) for i in streams]
     if isinstance(streaming, StepGraph):
@@ -139,6 +141,9 @@ def _steps(streaming, inputs, streams, held):
         if isinstance(structure, (list, tuple)) and len(inputs) == 1:
             given = inputs[0]
         outputs = streaming.call_steps(given, streams=streams)
+    elif not traced and not streaming.delay and streaming.get_config().get("temporal_dim", 1) == 1:
+        streaming.ensure_streams(held)
+        outputs = streaming.call_steps(*inputs, streams=streams)
     else:
         streaming.ensure_streams(held)
         call = _graph_step(streaming)
@@ -321,7 +326,7 @@ for n in (1, 2, 17):
 def positions_learned():
     layer = built(ct.CircularPositionalEncoding(5, E), N, E)
     layer(np.zeros((1, N, E)))
-    layer(np.zeros((1, N, E)))  # So a stream starts at the third row.
+    layer(np.zeros((1, N, E)))  # After two calls, a stream starts at the third row.
     return layer
 
 

@@ -1,11 +1,11 @@
-"""States and plans as they were while the rings of attention were heads first."""
+"""States and plans in the form of versions whose attention rings were heads first."""
 
 NEW_NAMES = {"query": "queries", "key": "keys", "value": "values"}
 _OLD_NAMES = {new: old for old, new in NEW_NAMES.items()}
 
 
 def old_state(state):
-    """Return what `get_state` gave, of a layer or a model, with the old names and axes of rings."""
+    """Return the state of a layer or model with the old names and axes of rings."""
     if not isinstance(state, dict):
         return state
     return {
@@ -27,11 +27,11 @@ def old_keras_state(described):
 
 
 def new_state(state):
-    """Return a model's state of old names and axes with those of this version."""
+    """Convert a model's state from old names and axes to those of this version."""
     return {layer: _new_part(part) for layer, part in state.items()}
 
 
 def _new_part(part):
-    # Only a retroactive layer has rings of queries; a delayed query is no ring of heads first.
+    # Only a retroactive layer has rings of queries. Delayed queries have other axes than a ring.
     rings = {k: v for k, v in NEW_NAMES.items() if k != "query" or "softmax" in part}
     return {rings.get(k, k): x.swapaxes(1, 2) if k in rings else x for k, x in part.items()}

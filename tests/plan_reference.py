@@ -26,7 +26,7 @@ class Stream:
             for name, w in weights.items()
         }
         self.position = 0
-        self.history = [[] for _ in plan["nodes"]]  # All inputs of each node with a state.
+        self.history = [[] for _ in plan["nodes"]]  # For nodes with a state: all inputs so far.
 
     def step(self, inputs, has_key=True):
         """Take a step.
@@ -65,7 +65,7 @@ class Stream:
 
 
 class Context:
-    """What a node has besides its inputs."""
+    """What an op gets besides a node's inputs: its history, masks, attributes and weights."""
 
     def __init__(self, stream, history, masks, has_key, node):
         self.position = stream.position
@@ -261,7 +261,7 @@ def attention(
     taken = context.remember((key, value, context.has_key))
     if context.position < query_delay or not context.masks.get("query", True):
         return np.zeros_like(value)
-    # Column c of the window is the step of window - 1 - c steps before.
+    # Column c of the window is the step taken window - 1 - c steps ago.
     seen = [(c, len(taken) - window + c) for c in range(first_column, end_column)]
     seen = [taken[i] for c, i in seen if i >= 0]
     if not seen:

@@ -87,6 +87,65 @@ class Stream:
         unfilled = np.zeros((len(query), self.seq_len - filled))
         return output, np.concatenate([unfilled, scores], 1)
 
+    def take(self, query, key, value, scale=None, mask=None, has_key=None):
+        """Take T steps at once, which is faster: [T, H, D], [T, H, D], [T, H, Dv], mask [H, T, N].
+
+        Returns:
+            (output [T, H, Dv], scores [T, H, N]).
+        """
+        count, n = len(query), self.seq_len
+        self.keys += list(np.asarray(key, np.float64))
+        self.values += list(np.asarray(value, np.float64))
+        self.has_key += [True] * count if has_key is None else [bool(x) for x in has_key]
+        outputs, scores = [], []
+        for first in range(0, count, BLOCK):
+            end = min(first + BLOCK, count)
+            before = count - end
+            keys, values, allowed = windows_of(
+                end - first, n, before, self.has_key, self.keys, self.values
+            )
+            queries = np.asarray(query[first:end], np.float64)
+            by = 1 / np.sqrt(queries.shape[-1]) if scale is None else scale
+            logits = by * np.einsum("thd,tnhd->thn", queries, keys, optimize=True)
+            allowed = allowed[:, None]
+            if mask is not None:
+                allowed = allowed & mask[:, first:end].swapaxes(0, 1)
+            (taken,) = windows_of(end - first, n, before, [True] * len(self.has_key))
+            # A column of no step stays zero, even in a row of NaN.
+            rows = softmax(np.where(allowed, logits, -np.inf))
+            scores.append(np.where(taken[:, None], rows, 0))
+            outputs.append(np.einsum("thn,tnhd->thd", scores[-1], values, optimize=True))
+        return np.concatenate(outputs), np.concatenate(scores)
+
+
+# How many windows are computed at once: more would take more memory than they save time.
+BLOCK = 32
+
+
+def windows_of(count, seq_len, before, has_key, *arrays):
+    """Return the windows of `count` steps, the last of which has `before` newer steps.
+
+    Args:
+        has_key: For each step of a stream's history, whether it has a key.
+        arrays: For each step, a row: [steps][...].
+
+    Returns:
+        The windows of each array [count, N, ...], and which rows are steps with a key [count, N].
+        Rows without a key are zeros, because keys and values that no query attends to may be NaN.
+    """
+    end = len(has_key) - before
+    first = end - count - seq_len + 1
+    unfilled = max(0, -first)
+    kept = np.array([False] * unfilled + has_key[max(0, first) : end])
+    index = np.arange(count)[:, None] + np.arange(seq_len)
+    windows = []
+    for array in arrays:
+        rows = np.array(array[max(0, first) : end])  # np.stack takes twice as long.
+        rows = np.concatenate([np.zeros((unfilled, *rows.shape[1:])), rows])
+        rows[~kept] = 0
+        windows.append(rows[index])
+    return *windows, kept[index]
+
 
 class RetroactiveStream:
     """One stream, with every query, key and value that it has seen."""
@@ -122,6 +181,31 @@ class RetroactiveStream:
         scores = softmax(logits)
         self.scores = np.pad(scores, ((0, 0), (unfilled, 0), (unfilled, 0)))
         return np.pad(scores @ values, ((0, 0), (unfilled, 0), (0, 0)))
+
+    def take(self, query, key, value, scale=None, has_key=None, newest=None):
+        """Take T steps at once, which is faster: [T, H, D], [T, H, D], [T, H, Dv].
+
+        Returns:
+            The outputs of the `newest` steps (None: of all), [newest, H, N, Dv].
+        """
+        count, n = len(query), self.seq_len
+        self.steps += zip(*(np.asarray(x, np.float64) for x in (query, key, value)), strict=True)
+        self.has_key += [True] * count if has_key is None else [bool(x) for x in has_key]
+        queries, keys, values = zip(*self.steps[-(count + n) :], strict=True)
+        has_key, taken = self.has_key[-(count + n) :], [True] * len(queries)
+        newest = count if newest is None else newest
+        outputs = []
+        for first in range(count - newest, count, BLOCK):
+            size = min(BLOCK, count - first)
+            before = count - first - size
+            q, taken_rows = windows_of(size, n, before, taken, queries)
+            k, v, allowed = windows_of(size, n, before, has_key, keys, values)
+            q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [t, H, n, ...]
+            by = 1 / np.sqrt(q.shape[-1]) if scale is None else scale
+            logits = np.where(allowed[:, None, None], by * (q @ k.swapaxes(2, 3)), -np.inf)
+            rows = np.where(taken_rows[:, None, :, None], softmax(logits) @ v, 0)
+            outputs.append(rows)
+        return np.concatenate(outputs)
 
 
 def relative_error(output, expected):

@@ -8,9 +8,9 @@ from continual_transformers_tf.ops import RetroactiveCache
 
 
 def cache_at(positions, num_heads, seq_len, key_dim, value_dim, dtype, random):
-    """Return a cache whose streams have taken so many steps, and their references.
+    """Return a cache whose streams are at these positions, and the streams' references.
 
-    Ring rows that no step has written hold NaN, and so do the parts kept of their softmax.
+    Ring rows that no step has written hold NaN. So do the kept parts of their softmax.
     """
     cache = RetroactiveCache(len(positions), num_heads, seq_len, key_dim, value_dim, dtype)
     state = cache.get_state()
@@ -39,22 +39,10 @@ def steps_of(*sizes, dtype, random):
 
 
 def expected_of(streams, query, key, value, scale=None, key_mask=None, newest=None):
-    """Step the references: output [M, T, H, N, Dv], or only the `newest` steps of it."""
-    steps = query.shape[1]
-    newest = steps if newest is None else newest
-    rows = []
-    for m, stream in enumerate(streams):
-        outputs = [
-            stream.step(
-                *(x[m, t] for x in (query, key, value)),
-                scale,
-                has_key=key_mask is None or key_mask[m, t],
-                compute=t >= steps - newest,
-            )
-            for t in range(steps)
-        ]
-        rows.append(np.stack(outputs[steps - newest :]))
-    return np.stack(rows)
+    """Step the references. Return output [M, T, H, N, Dv], or only its `newest` steps."""
+    key_mask = [None] * len(streams) if key_mask is None else key_mask
+    rows = zip(streams, query, key, value, key_mask, strict=True)
+    return np.stack([s.take(q, k, v, scale, has_key, newest) for s, q, k, v, has_key in rows])
 
 
 GOOD = dict(

@@ -8,7 +8,7 @@ from continual_transformers_tf.ops import AttentionCache
 
 
 def cache_at(positions, num_heads, seq_len, key_dim, value_dim, dtype, random):
-    """Return a cache whose streams have taken so many steps, and their references.
+    """Return a cache whose streams are at these positions, and the streams' references.
 
     Ring rows that no step has written hold NaN.
     """
@@ -38,25 +38,16 @@ def steps_of(m, t, num_heads, key_dim, value_dim, dtype, random):
 
 
 def expected_of(streams, query, key, value, scale=None, mask=None, key_mask=None):
-    """Step the references: output [M, T, H, Dv], scores [M, H, T, N].
+    """Step the references. Return output [M, T, H, Dv] and scores [M, H, T, N].
 
     mask is [M, H, T, N], key_mask [M, T].
     """
-    pairs = [
-        [
-            stream.step(
-                *(x[m, t] for x in (query, key, value)),
-                scale,
-                mask=None if mask is None else mask[m, :, t],
-                has_key=key_mask is None or key_mask[m, t],
-            )
-            for t in range(query.shape[1])
-        ]
-        for m, stream in enumerate(streams)
-    ]
-    output = np.array([[output for output, _ in steps] for steps in pairs])
-    scores = np.array([[scores for _, scores in steps] for steps in pairs])
-    return output, scores.transpose(0, 2, 1, 3)
+    nothing = [None] * len(streams)
+    mask, key_mask = (nothing if x is None else x for x in (mask, key_mask))
+    rows = zip(streams, query, key, value, mask, key_mask, strict=True)
+    pairs = [s.take(q, k, v, scale, mask, has_key) for s, q, k, v, mask, has_key in rows]
+    output, scores = (np.stack(x) for x in zip(*pairs, strict=True))
+    return output, scores.swapaxes(1, 2)
 
 
 GOOD = dict(

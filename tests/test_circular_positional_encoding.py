@@ -46,7 +46,7 @@ def test_steps_go_round(portions):
 
 
 def test_steps_continue_windows_as_in_the_original_package():
-    """The original package's test: a whole window, and the same steps, from the same index."""
+    """The original package's test: a window and the same steps begin at the same index."""
     layer = encoding(call_update_index_steps=0)
     whole = rows_of(layer(zeros(2, 4)))
     steps = rows_of(layer.call_steps(zeros(2, 3)))
@@ -94,7 +94,7 @@ def test_streams_go_on_in_another_layer():
 
 
 def test_the_position_goes_with_the_index():
-    """The index wraps around, the position does not; windows move only the index."""
+    """The index wraps around, and the position does not. Windows move only the index."""
     here, there = encoding(), encoding()
     here(zeros(1, 3))  # This moves the index of all streams by one.
     here.call_steps(zeros(2, ROWS + 2))
@@ -257,7 +257,8 @@ def test_sinusoids_go_round_and_are_no_weights():
     layer = ct.CircularPositionalEncoding(rows, features, 0, encoding="sinusoidal")
     table = layer(np.zeros((1, rows, features), np.float32)).numpy()[0]
     assert layer.weights == []
-    # In float64, by the definition: each pair goes round a whole number of times, ever fewer.
+    # The definition, in float64: each pair goes round a whole number of times, fewer for each
+    # later pair.
     times = [7, 4, 2, 1]
     angles = 2 * np.pi * np.arange(rows)[:, None] * times / rows
     np.testing.assert_allclose(table[:, 0::2], np.sin(angles), atol=1e-6)

@@ -58,7 +58,7 @@ def test_pack_and_check(saved, random, tmp_path, shape):
 
 
 def test_the_check_finds_a_difference(saved, random, tmp_path):
-    """bfloat16 weights differ by more than float32 would, and by less than the outputs."""
+    """bfloat16 weights change the outputs by more than float32's bound, but not much."""
     np.save(tmp_path / "x.npy", random.standard_normal((12, E)).astype("float32"))
     output = tmp_path / "watch.safetensors"
     options = ("--seq-len", N, "--weights-dtype", "bfloat16", "--cache-dtype", "float16")
@@ -77,7 +77,7 @@ def test_the_check_finds_a_difference(saved, random, tmp_path):
 def test_several_inputs_are_checked_by_name(random, tmp_path):
     inputs = {name: keras.Input((N, size), name=name) for name, size in (("a", 3), ("b", 4))}
     h = keras.layers.Concatenate()([inputs["b"], inputs["a"]])
-    h = keras.layers.PReLU(shared_axes=[1])(h)  # Its cost is not known.
+    h = keras.layers.PReLU(shared_axes=[1])(h)  # ct.cost does not know this layer.
     h = ct.CoSiMultiHeadAttention(N, 2, 4)(h, h)
     keras.Model(inputs, {"y": h[:, -1], "z": h[:, -1, :2]}).save(tmp_path / "two.keras")
     arrays = {name: random.standard_normal((2, 9, x.shape[-1])) for name, x in inputs.items()}

@@ -191,7 +191,7 @@ def test_gradients_flow_to_the_steps_of_the_call():
     with tf.GradientTape() as tape:
         tape.watch(x)
         loss = tf.reduce_sum(layer.call_steps(x[:, 1:]) * [[[1.0], [2.0], [3.0]]])
-    # Steps 0 to 2 came out, but step 0 belongs to another call.
+    # The outputs are steps 0 to 2, but step 0 is an input of another call.
     np.testing.assert_array_equal(tape.gradient(loss, x)[0, :, 0], [0, 2, 3, 0, 0])
 
 
@@ -219,7 +219,8 @@ def test_comes_back_from_a_file_and_streams(tmp_path):
     assert layer.get_config() == model.get_layer("late").get_config()
     assert not layer.weights
     ct.ensure_streams(loaded, 2)
-    np.testing.assert_array_equal(layer.call_steps(x), x[:, :2])  # Its streams are clean.
+    # A loaded layer's streams are clean.
+    np.testing.assert_array_equal(layer.call_steps(x), x[:, :2])
     ct.clean_state(loaded)
     assert layer.call_step(x[:, 0]) is None
 

@@ -41,8 +41,8 @@ SUMS = ("softmax", "weighted_sum", "made_with")
 PORTIONS = ([30], [1] * 10, [2, 3, 1, 9], [5, 1, 1], [6, 6])
 
 
-# Layers of half precision hold and attend to float32, with the same ops. So `make test` takes
-# fewer of their calls.
+# Layers in half precision keep and attend to float32, with the same ops as float32 layers. So
+# `make test` takes fewer of their calls.
 @pytest.mark.parametrize(("lengths", "dtype"), [
     *((lengths, dtype) for lengths in PORTIONS for dtype in ("float32", "float64")),
     *(
@@ -52,7 +52,7 @@ PORTIONS = ([30], [1] * 10, [2, 3, 1, 9], [5, 1, 1], [6, 6])
     ),
 ])  # fmt: skip
 def test_steps_in_any_portions_of_all_rows(backend, random, lengths, dtype):
-    """T calls of call_step equal one call_steps in outputs and state, at every age."""
+    """Calls of one step equal one call of several, in outputs and state, at every age."""
     layer, regular = pair(random=random, dtype=dtype)
     x = random.normal(size=(2, sum(lengths), E)).astype("float32")
     outputs, first = [], 0
@@ -81,7 +81,7 @@ def test_steps_in_any_portions_of_all_rows(backend, random, lengths, dtype):
     for name, array in stepped.get_state().items():
         if name not in SUMS:
             np.testing.assert_allclose(state[name], array, rtol=1e-4, atol=1e-5)
-    # A call of several steps keeps no sums: the next step computes them anew.
+    # A call of several steps keeps no sums: the next step computes them again.
     newest = random.normal(size=(2, E)).astype("float32")
     outputs = [tf.cast(x.call_step(newest), "float64") for x in (layer, stepped)]
     if outputs[1] is not None:
@@ -285,6 +285,7 @@ def test_a_model_learns_in_steps_and_then_streams(random):
     with ct.call_mode("steps"):
         model = keras.Model(inputs, keras.layers.Dense(1)(rows))
         model.compile("adam", "mse")
+        model.optimizer.build(model.trainable_variables)  # Otherwise fit traces its graph twice.
         history = model.fit(x, y, epochs=4, verbose=0, callbacks=[ct.CleanState()])
     assert history.history["loss"][-1] < history.history["loss"][0]
     layer.clean_state()

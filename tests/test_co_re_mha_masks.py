@@ -20,7 +20,7 @@ SHAPES = {"[N, N]": (), "[M, N, N]": (3,), "[M, H, N, N]": (3, 2), "[M, H, T, N,
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("t", [1, 4, 300])
 def test_masks_and_scores_of_every_row(backend, random, t, dtype, shape):
-    """Alternating with steps that have neither, for streams of different ages."""
+    """Calls with masks and scores alternate with calls without, on streams of all ages."""
     m, h, n, d, dv = 3, 2, 7, 5, 4
     cache, streams = cache_at([0, 3, 17], h, n, d, dv, dtype, random)
     lead = tuple(t if axis is None else axis for axis in SHAPES[shape])
@@ -65,7 +65,8 @@ def test_masks_and_scores_of_every_row(backend, random, t, dtype, shape):
             assert error < reference.BOUNDS[dtype]
 
 
-EVERY_OTHER = (np.add.outer(range(N), range(N)) % 2 == 0)[None]  # A query sees its own step, too.
+# Every query also sees its own step.
+EVERY_OTHER = (np.add.outer(range(N), range(N)) % 2 == 0)[None]
 CALLS = {
     "causal": dict(use_causal_mask=True),
     "scores": dict(return_attention_scores=True),
@@ -111,7 +112,7 @@ def test_while_the_window_fills_there_are_no_scores(backend, random):
 
 @pytest.mark.parametrize("lengths", [[1] * 20, [3, 9, 1, 7], [20]])
 def test_each_row_keeps_its_gate(backend, random, lengths):
-    """For streams of different ages; peeking does not change the gates."""
+    """Streams have different ages. Peeking does not change the gates."""
     layer, regular = pair(random=random, use_gate=True, layer_options=dict(warm_up="partial"))
     layer.ensure_streams(3)
     layer.call_steps(random.normal(size=(1, 4, E)), streams=[2])
@@ -149,7 +150,7 @@ def test_gradients_pass_the_gates_of_steps_that_were_never_taken(backend, random
 
 
 def test_masks_scores_and_gates_in_graphs(backend, random):
-    """For any number of streams and steps. A failed check at run time changes nothing."""
+    """One graph takes any number of streams and steps. A failed check changes nothing."""
     layer, _ = pair(random=random, use_gate=True, layer_options=dict(warm_up="partial"))
     other, _ = pair(random=random, use_gate=True, layer_options=dict(warm_up="partial"))
     other.set_weights(layer.get_weights())

@@ -62,7 +62,7 @@ def test_partial_warm_up_is_the_shorter_sequence(backend, random):
 
 @pytest.mark.parametrize("lengths", [[20], [1] * 9, [2, 3, 1, 9], [N, N], [N + 3, 1]])
 def test_steps_in_any_portions(backend, random, lengths):
-    """Streams have different ages, and another order at each call."""
+    """Streams have different ages, and their order changes at each call."""
     layer, alone = block(random, warm_up="partial"), None
     x = random.normal(size=(3, sum(lengths), E)).astype("float32")
     alone = block(random, warm_up="partial")
@@ -119,6 +119,7 @@ def test_in_a_graph_saved_and_trained(tmp_path, random):
     layer = ct.CoReTransformerEncoder(N, E, H, FF, algorithm="update")
     model = keras.Model(inputs, layer(inputs))
     model.compile("adam", "mse", jit_compile=False)
+    model.optimizer.build(model.trainable_variables)  # Otherwise fit traces its graph twice.
     x = random.normal(size=(32, N, E)).astype("float32")
     losses = model.fit(x, x[:, ::-1], epochs=3, verbose=0).history["loss"]
     assert losses[-1] < losses[0]

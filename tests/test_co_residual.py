@@ -56,9 +56,10 @@ def test_steps_in_any_portions_are_one_call(random, warm_up, index, portions):
 def test_streams_of_different_ages_in_any_order(backend, random, index):
     layer, _ = residual(random, query_index=index, warm_up="partial")
     x = random.normal(size=(3, 3 * N, E)).astype("float32")
-    expected = layer.call_steps(x)  # It begins with the first step that has an output.
+    expected = layer.call_steps(x)  # The first row is that of the first step with an output.
     layer.clean_state()
-    layer.layer.ensure_streams(4)  # Only the inner layer; the residual's own delay follows.
+    # This makes room in the inner layer only. The residual's own delay follows.
+    layer.layer.ensure_streams(4)
     layer.call_step(x[:1, 0], streams=[3])
     taken = [0, 0, 0, 1]
     for streams in [[2], [2, 0], [0, 1, 2], [1, 2], [2, 1, 0]] * 3:
@@ -205,6 +206,7 @@ def test_trains_comes_back_from_a_file_and_is_converted(random, tmp_path):
     x = ct.CoResidual(ct.CoSiMultiHeadAttention(N, H, D), name="block")(inputs)
     model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Flatten()(x)))
     model.compile("adam", "mse", jit_compile=False)
+    model.optimizer.build(model.trainable_variables)  # Otherwise fit traces its graph twice.
     windows = random.normal(size=(16, N, E)).astype("float32")
     losses = model.fit(windows, windows[:, -1, :1], epochs=3, verbose=0).history["loss"]
     assert losses[-1] < losses[0]
@@ -254,7 +256,7 @@ def test_is_exported(random, tmp_path):
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float32"])
 def test_half_precision(random, dtype):
-    """In the dtype of the inner layer, or in another."""
+    """The residual has the dtype of its inner layer, or another one."""
     attention = ct.CoSiMultiHeadAttention(N, H, D, query_index=-2, dtype="bfloat16")
     layer = ct.CoResidual(attention, **({} if dtype is None else dict(dtype=dtype)))
     x = tf.cast(random.normal(size=(2, N, E)), "float32")

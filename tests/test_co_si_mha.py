@@ -26,7 +26,7 @@ from co_si_mha_cases import D, E, H, N, newest_of_windows, pair
 def test_steps_equal_regular_attention_on_sliding_windows(
     backend, random, seq_len, num_heads, key_dim, features, batch
 ):
-    """Over two thousand steps: eager until a little after the window is full, then in a graph.
+    """Long windows take over 2,000 steps: eager ones until the window is full, then a graph.
 
     Short windows and plain TensorFlow take fewer steps: their rings wrap around in the same way.
     """
@@ -38,8 +38,8 @@ def test_steps_equal_regular_attention_on_sliding_windows(
     assert outputs[: seq_len - 1] == [None] * (seq_len - 1)
     graph = tf.function(layer.call_step, autograph=False)  # Traced in half the time.
     outputs += [graph(tf.constant(x[:, t])) for t in range(eager_steps, steps)]
-    # The reference takes most of the time. Long windows are compared at every seventh step, so
-    # at every place where a ring can begin.
+    # The reference takes most of the time, so long windows are compared at every seventh step.
+    # That includes every place where a ring can begin.
     every = 7 if seq_len > 60 else 1
     outputs = np.stack(outputs[seq_len - 1 :: every], 1)
     expected = newest_of_windows(regular, x, seq_len, every)
@@ -49,7 +49,7 @@ def test_steps_equal_regular_attention_on_sliding_windows(
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("lengths", [[30], [1] * 10, [2, 3, 1, 9], [5, 1, 1], [6, 6], [11]])
 def test_steps_in_any_portions(backend, random, lengths, dtype):
-    """T calls of call_step equal one call_steps in outputs and state, at every age."""
+    """Calls of one step equal one call of several, in outputs and state, at every age."""
     layer, regular = pair(random=random, dtype=dtype)
     x = random.normal(size=(2, sum(lengths), E))
     outputs, first = [], 0
@@ -225,7 +225,7 @@ def test_call_modes(random):
 
 
 def test_a_program_written_for_the_original_package(random):
-    """In its order of calls: build by steps, clean, set weights, warm up, step, set mode."""
+    """Its order of calls: build by steps, clean, set weights, warm up, step, set mode."""
     regular = keras.layers.MultiHeadAttention(num_heads=4, key_dim=6)
     query, key, value = random.normal(size=(3, 2, 12, 4)).astype("float32")
     whole = [x[:, :10] for x in (query, value, key)]

@@ -55,7 +55,7 @@ def test_half_precision(backend, random, dtype, seq_len):
     (N, H, D, E), (64, 4, 32, 128), (120, 16, 12, 192),
 ])  # fmt: skip
 def test_a_smaller_ring(backend, random, cache_dtype, bound, seq_len, num_heads, key_dim, features):
-    """The ring takes half the bytes; the rest of the layer is float32."""
+    """The ring takes half the bytes. The rest of the layer stays float32."""
     options = dict(cache_dtype=cache_dtype)
     layer, regular = pair(
         seq_len, num_heads, key_dim, features, random=random, layer_options=options

@@ -79,7 +79,7 @@ def test_models_take_steps(backend, random, make):
         predicted = model.predict(x, verbose=0)
     for outputs in (eager, graph, predicted):
         assert reference.relative_error(outputs[:, N - 1 :], expected) < 5e-6
-    # Models with a graph expect windows, as they were built; StreamingModel uses their graph.
+    # A model with a graph expects windows, as it was built. StreamingModel steps its graph.
     streaming = model if make is Subclassed else ct.StreamingModel(model)
     layer.clean_state()
     with ct.call_mode("step"):
@@ -114,7 +114,7 @@ def test_symbolic_shapes(mode):
     pytest.param(5, dict(use_gate=True, query_index=1), marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip
 def test_under_xla_the_plain_twin_gives_equal_results(random, t, options):
-    """Room for the streams is made before, because variables cannot grow under XLA."""
+    """The test makes room for the streams first, because variables cannot grow under XLA."""
     layer_options = dict(warm_up="partial", query_index=options.get("query_index", -1))
     options = {name: x for name, x in options.items() if name != "query_index"}
     layer, _ = pair(random=random, layer_options=layer_options, **options)
@@ -155,13 +155,13 @@ def test_steps_from_a_dataset(backend, random):
     assert reference.relative_error(np.stack(outputs[N - 1 :], 1), expected) < 5e-6
     layer.clean_state()
     layer.ensure_streams(2)
-    mapped = steps.map(layer.call_step)  # In order, because the step is stateful.
+    mapped = steps.map(layer.call_step)  # tf.data maps in order, because the step is stateful.
     outputs = np.stack([output.numpy() for output in mapped], 1)
     assert reference.relative_error(outputs[:, N - 1 :], expected) < 5e-6
 
 
 def test_two_models_in_two_threads(backend, random):
-    """Both run at the same time, in eager mode and as graphs, in different call modes."""
+    """Two models run at the same time, eagerly and as graphs, in different call modes."""
     pairs = [pair(random=random, layer_options=dict(warm_up="partial")) for _ in range(2)]
     x = random.normal(size=(2, 2, 60, E)).astype("float32")
     expected = [newest_of_windows(regular, x[i], N) for i, (_, regular) in enumerate(pairs)]
@@ -193,7 +193,7 @@ def test_two_models_in_two_threads(backend, random):
 
 
 def test_threads_step_streams_of_one_layer(random, monkeypatch):
-    """Threads step different streams of a fused layer; each result is as if it were alone."""
+    """Threads step different streams of a fused layer. Each gets the results of one thread."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     layer, regular = pair(random=random, layer_options=dict(warm_up="partial"))
     layer.ensure_streams(4)

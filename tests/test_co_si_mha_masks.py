@@ -24,7 +24,7 @@ def test_attention_mask_in_a_step(backend, random, mask_rank):
 
 
 def test_attention_mask_of_several_steps(backend, random):
-    """A `[M, H, T, N]` mask has a row for each step; a narrower sliding window still applies."""
+    """A `[M, H, T, N]` mask has a row for each step. A narrower sliding window still applies."""
     layer, regular = pair(random=random, sliding_window=4)
     x = random.normal(size=(2, N + 3, E)).astype("float32")
     mask = random.random((2, H, N + 3, N)) < 0.7
@@ -60,7 +60,7 @@ def test_a_gap_in_a_recording_does_no_harm(backend, random, name, lengths):
     for i in range(25 - N + 1):
         window, mask = x[:, i : i + N], has_key[:, i : i + N]
         expected = regular(window, window, key_mask=tf.constant(mask))[:, -1].numpy()
-        some = mask.any(1)  # Keras attends evenly if everything is masked.
+        some = mask.any(1)  # Where everything is masked, Keras attends evenly.
         assert reference.relative_error(got[some, i], expected[some]) < 5e-6
         bias = np.broadcast_to(layer.get_weights()[-1], expected[~some].shape)
         np.testing.assert_allclose(got[~some, i], bias, rtol=1e-6)
@@ -68,7 +68,7 @@ def test_a_gap_in_a_recording_does_no_harm(backend, random, name, lengths):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_gap_may_hold_anything_and_stays_in_no_window(backend, random, bad):
-    """But its values determine the output of the step itself, through its query."""
+    """The gap's values affect only the gap's own output, through its query."""
     clean, _ = pair(random=random)
     x = random.normal(size=(2, 3 * N, E)).astype("float32")
     has_key = np.ones((2, 3 * N), bool)
@@ -93,7 +93,7 @@ def test_a_query_mask_attends_to_nothing(backend, random):
     assert reference.relative_error(output[0], expected[0]) < 5e-6
     np.testing.assert_allclose(output[1], layer.get_weights()[-1], rtol=1e-6)
     np.testing.assert_array_equal(scores[1], np.zeros((H, N)))
-    # It hides only the query: the step has a key.
+    # A query mask hides only the query: the step still has a key.
     layer.call_step(x[:, 0])
     whole = np.concatenate([x[:, 1:], x[:, :1]], 1)
     peek = layer.call_step(x[:, 1], update_state=False)
@@ -144,7 +144,7 @@ def test_a_masked_step_that_warms_up_is_none_and_harms_no_other_call(backend, ra
 
 
 def test_the_mask_of_steps_is_that_of_the_steps_that_are_given(backend, random):
-    """Masks pass through several layers, for the steps that have an output."""
+    """Masks pass through several layers. Each has one entry for each step with an output."""
     options = dict(single_output=False, call_mode="steps")
     first, second = (pair(random=random, layer_options=options)[0] for _ in range(2))
     x = random.normal(size=(2, 3 * N, E)).astype("float32")
@@ -179,7 +179,7 @@ def test_the_methods_of_steps_heed_the_masks_that_they_are_given(random):
 
 
 def test_with_a_delay_steps_carry_no_mask(random):
-    """The mask of the newest steps would not fit the outputs, which belong to other steps."""
+    """The outputs belong to older steps, so the newest steps' mask would not fit them."""
     options = dict(query_index=-3, warm_up="partial", call_mode="steps")
     layer, _ = pair(random=random, layer_options=options)
     x = random.normal(size=(2, N, E)).astype("float32")

@@ -21,9 +21,9 @@ def expected_rows(regular, x, index, **kwargs):
 
 
 MIXED = [3, 1, 7, 9]
-# Single steps fill the window and replace it once; the other calls go on for longer. N - 1 and -N
-# are other names of -1 and 0, with the same delay (test_delay_and_receptive_field), so `make test`
-# takes one kind of call of theirs.
+# Single steps fill the window and replace it once; the other calls go on for longer. N - 1 means
+# the same as -1, and -N the same as 0 (test_delay_and_receptive_field), so `make test` takes only
+# one kind of call with them.
 LENGTHS = ([1] * (2 * N + 1), MIXED, [20])
 CALLS = [(i, lengths) for i in (0, 2, -1, -2) for lengths in LENGTHS]
 CALLS += [
@@ -63,14 +63,15 @@ def test_delay_and_receptive_field():
 
 @pytest.mark.parametrize("in_graph", [False, True])
 def test_partial_warm_up_begins_with_the_first_query(backend, random, in_graph):
-    """From then on a step gives the row of that query in the shorter sequence."""
+    """Once that query has come, a step gives its row in the shorter sequence."""
     layer, regular = pair(random=random, layer_options=dict(query_index=-3, warm_up="partial"))
     x = random.normal(size=(2, N + 3, E)).astype("float32")
-    step = tf.function(layer.call_step) if in_graph else layer.call_step
+    # Without AutoGraph, it is traced in half the time.
+    step = tf.function(layer.call_step, autograph=False) if in_graph else layer.call_step
     for t in range(N + 3):
         output = step(tf.constant(x[:, t]))
         if t < 2:
-            if in_graph:  # It attends to nothing, which gives the projection's bias.
+            if in_graph:  # The query attends to nothing: the output is the projection's bias.
                 bias = np.tile(regular.get_weights()[-1], (2, 1))
                 np.testing.assert_allclose(output, bias, rtol=1e-6)
             else:
@@ -83,7 +84,7 @@ def test_partial_warm_up_begins_with_the_first_query(backend, random, in_graph):
 
 
 def test_masks(backend, random):
-    """The causal mask hides the steps after the query; a query's mask stays with the query."""
+    """The causal mask hides the steps after the query. A query mask stays with its query."""
     layer, regular = pair(random=random, layer_options=dict(query_index=-3))
     x = random.normal(size=(2, N + 4, E)).astype("float32")
     expected = expected_rows(regular, x, -3, use_causal_mask=True)
@@ -96,7 +97,8 @@ def test_masks(backend, random):
     query_mask[1, N] = False
     outputs = layer.call_steps(x, query_mask=query_mask).numpy()
     expected = expected_rows(regular, x, -3)
-    expected[1, N - (N - 3)] = regular.get_weights()[-1]  # Step N's query is used two steps later.
+    # Step N's query has its output two steps later.
+    expected[1, N - (N - 3)] = regular.get_weights()[-1]
     assert reference.relative_error(outputs, expected) < 5e-6
 
 
@@ -125,12 +127,13 @@ def test_streams_of_different_ages_and_state_that_moves(backend, random):
 
 @pytest.mark.parametrize("in_graph", [False, True])
 def test_a_gate_that_waited_is_forgotten_with_its_stream(backend, random, in_graph):
-    """Even a NaN is forgotten: before a query's turn there is no gate to multiply by."""
+    """Even a NaN is forgotten: before the first query's turn, no gate multiplies the output."""
     layer_options = dict(query_index=0, warm_up="partial")
     layer, regular = pair(random=random, use_gate=True, layer_options=layer_options)
     layer.call_steps(np.full((1, 2 * N, E), np.nan, np.float32))
     layer.clean_state()
-    step = tf.function(layer.call_step) if in_graph else layer.call_step
+    # Without AutoGraph, it is traced in half the time.
+    step = tf.function(layer.call_step, autograph=False) if in_graph else layer.call_step
     x = random.normal(size=(1, N, E)).astype("float32")
     outputs = [step(tf.constant(x[:, t])) for t in range(N)]
     assert all(np.isfinite(output).all() for output in outputs if output is not None)

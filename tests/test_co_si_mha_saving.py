@@ -88,7 +88,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_model_comes_back(random, tmp_path, way):
-    """It has its weights, but clean streams: their state is not a part of a model."""
+    """A loaded model has its weights and clean streams: state is not saved with a model."""
     inputs = keras.Input((None, E))
     layer = ct.CoSiMultiHeadAttention(**{**OPTIONS, "query_index": -1})
     model = keras.Model(inputs, layer(inputs))
@@ -125,7 +125,7 @@ def test_state_is_part_of_a_saved_model(tmp_path, random):
 
 
 def test_a_step_is_ready_by_what_has_really_been_taken(backend, random):
-    """The state may come from a graph, a checkpoint, or room that a graph made."""
+    """`ready` follows the state, also if a graph or a checkpoint changed it."""
     layer, _ = pair(random=random)
     x = random.normal(size=(3, N, E)).astype("float32")
     checkpoint = tf.train.Checkpoint(state=layer._stream_state)
@@ -145,7 +145,7 @@ def test_a_step_is_ready_by_what_has_really_been_taken(backend, random):
 def test_state_as_files(backend, random, tmp_path, cache_dtype):
     """The result of get_state goes through np.savez into another layer, bit for bit.
 
-    NumPy's files do not know bfloat16: it comes back as two bytes without a type.
+    NumPy's files have no bfloat16: it comes back as two bytes without a type.
     """
     options = dict(query_index=1, cache_dtype=cache_dtype)
     layer, _ = pair(random=random, layer_options=options)

@@ -1,4 +1,4 @@
-"""The whole layer's step as one op: it equals the same step as several ops."""
+"""The whole layer's step as one op equals the same step as several ops."""
 
 import copy
 import itertools
@@ -82,7 +82,7 @@ def test_one_op_is_the_several_ops(monkeypatch, random, options):
 
 @pytest.mark.parametrize("options", [{}, dict(query_index=0, use_gate=True)], ids=str)
 def test_a_step_that_leaves_the_position(monkeypatch, random, options):
-    """The rings are written as by any step, so the caller only has to advance the position."""
+    """The step writes the rings as usual. The caller only has to advance the position."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     layer = ct.CoSiMultiHeadAttention(N, H, 5, warm_up="partial", **options)
     layer.build((None, 1, E))
@@ -101,10 +101,10 @@ def test_a_step_that_leaves_the_position(monkeypatch, random, options):
             advance_position=False, sequence_first=True,
         )  # fmt: skip
         inputs = (x, [], [], handles(step._variables), [], [], [], [])
-        # A query that waits is replaced, so with a delay the step cannot be repeated.
+        # A layer with a delay overwrites a waiting query, so its step cannot be repeated.
         for _ in range(1 if layer.delay else 2):
             result, _ = co_si_step(fused, MHA_STEP, *inputs, **attributes)
-            if expected is not None:  # The first queries wait: the op gives zeros for them.
+            if expected is not None:  # While the first queries wait, the op gives zeros.
                 np.testing.assert_array_equal(result, expected)
         assert cache.position.numpy() == t
         cache.position.assign_add([1])
@@ -163,7 +163,7 @@ def test_a_step_is_differentiated_by_several_ops(monkeypatch, random):
         y = tf.reduce_sum(layer.call_step(x) ** 2)
     assert all(g is not None for g in tape.gradient(y, layer.trainable_weights))
     graph = tf.function(layer.call_step)
-    graph(x)  # Traced for serving, without a tape around it.
+    graph(x)  # The graph is traced as for serving: without a tape around it.
     with tf.GradientTape() as tape:
         y = tf.reduce_sum(graph(x))
     with pytest.raises(tf.errors.InvalidArgumentError, match="training=True"):
@@ -176,11 +176,11 @@ def test_a_deep_copy_steps_by_itself(monkeypatch, random):
     x = random.normal(size=(1, E)).astype("float32")
     layer.call_step(x)
     step = layer._fused_step
-    assert copy.deepcopy(step) is None  # It would be bound to the old variables.
+    assert copy.deepcopy(step) is None  # A copy would be bound to the old variables.
 
 
 def test_what_a_layer_becomes_later_is_heeded(monkeypatch, random):
-    """Quantizing a layer to float8 keeps its kernels; an encoder's activation may change."""
+    """float8 quantization keeps the kernels, and an encoder's activation can be replaced."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     layer, _ = pair(random=random, layer_options=dict(warm_up="partial"))
     x = random.normal(size=(1, E)).astype("float32")
@@ -261,7 +261,7 @@ def test_what_does_not_fit_changes_nothing(monkeypatch, random, what):
 
 @pytest.mark.parametrize(("features", "heads"), [(32, 4), (192, 16)])
 def test_weights_in_half_the_bytes(monkeypatch, random, features, heads):
-    """Outputs change by less than bfloat16's unit, 2^-8; other calls use exact weights."""
+    """Steps change by less than bfloat16's unit, 2^-8. Other calls use exact weights."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     exact, regular = pair(40, heads, features // heads, features, random=random)
     weights = regular.get_weights()
@@ -307,7 +307,7 @@ def test_converted_weights_follow_when_told(monkeypatch, random, tmp_path):
 
 
 def test_a_models_converted_weights_follow_when_told(monkeypatch, random):
-    """Keras' set_weights of a model does not call set_weights of its layers."""
+    """A model's set_weights does not call its layers' set_weights, so the user converts."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     layers = [
         ct.CoSiMultiHeadAttention(N, H, 4, warm_up="partial", weights_dtype="bfloat16"),
@@ -323,7 +323,8 @@ def test_a_models_converted_weights_follow_when_told(monkeypatch, random):
         model.set_weights([2 * random.normal(size=w.shape) for w in model.weights])
         ct.convert_weights(model)
         converted = layer.call_step(x, update_state=False).numpy()
-        with tf.GradientTape():  # As several ops, with the layer's own weights.
+        # Under a tape the step is several ops, which read the layer's own weights.
+        with tf.GradientTape():
             expected = layer.call_step(x, update_state=False).numpy()
         assert reference.relative_error(converted, expected) < 0.1
         layer.set_weights([w / 2 for w in layer.get_weights()])

@@ -31,7 +31,7 @@ def test_streams_of_different_ages_in_any_order(backend, random):
 
 
 def test_warm_up_none_with_streams_of_different_ages(backend, random):
-    """A step gives None while no stream of the call is ready; `ready` tells which rows are full."""
+    """A step gives None while no stream of the call is ready. `ready` says which are."""
     layer, _ = pair(random=random)
     layer.ensure_streams(2)
     x = random.normal(size=(2, 2 * N, E)).astype("float32")

@@ -86,12 +86,13 @@ def test_a_regular_call_has_the_gradients_of_keras_layer(random):
     got = gradients_of(lambda: layer(x), [x, *(w.value for w in layer.weights)])
     expected = gradients_of(lambda: regular(x, x)[:, -1:], [x, *(w.value for w in regular.weights)])
     for gradient, wanted in zip(got, expected, strict=True):
-        if np.abs(wanted).max() > 1e-5:  # That of the keys' bias is zero but for rounding.
+        # The gradient of the keys' bias is zero, except for rounding.
+        if np.abs(wanted).max() > 1e-5:
             assert reference.relative_error(gradient, wanted.numpy()) < 1e-4
 
 
 def test_a_model_learns_in_steps_mode_what_then_streams(backend, random):
-    """fit, evaluate, predict in "steps" mode, each batch from a clean state; then single steps."""
+    """fit, evaluate and predict in "steps" mode, from clean states; then single steps."""
     layer = ct.CoSiMultiHeadAttention(N, H, D, warm_up="partial", dropout=0.1)
     model = keras.Sequential([layer, keras.layers.Dense(1)])
     x = random.normal(size=(48, 3 * N, E)).astype("float32")
@@ -99,6 +100,8 @@ def test_a_model_learns_in_steps_mode_what_then_streams(backend, random):
     model.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=False)
     clean = [ct.CleanState()]
     with ct.call_mode("steps"):
+        model.build((None, *x.shape[1:]))
+        model.optimizer.build(model.trainable_variables)  # Otherwise fit traces its graph twice.
         losses = model.fit(x, y, batch_size=20, epochs=12, verbose=0, callbacks=clean)
         predicted = model.predict(x, batch_size=20, verbose=0, callbacks=clean)
         loss = model.evaluate(x, y, batch_size=20, verbose=0, callbacks=clean)

@@ -81,7 +81,7 @@ def test_what_a_block_may_be(backend, random, executed_ops, options):
     dict(cache_dtype="bfloat16", weights_dtype="bfloat16"),
 ], ids=str)  # fmt: skip
 def test_one_op_is_the_several_ops(monkeypatch, random, rows, options):
-    """Streams in any order and of different ages; features fill more than one vector."""
+    """Streams have any order and age. Features fill more than one vector register."""
     bound = {"float64": 1e-12}.get(options.get("dtype"), 5e-6)
     if "weights_dtype" in options:
         bound = 2e-2
@@ -107,7 +107,7 @@ def test_one_op_is_the_several_ops(monkeypatch, random, rows, options):
 
 
 def test_a_step_that_leaves_the_position(monkeypatch, random):
-    """The rings are written as by any step, so the caller only has to advance the position."""
+    """The step writes the rings as usual. The caller only has to advance the position."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     layer = ct.CoSiTransformerEncoder(N, E, H, FF, warm_up="partial")
     layer.build((None, N, E))
@@ -135,7 +135,7 @@ def test_a_step_that_leaves_the_position(monkeypatch, random):
 @pytest.mark.parametrize("scale", [1, 1e-3])
 @pytest.mark.parametrize("options", [dict(norm_first=True), dict(use_bias=False)], ids=str)
 def test_in_float64_with_small_variances(monkeypatch, random, scale, options):
-    """A rounded epsilon would show here, in the one op and in plain TensorFlow."""
+    """If epsilon were rounded to float32, the one op or plain TensorFlow would fail here."""
     layer = ct.CoSiTransformerEncoder(N, E, H, FF, dtype="float64", warm_up="partial", **options)
     layer.build((None, E))
     layer.set_weights([random.normal(scale=0.4, size=w.shape) for w in layer.weights])
@@ -255,6 +255,7 @@ def test_trains_on_windows_and_comes_back_from_a_file(tmp_path, random):
     model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Flatten()(layer(inputs))))
     x = random.normal(size=(64, N, E)).astype("float32")
     model.compile("adam", "mse")
+    model.optimizer.build(model.trainable_variables)  # Otherwise fit traces its graph twice.
     losses = model.fit(x, x[:, 0, :1] + x[:, -1, 1:2], epochs=4, verbose=0).history["loss"]
     assert losses[-1] < losses[0]
     model.save(tmp_path / "model.keras")

@@ -142,6 +142,9 @@ def test_saved_cloned_and_trained(random, tmp_path):
     streaming = ct.convert(model_of(one_block, random), seq_len=N, warm_up="partial")
     x = random.normal(size=(8, N, E)).astype("float32")
     streaming.compile("adam", "mse", jit_compile=False)
+    streaming.optimizer.build(
+        streaming.trainable_variables
+    )  # Otherwise fit traces its graph twice.
     loss = streaming.fit(x, np.ones((8, 3)), epochs=3, verbose=0).history["loss"]
     assert loss[-1] < loss[0]
     streaming.save(tmp_path / "model.keras")
@@ -181,7 +184,7 @@ def test_under_policies_of_keras(backend, random, policy):
 
 @pytest.mark.parametrize("function", [one_block, already_ours])
 def test_what_streams_already_takes_the_options_that_are_given(random, function):
-    """Options that are left out stay as they were, for any kind of streaming model."""
+    """An option that is not given keeps its value, for any kind of streaming model."""
     streaming = ct.convert(
         model_of(function, random, None), N, warm_up="partial", call_mode="steps", name="mine"
     )

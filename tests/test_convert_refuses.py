@@ -38,7 +38,8 @@ def twice(x):
 
 
 def newest_embedding(x):
-    return keras.layers.Conv1D(E, N, name="embedding")(x)  # (B, 1, E), computed from all steps.
+    # The shape is (B, 1, E), but the row is computed from all steps.
+    return keras.layers.Conv1D(E, N, name="embedding")(x)
 
 
 def with_positions(x):

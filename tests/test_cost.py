@@ -55,7 +55,8 @@ def test_attention_is_its_projections_and_its_heads(random, use_bias, value_dim)
 
     def expected(queries, keys, projected=None):
         per_head = np.array(counted_attention(queries, keys, D, v))
-        projected = projected or keys  # In a step, the others were projected when they came.
+        # A step projects only its own key; earlier steps projected theirs.
+        projected = projected or keys
         into = H * (D * queries + D * projected + v * projected)
         out = E * queries
         products = E * into + H * v * out
@@ -74,7 +75,8 @@ def test_bytes_of_attention_are_those_of_its_variables(random):
     layer, _ = pair(random=random, features=16, key_dim=8)
     weights = sum(w.size for w in layer.get_weights()) * 4
     ring = 2 * H * N * 8 * 4
-    assert ct.cost(layer).state_bytes == ring + N + 8  # Which steps have keys; the position.
+    # N bytes say which steps have keys; 8 bytes are the position.
+    assert ct.cost(layer).state_bytes == ring + N + 8
     assert ct.cost(layer).read_bytes == ring + N + weights
     layer.ensure_streams(5)
     held = sum(array.nbytes for array in layer.get_state().values())
@@ -243,7 +245,7 @@ def test_the_papers_63_times_for_one_block(features, regular, ours):
     ("features", "regular", "ours"), [(3072, 1008.1, 410.8), (4096, 1075.7, 411.9)]
 )
 def test_the_papers_2_6_times_for_two_blocks(features, regular, ours):
-    """By the formulas: a retroactive block, then a block of which only one row is needed."""
+    """The formulas for a retroactive block, then a block that computes only one row."""
     two = ct.cost(paper_model(features, regular_block, regular_block), "regular").multiplications
     assert two / 1e6 == pytest.approx(regular, rel=0.02)
     size, after = WIDTH // HEADS, formulas.dense_cost(1, WIDTH, WIDTH) * 3

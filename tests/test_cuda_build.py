@@ -232,7 +232,7 @@ def toolkit():
         pytest.skip(str(why))
 
 
-# It takes minutes, unless the objects of `make` are up to date.
+# This takes minutes, unless the objects that `make` built are up to date.
 @pytest.mark.slow
 def test_no_kernel_takes_more_than_its_limits(toolkit):
     found = resources.measure(toolkit)

@@ -75,7 +75,8 @@ LAYERS = {
 }
 
 
-# Made of others that are tested here too. Their graphs in plain TensorFlow take seconds to trace.
+# These are made of layers that are tested here too. Their plain TensorFlow graphs take seconds to
+# trace.
 COMPOSED = ("whole", "single_output", "retroactive", "late_model", "deep_model")
 
 
@@ -88,7 +89,7 @@ COMPOSED = ("whole", "single_output", "retroactive", "late_model", "deep_model")
     for name in LAYERS
 ], indirect=["backend"])  # fmt: skip
 def test_goes_on_where_it_was(backend, random, tmp_path, name):
-    """In this process, with every signature. The exported streams are separate from the layer's."""
+    """Every signature runs in this process. Its streams are separate from the layer's."""
     layer = LAYERS[name](random)
     x = random.normal(size=(2 * N + 3, 3, E)).astype("float32")
     for t in range(3):
@@ -179,7 +180,7 @@ def test_the_readme_of_the_example(built):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["attention", "encoder", "whole"])
 def test_in_cpp_without_python(monkeypatch, built, random, tmp_path, name):
-    """The same numbers, from streams that continue, restart, and are refused."""
+    """C++ gives the same numbers, for streams that continue, restart and are refused."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     layer = LAYERS[name](random)
     x = random.normal(size=(N + 4, 2, E)).astype("float32")

@@ -170,7 +170,7 @@ def test_dtypes_of_the_signature_are_the_model_s(random, tmp_path, dtype):
 
 @pytest.mark.parametrize("count", [1, 3, 70])
 def test_states_go_along_unless_they_are_not_wanted(random, tmp_path, count):
-    """Streams of different ages, some of them clean, and so many that they are saved in parts."""
+    """Streams have different ages, some are clean, and 70 of them are saved in parts."""
     model = block_model()
     model.ensure_streams(count + 2)
     for t in range(N + 2):
@@ -203,7 +203,7 @@ def test_states_move_between_a_session_and_a_saved_model(random, tmp_path):
     position = loaded.set_state(numbers(2, 0), tf.constant(session.get_state(ids)))
     assert position.numpy().tolist() == [N, N]
     assert states(loaded, 2, 0) == session.get_state(ids)
-    # A session takes the copies as the SavedModel gives them.
+    # A session accepts the copies that the SavedModel returns.
     again = session.open(2)
     for copies in (loaded.get_state(numbers(2, 0)), loaded.get_state(numbers(2, 0)).numpy()):
         session.clean_state(again)
@@ -501,7 +501,7 @@ def test_threads_step_their_own_streams_as_one_thread_would(random, tmp_path):
 
 
 def test_threads_that_step_the_same_stream_take_turns(random, tmp_path):
-    """Each step counts once: all T steps but the first ones of a receptive field are ready."""
+    """Each step counts once: all steps are ready except those before a full window."""
     loaded = exported(block_model(), tmp_path, streams=1)
     x = random.normal(size=(1, E)).astype("float32")
     with ThreadPoolExecutor(4) as threads:
@@ -556,7 +556,7 @@ def test_without_the_library_the_graph_is_plain(monkeypatch, random, tmp_path):
 
 
 def test_an_export_of_0_1_0_still_runs(tmp_path):
-    """Its graph calls the layers' own ops, which keep their names, inputs and state."""
+    """The old graph calls the layers' own ops, which keep their names, inputs and state."""
     assert ct.ops.load_error() is None  # This loads the ops.
     with tarfile.open(OLD_EXPORT) as archive:
         archive.extractall(tmp_path, filter="data")

@@ -159,7 +159,7 @@ def test_what_has_no_counterpart_is_refused(make, message):
 
 
 def test_retroactive_attention_side_by_side(random):
-    """The published update is exact enough for logits of order one; windows are the same."""
+    """For logits of order one, the published update is exact enough to compare with."""
     module = module_of(
         co.RetroactiveMultiheadAttention, torch.float32, batch_first=True, sequence_len=N
     )
@@ -204,7 +204,7 @@ def test_whole_encoders_side_by_side(random, depth, norm):
         torch.nn.TransformerEncoderLayer(**ENCODER, batch_first=True), depth, norm,
         enable_nested_tensor=False,
     ).eval()  # fmt: skip
-    with torch.no_grad():  # PyTorch begins with copies of one layer.
+    with torch.no_grad():  # PyTorch initializes all layers as copies of one.
         for weight in module.parameters():
             weight.copy_(torch.from_numpy(random.normal(scale=0.4, size=weight.shape)))
     stack = ct.from_torch(module, seq_len=N)

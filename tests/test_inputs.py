@@ -21,7 +21,7 @@ from co_si_mha_cases import D, E, H, N
 )
 @pytest.mark.parametrize("mode", ["regular", "step", "steps"])
 def test_no_input_is_named_as_such(make, mode):
-    """For example the None of a step while the window fills, passed to the next layer."""
+    """While a window fills, a step returns None. A user may pass it to the next layer."""
     layer = make()
     with pytest.raises(ValueError, match="Expected .* but got None.*while its window fills"):
         getattr(layer, f"call_{mode}")(None)

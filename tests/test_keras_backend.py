@@ -35,7 +35,7 @@ def said(program, **environment):
 
 @pytest.mark.parametrize("use", USES)
 def test_a_backend_named_in_the_environment(use):
-    """Whether it is installed or not."""
+    """The message is the same whether that backend is installed or not."""
     output = said(PROGRAM.format(use=use), KERAS_BACKEND="torch")
     assert "need Keras' TensorFlow backend, but KERAS_BACKEND is 'torch'" in output
     assert "KERAS_BACKEND=tensorflow" in output

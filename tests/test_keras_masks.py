@@ -1,4 +1,4 @@
-"""Masks of Keras: a step heeds them as the regular call on its window does, or neither does."""
+"""Keras masks: steps and regular calls both heed them, or both ignore them."""
 
 import warnings
 
@@ -21,7 +21,7 @@ def co_re(**options):
     return ct.CoReMultiHeadAttention(N, 2, 4, **options)
 
 
-# Each layer, and whether it heeds a mask. A single-output stack sees further than N steps.
+# Each layer, and whether it heeds a mask. (A single-output stack sees more than N steps.)
 LAYERS = {
     "co_si": (co_si, True),
     "co_si with gate and delay": (lambda: co_si(use_gate=True, query_index=-3), True),
@@ -105,7 +105,7 @@ def test_methods_heed_no_mask_of_a_tensor(backend, random, x, name):
 
 
 def test_a_query_given_with_its_value(backend, random, x):
-    """Keras then gives the mask of the query as an argument."""
+    """In such a call, Keras passes the query's mask as an argument."""
     for make in (co_si, co_re):
         layer = make()
         layer.build((None, N, E))
@@ -183,7 +183,7 @@ WHOLE = {
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_mask_behind_retroactive_attention_is_refused(random, name):
-    """The regular call heeds it, and steps do not keep the mask of a window."""
+    """A regular call heeds such a mask, but steps do not keep a window's masks."""
     model = model_of(WHOLE[name], random)
     for use in (ct.StreamingModel, ct.Session):
         with pytest.raises(ValueError, match="is given the mask of a window"):

@@ -16,7 +16,7 @@ from old_states import new_state, old_keras_state, old_state
 
 DATA = Path(__file__).parent / "data"
 
-# These have every kind of state.
+# Together, these cases have every kind of state.
 NAMES = [
     "co_si_window_1", "co_si_window_3", "co_si_gate", "co_si_first_query", "co_si_second_query",
     "co_re_window_1", "co_re_window_3", "co_re_gate", "co_re_sliding_window_gate",
@@ -110,7 +110,7 @@ def test_plans_and_states_of_either_age_fit_each_other(random, name):
 
 
 def test_a_kept_file_of_rings_heads_first_takes_states_of_either_age():
-    """tests/data/heads_first.py made these files, before rings were sequence first."""
+    """tests/data/heads_first.py made these files when rings were heads first."""
     session = ct.Session.load(DATA / "heads_first.safetensors")
     kept = np.load(DATA / "heads_first.npz")
     assert "heads_first" in session._plan_json
@@ -166,13 +166,13 @@ def test_a_masked_query_that_the_plan_does_not_keep_is_refused(random):
     with pytest.raises(ValueError, match="a step that was masked"):
         session.set_state(layer.get_state(), [session.open()])
     layer.clean_state()
-    for _ in range(9):  # The ring has only rows from before.
+    for _ in range(9):  # Nothing of the masked step is left.
         layer.call_step(x)
     session.set_state(layer.get_state(), [session.open()])
 
 
 def test_bfloat16_as_numpy_reads_it_from_a_file(random):
-    """It has lost its type there. Rounding is the same as TensorFlow's."""
+    """NumPy reads bfloat16 without its type. Rounding equals TensorFlow's."""
     streaming = CASES["narrow_cache"].streaming(CASES["narrow_cache"].build())
     streaming.call_steps(random.normal(size=(2, 6, 6)).astype("float32"))
     state = streaming.get_state()

@@ -52,7 +52,7 @@ def streamed(random, tmp_path):
 
 def check_streamed(streamed, said):
     (*_, path), expected = streamed
-    # Single steps and one call of many round differently: their kernels have other numbers of rows.
+    # Single steps and one call of many round differently: their products have more rows.
     np.testing.assert_allclose(np.load(path), expected, rtol=1e-5, atol=1e-6)
     loaded = {name.split(".")[0] for name in said.split()}
     assert "numpy" in loaded

@@ -21,8 +21,8 @@ from continual_transformers_tf.ops import library
 
 PACKAGE = Path(ct.__file__).parent
 
-# A program that streams in the kernels that there are. It prints their devices, the reason for
-# missing ones, and an output.
+# A program that streams with whatever kernels it finds. It prints their devices, why others are
+# missing, and an output.
 PROGRAM = """
 import warnings
 with warnings.catch_warnings(record=True) as caught:
@@ -56,7 +56,7 @@ def copied_package(tmp_path):
 
 
 @pytest.fixture
-def anew(monkeypatch):
+def reset_loader(monkeypatch):
     """Reset the loader as if it had never run: a new process would take seconds to start."""
     caches = (library._load, library._warn_once)
 
@@ -100,7 +100,7 @@ def test_copied_package_is_fused(copied_package):
     assert "warning" not in output
 
 
-def test_plain_tensorflow_is_asked_for(monkeypatch, anew):
+def test_plain_tensorflow_is_asked_for(monkeypatch, reset_loader):
     kernels, fused = ct.ops.kernels(), run_here()
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "tensorflow")
     plain = run_here()
@@ -148,7 +148,7 @@ def check_without_library(output, how):
 
 @pytest.mark.parametrize("how", REASONS)
 def test_without_its_library_everything_runs_and_one_warning_says_why(
-    copied_package, monkeypatch, anew, how
+    copied_package, monkeypatch, reset_loader, how
 ):
     fused = run_here()
     library._load.cache_clear()
@@ -167,7 +167,7 @@ def test_without_its_library_everything_runs_and_one_warning_says_why(
     assert "fused kernels: none" in result.output
 
 
-def test_a_library_for_another_tensorflow_is_named(copied_package, monkeypatch, anew):
+def test_a_library_for_another_tensorflow_is_named(copied_package, monkeypatch, reset_loader):
     break_library(copied_package, "missing")
     for minor in ("10.2", "9.21"):
         (copied_package / library.LIBRARY_NAME.replace(library.MINOR, minor)).touch()

@@ -177,7 +177,7 @@ class Entries:
                 self.data += int(x).to_bytes(8, "little", signed=True)
 
 
-# Attributes that are numbers, and not whole numbers by type.
+# Attributes that may have a fraction.
 NUMBERS = {
     "alpha", "b", "epsilon", "max_value", "negative_slope", "scale", "threshold", "value",
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Kernels in `weights_dtype`: what holds the copies sees the weights of now."""
+"""Kernels in `weights_dtype`: everything that holds a copy follows the current weights."""
 
 import copy
 import importlib
@@ -12,7 +12,7 @@ import continual_transformers_tf as ct
 import reference
 
 N, E = 6, 8
-# bfloat16 moves the outputs of these layers by less; other weights move them by more than 0.1.
+# bfloat16 changes the outputs of these layers by less; other weights change them by more than 0.1.
 BOUND = 2e-2
 ENCODER = dict(seq_len=N, embed_dim=E, num_heads=2, ff_dim=8, weights_dtype="bfloat16")
 LAYERS = {
@@ -85,10 +85,10 @@ def load_and_convert(layer, weights, path):
 )
 def test_a_traced_step_sees_new_weights(layer, random, tmp_path, change):
     x = random.normal(size=(3, 2 * N, E)).astype("float32")
-    traced = tf.function(lambda x: layer.call_step(x))
+    traced = tf.function(lambda x: layer.call_step(x), autograph=False)  # Traced in half the time.
     old = regular(layer, x)
     assert reference.relative_error(last(traced, layer, x), old) < BOUND
-    for _ in range(2):  # The second time, the eager step has been gathered too.
+    for _ in range(2):  # In the second round, the eager step has gathered its variables too.
         weights = [random.normal(size=w.shape) / 2 for w in layer.weights]
         change(layer, weights, tmp_path)
         new = regular(layer, x)
@@ -99,12 +99,12 @@ def test_a_traced_step_sees_new_weights(layer, random, tmp_path, change):
 
 
 def test_a_traced_step_sees_weights_of_a_step_gathered_again(random, monkeypatch):
-    """Another activation makes the eager step gather its variables again: the copies stay."""
+    """A new activation makes the eager step gather its variables again. The copies stay."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     layer = LAYERS["CoSiTransformerEncoder"]()
     layer.build((None, N, E))
     x = random.normal(size=(3, 2 * N, E)).astype("float32")
-    traced = tf.function(lambda x: layer.call_step(x))
+    traced = tf.function(lambda x: layer.call_step(x), autograph=False)  # Traced in half the time.
     last(traced, layer, x)
     gelu = layer.feed_forward.activation
     layer.feed_forward.activation = keras.activations.relu
@@ -116,9 +116,9 @@ def test_a_traced_step_sees_weights_of_a_step_gathered_again(random, monkeypatch
 
 def test_the_weights_after_a_checkpoint_is_restored(layer, random, tmp_path):
     x = random.normal(size=(3, 2 * N, E)).astype("float32")
-    traced = tf.function(lambda x: layer.call_step(x))
+    traced = tf.function(lambda x: layer.call_step(x), autograph=False)  # Traced in half the time.
     checkpoint = tf.train.Checkpoint(layer=layer)
-    path = checkpoint.save(str(tmp_path / "checkpoint"))  # Before the copies are made.
+    path = checkpoint.save(str(tmp_path / "checkpoint"))  # Saved before the copies are made.
     right = regular(layer, x)
     assign(layer, random)
     last(traced, layer, x)
@@ -140,7 +140,7 @@ def test_a_copy_of_the_layer_has_copies_of_its_own(random, monkeypatch):
 
 
 def test_an_export_has_the_weights_of_now(random, monkeypatch, tmp_path):
-    """A graph's export, of a layer that was trained since its last step."""
+    """Export a graph of a layer that was trained after its last step."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     layer = LAYERS["CoSiMultiHeadAttention"]()
     layer.build((None, N, E))

@@ -1,4 +1,4 @@
-"""Subclasses with a `call` of their own: steps heed it, or it is refused with a sentence."""
+"""Subclasses that override `call`: steps run that code, or ct refuses the class."""
 
 import keras
 import numpy as np
@@ -14,7 +14,7 @@ OWN_CALL = r"has a call of its own. Steps would leave it out"
 
 @keras.saving.register_keras_serializable("test_own_calls")
 class Calibrated(keras.Model):
-    """Functional, if it is made with inputs and outputs."""
+    """A subclass. It is functional if it is made with inputs and outputs."""
 
     def call(self, x, training=None):
         return 2.0 * super().call(x, training=training)

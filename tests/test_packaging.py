@@ -129,7 +129,7 @@ def test_the_readme_s_installation_where_there_is_no_tensorflow_yet(tmp_path, mo
 
 @pytest.mark.slow
 def test_the_wheel_that_pip_builds(tmp_path):
-    """With an nvcc it has GPU kernels: the objects that `make` compiled are used again."""
+    """With an nvcc, the wheel has GPU kernels. It uses the objects that `make` compiled."""
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", tmp_path, ROOT],
         check=True,

@@ -137,7 +137,7 @@ def test_shapes(data):
 @SETTINGS
 @given(st.data())
 def test_arithmetic_with_arrays(data):
-    """Operations may be folded: chains of scaling and adding give the same as before."""
+    """The builder may fold chains of scaling and adding. The results stay the same."""
     shape = data.draw(SHAPES)
     x = y = array_of(shape)
     steps = []

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import continual_transformers_tf as ct
 
-# The examples are the same on every run, so that more of them belong into `make test-slow`.
+# Every run has the same examples, so `make test-slow` takes more of them.
 examples = pytest.mark.parametrize("examples", [6, pytest.param(40, marks=pytest.mark.slow)])
 
 
@@ -18,8 +18,7 @@ def check(holds, examples):
     chosen(given(st.data())(holds))()
 
 
-# The bound in float32 for outputs that are computed in different ways; the same way gives equal
-# outputs.
+# The float32 bound for outputs computed in two ways. The same way gives equal outputs.
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 # A product of several rows may differ from a product of one in a key's last bit, and so round
 # it to another 16-bit number.

@@ -52,7 +52,7 @@ def grid_case(key_dim, value_dim, n, dtype, t):
 @pytest.mark.parametrize("seq_len", WINDOWS)
 @pytest.mark.parametrize("key_dim", KEY_DIMS)
 def test_grid(algorithm, key_dim, seq_len, dtype):
-    """Streams of all ages in any order, T steps, then two more, at every position."""
+    """Streams of all ages, in any order, take T steps and then two more."""
     n, num_heads = seq_len, 2
     value_dim = key_dim if key_dim in (1, 64) else key_dim // 2 + 3
     # Long calls of wide windows are compared at only one size, because the reference is slow.
@@ -81,7 +81,7 @@ def test_grid(algorithm, key_dim, seq_len, dtype):
     pytest.param(64, "float64", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_window_of_1000(monkeypatch, random, key_dim, dtype):
-    """The test runs for three windows, so rows get as many updates as a row can get."""
+    """The test runs for three windows: a row gets as many updates as any row ever gets."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     n, h = 1000, 1
     cache = RetroactiveCache(1, h, n, key_dim, dtype=dtype)
@@ -95,14 +95,14 @@ def test_a_window_of_1000(monkeypatch, random, key_dim, dtype):
 
 @pytest.mark.parametrize("t", [1, 7])
 def test_a_step_that_leaves_the_position(algorithm, random, t):
-    """The rings are written as by any step, so the caller only has to advance the position.
+    """The step writes the rings as usual. The caller only has to advance the position.
 
-    A call of one step can be repeated instead: the sums that the first one kept are not used.
+    A caller may also repeat a call of one step: the repeat ignores the sums kept by the first.
     """
     cache, _ = cache_at([0, 3, 13], 2, 5, 8, 6, "float32", random)
     other = RetroactiveCache(3, 2, 5, 8, 6)
     options = dict(streams=tf.constant([2, 0, 1]), algorithm=algorithm)
-    for _ in range(3):  # From the second on, the sums that the one before kept are updated.
+    for _ in range(3):  # The second and third calls update the sums of the call before.
         other.set_state(cache.get_state())
         position = cache.position.numpy()
         inputs = steps_of(3, t, 2, 8, 6, dtype="float32", random=random)
@@ -117,7 +117,7 @@ def test_a_step_that_leaves_the_position(algorithm, random, t):
             np.testing.assert_array_equal(cache.position, position)
         cache.position.assign_add([t] * 3)
         for name, array in other.get_state().items():
-            if name not in ("softmax", "weighted_sum"):  # Equal but for rounding.
+            if name not in ("softmax", "weighted_sum"):  # These are equal except for rounding.
                 np.testing.assert_array_equal(cache.get_state()[name], array, name)
 
 
@@ -153,7 +153,7 @@ def test_peeking_is_the_next_step_and_changes_nothing(algorithm, random):
 
 @pytest.mark.parametrize("t", [1, 3, 9])
 def test_a_step_without_a_key_is_never_attended_to(algorithm, random, t):
-    """No query attends to it, now or later; it may hold anything. Its own query attends."""
+    """No query attends to such a step, now or later; it may hold anything. Its query attends."""
     m, h, n, d = 3, 2, 7, 4
     cache, streams = cache_at([0, 3, 11], h, n, d, d, "float32", random)
     for round_ in range(36 // t):

@@ -43,7 +43,7 @@ def test_bad_input_is_named_and_changes_nothing(backend, random, what):
     ],
 )
 def test_a_cache_of_another_shape_is_refused(monkeypatch, name, value):
-    """The kernel itself refuses it; `RetroactiveCache` cannot have such a shape."""
+    """The op itself refuses such a shape, which a `RetroactiveCache` cannot have."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     cache = RetroactiveCache(3, 3, 5, 8, 6)
     setattr(cache, name, value)

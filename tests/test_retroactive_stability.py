@@ -51,7 +51,7 @@ def logits_of(std, steps, key_dim, random):
 @pytest.mark.parametrize("std", [1, 4, 9, 16, 36])
 @pytest.mark.parametrize("n", [16, 64])
 def test_logits_of_any_size(random, n, std, algorithm):
-    """Outputs are as exact as recomputed ones; the published update is not, from 9 on."""
+    """Outputs are as exact as recomputed ones. The published update is not, from 9 on."""
     inputs = logits_of(std, 1000, 64, random)
     outputs = streamed(inputs, n, algorithm)
     error, naive_error = errors_at(range(n - 1, 1000, 7), inputs, outputs, n)
@@ -91,9 +91,9 @@ def test_logits_of_ten_thousand(random, largest):
 @pytest.mark.parametrize("factor", [1, 0])
 @pytest.mark.parametrize("height", [5.0, 15.0, 30.0, 55.0, 70.0, 300.0])
 def test_a_key_that_all_rows_attend_to_comes_and_leaves(random, height, factor):
-    """The worst case of a subtraction: almost nothing is left, in every row at once.
+    """The worst case of a subtraction: it leaves almost nothing, in every row at once.
 
-    With a value of 0, only the denominator shows it.
+    If the value is 0, the error is only in the denominator.
     """
     n, d = 32, 8
     query, key, value = logits_of(0.25, 400, d, random)
@@ -121,7 +121,7 @@ def test_logits_that_rise_and_fall_without_end(random, slope):
 
 @pytest.mark.parametrize("ratio", [1e3, 1e10, 1e30])
 def test_large_values_leave_nothing_behind(random, ratio):
-    """Large values come alone, one after another, or become ever smaller."""
+    """Large values come alone, in a row, or each smaller than the one before."""
     n, d = 16, 8
     query, key, value = logits_of(1, 300, d, random)
     value[50] *= ratio

@@ -124,8 +124,8 @@ def test_a_session_gives_what_the_plan_says(random, tmp_path, name):
         np.testing.assert_array_equal(y, x)
 
 
-# Cases that are compared with Keras' own steps, and take over its streams. (test_lowering.py
-# checks for every case that Keras gives the same as the plan.)
+# Cases whose sessions are compared with Keras' steps and take over Keras' streams.
+# (test_lowering.py compares the plan of every case with Keras.)
 KERAS_CASES = [
     "co_si_gate",
     "co_si_second_query",
@@ -161,7 +161,7 @@ def test_a_session_goes_on_where_keras_was(random, name):
     inputs = case.inputs(model, random, (2, case.window + 6))
     first, rest = ([x[:, s] for x in inputs] for s in (np.s_[:-4], np.s_[-4:]))
     ids = session.open(2)
-    bound = 2 * BOUNDS[case.dtype]  # Both sides have an error.
+    bound = 2 * BOUNDS[case.dtype]  # Both sides are rounded.
     check(streamed.steps(first, streams=ids), case.steps(streaming, first), bound)
     # The first stream is older than the second.
     more = [x[:1, :3] for x in first]
@@ -191,7 +191,7 @@ def test_state_of_another_keras_model():
 
 
 def test_weights_of_a_keras_model(random):
-    """A session keeps the weights that it was made with until it is given others."""
+    """A session keeps the weights that it was made with, until a call gives it others."""
     case = CASES["demo"]
     model = case.build()
     session = Session(model)

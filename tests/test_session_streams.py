@@ -15,7 +15,7 @@ from plan_files import PlanFile, attention_only_plan, attention_plan, many_ports
 
 F = np.float32
 FEATURES, OUTPUTS, WINDOW = 6, 5, 4
-# Another M may give other bits. This is DESIGN's bound for float32.
+# Calls with another M may give other bits. This is the bound for float32.
 CLOSE = dict(rtol=5e-6, atol=5e-6)
 
 
@@ -351,7 +351,7 @@ def test_several_inputs_and_outputs(random):
 
 
 def test_more_inputs_than_are_few(random):
-    """More than 8 inputs and outputs; the module keeps up to 8 on the stack."""
+    """More than 8 inputs and outputs: the module keeps only up to 8 on the stack."""
     plan = PlanFile()
     numbers = [plan.input(f"x{i}", 2) for i in range(20)]
     for i, x in enumerate(numbers):
@@ -514,7 +514,7 @@ def test_memory(session, x):
     assert "streams_overhead" in str(during)
     assert str(during).splitlines()[-1].split()[0] == "total"
     session.close(ids)
-    assert session.memory().streams <= during.streams  # If a slab has only a few KB, one is kept.
+    assert session.memory().streams <= during.streams  # The store keeps one slab of only a few KB.
 
 
 def test_profile(session):
@@ -614,7 +614,7 @@ def test_memory_of_streams_in_use(random, tmp_path):
     assert done.returncode == 0, done.stderr
     taken, left = map(int, done.stdout.split())
     block = 2 * 64 * 64 * 4 + 64  # Keys and values, and the flags of which steps have a key.
-    # The room of the 100 streams before may still be mapped, or not.
+    # The memory of the 100 earlier streams may or may not be mapped still.
     assert 1900 * block <= taken <= 1.02 * 2000 * block + 2e6
     assert left < 0.1 * taken
 
@@ -627,6 +627,6 @@ def test_close_and_get_state_open_no_default_streams(session, tmp_path):
     assert session.open_streams == 0
     assert session.get_state() == []
     ids = session.open(2)
-    session.close()  # There is no room for a default stream, but this needs none.
+    session.close()  # There is no room for a default stream, but this call needs none.
     assert session.open_streams == 2
     session.close(ids)

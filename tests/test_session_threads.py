@@ -81,7 +81,7 @@ def test_threads_on_one_stream(session):
 
 
 def test_threads_that_name_the_same_streams_in_other_orders(session, random):
-    """No two calls wait for each other forever."""
+    """No two calls deadlock."""
     ids = session.open(6)
     x = random.standard_normal((6, FEATURES)).astype(F)
 
@@ -189,7 +189,7 @@ def test_weights_change_between_steps(session, random, tmp_path):
 
 
 def test_other_threads_run_during_a_long_step(plan):
-    """Other threads see its first outputs before its last ones are written."""
+    """Other threads see the step's first outputs before it writes the last ones."""
     session = plan.session()
     assert session.release_gil is None
     x = np.zeros((1, 50_000, FEATURES), F)
@@ -219,7 +219,7 @@ def test_other_threads_run_during_a_long_step(plan):
 
 @pytest.mark.parametrize("call", ["step", "get_state", "clean_state", "close"])
 def test_other_threads_run_while_one_waits_for_a_stream(plan, call):
-    """This holds even if the call itself keeps Python's global lock."""
+    """They run even if the waiting call would otherwise keep Python's global lock."""
     session = plan.session()
     session.release_gil = False
     count = 200_000
@@ -257,7 +257,7 @@ def test_other_threads_run_while_one_waits_for_a_stream(plan, call):
 
 
 def test_indices_cannot_change_during_a_step(random):
-    """Another thread writes bad indices during a long step: they are refused, or never seen."""
+    """Another thread writes bad indices during a long step: it refuses or never sees them."""
     plan, table = many_ports_plan(random)
     session = plan.session()
     session.release_gil = True

@@ -40,7 +40,7 @@ def grid_case(key_dim, value_dim, n, dtype, t):
 @pytest.mark.parametrize("seq_len", WINDOWS)
 @pytest.mark.parametrize("key_dim", KEY_DIMS)
 def test_grid(backend, key_dim, seq_len, dtype):
-    """Streams of all ages in any order, T steps, then one more, at every position."""
+    """Streams of all ages, in any order, take T steps and then one more."""
     n, num_heads = seq_len, 2
     value_dim = key_dim if key_dim in (1, 64) else key_dim // 2 + 3
     # A window of 1000 is compared at fewer lengths of calls, because the reference is slow.
@@ -116,7 +116,7 @@ def test_fully_masked_gives_zeros_and_masked_nan_does_no_harm(backend, random):
 @pytest.mark.parametrize("t", [1, 3, 9])
 @pytest.mark.parametrize("rank", [None, 4])
 def test_a_step_without_a_key_is_never_attended_to(backend, random, t, rank):
-    """No query attends to it, now or later; it may hold anything. A mask of the window acts too."""
+    """No query attends to such a step, now or later; it may hold anything. Masks apply too."""
     m, h, n, d = 3, 2, 7, 4
     cache, streams = cache_at([0, 3, 11], h, n, d, d, "float32", random)
     for _ in range(27 // t):
@@ -264,7 +264,7 @@ def test_eagerly_one_op(monkeypatch, executed_ops):
 @pytest.mark.parametrize("query_dtype", ["as the cache", "float32"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision(backend, random, dtype, query_dtype):
-    """Stored keys and values are rounded, and an output in that type; nothing in between."""
+    """Only stored keys and values, and an output in that type, are rounded."""
     dtype = tf.as_dtype(dtype)
     query_dtype = dtype if query_dtype == "as the cache" else tf.float32
     for n, d, dv, t in (
@@ -291,7 +291,7 @@ def test_half_precision(backend, random, dtype, query_dtype):
 
 @pytest.mark.cpu_only("no kernel takes values of 4,096 features")
 def test_every_value_of_float16_is_read_right(backend):
-    """Each is the only attended value: subnormals, infinities and NaN included."""
+    """Each value is the only one attended to, also subnormals, infinities and NaN."""
     every = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(16, 1, 1, -1)
     cache = AttentionCache(16, 1, 3, 1, every.shape[-1], "float16")
     zeros = tf.zeros((16, 1, 1, 1), "float16")

@@ -80,7 +80,7 @@ def test_the_fused_gradient_is_that_of_plain_tensorflow(monkeypatch, random, t, 
 
 
 def test_gradients_do_not_mind_what_is_overwritten(backend, random):
-    """They use the rings as they were at the step, even if later steps have overwritten them."""
+    """Gradients use the rings of their step, even if later steps have overwritten them."""
     cache, inputs, weights, *_ = case(random, 5, 4)
     before = cache.get_state()
     with tf.GradientTape() as tape:
@@ -134,7 +134,7 @@ def test_a_query_that_attends_to_nothing_may_hold_anything(backend, random):
 
 @pytest.mark.parametrize("t", [1, 4])
 def test_in_a_graph(backend, random, t):
-    """With the tape inside the graph, and around it if the graph takes several steps."""
+    """The tape is inside the graph, or around it if the graph takes several steps."""
     cache, inputs, weights, *_ = case(random, 5, t)
     with tf.GradientTape() as tape:
         tape.watch(inputs)
@@ -188,7 +188,7 @@ def test_in_a_graph_of_unknown_sizes(backend, random):
 
 
 def test_of_keys_kept_in_half_precision(backend, random):
-    """Gradients are as if the keys had been rounded on input; they come back in float32."""
+    """Gradients are those of keys rounded on input. Their type is float32."""
     query, key, value = (tf.constant(x) for x in steps_of(2, 6, H, D, DV, "float32", random))
     rounded = [query, *(tf.cast(tf.cast(x, "bfloat16"), "float32") for x in (key, value))]
     gradients = []

@@ -35,7 +35,7 @@ def test_bad_input_is_named_and_changes_nothing(backend, random, what):
     ],
 )
 def test_a_cache_of_another_shape_is_refused(monkeypatch, name, value):
-    """The kernel itself refuses it; `AttentionCache` cannot have such a shape."""
+    """The op itself refuses such a shape, which an `AttentionCache` cannot have."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     cache = AttentionCache(3, 3, 5, 8, 6)
     setattr(cache, name, value)

@@ -26,7 +26,7 @@ def test_peeking_gives_the_next_output_and_changes_nothing(backend, random, t):
 
 @pytest.mark.parametrize("t", [1, 3, 9])
 def test_a_step_that_leaves_the_position(backend, random, t):
-    """The rings are written as by any step, so the caller only has to advance the position."""
+    """The step writes the rings as usual. The caller only has to advance the position."""
     cache, _ = cache_at([0, 5, 12], 2, 4, 8, 6, "float32", random)
     other = AttentionCache(3, 2, 4, 8, 6)
     other.set_state(cache.get_state())
@@ -92,7 +92,7 @@ def test_names_and_axes_of_a_state_are_not_mixed(random):
     for wrong in (
         {**old, "keys": state["keys"]},
         {**{k: x for k, x in old.items() if k != "value"}, "values": state["values"]},
-        {**old, "key": state["keys"]},  # The old name with the present order of axes.
+        {**old, "key": state["keys"]},  # The old name, with this version's order of axes.
         {**state, "keys": old["key"]},
         {**old, "key": 7},
         {**old, "key": old["key"][0]},
@@ -207,7 +207,7 @@ def test_threads_with_streams_of_their_own_disturb_no_one(monkeypatch, random):
 
 
 def test_streams_come_while_others_step(monkeypatch, random):
-    """Making room copies the rings: no step may be lost between the copy and its return."""
+    """Making room copies the rings. No step may be lost while it copies."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     h, n, d, calls, rooms = 4, 64, 16, 1500, 60
     cache = AttentionCache(1, h, n, d)
@@ -232,7 +232,7 @@ def test_streams_come_while_others_step(monkeypatch, random):
 
 
 def test_threads_on_one_stream_take_turns(monkeypatch, random):
-    """No call is torn: the ring has the steps of the last calls, one call after the other."""
+    """No call is torn: the ring holds whole calls, one after the other."""
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     h, steps, d, threads, calls = 16, 16, 64, 4, 60
     n = 4 * steps

@@ -70,12 +70,13 @@ def test_steps_in_a_stateless_call_have_the_weights_given(backend, random, x, na
         w.assign(value)
     ct.convert_weights(other)
     bound = 2e-2 if "narrow" in name else 5e-6
-    traced = tf.function(lambda given, x: stateless(layer, given, x, "step"))
-    for t in range(N):  # The first steps of all, and the later ones.
+    # Without AutoGraph, it is traced in half the time.
+    traced = tf.function(lambda given, x: stateless(layer, given, x, "step"), autograph=False)
+    for t in range(N):  # Steps before and after the variables are gathered.
         expected = np.asarray(other.call_step(x[:, t]))
         y = stateless(layer, given, x[:, t], "step") if t % 2 else traced(given, x[:, t])
         assert reference.relative_error(y, expected) < bound
-    # The streams have moved: their state is no variable of Keras.
+    # The streams have taken the steps: Keras' stateless scope does not hold their state.
     np.testing.assert_array_equal(layer.position, [N] * 3)
     expected = np.asarray(other.call_steps(x[:, N:]))
     assert reference.relative_error(stateless(layer, given, x[:, N:], "steps"), expected) < bound
@@ -87,7 +88,7 @@ def test_a_stateless_call_leaves_the_layers_own_weights(backend, random, x, name
     for w, value in zip(other.weights, layer.get_weights(), strict=True):
         w.assign(value)
     given = [2 * v.value for v in layer.trainable_variables]
-    stateless(layer, given, x[:, 0], "step")  # The first step: nothing was gathered before.
+    stateless(layer, given, x[:, 0], "step")  # The first step: no variables have been gathered yet.
     with keras.StatelessScope(list(zip(layer.trainable_variables, given, strict=True))):
         ct.convert_weights(layer)
     layer.clean_state()
@@ -109,7 +110,7 @@ def test_a_peek_in_a_stateless_scope_moves_no_stream(backend, random, x):
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "float64"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_another_policy_is_refused_by_steps(backend, random, x, name, policy):
-    if name == "model":  # Its own policy computes nothing: those of its layers do.
+    if name == "model":  # A model's own policy has no effect: its layers' policies do.
         layer = make(name, random)
         parts = [layer._graph.layers[1]]
     else:

@@ -53,7 +53,7 @@ def test_streams_and_state(backend, random):
 
 
 def test_state_of_a_model_that_begins_with_an_encoding(random):
-    """Its index wraps around, but the model's position does not."""
+    """The encoding's index wraps around. The model's position does not."""
     inputs = keras.Input((N, E))
     x = ct.CircularPositionalEncoding(N, E)(inputs)
     streaming = ct.convert(keras.Model(inputs, attention()(x, x)), seq_len=N)
@@ -94,7 +94,7 @@ def test_a_state_that_does_not_fit_leaves_every_layer_as_it_was(random, monkeypa
 
 
 def test_several_inputs_and_outputs(backend, random):
-    """Cross-attention between two inputs that step together; inputs and outputs by name."""
+    """Two inputs of cross-attention step together. Inputs and outputs have names."""
     first, second = keras.Input((N, E), name="first"), keras.Input((N, 3), name="second")
     x = attention()(first, keras.layers.Dense(E)(second))
     outputs = {"all": x, "newest": keras.layers.Dense(2)(x[:, -1])}
@@ -116,7 +116,7 @@ def test_several_inputs_and_outputs(backend, random):
 
 @pytest.mark.parametrize("call", ["eager", "graph"])
 def test_inputs_that_do_not_fit_each_other_move_no_layer(backend, random, call):
-    """Each layer would accept its own input: only later layers combine them."""
+    """Each layer accepts its own input. The layers that combine them come later."""
     first, second = keras.Input((N, E), name="first"), keras.Input((N, E), name="second")
     x = attention()(first, first) + attention()(second, second)
     streaming = ct.convert(keras.Model([first, second], x), seq_len=N, warm_up="partial")
@@ -141,7 +141,7 @@ def test_inputs_that_do_not_fit_each_other_move_no_layer(backend, random, call):
 
 
 def test_messages_know_inputs_without_a_name_by_their_place():
-    """Keras names them keras_tensor and a number."""
+    """Keras calls such inputs keras_tensor and a number."""
     inputs = keras.Input((N, E))
     streaming = ct.convert(keras.Model(inputs, attention()(inputs, inputs)), seq_len=N)
     sequential = keras.Sequential([ct.CoSiTransformerEncoder(N, E, H, 9)])

@@ -415,7 +415,7 @@ TEST(ExecutorTest, LayersThatShareAKernelPackItOnce) {
   EXPECT_EQ(bytes_of(5, true), 2 * kernel + bias);
 }
 
-// A number that the integers do not have differs from all of them.
+// A number with a fraction differs from every integer.
 TEST(ExecutorTest, NotEqualToAnyNumber) {
   for (const char* dtype : {"int32", "int64"}) {
     for (double number : {7.0, -2147483648.0, 2147483648.0, 0.5, 1e30, -1e30, 9.3e18}) {

@@ -297,7 +297,7 @@ TYPED_TEST(RetroactiveTest, AnySplitOfTheTasksGivesTheSameBits) {
     for (const auto& [begin, end] : {std::tuple(4, 6), std::tuple(0, 1), std::tuple(1, 4)}) {
       RetroactiveAttention(p, begin, end);
     }
-    split.Take([&p] {  // only what comes after the tasks
+    split.Take([&p] {  // Without heads, a call does only what follows the tasks.
       auto none = p;
       none.num_heads = 0;
       return none;
@@ -328,8 +328,8 @@ TYPED_TEST(RetroactiveTest, PeekingLeavesTheState) {
   }
 }
 
-// The weights of another target, or of a file, may differ in the last bits from those that this
-// arithmetic would subtract.
+// Weights that another target computed, or that come from a file, may differ in the last bits from
+// those that this arithmetic would subtract.
 TYPED_TEST(RetroactiveTest, RowsOfAnotherArithmeticAreComputedAnew) {
   typename TestFixture::OneStreams streams({6, 24, 6}, 1);
   for (int round = 0; round < 12; ++round) {
@@ -338,7 +338,7 @@ TYPED_TEST(RetroactiveTest, RowsOfAnotherArithmeticAreComputedAnew) {
     p.recompute = round % 3 == 2;
     if (round % 4 == 1) {
       streams.made_with[0] += 1;
-      std::fill_n(p.softmax, 2 * 4 * 6, 3e30);  // meaningless to this arithmetic
+      std::fill_n(p.softmax, 2 * 4 * 6, 3e30);  // this arithmetic cannot use it
       std::fill_n(p.weighted_sum, 2 * 6 * 6, 3e30);
     }
     streams.Take(p);

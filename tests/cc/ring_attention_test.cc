@@ -54,7 +54,7 @@ class RingAttentionTest : public ::testing::TestWithParam<Target> {
       mask[row] = !masked || random_() % 3 != 0;
       for (int64_t i = 0; i < key_size; ++i) key[row * key_stride + i + 1] = normal(random_);
       for (int64_t i = 0; i < value_size; ++i) {
-        // As a session writes the value of a row without a key.
+        // A session writes such a value for a row without a key.
         value[row * value_stride + i + 1] = mask[row] ? normal(random_) : 0;
       }
       if (!mask[row]) key[row * key_stride + 1] = nan;

@@ -148,7 +148,7 @@ TEST(Session, ARefusedStepChangesNothing) {
   ExpectError(ErrorCode::kInvalidArgument, "twice",
               [&] { TakeSteps(&session, {ids[0], ids[0]}, 1, inputs); });
   ExpectError(ErrorCode::kUnknownStream, "9", [&] { TakeSteps(&session, {ids[0], 9}, 1, inputs); });
-  // Two default streams do not fit.
+  // There is no room for two default streams.
   ExpectError(ErrorCode::kTooManyStreams, "2 of at most 3",
               [&] { TakeSteps(&session, nullptr, 2, 1, inputs); });
   EXPECT_EQ(session.store()->open_streams(), 2);
@@ -270,7 +270,7 @@ TEST_P(SessionTest, CopiesThatAreRefused) {
     break;
   }
 
-  // Another model, another cache dtype, another training.
+  // Copies of a session with another model, another cache dtype, or other weights.
   PlanBuilder wider = Model();
   wider.plan["nodes"][1]["attributes"]["changed"] = 1;
   PlanBuilder sizes("float32");
@@ -436,7 +436,7 @@ namespace {
 
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 
-// (The kernel of retroactive_attention, in the plan with every op, allocates.)
+// This test does not use the plan with every op: the kernel of retroactive_attention allocates.
 TEST(Session, AStepAllocatesNothing) {
   Session session(SmallModel().File(), {});
   const Ids ids = OpenStreams(&session, 40);

@@ -116,8 +116,8 @@ class Expected {
   Session session_;
 };
 
-// Steps, copies, restores, cleans and positions of streams that all threads share, and opens and
-// closes of others.
+// Threads step, copy, restore, clean and read the positions of streams that they share, and open
+// and close others.
 TEST(SessionThreads, EverythingAtOnce) {
   constexpr int64_t kStreams = 5, kCalls = 400;
   Session session(SmallModel().File(), {});
@@ -134,7 +134,7 @@ TEST(SessionThreads, EverythingAtOnce) {
       if (what == 0) {
         session.Clean(&id, 1);
       } else if (what == 1) {
-        // A copy is of a single moment.
+        // A copy holds one moment: it is never torn.
         const std::string state = StateOf(session, id);
         const int64_t position = Expected::PositionIn(state);
         ASSERT_LT(position, Expected::kMost);
@@ -186,7 +186,7 @@ TEST(SessionThreads, EverythingAtOnce) {
   }
 }
 
-// Calls on all streams, on default streams, and a clean of all.
+// Threads call all streams and default streams, and clean all streams.
 TEST(SessionThreads, CallsOfAllStreams) {
   constexpr int64_t kStreams = 8;
   Session session(SmallModel().File(), {});
@@ -237,7 +237,7 @@ TEST(SessionThreads, CallsOfAllStreams) {
 TEST(SessionThreads, NewWeightsBetweenSteps) {
   const std::shared_ptr<const ModelFile> files[] = {SmallModel(1).File(), SmallModel(2).File()};
   Session session(files[0], {});
-  // One for each training: what fresh streams must give.
+  // For each set of weights: the outputs that fresh streams must give.
   const Expected expected[] = {Expected(files[0], 3), Expected(files[1], 3)};
   std::atomic<bool> stop{false};
   std::atomic<int64_t> with[2] = {};
@@ -260,7 +260,7 @@ TEST(SessionThreads, NewWeightsBetweenSteps) {
   });
 }
 
-// A session with its own threads, called by several.
+// Several threads call a session that has its own threads.
 TEST(SessionThreads, ThreadsOfItsOwn) {
   SessionOptions options;
   options.threads = 2;

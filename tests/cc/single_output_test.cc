@@ -221,10 +221,10 @@ TYPED_TEST(SingleOutputTest, WhereAWindowIsCutIntoParts) {
   EXPECT_EQ(PlanSingleOutput(p, 1).window_parts, 1);
   EXPECT_EQ(PlanSingleOutput(p, 4).window_parts, 4);
   EXPECT_EQ(PlanSingleOutput(p, 4).tasks, 4);
-  p.num_heads = 4;  // enough heads
+  p.num_heads = 4;  // 4 heads are enough tasks for 4 threads
   EXPECT_EQ(PlanSingleOutput(p, 4).window_parts, 1);
   p.num_heads = 1;
-  p.scores = p.output;  // scores are normalized in one piece
+  p.scores = p.output;  // scores need their window in one piece
   EXPECT_EQ(PlanSingleOutput(p, 4).window_parts, 1);
 }
 

@@ -286,7 +286,7 @@ TEST(StreamStore, ALeaseThatIsRefusedHoldsNothing) {
   EXPECT_EQ(other.count(), 3);
   other.Release();
   EXPECT_EQ(store.open_streams(), 3);
-  // No streams at all is fine.
+  // A call of no streams is allowed.
   Take(&other, &store, {});
   EXPECT_EQ(other.count(), 0);
 }
@@ -578,7 +578,7 @@ TEST(StreamStore, Fork) {
   EXPECT_EQ(Positions(store, ids), std::vector<int64_t>({4, 4, 3, 3}));
 }
 
-// Forks while other threads are anywhere in the store.
+// Forks at any moment of other threads' calls.
 TEST(StreamStore, ForkAmongBusyThreads) {
   StreamStore store(5000, 0, NoInit);
   const Ids ids = Open(&store, 8);
@@ -710,7 +710,7 @@ TEST(StreamStoreThreads, StepsOpensClosesAndCleansAtOnce) {
     threads.emplace_back([&, t] {
       std::mt19937 random(t);
       StreamStore::Lease lease;
-      std::map<StreamId, int64_t> own;  // no other thread knows these
+      std::map<StreamId, int64_t> own;  // only this thread knows these
       for (int call = 0; call < kCalls; ++call) {
         const int what = random() % 8;
         if (what == 0) {

@@ -63,7 +63,7 @@ TEST(ThreadPoolTest, SeveralCallersAtOnce) {
 }
 
 #if !defined(__SANITIZE_THREAD__)  // ThreadSanitizer ends a child that starts threads
-// A child has none of its parent's threads, which wait for work at the fork.
+// The parent's threads wait for work at the fork. The child has none of them.
 TEST(ThreadPoolTest, AChildStartsThreadsOfItsOwn) {
   auto pool = std::make_unique<ThreadPool>(3);
   ASSERT_TRUE(EachTaskOnce(pool.get(), 20));

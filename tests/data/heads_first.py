@@ -1,6 +1,7 @@
-"""Made heads_first.safetensors and heads_first.npz, with a version whose rings were heads first.
+"""The script that made heads_first.safetensors and heads_first.npz.
 
-It is kept to say what they are. This version's files have other names and axes.
+It ran with an old version whose rings were heads first. It stays here to document the two files.
+Files of this version have other names and axes.
 """
 
 from pathlib import Path

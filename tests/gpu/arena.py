@@ -115,9 +115,9 @@ class TorchMemory:
 
 
 def separate_allocations():
-    """Return whether each buffer should be an allocation, so that a sanitizer sees its end.
+    """Return whether each buffer gets its own allocation, so that a sanitizer sees its end.
 
-    This is so if PyTorch is told not to cache memory.
+    It does if PyTorch is told not to cache memory.
     """
     return os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") == "1"
 
@@ -199,7 +199,7 @@ class Arena:
         return self.memory.address(self.held) + self.places[name][0]
 
     def set(self, name, array):
-        """Give a placed buffer other contents."""
+        """Replace the contents of a placed buffer."""
         assert not isinstance(self.held, dict)
         start, end = self.places[name]
         array = np.ascontiguousarray(array, self.arrays[name].dtype)
@@ -231,10 +231,10 @@ class Arena:
             start, end = self.places[name]
             changed[start:end] = False
         places = np.flatnonzero(changed)
-        assert len(places) == 0, f"bytes written that were not to be: {self._where(places)}"
+        assert len(places) == 0, f"the call wrote what it must not write: {self._where(places)}"
 
     def _where(self, places):
-        """Say in which buffers some bytes lie, or how far from which buffer."""
+        """Return a text: the nearest buffer of each byte, and the byte's offset from its start."""
         said = []
         for place in places[:4]:
             name, (start, end) = min(

@@ -60,7 +60,7 @@ class Layer:
 
 
 class LayerStreams(Streams):
-    """The attention's streams, and with a delay the waiting queries."""
+    """The attention's streams and, in a layer with a delay, the queries that wait."""
 
     def __init__(self, random, positions, layer, gaps=0.0):
         sizes = layer.sizes
@@ -76,7 +76,7 @@ class LayerStreams(Streams):
         for name, ring in self.delayed.items():
             ring = ring if ring.dtype == bool else ring.astype(compute)
             for s, position in enumerate(self.position):
-                # These rows were written by no step.
+                # No step has written these rows.
                 ring[s, max(0, position) :] = True if ring.dtype == bool else np.nan
             self.delayed[name] = ring
 
@@ -164,7 +164,7 @@ class LayerCall:
             call.attention.mask_rows, call.attention.mask_heads = mask.shape[:2]
             call.attention.mask_steps = mask.shape[2]
         library = machine.library
-        # A step with a gate needs other sizes.
+        # With a gate, the step needs buffers of other sizes.
         if sizes.use_gate:
             call.gate_kernel = 1
         scratch = library.co_si_mha_step_scratch_bytes(ctypes.byref(call))
@@ -186,8 +186,8 @@ class LayerCall:
         return results
 
 
-# The largest error of keys and values, relative to each of them and to the largest.
 def ring_bound(dtype):
+    """Return the bounds of keys and values: relative to each one, and relative to the largest."""
     return reference.ROUNDING.get(dtype, 0), bound_of(dtype)
 
 
@@ -270,7 +270,7 @@ def check_layer_results(call, streams, chosen, inputs, **options):
     if update_state:
         position = streams.position.copy()
         streams.take(chosen, steps, key_mask)
-        if "position" not in results:  # The arena has checked that they stay.
+        if "position" not in results:  # The arena has checked that they are unchanged.
             streams.position = position
         streams.delayed = expected_delayed
         for name, x in (

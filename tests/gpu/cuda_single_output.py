@@ -58,7 +58,7 @@ class Sizes(NamedTuple):
 
 
 class Streams:
-    """Streams that have taken so many steps: the arrays of a cache, and their whole history.
+    """Streams at given positions: the arrays of a cache, and every stream's whole history.
 
     Rows that no step has written hold NaN, and random flags of whether they have a key.
 
@@ -226,7 +226,7 @@ class Call:
             written = update_state and (name != "position" or advance_position)
             arena.add(name, x, written=written)
         arena.output("output", (m, t, heads, dv), compute)
-        # Not poison: as an integer that is -1, the value for a stream that does not exist.
+        # Not filled with poison, which is -1 as an integer: that is the value for no such stream.
         arena.add("steps_taken", np.full(m, 77), written=True)
         if scores:
             arena.output("scores", (m, heads, t, n), compute)
@@ -308,7 +308,7 @@ def check_results(call, streams, chosen, inputs, bound=None, **options):
     if options.get("update_state", True):
         position = streams.position.copy()
         streams.take(chosen, inputs, masks["key_mask"])
-        if "position" not in results:  # The arena has checked that they stay.
+        if "position" not in results:  # The arena has checked that they are unchanged.
             streams.position = position
         for name, x in (
             ("key_cache", streams.key),

@@ -1,12 +1,13 @@
-"""Tests of the GPU's ops without a GPU: emulated kernels and the real TensorFlow side of them.
+"""Run the tests of the GPU's ops without a GPU.
 
-The TensorFlow side is registered for the CPU, in place of the CPU's own kernels.
+The kernels are emulated. Their TensorFlow side is the real one, registered for the CPU in place of
+the CPU's own kernels.
 
     python tests/gpu/emulated_ops.py [what pytest takes]
 
-builds such an op library in a copy of the package, in build/emulated_ops, and runs the tests in
-`tests/` that are not only about the CPU; without arguments it runs those of the ops. It cannot find
-what the emulator cannot find, nor errors that come from a GPU having separate memory.
+builds this op library in a copy of the package, in build/emulated_ops. Then it runs the tests in
+`tests/` that are not only about the CPU; without arguments, only those of the ops. It does not find
+errors that the emulator cannot find, or errors that come from a GPU's separate memory.
 """
 
 import os
@@ -57,7 +58,7 @@ def compile_one(source):
         f'-DCONTINUAL_TRANSFORMERS_TENSORFLOW="{tf.__version__}"',
     ]  # fmt: skip
     if "gpu" in source.parts or source.suffix == ".cu":
-        # _FORTIFY_SOURCE takes the emulator's jumps out of fibers for errors.
+        # _FORTIFY_SOURCE reports the emulator's jumps out of fibers as errors.
         command += [f"-I{ROOT}/tools/gpu/emulator", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
         command += ['-DCONTINUAL_TRANSFORMERS_CUDA_BUILD="emulated"', "-DDEVICE_GPU=DEVICE_CPU"]
         command += ["-O1"]

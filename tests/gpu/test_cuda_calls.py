@@ -29,7 +29,7 @@ def test_fields_are_those_of_the_header(tmp_path, struct):
     printed = subprocess.run([tmp_path / "probe"], capture_output=True, text=True, check=True)
     *offsets, size = map(int, printed.stdout.split())
     assert offsets == [getattr(kind, name).offset for name in names]
-    # No field is left out: there is only alignment between two fields.
+    # No field is missing at the end: at most 8 bytes follow the last one's offset.
     assert size - offsets[-1] <= 8
     header = (cuda_build.ROOT / "cuda" / "c_api.h").read_text()
     body = re.search(rf"typedef struct {{(?:(?!typedef).)*?}} {struct};", header, re.S).group()
@@ -65,7 +65,7 @@ def test_a_guard_notices():
 
 
 def test_built_once_for_the_same_sources(monkeypatch, tmp_path):
-    """A fake compiler records its calls."""
+    """The second build calls no compiler. A fake compiler records its calls."""
     calls = tmp_path / "calls"
     compiler = tmp_path / "compiler"
     compiler.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nfor last; do :; done\necho > "$last"\n')

@@ -186,7 +186,7 @@ def test_replayed_while_the_streams_age(machine, random, delay):
 
 
 def test_steps_follow_one_another(machine, random):
-    """Steps that are launched without waiting see what the earlier ones wrote."""
+    """A step that is launched without waiting sees what earlier steps wrote."""
     layer = Layer(random, layer_sizes(Sizes(2, 7, 16, 16), (32, 32, 32), 32))
     streams = LayerStreams(random, [3], layer)
     lap, laps = 15, 200 if machine.is_gpu else 2

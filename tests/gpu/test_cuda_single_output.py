@@ -48,7 +48,7 @@ GPU_GRID = [
 
 @on_each_machine(EMULATED_GRID, GPU_GRID)
 def test_grid(machine, random, case):
-    """Streams of all ages in any order, T steps, then one more, at every position."""
+    """Streams of all ages, in any order, take T steps and then one more."""
     n, dtype, key_dims, lengths = case
     for key_dim in key_dims:
         for t in lengths:
@@ -83,7 +83,7 @@ def test_long_windows(machine, random, case):
 @pytest.mark.parametrize("t", [1, 3, 9])
 @pytest.mark.parametrize("window_parts", [1, 2, 7])
 def test_window_parts(machine, random, window_parts, t, dtype):
-    """Any number of parts, with all other options, in two calls after each other."""
+    """Two calls in a row, for any number of parts and every other option."""
     n = 7 if t == 9 else 37
     streams = Streams(random, [0, 4, n, 3 * n - 1], Sizes(3, n, 16, 24, dtype), gaps=0.2)
     for chosen in ([2, 0, 3], [3, 1]):
@@ -124,7 +124,7 @@ def test_attention_mask(machine, random, axes, t):
 
 @pytest.mark.parametrize("t", [1, 3])
 def test_query_mask(machine, random, t):
-    """A query that attends to nothing gives zeros; its stream takes the step."""
+    """A masked query gives zeros. Its stream still takes the step."""
     streams = Streams(random, [0, 11, 50], Sizes(2, 7, 8, 12))
     for window_parts in (1, 2):
         inputs = streams.steps(random, 3, t)
@@ -153,7 +153,7 @@ def test_fully_masked_gives_zeros_and_masked_nan_does_no_harm(machine, random, w
 
 @pytest.mark.parametrize("t", [1, 3, 9])
 def test_a_step_without_a_key_is_never_attended_to(machine, random, t):
-    """No query attends to it, now or later, and its key and value may hold anything."""
+    """No query attends to such a step, now or later. Its key and value may hold anything."""
     streams = Streams(random, [0, 3, 11], Sizes(2, 7, 4, 4), gaps=0.3)
     for _ in range(18 // t):
         query, key, value = streams.steps(random, 3, t)
@@ -330,9 +330,9 @@ def test_sizes_that_no_kernel_takes_are_said(machine, random):
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("window_parts", [1, 3])
 def test_no_drift(machine, random, window_parts, overlap):
-    """Many steps that are launched without waiting leave no error behind.
+    """Errors do not add up over many steps that are launched without waiting.
 
-    The steps of a lap are placed side by side, and a launch reads one of them.
+    The steps of a lap lie side by side in memory, and each launch reads one of them.
     """
     sizes = Sizes(2, 64 if machine.is_gpu else 20, 16, 8)
     lap = 1001 if machine.is_gpu else 51
@@ -362,7 +362,7 @@ def test_no_drift(machine, random, window_parts, overlap):
 @pytest.mark.parametrize("t", [1, 2])
 @pytest.mark.parametrize("window_parts", [1, 3])
 def test_replayed_while_the_streams_age(machine, random, window_parts, t):
-    """Steps are captured once in a graph, if there are graphs: the host knows no positions."""
+    """A step is captured once in a graph, if there are graphs: the host knows no positions."""
     streams = Streams(random, [0, 2, 30], Sizes(2, 7, 16, 8))
     chosen = [2, 0]
     inputs = streams.steps(random, 2, t)

@@ -24,7 +24,7 @@ def test_without_a_gpu_one_sentence_and_a_status(monkeypatch, capsys, tmp_path):
 
 
 def test_as_a_person_would_run_it():
-    """It needs neither a package of ours nor a virtual environment."""
+    """The program needs neither this package nor a virtual environment."""
     if cuda_build.find_capability() is not None:
         pytest.skip("there is a GPU here")
     command = ["make", "--no-print-directory", "gpu", f"PYTHON={sys.executable}"]
@@ -69,7 +69,7 @@ def test_a_step_at_its_limit_is_ended_with_its_children(tmp_path):
     assert found["after"]["went"] == "ok"
     assert gpu_run.is_wrong(found)
     child = int((tmp_path / "step.txt").read_text())
-    for _ in range(100):  # The process that adopts it reaps it after a while.
+    for _ in range(100):  # The child's new parent reaps it after a while.
         try:
             os.kill(child, 0)
             with open(f"/proc/{child}/stat") as stat:
@@ -78,7 +78,7 @@ def test_a_step_at_its_limit_is_ended_with_its_children(tmp_path):
         except (ProcessLookupError, FileNotFoundError):
             return
         time.sleep(0.1)
-    pytest.fail("the child is still there")
+    pytest.fail("the child process is still running")
 
 
 def test_all_together_have_a_limit(tmp_path):
