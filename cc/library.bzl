@@ -123,6 +123,7 @@ TENSORFLOW_SOURCES = [
     "tensorflow/session_kernel.cc",
     "tensorflow/session_resource.cc",
     "tensorflow/single_output_kernel.cc",
+    "tensorflow/stream_lock.cc",
     "tensorflow/threads.cc",
 ]
 

@@ -6,7 +6,12 @@ import tensorflow as tf
 from continual_transformers_tf.layers.composite_layer import CompositeLayer
 from continual_transformers_tf.layers.continual_layer import always_partial, call_mode
 from continual_transformers_tf.layers.inputs import WARM_UPS, expect_given, rows_and_steps
-from continual_transformers_tf.models.step_graph import StepGraph, names_of_inputs
+from continual_transformers_tf.models.step_graph import (
+    StepGraph,
+    names_of_inputs,
+    with_mask,
+    with_time,
+)
 
 
 @keras.saving.register_keras_serializable("continual_transformers_tf")
@@ -126,8 +131,8 @@ class StreamingModel(CompositeLayer, keras.Model):
             ValueError, tf.errors.InvalidArgumentError: If shapes, dtypes or streams do not fit. The
                 streams then continue as if the call had not been made.
         """
-        steps = [_with_axis_of_time(x) for x in self._inputs(inputs, axes_of_steps=1)]
-        outputs = self._take_steps(steps, training, streams, update_state)
+        steps = [with_time(x) for x in self._inputs(inputs, axes_of_steps=1)]
+        outputs = self._take_steps(steps, training, streams, update_state, one_row=True)
         return keras.tree.map_structure(lambda y: None if y is None else tf.squeeze(y, 1), outputs)
 
     def call_steps(self, inputs, training=None, *, streams=None, update_state=True):
@@ -165,7 +170,7 @@ class StreamingModel(CompositeLayer, keras.Model):
                 raise ValueError(f"Expected at least one step, but got {tuple(x.shape)}")
             if x.dtype.is_floating and "int" in symbolic.dtype:
                 raise ValueError(f"Expected {name} of integers, but got {x.dtype.name}")
-            tensors.append(_with_mask(tf.cast(x, symbolic.dtype), getattr(x, "_keras_mask", None)))
+            tensors.append(with_mask(tf.cast(x, symbolic.dtype), getattr(x, "_keras_mask", None)))
         return _of_same_steps(tensors, letters)
 
     def _by_name(self, inputs):
@@ -186,10 +191,11 @@ class StreamingModel(CompositeLayer, keras.Model):
             return type(own)((name, inputs[name]) for name in names)
         return [inputs[name] for name in names]
 
-    def _take_steps(self, inputs, training, streams, update_state):
+    def _take_steps(self, inputs, training, streams, update_state, one_row=False):
         rows, steps = rows_and_steps(inputs[0])
 
         def compute(step):
+            step.one_row = one_row
             with call_mode("steps"), always_partial():
                 outputs = self._graph.run(inputs, step, training)
             if self.active_warm_up == "partial":
@@ -234,19 +240,6 @@ class StreamingModel(CompositeLayer, keras.Model):
         return self.position >= self.receptive_field
 
 
-def _with_mask(x, mask):
-    """Put Keras' mask on a tensor; None: leave it as it is."""
-    if mask is not None:
-        x._keras_mask = mask
-    return x
-
-
-def _with_axis_of_time(x):
-    """Turn one step (M, ...) into (M, 1, ...), with its mask."""
-    mask = getattr(x, "_keras_mask", None)
-    return _with_mask(tf.expand_dims(x, 1), None if mask is None else tf.expand_dims(mask, 1))
-
-
 def _of_same_steps(tensors, letters):
     """Check that the tensors agree in their first axes, before any layer's state changes.
 
@@ -266,4 +259,4 @@ def _of_same_steps(tensors, letters):
     sizes = tf.shape(first)[:axes]
     fits = [tf.debugging.assert_equal(tf.shape(x)[:axes], sizes, expected) for x in tensors[1:]]
     with tf.control_dependencies(fits):
-        return [_with_mask(tf.identity(x), getattr(x, "_keras_mask", None)) for x in tensors]
+        return [with_mask(tf.identity(x), getattr(x, "_keras_mask", None)) for x in tensors]

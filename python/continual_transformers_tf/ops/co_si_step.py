@@ -1,5 +1,7 @@
 """One step of a whole attention layer, or of an encoder round it, as one fused op."""
 
+from collections.abc import Sequence
+
 import tensorflow as tf
 from tensorflow.python.ops import resource_variable_ops
 
@@ -7,10 +9,13 @@ MHA_STEP = "ContinualTransformers>CoSiMultiHeadAttentionStep"
 ENCODER_STEP = "ContinualTransformers>CoSiTransformerEncoderStep"
 
 
-def handles(variables):
-    """What the op takes of the variables that it reads and changes."""
+def handles(variables: Sequence[tf.Variable]) -> list[tf.Tensor]:
+    """Return the handles of the variables that the op reads and changes."""
+    if tf.executing_eagerly():
+        # Nobody records this call: `one_op_step` has looked.
+        return [variable.handle for variable in variables]
     for variable in variables:
-        # As reading it would: a graph that is saved has to know what it is made of.
+        # As reading it would: a graph that is saved must know its variables.
         resource_variable_ops.variable_accessed(variable)
     return [variable.handle for variable in variables]
 

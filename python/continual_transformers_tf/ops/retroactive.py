@@ -8,7 +8,7 @@ from tensorflow.python.eager import record
 from continual_transformers_tf.ops import library, retroactive_twin
 from continual_transformers_tf.ops.delay import put_steps
 from continual_transformers_tf.ops.single_output import expand_key_mask, expand_mask, scale_tensor
-from continual_transformers_tf.ops.stream_state import stream_tensor
+from continual_transformers_tf.ops.stream_numbers import stream_tensor
 
 OP = "ContinualTransformers>RetroactiveAttention"
 

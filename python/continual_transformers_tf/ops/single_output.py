@@ -9,7 +9,7 @@ from tensorflow.python.eager import record
 
 from continual_transformers_tf.ops import library, single_output_gradient, single_output_twin
 from continual_transformers_tf.ops.delay import put_steps
-from continual_transformers_tf.ops.stream_state import stream_tensor
+from continual_transformers_tf.ops.stream_numbers import stream_tensor
 
 
 def single_output_attention(

@@ -9,7 +9,7 @@ its lock: two threads must not step one cache at the same time. XLA leaves asser
 import tensorflow as tf
 
 from continual_transformers_tf.ops.delay import minimum, put_steps, sizes, steps_before
-from continual_transformers_tf.ops.stream_state import check_streams, stream_assertions
+from continual_transformers_tf.ops.stream_numbers import check_streams, stream_assertions
 
 # Windows are gathered for this many steps at a time at the most: the memory of a call of many steps
 # is that of this many windows.
