@@ -523,7 +523,7 @@ def _unequal_delays(tensors):
 
 
 def _steps_in_one_op(layer):
-    """Return whether a layer's `call_step` can be one op for each block, where `call_steps` is many.
+    """Return whether a layer's `call_step` can be one op, where its `call_steps` is many.
 
     A subclass that computes something else is called with several steps, as its graph says.
     """

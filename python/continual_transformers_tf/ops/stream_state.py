@@ -17,14 +17,14 @@ __all__ = ["StreamState", "check_integer", "stream_tensor"]
 class StreamState(tf.Module):
     """Variables whose first axis is the stream, and the number of steps each stream has taken.
 
-    Streams are numbered from 0. More can come, and none goes: those that are held keep their state.
+    Streams are numbered from 0. Their number can grow, but not shrink.
     A layer has one `StreamState`. The states of all layers of a model share one `Streams`, and so
     one position and one lock.
 
     Args:
-        streams: S, how many streams are held at first.
-        rows: Dict from a name to (the shape of a stream's row, dtype): what is kept beside the
-            position. Each becomes an attribute, a `tf.Variable [S, ...]`.
+        streams: S, the number of streams held at first.
+        rows: What is kept beside the position: a dict from a name to (the shape of a stream's
+            row, dtype). Each becomes an attribute, a `tf.Variable [S, ...]`.
 
     Attributes:
         position: tf.Variable int64 `[S]`, the steps each stream has taken.
@@ -34,7 +34,12 @@ class StreamState(tf.Module):
         ValueError: If `streams` is not an integer >= 0.
     """
 
-    def __init__(self, streams, rows=None, name=None):
+    def __init__(
+        self,
+        streams: int,
+        rows: dict[str, tuple[Any, Any]] | None = None,
+        name: str | None = None,
+    ):
         super().__init__(name=name)
         check_integer("streams", streams, at_least=0)
         self._names = ()
@@ -42,8 +47,8 @@ class StreamState(tf.Module):
             self._add_variable(row_name, streams, shape, dtype)
         self.streams = Streams(self, streams)
 
-    def add_row(self, name, shape, dtype):
-        """Keep one thing more of each stream, for layers that learn its shape when they are built.
+    def add_row(self, name: str, shape: Any, dtype: Any) -> None:
+        """Add a variable. This is for layers that learn its shape when they are built.
 
         Args:
             name: The name of the new attribute, a `tf.Variable [S, *shape]` of zeros.
@@ -54,8 +59,8 @@ class StreamState(tf.Module):
             self._add_variable(name, tf.shape(self.position)[0], shape, dtype)
 
     def _add_variable(self, name, streams, shape, dtype):
-        # The number of streams is left open in the variables' shapes, so that they can grow without
-        # becoming other variables, which traced functions would not know.
+        # The variables' shapes leave the number of streams open. So they can grow in place, and
+        # traced functions still know them.
         with tf.init_scope():
             variable = tf.Variable(
                 tf.zeros([streams, *shape], dtype),
@@ -67,27 +72,27 @@ class StreamState(tf.Module):
         self._names += (name,)
 
     @property
-    def variables_by_name(self):
-        """Dict from the name of each variable to the variable, the position among them."""
+    def variables_by_name(self) -> dict[str, tf.Variable]:
+        """The variables, the position among them: a dict from names to variables."""
         return {name: getattr(self, name) for name in self._names}
 
-    # What follows acts on all layers that share these streams.
+    # These act on all layers that share the streams.
 
-    def turn(self):
+    def turn(self) -> contextlib.AbstractContextManager:
         """See `Streams.turn`."""
         return self.streams.turn()
 
-    def ensure_streams(self, streams):
+    def ensure_streams(self, streams: int | tf.Tensor) -> None:
         """See `Streams.ensure`."""
         self.streams.ensure(streams)
 
-    def clean_state(self, streams=None):
+    def clean_state(self, streams: Any = None) -> None:
         """See `Streams.clean`."""
         self.streams.clean(streams)
 
-    # What follows reads and writes the rows of this layer.
+    # These read and write the rows of this layer.
 
-    def get_state(self, streams=None):
+    def get_state(self, streams: Any = None) -> dict[str, np.ndarray]:
         """Return the state of streams as plain data. Eager mode only.
 
         Args:
@@ -108,25 +113,25 @@ class StreamState(tf.Module):
                 name: tf.gather(x, streams).numpy() for name, x in self.variables_by_name.items()
             }
 
-    def set_state(self, state, streams=None):
-        """Put back what `get_state` gave, here or elsewhere, of streams of the same sizes.
+    def set_state(self, state: Any, streams: Any = None) -> None:
+        """Put back what `get_state` returned, here or in a state of the same sizes.
 
         Args:
-            state: What `get_state` gave, of M streams.
+            state: What `get_state` returned, of M streams.
             streams: Integers `[M]`: which streams take it; None: streams 0, ..., M - 1. Room is
-                made for them, and other streams that are held begin again.
+                made for them, and all other streams are reset.
 
         Raises:
             ValueError: If the state does not fit; this state then stays as it was.
         """
         self.streams.set_state([(self, state)], streams)
 
-    def arrays_of(self, state, rows=None):
-        """Check a state that `get_state` gave, here or elsewhere.
+    def arrays_of(self, state: Any, rows: int | None = None) -> dict[str, np.ndarray]:
+        """Check a state that `get_state` returned, here or elsewhere, and return its arrays.
 
         Args:
             state: What the user gave.
-            rows: M, how many streams it must be of; None: as many as it has positions.
+            rows: M, the number of streams that it must have; None: any number.
 
         Returns:
             A dict from the name of each variable to an array of its dtype, `[M, ...]`.
@@ -157,14 +162,14 @@ class StreamState(tf.Module):
 
 
 def _as_kept(array, dtype):
-    """An array of the state, which may come from a file of NumPy's: these know no bfloat16."""
+    """Return an array of a state with its dtype: NumPy's files do not know bfloat16."""
     array = np.asarray(array)
     if np.dtype(dtype).kind == "V" and array.dtype == np.dtype((np.void, np.dtype(dtype).itemsize)):
         return array.view(dtype)
     return array
 
 
-def check_integer(name, value, at_least):
-    """Raises ValueError unless `value` is an integer, and not below `at_least`."""
+def check_integer(name: str, value: Any, at_least: int) -> None:
+    """Raise ValueError unless `value` is an integer and at least `at_least`."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < at_least:
         raise ValueError(f"Expected {name} to be an integer >= {at_least}, but got {value!r}")

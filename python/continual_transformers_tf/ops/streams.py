@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf.native import backend
-from continual_transformers_tf.ops.graph_order import last_ops
 from continual_transformers_tf.ops.library import in_xla
 from continual_transformers_tf.ops.scatter import scatter_nd_update
 from continual_transformers_tf.ops.step import Step
@@ -38,13 +37,12 @@ class Streams:
     """The streams that one layer, or all layers of a model, step together.
 
     They have one number of streams, one position and one lock. Whoever steps, reads, writes, cleans
-    or makes room for them takes a turn. Eager calls of several threads take turns by a lock of
-    Python's, and graphs by a mutex of TensorFlow's, which a SavedModel has too. A function that XLA
-    compiles can take no mutex: do nothing else with its streams while it runs.
+    or makes room for them takes a turn (see `ops/turn.py`). A function that XLA compiles can take
+    no lock: do nothing else with its streams while it runs.
 
     Args:
         state: The `StreamState` whose streams these are at first.
-        held: How many streams it holds.
+        held: S, the number of streams that it holds.
 
     Attributes:
         position: tf.Variable int64 `[S]`, the steps that each stream has taken.
@@ -53,7 +51,7 @@ class Streams:
             itself.
     """
 
-    def __init__(self, state, held):
+    def __init__(self, state: StreamState, held: int):
         self.position = state.position
         self.members = [state]
         self.wholes = []
@@ -65,7 +63,7 @@ class Streams:
     # Whose turn it is.
 
     def turn(self) -> contextlib.AbstractContextManager:
-        """Return a context in which nobody else reads or changes these streams; it may be nested."""
+        """Return a context, which may be nested, in which nobody else uses these streams."""
         if tf.executing_eagerly():
             return self._turn
         if in_xla() or getattr(self._now, "in_graph_turn", False):
@@ -109,11 +107,11 @@ class Streams:
     # Steps.
 
     @property
-    def step(self):
-        """The `Step` that this thread is taking; None: none."""
+    def step(self) -> Step | None:
+        """The `Step` that this thread is taking; None if it takes none."""
         return getattr(self._now, "step", None)
 
-    def expect_to_step(self, layer):
+    def expect_to_step(self, layer: Any) -> None:
         """Raise ValueError if a layer is about to step by itself although it is part of a whole."""
         if self.wholes and not any(layer is whole for whole in self.wholes):
             raise ValueError(
@@ -123,7 +121,15 @@ class Streams:
                 "a model)"
             )
 
-    def take_steps(self, layer, compute, streams, rows, steps, update_state):
+    def take_steps(
+        self,
+        layer: Any,
+        compute: Callable[[Step], Any],
+        streams: Any,
+        rows: int | tf.Tensor,
+        steps: int | tf.Tensor,
+        update_state: bool,
+    ) -> Any:
         """Take T steps of M streams: compute everything, then change the state.
 
         Nothing that a later attempt at these steps would read changes before `compute` has
@@ -178,7 +184,7 @@ class Streams:
 
     # Room.
 
-    def ensure(self, streams):
+    def ensure(self, streams: int | tf.Tensor) -> None:
         """Make room for streams 0, ..., streams - 1 in all members.
 
         Args:
@@ -202,7 +208,7 @@ class Streams:
                 self._grow(streams)
             self._known = streams
 
-    def ensure_rows(self, rows):
+    def ensure_rows(self, rows: int | tf.Tensor) -> None:
         """Make room for the rows of a call: streams 0, ..., rows - 1.
 
         Unlike `ensure`, this runs no op if the room is known to be there, so that an eager step
@@ -215,8 +221,8 @@ class Streams:
             self.ensure(rows)
 
     def _grow(self, streams):
-        # All that takes memory comes before the first change. The position, whose length is the
-        # number of streams, changes last.
+        # Everything that takes memory comes before the first change. The position, whose length is
+        # the number of streams, changes last.
         grown = []
         for variable in self._variables():
             missing = tf.maximum(streams - tf.shape(variable)[0], 0)
@@ -228,7 +234,7 @@ class Streams:
         return streams
 
     def _variables(self):
-        """The variables of all members, the position once and last."""
+        """Return the variables of all members, the position once and last."""
         return [
             variable
             for state in self.members
@@ -236,10 +242,10 @@ class Streams:
             if name != "position"
         ] + [self.position]
 
-    # What is asked of a call's streams.
+    # The streams of a call.
 
-    def numbers(self, streams, rows):
-        """The numbers of a call's streams: an int32 tensor `[M]`.
+    def numbers(self, streams: tf.Tensor | None, rows: int | tf.Tensor) -> tf.Tensor:
+        """Return the numbers of a call's streams: an int32 tensor `[M]`.
 
         Args:
             streams: Such a tensor; or None: row i is stream i.
@@ -249,15 +255,15 @@ class Streams:
             return streams
         return first_streams(rows)
 
-    def checked(self, streams, rows=None):
-        """`stream_tensor(streams)`, of which each is known to be held, and named once.
+    def checked(self, streams: Any, rows: int | tf.Tensor | None = None) -> tf.Tensor:
+        """Return `stream_tensor(streams)`, checked: every stream is held and named once.
 
         Args:
             streams: Integers `[M]`, as the user gave them.
-            rows: M, where it is known from elsewhere: an int, or in a graph an int32 scalar tensor.
+            rows: M, if it is known from elsewhere: an int, or in a graph an int32 scalar tensor.
 
         Raises:
-            ValueError: If one is not, or they are not M; in a graph
+            ValueError: If a stream is not held or named twice, or they are not M; in a graph
                 tf.errors.InvalidArgumentError, when it runs.
         """
         streams = stream_tensor(streams)
@@ -276,8 +282,8 @@ class Streams:
 
     # The state as a whole.
 
-    def clean(self, streams=None):
-        """Forget everything that streams have seen: they begin again.
+    def clean(self, streams: Any = None) -> None:
+        """Reset streams: forget everything that they have seen.
 
         Args:
             streams: Integers `[M]`: which ones; None: all.
@@ -298,16 +304,16 @@ class Streams:
                     zeros = tf.zeros_like(streams, dtype=number.dtype)
                     number.scatter_nd_update(streams[:, tf.newaxis], zeros)
 
-    def set_state(self, states, streams=None):
+    def set_state(self, states: list[tuple[StreamState, Any]], streams: Any = None) -> None:
         """Put back the state of all members; see `StreamState.set_state`.
 
         Args:
             states: Pairs of a member and what its `get_state` gave, one pair for each member.
-            streams: As there.
+            streams: As in `StreamState.set_state`.
 
         Raises:
-            ValueError: If a state does not fit its member, there is none for a member, or their
-                positions differ. All states then stay as they were.
+            ValueError: If a state does not fit its member, a member has no state, or the positions
+                differ. All states then stay as they were.
         """
         if len(states) != len(self.members):
             raise ValueError(
@@ -322,7 +328,7 @@ class Streams:
                 "Expected a state in which all layers have taken the same steps, but got positions "
                 f"{[x.tolist() for x in taken]}"
             )
-        # All that takes memory comes before the first change.
+        # Everything that takes memory comes before the first change.
         changes = [
             (variable, tf.constant(arrays[name], variable.dtype))
             for member, arrays in states
@@ -340,17 +346,17 @@ class Streams:
             for variable, rows in changes:
                 scatter_nd_update(variable, indices, rows)
 
-    def join(self, others, whole):
-        """Make one set of streams of several, which a whole steps from now on.
+    def join(self, others: Iterable[Streams], whole: Any) -> None:
+        """Merge other layers' streams into these. From now on a whole steps them.
 
         Args:
             others: The `Streams` of the other layers of the whole.
             whole: The layer or model that steps all members.
 
         Raises:
-            ValueError: If one of the streams belongs to another whole that is no part of this one,
-                or streams have taken other steps in one layer than in another. Of the state then
-                nothing has changed, but room may have been made.
+            ValueError: If another whole, which is no part of this one, owns some of the streams, or
+                streams have taken different steps in different layers. The state is then as it
+                was, but room may have been made.
         """
         every = list(dict.fromkeys([self, *others]))
         layers = whole._flatten_layers()

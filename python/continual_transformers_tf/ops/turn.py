@@ -75,7 +75,9 @@ def new_graph_lock() -> FusedLock | PlainLock:
     """Make the lock that suits CONTINUAL_TRANSFORMERS_BACKEND and the libraries."""
     with tf.init_scope():
         fused = library.fused_ops("CPU", _ACQUIRE)
-        return PlainLock() if fused is None else FusedLock(fused)
+        lock = PlainLock() if fused is None else FusedLock(fused)
+        _ = lock.resource_handle  # Made here, and not in a graph that asks for it first.
+    return lock
 
 
 class EagerTurn:
