@@ -147,6 +147,7 @@ TENSORFLOW_SOURCES = [
     "tensorflow/session_step_op.cc",
     "tensorflow/single_output_kernel.cc",
     "tensorflow/single_output_op.cc",
+    "tensorflow/stream_lock.cc",
     "tensorflow/threads.cc",
 ]
 

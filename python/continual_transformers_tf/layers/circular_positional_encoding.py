@@ -9,7 +9,8 @@ from keras.src.backend.common import global_state
 
 from continual_transformers_tf.layers.inputs import TensorLike, expect_given, rows_and_steps
 from continual_transformers_tf.layers.one_input_layer import OneInputLayer
-from continual_transformers_tf.ops.stream_state import Step, StreamState, check_integer
+from continual_transformers_tf.ops.step import Step
+from continual_transformers_tf.ops.stream_state import StreamState, check_integer
 
 ENCODINGS = ("learned", "sinusoidal")
 

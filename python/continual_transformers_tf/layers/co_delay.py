@@ -16,7 +16,8 @@ from continual_transformers_tf.layers.inputs import (
 )
 from continual_transformers_tf.layers.warm_up import check_warm_up
 from continual_transformers_tf.ops.delay import delayed_steps, put_steps
-from continual_transformers_tf.ops.stream_state import Step, StreamState, check_integer
+from continual_transformers_tf.ops.step import Step
+from continual_transformers_tf.ops.stream_state import StreamState, check_integer
 
 
 @keras.saving.register_keras_serializable("continual_transformers_tf")

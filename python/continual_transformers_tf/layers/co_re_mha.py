@@ -15,7 +15,8 @@ from continual_transformers_tf.ops.retroactive import (
     put_whole_window,
 )
 from continual_transformers_tf.ops.retroactive_cache import RetroactiveCache
-from continual_transformers_tf.ops.stream_state import Step, check_integer
+from continual_transformers_tf.ops.step import Step
+from continual_transformers_tf.ops.stream_state import check_integer
 
 
 @keras.saving.register_keras_serializable("continual_transformers_tf")

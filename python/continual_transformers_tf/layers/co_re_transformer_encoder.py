@@ -9,7 +9,7 @@ from continual_transformers_tf.layers.co_re_mha import CoReMultiHeadAttention
 from continual_transformers_tf.layers.inputs import TensorLike
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
 from continual_transformers_tf.ops.delay import put_steps, windows_of
-from continual_transformers_tf.ops.stream_state import Step
+from continual_transformers_tf.ops.step import Step
 
 
 @keras.saving.register_keras_serializable("continual_transformers_tf")

@@ -12,7 +12,7 @@ from continual_transformers_tf.layers.composite_layer import CompositeLayer
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.inputs import TensorLike, expect_given, rows_and_steps
 from continual_transformers_tf.layers.plain_layers import cast
-from continual_transformers_tf.ops.stream_state import Step
+from continual_transformers_tf.ops.step import Step
 
 
 @keras.saving.register_keras_serializable("continual_transformers_tf")

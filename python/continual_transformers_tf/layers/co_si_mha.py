@@ -20,7 +20,8 @@ from continual_transformers_tf.ops.attention_cache import AttentionCache
 from continual_transformers_tf.ops.co_si_step import MHA_STEP
 from continual_transformers_tf.ops.delay import delayed_steps, put_steps
 from continual_transformers_tf.ops.single_output import attend_steps, put_window
-from continual_transformers_tf.ops.stream_state import Step, check_integer
+from continual_transformers_tf.ops.step import Step
+from continual_transformers_tf.ops.stream_state import check_integer
 
 
 @keras.saving.register_keras_serializable("continual_transformers_tf")

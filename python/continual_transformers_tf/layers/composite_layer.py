@@ -5,7 +5,8 @@ from typing import Any
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.inputs import TensorLike
-from continual_transformers_tf.ops.stream_state import Streams, StreamState
+from continual_transformers_tf.ops.stream_state import StreamState
+from continual_transformers_tf.ops.streams import Streams
 
 
 class CompositeLayer(ContinualLayer):

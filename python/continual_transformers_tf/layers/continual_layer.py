@@ -13,7 +13,9 @@ from continual_transformers_tf.layers.inputs import (
     expect_given,
 )
 from continual_transformers_tf.layers.warm_up import is_always_partial
-from continual_transformers_tf.ops.stream_state import Step, Streams, StreamState, check_integer
+from continual_transformers_tf.ops.step import Step
+from continual_transformers_tf.ops.stream_state import StreamState, check_integer
+from continual_transformers_tf.ops.streams import Streams
 
 
 class ContinualLayer(keras.layers.Layer):

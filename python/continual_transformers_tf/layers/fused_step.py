@@ -13,7 +13,7 @@ from continual_transformers_tf.layers.narrow_kernels import NarrowKernels
 from continual_transformers_tf.ops.attention_cache import AttentionCache
 from continual_transformers_tf.ops.co_si_step import co_si_step, handles
 from continual_transformers_tf.ops.library import fused_ops, has_kernel, in_xla
-from continual_transformers_tf.ops.stream_state import stream_tensor
+from continual_transformers_tf.ops.stream_numbers import stream_tensor
 
 PLAIN_DTYPES = ("float32", "float64")
 

@@ -7,7 +7,7 @@ import keras
 
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.inputs import TensorLike
-from continual_transformers_tf.ops.stream_state import Streams
+from continual_transformers_tf.ops.streams import Streams
 
 
 def ensure_streams(model: keras.layers.Layer, streams: int) -> None:

@@ -19,7 +19,8 @@ from continual_transformers_tf.layers.plain_layers import cast, project
 from continual_transformers_tf.layers.warm_up import check_warm_up
 from continual_transformers_tf.ops.attention_cache import AttentionCache
 from continual_transformers_tf.ops.single_output import expand_key_mask, expand_mask
-from continual_transformers_tf.ops.stream_state import Step, check_integer
+from continual_transformers_tf.ops.step import Step
+from continual_transformers_tf.ops.stream_state import check_integer
 
 TIME_AXES = ((1,), (-2,))
 

@@ -15,7 +15,8 @@ from continual_transformers_tf.layers.one_input_layer import OneInputLayer
 from continual_transformers_tf.layers.plain_layers import layer_norm
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
 from continual_transformers_tf.layers.warm_up import always_partial, check_warm_up
-from continual_transformers_tf.ops.stream_state import Step, check_integer
+from continual_transformers_tf.ops.step import Step
+from continual_transformers_tf.ops.stream_state import check_integer
 
 KINDS = ("single_output", "retroactive")
 

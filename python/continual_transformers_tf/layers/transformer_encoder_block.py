@@ -11,7 +11,8 @@ from continual_transformers_tf.layers.inputs import TensorLike, rows_and_steps
 from continual_transformers_tf.layers.one_input_layer import OneInputLayer
 from continual_transformers_tf.layers.plain_layers import layer_norm, project
 from continual_transformers_tf.layers.streaming_attention import StreamingAttention
-from continual_transformers_tf.ops.stream_state import Step, StreamState, check_integer
+from continual_transformers_tf.ops.step import Step
+from continual_transformers_tf.ops.stream_state import StreamState, check_integer
 
 
 class TransformerEncoderBlock(OneInputLayer):

@@ -293,12 +293,13 @@ def _export_graph(
         model.ensure_streams(count)
         return {"count": tf.shape(model.position)[0]}
 
-    signatures = _traced(step, clean, ensure_streams, signature)
+    with model._streams.lock_of_exports() as lock:
+        signatures = _traced(step, clean, ensure_streams, signature)
     module = tf.Module()
     # Keep the variables and not the model: TensorFlow would write Keras' variables twice, and
     # outside Python it would restore the copies that no function uses.
     used = {v.ref(): v for function in signatures.values() for v in function.graph.variables}
-    module.kept = [*used.values(), model._streams.mutex]
+    module.kept = [*used.values(), lock]
     if states:
         with hold_streams(model):
             _save(module, path, signatures)

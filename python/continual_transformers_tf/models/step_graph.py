@@ -29,16 +29,24 @@ from continual_transformers_tf.layers.call_modes import call_mode
 from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
 from continual_transformers_tf.layers.co_delay import CoDelay
 from continual_transformers_tf.layers.co_residual import CoResidual
+from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
+from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
+from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
-from continual_transformers_tf.models.own_calls import OWN_CALL, computes_as_ours, has_own_call
+from continual_transformers_tf.models.own_calls import (
+    OWN_CALL,
+    computes_as,
+    computes_as_ours,
+    has_own_call,
+)
 from continual_transformers_tf.models.row_wise import (
     Tensor,
     is_row_wise,
     lengths_differ,
     row_taken,
 )
-from continual_transformers_tf.ops.stream_state import Step
+from continual_transformers_tf.ops.step import Step
 
 Node = Any  # A node of Keras' graph. Its class is not public.
 Shape = tuple[int | None, ...]
@@ -404,7 +412,13 @@ class StepGraph:
     def _run_continual(
         self, node: Node, values: dict[int, tf.Tensor], step: Step, training: bool | None
     ) -> Any:
-        return _call(node, values, training, update_state=step.update_state)
+        options = {"update_state": step.update_state}
+        if not (step.one_row and _steps_in_one_op(node.operation)):
+            return _call(node, values, training, **options)
+        rows = {id(x): _without_time(values[id(x)]) for x in node.input_tensors if id(x) in values}
+        with call_mode("step"):
+            outputs = _call(node, rows, training, **options)
+        return keras.tree.map_structure(with_time, outputs)
 
     def _run_model(
         self, node: Node, values: dict[int, tf.Tensor], step: Step, training: bool | None
@@ -545,6 +559,34 @@ def _unequal_delays(tensors: Iterable[Tensor]) -> str | None:
         f"ct.CoDelay({late.delay - early.delay}). If this is the sum of the input and the output "
         f"of {late.delayed_by}, put ct.CoResidual around that layer"
     )
+
+
+def _steps_in_one_op(layer: keras.layers.Layer) -> bool:
+    """Return whether a layer's `call_step` can be one op, where its `call_steps` is many.
+
+    A subclass that computes something else is called with several steps, as its graph says.
+    """
+    kinds = (CoSiMultiHeadAttention, CoSiTransformerEncoder, TransformerEncoder)
+    return any(isinstance(layer, kind) and computes_as(layer, kind) for kind in kinds)
+
+
+def _without_time(x: tf.Tensor) -> tf.Tensor:
+    """Turn one step (M, 1, ...) into (M, ...), with its mask."""
+    mask = getattr(x, "_keras_mask", None)
+    return with_mask(tf.squeeze(x, 1), None if mask is None else tf.squeeze(mask, 1))
+
+
+def with_time(x: tf.Tensor) -> tf.Tensor:
+    """Turn one step (M, ...) into (M, 1, ...), with its mask."""
+    mask = getattr(x, "_keras_mask", None)
+    return with_mask(tf.expand_dims(x, 1), None if mask is None else tf.expand_dims(mask, 1))
+
+
+def with_mask(x: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
+    """Put Keras' mask on a tensor, and return the tensor; None: leave it as it is."""
+    if mask is not None:
+        x._keras_mask = mask
+    return x
 
 
 def _kind_of_one(shape: Shape, whole: Collection[int | None] = ()) -> str:

@@ -9,8 +9,13 @@ from continual_transformers_tf.layers.call_modes import call_mode
 from continual_transformers_tf.layers.composite_layer import CompositeLayer
 from continual_transformers_tf.layers.inputs import expect_given, rows_and_steps
 from continual_transformers_tf.layers.warm_up import always_partial, check_warm_up
-from continual_transformers_tf.models.step_graph import StepGraph, names_of_inputs
-from continual_transformers_tf.ops.stream_state import Step
+from continual_transformers_tf.models.step_graph import (
+    StepGraph,
+    names_of_inputs,
+    with_mask,
+    with_time,
+)
+from continual_transformers_tf.ops.step import Step
 
 
 @keras.saving.register_keras_serializable("continual_transformers_tf")
@@ -142,8 +147,8 @@ class StreamingModel(CompositeLayer, keras.Model):
             ValueError, tf.errors.InvalidArgumentError: If shapes, dtypes or streams do not fit. The
                 streams then continue as if the call had not been made.
         """
-        steps = [_with_axis_of_time(x) for x in self._inputs(inputs, axes_of_steps=1)]
-        outputs = self._take_steps(steps, training, streams, update_state)
+        steps = [with_time(x) for x in self._inputs(inputs, axes_of_steps=1)]
+        outputs = self._take_steps(steps, training, streams, update_state, one_row=True)
         return keras.tree.map_structure(lambda y: None if y is None else tf.squeeze(y, 1), outputs)
 
     def call_steps(
@@ -188,7 +193,7 @@ class StreamingModel(CompositeLayer, keras.Model):
                 raise ValueError(f"Expected at least one step, but got {tuple(x.shape)}")
             if x.dtype.is_floating and "int" in symbolic.dtype:
                 raise ValueError(f"Expected {name} of integers, but got {x.dtype.name}")
-            tensors.append(_with_mask(tf.cast(x, symbolic.dtype), getattr(x, "_keras_mask", None)))
+            tensors.append(with_mask(tf.cast(x, symbolic.dtype), getattr(x, "_keras_mask", None)))
         return _of_same_steps(tensors, letters)
 
     def _by_name(self, inputs: Any) -> Any:
@@ -210,11 +215,17 @@ class StreamingModel(CompositeLayer, keras.Model):
         return [inputs[name] for name in names]
 
     def _take_steps(
-        self, inputs: list[tf.Tensor], training: bool | None, streams: Any, update_state: bool
+        self,
+        inputs: list[tf.Tensor],
+        training: bool | None,
+        streams: Any,
+        update_state: bool,
+        one_row: bool = False,
     ) -> Any:
         rows, steps = rows_and_steps(inputs[0])
 
         def compute(step: Step) -> Any:
+            step.one_row = one_row
             with call_mode("steps"), always_partial():
                 outputs = self._graph.run(inputs, step, training)
             return self._ready_outputs(step, outputs)
@@ -248,19 +259,6 @@ class StreamingModel(CompositeLayer, keras.Model):
         return self._graph.layers
 
 
-def _with_mask(x: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
-    """Put Keras' mask on a tensor. None: leave the tensor as it is."""
-    if mask is not None:
-        x._keras_mask = mask
-    return x
-
-
-def _with_axis_of_time(x: tf.Tensor) -> tf.Tensor:
-    """Turn one step (M, ...) into (M, 1, ...), with its mask."""
-    mask = getattr(x, "_keras_mask", None)
-    return _with_mask(tf.expand_dims(x, 1), None if mask is None else tf.expand_dims(mask, 1))
-
-
 def _of_same_steps(tensors: list[tf.Tensor], letters: tuple[str, ...]) -> list[tf.Tensor]:
     """Check that the tensors agree in their first axes, before any layer's state changes.
 
@@ -280,4 +278,4 @@ def _of_same_steps(tensors: list[tf.Tensor], letters: tuple[str, ...]) -> list[t
     sizes = tf.shape(first)[:axes]
     fits = [tf.debugging.assert_equal(tf.shape(x)[:axes], sizes, expected) for x in tensors[1:]]
     with tf.control_dependencies(fits):
-        return [_with_mask(tf.identity(x), getattr(x, "_keras_mask", None)) for x in tensors]
+        return [with_mask(tf.identity(x), getattr(x, "_keras_mask", None)) for x in tensors]

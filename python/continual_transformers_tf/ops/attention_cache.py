@@ -1,7 +1,7 @@
 """The state of streams under attention: rings of keys and values."""
 
 import warnings
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow as tf
@@ -15,29 +15,30 @@ class AttentionCache(StreamState):
     """The keys and values of the window of each stream, changed in place by the attention ops.
 
     Step number p of a stream lies in row p mod N of its rings and is never moved. The variables are
-    public, so that an op of one's own can use them; only the attention ops and the methods here
-    should write to them.
+    public, so that your own ops can use them. Only the attention ops and the methods here should
+    write to them.
 
     Args:
-        streams: S, how many streams are held at first, numbered from 0.
-        num_heads: H.
-        seq_len: N, the rows of each ring: how many of the newest steps a query attends to.
+        streams: S, the number of streams held at first. They are numbered from 0.
+        num_heads: H, the number of heads.
+        seq_len: N, the window: a query attends to this many of the newest steps. Each ring has N
+            rows.
         key_dim: D, the size of a head's keys.
         value_dim: Dv, the size of a head's values; None: key_dim.
-        dtype: of keys and values: float32, float64, bfloat16 or float16.
-        extra_rows: what else is kept of each stream, as `StreamState` has its rows.
+        dtype: The dtype of keys and values: float32, float64, bfloat16 or float16.
+        extra_rows: What else is kept of each stream, as `rows` in `StreamState`.
 
     Attributes:
         keys: tf.Variable `[S, N, H, D]`.
         values: tf.Variable `[S, N, H, Dv]`.
-        key_mask: tf.Variable bool `[S, N]`, which steps have a key to attend to.
+        key_mask: tf.Variable bool `[S, N]`, which steps have a key that queries may attend to.
         position: tf.Variable int64 `[S]`, the steps each stream has taken.
-        compute_dtype: what attention is computed in: float64 for float64, or else float32.
-        device_type: of the device that holds them, such as "CPU".
+        compute_dtype: The dtype that attention computes in: float64 for float64, otherwise float32.
+        device_type: The type of the device that holds the variables, such as "CPU".
 
     Raises:
-        ValueError: if a size is not a positive integer (streams: not negative), or there is no
-            attention on this dtype.
+        ValueError: If a size is not a positive integer (streams may be 0), or attention does not
+            support the dtype.
     """
 
     # States from before the rings were sequence first: their names there, with axes [S, H, N, D].
@@ -45,14 +46,14 @@ class AttentionCache(StreamState):
 
     def __init__(
         self,
-        streams,
-        num_heads,
-        seq_len,
-        key_dim,
-        value_dim=None,
-        dtype="float32",
-        name=None,
-        extra_rows=None,
+        streams: int,
+        num_heads: int,
+        seq_len: int,
+        key_dim: int,
+        value_dim: int | None = None,
+        dtype: Any = "float32",
+        name: str | None = None,
+        extra_rows: dict[str, tuple[Any, Any]] | None = None,
     ):
         value_dim = key_dim if value_dim is None else value_dim
         sizes = dict(num_heads=num_heads, seq_len=seq_len, key_dim=key_dim, value_dim=value_dim)
@@ -76,21 +77,21 @@ class AttentionCache(StreamState):
         self.device_type = device.device_type or "CPU"
 
     @property
-    def ready(self):
-        """bool tensor `[S]`: which streams' windows are full."""
+    def ready(self) -> tf.Tensor:
+        """Which streams have a full window: a bool tensor `[S]`."""
         return self.position >= self.seq_len
 
-    def arrays_of(self, state, rows=None):
+    def arrays_of(self, state: Any, rows: int | None = None) -> dict[str, np.ndarray]:
         """See `StreamState.arrays_of`. Also takes states with the old names and order of axes."""
         return super().arrays_of(with_new_names(state, self._old_names), rows)
 
     @property
-    def key(self):
+    def key(self) -> tf.Tensor:
         """Deprecated: the keys as a tensor `[S, H, N, D]`. Use `keys`."""
         return self._heads_first("key")
 
     @property
-    def value(self):
+    def value(self) -> tf.Tensor:
         """Deprecated: the values as a tensor `[S, H, N, Dv]`. Use `values`."""
         return self._heads_first("value")
 
@@ -105,7 +106,7 @@ class AttentionCache(StreamState):
         return tf.transpose(getattr(self, name), (0, 2, 1, 3))
 
 
-def with_new_names(state, old_names):
+def with_new_names(state: Any, old_names: dict[str, str]) -> Any:
     """Return a state with its rings `[M, N, H, size]` under their present names.
 
     Args:

@@ -1,4 +1,7 @@
-"""One step of a whole attention layer, or of an encoder round it, as one fused op."""
+"""One step of a whole attention layer, or of an encoder with it, as one fused op."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.ops import resource_variable_ops
@@ -7,29 +10,32 @@ MHA_STEP = "ContinualTransformers>CoSiMultiHeadAttentionStep"
 ENCODER_STEP = "ContinualTransformers>CoSiTransformerEncoderStep"
 
 
-def handles(variables):
-    """What the op takes of the variables that it reads and changes."""
+def handles(variables: Sequence[tf.Variable]) -> list[tf.Tensor]:
+    """Return the handles of the variables that the op reads and changes."""
+    if tf.executing_eagerly():
+        # Nobody records this call: `one_op_step` has looked.
+        return [variable.handle for variable in variables]
     for variable in variables:
-        # As reading it would: a graph that is saved has to know what it is made of.
+        # As reading it would: a graph that is saved must know its variables.
         resource_variable_ops.variable_accessed(variable)
     return [variable.handle for variable in variables]
 
 
-def co_si_step(fused, op, *inputs, **attributes):
-    """Calls one of the ops; see their documentation, in `cc/tensorflow/co_si_*_step_op.cc`.
+def co_si_step(fused: Any, op: str, *inputs: Any, **attributes: Any) -> tuple:
+    """Call one of the two ops. `cc/tensorflow` documents them.
 
     Args:
-        fused: the module with the fused ops.
-        op: its name, MHA_STEP or ENCODER_STEP.
-        *inputs: the op's inputs, in order; of lists those that are left out are empty.
-        **attributes: the op's.
+        fused: The module with the fused ops.
+        op: The name of the op, MHA_STEP or ENCODER_STEP.
+        *inputs: The inputs, in order; an empty list for an input that is left out.
+        **attributes: The attributes.
 
     Returns:
         A tuple of the op's outputs. MHA_STEP: (result, [attention_scores] or []). ENCODER_STEP:
         (result,).
 
     Raises:
-        tf.errors.InvalidArgumentError: if anything does not fit; the state then stays as it was.
+        tf.errors.InvalidArgumentError: If anything does not fit. The state then stays as it was.
     """
     if op == MHA_STEP:
         step = fused.continual_transformers_co_si_multi_head_attention_step
@@ -38,7 +44,8 @@ def co_si_step(fused, op, *inputs, **attributes):
 
 
 def _gradient(op, *_):
-    # None where TensorFlow only prepares for gradients, as it does when it saves a graph.
+    # This fails when it runs, and not here: TensorFlow also prepares gradients that nobody asks
+    # for, as when it saves a graph.
     message = (
         "Expected a step that is differentiated to be taken with training=True: a graph does not "
         "see a tape outside it, and takes its step for serving, by an op without a gradient"

@@ -1,6 +1,6 @@
-"""Rings of the newest steps of streams: put steps into them, and read steps of before.
+"""Rings of the newest steps of streams: put steps into them, and read earlier steps.
 
-A ring is a `tf.Variable [S, D, ...]` with D >= 1; step number p of a stream lies in row p mod D.
+A ring is a `tf.Variable [S, D, ...]` with D >= 1. Step number p of a stream lies in row p mod D.
 """
 
 import tensorflow as tf
@@ -8,18 +8,21 @@ import tensorflow as tf
 from continual_transformers_tf.ops.scatter import gather_nd, scatter_nd_update
 
 
-def delayed_steps(ring, steps, streams, position):
-    """What the newest steps of streams are exchanged for: the steps of D steps before.
+def delayed_steps(
+    ring: tf.Variable, steps: tf.Tensor, streams: tf.Tensor, position: tf.Tensor
+) -> tf.Tensor:
+    """Return the steps that came D steps before this call's.
 
     Args:
-        ring: the steps before this call.
-        steps: tensor `[M, T, ...]` of the ring's dtype, this call's.
-        streams: int32 tensor `[M]`, streams that are held, each once.
-        position: int64 tensor `[M]`, the steps that each of these streams has taken before.
+        ring: The steps before this call.
+        steps: This call's steps: a tensor `[M, T, ...]` of the ring's dtype.
+        streams: int32 tensor `[M]`: streams that are held, each once.
+        position: int64 tensor `[M]`: the number of steps that each of these streams has taken
+            before.
 
     Returns:
-        `[M, T, ...]`: steps position - D, ..., position - D + T - 1. Of those below 0, which no
-        stream has taken, there is something, without a meaning.
+        `[M, T, ...]`: steps position - D, ..., position - D + T - 1. For numbers below
+        0, which no stream has taken, the values have no meaning.
     """
     taken = tf.shape(steps)[1]
     older = tf.minimum(taken, ring.shape[1])
@@ -27,29 +30,32 @@ def delayed_steps(ring, steps, streams, position):
     return tf.concat([gather_nd(ring, rows), steps[:, : taken - older]], 1)
 
 
-def steps_before(ring, streams, position, count):
-    """The `count` newest steps of streams before this call, oldest first: `[M, count, ...]`.
+def steps_before(
+    ring: tf.Variable, streams: tf.Tensor, position: tf.Tensor, count: int
+) -> tf.Tensor:
+    """Return the `count` newest steps before this call, oldest first: `[M, count, ...]`.
 
     Args:
-        ring, streams, position: as `delayed_steps` has them.
-        count: int, at most D. Of steps that no stream has taken there is something, without a
-            meaning.
+        ring, streams, position: As in `delayed_steps`.
+        count: At most D. For steps that no stream has taken, the values have no meaning.
     """
     rows = _rows(ring, streams, position - count, count)
     return gather_nd(ring, rows)
 
 
-def windows_of(ring, steps, streams, position, seq_len):
-    """The window of each of this call's steps: the seq_len newest that end with it, oldest first.
+def windows_of(
+    ring: tf.Variable, steps: tf.Tensor, streams: tf.Tensor, position: tf.Tensor, seq_len: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return the window of each of this call's steps: the seq_len steps that end with it.
 
     Args:
-        ring, steps, streams, position: as `delayed_steps` has them; the ring's D is seq_len - 1, or
-            1 where that is 0.
-        seq_len: N.
+        ring, steps, streams, position: As in `delayed_steps`. The ring's D is seq_len - 1, but at
+            least 1.
+        seq_len: N, the window.
 
     Returns:
-        (`[M, T, N, ...]`, zeros for steps that no stream has taken, and bool `[M, T, N]`: which
-        were taken).
+        (`[M, T, N, ...]`, oldest step first, zeros for steps that no stream has taken; bool
+        `[M, T, N]`: which steps were taken).
     """
     taken = tf.shape(steps)[1]
     before = steps_before(ring, streams, position, seq_len - 1)
@@ -58,38 +64,38 @@ def windows_of(ring, steps, streams, position, seq_len):
     windows = tf.gather(tf.concat([before, steps], 1), row, axis=1)
     number = position[:, tf.newaxis, tf.newaxis] - (seq_len - 1) + tf.cast(row, tf.int64)
     there = number >= 0
-    # Selected: what an earlier stream left there may be NaN.
+    # Select instead of multiplying: an earlier stream may have left NaN there.
     expanded = tf.reshape(there, tf.concat([tf.shape(there), [1] * (windows.shape.rank - 3)], 0))
     return tf.where(expanded, windows, 0), there
 
 
-def put_steps(ring, steps, streams, position):
-    """Puts the newest steps of streams into a ring; the arguments are those of `delayed_steps`."""
+def put_steps(ring: tf.Variable, steps: tf.Tensor, streams: tf.Tensor, position: tf.Tensor) -> None:
+    """Put the newest steps of streams into a ring; the arguments are those of `delayed_steps`."""
     taken = sizes(steps, 2)[1]
     kept = minimum(taken, ring.shape[1])
-    if kept is taken:  # All steps: the eager call saves two ops.
+    if kept is taken:  # All steps are kept: this saves an eager call two ops.
         scatter_nd_update(ring, _rows(ring, streams, position, kept), steps)
         return
     first = position + tf.cast(taken - kept, tf.int64)
     scatter_nd_update(ring, _rows(ring, streams, first, kept), steps[:, taken - kept :])
 
 
-# Eagerly, an index x[:, 0] takes as long as ten other ops, and a size that is known takes none.
+# In eager mode an index x[:, 0] takes as long as ten other ops, and a known size takes none.
 
 
-def sizes(x, count):
+def sizes(x: tf.Tensor, count: int) -> list[int] | list[tf.Tensor]:
     """Return the sizes of a tensor's first axes: ints if all are known, or else tensors."""
     known = x.shape[:count]
     return known.as_list() if known.is_fully_defined() else tf.unstack(tf.shape(x)[:count])
 
 
-def minimum(a, b):
+def minimum(a: int | tf.Tensor, b: int | tf.Tensor) -> int | tf.Tensor:
     """Return the smaller of two ints or tensors, an int if both are."""
     return tf.minimum(a, b) if tf.is_tensor(a) or tf.is_tensor(b) else min(a, b)
 
 
 def _rows(ring, streams, first_step, count):
-    """Where `count` steps of streams lie, from first_step `[M]` on: int32 `[M, count, 2]`."""
+    """Return where `count` steps from first_step `[M]` on lie: int32 `[M, count, 2]`."""
     steps = tf.expand_dims(first_step, 1) + tf.range(tf.cast(count, tf.int64))
     rows = tf.cast(tf.math.floormod(steps, tf.constant(ring.shape[1], tf.int64)), tf.int32)
     return tf.stack([tf.broadcast_to(tf.expand_dims(streams, 1), tf.shape(rows)), rows], -1)

@@ -1,10 +1,11 @@
-"""Loading the fused op library, and the choice between it and plain TensorFlow."""
+"""Load the fused op library, and choose between it and plain TensorFlow."""
 
 import ctypes
 import functools
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.eager import context
@@ -18,7 +19,7 @@ MINOR = ".".join(tf.__version__.split(".")[:2])
 LIBRARY_NAME = f"libcontinual_transformers_tf{MINOR}.so"
 LIBRARY_PATH = native.PACKAGE / LIBRARY_NAME
 
-# That of every layer's attention: what devices have fused kernels is seen by it.
+# The op of every layer's attention. Its kernels tell which devices have fused kernels.
 SINGLE_OUTPUT = "ContinualTransformers>SingleOutputAttention"
 
 # Written into the library by cc/tensorflow/build_info.cc.
@@ -30,14 +31,14 @@ _HOW_TO_BUILD = (
 )
 
 
-def built_for(path):
-    """The version of TensorFlow that an op library was built for.
+def built_for(path: str | Path) -> str | None:
+    """Return the version of TensorFlow that an op library was built for.
 
     Args:
-        path: the library's path.
+        path: The library's path.
 
     Returns:
-        A string, such as "2.21.0"; None where the file is not an op library of this package.
+        A string, such as "2.21.0"; None if the file is not an op library of this package.
     """
     found = _BUILD_INFO.search(Path(path).read_bytes())
     return found.group(1).decode() if found else None
@@ -45,13 +46,13 @@ def built_for(path):
 
 @functools.cache
 def _load():
-    """Loads the library once. Returns (its Python module, None) or (None, the reason)."""
+    """Load the library once, and return (its Python module, None) or (None, the reason)."""
     if not LIBRARY_PATH.exists():
         others = ", ".join(native.op_libraries())
         there = f"; there are op libraries for TensorFlow {others}" if others else ""
         return None, f"{LIBRARY_PATH} does not exist{there}. {_HOW_TO_BUILD}"
-    # The version is read from the file's bytes before anything is loaded: a library of another
-    # version may crash the process where it should have said what is wrong.
+    # Read the version from the file's bytes before anything is loaded: a library of another
+    # version may crash the process instead of reporting an error.
     try:
         version = built_for(LIBRARY_PATH)
     except OSError as error:
@@ -83,17 +84,17 @@ def _warn_once(reason):
     )
 
 
-def fused_ops(device_type, op=SINGLE_OUTPUT):
-    """The module with the fused ops, or None where plain TensorFlow is to be used.
+def fused_ops(device_type: str, op: str = SINGLE_OUTPUT) -> Any:
+    """Return the module with the fused ops, or None if plain TensorFlow must be used.
 
     Args:
-        device_type: of the device that holds the streams' state, such as "CPU".
-        op: the name of the op that is wanted.
+        device_type: The type of the device that holds the streams' state, such as "CPU".
+        op: The name of the op that is wanted.
 
     Raises:
-        ImportError: under CONTINUAL_TRANSFORMERS_BACKEND=fused, where the library cannot be loaded.
-        ValueError: if CONTINUAL_TRANSFORMERS_BACKEND has no meaning; or is "fused", and the op has
-            no kernel for this device.
+        ImportError: With CONTINUAL_TRANSFORMERS_BACKEND=fused, if the library cannot be loaded.
+        ValueError: If CONTINUAL_TRANSFORMERS_BACKEND is not one of its values, or is "fused" and
+            the op has no kernel for this device.
     """
     choice = backend()
     if choice == "tensorflow":
@@ -111,17 +112,17 @@ def fused_ops(device_type, op=SINGLE_OUTPUT):
         if not in_xla():
             _warn_once(reason)
         return None
-    # XLA knows no custom ops; inside jit_compile=True the plain twin is traced.
+    # XLA knows no custom ops. With jit_compile=True the plain twin is traced.
     return None if in_xla() else module
 
 
-def has_kernel(op, device_type):
-    """Whether an op of the library has a kernel for a type of devices."""
+def has_kernel(op: str, device_type: str) -> bool:
+    """Return whether an op of the library has a kernel for a type of devices."""
     return device_type in _registered_device_types(op)
 
 
 def _no_kernel(op, device_type):
-    """Why an op has no kernel for a type of devices, and what to do about it."""
+    """Return why an op has no kernel for a type of devices, and what to do about it."""
     if device_type == "GPU" and not has_kernel(SINGLE_OUTPUT, "GPU"):
         return (
             f"the streams' state is on a GPU, and {LIBRARY_PATH} was built without CUDA. To build "
@@ -134,19 +135,19 @@ def _no_kernel(op, device_type):
     )
 
 
-def in_xla():
-    """Whether a graph is being traced for XLA, by jit_compile=True."""
+def in_xla() -> bool:
+    """Return whether a graph is being traced for XLA, by jit_compile=True."""
     return not context.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(
         tf.compat.v1.get_default_graph()
     )
 
 
-def kernels():
-    """The device types that have fused kernels in this process.
+def kernels() -> frozenset[str]:
+    """Return the device types that have fused kernels in this process.
 
     Returns:
-        A frozenset of names: "CPU", and "GPU" where the library was built with CUDA, whether or not
-        there is a GPU; empty where plain TensorFlow is used: `load_error` says why.
+        A frozenset of names: "CPU", and "GPU" if the library was built with CUDA, whether or not
+        there is a GPU. It is empty if plain TensorFlow is used; `load_error` says why.
     """
     if load_error() is not None:
         return frozenset()
@@ -160,16 +161,16 @@ def _registered_device_types(op):
     return frozenset(kernel.device_type for kernel in registered.kernel)
 
 
-def cuda_build():
-    """What the fused kernels for GPUs were built with and for.
+def cuda_build() -> str | None:
+    """Return what the fused kernels for GPUs were built with and for.
 
     Returns:
         A string, such as "13.0 for sm_80, sm_90, PTX of 90": CUDA's version, the GPUs that there is
-        machine code for, and what the driver compiles for newer ones. None where the library was
+        machine code for, and what the driver compiles for newer ones. None if the library was
         built without CUDA.
 
     Raises:
-        RuntimeError: if there are no fused kernels (`load_error` says why).
+        RuntimeError: If there are no fused kernels (`load_error` says why).
     """
     module, reason = _load()
     if module is None:
@@ -179,8 +180,8 @@ def cuda_build():
     return cuda_build().decode() or None
 
 
-def load_error():
-    """Why there are no fused kernels in this process: a sentence, or None where there are."""
+def load_error() -> str | None:
+    """Return why this process has no fused kernels, a sentence; None if it has them."""
     if backend() == "tensorflow":
         return f"{BACKEND_VARIABLE}=tensorflow asks for plain TensorFlow"
     return _load()[1]

@@ -1,14 +1,18 @@
 """Continual retroactive attention on projected steps: the fused op, or its plain twin."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.eager import record
 
 from continual_transformers_tf.ops import library, retroactive_twin
 from continual_transformers_tf.ops.delay import put_steps
+from continual_transformers_tf.ops.retroactive_cache import RetroactiveCache
 from continual_transformers_tf.ops.single_output import expand_key_mask, expand_mask, scale_tensor
-from continual_transformers_tf.ops.stream_state import stream_tensor
+from continual_transformers_tf.ops.step import Step
+from continual_transformers_tf.ops.stream_numbers import stream_tensor
 
 OP = "ContinualTransformers>RetroactiveAttention"
 
@@ -21,51 +25,51 @@ NO_GRADIENT = (
 
 
 def retroactive_attention(
-    query,
-    key,
-    value,
-    cache,
+    query: Any,
+    key: Any,
+    value: Any,
+    cache: RetroactiveCache,
     *,
-    streams=None,
-    attention_mask=None,
-    key_mask=None,
-    scale=None,
-    return_attention_scores=False,
-    algorithm="auto",
-    update_state=True,
-):
-    """Takes steps of streams: after each, all queries of the window attend to all of the window.
+    streams: Any = None,
+    attention_mask: Any = None,
+    key_mask: Any = None,
+    scale: float | tf.Tensor | None = None,
+    return_attention_scores: bool = False,
+    algorithm: str = "auto",
+    update_state: bool = True,
+) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor]:
+    """Take steps of streams: after each, all queries of the window attend to all of the window.
 
-    The window is the N newest steps. While a stream has taken fewer, those there are attend to each
-    other. Continual retroactive attention of Hedegaard & Iosifidis, "Continual Transformers" (ICLR
-    2023, arXiv 2201.06268), section 3.2, made stable: for logits of any size and any number of
-    steps it is as exact as an attention that is computed anew.
+    The window is the N newest steps, or fewer while it fills. This is the continual retroactive
+    attention of Hedegaard & Iosifidis, "Continual Transformers" (ICLR 2023, arXiv 2201.06268),
+    section 3.2, made stable: for logits of any size and any number of steps it is as exact as
+    attention that is computed again from the whole window.
 
-    Gradients flow to this call's queries, keys and values, and to the scale; the steps before are
-    constants to them. Where a gradient is recorded the call is taken in plain TensorFlow; a graph
-    that is differentiated from outside, by a tape around a `tf.function` and not within it, has no
-    gradients.
+    Gradients flow to this call's queries, keys and values, and to the scale. Earlier steps are
+    constants. If a gradient is recorded, the call uses plain TensorFlow. If the tape is outside the
+    `tf.function`, there are no gradients.
 
     Args:
-        query: `[M, H, D]`, one step of M streams, or `[M, T, H, D]`, T steps. Of the cache's dtype.
-        key: of the shape and dtype of query.
+        query: `[M, H, D]`, one step of M streams, or `[M, T, H, D]`, T steps. The dtype is the
+            cache's.
+        key: Of the shape and dtype of query.
         value: `[M, H, Dv]` or `[M, T, H, Dv]`.
-        cache: a `RetroactiveCache` of S streams; changed in place.
-        streams: integers `[M]`, which stream each row belongs to, in any order, each once; None:
-            row i is stream i.
-        attention_mask: bool, which steps of the window (last axis) the query of each (the axis
+        cache: A `RetroactiveCache` of S streams. It is changed in place.
+        streams: Integers `[M]`: the stream of each row, in any order, each once; None: row i is
+            stream i.
+        attention_mask: bool: which steps of the window (last axis) each of its queries (the axis
             before) may attend to, oldest first: `[N, N]`, `[M, N, N]`, `[M, H, N, N]` or
-            `[M, H, T, N, N]`. None: all. It holds for this call alone, so all rows are computed
-            anew, in plain TensorFlow.
-        key_mask: bool `[M]` or `[M, T]`, which of these steps have a key: one that has none is
-            attended to neither now nor later, but its query attends. None: all.
-        scale: what the logits are multiplied by; None: 1 / sqrt(D).
-        return_attention_scores: whether to return the softmax too; all rows are then computed anew,
-            in plain TensorFlow.
+            `[M, H, T, N, N]`. None: all. It holds for this call only, so all rows are computed
+            again, in plain TensorFlow.
+        key_mask: bool `[M]` or `[M, T]`: which of these steps have a key. No query attends to a
+            step without one, now or later, but its own query attends. None: all.
+        scale: The factor of the logits; None: 1 / sqrt(D).
+        return_attention_scores: Whether to return the softmax too. All rows are then computed
+            again, in plain TensorFlow.
         algorithm: "update": each row of the window gains the new key and loses the oldest;
-            "recompute": each is computed anew; "auto": whichever is faster at these sizes. The
-            results are equal but for rounding. Plain TensorFlow always computes them anew.
-        update_state: if False, nothing changes: the output is that of the next real call.
+            "recompute": each row is computed again; "auto": the faster of the two at these sizes.
+            The results are equal up to rounding. Plain TensorFlow always computes all rows again.
+        update_state: False: nothing changes, and the output is that of the next real call.
 
     Returns:
         `[M, H, N, Dv]` or `[M, T, H, N, Dv]`: the outputs of the window's queries, oldest first.
@@ -74,7 +78,7 @@ def retroactive_attention(
         over the window.
 
     Raises:
-        ValueError, tf.errors.InvalidArgumentError: if shapes, dtypes or streams do not fit the
+        ValueError, tf.errors.InvalidArgumentError: If shapes, dtypes or streams do not fit the
             cache or each other. The cache is then as it was.
     """
     if not tf.is_tensor(query):
@@ -108,46 +112,47 @@ def retroactive_attention(
 
 
 def attend_all_steps(
-    query,
-    key,
-    value,
-    cache,
+    query: tf.Tensor,
+    key: tf.Tensor,
+    value: tf.Tensor,
+    cache: RetroactiveCache,
     *,
-    streams,
-    attention_mask=None,
-    key_mask=None,
-    scale=None,
-    return_attention_scores=False,
-    algorithm="auto",
-    update_state=True,
-    advance_position=True,
-    training=None,
-    dropout=None,
-):
-    """`retroactive_attention` for those who hold tensors of the right ranks: one op, eagerly.
+    streams: tf.Tensor,
+    attention_mask: tf.Tensor | None = None,
+    key_mask: tf.Tensor | None = None,
+    scale: float | tf.Tensor | None = None,
+    return_attention_scores: bool = False,
+    algorithm: str = "auto",
+    update_state: bool = True,
+    advance_position: bool = True,
+    training: bool | None = None,
+    dropout: Callable[[tf.Tensor], tf.Tensor] | None = None,
+) -> tuple[tf.Tensor, tf.Tensor | None, tf.Tensor]:
+    """Do what `retroactive_attention` does, for tensors of the right ranks: one op in eager mode.
 
     Args:
-        query, key, value: tensors `[M, T, H, D]`, twice, and `[M, T, H, Dv]`, of the cache's dtype.
-        cache, scale, return_attention_scores, algorithm, update_state: as there.
+        query, key: Tensors `[M, T, H, D]` of the cache's dtype.
+        value: Tensor `[M, T, H, Dv]` of the cache's dtype.
+        cache, scale, return_attention_scores, algorithm, update_state: As in
+            `retroactive_attention`.
         streams: int32 tensor `[M]`.
-        attention_mask: bool tensor `[M, H, T, N, N]`, the first three axes may be 1; or None.
+        attention_mask: bool tensor `[M, H, T, N, N]`, whose first three axes may be 1; or None.
         key_mask: bool tensor `[M, T]`, or None.
-        advance_position: if False, the rings are written, but `cache.position` stays: the caller
-            advances it. A call of one step whose position stays can be taken again: its sums are
-            then computed anew.
-        training: whether a graph may be asked for gradients from outside.
-        dropout: what is applied to the scores before they weight the values; None: nothing.
+        advance_position: False: the rings are written, but the caller advances `cache.position`.
+            Until then a call of one step can be repeated: its sums are then computed again.
+        training: Whether a graph may be asked for gradients from outside.
+        dropout: A function that is applied to the scores before they weight the values; None: none.
 
     Returns:
-        (output `[M, T, H, N, Dv]`, scores `[M, H, T, N, N]` or None where not wanted, and int64
-        `[M]`, the steps that each of these streams has taken, these among them).
+        (output `[M, T, H, N, Dv]`; scores `[M, H, T, N, N]`, or None if they are not wanted; int64
+        `[M]`, the number of steps that each of these streams has taken, these included).
     """
     check_algorithm(algorithm)
     scale = scale_tensor(1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale)
     inputs = dict(query=query, key=key, value=value, streams=streams, scale=scale)
     masks = [] if key_mask is None else [key_mask]
-    # The fused op has neither a gradient, random numbers nor scores; and the sums that it keeps of
-    # a row are over all that the row has seen, which no mask of the window can change.
+    # The fused op has no gradient, random numbers or scores. It keeps, for each row, sums over all
+    # that the row has seen, so no mask of the window can change them.
     plain = training or dropout is not None or record.should_record_backprop(list(inputs.values()))
     plain = plain or attention_mask is not None or return_attention_scores
     fused = None if plain else library.fused_ops(cache.device_type, OP)
@@ -187,8 +192,15 @@ def attend_all_steps(
     return output, None, steps_taken
 
 
-def put_whole_window(cache, query, key, value, key_mask, step):
-    """Put a step's queries, keys and values into the rings; the next step computes the sums anew.
+def put_whole_window(
+    cache: RetroactiveCache,
+    query: tf.Tensor,
+    key: tf.Tensor,
+    value: tf.Tensor,
+    key_mask: tf.Tensor | None,
+    step: Step,
+) -> None:
+    """Put a step's queries, keys and values into the rings; the next step computes the sums again.
 
     Args:
         cache: The `RetroactiveCache`.
@@ -204,15 +216,16 @@ def put_whole_window(cache, query, key, value, key_mask, step):
     cache.made_with.scatter_nd_update(step.numbers[:, tf.newaxis], nobodys)
 
 
-def check_algorithm(algorithm):
-    """Raises ValueError unless it is one of `ALGORITHMS`."""
+def check_algorithm(algorithm: str) -> None:
+    """Raise ValueError unless it is one of `ALGORITHMS`."""
     if algorithm not in ALGORITHMS:
         raise ValueError(f"Expected algorithm to be one of {ALGORITHMS}, but got {algorithm!r}")
 
 
 @tf.RegisterGradient(OP)
 def _no_gradient(op, *_):
-    # Only when it runs: TensorFlow prepares for gradients that nobody may ask for.
+    # This fails when it runs, and not here: TensorFlow also prepares gradients that nobody asks
+    # for.
     with tf.control_dependencies([tf.debugging.Assert(False, [NO_GRADIENT])]):
         of_inputs = [tf.identity(tf.zeros_like(x)) for x in op.inputs[:3]]
     return of_inputs + [None] * (len(op.inputs) - 3)

@@ -1,6 +1,6 @@
 """The state of streams under retroactive attention."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import tensorflow as tf
 
@@ -13,42 +13,42 @@ RETROACTIVE_DTYPES = (tf.float32, tf.float64)
 class RetroactiveCache(AttentionCache):
     """The queries, keys and values of the window of each stream, and each query's softmax.
 
-    As of an `AttentionCache`, step number p of a stream lies in row p mod N of its rings.
+    As in an `AttentionCache`, step number p of a stream lies in row p mod N of its rings.
 
     Args:
-        streams, num_heads, seq_len, key_dim, value_dim: as `AttentionCache` has them.
-        dtype: of queries, keys and values: float32 or float64. In half the bits a kept query would
-            ask for something else than it did as it came.
-        extra_rows: what else is kept of each stream, as `StreamState` has its rows.
+        streams, num_heads, seq_len, key_dim, value_dim: As in `AttentionCache`.
+        dtype: The dtype of queries, keys and values: float32 or float64. In half precision a kept
+            query would be rounded, and would attend to other steps than when it came.
+        extra_rows: What else is kept of each stream, as `rows` in `StreamState`.
 
     Attributes:
-        keys, values, key_mask, position, compute_dtype, device_type: as of an `AttentionCache`.
+        keys, values, key_mask, position, compute_dtype, device_type: As in `AttentionCache`.
         queries: tf.Variable `[S, N, H, D]`.
-        softmax: tf.Variable float64 `[S, H, 4, N]`, of each row of the window what is subtracted
-            from its logits, its denominator, and how large this and the sums have been.
-        weighted_sum: tf.Variable float64 `[S, H, N, Dv]`, each row's sum of values.
-        made_with: tf.Variable float64 `[S, 2]`, by which arithmetic, at which position and by which
-            scale the former two were computed. If it does not fit the next step, this step computes
-            them anew from the rings. So plain TensorFlow, calls of several steps, and steps that
-            failed leave them.
+        softmax: tf.Variable float64 `[S, H, 4, N]`. For each row of the window: the value that is
+            subtracted from its logits, its denominator, and how large this and the sums have been.
+        weighted_sum: tf.Variable float64 `[S, H, N, Dv]`, each row's weighted sum of values.
+        made_with: tf.Variable float64 `[S, 2]`: the arithmetic, the position and the scale that
+            softmax and weighted_sum were computed with. If these do not fit the next step, it
+            computes both again from the rings. This is the case after steps in plain TensorFlow,
+            after calls of several steps, and after steps that failed.
 
     Raises:
-        ValueError: if a size is not a positive integer (streams: not negative), or the dtype is
-            another.
+        ValueError: If a size is not a positive integer (streams may be 0), or the dtype is neither
+            float32 nor float64.
     """
 
     _old_names: ClassVar = {"query": "queries", **AttentionCache._old_names}
 
     def __init__(
         self,
-        streams,
-        num_heads,
-        seq_len,
-        key_dim,
-        value_dim=None,
-        dtype="float32",
-        name=None,
-        extra_rows=None,
+        streams: int,
+        num_heads: int,
+        seq_len: int,
+        key_dim: int,
+        value_dim: int | None = None,
+        dtype: Any = "float32",
+        name: str | None = None,
+        extra_rows: dict[str, tuple[Any, Any]] | None = None,
     ):
         value_dim = key_dim if value_dim is None else value_dim
         sizes = dict(num_heads=num_heads, seq_len=seq_len, key_dim=key_dim, value_dim=value_dim)
@@ -72,6 +72,6 @@ class RetroactiveCache(AttentionCache):
         )
 
     @property
-    def query(self):
+    def query(self) -> tf.Tensor:
         """Deprecated: the queries as a tensor `[S, H, N, D]`. Use `queries`."""
         return self._heads_first("query")

@@ -1,8 +1,10 @@
-"""The plain-TensorFlow twin of the fused op: the same results, every row computed anew.
+"""The plain-TensorFlow twin of the fused op: the same results, every row computed again.
 
-What `single_output_twin` says of itself holds here too. Of the rows' softmax it keeps nothing, and
-marks what the fused op has kept as made with nobody's arithmetic, so that this begins anew.
+As `single_output_twin` it is written for clarity and takes no lock. It keeps no softmax of the
+rows. It marks the one that the fused op has kept as nobody's, so that the op computes it again.
 """
+
+from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -14,45 +16,45 @@ from continual_transformers_tf.ops.single_output_twin import (
     softmax,
 )
 
-# Windows are gathered for so many steps at a time that together they have about as many rows: the
-# memory of a call of many steps is that of so many rows, and their scores over the window.
+# Windows are gathered for so many steps at a time that together they have about this many rows. So
+# a call of many steps needs the memory of this many rows, and of their scores over the window.
 ROWS_PER_CHUNK = 2048
 
 
 def attend_all_steps(
-    query,
-    key,
-    value,
-    key_cache,
-    value_cache,
-    key_mask_cache,
-    position,
-    query_cache,
-    made_with,
-    streams,
-    scale,
-    key_mask,
-    update_state,
-    attention_mask=None,
-    return_attention_scores=False,
-    dropout=None,
-    advance_position=True,
-):
-    """See `ContinualTransformers>RetroactiveAttention` in cc/tensorflow/retroactive_op.cc.
+    query: tf.Tensor,
+    key: tf.Tensor,
+    value: tf.Tensor,
+    key_cache: tf.Variable,
+    value_cache: tf.Variable,
+    key_mask_cache: tf.Variable,
+    position: tf.Variable,
+    query_cache: tf.Variable,
+    made_with: tf.Variable,
+    streams: tf.Tensor,
+    scale: tf.Tensor,
+    key_mask: list[tf.Tensor],
+    update_state: bool,
+    attention_mask: tf.Tensor | None = None,
+    return_attention_scores: bool = False,
+    dropout: Callable[[tf.Tensor], tf.Tensor] | None = None,
+    advance_position: bool = True,
+) -> tuple[tf.Tensor, tf.Tensor | None, tf.Tensor]:
+    """Do what the op `ContinualTransformers>RetroactiveAttention` in cc/tensorflow does.
 
-    Differs in what it takes for the cache: variables, not their handles, and only those that it
-    uses; in `attention_mask`, bool `[M, H, T, N, N]` whose first three axes may be 1; and in
-    `dropout`, which is applied to the scores before they weight the values.
+    The differences: this takes the cache's variables, not their handles, and only those that it
+    uses; it takes `attention_mask`, bool `[M, H, T, N, N]`, whose first three axes may be 1; and it
+    takes `dropout`, a function that is applied to the scores before they weight the values.
 
     Returns:
-        (output, scores `[M, H, T, N, N]` or None where not wanted, steps_taken).
+        (output; scores `[M, H, T, N, N]`, or None if they are not wanted; steps_taken).
     """
     check_static(query, key, value, key_cache, value_cache, streams)
     key_mask = key_mask[0] if key_mask else tf.ones(sizes(query, 2), bool)
     with tf.control_dependencies(
         check_values(query, key, value, streams, position, attention_mask, key_mask, key_cache)
     ):
-        streams = tf.identity(streams)  # What comes after waits for the checks.
+        streams = tf.identity(streams)  # All that follows waits for the checks.
     start = tf.gather(position, streams)  # [M]
     seq_len = key_cache.shape[1]
 
@@ -93,7 +95,7 @@ def attend_all_steps(
     scores = tf.concat(scores, 2) if return_attention_scores else None
     steps_taken = start + tf.cast(sizes(query, 2)[1], tf.int64)
     if update_state:
-        # In a graph, what is read is read before the state changes, and what fails has failed.
+        # In a graph, all reads and all that can fail come before the first change.
         with tf.control_dependencies([queries, keys, values, output]):
             for ring, new in news:
                 put_steps(ring, new, streams, start)
@@ -106,9 +108,8 @@ def attend_all_steps(
 
 
 def _attend(queries, keys, values, taken, attended, mask, scale, dropout):
-    """queries, keys and values [M, H, t, N, D or Dv], taken and attended [M, 1, t, N]."""
-    # Selected, not multiplied by zero: what no step has written, or must not be attended to, can be
-    # NaN.
+    """Attend: queries, keys, values [M, H, t, N, D or Dv], taken and attended [M, 1, t, N]."""
+    # Select instead of multiplying by zero: a masked step, or one that was never taken, may be NaN.
     taken = tf.expand_dims(taken, -1)
     queries = tf.where(taken, queries, 0)
     keys, values = (tf.where(tf.expand_dims(attended, -1), x, 0) for x in (keys, values))

@@ -1,23 +1,25 @@
-"""Rows put into variables, and taken out of them, on every device."""
+"""Put rows into variables, and take them out, on every device."""
 
 import tensorflow as tf
 
 from continual_transformers_tf.ops.library import in_xla
 
 
-def scatter_nd_update(variable, indices, values):
-    """`variable.scatter_nd_update(indices, values)`, which for bool TensorFlow has on no GPU.
+def scatter_nd_update(variable: tf.Variable, indices: tf.Tensor, values: tf.Tensor) -> None:
+    """Call `variable.scatter_nd_update(indices, values)`, also for bool on a GPU.
+
+    TensorFlow has no kernel for bool on GPUs.
 
     Args:
-        variable: a `tf.Variable [S, ...]`.
-        indices: int32 tensor `[M, 1]`, or of a variable of two axes `[M, T, 2]`, in which each row
-            `m` of the former is of one index of the variable's first axis. Each once.
-        values: tensor `[M, ...]` or `[M, T]` of the variable's dtype.
+        variable: A `tf.Variable [S, ...]`.
+        indices: int32 tensor `[M, 1]`. For a variable with two axes also `[M, T, 2]`, in which all
+            entries of a row m have the same index of the variable's first axis. Each index once.
+        values: Tensor `[M, ...]` or `[M, T]` of the variable's dtype.
     """
     if variable.dtype != tf.bool:
         variable.scatter_nd_update(indices, values)
         return
-    # Of whole rows there is a kernel.
+    # For whole rows there is a kernel.
     if indices.shape.rank == 2:
         first = indices[:, 0]
     else:
@@ -30,14 +32,16 @@ def scatter_nd_update(variable, indices, values):
     variable.scatter_update(tf.IndexedSlices(tf.cast(values, tf.bool), first))
 
 
-def gather_nd(variable, indices):
-    """`tf.gather_nd(variable, indices)`, which for bool TensorFlow has on no GPU, nor XLA at all.
+def gather_nd(variable: tf.Variable, indices: tf.Tensor) -> tf.Tensor:
+    """Return `tf.gather_nd(variable, indices)`, also for bool on a GPU, and under XLA.
+
+    TensorFlow has no kernel for these.
 
     Args:
-        variable: a `tf.Variable [S, D, ...]`.
-        indices: int32 tensor `[M, T, 2]`, as `scatter_nd_update` has them.
+        variable: A `tf.Variable [S, D, ...]`.
+        indices: int32 tensor `[M, T, 2]`, as in `scatter_nd_update`.
     """
     if variable.dtype != tf.bool and not in_xla():
         return tf.gather_nd(variable, indices)
-    # Whole rings are then copied.
+    # This copies whole rings.
     return tf.gather(tf.gather(variable, indices[:, 0, 0]), indices[..., 1], axis=1, batch_dims=1)

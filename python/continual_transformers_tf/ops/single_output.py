@@ -3,61 +3,66 @@
 import contextlib
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.eager import record
 
 from continual_transformers_tf.ops import library, single_output_gradient, single_output_twin
+from continual_transformers_tf.ops.attention_cache import AttentionCache
 from continual_transformers_tf.ops.delay import put_steps
-from continual_transformers_tf.ops.stream_state import stream_tensor
+from continual_transformers_tf.ops.step import Step
+from continual_transformers_tf.ops.stream_numbers import stream_tensor
 
 
 def single_output_attention(
-    query,
-    key,
-    value,
-    cache,
+    query: Any,
+    key: Any,
+    value: Any,
+    cache: AttentionCache,
     *,
-    streams=None,
-    attention_mask=None,
-    key_mask=None,
-    scale=None,
-    return_attention_scores=False,
-    update_state=True,
-):
-    """Takes steps of streams: each step's query attends to the newest N steps of its stream.
+    streams: Any = None,
+    attention_mask: Any = None,
+    key_mask: Any = None,
+    scale: float | tf.Tensor | None = None,
+    return_attention_scores: bool = False,
+    update_state: bool = True,
+) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor]:
+    """Take steps of streams: each step's query attends to the N newest steps of its stream.
 
-    The N steps end with the step itself, whose key and value are among them. While a stream has
-    taken fewer than N steps, it attends to those there are. Continual single-output attention of
-    Hedegaard & Iosifidis, "Continual Transformers" (ICLR 2023, arXiv 2201.06268), section 3.3.
+    The N steps end with the step itself. A stream that has taken fewer than N steps attends to
+    these. This is the continual single-output attention of Hedegaard & Iosifidis, "Continual
+    Transformers" (ICLR 2023, arXiv 2201.06268), section 3.3.
 
-    Gradients flow to this call's queries, keys and values, and to the scale; the steps before are
-    constants to them. A graph that is differentiated from outside, by a tape around a `tf.function`
-    and not within it, has gradients where it takes several steps in a call.
+    Gradients flow to this call's queries, keys and values, and to the scale. Earlier steps are
+    constants. If the tape is outside the `tf.function`, there are gradients only if a call takes
+    several steps.
 
     Args:
-        query: `[M, H, D]`, one step of M streams, or `[M, T, H, D]`, T steps. Of the cache's dtype
-            or the dtype that it computes in.
-        key: of the shape and dtype of query.
+        query: `[M, H, D]`, one step of M streams, or `[M, T, H, D]`, T steps. The dtype is the
+            cache's, or its compute dtype.
+        key: Of the shape and dtype of query.
         value: `[M, H, Dv]` or `[M, T, H, Dv]`.
-        cache: an `AttentionCache` of S streams; changed in place.
-        streams: integers `[M]`, which stream each row belongs to, in any order, each once; None:
-            row i is stream i.
-        attention_mask: bool, which steps of the window may be attended to, oldest first (column
-            N - 1 is the newest step): `[N]`, `[M, N]`, `[M, H, N]` or `[M, H, T, N]`. None: all.
-        key_mask: bool `[M]` or `[M, T]`, which of these steps have a key: one that has none is
-            attended to neither now nor later, but its stream advances. None: all.
-        scale: what the logits are multiplied by; None: 1 / sqrt(D).
-        return_attention_scores: whether to return the softmax too.
-        update_state: if False, nothing changes: the output is that of the next real call.
+        cache: An `AttentionCache` of S streams. It is changed in place.
+        streams: Integers `[M]`: the stream of each row, in any order, each once; None: row i is
+            stream i.
+        attention_mask: bool: which steps of the window the query may attend to, oldest first
+            (column N - 1 is the newest step): `[N]`, `[M, N]`, `[M, H, N]` or `[M, H, T, N]`.
+            None: all.
+        key_mask: bool `[M]` or `[M, T]`: which of these steps have a key. No query attends to a
+            step without one, now or later, but its stream advances. None: all.
+        scale: The factor of the logits; None: 1 / sqrt(D).
+        return_attention_scores: Whether to return the softmax too.
+        update_state: False: nothing changes, and the output is that of the next real call.
 
     Returns:
-        `[M, H, Dv]` or `[M, T, H, Dv]`, of the query's dtype; zeros where everything is masked.
+        `[M, H, Dv]` or `[M, T, H, Dv]`, of the query's dtype: zeros where everything is masked.
         With return_attention_scores also `[M, H, N]` or `[M, H, T, N]`: the softmax over the
         window, oldest step first, 0 where there was no step yet.
 
     Raises:
-        ValueError, tf.errors.InvalidArgumentError: if shapes, dtypes or streams do not fit the
+        ValueError, tf.errors.InvalidArgumentError: If shapes, dtypes or streams do not fit the
             cache or each other. The cache is then as it was.
     """
     if not tf.is_tensor(query):
@@ -93,39 +98,39 @@ def single_output_attention(
 
 
 def attend_steps(
-    query,
-    key,
-    value,
-    cache,
+    query: tf.Tensor,
+    key: tf.Tensor,
+    value: tf.Tensor,
+    cache: AttentionCache,
     *,
-    streams,
-    attention_mask=None,
-    key_mask=None,
-    scale=None,
-    return_attention_scores=False,
-    update_state=True,
-    advance_position=True,
-    training=None,
-    dropout=None,
-):
-    """`single_output_attention` for those who hold tensors of the right ranks: one op, eagerly.
+    streams: tf.Tensor,
+    attention_mask: tf.Tensor | None = None,
+    key_mask: tf.Tensor | None = None,
+    scale: float | tf.Tensor | None = None,
+    return_attention_scores: bool = False,
+    update_state: bool = True,
+    advance_position: bool = True,
+    training: bool | None = None,
+    dropout: Callable[[tf.Tensor], tf.Tensor] | None = None,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Do what `single_output_attention` does, for tensors of the right ranks: one op in eager mode.
 
     Args:
-        query: tensor `[M, T, H, D]` of the cache's compute dtype.
-        key, value: tensors `[M, T, H, D]` and `[M, T, H, Dv]` of the cache's dtype.
-        cache, scale, return_attention_scores, update_state: as there.
+        query: Tensor `[M, T, H, D]` of the cache's compute dtype.
+        key, value: Tensors `[M, T, H, D]` and `[M, T, H, Dv]` of the cache's dtype.
+        cache, scale, return_attention_scores, update_state: As in `single_output_attention`.
         streams: int32 tensor `[M]`.
-        attention_mask: bool tensor `[M, H, T, N]`, the first three axes may be 1; or None.
+        attention_mask: bool tensor `[M, H, T, N]`, whose first three axes may be 1; or None.
         key_mask: bool tensor `[M, T]`, or None.
-        advance_position: if False, the rings are written, but `cache.position` stays: the caller
-            advances it. A call of one step whose position stays can be taken again.
-        training: whether a graph may be asked for gradients; None: where it takes several steps.
-        dropout: what is applied to the scores before they weight the values; None: nothing. With
-            it plain TensorFlow is used: the fused op has no random numbers.
+        advance_position: False: the rings are written, but the caller advances `cache.position`.
+            Until then a call of one step can be repeated.
+        training: Whether a graph may be asked for gradients; None: if it takes several steps.
+        dropout: A function that is applied to the scores before they weight the values; None: none.
+            It makes the call use plain TensorFlow, because the fused op has no random numbers.
 
     Returns:
-        (output `[M, T, H, Dv]`, scores `[M, H, T, N]`, or of no columns where not wanted, and
-        int64 `[M]`, the steps that each of these streams has taken, these among them).
+        (output `[M, T, H, Dv]`; scores `[M, H, T, N]`, without columns if they are not wanted;
+        int64 `[M]`, the number of steps that each of these streams has taken, these included).
     """
     fused = library.fused_ops(cache.device_type) if dropout is None else None
     scale = scale_tensor(
@@ -163,7 +168,13 @@ def attend_steps(
         )[:3]
 
 
-def put_window(cache, key, value, key_mask, step):
+def put_window(
+    cache: AttentionCache,
+    key: tf.Tensor,
+    value: tf.Tensor,
+    key_mask: tf.Tensor | None,
+    step: Step,
+) -> None:
     """Put a step's keys and values into the rings, as `attend_steps` does with `update_state`.
 
     Args:
@@ -178,11 +189,11 @@ def put_window(cache, key, value, key_mask, step):
 
 
 def _gradient_may_be_wanted(inputs, training):
-    """Whether the op is to return what its gradient needs, which costs it a copy of the window."""
+    """Return whether the op must return what its gradient needs, a copy of the window."""
     if record.should_record_backprop(inputs):
         return True
-    # A graph does not see a tape outside it. One of a single step is taken to be serving, for which
-    # the copy would be half its time; to one of many steps it adds little.
+    # A graph does not see a tape outside it. A graph of a single step is assumed to serve: the copy
+    # would be half its time. A graph of many steps hardly notices it.
     return not tf.executing_eagerly() and (
         inputs[0].shape[1] != 1 if training is None else bool(training)
     )
@@ -193,18 +204,20 @@ tf.RegisterGradient("ContinualTransformers>SingleOutputAttention")(
 )
 
 
-def expand_mask(mask, m, t, cache, all_rows=False):
-    """A user's mask with its missing axes as 1: bool tensor `[M, H, T, N]`, or None for None.
+def expand_mask(
+    mask: Any, m: int | None, t: int | None, cache: AttentionCache, all_rows: bool = False
+) -> tf.Tensor | None:
+    """Return a user's mask with its missing axes as 1: a bool tensor `[M, H, T, N]`; None for None.
 
     Args:
         mask: `[N]`, `[M, N]`, `[M, H, N]` or `[M, H, T, N]`.
-        m, t: M and T; None where they are not known.
-        cache: the `AttentionCache` whose H and N it must fit.
-        all_rows: whether all queries of the window attend: then it is `[N, N]` that is N above, the
-            queries first.
+        m, t: M and T; None if they are not known.
+        cache: The `AttentionCache` whose H and N it must fit.
+        all_rows: Whether all queries of the window attend. The mask then has `[N, N]` in place of
+            `[N]`, the queries first.
 
     Raises:
-        ValueError: if it is not bool, or does not fit.
+        ValueError: If it is not bool, or does not fit.
     """
     if mask is None:
         return None
@@ -230,17 +243,17 @@ def expand_mask(mask, m, t, cache, all_rows=False):
     return mask
 
 
-def expand_key_mask(name, mask, query, one_step):
-    """A user's mask of this call's steps as a bool tensor `[M, T]`, or None for None.
+def expand_key_mask(name: str, mask: Any, query: tf.Tensor, one_step: bool) -> tf.Tensor | None:
+    """Return a user's mask of this call's steps as a bool tensor `[M, T]`; None for None.
 
     Args:
-        name: of the argument, for the message.
-        mask: `[M]` if `one_step`, or else `[M, T]`.
-        query: tensor `[M, T, ...]`, whose M and T it must fit.
-        one_step: whether the call is of one step.
+        name: The name of the argument, for the message.
+        mask: `[M]` if `one_step`, otherwise `[M, T]`.
+        query: Tensor `[M, T, ...]`, whose M and T it must fit.
+        one_step: Whether the call takes one step.
 
     Raises:
-        ValueError: if it is not bool, or does not fit.
+        ValueError: If it is not bool, or does not fit.
     """
     if mask is None:
         return None
@@ -261,13 +274,13 @@ def _bool_tensor(name, mask):
     return mask
 
 
-def scale_tensor(scale, on_host=False):
-    """What the logits are multiplied by as a float64 tensor, which the ops take.
+def scale_tensor(scale: float | tf.Tensor, on_host: bool = False) -> tf.Tensor:
+    """Return the factor of the logits as a float64 tensor, which the ops take.
 
     Args:
-        scale: float or tensor.
-        on_host: whether a graph on a GPU keeps it on the host, where that op wants it which does
-            not compute in plain TensorFlow: from the GPU it would come back at every step.
+        scale: A float or tensor.
+        on_host: Whether a graph on a GPU keeps it on the host. The fused op needs it there, and
+            would otherwise copy it from the GPU at every step.
     """
     if tf.is_tensor(scale):
         return tf.cast(scale, tf.float64)
@@ -277,7 +290,7 @@ def scale_tensor(scale, on_host=False):
         return tf.constant(scale, tf.float64)
 
 
-# A float handed to an eager op becomes a tensor at every call; these few are kept.
+# An eager op makes a tensor of a float at every call. These few are kept.
 @functools.lru_cache(maxsize=64)
 def _constant_scale(scale):
     with tf.device("CPU:0"):

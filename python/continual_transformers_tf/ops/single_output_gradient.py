@@ -1,13 +1,15 @@
 """The gradient of continual single-output attention, by matrix products.
 
-A step's query attends to N columns of what is, for the call as a whole, one row of N - 1 + T keys.
-So the gradient of many steps is that of attention under a band, and is computed for as many queries
-at a time as a window is long: at most twice the work, all of it in large products.
+The call as a whole has one row of N - 1 + T keys, and each step's query attends to N columns of it.
+So the gradient of many steps is that of attention with a band as its mask. It is computed for as
+many queries at a time as a window is long: at most twice the work, all of it in large products.
 """
+
+from typing import Any
 
 import tensorflow as tf
 
-# Queries that are worth a product of their own, however short the window.
+# At least so many queries are computed at a time, however short the window is.
 LEAST_QUERIES = 64
 
 NO_GRADIENT = (
@@ -16,13 +18,15 @@ NO_GRADIENT = (
 )
 
 
-def op_gradient(op, output_gradient, scores_gradient, *_):
-    """Of `ContinualTransformers>SingleOutputAttention`, to the query, key, value and scale.
+def op_gradient(
+    op: tf.Operation, output_gradient: tf.Tensor, scores_gradient: tf.Tensor, *_: Any
+) -> list[tf.Tensor | None]:
+    """Return the gradient of `ContinualTransformers>SingleOutputAttention` to each of its inputs.
 
-    The rings are constants to it. The steps in them are those that the op returned; it must not ask
-    the rings themselves, which the op has overwritten. If it was not asked to return them, there is
-    no gradient: tf.errors.InvalidArgumentError, when one is computed, and not yet here, where
-    TensorFlow prepares for gradients that nobody may ask for.
+    Only the query, key, value and scale have one: the rings are constants. The op has returned the
+    steps in the rings, and has then overwritten them. If it has not returned them, there is no
+    gradient. Then this fails with tf.errors.InvalidArgumentError when it runs, and not here:
+    TensorFlow also prepares gradients that nobody asks for.
     """
     if not op.get_attr("return_window"):
         with tf.control_dependencies([tf.debugging.Assert(False, [NO_GRADIENT])]):
@@ -52,16 +56,16 @@ def op_gradient(op, output_gradient, scores_gradient, *_):
 
 
 def _gradients(query, keys, values, has_key, position, mask, scale, d_output, d_scores):
-    """The gradients to query, key, value and scale.
+    """Return the gradients to query, key, value and scale.
 
     Args:
         query: `[M, T, H, D]`.
         keys, values: `[M, H, N - 1 + T, D | Dv]`; column c is step position - (N - 1) + c.
-        has_key: bool `[M, N - 1 + T]`, of the same columns.
-        position: int64 `[M]`, the steps taken before.
+        has_key: bool `[M, N - 1 + T]`: which of these columns have a key.
+        position: int64 `[M]`: the number of steps taken before.
         mask: bool `[M | 1, H | 1, T | 1, N]` or None.
         scale: float64 scalar.
-        d_output, d_scores: the gradients of the outputs, `[M, T, H, Dv]` and `[M, H, T, N]` or
+        d_output, d_scores: The gradients of the outputs, `[M, T, H, Dv]` and `[M, H, T, N]` or
             None.
     """
     dtype, cache_dtype = query.dtype, keys.dtype
@@ -81,7 +85,7 @@ def _gradients(query, keys, values, has_key, position, mask, scale, d_output, d_
     for first in range(0, query.shape[2] or 1, at_once or 1):
         last = num_steps if at_once is None else tf.minimum(first + at_once, num_steps)
         chunk = slice(first, last)
-        span = slice(first, last + before)  # Of columns: those of its first query to its last's.
+        span = slice(first, last + before)  # The columns of the chunk's queries.
         age = columns[span] - tf.range(num_steps)[chunk, tf.newaxis]  # 0: the window's oldest step.
         attended = ((age >= 0) & (age <= before)) & has_key[:, tf.newaxis, tf.newaxis, span]
         if mask is not None:
@@ -89,8 +93,8 @@ def _gradients(query, keys, values, has_key, position, mask, scale, d_output, d_
         q, k, v = query[:, :, chunk], keys[:, :, span], values[:, :, span]
         products = tf.where(attended, tf.matmul(q, k, transpose_b=True), 0)
         weights = _softmax(scale * products, attended)
-        # What was not attended to, or attended to nothing, may be NaN, and zero times NaN is NaN.
-        # What was has by now made the weights NaN, or the loss.
+        # Masked steps and queries may be NaN, and zero times NaN is NaN. A NaN that was attended
+        # to has by now made the weights NaN, or the loss.
         q, k, v = (tf.where(tf.math.is_finite(x), x, 0) for x in (q, k, v))
         d_weights = tf.matmul(d_output[:, :, chunk], v, transpose_b=True)
         if d_scores is not None:
@@ -119,7 +123,7 @@ def _softmax(logits, attended):
 
 
 def _by_age(x, age):
-    """x `[M, H, t | 1, N]` of a window's columns, as `[M, H, t, C]` of those that are so old."""
+    """Return x `[M, H, t | 1, N]`, by columns of the window, by these ages: `[M, H, t, C]`."""
     age = tf.clip_by_value(age, 0, tf.shape(x)[3] - 1)
     if x.shape[2] == 1 and age.shape[0] != 1:
         return tf.gather(x[:, :, 0], age, axis=2)
@@ -128,5 +132,5 @@ def _by_age(x, age):
 
 
 def _heads_first(x):
-    """`[M, T, H, D]` as `[M, H, T, D]`, and back."""
+    """Turn `[M, T, H, D]` into `[M, H, T, D]`, or back."""
     return tf.transpose(x, (0, 2, 1, 3))

@@ -1,43 +1,45 @@
 """The plain-TensorFlow twin of the fused op: the same signature, the same results.
 
-It gathers each query's window and attends to it, which any TensorFlow runs, on any device, under
-XLA too, and which is easy to see to be right. What it lacks is the fused op's speed, and in a graph
-its lock: two threads must not step one cache at the same time. XLA leaves assertions out, so under
-`jit_compile=True` the numbers of streams are not checked.
+It gathers each query's window and attends to it. It runs in any TensorFlow, on any device, also
+under XLA, and is written for clarity, not speed. Unlike the fused op it takes no lock in a graph:
+its caller must see to it that no two threads step one cache at the same time. XLA leaves assertions
+out, so under `jit_compile=True` the numbers of streams are not checked.
 """
+
+from collections.abc import Callable
 
 import tensorflow as tf
 
 from continual_transformers_tf.ops.delay import minimum, put_steps, sizes, steps_before
-from continual_transformers_tf.ops.stream_state import check_streams, stream_assertions
+from continual_transformers_tf.ops.stream_numbers import check_streams, stream_assertions
 
-# Windows are gathered for this many steps at a time at the most: the memory of a call of many steps
-# is that of this many windows.
+# Windows are gathered for at most this many steps at a time. So a call of many steps needs the
+# memory of this many windows.
 STEPS_PER_CHUNK = 64
 
 
 def attend_steps(
-    query,
-    key,
-    value,
-    key_cache,
-    value_cache,
-    key_mask_cache,
-    position,
-    streams,
-    scale,
-    attention_mask,
-    key_mask,
-    return_attention_scores,
-    update_state,
-    dropout=None,
-    advance_position=True,
-):
-    """See `ContinualTransformers>SingleOutputAttention` in cc/tensorflow/single_output_op.cc.
+    query: tf.Tensor,
+    key: tf.Tensor,
+    value: tf.Tensor,
+    key_cache: tf.Variable,
+    value_cache: tf.Variable,
+    key_mask_cache: tf.Variable,
+    position: tf.Variable,
+    streams: tf.Tensor,
+    scale: tf.Tensor,
+    attention_mask: list[tf.Tensor],
+    key_mask: list[tf.Tensor],
+    return_attention_scores: bool,
+    update_state: bool,
+    dropout: Callable[[tf.Tensor], tf.Tensor] | None = None,
+    advance_position: bool = True,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Do what the op `ContinualTransformers>SingleOutputAttention` in cc/tensorflow does.
 
-    Differs in what it takes for the cache: variables, not their handles; in `dropout`, which is
-    applied to the scores before they weight the values; and in that it need not return a window for
-    its gradient.
+    The differences: this takes the cache's variables, not their handles; it takes `dropout`, a
+    function that is applied to the scores before they weight the values; and it returns no window
+    for its gradient.
     """
     mask = attention_mask[0] if attention_mask else None
     check_static(query, key, value, key_cache, value_cache, streams)
@@ -45,7 +47,7 @@ def attend_steps(
     with tf.control_dependencies(
         check_values(query, key, value, streams, position, mask, key_mask, key_cache)
     ):
-        streams = tf.identity(streams)  # What comes after waits for the checks.
+        streams = tf.identity(streams)  # All that follows waits for the checks.
     start = tf.gather(position, streams)  # [M]
     seq_len = key_cache.shape[1]
 
@@ -86,7 +88,7 @@ def attend_steps(
         scores = scores[..., :0]
     steps_taken = start + tf.cast(sizes(query, 2)[1], tf.int64)
     if update_state:
-        # In a graph, what is read is read before the state changes, and what fails has failed.
+        # In a graph, all reads and all that can fail come before the first change.
         with tf.control_dependencies([keys, values, output, scores]):
             for ring, new in news:
                 put_steps(ring, new, streams, start)
@@ -96,10 +98,10 @@ def attend_steps(
 
 
 def _attend(query, keys, values, attended, scale, dropout):
-    """query [M, t, H, D], keys [M, H, t, N, D], values [M, H, t, N, Dv], attended [M, *, t, N]."""
-    dtype = query.dtype  # Half precision is what is kept, not what is computed in.
+    """Attend: query [M, t, H, D], keys and values [M, H, t, N, D or Dv], attended [M, *, t, N]."""
+    dtype = query.dtype  # Half precision is for the rings only.
     scale = tf.cast(scale, dtype)
-    # Selected, not multiplied by zero: what may not be attended to can be NaN.
+    # Select instead of multiplying by zero: a masked step may be NaN.
     whole_rows = tf.expand_dims(attended, -1)
     keys = tf.where(whole_rows, tf.cast(keys, dtype), 0)
     values = tf.where(whole_rows, tf.cast(values, dtype), 0)
@@ -108,23 +110,30 @@ def _attend(query, keys, values, attended, scale, dropout):
     return tf.einsum("mhtn,mhtnd->mthd", dropped, values), weights
 
 
-def softmax(logits, attended):
-    """The softmax over the last axis, of what is attended to; zeros where nothing is."""
+def softmax(logits: tf.Tensor, attended: tf.Tensor) -> tf.Tensor:
+    """Return the softmax of the attended logits over the last axis; zeros if there are none."""
     logits = tf.where(attended, logits, -float("inf"))
     highest = tf.reduce_max(logits, -1, keepdims=True)
     highest = tf.where(tf.math.is_inf(highest) & (highest < 0), tf.zeros_like(highest), highest)
     weights = tf.exp(logits - highest)
-    # A row where nothing is attended to: zeros, not 0 / 0.
+    # A row that attends to nothing is zeros, not 0 / 0.
     return tf.math.divide_no_nan(weights, tf.reduce_sum(weights, -1, keepdims=True))
 
 
-def heads_first(x):
+def heads_first(x: tf.Tensor) -> tf.Tensor:
     """Return `[M, T, H, D]` as `[M, H, T, D]`."""
     return tf.transpose(x, (0, 2, 1, 3))
 
 
-def check_static(query, key, value, key_cache, value_cache, streams):
-    """What the shapes that are known say, as the op's shape function has it."""
+def check_static(
+    query: tf.Tensor,
+    key: tf.Tensor,
+    value: tf.Tensor,
+    key_cache: tf.Variable,
+    value_cache: tf.Variable,
+    streams: tf.Tensor,
+) -> None:
+    """Raise ValueError if known shapes do not fit, as the op's shape function does."""
     for name, tensor, axes in (
         ("query", query, "[M, T, H, D]"),
         ("key", key, "[M, T, H, D]"),
@@ -147,8 +156,17 @@ def check_static(query, key, value, key_cache, value_cache, streams):
         raise ValueError(f"Expected at least one step, but got query {query.shape}")
 
 
-def check_values(query, key, value, streams, position, mask, key_mask, key_cache):
-    """What only the values can say. Eagerly it is said at once; in a graph by the ops returned."""
+def check_values(
+    query: tf.Tensor,
+    key: tf.Tensor,
+    value: tf.Tensor,
+    streams: tf.Tensor,
+    position: tf.Variable,
+    mask: tf.Tensor | None,
+    key_mask: tf.Tensor,
+    key_cache: tf.Variable,
+) -> list[tf.Operation]:
+    """Check the values: in eager mode at once, in a graph by the ops that it returns."""
     if tf.executing_eagerly():
         check_streams(streams.numpy(), int(tf.shape(position)[0]))
         return []
