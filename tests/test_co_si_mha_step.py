@@ -15,7 +15,7 @@ import tensorflow as tf
 import continual_transformers_tf as ct
 import reference
 from co_si_mha_cases import E, H, N, pair
-from continual_transformers_tf.ops.co_si_step import MHA_STEP, co_si_step, handles
+from continual_transformers_tf.ops.layer_step import MHA_STEP, handles, layer_step
 from errors import BAD_INPUT
 
 # Few cases that cover the options of the layer; the steps cover inputs, masks and scores.
@@ -103,7 +103,7 @@ def test_a_step_that_leaves_the_position(monkeypatch, random, options):
         inputs = (x, [], [], handles(step._variables), [], [], [], [])
         # A layer with a delay overwrites a waiting query, so its step cannot be repeated.
         for _ in range(1 if layer.delay else 2):
-            result, _ = co_si_step(fused, MHA_STEP, *inputs, **attributes)
+            result, _ = layer_step(fused, MHA_STEP, *inputs, **attributes)
             if expected is not None:  # While the first queries wait, the op gives zeros.
                 np.testing.assert_array_equal(result, expected)
         assert cache.position.numpy() == t

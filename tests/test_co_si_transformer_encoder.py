@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import continual_transformers_tf as ct
 import reference
-from continual_transformers_tf.ops.co_si_step import ENCODER_STEP, co_si_step, handles
+from continual_transformers_tf.ops.layer_step import ENCODER_STEP, handles, layer_step
 from encoder_cases import FF, E, H, N, RegularEncoder
 from errors import BAD_INPUT
 
@@ -121,7 +121,7 @@ def test_a_step_that_leaves_the_position(monkeypatch, random):
         after = layer.get_state()
         layer.set_state(state)
         for _ in range(2):
-            (result,) = co_si_step(
+            (result,) = layer_step(
                 step._fused, ENCODER_STEP, x, handles(step._variables), [],
                 advance_position=False, sequence_first=True, **layer._fused_attributes(),
             )  # fmt: skip

@@ -17,8 +17,8 @@ from continual_transformers_tf.layers.narrow_kernels import NarrowKernels
 from continual_transformers_tf.layers.plain_layers import cast, project
 from continual_transformers_tf.layers.streaming_attention import StepMasks, StreamingAttention
 from continual_transformers_tf.ops.attention_cache import AttentionCache
-from continual_transformers_tf.ops.co_si_step import MHA_STEP
 from continual_transformers_tf.ops.delay import delayed_steps, put_steps
+from continual_transformers_tf.ops.layer_step import MHA_STEP
 from continual_transformers_tf.ops.single_output import attend_steps, put_window
 from continual_transformers_tf.ops.step import Step
 from continual_transformers_tf.ops.stream_state import check_integer

@@ -11,7 +11,7 @@ from continual_transformers_tf.layers.fused_step import FusedStepLayer
 from continual_transformers_tf.layers.inputs import TensorLike, check_features
 from continual_transformers_tf.layers.narrow_kernels import NarrowKernels
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
-from continual_transformers_tf.ops.co_si_step import ENCODER_STEP
+from continual_transformers_tf.ops.layer_step import ENCODER_STEP
 from continual_transformers_tf.ops.step import Step
 
 # The activations that the fused op knows, and its names for them. A step of a block with any other

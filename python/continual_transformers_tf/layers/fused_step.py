@@ -11,7 +11,7 @@ from tensorflow.python.eager import record
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.narrow_kernels import NarrowKernels
 from continual_transformers_tf.ops.attention_cache import AttentionCache
-from continual_transformers_tf.ops.co_si_step import co_si_step, handles
+from continual_transformers_tf.ops.layer_step import handles, layer_step
 from continual_transformers_tf.ops.library import fused_ops, has_kernel, in_xla
 from continual_transformers_tf.ops.stream_numbers import stream_tensor
 
@@ -101,7 +101,7 @@ class FusedStep:
             else:
                 streams = stream_tensor(streams)
         with all_streams.turn():
-            result, *others = co_si_step(
+            result, *others = layer_step(
                 self._fused,
                 self._op,
                 *inputs,

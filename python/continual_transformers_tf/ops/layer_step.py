@@ -13,7 +13,7 @@ ENCODER_STEP = "ContinualTransformers>CoSiTransformerEncoderStep"
 def handles(variables: Sequence[tf.Variable]) -> list[tf.Tensor]:
     """Return the handles of the variables that the op reads and changes."""
     if tf.executing_eagerly():
-        # Nobody records this call: `one_op_step` has looked.
+        # No tape records this call: `FusedStepLayer._step_as_one_op` has checked that.
         return [variable.handle for variable in variables]
     for variable in variables:
         # As reading it would: a graph that is saved must know its variables.
@@ -21,7 +21,7 @@ def handles(variables: Sequence[tf.Variable]) -> list[tf.Tensor]:
     return [variable.handle for variable in variables]
 
 
-def co_si_step(fused: Any, op: str, *inputs: Any, **attributes: Any) -> tuple:
+def layer_step(fused: Any, op: str, *inputs: Any, **attributes: Any) -> tuple:
     """Call one of the two ops. `cc/tensorflow` documents them.
 
     Args:
