@@ -412,7 +412,7 @@ class StepGraph:
     def _run_continual(
         self, node: Node, values: dict[int, tf.Tensor], step: Step, training: bool | None
     ) -> Any:
-        options = {"update_state": step.update_state}
+        options: dict[str, Any] = {"update_state": step.update_state}
         if not (step.one_row and _steps_in_one_op(node.operation)):
             return _call(node, values, training, **options)
         rows = {id(x): _without_time(values[id(x)]) for x in node.input_tensors if id(x) in values}

@@ -95,7 +95,7 @@ class AttentionCache(StreamState):
         """Deprecated: the values as a tensor `[S, H, N, Dv]`. Use `values`."""
         return self._heads_first("value")
 
-    def _heads_first(self, old_name):
+    def _heads_first(self, old_name: str) -> tf.Tensor:
         name = self._old_names[old_name]
         warnings.warn(
             f"{type(self).__name__}.{old_name} is deprecated: use {name}, whose axes are "

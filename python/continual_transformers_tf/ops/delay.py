@@ -94,8 +94,10 @@ def minimum(a: int | tf.Tensor, b: int | tf.Tensor) -> int | tf.Tensor:
     return tf.minimum(a, b) if tf.is_tensor(a) or tf.is_tensor(b) else min(a, b)
 
 
-def _rows(ring, streams, first_step, count):
-    """Return where `count` steps from first_step `[M]` on lie: int32 `[M, count, 2]`."""
+def _rows(
+    ring: tf.Variable, streams: tf.Tensor, first_step: tf.Tensor, count: int | tf.Tensor
+) -> tf.Tensor:
+    """Return the (stream, row) of `count` steps from first_step `[M]` on: int32 `[M, count, 2]`."""
     steps = tf.expand_dims(first_step, 1) + tf.range(tf.cast(count, tf.int64))
     rows = tf.cast(tf.math.floormod(steps, tf.constant(ring.shape[1], tf.int64)), tf.int32)
     return tf.stack([tf.broadcast_to(tf.expand_dims(streams, 1), tf.shape(rows)), rows], -1)

@@ -44,7 +44,7 @@ def stateful_ops(graph: tf.Graph, first: int, handles: list[tf.Tensor]) -> list[
     resources = {op: [x for x in op.inputs if x.dtype == tf.resource] for op in ops}
     changed = {id(x) for op, inputs in resources.items() if op.type not in READS for x in inputs}
 
-    def matters(op):
+    def matters(op: tf.Operation) -> bool:
         if op.type not in READS:
             return op._is_stateful or bool(resources[op])
         handle = resources[op][0]
@@ -59,7 +59,7 @@ def wait_for(op: tf.Operation, other: tf.Operation) -> None:
     op._add_control_input(other)
 
 
-def _origin(tensor, captured):
+def _origin(tensor: tf.Tensor, captured: dict[int, dict[int, tf.Tensor]]) -> tf.Tensor | None:
     """Return the eager tensor that a function's tensor was captured from; None: there is none.
 
     Args:

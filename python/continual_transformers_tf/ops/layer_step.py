@@ -21,7 +21,7 @@ def handles(variables: Sequence[tf.Variable]) -> list[tf.Tensor]:
     return [variable.handle for variable in variables]
 
 
-def layer_step(fused: Any, op: str, *inputs: Any, **attributes: Any) -> tuple:
+def layer_step(fused: Any, op: str, *inputs: Any, **attributes: Any) -> tuple[Any, ...]:
     """Call one of the two ops. `cc/tensorflow` documents them.
 
     Args:
@@ -43,9 +43,9 @@ def layer_step(fused: Any, op: str, *inputs: Any, **attributes: Any) -> tuple:
     return (fused.continual_transformers_co_si_transformer_encoder_step(*inputs, **attributes),)
 
 
-def _gradient(op, *_):
-    # This fails when it runs, and not here: TensorFlow also prepares gradients that nobody asks
-    # for, as when it saves a graph.
+def _gradient(op: tf.Operation, *_: Any) -> list[tf.Tensor | None]:
+    # Fail when the gradient runs, not here: TensorFlow also builds gradients that no one asks for,
+    # for example when it saves a graph.
     message = (
         "Expected a step that is differentiated to be taken with training=True: a graph does not "
         "see a tape outside it, and takes its step for serving, by an op without a gradient"

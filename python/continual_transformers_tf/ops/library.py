@@ -45,7 +45,7 @@ def built_for(path: str | Path) -> str | None:
 
 
 @functools.cache
-def _load():
+def _load() -> tuple[Any, str | None]:
     """Load the library once, and return (its Python module, None) or (None, the reason)."""
     if not LIBRARY_PATH.exists():
         others = ", ".join(native.op_libraries())
@@ -74,7 +74,7 @@ def _load():
 
 
 @functools.cache
-def _warn_once(reason):
+def _warn_once(reason: str | None) -> None:
     warnings.warn(
         "continual_transformers_tf runs without its fused kernels, in plain TensorFlow: the same "
         f"results, slower. The reason: {reason} (Set {BACKEND_VARIABLE}=tensorflow to choose plain "
@@ -121,7 +121,7 @@ def has_kernel(op: str, device_type: str) -> bool:
     return device_type in _registered_device_types(op)
 
 
-def _no_kernel(op, device_type):
+def _no_kernel(op: str, device_type: str) -> str:
     """Return why an op has no kernel for a type of devices, and what to do about it."""
     if device_type == "GPU" and not has_kernel(SINGLE_OUTPUT, "GPU"):
         return (
@@ -155,7 +155,7 @@ def kernels() -> frozenset[str]:
 
 
 @functools.cache
-def _registered_device_types(op):
+def _registered_device_types(op: str) -> frozenset[str]:
     _load()
     registered = kernel_registry.get_registered_kernels_for_op(op)
     return frozenset(kernel.device_type for kernel in registered.kernel)

@@ -97,7 +97,9 @@ def retroactive_attention(
         value,
         cache,
         streams=stream_tensor(tf.range(tf.shape(query)[0]) if streams is None else streams),
-        attention_mask=expand_mask(attention_mask, *query.shape[:2], cache, all_rows=True),
+        attention_mask=expand_mask(
+            attention_mask, query.shape[0], query.shape[1], cache, all_rows=True
+        ),
         key_mask=expand_key_mask("key_mask", key_mask, query, one_step),
         scale=scale,
         return_attention_scores=return_attention_scores,
@@ -223,9 +225,8 @@ def check_algorithm(algorithm: str) -> None:
 
 
 @tf.RegisterGradient(OP)
-def _no_gradient(op, *_):
-    # This fails when it runs, and not here: TensorFlow also prepares gradients that nobody asks
-    # for.
+def _no_gradient(op: tf.Operation, *_: Any) -> list[tf.Tensor | None]:
+    # Fail when the gradient runs, not here: TensorFlow also builds gradients that no one asks for.
     with tf.control_dependencies([tf.debugging.Assert(False, [NO_GRADIENT])]):
         of_inputs = [tf.identity(tf.zeros_like(x)) for x in op.inputs[:3]]
     return of_inputs + [None] * (len(op.inputs) - 3)

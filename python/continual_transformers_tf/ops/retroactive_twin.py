@@ -69,7 +69,7 @@ def attend_all_steps(
     num_steps = query.shape[1]
     chunk = max(1, ROWS_PER_CHUNK // seq_len) if num_steps is not None else tf.shape(query)[1]
     first_column = tf.expand_dims(start, 1) - seq_len  # Its step.
-    outputs, scores = [], []
+    outputs, weights_of_chunks = [], []
     for first in [0] if num_steps is None else range(0, num_steps, chunk):
         steps = tf.range(first, minimum(first + chunk, sizes(query, 2)[1]))
         # Step t's window is columns t + 1, ..., t + N.
@@ -80,7 +80,9 @@ def attend_all_steps(
         if mask is not None and mask.shape[2] != 1 and num_steps is not None:
             mask = mask[:, :, first : first + chunk]
         output, weights = _attend(
-            *(tf.gather(x, columns, axis=2) for x in (queries, keys, values)),
+            tf.gather(queries, columns, axis=2),
+            tf.gather(keys, columns, axis=2),
+            tf.gather(values, columns, axis=2),
             tf.expand_dims(taken, 1),
             tf.expand_dims(taken & tf.gather(has_key, columns, axis=1), 1),
             mask,
@@ -89,10 +91,10 @@ def attend_all_steps(
         )
         outputs.append(output)
         if return_attention_scores:
-            scores.append(weights)
+            weights_of_chunks.append(weights)
 
     output = tf.concat(outputs, 1)
-    scores = tf.concat(scores, 2) if return_attention_scores else None
+    scores = tf.concat(weights_of_chunks, 2) if return_attention_scores else None
     steps_taken = start + tf.cast(sizes(query, 2)[1], tf.int64)
     if update_state:
         # In a graph, all reads and all that can fail come before the first change.
@@ -107,7 +109,16 @@ def attend_all_steps(
     return output, scores, steps_taken
 
 
-def _attend(queries, keys, values, taken, attended, mask, scale, dropout):
+def _attend(
+    queries: tf.Tensor,
+    keys: tf.Tensor,
+    values: tf.Tensor,
+    taken: tf.Tensor,
+    attended: tf.Tensor,
+    mask: tf.Tensor | None,
+    scale: tf.Tensor,
+    dropout: Callable[[tf.Tensor], tf.Tensor] | None,
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Attend: queries, keys, values [M, H, t, N, D or Dv], taken and attended [M, 1, t, N]."""
     # Select instead of multiplying by zero: a masked step, or one that was never taken, may be NaN.
     taken = tf.expand_dims(taken, -1)

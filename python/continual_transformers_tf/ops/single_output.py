@@ -138,7 +138,7 @@ def attend_steps(
         on_host=fused is not None and cache.device_type == "GPU",
     )
     inputs = dict(query=query, key=key, value=value, streams=streams, scale=scale)
-    options = dict(
+    options: dict[str, Any] = dict(
         attention_mask=[] if attention_mask is None else [attention_mask],
         key_mask=[] if key_mask is None else [key_mask],
         return_attention_scores=return_attention_scores,
@@ -188,7 +188,7 @@ def put_window(
         put_steps(ring, new, step.numbers, step.position)
 
 
-def _gradient_may_be_wanted(inputs, training):
+def _gradient_may_be_wanted(inputs: list[tf.Tensor], training: bool | None) -> bool:
     """Return whether the op must return what its gradient needs, a copy of the window."""
     if record.should_record_backprop(inputs):
         return True
@@ -267,7 +267,7 @@ def expand_key_mask(name: str, mask: Any, query: tf.Tensor, one_step: bool) -> t
     return tf.expand_dims(mask, 1) if one_step else mask
 
 
-def _bool_tensor(name, mask):
+def _bool_tensor(name: str, mask: Any) -> tf.Tensor:
     mask = tf.convert_to_tensor(mask)
     if mask.dtype != tf.bool:
         raise ValueError(f"Expected {name} to be bool, but got {mask.dtype.name}")
@@ -292,6 +292,6 @@ def scale_tensor(scale: float | tf.Tensor, on_host: bool = False) -> tf.Tensor:
 
 # An eager op makes a tensor of a float at every call. These few are kept.
 @functools.lru_cache(maxsize=64)
-def _constant_scale(scale):
+def _constant_scale(scale: float) -> tf.Tensor:
     with tf.device("CPU:0"):
         return tf.constant(scale, tf.float64)

@@ -36,10 +36,14 @@ def op_gradient(
     has_attention_mask = op.get_attr("num_attention_masks") == 1
     has_key_mask = op.get_attr("num_key_masks") == 1
     _, _, steps_taken, window_key, window_value, window_key_mask = op.outputs
-    gradients = _gradients(
+    keys, values = (
+        tf.concat([old, _heads_first(new)], 2)
+        for old, new in ((window_key, key), (window_value, value))
+    )
+    of_query, of_key, of_value, of_scale = _gradients(
         query,
-        *(tf.concat([old, _heads_first(new)], 2) for old, new in
-          ((window_key, key), (window_value, value))),
+        keys,
+        values,
         tf.concat(
             [window_key_mask, op.inputs[-1] if has_key_mask else tf.ones(tf.shape(key)[:2], bool)],
             1,
@@ -49,13 +53,22 @@ def op_gradient(
         scale,
         output_gradient,
         scores_gradient if op.get_attr("return_attention_scores") else None,
-    )  # fmt: skip
-    of_query, of_key, of_value, of_scale = gradients
+    )
     of_inputs = [of_query, of_key, of_value, *[None] * 5, of_scale]
     return of_inputs + [None] * (len(op.inputs) - len(of_inputs))
 
 
-def _gradients(query, keys, values, has_key, position, mask, scale, d_output, d_scores):
+def _gradients(
+    query: tf.Tensor,
+    keys: tf.Tensor,
+    values: tf.Tensor,
+    has_key: tf.Tensor,
+    position: tf.Tensor,
+    mask: tf.Tensor | None,
+    scale: tf.Tensor,
+    d_output: tf.Tensor,
+    d_scores: tf.Tensor | None,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
     """Return the gradients to query, key, value and scale.
 
     Args:
@@ -81,7 +94,11 @@ def _gradients(query, keys, values, has_key, position, mask, scale, d_output, d_
     at_once = query.shape[2]
     if at_once is not None and keys.shape[2] is not None:
         at_once = max(LEAST_QUERIES, keys.shape[2] - at_once + 1)
-    of_query, of_keys, of_values, of_scale = [], 0.0, 0.0, 0.0
+    of_query: list[tf.Tensor] = []
+    # These sums become tensors with the first chunk.
+    of_keys: tf.Tensor = 0.0
+    of_values: tf.Tensor = 0.0
+    of_scale: tf.Tensor = 0.0
     for first in range(0, query.shape[2] or 1, at_once or 1):
         last = num_steps if at_once is None else tf.minimum(first + at_once, num_steps)
         chunk = slice(first, last)
@@ -115,15 +132,15 @@ def _gradients(query, keys, values, has_key, position, mask, scale, d_output, d_
     )
 
 
-def _softmax(logits, attended):
+def _softmax(logits: tf.Tensor, attended: tf.Tensor) -> tf.Tensor:
     logits = tf.where(attended, logits, -float("inf"))
     highest = tf.reduce_max(logits, -1, keepdims=True)
     weights = tf.exp(logits - tf.where(highest == -float("inf"), tf.zeros_like(highest), highest))
     return tf.math.divide_no_nan(weights, tf.reduce_sum(weights, -1, keepdims=True))
 
 
-def _by_age(x, age):
-    """Return x `[M, H, t | 1, N]`, by columns of the window, by these ages: `[M, H, t, C]`."""
+def _by_age(x: tf.Tensor, age: tf.Tensor) -> tf.Tensor:
+    """Return the entries of x `[M, H, t | 1, N]` at these ages `[t, C]`: `[M, H, t, C]`."""
     age = tf.clip_by_value(age, 0, tf.shape(x)[3] - 1)
     if x.shape[2] == 1 and age.shape[0] != 1:
         return tf.gather(x[:, :, 0], age, axis=2)
@@ -131,6 +148,6 @@ def _by_age(x, age):
     return tf.gather(x, tf.broadcast_to(age, shape), axis=3, batch_dims=3)
 
 
-def _heads_first(x):
+def _heads_first(x: tf.Tensor) -> tf.Tensor:
     """Turn `[M, T, H, D]` into `[M, H, T, D]`, or back."""
     return tf.transpose(x, (0, 2, 1, 3))

@@ -97,7 +97,14 @@ def attend_steps(
     return output, scores, steps_taken
 
 
-def _attend(query, keys, values, attended, scale, dropout):
+def _attend(
+    query: tf.Tensor,
+    keys: tf.Tensor,
+    values: tf.Tensor,
+    attended: tf.Tensor,
+    scale: tf.Tensor,
+    dropout: Callable[[tf.Tensor], tf.Tensor] | None,
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Attend: query [M, t, H, D], keys and values [M, H, t, N, D or Dv], attended [M, *, t, N]."""
     dtype = query.dtype  # Half precision is for the rings only.
     scale = tf.cast(scale, dtype)

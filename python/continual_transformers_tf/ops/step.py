@@ -119,5 +119,5 @@ class Step:
             self._all.position.scatter_nd_update(indices, after)
         return last_ops(graph, first)
 
-    def _position_after(self):
+    def _position_after(self) -> tf.Tensor:
         return self.position + tf.cast(self.steps, tf.int64)

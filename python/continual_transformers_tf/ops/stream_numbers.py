@@ -84,5 +84,5 @@ def first_streams(rows: int | tf.Tensor) -> tf.Tensor:
 
 # A tf.range would cost every eager step one more op.
 @functools.lru_cache(maxsize=16)
-def _kept_streams(rows):
+def _kept_streams(rows: int) -> tf.Tensor:
     return tf.range(rows)

@@ -42,7 +42,7 @@ class StreamState(tf.Module):
     ):
         super().__init__(name=name)
         check_integer("streams", streams, at_least=0)
-        self._names = ()
+        self._names: tuple[str, ...] = ()
         for row_name, (shape, dtype) in {**(rows or {}), "position": ([], tf.int64)}.items():
             self._add_variable(row_name, streams, shape, dtype)
         self.streams = Streams(self, streams)
@@ -58,7 +58,7 @@ class StreamState(tf.Module):
         with tf.init_scope(), self.turn():
             self._add_variable(name, tf.shape(self.position)[0], shape, dtype)
 
-    def _add_variable(self, name, streams, shape, dtype):
+    def _add_variable(self, name: str, streams: int | tf.Tensor, shape: Any, dtype: Any) -> None:
         # The variables' shapes leave the number of streams open. So they can grow in place, and
         # traced functions still know them.
         with tf.init_scope():
@@ -78,7 +78,7 @@ class StreamState(tf.Module):
 
     # These act on all layers that share the streams.
 
-    def turn(self) -> contextlib.AbstractContextManager:
+    def turn(self) -> contextlib.AbstractContextManager[None]:
         """See `Streams.turn`."""
         return self.streams.turn()
 
@@ -141,8 +141,8 @@ class StreamState(tf.Module):
         """
         variables = self.variables_by_name
         if not isinstance(state, dict) or set(state) != set(variables):
-            got = sorted(state) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"Expected a state with {sorted(variables)}, but got {got}")
+            given = sorted(state) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"Expected a state with {sorted(variables)}, but got {given}")
         arrays = {
             name: _as_kept(state[name], variable.dtype.as_numpy_dtype)
             for name, variable in variables.items()
@@ -161,7 +161,7 @@ class StreamState(tf.Module):
         return arrays
 
 
-def _as_kept(array, dtype):
+def _as_kept(array: Any, dtype: Any) -> np.ndarray:
     """Return an array of a state with its dtype: NumPy's files do not know bfloat16."""
     array = np.asarray(array)
     if np.dtype(dtype).kind == "V" and array.dtype == np.dtype((np.void, np.dtype(dtype).itemsize)):

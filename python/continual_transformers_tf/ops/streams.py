@@ -54,15 +54,15 @@ class Streams:
     def __init__(self, state: StreamState, held: int):
         self.position = state.position
         self.members = [state]
-        self.wholes = []
+        self.wholes: list[Any] = []
         self._turn = EagerTurn()
         self._now = threading.local()  # Its `step`: the step that this thread is taking.
-        # At least so many streams are held, unless a checkpoint has restored fewer.
-        self._known = held
+        # At least this many streams are held, unless a checkpoint has restored fewer.
+        self._known: int | np.integer[Any] = held
 
     # Whose turn it is.
 
-    def turn(self) -> contextlib.AbstractContextManager:
+    def turn(self) -> contextlib.AbstractContextManager[None]:
         """Return a context, which may be nested, in which nobody else uses these streams."""
         if tf.executing_eagerly():
             return self._turn
@@ -71,7 +71,7 @@ class Streams:
         return self._graph_turn()
 
     @contextlib.contextmanager
-    def _graph_turn(self):
+    def _graph_turn(self) -> Iterator[None]:
         with tf.init_scope():
             lock = getattr(self._now, "lock_of_exports", None) or self.graph_lock
             for state in self.members:  # So that a SavedModel knows it.
@@ -165,8 +165,7 @@ class Streams:
             else:
                 streams = self.checked(streams, rows)
             eager = tf.executing_eagerly()
-            graph = None if eager else tf.compat.v1.get_default_graph()
-            before = 0 if eager else len(graph.get_operations())
+            before = 0 if eager else len(tf.compat.v1.get_default_graph().get_operations())
             step = self._now.step = Step(self, layer, streams, rows, steps, update_state)
             try:
                 outputs = compute(step)
@@ -220,7 +219,7 @@ class Streams:
         if not isinstance(rows, int) or rows > self._known:
             self.ensure(rows)
 
-    def _grow(self, streams):
+    def _grow(self, streams: int | tf.Tensor) -> int | tf.Tensor:
         # Everything that takes memory comes before the first change. The position, whose length is
         # the number of streams, changes last.
         grown = []
@@ -233,7 +232,7 @@ class Streams:
                 variable.assign(rows)
         return streams
 
-    def _variables(self):
+    def _variables(self) -> list[tf.Variable]:
         """Return the variables of all members, the position once and last."""
         return [
             variable

@@ -9,6 +9,7 @@ import threading
 import uuid
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import tensorflow as tf
 
@@ -18,13 +19,13 @@ from continual_transformers_tf.ops.graph_order import last_ops, stateful_ops, wa
 _ACQUIRE = "ContinualTransformers>AcquireStreamLock"
 
 # The op that ends the newest turn in each graph.
-_ends: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_ends: weakref.WeakKeyDictionary[tf.Graph, weakref.ref[tf.Operation]] = weakref.WeakKeyDictionary()
 
 
 class GraphLock(tf.saved_model.experimental.TrackableResource):
     """The lock by which graphs take turns. The loader of a SavedModel makes it anew."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self._shared_name = f"continual_transformers_streams_{uuid.uuid4()}"
 
@@ -36,11 +37,11 @@ class FusedLock(GraphLock):
     every request to another thread.
     """
 
-    def __init__(self, fused):
+    def __init__(self, fused: Any) -> None:
         super().__init__()
         self._fused = fused
 
-    def _create_resource(self):
+    def _create_resource(self) -> tf.Tensor:
         with tf.device("CPU:0"):
             return self._fused.continual_transformers_stream_lock_handle(
                 shared_name=self._shared_name
@@ -58,7 +59,7 @@ class FusedLock(GraphLock):
 class PlainLock(GraphLock):
     """A mutex of TensorFlow's, for graphs without the op library."""
 
-    def _create_resource(self):
+    def _create_resource(self) -> tf.Tensor:
         with tf.device("CPU:0"):
             return tf.raw_ops.MutexV2(shared_name=self._shared_name)
 
@@ -83,17 +84,17 @@ def new_graph_lock() -> FusedLock | PlainLock:
 class EagerTurn:
     """The turn of an eager call: a context, which may be nested."""
 
-    def __init__(self):
-        # Whoever has the gate comes next. Without it a thread that steps in a loop would take the
-        # lock again before those that wait for it.
+    def __init__(self) -> None:
+        # The thread that holds the gate comes next. Without the gate, a thread that steps in a loop
+        # would take the lock again before the threads that wait for it.
         self._gate = threading.Lock()
         self._lock = threading.Lock()
-        self._owner = None  # The thread that has the turn.
+        self._owner: int | None = None  # The thread that has the turn.
         self._depth = 0
-        self._graph_lock = None
-        self._held = None
+        self._graph_lock: FusedLock | PlainLock | None = None
+        self._held: tf.Tensor | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         thread = threading.get_ident()
         if self._owner != thread:
             with self._gate:
@@ -107,13 +108,13 @@ class EagerTurn:
             self._owner = thread
         self._depth += 1
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self._depth -= 1
         if self._depth > 0:
             return
         held, self._held, self._owner = self._held, None, None
         try:
-            if held is not None:
+            if held is not None and self._graph_lock is not None:
                 self._graph_lock.release(held)
         finally:
             self._lock.release()
@@ -155,7 +156,7 @@ def graph_turn(lock: FusedLock | PlainLock, variables: list[tf.Variable]) -> Ite
         _ends[graph] = weakref.ref(lock.release(held))
 
 
-def _end_of_newest_turn(graph):
+def _end_of_newest_turn(graph: tf.Graph) -> list[tf.Operation]:
     """Return the op that ends the newest turn in a graph, in a list; empty: there is none."""
     end = _ends[graph]() if graph in _ends else None
     same = graph._get_control_flow_context()
