@@ -59,7 +59,7 @@ def test_a_guard_notices():
         for place in (start - 1, end, *arena.places["kept"], 0, len(arena.held) - 1):
             before = arena.held[place]
             arena.held[place] ^= 1
-            with pytest.raises(AssertionError, match="not to be"):
+            with pytest.raises(AssertionError, match="must not write"):
                 arena.results()
             arena.held[place] = before
 
