@@ -245,7 +245,7 @@ def test_encoders_without_counterpart_are_refused():
         ct.from_torch(layer(bias=False), seq_len=N)
     stack = torch.nn.TransformerEncoder(layer(), 2, enable_nested_tensor=False)
     stack.layers[1].dropout1.p = 0.5
-    with pytest.raises(ValueError, match="alike"):
+    with pytest.raises(ValueError, match="equal options"):
         ct.from_torch(stack, seq_len=N)
     with pytest.raises(ValueError, match="no self_attn"):
         ct.from_torch(co.Sequential(torch.nn.Linear(2, 2)))

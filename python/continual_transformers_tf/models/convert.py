@@ -52,8 +52,7 @@ def convert(model: keras.Model, seq_len: int, **options: Any) -> StreamingModel:
         raise ValueError(
             "Expected only warm_up, call_mode, name and cache_dtype, but got "
             f"{' and '.join(unknown)}. CoSiMultiHeadAttention.from_regular(layer, seq_len, ...) "
-            "takes every option of a single layer. weights_dtype is for a layer that is called "
-            "alone: in a StreamingModel a step of a layer is more than one op"
+            "takes every option of a single layer"
         )
     options = {"name": model.name, **options}
     if isinstance(model, StreamingModel):
