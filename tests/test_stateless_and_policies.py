@@ -43,7 +43,7 @@ def make(name, random):
         layer.build((None, N, E))
         layer.built = True
     for w in layer.weights:
-        w.assign(random.normal(size=w.shape) / 2)
+        w.assign(random.normal(size=w.shape) / 4)  # Logits of order one, also if doubled.
     layer.ensure_streams(3)
     return layer
 
