@@ -1,5 +1,5 @@
-// What shape functions share. A shape function merges the dimensions that must be equal, and does
-// not compute with unknown ones.
+// Helpers for shape functions. They merge the dimensions that must be equal, and never compute with
+// unknown dimensions.
 
 #ifndef CONTINUAL_TRANSFORMERS_TENSORFLOW_OP_SHAPES_H_
 #define CONTINUAL_TRANSFORMERS_TENSORFLOW_OP_SHAPES_H_

@@ -1,4 +1,4 @@
-// What the ops on a session share. An op that fails does so before any stream changes.
+// The base of the ops on a session. If an op fails, it fails before any stream changes.
 
 #ifndef CONTINUAL_TRANSFORMERS_TENSORFLOW_SESSION_OP_H_
 #define CONTINUAL_TRANSFORMERS_TENSORFLOW_SESSION_OP_H_

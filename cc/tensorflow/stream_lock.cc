@@ -1,8 +1,8 @@
 // The lock by which graphs take turns on a model's streams. StreamLockHandle makes one,
 // AcquireStreamLock waits for it, and ReleaseStreamLock frees it.
 //
-// TensorFlow's own MutexLock hands every request to a thread of the mutex, also if nobody holds it.
-// Here an op that finds the lock free goes on in its own thread.
+// TensorFlow's MutexLock switches to another thread for every request, even if the mutex is free.
+// AcquireStreamLock continues in its own thread if the lock is free.
 
 #include <atomic>
 #include <functional>
@@ -40,15 +40,15 @@ using tensorflow::TensorShape;
 using tensorflow::Variant;
 using tensorflow::core::RefCountPtr;
 
-// Goes on with the steps that have waited. They are not run by the thread that frees the lock: that
-// one has a step of its own to finish. Never destroyed, so that no step outlives it.
+// The thread that continues the steps that have waited. The thread that frees the lock does not run
+// them, because it has its own step to finish. The pool is never destroyed, so no step outlives it.
 tensorflow::thread::ThreadPool* ThreadOfWaiters() {
   static auto* const pool =
       new tensorflow::thread::ThreadPool(tensorflow::Env::Default(), "stream_lock", 1);
   return pool;
 }
 
-// Held by one step at a time. Those that wait get it in the order in which they came.
+// One step at a time holds it. Waiting steps get it in the order of their arrival.
 class StreamLock : public tensorflow::ResourceBase {
  public:
   using Done = std::function<void(const Status&)>;
@@ -142,7 +142,7 @@ class StreamLock : public tensorflow::ResourceBase {
   std::list<std::shared_ptr<Waiter>> waiting_;
 };
 
-// What a step holds: frees the lock when it is told to, or with the step's tensors.
+// A step's hold on the lock. It ends with Release, or when the step's tensors are freed.
 class HeldLock {
  public:
   explicit HeldLock(std::shared_ptr<StreamLock> lock) : lock_(std::move(lock)) {}
@@ -206,7 +206,7 @@ class AcquireStreamLockOp : public AsyncOpKernel {
     std::shared_ptr<StreamLock> kept(lock.release(), [](StreamLock* x) { x->Unref(); });
     acquired->Acquire(ctx->cancellation_manager(), [ctx, done, kept](const Status& status) {
       OP_REQUIRES_OK_ASYNC(ctx, status, done);
-      // From here on the lock is freed whatever happens.
+      // If anything fails after this line, the destructor of `held` frees the lock.
       auto held = std::make_shared<HeldLock>(kept);
       Tensor* output;
       OP_REQUIRES_OK_ASYNC(ctx, ctx->allocate_output(0, TensorShape({}), &output), done);
@@ -257,7 +257,7 @@ REGISTER_OP("ContinualTransformers>AcquireStreamLock")
     .SetIsStateful()
     .SetShapeFn(ScalarOutput)
     .Doc(R"doc(
-Waits until nobody holds the lock, and takes it.
+Takes the lock, after waiting for the steps that hold it or came before.
 
 lock: A handle of a lock.
 held: The lock as long as this tensor lives, or until ReleaseStreamLock is given it. So it is also

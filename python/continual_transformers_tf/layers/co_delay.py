@@ -38,7 +38,7 @@ class CoDelay(ContinualLayer):
         **kwargs: `name` and other arguments of `keras.layers.Layer`.
 
     Returns:
-        What the method of the call mode returns: `call_regular`, `call_step`, `call_steps`.
+        The result of `call_regular`, `call_step` or `call_steps`, as the call mode says.
 
     Raises:
         ValueError: At construction, if `delay` is not an integer >= 0, `temporal_dim` is not an

@@ -53,7 +53,7 @@ class CoReMultiHeadAttention(StreamingAttention):
         the modes "step" and "steps" see `call_step` and `call_steps`.
 
     Returns:
-        What the method of the call mode returns: `call_regular`, `call_step`, `call_steps`.
+        The result of `call_regular`, `call_step` or `call_steps`, as the call mode says.
 
     Raises:
         ValueError: At construction, if a size is not a positive integer, or `warm_up`, `algorithm`

@@ -36,7 +36,7 @@ class CoResidual(CompositeLayer):
         x: The layer's input. Other arguments of the layer's methods can be given by name.
 
     Returns:
-        What the method of the call mode returns: `call_regular`, `call_step`, `call_steps`.
+        The result of `call_regular`, `call_step` or `call_steps`, as the call mode says.
 
     Raises:
         ValueError: At construction, if `layer` is not a continual layer, or one whose step returns

@@ -73,7 +73,7 @@ class CoSiMultiHeadAttention(FusedStepLayer, StreamingAttention):
         the modes "step" and "steps" see `call_step` and `call_steps`.
 
     Returns:
-        What the method of the call mode returns: `call_regular`, `call_step`, `call_steps`.
+        The result of `call_regular`, `call_step` or `call_steps`, as the call mode says.
 
     Raises:
         ValueError: At construction, if a size is not a positive integer, `attention_axes` is not

@@ -56,7 +56,7 @@ class CoSiTransformerEncoder(FusedStepLayer, TransformerEncoderBlock):
         attention: The block's `CoSiMultiHeadAttention`.
 
     Returns:
-        What the method of the call mode returns: `call_regular`, `call_step`, `call_steps`.
+        The result of `call_regular`, `call_step` or `call_steps`, as the call mode says.
 
     Raises:
         ValueError: At construction, if a size is not a positive integer.

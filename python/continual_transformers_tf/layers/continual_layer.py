@@ -8,10 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf.layers.call_modes import check_call_mode, entered_call_mode
-from continual_transformers_tf.layers.inputs import (
-    TensorLike,
-    expect_given,
-)
+from continual_transformers_tf.layers.inputs import TensorLike, expect_given
 from continual_transformers_tf.layers.warm_up import is_always_partial
 from continual_transformers_tf.ops.step import Step
 from continual_transformers_tf.ops.stream_state import StreamState, check_integer

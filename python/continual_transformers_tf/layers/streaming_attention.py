@@ -450,7 +450,7 @@ class StreamingAttention(ContinualLayer, keras.layers.MultiHeadAttention):
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Return query, value and key as tensors that fit each other and the layer.
 
-        What is left out is the very tensor that takes its place.
+        Without a value, the value is the query's tensor; without a key, the key is the value's.
         """
         if self._no_steps is not None:
             raise ValueError(

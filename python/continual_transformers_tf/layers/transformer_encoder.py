@@ -58,7 +58,7 @@ class TransformerEncoder(CompositeLayer, OneInputLayer):
         blocks: The list of blocks.
 
     Returns:
-        What the method of the call mode returns: `call_regular`, `call_step`, `call_steps`.
+        The result of `call_regular`, `call_step` or `call_steps`, as the call mode says.
 
     Raises:
         ValueError: At construction, if a size is not a positive integer, or `kind` or `warm_up` is

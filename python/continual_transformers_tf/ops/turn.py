@@ -23,7 +23,7 @@ _ends: weakref.WeakKeyDictionary[tf.Graph, weakref.ref[tf.Operation]] = weakref.
 
 
 class GraphLock(tf.saved_model.experimental.TrackableResource):
-    """The lock by which graphs take turns. The loader of a SavedModel makes it anew."""
+    """The lock by which graphs take turns. The loader of a SavedModel makes it again."""
 
     def __init__(self) -> None:
         super().__init__()
