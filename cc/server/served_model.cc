@@ -1,0 +1,526 @@
+#include "cc/server/served_model.h"
+
+#include <algorithm>
+#include <cstring>
+#include <string_view>
+#include <unordered_set>
+#include <utility>
+
+#include "cc/session/error.h"
+#include "cc/session/fingerprint.h"
+#include "cc/session/model_file.h"
+
+namespace continual_transformers::server {
+namespace {
+
+// The most streams that a refusal names. A request may have thousands.
+constexpr size_t kMostNamed = 100;
+
+std::string Text(int64_t x) { return std::to_string(x); }
+
+std::string Shown(const std::string& name) {
+  constexpr size_t kMost = 80;
+  std::string shown = "\"";
+  for (const char c : name.substr(0, kMost)) {
+    const bool plain = c >= ' ' && c != '"' && c != '\\' && c != 0x7f;
+    shown += plain ? c : '?';
+  }
+  return shown + (name.size() > kMost ? "...\"" : "\"");
+}
+
+double Seconds(Clock::duration duration) { return std::chrono::duration<double>(duration).count(); }
+
+int64_t Nanoseconds(Clock::duration duration) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(duration).count();
+}
+
+SessionOptions OptionsOf(const ModelOptions& options) {
+  SessionOptions of_session;
+  of_session.threads = options.threads;
+  // The table counts streams. The session has room for more: a stream that begins anew has two
+  // blocks until its first step is taken.
+  return of_session;
+}
+
+bool IsAligned(const void* pointer, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
+}
+
+}  // namespace
+
+// One stream of one request in a batch.
+struct ServedModel::Row {
+  enum class Kind {
+    kStep,    // of an open stream
+    kBegin,   // of a new stream, or of one that begins anew
+    kRepeat,  // only the last answer again
+  };
+
+  StepRequest* request;
+  int64_t index;  // of the stream in the request
+  Stream* stream;
+  Kind kind;
+  StreamId id;         // that is stepped
+  int64_t next = 0;    // after the steps
+  std::string answer;  // to remember
+};
+
+ServedModel::ServedModel(std::string name, std::string path, const ModelOptions& options)
+    : name_(std::move(name)),
+      path_(std::move(path)),
+      options_(options),
+      session_(ModelFile::Map(path_), OptionsOf(options)),
+      table_(static_cast<size_t>(options.remembered_ends)),
+      queue_(options.queue, &table_,
+             [this](const std::vector<StepRequest*>& batch) { RunBatch(batch); }) {
+  for (const Port& port : plan().inputs) {
+    if (port.name == "streams" || port.name == "step") {
+      throw Refusal(Reason::kInvalidArgument,
+                    "the model " + Shown(name_) + " has an input named " + port.name +
+                        ", and requests use that name to say which streams and steps they are "
+                        "about: give the input another name and save the model again");
+    }
+    const Value& value = plan().values[port.value];
+    input_bytes_.push_back(value.size * SizeOf(value.dtype));
+  }
+  for (const Port& port : plan().outputs) {
+    const Value& value = plan().values[port.value];
+    output_bytes_.push_back(value.size * SizeOf(value.dtype));
+  }
+  inputs_.resize(input_bytes_.size());
+  outputs_.resize(output_bytes_.size());
+}
+
+ServedModel::~ServedModel() { Close({Reason::kUnavailable, "the model is being unloaded", {}}); }
+
+void ServedModel::Submit(StepRequest* request) {
+  const auto refuse = [&](const std::string& message) {
+    CountRefusal(Reason::kInvalidArgument);
+    request->Done({Reason::kInvalidArgument, message, {}});
+  };
+  const auto count = static_cast<int64_t>(request->streams.size());
+  if (request->steps < 0) return refuse("cannot take " + Text(request->steps) + " steps");
+  if (count > 1) {
+    std::unordered_set<std::string_view> seen;
+    seen.reserve(request->streams.size());
+    for (const std::string& name : request->streams) {
+      if (!seen.insert(name).second) {
+        return refuse("the stream " + Shown(name) +
+                      " is twice in one request: a request takes steps of each stream once");
+      }
+    }
+  }
+  for (const int64_t first : request->first_steps) {
+    if (first < 0) return refuse("got step " + Text(first) + ", expected 0 or more");
+  }
+  request->next_steps.assign(request->streams.size(), 0);
+  // No rows, and nothing to begin or end.
+  if (count == 0 || request->steps == 0) return request->Done({});
+  queue_.Submit(request);
+}
+
+void ServedModel::RunBatch(const std::vector<StepRequest*>& batch) {
+  const Clock::time_point started = Clock::now();
+  std::vector<Outcome> outcomes(batch.size());
+  try {
+    TakeSteps(batch, outcomes.data());
+  } catch (const std::exception& error) {
+    // One request spoils a batch, for example with a token out of range. The others go on without
+    // it.
+    for (size_t i = 0; i < batch.size(); ++i) {
+      try {
+        if (batch.size() == 1) throw;
+        outcomes[i] = {};
+        TakeSteps({batch[i]}, &outcomes[i]);
+      } catch (const std::exception& of_request) {
+        outcomes[i] = OutcomeOf(of_request);
+      }
+    }
+  }
+  Count(batch, outcomes, started);
+  for (size_t i = 0; i < batch.size(); ++i) batch[i]->Done(outcomes[i]);
+}
+
+void ServedModel::TakeSteps(const std::vector<StepRequest*>& batch, Outcome* outcomes) {
+  const Clock::time_point now = Clock::now();
+  rows_.clear();
+  told_.clear();
+  int64_t opening = 0;
+  for (size_t i = 0; i < batch.size(); ++i) {
+    const size_t before = rows_.size();
+    outcomes[i] = Admit(batch[i], &opening);
+    if (!outcomes[i].ok()) rows_.resize(before);
+  }
+  std::vector<Row*> stepped;
+  std::vector<Row*> begun;
+  for (Row& row : rows_) {
+    if (row.kind != Row::Kind::kRepeat) stepped.push_back(&row);
+    if (row.kind == Row::Kind::kBegin) begun.push_back(&row);
+  }
+  std::vector<StreamId> fresh(begun.size());
+  if (!fresh.empty()) session_.Open(static_cast<int64_t>(fresh.size()), fresh.data());
+  try {
+    for (size_t i = 0; i < begun.size(); ++i) begun[i]->id = fresh[i];
+    if (!stepped.empty()) StepRows(stepped);
+  } catch (...) {
+    if (!fresh.empty()) session_.Close(fresh.data(), static_cast<int64_t>(fresh.size()));
+    throw;
+  }
+  // Nothing is refused from here on.
+  std::vector<StreamId> closed;
+  for (Row& row : rows_) Commit(&row, now, &closed);
+  // The clients of these are told now; they may begin anew next time.
+  for (Stream* const stream : told_) table_.ForgetEnd(stream);
+  if (!closed.empty()) session_.Close(closed.data(), static_cast<int64_t>(closed.size()));
+}
+
+Outcome ServedModel::Admit(StepRequest* request, int64_t* opening) {
+  Outcome outcome;
+  size_t in_the_way = 0;
+  const auto stop = [&](const Stream& stream, Reason reason, int64_t expected,
+                        const std::string& sentence) {
+    if (outcome.ok()) outcome.reason = reason;
+    if (++in_the_way > kMostNamed) return;
+    outcome.expected.push_back({*stream.name, expected});
+    outcome.message += (in_the_way > 1 ? "; stream " : "stream ") + Shown(*stream.name) + sentence;
+  };
+  int64_t more = 0;
+  for (size_t i = 0; i < request->streams.size(); ++i) {
+    Stream* const stream = request->records_[i];
+    const bool numbered = !request->first_steps.empty();
+    const int64_t first = numbered ? request->first_steps[i] : 0;
+    Row row = {request, static_cast<int64_t>(i), stream, Row::Kind::kStep, stream->id, 0, {}};
+    if (numbered && IsRepeat(*stream, *request, row.index)) {
+      row.kind = Row::Kind::kRepeat;
+    } else if (request->start || !stream->open()) {
+      row.kind = Row::Kind::kBegin;
+      const bool server_ended = stream->ended != End::kNone && stream->ended != End::kClient;
+      if (numbered && first != 0 && !(server_ended && !request->start)) {
+        stop(*stream, Reason::kOutOfStep, 0,
+             (request->start ? " begins anew and so expects step 0, got step "
+                             : " is not open and so expects step 0, got step ") +
+                 Text(first));
+      } else if (server_ended && !request->start && !(numbered && first == 0)) {
+        told_.push_back(stream);
+        stop(*stream, Reason::kEnded, 0,
+             std::string(" was ended by the server (") + NameOf(stream->ended) +
+                 ") and its state is gone: begin anew, with sequence_start or step 0");
+      } else if (options_.strict_start && !request->start) {
+        stop(*stream, Reason::kNotStarted, 0,
+             " is not open, and this server was started with --strict-start: begin it with "
+             "sequence_start");
+      } else if (!stream->open()) {
+        ++more;
+      }
+    } else if (numbered && first != stream->next) {
+      stop(*stream, Reason::kOutOfStep, stream->next,
+           " expects step " + Text(stream->next) + ", got step " + Text(first));
+    }
+    rows_.push_back(std::move(row));
+  }
+  if (!outcome.ok()) {
+    if (in_the_way > kMostNamed) {
+      outcome.message += "; and " + Text(static_cast<int64_t>(in_the_way - kMostNamed)) + " more";
+    }
+    outcome.message += ". No stream of this request has moved";
+    return outcome;
+  }
+  const auto open = static_cast<int64_t>(table_.open().size());
+  if (options_.max_streams > 0 && more > 0 && open + *opening + more > options_.max_streams) {
+    return {Reason::kTooManyStreams,
+            Text(open) + " streams are open and this request would open " + Text(more) +
+                " more, and this server was started with --max-streams " +
+                Text(options_.max_streams) + ": end streams that are done, with sequence_end",
+            {}};
+  }
+  *opening += more;
+  return outcome;
+}
+
+bool ServedModel::IsRepeat(const Stream& stream, const StepRequest& request, int64_t index) const {
+  if (stream.last_steps == 0 || stream.last_steps != request.steps ||
+      stream.last_first != request.first_steps[index]) {
+    return false;
+  }
+  // The stream's end was its last step, or a new stream has the old one's name.
+  if (!stream.open() && !request.end) return false;
+  // A stream of a single step may begin anew with step 0. With the same input, both are the same.
+  return !request.start || stream.last_inputs == HashOfInputs(request, index);
+}
+
+uint64_t ServedModel::HashOfInputs(const StepRequest& request, int64_t index) const {
+  uint64_t hash = 0;
+  for (size_t i = 0; i < input_bytes_.size(); ++i) {
+    const int64_t bytes = request.steps * input_bytes_[i];
+    const std::string_view row(static_cast<const char*>(request.inputs[i]) + index * bytes, bytes);
+    hash = Xxh64(row.data(), row.size(), hash);
+  }
+  return hash;
+}
+
+void ServedModel::StepRows(const std::vector<Row*>& rows) {
+  const StepRequest& first = *rows[0]->request;
+  const auto count = static_cast<int64_t>(rows.size());
+  const int64_t steps = first.steps;
+  // A single request is stepped where its tensors are.
+  bool gathers = rows.size() != first.streams.size() || rows.back()->request != &first;
+  for (size_t i = 0; i < input_bytes_.size() && !gathers; ++i) {
+    gathers = !IsAligned(first.inputs[i], SizeOf(plan().values[plan().inputs[i].value].dtype));
+  }
+  std::vector<const void*> inputs = first.inputs;
+  for (size_t i = 0; i < input_bytes_.size() && gathers; ++i) {
+    const int64_t bytes = steps * input_bytes_[i];
+    inputs_[i].resize(count * bytes);
+    for (int64_t k = 0; k < count; ++k) {
+      const auto* from = static_cast<const char*>(rows[k]->request->inputs[i]);
+      std::memcpy(inputs_[i].data() + k * bytes, from + rows[k]->index * bytes, bytes);
+    }
+    inputs[i] = inputs_[i].data();
+  }
+  std::vector<void*> outputs = first.outputs;
+  for (size_t i = 0; i < output_bytes_.size(); ++i) {
+    // An answer to be remembered has all outputs.
+    if (!gathers && (outputs[i] != nullptr || first.first_steps.empty())) continue;
+    outputs_[i].resize(count * steps * output_bytes_[i]);
+    outputs[i] = outputs_[i].data();
+  }
+  std::vector<StreamId> ids(rows.size());
+  std::vector<int64_t> next(rows.size());
+  for (int64_t k = 0; k < count; ++k) ids[k] = rows[k]->id;
+  session_.Step(ids.data(), count, steps, inputs.data(), outputs.data(), nullptr, next.data());
+
+  for (int64_t k = 0; k < count; ++k) {
+    Row* const row = rows[k];
+    row->next = next[k];
+    const bool numbered = !row->request->first_steps.empty();
+    for (size_t i = 0; i < output_bytes_.size(); ++i) {
+      const int64_t bytes = steps * output_bytes_[i];
+      if (outputs[i] == nullptr) continue;
+      const char* const from = static_cast<const char*>(outputs[i]) + k * bytes;
+      if (numbered) row->answer.append(from, bytes);
+      if (gathers && row->request->outputs[i] != nullptr) {
+        std::memcpy(static_cast<char*>(row->request->outputs[i]) + row->index * bytes, from, bytes);
+      }
+    }
+  }
+}
+
+void ServedModel::Commit(Row* row, Clock::time_point now, std::vector<StreamId>* closed) {
+  StepRequest* const request = row->request;
+  Stream* const stream = row->stream;
+  if (row->kind == Row::Kind::kRepeat) {
+    ++statistics_.repeats;
+    const char* from = stream->answer.data();
+    for (size_t i = 0; i < output_bytes_.size(); ++i) {
+      const int64_t bytes = request->steps * output_bytes_[i];
+      if (request->outputs[i] != nullptr) {
+        std::memcpy(static_cast<char*>(request->outputs[i]) + row->index * bytes, from, bytes);
+      }
+      from += bytes;
+    }
+  } else {
+    statistics_.steps += request->steps;
+    if (row->kind == Row::Kind::kBegin) {
+      if (stream->open()) {
+        closed->push_back(stream->id);
+        ++statistics_.ended[static_cast<int>(End::kClient)];
+      }
+      table_.Open(stream, row->id, now);
+      ++statistics_.opened;
+    }
+    table_.Use(stream, row->next, now);
+    if (!request->first_steps.empty()) {
+      const int64_t first = request->first_steps[row->index];
+      table_.SetAnswer(stream, first, request->steps,
+                       first == 0 ? HashOfInputs(*request, row->index) : 0, std::move(row->answer));
+    } else if (stream->last_steps != 0) {
+      table_.SetAnswer(stream, 0, 0, 0, std::string());
+    }
+  }
+  request->next_steps[row->index] = stream->next;
+  if (request->end && stream->open()) {
+    closed->push_back(stream->id);
+    EndStream(stream, End::kClient);
+  }
+}
+
+// The caller closes its id.
+void ServedModel::EndStream(Stream* stream, End end) {
+  ++statistics_.ended[static_cast<int>(end)];
+  table_.Close(stream, end);
+}
+
+void ServedModel::Count(const std::vector<StepRequest*>& batch,
+                        const std::vector<Outcome>& outcomes, Clock::time_point started) {
+  const Clock::time_point now = Clock::now();
+  const int64_t compute = Nanoseconds(now - started);
+  int64_t rows = 0;
+  for (size_t i = 0; i < batch.size(); ++i) {
+    StepRequest* const request = batch[i];
+    request->queue_ns = Nanoseconds(started - request->submitted_);
+    request->compute_ns = compute;
+    if (!outcomes[i].ok()) {
+      CountRefusal(outcomes[i].reason);
+      continue;
+    }
+    rows += static_cast<int64_t>(request->streams.size());
+    ++statistics_.requests;
+    statistics_.queue_ns += request->queue_ns;
+    statistics_.compute_ns += compute;
+    statistics_.latency.Add(Seconds(now - request->submitted_));
+  }
+  if (rows == 0) return;
+  ++statistics_.batches;
+  statistics_.batch_rows.Add(static_cast<double>(rows));
+  statistics_.compute.Add(Seconds(now - started));
+  statistics_.last_request_ms = std::chrono::duration_cast<std::chrono::milliseconds>(
+                                    std::chrono::system_clock::now().time_since_epoch())
+                                    .count();
+}
+
+void ServedModel::LoadWeights() {
+  const std::shared_ptr<const ModelFile> file = ModelFile::Map(path_);
+  queue_.Between([&] {
+    session_.LoadWeights(file);
+    for (Stream* const stream : table_.open()) table_.Changed(stream);
+  });
+}
+
+void ServedModel::EvictIdle() {
+  if (options_.idle_timeout.count() == 0) return;
+  queue_.Between([this] {
+    const Clock::time_point oldest = Clock::now() - options_.idle_timeout;
+    std::vector<Stream*> idle;
+    for (Stream* const stream : table_.open()) {
+      if (stream->used > oldest) break;
+      if (stream->holds == 0) idle.push_back(stream);
+    }
+    for (Stream* const stream : idle) {
+      session_.Close(&stream->id, 1);
+      EndStream(stream, End::kIdle);
+    }
+  });
+}
+
+void ServedModel::Close(const Outcome& outcome) { queue_.Close(outcome); }
+
+Statistics ServedModel::statistics() {
+  Statistics copy;
+  queue_.Between([&] {
+    copy = statistics_;
+    copy.open_streams = static_cast<int64_t>(table_.open().size());
+    copy.answer_bytes = table_.answer_bytes();
+  });
+  for (int i = 0; i < kReasons; ++i) copy.refused[i] = refused_[i];
+  copy.waiting = queue_.waiting();
+  copy.memory = session_.memory();
+  return copy;
+}
+
+std::vector<StreamFacts> ServedModel::ListStreams(size_t most, size_t* all) {
+  std::vector<StreamFacts> list;
+  queue_.Between([&] {
+    const Clock::time_point now = Clock::now();
+    *all = table_.open().size();
+    for (const Stream* const stream : table_.open()) {
+      if (list.size() == most) break;
+      list.push_back({*stream->name, stream->next, Seconds(now - stream->opened),
+                      Seconds(now - stream->used)});
+    }
+  });
+  return list;
+}
+
+void ServedModel::CloseStream(const std::string& name, End end) {
+  queue_.Between([&] {
+    Stream* const stream = OpenStream(name);
+    session_.Close(&stream->id, 1);
+    EndStream(stream, end);
+  });
+}
+
+StreamCopy ServedModel::CopyOut(const std::string& name) {
+  StreamCopy copy;
+  queue_.Between([&] { copy = CopyOf(*OpenStream(name)); });
+  return copy;
+}
+
+void ServedModel::CopyIn(const StreamCopy& copy, bool other_weights) {
+  queue_.Between([&] {
+    int64_t expected = 0;
+    for (const int64_t bytes : output_bytes_) expected += copy.last_steps * bytes;
+    if (copy.last_steps < 0 || static_cast<int64_t>(copy.answer.size()) != expected) {
+      throw Refusal(Reason::kInvalidArgument,
+                    "this copy of a stream is damaged: the answer to its last " +
+                        Text(copy.last_steps) + " steps has " +
+                        Text(static_cast<int64_t>(copy.answer.size())) + " bytes, expected " +
+                        Text(expected));
+    }
+    Stream* const stream = table_.Hold(copy.name);
+    StreamId id = 0;
+    try {
+      const auto open = static_cast<int64_t>(table_.open().size());
+      if (options_.max_streams > 0 && !stream->open() && open >= options_.max_streams) {
+        throw Refusal(Reason::kTooManyStreams, Text(open) +
+                                                   " streams are open, which is the most "
+                                                   "that this server lets be open (--max-streams)");
+      }
+      session_.Open(1, &id);
+      session_.SetState(id, copy.state.data(), static_cast<int64_t>(copy.state.size()),
+                        other_weights);
+    } catch (...) {
+      if (id != 0) session_.Close(&id, 1);
+      table_.Release(stream);
+      throw;
+    }
+    const StreamId old = stream->id;
+    int64_t next = 0;
+    session_.Positions(&id, 1, &next);
+    const Clock::time_point now = Clock::now();
+    table_.Open(stream, id, now);
+    table_.Use(stream, next, now);
+    table_.SetAnswer(stream, copy.last_first, copy.last_steps, copy.last_inputs, copy.answer);
+    table_.Release(stream);
+    if (old != 0) session_.Close(&old, 1);
+    ++statistics_.opened;
+  });
+}
+
+void ServedModel::RecordChanges() {
+  queue_.Between([this] { table_.RecordChanges(); });
+}
+
+std::vector<StreamCopy> ServedModel::TakeChanges(size_t most) {
+  std::vector<StreamCopy> copies;
+  queue_.Between([&] {
+    for (const std::string& name : table_.TakeChanges(most)) {
+      const Stream* const stream = table_.Find(name);
+      if (stream != nullptr && stream->open()) {
+        copies.push_back(CopyOf(*stream));
+      } else {
+        copies.emplace_back();
+        copies.back().name = name;
+      }
+    }
+  });
+  return copies;
+}
+
+Stream* ServedModel::OpenStream(const std::string& name) {
+  Stream* const stream = table_.Find(name);
+  if (stream == nullptr || !stream->open()) {
+    throw Refusal(Reason::kNotFound,
+                  "the model " + Shown(name_) + " has no open stream " + Shown(name));
+  }
+  return stream;
+}
+
+StreamCopy ServedModel::CopyOf(const Stream& stream) const {
+  StreamCopy copy = {*stream.name,       std::string(session_.state_bytes(), '\0'),
+                     stream.last_first,  stream.last_steps,
+                     stream.last_inputs, stream.answer};
+  session_.GetState(stream.id, copy.state.data());
+  return copy;
+}
+
+}  // namespace continual_transformers::server

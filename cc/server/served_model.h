@@ -1,0 +1,130 @@
+// A model that is served: its session, its streams by name, and its queue.
+
+#ifndef CONTINUAL_TRANSFORMERS_SERVER_SERVED_MODEL_H_
+#define CONTINUAL_TRANSFORMERS_SERVER_SERVED_MODEL_H_
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "cc/server/batch_queue.h"
+#include "cc/server/statistics.h"
+#include "cc/server/step_request.h"
+#include "cc/server/stream_table.h"
+#include "cc/session/session.h"
+
+namespace continual_transformers::server {
+
+struct ModelOptions {
+  int64_t threads = 1;                        // that compute a batch
+  int64_t max_streams = 0;                    // the most open at once; 0: no limit
+  bool strict_start = false;                  // a stream begins with sequence_start only
+  std::chrono::milliseconds idle_timeout{0};  // 0: streams may be idle for ever
+  int64_t remembered_ends = 100000;
+  BatchQueue::Limits queue;
+};
+
+// One stream, for the operator's list.
+struct StreamFacts {
+  std::string name;
+  int64_t next_step;
+  double age_seconds, idle_seconds;
+};
+
+// A stream as a whole: what a copy or a snapshot holds.
+struct StreamCopy {
+  std::string name;
+  std::string state;  // Session::GetState; empty: the stream has ended
+  int64_t last_first = 0, last_steps = 0;
+  uint64_t last_inputs = 0;
+  std::string answer;
+};
+
+// Any thread may call any method.
+class ServedModel {
+ public:
+  // Loads a model file. Throws Error, or Refusal if the model has an input whose name the server
+  // needs for itself.
+  ServedModel(std::string name, std::string path, const ModelOptions& options);
+  ~ServedModel();
+  ServedModel(const ServedModel&) = delete;
+  ServedModel& operator=(const ServedModel&) = delete;
+
+  const std::string& name() const { return name_; }
+  const std::string& path() const { return path_; }
+  const ModelOptions& options() const { return options_; }
+  const Plan& plan() const { return session_.plan(); }
+  const Session& session() const { return session_; }
+
+  // Takes the steps of a request, now or when its turn comes, and calls its Done. May run batches
+  // of other requests on this thread.
+  void Submit(StepRequest* request);
+  // Counts a request that was refused before it could be submitted.
+  void CountRefusal(Reason reason) { ++refused_[static_cast<int>(reason)]; }
+
+  // Reads the model file anew. Streams go on with the new weights. Throws Error if the file cannot
+  // be read, or has another architecture; then nothing has changed.
+  void LoadWeights();
+  // Ends the streams that were idle for too long.
+  void EvictIdle();
+  // Refuses later requests, and waits for those that wait.
+  void Close(const Outcome& outcome);
+
+  Statistics statistics();
+  // Open streams in no order, with how many there are.
+  std::vector<StreamFacts> ListStreams(size_t most, size_t* all);
+  // Ends a stream. Throws Refusal (kNotFound).
+  void CloseStream(const std::string& name, End end);
+  // Copies a stream out or in. A copy put in replaces an open stream of that name. Throw Refusal
+  // (kNotFound) or Error (a copy of another model).
+  StreamCopy CopyOut(const std::string& name);
+  void CopyIn(const StreamCopy& copy, bool other_weights);
+
+  // For snapshots: see StreamTable. Copies of up to `most` streams that changed since they were
+  // taken last. A copy without a state is of a stream that ended.
+  void RecordChanges();
+  std::vector<StreamCopy> TakeChanges(size_t most);
+
+ private:
+  struct Row;
+
+  void RunBatch(const std::vector<StepRequest*>& batch);
+  // All or nothing: throws before anything has changed. Writes an outcome for each request.
+  void TakeSteps(const std::vector<StepRequest*>& batch, Outcome* outcomes);
+  // Adds the rows of a request, or says what stands in its way.
+  Outcome Admit(StepRequest* request, int64_t* opening);
+  bool IsRepeat(const Stream& stream, const StepRequest& request, int64_t index) const;
+  uint64_t HashOfInputs(const StepRequest& request, int64_t index) const;
+  void StepRows(const std::vector<Row*>& rows);
+  void Commit(Row* row, Clock::time_point now, std::vector<StreamId>* closed);
+  void EndStream(Stream* stream, End end);
+  void Count(const std::vector<StepRequest*>& batch, const std::vector<Outcome>& outcomes,
+             Clock::time_point started);
+  Stream* OpenStream(const std::string& name);
+  StreamCopy CopyOf(const Stream& stream) const;
+
+  const std::string name_;
+  const std::string path_;
+  const ModelOptions options_;
+  std::vector<int64_t> input_bytes_, output_bytes_;  // of one step of one stream
+  Session session_;
+  std::array<std::atomic<int64_t>, kReasons> refused_ = {};
+
+  // Used only where the queue runs a batch or a task.
+  StreamTable table_;
+  Statistics statistics_;
+  std::vector<Row> rows_;
+  std::vector<Stream*>
+      told_;  // that the server has ended, and whose clients are told so in this batch
+  std::vector<std::vector<char>> inputs_, outputs_;  // a batch of several requests
+
+  BatchQueue queue_;
+};
+
+}  // namespace continual_transformers::server
+
+#endif  // CONTINUAL_TRANSFORMERS_SERVER_SERVED_MODEL_H_
