@@ -198,6 +198,81 @@ CUDA_C_API_SOURCES = [
     "c_api.cu",
 ]
 
+# The server: a program that links the core library. tools/server_packages.py finds the rest.
+SERVER_PROGRAM = "continual-transformers-server"
+
+SERVER_HEADERS = [
+    "server/batch_queue.h",
+    "server/grpc_infer.h",
+    "server/grpc_server.h",
+    "server/infer_call.h",
+    "server/log.h",
+    "server/model_description.h",
+    "server/model_repository.h",
+    "server/options.h",
+    "server/outcome.h",
+    "server/security.h",
+    "server/served_model.h",
+    "server/statistics.h",
+    "server/step_request.h",
+    "server/stream_table.h",
+]
+
+# Without a protocol: models, streams and batches. Their tests need no gRPC.
+SERVER_MODEL_SOURCES = [
+    "server/batch_queue.cc",
+    "server/infer_call.cc",
+    "server/model_repository.cc",
+    "server/outcome.cc",
+    "server/served_model.cc",
+    "server/stream_table.cc",
+]
+
+SERVER_SOURCES = [
+    "server/grpc_infer.cc",
+    "server/grpc_server.cc",
+    "server/log.cc",
+    "server/main.cc",
+    "server/model_description.cc",
+    "server/options.cc",
+    "server/security.cc",
+]
+
+SERVER_PROTO = "server/inference.proto"
+
+SERVER_DEBIAN_PACKAGES = [
+    "libboost-dev",
+    "libcli11-dev",
+    "libgrpc++-dev",
+    "libhiredis-dev",
+    "libprotobuf-dev",
+    "libspdlog-dev",
+    "libsqlite3-dev",
+    "libssl-dev",
+    "pkg-config",
+    "prometheus-cpp-dev",
+    "protobuf-compiler",
+    "protobuf-compiler-grpc",
+]
+
+SERVER_PKG_CONFIG = [
+    "grpc++",
+    "hiredis",
+    "openssl",
+    "prometheus-cpp-core",
+    "protobuf",
+    "sqlite3",
+]
+
+# Libraries without a file for pkg-config.
+SERVER_LIBRARIES = ["grpc++_reflection"]
+
+SERVER_HEADER_ONLY = [
+    "CLI/CLI.hpp",
+    "boost/version.hpp",
+    "spdlog/version.h",
+]
+
 COMPILER_OPTIONS = [
     "-std=c++17",
     "-O3",

@@ -1,0 +1,97 @@
+// continual-transformers-server: serves models until SIGTERM or SIGINT.
+
+#include <signal.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdio>
+#include <ctime>
+#include <exception>
+
+#include "cc/server/grpc_server.h"
+#include "cc/server/log.h"
+#include "cc/server/model_repository.h"
+#include "cc/server/options.h"
+#include "cc/server/security.h"
+
+namespace continual_transformers::server {
+namespace {
+
+// The signals that end the server. They are blocked in every thread, and waited for in this one.
+sigset_t EndingSignals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  return signals;
+}
+
+// Waits for a signal, at most so long. Returns 0 if none came.
+int WaitForSignal(const sigset_t& signals, double seconds) {
+  timespec time;
+  time.tv_sec = static_cast<time_t>(seconds);
+  time.tv_nsec = static_cast<long>((seconds - static_cast<double>(time.tv_sec)) * 1e9);
+  const int signal = sigtimedwait(&signals, nullptr, &time);
+  return signal > 0 ? signal : 0;
+}
+
+void Serve(const Options& options, const sigset_t& signals) {
+  const Security security = Security::Read(options.tls_certificate, options.tls_key,
+                                           options.tls_client_ca, options.token_file);
+  ModelRepository repository(options.model);
+  for (const auto& [name, path] : options.models) repository.Add(name, path);
+
+  // It answers while models load: live, and not ready.
+  GrpcServer grpc(options.grpc, security, &repository);
+  Log(LogLevel::kInfo, "listening", {{"host", options.grpc.host}, {"grpc_port", grpc.port()}});
+  for (const auto& [name, path] : options.models) {
+    repository.Load(name);
+    const auto model = repository.Find(name);
+    Log(LogLevel::kInfo, "model_loaded",
+        {{"model", name},
+         {"path", path},
+         {"receptive_field", model->plan().receptive_field},
+         {"stream_bytes", model->session().state_bytes()}});
+  }
+  grpc.SetServing(true);
+  Log(LogLevel::kInfo, "ready", {{"grpc_port", grpc.port()}, {"pid", getpid()}});
+
+  int signal = 0;
+  while (signal == 0) {
+    constexpr double kHousekeepingSeconds = 0.25;
+    signal = WaitForSignal(signals, kHousekeepingSeconds);
+    for (const auto& model : repository.loaded()) model->EvictIdle();
+  }
+  Log(LogLevel::kInfo, "draining", {{"signal", signal == SIGTERM ? "SIGTERM" : "SIGINT"}});
+  grpc.SetServing(false);
+  repository.Drain();
+  grpc.Stop(static_cast<int64_t>(options.drain_seconds * 1000));
+  Log(LogLevel::kInfo, "ended");
+}
+
+int Main(int argc, char** argv) {
+  Options options;
+  int status = 0;
+  try {
+    if (!ParseOptions(argc, argv, &options, &status)) return status;
+    SetLogLevel(options.log_level);
+    const sigset_t signals = EndingSignals();
+    pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+    if (options.die_with_parent) {
+      const pid_t parent = getppid();
+      prctl(PR_SET_PDEATHSIG, SIGTERM);
+      if (getppid() != parent) return 1;
+    }
+    Serve(options, signals);
+    return 0;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "continual-transformers serve: %s\n", error.what());
+    return 1;
+  }
+}
+
+}  // namespace
+}  // namespace continual_transformers::server
+
+int main(int argc, char** argv) { return continual_transformers::server::Main(argc, argv); }

@@ -1,0 +1,118 @@
+#include "cc/server/options.h"
+
+#include <CLI/CLI.hpp>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "cc/session/error.h"
+
+namespace continual_transformers::server {
+namespace {
+
+// "name=path", or a path whose stem is the name.
+std::pair<std::string, std::string> NameAndPath(const std::string& argument) {
+  const size_t slash = argument.find('/');
+  const size_t equals = argument.find('=');
+  if (equals != std::string::npos && equals < slash) {
+    return {argument.substr(0, equals), argument.substr(equals + 1)};
+  }
+  std::string stem = argument.substr(argument.rfind('/') + 1);
+  const size_t dot = stem.rfind('.');
+  if (dot != std::string::npos && dot > 0) stem.resize(dot);
+  return {stem, argument};
+}
+
+}  // namespace
+
+bool ParseOptions(int argc, char** argv, Options* options, int* status) {
+  CLI::App app(
+      "Serve streaming models over KServe V2: gRPC, HTTP, metrics and a page.\n"
+      "Each MODEL is a model file that ct.Session.save wrote, as [name=]path.",
+      "continual-transformers serve");
+  std::vector<std::string> models;
+  std::string log_level = "info";
+  double idle_timeout = 0;
+  int64_t max_delay_us = 0;
+  double max_message_mb = static_cast<double>(options->grpc.max_message_bytes) / (1 << 20);
+  const auto at_least = [](double least) {
+    return CLI::Range(least, std::numeric_limits<double>::max());
+  };
+  app.add_option("model", models, "[name=]model.safetensors")->required();
+
+  CLI::Option_group* const ports = app.add_option_group("Ports");
+  ports->add_option("--host", options->grpc.host, "The address to listen on")
+      ->capture_default_str();
+  ports->add_option("--grpc-port", options->grpc.port, "0: any free port")
+      ->capture_default_str()
+      ->check(CLI::Range(0, 65535));
+
+  CLI::Option_group* const streams = app.add_option_group("Streams");
+  streams->add_option("--max-streams", options->model.max_streams, "Open at once; 0: no limit")
+      ->capture_default_str()
+      ->check(at_least(0));
+  streams->add_option("--idle-timeout", idle_timeout, "Seconds until an idle stream is ended; 0: never")
+      ->capture_default_str()
+      ->check(at_least(0));
+  streams->add_flag("--strict-start", options->model.strict_start,
+                    "Refuse a stream's first step without sequence_start");
+
+  CLI::Option_group* const batches = app.add_option_group("Batches");
+  batches->add_option("--threads", options->model.threads, "Threads that compute a batch")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 1024));
+  batches->add_option("--max-batch", options->model.queue.rows, "Most rows of a batch")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 1 << 20));
+  batches->add_option("--max-queue", options->model.queue.requests, "Most requests that wait")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 1 << 24));
+  batches->add_option("--max-delay-us", max_delay_us,
+                      "How long a batch waits for more requests, in microseconds")
+      ->capture_default_str()
+      ->check(CLI::Range(0, 10000000));
+
+  CLI::Option_group* const safety = app.add_option_group("Safety");
+  safety->add_option("--tls-certificate", options->tls_certificate, "PEM file; turns TLS on");
+  safety->add_option("--tls-key", options->tls_key, "PEM file");
+  safety->add_option("--tls-client-ca", options->tls_client_ca,
+                     "PEM file; clients need a certificate that it signed");
+  safety->add_option("--token-file", options->token_file,
+                     "Requests need the bearer token in this file");
+  safety->add_option("--max-message-mb", max_message_mb, "Of a request")
+      ->capture_default_str()
+      ->check(CLI::Range(0.001, 2047.0));
+  safety->add_option("--max-header-bytes", options->grpc.max_header_bytes, "Of a request")
+      ->capture_default_str()
+      ->check(CLI::Range(1024, 1 << 20));
+  safety->add_option("--max-calls-per-connection", options->grpc.max_calls_per_connection,
+                     "gRPC calls in progress on one connection")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 1 << 20));
+
+  CLI::Option_group* const process = app.add_option_group("Process");
+  process->add_option("--log-level", log_level, "debug, info, warning, error or off")
+      ->capture_default_str();
+  process->add_option("--drain-seconds", options->drain_seconds,
+                      "How long calls in progress may take after SIGTERM")
+      ->capture_default_str()
+      ->check(CLI::Range(0.0, 3600.0));
+  process->add_flag("--die-with-parent", options->die_with_parent,
+                    "End when the process that started this one ends");
+  try {
+    app.parse(argc, argv);
+    options->log_level = LogLevelOf(log_level);
+  } catch (const CLI::ParseError& error) {
+    *status = app.exit(error) == 0 ? 0 : 2;
+    return false;
+  }
+  for (const std::string& model : models) options->models.push_back(NameAndPath(model));
+  options->grpc.max_message_bytes = std::llround(max_message_mb * (1 << 20));
+  options->model.idle_timeout =
+      std::chrono::milliseconds(std::llround(std::min(idle_timeout, 1e9) * 1000));
+  options->model.queue.delay = std::chrono::microseconds(max_delay_us);
+  return true;
+}
+
+}  // namespace continual_transformers::server

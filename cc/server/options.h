@@ -1,0 +1,32 @@
+// The command line of the server.
+
+#ifndef CONTINUAL_TRANSFORMERS_SERVER_OPTIONS_H_
+#define CONTINUAL_TRANSFORMERS_SERVER_OPTIONS_H_
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cc/server/grpc_server.h"
+#include "cc/server/log.h"
+#include "cc/server/model_repository.h"
+
+namespace continual_transformers::server {
+
+struct Options {
+  std::vector<std::pair<std::string, std::string>> models;  // name and path
+  ModelOptions model;
+  GrpcOptions grpc;
+  LogLevel log_level = LogLevel::kInfo;
+  std::string tls_certificate, tls_key, tls_client_ca, token_file;
+  double drain_seconds = 10;
+  bool die_with_parent = false;
+};
+
+// Returns whether the program goes on, or else ends with *status: after --help, or a mistake in the
+// arguments, of which it prints a sentence.
+bool ParseOptions(int argc, char** argv, Options* options, int* status);
+
+}  // namespace continual_transformers::server
+
+#endif  // CONTINUAL_TRANSFORMERS_SERVER_OPTIONS_H_
