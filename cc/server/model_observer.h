@@ -16,7 +16,7 @@ class ModelObserver {
 
   // Before the model answers its first request. An exception means that it cannot be served.
   virtual void Loaded(ServedModel* model) = 0;
-  // After its last answer, and after its streams have ended.
+  // After its last answer, and after its streams have ended. Or loading was given up.
   virtual void Unloaded(ServedModel* model) = 0;
 };
 

@@ -52,8 +52,8 @@ void ModelRepository::Unload(const std::string& name) {
   std::shared_ptr<ServedModel> model = Find(name);
   model->Close({Reason::kUnavailable, "the model \"" + name + "\" was unloaded", {}});
   model->EndStreams(End::kUnloaded);
-  for (ModelObserver* const observer : observers_) observer->Unloaded(model.get());
   model->RemoveKeepers();
+  for (ModelObserver* const observer : observers_) observer->Unloaded(model.get());
   std::lock_guard<std::mutex> lock(mutex_);
   places_[name] = {places_[name].path, nullptr, "unloaded", true};
 }

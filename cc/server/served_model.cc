@@ -504,7 +504,7 @@ void ServedModel::CopyIn(const StreamCopy& copy, bool other_weights) {
   });
 }
 
-void ServedModel::PutIn(const StreamCopy& copy, bool other_weights) {
+void ServedModel::CheckAnswer(const StreamCopy& copy) const {
   int64_t expected = 0;
   for (const int64_t bytes : output_bytes_) expected += copy.last_steps * bytes;
   if (copy.last_steps < 0 || static_cast<int64_t>(copy.answer.size()) != expected) {
@@ -514,6 +514,10 @@ void ServedModel::PutIn(const StreamCopy& copy, bool other_weights) {
                       Text(static_cast<int64_t>(copy.answer.size())) + " bytes, expected " +
                       Text(expected));
   }
+}
+
+void ServedModel::PutIn(const StreamCopy& copy, bool other_weights) {
+  CheckAnswer(copy);
   Stream* const stream = table_.Hold(copy.name);
   StreamId id = 0;
   try {
@@ -548,9 +552,11 @@ void ServedModel::PutIn(const StreamCopy& copy, bool other_weights) {
 void ServedModel::Restore(const StreamCopy& copy, bool other_weights) {
   queue_.Between([&] {
     if (!copy.state.empty()) return PutIn(copy, other_weights);
+    CheckAnswer(copy);
     Stream* const stream = table_.Hold(copy.name);
     if (!stream->open()) {
       table_.Close(stream, End::kClient);
+      stream->next = copy.last_first + copy.last_steps;
       table_.SetAnswer(stream, copy.last_first, copy.last_steps, copy.last_inputs, copy.answer);
     }
     table_.Release(stream);

@@ -126,6 +126,7 @@ class ServedModel {
              Clock::time_point started);
   void SendAnswers(const std::vector<StepRequest*>& batch, std::vector<Outcome> outcomes);
   Stream* OpenStream(const std::string& name);
+  void CheckAnswer(const StreamCopy& copy) const;
   void PutIn(const StreamCopy& copy, bool other_weights);
   StreamCopy CopyOf(const Stream& stream) const;
 
