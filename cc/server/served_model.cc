@@ -493,7 +493,7 @@ void ServedModel::CloseStream(const std::string& name, End end) {
 
 StreamCopy ServedModel::CopyOut(const std::string& name) {
   StreamCopy copy;
-  queue_.Between([&] { copy = CopyOf(*OpenStream(name)); });
+  queue_.Between([&] { CopyTo(*OpenStream(name), &copy); });
   return copy;
 }
 
@@ -577,22 +577,23 @@ size_t ServedModel::changes() {
   return changes;
 }
 
-std::vector<StreamCopy> ServedModel::TakeChanges(
-    size_t most, const std::function<void(const std::vector<StreamCopy>&)>& taken) {
-  std::vector<StreamCopy> copies;
+void ServedModel::TakeChanges(size_t most, std::vector<StreamCopy>* copies,
+                              const std::function<void()>& taken) {
   queue_.Between([&] {
-    for (const std::string& name : table_.TakeChanges(most)) {
-      const Stream* const stream = table_.Find(name);
+    const std::vector<std::string> names = table_.TakeChanges(most);
+    copies->resize(names.size());
+    for (size_t i = 0; i < names.size(); ++i) {
+      StreamCopy* const copy = &(*copies)[i];
+      const Stream* const stream = table_.Find(names[i]);
       if (stream != nullptr && stream->open()) {
-        copies.push_back(CopyOf(*stream));
+        CopyTo(*stream, copy);
       } else {
-        copies.emplace_back();
-        copies.back().name = name;
+        *copy = {};
+        copy->name = names[i];
       }
     }
-    taken(copies);
+    taken();
   });
-  return copies;
 }
 
 void ServedModel::ReturnChanges(const std::vector<std::string>& names) {
@@ -613,13 +614,15 @@ Stream* ServedModel::OpenStream(const std::string& name) {
   return stream;
 }
 
-StreamCopy ServedModel::CopyOf(const Stream& stream) const {
-  StreamCopy copy = {*stream.name,       std::string(session_.state_bytes(), '\0'),
-                     stream.last_first,  stream.last_steps,
-                     stream.last_inputs, stream.answer,
-                     stream.may_lag};
-  session_.GetState(stream.id, copy.state.data());
-  return copy;
+void ServedModel::CopyTo(const Stream& stream, StreamCopy* copy) const {
+  copy->name = *stream.name;
+  copy->state.resize(session_.state_bytes());
+  copy->last_first = stream.last_first;
+  copy->last_steps = stream.last_steps;
+  copy->last_inputs = stream.last_inputs;
+  copy->answer = stream.answer;
+  copy->may_lag = stream.may_lag;
+  session_.GetState(stream.id, copy->state.data());
 }
 
 }  // namespace continual_transformers::server

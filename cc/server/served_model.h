@@ -103,9 +103,11 @@ class ServedModel {
   void RecordChanges(bool all);
   size_t changes();
   // Copies of up to `most` streams that changed since they were taken last. A copy without a state
-  // is of a stream that ended. No step is taken between the copies and the call of `taken`.
-  std::vector<StreamCopy> TakeChanges(
-      size_t most, const std::function<void(const std::vector<StreamCopy>&)>& taken);
+  // is of a stream that ended. No step is taken between the copies and the call of `taken`. Give
+  // the same `copies` every time: into fresh memory, 32 streams of 98 kB took 6 ms instead of 0.6,
+  // and batches wait meanwhile.
+  void TakeChanges(size_t most, std::vector<StreamCopy>* copies,
+                   const std::function<void()>& taken);
   // These copies could not be written: their streams count as changed.
   void ReturnChanges(const std::vector<std::string>& names);
 
@@ -128,7 +130,7 @@ class ServedModel {
   Stream* OpenStream(const std::string& name);
   void CheckAnswer(const StreamCopy& copy) const;
   void PutIn(const StreamCopy& copy, bool other_weights);
-  StreamCopy CopyOf(const Stream& stream) const;
+  void CopyTo(const Stream& stream, StreamCopy* copy) const;
 
   const std::string name_;
   const std::string path_;
