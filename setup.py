@@ -140,13 +140,17 @@ class build_libraries(build_ext):
         options, objects, links = getattr(self, f"options_of_{name}")(*TENSORFLOW)
         compiler = subprocess.run([*CXX, "--version"], check=True, capture_output=True, text=True)
         heading = f"{compiler.stdout.splitlines()[0]}, TensorFlow {TENSORFLOW[1]}\n"
-        # Builds with and without CUDA keep separate objects, so alternating between them is fast.
-        suffix = "_cuda" if self.cuda and name == "op_library" else ""
-        folder = BUILD / "objects" / f"{name}{suffix}"
+        cuda_sources = sources("BUILD_INFO", "TENSORFLOW_GPU") if self.cuda else []
 
         def compile_one(source):
+            # Builds with and without CUDA share objects. Alternating between them is fast.
+            with_cuda = source in cuda_sources
+            folder = BUILD / "objects" / (f"{name}_cuda" if with_cuda else name)
             made = (folder / source).with_suffix(".o")
             command = [*CXX, *CC["COMPILER_OPTIONS"], "-DNDEBUG", "-fPIC", "-I.", *options]
+            if with_cuda:
+                command += [f'-DCONTINUAL_TRANSFORMERS_CUDA_BUILD="{self.cuda}"']
+                command += system_includes(*self.cuda.include)
             command += shlex.split(os.environ.get("CXXFLAGS", ""))
             said = object_files.compile_object([*command, "-c", source], made, heading)
             print(said, end="", file=sys.stderr)
@@ -181,11 +185,6 @@ class build_libraries(build_ext):
         cuda = self.cuda
         if cuda:
             print(f"with CUDA {cuda}")
-            options += [
-                "-DCONTINUAL_TRANSFORMERS_CUDA=1",
-                f'-DCONTINUAL_TRANSFORMERS_CUDA_BUILD="{cuda}"',
-                *system_includes(*cuda.include),
-            ]
             self.ext_map["op_library"].sources += sources("TENSORFLOW_GPU")
             objects = list(map(str, cuda.compile_all(CC["CUDA_SOURCES"], nvcc.OBJECTS)))
             # First, because TensorFlow's library may define functions with the same names.
@@ -229,7 +228,7 @@ setup(
     version=f"{VERSION}+tf{MINOR}",
     ext_modules=[
         Extension("continual_transformers_tf.core_library", sources("ATTENTION", "SESSION")),
-        Extension("continual_transformers_tf.op_library", sources("TENSORFLOW")),
+        Extension("continual_transformers_tf.op_library", sources("TENSORFLOW", "BUILD_INFO")),
         *(
             [Extension(f"continual_transformers_tf.{CC['EXTENSION']}", sources("PYTHON"))]
             if CC["PYTHON_SOURCES"]
