@@ -130,6 +130,8 @@ class build_libraries(build_ext):
             file = CC["EXTENSION"] + ".so" if name == CC["EXTENSION"] else target.name
             # With its mode: the server is a program.
             shutil.copy(Path(PREBUILT, file), target)
+            for beside in Path(PREBUILT).glob("*.so.*") if name == "server" else ():
+                shutil.copy(beside, target.parent)
             return
         if TENSORFLOW is None:
             raise SystemExit(
@@ -234,7 +236,7 @@ setup(
             if CC["PYTHON_SOURCES"]
             else []
         ),
-        Extension("continual_transformers_tf.server", sources("SERVER_MODEL", "SERVER")),
+        Extension("continual_transformers_tf.server", sources("SERVER_MODEL", "SERVER", "SERVER_MAIN")),
     ],
     cmdclass={"build_ext": build_libraries},
     setup_requires=[] if TENSORFLOW or PREBUILT else [f"tensorflow-cpu=={MINOR}.*"],

@@ -223,7 +223,7 @@ SERVER_HEADERS = [
     "server/stream_table.h",
 ]
 
-# Without a protocol: models, streams and batches. Their tests need no gRPC.
+# Without a protocol: models, streams and batches. They need only the core library.
 SERVER_MODEL_SOURCES = [
     "server/batch_queue.cc",
     "server/infer_call.cc",
@@ -237,11 +237,12 @@ SERVER_SOURCES = [
     "server/grpc_infer.cc",
     "server/grpc_server.cc",
     "server/log.cc",
-    "server/main.cc",
     "server/model_description.cc",
     "server/options.cc",
     "server/security.cc",
 ]
+
+SERVER_MAIN_SOURCES = ["server/main.cc"]
 
 SERVER_PROTO = "server/inference.proto"
 
