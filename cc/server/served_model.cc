@@ -320,6 +320,7 @@ void ServedModel::Commit(Row* row, Clock::time_point now, std::vector<StreamId>*
     }
   } else {
     statistics_.steps += request->steps;
+    if (!watchers_.empty()) TellWatchers(*row);
     if (row->kind == Row::Kind::kBegin) {
       if (stream->open()) {
         closed->push_back(stream->id);
@@ -341,6 +342,27 @@ void ServedModel::Commit(Row* row, Clock::time_point now, std::vector<StreamId>*
   if (request->end && stream->open()) {
     closed->push_back(stream->id);
     EndStream(stream, End::kClient);
+  }
+}
+
+void ServedModel::TellWatchers(const Row& row) {
+  const StepRequest& request = *row.request;
+  for (const auto& [name, weak] : watchers_) {
+    if (name != *row.stream->name) continue;
+    const std::shared_ptr<StreamWatcher> watcher = weak.lock();
+    if (watcher == nullptr) continue;
+    std::vector<const char*> outputs;
+    const char* remembered = row.answer.empty() ? nullptr : row.answer.data();
+    for (size_t i = 0; i < output_bytes_.size(); ++i) {
+      const int64_t bytes = request.steps * output_bytes_[i];
+      const char* at = remembered;
+      if (request.outputs[i] != nullptr) {
+        at = static_cast<const char*>(request.outputs[i]) + row.index * bytes;
+      }
+      outputs.push_back(at == nullptr ? nullptr : at + bytes - output_bytes_[i]);
+      if (remembered != nullptr) remembered += bytes;
+    }
+    watcher->Stepped(row.next, outputs);
   }
 }
 
@@ -483,6 +505,15 @@ void ServedModel::CopyIn(const StreamCopy& copy, bool other_weights) {
     table_.Release(stream);
     if (old != 0) session_.Close(&old, 1);
     ++statistics_.opened;
+  });
+}
+
+void ServedModel::Watch(const std::string& stream, const std::weak_ptr<StreamWatcher>& watcher) {
+  queue_.Between([&] {
+    watchers_.erase(std::remove_if(watchers_.begin(), watchers_.end(),
+                                   [](const auto& entry) { return entry.second.expired(); }),
+                    watchers_.end());
+    if (!watcher.expired()) watchers_.emplace_back(stream, watcher);
   });
 }
 

@@ -8,7 +8,9 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cc/server/batch_queue.h"
@@ -42,6 +44,15 @@ struct StreamCopy {
   int64_t last_first = 0, last_steps = 0;
   uint64_t last_inputs = 0;
   std::string answer;
+};
+
+// Sees the steps of one stream (ServedModel::Watch).
+class StreamWatcher {
+ public:
+  virtual ~StreamWatcher() = default;
+  // Called in a batch, so it must be quick. `outputs` has one pointer per plan output, to the last
+  // step's; null if the request did not want it.
+  virtual void Stepped(int64_t next_step, const std::vector<const char*>& outputs) noexcept = 0;
 };
 
 // Any thread may call any method.
@@ -84,6 +95,10 @@ class ServedModel {
   StreamCopy CopyOut(const std::string& name);
   void CopyIn(const StreamCopy& copy, bool other_weights);
 
+  // Shows the steps of a stream, which need not be open, to a watcher for as long as that exists.
+  // Without watchers this costs nothing.
+  void Watch(const std::string& stream, const std::weak_ptr<StreamWatcher>& watcher);
+
   // For snapshots: see StreamTable. Copies of up to `most` streams that changed since they were
   // taken last. A copy without a state is of a stream that ended.
   void RecordChanges();
@@ -101,6 +116,7 @@ class ServedModel {
   uint64_t HashOfInputs(const StepRequest& request, int64_t index) const;
   void StepRows(const std::vector<Row*>& rows);
   void Commit(Row* row, Clock::time_point now, std::vector<StreamId>* closed);
+  void TellWatchers(const Row& row);
   void EndStream(Stream* stream, End end);
   void Count(const std::vector<StepRequest*>& batch, const std::vector<Outcome>& outcomes,
              Clock::time_point started);
@@ -121,6 +137,7 @@ class ServedModel {
   std::vector<Stream*>
       told_;  // that the server has ended, and whose clients are told so in this batch
   std::vector<std::vector<char>> inputs_, outputs_;  // a batch of several requests
+  std::vector<std::pair<std::string, std::weak_ptr<StreamWatcher>>> watchers_;
 
   BatchQueue queue_;
 };
