@@ -269,12 +269,10 @@ class HttpStepRequest : public StepRequest, public std::enable_shared_from_this<
     }
   }
 
+  // The caller holds this request until Submit returns.
   void Submit() {
     self_ = shared_from_this();
-    // This request may be gone when Submit returns, and the model must not go with it: its last
-    // owner waits for its queue, which this thread may lead.
-    const std::shared_ptr<ServedModel> model = model_;
-    model->Submit(this);
+    model_->Submit(this);
   }
 
   bool Cancelled() const override { return exchange_->gone(); }
@@ -475,6 +473,7 @@ HttpResponse ErrorResponse(const Outcome& outcome) {
 HttpResponse ErrorResponse(int status, Reason reason, const std::string& message) {
   HttpResponse response = ErrorResponse({reason, message, {}});
   response.status = status;
+  if (status != 401) response.headers.clear();
   return response;
 }
 
@@ -587,16 +586,16 @@ class HttpApi::Routes {
 
   static void Infer(const std::shared_ptr<ServedModel>& model, HttpRequest* request,
                     const std::shared_ptr<HttpExchange>& exchange) {
-    auto step = std::make_shared<HttpStepRequest>(std::move(*request), exchange);
+    // Held until Submit returns: the last owner of a model waits for its queue, which must not be
+    // in a batch that this thread leads.
+    const auto step = std::make_shared<HttpStepRequest>(std::move(*request), exchange);
     try {
       step->Read(model);
     } catch (const std::exception& error) {
       model->CountRefusal(OutcomeOf(error).reason);
       throw;
     }
-    HttpStepRequest* const submitted = step.get();
-    step.reset();
-    submitted->Submit();
+    step->Submit();
   }
 
   // It reads a file, so it has a thread of its own.
