@@ -70,7 +70,7 @@ void DescribeServer(inference::ServerMetadataResponse* metadata) {
   }
 }
 
-void Describe(const ServedModel& model, inference::ModelMetadataResponse* metadata) {
+void DescribeModel(const ServedModel& model, inference::ModelMetadataResponse* metadata) {
   const Plan& plan = model.plan();
   metadata->set_name(model.name());
   metadata->add_versions("1");

@@ -14,7 +14,7 @@ inline constexpr char kPlatform[] = "continual_transformers";
 void DescribeServer(inference::ServerMetadataResponse* metadata);
 
 // Shapes begin with -1: the streams or steps of a request.
-void Describe(const ServedModel& model, inference::ModelMetadataResponse* metadata);
+void DescribeModel(const ServedModel& model, inference::ModelMetadataResponse* metadata);
 
 // `dims` are the shape of one step of one stream. Triton's clients put an axis for the batch before
 // them, because max_batch_size is not 0.

@@ -350,6 +350,7 @@ void ServedModel::Commit(Row* row, Clock::time_point now, std::vector<StreamId>*
     }
   } else {
     statistics_.steps += request->steps;
+    if (!watchers_.empty()) TellWatchers(*row);
     if (row->kind == Row::Kind::kBegin) {
       if (stream->open()) {
         closed->push_back(stream->id);
@@ -377,6 +378,27 @@ void ServedModel::Commit(Row* row, Clock::time_point now, std::vector<StreamId>*
     kept.ended = true;
   }
   if (!keepers_.empty() && (kept.steps > 0 || kept.ended)) kept_rows_.push_back(kept);
+}
+
+void ServedModel::TellWatchers(const Row& row) {
+  const StepRequest& request = *row.request;
+  for (const auto& [name, weak] : watchers_) {
+    if (name != *row.stream->name) continue;
+    const std::shared_ptr<StreamWatcher> watcher = weak.lock();
+    if (watcher == nullptr) continue;
+    std::vector<const char*> outputs;
+    const char* remembered = row.answer.empty() ? nullptr : row.answer.data();
+    for (size_t i = 0; i < output_bytes_.size(); ++i) {
+      const int64_t bytes = request.steps * output_bytes_[i];
+      const char* at = remembered;
+      if (request.outputs[i] != nullptr) {
+        at = static_cast<const char*>(request.outputs[i]) + row.index * bytes;
+      }
+      outputs.push_back(at == nullptr ? nullptr : at + bytes - output_bytes_[i]);
+      if (remembered != nullptr) remembered += bytes;
+    }
+    watcher->Stepped(row.next, outputs);
+  }
 }
 
 void ServedModel::EndStream(Stream* stream, End end) {
@@ -501,6 +523,15 @@ void ServedModel::CopyIn(const StreamCopy& copy, bool other_weights) {
   queue_.Between([&] {
     PutIn(copy, other_weights);
     for (StreamKeeper* const keeper : keepers_) keeper->PutIn(copy);
+  });
+}
+
+void ServedModel::Watch(const std::string& stream, const std::weak_ptr<StreamWatcher>& watcher) {
+  queue_.Between([&] {
+    watchers_.erase(std::remove_if(watchers_.begin(), watchers_.end(),
+                                   [](const auto& entry) { return entry.second.expired(); }),
+                    watchers_.end());
+    if (!watcher.expired()) watchers_.emplace_back(stream, watcher);
   });
 }
 

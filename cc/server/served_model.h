@@ -8,7 +8,9 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cc/server/batch_queue.h"
@@ -44,6 +46,15 @@ struct StreamCopy {
   uint64_t last_inputs = 0;
   std::string answer;
   bool may_lag = false;  // see Stream
+};
+
+// Sees the steps of one stream (ServedModel::Watch).
+class StreamWatcher {
+ public:
+  virtual ~StreamWatcher() = default;
+  // Called in a batch, so it must be quick. `outputs` has one pointer per plan output, to the last
+  // step's; null if the request did not want it.
+  virtual void Stepped(int64_t next_step, const std::vector<const char*>& outputs) noexcept = 0;
 };
 
 // Any thread may call any method.
@@ -110,6 +121,9 @@ class ServedModel {
                    const std::function<void()>& taken);
   // These copies could not be written: their streams count as changed.
   void ReturnChanges(const std::vector<std::string>& names);
+  // Shows the steps of a stream, which need not be open, to a watcher for as long as that exists.
+  // Without watchers this costs nothing.
+  void Watch(const std::string& stream, const std::weak_ptr<StreamWatcher>& watcher);
 
  private:
   struct Row;
@@ -123,6 +137,7 @@ class ServedModel {
   uint64_t HashOfInputs(const StepRequest& request, int64_t index) const;
   void StepRows(const std::vector<Row*>& rows);
   void Commit(Row* row, Clock::time_point now, std::vector<StreamId>* closed);
+  void TellWatchers(const Row& row);
   void EndStream(Stream* stream, End end);
   void Count(const std::vector<StepRequest*>& batch, const std::vector<Outcome>& outcomes,
              Clock::time_point started);
@@ -148,6 +163,7 @@ class ServedModel {
   std::vector<std::vector<char>> inputs_, outputs_;  // a batch of several requests
   std::vector<StreamKeeper*> keepers_;
   std::vector<StreamKeeper::Row> kept_rows_;  // of this batch, to tell keepers
+  std::vector<std::pair<std::string, std::weak_ptr<StreamWatcher>>> watchers_;
 
   BatchQueue queue_;
 };

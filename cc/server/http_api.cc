@@ -1,0 +1,916 @@
+#include "cc/server/http_api.h"
+
+#include <google/protobuf/message.h>
+
+#include <algorithm>
+#include <atomic>
+#include <charconv>
+#include <chrono>
+#include <cstring>
+#include <mutex>
+#include <nlohmann/json.hpp>
+#include <string_view>
+#include <thread>
+#include <utility>
+
+#include "cc/attention/half.h"
+#include "cc/server/http_infer.h"
+#include "cc/server/log.h"
+#include "cc/server/metrics.h"
+#include "cc/server/model_description.h"
+#include "cc/server/page.h"
+#include "cc/server/stream_copy.h"
+
+namespace continual_transformers::server {
+namespace {
+
+using nlohmann::ordered_json;
+
+constexpr char kBinary[] = "application/octet-stream";
+
+// Scripts and styles only from this server, which is also the only one that they may call.
+constexpr char kContentSecurityPolicy[] =
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+constexpr char kNeedsTokenOfServer[] =
+    "this call is for the operator, and this server has no token to tell who that is: start it "
+    "with --token-file";
+
+std::string Dump(const ordered_json& json) {
+  return json.dump(-1, ' ', false, ordered_json::error_handler_t::replace);
+}
+
+HttpResponse JsonResponse(const ordered_json& json) {
+  HttpResponse response;
+  response.body = Dump(json);
+  return response;
+}
+
+// A message as JSON: all fields, with their names in the protocol, and integers as numbers.
+// (protobuf's own function writes 64-bit integers as strings.)
+ordered_json JsonOf(const google::protobuf::Message& message);
+
+ordered_json JsonOf(const google::protobuf::Message& message,
+                    const google::protobuf::FieldDescriptor* field, int index) {
+  using google::protobuf::FieldDescriptor;
+  const google::protobuf::Reflection* const reflection = message.GetReflection();
+  const bool repeated = field->is_repeated();
+  switch (field->cpp_type()) {
+    case FieldDescriptor::CPPTYPE_INT32:
+      return repeated ? reflection->GetRepeatedInt32(message, field, index)
+                      : reflection->GetInt32(message, field);
+    case FieldDescriptor::CPPTYPE_INT64:
+      return repeated ? reflection->GetRepeatedInt64(message, field, index)
+                      : reflection->GetInt64(message, field);
+    case FieldDescriptor::CPPTYPE_UINT64:
+      return repeated ? reflection->GetRepeatedUInt64(message, field, index)
+                      : reflection->GetUInt64(message, field);
+    case FieldDescriptor::CPPTYPE_BOOL:
+      return repeated ? reflection->GetRepeatedBool(message, field, index)
+                      : reflection->GetBool(message, field);
+    case FieldDescriptor::CPPTYPE_ENUM:
+      return (repeated ? reflection->GetRepeatedEnum(message, field, index)
+                       : reflection->GetEnum(message, field))
+          ->name();
+    case FieldDescriptor::CPPTYPE_STRING:
+      return repeated ? reflection->GetRepeatedString(message, field, index)
+                      : reflection->GetString(message, field);
+    case FieldDescriptor::CPPTYPE_MESSAGE:
+      return JsonOf(repeated ? reflection->GetRepeatedMessage(message, field, index)
+                             : reflection->GetMessage(message, field));
+    default:  // no field of these messages
+      return nullptr;
+  }
+}
+
+ordered_json JsonOf(const google::protobuf::Message& message) {
+  const google::protobuf::Reflection* const reflection = message.GetReflection();
+  const google::protobuf::Descriptor* const descriptor = message.GetDescriptor();
+  ordered_json json = ordered_json::object();
+  for (int i = 0; i < descriptor->field_count(); ++i) {
+    const google::protobuf::FieldDescriptor* const field = descriptor->field(i);
+    if (field->is_map()) {
+      ordered_json* const map = &(json[field->name()] = ordered_json::object());
+      for (int k = 0; k < reflection->FieldSize(message, field); ++k) {
+        const auto& entry = reflection->GetRepeatedMessage(message, field, k);
+        const auto* const of_entry = entry.GetDescriptor();
+        (*map)[JsonOf(entry, of_entry->map_key(), 0).get<std::string>()] =
+            JsonOf(entry, of_entry->map_value(), 0);
+      }
+    } else if (field->is_repeated()) {
+      ordered_json* const list = &(json[field->name()] = ordered_json::array());
+      for (int k = 0; k < reflection->FieldSize(message, field); ++k) {
+        list->push_back(JsonOf(message, field, k));
+      }
+    } else if (!field->has_presence() || reflection->HasField(message, field)) {
+      json[field->name()] = JsonOf(message, field, 0);
+    }
+  }
+  return json;
+}
+
+// A part of a target without its percent signs. Returns false if it is malformed.
+bool Decode(std::string_view text, std::string* decoded) {
+  decoded->clear();
+  for (size_t i = 0; i < text.size(); ++i) {
+    if (text[i] != '%') {
+      *decoded += text[i];
+      continue;
+    }
+    unsigned char byte = 0;
+    if (i + 2 >= text.size()) return false;
+    const char* const end = text.data() + i + 3;
+    if (std::from_chars(text.data() + i + 1, end, byte, 16).ptr != end) return false;
+    *decoded += static_cast<char>(byte);
+    i += 2;
+  }
+  return true;
+}
+
+std::string Encode(const std::string& text) {
+  constexpr char kDigits[] = "0123456789ABCDEF";
+  std::string encoded;
+  for (const char c : text) {
+    const auto byte = static_cast<unsigned char>(c);
+    const bool plain = (c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') ||
+                       (c != '\0' && std::strchr("-._~", c) != nullptr);
+    if (plain) {
+      encoded += c;
+    } else {
+      encoded += {'%', kDigits[byte >> 4], kDigits[byte & 15]};
+    }
+  }
+  return encoded;
+}
+
+struct Target {
+  std::vector<std::string> path;  // between the slashes
+  std::vector<std::pair<std::string, std::string>> query;
+
+  // Throws Refusal.
+  explicit Target(std::string_view text) {
+    const auto part = [](std::string_view encoded) {
+      std::string decoded;
+      if (!Decode(encoded, &decoded)) {
+        throw Refusal(Reason::kInvalidArgument,
+                      "the path has a % that two hexadecimal digits do not follow");
+      }
+      return decoded;
+    };
+    text = text.substr(0, text.find('#'));
+    const size_t question = text.find('?');
+    std::string_view rest = text.substr(0, question);
+    // "http://host/path", as a proxy is asked.
+    const size_t scheme = rest.find("://");
+    if (scheme != std::string_view::npos && rest.substr(0, 4) == "http") {
+      const size_t slash = rest.find('/', scheme + 3);
+      rest = slash == std::string_view::npos ? "" : rest.substr(slash);
+    }
+    while (!rest.empty()) {
+      rest.remove_prefix(1);  // the slash
+      const size_t slash = std::min(rest.find('/'), rest.size());
+      if (slash > 0 || slash < rest.size()) path.push_back(part(rest.substr(0, slash)));
+      rest.remove_prefix(slash);
+    }
+    rest = question == std::string_view::npos ? "" : text.substr(question + 1);
+    while (!rest.empty()) {
+      const size_t end = std::min(rest.find('&'), rest.size());
+      const std::string_view pair = rest.substr(0, end);
+      const size_t equals = std::min(pair.find('='), pair.size());
+      query.emplace_back(part(pair.substr(0, equals)),
+                         part(pair.substr(std::min(equals + 1, pair.size()))));
+      rest.remove_prefix(std::min(end + 1, rest.size()));
+    }
+  }
+
+  const std::string* Find(const std::string& key) const {
+    for (const auto& [name, value] : query) {
+      if (name == key) return &value;
+    }
+    return nullptr;
+  }
+
+  int64_t Whole(const std::string& key, int64_t otherwise, int64_t least, int64_t most) const {
+    const std::string* const text = Find(key);
+    if (text == nullptr) return otherwise;
+    int64_t value = 0;
+    const char* const end = text->data() + text->size();
+    const auto [at, error] = std::from_chars(text->data(), end, value);
+    if (error != std::errc() || at != end || value < least || value > most) {
+      throw Refusal(Reason::kInvalidArgument,
+                    "the query has a bad " + key + ", expected a whole number from " +
+                        std::to_string(least) + " to " + std::to_string(most));
+    }
+    return value;
+  }
+
+  bool Flag(const std::string& key) const {
+    const std::string* const text = Find(key);
+    if (text == nullptr || *text == "false") return false;
+    if (*text == "true") return true;
+    throw Refusal(Reason::kInvalidArgument,
+                  "the query has a bad " + key + ", expected true or false");
+  }
+};
+
+struct PageFileType {
+  const char* path;  // without the slash
+  const char* name;
+  const char* content_type;
+};
+
+constexpr PageFileType kPageFiles[] = {
+    {"", "index.html", "text/html; charset=utf-8"},
+    {"page.css", "page.css", "text/css; charset=utf-8"},
+    {"page.js", "page.js", "text/javascript; charset=utf-8"},
+    {"icon.svg", "icon.svg", "image/svg+xml"},
+};
+
+const PageFileType* FindPageFile(const std::vector<std::string>& path) {
+  if (path.size() > 1) return nullptr;
+  const std::string name = path.empty() ? "" : path[0];
+  for (const PageFileType& file : kPageFiles) {
+    if (name == file.path) return &file;
+  }
+  return nullptr;
+}
+
+// What everyone may read.
+bool IsOpen(const std::vector<std::string>& path) {
+  if (FindPageFile(path) != nullptr) return true;
+  if (path.size() == 1) return path[0] == "metrics";
+  return path.size() == 3 && path[0] == "v2" && path[1] == "health";
+}
+
+// Lists and copies of streams. The outputs of a stream are for everyone who may take its steps.
+bool IsOperators(const std::vector<std::string>& path) {
+  if (path.size() < 4 || path[0] != "v2" || path[1] != "models") return false;
+  const size_t at = path[3] == "versions" ? 5 : 3;
+  return path.size() > at && path[at] == "streams" && path.size() <= at + 2;
+}
+
+// A call over HTTP for steps of streams. It lives until its answer is made.
+class HttpStepRequest : public StepRequest, public std::enable_shared_from_this<HttpStepRequest> {
+ public:
+  HttpStepRequest(HttpRequest request, std::shared_ptr<HttpExchange> exchange)
+      : http_(std::move(request)), exchange_(std::move(exchange)) {}
+
+  // Throws Refusal.
+  void Read(std::shared_ptr<ServedModel> model) {
+    model_ = std::move(model);
+    ReadHttpInfer(http_.body, http_.inference_header_content_length, &call_);
+    wanted_ = ReadInferCall(*model_, call_.call, this);
+    CheckHttpOutputs(call_, wanted_);
+    tensors_.resize(wanted_.size());
+    for (size_t i = 0; i < wanted_.size(); ++i) {
+      tensors_[i].resize(wanted_[i].bytes);
+      outputs[wanted_[i].port] = tensors_[i].data();
+    }
+  }
+
+  // The caller holds this request until Submit returns.
+  void Submit() {
+    self_ = shared_from_this();
+    model_->Submit(this);
+  }
+
+  bool Cancelled() const override { return exchange_->gone(); }
+
+  void Done(const Outcome& outcome) noexcept override {
+    outcome_ = outcome;
+    const std::shared_ptr<HttpStepRequest> self = std::move(self_);
+    exchange_->Answer([self] { return self->Response(); });
+  }
+
+ private:
+  HttpResponse Response() {
+    if (!outcome_.ok()) return ErrorResponse(outcome_);
+    HttpResponse response;
+    response.body = WriteHttpInfer(model_->name(), call_, wanted_, tensors_, *this);
+    bool binary = false;
+    for (size_t i = 0; i < wanted_.size(); ++i) {
+      if (!call_.IsBinary(i)) continue;
+      binary = true;
+      response.tensors.push_back(std::move(tensors_[i]));
+    }
+    if (binary) {
+      response.content_type = kBinary;
+      response.headers.emplace_back("Inference-Header-Content-Length",
+                                    std::to_string(response.body.size()));
+    }
+    return response;
+  }
+
+  const HttpRequest http_;
+  const std::shared_ptr<HttpExchange> exchange_;
+  std::shared_ptr<ServedModel> model_;
+  HttpInferCall call_;
+  std::vector<OutputTensor> wanted_;
+  std::vector<std::string> tensors_;
+  Outcome outcome_;
+  std::shared_ptr<HttpStepRequest> self_;  // from Submit to Done
+};
+
+double NumberAt(const char* data, DType dtype) {
+  const auto read = [data](auto value) {
+    std::memcpy(&value, data, sizeof(value));
+    return value;
+  };
+  switch (dtype) {
+    case DType::kFloat32:
+      return read(float{});
+    case DType::kFloat64:
+      return read(double{});
+    case DType::kInt32:
+      return read(int32_t{});
+    case DType::kInt64:
+      return static_cast<double>(read(int64_t{}));
+    case DType::kBool:
+      return read(uint8_t{});
+    case DType::kBFloat16:
+      return Widen(BFloat16{read(uint16_t{})});
+    case DType::kFloat16:
+      return Widen(Float16{read(uint16_t{})});
+  }
+  return 0;
+}
+
+// The newest outputs of one stream, for whoever looks at it.
+class StreamOutputs : public HttpEvents {
+ public:
+  StreamOutputs(const std::shared_ptr<ServedModel>& model, const std::string& stream,
+                const ModelRepository* repository, std::atomic<int>* watching)
+      : model_(model),
+        repository_(repository),
+        watching_(watching),
+        watcher_(std::make_shared<Watcher>(model->plan())) {
+    ++*watching_;
+    model->Watch(stream, watcher_);
+  }
+
+  ~StreamOutputs() override { --*watching_; }
+
+  std::string Next() override {
+    if (ended()) return "event: end\ndata: the model was unloaded\n\n";
+    const std::string json = watcher_->TakeJson();
+    if (!json.empty()) return "data: " + json + "\n\n";
+    // A client that has gone without a word is noticed by what it does not receive.
+    constexpr int kQuiet = 50;
+    if (++quiet_ % kQuiet == 0) return ": still here\n\n";
+    return "";
+  }
+
+  bool ended() const override {
+    for (const auto& model : repository_->loaded()) {
+      if (model == model_) return false;
+    }
+    return true;
+  }
+
+ private:
+  // Numbers that a person can look at.
+  static constexpr int64_t kMostNumbers = 64;
+
+  class Watcher : public StreamWatcher {
+   public:
+    explicit Watcher(const Plan& plan) : plan_(plan), numbers_(plan.outputs.size()) {}
+
+    void Stepped(int64_t next_step, const std::vector<const char*>& outputs) noexcept override {
+      std::lock_guard<std::mutex> lock(mutex_);
+      next_step_ = next_step;
+      changed_ = true;
+      for (size_t i = 0; i < outputs.size(); ++i) {
+        const Value& value = plan_.values[plan_.outputs[i].value];
+        const int64_t bytes = std::min(value.size, kMostNumbers) * SizeOf(value.dtype);
+        numbers_[i].clear();
+        if (outputs[i] != nullptr) numbers_[i].assign(outputs[i], bytes);
+      }
+    }
+
+    // Empty: no step since the last time.
+    std::string TakeJson() {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!changed_) return "";
+      changed_ = false;
+      std::string json = "{\"next_step\":" + std::to_string(next_step_) + ",\"outputs\":[";
+      for (size_t i = 0; i < numbers_.size(); ++i) {
+        const Value& value = plan_.values[plan_.outputs[i].value];
+        if (i > 0) json += ',';
+        json += "{\"name\":";
+        AppendJson(plan_.outputs[i].name, &json);
+        json += ",\"elements\":" + std::to_string(value.size) + ",\"numbers\":[";
+        const auto step = static_cast<size_t>(SizeOf(value.dtype));
+        for (size_t at = 0; at < numbers_[i].size(); at += step) {
+          if (at > 0) json += ',';
+          // No one sees more digits than a float has.
+          AppendJson(static_cast<float>(NumberAt(numbers_[i].data() + at, value.dtype)), &json);
+        }
+        json += "]}";
+      }
+      return json + "]}";
+    }
+
+   private:
+    const Plan& plan_;
+    std::mutex mutex_;
+    int64_t next_step_ = 0;
+    bool changed_ = false;
+    std::vector<std::string> numbers_;  // the first elements of each output
+  };
+
+  const std::shared_ptr<ServedModel> model_;
+  const ModelRepository* const repository_;
+  std::atomic<int>* const watching_;
+  const std::shared_ptr<Watcher> watcher_;
+  int quiet_ = 0;
+};
+
+}  // namespace
+
+int HttpStatusOf(Reason reason) {
+  switch (reason) {
+    case Reason::kNone:
+      return 200;
+    case Reason::kInvalidArgument:
+      return 400;
+    case Reason::kUnauthenticated:
+      return 401;
+    case Reason::kNotFound:
+      return 404;
+    case Reason::kOutOfStep:
+    case Reason::kEnded:
+    case Reason::kNotStarted:
+      return 409;
+    case Reason::kTooManyStreams:
+    case Reason::kQueueFull:
+      return 429;
+    case Reason::kDeadline:
+      return 504;
+    case Reason::kCancelled:
+    case Reason::kUnavailable:
+      return 503;
+    case Reason::kUnsupported:
+      return 501;
+    case Reason::kInternal:
+      return 500;
+  }
+  return 500;
+}
+
+HttpResponse ErrorResponse(const Outcome& outcome) {
+  HttpResponse response;
+  response.status = HttpStatusOf(outcome.reason);
+  ordered_json body = {{"error", outcome.message}, {"reason", NameOf(outcome.reason)}};
+  for (const ExpectedStep& expected : outcome.expected) {
+    body["expected"].push_back({{"stream", expected.stream}, {"step", expected.step}});
+  }
+  response.body = Dump(body);
+  if (response.status == 401) response.headers.emplace_back("WWW-Authenticate", "Bearer");
+  return response;
+}
+
+HttpResponse ErrorResponse(int status, Reason reason, const std::string& message) {
+  HttpResponse response = ErrorResponse({reason, message, {}});
+  response.status = status;
+  if (status != 401) response.headers.clear();
+  return response;
+}
+
+class HttpApi::Routes {
+ public:
+  Routes(const Security& security, ModelRepository* repository)
+      : security_(security), repository_(repository), metrics_(repository) {}
+
+  std::optional<HttpResponse> Refuse(const HttpRequest& head) const {
+    try {
+      const Target target(head.target);
+      if (IsOpen(target.path)) return std::nullopt;
+      if (!security_.Allows(head.authorization)) {
+        return ErrorResponse({Reason::kUnauthenticated, kNeedsToken, {}});
+      }
+      if (security_.token.empty() && IsOperators(target.path)) {
+        return ErrorResponse(403, Reason::kUnauthenticated, kNeedsTokenOfServer);
+      }
+    } catch (const std::exception& error) {
+      return ErrorResponse(OutcomeOf(error));
+    }
+    // A browser says which page calls. Without this check, any page that a person visits could
+    // change what runs on their machine.
+    const size_t scheme = head.origin.find("://");
+    if (!head.origin.empty() && head.method != "GET" &&
+        (scheme == std::string::npos || head.origin.substr(scheme + 3) != head.host)) {
+      return ErrorResponse(403, Reason::kUnauthenticated,
+                           "the request comes from a page of another server, which may not call "
+                           "this one");
+    }
+    if (!head.content_encoding.empty() && head.content_encoding != "identity") {
+      return ErrorResponse(415, Reason::kUnsupported,
+                           "the body is compressed, which this server does not read: send it as "
+                           "it is");
+    }
+    return std::nullopt;
+  }
+
+  void Handle(HttpRequest request, std::shared_ptr<HttpExchange> exchange) {
+    HttpResponse response;
+    try {
+      const Target target(request.target);
+      // Steps, and what takes long, answer later.
+      if (HandleLater(target, &request, exchange)) return;
+      response = Answer(target, request);
+    } catch (const std::exception& error) {
+      response = ErrorResponse(OutcomeOf(error));
+    }
+    // std::function copies what it holds.
+    auto made = std::make_shared<HttpResponse>(std::move(response));
+    exchange->Answer([made] { return std::move(*made); });
+  }
+
+  void Sample() {
+    const int64_t sample = ++samples_;
+    for (const auto& model : repository_->loaded()) {
+      history_.Add(model->name(), sample, model->statistics());
+    }
+    history_.ForgetOthers(sample);
+  }
+
+ private:
+  // A route that has another method. Thrown as a response.
+  struct WrongMethod {
+    HttpResponse response;
+  };
+
+  static void Need(const HttpRequest& request, const char* method) {
+    if (request.method == method) return;
+    HttpResponse response =
+        ErrorResponse(405, Reason::kUnsupported,
+                      "got the method " + request.method.substr(0, 20) + ", expected " + method);
+    response.headers.emplace_back("Allow", method);
+    throw WrongMethod{std::move(response)};
+  }
+
+  [[noreturn]] static void RefusePath() {
+    throw Refusal(Reason::kNotFound,
+                  "this server has no such path: see \"/\", \"/v2\", \"/metrics\" and the KServe "
+                  "V2 protocol");
+  }
+
+  // Takes "versions/1" out of a path below /v2/models/M, and returns what follows.
+  static std::vector<std::string> AfterModel(const std::vector<std::string>& path,
+                                             std::string* version) {
+    if (path.size() > 4 && path[3] == "versions") {
+      *version = path[4];
+      return {path.begin() + 5, path.end()};
+    }
+    return {path.begin() + 3, path.end()};
+  }
+
+  bool HandleLater(const Target& target, HttpRequest* request,
+                   const std::shared_ptr<HttpExchange>& exchange) {
+    const std::vector<std::string>& path = target.path;
+    if (path.size() < 4 || path[0] != "v2" || request->method != "POST") return false;
+    std::string version;
+    if (path[1] == "models" && path.back() == "infer" && AfterModel(path, &version).size() == 1) {
+      Infer(repository_->Find(path[2], version), request, exchange);
+      return true;
+    }
+    const bool load = path.back() == "load";
+    if (path[1] == "repository" && path[2] == "models" && path.size() == 5 &&
+        (load || path.back() == "unload")) {
+      LoadOrUnload(path[3], load, *request, exchange);
+      return true;
+    }
+    return false;
+  }
+
+  static void Infer(const std::shared_ptr<ServedModel>& model, HttpRequest* request,
+                    const std::shared_ptr<HttpExchange>& exchange) {
+    // Held until Submit returns: the last owner of a model waits for its queue, which must not be
+    // in a batch that this thread leads.
+    const auto step = std::make_shared<HttpStepRequest>(std::move(*request), exchange);
+    try {
+      step->Read(model);
+    } catch (const std::exception& error) {
+      model->CountRefusal(OutcomeOf(error).reason);
+      throw;
+    }
+    step->Submit();
+  }
+
+  // It reads a file, so it has a thread of its own.
+  void LoadOrUnload(const std::string& name, bool load, const HttpRequest& request,
+                    const std::shared_ptr<HttpExchange>& exchange) {
+    if (load && !request.body.empty()) {
+      const auto body = ordered_json::parse(request.body, nullptr, false);
+      if (body.is_object() && body.contains("parameters") && !body["parameters"].empty()) {
+        throw Refusal(Reason::kUnsupported,
+                      "this server loads a model from the file that it was started with, and "
+                      "takes no parameters: replace the file, then load without parameters");
+      }
+    }
+    std::thread([this, name, load, exchange] {
+      HttpResponse response;
+      try {
+        if (load) {
+          repository_->Load(name);
+        } else {
+          repository_->Unload(name);
+        }
+        response = JsonResponse(ordered_json::object());
+      } catch (const std::exception& error) {
+        response = ErrorResponse(OutcomeOf(error));
+      }
+      exchange->Answer([response] { return response; });
+    }).detach();
+  }
+
+  HttpResponse Answer(const Target& target, const HttpRequest& request) {
+    try {
+      return AnswerNow(target, request);
+    } catch (const WrongMethod& wrong) {
+      return wrong.response;
+    }
+  }
+
+  HttpResponse AnswerNow(const Target& target, const HttpRequest& request) {
+    const std::vector<std::string>& path = target.path;
+    if (const PageFileType* const file = FindPageFile(path)) {
+      Need(request, "GET");
+      HttpResponse response;
+      response.content_type = file->content_type;
+      response.body = PageFile(file->name);
+      response.headers.emplace_back("Content-Security-Policy", kContentSecurityPolicy);
+      response.headers.emplace_back("Referrer-Policy", "no-referrer");
+      return response;
+    }
+    if (path == std::vector<std::string>{"metrics"}) {
+      Need(request, "GET");
+      HttpResponse response;
+      response.content_type = "text/plain; version=0.0.4; charset=utf-8";
+      response.body = metrics_.Text();
+      return response;
+    }
+    if (path == std::vector<std::string>{"status"}) {
+      Need(request, "GET");
+      return JsonResponse(Status(target.Whole("since", -1, -1, int64_t{1} << 53)));
+    }
+    if (path.empty() || path[0] != "v2") RefusePath();
+    if (path.size() == 1) {
+      Need(request, "GET");
+      inference::ServerMetadataResponse metadata;
+      DescribeServer(&metadata);
+      return JsonResponse(JsonOf(metadata));
+    }
+    if (path[1] == "health" && path.size() == 3) return Health(path[2], request);
+    if (path[1] == "models" && path.size() == 3 && path[2] == "stats") {
+      Need(request, "GET");
+      return StatisticsOf(repository_->loaded());
+    }
+    if (path[1] == "models" && path.size() >= 3) return OfModel(target, request);
+    if (path[1] == "repository") return OfRepository(target, request);
+    if (path[1] == "systemsharedmemory" || path[1] == "cudasharedmemory" || path[1] == "trace" ||
+        path[1] == "logging") {
+      throw Refusal(Reason::kUnsupported,
+                    "this server has no shared memory and no settings for "
+                    "traces and logs");
+    }
+    RefusePath();
+  }
+
+  HttpResponse Health(const std::string& of, const HttpRequest& request) const {
+    if (of != "live" && of != "ready") RefusePath();
+    Need(request, "GET");
+    // The protocol has 4xx for "not ready".
+    if (of == "ready" && !repository_->ready()) {
+      return ErrorResponse(400, Reason::kUnavailable, "the server is loading or shutting down");
+    }
+    HttpResponse response;
+    response.content_type = "text/plain";
+    return response;
+  }
+
+  static HttpResponse StatisticsOf(const std::vector<std::shared_ptr<ServedModel>>& models) {
+    inference::ModelStatisticsResponse statistics;
+    for (const auto& model : models) DescribeStatistics(model.get(), statistics.add_model_stats());
+    return JsonResponse(JsonOf(statistics));
+  }
+
+  HttpResponse OfModel(const Target& target, const HttpRequest& request) {
+    std::string version;
+    const std::vector<std::string> rest = AfterModel(target.path, &version);
+    const std::string& name = target.path[2];
+    if (rest.size() == 1 && rest[0] == "ready") {
+      Need(request, "GET");
+      try {
+        repository_->Find(name, version);
+      } catch (const Refusal& refusal) {
+        if (refusal.reason() != Reason::kUnavailable) throw;
+        return ErrorResponse(400, Reason::kUnavailable, refusal.what());
+      }
+      return Health("ready", request);
+    }
+    if (!rest.empty() && rest[0] == "infer" && rest.size() == 1) Need(request, "POST");
+    const bool describes =
+        rest.empty() || (rest.size() == 1 && (rest[0] == "config" || rest[0] == "stats"));
+    const bool streams = !rest.empty() && rest[0] == "streams" && rest.size() <= 3;
+    if (!describes && !streams) RefusePath();
+    const std::shared_ptr<ServedModel> model = repository_->Find(name, version);
+    if (streams && rest.size() == 3) {
+      if (rest[2] != "outputs") RefusePath();
+      Need(request, "GET");
+      return Outputs(model, rest[1]);
+    }
+    if (streams && rest.size() == 2) return OfStream(model.get(), rest[1], target, request);
+    Need(request, "GET");
+    if (streams) return Streams(model.get(), target);
+    if (rest.empty()) {
+      inference::ModelMetadataResponse metadata;
+      DescribeModel(*model, &metadata);
+      return JsonResponse(JsonOf(metadata));
+    }
+    if (rest[0] == "stats") return StatisticsOf({model});
+    inference::ModelConfig config;
+    DescribeConfig(*model, &config);
+    return JsonResponse(JsonOf(config));
+  }
+
+  static HttpResponse Streams(ServedModel* model, const Target& target) {
+    constexpr int64_t kMost = 100000;
+    const int64_t limit = target.Whole("limit", 100, 0, kMost);
+    size_t open = 0;
+    ordered_json list = ordered_json::array();
+    for (const StreamFacts& stream : model->ListStreams(static_cast<size_t>(limit), &open)) {
+      list.push_back(
+          {{"name", stream.name},
+           // For names that are not UTF-8, too.
+           {"path", "/v2/models/" + Encode(model->name()) + "/streams/" + Encode(stream.name)},
+           {"next_step", stream.next_step},
+           {"age_seconds", stream.age_seconds},
+           {"idle_seconds", stream.idle_seconds}});
+    }
+    return JsonResponse({{"open", open}, {"streams", std::move(list)}});
+  }
+
+  static HttpResponse OfStream(ServedModel* model, const std::string& stream, const Target& target,
+                               const HttpRequest& request) {
+    if (request.method == "DELETE") {
+      model->CloseStream(stream, End::kClosed);
+      Log(LogLevel::kInfo, "stream_closed", {{"model", model->name()}, {"stream", stream}});
+      return JsonResponse(ordered_json::object());
+    }
+    if (request.method == "PUT") {
+      StreamCopy copy = DecodeStreamCopy(request.body);
+      if (copy.state.empty()) {
+        throw Refusal(Reason::kInvalidArgument, "this copy is of a stream that had ended");
+      }
+      constexpr size_t kMostName = 256;
+      if (stream.empty() || stream.size() > kMostName) {
+        throw Refusal(Reason::kInvalidArgument, "a stream's name has 1 to 256 bytes");
+      }
+      copy.name = stream;
+      model->CopyIn(copy, target.Flag("other_weights"));
+      Log(LogLevel::kInfo, "stream_copied_in", {{"model", model->name()}, {"stream", stream}});
+      return JsonResponse(ordered_json::object());
+    }
+    Need(request, "GET");
+    HttpResponse response;
+    response.content_type = kBinary;
+    response.body = EncodeStreamCopy(model->CopyOut(stream));
+    return response;
+  }
+
+  HttpResponse Outputs(const std::shared_ptr<ServedModel>& model, const std::string& stream) {
+    constexpr int kMostWatching = 32;
+    if (watching_ >= kMostWatching) {
+      return ErrorResponse(429, Reason::kQueueFull,
+                           std::to_string(kMostWatching) +
+                               " others watch streams, which is the most that this server lets "
+                               "watch");
+    }
+    HttpResponse response;
+    response.content_type = "text/event-stream";
+    response.events = std::make_shared<StreamOutputs>(model, stream, repository_, &watching_);
+    return response;
+  }
+
+  HttpResponse OfRepository(const Target& target, const HttpRequest& request) const {
+    const std::vector<std::string>& path = target.path;
+    if (path.size() == 5 && path[2] == "models" && (path[4] == "load" || path[4] == "unload")) {
+      Need(request, "POST");
+    }
+    if (path.size() != 3 || path[2] != "index") RefusePath();
+    Need(request, "POST");
+    bool only_ready = false;
+    if (!request.body.empty()) {
+      const auto body = ordered_json::parse(request.body, nullptr, false);
+      if (!body.is_object()) {
+        throw Refusal(Reason::kInvalidArgument, "the body is not a JSON object");
+      }
+      only_ready = body.contains("ready") && body["ready"] == true;
+    }
+    ordered_json list = ordered_json::array();
+    for (const ModelRepository::Entry& entry : repository_->index()) {
+      if (only_ready && !entry.ready) continue;
+      list.push_back({{"name", entry.name},
+                      {"version", "1"},
+                      {"state", entry.ready ? "READY" : "UNAVAILABLE"},
+                      {"reason", entry.reason}});
+    }
+    return JsonResponse(list);
+  }
+
+  // For the page.
+  ordered_json Status(int64_t since) {
+    inference::ServerMetadataResponse metadata;
+    DescribeServer(&metadata);
+    ordered_json status = {
+        {"name", metadata.name()},
+        {"version", metadata.version()},
+        {"ready", repository_->ready()},
+        {"operator", !security_.token.empty()},
+        {"up_seconds", std::chrono::duration<double>(Clock::now() - started_).count()},
+        {"sample", samples_.load()},
+        {"sample_seconds", History::kSeconds}};
+    status["models"] = ordered_json::array();
+    for (const ModelRepository::Entry& entry : repository_->index()) {
+      status["models"].push_back(
+          {{"name", entry.name}, {"ready", entry.ready}, {"reason", entry.reason}});
+    }
+    for (const auto& model : repository_->loaded()) {
+      for (ordered_json& entry : status["models"]) {
+        if (entry["name"] == model->name()) entry.update(StatusOf(model.get(), since));
+      }
+    }
+    return status;
+  }
+
+  ordered_json StatusOf(ServedModel* model, int64_t since) const {
+    const Statistics counts = model->statistics();
+    const Plan& plan = model->plan();
+    const auto ports = [&plan](const std::vector<Port>& list) {
+      ordered_json tensors = ordered_json::array();
+      for (const Port& port : list) {
+        const Value& value = plan.values[port.value];
+        tensors.push_back(
+            {{"name", port.name}, {"datatype", DatatypeOf(value.dtype)}, {"shape", value.shape}});
+      }
+      return tensors;
+    };
+    ordered_json refused = ordered_json::object();
+    for (int i = 1; i < kReasons; ++i) {
+      if (counts.refused[i] > 0) refused[NameOf(static_cast<Reason>(i))] = counts.refused[i];
+    }
+    ordered_json ended = ordered_json::object();
+    for (int i = 1; i < kEnds; ++i) {
+      if (counts.ended[i] > 0) ended[NameOf(static_cast<End>(i))] = counts.ended[i];
+    }
+    return {{"inputs", ports(plan.inputs)},
+            {"outputs", ports(plan.outputs)},
+            {"receptive_field", plan.receptive_field},
+            {"stream_bytes", model->session().state_bytes()},
+            {"max_streams", model->options().max_streams},
+            {"open_streams", counts.open_streams},
+            {"waiting", counts.waiting},
+            {"requests", counts.requests},
+            {"steps", counts.steps},
+            {"repeats", counts.repeats},
+            {"batches", counts.batches},
+            {"opened", counts.opened},
+            {"ended", ended},
+            {"refused", refused},
+            {"batch_rows",
+             {{"bounds", counts.batch_rows.bounds()}, {"counts", counts.batch_rows.counts()}}},
+            {"memory",
+             {{"weights", counts.memory.weights},
+              {"streams", counts.memory.streams + counts.memory.streams_overhead},
+              {"arenas", counts.memory.arenas},
+              {"answers", counts.answer_bytes}}},
+            {"history", history_.Since(model->name(), since)}};
+  }
+
+  const Security security_;
+  ModelRepository* const repository_;
+  const Metrics metrics_;
+  const Clock::time_point started_ = Clock::now();
+  History history_;
+  std::atomic<int64_t> samples_{0};
+  std::atomic<int> watching_{0};
+};
+
+HttpApi::HttpApi(const Security& security, ModelRepository* repository)
+    : routes_(std::make_unique<Routes>(security, repository)) {}
+
+HttpApi::~HttpApi() = default;
+
+std::optional<HttpResponse> HttpApi::Refuse(const HttpRequest& head) const {
+  return routes_->Refuse(head);
+}
+
+void HttpApi::Handle(HttpRequest request, std::shared_ptr<HttpExchange> exchange) {
+  routes_->Handle(std::move(request), std::move(exchange));
+}
+
+void HttpApi::Sample() { routes_->Sample(); }
+
+}  // namespace continual_transformers::server
