@@ -404,7 +404,7 @@ void ServedModel::TellWatchers(const Row& row) {
 void ServedModel::EndStream(Stream* stream, End end) {
   session_.Close(&stream->id, 1);
   ++statistics_.ended[static_cast<int>(end)];
-  for (StreamKeeper* const keeper : keepers_) keeper->Ended(*stream->name);
+  for (StreamKeeper* const keeper : keepers_) keeper->Ended(*stream->name, end);
   table_.Close(stream, end);
 }
 
@@ -625,6 +625,28 @@ void ServedModel::TakeChanges(size_t most, std::vector<StreamCopy>* copies,
     }
     taken();
   });
+}
+
+void ServedModel::CopyOpen(const std::vector<std::string>& names,
+                           const std::function<void(const StreamCopy&)>& copied) {
+  queue_.Between([&] {
+    StreamCopy copy;
+    for (const std::string& name : names) {
+      const Stream* const stream = table_.Find(name);
+      if (stream == nullptr || !stream->open()) continue;
+      CopyTo(*stream, &copy);
+      copied(copy);
+    }
+  });
+}
+
+std::vector<std::string> ServedModel::OpenNames() {
+  std::vector<std::string> names;
+  queue_.Between([&] {
+    names.reserve(table_.open().size());
+    for (const Stream* const stream : table_.open()) names.push_back(*stream->name);
+  });
+  return names;
 }
 
 void ServedModel::ReturnChanges(const std::vector<std::string>& names) {

@@ -119,6 +119,12 @@ class ServedModel {
   // and batches wait meanwhile.
   void TakeChanges(size_t most, std::vector<StreamCopy>* copies,
                    const std::function<void()>& taken);
+  // Copies those of these streams that are open. No step is taken before the last call of `copied`.
+  void CopyOpen(const std::vector<std::string>& names,
+                const std::function<void(const StreamCopy&)>& copied);
+  std::vector<std::string> OpenNames();
+  // For streams that are not in the table, such as those that are rebuilt.
+  Session* mutable_session() { return &session_; }
   // These copies could not be written: their streams count as changed.
   void ReturnChanges(const std::vector<std::string>& names);
   // Shows the steps of a stream, which need not be open, to a watcher for as long as that exists.

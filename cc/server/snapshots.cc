@@ -91,7 +91,7 @@ class Snapshots::Keeper final : public StreamKeeper {
     }
   }
 
-  void Ended(const std::string& stream) override { Drop(stream, ""); }
+  void Ended(const std::string& stream, End) override { Drop(stream, ""); }
   void PutIn(const StreamCopy& copy) override { Drop(copy.name, ""); }
 
   void Hold(std::vector<Answer> answers) override {

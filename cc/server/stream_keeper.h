@@ -48,7 +48,7 @@ class StreamKeeper {
   // Steps were taken. Their answers come to Hold later.
   virtual void Stepped(const std::vector<Row>& rows) = 0;
   // The server ended an open stream.
-  virtual void Ended(const std::string& stream) = 0;
+  virtual void Ended(const std::string& stream, End end) = 0;
   // A copy was put in, and replaced a stream of that name if there was one.
   virtual void PutIn(const StreamCopy& copy) = 0;
   // Open streams go on with other weights.
