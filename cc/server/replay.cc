@@ -82,14 +82,15 @@ int64_t FirstNeeded(int64_t receptive_field, int64_t last_first) {
   return std::max<int64_t>(0, last_first - (receptive_field - 1));
 }
 
-StreamCopy Rebuild(Session* session, const StreamHistory& history) {
+StreamCopy Rebuild(Session* session, const StreamHistory& history, bool other_weights) {
   const Plan& plan = session->plan();
   StreamCopy copy;
   copy.name = history.name;
   const OpenStream stream(session);
   const StreamId id = stream.id();
   if (!history.state.empty()) {
-    session->SetState(id, history.state.data(), static_cast<int64_t>(history.state.size()));
+    session->SetState(id, history.state.data(), static_cast<int64_t>(history.state.size()),
+                      other_weights);
   }
   int64_t position = history.state_position;
   if (!history.steps.empty()) {

@@ -54,7 +54,7 @@ int64_t FirstNeeded(int64_t receptive_field, int64_t last_first);
 
 // Returns the stream after all steps, with the answer to the last ones if they were numbered.
 // Throws Error (kInvalidArgument) if steps are missing.
-StreamCopy Rebuild(Session* session, const StreamHistory& history);
+StreamCopy Rebuild(Session* session, const StreamHistory& history, bool other_weights = false);
 
 }  // namespace continual_transformers::server
 

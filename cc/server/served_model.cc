@@ -479,7 +479,10 @@ void ServedModel::AddKeeper(StreamKeeper* keeper) {
 }
 
 void ServedModel::RemoveKeepers() {
-  queue_.Between([this] { keepers_.clear(); });
+  queue_.Between([this] {
+    for (StreamKeeper* const keeper : keepers_) keeper->next_ = nullptr;
+    keepers_.clear();
+  });
 }
 
 Statistics ServedModel::statistics() {
@@ -521,8 +524,8 @@ StreamCopy ServedModel::CopyOut(const std::string& name) {
 
 void ServedModel::CopyIn(const StreamCopy& copy, bool other_weights) {
   queue_.Between([&] {
-    PutIn(copy, other_weights);
-    for (StreamKeeper* const keeper : keepers_) keeper->PutIn(copy);
+    const int64_t next = PutIn(copy, other_weights);
+    for (StreamKeeper* const keeper : keepers_) keeper->PutIn(copy, next);
   });
 }
 
@@ -547,7 +550,7 @@ void ServedModel::CheckAnswer(const StreamCopy& copy) const {
   }
 }
 
-void ServedModel::PutIn(const StreamCopy& copy, bool other_weights) {
+int64_t ServedModel::PutIn(const StreamCopy& copy, bool other_weights) {
   CheckAnswer(copy);
   Stream* const stream = table_.Hold(copy.name);
   StreamId id = 0;
@@ -578,11 +581,15 @@ void ServedModel::PutIn(const StreamCopy& copy, bool other_weights) {
   table_.Release(stream);
   if (old != 0) session_.Close(&old, 1);
   ++statistics_.opened;
+  return next;
 }
 
 void ServedModel::Restore(const StreamCopy& copy, bool other_weights) {
   queue_.Between([&] {
-    if (!copy.state.empty()) return PutIn(copy, other_weights);
+    if (!copy.state.empty()) {
+      PutIn(copy, other_weights);
+      return;
+    }
     CheckAnswer(copy);
     Stream* const stream = table_.Hold(copy.name);
     if (!stream->open()) {
@@ -628,14 +635,14 @@ void ServedModel::TakeChanges(size_t most, std::vector<StreamCopy>* copies,
 }
 
 void ServedModel::CopyOpen(const std::vector<std::string>& names,
-                           const std::function<void(const StreamCopy&)>& copied) {
+                           const std::function<void(const StreamCopy&, int64_t)>& copied) {
   queue_.Between([&] {
     StreamCopy copy;
     for (const std::string& name : names) {
       const Stream* const stream = table_.Find(name);
       if (stream == nullptr || !stream->open()) continue;
       CopyTo(*stream, &copy);
-      copied(copy);
+      copied(copy, stream->next);
     }
   });
 }

@@ -119,9 +119,10 @@ class ServedModel {
   // and batches wait meanwhile.
   void TakeChanges(size_t most, std::vector<StreamCopy>* copies,
                    const std::function<void()>& taken);
-  // Copies those of these streams that are open. No step is taken before the last call of `copied`.
+  // Copies those of these streams that are open, and says which step each expects. No step is taken
+  // before the last call of `copied`.
   void CopyOpen(const std::vector<std::string>& names,
-                const std::function<void(const StreamCopy&)>& copied);
+                const std::function<void(const StreamCopy& copy, int64_t next)>& copied);
   std::vector<std::string> OpenNames();
   // For streams that are not in the table, such as those that are rebuilt.
   Session* mutable_session() { return &session_; }
@@ -150,7 +151,7 @@ class ServedModel {
   void SendAnswers(const std::vector<StepRequest*>& batch, std::vector<Outcome> outcomes);
   Stream* OpenStream(const std::string& name);
   void CheckAnswer(const StreamCopy& copy) const;
-  void PutIn(const StreamCopy& copy, bool other_weights);
+  int64_t PutIn(const StreamCopy& copy, bool other_weights);
   void CopyTo(const Stream& stream, StreamCopy* copy) const;
 
   const std::string name_;

@@ -92,7 +92,7 @@ class Snapshots::Keeper final : public StreamKeeper {
   }
 
   void Ended(const std::string& stream, End) override { Drop(stream, ""); }
-  void PutIn(const StreamCopy& copy) override { Drop(copy.name, ""); }
+  void PutIn(const StreamCopy& copy, int64_t) override { Drop(copy.name, ""); }
 
   void Hold(std::vector<Answer> answers) override {
     {
