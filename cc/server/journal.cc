@@ -72,6 +72,9 @@ class Journal::Keeper final : public StreamKeeper {
       input_bytes_.push_back(value.size * SizeOf(value.dtype));
     }
     logs_.assign(kShards, ShardLog(receptive_field_));
+    for (int shard = 0; shard < kShards; ++shard) {
+      keys_.push_back("ct:" + model->name() + ":" + std::to_string(shard));
+    }
     thread_ = std::thread([this] { Run(); });
     try {
       std::vector<int> all;
@@ -381,10 +384,6 @@ class Journal::Keeper final : public StreamKeeper {
     if (Clock::now() - down_since_ >= kPatience) PassHeld(lock, true);
   }
 
-  std::string KeyOf(int shard) const {
-    return "ct:" + model_->name() + ":" + std::to_string(shard);
-  }
-
   // Sends the queue until it is empty.
   void Send() {
     while (true) {
@@ -399,7 +398,7 @@ class Journal::Keeper final : public StreamKeeper {
       }
       if (sent_.empty()) return;
       for (const Entry& entry : sent_) {
-        redis_->Append({"XADD", KeyOf(entry.shard), "*", "e", entry.bytes});
+        redis_->Append({"XADD", keys_[entry.shard], "*", "e", entry.bytes});
       }
       while (!sent_.empty()) {
         const RedisReply reply = redis_->Read();
@@ -459,7 +458,7 @@ class Journal::Keeper final : public StreamKeeper {
       if (entries == 0) continue;
       trimmed += entries;
       ++commands;
-      redis_->Append({"XTRIM", KeyOf(shard), "MINID", oldest.text()});
+      redis_->Append({"XTRIM", keys_[shard], "MINID", oldest.text()});
     }
     for (; commands > 0; --commands) redis_->Read();
     {
@@ -517,7 +516,7 @@ class Journal::Keeper final : public StreamKeeper {
   }
 
   int64_t ReadShard(int number) {
-    const std::string key = KeyOf(number);
+    const std::string& key = keys_[number];
     const int64_t epoch = epoch_->load();
     if (epoch > 0) {
       // What its last server writes from here on has a lower epoch.
@@ -703,6 +702,7 @@ class Journal::Keeper final : public StreamKeeper {
   const uint64_t writer_;
   const int64_t receptive_field_;
   std::vector<int64_t> input_bytes_;
+  std::vector<std::string> keys_;  // in Redis, by shard
 
   // Where the model's queue runs.
   std::array<Building, kShards> building_;
