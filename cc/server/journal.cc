@@ -94,14 +94,17 @@ class Journal::Keeper final : public StreamKeeper {
 
   // Reads shards on the journal's thread, and returns how many streams were rebuilt.
   int64_t TakeOver(const std::vector<int>& shards) {
-    std::promise<int64_t> promise;
-    std::future<int64_t> future = promise.get_future();
+    Job job;
+    job.shards = shards;
+    std::future<Result> future = job.promise.get_future();
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      jobs_.push_back({&shards, &promise});
+      jobs_.push_back(std::move(job));
       wake_.notify_all();
     }
-    return future.get();
+    const Result result = future.get();
+    if (!result.error.empty()) throw Error(result.code, result.error);
+    return result.rebuilt;
   }
 
   Outcome Ready() override {
@@ -207,9 +210,14 @@ class Journal::Keeper final : public StreamKeeper {
     uint64_t until;  // the number of an entry
     std::vector<Answer> answers;
   };
+  struct Result {
+    int64_t rebuilt = 0;
+    ErrorCode code = ErrorCode::kIo;
+    std::string error;  // empty: none
+  };
   struct Job {
-    const std::vector<int>* shards;
-    std::promise<int64_t>* promise;
+    std::vector<int> shards;
+    std::promise<Result> promise;
   };
 
   // --- Where the model's queue runs: entries are collected, and put in the queue together.
@@ -301,16 +309,13 @@ class Journal::Keeper final : public StreamKeeper {
         PassHeld(&lock, false);
       } catch (const Error& error) {
         redis_.reset();
-        for (const Job& job : jobs) job.promise->set_exception(std::current_exception());
+        for (Job& job : jobs) job.promise.set_value({0, ErrorCode::kIo, error.what()});
         lock.lock();
         Down(&lock, error.what());
       }
     }
     stopped_ = true;
-    for (const Job& job : jobs_) {
-      job.promise->set_exception(
-          std::make_exception_ptr(Error(ErrorCode::kIo, "the journal has ended")));
-    }
+    for (Job& job : jobs_) job.promise.set_value({0, ErrorCode::kIo, "the journal has ended"});
     jobs_.clear();
     PassHeld(&lock, true);
   }
@@ -329,13 +334,15 @@ class Journal::Keeper final : public StreamKeeper {
       ForgetMoved();
       if (copies) CopyStreams(model_->OpenNames());
       while (!jobs->empty()) {
-        const Job& job = jobs->back();
+        Result result;
         try {
-          job.promise->set_value(Read(*job.shards));
+          result.rebuilt = Read(jobs->back().shards);
         } catch (const Error& error) {
           if (error.code() == ErrorCode::kIo) throw;
-          job.promise->set_exception(std::current_exception());
+          result.code = error.code();
+          result.error = error.what();
         }
+        jobs->back().promise.set_value(std::move(result));
         jobs->pop_back();
       }
       loaded_ = true;
