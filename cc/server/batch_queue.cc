@@ -11,8 +11,8 @@ struct BatchQueue::Task {
   bool done = false;
 };
 
-BatchQueue::BatchQueue(const Limits& limits, StreamTable* table, Run run)
-    : limits_(limits), table_(table), run_(std::move(run)) {}
+BatchQueue::BatchQueue(const Limits& limits, StreamTable* table, Run run, Refuse refuse)
+    : limits_(limits), table_(table), run_(std::move(run)), refuse_(std::move(refuse)) {}
 
 BatchQueue::~BatchQueue() {
   Close({Reason::kUnavailable, "the server is shutting down", {}});
@@ -30,15 +30,15 @@ void BatchQueue::Submit(StepRequest* request) {
   if (closed_) {
     const Outcome outcome = closed_outcome_;
     lock.unlock();
-    return request->Done(outcome);
+    return refuse_(request, outcome);
   }
   if (count_ >= limits_.requests) {
     lock.unlock();
-    return request->Done({Reason::kQueueFull,
-                          std::to_string(limits_.requests) +
-                              " requests wait already, which is the most that this server lets "
-                              "wait: try again later, or start it with a larger --max-queue",
-                          {}});
+    return refuse_(request, {Reason::kQueueFull,
+                             std::to_string(limits_.requests) +
+                                 " requests wait already, which is the most that this server lets "
+                                 "wait: try again later, or start it with a larger --max-queue",
+                             {}});
   }
   ++count_;
   arrived_.push_back(request);
@@ -204,13 +204,13 @@ void BatchQueue::FormBatch() {
 void BatchQueue::Drop(StepRequest* request) {
   for (Stream* const stream : request->records_) table_->Release(stream);
   if (request->deadline < Clock::now()) {
-    request->Done({Reason::kDeadline,
-                   "the deadline passed before the request's turn: no stream has moved",
-                   {}});
+    refuse_(request, {Reason::kDeadline,
+                      "the deadline passed before the request's turn: no stream has moved",
+                      {}});
   } else {
-    request->Done({Reason::kCancelled,
-                   "the client cancelled the request before its turn: no stream has moved",
-                   {}});
+    refuse_(request, {Reason::kCancelled,
+                      "the client cancelled the request before its turn: no stream has moved",
+                      {}});
   }
 }
 

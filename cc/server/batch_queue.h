@@ -37,7 +37,11 @@ class BatchQueue {
   // steps and no stream in common. Their `records_` are held until it returns.
   using Run = std::function<void(const std::vector<StepRequest*>& batch)>;
 
-  BatchQueue(const Limits& limits, StreamTable* table, Run run);
+  // Refuses a request that is not run: the queue is full or closed, its deadline has passed, or its
+  // client has gone. It calls Done. Any thread calls this.
+  using Refuse = std::function<void(StepRequest* request, const Outcome& outcome)>;
+
+  BatchQueue(const Limits& limits, StreamTable* table, Run run, Refuse refuse);
   ~BatchQueue();  // waits until nothing runs
   BatchQueue(const BatchQueue&) = delete;
   BatchQueue& operator=(const BatchQueue&) = delete;
@@ -67,6 +71,7 @@ class BatchQueue {
   const Limits limits_;
   StreamTable* const table_;
   const Run run_;
+  const Refuse refuse_;
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;  // a request or task arrived, or the leader has ended

@@ -41,9 +41,12 @@ class EndlessRequest : public StepRequest {
 // brings the next request before the batch ends.
 TEST(BatchQueueTest, TaskDoesNotLead) {
   StreamTable table(10);
-  BatchQueue queue({}, &table, [](const std::vector<StepRequest*>& batch) {
-    for (StepRequest* const request : batch) request->Done({});
-  });
+  BatchQueue queue(
+      {}, &table,
+      [](const std::vector<StepRequest*>& batch) {
+        for (StepRequest* const request : batch) request->Done({});
+      },
+      [](StepRequest* request, const Outcome& outcome) { request->Done(outcome); });
   std::atomic<int> running{0};
   std::atomic<bool> stop{false};
   // The first request arrives in the task, so the task's thread would be the one to lead.
