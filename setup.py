@@ -28,6 +28,7 @@ CC = runpy.run_path("cc/library.bzl")
 sys.path[:0] = ["cuda", "tools"]
 nvcc = importlib.import_module("nvcc")
 object_files = importlib.import_module("object_files")
+server_packages = importlib.import_module("server_packages")
 BUILD = Path("build")
 # Bazel's build of the wheel sets it: a folder with the built libraries, which are only packed here.
 PREBUILT = os.environ.get("CONTINUAL_TRANSFORMERS_PREBUILT")
@@ -54,10 +55,11 @@ def find_tensorflow():
 
 TENSORFLOW = find_tensorflow()
 MINOR = ".".join(TENSORFLOW[1].split(".")[:2]) if TENSORFLOW else CC["TENSORFLOW_DEFAULT"]
-# Libraries that are not Python extensions, although setuptools builds them as such.
+# Files that are not Python extensions, although setuptools builds them as such.
 FILES = {
     "core_library": CC["CORE_LIBRARY"],
     "op_library": CC["OP_LIBRARY"].format(MINOR=MINOR),
+    "server": CC["SERVER_PROGRAM"],
 }
 
 
@@ -94,7 +96,7 @@ def headers_of(distribution):
 
 
 class build_libraries(build_ext):
-    """The build of the libraries, in the order in which they link each other."""
+    """The build of the libraries and the server, in the order in which they link each other."""
 
     def get_ext_filename(self, fullname):
         """Return the file name of a library. Only the Python extension has setuptools' suffix."""
@@ -102,10 +104,22 @@ class build_libraries(build_ext):
         return str(Path(*package, FILES.get(name) or super().get_ext_filename(name)))
 
     def run(self):
-        """Look for CUDA, then build all libraries."""
-        # First, because looking for CUDA takes a moment, and compiling takes minutes.
+        """Look for CUDA and for the server's packages, then build everything."""
+        # First, because looking takes a moment, and compiling takes minutes.
         self.cuda = None if PREBUILT else nvcc.chosen()
+        self.server = None if PREBUILT else server_packages.chosen()
+        if not (self.server or (PREBUILT and Path(PREBUILT, CC["SERVER_PROGRAM"]).exists())):
+            self.extensions = [ext for ext in self.extensions if not ext.name.endswith(".server")]
         super().run()
+
+    def copy_extensions_to_source(self):
+        """For an editable installation, copy what was built beside the package's modules."""
+        super().copy_extensions_to_source()
+        if self.server:
+            package = self.get_finalized_command("build_py").get_package_dir(
+                "continual_transformers_tf"
+            )
+            server_packages.copy_beside(self.server, Path(package))
 
     def build_extension(self, ext):
         """Compile the sources that have changed, and link the library."""
@@ -114,7 +128,10 @@ class build_libraries(build_ext):
         name = ext.name.split(".")[-1]
         if PREBUILT:
             file = CC["EXTENSION"] + ".so" if name == CC["EXTENSION"] else target.name
-            shutil.copyfile(Path(PREBUILT, file), target)
+            # With its mode: the server is a program.
+            shutil.copy(Path(PREBUILT, file), target)
+            for beside in Path(PREBUILT).glob("*.so.*") if name == "server" else ():
+                shutil.copy(beside, target.parent)
             return
         if TENSORFLOW is None:
             raise SystemExit(
@@ -125,13 +142,17 @@ class build_libraries(build_ext):
         options, objects, links = getattr(self, f"options_of_{name}")(*TENSORFLOW)
         compiler = subprocess.run([*CXX, "--version"], check=True, capture_output=True, text=True)
         heading = f"{compiler.stdout.splitlines()[0]}, TensorFlow {TENSORFLOW[1]}\n"
-        # Builds with and without CUDA keep separate objects, so alternating between them is fast.
-        suffix = "_cuda" if self.cuda and name == "op_library" else ""
-        folder = BUILD / "objects" / f"{name}{suffix}"
+        cuda_sources = sources("BUILD_INFO", "TENSORFLOW_GPU") if self.cuda else []
 
         def compile_one(source):
+            # Builds with and without CUDA share objects. Alternating between them is fast.
+            with_cuda = source in cuda_sources
+            folder = BUILD / "objects" / (f"{name}_cuda" if with_cuda else name)
             made = (folder / source).with_suffix(".o")
             command = [*CXX, *CC["COMPILER_OPTIONS"], "-DNDEBUG", "-fPIC", "-I.", *options]
+            if with_cuda:
+                command += [f'-DCONTINUAL_TRANSFORMERS_CUDA_BUILD="{self.cuda}"']
+                command += system_includes(*self.cuda.include)
             command += shlex.split(os.environ.get("CXXFLAGS", ""))
             said = object_files.compile_object([*command, "-c", source], made, heading)
             print(said, end="", file=sys.stderr)
@@ -140,7 +161,8 @@ class build_libraries(build_ext):
         objects = [*object_files.side_by_side(compile_one, ext.sources), *objects]
         links = [*links, *shlex.split(os.environ.get("LDFLAGS", ""))]
         made = target.with_suffix(".made")
-        subprocess.run([*CXX, "-shared", *objects, *links, "-o", str(made)], check=True)
+        shared = [] if name == "server" else ["-shared"]
+        subprocess.run([*CXX, *shared, *objects, *links, "-o", str(made)], check=True)
         made.replace(target)
 
     def options_of_core_library(self, tensorflow, version):
@@ -165,11 +187,6 @@ class build_libraries(build_ext):
         cuda = self.cuda
         if cuda:
             print(f"with CUDA {cuda}")
-            options += [
-                "-DCONTINUAL_TRANSFORMERS_CUDA=1",
-                f'-DCONTINUAL_TRANSFORMERS_CUDA_BUILD="{cuda}"',
-                *system_includes(*cuda.include),
-            ]
             self.ext_map["op_library"].sources += sources("TENSORFLOW_GPU")
             objects = list(map(str, cuda.compile_all(CC["CUDA_SOURCES"], nvcc.OBJECTS)))
             # First, because TensorFlow's library may define functions with the same names.
@@ -182,6 +199,18 @@ class build_libraries(build_ext):
         python = sysconfig.get_paths()["include"]
         options = [*CC["HIDDEN_OPTIONS"], *system_includes(python, *includes)]
         return options, [], self.core_link_options()
+
+    def options_of_server(self, tensorflow, version):
+        """Return the same as `options_of_core_library`."""
+        print(f"with {self.server.version}")
+        messages = server_packages.messages(BUILD / "server")
+        self.ext_map["server"].sources += map(str, messages)
+        folder = Path(self.get_ext_fullpath("continual_transformers_tf.server")).parent
+        server_packages.copy_beside(self.server, folder)
+        includes = system_includes(BUILD / "server", headers_of("nlohmann-json"))
+        # -s: with symbols the program is three times as large.
+        links = [*self.core_link_options(), *self.server.link, "-s"]
+        return ["-Iinclude", *includes, *self.server.compile], [], links
 
     def remove_libraries_for_others(self):
         """Remove op libraries that an earlier build in this folder made for other TensorFlows."""
@@ -201,12 +230,13 @@ setup(
     version=f"{VERSION}+tf{MINOR}",
     ext_modules=[
         Extension("continual_transformers_tf.core_library", sources("ATTENTION", "SESSION")),
-        Extension("continual_transformers_tf.op_library", sources("TENSORFLOW")),
+        Extension("continual_transformers_tf.op_library", sources("TENSORFLOW", "BUILD_INFO")),
         *(
             [Extension(f"continual_transformers_tf.{CC['EXTENSION']}", sources("PYTHON"))]
             if CC["PYTHON_SOURCES"]
             else []
         ),
+        Extension("continual_transformers_tf.server", sources("SERVER_MODEL", "SERVER", "SERVER_MAIN")),
     ],
     cmdclass={"build_ext": build_libraries},
     setup_requires=[] if TENSORFLOW or PREBUILT else [f"tensorflow-cpu=={MINOR}.*"],
@@ -226,7 +256,7 @@ setup(
         "torch": [*TORCH, "safetensors"],
         "test": [
             *("clang-format==23.1.5", "clang-tidy==23.1.4", "mypy==2.4.1", "ruff==0.17.6"),
-            *("hypothesis", "pytest", "pytest-xdist"),
+            *("hypothesis", "pytest", "pytest-xdist", "tritonclient[grpc,http]"),
             # Headers for Bazel's build. For pip's build they are in pyproject.toml.
             *("nlohmann-json", "pybind11"),
         ],

@@ -19,10 +19,7 @@ cc_library(
             "include/thrust/**",
         ],
     ),
-    defines = [
-        "CONTINUAL_TRANSFORMERS_CUDA=1",
-        "CONTINUAL_TRANSFORMERS_CUDA_BUILD='\\"{DESCRIPTION}\\"'",
-    ],
+    defines = ["CONTINUAL_TRANSFORMERS_CUDA_BUILD='\\"{DESCRIPTION}\\"'"],
     includes = ["include"],
     linkopts = {LINK_OPTIONS},
 )

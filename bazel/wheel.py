@@ -4,6 +4,7 @@ setup.py provides the metadata, as for pip, but it compiles nothing.
 """
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 RUNFILES = Path(__file__).parent.parent
 PACKAGE = RUNFILES / "python" / "continual_transformers_tf"
+LISTS = runpy.run_path(str(RUNFILES / "cc" / "library.bzl"))
 
 
 def main(folder):
@@ -20,15 +22,18 @@ def main(folder):
     with tempfile.TemporaryDirectory() as tree:
         prebuilt = Path(tree, "prebuilt")
         prebuilt.mkdir()
-        for library in PACKAGE.glob("*.so"):
-            shutil.copy(library, prebuilt)
+        for pattern in ("*.so", "*.so.*", LISTS["SERVER_PROGRAM"]):
+            for built in PACKAGE.glob(pattern):
+                shutil.copy(built, prebuilt)
         for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
             shutil.copy(RUNFILES / name, tree)
         for name in ("cc", "cuda", "python", "tools"):
             shutil.copytree(
                 RUNFILES / name,
                 Path(tree, name),
-                ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+                ignore=shutil.ignore_patterns(
+                    "*.so", "*.so.*", LISTS["SERVER_PROGRAM"], "__pycache__"
+                ),
             )
         subprocess.run(
             [

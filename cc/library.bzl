@@ -125,7 +125,6 @@ TENSORFLOW_HEADERS = [
 
 TENSORFLOW_SOURCES = [
     "tensorflow/attention_state.cc",
-    "tensorflow/build_info.cc",
     "tensorflow/co_si_encoder_step_kernel.cc",
     "tensorflow/co_si_encoder_step_op.cc",
     "tensorflow/co_si_mha_step_kernel.cc",
@@ -151,8 +150,14 @@ TENSORFLOW_SOURCES = [
     "tensorflow/threads.cc",
 ]
 
-# Only a build with CUDA compiles the following. It defines CONTINUAL_TRANSFORMERS_CUDA. These are
-# in //cc, for the C++ compiler:
+# The part of the op library that says what it was built for. A build with CUDA defines
+# CONTINUAL_TRANSFORMERS_CUDA_BUILD. Only this part and the GPU's read it, so the objects of the
+# other sources are the same with and without CUDA.
+BUILD_INFO_SOURCES = [
+    "tensorflow/build_info.cc",
+]
+
+# Only a build with CUDA compiles the following. These are in //cc, for the C++ compiler:
 TENSORFLOW_GPU_HEADERS = [
     "tensorflow/gpu/cuda_status.h",
     "tensorflow/gpu/gpu_call.h",
@@ -218,7 +223,7 @@ SERVER_HEADERS = [
     "server/stream_table.h",
 ]
 
-# Without a protocol: models, streams and batches. Their tests need no gRPC.
+# Without a protocol: models, streams and batches. They need only the core library.
 SERVER_MODEL_SOURCES = [
     "server/batch_queue.cc",
     "server/infer_call.cc",
@@ -232,11 +237,12 @@ SERVER_SOURCES = [
     "server/grpc_infer.cc",
     "server/grpc_server.cc",
     "server/log.cc",
-    "server/main.cc",
     "server/model_description.cc",
     "server/options.cc",
     "server/security.cc",
 ]
+
+SERVER_MAIN_SOURCES = ["server/main.cc"]
 
 SERVER_PROTO = "server/inference.proto"
 

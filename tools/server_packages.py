@@ -3,8 +3,8 @@
     python3 tools/server_packages.py describe
     python3 tools/server_packages.py messages OUT
 
-`describe` prints compiler and linker options as JSON, or says what is missing. `messages` has protoc
-write the messages and the service of cc/server/inference.proto to the folder OUT.
+`describe` prints compiler and linker options as JSON, or says what is missing. `messages` has
+protoc write the messages and the service of cc/server/inference.proto to the folder OUT.
 """
 
 import argparse
@@ -38,7 +38,7 @@ class Packages(NamedTuple):
 
     compile: list[str]
     link: list[str]
-    beside: list[str]
+    beside: dict[str, str]  # from the name by which programs look for it to its path
     version: str  # of gRPC and protobuf
 
 
@@ -65,10 +65,11 @@ def path_of(file: str) -> str | None:
     return os.path.realpath(found) if os.path.isabs(found) else None
 
 
-def link_options(words: list[str]) -> tuple[list[str], list[str]]:
-    """Return (linker options that prefer archives, shared objects that have none)."""
+def link_options(words: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Return (linker options that prefer archives, the shared objects that have none)."""
     names = list(dict.fromkeys(word[2:] for word in words if word.startswith("-l")))
-    options, beside = [], []
+    options: list[str] = []
+    beside: dict[str, str] = {}
     for name in names:
         shared = path_of(f"lib{name}.so")
         if name in OF_THE_SYSTEM:
@@ -77,7 +78,7 @@ def link_options(words: list[str]) -> tuple[list[str], list[str]]:
             options.append(f"-l:lib{name}.a")
         elif shared:
             options.append(f"-l{name}")
-            beside.append(shared)
+            beside[soname_of(shared)] = shared
         else:
             raise Missing(f"there is no library lib{name}. {install()}")
     return ["-Wl,--start-group", *options, "-Wl,--end-group", "-pthread"], beside
@@ -137,12 +138,10 @@ def messages(folder: Path) -> list[Path]:
     return sources
 
 
-def copy_beside(packages: Packages, folder: Path) -> list[Path]:
+def copy_beside(packages: Packages, folder: Path) -> None:
     """Copy the shared objects that have no archive into the server's folder."""
-    copies = [folder / soname_of(path) for path in packages.beside]
-    for path, copy in zip(packages.beside, copies, strict=True):
-        shutil.copyfile(path, copy)
-    return copies
+    for name, path in packages.beside.items():
+        shutil.copyfile(path, folder / name)
 
 
 def main() -> None:

@@ -14,7 +14,15 @@ struct BatchQueue::Task {
 BatchQueue::BatchQueue(const Limits& limits, StreamTable* table, Run run)
     : limits_(limits), table_(table), run_(std::move(run)) {}
 
-BatchQueue::~BatchQueue() { Close({Reason::kUnavailable, "the server is shutting down", {}}); }
+BatchQueue::~BatchQueue() {
+  Close({Reason::kUnavailable, "the server is shutting down", {}});
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stop_relief_ = true;
+    relief_changed_.notify_all();
+  }
+  if (relief_.joinable()) relief_.join();
+}
 
 void BatchQueue::Submit(StepRequest* request) {
   request->submitted_ = Clock::now();
@@ -39,7 +47,7 @@ void BatchQueue::Submit(StepRequest* request) {
     return;
   }
   leading_ = true;
-  Lead(std::move(lock));
+  Lead(&lock);
 }
 
 void BatchQueue::Between(const std::function<void()>& run) {
@@ -53,7 +61,15 @@ void BatchQueue::Between(const std::function<void()>& run) {
     changed_.wait(lock, [&task] { return task.done; });
   } else {
     leading_ = true;
-    Lead(std::move(lock));
+    RunTasks(&lock);
+    if (arrived_.empty() && waiting_.empty()) {
+      leading_ = false;
+      changed_.notify_all();
+    } else {
+      if (!relief_.joinable()) relief_ = std::thread([this] { RunRelief(); });
+      relieve_ = true;
+      relief_changed_.notify_all();
+    }
   }
   if (task.thrown != nullptr) std::rethrow_exception(task.thrown);
 }
@@ -71,40 +87,54 @@ int64_t BatchQueue::waiting() const {
   return count_;
 }
 
-void BatchQueue::Lead(std::unique_lock<std::mutex> lock) {
+void BatchQueue::RunRelief() {
+  std::unique_lock<std::mutex> lock(mutex_);
   while (true) {
-    while (!tasks_.empty()) {
-      std::vector<Task*> tasks;
-      tasks.swap(tasks_);
-      lock.unlock();
-      for (Task* const task : tasks) {
-        try {
-          (*task->run)();
-        } catch (...) {
-          task->thrown = std::current_exception();
-        }
+    relief_changed_.wait(lock, [this] { return relieve_ || stop_relief_; });
+    if (!relieve_) return;
+    relieve_ = false;
+    Lead(&lock);
+  }
+}
+
+void BatchQueue::RunTasks(std::unique_lock<std::mutex>* lock) {
+  while (!tasks_.empty()) {
+    std::vector<Task*> tasks;
+    tasks.swap(tasks_);
+    lock->unlock();
+    for (Task* const task : tasks) {
+      try {
+        (*task->run)();
+      } catch (...) {
+        task->thrown = std::current_exception();
       }
-      lock.lock();
-      for (Task* const task : tasks) task->done = true;
-      changed_.notify_all();
     }
+    lock->lock();
+    for (Task* const task : tasks) task->done = true;
+    changed_.notify_all();
+  }
+}
+
+void BatchQueue::Lead(std::unique_lock<std::mutex>* lock) {
+  while (true) {
+    RunTasks(lock);
     waiting_.insert(waiting_.end(), arrived_.begin(), arrived_.end());
     arrived_.clear();
     if (waiting_.empty()) break;
     if (limits_.delay.count() > 0 && !closed_) {
-      WaitForMore(&lock);
+      WaitForMore(lock);
       if (!tasks_.empty()) continue;
     }
-    lock.unlock();
+    lock->unlock();
     FormBatch();
     for (StepRequest* const request : dropped_) {
       Drop(request);
     }
     const int64_t gone = static_cast<int64_t>(batch_.size() + dropped_.size());
-    lock.lock();
+    lock->lock();
     count_ -= gone;
     if (batch_.empty()) continue;
-    lock.unlock();
+    lock->unlock();
     // Requests may be gone after they are done.
     held_.clear();
     for (StepRequest* const request : batch_) {
@@ -112,7 +142,7 @@ void BatchQueue::Lead(std::unique_lock<std::mutex> lock) {
     }
     run_(batch_);
     for (Stream* const stream : held_) table_->Release(stream);
-    lock.lock();
+    lock->lock();
   }
   leading_ = false;
   changed_.notify_all();

@@ -1,10 +1,14 @@
 // The queue of one model: forms one batch after another of the requests that wait, and has them run
 // one at a time.
 //
-// There is no thread of its own. A thread that submits to an idle queue runs batches until nothing
-// waits ("flat combining", Hendler et al., SPAA 2010); the others only leave their request. So a
-// single request is answered without a change of threads, and under load the thread that leads goes
-// on while others read requests. What runs between or in batches needs no lock.
+// A thread that submits to an idle queue runs batches until nothing waits ("flat combining",
+// Hendler et al., SPAA 2010); the others only leave their request. So a single request is answered
+// without a change of threads, and under load the thread that leads goes on while others read
+// requests. What runs between or in batches needs no lock.
+//
+// A thread that only came to run a task does not lead: under a load that never ends it would never
+// return. If requests arrived during its task, it leaves them to a thread of the queue's own, which
+// otherwise sleeps.
 
 #ifndef CONTINUAL_TRANSFORMERS_SERVER_BATCH_QUEUE_H_
 #define CONTINUAL_TRANSFORMERS_SERVER_BATCH_QUEUE_H_
@@ -14,6 +18,7 @@
 #include <cstdint>
 #include <functional>
 #include <mutex>
+#include <thread>
 #include <vector>
 
 #include "cc/server/step_request.h"
@@ -41,8 +46,8 @@ class BatchQueue {
   // closed. May run batches on this thread.
   void Submit(StepRequest* request);
   // Runs `task` between two batches, on this thread or on the one that leads, and returns when it
-  // has run. Requests that were submitted before may still wait. Throws what the task throws. Not
-  // to be called from a batch or another task.
+  // has run. Runs no batches. Requests that were submitted before may still wait. Throws what the
+  // task throws. Not to be called from a batch or another task.
   void Between(const std::function<void()>& task);
   // Refuses every later request with this outcome, and waits until the queue is empty.
   void Close(const Outcome& outcome);
@@ -52,7 +57,9 @@ class BatchQueue {
  private:
   struct Task;
 
-  void Lead(std::unique_lock<std::mutex> lock);
+  void Lead(std::unique_lock<std::mutex>* lock);
+  void RunTasks(std::unique_lock<std::mutex>* lock);
+  void RunRelief();
   void WaitForMore(std::unique_lock<std::mutex>* lock);
   void FormBatch();
   void Drop(StepRequest* request);
@@ -69,6 +76,9 @@ class BatchQueue {
   int64_t count_ = 0;  // requests that arrived and are not in a batch yet
   std::vector<StepRequest*> arrived_;
   std::vector<Task*> tasks_;
+  std::thread relief_;  // started when it is needed first
+  bool relieve_ = false, stop_relief_ = false;
+  std::condition_variable relief_changed_;
 
   // The leader's.
   uint64_t pass_ = 0;

@@ -14,20 +14,31 @@ namespace {
 
 grpc::StatusCode CodeOf(Reason reason) {
   switch (reason) {
-    case Reason::kNone: return grpc::StatusCode::OK;
-    case Reason::kInvalidArgument: return grpc::StatusCode::INVALID_ARGUMENT;
-    case Reason::kUnauthenticated: return grpc::StatusCode::UNAUTHENTICATED;
-    case Reason::kNotFound: return grpc::StatusCode::NOT_FOUND;
+    case Reason::kNone:
+      return grpc::StatusCode::OK;
+    case Reason::kInvalidArgument:
+      return grpc::StatusCode::INVALID_ARGUMENT;
+    case Reason::kUnauthenticated:
+      return grpc::StatusCode::UNAUTHENTICATED;
+    case Reason::kNotFound:
+      return grpc::StatusCode::NOT_FOUND;
     case Reason::kOutOfStep:
     case Reason::kEnded:
-    case Reason::kNotStarted: return grpc::StatusCode::FAILED_PRECONDITION;
+    case Reason::kNotStarted:
+      return grpc::StatusCode::FAILED_PRECONDITION;
     case Reason::kTooManyStreams:
-    case Reason::kQueueFull: return grpc::StatusCode::RESOURCE_EXHAUSTED;
-    case Reason::kDeadline: return grpc::StatusCode::DEADLINE_EXCEEDED;
-    case Reason::kCancelled: return grpc::StatusCode::CANCELLED;
-    case Reason::kUnavailable: return grpc::StatusCode::UNAVAILABLE;
-    case Reason::kUnsupported: return grpc::StatusCode::UNIMPLEMENTED;
-    case Reason::kInternal: return grpc::StatusCode::INTERNAL;
+    case Reason::kQueueFull:
+      return grpc::StatusCode::RESOURCE_EXHAUSTED;
+    case Reason::kDeadline:
+      return grpc::StatusCode::DEADLINE_EXCEEDED;
+    case Reason::kCancelled:
+      return grpc::StatusCode::CANCELLED;
+    case Reason::kUnavailable:
+      return grpc::StatusCode::UNAVAILABLE;
+    case Reason::kUnsupported:
+      return grpc::StatusCode::UNIMPLEMENTED;
+    case Reason::kInternal:
+      return grpc::StatusCode::INTERNAL;
   }
   return grpc::StatusCode::INTERNAL;
 }
@@ -154,8 +165,9 @@ void GrpcStepRequest::Submit(const ModelRepository& repository,
 void GrpcStepRequest::Read(const inference::ModelInferRequest& request) {
   for (const auto& [name, parameter] : request.parameters()) {
     if (name == "sequence_id") call_.sequence_id = SequenceId(parameter);
-    if (name == "sequence_start") call_.sequence_start = Bool(name, parameter);
-    if (name == "sequence_end") call_.sequence_end = Bool(name, parameter);
+    // The short names are for many streams: tritonclient sends the others with a sequence_id only.
+    if (name == "sequence_start" || name == "start") call_.sequence_start = Bool(name, parameter);
+    if (name == "sequence_end" || name == "end") call_.sequence_end = Bool(name, parameter);
     if (name == "step") call_.step = Whole(name, parameter);
     if (name == "timeout") call_.timeout_us = Whole(name, parameter);
   }

@@ -9,15 +9,15 @@
 #include <string>
 #include <vector>
 
-#include "cc/server/inference.pb.h"
 #include "cc/server/infer_call.h"
+#include "cc/server/inference.pb.h"
 #include "cc/server/model_repository.h"
 
 namespace continual_transformers::server {
 
 grpc::Status StatusOf(const Outcome& outcome);
-// Adds what a program needs to know of a refusal: the metadata `reason`, and `expected-steps-bin`, a
-// JSON object from streams to the steps that they expect.
+// Adds what a program needs to know of a refusal: the metadata `reason`, and `expected-steps-bin`,
+// a JSON object from streams to the steps that they expect.
 void AddRefusal(const Outcome& outcome, grpc::CallbackServerContext* context);
 
 // A request for steps with its messages. The messages belong to the caller.

@@ -25,8 +25,8 @@ using grpc::ServerUnaryReactor;
 Clock::time_point DeadlineOf(const CallbackServerContext& context) {
   const auto deadline = context.deadline();
   if (deadline == std::chrono::system_clock::time_point::max()) return Clock::time_point::max();
-  return Clock::now() + std::chrono::duration_cast<Clock::duration>(
-                            deadline - std::chrono::system_clock::now());
+  return Clock::now() +
+         std::chrono::duration_cast<Clock::duration>(deadline - std::chrono::system_clock::now());
 }
 
 bool Passes(const Security& security, const CallbackServerContext& context) {
@@ -60,11 +60,10 @@ class InferCallReactor : public ServerUnaryReactor, public GrpcStepRequest {
   CallbackServerContext* const context_;
 };
 
-// One ModelStreamInfer: requests and responses in both directions. Requests of different streams may
-// overtake each other; an answer has the id of its request.
-class InferStreamReactor
-    : public grpc::ServerBidiReactor<inference::ModelInferRequest,
-                                     inference::ModelStreamInferResponse> {
+// One ModelStreamInfer: requests and responses in both directions. Requests of different streams
+// may overtake each other; an answer has the id of its request.
+class InferStreamReactor : public grpc::ServerBidiReactor<inference::ModelInferRequest,
+                                                          inference::ModelStreamInferResponse> {
  public:
   InferStreamReactor(CallbackServerContext* context, const ModelRepository* repository)
       : context_(context), repository_(repository) {
@@ -241,7 +240,7 @@ class Service final : public inference::GRPCInferenceService::CallbackService {
                                     const inference::ModelMetadataRequest* request,
                                     inference::ModelMetadataResponse* response) override {
     return Answer(context, [&] {
-      DescribeModel(*repository_->Find(request->name(), request->version()), response);
+      Describe(*repository_->Find(request->name(), request->version()), response);
     });
   }
 

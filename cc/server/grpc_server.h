@@ -1,4 +1,5 @@
-// The server's gRPC port: KServe V2 with Triton's additions (inference.proto), health and reflection.
+// The server's gRPC port: KServe V2 with Triton's additions (inference.proto), health and
+// reflection.
 
 #ifndef CONTINUAL_TRANSFORMERS_SERVER_GRPC_SERVER_H_
 #define CONTINUAL_TRANSFORMERS_SERVER_GRPC_SERVER_H_

@@ -1,5 +1,7 @@
 #include "cc/server/log.h"
 
+// Debian has fmt as a shared object only, which would have to lie beside the server.
+#define FMT_HEADER_ONLY
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
 

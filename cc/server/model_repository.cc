@@ -29,6 +29,15 @@ void ModelRepository::Load(const std::string& name) {
   if (model != nullptr) return model->LoadWeights();
   try {
     model = std::make_shared<ServedModel>(name, path, options_);
+    for (size_t i = 0; i < observers_.size(); ++i) {
+      try {
+        observers_[i]->Loaded(model.get());
+      } catch (...) {
+        model->RemoveKeepers();
+        while (i > 0) observers_[--i]->Unloaded(model.get());
+        throw;
+      }
+    }
   } catch (const std::exception& error) {
     std::lock_guard<std::mutex> lock(mutex_);
     places_[name].reason = error.what();
@@ -42,6 +51,9 @@ void ModelRepository::Unload(const std::string& name) {
   std::lock_guard<std::mutex> one(loading_);
   std::shared_ptr<ServedModel> model = Find(name);
   model->Close({Reason::kUnavailable, "the model \"" + name + "\" was unloaded", {}});
+  model->EndStreams(End::kUnloaded);
+  model->RemoveKeepers();
+  for (ModelObserver* const observer : observers_) observer->Unloaded(model.get());
   std::lock_guard<std::mutex> lock(mutex_);
   places_[name] = {places_[name].path, nullptr, "unloaded", true};
 }

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "cc/server/model_observer.h"
 #include "cc/server/served_model.h"
 
 namespace continual_transformers::server {
@@ -17,6 +18,10 @@ namespace continual_transformers::server {
 class ModelRepository {
  public:
   explicit ModelRepository(const ModelOptions& options) : options_(options) {}
+
+  // Adds one who is told of models that are loaded and unloaded. Call it before Load; it must stay
+  // for as long as models are loaded or unloaded.
+  void AddObserver(ModelObserver* observer) { observers_.push_back(observer); }
 
   // Names a model and its file. Load loads it.
   void Add(const std::string& name, const std::string& path);
@@ -53,6 +58,7 @@ class ModelRepository {
   };
 
   const ModelOptions options_;
+  std::vector<ModelObserver*> observers_;
   mutable std::mutex mutex_;
   std::mutex loading_;  // one load or unload at a time
   std::map<std::string, Place> places_;

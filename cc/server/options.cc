@@ -52,7 +52,9 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
   streams->add_option("--max-streams", options->model.max_streams, "Open at once; 0: no limit")
       ->capture_default_str()
       ->check(at_least(0));
-  streams->add_option("--idle-timeout", idle_timeout, "Seconds until an idle stream is ended; 0: never")
+  streams
+      ->add_option("--idle-timeout", idle_timeout,
+                   "Seconds until an idle stream is ended; 0: never")
       ->capture_default_str()
       ->check(at_least(0));
   streams->add_flag("--strict-start", options->model.strict_start,
@@ -68,8 +70,9 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
   batches->add_option("--max-queue", options->model.queue.requests, "Most requests that wait")
       ->capture_default_str()
       ->check(CLI::Range(1, 1 << 24));
-  batches->add_option("--max-delay-us", max_delay_us,
-                      "How long a batch waits for more requests, in microseconds")
+  batches
+      ->add_option("--max-delay-us", max_delay_us,
+                   "How long a batch waits for more requests, in microseconds")
       ->capture_default_str()
       ->check(CLI::Range(0, 10000000));
 
@@ -86,16 +89,18 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
   safety->add_option("--max-header-bytes", options->grpc.max_header_bytes, "Of a request")
       ->capture_default_str()
       ->check(CLI::Range(1024, 1 << 20));
-  safety->add_option("--max-calls-per-connection", options->grpc.max_calls_per_connection,
-                     "gRPC calls in progress on one connection")
+  safety
+      ->add_option("--max-calls-per-connection", options->grpc.max_calls_per_connection,
+                   "gRPC calls in progress on one connection")
       ->capture_default_str()
       ->check(CLI::Range(1, 1 << 20));
 
   CLI::Option_group* const process = app.add_option_group("Process");
   process->add_option("--log-level", log_level, "debug, info, warning, error or off")
       ->capture_default_str();
-  process->add_option("--drain-seconds", options->drain_seconds,
-                      "How long calls in progress may take after SIGTERM")
+  process
+      ->add_option("--drain-seconds", options->drain_seconds,
+                   "How long calls in progress may take after SIGTERM")
       ->capture_default_str()
       ->check(CLI::Range(0.0, 3600.0));
   process->add_flag("--die-with-parent", options->die_with_parent,

@@ -122,6 +122,13 @@ void ServedModel::Submit(StepRequest* request) {
 void ServedModel::RunBatch(const std::vector<StepRequest*>& batch) {
   const Clock::time_point started = Clock::now();
   std::vector<Outcome> outcomes(batch.size());
+  for (StreamKeeper* const keeper : keepers_) {
+    const Outcome ready = keeper->Ready();
+    if (ready.ok()) continue;
+    std::fill(outcomes.begin(), outcomes.end(), ready);
+    Count(batch, outcomes, started);
+    return SendAnswers(batch, std::move(outcomes));
+  }
   try {
     TakeSteps(batch, outcomes.data());
   } catch (const std::exception& error) {
@@ -138,7 +145,21 @@ void ServedModel::RunBatch(const std::vector<StepRequest*>& batch) {
     }
   }
   Count(batch, outcomes, started);
-  for (size_t i = 0; i < batch.size(); ++i) batch[i]->Done(outcomes[i]);
+  SendAnswers(batch, std::move(outcomes));
+}
+
+void ServedModel::SendAnswers(const std::vector<StepRequest*>& batch,
+                              std::vector<Outcome> outcomes) {
+  if (keepers_.empty()) {
+    for (size_t i = 0; i < batch.size(); ++i) batch[i]->Done(outcomes[i]);
+    return;
+  }
+  for (StreamKeeper* const keeper : keepers_) keeper->Stepped(kept_rows_);
+  kept_rows_.clear();
+  std::vector<Answer> answers;
+  answers.reserve(batch.size());
+  for (size_t i = 0; i < batch.size(); ++i) answers.push_back({batch[i], std::move(outcomes[i])});
+  keepers_[0]->Hold(std::move(answers));
 }
 
 void ServedModel::TakeSteps(const std::vector<StepRequest*>& batch, Outcome* outcomes) {
@@ -212,6 +233,14 @@ Outcome ServedModel::Admit(StepRequest* request, int64_t* opening) {
       } else if (!stream->open()) {
         ++more;
       }
+    } else if (!numbered && stream->may_lag) {
+      stop(
+          *stream, Reason::kOutOfStep, stream->next,
+          " was read back from a snapshot after a crash, and may have answered later steps before: "
+          "send step " +
+              Text(stream->next) +
+              " with its number, after which numbers are not needed, or begin anew with "
+              "sequence_start");
     } else if (numbered && first != stream->next) {
       stop(*stream, Reason::kOutOfStep, stream->next,
            " expects step " + Text(stream->next) + ", got step " + Text(first));
@@ -308,6 +337,7 @@ void ServedModel::StepRows(const std::vector<Row*>& rows) {
 void ServedModel::Commit(Row* row, Clock::time_point now, std::vector<StreamId>* closed) {
   StepRequest* const request = row->request;
   Stream* const stream = row->stream;
+  StreamKeeper::Row kept = {request, row->index, stream, 0, row->kind == Row::Kind::kBegin, false};
   if (row->kind == Row::Kind::kRepeat) {
     ++statistics_.repeats;
     const char* from = stream->answer.data();
@@ -330,7 +360,9 @@ void ServedModel::Commit(Row* row, Clock::time_point now, std::vector<StreamId>*
       ++statistics_.opened;
     }
     table_.Use(stream, row->next, now);
+    kept.steps = request->steps;
     if (!request->first_steps.empty()) {
+      stream->may_lag = false;
       const int64_t first = request->first_steps[row->index];
       table_.SetAnswer(stream, first, request->steps,
                        first == 0 ? HashOfInputs(*request, row->index) : 0, std::move(row->answer));
@@ -341,8 +373,11 @@ void ServedModel::Commit(Row* row, Clock::time_point now, std::vector<StreamId>*
   request->next_steps[row->index] = stream->next;
   if (request->end && stream->open()) {
     closed->push_back(stream->id);
-    EndStream(stream, End::kClient);
+    ++statistics_.ended[static_cast<int>(End::kClient)];
+    table_.Close(stream, End::kClient);
+    kept.ended = true;
   }
+  if (!keepers_.empty() && (kept.steps > 0 || kept.ended)) kept_rows_.push_back(kept);
 }
 
 void ServedModel::TellWatchers(const Row& row) {
@@ -366,9 +401,10 @@ void ServedModel::TellWatchers(const Row& row) {
   }
 }
 
-// The caller closes its id.
 void ServedModel::EndStream(Stream* stream, End end) {
+  session_.Close(&stream->id, 1);
   ++statistics_.ended[static_cast<int>(end)];
+  for (StreamKeeper* const keeper : keepers_) keeper->Ended(*stream->name);
   table_.Close(stream, end);
 }
 
@@ -405,6 +441,7 @@ void ServedModel::LoadWeights() {
   queue_.Between([&] {
     session_.LoadWeights(file);
     for (Stream* const stream : table_.open()) table_.Changed(stream);
+    for (StreamKeeper* const keeper : keepers_) keeper->WeightsLoaded();
   });
 }
 
@@ -417,14 +454,33 @@ void ServedModel::EvictIdle() {
       if (stream->used > oldest) break;
       if (stream->holds == 0) idle.push_back(stream);
     }
-    for (Stream* const stream : idle) {
-      session_.Close(&stream->id, 1);
-      EndStream(stream, End::kIdle);
-    }
+    for (Stream* const stream : idle) EndStream(stream, End::kIdle);
   });
 }
 
-void ServedModel::Close(const Outcome& outcome) { queue_.Close(outcome); }
+void ServedModel::Close(const Outcome& outcome) {
+  queue_.Close(outcome);
+  std::vector<StreamKeeper*> keepers;
+  queue_.Between([&] { keepers = keepers_; });
+  for (StreamKeeper* const keeper : keepers) keeper->Flush();
+}
+
+void ServedModel::EndStreams(End end) {
+  queue_.Between([&] {
+    while (!table_.open().empty()) EndStream(table_.open().front(), end);
+  });
+}
+
+void ServedModel::AddKeeper(StreamKeeper* keeper) {
+  queue_.Between([&] {
+    if (!keepers_.empty()) keepers_.back()->next_ = keeper;
+    keepers_.push_back(keeper);
+  });
+}
+
+void ServedModel::RemoveKeepers() {
+  queue_.Between([this] { keepers_.clear(); });
+}
 
 Statistics ServedModel::statistics() {
   Statistics copy;
@@ -454,11 +510,7 @@ std::vector<StreamFacts> ServedModel::ListStreams(size_t most, size_t* all) {
 }
 
 void ServedModel::CloseStream(const std::string& name, End end) {
-  queue_.Between([&] {
-    Stream* const stream = OpenStream(name);
-    session_.Close(&stream->id, 1);
-    EndStream(stream, end);
-  });
+  queue_.Between([&] { EndStream(OpenStream(name), end); });
 }
 
 StreamCopy ServedModel::CopyOut(const std::string& name) {
@@ -469,42 +521,8 @@ StreamCopy ServedModel::CopyOut(const std::string& name) {
 
 void ServedModel::CopyIn(const StreamCopy& copy, bool other_weights) {
   queue_.Between([&] {
-    int64_t expected = 0;
-    for (const int64_t bytes : output_bytes_) expected += copy.last_steps * bytes;
-    if (copy.last_steps < 0 || static_cast<int64_t>(copy.answer.size()) != expected) {
-      throw Refusal(Reason::kInvalidArgument,
-                    "this copy of a stream is damaged: the answer to its last " +
-                        Text(copy.last_steps) + " steps has " +
-                        Text(static_cast<int64_t>(copy.answer.size())) + " bytes, expected " +
-                        Text(expected));
-    }
-    Stream* const stream = table_.Hold(copy.name);
-    StreamId id = 0;
-    try {
-      const auto open = static_cast<int64_t>(table_.open().size());
-      if (options_.max_streams > 0 && !stream->open() && open >= options_.max_streams) {
-        throw Refusal(Reason::kTooManyStreams, Text(open) +
-                                                   " streams are open, which is the most "
-                                                   "that this server lets be open (--max-streams)");
-      }
-      session_.Open(1, &id);
-      session_.SetState(id, copy.state.data(), static_cast<int64_t>(copy.state.size()),
-                        other_weights);
-    } catch (...) {
-      if (id != 0) session_.Close(&id, 1);
-      table_.Release(stream);
-      throw;
-    }
-    const StreamId old = stream->id;
-    int64_t next = 0;
-    session_.Positions(&id, 1, &next);
-    const Clock::time_point now = Clock::now();
-    table_.Open(stream, id, now);
-    table_.Use(stream, next, now);
-    table_.SetAnswer(stream, copy.last_first, copy.last_steps, copy.last_inputs, copy.answer);
-    table_.Release(stream);
-    if (old != 0) session_.Close(&old, 1);
-    ++statistics_.opened;
+    PutIn(copy, other_weights);
+    for (StreamKeeper* const keeper : keepers_) keeper->PutIn(copy);
   });
 }
 
@@ -517,11 +535,81 @@ void ServedModel::Watch(const std::string& stream, const std::weak_ptr<StreamWat
   });
 }
 
-void ServedModel::RecordChanges() {
-  queue_.Between([this] { table_.RecordChanges(); });
+void ServedModel::CheckAnswer(const StreamCopy& copy) const {
+  int64_t expected = 0;
+  for (const int64_t bytes : output_bytes_) expected += copy.last_steps * bytes;
+  if (copy.last_steps < 0 || static_cast<int64_t>(copy.answer.size()) != expected) {
+    throw Refusal(Reason::kInvalidArgument,
+                  "this copy of a stream is damaged: the answer to its last " +
+                      Text(copy.last_steps) + " steps has " +
+                      Text(static_cast<int64_t>(copy.answer.size())) + " bytes, expected " +
+                      Text(expected));
+  }
 }
 
-std::vector<StreamCopy> ServedModel::TakeChanges(size_t most) {
+void ServedModel::PutIn(const StreamCopy& copy, bool other_weights) {
+  CheckAnswer(copy);
+  Stream* const stream = table_.Hold(copy.name);
+  StreamId id = 0;
+  try {
+    const auto open = static_cast<int64_t>(table_.open().size());
+    if (options_.max_streams > 0 && !stream->open() && open >= options_.max_streams) {
+      throw Refusal(Reason::kTooManyStreams,
+                    Text(open) +
+                        " streams are open, which is the most that this server lets be open "
+                        "(--max-streams)");
+    }
+    session_.Open(1, &id);
+    session_.SetState(id, copy.state.data(), static_cast<int64_t>(copy.state.size()),
+                      other_weights);
+  } catch (...) {
+    if (id != 0) session_.Close(&id, 1);
+    table_.Release(stream);
+    throw;
+  }
+  const StreamId old = stream->id;
+  int64_t next = 0;
+  session_.Positions(&id, 1, &next);
+  const Clock::time_point now = Clock::now();
+  table_.Open(stream, id, now);
+  table_.Use(stream, next, now);
+  table_.SetAnswer(stream, copy.last_first, copy.last_steps, copy.last_inputs, copy.answer);
+  stream->may_lag = copy.may_lag;
+  table_.Release(stream);
+  if (old != 0) session_.Close(&old, 1);
+  ++statistics_.opened;
+}
+
+void ServedModel::Restore(const StreamCopy& copy, bool other_weights) {
+  queue_.Between([&] {
+    if (!copy.state.empty()) return PutIn(copy, other_weights);
+    CheckAnswer(copy);
+    Stream* const stream = table_.Hold(copy.name);
+    if (!stream->open()) {
+      table_.Close(stream, End::kClient);
+      stream->next = copy.last_first + copy.last_steps;
+      table_.SetAnswer(stream, copy.last_first, copy.last_steps, copy.last_inputs, copy.answer);
+    }
+    table_.Release(stream);
+  });
+}
+
+void ServedModel::RecordChanges(bool all) {
+  queue_.Between([&] {
+    table_.RecordChanges();
+    if (!all) return;
+    for (Stream* const stream : table_.open()) table_.Changed(stream);
+  });
+}
+
+size_t ServedModel::changes() {
+  size_t changes = 0;
+  queue_.Between([&] { changes = table_.changes(); });
+  return changes;
+}
+
+std::vector<StreamCopy> ServedModel::TakeChanges(
+    size_t most, const std::function<void(const std::vector<StreamCopy>&)>& taken) {
   std::vector<StreamCopy> copies;
   queue_.Between([&] {
     for (const std::string& name : table_.TakeChanges(most)) {
@@ -533,8 +621,18 @@ std::vector<StreamCopy> ServedModel::TakeChanges(size_t most) {
         copies.back().name = name;
       }
     }
+    taken(copies);
   });
   return copies;
+}
+
+void ServedModel::ReturnChanges(const std::vector<std::string>& names) {
+  queue_.Between([&] {
+    for (const std::string& name : names) {
+      Stream* const stream = table_.Find(name);
+      if (stream != nullptr && stream->open()) table_.Changed(stream);
+    }
+  });
 }
 
 Stream* ServedModel::OpenStream(const std::string& name) {
@@ -549,7 +647,8 @@ Stream* ServedModel::OpenStream(const std::string& name) {
 StreamCopy ServedModel::CopyOf(const Stream& stream) const {
   StreamCopy copy = {*stream.name,       std::string(session_.state_bytes(), '\0'),
                      stream.last_first,  stream.last_steps,
-                     stream.last_inputs, stream.answer};
+                     stream.last_inputs, stream.answer,
+                     stream.may_lag};
   session_.GetState(stream.id, copy.state.data());
   return copy;
 }

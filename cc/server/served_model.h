@@ -16,6 +16,7 @@
 #include "cc/server/batch_queue.h"
 #include "cc/server/statistics.h"
 #include "cc/server/step_request.h"
+#include "cc/server/stream_keeper.h"
 #include "cc/server/stream_table.h"
 #include "cc/session/session.h"
 
@@ -44,6 +45,7 @@ struct StreamCopy {
   int64_t last_first = 0, last_steps = 0;
   uint64_t last_inputs = 0;
   std::string answer;
+  bool may_lag = false;  // see Stream
 };
 
 // Sees the steps of one stream (ServedModel::Watch).
@@ -82,8 +84,10 @@ class ServedModel {
   void LoadWeights();
   // Ends the streams that were idle for too long.
   void EvictIdle();
-  // Refuses later requests, and waits for those that wait.
+  // Refuses later requests, and waits until those that wait have their answers.
   void Close(const Outcome& outcome);
+  // Ends all open streams.
+  void EndStreams(End end);
 
   Statistics statistics();
   // Open streams in no order, with how many there are.
@@ -95,14 +99,29 @@ class ServedModel {
   StreamCopy CopyOut(const std::string& name);
   void CopyIn(const StreamCopy& copy, bool other_weights);
 
+  // Adds one who is told of everything that happens to streams from now on, and who has answers
+  // before their clients. It must stay until RemoveKeepers.
+  void AddKeeper(StreamKeeper* keeper);
+  // Call it after Close.
+  void RemoveKeepers();
+
+  // For snapshots.
+  // Puts a stream back that was open, or whose end is to be remembered (a copy without a state).
+  // Throws as CopyIn does. Keepers are not told.
+  void Restore(const StreamCopy& copy, bool other_weights);
+  // From now on, remembers which streams change: see StreamTable. With `all`, those that are open
+  // count as changed.
+  void RecordChanges(bool all);
+  size_t changes();
+  // Copies of up to `most` streams that changed since they were taken last. A copy without a state
+  // is of a stream that ended. No step is taken between the copies and the call of `taken`.
+  std::vector<StreamCopy> TakeChanges(
+      size_t most, const std::function<void(const std::vector<StreamCopy>&)>& taken);
+  // These copies could not be written: their streams count as changed.
+  void ReturnChanges(const std::vector<std::string>& names);
   // Shows the steps of a stream, which need not be open, to a watcher for as long as that exists.
   // Without watchers this costs nothing.
   void Watch(const std::string& stream, const std::weak_ptr<StreamWatcher>& watcher);
-
-  // For snapshots: see StreamTable. Copies of up to `most` streams that changed since they were
-  // taken last. A copy without a state is of a stream that ended.
-  void RecordChanges();
-  std::vector<StreamCopy> TakeChanges(size_t most);
 
  private:
   struct Row;
@@ -120,7 +139,10 @@ class ServedModel {
   void EndStream(Stream* stream, End end);
   void Count(const std::vector<StepRequest*>& batch, const std::vector<Outcome>& outcomes,
              Clock::time_point started);
+  void SendAnswers(const std::vector<StepRequest*>& batch, std::vector<Outcome> outcomes);
   Stream* OpenStream(const std::string& name);
+  void CheckAnswer(const StreamCopy& copy) const;
+  void PutIn(const StreamCopy& copy, bool other_weights);
   StreamCopy CopyOf(const Stream& stream) const;
 
   const std::string name_;
@@ -137,6 +159,8 @@ class ServedModel {
   std::vector<Stream*>
       told_;  // that the server has ended, and whose clients are told so in this batch
   std::vector<std::vector<char>> inputs_, outputs_;  // a batch of several requests
+  std::vector<StreamKeeper*> keepers_;
+  std::vector<StreamKeeper::Row> kept_rows_;  // of this batch, to tell keepers
   std::vector<std::pair<std::string, std::weak_ptr<StreamWatcher>>> watchers_;
 
   BatchQueue queue_;

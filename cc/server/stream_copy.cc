@@ -11,11 +11,12 @@ namespace {
 constexpr char kMagic[] = "CTSTREAM";
 constexpr size_t kMagicBytes = sizeof(kMagic) - 1;
 constexpr uint32_t kVersion = 1;
+constexpr uint32_t kMayLag = 1;  // a flag
 
 // model_file.cc does not compile on a big-endian machine, so this is the order in memory.
 struct Header {
   char magic[kMagicBytes];
-  uint32_t version, zero;
+  uint32_t version, flags;
   uint64_t name_bytes, state_bytes, answer_bytes;
   int64_t last_first, last_steps;
   uint64_t last_inputs;
@@ -34,7 +35,7 @@ std::string EncodeStreamCopy(const StreamCopy& copy) {
   Header header;
   std::memcpy(header.magic, kMagic, kMagicBytes);
   header.version = kVersion;
-  header.zero = 0;
+  header.flags = copy.may_lag ? kMayLag : 0;
   header.name_bytes = copy.name.size();
   header.state_bytes = copy.state.size();
   header.answer_bytes = copy.answer.size();
@@ -98,6 +99,7 @@ StreamCopy DecodeStreamCopy(std::string_view bytes) {
   copy.last_first = header.last_first;
   copy.last_steps = header.last_steps;
   copy.last_inputs = header.last_inputs;
+  copy.may_lag = (header.flags & kMayLag) != 0;
   return copy;
 }
 

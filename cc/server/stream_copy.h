@@ -1,9 +1,9 @@
 // A copy of a stream as bytes: what an operator copies from one server to another, and what a
 // snapshot holds.
 //
-// The bytes, little-endian: the magic "CTSTREAM"; the version, uint32; a uint32 that is 0; the
-// sizes of the name, state and answer, uint64 each; last_first and last_steps, int64; last_inputs,
-// uint64; the name, state and answer; the XXH64 of everything before it.
+// The bytes, little-endian: the magic "CTSTREAM"; the version, uint32; flags, uint32, of which
+// 1 is may_lag; the sizes of the name, state and answer, uint64 each; last_first and last_steps,
+// int64; last_inputs, uint64; the name, state and answer; the XXH64 of everything before it.
 
 #ifndef CONTINUAL_TRANSFORMERS_SERVER_STREAM_COPY_H_
 #define CONTINUAL_TRANSFORMERS_SERVER_STREAM_COPY_H_

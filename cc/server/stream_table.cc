@@ -44,6 +44,7 @@ void StreamTable::Open(Stream* stream, StreamId id, Clock::time_point now) {
   stream->id = id;
   stream->next = 0;
   stream->ended = End::kNone;
+  stream->may_lag = false;
   stream->opened = stream->used = now;
   DropAnswer(stream);
   MoveTo(stream, Stream::List::kOpen);

@@ -44,6 +44,9 @@ struct Stream {
   int64_t last_steps = 0;
   uint64_t last_inputs = 0;  // a hash of the inputs
   std::string answer;
+  // It was read back from a snapshot after a crash, so its client may have answers to later steps.
+  // Only a step number, or a new beginning, shows that both mean the same step.
+  bool may_lag = false;
   Clock::time_point opened, used;
 
   bool open() const { return id != 0; }
@@ -90,6 +93,7 @@ class StreamTable {
   // The names of up to `most` streams that were opened, stepped or closed since they were last
   // taken. There are none before RecordChanges.
   void RecordChanges() { recording_ = true; }
+  size_t changes() const { return changes_.size(); }
   std::vector<std::string> TakeChanges(size_t most);
   void Changed(Stream* stream);
 

@@ -12,7 +12,7 @@ const char continual_transformers_build_info[] =
 
 // Returns the CUDA and the GPUs that the kernels were built for; "" if there are no GPU kernels.
 extern "C" __attribute__((visibility("default"))) const char* continual_transformers_cuda_build() {
-#ifdef CONTINUAL_TRANSFORMERS_CUDA
+#ifdef CONTINUAL_TRANSFORMERS_CUDA_BUILD
   return CONTINUAL_TRANSFORMERS_CUDA_BUILD;
 #else
   return "";

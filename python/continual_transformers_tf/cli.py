@@ -232,6 +232,22 @@ def demo(picture: Path, as_json: bool, recordings: int | None) -> None:
         )
 
 
+# The program parses its own arguments, `--help` too.
+@main.command(
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def serve(arguments: tuple[str, ...]) -> None:
+    """Serve model files over KServe V2: gRPC, HTTP, metrics and a page."""
+    from continual_transformers_tf.serving import program
+
+    try:
+        program.run(arguments)
+    except OSError as error:
+        raise click.ClickException(str(error)) from error
+
+
 main.add_command(bench)
 
 

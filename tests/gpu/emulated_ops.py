@@ -69,7 +69,8 @@ def compile_one(source):
 def build():
     """Build the library in a copy of the package; return the folder to import it from."""
     lists = runpy.run_path(str(ROOT / "cc" / "library.bzl"))
-    names = lists["TENSORFLOW_SOURCES"] + lists["TENSORFLOW_GPU_SOURCES"]
+    parts = ("TENSORFLOW", "BUILD_INFO", "TENSORFLOW_GPU")
+    names = [name for part in parts for name in lists[f"{part}_SOURCES"]]
     sources = [ROOT / "cc" / name for name in names if name not in LEFT_OUT]
     sources += sorted(path for path in (ROOT / "cuda").glob("*.cu") if path.name != "c_api.cu")
     no_stream = BUILD / "gpu" / "no_stream.cc"

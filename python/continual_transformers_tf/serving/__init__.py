@@ -1,0 +1,1 @@
+"""The stream server: its program, its client, and the load test."""

@@ -1,0 +1,129 @@
+import json
+import os
+import subprocess
+import threading
+
+import keras
+import numpy as np
+import pytest
+import tritonclient.grpc
+
+import continual_transformers_tf as ct
+from continual_transformers_tf.serving import program
+
+WINDOW, FEATURES, OUTPUTS = 5, 6, 3
+
+
+def pytest_collection_modifyitems(config, items):
+    if program.PATH.exists():
+        return
+    skip = pytest.mark.skip(reason="the server is not built: see tools/server_packages.py")
+    for item in items:
+        if "serving" in item.path.parts:
+            item.add_marker(skip)
+
+
+class Server:
+    """A running server, and what it logs."""
+
+    def __init__(self, *arguments, env=None):
+        self.process = subprocess.Popen(
+            [program.PATH, "--grpc-port", "0", *map(str, arguments)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(env or {})},
+        )
+        self.events, self._ready = [], threading.Event()
+        self.said = ""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self._ready.wait(60)
+        if self.event("ready") is None:
+            self.process.kill()
+            self.process.wait()
+            raise AssertionError(f"the server did not start: {self.said}")
+        self.grpc_port = self.event("ready")["grpc_port"]
+        self.grpc_url = f"127.0.0.1:{self.grpc_port}"
+
+    def _read(self):
+        for line in self.process.stderr:
+            self.said += line
+            try:
+                self.events.append(json.loads(line))
+            except ValueError:
+                continue
+            if self.events[-1].get("event") == "ready":
+                self._ready.set()
+        self._ready.set()
+
+    def event(self, name):
+        return next((event for event in self.events if event.get("event") == name), None)
+
+    def stop(self):
+        """End the server as an operator does. Return its exit status."""
+        self.process.terminate()
+        try:
+            status = self.process.wait(60)
+        finally:
+            self.process.kill()
+        self._reader.join()
+        self.process.stderr.close()
+        return status
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+        self._reader.join()
+        self.process.stderr.close()
+
+
+@pytest.fixture
+def start_server():
+    """Return a function that starts a server; all of them are ended after the test."""
+    servers = []
+
+    def start(*arguments, **options):
+        servers.append(Server(*arguments, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        if server.process.poll() is None:
+            server.kill()
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory):
+    """A model file with one input, x [6], and one output, y [3]."""
+    keras.utils.set_random_seed(7)
+    inputs = keras.Input((WINDOW, FEATURES), name="x")
+    hidden = ct.CoSiMultiHeadAttention(WINDOW, 2, 3)(inputs, inputs)
+    outputs = keras.layers.Dense(OUTPUTS, name="y")(hidden)
+    path = tmp_path_factory.mktemp("model") / "small.safetensors"
+    ct.Session(keras.Model(inputs, outputs)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(model_file):
+    running = Server(model_file)
+    yield running
+    assert running.stop() == 0
+
+
+@pytest.fixture
+def client(server):
+    with tritonclient.grpc.InferenceServerClient(server.grpc_url) as made:
+        yield made
+
+
+@pytest.fixture
+def session(model_file):
+    return ct.Session.load(model_file)
+
+
+@pytest.fixture
+def samples():
+    """Return a function that makes random float32 arrays."""
+    random = np.random.default_rng(3)
+    return lambda *shape: random.standard_normal(shape).astype(np.float32)
