@@ -29,6 +29,7 @@ sys.path[:0] = ["cuda", "tools"]
 nvcc = importlib.import_module("nvcc")
 object_files = importlib.import_module("object_files")
 server_packages = importlib.import_module("server_packages")
+embed = importlib.import_module("embed")
 BUILD = Path("build")
 # Bazel's build of the wheel sets it: a folder with the built libraries, which are only packed here.
 PREBUILT = os.environ.get("CONTINUAL_TRANSFORMERS_PREBUILT")
@@ -204,7 +205,9 @@ class build_libraries(build_ext):
         """Return the same as `options_of_core_library`."""
         print(f"with {self.server.version}")
         messages = server_packages.messages(BUILD / "server")
-        self.ext_map["server"].sources += map(str, messages)
+        page = BUILD / "server" / "page.cc"
+        object_files.write_if_changed(page, embed.source([Path("cc", f) for f in CC["SERVER_PAGE"]]))
+        self.ext_map["server"].sources += map(str, [*messages, page])
         folder = Path(self.get_ext_fullpath("continual_transformers_tf.server")).parent
         server_packages.copy_beside(self.server, folder)
         includes = system_includes(BUILD / "server", headers_of("nlohmann-json"))

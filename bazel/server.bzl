@@ -48,6 +48,7 @@ server_configure = repository_rule(
     implementation = _server_configure_impl,
     attrs = {
         "_lists": attr.label(default = "//cc:library.bzl"),
+        "_names": attr.label(default = "//tools:server_packages.txt"),
         "_script": attr.label(default = "//tools:server_packages.py"),
     },
     environ = ["PATH"],

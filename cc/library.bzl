@@ -210,55 +210,68 @@ SERVER_HEADERS = [
     "server/batch_queue.h",
     "server/grpc_infer.h",
     "server/grpc_server.h",
+    "server/history.h",
+    "server/http_api.h",
+    "server/http_infer.h",
+    "server/http_message.h",
+    "server/http_server.h",
     "server/infer_call.h",
     "server/log.h",
+    "server/metrics.h",
     "server/model_description.h",
+    "server/model_observer.h",
     "server/model_repository.h",
     "server/options.h",
     "server/outcome.h",
+    "server/page.h",
     "server/security.h",
     "server/served_model.h",
+    "server/snapshot_file.h",
+    "server/snapshots.h",
     "server/statistics.h",
     "server/step_request.h",
+    "server/stream_copy.h",
+    "server/stream_keeper.h",
     "server/stream_table.h",
 ]
 
 # Without a protocol: models, streams and batches. They need only the core library.
 SERVER_MODEL_SOURCES = [
     "server/batch_queue.cc",
+    "server/history.cc",
     "server/infer_call.cc",
     "server/model_repository.cc",
     "server/outcome.cc",
     "server/served_model.cc",
+    "server/stream_copy.cc",
     "server/stream_table.cc",
 ]
 
 SERVER_SOURCES = [
     "server/grpc_infer.cc",
     "server/grpc_server.cc",
+    "server/http_api.cc",
+    "server/http_infer.cc",
+    "server/http_server.cc",
     "server/log.cc",
+    "server/metrics.cc",
     "server/model_description.cc",
     "server/options.cc",
     "server/security.cc",
+    "server/snapshot_file.cc",
+    "server/snapshots.cc",
 ]
 
 SERVER_MAIN_SOURCES = ["server/main.cc"]
 
 SERVER_PROTO = "server/inference.proto"
 
-SERVER_DEBIAN_PACKAGES = [
-    "libboost-dev",
-    "libcli11-dev",
-    "libgrpc++-dev",
-    "libhiredis-dev",
-    "libprotobuf-dev",
-    "libspdlog-dev",
-    "libsqlite3-dev",
-    "libssl-dev",
-    "pkg-config",
-    "prometheus-cpp-dev",
-    "protobuf-compiler",
-    "protobuf-compiler-grpc",
+# The page, which tools/embed.py puts into the program.
+SERVER_PAGE = [
+    "server/page/icon.svg",
+    "server/page/index.html",
+    "server/page/page.css",
+    "server/page/page.js",
 ]
 
 SERVER_PKG_CONFIG = [
@@ -275,7 +288,7 @@ SERVER_LIBRARIES = ["grpc++_reflection"]
 
 SERVER_HEADER_ONLY = [
     "CLI/CLI.hpp",
-    "boost/version.hpp",
+    "boost/beast/version.hpp",
     "spdlog/version.h",
 ]
 

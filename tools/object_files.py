@@ -55,6 +55,13 @@ def compile_object(command: Sequence[str], target: Path, heading: str = "") -> s
     return done.stdout
 
 
+def write_if_changed(path: Path, text: str) -> None:
+    """Write a source, unless it is there already: its object stays current."""
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
 def is_current(target: Path, log: Path, listed: Path, heading: str) -> bool:
     """Return whether the same command made the object from files that have not changed since."""
     if not (target.exists() and log.exists() and listed.exists()):

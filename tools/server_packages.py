@@ -44,7 +44,8 @@ class Packages(NamedTuple):
 
 def install() -> str:
     """Return the sentence that says how to install everything."""
-    return f"On Debian: apt install {' '.join(LISTS['SERVER_DEBIAN_PACKAGES'])}"
+    names = Path(__file__).with_suffix(".txt").read_text().split()
+    return f"On Debian: apt install {' '.join(names)}"
 
 
 def output_of(*command: str) -> str:

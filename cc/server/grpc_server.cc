@@ -240,7 +240,7 @@ class Service final : public inference::GRPCInferenceService::CallbackService {
                                     const inference::ModelMetadataRequest* request,
                                     inference::ModelMetadataResponse* response) override {
     return Answer(context, [&] {
-      Describe(*repository_->Find(request->name(), request->version()), response);
+      DescribeModel(*repository_->Find(request->name(), request->version()), response);
     });
   }
 

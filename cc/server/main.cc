@@ -8,12 +8,15 @@
 #include <cstdio>
 #include <ctime>
 #include <exception>
+#include <optional>
 
 #include "cc/server/grpc_server.h"
+#include "cc/server/http_server.h"
 #include "cc/server/log.h"
 #include "cc/server/model_repository.h"
 #include "cc/server/options.h"
 #include "cc/server/security.h"
+#include "cc/server/snapshots.h"
 
 namespace continual_transformers::server {
 namespace {
@@ -40,11 +43,22 @@ void Serve(const Options& options, const sigset_t& signals) {
   const Security security = Security::Read(options.tls_certificate, options.tls_key,
                                            options.tls_client_ca, options.token_file);
   ModelRepository repository(options.model);
+  std::optional<Snapshots> snapshots;
+  if (!options.snapshots.directory.empty()) {
+    snapshots.emplace(options.snapshots);
+    repository.AddObserver(&*snapshots);
+  }
   for (const auto& [name, path] : options.models) repository.Add(name, path);
 
-  // It answers while models load: live, and not ready.
+  // They answer while models load: live, and not ready.
   GrpcServer grpc(options.grpc, security, &repository);
-  Log(LogLevel::kInfo, "listening", {{"host", options.grpc.host}, {"grpc_port", grpc.port()}});
+  HttpServer http(options.http, security, &repository);
+  Log(LogLevel::kInfo, "listening",
+      {{"host", options.grpc.host},
+       {"grpc_port", grpc.port()},
+       {"http_port", http.port()},
+       {"tls", security.tls()},
+       {"token", !security.token.empty()}});
   for (const auto& [name, path] : options.models) {
     repository.Load(name);
     const auto model = repository.Find(name);
@@ -55,7 +69,8 @@ void Serve(const Options& options, const sigset_t& signals) {
          {"stream_bytes", model->session().state_bytes()}});
   }
   grpc.SetServing(true);
-  Log(LogLevel::kInfo, "ready", {{"grpc_port", grpc.port()}, {"pid", getpid()}});
+  Log(LogLevel::kInfo, "ready",
+      {{"grpc_port", grpc.port()}, {"http_port", http.port()}, {"pid", getpid()}});
 
   int signal = 0;
   while (signal == 0) {
@@ -64,9 +79,12 @@ void Serve(const Options& options, const sigset_t& signals) {
     for (const auto& model : repository.loaded()) model->EvictIdle();
   }
   Log(LogLevel::kInfo, "draining", {{"signal", signal == SIGTERM ? "SIGTERM" : "SIGINT"}});
+  const auto drain_ms = static_cast<int64_t>(options.drain_seconds * 1000);
   grpc.SetServing(false);
   repository.Drain();
-  grpc.Stop(static_cast<int64_t>(options.drain_seconds * 1000));
+  grpc.Stop(drain_ms);
+  http.Stop(drain_ms);
+  if (snapshots.has_value()) snapshots->Finish();
   Log(LogLevel::kInfo, "ended");
 }
 

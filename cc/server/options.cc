@@ -36,6 +36,8 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
   double idle_timeout = 0;
   int64_t max_delay_us = 0;
   double max_message_mb = static_cast<double>(options->grpc.max_message_bytes) / (1 << 20);
+  double snapshot_every = static_cast<double>(options->snapshots.every.count()) / 1000;
+  bool fast_disk = false;
   const auto at_least = [](double least) {
     return CLI::Range(least, std::numeric_limits<double>::max());
   };
@@ -45,6 +47,9 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
   ports->add_option("--host", options->grpc.host, "The address to listen on")
       ->capture_default_str();
   ports->add_option("--grpc-port", options->grpc.port, "0: any free port")
+      ->capture_default_str()
+      ->check(CLI::Range(0, 65535));
+  ports->add_option("--http-port", options->http.port, "0: any free port")
       ->capture_default_str()
       ->check(CLI::Range(0, 65535));
 
@@ -76,6 +81,18 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
       ->capture_default_str()
       ->check(CLI::Range(0, 10000000));
 
+  CLI::Option_group* const state = app.add_option_group("State");
+  state->add_option("--state-dir", options->snapshots.directory,
+                    "Keep snapshots of the streams there, and go on with them");
+  state->add_option("--snapshot-every", snapshot_every, "Seconds between snapshots")
+      ->capture_default_str()
+      ->check(CLI::Range(0.01, 1e6));
+  state->add_flag("--other-weights", options->snapshots.other_weights,
+                  "Go on with streams of the same model with other weights");
+  state->add_flag("--no-power-loss", fast_disk,
+                  "Do not wait for the disk: a machine that loses its power may forget the last "
+                  "snapshots, a killed server does not");
+
   CLI::Option_group* const safety = app.add_option_group("Safety");
   safety->add_option("--tls-certificate", options->tls_certificate, "PEM file; turns TLS on");
   safety->add_option("--tls-key", options->tls_key, "PEM file");
@@ -92,6 +109,9 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
   safety
       ->add_option("--max-calls-per-connection", options->grpc.max_calls_per_connection,
                    "gRPC calls in progress on one connection")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 1 << 20));
+  safety->add_option("--max-connections", options->http.max_connections, "Over HTTP")
       ->capture_default_str()
       ->check(CLI::Range(1, 1 << 20));
 
@@ -114,6 +134,11 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
   }
   for (const std::string& model : models) options->models.push_back(NameAndPath(model));
   options->grpc.max_message_bytes = std::llround(max_message_mb * (1 << 20));
+  options->http.host = options->grpc.host;
+  options->http.max_body_bytes = options->grpc.max_message_bytes;
+  options->http.max_header_bytes = options->grpc.max_header_bytes;
+  options->snapshots.every = std::chrono::milliseconds(std::llround(snapshot_every * 1000));
+  options->snapshots.power_loss = !fast_disk;
   options->model.idle_timeout =
       std::chrono::milliseconds(std::llround(std::min(idle_timeout, 1e9) * 1000));
   options->model.queue.delay = std::chrono::microseconds(max_delay_us);

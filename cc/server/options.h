@@ -8,8 +8,10 @@
 #include <vector>
 
 #include "cc/server/grpc_server.h"
+#include "cc/server/http_server.h"
 #include "cc/server/log.h"
 #include "cc/server/model_repository.h"
+#include "cc/server/snapshots.h"
 
 namespace continual_transformers::server {
 
@@ -17,6 +19,8 @@ struct Options {
   std::vector<std::pair<std::string, std::string>> models;  // name and path
   ModelOptions model;
   GrpcOptions grpc;
+  HttpOptions http;
+  SnapshotOptions snapshots;  // directory empty: none are kept
   LogLevel log_level = LogLevel::kInfo;
   std::string tls_certificate, tls_key, tls_client_ca, token_file;
   double drain_seconds = 10;

@@ -28,7 +28,7 @@ class Server:
 
     def __init__(self, *arguments, env=None):
         self.process = subprocess.Popen(
-            [program.PATH, "--grpc-port", "0", *map(str, arguments)],
+            [program.PATH, "--grpc-port", "0", "--http-port", "0", *map(str, arguments)],
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, **(env or {})},
@@ -43,6 +43,7 @@ class Server:
             self.process.wait()
             raise AssertionError(f"the server did not start: {self.said}")
         self.grpc_port = self.event("ready")["grpc_port"]
+        self.http_port = self.event("ready")["http_port"]
         self.grpc_url = f"127.0.0.1:{self.grpc_port}"
 
     def _read(self):
