@@ -6,9 +6,10 @@
 // without a change of threads, and under load the thread that leads goes on while others read
 // requests. What runs between or in batches needs no lock.
 //
-// A thread that only came to run a task does not lead: under a load that never ends it would never
-// return. If requests arrived during its task, it leaves them to a thread of the queue's own, which
-// otherwise sleeps.
+// Under a load that never ends the leader would never return, and its own work, such as the other
+// connections of a port, would wait for ever. So it leads for some milliseconds only, and then
+// leaves the requests that wait to a thread of the queue's own, which otherwise sleeps. A thread
+// that only came to run a task does not lead at all.
 
 #ifndef CONTINUAL_TRANSFORMERS_SERVER_BATCH_QUEUE_H_
 #define CONTINUAL_TRANSFORMERS_SERVER_BATCH_QUEUE_H_
@@ -61,8 +62,11 @@ class BatchQueue {
  private:
   struct Task;
 
-  void Lead(std::unique_lock<std::mutex>* lock);
+  // Runs batches until nothing waits, or until then.
+  void Lead(std::unique_lock<std::mutex>* lock, Clock::time_point until);
   void RunTasks(std::unique_lock<std::mutex>* lock);
+  // Has the queue's own thread lead instead of this one. With the lock.
+  void Relieve();
   void RunRelief();
   void WaitForMore(std::unique_lock<std::mutex>* lock);
   void FormBatch();

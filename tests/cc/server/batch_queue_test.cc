@@ -66,5 +66,20 @@ TEST(BatchQueueTest, TaskDoesNotLead) {
   EXPECT_EQ(queue.waiting(), 0);
 }
 
+// The same for a thread that comes with a request.
+TEST(BatchQueueTest, TheLeaderIsRelieved) {
+  StreamTable table(10);
+  BatchQueue queue({}, &table, [](const std::vector<StepRequest*>& batch) {
+    for (StepRequest* const request : batch) request->Done({});
+  });
+  std::atomic<int> running{0};
+  std::atomic<bool> stop{false};
+  queue.Submit(new EndlessRequest(&queue, &running, &stop));  // would not return
+  EXPECT_GT(running, 0);
+  stop = true;
+  queue.Close({Reason::kUnavailable, "", {}});
+  EXPECT_EQ(running, 0);
+}
+
 }  // namespace
 }  // namespace continual_transformers::server
