@@ -2,15 +2,18 @@ import json
 import os
 import subprocess
 import threading
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import tritonclient.grpc
+from google.protobuf import descriptor_pb2
 
 import continual_transformers_tf as ct
 from continual_transformers_tf.serving import program
 
+ROOT = Path(__file__).parent.parent.parent
 WINDOW, FEATURES, OUTPUTS = 5, 6, 3
 
 
@@ -128,3 +131,13 @@ def samples():
     """Return a function that makes random float32 arrays."""
     random = np.random.default_rng(3)
     return lambda *shape: random.standard_normal(shape).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def ours(tmp_path_factory):
+    """The descriptor of cc/server/inference.proto."""
+    path = tmp_path_factory.mktemp("proto") / "descriptors"
+    proto = "cc/server/inference.proto"
+    subprocess.run(["protoc", f"-I{ROOT}", f"--descriptor_set_out={path}", proto], check=True)
+    (file,) = descriptor_pb2.FileDescriptorSet.FromString(path.read_bytes()).file
+    return file
