@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 from google.protobuf import descriptor_pb2
+from proxy import Proxy
 
 import continual_transformers_tf as ct
 from continual_transformers_tf.serving import program
@@ -141,3 +142,10 @@ def ours(tmp_path_factory):
     subprocess.run(["protoc", f"-I{ROOT}", f"--descriptor_set_out={path}", proto], check=True)
     (file,) = descriptor_pb2.FileDescriptorSet.FromString(path.read_bytes()).file
     return file
+
+
+@pytest.fixture
+def proxy(server):
+    made = Proxy(server.grpc_url)
+    yield made
+    made.stop()
