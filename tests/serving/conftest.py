@@ -8,10 +8,12 @@ import keras
 import numpy as np
 import pytest
 import tritonclient.grpc
+from click.testing import CliRunner
 from google.protobuf import descriptor_pb2
 from proxy import Proxy
 
 import continual_transformers_tf as ct
+from continual_transformers_tf import cli
 from continual_transformers_tf.serving import program
 
 ROOT = Path(__file__).parent.parent.parent
@@ -106,6 +108,15 @@ def model_file(tmp_path_factory):
     outputs = keras.layers.Dense(OUTPUTS, name="y")(hidden)
     path = tmp_path_factory.mktemp("model") / "small.safetensors"
     ct.Session(keras.Model(inputs, outputs)).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def watch_file(tmp_path_factory):
+    """The model file of the demo, as the command line writes it."""
+    path = tmp_path_factory.mktemp("demo") / "new" / "watch.safetensors"
+    result = CliRunner().invoke(cli.main, ["demo", "--save-model", str(path)])
+    assert result.exit_code == 0, result.output
     return path
 
 

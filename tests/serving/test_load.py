@@ -238,11 +238,8 @@ def test_every_stream_sends_other_samples():
     np.testing.assert_array_equal(steps[0], first[:50])
 
 
-def test_the_demo_s_model_file(tmp_path):
-    path = tmp_path / "new" / "watch.safetensors"
-    result = CliRunner().invoke(cli.main, ["demo", "--save-model", str(path)])
-    assert result.exit_code == 0, result.output
-    session, expected = ct.Session.load(path), ct.Session(trained_model())
+def test_the_demo_s_model_file(watch_file):
+    session, expected = ct.Session.load(watch_file), ct.Session(trained_model())
     x = load.Samples(3).of_step(slice(0, 3), 9)
     np.testing.assert_array_equal(session.step(x), expected.step(x))
 
