@@ -17,11 +17,20 @@ FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc cc/*/*/*.h cc/*/*/*.cc cuda/*.cu c
   tests/cc/*.h tests/cc/*.cc tools/gpu/emulator/*.h benchmarks/cc/*.cc examples/*/*.cc \
   python/continual_transformers_tf/include/*.h python/continual_transformers_tf/include/*.hpp)
 
-.PHONY: demo test test-torch test-slow lint format bazel-build bazel-cuda bazel-test sanitize bench \
+.PHONY: demo serve test test-torch test-slow lint format bazel-build bazel-cuda bazel-test sanitize bench \
   bench-session bench-cc cuda-resources gpu wheel clean
 
 demo: .venv/installed
 	$(BIN)/continual-transformers demo --picture build/demo.png
+
+# A server of the demo's model, until Ctrl-C.
+serve: build/watch.safetensors
+	@echo "To stream real data to it, run in another terminal:"
+	@echo "  $(BIN)/continual-transformers load --url 127.0.0.1:8001 --model-file $<"
+	$(BIN)/continual-transformers serve watch=$< $(SERVE_FLAGS)
+
+build/watch.safetensors: .venv/installed
+	$(BIN)/continual-transformers demo --save-model $@
 
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
@@ -119,5 +128,5 @@ build/bench/programs: build/bench/installed tools/build_benchmarks.py \
 .venv/installed: .venv/bin/python setup.py pyproject.toml tools/object_files.py \
   $(wildcard cc/*.bzl cc/*.lds cc/*/* cc/*/*/* cuda/*.*)
 	$(BIN)/python -m pip install --quiet "tensorflow-cpu==$(TENSORFLOW).*"
-	$(BIN)/python -m pip install --quiet --editable ".[cpu,demo,test]"
+	$(BIN)/python -m pip install --quiet --editable ".[client,cpu,demo,test]"
 	touch $@

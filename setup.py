@@ -206,7 +206,9 @@ class build_libraries(build_ext):
         print(f"with {self.server.version}")
         messages = server_packages.messages(BUILD / "server")
         page = BUILD / "server" / "page.cc"
-        object_files.write_if_changed(page, embed.source([Path("cc", f) for f in CC["SERVER_PAGE"]]))
+        object_files.write_if_changed(
+            page, embed.source([Path("cc", f) for f in CC["SERVER_PAGE"]])
+        )
         self.ext_map["server"].sources += map(str, [*messages, page])
         folder = Path(self.get_ext_fullpath("continual_transformers_tf.server")).parent
         server_packages.copy_beside(self.server, folder)
@@ -239,7 +241,9 @@ setup(
             if CC["PYTHON_SOURCES"]
             else []
         ),
-        Extension("continual_transformers_tf.server", sources("SERVER_MODEL", "SERVER", "SERVER_MAIN")),
+        Extension(
+            "continual_transformers_tf.server", sources("SERVER_MODEL", "SERVER", "SERVER_MAIN")
+        ),
     ],
     cmdclass={"build_ext": build_libraries},
     setup_requires=[] if TENSORFLOW or PREBUILT else [f"tensorflow-cpu=={MINOR}.*"],
@@ -252,6 +256,8 @@ setup(
             *("jax", "matplotlib", "nlohmann-json", "onnx", "onnxruntime", "rich"),
             "sequence-layers==0.2.*",
         ],
+        # For ct.serving.Client.
+        "client": ["grpcio>=1.51", "protobuf>=5"],
         "demo": ["matplotlib", "rich", "seglearn"],
         # For examples/real_data.
         "examples": ["aeon", "matplotlib", "rich", "seglearn"],
