@@ -243,11 +243,10 @@ def test_a_client_of_a_server_that_forgot_everything(
     xs = samples(30, FEATURES)
     kept, lost = client.open("kept", keep=20), client.open("lost", keep=5)
     expected = session.steps(xs[None], streams=[session.open()])[0]
-    kept.steps(xs[:13])
-    lost.steps(xs[:13])
-    for x in xs[13:20]:
-        kept.step(x)
-        lost.step(x)
+    for stream in (kept, lost):
+        for x in xs[:7]:
+            stream.step(x)
+        stream.steps(xs[7:20])
     proxy.target = start_server(model_file).grpc_url
     # Steps that are replayed together are computed together.
     np.testing.assert_allclose(kept.step(xs[20]), expected[20], atol=1e-6)
