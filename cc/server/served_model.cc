@@ -71,8 +71,13 @@ ServedModel::ServedModel(std::string name, std::string path, const ModelOptions&
       options_(options),
       session_(ModelFile::Map(path_), OptionsOf(options)),
       table_(static_cast<size_t>(options.remembered_ends)),
-      queue_(options.queue, &table_,
-             [this](const std::vector<StepRequest*>& batch) { RunBatch(batch); }) {
+      queue_(
+          options.queue, &table_,
+          [this](const std::vector<StepRequest*>& batch) { RunBatch(batch); },
+          [this](StepRequest* request, const Outcome& outcome) {
+            CountRefusal(outcome.reason);
+            request->Done(outcome);
+          }) {
   for (const Port& port : plan().inputs) {
     if (port.name == "streams" || port.name == "step") {
       throw Refusal(Reason::kInvalidArgument,
@@ -404,7 +409,7 @@ void ServedModel::TellWatchers(const Row& row) {
 void ServedModel::EndStream(Stream* stream, End end) {
   session_.Close(&stream->id, 1);
   ++statistics_.ended[static_cast<int>(end)];
-  for (StreamKeeper* const keeper : keepers_) keeper->Ended(*stream->name);
+  for (StreamKeeper* const keeper : keepers_) keeper->Ended(*stream->name, end);
   table_.Close(stream, end);
 }
 
@@ -479,7 +484,10 @@ void ServedModel::AddKeeper(StreamKeeper* keeper) {
 }
 
 void ServedModel::RemoveKeepers() {
-  queue_.Between([this] { keepers_.clear(); });
+  queue_.Between([this] {
+    for (StreamKeeper* const keeper : keepers_) keeper->next_ = nullptr;
+    keepers_.clear();
+  });
 }
 
 Statistics ServedModel::statistics() {
@@ -515,14 +523,14 @@ void ServedModel::CloseStream(const std::string& name, End end) {
 
 StreamCopy ServedModel::CopyOut(const std::string& name) {
   StreamCopy copy;
-  queue_.Between([&] { copy = CopyOf(*OpenStream(name)); });
+  queue_.Between([&] { CopyTo(*OpenStream(name), &copy); });
   return copy;
 }
 
 void ServedModel::CopyIn(const StreamCopy& copy, bool other_weights) {
   queue_.Between([&] {
-    PutIn(copy, other_weights);
-    for (StreamKeeper* const keeper : keepers_) keeper->PutIn(copy);
+    const int64_t next = PutIn(copy, other_weights);
+    for (StreamKeeper* const keeper : keepers_) keeper->PutIn(copy, next);
   });
 }
 
@@ -547,7 +555,7 @@ void ServedModel::CheckAnswer(const StreamCopy& copy) const {
   }
 }
 
-void ServedModel::PutIn(const StreamCopy& copy, bool other_weights) {
+int64_t ServedModel::PutIn(const StreamCopy& copy, bool other_weights) {
   CheckAnswer(copy);
   Stream* const stream = table_.Hold(copy.name);
   StreamId id = 0;
@@ -578,11 +586,15 @@ void ServedModel::PutIn(const StreamCopy& copy, bool other_weights) {
   table_.Release(stream);
   if (old != 0) session_.Close(&old, 1);
   ++statistics_.opened;
+  return next;
 }
 
 void ServedModel::Restore(const StreamCopy& copy, bool other_weights) {
   queue_.Between([&] {
-    if (!copy.state.empty()) return PutIn(copy, other_weights);
+    if (!copy.state.empty()) {
+      PutIn(copy, other_weights);
+      return;
+    }
     CheckAnswer(copy);
     Stream* const stream = table_.Hold(copy.name);
     if (!stream->open()) {
@@ -608,22 +620,45 @@ size_t ServedModel::changes() {
   return changes;
 }
 
-std::vector<StreamCopy> ServedModel::TakeChanges(
-    size_t most, const std::function<void(const std::vector<StreamCopy>&)>& taken) {
-  std::vector<StreamCopy> copies;
+void ServedModel::TakeChanges(size_t most, std::vector<StreamCopy>* copies,
+                              const std::function<void()>& taken) {
   queue_.Between([&] {
-    for (const std::string& name : table_.TakeChanges(most)) {
-      const Stream* const stream = table_.Find(name);
+    const std::vector<std::string> names = table_.TakeChanges(most);
+    copies->resize(names.size());
+    for (size_t i = 0; i < names.size(); ++i) {
+      StreamCopy* const copy = &(*copies)[i];
+      const Stream* const stream = table_.Find(names[i]);
       if (stream != nullptr && stream->open()) {
-        copies.push_back(CopyOf(*stream));
+        CopyTo(*stream, copy);
       } else {
-        copies.emplace_back();
-        copies.back().name = name;
+        *copy = {};
+        copy->name = names[i];
       }
     }
-    taken(copies);
+    taken();
   });
-  return copies;
+}
+
+void ServedModel::CopyOpen(const std::vector<std::string>& names,
+                           const std::function<void(const StreamCopy&, int64_t)>& copied) {
+  queue_.Between([&] {
+    StreamCopy copy;
+    for (const std::string& name : names) {
+      const Stream* const stream = table_.Find(name);
+      if (stream == nullptr || !stream->open()) continue;
+      CopyTo(*stream, &copy);
+      copied(copy, stream->next);
+    }
+  });
+}
+
+std::vector<std::string> ServedModel::OpenNames() {
+  std::vector<std::string> names;
+  queue_.Between([&] {
+    names.reserve(table_.open().size());
+    for (const Stream* const stream : table_.open()) names.push_back(*stream->name);
+  });
+  return names;
 }
 
 void ServedModel::ReturnChanges(const std::vector<std::string>& names) {
@@ -644,13 +679,15 @@ Stream* ServedModel::OpenStream(const std::string& name) {
   return stream;
 }
 
-StreamCopy ServedModel::CopyOf(const Stream& stream) const {
-  StreamCopy copy = {*stream.name,       std::string(session_.state_bytes(), '\0'),
-                     stream.last_first,  stream.last_steps,
-                     stream.last_inputs, stream.answer,
-                     stream.may_lag};
-  session_.GetState(stream.id, copy.state.data());
-  return copy;
+void ServedModel::CopyTo(const Stream& stream, StreamCopy* copy) const {
+  copy->name = *stream.name;
+  copy->state.resize(session_.state_bytes());
+  copy->last_first = stream.last_first;
+  copy->last_steps = stream.last_steps;
+  copy->last_inputs = stream.last_inputs;
+  copy->answer = stream.answer;
+  copy->may_lag = stream.may_lag;
+  session_.GetState(stream.id, copy->state.data());
 }
 
 }  // namespace continual_transformers::server

@@ -90,6 +90,7 @@ class ServedModel {
   void EndStreams(End end);
 
   Statistics statistics();
+  int64_t waiting() const { return queue_.waiting(); }  // requests
   // Open streams in no order, with how many there are.
   std::vector<StreamFacts> ListStreams(size_t most, size_t* all);
   // Ends a stream. Throws Refusal (kNotFound).
@@ -114,9 +115,18 @@ class ServedModel {
   void RecordChanges(bool all);
   size_t changes();
   // Copies of up to `most` streams that changed since they were taken last. A copy without a state
-  // is of a stream that ended. No step is taken between the copies and the call of `taken`.
-  std::vector<StreamCopy> TakeChanges(
-      size_t most, const std::function<void(const std::vector<StreamCopy>&)>& taken);
+  // is of a stream that ended. No step is taken between the copies and the call of `taken`. Give
+  // the same `copies` every time: into fresh memory, 32 streams of 98 kB took 6 ms instead of 0.6,
+  // and batches wait meanwhile.
+  void TakeChanges(size_t most, std::vector<StreamCopy>* copies,
+                   const std::function<void()>& taken);
+  // Copies those of these streams that are open, and says which step each expects. No step is taken
+  // before the last call of `copied`.
+  void CopyOpen(const std::vector<std::string>& names,
+                const std::function<void(const StreamCopy& copy, int64_t next)>& copied);
+  std::vector<std::string> OpenNames();
+  // For streams that are not in the table, such as those that are rebuilt.
+  Session* mutable_session() { return &session_; }
   // These copies could not be written: their streams count as changed.
   void ReturnChanges(const std::vector<std::string>& names);
   // Shows the steps of a stream, which need not be open, to a watcher for as long as that exists.
@@ -142,8 +152,8 @@ class ServedModel {
   void SendAnswers(const std::vector<StepRequest*>& batch, std::vector<Outcome> outcomes);
   Stream* OpenStream(const std::string& name);
   void CheckAnswer(const StreamCopy& copy) const;
-  void PutIn(const StreamCopy& copy, bool other_weights);
-  StreamCopy CopyOf(const Stream& stream) const;
+  int64_t PutIn(const StreamCopy& copy, bool other_weights);
+  void CopyTo(const Stream& stream, StreamCopy* copy) const;
 
   const std::string name_;
   const std::string path_;

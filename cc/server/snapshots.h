@@ -26,7 +26,9 @@
 // All this also holds if the machine loses its power, as each transaction is on the disk before an
 // answer waits for it no longer (`power_loss`). Without that, a machine without power may lose the
 // transactions of the last seconds; then the file is not used, if its note says so
-// (snapshot_file.h). A killed process loses nothing either way.
+// (snapshot_file.h). A killed process loses nothing either way. With it, the answer to the end of a
+// stream took 4 ms instead of 0.4 on a virtual disk (medians); the MB/s of a snapshot were the
+// same.
 
 #ifndef CONTINUAL_TRANSFORMERS_SERVER_SNAPSHOTS_H_
 #define CONTINUAL_TRANSFORMERS_SERVER_SNAPSHOTS_H_

@@ -48,9 +48,10 @@ class StreamKeeper {
   // Steps were taken. Their answers come to Hold later.
   virtual void Stepped(const std::vector<Row>& rows) = 0;
   // The server ended an open stream.
-  virtual void Ended(const std::string& stream) = 0;
-  // A copy was put in, and replaced a stream of that name if there was one.
-  virtual void PutIn(const StreamCopy& copy) = 0;
+  virtual void Ended(const std::string& stream, End end) = 0;
+  // A copy was put in, and replaced a stream of that name if there was one. Its next step is
+  // `next`.
+  virtual void PutIn(const StreamCopy& copy, int64_t next) = 0;
   // Open streams go on with other weights.
   virtual void WeightsLoaded() {}
   // Gets the answers of a batch, and hands each to PassOn: now, or later and on any thread, those

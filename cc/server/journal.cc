@@ -1,0 +1,786 @@
+#include "cc/server/journal.h"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <array>
+#include <condition_variable>
+#include <deque>
+#include <exception>
+#include <future>
+#include <optional>
+#include <random>
+#include <set>
+#include <thread>
+#include <utility>
+
+#include "cc/server/journal_entry.h"
+#include "cc/server/log.h"
+#include "cc/server/replay.h"
+#include "cc/server/served_model.h"
+#include "cc/server/shard_log.h"
+#include "cc/server/shards.h"
+#include "cc/server/stream_copy.h"
+#include "cc/server/stream_keeper.h"
+#include "cc/session/error.h"
+
+namespace continual_transformers::server {
+namespace {
+
+using std::chrono::milliseconds;
+
+// How long answers wait for a Redis that is away.
+constexpr milliseconds kPatience{1000};
+constexpr milliseconds kReconnectEvery{100};
+// What is sent before the replies to it are read.
+constexpr size_t kMostInFlight = 8 << 20;
+// A shard is trimmed when it has so many new entries; so many stay in any case, for the last
+// answers of streams that have ended.
+constexpr int64_t kTrimEvery = 256;
+constexpr int64_t kSpareEntries = 64;
+// A stream is copied to the end of its shard when this many bytes, and as many as copies of all
+// streams of the shard have, came after the oldest entry that it needs. So at most half of what is
+// written is copies.
+constexpr int64_t kBehindBytes = 256 << 10;
+// No batch is run while streams are copied.
+constexpr int64_t kSliceBytes = 1 << 20;
+constexpr int64_t kSliceStreams = 64;
+// Entries that are read at once.
+constexpr const char* kReadAtOnce = "256";
+
+uint64_t RandomNumber() {
+  std::random_device device;
+  return static_cast<uint64_t>(device()) << 32 | device();
+}
+
+}  // namespace
+
+// Writes the journal of one model, on a thread of its own, which alone talks to Redis.
+class Journal::Keeper final : public StreamKeeper {
+ public:
+  Keeper(ServedModel* model, const JournalOptions& options, RedisAddress address,
+         std::atomic<int64_t>* epoch)
+      : model_(model),
+        options_(options),
+        address_(std::move(address)),
+        epoch_(epoch),
+        writer_(RandomNumber()),
+        receptive_field_(ReceptiveField(model->plan())) {
+    for (const Port& port : model->plan().inputs) {
+      const Value& value = model->plan().values[port.value];
+      input_bytes_.push_back(value.size * SizeOf(value.dtype));
+    }
+    logs_.assign(kShards, ShardLog(receptive_field_));
+    thread_ = std::thread([this] { Run(); });
+    try {
+      std::vector<int> all;
+      for (int shard = 0; shard < kShards && options_.rebuild; ++shard) all.push_back(shard);
+      TakeOver(all);
+      model_->AddKeeper(this);
+      // A stream that a snapshot brought back, and the journal does not know.
+      const std::vector<std::string> open = model_->OpenNames();
+      if (open.size() > static_cast<size_t>(counts().rebuilt)) CopyAll();
+    } catch (...) {
+      Stop();
+      throw;
+    }
+  }
+
+  ~Keeper() override { Stop(); }
+
+  // Reads shards on the journal's thread, and returns how many streams were rebuilt.
+  int64_t TakeOver(const std::vector<int>& shards) {
+    std::promise<int64_t> promise;
+    std::future<int64_t> future = promise.get_future();
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      jobs_.push_back({&shards, &promise});
+      wake_.notify_all();
+    }
+    return future.get();
+  }
+
+  Outcome Ready() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!down_ && !stopping_) return {};
+    return {Reason::kUnavailable,
+            "the journal at " + address_.text() + " cannot be reached (" + why_down_ +
+                "), and steps that are not in it could be lost: no stream has moved, try again "
+                "later",
+            {}};
+  }
+
+  void Stepped(const std::vector<Row>& rows) override {
+    if (rows.empty()) return;
+    for (const Row& row : rows) {
+      uint32_t flags = 0;
+      if (row.began) flags |= JournalRow::kBegan;
+      if (row.ended) flags |= JournalRow::kEnded;
+      if (!row.request->first_steps.empty()) flags |= JournalRow::kNumbered;
+      int64_t bytes = 0;
+      for (const int64_t input : input_bytes_) bytes += row.steps * input;
+      const std::string& name = *row.stream->name;
+      const int64_t first = row.stream->next - row.steps;
+      JournalEntryWriter* const writer = Add(name, flags, first, row.steps, bytes);
+      for (size_t i = 0; i < input_bytes_.size() && row.steps > 0; ++i) {
+        const int64_t input = row.steps * input_bytes_[i];
+        writer->Append(static_cast<const char*>(row.request->inputs[i]) + row.index * input, input);
+      }
+    }
+    Enqueue();
+  }
+
+  void Ended(const std::string& stream, End end) override {
+    if (end == End::kMoved) {
+      // Its new server goes on with the journal.
+      std::lock_guard<std::mutex> lock(mutex_);
+      moved_.push_back(stream);
+      return;
+    }
+    Add(stream, JournalRow::kEnded | JournalRow::kByServer, 0, 0, 0);
+    Enqueue();
+  }
+
+  void PutIn(const StreamCopy& copy, int64_t next) override {
+    if (&copy == rebuilt_.load()) return;  // it came from the journal
+    AddCopy(copy, next);
+    Enqueue();
+  }
+
+  void WeightsLoaded() override { CopyAll(); }
+
+  void Hold(std::vector<Answer> answers) override {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!held_.empty() || passing_ || copying_ || acknowledged_ < last_) {
+        if (!stopped_) {
+          held_.push_back({last_, std::move(answers)});
+          wake_.notify_all();
+          return;
+        }
+        Refuse(&answers);
+      }
+    }
+    PassOn(std::move(answers));
+  }
+
+  void Flush() override {
+    std::unique_lock<std::mutex> lock(mutex_);
+    passed_.wait(lock, [this] { return held_.empty() && !passing_; });
+  }
+
+  void Stop() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stopping_ = true;
+      wake_.notify_all();
+    }
+    if (thread_.joinable()) thread_.join();
+  }
+
+  JournalCounts counts() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    JournalCounts counts = counts_;
+    counts.connected = !down_;
+    counts.held = static_cast<int64_t>(held_.size());
+    return counts;
+  }
+
+ private:
+  // An entry on its way. Rows are without data: what ShardLog wants.
+  struct Entry {
+    int shard;
+    std::string bytes;
+    std::vector<JournalRow> rows;
+  };
+  // The entry of a shard that is being written.
+  struct Building {
+    std::optional<JournalEntryWriter> writer;
+    std::vector<JournalRow> rows;
+    uint64_t number = 0;
+  };
+  struct Held {
+    uint64_t until;  // the number of an entry
+    std::vector<Answer> answers;
+  };
+  struct Job {
+    const std::vector<int>* shards;
+    std::promise<int64_t>* promise;
+  };
+
+  // --- Where the model's queue runs: entries are collected, and put in the queue together.
+
+  JournalEntryWriter* Add(const std::string& name, uint32_t flags, int64_t first, int64_t steps,
+                          size_t bytes) {
+    const int shard = ShardOf(name);
+    Building* const building = &building_[shard];
+    if (!building->writer.has_value()) {
+      const Session& session = model_->session();
+      building->writer.emplace(JournalHeader{session.plan_fingerprint(),
+                                             session.weights_fingerprint(), writer_,
+                                             ++building->number, epoch_->load()});
+      touched_.push_back(shard);
+    }
+    building->rows.push_back({flags, name, first, steps, {}});
+    building->writer->AddRow(flags, name, first, steps, bytes);
+    return &*building->writer;
+  }
+
+  void AddCopy(const StreamCopy& copy, int64_t next) {
+    const std::string bytes = EncodeStreamCopy(copy);
+    uint32_t flags = JournalRow::kCopy;
+    if (HasOffsets(model_->session(), copy.state)) flags |= JournalRow::kHasOffsets;
+    Add(copy.name, flags, next, 0, bytes.size())->Append(bytes.data(), bytes.size());
+  }
+
+  void Enqueue() {
+    std::vector<Entry> entries;
+    entries.reserve(touched_.size());
+    for (const int shard : touched_) {
+      Building* const building = &building_[shard];
+      entries.push_back({shard, building->writer->Finish(), std::move(building->rows)});
+      building->writer.reset();
+      building->rows.clear();
+    }
+    touched_.clear();
+    std::lock_guard<std::mutex> lock(mutex_);
+    last_ += entries.size();
+    std::move(entries.begin(), entries.end(), std::back_inserter(queue_));
+    wake_.notify_all();
+  }
+
+  // --- Any thread.
+
+  void Refuse(std::vector<Answer>* answers) const {
+    for (Answer& answer : *answers) {
+      if (!answer.outcome.ok()) continue;
+      answer.outcome = {Reason::kUnavailable,
+                        "the journal at " + address_.text() + " cannot be reached (" + why_down_ +
+                            "): the steps of this request were taken, but could be lost. Send it "
+                            "again; if it has step numbers, its steps count once",
+                        {}};
+    }
+  }
+
+  // Answers wait until all open streams have a copy in the journal.
+  void CopyAll() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    copying_ = true;
+    copy_again_ = true;
+    wake_.notify_all();
+  }
+
+  // --- The journal's thread.
+
+  void Run() {
+    // A write to a Redis that has gone would end the process.
+    sigset_t pipe;
+    sigemptyset(&pipe);
+    sigaddset(&pipe, SIGPIPE);
+    pthread_sigmask(SIG_BLOCK, &pipe, nullptr);
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (true) {
+      if (down_) {
+        wake_.wait_for(lock, kReconnectEvery, [this] { return stopping_ || !jobs_.empty(); });
+      } else {
+        wake_.wait(lock, [this] {
+          return stopping_ || !queue_.empty() || !jobs_.empty() || copy_again_ || CanPass();
+        });
+      }
+      if (stopping_ && (down_ || queue_.empty())) break;
+      std::vector<Job> jobs;
+      jobs.swap(jobs_);
+      lock.unlock();
+      try {
+        Work(&jobs);
+        lock.lock();
+        PassHeld(&lock, false);
+      } catch (const Error& error) {
+        redis_.reset();
+        for (const Job& job : jobs) job.promise->set_exception(std::current_exception());
+        lock.lock();
+        Down(&lock, error.what());
+      }
+    }
+    stopped_ = true;
+    for (const Job& job : jobs_) {
+      job.promise->set_exception(
+          std::make_exception_ptr(Error(ErrorCode::kIo, "the journal has ended")));
+    }
+    jobs_.clear();
+    PassHeld(&lock, true);
+  }
+
+  // Does all that there is to do. Throws Error if Redis is away. Jobs that are done leave the list.
+  void Work(std::vector<Job>* jobs) {
+    if (redis_ == nullptr) Connect();
+    bool copies;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      copies = copy_again_;
+      copy_again_ = false;
+    }
+    try {
+      Send();
+      ForgetMoved();
+      if (copies) CopyStreams(model_->OpenNames());
+      while (!jobs->empty()) {
+        const Job& job = jobs->back();
+        try {
+          job.promise->set_value(Read(*job.shards));
+        } catch (const Error& error) {
+          if (error.code() == ErrorCode::kIo) throw;
+          job.promise->set_exception(std::current_exception());
+        }
+        jobs->pop_back();
+      }
+      loaded_ = true;
+      Trim();
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      copy_again_ = copy_again_ || copies;
+      throw;
+    }
+    std::lock_guard<std::mutex> lock(mutex_);
+    copying_ = copy_again_;
+    if (down_) {
+      down_ = false;
+      Log(LogLevel::kInfo, "journal_reached_again",
+          {{"model", model_->name()}, {"journal", address_.text()}});
+    }
+  }
+
+  void Connect() {
+    redis_ = std::make_unique<RedisConnection>(address_);
+    const std::string run_id = redis_->RunId();
+    std::lock_guard<std::mutex> lock(mutex_);
+    // Redis may have these already: readers know them by their numbers.
+    queue_.insert(queue_.begin(), std::make_move_iterator(sent_.begin()),
+                  std::make_move_iterator(sent_.end()));
+    sent_.clear();
+    if (!run_id_.empty() && run_id != run_id_) {
+      // It may have lost what it had.
+      logs_.assign(kShards, ShardLog(receptive_field_));
+      copying_ = copy_again_ = true;
+    }
+    run_id_ = run_id;
+  }
+
+  void Down(std::unique_lock<std::mutex>* lock, const std::string& why) {
+    why_down_ = why;
+    if (!down_) {
+      down_ = true;
+      down_since_ = Clock::now();
+      ++counts_.failures;
+      Log(LogLevel::kError, "journal_away",
+          {{"model", model_->name()},
+           {"reason", why},
+           {"consequence", "steps are refused until it is back"}});
+    }
+    if (Clock::now() - down_since_ >= kPatience) PassHeld(lock, true);
+  }
+
+  std::string KeyOf(int shard) const {
+    return "ct:" + model_->name() + ":" + std::to_string(shard);
+  }
+
+  // Sends the queue until it is empty.
+  void Send() {
+    while (true) {
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        size_t bytes = 0;
+        while (!queue_.empty() && bytes < kMostInFlight) {
+          bytes += queue_.front().bytes.size();
+          sent_.push_back(std::move(queue_.front()));
+          queue_.pop_front();
+        }
+      }
+      if (sent_.empty()) return;
+      for (const Entry& entry : sent_) {
+        redis_->Append({"XADD", KeyOf(entry.shard), "*", "e", entry.bytes});
+      }
+      while (!sent_.empty()) {
+        const RedisReply reply = redis_->Read();
+        const Entry& entry = sent_.front();
+        const auto bytes = static_cast<int64_t>(entry.bytes.size());
+        logs_[entry.shard].Append(ShardLog::Id::Of(reply->str), bytes, entry.rows);
+        sent_.pop_front();
+        std::lock_guard<std::mutex> lock(mutex_);
+        ++acknowledged_;
+        ++counts_.entries;
+        ++counts_.kept;
+        counts_.bytes += bytes;
+      }
+      std::unique_lock<std::mutex> lock(mutex_);
+      PassHeld(&lock, false);
+    }
+  }
+
+  void CopyStreams(const std::vector<std::string>& names) {
+    const auto slice = static_cast<size_t>(
+        std::clamp<int64_t>(kSliceBytes / model_->session().state_bytes(), 1, kSliceStreams));
+    for (size_t begin = 0; begin < names.size(); begin += slice) {
+      const auto end = std::min(names.size(), begin + slice);
+      model_->CopyOpen({names.begin() + begin, names.begin() + end},
+                       [this](const StreamCopy& copy, int64_t next) {
+                         AddCopy(copy, next);
+                         Enqueue();
+                       });
+      Send();
+    }
+    std::lock_guard<std::mutex> lock(mutex_);
+    counts_.copies += static_cast<int64_t>(names.size());
+  }
+
+  void ForgetMoved() {
+    std::vector<std::string> moved;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      moved.swap(moved_);
+    }
+    for (const std::string& stream : moved) logs_[ShardOf(stream)].Forget(stream);
+  }
+
+  void Trim() {
+    std::vector<std::string> behind;
+    int64_t trimmed = 0;
+    int commands = 0;
+    for (int shard = 0; shard < kShards; ++shard) {
+      ShardLog* const log = &logs_[shard];
+      if (log->appended() < kTrimEvery) continue;
+      const int64_t copies = static_cast<int64_t>(log->streams()) * model_->session().state_bytes();
+      for (std::string& stream : log->Behind(std::max(kBehindBytes, copies))) {
+        behind.push_back(std::move(stream));
+      }
+      ShardLog::Id oldest;
+      const int64_t entries = log->Trim(kSpareEntries, &oldest);
+      if (entries == 0) continue;
+      trimmed += entries;
+      ++commands;
+      redis_->Append({"XTRIM", KeyOf(shard), "MINID", oldest.text()});
+    }
+    for (; commands > 0; --commands) redis_->Read();
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      counts_.trimmed += trimmed;
+      counts_.kept -= trimmed;
+    }
+    if (!behind.empty()) CopyStreams(behind);
+  }
+
+  bool CanPass() const {
+    return !held_.empty() && !copying_ && held_.front().until <= acknowledged_;
+  }
+
+  void PassHeld(std::unique_lock<std::mutex>* lock, bool refuse) {
+    passing_ = true;
+    while (refuse ? !held_.empty() : CanPass()) {
+      std::vector<Answer> answers = std::move(held_.front().answers);
+      held_.pop_front();
+      if (refuse) Refuse(&answers);
+      lock->unlock();
+      PassOn(std::move(answers));
+      lock->lock();
+    }
+    passing_ = false;
+    passed_.notify_all();
+  }
+
+  // --- Reading.
+
+  // What the entries of a shard say of one stream.
+  struct Known {
+    StreamHistory history;
+    std::optional<StreamCopy> copy;  // with which it began
+    std::vector<uint64_t> weights;   // of each steps of the history
+    int64_t next = 0;
+    bool ended = false;
+  };
+  struct Shard {
+    std::map<std::string, Known> streams;
+    std::set<std::string> ended;
+    std::map<uint64_t, uint64_t> numbers;  // by writer
+    int64_t epoch = 0;
+    std::string damage;  // the last that was found
+  };
+
+  int64_t Read(const std::vector<int>& shards) {
+    int64_t rebuilt = 0;
+    for (const int shard : shards) rebuilt += ReadShard(shard);
+    std::lock_guard<std::mutex> lock(mutex_);
+    counts_.rebuilt += rebuilt;
+    counts_.kept = 0;
+    for (const ShardLog& log : logs_) counts_.kept += log.entries();
+    return rebuilt;
+  }
+
+  int64_t ReadShard(int number) {
+    const std::string key = KeyOf(number);
+    const int64_t epoch = epoch_->load();
+    if (epoch > 0) {
+      // What its last server writes from here on has a lower epoch.
+      JournalEntryWriter mark({model_->session().plan_fingerprint(),
+                               model_->session().weights_fingerprint(), writer_, 0, epoch});
+      redis_->Call({"XADD", key, "*", "e", mark.Finish()});
+    }
+    ShardLog log(receptive_field_);
+    Shard shard;
+    std::string from = "-";
+    while (true) {
+      const RedisReply reply = redis_->Call({"XRANGE", key, from, "+", "COUNT", kReadAtOnce});
+      for (size_t i = 0; i < reply->elements; ++i) {
+        const redisReply* const entry = reply->element[i];
+        if (entry->elements != 2 || entry->element[1]->elements < 2) continue;
+        const redisReply* const value = entry->element[1]->element[1];
+        const std::string_view bytes(value->str, value->len);
+        log.Append(ShardLog::Id::Of(entry->element[0]->str), static_cast<int64_t>(bytes.size()),
+                   ReadEntry(bytes, &shard));
+        from = "(" + std::string(entry->element[0]->str, entry->element[0]->len);
+      }
+      if (std::to_string(reply->elements) != kReadAtOnce) break;
+    }
+    if (shard.epoch > epoch) {
+      if (loaded_) {
+        throw Error(ErrorCode::kInvalidArgument,
+                    "shard " + std::to_string(number) + " has been taken over in epoch " +
+                        std::to_string(shard.epoch) + ", and this server is at epoch " +
+                        std::to_string(epoch) + ": it needs the newer table of shards");
+      }
+      // A server on its own goes on where others ended. With a lower epoch, nobody would read what
+      // it writes.
+      *epoch_ = std::max(epoch_->load(), shard.epoch);
+    }
+    int64_t rebuilt = 0;
+    for (auto& [name, known] : shard.streams) {
+      if (RebuildStream(&known)) {
+        ++rebuilt;
+      } else {
+        log.Forget(name);
+      }
+    }
+    // A snapshot may have brought these back.
+    for (const std::string& name : shard.ended) {
+      try {
+        model_->CloseStream(name, End::kClosed);
+      } catch (const Refusal&) {
+        // It is not open, as it should be.
+      }
+    }
+    logs_[number] = std::move(log);
+    return rebuilt;
+  }
+
+  // Returns the rows that count, without data.
+  std::vector<JournalRow> ReadEntry(std::string_view bytes, Shard* shard) {
+    std::vector<JournalRow> rows;
+    try {
+      const JournalHeader header = ReadJournalEntry(bytes, &rows);
+      if (header.plan != model_->session().plan_fingerprint()) {
+        throw Error(ErrorCode::kOtherModel, "an entry of the journal is of another model");
+      }
+      if (header.epoch < shard->epoch) return {};
+      shard->epoch = header.epoch;
+      if (header.number != 0) {
+        uint64_t* const number = &shard->numbers[header.writer];
+        if (header.number <= *number) return {};
+        *number = header.number;
+      }
+      for (JournalRow& row : rows) {
+        ReadRow(row, header.weights, shard);
+        row.data = {};
+      }
+      return rows;
+    } catch (const std::exception& error) {
+      // Nobody knows which streams it was about.
+      if (shard->damage != error.what()) {
+        shard->damage = error.what();
+        Log(LogLevel::kError, "journal_damaged",
+            {{"model", model_->name()},
+             {"reason", error.what()},
+             {"consequence", "what came before it in its shard is not read"}});
+      }
+      shard->streams.clear();
+      shard->ended.clear();
+      return {};
+    }
+  }
+
+  void ReadRow(const JournalRow& row, uint64_t weights, Shard* shard) {
+    if ((row.flags & (JournalRow::kBegan | JournalRow::kCopy)) != 0) {
+      Known known;
+      known.history.name = row.name;
+      if ((row.flags & JournalRow::kCopy) != 0) {
+        known.copy = DecodeStreamCopy(row.data);
+        known.history.state = known.copy->state;
+        known.history.state_position = known.next = row.first;
+      }
+      shard->streams[row.name] = std::move(known);
+      shard->ended.erase(row.name);
+    }
+    if (row.steps > 0) {
+      const auto [found, added] = shard->streams.try_emplace(row.name);
+      Known* const known = &found->second;
+      if (added) {
+        // How it began is not needed any more.
+        known->history.name = row.name;
+        known->next = row.first;
+      }
+      // Steps that are missing are found out when the stream is rebuilt.
+      std::vector<StreamHistory::Steps>* const steps = &known->history.steps;
+      steps->push_back(
+          {row.first, row.steps, std::string(row.data), (row.flags & JournalRow::kNumbered) != 0});
+      known->weights.push_back(weights);
+      known->next = row.first + row.steps;
+      // Not one by one, as each moves all others.
+      constexpr size_t kDropAtOnce = 64;
+      if (steps->size() % kDropAtOnce == 0) {
+        const int64_t needed = FirstNeeded(receptive_field_, row.first);
+        size_t drop = 0;
+        while (drop + 1 < steps->size() && (*steps)[drop + 1].first <= needed) ++drop;
+        steps->erase(steps->begin(), steps->begin() + static_cast<std::ptrdiff_t>(drop));
+        known->weights.erase(known->weights.begin(),
+                             known->weights.begin() + static_cast<std::ptrdiff_t>(drop));
+      }
+    }
+    if ((row.flags & JournalRow::kEnded) != 0) {
+      const auto found = shard->streams.find(row.name);
+      if (found != shard->streams.end()) {
+        found->second.ended = true;
+        if ((row.flags & JournalRow::kByServer) != 0) shard->streams.erase(found);
+      }
+      shard->ended.insert(row.name);
+    }
+  }
+
+  // Returns whether the stream is open again.
+  bool RebuildStream(Known* known) {
+    StreamHistory* const history = &known->history;
+    try {
+      StreamCopy copy;
+      if (history->steps.empty()) {
+        if (!known->copy.has_value()) return false;
+        copy = std::move(*known->copy);
+      } else {
+        const int64_t needed = FirstNeeded(receptive_field_, history->steps.back().first);
+        for (size_t i = 0; i < known->weights.size() && !options_.other_weights; ++i) {
+          if (known->weights[i] != model_->session().weights_fingerprint() &&
+              history->steps[i].first + history->steps[i].count > needed) {
+            throw Error(ErrorCode::kOtherModel, "its steps were taken with other weights");
+          }
+        }
+        if (history->state_position < needed && !HasOffsets(model_->session(), history->state)) {
+          history->state.clear();
+          history->state_position = 0;
+        }
+        copy = Rebuild(model_->mutable_session(), *history, options_.other_weights);
+      }
+      if (!known->ended) {
+        rebuilt_ = &copy;
+        model_->CopyIn(copy, options_.other_weights);
+        rebuilt_ = nullptr;
+        return true;
+      }
+      // Its client may not have got the last answer.
+      copy.state.clear();
+      if (copy.last_steps != 0) model_->Restore(copy, options_.other_weights);
+    } catch (const std::exception& error) {
+      rebuilt_ = nullptr;
+      if (known->ended) return false;
+      Log(LogLevel::kWarning, "journal_stream_lost",
+          {{"model", model_->name()}, {"stream", history->name}, {"reason", error.what()}});
+      std::lock_guard<std::mutex> lock(mutex_);
+      ++counts_.lost;
+    }
+    return false;
+  }
+
+  ServedModel* const model_;
+  const JournalOptions options_;
+  const RedisAddress address_;
+  std::atomic<int64_t>* const epoch_;  // of all models
+  const uint64_t writer_;
+  const int64_t receptive_field_;
+  std::vector<int64_t> input_bytes_;
+
+  // Where the model's queue runs.
+  std::array<Building, kShards> building_;
+  std::vector<int> touched_;
+
+  // The thread's.
+  std::unique_ptr<RedisConnection> redis_;
+  std::string run_id_;
+  bool loaded_ = false;     // the shards of the beginning are read
+  std::deque<Entry> sent_;  // and not acknowledged
+  std::vector<ShardLog> logs_;
+  Clock::time_point down_since_;
+
+  std::atomic<const StreamCopy*> rebuilt_{nullptr};  // that is being put in
+
+  mutable std::mutex mutex_;
+  std::condition_variable wake_, passed_;
+  JournalCounts counts_;
+  std::deque<Entry> queue_;
+  uint64_t last_ = 0, acknowledged_ = 0;  // entries
+  std::deque<Held> held_;
+  std::vector<Job> jobs_;
+  std::vector<std::string> moved_;
+  bool down_ = false, passing_ = false, stopping_ = false, stopped_ = false;
+  // All streams are to be copied: no answer goes out before; and it has not begun.
+  bool copying_ = false, copy_again_ = false;
+  std::string why_down_ = "it was not tried yet";
+  std::thread thread_;
+};
+
+Journal::Journal(const JournalOptions& options)
+    : options_(options), address_(RedisAddress::Parse(options.url)) {}
+
+Journal::~Journal() {
+  for (const auto& [model, keeper] : keepers_) model->RemoveKeepers();
+}
+
+void Journal::Loaded(ServedModel* model) {
+  auto keeper = std::make_unique<Keeper>(model, options_, address_, &epoch_);
+  Log(LogLevel::kInfo, "journal_read",
+      {{"model", model->name()},
+       {"streams", keeper->counts().rebuilt},
+       {"lost", keeper->counts().lost}});
+  std::lock_guard<std::mutex> lock(mutex_);
+  keepers_[model] = std::move(keeper);
+}
+
+void Journal::Unloaded(ServedModel* model) {
+  std::unique_ptr<Keeper> keeper;
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = keepers_.find(model);
+  if (found == keepers_.end()) return;
+  keeper = std::move(found->second);
+  keepers_.erase(found);
+}
+
+void Journal::SetEpoch(int64_t epoch) { epoch_ = epoch; }
+
+int64_t Journal::TakeOver(const std::vector<int>& shards) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  int64_t rebuilt = 0;
+  for (const auto& [model, keeper] : keepers_) rebuilt += keeper->TakeOver(shards);
+  return rebuilt;
+}
+
+void Journal::Finish() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& [model, keeper] : keepers_) {
+    keeper->Flush();
+    keeper->Stop();
+  }
+}
+
+std::map<std::string, JournalCounts> Journal::counts() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::map<std::string, JournalCounts> counts;
+  for (const auto& [model, keeper] : keepers_) counts[model->name()] = keeper->counts();
+  return counts;
+}
+
+}  // namespace continual_transformers::server
