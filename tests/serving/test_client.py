@@ -64,13 +64,15 @@ def test_a_stream_ends_with_its_last_step_and_begins_anew(connected, session, sa
     stream.close()  # It is not open: nothing is sent.
 
 
-def test_closing_does_not_depend_on_memory_that_the_caller_uses_again(connected, samples):
+def test_closing_does_not_depend_on_memory_that_the_caller_uses_again(connect, proxy, samples):
     x = samples(FEATURES)
-    with connected.open("one step") as stream:
+    with connect(proxy.url).open("one step") as stream:
         stream.step(x)
         x[:] = 0
-    with pytest.raises(ct.serving.ServingError, match="not open"):
-        connected.open("one step", next_step=1).step(x)
+    step, close = map(messages.ModelInferRequest.FromString, proxy.requests)
+    assert close.raw_input_contents == step.raw_input_contents
+    assert close.parameters["sequence_end"].bool_param
+    assert "sequence_end" not in step.parameters
 
 
 def test_a_block_that_is_left_by_an_exception_leaves_the_stream_open(connected, session, samples):
@@ -168,6 +170,15 @@ def test_a_refusal_says_why_and_which_step_is_expected(connected, samples):
     assert error.value.expected == {}
 
 
+def test_a_refusal_that_names_many_streams_arrives_whole(connected, samples):
+    """Its sentence is longer than gRPC's clients accept by default."""
+    names = [f"{i:03}{'x' * 70}" for i in range(100)]
+    with pytest.raises(ct.serving.ServingError, match=f'"{names[-1]}" is not open') as error:
+        connected.step(samples(100, FEATURES), names, [5] * 100)
+    assert error.value.reason == "out_of_step"
+    assert error.value.expected[names[0]] == 0
+
+
 @pytest.mark.parametrize("fault", ["lose request", "lose answer", "busy"])
 def test_numbered_steps_survive_faults(connect, proxy, session, samples, fault):
     client = connect(proxy.url)
@@ -193,6 +204,7 @@ def test_a_step_is_sent_again_when_no_answer_comes_in_time(connect, proxy, sessi
     for x in samples(2, 1, FEATURES):
         proxy.faults = [2.0]
         np.testing.assert_array_equal(stream.step(x), session.step(x, streams=[one]))
+    assert len(proxy.requests) >= 4
 
 
 def test_attempts_are_bounded(connect, proxy, samples):
@@ -231,9 +243,10 @@ def test_a_client_of_a_server_that_forgot_everything(
     xs = samples(30, FEATURES)
     kept, lost = client.open("kept", keep=20), client.open("lost", keep=5)
     expected = session.steps(xs[None], streams=[session.open()])[0]
-    for x in xs[:20]:
-        kept.step(x)
-        lost.step(x)
+    for stream in (kept, lost):
+        for x in xs[:7]:
+            stream.step(x)
+        stream.steps(xs[7:20])
     proxy.target = start_server(model_file).grpc_url
     # Steps that are replayed together are computed together.
     np.testing.assert_allclose(kept.step(xs[20]), expected[20], atol=1e-6)

@@ -38,6 +38,9 @@ REPLAYED_BYTES = 1 << 20  # The most of one request when steps are sent again.
 CHANNEL_OPTIONS = [
     # Answers may be long.
     ("grpc.max_receive_message_length", -1),
+    # So may the sentence of a refusal that names many streams.
+    ("grpc.max_metadata_size", 256 << 10),
+    ("grpc.absolute_max_metadata_size", 256 << 10),
     # A server that was restarted is found soon, not after up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
