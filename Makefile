@@ -17,14 +17,14 @@ FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc cc/*/*/*.h cc/*/*/*.cc cuda/*.cu c
   tests/cc/*.h tests/cc/*.cc tools/gpu/emulator/*.h benchmarks/cc/*.cc examples/*/*.cc \
   python/continual_transformers_tf/include/*.h python/continual_transformers_tf/include/*.hpp)
 
-.PHONY: demo test test-torch test-slow lint format bazel-build bazel-cuda bazel-test sanitize bench \
+.PHONY: demo test test-torch test-slow test-stress lint format bazel-build bazel-cuda bazel-test sanitize bench \
   bench-session bench-cc cuda-resources gpu wheel clean
 
 demo: .venv/installed
 	$(BIN)/continual-transformers demo --picture build/demo.png
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not slow and not stress" $(PYTEST_FLAGS)
 
 # The tests that need PyTorch and continual-inference. `make test` skips them if these are missing. The
 # extra belongs to the package that is installed here, so pip builds nothing.
@@ -36,6 +36,11 @@ test-torch: .venv/installed
 # The slow tests: wheels in clean environments, every instruction set of the kernels, deep stacks.
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+
+# All combinations of models and ways to call them, stepped by threads and through errors. `make test`
+# runs a sample.
+test-stress: .venv/installed
+	$(BIN)/python -m pytest -m stress $(PYTEST_FLAGS)
 
 # About a minute on two idle cores, most of it clang-tidy.
 lint: .venv/installed
