@@ -96,6 +96,18 @@ def headers_of(distribution):
     return copy
 
 
+def link_to_tensorflow():
+    """Return a link to TensorFlow's folder. It keeps its path, as the copies of `headers_of` do."""
+    folder, version = TENSORFLOW
+    link = BUILD / "include" / f"tensorflow-{version}"
+    if not link.exists() or not link.samefile(folder):
+        link.parent.mkdir(parents=True, exist_ok=True)
+        made = link.with_suffix(f".{os.getpid()}")
+        made.symlink_to(folder)
+        made.replace(link)
+    return link
+
+
 class build_libraries(build_ext):
     """The build of the libraries and the server, in the order in which they link each other."""
 
@@ -140,7 +152,8 @@ class build_libraries(build_ext):
                 f"`pip install 'tensorflow-cpu=={MINOR}.*'`, or leave pip's build isolation on."
             )
         print(f"building {target.name}")
-        options, objects, links = getattr(self, f"options_of_{name}")(*TENSORFLOW)
+        options_of = getattr(self, f"options_of_{name}")
+        options, objects, links = options_of(link_to_tensorflow(), TENSORFLOW[1])
         compiler = subprocess.run([*CXX, "--version"], check=True, capture_output=True, text=True)
         heading = f"{compiler.stdout.splitlines()[0]}, TensorFlow {TENSORFLOW[1]}\n"
         cuda_sources = sources("BUILD_INFO", "TENSORFLOW_GPU") if self.cuda else []
@@ -206,7 +219,9 @@ class build_libraries(build_ext):
         print(f"with {self.server.version}")
         messages = server_packages.messages(BUILD / "server")
         page = BUILD / "server" / "page.cc"
-        object_files.write_if_changed(page, embed.source([Path("cc", f) for f in CC["SERVER_PAGE"]]))
+        object_files.write_if_changed(
+            page, embed.source([Path("cc", f) for f in CC["SERVER_PAGE"]])
+        )
         self.ext_map["server"].sources += map(str, [*messages, page])
         folder = Path(self.get_ext_fullpath("continual_transformers_tf.server")).parent
         server_packages.copy_beside(self.server, folder)
@@ -239,7 +254,9 @@ setup(
             if CC["PYTHON_SOURCES"]
             else []
         ),
-        Extension("continual_transformers_tf.server", sources("SERVER_MODEL", "SERVER", "SERVER_MAIN")),
+        Extension(
+            "continual_transformers_tf.server", sources("SERVER_MODEL", "SERVER", "SERVER_MAIN")
+        ),
     ],
     cmdclass={"build_ext": build_libraries},
     setup_requires=[] if TENSORFLOW or PREBUILT else [f"tensorflow-cpu=={MINOR}.*"],
@@ -252,6 +269,8 @@ setup(
             *("jax", "matplotlib", "nlohmann-json", "onnx", "onnxruntime", "rich"),
             "sequence-layers==0.2.*",
         ],
+        # For ct.serving.Client.
+        "client": ["grpcio>=1.51", "protobuf>=5"],
         "demo": ["matplotlib", "rich", "seglearn"],
         # For examples/real_data.
         "examples": ["aeon", "matplotlib", "rich", "seglearn"],

@@ -111,8 +111,9 @@ def check_wheel(wheel, folder, kernels=("CPU",)):
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert f"+tf{minor}-{python}-{python}-linux" in wheel.name
     with zipfile.ZipFile(wheel) as files:
-        types = {f"continual_transformers_tf/{name}" for name in ("py.typed", "_session.pyi")}
-        assert types <= {*files.namelist()}
+        names = ("py.typed", "_session.pyi", "serving/inference.binpb")
+        packed = {f"continual_transformers_tf/{name}" for name in names}
+        assert packed <= {*files.namelist()}
     environment = environment_with(f"continual-transformers-tf[cpu] @ {wheel.as_uri()}", folder)
     check_streams_in(environment, kernels)
 

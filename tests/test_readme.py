@@ -1,9 +1,9 @@
 """Every snippet of the README: the Python runs here, the commands run here or in .ci/run.
 
-The snippets of docs/sessions.md and docs/threads_and_state.md run here too.
+The snippets of docs/sessions.md and docs/threads_and_state.md run here too. Those of
+docs/serving.md are in tests/serving/test_serving_page.py.
 """
 
-import re
 import shlex
 from pathlib import Path
 
@@ -11,12 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from continual_transformers_tf import cli
+from snippets import snippets_of
 
 ROOT = Path(__file__).parent.parent
-
-
-def snippets_of(path):
-    return re.findall(r"^```(\w+)\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
 
 
 SNIPPETS = snippets_of(ROOT / "README.md")

@@ -3,6 +3,7 @@
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import tempfile
 import time
@@ -41,7 +42,7 @@ def compile_object(command: Sequence[str], target: Path, heading: str = "") -> s
         done = subprocess.run(
             # Not -MMD: it leaves out our own headers where Highway's foreach_target.h, a system
             # header, includes them.
-            [*command, "-o", str(made), "-MD", "-MF", str(made_list)],
+            [*through_ccache(command), "-o", str(made), "-MD", "-MF", str(made_list)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -60,6 +61,18 @@ def write_if_changed(path: Path, text: str) -> None:
     if not path.exists() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+
+
+def through_ccache(command: Sequence[str]) -> Sequence[str]:
+    """Return the command that compiles through ccache, if it is installed.
+
+    ccache finds objects of other folders: of another checkout, or of pip's copy. `CCACHE_DISABLE=1`
+    switches it off. nvcc does without: its objects depend on the checkout's path.
+    """
+    ccache = shutil.which("ccache")
+    if ccache is None or Path(command[0]).name == "nvcc":
+        return command
+    return [ccache, *command]
 
 
 def is_current(target: Path, log: Path, listed: Path, heading: str) -> bool:

@@ -2,9 +2,12 @@
 
     python3 tools/server_packages.py describe
     python3 tools/server_packages.py messages OUT
+    python3 tools/server_packages.py descriptors
 
 `describe` prints compiler and linker options as JSON, or says what is missing. `messages` has
 protoc write the messages and the service of cc/server/inference.proto to the folder OUT.
+`descriptors` writes them for the Python client, to a file that is part of the package: run it after
+a change of inference.proto.
 """
 
 import argparse
@@ -139,6 +142,13 @@ def messages(folder: Path) -> list[Path]:
     return sources
 
 
+def descriptors() -> Path:
+    """Write the file from which the Python client makes its messages. Return its path."""
+    path = ROOT / "python" / "continual_transformers_tf" / "serving" / "inference.binpb"
+    output_of("protoc", f"-I{ROOT}", f"--descriptor_set_out={path}", f"cc/{LISTS['SERVER_PROTO']}")
+    return path
+
+
 def copy_beside(packages: Packages, folder: Path) -> None:
     """Copy the shared objects that have no archive into the server's folder."""
     for name, path in packages.beside.items():
@@ -152,12 +162,15 @@ def main() -> None:
     commands.add_parser("describe", help="print the options as JSON")
     command = commands.add_parser("messages", help="write the sources of the messages")
     command.add_argument("folder", type=Path)
+    commands.add_parser("descriptors", help="write the messages of the Python client")
     options = parser.parse_args()
     try:
         if options.command == "describe":
             print(json.dumps(find()._asdict()))
-        else:
+        elif options.command == "messages":
             messages(options.folder)
+        else:
+            print(descriptors())
     except Missing as why:
         raise SystemExit(str(why)) from why
 

@@ -4,6 +4,12 @@
 #include <utility>
 
 namespace continual_transformers::server {
+namespace {
+
+// How long a thread that came with a request leads at most.
+constexpr auto kTurn = std::chrono::milliseconds(5);
+
+}  // namespace
 
 struct BatchQueue::Task {
   const std::function<void()>* run;
@@ -11,8 +17,8 @@ struct BatchQueue::Task {
   bool done = false;
 };
 
-BatchQueue::BatchQueue(const Limits& limits, StreamTable* table, Run run)
-    : limits_(limits), table_(table), run_(std::move(run)) {}
+BatchQueue::BatchQueue(const Limits& limits, StreamTable* table, Run run, Refuse refuse)
+    : limits_(limits), table_(table), run_(std::move(run)), refuse_(std::move(refuse)) {}
 
 BatchQueue::~BatchQueue() {
   Close({Reason::kUnavailable, "the server is shutting down", {}});
@@ -30,15 +36,15 @@ void BatchQueue::Submit(StepRequest* request) {
   if (closed_) {
     const Outcome outcome = closed_outcome_;
     lock.unlock();
-    return request->Done(outcome);
+    return refuse_(request, outcome);
   }
   if (count_ >= limits_.requests) {
     lock.unlock();
-    return request->Done({Reason::kQueueFull,
-                          std::to_string(limits_.requests) +
-                              " requests wait already, which is the most that this server lets "
-                              "wait: try again later, or start it with a larger --max-queue",
-                          {}});
+    return refuse_(request, {Reason::kQueueFull,
+                             std::to_string(limits_.requests) +
+                                 " requests wait already, which is the most that this server lets "
+                                 "wait: try again later, or start it with a larger --max-queue",
+                             {}});
   }
   ++count_;
   arrived_.push_back(request);
@@ -47,7 +53,7 @@ void BatchQueue::Submit(StepRequest* request) {
     return;
   }
   leading_ = true;
-  Lead(&lock);
+  Lead(&lock, Clock::now() + kTurn);
 }
 
 void BatchQueue::Between(const std::function<void()>& run) {
@@ -66,9 +72,7 @@ void BatchQueue::Between(const std::function<void()>& run) {
       leading_ = false;
       changed_.notify_all();
     } else {
-      if (!relief_.joinable()) relief_ = std::thread([this] { RunRelief(); });
-      relieve_ = true;
-      relief_changed_.notify_all();
+      Relieve();
     }
   }
   if (task.thrown != nullptr) std::rethrow_exception(task.thrown);
@@ -87,13 +91,19 @@ int64_t BatchQueue::waiting() const {
   return count_;
 }
 
+void BatchQueue::Relieve() {
+  if (!relief_.joinable()) relief_ = std::thread([this] { RunRelief(); });
+  relieve_ = true;
+  relief_changed_.notify_all();
+}
+
 void BatchQueue::RunRelief() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (true) {
     relief_changed_.wait(lock, [this] { return relieve_ || stop_relief_; });
     if (!relieve_) return;
     relieve_ = false;
-    Lead(&lock);
+    Lead(&lock, Clock::time_point::max());
   }
 }
 
@@ -115,7 +125,7 @@ void BatchQueue::RunTasks(std::unique_lock<std::mutex>* lock) {
   }
 }
 
-void BatchQueue::Lead(std::unique_lock<std::mutex>* lock) {
+void BatchQueue::Lead(std::unique_lock<std::mutex>* lock, Clock::time_point until) {
   while (true) {
     RunTasks(lock);
     waiting_.insert(waiting_.end(), arrived_.begin(), arrived_.end());
@@ -142,7 +152,9 @@ void BatchQueue::Lead(std::unique_lock<std::mutex>* lock) {
     }
     run_(batch_);
     for (Stream* const stream : held_) table_->Release(stream);
+    const bool tired = until != Clock::time_point::max() && Clock::now() >= until;
     lock->lock();
+    if (tired && !(arrived_.empty() && waiting_.empty())) return Relieve();
   }
   leading_ = false;
   changed_.notify_all();
@@ -204,13 +216,13 @@ void BatchQueue::FormBatch() {
 void BatchQueue::Drop(StepRequest* request) {
   for (Stream* const stream : request->records_) table_->Release(stream);
   if (request->deadline < Clock::now()) {
-    request->Done({Reason::kDeadline,
-                   "the deadline passed before the request's turn: no stream has moved",
-                   {}});
+    refuse_(request, {Reason::kDeadline,
+                      "the deadline passed before the request's turn: no stream has moved",
+                      {}});
   } else {
-    request->Done({Reason::kCancelled,
-                   "the client cancelled the request before its turn: no stream has moved",
-                   {}});
+    refuse_(request, {Reason::kCancelled,
+                      "the client cancelled the request before its turn: no stream has moved",
+                      {}});
   }
 }
 

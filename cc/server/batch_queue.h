@@ -6,9 +6,10 @@
 // without a change of threads, and under load the thread that leads goes on while others read
 // requests. What runs between or in batches needs no lock.
 //
-// A thread that only came to run a task does not lead: under a load that never ends it would never
-// return. If requests arrived during its task, it leaves them to a thread of the queue's own, which
-// otherwise sleeps.
+// Under a load that never ends the leader would never return, and its own work, such as the other
+// connections of a port, would wait for ever. So it leads for some milliseconds only, and then
+// leaves the requests that wait to a thread of the queue's own, which otherwise sleeps. A thread
+// that only came to run a task does not lead at all.
 
 #ifndef CONTINUAL_TRANSFORMERS_SERVER_BATCH_QUEUE_H_
 #define CONTINUAL_TRANSFORMERS_SERVER_BATCH_QUEUE_H_
@@ -37,7 +38,11 @@ class BatchQueue {
   // steps and no stream in common. Their `records_` are held until it returns.
   using Run = std::function<void(const std::vector<StepRequest*>& batch)>;
 
-  BatchQueue(const Limits& limits, StreamTable* table, Run run);
+  // Refuses a request that is not run: the queue is full or closed, its deadline has passed, or its
+  // client has gone. It calls Done. Any thread calls this.
+  using Refuse = std::function<void(StepRequest* request, const Outcome& outcome)>;
+
+  BatchQueue(const Limits& limits, StreamTable* table, Run run, Refuse refuse);
   ~BatchQueue();  // waits until nothing runs
   BatchQueue(const BatchQueue&) = delete;
   BatchQueue& operator=(const BatchQueue&) = delete;
@@ -57,8 +62,11 @@ class BatchQueue {
  private:
   struct Task;
 
-  void Lead(std::unique_lock<std::mutex>* lock);
+  // Runs batches until nothing waits, or until then.
+  void Lead(std::unique_lock<std::mutex>* lock, Clock::time_point until);
   void RunTasks(std::unique_lock<std::mutex>* lock);
+  // Has the queue's own thread lead instead of this one. With the lock.
+  void Relieve();
   void RunRelief();
   void WaitForMore(std::unique_lock<std::mutex>* lock);
   void FormBatch();
@@ -67,6 +75,7 @@ class BatchQueue {
   const Limits limits_;
   StreamTable* const table_;
   const Run run_;
+  const Refuse refuse_;
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;  // a request or task arrived, or the leader has ended

@@ -71,8 +71,13 @@ ServedModel::ServedModel(std::string name, std::string path, const ModelOptions&
       options_(options),
       session_(ModelFile::Map(path_), OptionsOf(options)),
       table_(static_cast<size_t>(options.remembered_ends)),
-      queue_(options.queue, &table_,
-             [this](const std::vector<StepRequest*>& batch) { RunBatch(batch); }) {
+      queue_(
+          options.queue, &table_,
+          [this](const std::vector<StepRequest*>& batch) { RunBatch(batch); },
+          [this](StepRequest* request, const Outcome& outcome) {
+            CountRefusal(outcome.reason);
+            request->Done(outcome);
+          }) {
   for (const Port& port : plan().inputs) {
     if (port.name == "streams" || port.name == "step") {
       throw Refusal(Reason::kInvalidArgument,

@@ -90,6 +90,7 @@ class ServedModel {
   void EndStreams(End end);
 
   Statistics statistics();
+  int64_t waiting() const { return queue_.waiting(); }  // requests
   // Open streams in no order, with how many there are.
   std::vector<StreamFacts> ListStreams(size_t most, size_t* all);
   // Ends a stream. Throws Refusal (kNotFound).

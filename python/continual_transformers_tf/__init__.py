@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from continual_transformers_tf import _keras_registration
 
 if TYPE_CHECKING:
-    from continual_transformers_tf import ops
+    from continual_transformers_tf import ops, serving
     from continual_transformers_tf.layers import (
         CircularPositionalEncoding,
         CleanState,
@@ -61,6 +61,7 @@ __all__ = [
     "from_torch",
     "hold_streams",
     "ops",
+    "serving",
 ]
 
 # The module of each name. Names that are not listed are in `layers`.
@@ -80,7 +81,7 @@ def __getattr__(name: str) -> Any:
     value: Any
     if name == "__version__":
         value = _version()
-    elif name in ("layers", "models", "ops"):
+    elif name in ("layers", "models", "ops", "serving"):
         value = importlib.import_module(f"{__name__}.{name}")
     elif name in __all__:
         module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'layers')}")

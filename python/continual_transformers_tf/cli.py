@@ -3,8 +3,12 @@
 Only the commands that need TensorFlow import it.
 """
 
+import contextlib
 import importlib.util
 import json
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import click
@@ -33,6 +37,15 @@ def need_tensorflow() -> None:
         importlib.import_module("continual_transformers_tf._tensorflow")
     except ImportError as error:
         raise click.ClickException(str(error)) from error
+
+
+def need_packages(*names: str, extra: str = "demo") -> None:
+    """End the command with a message if a package of an extra is missing."""
+    for name in names:
+        if not importlib.util.find_spec(name):
+            raise click.ClickException(
+                f"{name} is missing: `pip install '.[{extra}]'` in a checkout"
+            )
 
 
 @main.command()
@@ -190,16 +203,25 @@ def pack(
     default=None,
     help="Stream only this many recordings of each person.  [default: all]",
 )
-def demo(picture: Path, as_json: bool, recordings: int | None) -> None:
+@click.option(
+    "--save-model",
+    type=PATH,
+    metavar="FILE",
+    help="Only write the trained model as a model file, for ct.Session.load and the server.",
+)
+def demo(picture: Path, as_json: bool, recordings: int | None, save_model: Path | None) -> None:
     """Stream a smartwatch, worn by people the model never saw, through a trained transformer."""
-    try:
-        import matplotlib  # noqa: F401
-        import rich.console
-    except ModuleNotFoundError as missing:
-        raise click.ClickException(
-            f"{missing.name} is missing: `pip install '.[demo]'` in a checkout"
-        ) from missing
+    if save_model:
+        need_tensorflow()
+        from continual_transformers_tf.demo.model import trained_model
+
+        save_model.parent.mkdir(parents=True, exist_ok=True)
+        ct.Session(trained_model()).save(save_model)
+        return
+    need_packages("matplotlib", "rich")
     need_tensorflow()
+    import rich.console
+
     from continual_transformers_tf.demo import report, stream, watch
     from continual_transformers_tf.demo.model import trained_model
 
@@ -246,6 +268,113 @@ def serve(arguments: tuple[str, ...]) -> None:
         program.run(arguments)
     except OSError as error:
         raise click.ClickException(str(error)) from error
+
+
+@main.command()
+@click.option("--streams", type=click.IntRange(min=1), default=1000, show_default=True)
+@click.option(
+    "--rate",
+    type=click.FloatRange(min=0),
+    default=10.0,
+    show_default=True,
+    help="Steps a second of each stream; 0: the next step as soon as the last one is answered.",
+)
+@click.option(
+    "--rows",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="How many streams a request has.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0.1, max=86400),
+    default=10.0,
+    show_default=True,
+    help="How long. Then the answers are checked.",
+)
+@click.option(
+    "--url",
+    metavar="HOST:PORT",
+    help="The server's gRPC port.  [default: a server that is started for this]",
+)
+@click.option("--model", metavar="NAME", help="Its name on the server.  [default: the only one]")
+@click.option(
+    "--model-file",
+    type=MODEL,
+    metavar="FILE",
+    help="The model file that is served, with which answers are compared.  [default: the demo's]",
+)
+@click.option("--picture", type=PATH, metavar="FILE", help="Draw the latency's distribution.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON, not as a table.")
+def load(
+    streams: int,
+    rate: float,
+    rows: int,
+    seconds: float,
+    url: str | None,
+    model: str | None,
+    model_file: Path | None,
+    picture: Path | None,
+    as_json: bool,
+) -> None:
+    """Stream a smartwatch's recordings to a server, and measure how fast and right it answers.
+
+    The exit status is 1 if an answer is wrong, or if a stream could not go on.
+    """
+    need_packages("matplotlib", "rich", "seglearn")
+    need_packages("grpc", "google.protobuf", extra="client")
+    import rich.console
+
+    from continual_transformers_tf.serving import Client, ServingError, load_report, program
+    from continual_transformers_tf.serving.load import CONNECT_SECONDS, Load, Options
+
+    console = rich.console.Console(stderr=as_json, quiet=as_json)
+    options = Options(streams, rate, rows, seconds)
+    with contextlib.ExitStack() as stack:
+        try:
+            if model_file is None:
+                folder = stack.enter_context(tempfile.TemporaryDirectory())
+                model_file = Path(folder, "watch.safetensors")
+                with console.status("Making the demo's model file ..."):
+                    # In another process, so that TensorFlow is not in this one.
+                    subprocess.run(
+                        [
+                            sys.executable,
+                            "-m",
+                            "continual_transformers_tf.cli",
+                            "demo",
+                            "--save-model",
+                            model_file,
+                        ],
+                        check=True,
+                        capture_output=True,
+                    )
+            if url is None:
+                url = stack.enter_context(program.LocalServer(model_file)).url
+            with Client(url, model, timeout=CONNECT_SECONDS) as client:
+                model = client.model
+            console.print(f"To {model} at {url}: {load_report.describe(options)}")
+            line = stack.enter_context(load_report.LiveLine(console, seconds))
+            result = Load(url, model, model_file, options, line).run()
+        except subprocess.CalledProcessError as error:
+            said = error.stderr.decode(errors="replace").strip().splitlines()
+            raise click.ClickException(said[-1] if said else str(error)) from error
+        except (OSError, ServingError, ValueError) as error:
+            raise click.ClickException(str(error)) from error
+    if picture:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        load_report.draw(picture, result)
+    if as_json:
+        click.echo(json.dumps(load_report.summarize(result), indent=2))
+    else:
+        console.print(load_report.table(result))
+    if result.wrong or not result.checked:
+        raise click.ClickException(
+            f"{result.wrong} of {result.checked} answers are wrong. {result.first_wrong}"
+        )
+    if result.lost:
+        raise click.ClickException(f"{result.lost} streams could not go on")
 
 
 main.add_command(bench)

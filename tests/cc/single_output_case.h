@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <string>
 #include <tuple>
@@ -203,9 +204,10 @@ class Call {
     const Sizes& z = sizes_;
     for (size_t m = 0; m < streams_.size(); ++m) {
       for (int64_t h = 0; h < z.heads; ++h) {
-        for (int64_t t = 0; t < z.steps; ++t) CheckStep(m, h, t, bound);
-        CheckRing(m, h);
-        if (check_scores_) CheckWindow(m, h);
+        const History history = HistoryOf(m, h);
+        for (int64_t t = 0; t < z.steps; ++t) CheckStep(m, h, t, history, bound);
+        CheckRing(m, h, history);
+        if (check_scores_) CheckWindow(m, h, history);
       }
     }
     EXPECT_TRUE(query_.Intact() && key_.Intact() && value_.Intact() && output_.Intact() &&
@@ -245,44 +247,64 @@ class Call {
     return old_key_mask_[stream][p - position + std::min(position, sizes_.window)];
   }
 
-  // Returns feature d of step p of a stream in this call, from its history or from the inputs.
-  double Feature(bool of_key, int64_t m, int64_t h, int64_t p, int64_t d) {
+  // Returns the key or the value of step p of a stream in this call, from its history or from the
+  // inputs.
+  std::vector<double> Features(bool of_key, int64_t m, int64_t h, int64_t p) {
     const int64_t size = of_key ? sizes_.key_dim : sizes_.value_dim;
     const int32_t stream = streams_[m];
     const int64_t position = positions_[stream];
+    std::vector<double> features(size);
     if (p >= position) {
       const int64_t row = (m * sizes_.steps + p - position) * sizes_.heads + h;
-      return Widen((of_key ? key_ : value_)[row * size + d]);
+      C* input = (of_key ? key_ : value_).data() + row * size;
+      std::transform(input, input + size, features.begin(), [](C x) { return Widen(x); });
+    } else {
+      const int64_t first = position - std::min(position, sizes_.window);
+      const auto& old = of_key ? old_keys_[stream] : old_values_[stream];
+      std::copy_n(old.begin() + ((p - first) * sizes_.heads + h) * size, size, features.begin());
     }
-    const int64_t first = position - std::min(position, sizes_.window);
-    const auto& old = of_key ? old_keys_[stream] : old_values_[stream];
-    return old[((p - first) * sizes_.heads + h) * size + d];
+    return features;
   }
 
-  void CheckStep(int64_t m, int64_t h, int64_t t, double bound) {
+  // What a stream's head has from its oldest step that is known to its newest one.
+  struct History {
+    int64_t first;
+    std::vector<std::vector<double>> keys, values;
+    std::vector<bool> has_key;
+  };
+
+  History HistoryOf(int64_t m, int64_t h) {
+    const int64_t position = positions_[streams_[m]];
+    History history = {position - std::min(position, sizes_.window), {}, {}, {}};
+    for (int64_t p = history.first; p < position + sizes_.steps; ++p) {
+      history.keys.push_back(Features(true, m, h, p));
+      history.values.push_back(Features(false, m, h, p));
+      history.has_key.push_back(HasKey(m, p));
+    }
+    return history;
+  }
+
+  void CheckStep(int64_t m, int64_t h, int64_t t, const History& history, double bound) {
     const Sizes& z = sizes_;
     const int64_t newest = positions_[streams_[m]] + t;
     const int64_t oldest = std::max<int64_t>(0, newest - z.window + 1);
     const int64_t row = (m * z.steps + t) * z.heads + h;
-    std::vector<double> weights;
+    std::vector<double> weights, sums(z.value_dim);
     double denominator = 0;
     for (int64_t p = oldest; p <= newest; ++p) {
-      double logit = 0;
-      for (int64_t d = 0; d < z.key_dim && HasKey(m, p); ++d) {
-        logit += query_[row * z.key_dim + d] * Feature(true, m, h, p, d);
-      }
-      logit /= std::sqrt(static_cast<double>(z.key_dim));
-      weights.push_back(HasKey(m, p) ? std::exp(logit) : 0);
+      weights.push_back(0);
+      if (!history.has_key[p - history.first]) continue;
+      const double* key = history.keys[p - history.first].data();
+      const double* value = history.values[p - history.first].data();
+      const T* query = query_.data() + row * z.key_dim;
+      const double logit = std::inner_product(key, key + z.key_dim, query, 0.0);
+      weights.back() = std::exp(logit / std::sqrt(static_cast<double>(z.key_dim)));
       denominator += weights.back();
+      for (int64_t d = 0; d < z.value_dim; ++d) sums[d] += weights.back() * value[d];
     }
     if (denominator == 0) denominator = 1;  // nothing to attend to: zeros
     for (int64_t d = 0; d < z.value_dim; ++d) {
-      double expected = 0;
-      for (int64_t p = oldest; p <= newest; ++p) {
-        if (HasKey(m, p))
-          expected += weights[p - oldest] / denominator * Feature(false, m, h, p, d);
-      }
-      ASSERT_NEAR(output_[row * z.value_dim + d], expected, bound);
+      ASSERT_NEAR(output_[row * z.value_dim + d], sums[d] / denominator, bound);
     }
     const int64_t unfilled = z.window - (newest - oldest + 1);
     for (int64_t c = 0; c < z.window && check_scores_; ++c) {
@@ -298,35 +320,39 @@ class Call {
     ASSERT_EQ(got, expected);
   }
 
-  void CheckRing(int64_t m, int64_t h) {
+  void CheckRing(int64_t m, int64_t h, const History& history) {
     const Sizes& z = sizes_;
     const int64_t end = positions_[streams_[m]] + z.steps;
     for (int64_t p = std::max<int64_t>(0, end - z.window); p < end; ++p) {
-      for (int64_t d = 0; d < z.key_dim; ++d) {
-        ExpectSame(Widen(KeyRow(streams_[m], h, p)[d]), Feature(true, m, h, p, d));
-      }
-      for (int64_t d = 0; d < z.value_dim; ++d) {
-        ExpectSame(Widen(ValueRow(streams_[m], h, p)[d]), Feature(false, m, h, p, d));
-      }
-      ASSERT_EQ(bool(key_mask_cache_[streams_[m] * z.window + p % z.window]), HasKey(m, p));
+      const auto& key = history.keys[p - history.first];
+      const auto& value = history.values[p - history.first];
+      const C* key_row = KeyRow(streams_[m], h, p);
+      const C* value_row = ValueRow(streams_[m], h, p);
+      for (int64_t d = 0; d < z.key_dim; ++d) ExpectSame(Widen(key_row[d]), key[d]);
+      for (int64_t d = 0; d < z.value_dim; ++d) ExpectSame(Widen(value_row[d]), value[d]);
+      ASSERT_EQ(bool(key_mask_cache_[streams_[m] * z.window + p % z.window]),
+                history.has_key[p - history.first]);
     }
   }
 
   // Checks the copied steps before the call, oldest first.
-  void CheckWindow(int64_t m, int64_t h) {
+  void CheckWindow(int64_t m, int64_t h, const History& history) {
     const Sizes& z = sizes_;
     const int64_t position = positions_[streams_[m]];
+    const std::vector<double> zero_key(z.key_dim), zero_value(z.value_dim);
     for (int64_t i = 0; i < z.window - 1; ++i) {
       const int64_t p = position - (z.window - 1) + i;
       const int64_t row = (m * z.heads + h) * (z.window - 1) + i;
+      const auto& key = p < 0 ? zero_key : history.keys[p - history.first];
+      const auto& value = p < 0 ? zero_value : history.values[p - history.first];
       for (int64_t d = 0; d < z.key_dim; ++d) {
-        ExpectSame(Widen(window_key_[row * z.key_dim + d]), p < 0 ? 0 : Feature(true, m, h, p, d));
+        ExpectSame(Widen(window_key_[row * z.key_dim + d]), key[d]);
       }
       for (int64_t d = 0; d < z.value_dim; ++d) {
-        ExpectSame(Widen(window_value_[row * z.value_dim + d]),
-                   p < 0 ? 0 : Feature(false, m, h, p, d));
+        ExpectSame(Widen(window_value_[row * z.value_dim + d]), value[d]);
       }
-      ASSERT_EQ(bool(window_key_mask_[m * (z.window - 1) + i]), p >= 0 && HasKey(m, p));
+      ASSERT_EQ(bool(window_key_mask_[m * (z.window - 1) + i]),
+                p >= 0 && history.has_key[p - history.first]);
     }
   }
 

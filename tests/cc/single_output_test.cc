@@ -32,6 +32,8 @@ TYPED_TEST(SingleOutputTest, Grid) {
   for (int64_t n : {1, 2, 3, 16, 17, 64, 65, 120}) {
     for (int64_t d : {1, 7, 12, 15, 16, 17, 24, 33, 64, 128}) {
       for (int64_t t : {int64_t{1}, int64_t{2}, n, n + 5}) {
+        // Long calls of wide windows take most of the time, so they have fewer sizes.
+        if (n > 17 && t > 2 && d != 7 && d != 16 && d != 33) continue;
         const Sizes sizes = {n, d, d == 16 ? d : d / 2 + 3, t};
         SCOPED_TRACE("N " + std::to_string(n) + " D " + std::to_string(d) + " T " +
                      std::to_string(t));

@@ -2,15 +2,21 @@ import json
 import os
 import subprocess
 import threading
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import tritonclient.grpc
+from click.testing import CliRunner
+from google.protobuf import descriptor_pb2
+from proxy import Proxy
 
 import continual_transformers_tf as ct
+from continual_transformers_tf import cli
 from continual_transformers_tf.serving import program
 
+ROOT = Path(__file__).parent.parent.parent
 WINDOW, FEATURES, OUTPUTS = 5, 6, 3
 
 
@@ -105,6 +111,15 @@ def model_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def watch_file(tmp_path_factory):
+    """The model file of the demo, as the command line writes it."""
+    path = tmp_path_factory.mktemp("demo") / "new" / "watch.safetensors"
+    result = CliRunner().invoke(cli.main, ["demo", "--save-model", str(path)])
+    assert result.exit_code == 0, result.output
+    return path
+
+
 @pytest.fixture(scope="module")
 def server(model_file):
     running = Server(model_file)
@@ -128,3 +143,20 @@ def samples():
     """Return a function that makes random float32 arrays."""
     random = np.random.default_rng(3)
     return lambda *shape: random.standard_normal(shape).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def ours(tmp_path_factory):
+    """The descriptor of cc/server/inference.proto."""
+    path = tmp_path_factory.mktemp("proto") / "descriptors"
+    proto = "cc/server/inference.proto"
+    subprocess.run(["protoc", f"-I{ROOT}", f"--descriptor_set_out={path}", proto], check=True)
+    (file,) = descriptor_pb2.FileDescriptorSet.FromString(path.read_bytes()).file
+    return file
+
+
+@pytest.fixture
+def proxy(server):
+    made = Proxy(server.grpc_url)
+    yield made
+    made.stop()

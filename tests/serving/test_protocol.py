@@ -1,22 +1,8 @@
 """cc/server/inference.proto is the protocol that tritonclient speaks."""
 
-import subprocess
-from pathlib import Path
-
 import pytest
 from google.protobuf import descriptor_pb2
 from tritonclient.grpc import model_config_pb2, service_pb2
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture(scope="module")
-def ours(tmp_path_factory):
-    path = tmp_path_factory.mktemp("proto") / "descriptors"
-    proto = "cc/server/inference.proto"
-    subprocess.run(["protoc", f"-I{ROOT}", f"--descriptor_set_out={path}", proto], check=True)
-    (file,) = descriptor_pb2.FileDescriptorSet.FromString(path.read_bytes()).file
-    return file
 
 
 @pytest.fixture(scope="module")

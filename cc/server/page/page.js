@@ -85,6 +85,12 @@ function show(id, [number, unit]) {
 
 // ---- Charts ----
 
+// How many samples a chart shows: two minutes, and more when there are more.
+function spanOf(history) {
+  const kept = history.sample.length ? history.sample.at(-1) - history.sample[0] + 1 : 0;
+  return Math.min(Math.max(Math.ceil(kept / 60), 1) * 60, SAMPLES);
+}
+
 // A round number of the sort 1, 2, 5, 10, ... that is at least x.
 function roundUp(x) {
   const power = 10 ** Math.floor(Math.log10(x));
@@ -123,7 +129,7 @@ class Chart {
     const box = this.svg.getBoundingClientRect();
     const share = (event.clientX - box.left - this.left) / (box.width - this.left - this.right);
     const newest = this.history.sample.at(-1);
-    this.cursor = Math.round(newest - (1 - Math.min(Math.max(share, 0), 1)) * (SAMPLES - 1));
+    this.cursor = Math.round(newest - (1 - Math.min(Math.max(share, 0), 1)) * (spanOf(this.history) - 1));
     this.draw();
   }
 
@@ -141,8 +147,9 @@ class Chart {
     const tick = roundUp(most > 0 ? most / 3 : 1 / 3);
     const end = Math.max(Math.ceil((most / tick) * 0.9999), most > 0 ? 1 : 3) * tick;
     const newest = history.sample.at(-1) ?? 0;
+    const span = spanOf(history);
     const x = (sample) =>
-      width - this.right - ((newest - sample) / (SAMPLES - 1)) * (width - this.left - this.right);
+      width - this.right - ((newest - sample) / (span - 1)) * (width - this.left - this.right);
     const y = (value) => height - bottom - (value / end) * (height - top - bottom);
     const drawn = [];
 
@@ -150,13 +157,13 @@ class Chart {
       drawn.push(
         svg("line", { class: "grid", x1: this.left, x2: width - this.right, y1: y(value), y2: y(value) }),
         svg("text", { x: this.left - 8, y: y(value) + 4, "text-anchor": "end" },
-          value === 0 ? "0" : text(this.format(Number(value.toPrecision(6))))),
+          value === 0 ? "0" : text(this.format(Number(value.toPrecision(6)))).replace(/\.0+(?= |$)/, "")),
       );
     }
-    const minutes = (SAMPLES * state.seconds) / 60;
+    const minutes = (span * state.seconds) / 60;
     for (const [share, anchor] of [[1, "start"], [0.5, "middle"], [0, "end"]]) {
-      const words = share === 0 ? "now" : `${Math.round(minutes * share)} min ago`;
-      drawn.push(svg("text", { x: x(newest - share * (SAMPLES - 1)), y: height - 3, "text-anchor": anchor }, words));
+      const words = share === 0 ? "now" : `${minutes * share} min ago`;
+      drawn.push(svg("text", { x: x(newest - share * (span - 1)), y: height - 3, "text-anchor": anchor }, words));
     }
 
     for (const { key, kind } of this.series) {
@@ -206,7 +213,7 @@ class Chart {
     }
     this.legend.replaceChildren(...parts);
     this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    this.svg.setAttribute("aria-label", `${this.title}: ${words.join(", ")}, and the last ten minutes`);
+    this.svg.setAttribute("aria-label", `${this.title}: ${words.join(", ")}, and their history`);
     this.svg.replaceChildren(...drawn);
   }
 }
@@ -510,7 +517,7 @@ function drawOutput(plot, output) {
   context.globalAlpha = 1;
 
   const largest = numbers.reduce((best, x, i) => (x > numbers[best] ? i : best), 0);
-  plot.note.textContent = `Largest: number ${largest}, ${numbers[largest].toPrecision(4)}. Largest magnitude shown: ${most.toPrecision(3)}.`;
+  plot.note.textContent = `Largest now: number ${largest}, with ${numbers[largest].toPrecision(4)}. The plots reach from −${most.toPrecision(3)} to ${most.toPrecision(3)}.`;
   plot.bars.setAttribute("aria-label", `The newest output. ${plot.note.textContent}`);
   plot.trace.setAttribute("aria-label", "The outputs before it, as colors");
 }

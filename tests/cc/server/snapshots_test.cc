@@ -29,7 +29,7 @@
 #include "cc/server/model_repository.h"
 #include "cc/server/stream_copy.h"
 #include "gtest/gtest.h"
-#include "tests/cc/server_case.h"
+#include "tests/cc/server/server_case.h"
 
 namespace continual_transformers::server {
 namespace {

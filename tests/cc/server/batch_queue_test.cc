@@ -41,9 +41,12 @@ class EndlessRequest : public StepRequest {
 // brings the next request before the batch ends.
 TEST(BatchQueueTest, TaskDoesNotLead) {
   StreamTable table(10);
-  BatchQueue queue({}, &table, [](const std::vector<StepRequest*>& batch) {
-    for (StepRequest* const request : batch) request->Done({});
-  });
+  BatchQueue queue(
+      {}, &table,
+      [](const std::vector<StepRequest*>& batch) {
+        for (StepRequest* const request : batch) request->Done({});
+      },
+      [](StepRequest* request, const Outcome& outcome) { request->Done(outcome); });
   std::atomic<int> running{0};
   std::atomic<bool> stop{false};
   // The first request arrives in the task, so the task's thread would be the one to lead.
@@ -61,6 +64,21 @@ TEST(BatchQueueTest, TaskDoesNotLead) {
   queue.Close({Reason::kUnavailable, "", {}});
   EXPECT_EQ(running, 0);
   EXPECT_EQ(queue.waiting(), 0);
+}
+
+// The same for a thread that comes with a request.
+TEST(BatchQueueTest, TheLeaderIsRelieved) {
+  StreamTable table(10);
+  BatchQueue queue({}, &table, [](const std::vector<StepRequest*>& batch) {
+    for (StepRequest* const request : batch) request->Done({});
+  });
+  std::atomic<int> running{0};
+  std::atomic<bool> stop{false};
+  queue.Submit(new EndlessRequest(&queue, &running, &stop));  // would not return
+  EXPECT_GT(running, 0);
+  stop = true;
+  queue.Close({Reason::kUnavailable, "", {}});
+  EXPECT_EQ(running, 0);
 }
 
 }  // namespace

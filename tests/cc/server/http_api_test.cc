@@ -11,7 +11,7 @@
 #include "cc/server/history.h"
 #include "cc/server/http_infer.h"
 #include "cc/server/stream_copy.h"
-#include "tests/cc/http_case.h"
+#include "tests/cc/server/http_case.h"
 
 namespace continual_transformers::server {
 namespace {

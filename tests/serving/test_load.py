@@ -1,0 +1,265 @@
+"""The load test: what it measures, and that it finds wrong answers."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import continual_transformers_tf as ct
+from continual_transformers_tf import cli
+from continual_transformers_tf.demo import watch
+from continual_transformers_tf.demo.model import trained_model
+from continual_transformers_tf.serving import load, program
+
+ROOT = Path(__file__).parent.parent.parent
+WINDOW, FEATURES, OUTPUTS = 5, 6, 3
+
+
+def run(*arguments, status=0):
+    result = CliRunner().invoke(cli.main, ["load", "--json", *map(str, arguments)])
+    assert result.exit_code == status, result.output
+    return json.loads(result.stdout), result.stderr
+
+
+def metric(server, name):
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/metrics") as page:
+        text = page.read().decode()
+    found = re.findall(rf"^continual_transformers_{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
+    assert found, name
+    return sum(map(float, found))
+
+
+@pytest.fixture
+def other_weights(tmp_path, model_file):
+    """A model file of the same model with other weights."""
+    keras.utils.set_random_seed(8)
+    inputs = keras.Input((WINDOW, FEATURES), name="x")
+    hidden = ct.CoSiMultiHeadAttention(WINDOW, 2, 3)(inputs, inputs)
+    model = keras.Model(inputs, keras.layers.Dense(OUTPUTS, name="y")(hidden))
+    ct.Session.load(model_file).load_weights(model)  # It has the same architecture.
+    ct.Session(model).save(tmp_path / "other.safetensors")
+    return tmp_path / "other.safetensors"
+
+
+def test_figures(start_server, model_file, tmp_path):
+    """Nothing on the server is left from it, and its streams are the server's."""
+    server = start_server(model_file, "--strict-start")
+    picture = tmp_path / "new" / "load.png"
+    figures, _ = run(
+        *("--url", server.grpc_url, "--model-file", model_file, "--picture", picture),
+        *("--streams", 20, "--rows", 7, "--rate", 10, "--seconds", 1),
+    )
+    # A group's last step, which ends its streams, is checked and not measured.
+    assert figures["checked_steps"] == metric(server, "steps_total")
+    assert 0 < figures["steps"] <= 200
+    assert figures["steps"] + figures["unanswered_steps"] == 200
+    assert figures["checked_steps"] >= figures["steps"] + 20
+    assert figures["wrong_steps"] == figures["lost_streams"] == 0
+    assert figures["largest_difference"] <= load.TOLERANCE
+    assert figures["refused"] == {}
+    latencies = list(figures["latency_ms"].values())
+    assert latencies == sorted(latencies)
+    assert latencies[0] > 0
+    assert figures["cores"] > 0
+    assert not figures["interrupted"]
+    assert metric(server, "streams_opened_total") == 20
+    assert metric(server, "streams_ended_total") == 20
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_as_fast_as_answers_come(server, model_file):
+    figures, _ = run(
+        *("--url", server.grpc_url, "--model", "small", "--model-file", model_file),
+        *("--streams", 6, "--rows", 2, "--rate", 0, "--seconds", 0.5),
+    )
+    assert figures["requests"] * 2 == figures["steps"] > 6
+    assert figures["unanswered_steps"] == figures["wrong_steps"] == 0
+
+
+def test_the_table(server, model_file):
+    arguments = ["--url", server.grpc_url, "--model-file", model_file, "--streams", "2"]
+    result = CliRunner().invoke(cli.main, ["load", *arguments, "--seconds", "0.3"])
+    assert result.exit_code == 0, result.output
+    for row in ("steps a second", "latency, p99", "requests refused", "largest difference"):
+        assert row in result.output
+
+
+def test_a_server_of_its_own(model_file):
+    figures, said = run("--model-file", model_file, "--streams", 3, "--seconds", 0.3)
+    assert figures["checked_steps"] >= 3
+    assert said == ""
+
+
+def test_wrong_answers_are_found(server, other_weights):
+    """The server has other weights than the file that answers are compared with."""
+    figures, said = run(
+        *("--url", server.grpc_url, "--model-file", other_weights),
+        *("--streams", 4, "--rows", 2, "--seconds", 0.3),
+        status=1,
+    )
+    assert figures["wrong_steps"] == figures["checked_steps"] > 0
+    assert re.search(r"\d+ of \d+ answers are wrong. step 0 of load-\w+-0: got \[", said)
+
+
+def loads(url, model_file, streams=4, rate=20.0, rows=2, seconds=1.0):
+    return load.Load(url, "small", model_file, load.Options(streams, rate, rows, seconds))
+
+
+def test_one_wrong_answer_is_found(monkeypatch, server, model_file):
+    def swapped(samples, streams, step):
+        right = of_step(samples, streams, step)
+        return right[::-1] if step == 3 and streams.start == 2 else right
+
+    of_step = load.Samples.of_step
+    monkeypatch.setattr(load.Samples, "of_step", swapped)
+    result = loads(server.grpc_url, model_file, rate=0, seconds=0.5).run()
+    # The two streams of the other group have right answers. These two remember the wrong samples
+    # for as long as their window.
+    assert 0 < result.wrong <= 2 * WINDOW
+    assert result.first_wrong.startswith("step 3 of load-")
+
+
+def test_refused_requests_are_sent_again_and_counted(proxy, model_file):
+    proxy.faults = ["busy", None, "lose answer", "busy", "lose request"]
+    result = loads(proxy.url, model_file).run()
+    assert result.refused == {"queue_full": 2, "unavailable": 2}
+    assert result.checked > result.steps > 0
+    assert result.wrong == result.lost == 0
+
+
+def test_latency_counts_from_when_a_request_was_due(proxy, model_file):
+    """One late answer makes the following requests late too."""
+    proxy.faults = [None, None, 1.0]
+    result = loads(proxy.url, model_file, streams=2, rate=20, seconds=3).run()
+    # The third step is answered after a second. By then 20 more were due, half of them for longer
+    # than half a second.
+    assert (result.latency > 0.5).sum() >= 10
+
+
+def test_a_server_that_dies(monkeypatch, start_server, model_file):
+    monkeypatch.setattr(load, "GRACE_SECONDS", 0.5)
+    server = start_server(model_file)
+    threading.Timer(0.5, server.kill).start()
+    result = loads(server.grpc_url, model_file).run()
+    assert result.lost == 4
+    assert result.refused["unavailable"] > 0
+    assert result.checked >= result.steps > 0
+    assert result.unanswered > 0
+    assert result.wrong == 0
+
+
+def test_streams_that_cannot_go_on_fail_the_command(start_server, model_file):
+    server = start_server(model_file, "--max-streams", 3)
+    figures, said = run(
+        *("--url", server.grpc_url, "--model-file", model_file),
+        *("--streams", 4, "--rows", 2, "--seconds", 0.3),
+        status=1,
+    )
+    assert figures["lost_streams"] == 2
+    assert figures["refused"] == {"too_many_streams": 1}
+    assert "2 streams could not go on" in said
+
+
+def test_only_so_many_answers_are_kept(monkeypatch, server, model_file):
+    monkeypatch.setattr(load, "MOST_KEPT_STEPS", 40)
+    result = loads(server.grpc_url, model_file, streams=16, rate=0).run()
+    assert result.steps > 80
+    assert 10 < result.checked <= 42
+    assert result.wrong == 0
+
+
+def test_ctrl_c_ends_it_with_what_there_is(start_server, model_file):
+    server = start_server(model_file)
+    command = [sys.executable, "-m", "continual_transformers_tf.cli", "load", "--json"]
+    options = ["--url", server.grpc_url, "--model-file", model_file, "--seconds", "600"]
+    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
+    try:
+        while metric(server, "requests_total") < 20:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        figures = json.loads(process.communicate(timeout=60)[0])
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert figures["interrupted"]
+    assert figures["checked_steps"] == metric(server, "steps_total")
+    assert figures["wrong_steps"] == figures["lost_streams"] == 0
+    assert metric(server, "streams_ended_total") == 1000
+
+
+def test_mistakes_are_said(monkeypatch, tmp_path, model_file):
+    monkeypatch.setattr(load, "CONNECT_SECONDS", 0.3)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(OSError, match=f"no server answers at {url}"):
+            loads(url, model_file).run()
+    inputs = keras.Input((WINDOW, 2), name="x")
+    outputs = ct.CoSiMultiHeadAttention(WINDOW, 2, 3)(inputs, inputs)
+    ct.Session(keras.Model(inputs, outputs)).save(tmp_path / "narrow.safetensors")
+    arguments = ["load", "--model-file", str(tmp_path / "narrow.safetensors")]
+    said = CliRunner().invoke(cli.main, arguments)
+    assert said.exit_code == 1
+    assert "expected one of shape (6,) and float32, as the demo's model has" in said.output
+
+
+def test_a_local_server_ends_with_its_block(model_file, tmp_path):
+    local = program.LocalServer(model_file, ["--log-level", "debug"])
+    with local as server, ct.serving.Client(server.url) as client:
+        assert client.model == "small"
+    assert server.returncode == 0
+    (tmp_path / "empty.safetensors").touch()
+    with pytest.raises(OSError, match=r"the server did not start: .*empty\.safetensors"):
+        program.LocalServer(tmp_path / "empty.safetensors")
+
+
+def test_every_stream_sends_other_samples():
+    streams = 300
+    samples = load.Samples(streams)
+    steps = np.stack([samples.of_step(slice(0, streams), step) for step in range(50)], axis=1)
+    assert steps.shape == (streams, 50, len(watch.CHANNELS))
+    np.testing.assert_array_equal(steps, samples.of_steps(slice(0, streams), 50))
+    np.testing.assert_array_equal(steps[7:9, :20], samples.of_steps(slice(7, 9), 20))
+    assert len(np.unique(steps.reshape(streams, -1), axis=0)) == streams
+    first = watch.load_recordings(watch.HELD_OUT)[0].samples
+    np.testing.assert_array_equal(steps[0], first[:50])
+
+
+def test_the_demo_s_model_file(watch_file):
+    session, expected = ct.Session.load(watch_file), ct.Session(trained_model())
+    x = load.Samples(3).of_step(slice(0, 3), 9)
+    np.testing.assert_array_equal(session.step(x), expected.step(x))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / ".venv/installed").exists(), reason="make has not installed .venv")
+def test_make_serve():
+    command = ["make", "serve", "SERVE_FLAGS=--grpc-port 0 --http-port 0"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    said = ""
+    try:
+        for line in process.stdout:
+            said += line
+            if line.startswith("{") and json.loads(line)["event"] == "ready":
+                os.kill(json.loads(line)["pid"], signal.SIGTERM)
+        assert process.wait(60) == 0, said
+    finally:
+        process.kill()
+    command = re.search(r"^ +\S*/continual-transformers (load .*)$", said, re.MULTILINE)[1]
+    assert (ROOT / command.split()[-1]).exists()
+    assert {"load", "--url", "--model-file"} <= set(command.split())
