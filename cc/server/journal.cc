@@ -35,6 +35,8 @@ constexpr milliseconds kPatience{1000};
 constexpr milliseconds kReconnectEvery{100};
 // What is sent before the replies to it are read.
 constexpr size_t kMostInFlight = 8 << 20;
+// With more than this on its way, for example to a Redis that hangs, steps are refused.
+constexpr size_t kMostWaiting = 128 << 20;
 // A shard is trimmed when it has so many new entries; so many stay in any case, for the last
 // answers of streams that have ended.
 constexpr int64_t kTrimEvery = 256;
@@ -109,6 +111,13 @@ class Journal::Keeper final : public StreamKeeper {
 
   Outcome Ready() override {
     std::lock_guard<std::mutex> lock(mutex_);
+    if (waiting_bytes_ > kMostWaiting) {
+      return {Reason::kQueueFull,
+              "the journal at " + address_.text() + " is behind by " +
+                  std::to_string(waiting_bytes_ >> 20) +
+                  " MiB: no stream has moved, try again later",
+              {}};
+    }
     if (!down_ && !stopping_) return {};
     return {Reason::kUnavailable,
             "the journal at " + address_.text() + " cannot be reached (" + why_down_ +
@@ -159,7 +168,12 @@ class Journal::Keeper final : public StreamKeeper {
   void Hold(std::vector<Answer> answers) override {
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      if (!held_.empty() || passing_ || copying_ || acknowledged_ < last_) {
+      // While Redis is away, Ready has refused all of them, and nothing has to come before that.
+      const bool refused =
+          down_ && std::none_of(answers.begin(), answers.end(),
+                                [](const Answer& answer) { return answer.outcome.ok(); });
+      const bool waits = !refused && (copying_ || acknowledged_ < last_);
+      if (!held_.empty() || passing_ || waits) {
         if (!stopped_) {
           held_.push_back({last_, std::move(answers)});
           wake_.notify_all();
@@ -257,6 +271,7 @@ class Journal::Keeper final : public StreamKeeper {
     touched_.clear();
     std::lock_guard<std::mutex> lock(mutex_);
     last_ += entries.size();
+    for (const Entry& entry : entries) waiting_bytes_ += entry.bytes.size();
     std::move(entries.begin(), entries.end(), std::back_inserter(queue_));
     wake_.notify_all();
   }
@@ -303,6 +318,7 @@ class Journal::Keeper final : public StreamKeeper {
       std::vector<Job> jobs;
       jobs.swap(jobs_);
       lock.unlock();
+      const Clock::time_point started = Clock::now();
       try {
         Work(&jobs);
         lock.lock();
@@ -311,7 +327,7 @@ class Journal::Keeper final : public StreamKeeper {
         redis_.reset();
         for (Job& job : jobs) job.promise.set_value({0, ErrorCode::kIo, error.what()});
         lock.lock();
-        Down(&lock, error.what());
+        Down(&lock, started, error.what());
       }
     }
     stopped_ = true;
@@ -377,11 +393,11 @@ class Journal::Keeper final : public StreamKeeper {
     run_id_ = run_id;
   }
 
-  void Down(std::unique_lock<std::mutex>* lock, const std::string& why) {
+  void Down(std::unique_lock<std::mutex>* lock, Clock::time_point since, const std::string& why) {
     why_down_ = why;
     if (!down_) {
       down_ = true;
-      down_since_ = Clock::now();
+      down_since_ = since;
       ++counts_.failures;
       Log(LogLevel::kError, "journal_away",
           {{"model", model_->name()},
@@ -415,6 +431,7 @@ class Journal::Keeper final : public StreamKeeper {
         sent_.pop_front();
         std::lock_guard<std::mutex> lock(mutex_);
         ++acknowledged_;
+        waiting_bytes_ -= static_cast<size_t>(bytes);
         ++counts_.entries;
         ++counts_.kept;
         counts_.bytes += bytes;
@@ -730,6 +747,7 @@ class Journal::Keeper final : public StreamKeeper {
   JournalCounts counts_;
   std::deque<Entry> queue_;
   uint64_t last_ = 0, acknowledged_ = 0;  // entries
+  size_t waiting_bytes_ = 0;              // of those that are not acknowledged
   std::deque<Held> held_;
   std::vector<Job> jobs_;
   std::vector<std::string> moved_;

@@ -486,6 +486,20 @@ TEST_F(JournalTest, RedisGoesAwayAndComesBackEmpty) {
   Steps(&other, "b", 4, 9);
 }
 
+TEST_F(JournalTest, RedisHangs) {
+  JournalServer server(model_, options_);
+  Steps(&server, "a", 0, 5);
+  kill(redis_->pid(), SIGSTOP);
+  // It is taken, and refused when the server gives Redis up.
+  EXPECT_EQ(Step(server.model(), "a", 5)->outcome.reason, Reason::kUnavailable);
+  EXPECT_EQ(Step(server.model(), "a", 6)->outcome.reason, Reason::kUnavailable);
+  kill(redis_->pid(), SIGCONT);
+  while (!server.counts().connected) std::this_thread::sleep_for(milliseconds(5));
+  Steps(&server, "a", 5, 9);
+  JournalServer other(model_, options_);
+  Steps(&other, "a", 8, 12);
+}
+
 // The connection breaks, and Redis still has everything: entries that are sent again count once.
 TEST_F(JournalTest, BrokenConnections) {
   JournalServer server(model_, options_);
