@@ -14,11 +14,11 @@ BENCH := build/bench/venv/bin/python -m continual_transformers_tf.cli bench --pr
 RUN_BAZEL := bazel/offline/configure.sh && PATH="$(CURDIR)/$(BIN):$$PATH" $(BAZEL)
 TENSORFLOW = $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('cc/library.bzl')['TENSORFLOW_DEFAULT'])")
 FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc cc/*/*/*.h cc/*/*/*.cc cuda/*.cu cuda/*.cuh cuda/*.h \
-  tests/cc/*.h tests/cc/*.cc tools/gpu/emulator/*.h benchmarks/cc/*.cc examples/*/*.cc \
+  tests/cc/*.h tests/cc/*.cc tests/cc/*/*.h tests/cc/*/*.cc tools/gpu/emulator/*.h benchmarks/cc/*.cc examples/*/*.cc \
   python/continual_transformers_tf/include/*.h python/continual_transformers_tf/include/*.hpp)
 
-.PHONY: demo serve test test-torch test-slow lint format bazel-build bazel-cuda bazel-test sanitize bench \
-  bench-session bench-cc cuda-resources gpu wheel clean
+.PHONY: demo serve test test-torch test-slow test-stress lint format bazel-build bazel-cuda \
+  bazel-test sanitize bench bench-session bench-cc cuda-resources gpu wheel clean
 
 demo: .venv/installed
 	$(BIN)/continual-transformers demo --picture build/demo.png
@@ -33,7 +33,7 @@ build/watch.safetensors: .venv/installed
 	$(BIN)/continual-transformers demo --save-model $@
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not slow and not stress" $(PYTEST_FLAGS)
 
 # The tests that need PyTorch and continual-inference. `make test` skips them if these are missing. The
 # extra belongs to the package that is installed here, so pip builds nothing.
@@ -45,6 +45,11 @@ test-torch: .venv/installed
 # The slow tests: wheels in clean environments, every instruction set of the kernels, deep stacks.
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+
+# All combinations of models and ways to call them, stepped by threads and through errors. `make test`
+# runs a sample.
+test-stress: .venv/installed
+	$(BIN)/python -m pytest -m stress $(PYTEST_FLAGS)
 
 # About a minute on two idle cores, most of it clang-tidy.
 lint: .venv/installed
@@ -126,6 +131,7 @@ build/bench/programs: build/bench/installed tools/build_benchmarks.py \
 # fetch only for the build. If there is an nvcc, the GPU kernels are built too;
 # CONTINUAL_TRANSFORMERS_CUDA=0 leaves them out. Unchanged files are not compiled again.
 .venv/installed: .venv/bin/python setup.py pyproject.toml tools/object_files.py \
+  tools/server_packages.py tools/embed.py \
   $(wildcard cc/*.bzl cc/*.lds cc/*/* cc/*/*/* cuda/*.*)
 	$(BIN)/python -m pip install --quiet "tensorflow-cpu==$(TENSORFLOW).*"
 	$(BIN)/python -m pip install --quiet --editable ".[client,cpu,demo,test]"

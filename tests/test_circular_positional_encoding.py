@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 import continual_transformers_tf as ct
+from traced import traced
 
 ROWS, E = 5, 3
 
@@ -123,7 +124,7 @@ def test_a_graph_moves_no_stream_of_a_call_that_fails():
         with pytest.raises(tf.errors.InvalidArgumentError, match="Expected"):
             step(zeros(2), tf.constant(bad))
     open_sizes = [tf.TensorSpec([None, E]), tf.TensorSpec([None], tf.int32)]
-    step = tf.function(lambda x, s: layer.call_step(x, streams=s), input_signature=open_sizes)
+    step = traced(lambda x, s: layer.call_step(x, streams=s), input_signature=open_sizes)
     with pytest.raises(tf.errors.InvalidArgumentError, match="Expected as many streams"):
         step(zeros(3), tf.constant([2]))
     assert layer.get_state()["index"].tolist() == [0, 0, 0]

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 import continual_transformers_tf as ct
 from errors import BAD_INPUT
+from traced import traced
 
 E = 3
 
@@ -164,7 +165,7 @@ def test_a_graph_gives_zeros_and_does_not_retrace(jit_compile):
     for t in range(6):
         np.testing.assert_array_equal(step(tf.constant(x[:, t])), late(x, 2)[:, t])
     assert len(traces) == 1
-    steps = tf.function(layer.call_steps, jit_compile=jit_compile)
+    steps = traced(layer.call_steps, jit_compile=jit_compile)
     np.testing.assert_array_equal(steps(x[:, 6:]), x[:, 4:6])
 
 
@@ -173,7 +174,7 @@ def test_a_graph_with_open_sizes_moves_no_stream_of_a_call_that_fails():
     layer.build((None, None, E))
     layer.ensure_streams(3)
     signature = [tf.TensorSpec([None, None, E]), tf.TensorSpec([None], tf.int32)]
-    steps = tf.function(
+    steps = traced(
         lambda x, streams: layer.call_steps(x, streams=streams), input_signature=signature
     )
     np.testing.assert_array_equal(steps(x[:2, :3], [2, 0]), late(x[:2, :3], 1))

@@ -8,6 +8,7 @@ import tensorflow as tf
 import continual_transformers_tf as ct
 import reference
 from co_re_mha_cases import D, E, H, N, all_of_windows, pair
+from traced import traced
 
 pytestmark = pytest.mark.fused_op("RetroactiveAttention")
 
@@ -251,7 +252,7 @@ def test_under_xla_all_rows_are_equal(random):
     layer, regular = pair(random=random)
     layer.ensure_streams(2)
     x = random.normal(size=(2, N + 3, E)).astype("float32")
-    steps = tf.function(layer.call_steps, jit_compile=True)
+    steps = traced(layer.call_steps, jit_compile=True)
     expected = all_of_windows(regular, x, N)
     assert reference.relative_error(steps(x)[:, N - 1 :], expected) < 5e-6
 

@@ -10,6 +10,7 @@ import reference
 from co_re_mha_cases import D, E, H, N, all_of_windows, pair
 from continual_transformers_tf.ops import retroactive_attention
 from retroactive_cases import cache_at, steps_of
+from traced import traced
 
 pytestmark = pytest.mark.fused_op("RetroactiveAttention")
 
@@ -155,7 +156,7 @@ def test_masks_scores_and_gates_in_graphs(backend, random):
     other, _ = pair(random=random, use_gate=True, layer_options=dict(warm_up="partial"))
     other.set_weights(layer.get_weights())
 
-    @tf.function(
+    @traced(
         input_signature=[
             tf.TensorSpec([None, None, E]), tf.TensorSpec([None, None, None, N, N], tf.bool)
         ]

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 import continual_transformers_tf as ct
 from co_re_mha_cases import D, E, H, N, pair
+from traced import traced
 
 pytestmark = pytest.mark.fused_op("RetroactiveAttention")
 
@@ -69,7 +70,7 @@ def test_state_of_all_rows_is_part_of_a_saved_model(tmp_path, random):
     x = tf.constant(random.normal(size=(2, N + 2, E)).astype("float32"))
     module = tf.Module()
     module.layer = layer
-    module.step = tf.function(layer.call_step, input_signature=[tf.TensorSpec([None, E])])
+    module.step = traced(layer.call_step, input_signature=[tf.TensorSpec([None, E])])
     for t in range(N):
         module.step(x[:, t])
     tf.saved_model.save(module, str(tmp_path / "saved"))

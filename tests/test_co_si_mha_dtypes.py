@@ -75,8 +75,11 @@ def test_a_smaller_ring(backend, random, cache_dtype, bound, seq_len, num_heads,
     state = layer.get_state()
     assert state["keys"].dtype.name == state["values"].dtype.name == cache_dtype
     layer.clean_state()
-    apart = [layer.call_step(x[:, t]) for t in range(x.shape[1])]
-    apart = np.stack(apart[seq_len - 1 :], 1)
+    # One call begins long windows, because eager steps are slow.
+    begun = seq_len - 10 if seq_len > 60 else 0
+    assert begun == 0 or layer.call_steps(x[:, :begun]) is None
+    apart = [layer.call_step(x[:, t]) for t in range(begun, x.shape[1])]
+    apart = np.stack(apart[seq_len - 1 - begun :], 1)
     # Projections that differ in a float's last bit may round to different 16-bit numbers.
     assert reference.relative_error(apart, together.numpy().astype("float64")) < bound / 50
     one_unit = {"bfloat16": 2**-7, "float16": 2**-10}[cache_dtype]

@@ -10,6 +10,7 @@ import tensorflow as tf
 import continual_transformers_tf as ct
 import reference
 from co_si_mha_cases import D, E, H, N, newest_of_windows, pair
+from traced import traced
 
 
 def test_inside_a_graph_warm_up_is_partial_and_nothing_retraces(backend, random):
@@ -38,7 +39,7 @@ def test_inside_a_graph_warm_up_is_partial_and_nothing_retraces(backend, random)
 
 def test_a_graph_makes_room_for_as_many_streams_as_come(backend, random):
     layer, _ = pair(random=random)
-    step = tf.function(layer.call_steps, input_signature=[tf.TensorSpec([None, None, E])])
+    step = traced(layer.call_steps, input_signature=[tf.TensorSpec([None, None, E])])
     x = random.normal(size=(3, N, E)).astype("float32")
     assert step(x[:1, :1]).shape == (1, 1, E)
     assert step(x).shape == (3, N, E)
@@ -74,7 +75,7 @@ def test_models_take_steps(backend, random, make):
     with ct.call_mode("steps"):
         eager = model(x)
         layer.clean_state()
-        graph = tf.function(model)(x)
+        graph = traced(model)(x)
         layer.clean_state()
         predicted = model.predict(x, verbose=0)
     for outputs in (eager, graph, predicted):
@@ -122,8 +123,8 @@ def test_under_xla_the_plain_twin_gives_equal_results(random, t, options):
     other.set_weights(layer.get_weights())
     layer.ensure_streams(2)
     other.ensure_streams(2)
-    compiled = tf.function(layer.call_steps, jit_compile=True)
-    plain = tf.function(other.call_steps)
+    compiled = traced(layer.call_steps, jit_compile=True)
+    plain = traced(other.call_steps)
     x = random.normal(size=(2, 4 * t, E)).astype("float32")
     for first in range(0, 4 * t, t):
         steps = tf.constant(x[:, first : first + t])
@@ -170,7 +171,7 @@ def test_two_models_in_two_threads(backend, random):
     def run(i, mode):
         layer, _ = pairs[i]
         with ct.call_mode(mode):
-            graph = tf.function(layer)
+            graph = traced(layer)
             barrier.wait()
             if mode == "step":
                 outputs[i] = [

@@ -8,6 +8,7 @@ import tensorflow as tf
 import continual_transformers_tf as ct
 import reference
 from co_si_mha_cases import D, E, H, N, pair
+from traced import traced
 
 
 @pytest.mark.parametrize("mask_rank", [1, 2, 3])
@@ -159,7 +160,7 @@ def test_the_mask_of_steps_is_that_of_the_steps_that_are_given(backend, random):
     expected = second.call_steps(expected, key_mask=mask[:, N - 1 :]).numpy()
     assert reference.relative_error(output, expected) < 5e-6
 
-    @tf.function(input_signature=[tf.TensorSpec([None, None, E])])
+    @traced(input_signature=[tf.TensorSpec([None, None, E])])
     def graph(x):
         return first(keras.layers.Masking()(x))._keras_mask
 

@@ -8,6 +8,7 @@ import continual_transformers_tf as ct
 import reference
 from co_si_mha_cases import E, H, N, pair
 from errors import BAD_INPUT
+from traced import traced
 
 
 def expected_rows(regular, x, index, **kwargs):
@@ -147,7 +148,7 @@ def test_too_few_streams_are_named(backend, random):
     for streams in ([0], [0, 1]):
         with pytest.raises(BAD_INPUT, match="Expected 3 streams|expected streams of shape"):
             layer.call_step(x, streams=streams)
-        step = tf.function(
+        step = traced(
             lambda x, streams: layer.call_step(x, streams=streams),
             input_signature=[tf.TensorSpec([None, E]), tf.TensorSpec([None], tf.int32)],
         )
@@ -164,7 +165,7 @@ def test_a_failing_call_leaves_the_waiting_queries(backend, random, what):
     before = layer.get_state()
     with pytest.raises(BAD_INPUT, match="(?i)expected"):
         layer.call_step(x, **what)
-    graph = tf.function(lambda x: layer.call_step(x, **what))
+    graph = traced(lambda x: layer.call_step(x, **what))
     with pytest.raises(BAD_INPUT, match="(?i)expected"):
         graph(tf.constant(x))
     for name, array in layer.get_state().items():
@@ -184,7 +185,7 @@ def test_a_window_without_such_a_query_is_refused(random, index, causal):
     with pytest.raises(ValueError, match=f"step {index}, query_index, but got 3 steps"):
         layer(np.zeros((1, 3, E), np.float32), use_causal_mask=causal)
     x = random.normal(size=(1, N, E)).astype("float32")
-    graph = tf.function(
+    graph = traced(
         lambda x: layer(x, use_causal_mask=causal),
         input_signature=[tf.TensorSpec([None, None, E])],
     )

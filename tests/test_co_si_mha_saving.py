@@ -13,6 +13,7 @@ import tensorflow as tf
 import continual_transformers_tf as ct
 import reference
 from co_si_mha_cases import D, E, H, N, pair
+from traced import traced
 
 OPTIONS = dict(
     seq_len=N,
@@ -134,7 +135,7 @@ def test_a_step_is_ready_by_what_has_really_been_taken(backend, random):
     assert layer.call_steps(x[:, 2:]) is not None
     checkpoint.restore(young)
     assert layer.call_step(x[:, 2]) is None
-    graph = tf.function(layer.call_steps, input_signature=[tf.TensorSpec([None, None, E])])
+    graph = traced(layer.call_steps, input_signature=[tf.TensorSpec([None, None, E])])
     graph(x)
     assert layer.call_step(x[:, 0]) is not None
     graph(np.ones((5, 1, E), np.float32))

@@ -17,6 +17,7 @@ import reference
 from co_si_mha_cases import E, H, N, pair
 from continual_transformers_tf.ops.layer_step import MHA_STEP, handles, layer_step
 from errors import BAD_INPUT
+from traced import traced
 
 # Few cases that cover the options of the layer; the steps cover inputs, masks and scores.
 LAYERS = [
@@ -162,7 +163,7 @@ def test_a_step_is_differentiated_by_several_ops(monkeypatch, random):
     with tf.GradientTape() as tape:
         y = tf.reduce_sum(layer.call_step(x) ** 2)
     assert all(g is not None for g in tape.gradient(y, layer.trainable_weights))
-    graph = tf.function(layer.call_step)
+    graph = traced(layer.call_step)
     graph(x)  # The graph is traced as for serving: without a tape around it.
     with tf.GradientTape() as tape:
         y = tf.reduce_sum(graph(x))

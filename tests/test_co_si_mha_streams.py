@@ -9,6 +9,7 @@ import tensorflow as tf
 import continual_transformers_tf as ct
 import reference
 from co_si_mha_cases import E, N, newest_of_windows, pair
+from traced import traced
 
 
 def test_streams_of_different_ages_in_any_order(backend, random):
@@ -100,7 +101,7 @@ def test_100_000_steps_show_no_drift_and_no_growth_of_memory(monkeypatch, random
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     layer, regular = pair(random=random, layer_options=dict(warm_up="partial", query_index=-2))
     x = random.normal(size=(2, 1000, E)).astype("float32")
-    steps = tf.function(layer.call_steps)
+    steps = traced(layer.call_steps)
     resident = []
     for i in range(100):
         for t in range(0, 1000, 50):

@@ -22,6 +22,7 @@ from convert_cases import (
     of_the_newest_alone,
     one_block,
 )
+from traced import traced
 
 
 @pytest.mark.parametrize("function", MODELS, ids=lambda f: f.__name__)
@@ -52,7 +53,7 @@ def test_with_one_attention_it_is_the_model_on_every_sliding_window(backend, ran
     step = [streaming.call_step(x[:, t]) for t in range(N + 5)]
     assert step[: N - 1] == [None] * (N - 1)
     with ct.call_mode("step"):
-        graph = tf.function(streaming)
+        graph = traced(streaming)
         step += [graph(tf.constant(x[:, t])) for t in range(N + 5, 4 * N)]
     for t in range(N - 1, 4 * N):
         window = x[:, t - N + 1 : t + 1]

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 import continual_transformers_tf as ct
 from continual_transformers_tf.ops.library import fused_ops
+from traced import traced
 
 N, E, H, D = 4, 5, 2, 3
 SIZES = (N, E, H, 9)
@@ -437,7 +438,7 @@ def test_a_saved_model_inside_another(random, tmp_path):
         return 2 * inner.signatures["step"](x=x, streams=streams)["y"]
 
     module.doubled = doubled
-    signature = tf.function(lambda x, streams: {"y": doubled(x, streams)}).get_concrete_function(
+    signature = traced(lambda x, streams: {"y": doubled(x, streams)}).get_concrete_function(
         *doubled.input_signature
     )
     tf.saved_model.save(module, str(tmp_path / "outer"), signatures=signature)

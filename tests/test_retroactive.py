@@ -12,6 +12,7 @@ from continual_transformers_tf.ops import RetroactiveCache, retroactive_attentio
 from continual_transformers_tf.ops.retroactive import attend_all_steps
 from old_states import NEW_NAMES, old_state
 from retroactive_cases import GOOD, cache_at, expected_of, steps_of
+from traced import traced
 
 pytestmark = pytest.mark.cpu_only("RetroactiveAttention has no fused kernel there")
 
@@ -301,7 +302,7 @@ def test_graph_with_unknown_sizes(algorithm, random):
 def test_inside_xla_the_twin_is_traced(random):
     cache, streams = cache_at([0, 3], 2, 5, 8, 6, "float32", random)
     chosen = tf.constant([0, 1])
-    step = tf.function(
+    step = traced(
         lambda *inputs: retroactive_attention(*inputs, cache, streams=chosen), jit_compile=True
     )
     inputs = steps_of(2, 3, 2, 8, 6, dtype="float32", random=random)
@@ -346,7 +347,7 @@ def test_a_graph_differentiated_from_outside_says_why_it_cannot_be(monkeypatch, 
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     cache, _ = cache_at([3], 2, 4, 3, 3, "float32", random)
     inputs = [tf.constant(x) for x in steps_of(1, 2, 2, 3, 3, dtype="float32", random=random)]
-    step = tf.function(lambda *inputs: retroactive_attention(*inputs, cache))
+    step = traced(lambda *inputs: retroactive_attention(*inputs, cache))
     with tf.GradientTape() as tape:
         tape.watch(inputs)
         output = step(*inputs)

@@ -7,6 +7,7 @@ import tensorflow as tf
 from continual_transformers_tf.ops import RetroactiveCache, retroactive_attention
 from errors import BAD_INPUT
 from retroactive_cases import BAD, GOOD, cache_at
+from traced import traced
 
 pytestmark = pytest.mark.cpu_only("RetroactiveAttention has no fused kernel there")
 
@@ -49,7 +50,7 @@ def test_a_cache_of_another_shape_is_refused(monkeypatch, name, value):
     setattr(cache, name, value)
     with pytest.raises(BAD_INPUT, match="(?i)expected|shape"):
         retroactive_attention(**GOOD, cache=cache)
-    step = tf.function(lambda: retroactive_attention(**GOOD, cache=cache))
+    step = traced(lambda: retroactive_attention(**GOOD, cache=cache))
     with pytest.raises(BAD_INPUT, match="(?i)expected|shape|dim"):
         step()
 
@@ -59,7 +60,7 @@ def test_a_graph_with_unknown_sizes_checks_them_when_it_runs(backend, random, wh
     cache, _ = cache_at([3, 9, 2], 3, 5, 8, 6, "float32", random)
     before = cache.get_state()
 
-    @tf.function(
+    @traced(
         input_signature=[
             tf.TensorSpec([None, None, 3, 8]),
             tf.TensorSpec([None, None, 3, 8]),
@@ -80,7 +81,7 @@ def test_a_graph_with_unknown_sizes_checks_them_when_it_runs(backend, random, wh
 def test_shapes_are_checked_while_tracing(backend):
     cache = RetroactiveCache(2, 3, 5, 8, 6)
 
-    @tf.function
+    @traced
     def step(query, key, value):
         return retroactive_attention(query, key, value, cache, streams=[0, 1])
 

@@ -8,6 +8,7 @@ import reference
 from continual_transformers_tf.ops import RetroactiveCache, retroactive_attention
 from published_retroactive import PublishedUpdate, naive_attention
 from retroactive_cases import expected_of, steps_of
+from traced import traced
 
 pytestmark = pytest.mark.cpu_only("RetroactiveAttention has no fused kernel there")
 
@@ -138,7 +139,7 @@ def test_100_000_steps(random, std, dtype):
     """There is no drift: the last windows are as exact as the first."""
     n, h, d = 16, 1, 8
     cache = RetroactiveCache(1, h, n, d, dtype=dtype)
-    step = tf.function(lambda *inputs: retroactive_attention(*inputs, cache, algorithm="update"))
+    step = traced(lambda *inputs: retroactive_attention(*inputs, cache, algorithm="update"))
     for _ in range(100):
         query, key, value = steps_of(1, 1000, h, d, d, dtype=dtype, random=random)
         inputs = (query * std**0.5, key * std**0.5, value)

@@ -11,6 +11,7 @@ import reference
 from continual_transformers_tf.ops import AttentionCache, single_output_attention
 from continual_transformers_tf.ops.library import SINGLE_OUTPUT, has_kernel
 from single_output_cases import GOOD, cache_at, expected_of, steps_of
+from traced import traced
 
 WINDOWS = (1, 2, 3, 16, 17, 64, 120, 1000)
 
@@ -243,7 +244,7 @@ def test_graph_with_unknown_sizes(backend, random):
 def test_inside_xla_the_twin_is_traced(random):
     cache, streams = cache_at([0, 3], 2, 5, 8, 6, "float32", random)
     chosen = tf.constant([0, 1])
-    step = tf.function(
+    step = traced(
         lambda *inputs: single_output_attention(*inputs, cache, streams=chosen), jit_compile=True
     )
     inputs = steps_of(2, 3, 2, 8, 6, "float32", random)

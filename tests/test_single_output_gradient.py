@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from continual_transformers_tf.ops import AttentionCache, single_output_attention
 from single_output_cases import cache_at, steps_of
+from traced import traced
 
 H, D, DV = 2, 4, 3
 
@@ -141,7 +142,7 @@ def test_in_a_graph(backend, random, t):
         loss = loss_of(inputs, cache, weights)
     expected = tape.gradient(loss, inputs)
 
-    @tf.function
+    @traced
     def within(*inputs):
         with tf.GradientTape() as tape:
             tape.watch(inputs)
@@ -150,7 +151,7 @@ def test_in_a_graph(backend, random, t):
 
     for got, wanted in zip(within(*inputs), expected, strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-12)
-    around = tf.function(lambda *inputs: loss_of(inputs, cache, weights))
+    around = traced(lambda *inputs: loss_of(inputs, cache, weights))
     with tf.GradientTape() as tape:
         tape.watch(inputs)
         loss = around(*inputs)
@@ -206,7 +207,7 @@ def test_of_keys_kept_in_half_precision(backend, random):
 def test_a_step_asked_for_no_gradient_copies_no_window(monkeypatch, random):
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     cache, inputs, *_ = case(random, 5, 1)
-    step = tf.function(lambda *inputs: single_output_attention(*inputs, cache))
+    step = traced(lambda *inputs: single_output_attention(*inputs, cache))
     graph = step.get_concrete_function(*inputs).graph
     (op,) = [op for op in graph.get_operations() if op.type.endswith("SingleOutputAttention")]
     assert not op.get_attr("return_window")

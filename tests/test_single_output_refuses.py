@@ -7,6 +7,7 @@ import tensorflow as tf
 from continual_transformers_tf.ops import AttentionCache, single_output_attention
 from errors import BAD_INPUT
 from single_output_cases import BAD, GOOD, cache_at
+from traced import traced
 
 
 @pytest.mark.parametrize("what", BAD)
@@ -62,7 +63,7 @@ def test_a_graph_with_unknown_sizes_checks_them_when_it_runs(backend, random, wh
     cache, _ = cache_at([3, 9, 2], 3, 5, 8, 6, "float32", random)
     before = cache.get_state()
 
-    @tf.function(
+    @traced(
         input_signature=[
             tf.TensorSpec([None, None, 3, 8]),
             tf.TensorSpec([None, None, 3, 8]),
@@ -87,7 +88,7 @@ def test_a_graph_with_unknown_sizes_checks_them_when_it_runs(backend, random, wh
 def test_shapes_are_checked_while_tracing(backend):
     cache = AttentionCache(2, 3, 5, 8, 6)
 
-    @tf.function
+    @traced
     def step(query, key, value):
         return single_output_attention(query, key, value, cache, streams=[0, 1])
 

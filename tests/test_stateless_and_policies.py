@@ -7,6 +7,7 @@ import tensorflow as tf
 
 import continual_transformers_tf as ct
 import reference
+from traced import traced
 
 N, E = 6, 8
 ENCODER = dict(seq_len=N, embed_dim=E, num_heads=2, ff_dim=8, warm_up="partial")
@@ -123,7 +124,7 @@ def test_another_policy_is_refused_by_steps(backend, random, x, name, policy):
         part.dtype_policy = policy
     before = layer.get_state()
     for method, given in ((layer.call_step, x[:, 2]), (layer.call_steps, x[:, 2:4])):
-        for call in (method, tf.function(lambda x, method=method: method(x))):
+        for call in (method, traced(lambda x, method=method: method(x))):
             with pytest.raises(ValueError, match="Expected the compute dtype that .* made with"):
                 call(given)
     after = layer.get_state()

@@ -11,6 +11,7 @@ from tensorflow.python.eager import cancellation
 import continual_transformers_tf as ct
 from continual_transformers_tf.ops.library import fused_ops
 from continual_transformers_tf.ops.turn import FusedLock, PlainLock, new_graph_lock
+from traced import traced
 
 N, E = 5, 6
 SECONDS = 60  # More than any of this takes.
@@ -71,7 +72,7 @@ def test_steps_that_wait_come_in_their_order(fused_lock):
 
 
 def test_a_step_that_fails_frees_the_lock(lock):
-    @tf.function
+    @traced
     def step(x):
         held = lock.acquire(lock.resource_handle)
         with tf.control_dependencies([held]):
@@ -88,7 +89,7 @@ def test_a_step_that_fails_frees_the_lock(lock):
 
 
 def test_a_step_that_is_cancelled_waits_no_longer(fused_lock):
-    @tf.function
+    @traced
     def step(x):
         held = fused_lock.acquire(fused_lock.resource_handle)
         with tf.control_dependencies([held]):
@@ -163,7 +164,7 @@ def test_ops_on_the_state_wait_and_reads_of_weights_do_not(backend, random):
     model = ct.StreamingModel(keras.Model(x, attention()(y)[:, -1]), warm_up="partial")
     data = tf.constant(random.normal(size=(2, E)), tf.float32)
     model.call_step(data)
-    graph = tf.function(lambda x: model.call_step(x)).get_concrete_function(data).graph
+    graph = traced(lambda x: model.call_step(x)).get_concrete_function(data).graph
     ops = graph.get_operations()
     (acquire,) = (op for op in ops if op.type in ACQUIRE)
     (release,) = (op for op in ops if op.type in RELEASE)
@@ -192,7 +193,7 @@ def test_the_position_changes_after_all_else(backend, random):
     model = ct.StreamingModel(keras.Model(x, attention()(y)[:, -1]), warm_up="partial")
     data = tf.constant(random.normal(size=(2, 3, E)), tf.float32)
     model.call_steps(data)
-    graph = tf.function(lambda x: model.call_steps(x)).get_concrete_function(data).graph
+    graph = traced(lambda x: model.call_steps(x)).get_concrete_function(data).graph
     handles = {id(inner): outer for outer, inner in graph.captures}
     position = model.position.handle
     writes = [op for op in graph.get_operations() if op.type.startswith("ResourceScatter")]
@@ -208,8 +209,8 @@ def test_functions_of_two_models_in_either_order_do_not_wait_for_each_other(back
     for layer in (a, b):
         layer.call_step(x)
     functions = [
-        tf.function(lambda x: b.call_step(a.call_step(x))),
-        tf.function(lambda x: a.call_step(b.call_step(x))),
+        traced(lambda x: b.call_step(a.call_step(x))),
+        traced(lambda x: a.call_step(b.call_step(x))),
     ]
     for function in functions:
         function(x)
@@ -230,7 +231,7 @@ def test_an_export_in_plain_tensorflow_has_no_lock_of_the_library(monkeypatch, r
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     layer = attention()
     x = tf.constant(random.normal(size=(2, E)), tf.float32)
-    tf.function(layer.call_steps)(x[:, tf.newaxis])
+    traced(layer.call_steps)(x[:, tf.newaxis])
     assert isinstance(layer._streams.graph_lock, FusedLock)
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "tensorflow")
     ct.export(layer, tmp_path / "plain")
@@ -249,7 +250,7 @@ def test_a_step_of_a_model_is_one_op_for_each_block(monkeypatch, random):
     model = ct.StreamingModel(keras.Model(x, stack(x)[:, -1]), warm_up="partial")
     data = tf.constant(random.normal(size=(2, E)), tf.float32)
     model.call_step(data)
-    graph = tf.function(lambda x: model.call_step(x)).get_concrete_function(data).graph
+    graph = traced(lambda x: model.call_step(x)).get_concrete_function(data).graph
     types = [op.type for op in graph.get_operations()]
     assert types.count("ContinualTransformers>CoSiTransformerEncoderStep") == 3
     assert "ContinualTransformers>SingleOutputAttention" not in types

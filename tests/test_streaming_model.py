@@ -17,6 +17,7 @@ from convert_cases import (
     model_of,
     one_block,
 )
+from traced import traced
 
 
 def test_streams_and_state(backend, random):
@@ -127,8 +128,8 @@ def test_inputs_that_do_not_fit_each_other_move_no_layer(backend, random, call):
     if call == "graph":
         error = tf.errors.InvalidArgumentError
         steps, step = ([tf.TensorSpec([None] * i + [E])] * 2 for i in (2, 1))
-        call_steps = tf.function(lambda *x: streaming.call_steps(x), input_signature=steps)
-        call_step = tf.function(lambda *x: streaming.call_step(x), input_signature=step)
+        call_steps = traced(lambda *x: streaming.call_steps(x), input_signature=steps)
+        call_step = traced(lambda *x: streaming.call_step(x), input_signature=step)
     for pair in bad:
         with pytest.raises(error, match="Expected"):
             call_steps(*pair) if call == "graph" else call_steps(pair)

@@ -111,15 +111,21 @@ def undisturbed(backend, build):
     return x, tokens, [np.asarray(model.call_steps([x[:, p], tokens[:, p]])) for p in PORTIONS]
 
 
+# A sample for `make test`: every model, and every way with some of them. In plain TensorFlow, only
+# the ops of single layers differ.
+SAMPLE = [
+    *(("fused", build, WAYS[i % len(WAYS)]) for i, build in enumerate(BUILDS)),
+    ("fused", retroactive_stack, in_a_function),
+    ("tensorflow", causal, in_a_function),
+]
+
+
 @pytest.mark.parametrize(
     ("backend", "build", "way"),
     [
-        # In plain TensorFlow, only the ops of single layers differ.
-        pytest.param(*case, marks=pytest.mark.slow if case[0] == "tensorflow" else ())
+        pytest.param(*case, marks=() if case in SAMPLE else pytest.mark.stress)
         for case in itertools.product(("fused", "tensorflow"), BUILDS, WAYS)
-        if case != ("tensorflow", causal, in_a_function)
-    ]
-    + [("tensorflow", causal, in_a_function)],
+    ],
     indirect=["backend"],
 )
 def test_a_step_that_fails_half_way_leaves_every_layer_as_it_was(backend, build, way):
@@ -290,22 +296,21 @@ def made(name):
     return model
 
 
-# A sample for `make test`.
+# A sample for `make test`: every way, in both backends where they differ.
 QUICK = {
     ("fused", "retroactive stack", called),
     ("fused", "model", traced),
+    ("fused", "attention", saved),
     ("tensorflow", "delayed", traced),
     ("tensorflow", "model", saved),
 }
-
-
 PLAIN_GRAPHS = ("stack", "delayed", "model")
 
 
 @pytest.mark.parametrize(
     ("backend", "name", "way"),
     [
-        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.stress)
         for case in itertools.product(("fused", "tensorflow"), MODELS, (called, traced, saved))
         # Eager calls take turns in the same way in both backends. Graphs of the plain backend have
         # another lock, whose use does not depend on the model.

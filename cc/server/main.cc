@@ -12,6 +12,7 @@
 
 #include "cc/server/grpc_server.h"
 #include "cc/server/http_server.h"
+#include "cc/server/journal.h"
 #include "cc/server/log.h"
 #include "cc/server/model_repository.h"
 #include "cc/server/options.h"
@@ -48,6 +49,12 @@ void Serve(const Options& options, const sigset_t& signals) {
     snapshots.emplace(options.snapshots);
     repository.AddObserver(&*snapshots);
   }
+  // After the snapshots: it has steps that came later.
+  std::optional<Journal> journal;
+  if (!options.journal.url.empty()) {
+    journal.emplace(options.journal);
+    repository.AddObserver(&*journal);
+  }
   for (const auto& [name, path] : options.models) repository.Add(name, path);
 
   // They answer while models load: live, and not ready.
@@ -82,6 +89,7 @@ void Serve(const Options& options, const sigset_t& signals) {
   const auto drain_ms = static_cast<int64_t>(options.drain_seconds * 1000);
   grpc.SetServing(false);
   repository.Drain();
+  if (journal.has_value()) journal->Finish();
   grpc.Stop(drain_ms);
   http.Stop(drain_ms);
   if (snapshots.has_value()) snapshots->Finish();

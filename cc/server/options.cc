@@ -87,6 +87,8 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
   state->add_option("--snapshot-every", snapshot_every, "Seconds between snapshots")
       ->capture_default_str()
       ->check(CLI::Range(0.01, 1e6));
+  state->add_option("--journal", options->journal.url,
+                    "redis://host:port/database: write every step there before it is answered");
   state->add_flag("--other-weights", options->snapshots.other_weights,
                   "Go on with streams of the same model with other weights");
   state->add_flag("--no-power-loss", fast_disk,
@@ -138,6 +140,7 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
   options->http.max_body_bytes = options->grpc.max_message_bytes;
   options->http.max_header_bytes = options->grpc.max_header_bytes;
   options->snapshots.every = std::chrono::milliseconds(std::llround(snapshot_every * 1000));
+  options->journal.other_weights = options->snapshots.other_weights;
   options->snapshots.power_loss = !fast_disk;
   options->model.idle_timeout =
       std::chrono::milliseconds(std::llround(std::min(idle_timeout, 1e9) * 1000));

@@ -9,6 +9,7 @@
 
 #include "cc/server/grpc_server.h"
 #include "cc/server/http_server.h"
+#include "cc/server/journal.h"
 #include "cc/server/log.h"
 #include "cc/server/model_repository.h"
 #include "cc/server/snapshots.h"
@@ -20,6 +21,7 @@ struct Options {
   ModelOptions model;
   GrpcOptions grpc;
   HttpOptions http;
+  JournalOptions journal;     // url empty: there is none
   SnapshotOptions snapshots;  // directory empty: none are kept
   LogLevel log_level = LogLevel::kInfo;
   std::string tls_certificate, tls_key, tls_client_ca, token_file;

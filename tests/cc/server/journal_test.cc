@@ -33,7 +33,7 @@
 #include "cc/server/shards.h"
 #include "cc/server/snapshots.h"
 #include "gtest/gtest.h"
-#include "tests/cc/server_case.h"
+#include "tests/cc/server/server_case.h"
 
 namespace continual_transformers::server {
 namespace {

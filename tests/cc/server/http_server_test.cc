@@ -13,7 +13,7 @@
 
 #include "cc/server/log.h"
 #include "cc/session/error.h"
-#include "tests/cc/http_case.h"
+#include "tests/cc/server/http_case.h"
 
 namespace continual_transformers::server {
 namespace {
