@@ -250,8 +250,8 @@ class Load:
                 grpc.channel_ready_future(channel).result(timeout=CONNECT_SECONDS)
             except grpc.FutureTimeoutError as error:
                 raise OSError(f"no server answers at {self._url}") from error
-        # Calls that stay open. A channel without a call has no thread in gRPC's Python, and the next
-        # request would wait until it has started one.
+        # Calls that stay open. In gRPC's Python, a channel without a call has no thread, and the
+        # next request would wait until it has started one.
         watches = [channel.unary_stream(HEALTH_WATCH)(b"") for channel in self._channels]
         cpu = time.process_time()
         self._start = time.perf_counter()
