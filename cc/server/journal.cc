@@ -72,6 +72,9 @@ class Journal::Keeper final : public StreamKeeper {
       input_bytes_.push_back(value.size * SizeOf(value.dtype));
     }
     logs_.assign(kShards, ShardLog(receptive_field_));
+    for (int shard = 0; shard < kShards; ++shard) {
+      keys_.push_back("ct:" + model->name() + ":" + std::to_string(shard));
+    }
     thread_ = std::thread([this] { Run(); });
     try {
       std::vector<int> all;
@@ -91,14 +94,17 @@ class Journal::Keeper final : public StreamKeeper {
 
   // Reads shards on the journal's thread, and returns how many streams were rebuilt.
   int64_t TakeOver(const std::vector<int>& shards) {
-    std::promise<int64_t> promise;
-    std::future<int64_t> future = promise.get_future();
+    Job job;
+    job.shards = shards;
+    std::future<Result> future = job.promise.get_future();
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      jobs_.push_back({&shards, &promise});
+      jobs_.push_back(std::move(job));
       wake_.notify_all();
     }
-    return future.get();
+    const Result result = future.get();
+    if (!result.error.empty()) throw Error(result.code, result.error);
+    return result.rebuilt;
   }
 
   Outcome Ready() override {
@@ -204,9 +210,14 @@ class Journal::Keeper final : public StreamKeeper {
     uint64_t until;  // the number of an entry
     std::vector<Answer> answers;
   };
+  struct Result {
+    int64_t rebuilt = 0;
+    ErrorCode code = ErrorCode::kIo;
+    std::string error;  // empty: none
+  };
   struct Job {
-    const std::vector<int>* shards;
-    std::promise<int64_t>* promise;
+    std::vector<int> shards;
+    std::promise<Result> promise;
   };
 
   // --- Where the model's queue runs: entries are collected, and put in the queue together.
@@ -298,16 +309,13 @@ class Journal::Keeper final : public StreamKeeper {
         PassHeld(&lock, false);
       } catch (const Error& error) {
         redis_.reset();
-        for (const Job& job : jobs) job.promise->set_exception(std::current_exception());
+        for (Job& job : jobs) job.promise.set_value({0, ErrorCode::kIo, error.what()});
         lock.lock();
         Down(&lock, error.what());
       }
     }
     stopped_ = true;
-    for (const Job& job : jobs_) {
-      job.promise->set_exception(
-          std::make_exception_ptr(Error(ErrorCode::kIo, "the journal has ended")));
-    }
+    for (Job& job : jobs_) job.promise.set_value({0, ErrorCode::kIo, "the journal has ended"});
     jobs_.clear();
     PassHeld(&lock, true);
   }
@@ -326,13 +334,15 @@ class Journal::Keeper final : public StreamKeeper {
       ForgetMoved();
       if (copies) CopyStreams(model_->OpenNames());
       while (!jobs->empty()) {
-        const Job& job = jobs->back();
+        Result result;
         try {
-          job.promise->set_value(Read(*job.shards));
+          result.rebuilt = Read(jobs->back().shards);
         } catch (const Error& error) {
           if (error.code() == ErrorCode::kIo) throw;
-          job.promise->set_exception(std::current_exception());
+          result.code = error.code();
+          result.error = error.what();
         }
+        jobs->back().promise.set_value(std::move(result));
         jobs->pop_back();
       }
       loaded_ = true;
@@ -381,10 +391,6 @@ class Journal::Keeper final : public StreamKeeper {
     if (Clock::now() - down_since_ >= kPatience) PassHeld(lock, true);
   }
 
-  std::string KeyOf(int shard) const {
-    return "ct:" + model_->name() + ":" + std::to_string(shard);
-  }
-
   // Sends the queue until it is empty.
   void Send() {
     while (true) {
@@ -399,7 +405,7 @@ class Journal::Keeper final : public StreamKeeper {
       }
       if (sent_.empty()) return;
       for (const Entry& entry : sent_) {
-        redis_->Append({"XADD", KeyOf(entry.shard), "*", "e", entry.bytes});
+        redis_->Append({"XADD", keys_[entry.shard], "*", "e", entry.bytes});
       }
       while (!sent_.empty()) {
         const RedisReply reply = redis_->Read();
@@ -459,7 +465,7 @@ class Journal::Keeper final : public StreamKeeper {
       if (entries == 0) continue;
       trimmed += entries;
       ++commands;
-      redis_->Append({"XTRIM", KeyOf(shard), "MINID", oldest.text()});
+      redis_->Append({"XTRIM", keys_[shard], "MINID", oldest.text()});
     }
     for (; commands > 0; --commands) redis_->Read();
     {
@@ -517,7 +523,7 @@ class Journal::Keeper final : public StreamKeeper {
   }
 
   int64_t ReadShard(int number) {
-    const std::string key = KeyOf(number);
+    const std::string& key = keys_[number];
     const int64_t epoch = epoch_->load();
     if (epoch > 0) {
       // What its last server writes from here on has a lower epoch.
@@ -703,6 +709,7 @@ class Journal::Keeper final : public StreamKeeper {
   const uint64_t writer_;
   const int64_t receptive_field_;
   std::vector<int64_t> input_bytes_;
+  std::vector<std::string> keys_;  // in Redis, by shard
 
   // Where the model's queue runs.
   std::array<Building, kShards> building_;

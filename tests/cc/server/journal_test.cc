@@ -524,6 +524,32 @@ TEST_F(JournalTest, BrokenConnections) {
   }
 }
 
+// A connection that breaks after Redis has stored entries, and before it says so.
+TEST_F(JournalTest, EntriesThatWereSentTwice) {
+  JournalServer server(model_, options_);
+  for (int i = 0; i < 20; ++i) {
+    const std::string name = "s" + std::to_string(i);
+    Steps(&server, name, 0, 5);
+    if (i % 3 == 1) Steps(&server, name, 5, 6, kEnd);
+    if (i % 3 == 2) Steps(&server, name, 0, 2, {true, true, false, 1});
+  }
+  RedisConnection redis(RedisAddress::Parse(options_.url));
+  for (int shard = 0; shard < kShards; ++shard) {
+    const std::string key = "ct:m:" + std::to_string(shard);
+    const RedisReply entries = redis.Call({"XREVRANGE", key, "+", "-", "COUNT", "3"});
+    for (size_t i = entries->elements; i > 0; --i) {
+      const redisReply* const value = entries->element[i - 1]->element[1]->element[1];
+      redis.Call({"XADD", key, "*", "e", {value->str, value->len}});
+    }
+  }
+  JournalServer other(model_, options_);
+  EXPECT_EQ(other.counts().lost, 0);
+  EXPECT_EQ(other.open(), server.open());
+  Steps(&other, "s0", 4, 9);
+  ExpectAnswer(&other, *Step(other.model(), "s1", 5, kEnd), "s1", 5);
+  Steps(&other, "s2", 1, 6, {true, false, false, 1});
+}
+
 TEST_F(JournalTest, NewWeights) {
   JournalServer server(model_, options_);
   Steps(&server, "a", 0, 9);
