@@ -1,6 +1,6 @@
-// The floor of the server: a gRPC server of the same library and the same messages that answers every
-// inference at once, with an empty tensor. It calls itself like a given model, so that the same load
-// generator can be pointed at both.
+// The floor of the server: a gRPC server of the same library and the same messages that answers
+// every inference at once, with an empty tensor. It calls itself like a given model, so that the
+// same load generator can be pointed at both.
 //
 //   empty_grpc_server PORT MODEL INPUT FEATURES OUTPUT
 
@@ -114,9 +114,9 @@ class EmptyService final : public inference::GRPCInferenceService::CallbackServi
     model->set_inference_count(count_);
     model->set_execution_count(count_);
     inference::InferStatistics* const all = model->mutable_inference_stats();
-    for (auto* const each : {all->mutable_success(), all->mutable_queue(),
-                             all->mutable_compute_input(), all->mutable_compute_infer(),
-                             all->mutable_compute_output()}) {
+    for (auto* const each :
+         {all->mutable_success(), all->mutable_queue(), all->mutable_compute_input(),
+          all->mutable_compute_infer(), all->mutable_compute_output()}) {
       each->set_count(count_);
     }
     return Finish(context);

@@ -30,6 +30,7 @@ from continual_transformers_tf.serving import messages
 from continual_transformers_tf.serving.client import CHANNEL_OPTIONS, ServingError
 
 CHANNELS = 4
+HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
 ATTEMPT_SECONDS = 5.0
 CONNECT_SECONDS = 5.0
 GRACE_SECONDS = 5.0  # For the last answers.
@@ -249,6 +250,9 @@ class Load:
                 grpc.channel_ready_future(channel).result(timeout=CONNECT_SECONDS)
             except grpc.FutureTimeoutError as error:
                 raise OSError(f"no server answers at {self._url}") from error
+        # Calls that stay open. In gRPC's Python, a channel without a call has no thread, and the
+        # next request would wait until it has started one.
+        watches = [channel.unary_stream(HEALTH_WATCH)(b"") for channel in self._channels]
         cpu = time.process_time()
         self._start = time.perf_counter()
         self._end = self._start + self._options.seconds
@@ -265,6 +269,8 @@ class Load:
         due = self._due_steps(seconds)
         unanswered = max(0, due - self._steps) if self._options.rate else 0
         self._end_streams()
+        for call in watches:
+            call.cancel()
         for channel in self._channels:
             channel.close()
         checked, wrong, first_wrong, difference = self._check()
