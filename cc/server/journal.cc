@@ -264,6 +264,7 @@ class Journal::Keeper final : public StreamKeeper {
     entries.reserve(touched_.size());
     for (const int shard : touched_) {
       Building* const building = &building_[shard];
+      if (!building->writer.has_value()) continue;
       entries.push_back({shard, building->writer->Finish(), std::move(building->rows)});
       building->writer.reset();
       building->rows.clear();
@@ -531,6 +532,10 @@ class Journal::Keeper final : public StreamKeeper {
 
   int64_t Read(const std::vector<int>& shards) {
     int64_t rebuilt = 0;
+    brought_back_.clear();
+    if (!loaded_) {
+      for (std::string& name : model_->OpenNames()) brought_back_.insert(std::move(name));
+    }
     for (const int shard : shards) rebuilt += ReadShard(shard);
     std::lock_guard<std::mutex> lock(mutex_);
     counts_.rebuilt += rebuilt;
@@ -575,20 +580,16 @@ class Journal::Keeper final : public StreamKeeper {
       // it writes.
       *epoch_ = std::max(epoch_->load(), shard.epoch);
     }
+    // A snapshot has brought these back.
+    for (const std::string& name : shard.ended) {
+      if (brought_back_.count(name) != 0) model_->CloseStream(name, End::kClosed);
+    }
     int64_t rebuilt = 0;
     for (auto& [name, known] : shard.streams) {
       if (RebuildStream(&known)) {
         ++rebuilt;
       } else {
         log.Forget(name);
-      }
-    }
-    // A snapshot may have brought these back.
-    for (const std::string& name : shard.ended) {
-      try {
-        model_->CloseStream(name, End::kClosed);
-      } catch (const Refusal&) {
-        // It is not open, as it should be.
       }
     }
     logs_[number] = std::move(log);
@@ -735,8 +736,9 @@ class Journal::Keeper final : public StreamKeeper {
   // The thread's.
   std::unique_ptr<RedisConnection> redis_;
   std::string run_id_;
-  bool loaded_ = false;     // the shards of the beginning are read
-  std::deque<Entry> sent_;  // and not acknowledged
+  bool loaded_ = false;                 // the shards of the beginning are read
+  std::set<std::string> brought_back_;  // streams that were open before they are read
+  std::deque<Entry> sent_;              // and not acknowledged
   std::vector<ShardLog> logs_;
   Clock::time_point down_since_;
 

@@ -19,7 +19,7 @@ bool ReadNumber(const std::string& text, int most, int* number) {
       text.find_first_not_of("0123456789") != std::string::npos) {
     return false;
   }
-  *number = std::atoi(text.c_str());
+  *number = static_cast<int>(std::strtol(text.c_str(), nullptr, 10));
   return *number <= most;
 }
 

@@ -123,6 +123,7 @@ StreamCopy Rebuild(Session* session, const StreamHistory& history, bool other_we
     std::vector<std::string> inputs(plan.inputs.size());
     const auto take = [&](int64_t steps, std::vector<std::string>* outputs) {
       std::vector<const void*> from;
+      from.reserve(inputs.size());
       std::vector<void*> to(plan.outputs.size(), nullptr);
       for (const std::string& input : inputs) from.push_back(input.data());
       for (size_t i = 0; outputs != nullptr && i < to.size(); ++i) {

@@ -151,8 +151,8 @@ SnapshotFile::Contents SnapshotFile::Open(const Read& read) {
       contents.clean = false;
       try {
         ReadRows(true, row);  // those after the damage
-      } catch (const Error&) {
-        // As many as could be read.
+      } catch (const Error& from_end) {
+        contents.damage += "; from the end: " + std::string(from_end.what());
       }
     }
   }

@@ -659,6 +659,7 @@ TEST_F(JournalTest, WithSnapshots) {
     EXPECT_EQ(server.open(),
               (std::map<std::string, int64_t>{{"behind", 9}, {"anew", 5}, {"new", 5}}));
     Steps(&server, "behind", 8, 14);
+    ExpectAnswer(&server, *Step(server.model(), "ended", 3, kEnd), "ended", 3);
     Steps(&server, "anew", 5, 9, {true, false, false, 1});
     EXPECT_TRUE(server.snapshots()->Write());
   }
