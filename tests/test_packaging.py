@@ -40,7 +40,10 @@ print(json.dumps(dict(
 def test_the_lists_of_sources_are_complete():
     lists = runpy.run_path(ROOT / "cc" / "library.bzl")
     listed = {
-        "cc": ("ATTENTION", "SESSION", "PYTHON", "TENSORFLOW", "BUILD_INFO", "TENSORFLOW_GPU"),
+        "cc": (
+            *("ATTENTION", "SESSION", "PYTHON", "TENSORFLOW", "BUILD_INFO", "TENSORFLOW_GPU"),
+            *("SERVER", "SERVER_MODEL", "SERVER_MAIN"),
+        ),
         "cuda": ("CUDA", "CUDA_C_API"),
     }
     for folder, parts in listed.items():

@@ -132,7 +132,7 @@ void AddRefusal(const Outcome& outcome, grpc::CallbackServerContext* context) {
   context->AddTrailingMetadata("reason", NameOf(outcome.reason));
   if (outcome.expected.empty()) return;
   // Clients accept 8 KiB of metadata by default.
-  constexpr size_t kMostBytes = 4096;
+  constexpr size_t kMostBytes = 2500;
   nlohmann::ordered_json steps = nlohmann::ordered_json::object();
   size_t bytes = 0;
   for (const ExpectedStep& expected : outcome.expected) {

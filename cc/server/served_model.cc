@@ -13,8 +13,10 @@
 namespace continual_transformers::server {
 namespace {
 
-// The most streams that a refusal names. A request may have thousands.
-constexpr size_t kMostNamed = 100;
+// A refusal names streams up to so many bytes. A request may have thousands of streams, and gRPC's
+// clients accept 8 KiB of metadata, in which the sentence is escaped and the steps are listed
+// again.
+constexpr size_t kMostNamedBytes = 1500;
 
 std::string Text(int64_t x) { return std::to_string(x); }
 
@@ -206,7 +208,8 @@ Outcome ServedModel::Admit(StepRequest* request, int64_t* opening) {
   const auto stop = [&](const Stream& stream, Reason reason, int64_t expected,
                         const std::string& sentence) {
     if (outcome.ok()) outcome.reason = reason;
-    if (++in_the_way > kMostNamed) return;
+    ++in_the_way;
+    if (outcome.message.size() > kMostNamedBytes) return;
     outcome.expected.push_back({*stream.name, expected});
     outcome.message += (in_the_way > 1 ? "; stream " : "stream ") + Shown(*stream.name) + sentence;
   };
@@ -253,8 +256,9 @@ Outcome ServedModel::Admit(StepRequest* request, int64_t* opening) {
     rows_.push_back(std::move(row));
   }
   if (!outcome.ok()) {
-    if (in_the_way > kMostNamed) {
-      outcome.message += "; and " + Text(static_cast<int64_t>(in_the_way - kMostNamed)) + " more";
+    if (in_the_way > outcome.expected.size()) {
+      outcome.message +=
+          "; and " + Text(static_cast<int64_t>(in_the_way - outcome.expected.size())) + " more";
     }
     outcome.message += ". No stream of this request has moved";
     return outcome;

@@ -1,6 +1,7 @@
 """The server over gRPC, with tritonclient and with the protocol's own messages."""
 
 import queue
+import re
 
 import grpc
 import numpy as np
@@ -150,6 +151,18 @@ def test_the_metadata_of_a_refusal_has_the_expected_steps(server, samples):
     metadata = dict(error.value.trailing_metadata())
     assert metadata["reason"] == "out_of_step"
     assert metadata["expected-steps-bin"] == b'{"901":0}'
+
+
+@pytest.mark.parametrize("size", [0, 60, 240])
+def test_a_refusal_of_many_streams_is_short_enough_for_every_client(client, samples, size):
+    """gRPC's clients accept 8 KiB of metadata, in which bytes that are not ASCII are escaped."""
+    streams = [f"{i}{'é' * (size // 2)}" for i in range(1000, 2000)]
+    with pytest.raises(InferenceServerException) as error:
+        infer(client, samples(1000, FEATURES), streams, step=np.full(1000, 9))
+    status, sentence = refused(error)
+    assert status == "FAILED_PRECONDITION"
+    assert "expects step 0, got step 9" in sentence
+    assert re.search(r"and \d+ more", sentence)
 
 
 def test_the_end_of_a_stream_and_a_repeat_of_it(client, session, samples):
