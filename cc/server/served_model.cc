@@ -204,13 +204,14 @@ void ServedModel::TakeSteps(const std::vector<StepRequest*>& batch, Outcome* out
 
 Outcome ServedModel::Admit(StepRequest* request, int64_t* opening) {
   Outcome outcome;
-  size_t in_the_way = 0;
+  size_t in_the_way = 0, named = 0;
   const auto stop = [&](const Stream& stream, Reason reason, int64_t expected,
                         const std::string& sentence) {
     if (outcome.ok()) outcome.reason = reason;
     ++in_the_way;
-    if (outcome.message.size() > kMostNamedBytes) return;
     outcome.expected.push_back({*stream.name, expected});
+    if (outcome.message.size() > kMostNamedBytes) return;
+    ++named;
     outcome.message += (in_the_way > 1 ? "; stream " : "stream ") + Shown(*stream.name) + sentence;
   };
   int64_t more = 0;
@@ -256,9 +257,8 @@ Outcome ServedModel::Admit(StepRequest* request, int64_t* opening) {
     rows_.push_back(std::move(row));
   }
   if (!outcome.ok()) {
-    if (in_the_way > outcome.expected.size()) {
-      outcome.message +=
-          "; and " + Text(static_cast<int64_t>(in_the_way - outcome.expected.size())) + " more";
+    if (in_the_way > named) {
+      outcome.message += "; and " + Text(static_cast<int64_t>(in_the_way - named)) + " more";
     }
     outcome.message += ". No stream of this request has moved";
     return outcome;
