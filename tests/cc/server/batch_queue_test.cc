@@ -69,9 +69,12 @@ TEST(BatchQueueTest, TaskDoesNotLead) {
 // The same for a thread that comes with a request.
 TEST(BatchQueueTest, TheLeaderIsRelieved) {
   StreamTable table(10);
-  BatchQueue queue({}, &table, [](const std::vector<StepRequest*>& batch) {
-    for (StepRequest* const request : batch) request->Done({});
-  });
+  BatchQueue queue(
+      {}, &table,
+      [](const std::vector<StepRequest*>& batch) {
+        for (StepRequest* const request : batch) request->Done({});
+      },
+      [](StepRequest* request, const Outcome& outcome) { request->Done(outcome); });
   std::atomic<int> running{0};
   std::atomic<bool> stop{false};
   queue.Submit(new EndlessRequest(&queue, &running, &stop));  // would not return
