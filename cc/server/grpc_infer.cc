@@ -98,7 +98,7 @@ void ReadContents(const inference::InferTensorContents& contents, TensorView* te
   } else if (tensor->datatype == "BYTES") {
     tensor->texts.assign(contents.bytes_contents().begin(), contents.bytes_contents().end());
   } else {
-    Refuse("the datatype " + tensor->datatype.substr(0, 16) +
+    Refuse("the datatype " + Quoted(tensor->datatype) +
            " has no typed contents: send raw_input_contents");
   }
 }
@@ -191,8 +191,8 @@ void GrpcStepRequest::Read(const inference::ModelInferRequest& request) {
     if (!raw) {
       ReadContents(input.contents(), tensor);
     } else if (input.has_contents()) {
-      Refuse("the input \"" + tensor->name.substr(0, 80) +
-             "\" has typed contents in a request with raw_input_contents, expected one of them");
+      Refuse("the input " + Quoted(tensor->name) +
+             " has typed contents in a request with raw_input_contents, expected one of them");
     } else if (tensor->datatype == "BYTES") {
       tensor->texts = SplitBytes(tensor->name, request.raw_input_contents(i));
     } else {

@@ -37,7 +37,7 @@ void History::Add(const std::string& model, int64_t sample, const Statistics& no
   OfModel* const of_model = &models_[model];
   const Clock::time_point at = Clock::now();
   const Statistics* last = of_model->last.has_value() ? &*of_model->last : nullptr;
-  // The model was loaded anew: its counts begin at 0.
+  // After a model was unloaded and loaded again, its counts start at 0.
   if (last != nullptr && last->requests > now.requests) last = nullptr;
   if (last != nullptr) {
     const double seconds = std::chrono::duration<double>(at - of_model->at).count();

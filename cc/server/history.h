@@ -1,4 +1,4 @@
-// What the models did in the last ten minutes, for the page.
+// Samples of every model's counts over the last ten minutes, for the page.
 
 #ifndef CONTINUAL_TRANSFORMERS_SERVER_HISTORY_H_
 #define CONTINUAL_TRANSFORMERS_SERVER_HISTORY_H_

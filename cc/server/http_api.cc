@@ -236,7 +236,7 @@ const PageFileType* FindPageFile(const std::vector<std::string>& path) {
   return nullptr;
 }
 
-// What everyone may read.
+// Paths that need no token.
 bool IsOpen(const std::vector<std::string>& path) {
   if (FindPageFile(path) != nullptr) return true;
   if (path.size() == 1) return path[0] == "metrics";

@@ -21,13 +21,6 @@ constexpr size_t kMostAxes = 32;
 
 std::string Text(size_t x) { return std::to_string(x); }
 
-std::string Quoted(const std::string& name) {
-  constexpr size_t kMost = 80;
-  std::string quoted = "\"";
-  for (const char c : name.substr(0, kMost)) quoted += c >= ' ' && c < 0x7f && c != '"' ? c : '?';
-  return quoted + (name.size() > kMost ? "...\"" : "\"");
-}
-
 std::string Shown(const json& value) {
   if (value.is_string()) return Quoted(value.get_ref<const std::string&>());
   if (value.is_structured()) return value.is_array() ? "a list" : "an object";

@@ -24,8 +24,8 @@ struct HttpRequest {
 class HttpEvents {
  public:
   virtual ~HttpEvents() = default;
-  // What to send now, in the format of server-sent events. Empty: nothing. Called a few times a
-  // second, by one thread at a time, until the client has gone.
+  // Returns the text to send now, in the format of server-sent events, or "" for none. It is called
+  // a few times a second, by one thread at a time, until the client has gone.
   virtual std::string Next() = 0;
   virtual bool ended() const = 0;
 };

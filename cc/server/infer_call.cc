@@ -19,13 +19,6 @@ std::string Shown(const std::vector<int64_t>& shape) {
   return text + "]";
 }
 
-// Names come from clients, and may hold anything.
-std::string Shown(const std::string& name) {
-  std::string text = "\"";
-  for (const char c : name.substr(0, 80)) text += c >= ' ' && c < 0x7f && c != '"' ? c : '?';
-  return text + (name.size() > 80 ? "...\"" : "\"");
-}
-
 // The number of elements, or -1: a negative size, or more than memory can have.
 int64_t Elements(const std::vector<int64_t>& shape) {
   int64_t elements = 1;
@@ -40,10 +33,10 @@ int64_t Elements(const std::vector<int64_t>& shape) {
 void CheckData(const TensorView& tensor, int64_t element_bytes) {
   const int64_t elements = Elements(tensor.shape);
   if (elements < 0)
-    Refuse("the input " + Shown(tensor.name) + " cannot have the shape " + Shown(tensor.shape));
+    Refuse("the input " + Quoted(tensor.name) + " cannot have the shape " + Shown(tensor.shape));
   const int64_t bytes = elements * element_bytes;
   if (static_cast<int64_t>(tensor.data.size()) != bytes) {
-    Refuse("the input " + Shown(tensor.name) + " has " +
+    Refuse("the input " + Quoted(tensor.name) + " has " +
            Text(static_cast<int64_t>(tensor.data.size())) + " bytes of data, and " +
            tensor.datatype + " of the shape " + Shown(tensor.shape) + " has " + Text(bytes));
   }
@@ -58,7 +51,7 @@ std::vector<int64_t> Integers(const TensorView& tensor) {
 
 void CheckList(const TensorView& tensor) {
   if (tensor.shape.size() == 1 && tensor.shape[0] >= 0) return;
-  Refuse("the input " + Shown(tensor.name) + " has the shape " + Shown(tensor.shape) +
+  Refuse("the input " + Quoted(tensor.name) + " has the shape " + Shown(tensor.shape) +
          ", expected [M], one element for each stream");
 }
 
@@ -74,7 +67,7 @@ std::vector<std::string> StreamNames(const TensorView& tensor) {
              " elements, and its shape is " + Shown(tensor.shape));
     }
   } else {
-    Refuse("the input \"streams\" has the datatype " + Shown(tensor.datatype) +
+    Refuse("the input \"streams\" has the datatype " + Quoted(tensor.datatype) +
            ", expected INT64 or BYTES");
   }
   return names;
@@ -92,7 +85,7 @@ void CheckName(const std::string& name) {
 // The axes of a tensor before those of one step of one stream.
 std::vector<int64_t> LeadingAxes(const TensorView& tensor, const Port& port, const Value& value) {
   const auto refuse = [&] {
-    Refuse("the input " + Shown(port.name) + " has the shape " + Shown(tensor.shape) +
+    Refuse("the input " + Quoted(port.name) + " has the shape " + Shown(tensor.shape) +
            ", expected " + Shown(value.shape) +
            " for one step of one stream, with at most two axes before it: streams, and steps");
   };
@@ -137,7 +130,7 @@ std::vector<std::string_view> SplitBytes(const std::string& name, std::string_vi
     data.remove_prefix(sizeof(bytes) + bytes);
   }
   if (!data.empty()) {
-    Refuse("the input " + Shown(name) +
+    Refuse("the input " + Quoted(name) +
            " is cut off: each element of BYTES is its length in 4 bytes, and then as many bytes");
   }
   return texts;
@@ -169,11 +162,11 @@ std::vector<OutputTensor> ReadInferCall(const ServedModel& model, const InferCal
     }
     if (at == nullptr) {
       std::string names;
-      for (const Port& port : plan.inputs) names += Shown(port.name) + ", ";
-      Refuse("the model " + Shown(model.name()) + " has no input " + Shown(tensor.name) +
+      for (const Port& port : plan.inputs) names += Quoted(port.name) + ", ";
+      Refuse("the model " + Quoted(model.name()) + " has no input " + Quoted(tensor.name) +
              ": its inputs are " + names + "and \"streams\" and \"step\" for many streams");
     }
-    if (*at != nullptr) Refuse("the input " + Shown(tensor.name) + " is there twice");
+    if (*at != nullptr) Refuse("the input " + Quoted(tensor.name) + " is there twice");
     *at = &tensor;
   }
 
@@ -197,7 +190,7 @@ std::vector<OutputTensor> ReadInferCall(const ServedModel& model, const InferCal
       Refuse("the request has a parameter step and an input \"step\", expected one of them");
     }
     if (step->datatype != "INT64") {
-      Refuse("the input \"step\" has the datatype " + Shown(step->datatype) + ", expected INT64");
+      Refuse("the input \"step\" has the datatype " + Quoted(step->datatype) + ", expected INT64");
     }
     CheckList(*step);
     request->first_steps = Integers(*step);
@@ -221,15 +214,15 @@ std::vector<OutputTensor> ReadInferCall(const ServedModel& model, const InferCal
     const Port& port = plan.inputs[i];
     const Value& value = plan.values[port.value];
     const TensorView* const tensor = tensors[i];
-    if (tensor == nullptr) Refuse("the input " + Shown(port.name) + " is missing");
+    if (tensor == nullptr) Refuse("the input " + Quoted(port.name) + " is missing");
     if (tensor->datatype != DatatypeOf(value.dtype)) {
-      Refuse("the input " + Shown(port.name) + " has the datatype " + Shown(tensor->datatype) +
+      Refuse("the input " + Quoted(port.name) + " has the datatype " + Quoted(tensor->datatype) +
              ", expected " + DatatypeOf(value.dtype));
     }
     CheckData(*tensor, SizeOf(value.dtype));
     const std::vector<int64_t> axes = LeadingAxes(*tensor, port, value);
     if (i > 0 && axes != leading) {
-      Refuse("the inputs " + Shown(plan.inputs[0].name) + " and " + Shown(port.name) +
+      Refuse("the inputs " + Quoted(plan.inputs[0].name) + " and " + Quoted(port.name) +
              " begin with different axes, " + Shown(leading) + " and " + Shown(axes) +
              ": all inputs have the same streams and steps");
     }
@@ -237,7 +230,7 @@ std::vector<OutputTensor> ReadInferCall(const ServedModel& model, const InferCal
     if (value.dtype == DType::kBool) {
       for (const char c : tensor->data) {
         if (c != 0 && c != 1) {
-          Refuse("the input " + Shown(port.name) + " has a BOOL that is neither 0 nor 1");
+          Refuse("the input " + Quoted(port.name) + " has a BOOL that is neither 0 nor 1");
         }
       }
     }
@@ -274,11 +267,11 @@ std::vector<OutputTensor> ReadInferCall(const ServedModel& model, const InferCal
     const auto found = std::find_if(plan.outputs.begin(), plan.outputs.end(),
                                     [&](const Port& port) { return port.name == name; });
     if (found == plan.outputs.end()) {
-      Refuse("the model " + Shown(model.name()) + " has no output " + Shown(name));
+      Refuse("the model " + Quoted(model.name()) + " has no output " + Quoted(name));
     }
     const auto i = static_cast<size_t>(found - plan.outputs.begin());
     for (const OutputTensor& other : outputs) {
-      if (other.port == i) Refuse("the output " + Shown(name) + " is wanted twice");
+      if (other.port == i) Refuse("the output " + Quoted(name) + " is wanted twice");
     }
     want(i);
   }

@@ -33,7 +33,7 @@ using std::chrono::milliseconds;
 // How long answers wait for a Redis that is away.
 constexpr milliseconds kPatience{1000};
 constexpr milliseconds kReconnectEvery{100};
-// What is sent before the replies to it are read.
+// The most bytes that are sent before the replies to them are read.
 constexpr size_t kMostInFlight = 8 << 20;
 // With more than this on its way, for example to a Redis that hangs, steps are refused.
 constexpr size_t kMostWaiting = 128 << 20;
@@ -514,7 +514,7 @@ class Journal::Keeper final : public StreamKeeper {
 
   // --- Reading.
 
-  // What the entries of a shard say of one stream.
+  // One stream, as the entries of its shard tell it.
   struct Known {
     StreamHistory history;
     std::optional<StreamCopy> copy;  // with which it began
@@ -548,7 +548,7 @@ class Journal::Keeper final : public StreamKeeper {
     const std::string& key = keys_[number];
     const int64_t epoch = epoch_->load();
     if (epoch > 0) {
-      // What its last server writes from here on has a lower epoch.
+      // From here on, entries of the shard's last server have a lower epoch than this one.
       JournalEntryWriter mark({model_->session().plan_fingerprint(),
                                model_->session().weights_fingerprint(), writer_, 0, epoch});
       redis_->Call({"XADD", key, "*", "e", mark.Finish()});
@@ -576,8 +576,8 @@ class Journal::Keeper final : public StreamKeeper {
                         std::to_string(shard.epoch) + ", and this server is at epoch " +
                         std::to_string(epoch) + ": it needs the newer table of shards");
       }
-      // A server on its own goes on where others ended. With a lower epoch, nobody would read what
-      // it writes.
+      // Without a table of shards, a server takes the epoch that it finds. Readers skip entries
+      // with a lower one.
       *epoch_ = std::max(epoch_->load(), shard.epoch);
     }
     // A snapshot has brought these back.

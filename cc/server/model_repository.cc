@@ -66,11 +66,11 @@ std::shared_ptr<ServedModel> ModelRepository::Find(const std::string& name,
     std::string names;
     for (const auto& place : places_) names += (names.empty() ? "\"" : ", \"") + place.first + "\"";
     throw Refusal(Reason::kNotFound,
-                  "this server has no model \"" + name.substr(0, 80) + "\": it has " + names);
+                  "this server has no model " + Quoted(name) + ": it has " + names);
   }
   if (!version.empty() && version != "1") {
-    throw Refusal(Reason::kNotFound, "the model \"" + name + "\" has no version \"" +
-                                         version.substr(0, 80) + "\": its only version is 1");
+    throw Refusal(Reason::kNotFound, "the model \"" + name + "\" has no version " +
+                                         Quoted(version) + ": its only version is 1");
   }
   if (found->second.model == nullptr) {
     throw Refusal(Reason::kUnavailable,

@@ -40,6 +40,13 @@ const char* NameOf(Reason reason) {
   return "internal";
 }
 
+std::string Quoted(const std::string& text) {
+  constexpr size_t kMost = 80;
+  std::string quoted = "\"";
+  for (const char c : text.substr(0, kMost)) quoted += c >= ' ' && c < 0x7f && c != '"' ? c : '?';
+  return quoted + (text.size() > kMost ? "...\"" : "\"");
+}
+
 Outcome OutcomeOf(const std::exception& error) {
   if (const auto* refusal = dynamic_cast<const Refusal*>(&error)) return refusal->outcome();
   if (const auto* of_session = dynamic_cast<const Error*>(&error)) {

@@ -58,6 +58,10 @@ class Refusal : public std::runtime_error {
   Reason reason_;
 };
 
+// Formats a client's text for a message: in quotes, at most 80 bytes, and only printable ASCII, as
+// logs, HTTP headers and protobuf's strings do not take every byte.
+std::string Quoted(const std::string& text);
+
 // The outcome that a caught exception stands for: a Refusal, an Error of cc/session, or another.
 Outcome OutcomeOf(const std::exception& error);
 

@@ -13,22 +13,11 @@
 namespace continual_transformers::server {
 namespace {
 
-// A refusal names streams up to so many bytes. A request may have thousands of streams, and gRPC's
-// clients accept 8 KiB of metadata, in which the sentence is escaped and the steps are listed
-// again.
+// A refusal's sentence names streams up to so many bytes; its list has all of them. gRPC's clients
+// accept 8 KiB of metadata for both, and a request may have thousands of streams.
 constexpr size_t kMostNamedBytes = 1500;
 
 std::string Text(int64_t x) { return std::to_string(x); }
-
-std::string Shown(const std::string& name) {
-  constexpr size_t kMost = 80;
-  std::string shown = "\"";
-  for (const char c : name.substr(0, kMost)) {
-    const bool plain = c >= ' ' && c != '"' && c != '\\' && c != 0x7f;
-    shown += plain ? c : '?';
-  }
-  return shown + (name.size() > kMost ? "...\"" : "\"");
-}
 
 double Seconds(Clock::duration duration) { return std::chrono::duration<double>(duration).count(); }
 
@@ -83,7 +72,7 @@ ServedModel::ServedModel(std::string name, std::string path, const ModelOptions&
   for (const Port& port : plan().inputs) {
     if (port.name == "streams" || port.name == "step") {
       throw Refusal(Reason::kInvalidArgument,
-                    "the model " + Shown(name_) + " has an input named " + port.name +
+                    "the model " + Quoted(name_) + " has an input named " + port.name +
                         ", and requests use that name to say which streams and steps they are "
                         "about: give the input another name and save the model again");
     }
@@ -112,7 +101,7 @@ void ServedModel::Submit(StepRequest* request) {
     seen.reserve(request->streams.size());
     for (const std::string& name : request->streams) {
       if (!seen.insert(name).second) {
-        return refuse("the stream " + Shown(name) +
+        return refuse("the stream " + Quoted(name) +
                       " is twice in one request: a request takes steps of each stream once");
       }
     }
@@ -212,7 +201,7 @@ Outcome ServedModel::Admit(StepRequest* request, int64_t* opening) {
     outcome.expected.push_back({*stream.name, expected});
     if (outcome.message.size() > kMostNamedBytes) return;
     ++named;
-    outcome.message += (in_the_way > 1 ? "; stream " : "stream ") + Shown(*stream.name) + sentence;
+    outcome.message += (in_the_way > 1 ? "; stream " : "stream ") + Quoted(*stream.name) + sentence;
   };
   int64_t more = 0;
   for (size_t i = 0; i < request->streams.size(); ++i) {
@@ -678,7 +667,7 @@ Stream* ServedModel::OpenStream(const std::string& name) {
   Stream* const stream = table_.Find(name);
   if (stream == nullptr || !stream->open()) {
     throw Refusal(Reason::kNotFound,
-                  "the model " + Shown(name_) + " has no open stream " + Shown(name));
+                  "the model " + Quoted(name_) + " has no open stream " + Quoted(name));
   }
   return stream;
 }
