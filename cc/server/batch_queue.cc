@@ -18,7 +18,10 @@ struct BatchQueue::Task {
 };
 
 BatchQueue::BatchQueue(const Limits& limits, StreamTable* table, Run run, Refuse refuse)
-    : limits_(limits), table_(table), run_(std::move(run)), refuse_(std::move(refuse)) {}
+    : limits_(limits), table_(table), run_(std::move(run)), refuse_(std::move(refuse)) {
+  // Now, and not when it is needed first: to start a thread may fail, and then there is no leader.
+  relief_ = std::thread([this] { RunRelief(); });
+}
 
 BatchQueue::~BatchQueue() {
   Close({Reason::kUnavailable, "the server is shutting down", {}});
@@ -27,7 +30,7 @@ BatchQueue::~BatchQueue() {
     stop_relief_ = true;
     relief_changed_.notify_all();
   }
-  if (relief_.joinable()) relief_.join();
+  relief_.join();
 }
 
 void BatchQueue::Submit(StepRequest* request) {
@@ -92,7 +95,6 @@ int64_t BatchQueue::waiting() const {
 }
 
 void BatchQueue::Relieve() {
-  if (!relief_.joinable()) relief_ = std::thread([this] { RunRelief(); });
   relieve_ = true;
   relief_changed_.notify_all();
 }

@@ -85,7 +85,7 @@ class BatchQueue {
   int64_t count_ = 0;  // requests that arrived and are not in a batch yet
   std::vector<StepRequest*> arrived_;
   std::vector<Task*> tasks_;
-  std::thread relief_;  // started when it is needed first
+  std::thread relief_;
   bool relieve_ = false, stop_relief_ = false;
   std::condition_variable relief_changed_;
 

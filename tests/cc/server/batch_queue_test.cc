@@ -37,16 +37,21 @@ class EndlessRequest : public StepRequest {
   const std::atomic<bool>* const stop_;
 };
 
+// A queue whose batches only answer.
+class BatchQueueTest : public ::testing::Test {
+ protected:
+  StreamTable table{10};
+  BatchQueue queue{{},
+                   &table,
+                   [](const std::vector<StepRequest*>& batch) {
+                     for (StepRequest* const request : batch) request->Done({});
+                   },
+                   [](StepRequest* request, const Outcome& outcome) { request->Done(outcome); }};
+};
+
 // A thread that runs a task gets away, even if requests never cease: here every batch's answer
 // brings the next request before the batch ends.
-TEST(BatchQueueTest, TaskDoesNotLead) {
-  StreamTable table(10);
-  BatchQueue queue(
-      {}, &table,
-      [](const std::vector<StepRequest*>& batch) {
-        for (StepRequest* const request : batch) request->Done({});
-      },
-      [](StepRequest* request, const Outcome& outcome) { request->Done(outcome); });
+TEST_F(BatchQueueTest, TaskDoesNotLead) {
   std::atomic<int> running{0};
   std::atomic<bool> stop{false};
   // The first request arrives in the task, so the task's thread would be the one to lead.
@@ -67,14 +72,7 @@ TEST(BatchQueueTest, TaskDoesNotLead) {
 }
 
 // The same for a thread that comes with a request.
-TEST(BatchQueueTest, TheLeaderIsRelieved) {
-  StreamTable table(10);
-  BatchQueue queue(
-      {}, &table,
-      [](const std::vector<StepRequest*>& batch) {
-        for (StepRequest* const request : batch) request->Done({});
-      },
-      [](StepRequest* request, const Outcome& outcome) { request->Done(outcome); });
+TEST_F(BatchQueueTest, TheLeaderIsRelieved) {
   std::atomic<int> running{0};
   std::atomic<bool> stop{false};
   queue.Submit(new EndlessRequest(&queue, &running, &stop));  // would not return
