@@ -215,10 +215,12 @@ SERVER_HEADERS = [
     "server/http_infer.h",
     "server/http_message.h",
     "server/http_server.h",
+    "server/http_target.h",
     "server/infer_call.h",
     "server/journal.h",
     "server/journal_entry.h",
     "server/log.h",
+    "server/message_json.h",
     "server/metrics.h",
     "server/model_description.h",
     "server/model_observer.h",
@@ -238,6 +240,7 @@ SERVER_HEADERS = [
     "server/step_request.h",
     "server/stream_copy.h",
     "server/stream_keeper.h",
+    "server/stream_outputs.h",
     "server/stream_table.h",
 ]
 
@@ -259,9 +262,11 @@ SERVER_SOURCES = [
     "server/http_api.cc",
     "server/http_infer.cc",
     "server/http_server.cc",
+    "server/http_target.cc",
     "server/journal.cc",
     "server/journal_entry.cc",
     "server/log.cc",
+    "server/message_json.cc",
     "server/metrics.cc",
     "server/model_description.cc",
     "server/options.cc",
@@ -271,6 +276,7 @@ SERVER_SOURCES = [
     "server/shard_log.cc",
     "server/snapshot_file.cc",
     "server/snapshots.cc",
+    "server/stream_outputs.cc",
 ]
 
 SERVER_MAIN_SOURCES = ["server/main.cc"]

@@ -1,25 +1,22 @@
 #include "cc/server/http_api.h"
 
-#include <google/protobuf/message.h>
-
 #include <algorithm>
 #include <atomic>
-#include <charconv>
 #include <chrono>
-#include <cstring>
-#include <mutex>
 #include <nlohmann/json.hpp>
 #include <string_view>
 #include <thread>
 #include <utility>
 
-#include "cc/attention/half.h"
 #include "cc/server/http_infer.h"
+#include "cc/server/http_target.h"
 #include "cc/server/log.h"
+#include "cc/server/message_json.h"
 #include "cc/server/metrics.h"
 #include "cc/server/model_description.h"
 #include "cc/server/page.h"
 #include "cc/server/stream_copy.h"
+#include "cc/server/stream_outputs.h"
 
 namespace continual_transformers::server {
 namespace {
@@ -46,173 +43,6 @@ HttpResponse JsonResponse(const ordered_json& json) {
   response.body = Dump(json);
   return response;
 }
-
-// A message as JSON: all fields, with their names in the protocol, and integers as numbers.
-// (protobuf's own function writes 64-bit integers as strings.)
-ordered_json JsonOf(const google::protobuf::Message& message);
-
-ordered_json JsonOf(const google::protobuf::Message& message,
-                    const google::protobuf::FieldDescriptor* field, int index) {
-  using google::protobuf::FieldDescriptor;
-  const google::protobuf::Reflection* const reflection = message.GetReflection();
-  const bool repeated = field->is_repeated();
-  switch (field->cpp_type()) {
-    case FieldDescriptor::CPPTYPE_INT32:
-      return repeated ? reflection->GetRepeatedInt32(message, field, index)
-                      : reflection->GetInt32(message, field);
-    case FieldDescriptor::CPPTYPE_INT64:
-      return repeated ? reflection->GetRepeatedInt64(message, field, index)
-                      : reflection->GetInt64(message, field);
-    case FieldDescriptor::CPPTYPE_UINT64:
-      return repeated ? reflection->GetRepeatedUInt64(message, field, index)
-                      : reflection->GetUInt64(message, field);
-    case FieldDescriptor::CPPTYPE_BOOL:
-      return repeated ? reflection->GetRepeatedBool(message, field, index)
-                      : reflection->GetBool(message, field);
-    case FieldDescriptor::CPPTYPE_ENUM:
-      return (repeated ? reflection->GetRepeatedEnum(message, field, index)
-                       : reflection->GetEnum(message, field))
-          ->name();
-    case FieldDescriptor::CPPTYPE_STRING:
-      return repeated ? reflection->GetRepeatedString(message, field, index)
-                      : reflection->GetString(message, field);
-    case FieldDescriptor::CPPTYPE_MESSAGE:
-      return JsonOf(repeated ? reflection->GetRepeatedMessage(message, field, index)
-                             : reflection->GetMessage(message, field));
-    default:  // no field of these messages
-      return nullptr;
-  }
-}
-
-ordered_json JsonOf(const google::protobuf::Message& message) {
-  const google::protobuf::Reflection* const reflection = message.GetReflection();
-  const google::protobuf::Descriptor* const descriptor = message.GetDescriptor();
-  ordered_json json = ordered_json::object();
-  for (int i = 0; i < descriptor->field_count(); ++i) {
-    const google::protobuf::FieldDescriptor* const field = descriptor->field(i);
-    if (field->is_map()) {
-      ordered_json* const map = &(json[field->name()] = ordered_json::object());
-      for (int k = 0; k < reflection->FieldSize(message, field); ++k) {
-        const auto& entry = reflection->GetRepeatedMessage(message, field, k);
-        const auto* const of_entry = entry.GetDescriptor();
-        (*map)[JsonOf(entry, of_entry->map_key(), 0).get<std::string>()] =
-            JsonOf(entry, of_entry->map_value(), 0);
-      }
-    } else if (field->is_repeated()) {
-      ordered_json* const list = &(json[field->name()] = ordered_json::array());
-      for (int k = 0; k < reflection->FieldSize(message, field); ++k) {
-        list->push_back(JsonOf(message, field, k));
-      }
-    } else if (!field->has_presence() || reflection->HasField(message, field)) {
-      json[field->name()] = JsonOf(message, field, 0);
-    }
-  }
-  return json;
-}
-
-// A part of a target without its percent signs. Returns false if it is malformed.
-bool Decode(std::string_view text, std::string* decoded) {
-  decoded->clear();
-  for (size_t i = 0; i < text.size(); ++i) {
-    if (text[i] != '%') {
-      *decoded += text[i];
-      continue;
-    }
-    unsigned char byte = 0;
-    if (i + 2 >= text.size()) return false;
-    const char* const end = text.data() + i + 3;
-    if (std::from_chars(text.data() + i + 1, end, byte, 16).ptr != end) return false;
-    *decoded += static_cast<char>(byte);
-    i += 2;
-  }
-  return true;
-}
-
-std::string Encode(const std::string& text) {
-  constexpr char kDigits[] = "0123456789ABCDEF";
-  std::string encoded;
-  for (const char c : text) {
-    const auto byte = static_cast<unsigned char>(c);
-    const bool plain = (c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') ||
-                       (c != '\0' && std::strchr("-._~", c) != nullptr);
-    if (plain) {
-      encoded += c;
-    } else {
-      encoded += {'%', kDigits[byte >> 4], kDigits[byte & 15]};
-    }
-  }
-  return encoded;
-}
-
-struct Target {
-  std::vector<std::string> path;  // between the slashes
-  std::vector<std::pair<std::string, std::string>> query;
-
-  // Throws Refusal.
-  explicit Target(std::string_view text) {
-    const auto part = [](std::string_view encoded) {
-      std::string decoded;
-      if (!Decode(encoded, &decoded)) {
-        throw Refusal(Reason::kInvalidArgument,
-                      "the path has a % that two hexadecimal digits do not follow");
-      }
-      return decoded;
-    };
-    text = text.substr(0, text.find('#'));
-    const size_t question = text.find('?');
-    std::string_view rest = text.substr(0, question);
-    // "http://host/path", as a proxy is asked.
-    const size_t scheme = rest.find("://");
-    if (scheme != std::string_view::npos && rest.substr(0, 4) == "http") {
-      const size_t slash = rest.find('/', scheme + 3);
-      rest = slash == std::string_view::npos ? "" : rest.substr(slash);
-    }
-    while (!rest.empty()) {
-      rest.remove_prefix(1);  // the slash
-      const size_t slash = std::min(rest.find('/'), rest.size());
-      if (slash > 0 || slash < rest.size()) path.push_back(part(rest.substr(0, slash)));
-      rest.remove_prefix(slash);
-    }
-    rest = question == std::string_view::npos ? "" : text.substr(question + 1);
-    while (!rest.empty()) {
-      const size_t end = std::min(rest.find('&'), rest.size());
-      const std::string_view pair = rest.substr(0, end);
-      const size_t equals = std::min(pair.find('='), pair.size());
-      query.emplace_back(part(pair.substr(0, equals)),
-                         part(pair.substr(std::min(equals + 1, pair.size()))));
-      rest.remove_prefix(std::min(end + 1, rest.size()));
-    }
-  }
-
-  const std::string* Find(const std::string& key) const {
-    for (const auto& [name, value] : query) {
-      if (name == key) return &value;
-    }
-    return nullptr;
-  }
-
-  int64_t Whole(const std::string& key, int64_t otherwise, int64_t least, int64_t most) const {
-    const std::string* const text = Find(key);
-    if (text == nullptr) return otherwise;
-    int64_t value = 0;
-    const char* const end = text->data() + text->size();
-    const auto [at, error] = std::from_chars(text->data(), end, value);
-    if (error != std::errc() || at != end || value < least || value > most) {
-      throw Refusal(Reason::kInvalidArgument,
-                    "the query has a bad " + key + ", expected a whole number from " +
-                        std::to_string(least) + " to " + std::to_string(most));
-    }
-    return value;
-  }
-
-  bool Flag(const std::string& key) const {
-    const std::string* const text = Find(key);
-    if (text == nullptr || *text == "false") return false;
-    if (*text == "true") return true;
-    throw Refusal(Reason::kInvalidArgument,
-                  "the query has a bad " + key + ", expected true or false");
-  }
-};
 
 struct PageFileType {
   const char* path;  // without the slash
@@ -312,120 +142,6 @@ class HttpStepRequest : public StepRequest, public std::enable_shared_from_this<
   std::shared_ptr<HttpStepRequest> self_;  // from Submit to Done
 };
 
-double NumberAt(const char* data, DType dtype) {
-  const auto read = [data](auto value) {
-    std::memcpy(&value, data, sizeof(value));
-    return value;
-  };
-  switch (dtype) {
-    case DType::kFloat32:
-      return read(float{});
-    case DType::kFloat64:
-      return read(double{});
-    case DType::kInt32:
-      return read(int32_t{});
-    case DType::kInt64:
-      return static_cast<double>(read(int64_t{}));
-    case DType::kBool:
-      return read(uint8_t{});
-    case DType::kBFloat16:
-      return Widen(BFloat16{read(uint16_t{})});
-    case DType::kFloat16:
-      return Widen(Float16{read(uint16_t{})});
-  }
-  return 0;
-}
-
-// The newest outputs of one stream, for whoever looks at it.
-class StreamOutputs : public HttpEvents {
- public:
-  StreamOutputs(const std::shared_ptr<ServedModel>& model, const std::string& stream,
-                const ModelRepository* repository, std::atomic<int>* watching)
-      : model_(model),
-        repository_(repository),
-        watching_(watching),
-        watcher_(std::make_shared<Watcher>(model->plan())) {
-    ++*watching_;
-    model->Watch(stream, watcher_);
-  }
-
-  ~StreamOutputs() override { --*watching_; }
-
-  std::string Next() override {
-    if (ended()) return "event: end\ndata: the model was unloaded\n\n";
-    const std::string json = watcher_->TakeJson();
-    if (!json.empty()) return "data: " + json + "\n\n";
-    // A client that has gone without a word is noticed by what it does not receive.
-    constexpr int kQuiet = 50;
-    if (++quiet_ % kQuiet == 0) return ": still here\n\n";
-    return "";
-  }
-
-  bool ended() const override {
-    for (const auto& model : repository_->loaded()) {
-      if (model == model_) return false;
-    }
-    return true;
-  }
-
- private:
-  // Numbers that a person can look at.
-  static constexpr int64_t kMostNumbers = 64;
-
-  class Watcher : public StreamWatcher {
-   public:
-    explicit Watcher(const Plan& plan) : plan_(plan), numbers_(plan.outputs.size()) {}
-
-    void Stepped(int64_t next_step, const std::vector<const char*>& outputs) noexcept override {
-      std::lock_guard<std::mutex> lock(mutex_);
-      next_step_ = next_step;
-      changed_ = true;
-      for (size_t i = 0; i < outputs.size(); ++i) {
-        const Value& value = plan_.values[plan_.outputs[i].value];
-        const int64_t bytes = std::min(value.size, kMostNumbers) * SizeOf(value.dtype);
-        numbers_[i].clear();
-        if (outputs[i] != nullptr) numbers_[i].assign(outputs[i], bytes);
-      }
-    }
-
-    // Empty: no step since the last time.
-    std::string TakeJson() {
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (!changed_) return "";
-      changed_ = false;
-      std::string json = "{\"next_step\":" + std::to_string(next_step_) + ",\"outputs\":[";
-      for (size_t i = 0; i < numbers_.size(); ++i) {
-        const Value& value = plan_.values[plan_.outputs[i].value];
-        if (i > 0) json += ',';
-        json += "{\"name\":";
-        AppendJson(plan_.outputs[i].name, &json);
-        json += ",\"elements\":" + std::to_string(value.size) + ",\"numbers\":[";
-        const auto step = static_cast<size_t>(SizeOf(value.dtype));
-        for (size_t at = 0; at < numbers_[i].size(); at += step) {
-          if (at > 0) json += ',';
-          // No one sees more digits than a float has.
-          AppendJson(static_cast<float>(NumberAt(numbers_[i].data() + at, value.dtype)), &json);
-        }
-        json += "]}";
-      }
-      return json + "]}";
-    }
-
-   private:
-    const Plan& plan_;
-    std::mutex mutex_;
-    int64_t next_step_ = 0;
-    bool changed_ = false;
-    std::vector<std::string> numbers_;  // the first elements of each output
-  };
-
-  const std::shared_ptr<ServedModel> model_;
-  const ModelRepository* const repository_;
-  std::atomic<int>* const watching_;
-  const std::shared_ptr<Watcher> watcher_;
-  int quiet_ = 0;
-};
-
 }  // namespace
 
 int HttpStatusOf(Reason reason) {
@@ -484,7 +200,7 @@ class HttpApi::Routes {
 
   std::optional<HttpResponse> Refuse(const HttpRequest& head) const {
     try {
-      const Target target(head.target);
+      const HttpTarget target(head.target);
       if (IsOpen(target.path)) return std::nullopt;
       if (!security_.Allows(head.authorization)) {
         return ErrorResponse({Reason::kUnauthenticated, kNeedsToken, {}});
@@ -515,7 +231,7 @@ class HttpApi::Routes {
   void Handle(HttpRequest request, std::shared_ptr<HttpExchange> exchange) {
     HttpResponse response;
     try {
-      const Target target(request.target);
+      const HttpTarget target(request.target);
       // Steps, and what takes long, answer later.
       if (HandleLater(target, &request, exchange)) return;
       response = Answer(target, request);
@@ -566,7 +282,7 @@ class HttpApi::Routes {
     return {path.begin() + 3, path.end()};
   }
 
-  bool HandleLater(const Target& target, HttpRequest* request,
+  bool HandleLater(const HttpTarget& target, HttpRequest* request,
                    const std::shared_ptr<HttpExchange>& exchange) {
     const std::vector<std::string>& path = target.path;
     if (path.size() < 4 || path[0] != "v2" || request->method != "POST") return false;
@@ -625,7 +341,7 @@ class HttpApi::Routes {
     }).detach();
   }
 
-  HttpResponse Answer(const Target& target, const HttpRequest& request) {
+  HttpResponse Answer(const HttpTarget& target, const HttpRequest& request) {
     try {
       return AnswerNow(target, request);
     } catch (const WrongMethod& wrong) {
@@ -633,7 +349,7 @@ class HttpApi::Routes {
     }
   }
 
-  HttpResponse AnswerNow(const Target& target, const HttpRequest& request) {
+  HttpResponse AnswerNow(const HttpTarget& target, const HttpRequest& request) {
     const std::vector<std::string>& path = target.path;
     if (const PageFileType* const file = FindPageFile(path)) {
       Need(request, "GET");
@@ -696,7 +412,7 @@ class HttpApi::Routes {
     return JsonResponse(JsonOf(statistics));
   }
 
-  HttpResponse OfModel(const Target& target, const HttpRequest& request) {
+  HttpResponse OfModel(const HttpTarget& target, const HttpRequest& request) {
     std::string version;
     const std::vector<std::string> rest = AfterModel(target.path, &version);
     const std::string& name = target.path[2];
@@ -735,25 +451,25 @@ class HttpApi::Routes {
     return JsonResponse(JsonOf(config));
   }
 
-  static HttpResponse Streams(ServedModel* model, const Target& target) {
+  static HttpResponse Streams(ServedModel* model, const HttpTarget& target) {
     constexpr int64_t kMost = 100000;
     const int64_t limit = target.Whole("limit", 100, 0, kMost);
     size_t open = 0;
     ordered_json list = ordered_json::array();
     for (const StreamFacts& stream : model->ListStreams(static_cast<size_t>(limit), &open)) {
-      list.push_back(
-          {{"name", stream.name},
-           // For names that are not UTF-8, too.
-           {"path", "/v2/models/" + Encode(model->name()) + "/streams/" + Encode(stream.name)},
-           {"next_step", stream.next_step},
-           {"age_seconds", stream.age_seconds},
-           {"idle_seconds", stream.idle_seconds}});
+      list.push_back({{"name", stream.name},
+                      // For names that are not UTF-8, too.
+                      {"path", "/v2/models/" + EncodePathPart(model->name()) + "/streams/" +
+                                   EncodePathPart(stream.name)},
+                      {"next_step", stream.next_step},
+                      {"age_seconds", stream.age_seconds},
+                      {"idle_seconds", stream.idle_seconds}});
     }
     return JsonResponse({{"open", open}, {"streams", std::move(list)}});
   }
 
-  static HttpResponse OfStream(ServedModel* model, const std::string& stream, const Target& target,
-                               const HttpRequest& request) {
+  static HttpResponse OfStream(ServedModel* model, const std::string& stream,
+                               const HttpTarget& target, const HttpRequest& request) {
     if (request.method == "DELETE") {
       model->CloseStream(stream, End::kClosed);
       Log(LogLevel::kInfo, "stream_closed", {{"model", model->name()}, {"stream", stream}});
@@ -794,7 +510,7 @@ class HttpApi::Routes {
     return response;
   }
 
-  HttpResponse OfRepository(const Target& target, const HttpRequest& request) const {
+  HttpResponse OfRepository(const HttpTarget& target, const HttpRequest& request) const {
     const std::vector<std::string>& path = target.path;
     if (path.size() == 5 && path[2] == "models" && (path[4] == "load" || path[4] == "unload")) {
       Need(request, "POST");
