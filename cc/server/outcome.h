@@ -24,7 +24,8 @@ enum class Reason {
   kQueueFull,
   kDeadline,     // the client's deadline passed before its turn
   kCancelled,    // the client went away before its turn
-  kUnavailable,  // loading, draining, or not this server's shard
+  // Loading or draining. Also: the steps were taken, but the journal or a snapshot cannot be written.
+  kUnavailable,
   kUnsupported,  // a part of the protocol that this server does not have
   kInternal,
 };

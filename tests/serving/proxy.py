@@ -11,8 +11,8 @@ class Proxy:
 
     Attributes:
         target: The address of the other server.
-        faults: What happens to the next requests: None, "lose request", "lose answer", "busy", or
-            a number of seconds by which the answer is late.
+        faults: What happens to the next requests: None, "lose request", "lose answer", "busy",
+            "unsaved", or a number of seconds by which the answer is late.
     """
 
     def __init__(self, target):
@@ -43,6 +43,9 @@ class Proxy:
             except grpc.RpcError as error:
                 context.set_trailing_metadata(error.trailing_metadata())
                 context.abort(error.code(), error.details())
+        if fault == "unsaved":  # The steps were taken, but a journal or snapshot cannot be written.
+            context.set_trailing_metadata([("reason", "unavailable")])
+            context.abort(grpc.StatusCode.UNAVAILABLE, "the steps could be lost")
         if fault == "lose answer":
             context.abort(grpc.StatusCode.UNAVAILABLE, "the answer is lost")
         if fault:

@@ -181,7 +181,7 @@ def test_a_refusal_of_many_streams_names_some_of_them(connected, samples):
     assert set(error.value.expected.values()) == {0}
 
 
-@pytest.mark.parametrize("fault", ["lose request", "lose answer", "busy"])
+@pytest.mark.parametrize("fault", ["lose request", "lose answer", "busy", "unsaved"])
 def test_numbered_steps_survive_faults(connect, proxy, session, samples, fault):
     client = connect(proxy.url)
     xs, one = samples(6, 1, FEATURES), session.open()
@@ -235,6 +235,10 @@ def test_a_step_without_a_number_is_not_sent_again_unless_nothing_has_moved(
     with pytest.raises(ct.serving.ServingError, match="the answer is lost"):
         client.step(x, ["no number"])
     assert len(proxy.requests) == 3
+    proxy.faults = ["unsaved"]
+    with pytest.raises(ct.serving.ServingError, match="could be lost"):
+        client.step(x, ["no number"])
+    assert len(proxy.requests) == 4
 
 
 def test_a_client_of_a_server_that_forgot_everything(

@@ -479,8 +479,8 @@ def _shown(shape: Sequence[int | str]) -> str:
 
 def _may_repeat(error: grpc.RpcError, repeatable: bool) -> bool:
     """Return whether to send a request again."""
-    if dict(error.trailing_metadata() or ()).get("reason") in ("queue_full", "unavailable"):
-        return True  # The server says that nothing has moved.
+    if dict(error.trailing_metadata() or ()).get("reason") == "queue_full":
+        return True  # Nothing has moved. ("unavailable" also stands for steps that were not saved.)
     codes = (
         grpc.StatusCode.UNAVAILABLE,
         grpc.StatusCode.DEADLINE_EXCEEDED,
