@@ -22,9 +22,10 @@ enum class Reason {
   kNotStarted,       // --strict-start: no such stream, and no sequence_start
   kTooManyStreams,
   kQueueFull,
-  kDeadline,     // the client's deadline passed before its turn
-  kCancelled,    // the client went away before its turn
-  // Loading or draining. Also: the steps were taken, but the journal or a snapshot cannot be written.
+  kDeadline,   // the client's deadline passed before its turn
+  kCancelled,  // the client went away before its turn
+  // Loading or draining. Also: the steps were taken, but the journal or a snapshot cannot be
+  // written.
   kUnavailable,
   kUnsupported,  // a part of the protocol that this server does not have
   kInternal,
