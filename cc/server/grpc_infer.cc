@@ -34,6 +34,7 @@ grpc::StatusCode CodeOf(Reason reason) {
     case Reason::kCancelled:
       return grpc::StatusCode::CANCELLED;
     case Reason::kUnavailable:
+    case Reason::kWrongServer:
       return grpc::StatusCode::UNAVAILABLE;
     case Reason::kUnsupported:
       return grpc::StatusCode::UNIMPLEMENTED;
@@ -127,9 +128,14 @@ grpc::Status StatusOf(const Outcome& outcome) {
   return {CodeOf(outcome.reason), outcome.message};
 }
 
+void AddShards(const ShardTable& table, grpc::CallbackServerContext* context) {
+  context->AddTrailingMetadata("shard-table-bin", table.Json(false));
+}
+
 void AddRefusal(const Outcome& outcome, grpc::CallbackServerContext* context) {
   if (outcome.ok()) return;
   context->AddTrailingMetadata("reason", NameOf(outcome.reason));
+  if (outcome.shards != nullptr) AddShards(*outcome.shards, context);
   if (outcome.expected.empty()) return;
   // Clients accept 8 KiB of metadata by default.
   constexpr size_t kMostBytes = 2500;
@@ -170,6 +176,7 @@ void GrpcStepRequest::Read(const inference::ModelInferRequest& request) {
     if (name == "sequence_end" || name == "end") call_.sequence_end = Bool(name, parameter);
     if (name == "step") call_.step = Whole(name, parameter);
     if (name == "timeout") call_.timeout_us = Whole(name, parameter);
+    if (name == "shard_epoch") call_.shard_epoch = Whole(name, parameter);
   }
   const bool raw = request.raw_input_contents_size() > 0;
   if (raw && request.raw_input_contents_size() != request.inputs_size()) {

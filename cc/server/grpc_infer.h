@@ -12,13 +12,18 @@
 #include "cc/server/infer_call.h"
 #include "cc/server/inference.pb.h"
 #include "cc/server/model_repository.h"
+#include "cc/server/shard_table.h"
 
 namespace continual_transformers::server {
 
 grpc::Status StatusOf(const Outcome& outcome);
 // Adds what a program needs to know of a refusal: the metadata `reason`, and `expected-steps-bin`,
-// a JSON object from streams to the steps that they expect.
+// a JSON object from streams to the steps that they expect. If another server has a stream, also
+// the table of shards.
 void AddRefusal(const Outcome& outcome, grpc::CallbackServerContext* context);
+
+// Adds the metadata `shard-table-bin`, the table as JSON.
+void AddShards(const ShardTable& table, grpc::CallbackServerContext* context);
 
 // A request for steps with its messages. The messages belong to the caller.
 class GrpcStepRequest : public StepRequest {

@@ -13,6 +13,8 @@
 #include "cc/server/grpc_infer.h"
 #include "cc/server/inference.grpc.pb.h"
 #include "cc/server/model_description.h"
+#include "cc/server/model_repository.h"
+#include "cc/server/shard_owner.h"
 #include "cc/session/error.h"
 
 namespace continual_transformers::server {
@@ -174,8 +176,8 @@ class InferStreamReactor : public grpc::ServerBidiReactor<inference::ModelInferR
 
 class Service final : public inference::GRPCInferenceService::CallbackService {
  public:
-  Service(const Security& security, ModelRepository* repository)
-      : security_(security), repository_(repository) {}
+  Service(const Security& security, const ServerParts& parts)
+      : security_(security), repository_(parts.repository), shards_(parts.shards) {}
 
   ServerUnaryReactor* ModelInfer(CallbackServerContext* context,
                                  const inference::ModelInferRequest* request,
@@ -233,7 +235,10 @@ class Service final : public inference::GRPCInferenceService::CallbackService {
   ServerUnaryReactor* ServerMetadata(CallbackServerContext* context,
                                      const inference::ServerMetadataRequest* /*request*/,
                                      inference::ServerMetadataResponse* response) override {
-    return Answer(context, [&] { DescribeServer(response); });
+    return Answer(context, [&] {
+      DescribeServer(response);
+      if (shards_ != nullptr) AddShards(*shards_->table(), context);
+    });
   }
 
   ServerUnaryReactor* ModelMetadata(CallbackServerContext* context,
@@ -339,6 +344,7 @@ class Service final : public inference::GRPCInferenceService::CallbackService {
 
   const Security security_;
   ModelRepository* const repository_;
+  const ShardOwner* const shards_;  // null: this server is not one of several
 };
 
 std::shared_ptr<grpc::ServerCredentials> CredentialsOf(const Security& security) {
@@ -357,8 +363,8 @@ constexpr char kServiceName[] = "inference.GRPCInferenceService";
 
 class GrpcServer::Impl {
  public:
-  Impl(const GrpcOptions& options, const Security& security, ModelRepository* repository)
-      : service_(security, repository) {
+  Impl(const GrpcOptions& options, const Security& security, const ServerParts& parts)
+      : service_(security, parts) {
     grpc::EnableDefaultHealthCheckService(true);
     grpc::reflection::InitProtoReflectionServerBuilderPlugin();
     grpc::ServerBuilder builder;
@@ -401,8 +407,8 @@ class GrpcServer::Impl {
 };
 
 GrpcServer::GrpcServer(const GrpcOptions& options, const Security& security,
-                       ModelRepository* repository)
-    : impl_(std::make_unique<Impl>(options, security, repository)) {}
+                       const ServerParts& parts)
+    : impl_(std::make_unique<Impl>(options, security, parts)) {}
 
 GrpcServer::~GrpcServer() { Stop(0); }
 

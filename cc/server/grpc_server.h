@@ -8,8 +8,8 @@
 #include <memory>
 #include <string>
 
-#include "cc/server/model_repository.h"
 #include "cc/server/security.h"
+#include "cc/server/server_parts.h"
 
 namespace continual_transformers::server {
 
@@ -24,7 +24,7 @@ struct GrpcOptions {
 class GrpcServer {
  public:
   // Listens at once. Throws Error (kIo) if it cannot.
-  GrpcServer(const GrpcOptions& options, const Security& security, ModelRepository* repository);
+  GrpcServer(const GrpcOptions& options, const Security& security, const ServerParts& parts);
   ~GrpcServer();
   GrpcServer(const GrpcServer&) = delete;
   GrpcServer& operator=(const GrpcServer&) = delete;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <string_view>
 #include <thread>
@@ -15,6 +16,7 @@
 #include "cc/server/metrics.h"
 #include "cc/server/model_description.h"
 #include "cc/server/page.h"
+#include "cc/server/shard_owner.h"
 #include "cc/server/stream_copy.h"
 #include "cc/server/stream_outputs.h"
 
@@ -32,7 +34,7 @@ constexpr char kContentSecurityPolicy[] =
 
 constexpr char kNeedsTokenOfServer[] =
     "this call is for the operator, and this server has no token to tell who that is: start it "
-    "with --token-file";
+    "with --token-file or --operator-token-file";
 
 std::string Dump(const ordered_json& json) {
   return json.dump(-1, ' ', false, ordered_json::error_handler_t::replace);
@@ -73,8 +75,14 @@ bool IsOpen(const std::vector<std::string>& path) {
   return path.size() == 3 && path[0] == "v2" && path[1] == "health";
 }
 
-// Lists and copies of streams. The outputs of a stream are for everyone who may take its steps.
-bool IsOperators(const std::vector<std::string>& path) {
+bool IsShards(const std::vector<std::string>& path) {
+  return path.size() == 2 && path[0] == "v2" && path[1] == "shards";
+}
+
+// Lists and copies of streams, and changes of the table of shards. The outputs of a stream are for
+// everyone who may take its steps.
+bool IsOperators(const HttpRequest& head, const std::vector<std::string>& path) {
+  if (IsShards(path)) return head.method != "GET";
   if (path.size() < 4 || path[0] != "v2" || path[1] != "models") return false;
   const size_t at = path[3] == "versions" ? 5 : 3;
   return path.size() > at && path[at] == "streams" && path.size() <= at + 2;
@@ -163,6 +171,8 @@ int HttpStatusOf(Reason reason) {
       return 429;
     case Reason::kDeadline:
       return 504;
+    case Reason::kWrongServer:
+      return 421;
     case Reason::kCancelled:
     case Reason::kUnavailable:
       return 503;
@@ -195,18 +205,23 @@ HttpResponse ErrorResponse(int status, Reason reason, const std::string& message
 
 class HttpApi::Routes {
  public:
-  Routes(const Security& security, ModelRepository* repository)
-      : security_(security), repository_(repository), metrics_(repository) {}
+  Routes(const Security& security, const ServerParts& parts)
+      : security_(security),
+        repository_(parts.repository),
+        shards_(parts.shards),
+        metrics_(parts) {}
 
   std::optional<HttpResponse> Refuse(const HttpRequest& head) const {
     try {
       const HttpTarget target(head.target);
       if (IsOpen(target.path)) return std::nullopt;
-      if (!security_.Allows(head.authorization)) {
-        return ErrorResponse({Reason::kUnauthenticated, kNeedsToken, {}});
-      }
-      if (security_.token.empty() && IsOperators(target.path)) {
+      const bool operators = IsOperators(head, target.path);
+      if (operators && !security_.knows_operator()) {
         return ErrorResponse(403, Reason::kUnauthenticated, kNeedsTokenOfServer);
+      }
+      if (operators ? !security_.AllowsOperator(head.authorization)
+                    : !security_.Allows(head.authorization)) {
+        return ErrorResponse({Reason::kUnauthenticated, kNeedsToken, {}});
       }
     } catch (const std::exception& error) {
       return ErrorResponse(OutcomeOf(error));
@@ -285,6 +300,14 @@ class HttpApi::Routes {
   bool HandleLater(const HttpTarget& target, HttpRequest* request,
                    const std::shared_ptr<HttpExchange>& exchange) {
     const std::vector<std::string>& path = target.path;
+    if (IsShards(path) && request->method == "PUT") {
+      AnswerOnAThread(exchange, [shards = Shards(), table = ShardTable::Parse(request->body)] {
+        const ShardOwner::Change change = shards->SetTable(table);
+        return JsonResponse(
+            {{"gained", change.gained}, {"lost", change.lost}, {"rebuilt", change.rebuilt}});
+      });
+      return true;
+    }
     if (path.size() < 4 || path[0] != "v2" || request->method != "POST") return false;
     std::string version;
     if (path[1] == "models" && path.back() == "infer" && AfterModel(path, &version).size() == 1) {
@@ -314,7 +337,27 @@ class HttpApi::Routes {
     step->Submit();
   }
 
-  // It reads a file, so it has a thread of its own.
+  // For what takes long: it must not keep one of the port's few threads.
+  static void AnswerOnAThread(const std::shared_ptr<HttpExchange>& exchange,
+                              std::function<HttpResponse()> answer) {
+    std::thread([exchange, answer = std::move(answer)] {
+      HttpResponse response;
+      try {
+        response = answer();
+      } catch (const std::exception& error) {
+        response = ErrorResponse(OutcomeOf(error));
+      }
+      exchange->Answer([response] { return response; });
+    }).detach();
+  }
+
+  ShardOwner* Shards() const {
+    if (shards_ == nullptr) {
+      throw Refusal(Reason::kNotFound, "this server is not one of several: --sharded makes it one");
+    }
+    return shards_;
+  }
+
   void LoadOrUnload(const std::string& name, bool load, const HttpRequest& request,
                     const std::shared_ptr<HttpExchange>& exchange) {
     if (load && !request.body.empty()) {
@@ -325,20 +368,14 @@ class HttpApi::Routes {
                       "takes no parameters: replace the file, then load without parameters");
       }
     }
-    std::thread([this, name, load, exchange] {
-      HttpResponse response;
-      try {
-        if (load) {
-          repository_->Load(name);
-        } else {
-          repository_->Unload(name);
-        }
-        response = JsonResponse(ordered_json::object());
-      } catch (const std::exception& error) {
-        response = ErrorResponse(OutcomeOf(error));
+    AnswerOnAThread(exchange, [this, name, load] {
+      if (load) {
+        repository_->Load(name);
+      } else {
+        repository_->Unload(name);
       }
-      exchange->Answer([response] { return response; });
-    }).detach();
+      return JsonResponse(ordered_json::object());
+    });
   }
 
   HttpResponse Answer(const HttpTarget& target, const HttpRequest& request) {
@@ -370,6 +407,12 @@ class HttpApi::Routes {
     if (path == std::vector<std::string>{"status"}) {
       Need(request, "GET");
       return JsonResponse(Status(target.Whole("since", -1, -1, int64_t{1} << 53)));
+    }
+    if (IsShards(path)) {
+      Need(request, "GET");
+      HttpResponse response;
+      response.body = Shards()->table()->Json(true);
+      return response;
     }
     if (path.empty() || path[0] != "v2") RefusePath();
     if (path.size() == 1) {
@@ -456,7 +499,9 @@ class HttpApi::Routes {
     const int64_t limit = target.Whole("limit", 100, 0, kMost);
     size_t open = 0;
     ordered_json list = ordered_json::array();
-    for (const StreamFacts& stream : model->ListStreams(static_cast<size_t>(limit), &open)) {
+    const bool foreign = target.Flag("foreign");
+    for (const StreamFacts& stream :
+         model->ListStreams(static_cast<size_t>(limit), foreign, &open)) {
       list.push_back({{"name", stream.name},
                       // For names that are not UTF-8, too.
                       {"path", "/v2/models/" + EncodePathPart(model->name()) + "/streams/" +
@@ -471,8 +516,12 @@ class HttpApi::Routes {
   static HttpResponse OfStream(ServedModel* model, const std::string& stream,
                                const HttpTarget& target, const HttpRequest& request) {
     if (request.method == "DELETE") {
-      model->CloseStream(stream, End::kClosed);
-      Log(LogLevel::kInfo, "stream_closed", {{"model", model->name()}, {"stream", stream}});
+      const std::string* const reason = target.Find("reason");
+      const End end =
+          reason != nullptr && *reason == NameOf(End::kMoved) ? End::kMoved : End::kClosed;
+      model->CloseStream(stream, end);
+      Log(LogLevel::kInfo, "stream_closed",
+          {{"model", model->name()}, {"stream", stream}, {"reason", NameOf(end)}});
       return JsonResponse(ordered_json::object());
     }
     if (request.method == "PUT") {
@@ -544,7 +593,7 @@ class HttpApi::Routes {
         {"name", metadata.name()},
         {"version", metadata.version()},
         {"ready", repository_->ready()},
-        {"operator", !security_.token.empty()},
+        {"operator", security_.knows_operator()},
         {"up_seconds", std::chrono::duration<double>(Clock::now() - started_).count()},
         {"sample", samples_.load()},
         {"sample_seconds", History::kSeconds}};
@@ -607,6 +656,7 @@ class HttpApi::Routes {
 
   const Security security_;
   ModelRepository* const repository_;
+  ShardOwner* const shards_;  // null: this server is not one of several
   const Metrics metrics_;
   const Clock::time_point started_ = Clock::now();
   History history_;
@@ -614,8 +664,8 @@ class HttpApi::Routes {
   std::atomic<int> watching_{0};
 };
 
-HttpApi::HttpApi(const Security& security, ModelRepository* repository)
-    : routes_(std::make_unique<Routes>(security, repository)) {}
+HttpApi::HttpApi(const Security& security, const ServerParts& parts)
+    : routes_(std::make_unique<Routes>(security, parts)) {}
 
 HttpApi::~HttpApi() = default;
 

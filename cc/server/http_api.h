@@ -2,8 +2,8 @@
 // and the page.
 //
 // Without a token everyone may read health, metrics and the page's files. Everything else needs the
-// token if the server has one. The operator's calls (lists and copies of streams) need a server
-// that has one.
+// token if the server has one. The operator's calls (lists and copies of streams, tables of shards)
+// need a server that has one, and the operator's token if that is another one.
 
 #ifndef CONTINUAL_TRANSFORMERS_SERVER_HTTP_API_H_
 #define CONTINUAL_TRANSFORMERS_SERVER_HTTP_API_H_
@@ -13,9 +13,9 @@
 
 #include "cc/server/history.h"
 #include "cc/server/http_message.h"
-#include "cc/server/model_repository.h"
 #include "cc/server/outcome.h"
 #include "cc/server/security.h"
+#include "cc/server/server_parts.h"
 
 namespace continual_transformers::server {
 
@@ -28,7 +28,7 @@ HttpResponse ErrorResponse(int status, Reason reason, const std::string& message
 // Any thread may call any method.
 class HttpApi {
  public:
-  HttpApi(const Security& security, ModelRepository* repository);
+  HttpApi(const Security& security, const ServerParts& parts);
   ~HttpApi();
   HttpApi(const HttpApi&) = delete;
   HttpApi& operator=(const HttpApi&) = delete;

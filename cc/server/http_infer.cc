@@ -117,6 +117,9 @@ void ReadParameters(const json& parameters, HttpInferCall* http) {
   if (const json* const value = Find(parameters, "timeout")) {
     call->timeout_us = WholeOf(*value, "the parameter timeout");
   }
+  if (const json* const value = Find(parameters, "shard_epoch")) {
+    call->shard_epoch = WholeOf(*value, "the parameter shard_epoch");
+  }
   if (const json* const value = Find(parameters, "binary_data_output")) {
     http->binary_by_default = BoolOf(*value, "the parameter binary_data_output");
   }

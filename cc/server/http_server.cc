@@ -452,8 +452,8 @@ asio::ssl::context TlsContext(const Security& security) {
 
 class HttpServer::Impl {
  public:
-  Impl(const HttpOptions& options, const Security& security, ModelRepository* repository)
-      : api_(security, repository),
+  Impl(const HttpOptions& options, const Security& security, const ServerParts& parts)
+      : api_(security, parts),
         shared_{options, &api_, &connections_},
         io_(std::max(options.threads, 1)),
         acceptor_(asio::make_strand(io_)),
@@ -583,8 +583,8 @@ class HttpServer::Impl {
 };
 
 HttpServer::HttpServer(const HttpOptions& options, const Security& security,
-                       ModelRepository* repository)
-    : impl_(std::make_unique<Impl>(options, security, repository)) {}
+                       const ServerParts& parts)
+    : impl_(std::make_unique<Impl>(options, security, parts)) {}
 
 HttpServer::~HttpServer() = default;
 

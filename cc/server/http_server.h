@@ -8,8 +8,8 @@
 #include <memory>
 #include <string>
 
-#include "cc/server/model_repository.h"
 #include "cc/server/security.h"
+#include "cc/server/server_parts.h"
 
 namespace continual_transformers::server {
 
@@ -29,7 +29,7 @@ class HttpServer {
  public:
   // Listens at once. Throws Error: kIo if it cannot, kInvalidArgument if the certificate or key is
   // none.
-  HttpServer(const HttpOptions& options, const Security& security, ModelRepository* repository);
+  HttpServer(const HttpOptions& options, const Security& security, const ServerParts& parts);
   ~HttpServer();
   HttpServer(const HttpServer&) = delete;
   HttpServer& operator=(const HttpServer&) = delete;

@@ -141,6 +141,7 @@ std::vector<OutputTensor> ReadInferCall(const ServedModel& model, const InferCal
   const Plan& plan = model.plan();
   request->start = call.sequence_start;
   request->end = call.sequence_end;
+  request->shard_epoch = call.shard_epoch;
   if (call.timeout_us.value_or(0) > 0) {
     // A day is as good as for ever, and cannot overflow.
     constexpr int64_t kDay = int64_t{24} * 3600 * 1000 * 1000;

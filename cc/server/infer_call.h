@@ -33,6 +33,7 @@ struct InferCall {
   bool sequence_end = false;
   std::optional<int64_t> step;
   std::optional<int64_t> timeout_us;  // 0 or absent: none
+  int64_t shard_epoch = 0;            // of the table of shards that the client knows; 0: none
 
   // The model's inputs in any order; also `streams`, int64 or BYTES [M], and `step`, int64 [M].
   std::vector<TensorView> inputs;

@@ -20,6 +20,7 @@
 #include "cc/server/replay.h"
 #include "cc/server/served_model.h"
 #include "cc/server/shard_log.h"
+#include "cc/server/shard_table.h"
 #include "cc/server/shards.h"
 #include "cc/server/stream_copy.h"
 #include "cc/server/stream_keeper.h"
@@ -81,7 +82,7 @@ class Journal::Keeper final : public StreamKeeper {
     try {
       std::vector<int> all;
       for (int shard = 0; shard < kShards && options_.rebuild; ++shard) all.push_back(shard);
-      TakeOver(all);
+      Do(all, Job::Kind::kTakeOver);
       model_->AddKeeper(this);
       // A stream that a snapshot brought back, and the journal does not know.
       const std::vector<std::string> open = model_->OpenNames();
@@ -94,10 +95,22 @@ class Journal::Keeper final : public StreamKeeper {
 
   ~Keeper() override { Stop(); }
 
-  // Reads shards on the journal's thread, and returns how many streams were rebuilt.
-  int64_t TakeOver(const std::vector<int>& shards) {
-    Job job;
-    job.shards = shards;
+  // Something to do with shards on the journal's thread.
+  struct Result {
+    int64_t rebuilt = 0;  // streams
+    ErrorCode code = ErrorCode::kIo;
+    std::string error;  // empty: none
+  };
+  struct Job {
+    enum class Kind { kTakeOver, kGiveUp };
+    std::vector<int> shards;
+    Kind kind;
+    std::promise<Result> promise;
+  };
+
+  // Returns how many streams were rebuilt.
+  int64_t Do(const std::vector<int>& shards, Job::Kind kind) {
+    Job job = {shards, kind, {}};
     std::future<Result> future = job.promise.get_future();
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -181,6 +194,8 @@ class Journal::Keeper final : public StreamKeeper {
         }
         Refuse(&answers);
       }
+      // Redis may have replied already.
+      if (fenced_.any()) RefuseFenced(&answers);
     }
     PassOn(std::move(answers));
   }
@@ -211,6 +226,7 @@ class Journal::Keeper final : public StreamKeeper {
   // An entry on its way. Rows are without data: what ShardLog wants.
   struct Entry {
     int shard;
+    std::string id;  // for Redis to complete: "epoch-*"
     std::string bytes;
     std::vector<JournalRow> rows;
   };
@@ -219,21 +235,12 @@ class Journal::Keeper final : public StreamKeeper {
     std::optional<JournalEntryWriter> writer;
     std::vector<JournalRow> rows;
     uint64_t number = 0;
+    int64_t epoch = 0;
   };
   struct Held {
     uint64_t until;  // the number of an entry
     std::vector<Answer> answers;
   };
-  struct Result {
-    int64_t rebuilt = 0;
-    ErrorCode code = ErrorCode::kIo;
-    std::string error;  // empty: none
-  };
-  struct Job {
-    std::vector<int> shards;
-    std::promise<Result> promise;
-  };
-
   // --- Where the model's queue runs: entries are collected, and put in the queue together.
 
   JournalEntryWriter* Add(const std::string& name, uint32_t flags, int64_t first, int64_t steps,
@@ -242,9 +249,10 @@ class Journal::Keeper final : public StreamKeeper {
     Building* const building = &building_[shard];
     if (!building->writer.has_value()) {
       const Session& session = model_->session();
+      building->epoch = epoch_->load();
       building->writer.emplace(JournalHeader{session.plan_fingerprint(),
                                              session.weights_fingerprint(), writer_,
-                                             ++building->number, epoch_->load()});
+                                             ++building->number, building->epoch});
       touched_.push_back(shard);
     }
     building->rows.push_back({flags, name, first, steps, {}});
@@ -265,7 +273,8 @@ class Journal::Keeper final : public StreamKeeper {
     for (const int shard : touched_) {
       Building* const building = &building_[shard];
       if (!building->writer.has_value()) continue;
-      entries.push_back({shard, building->writer->Finish(), std::move(building->rows)});
+      entries.push_back(
+          {shard, IdOf(building->epoch), building->writer->Finish(), std::move(building->rows)});
       building->writer.reset();
       building->rows.clear();
     }
@@ -278,6 +287,23 @@ class Journal::Keeper final : public StreamKeeper {
   }
 
   // --- Any thread.
+
+  static std::string IdOf(int64_t epoch) { return std::to_string(epoch) + "-*"; }
+
+  // Refuses answers with steps of shards that another server has taken over.
+  void RefuseFenced(std::vector<Answer>* answers) const {
+    for (Answer& answer : *answers) {
+      const std::vector<std::string>& streams = answer.request->streams;
+      const bool fenced =
+          std::any_of(streams.begin(), streams.end(),
+                      [this](const std::string& name) { return fenced_[ShardOf(name)]; });
+      if (!answer.outcome.ok() || !fenced) continue;
+      answer.outcome = {Reason::kWrongServer,
+                        "another server has taken over a shard of this request meanwhile, and has "
+                        "not taken its steps there: send it again, to that server",
+                        {}};
+    }
+  }
 
   void Refuse(std::vector<Answer>* answers) const {
     for (Answer& answer : *answers) {
@@ -353,7 +379,12 @@ class Journal::Keeper final : public StreamKeeper {
       while (!jobs->empty()) {
         Result result;
         try {
-          result.rebuilt = Read(jobs->back().shards);
+          const Job& job = jobs->back();
+          if (job.kind == Job::Kind::kTakeOver) {
+            result.rebuilt = Read(job.shards);
+          } else {
+            for (const int shard : job.shards) logs_[shard] = ShardLog(receptive_field_);
+          }
         } catch (const Error& error) {
           if (error.code() == ErrorCode::kIo) throw;
           result.code = error.code();
@@ -422,24 +453,57 @@ class Journal::Keeper final : public StreamKeeper {
       }
       if (sent_.empty()) return;
       for (const Entry& entry : sent_) {
-        redis_->Append({"XADD", keys_[entry.shard], "*", "e", entry.bytes});
+        redis_->Append({"XADD", keys_[entry.shard], entry.id, "e", entry.bytes});
       }
+      std::set<int> lost;
       while (!sent_.empty()) {
-        const RedisReply reply = redis_->Read();
+        const RedisReply reply = redis_->ReadAny();
         const Entry& entry = sent_.front();
         const auto bytes = static_cast<int64_t>(entry.bytes.size());
-        logs_[entry.shard].Append(ShardLog::Id::Of(reply->str), bytes, entry.rows);
-        sent_.pop_front();
+        const bool fenced = IsFenced(*reply);
+        if (fenced) {
+          lost.insert(entry.shard);
+        } else if (reply->type == REDIS_REPLY_ERROR) {
+          throw Error(ErrorCode::kIo,
+                      address_.text() + " answers: " + std::string(reply->str, reply->len));
+        } else {
+          logs_[entry.shard].Append(ShardLog::Id::Of(reply->str), bytes, entry.rows);
+        }
         std::lock_guard<std::mutex> lock(mutex_);
+        if (fenced) fenced_.set(entry.shard);
+        sent_.pop_front();
         ++acknowledged_;
         waiting_bytes_ -= static_cast<size_t>(bytes);
+        if (fenced) continue;
         ++counts_.entries;
         ++counts_.kept;
         counts_.bytes += bytes;
       }
+      for (const int shard : lost) Lose(shard);
       std::unique_lock<std::mutex> lock(mutex_);
       PassHeld(&lock, false);
     }
+  }
+
+  // Whether Redis has an entry of a newer epoch.
+  static bool IsFenced(const redisReply& reply) {
+    return reply.type == REDIS_REPLY_ERROR &&
+           std::string_view(reply.str, reply.len).find("equal or smaller") !=
+               std::string_view::npos;
+  }
+
+  // Another server has taken the shard over. It also trims it from now on.
+  void Lose(int shard) {
+    logs_[shard] = ShardLog(receptive_field_);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      ++counts_.fenced;
+    }
+    Log(LogLevel::kWarning, "shard_taken_over",
+        {{"model", model_->name()},
+         {"shard", shard},
+         {"consequence", "its streams are another server's, and steps of them are refused"}});
+    model_->LoseShard(shard);
   }
 
   void CopyStreams(const std::vector<std::string>& names) {
@@ -504,6 +568,7 @@ class Journal::Keeper final : public StreamKeeper {
       std::vector<Answer> answers = std::move(held_.front().answers);
       held_.pop_front();
       if (refuse) Refuse(&answers);
+      if (fenced_.any()) RefuseFenced(&answers);
       lock->unlock();
       PassOn(std::move(answers));
       lock->lock();
@@ -536,6 +601,9 @@ class Journal::Keeper final : public StreamKeeper {
     if (!loaded_) {
       for (std::string& name : model_->OpenNames()) brought_back_.insert(std::move(name));
     }
+    // Without a table of shards, each start is an epoch of its own. So what the last process has
+    // sent, and Redis reads only now, is not taken for steps of this one.
+    if (!loaded_ && options_.rebuild) *epoch_ = std::max(epoch_->load(), NewestEpoch() + 1);
     for (const int shard : shards) rebuilt += ReadShard(shard);
     std::lock_guard<std::mutex> lock(mutex_);
     counts_.rebuilt += rebuilt;
@@ -544,15 +612,45 @@ class Journal::Keeper final : public StreamKeeper {
     return rebuilt;
   }
 
+  // That of any entry, or -1.
+  int64_t NewestEpoch() {
+    for (const std::string& key : keys_) {
+      redis_->Append({"XREVRANGE", key, "+", "-", "COUNT", "1"});
+    }
+    int64_t newest = -1;
+    for (size_t i = 0; i < keys_.size(); ++i) {
+      const RedisReply reply = redis_->Read();
+      if (reply->elements == 0) continue;
+      const ShardLog::Id id = ShardLog::Id::Of(reply->element[0]->element[0]->str);
+      newest = std::max(newest, static_cast<int64_t>(id.epoch));
+    }
+    return newest;
+  }
+
+  // Appends an entry without rows. From then on, the shard's last server can append nothing.
+  void Fence(int shard) {
+    const int64_t epoch = epoch_->load();
+    JournalEntryWriter mark({model_->session().plan_fingerprint(),
+                             model_->session().weights_fingerprint(), writer_, 0, epoch});
+    redis_->Append({"XADD", keys_[shard], IdOf(epoch), "e", mark.Finish()});
+    const RedisReply reply = redis_->ReadAny();
+    if (IsFenced(*reply)) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  "shard " + std::to_string(shard) +
+                      " has been taken over in a newer epoch than this server's, which is " +
+                      std::to_string(epoch) + ": it needs the newer table of shards");
+    }
+    if (reply->type == REDIS_REPLY_ERROR) {
+      throw Error(ErrorCode::kIo,
+                  address_.text() + " answers: " + std::string(reply->str, reply->len));
+    }
+    std::lock_guard<std::mutex> lock(mutex_);
+    fenced_.reset(shard);
+  }
+
   int64_t ReadShard(int number) {
     const std::string& key = keys_[number];
-    const int64_t epoch = epoch_->load();
-    if (epoch > 0) {
-      // From here on, entries of the shard's last server have a lower epoch than this one.
-      JournalEntryWriter mark({model_->session().plan_fingerprint(),
-                               model_->session().weights_fingerprint(), writer_, 0, epoch});
-      redis_->Call({"XADD", key, "*", "e", mark.Finish()});
-    }
+    Fence(number);
     ShardLog log(receptive_field_);
     Shard shard;
     std::string from = "-";
@@ -568,17 +666,6 @@ class Journal::Keeper final : public StreamKeeper {
         from = "(" + std::string(entry->element[0]->str, entry->element[0]->len);
       }
       if (std::to_string(reply->elements) != kReadAtOnce) break;
-    }
-    if (shard.epoch > epoch) {
-      if (loaded_) {
-        throw Error(ErrorCode::kInvalidArgument,
-                    "shard " + std::to_string(number) + " has been taken over in epoch " +
-                        std::to_string(shard.epoch) + ", and this server is at epoch " +
-                        std::to_string(epoch) + ": it needs the newer table of shards");
-      }
-      // Without a table of shards, a server takes the epoch that it finds. Readers skip entries
-      // with a lower one.
-      *epoch_ = std::max(epoch_->load(), shard.epoch);
     }
     // A snapshot has brought these back.
     for (const std::string& name : shard.ended) {
@@ -753,6 +840,7 @@ class Journal::Keeper final : public StreamKeeper {
   std::deque<Held> held_;
   std::vector<Job> jobs_;
   std::vector<std::string> moved_;
+  ShardSet fenced_;  // shards that another server has taken over
   bool down_ = false, passing_ = false, stopping_ = false, stopped_ = false;
   // All streams are to be copied: no answer goes out before; and it has not begun.
   bool copying_ = false, copy_again_ = false;
@@ -788,11 +876,19 @@ void Journal::Unloaded(ServedModel* model) {
 
 void Journal::SetEpoch(int64_t epoch) { epoch_ = epoch; }
 
-int64_t Journal::TakeOver(const std::vector<int>& shards) {
+int64_t Journal::TakeOver(const std::vector<int>& shards, const ServedModel* only) {
   std::lock_guard<std::mutex> lock(mutex_);
   int64_t rebuilt = 0;
-  for (const auto& [model, keeper] : keepers_) rebuilt += keeper->TakeOver(shards);
+  for (const auto& [model, keeper] : keepers_) {
+    if (only != nullptr && only != model) continue;
+    rebuilt += keeper->Do(shards, Keeper::Job::Kind::kTakeOver);
+  }
   return rebuilt;
+}
+
+void Journal::GiveUp(const std::vector<int>& shards) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& [model, keeper] : keepers_) keeper->Do(shards, Keeper::Job::Kind::kGiveUp);
 }
 
 void Journal::Finish() {

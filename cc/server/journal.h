@@ -13,6 +13,11 @@
 // ct:MODEL:SHARD, and one XADD for each batch and shard. The batches after it run while Redis
 // works. An answer waits for the acknowledgement only.
 //
+// The id of an entry is EPOCH-NUMBER, with the epoch of the table of shards, and Redis takes no id
+// that is lower than the last one. So an entry of a newer epoch fences off every server that has an
+// older table: its XADD fails, its answers are refused, and it loses the shard. (A script that
+// compares epochs would do the same, and cost more.)
+//
 // Redis keeps what open streams need: the inputs of the last receptive field of each. A shard is
 // trimmed up to the oldest entry that one of its streams needs. For a stream that is idle while
 // others are busy, a copy of the stream is added at the end instead, so that its old inputs do not
@@ -61,6 +66,7 @@ struct JournalCounts {
   int64_t failures = 0;            // times that Redis was away
   int64_t rebuilt = 0, lost = 0;   // streams that were rebuilt, and that could not be
   int64_t held = 0;                // batches whose answers wait now
+  int64_t fenced = 0;              // times that another server had taken over a shard
 };
 
 // Any thread may call any method. It is destroyed before the models.
@@ -78,11 +84,14 @@ class Journal : public ModelObserver {
   // older one, which do not know yet that they have lost a shard, are not read.
   void SetEpoch(int64_t epoch);
   // Rebuilds the streams of shards that this server has got, for all models. Returns how many.
-  // Their steps must be refused until then. (A server that gives shards away ends their streams
-  // with End::kMoved, which leaves the journal as it is.) Throws Error (kIo) if Redis is away; then
+  // Their steps must be refused until then. From then on, a server with a lower epoch can append
+  // nothing to them. Throws Error (kIo) if Redis is away; then
   // it can be called again. Throws Error (kInvalidArgument) if a server with a newer epoch has one
   // of them.
-  int64_t TakeOver(const std::vector<int>& shards);
+  // With `only`, for that model.
+  int64_t TakeOver(const std::vector<int>& shards, const ServedModel* only = nullptr);
+  // This server has lost these shards: it leaves what the journal has of them as it is.
+  void GiveUp(const std::vector<int>& shards);
 
   // Waits until every answer has gone out. To be called when models answer no steps any more.
   void Finish();

@@ -6,9 +6,14 @@
 
 #include <cerrno>
 #include <cstdio>
+#include <cstring>
 #include <ctime>
 #include <exception>
+#include <fstream>
+#include <nlohmann/json.hpp>
 #include <optional>
+#include <string>
+#include <utility>
 
 #include "cc/server/grpc_server.h"
 #include "cc/server/http_server.h"
@@ -17,7 +22,10 @@
 #include "cc/server/model_repository.h"
 #include "cc/server/options.h"
 #include "cc/server/security.h"
+#include "cc/server/server_parts.h"
+#include "cc/server/shard_owner.h"
 #include "cc/server/snapshots.h"
+#include "cc/session/error.h"
 
 namespace continual_transformers::server {
 namespace {
@@ -40,9 +48,38 @@ int WaitForSignal(const sigset_t& signals, double seconds) {
   return signal > 0 ? signal : 0;
 }
 
+// A file that tells others that the server is ready, until it ends.
+class ReadyFile {
+ public:
+  ReadyFile(std::string path, int grpc_port, int http_port) : path_(std::move(path)) {
+    const nlohmann::ordered_json facts = {
+        {"pid", getpid()}, {"grpc_port", grpc_port}, {"http_port", http_port}};
+    const std::string beside = path_ + ".new";
+    std::ofstream file(beside, std::ios::trunc);
+    file << facts.dump() << std::endl;
+    file.close();
+    // Nobody reads half a file.
+    if (!file || std::rename(beside.c_str(), path_.c_str()) != 0) {
+      throw Error(ErrorCode::kIo, "cannot write " + path_ + ": " + std::strerror(errno));
+    }
+  }
+  ~ReadyFile() { std::remove(path_.c_str()); }
+  ReadyFile(const ReadyFile&) = delete;
+  ReadyFile& operator=(const ReadyFile&) = delete;
+
+ private:
+  const std::string path_;
+};
+
 void Serve(const Options& options, const sigset_t& signals) {
-  const Security security = Security::Read(options.tls_certificate, options.tls_key,
-                                           options.tls_client_ca, options.token_file);
+  const Security security =
+      Security::Read(options.tls_certificate, options.tls_key, options.tls_client_ca,
+                     options.token_file, options.operator_token_file);
+  if (options.sharded && !security.knows_operator()) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "--sharded needs --operator-token-file (or --token-file): only who knows the token "
+                "may give this server its shards");
+  }
   ModelRepository repository(options.model);
   std::optional<Snapshots> snapshots;
   if (!options.snapshots.directory.empty()) {
@@ -55,11 +92,20 @@ void Serve(const Options& options, const sigset_t& signals) {
     journal.emplace(options.journal);
     repository.AddObserver(&*journal);
   }
+  // After the journal, from which it rebuilds streams.
+  std::optional<ShardOwner> shards;
+  if (options.sharded) {
+    shards.emplace(journal.has_value() ? &*journal : nullptr);
+    repository.AddObserver(&*shards);
+  }
   for (const auto& [name, path] : options.models) repository.Add(name, path);
+  const ServerParts parts = {&repository, snapshots.has_value() ? &*snapshots : nullptr,
+                             journal.has_value() ? &*journal : nullptr,
+                             shards.has_value() ? &*shards : nullptr};
 
   // They answer while models load: live, and not ready.
-  GrpcServer grpc(options.grpc, security, &repository);
-  HttpServer http(options.http, security, &repository);
+  GrpcServer grpc(options.grpc, security, parts);
+  HttpServer http(options.http, security, parts);
   Log(LogLevel::kInfo, "listening",
       {{"host", options.grpc.host},
        {"grpc_port", grpc.port()},
@@ -78,6 +124,8 @@ void Serve(const Options& options, const sigset_t& signals) {
   grpc.SetServing(true);
   Log(LogLevel::kInfo, "ready",
       {{"grpc_port", grpc.port()}, {"http_port", http.port()}, {"pid", getpid()}});
+  std::optional<ReadyFile> ready;
+  if (!options.ready_file.empty()) ready.emplace(options.ready_file, grpc.port(), http.port());
 
   int signal = 0;
   while (signal == 0) {
@@ -85,6 +133,7 @@ void Serve(const Options& options, const sigset_t& signals) {
     signal = WaitForSignal(signals, kHousekeepingSeconds);
     for (const auto& model : repository.loaded()) model->EvictIdle();
   }
+  ready.reset();
   Log(LogLevel::kInfo, "draining", {{"signal", signal == SIGTERM ? "SIGTERM" : "SIGINT"}});
   const auto drain_ms = static_cast<int64_t>(options.drain_seconds * 1000);
   grpc.SetServing(false);

@@ -9,20 +9,25 @@
 #include <string>
 #include <vector>
 
-#include "cc/server/model_repository.h"
+#include "cc/server/server_parts.h"
 
 namespace continual_transformers::server {
 
 class Metrics : public prometheus::Collectable {
  public:
-  explicit Metrics(const ModelRepository* repository) : repository_(repository) {}
+  explicit Metrics(const ServerParts& parts) : parts_(parts) {}
 
   std::vector<prometheus::MetricFamily> Collect() const override;
   // The same in the text format of Prometheus, version 0.0.4.
   std::string Text() const;
 
  private:
-  const ModelRepository* const repository_;
+  void CollectModels(std::vector<prometheus::MetricFamily>* families) const;
+  void CollectSnapshots(std::vector<prometheus::MetricFamily>* families) const;
+  void CollectJournal(std::vector<prometheus::MetricFamily>* families) const;
+  void CollectShards(std::vector<prometheus::MetricFamily>* families) const;
+
+  const ServerParts parts_;
 };
 
 }  // namespace continual_transformers::server

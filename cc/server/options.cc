@@ -4,7 +4,6 @@
 #include <chrono>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
 #include "cc/session/error.h"
 
@@ -38,9 +37,6 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
   double max_message_mb = static_cast<double>(options->grpc.max_message_bytes) / (1 << 20);
   double snapshot_every = static_cast<double>(options->snapshots.every.count()) / 1000;
   bool fast_disk = false;
-  const auto at_least = [](double least) {
-    return CLI::Range(least, std::numeric_limits<double>::max());
-  };
   app.add_option("model", models, "[name=]model.safetensors")->required();
 
   CLI::Option_group* const ports = app.add_option_group("Ports");
@@ -52,16 +48,21 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
   ports->add_option("--http-port", options->http.port, "0: any free port")
       ->capture_default_str()
       ->check(CLI::Range(0, 65535));
+  ports
+      ->add_option("--http-threads", options->http.threads,
+                   "Threads that read requests over HTTP and run their batches")
+      ->capture_default_str()
+      ->check(CLI::Range(2, 1024));
 
   CLI::Option_group* const streams = app.add_option_group("Streams");
   streams->add_option("--max-streams", options->model.max_streams, "Open at once; 0: no limit")
       ->capture_default_str()
-      ->check(at_least(0));
+      ->check(CLI::NonNegativeNumber);
   streams
       ->add_option("--idle-timeout", idle_timeout,
                    "Seconds until an idle stream is ended; 0: never")
       ->capture_default_str()
-      ->check(at_least(0));
+      ->check(CLI::NonNegativeNumber);
   streams->add_flag("--strict-start", options->model.strict_start,
                     "Refuse a stream's first step without sequence_start");
 
@@ -102,6 +103,8 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
                      "PEM file; clients need a certificate that it signed");
   safety->add_option("--token-file", options->token_file,
                      "Requests need the bearer token in this file");
+  safety->add_option("--operator-token-file", options->operator_token_file,
+                     "The operator's calls need the bearer token in this file, not the other one");
   safety->add_option("--max-message-mb", max_message_mb, "Of a request")
       ->capture_default_str()
       ->check(CLI::Range(0.001, 2047.0));
@@ -116,6 +119,18 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
   safety->add_option("--max-connections", options->http.max_connections, "Over HTTP")
       ->capture_default_str()
       ->check(CLI::Range(1, 1 << 20));
+  safety
+      ->add_option("--http-idle-seconds", options->http.idle_seconds,
+                   "How long a connection over HTTP may be idle, and a request or an answer may "
+                   "take on the wire")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 86400));
+
+  CLI::Option_group* const several = app.add_option_group("Several servers");
+  CLI::Option* const sharded = several->add_flag(
+      "--sharded", options->sharded,
+      "Take steps of the shards of streams only that PUT /v2/shards gives to this server");
+  sharded->excludes("--state-dir");
 
   CLI::Option_group* const process = app.add_option_group("Process");
   process->add_option("--log-level", log_level, "debug, info, warning, error or off")
@@ -125,6 +140,8 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
                    "How long calls in progress may take after SIGTERM")
       ->capture_default_str()
       ->check(CLI::Range(0.0, 3600.0));
+  process->add_option("--ready-file", options->ready_file,
+                      "Write the process id and the ports there when ready, as JSON");
   process->add_flag("--die-with-parent", options->die_with_parent,
                     "End when the process that started this one ends");
   try {
@@ -141,6 +158,7 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
   options->http.max_header_bytes = options->grpc.max_header_bytes;
   options->snapshots.every = std::chrono::milliseconds(std::llround(snapshot_every * 1000));
   options->journal.other_weights = options->snapshots.other_weights;
+  options->journal.rebuild = !options->sharded;
   options->snapshots.power_loss = !fast_disk;
   options->model.idle_timeout =
       std::chrono::milliseconds(std::llround(std::min(idle_timeout, 1e9) * 1000));

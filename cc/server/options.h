@@ -24,7 +24,9 @@ struct Options {
   JournalOptions journal;     // url empty: there is none
   SnapshotOptions snapshots;  // directory empty: none are kept
   LogLevel log_level = LogLevel::kInfo;
-  std::string tls_certificate, tls_key, tls_client_ca, token_file;
+  std::string tls_certificate, tls_key, tls_client_ca, token_file, operator_token_file;
+  bool sharded = false;    // one of several servers: takes steps of the shards that it is given
+  std::string ready_file;  // written when the server is ready; empty: none
   double drain_seconds = 10;
   bool die_with_parent = false;
 };

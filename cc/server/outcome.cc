@@ -32,6 +32,8 @@ const char* NameOf(Reason reason) {
       return "cancelled";
     case Reason::kUnavailable:
       return "unavailable";
+    case Reason::kWrongServer:
+      return "wrong_server";
     case Reason::kUnsupported:
       return "unsupported";
     case Reason::kInternal:

@@ -5,12 +5,15 @@
 
 #include <cstdint>
 #include <exception>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
 namespace continual_transformers::server {
+
+struct ShardTable;
 
 enum class Reason {
   kNone,             // not refused
@@ -27,6 +30,7 @@ enum class Reason {
   // Loading or draining. Also: the steps were taken, but the journal or a snapshot cannot be
   // written.
   kUnavailable,
+  kWrongServer,  // the stream's shard is another server's
   kUnsupported,  // a part of the protocol that this server does not have
   kInternal,
 };
@@ -44,6 +48,7 @@ struct Outcome {
   Reason reason = Reason::kNone;
   std::string message;
   std::vector<ExpectedStep> expected;
+  std::shared_ptr<const ShardTable> shards = nullptr;  // for kWrongServer: says who has the stream
 
   bool ok() const { return reason == Reason::kNone; }
 };

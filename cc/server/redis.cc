@@ -94,12 +94,16 @@ void RedisConnection::Append(const std::vector<std::string_view>& arguments) {
   }
 }
 
-RedisReply RedisConnection::Read() {
+RedisReply RedisConnection::ReadAny() {
   void* got = nullptr;
   if (redisGetReply(context_.get(), &got) != REDIS_OK || got == nullptr) {
     throw Error(ErrorCode::kIo, address_ + ": " + context_->errstr);
   }
-  RedisReply reply(static_cast<redisReply*>(got));
+  return RedisReply(static_cast<redisReply*>(got));
+}
+
+RedisReply RedisConnection::Read() {
+  RedisReply reply = ReadAny();
   if (reply->type == REDIS_REPLY_ERROR) {
     throw Error(ErrorCode::kIo, address_ + " answers: " + std::string(reply->str, reply->len));
   }

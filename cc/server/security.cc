@@ -19,10 +19,33 @@ std::string ReadFile(const std::string& path) {
   return text;
 }
 
+// Without the end of its line. Empty if no file is named.
+std::string ReadToken(const std::string& path) {
+  if (path.empty()) return "";
+  std::string token = ReadFile(path);
+  while (!token.empty() && std::strchr(" \t\r\n", token.back()) != nullptr) token.pop_back();
+  if (token.empty()) {
+    throw Error(ErrorCode::kInvalidArgument, "the token file " + path + " is empty");
+  }
+  return token;
+}
+
+bool IsBearer(std::string_view authorization, const std::string& token) {
+  constexpr std::string_view kScheme = "Bearer ";
+  if (authorization.substr(0, kScheme.size()) != kScheme) return false;
+  const std::string_view got = authorization.substr(kScheme.size());
+  if (token.empty() || got.size() != token.size()) return false;
+  unsigned char difference = 0;
+  for (size_t i = 0; i < got.size(); ++i)
+    difference |= static_cast<unsigned char>(got[i] ^ token[i]);
+  return difference == 0;
+}
+
 }  // namespace
 
 Security Security::Read(const std::string& certificate_file, const std::string& key_file,
-                        const std::string& client_ca_file, const std::string& token_file) {
+                        const std::string& client_ca_file, const std::string& token_file,
+                        const std::string& operator_token_file) {
   if (certificate_file.empty() != key_file.empty()) {
     throw Error(ErrorCode::kInvalidArgument,
                 "TLS needs both --tls-certificate and --tls-key, got only one");
@@ -37,28 +60,17 @@ Security Security::Read(const std::string& certificate_file, const std::string& 
     security.key = ReadFile(key_file);
   }
   if (!client_ca_file.empty()) security.client_ca = ReadFile(client_ca_file);
-  if (!token_file.empty()) {
-    security.token = ReadFile(token_file);
-    while (!security.token.empty() && std::strchr(" \t\r\n", security.token.back()) != nullptr) {
-      security.token.pop_back();
-    }
-    if (security.token.empty()) {
-      throw Error(ErrorCode::kInvalidArgument, "the token file " + token_file + " is empty");
-    }
-  }
+  security.token = ReadToken(token_file);
+  security.operator_token = ReadToken(operator_token_file);
   return security;
 }
 
 bool Security::Allows(std::string_view authorization) const {
-  if (token.empty()) return true;
-  constexpr std::string_view kScheme = "Bearer ";
-  if (authorization.substr(0, kScheme.size()) != kScheme) return false;
-  const std::string_view got = authorization.substr(kScheme.size());
-  if (got.size() != token.size()) return false;
-  unsigned char difference = 0;
-  for (size_t i = 0; i < got.size(); ++i)
-    difference |= static_cast<unsigned char>(got[i] ^ token[i]);
-  return difference == 0;
+  return token.empty() || IsBearer(authorization, token) || IsBearer(authorization, operator_token);
+}
+
+bool Security::AllowsOperator(std::string_view authorization) const {
+  return IsBearer(authorization, operator_token.empty() ? token : operator_token);
 }
 
 }  // namespace continual_transformers::server

@@ -11,24 +11,28 @@ namespace continual_transformers::server {
 struct Security {
   // PEM texts. Empty: no TLS. With client_ca, clients need a certificate that it signed (mTLS).
   std::string certificate, key, client_ca;
-  std::string token;  // empty: requests need none
+  std::string token;           // empty: requests need none
+  std::string operator_token;  // of the operator's calls; empty: the same
 
   // Reads the files that are named. Throws Error (kIo) if one cannot be read, or kInvalidArgument
   // if the token is empty or one of certificate and key is missing.
   static Security Read(const std::string& certificate_file, const std::string& key_file,
-                       const std::string& client_ca_file, const std::string& token_file);
+                       const std::string& client_ca_file, const std::string& token_file,
+                       const std::string& operator_token_file);
 
   bool tls() const { return !certificate.empty(); }
   // Whether a request with this `authorization` header ("Bearer ...") may pass. Takes the same time
-  // wherever a wrong token differs.
+  // wherever a wrong token differs. The operator's token is good for everything.
   bool Allows(std::string_view authorization) const;
+  bool AllowsOperator(std::string_view authorization) const;
+  // Whether there is a token by which to know the operator.
+  bool knows_operator() const { return !token.empty() || !operator_token.empty(); }
 };
 
 // The sentence for a request that may not pass.
 inline constexpr char kNeedsToken[] =
     "the request has no valid token: send the header \"authorization: Bearer TOKEN\" with the "
-    "token "
-    "of the server's --token-file";
+    "token of the server's --token-file (or --operator-token-file, for the operator's calls)";
 
 }  // namespace continual_transformers::server
 

@@ -191,8 +191,37 @@ void ServedModel::TakeSteps(const std::vector<StepRequest*>& batch, Outcome* out
   if (!closed.empty()) session_.Close(closed.data(), static_cast<int64_t>(closed.size()));
 }
 
+Outcome ServedModel::CheckShards(const StepRequest& request) const {
+  const std::string epoch = shards_ == nullptr ? "" : " in epoch " + Text(shards_->epoch);
+  if (shards_ != nullptr && request.shard_epoch > shards_->epoch) {
+    return {Reason::kWrongServer,
+            "the request knows the table of shards of epoch " + Text(request.shard_epoch) +
+                ", and this server the one of epoch " + Text(shards_->epoch) +
+                ": it may have lost the stream's shard, so it takes no step",
+            {},
+            shards_};
+  }
+  for (const std::string& name : request.streams) {
+    const int shard = ShardOf(name);
+    if (own_shards_[shard]) continue;
+    const std::string owner = shards_ == nullptr ? "" : shards_->shards[shard];
+    const bool known = !owner.empty() && owner != shards_->self;
+    return {Reason::kWrongServer,
+            "stream " + Quoted(name) + " is in shard " + Text(shard) + ", which " +
+                (known ? "is the server " + Quoted(owner) + "'s (" +
+                             shards_->servers.at(owner).grpc + ")"
+                       : "this server does not have now") +
+                epoch + ". No stream of this request has moved",
+            {},
+            shards_};
+  }
+  return {};
+}
+
 Outcome ServedModel::Admit(StepRequest* request, int64_t* opening) {
   Outcome outcome;
+  if (shards_ != nullptr || !own_shards_.all()) outcome = CheckShards(*request);
+  if (!outcome.ok()) return outcome;
   size_t in_the_way = 0, named = 0;
   const auto stop = [&](const Stream& stream, Reason reason, int64_t expected,
                         const std::string& sentence) {
@@ -496,13 +525,40 @@ Statistics ServedModel::statistics() {
   return copy;
 }
 
-std::vector<StreamFacts> ServedModel::ListStreams(size_t most, size_t* all) {
+void ServedModel::EndOthers() {
+  std::vector<Stream*> others;
+  for (Stream* const stream : table_.open()) {
+    if (!own_shards_[ShardOf(*stream->name)]) others.push_back(stream);
+  }
+  for (Stream* const stream : others) EndStream(stream, End::kMoved);
+  // Their new server tells how streams end.
+  table_.ForgetEnds([this](const std::string& name) { return !own_shards_[ShardOf(name)]; });
+}
+
+void ServedModel::SetShards(std::shared_ptr<const ShardTable> table, const ShardSet& own,
+                            bool end_others) {
+  queue_.Between([&] {
+    shards_ = std::move(table);
+    own_shards_ = own;
+    if (end_others) EndOthers();
+  });
+}
+
+void ServedModel::LoseShard(int shard) {
+  queue_.Between([&] {
+    own_shards_.reset(shard);
+    EndOthers();
+  });
+}
+
+std::vector<StreamFacts> ServedModel::ListStreams(size_t most, bool foreign, size_t* all) {
   std::vector<StreamFacts> list;
   queue_.Between([&] {
     const Clock::time_point now = Clock::now();
-    *all = table_.open().size();
+    *all = 0;
     for (const Stream* const stream : table_.open()) {
-      if (list.size() == most) break;
+      if (foreign && own_shards_[ShardOf(*stream->name)]) continue;
+      if ((*all)++ >= most) continue;
       list.push_back({*stream->name, stream->next, Seconds(now - stream->opened),
                       Seconds(now - stream->used)});
     }

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cc/server/batch_queue.h"
+#include "cc/server/shard_table.h"
 #include "cc/server/statistics.h"
 #include "cc/server/step_request.h"
 #include "cc/server/stream_keeper.h"
@@ -91,14 +92,21 @@ class ServedModel {
 
   Statistics statistics();
   int64_t waiting() const { return queue_.waiting(); }  // requests
-  // Open streams in no order, with how many there are.
-  std::vector<StreamFacts> ListStreams(size_t most, size_t* all);
+  // Open streams in no order, with how many there are. `foreign`: only those of shards that are not
+  // this server's.
+  std::vector<StreamFacts> ListStreams(size_t most, bool foreign, size_t* all);
   // Ends a stream. Throws Refusal (kNotFound).
   void CloseStream(const std::string& name, End end);
   // Copies a stream out or in. A copy put in replaces an open stream of that name. Throw Refusal
   // (kNotFound) or Error (a copy of another model).
   StreamCopy CopyOut(const std::string& name);
   void CopyIn(const StreamCopy& copy, bool other_weights);
+
+  // From now on, takes steps of streams in these shards only. `table` is for refusals, to say who
+  // has the others. With `end_others`, their streams end here; else they stay as they are.
+  void SetShards(std::shared_ptr<const ShardTable> table, const ShardSet& own, bool end_others);
+  // Another server has taken the shard over: its streams end.
+  void LoseShard(int shard);
 
   // Adds one who is told of everything that happens to streams from now on, and who has answers
   // before their clients. It must stay until RemoveKeepers.
@@ -141,6 +149,10 @@ class ServedModel {
   void TakeSteps(const std::vector<StepRequest*>& batch, Outcome* outcomes);
   // Adds the rows of a request, or says what stands in its way.
   Outcome Admit(StepRequest* request, int64_t* opening);
+  // Says that a stream of the request is in a shard of another server.
+  Outcome CheckShards(const StepRequest& request) const;
+  // Ends the streams of shards of other servers, and forgets what was known of others there.
+  void EndOthers();
   bool IsRepeat(const Stream& stream, const StepRequest& request, int64_t index) const;
   uint64_t HashOfInputs(const StepRequest& request, int64_t index) const;
   void StepRows(const std::vector<Row*>& rows);
@@ -172,6 +184,8 @@ class ServedModel {
   std::vector<StreamKeeper*> keepers_;
   std::vector<StreamKeeper::Row> kept_rows_;  // of this batch, to tell keepers
   std::vector<std::pair<std::string, std::weak_ptr<StreamWatcher>>> watchers_;
+  ShardSet own_shards_ = ShardSet().set();
+  std::shared_ptr<const ShardTable> shards_;  // null: this server is not one of several
 
   BatchQueue queue_;
 };

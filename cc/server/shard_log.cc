@@ -11,13 +11,13 @@ namespace continual_transformers::server {
 ShardLog::Id ShardLog::Id::Of(const char* text) {
   char* end = nullptr;
   Id id;
-  id.milliseconds = std::strtoull(text, &end, 10);
+  id.epoch = std::strtoull(text, &end, 10);
   if (*end == '-') id.number = std::strtoull(end + 1, nullptr, 10);
   return id;
 }
 
 std::string ShardLog::Id::text() const {
-  return std::to_string(milliseconds) + "-" + std::to_string(number);
+  return std::to_string(epoch) + "-" + std::to_string(number);
 }
 
 void ShardLog::Append(Id id, int64_t bytes, const std::vector<JournalRow>& rows) {

@@ -18,9 +18,9 @@ class ShardLog {
  public:
   explicit ShardLog(int64_t receptive_field = 1) : receptive_field_(receptive_field) {}
 
-  // The id of an entry in a Redis stream, "milliseconds-number".
+  // The id of an entry in a Redis stream, "epoch-number".
   struct Id {
-    uint64_t milliseconds = 0, number = 0;
+    uint64_t epoch = 0, number = 0;
     static Id Of(const char* text);
     std::string text() const;
   };

@@ -34,6 +34,7 @@ class StepRequest {
   bool start = false;               // the streams begin anew with this request
   bool end = false;                 // the streams end after it
   Clock::time_point deadline = Clock::time_point::max();
+  int64_t shard_epoch = 0;  // of the table of shards that the client knows
 
   // Answers, valid in Done after a success. The number of the next step, by stream.
   std::vector<int64_t> next_steps;

@@ -84,6 +84,13 @@ void StreamTable::ForgetEnd(Stream* stream) {
   ForgetUnlessNeeded(stream);
 }
 
+void StreamTable::ForgetEnds(const std::function<bool(const std::string& name)>& which) {
+  for (auto at = ended_.begin(); at != ended_.end();) {
+    Stream* const stream = *at++;
+    if (which(*stream->name)) ForgetEnd(stream);
+  }
+}
+
 std::vector<std::string> StreamTable::TakeChanges(size_t most) {
   std::vector<std::string> names;
   while (!changes_.empty() && names.size() < most) {

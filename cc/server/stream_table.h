@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <list>
 #include <string>
 #include <unordered_map>
@@ -85,6 +86,8 @@ class StreamTable {
   void Close(Stream* stream, End end);
   // Forgets why the stream ended.
   void ForgetEnd(Stream* stream);
+  // Forgets all ends for whose names this is true.
+  void ForgetEnds(const std::function<bool(const std::string& name)>& which);
 
   // Open streams, the one that was idle longest first.
   const std::list<Stream*>& open() const { return open_; }

@@ -45,7 +45,7 @@ void ExpectIn(const std::string& part, const std::string& text) {
 class HttpApiTest : public ::testing::Test {
  protected:
   OneModel one_;
-  HttpApi api_{{}, &one_.repository};
+  HttpApi api_{{}, {&one_.repository}};
 };
 
 TEST_F(HttpApiTest, StepsOfAStream) {
@@ -126,7 +126,7 @@ TEST_F(HttpApiTest, ManyStreams) {
 
 TEST(HttpApi, EveryDatatype) {
   OneModel one(EveryOp());
-  HttpApi api({}, &one.repository);
+  HttpApi api({}, {&one.repository});
   Json request = {
       {"parameters", {{"sequence_id", "a"}}},
       {"inputs",
@@ -227,7 +227,7 @@ TEST_F(HttpApiTest, RefusesBodies) {
   // Nothing has moved, and everything was counted.
   size_t open = 0;
   const auto model = one_.repository.Find("m");
-  model->ListStreams(10, &open);
+  model->ListStreams(10, false, &open);
   EXPECT_EQ(open, 0U);
   EXPECT_GE(model->statistics().refused[static_cast<int>(Reason::kInvalidArgument)], 30);
 
@@ -336,7 +336,7 @@ TEST(HttpApi, TheTokenOpensWhatIsNotOpen) {
   OneModel one;
   Security security;
   security.token = "secret";
-  HttpApi api(security, &one.repository);
+  HttpApi api(security, {&one.repository});
   for (const char* const path : {"/", "/page.js", "/metrics", "/v2/health/live"}) {
     EXPECT_EQ(Get(&api, path).status, 200) << path;
   }
@@ -354,7 +354,7 @@ TEST(HttpApi, StreamsAreListedCopiedAndClosed) {
   OneModel one;
   Security security;
   security.token = "secret";
-  HttpApi api(security, &one.repository);
+  HttpApi api(security, {&one.repository});
   const auto call = [&](const std::string& method, const std::string& target,
                         const std::string& body = "") {
     HttpRequest request;
@@ -407,7 +407,7 @@ TEST(HttpApi, RefusalsOfTheModelHaveTheirStatus) {
   options.max_streams = 1;
   options.strict_start = true;
   OneModel one(DelayModel(), options);
-  HttpApi api({}, &one.repository);
+  HttpApi api({}, {&one.repository});
   ErrorOf(Post(&api, kInfer, InferOf("a", {1, 2, 3}).dump()), 409, "not_started");
   Json request = InferOf("a", {1, 2, 3});
   request["parameters"]["sequence_start"] = true;

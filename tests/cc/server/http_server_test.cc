@@ -110,7 +110,7 @@ class HttpServerTest : public ::testing::Test {
   ~HttpServerTest() override { SetLogLevel(LogLevel::kInfo); }
 
   HttpServer* Start() {
-    server_ = std::make_unique<HttpServer>(options_, Security(), &one_.repository);
+    server_ = std::make_unique<HttpServer>(options_, Security(), ServerParts{&one_.repository});
     return server_.get();
   }
   int port() const { return server_->port(); }
@@ -250,7 +250,7 @@ TEST_F(HttpServerTest, APortIsForOneServer) {
   Start();
   options_.port = port();
   try {
-    const HttpServer other(options_, Security(), &one_.repository);
+    const HttpServer other(options_, Security(), ServerParts{&one_.repository});
     FAIL() << "two servers have one port";
   } catch (const Error& error) {
     EXPECT_EQ(error.code(), ErrorCode::kIo);
@@ -259,7 +259,7 @@ TEST_F(HttpServerTest, APortIsForOneServer) {
   options_.port = 0;
   Security security;
   security.certificate = security.key = "not PEM";
-  EXPECT_THROW(HttpServer(options_, security, &one_.repository), Error);
+  EXPECT_THROW(HttpServer(options_, security, {&one_.repository}), Error);
 }
 
 TEST_F(HttpServerTest, EventsEndWithTheServer) {

@@ -75,7 +75,7 @@ TEST_F(ServedModelTest, ManyThreadsAnswerLikeStreamsThatAreAlone) {
     std::thread watcher([&] {
       while (!ended) {
         size_t all = 0;
-        model->ListStreams(3, &all);
+        model->ListStreams(3, false, &all);
         model->statistics();
         model->EvictIdle();
         std::this_thread::yield();

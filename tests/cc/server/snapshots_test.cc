@@ -74,7 +74,7 @@ class Server {
   SnapshotCounts counts() { return snapshots_->counts().at("m"); }
   int64_t open() {
     size_t all = 0;
-    model_->ListStreams(0, &all);
+    model_->ListStreams(0, false, &all);
     return static_cast<int64_t>(all);
   }
 
@@ -449,7 +449,7 @@ class DamageTest : public SnapshotsTest {
   int64_t Check(const std::string& directory, bool clean) {
     Server server(model_, In(directory));
     size_t all = 0;
-    for (const StreamFacts& facts : server.model()->ListStreams(1000, &all)) {
+    for (const StreamFacts& facts : server.model()->ListStreams(1000, false, &all)) {
       const auto found = open_.find(facts.name);
       if (found == open_.end()) {
         ADD_FAILURE() << facts.name << " has ended, and is open";
@@ -727,7 +727,7 @@ struct Told {
   for (Told one; before >> name >> one.life >> one.steps >> one.ended;) told[name] = one;
   size_t all = 0;
   std::map<std::string, int64_t> open;
-  for (const StreamFacts& facts : server.model()->ListStreams(1000, &all)) {
+  for (const StreamFacts& facts : server.model()->ListStreams(1000, false, &all)) {
     open[facts.name] = facts.next_step;
   }
   for (auto& [stream, one] : told) {
@@ -792,7 +792,7 @@ TEST_F(SnapshotsTest, KilledAtAnyMoment) {
       Server server(model_, In("check"));
       EXPECT_EQ(server.counts().set_aside, 0);
       size_t all = 0;
-      for (const StreamFacts& facts : server.model()->ListStreams(1000, &all)) {
+      for (const StreamFacts& facts : server.model()->ListStreams(1000, false, &all)) {
         ++restored;
         const Told one = told[facts.name];
         bool fits = false;
