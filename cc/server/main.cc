@@ -1,5 +1,6 @@
 // continual-transformers-server: serves models until SIGTERM or SIGINT.
 
+#include <google/protobuf/stubs/logging.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <unistd.h>
@@ -151,6 +152,8 @@ int Main(int argc, char** argv) {
   try {
     if (!ParseOptions(argc, argv, &options, &status)) return status;
     SetLogLevel(options.log_level);
+    // It would write a line for each message that is none. gRPC refuses them.
+    google::protobuf::SetLogHandler(nullptr);
     const sigset_t signals = EndingSignals();
     pthread_sigmask(SIG_BLOCK, &signals, nullptr);
     if (options.die_with_parent) {

@@ -8,6 +8,7 @@
 //   model_file_fuzz [files] [seed]
 //   model_file_fuzz --corpus FOLDER    writes the initial files, for libFuzzer
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -28,6 +29,7 @@
 #include "cc/session/model_file.h"
 #include "cc/session/state_layout.h"
 #include "tests/cc/model_file_case.h"
+#include "tests/cc/mutator.h"
 
 namespace continual_transformers {
 namespace {
@@ -222,146 +224,48 @@ std::vector<PlanBuilder> Corpus() {
   return corpus;
 }
 
-class Mutator {
+// Makes model files with one to four errors.
+class FileMutator {
  public:
-  Mutator(std::vector<PlanBuilder> corpus, uint32_t seed)
-      : corpus_(std::move(corpus)), random_(seed) {}
+  FileMutator(std::vector<PlanBuilder> corpus, uint32_t seed)
+      : corpus_(std::move(corpus)), mutator_(seed) {}
 
-  // Returns a file with one to four errors: in its bytes, its header or its plan.
+  // In its bytes, its header or its plan.
   std::string Next() {
-    PlanBuilder builder = corpus_[Below(corpus_.size())];
-    const size_t changes = Below(3) == 0 ? 1 + Below(4) : 1;
-    const size_t kind = Below(8);
+    PlanBuilder builder = corpus_[mutator_.Below(corpus_.size())];
+    const size_t changes = mutator_.Below(3) == 0 ? 1 + mutator_.Below(4) : 1;
+    const size_t kind = mutator_.Below(8);
     if (kind < 5) {
-      for (size_t i = 0; i < changes; ++i) Change(&builder.plan);
+      for (size_t i = 0; i < changes; ++i) mutator_.Change(&builder.plan);
       return builder.Bytes();
     }
     if (kind < 7) {
       Json header = builder.Header();
       if (kind == 5) header["__metadata__"].erase("plan");
-      for (size_t i = 0; i < changes; ++i) Change(&header);
+      for (size_t i = 0; i < changes; ++i) mutator_.Change(&header);
       const bool has_metadata = header.is_object() && header["__metadata__"].is_object();
       if (kind == 5 && has_metadata) header["__metadata__"]["plan"] = builder.plan.dump();
-      return SafetensorsFile(Text(header), builder.Data());
+      return SafetensorsFile(TextOf(header), builder.Data());
     }
     std::string bytes = builder.Bytes();
-    for (size_t i = 0; i < changes; ++i) ChangeBytes(&bytes);
+    for (size_t i = 0; i < changes; ++i) {
+      if (mutator_.Below(5) == 0) {  // in the header's length
+        bytes[mutator_.Below(std::min<size_t>(8, bytes.size()))] = mutator_.Byte();
+      } else {
+        mutator_.ChangeBytes(&bytes);
+      }
+      if (bytes.empty()) break;
+    }
     return bytes;
   }
 
  private:
-  size_t Below(size_t n) { return n == 0 ? 0 : random_() % n; }
-
-  static std::string Text(const Json& json) {
+  static std::string TextOf(const Json& json) {
     return json.dump(-1, ' ', false, Json::error_handler_t::replace);
   }
 
-  // Changes one place in a JSON value, at any depth.
-  void Change(Json* root) {
-    std::vector<Json*> places;
-    Collect(root, &places);
-    Json* place = places[Below(places.size())];
-    switch (Below(place->is_structured() ? 5 : 3)) {
-      case 0:
-        *place = Odd();
-        break;
-      case 1:
-        if (place->is_number()) {
-          *place =
-              std::abs(place->get<double>()) < 9e15 ? Json(place->get<int64_t>() + Small()) : Odd();
-        } else {
-          *place = Json(*places[Below(places.size())]);
-        }
-        break;
-      case 2:
-        *place = Json(*places[Below(places.size())]);
-        break;
-      case 3:
-        if (!place->empty()) Erase(place);
-        break;
-      case 4:
-        if (place->is_array()) {
-          place->push_back(Json(*places[Below(places.size())]));
-        } else {
-          (*place)[Name()] = Json(*places[Below(places.size())]);
-        }
-        break;
-    }
-  }
-
-  void Erase(Json* place) {
-    auto child = place->begin();
-    for (size_t skip = Below(place->size()); skip > 0; --skip) ++child;
-    place->erase(child);
-  }
-
-  static void Collect(Json* json, std::vector<Json*>* places) {
-    places->push_back(json);
-    if (!json->is_structured()) return;
-    for (Json& child : *json) Collect(&child, places);
-  }
-
-  int64_t Small() { return static_cast<int64_t>(Below(5)) - 2; }
-
-  Json Odd() {
-    static const std::vector<Json> odd = {nullptr,
-                                          true,
-                                          0,
-                                          -1,
-                                          1,
-                                          2,
-                                          0.5,
-                                          -0.0,
-                                          1e308,
-                                          2147483647,
-                                          2147483648,
-                                          int64_t{1} << 40,
-                                          int64_t{1} << 62,
-                                          std::numeric_limits<int64_t>::max(),
-                                          std::numeric_limits<int64_t>::min(),
-                                          std::numeric_limits<uint64_t>::max(),
-                                          "",
-                                          "bool",
-                                          "int32",
-                                          "float32",
-                                          "prelu",
-                                          Json::array(),
-                                          Json::object(),
-                                          Json::array({2147483647}),
-                                          Json::array({65536, 65536}),
-                                          Json::array({1, 1, 1, 1, 1, 1, 1, 1, 1})};
-    return odd[Below(odd.size())];
-  }
-
-  std::string Name() {
-    static const std::vector<std::string> names = {"dtype", "key",  "shape", "function",
-                                                   "bias",  "axis", "",      "steps"};
-    return names[Below(names.size())];
-  }
-
-  void ChangeBytes(std::string* bytes) {
-    const size_t place = Below(bytes->size());
-    switch (Below(5)) {
-      case 0:
-        bytes->resize(place);
-        break;
-      case 1:
-        if (!bytes->empty()) (*bytes)[place] = static_cast<char>(random_());
-        break;
-      case 2:
-        if (!bytes->empty()) (*bytes)[place] ^= static_cast<char>(1 << Below(8));
-        break;
-      case 3:
-        bytes->insert(place, bytes->substr(Below(bytes->size()), Below(64)));
-        break;
-      case 4:  // in the header's length
-        if (bytes->size() >= 8) (*bytes)[Below(8)] = static_cast<char>(random_());
-        break;
-    }
-  }
-
   const std::vector<PlanBuilder> corpus_;
-  std::mt19937 random_;
+  Mutator mutator_;
 };
 
 int Main(int arguments, char** values) {
@@ -383,7 +287,7 @@ int Main(int arguments, char** values) {
     return 1;
   }
   files_taken = files_stepped = 0;
-  Mutator mutator(corpus, seed);
+  FileMutator mutator(corpus, seed);
   for (int i = 0; i < files; ++i) {
     const std::string bytes = mutator.Next();
     try {

@@ -1,11 +1,5 @@
 #include "cc/server/http_server.h"
 
-#include <arpa/inet.h>
-#include <netinet/in.h>
-#include <sys/socket.h>
-#include <sys/time.h>
-#include <unistd.h>
-
 #include <atomic>
 #include <string>
 #include <thread>
@@ -14,84 +8,10 @@
 #include "cc/server/log.h"
 #include "cc/session/error.h"
 #include "tests/cc/server/http_case.h"
+#include "tests/cc/server/http_client.h"
 
 namespace continual_transformers::server {
 namespace {
-
-// A connection to a port of this machine.
-class Client {
- public:
-  explicit Client(int port) : socket_(::socket(AF_INET, SOCK_STREAM, 0)) {
-    // A test that waits for ever would not say which one it is.
-    const timeval most = {30, 0};
-    setsockopt(socket_, SOL_SOCKET, SO_RCVTIMEO, &most, sizeof(most));
-    sockaddr_in address = {};
-    address.sin_family = AF_INET;
-    address.sin_port = htons(static_cast<uint16_t>(port));
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    connected_ =
-        connect(socket_, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0;
-  }
-  ~Client() { close(socket_); }
-  Client(const Client&) = delete;
-  Client& operator=(const Client&) = delete;
-
-  bool connected() const { return connected_; }
-
-  void Send(const std::string& text) {
-    for (size_t sent = 0; sent < text.size();) {
-      const ssize_t more = send(socket_, text.data() + sent, text.size() - sent, MSG_NOSIGNAL);
-      if (more <= 0) return;  // The server has closed: its answer says why.
-      sent += static_cast<size_t>(more);
-    }
-  }
-
-  void EndSending() { shutdown(socket_, SHUT_WR); }
-
-  // Returns the status of the next response, and its body. 0: the connection has ended.
-  int Receive(std::string* body = nullptr) {
-    size_t end = 0;
-    while ((end = buffer_.find("\r\n\r\n")) == std::string::npos) {
-      if (!More()) return 0;
-    }
-    head_ = buffer_.substr(0, end);
-    buffer_.erase(0, end + 4);
-    const int status = std::stoi(head_.substr(9, 3));
-    if (status == 100) return status;
-    constexpr char kLength[] = "Content-Length: ";
-    const size_t at = head_.find(kLength);
-    if (at == std::string::npos) return status;
-    const size_t length = std::stoul(head_.substr(at + sizeof(kLength) - 1));
-    while (buffer_.size() < length) {
-      if (!More()) return 0;
-    }
-    if (body != nullptr) *body = buffer_.substr(0, length);
-    buffer_.erase(0, length);
-    return status;
-  }
-
-  bool Ended() { return buffer_.empty() && !More(); }
-  const std::string& head() const { return head_; }
-
- private:
-  bool More() {
-    char part[65536];
-    const ssize_t got = recv(socket_, part, sizeof(part), 0);
-    if (got <= 0) return false;
-    buffer_.append(part, static_cast<size_t>(got));
-    return true;
-  }
-
-  const int socket_;
-  bool connected_ = false;
-  std::string buffer_, head_;
-};
-
-std::string Message(const std::string& line, const std::string& body = "",
-                    const std::string& headers = "") {
-  return line + " HTTP/1.1\r\nHost: test\r\nContent-Length: " + std::to_string(body.size()) +
-         "\r\n" + headers + "\r\n" + body;
-}
 
 std::string StepMessage(const std::string& stream, int64_t step, double x) {
   const Json body = {
@@ -122,7 +42,7 @@ class HttpServerTest : public ::testing::Test {
 
 TEST_F(HttpServerTest, PipelinedRequestsAreAnsweredInOrder) {
   Start();
-  Client client(port());
+  HttpClient client(port());
   std::string all;
   for (int i = 0; i < 50; ++i) all += StepMessage("a", i, i);
   client.Send(all);
@@ -137,7 +57,7 @@ TEST_F(HttpServerTest, PipelinedRequestsAreAnsweredInOrder) {
 
 TEST_F(HttpServerTest, ChunksAndExpectations) {
   Start();
-  Client client(port());
+  HttpClient client(port());
   const std::string message = StepMessage("a", 0, 1);
   const std::string body = message.substr(message.find("\r\n\r\n") + 4);
   client.Send("POST /v2/models/m/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n");
@@ -154,7 +74,7 @@ TEST_F(HttpServerTest, ChunksAndExpectations) {
 
 TEST_F(HttpServerTest, HeadHasNoBody) {
   Start();
-  Client client(port());
+  HttpClient client(port());
   client.Send("HEAD /v2 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
   // Its Content-Length is that of GET, and nothing follows.
   EXPECT_EQ(client.Receive(), 0);
@@ -167,7 +87,7 @@ TEST_F(HttpServerTest, RefusesBadMessages) {
   options_.max_body_bytes = 1000;
   Start();
   const auto refused = [this](const std::string& text) {
-    Client client(port());
+    HttpClient client(port());
     client.Send(text);
     client.EndSending();
     std::string body;
@@ -200,7 +120,7 @@ TEST_F(HttpServerTest, RefusesBadMessages) {
             0);
   EXPECT_EQ(refused(""), 0);
   // It goes on.
-  Client client(port());
+  HttpClient client(port());
   client.Send(StepMessage("a", 0, 1));
   EXPECT_EQ(client.Receive(), 200);
 }
@@ -208,20 +128,20 @@ TEST_F(HttpServerTest, RefusesBadMessages) {
 TEST_F(HttpServerTest, ConnectionsAreLimited) {
   options_.max_connections = 2;
   Start();
-  auto first = std::make_unique<Client>(port());
-  Client second(port());
-  for (Client* const client : {first.get(), &second}) {
+  auto first = std::make_unique<HttpClient>(port());
+  HttpClient second(port());
+  for (HttpClient* const client : {first.get(), &second}) {
     client->Send(Message("GET /v2"));
     EXPECT_EQ(client->Receive(), 200);
   }
-  Client third(port());
+  HttpClient third(port());
   EXPECT_EQ(third.Receive(), 503);
   EXPECT_TRUE(third.Ended());
   first.reset();
   // The server may learn of it a moment later.
   int status = 0;
   while (status != 200) {
-    Client again(port());
+    HttpClient again(port());
     again.Send(Message("GET /v2"));
     status = again.Receive();
   }
@@ -229,7 +149,7 @@ TEST_F(HttpServerTest, ConnectionsAreLimited) {
 
 TEST_F(HttpServerTest, TheConnectionStaysOrEndsAsTheClientAsks) {
   Start();
-  Client client(port());
+  HttpClient client(port());
   client.Send("GET /v2 HTTP/1.0\r\nConnection: keep-alive\r\n\r\n");
   EXPECT_EQ(client.Receive(), 200);
   EXPECT_NE(client.head().find("Connection: keep-alive"), std::string::npos);
@@ -241,7 +161,7 @@ TEST_F(HttpServerTest, TheConnectionStaysOrEndsAsTheClientAsks) {
 TEST_F(HttpServerTest, IdleConnectionsEnd) {
   options_.idle_seconds = 1;
   Start();
-  Client client(port());
+  HttpClient client(port());
   client.Send("GET /v2 HTTP/1.1\r\nHo");
   EXPECT_TRUE(client.Ended());
 }
@@ -264,7 +184,7 @@ TEST_F(HttpServerTest, APortIsForOneServer) {
 
 TEST_F(HttpServerTest, EventsEndWithTheServer) {
   Start();
-  Client client(port());
+  HttpClient client(port());
   client.Send(Message("GET /v2/models/m/streams/a/outputs"));
   EXPECT_EQ(client.Receive(), 200);
   EXPECT_NE(client.head().find("text/event-stream"), std::string::npos);
@@ -286,7 +206,7 @@ TEST_F(HttpServerTest, ManyClientsAtOnce) {
   std::vector<std::thread> threads;
   for (int k = 0; k < kClients; ++k) {
     threads.emplace_back([&, k] {
-      Client client(port());
+      HttpClient client(port());
       for (int i = 0; i < kSteps; ++i) {
         const std::string stream = "s" + std::to_string(k);
         client.Send(StepMessage(stream, i, 1000.0 * k + i));
@@ -303,15 +223,15 @@ TEST_F(HttpServerTest, ManyClientsAtOnce) {
   }
   threads.emplace_back([&] {
     while (running > 0) {
-      Client client(port());
+      HttpClient client(port());
       client.Send(StepMessage("gone", 0, 1));  // It goes without its answer.
-      Client watcher(port());
+      HttpClient watcher(port());
       watcher.Send(Message("GET /v2/models/m/streams/s0/outputs"));
       watcher.Receive();
     }
   });
   threads.emplace_back([&] {
-    Client client(port());
+    HttpClient client(port());
     while (running > 0) {
       for (const char* const path : {"/metrics", "/status", "/v2/models/stats"}) {
         client.Send(Message(std::string("GET ") + path));
@@ -335,7 +255,7 @@ TEST_F(HttpServerTest, StopsUnderLoad) {
       clients.emplace_back([&, k] {
         const std::string stream = std::to_string(round) + "_" + std::to_string(k);
         while (true) {
-          Client client(port());
+          HttpClient client(port());
           if (!client.connected()) return;
           for (int i = 0;; ++i) {
             client.Send(StepMessage(stream, i, i));
