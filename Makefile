@@ -18,7 +18,7 @@ FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc cc/*/*/*.h cc/*/*/*.cc cuda/*.cu c
   python/continual_transformers_tf/include/*.h python/continual_transformers_tf/include/*.hpp)
 
 .PHONY: demo serve test test-torch test-slow test-stress lint format bazel-build bazel-cuda \
-  bazel-test sanitize bench bench-session bench-cc cuda-resources gpu wheel clean
+  bazel-test sanitize bench bench-session bench-serving bench-cc cuda-resources gpu wheel clean
 
 demo: .venv/installed
 	$(BIN)/continual-transformers demo --picture build/demo.png
@@ -95,6 +95,10 @@ bench-session: build/bench/programs
 bench-cc: .venv/installed
 	$(RUN_BAZEL) run $(BAZEL_FLAGS) //benchmarks:single_output_benchmark
 	$(RUN_BAZEL) run $(BAZEL_FLAGS) //benchmarks:retroactive_benchmark
+
+# The server, against its floor, a server in Python, and a session in one process.
+bench-serving: .venv/installed
+	$(BIN)/python benchmarks/serving.py
 
 # Builds, checks and times the CUDA kernels, in at most eight minutes. Results are in build/gpu or $OUT.
 # It needs a GPU, nvcc and PyTorch. It does not need .venv, TensorFlow or a network.

@@ -83,8 +83,9 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
       ->check(CLI::Range(0, 10000000));
 
   CLI::Option_group* const state = app.add_option_group("State");
-  state->add_option("--state-dir", options->snapshots.directory,
-                    "Keep snapshots of the streams there, and go on with them");
+  CLI::Option* const state_dir =
+      state->add_option("--state-dir", options->snapshots.directory,
+                        "Keep snapshots of the streams there, and go on with them");
   state->add_option("--snapshot-every", snapshot_every, "Seconds between snapshots")
       ->capture_default_str()
       ->check(CLI::Range(0.01, 1e6));
@@ -130,7 +131,7 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
   CLI::Option* const sharded = several->add_flag(
       "--sharded", options->sharded,
       "Take steps of the shards of streams only that PUT /v2/shards gives to this server");
-  sharded->excludes("--state-dir");
+  sharded->excludes(state_dir);
 
   CLI::Option_group* const process = app.add_option_group("Process");
   process->add_option("--log-level", log_level, "debug, info, warning, error or off")

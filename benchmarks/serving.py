@@ -1,0 +1,339 @@
+"""The server's speed, against its floor, its rivals and a session in this process.
+
+    python benchmarks/serving.py [--quick]
+
+The floor (benchmarks/cc/empty_grpc_server.cc) is a gRPC server of the same library that answers at
+once with an empty tensor. The rival is a `grpc.aio` server in Python on `ct.Session`. Both are
+measured with `perf_analyzer`, if it is on PATH (`pip install tritonclient[perf_analyzer]` in an
+environment of its own), in turn with the server. `make bench-serving` runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import grpc
+import numpy as np
+
+import continual_transformers_tf as ct
+from continual_transformers_tf.bench.session_goals import Goal
+from continual_transformers_tf.serving import messages, program
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import server_packages  # noqa: E402
+
+METHOD = f"{messages.SERVICE}/ModelInfer"
+IN_FLIGHT = 2  # Requests of many rows at once, so that the client works while the server does.
+
+
+class Load(NamedTuple):
+    """What `perf_analyzer` measured: steps a second, and quantiles in microseconds."""
+
+    steps: float
+    p50: float
+    p99: float
+
+
+def main() -> None:
+    """Measure, and print a table of the goals."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a moment, to see that it works")
+    parser.add_argument("--rival", nargs=2, metavar=("MODEL", "PORT"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rival:
+        asyncio.run(serve_rival(Path(arguments.rival[0]), int(arguments.rival[1])))
+        return
+    rounds, seconds = (1, 0.3) if arguments.quick else (5, 2.0)
+    with tempfile.TemporaryDirectory() as folder:
+        goals = [
+            many_rows(Path(folder), rounds, seconds),
+            *single_steps(Path(folder), rounds, seconds),
+        ]
+    print("\n| | goal | measured | |\n| --- | --- | --- | --- |")
+    for goal in goals:
+        print(f"| {' | '.join(goal.cells())} |")
+
+
+def pack(folder: Path, blocks: int, features: int, embedding: int) -> Path:
+    """Write the model file of `blocks` encoder blocks, with a window of 64 steps."""
+    path = folder / f"blocks{blocks}.safetensors"
+    # In another process, so that TensorFlow is not in this one.
+    code = (
+        "import keras, sys, continual_transformers_tf as ct;"
+        "from continual_transformers_tf.bench.model_rivals import tensorflow_models;"
+        "from continual_transformers_tf.bench.sizes import ModelSize;"
+        f"size = ModelSize(1, 64, {features}, {embedding}, 4, {blocks});"
+        "ct.Session(tensorflow_models.streaming_model(size)).save(sys.argv[1])"
+    )
+    subprocess.run([sys.executable, "-c", code, path], check=True)
+    return path
+
+
+def many_rows(folder: Path, rounds: int, seconds: float) -> Goal:
+    """Measure 1,000 streams in requests of 250 rows, through the server and in this process."""
+    streams, rows, features = 1000, 250, 32
+    path = pack(folder, 3, features, 64)
+    session = ct.Session.load(path)
+    name = session.inputs[0].name
+    x = np.random.default_rng(0).normal(size=(rows, features)).astype("float32")
+    ids = [session.open(rows) for _ in range(streams // rows)]
+    bodies = [
+        request_of(path.stem, name, x, range(g * rows, (g + 1) * rows)) for g in range(len(ids))
+    ]
+
+    def in_process(until: float) -> int:
+        steps = 0
+        while time.perf_counter() < until:
+            for group in ids:
+                session.step(x, streams=group)
+            steps += streams
+        return steps
+
+    with program.LocalServer(path, ["--log-level", "info"]) as server:
+        channels = [grpc.insecure_channel(server.url, [("i", i)]) for i in range(IN_FLIGHT)]
+        calls = [channel.unary_unary(METHOD) for channel in channels]
+
+        def over_grpc(until: float) -> int:
+            steps = [0] * IN_FLIGHT
+
+            def client(i: int) -> None:
+                # Each client has streams of its own.
+                while time.perf_counter() < until:
+                    for body in bodies[i::IN_FLIGHT]:
+                        calls[i](body)
+                        steps[i] += rows
+
+            threads = [threading.Thread(target=client, args=(i,)) for i in range(IN_FLIGHT)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            return sum(steps)
+
+        rates: dict[str, list[float]] = {"session": [], "server": []}
+        for round_number in range(rounds + 1):
+            for kind, run in (("session", in_process), ("server", over_grpc)):
+                began = time.perf_counter()
+                steps = run(began + seconds)
+                if round_number > 0:  # The first one fills the windows.
+                    rates[kind].append(steps / (time.perf_counter() - began))
+        for channel in channels:
+            channel.close()
+    ratios = [a / b for a, b in zip(rates["server"], rates["session"], strict=True)]
+    return Goal(
+        "1,000 streams, requests of 250 rows, 3 blocks of E = 64: over `Session.step`",
+        0.7,
+        statistics.median(ratios),
+        True,
+        "×",
+        f"{statistics.median(rates['server']):,.0f} of {statistics.median(rates['session']):,.0f} "
+        "steps/s",
+    )
+
+
+def request_of(model: str, name: str, x: np.ndarray, streams: range) -> bytes:
+    """Return a request for one step of each stream."""
+    request = messages.ModelInferRequest(model_name=model)
+    for tensor, datatype, array in (
+        (name, "FP32", x),
+        ("streams", "INT64", np.asarray(streams, np.int64)),
+    ):
+        request.inputs.add(name=tensor, datatype=datatype, shape=array.shape)
+        request.raw_input_contents.append(array.tobytes())
+    return request.SerializeToString()
+
+
+def single_steps(folder: Path, rounds: int, seconds: float) -> list[Goal]:
+    """Measure one step a request with `perf_analyzer`: the server, its floor, and the rival."""
+    if shutil.which("perf_analyzer") is None:
+        print("perf_analyzer is not on PATH: one step a request is not measured", file=sys.stderr)
+        return []
+    path = pack(folder, 1, 6, 48)
+    session = ct.Session.load(path)
+    name, output = session.inputs[0].name, session.outputs[0].name
+    found: dict[tuple[str, int], list[Load]] = {}
+    with contextlib.ExitStack() as stack:
+        floor = build_floor(folder)
+        ports = {"floor": "127.0.0.1:18101", "aio": "127.0.0.1:18103"}
+        for command in (
+            [floor, "18101", path.stem, name, "6", output],
+            [sys.executable, __file__, "--rival", path, "18103"],
+        ):
+            stack.enter_context(running(list(map(str, command))))
+        ports["server"] = stack.enter_context(program.LocalServer(path)).url
+        wait_for_ports(list(ports.values()))
+        for _ in range(rounds):
+            for concurrency in (1, 8):
+                for kind, url in ports.items():
+                    measured = perf_analyzer(url, path.stem, concurrency, seconds)
+                    found.setdefault((kind, concurrency), []).append(measured)
+
+    def ratio(a: str, b: str, concurrency: int, of: Callable[[Load], float]) -> float:
+        pairs = zip(found[a, concurrency], found[b, concurrency], strict=True)
+        return statistics.median(of(x) / of(y) for x, y in pairs)
+
+    def shown(kind: str, concurrency: int, of: Callable[[Load], float]) -> str:
+        return f"{statistics.median(map(of, found[kind, concurrency])):,.0f}"
+
+    goals = []
+    for concurrency in (1, 8):
+        for rival, least in (("floor", 0.85), ("aio", 2.0)):
+            goals.append(
+                Goal(
+                    f"steps/s, one a request, concurrency {concurrency}: over "
+                    + ("the floor" if rival == "floor" else "a `grpc.aio` server"),
+                    least,
+                    ratio("server", rival, concurrency, lambda load: load.steps),
+                    True,
+                    "×",
+                    f"{shown('server', concurrency, lambda load: load.steps)} and "
+                    f"{shown(rival, concurrency, lambda load: load.steps)}",
+                )
+            )
+    for quantile, most in (("p50", 1.3), ("p99", 1.5)):
+
+        def of(load: Load, quantile: str = quantile) -> float:
+            return float(getattr(load, quantile))
+
+        detail = f"{shown('server', 1, of)} and {shown('floor', 1, of)} µs"
+        goals.append(
+            Goal(
+                f"{quantile}, concurrency 1: over the floor",
+                most,
+                ratio("server", "floor", 1, of),
+                False,
+                "×",
+                detail,
+            )
+        )
+    return goals
+
+
+def build_floor(folder: Path) -> Path:
+    """Build the floor, with the server's options."""
+    packages = server_packages.find()
+    sources = server_packages.messages(folder / "messages")
+    target = folder / "empty_grpc_server"
+    command = [
+        "g++",
+        "-std=c++17",
+        "-O3",
+        f"-I{folder / 'messages'}",
+        f"-I{ROOT}",
+        *packages.compile,
+    ]
+    source = ROOT / "benchmarks" / "cc" / "empty_grpc_server.cc"
+    command += map(str, [source, *sources, "-o", target])
+    subprocess.run([*command, *packages.link], check=True)
+    return target
+
+
+@contextlib.contextmanager
+def running(command: list[str]) -> Iterator[None]:
+    """Run a program for as long as a `with` block."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def wait_for_ports(urls: list[str]) -> None:
+    """Return when all servers accept connections."""
+    for url in urls:
+        with grpc.insecure_channel(url) as channel:
+            grpc.channel_ready_future(channel).result(30)
+
+
+def perf_analyzer(url: str, model: str, concurrency: int, seconds: float) -> Load:
+    """Measure a server."""
+    command = ["perf_analyzer", "-m", model, "-i", "grpc", "-u", url, "--percentile", "99"]
+    command += ["--concurrency-range", str(concurrency), "--sequence-length", "1000"]
+    command += ["--measurement-interval", str(round(1000 * seconds)), "-s", "50", "-r", "3"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    quantiles = {
+        name: float(re.search(rf"{name} latency: (\d+) usec", done.stdout)[1])
+        for name in ("p50", "p99")
+    }
+    steps = re.search(r"throughput: ([\d.]+) infer/sec", done.stdout)
+    return Load(float(steps[1]), quantiles["p50"], quantiles["p99"])
+
+
+async def serve_rival(path: Path, port: int) -> None:
+    """Serve a model from Python: what one writes first."""
+    session = ct.Session.load(path)
+    streams: dict[int, int] = {}
+    server = grpc.aio.server()
+    taken, given = session.inputs[0], session.outputs[0]
+
+    async def infer(request, context):
+        parameters = request.parameters
+        key = parameters["sequence_id"].int64_param
+        if key not in streams or parameters["sequence_start"].bool_param:
+            streams[key] = session.open()
+        x = np.frombuffer(request.raw_input_contents[0], np.float32).reshape(
+            request.inputs[0].shape
+        )
+        y = session.step(x.reshape(1, -1), streams=[streams[key]])
+        response = messages.ModelInferResponse(model_name=request.model_name, id=request.id)
+        response.outputs.add(name=given.name, datatype="FP32", shape=y.shape)
+        response.raw_output_contents.append(y.tobytes())
+        if parameters["sequence_end"].bool_param:
+            session.close(streams.pop(key))
+        return response
+
+    async def metadata(request, context):
+        response = messages.ModelMetadataResponse(name=request.name, versions=["1"])
+        response.inputs.add(name=taken.name, datatype="FP32", shape=[-1, *taken.shape])
+        response.outputs.add(name=given.name, datatype="FP32", shape=[-1, *given.shape])
+        return response
+
+    async def config(request, context):
+        response = messages.ModelConfigResponse()
+        response.config.name = request.name
+        response.config.max_batch_size = 1
+        response.config.sequence_batching.SetInParent()
+        for ports, spec in ((response.config.input, taken), (response.config.output, given)):
+            ports.add(name=spec.name, data_type="TYPE_FP32", dims=spec.shape)
+        return response
+
+    def handler(method, request):
+        return grpc.unary_unary_rpc_method_handler(
+            method,
+            request_deserializer=getattr(messages, request).FromString,
+            response_serializer=lambda message: message.SerializeToString(),
+        )
+
+    handlers = {
+        "ModelInfer": handler(infer, "ModelInferRequest"),
+        "ModelMetadata": handler(metadata, "ModelMetadataRequest"),
+        "ModelConfig": handler(config, "ModelConfigRequest"),
+    }
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers)]
+    )
+    server.add_insecure_port(f"127.0.0.1:{port}")
+    await server.start()
+    await server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    main()
