@@ -26,7 +26,7 @@ def options():
     """The server's options: {name: default}."""
     said = subprocess.run([program.PATH, "--help"], check=True, capture_output=True, text=True)
     found = re.findall(
-        r"^ +(?:-\w,)?(--[\w-]+)(?: [A-Z]+(?::[A-Z]+ in \[.*?\])?(?:=(\S+))?)?",
+        r"^ +(?:-\w,)?(--[\w-]+)(?: [A-Z]+(?::NONNEGATIVE|:[A-Z]+ in \[.*?\])?(?:=(\S+))?)?",
         said.stdout,
         re.MULTILINE,
     )
