@@ -20,6 +20,7 @@ one, or it is what a server kept that was thought dead, and then it is ended.
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple, Protocol, TypeVar
@@ -220,7 +221,7 @@ class Cluster:
             for shard in self.table.shards_of(name):
                 before = view.table.shards[shard]
                 if view.table.epoch == self.table.epoch:
-                    self._sources.pop(shard, None)  # It has begun.
+                    self._sources.pop(shard, None)
                 elif before not in (None, name):
                     self._sources.setdefault(shard, str(before))
 
@@ -235,7 +236,8 @@ class Cluster:
             api, whole = self._apis[name], True
             for model in api.models():
                 streams = api.foreign_streams(model)
-                states = self._spread(lambda s, name=name: self._copy(name, s, gainers), streams)
+                copy = functools.partial(self._copy, name, gainers)
+                states = self._spread(copy, streams)
                 to_end += [(name, s) for s, x in zip(streams, states, strict=True) if x != "waits"]
                 whole = whole and "waits" not in states
                 if streams:
@@ -245,7 +247,7 @@ class Cluster:
                 swept.add(name)
         return swept, to_end
 
-    def _copy(self, name: str, stream: ListedStream, gainers: Collection[str]) -> str:
+    def _copy(self, name: str, gainers: Collection[str], stream: ListedStream) -> str:
         """Copy a stream to its new owner. Return what came of it."""
         shard = shard_of(stream.name)
         owner = self.table.shards[shard]
@@ -277,7 +279,10 @@ class Cluster:
                 silent[name] = 0 if self._apis[name].live() else silent[name] + 1
                 if silent[name] == self._patience:
                     self._apis[name].abandon()
-        return all([future.result() for future in futures])
+        taken = {futures[future] for future in futures if future.result()}
+        for shard in [s for s in self._sources if self.table.shards[s] in taken]:
+            del self._sources[shard]  # The owner has begun with it.
+        return taken == set(names)
 
     def _put_one(self, name: str) -> bool:
         try:
@@ -332,7 +337,5 @@ class Cluster:
         keys = list(keys)
         return dict(zip(keys, self._pool.map(function, keys), strict=True))
 
-    def _spread(
-        self, function: Callable[[Key], Result], items: Iterable[Key]
-    ) -> list[Result]:
+    def _spread(self, function: Callable[[Key], Result], items: Iterable[Key]) -> list[Result]:
         return list(self._pool.map(function, items))
