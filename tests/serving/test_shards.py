@@ -34,7 +34,6 @@ def test_a_table_is_the_same_after_json():
     sent = {**table.to_json(), "self": "a"}
     assert ShardTable.of_json(sent) == table
     assert ShardTable.of_json(json.dumps(sent).encode()) == table
-    assert ShardTable.of_json({"epoch": 0, "servers": {}, "shards": []}) == ShardTable.empty()
 
 
 @pytest.mark.parametrize(
@@ -101,6 +100,16 @@ def test_shards_of_a_lost_server_get_an_owner_at_once():
     nobody = table.next({})
     assert set(nobody.shards) == {None}
     assert nobody.owner("a stream") is None
+
+
+def test_since_says_when_a_shard_changed_its_server():
+    table = ShardTable.empty().next(addresses("a"))
+    assert set(table.since) == {1}
+    after = table.next(addresses("ab"))
+    assert [n for n, s in zip(after.shards, after.since, strict=True) if s == 2] == ["b"] * 128
+    again = after.next(addresses("a"))
+    assert again.shards == table.shards
+    assert sorted(set(again.since)) == [1, 3]
 
 
 def test_owners_and_their_shards():

@@ -20,6 +20,7 @@ one, or it is what a server kept that was thought dead, and then it is ended.
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -180,7 +181,7 @@ class Cluster:
         if any(not self.table.same_but_for_epoch(table) for table in tables):
             # Two controllers made this epoch at the same time.
             epoch = newest + 1
-            self.table = ShardTable(epoch, self.table.servers, self.table.shards)
+            self.table = dataclasses.replace(self.table, epoch=epoch)
             self._unswept |= set(self._members)
             self._log("table_repaired", epoch=epoch)
 
@@ -311,10 +312,13 @@ class Cluster:
         owners = ready - set(leaving)
         if not owners:
             return False
-        # A server that joins gets the table before it gets shards: then it knows whose they are.
+        # A server that joins gets the table before it gets shards. Then it knows whose they are, and
+        # forgets those that it had before.
         joined = servers.keys() - self.table.servers.keys()
         steady = not strangers and known == ready and not joined
-        after = self.table.next(servers, owners, self._slice_shards if steady else 0)
+        after = self.table.next(
+            servers, owners - joined or owners, self._slice_shards if steady else 0
+        )
         if after.same_but_for_epoch(self.table):
             return False
         before, self.table = self.table, after

@@ -32,16 +32,19 @@ class ShardTable:
         epoch: The version. 0 is the table of a server that was given none yet.
         servers: The servers' addresses, by name.
         shards: The name of the server of each shard; None: nobody's.
+        since: The epoch in which each shard got its server. A server that had the shard before, and
+            has it again, learns from it that another one had it meanwhile.
     """
 
     epoch: int
     servers: Mapping[str, ServerAddress]
     shards: tuple[str | None, ...]
+    since: tuple[int, ...]
 
     @classmethod
     def empty(cls) -> Self:
         """Return the table of a server that was given none yet."""
-        return cls(0, {}, (None,) * SHARDS)
+        return cls(0, {}, (None,) * SHARDS, (0,) * SHARDS)
 
     @classmethod
     def of_json(cls, value: bytes | str | Mapping[str, Any]) -> Self:
@@ -56,14 +59,15 @@ class ShardTable:
                 name: ServerAddress(address["grpc"], address["http"])
                 for name, address in given["servers"].items()
             }
-            table = cls(int(given["epoch"]), servers, tuple(given["shards"] or (None,) * SHARDS))
+            shards, since = tuple(given["shards"]), tuple(map(int, given["since"]))
+            table = cls(int(given["epoch"]), servers, shards, since)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"got a table of shards that cannot be read ({error!r}), expected the entries "
-                "epoch, servers and shards"
+                "epoch, servers, shards and since"
             ) from error
-        if len(table.shards) != SHARDS:
-            raise ValueError(f"got a table of {len(table.shards)} shards, expected {SHARDS}")
+        if {len(shards), len(since)} != {SHARDS}:
+            raise ValueError(f"got a table of {len(shards)} shards, expected {SHARDS}")
         unknown = {name for name in table.shards if name is not None} - set(servers)
         if unknown:
             raise ValueError(
@@ -75,7 +79,12 @@ class ShardTable:
     def to_json(self) -> dict[str, Any]:
         """Return the table as servers take it."""
         servers = {name: address._asdict() for name, address in self.servers.items()}
-        return {"epoch": self.epoch, "servers": servers, "shards": list(self.shards)}
+        return {
+            "epoch": self.epoch,
+            "servers": servers,
+            "shards": list(self.shards),
+            "since": list(self.since),
+        }
 
     def owner(self, name: str | bytes) -> str | None:
         """Return the name of the server of a stream; None: nobody's."""
@@ -112,8 +121,13 @@ class ShardTable:
                 elif shards[shard] != target and most > 0:
                     shards[shard] = target
                     most -= 1
+        epoch = self.epoch + 1
+        since = [
+            before if old == new else epoch
+            for before, old, new in zip(self.since, self.shards, shards, strict=True)
+        ]
         return dataclasses.replace(
-            self, epoch=self.epoch + 1, servers=dict(servers), shards=tuple(shards)
+            self, epoch=epoch, servers=dict(servers), shards=tuple(shards), since=tuple(since)
         )
 
     def same_but_for_epoch(self, other: ShardTable) -> bool:
