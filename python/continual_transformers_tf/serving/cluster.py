@@ -112,6 +112,18 @@ class Cluster:
             and (view is None or view.table.epoch == self.table.epoch)
         )
 
+    def open_streams(self) -> dict[str, int]:
+        """Return how many streams each member has that can be reached."""
+
+        def ask(name: str) -> int | None:
+            try:
+                return self._apis[name].open_streams()
+            except (OSError, OperatorError):
+                return None
+
+        counts = self._for_each(sorted(self._views), ask)
+        return {name: count for name, count in counts.items() if count is not None}
+
     def turn(self, members: Mapping[str, Member], leaving: Collection[str] = ()) -> bool:
         """Look at all servers, and bring them nearer to what they should be.
 
@@ -197,10 +209,9 @@ class Cluster:
         self._unswept |= losers
         if not self._put(losers) and not self._journal:
             return False  # Their streams must stand still before they are copied.
-        swept: set[str] = set()
-        moved: list[tuple[str, ListedStream]] = []
+        swept, moved = set(self._unswept), list[tuple[str, ListedStream]]()
         try:
-            if not self._journal:
+            if not self._journal:  # With one, servers end the streams that they lose themselves.
                 self._find_sources(current)
                 swept, moved = self._sweep(behind - losers)
             if not self._put(behind - losers):

@@ -34,19 +34,19 @@ class NodeState(NamedTuple):
     """What a `NodeServer` says.
 
     Attributes:
-        address: Where its server listens; None: it is not ready.
+        name: The server's name in the table of shards.
+        address: Where it listens; None: it is not ready.
         token: The operator's token of the server.
         pid: The server's process; None: none runs.
         starts: How many servers it has started.
-        draining: Whether the operator wants no server here.
         problem: Why there is no server, as its log says; "": there is no problem.
     """
 
+    name: str
     address: ServerAddress | None
     token: str
     pid: int | None
     starts: int
-    draining: bool
     problem: str
 
 
@@ -55,6 +55,7 @@ class NodeServer:
 
     Args:
         folder: Its own folder, for the operator's token, the server's log, and where it listens.
+        name: The server's name in the table of shards.
         host: The address that the server listens on.
         models: Model files, by the models' names.
         options: More options of the program.
@@ -65,43 +66,35 @@ class NodeServer:
     """
 
     def __init__(
-        self, folder: Path, host: str, models: Mapping[str, Path], options: Sequence[str] = ()
+        self,
+        folder: Path,
+        name: str,
+        host: str,
+        models: Mapping[str, Path],
+        options: Sequence[str] = (),
     ) -> None:
         program.check()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._folder, self._host = folder, host
+        self._folder, self._name, self._host = folder, name, host
         self._models, self._options = dict(models), list(options)
         self._lock_file = (folder / "lock").open("w")
         fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._token_file = folder / "operator-token"
         if not self._token_file.exists():
-            _write(self._token_file, secrets.token_urlsafe(32))
+            write_private(self._token_file, secrets.token_urlsafe(32))
         self._token = self._token_file.read_text()
         self._starts, self._problem = 0, ""
         self._pid: int | None = None
         self._address: ServerAddress | None = None
         self._ending = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
-        if not self.state().draining:
-            self._watcher.start()
+        self._watcher.start()
 
     def state(self) -> NodeState:
         """Return what is known now."""
         return NodeState(
-            self._address,
-            self._token,
-            self._pid,
-            self._starts,
-            (self._folder / "draining").exists(),
-            self._problem,
+            self._name, self._address, self._token, self._pid, self._starts, self._problem
         )
-
-    def set_draining(self, draining: bool) -> None:
-        """Remember whether the operator wants no server here. It changes nothing else."""
-        if draining:
-            _write(self._folder / "draining", "")
-        else:
-            (self._folder / "draining").unlink(missing_ok=True)
 
     def leave(self) -> None:
         """Stop watching. The server runs on, and another `NodeServer` may adopt it."""
@@ -159,14 +152,15 @@ class NodeServer:
 
     def _served(self) -> str:
         """Return a hash of what the server serves, and how."""
-        files = {name: _hash(path) for name, path in sorted(self._models.items())}
-        return hashlib.sha256(json.dumps([files, self._host, self._options]).encode()).hexdigest()
+        files = {name: hash_of(path) for name, path in sorted(self._models.items())}
+        served = [self._name, self._host, self._options, files]
+        return hashlib.sha256(json.dumps(served).encode()).hexdigest()
 
     def _start(self) -> int:
         """Start a server, and return its process."""
         self._ready_file.unlink(missing_ok=True)
         (self._folder / "pid").unlink(missing_ok=True)
-        _write(self._folder / "served", self._served())
+        write_private(self._folder / "served", self._served())
         ports: list[str] = []
         with contextlib.suppress(OSError, ValueError):
             # The same ports again, so that clients find it at once.
@@ -227,7 +221,7 @@ class NodeServer:
         if ready["pid"] != pid:
             return None
         ports = {"grpc": ready["grpc_port"], "http": ready["http_port"]}
-        _write(self._folder / "ports.json", json.dumps(ports))
+        write_private(self._folder / "ports.json", json.dumps(ports))
         host = f"[{self._host}]" if ":" in self._host else self._host
         return ServerAddress(f"{host}:{ports['grpc']}", f"{host}:{ports['http']}")
 
@@ -250,15 +244,16 @@ def _handle_of(pid: int) -> Iterator[int | None]:
         os.close(handle)
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file that only this user reads, at once."""
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only this user may read. Readers see the old one or the new one."""
     made = path.with_name(f"{path.name}.{os.getpid()}")
     with os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(text)
     made.replace(path)
 
 
-def _hash(path: Path) -> str:
+def hash_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
