@@ -323,8 +323,8 @@ class Cluster:
         owners = ready - set(leaving)
         if not owners:
             return False
-        # A server that joins gets the table before it gets shards. Then it knows whose they are, and
-        # forgets those that it had before.
+        # A server that joins gets the table before it gets shards. Then it knows whose they are,
+        # and forgets those that it had before.
         joined = servers.keys() - self.table.servers.keys()
         steady = not strangers and known == ready and not joined
         after = self.table.next(

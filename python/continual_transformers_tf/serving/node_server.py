@@ -27,6 +27,7 @@ LOOK_SECONDS = 1.0  # Between two looks at a server that runs, and for its answe
 HANGS_AFTER = 4  # Looks in a row without an answer.
 STOP_SECONDS = 15.0  # After SIGTERM; the program drains for 10 seconds at most.
 SHORT_LIFE, LONGEST_PAUSE = 5.0, 10.0  # Seconds: a server that ends at once is started ever later.
+READY_FILE = "ready.json"  # The server writes there where it listens.
 LOG_BYTES = 16 << 20  # A longer log is renamed when a server is started.
 
 
@@ -48,6 +49,15 @@ class NodeState(NamedTuple):
     pid: int | None
     starts: int
     problem: str
+
+
+def running_server(folder: Path) -> int | None:
+    """Return the process of a folder's server; None: none runs."""
+    try:
+        pid = int((folder / "pid").read_text())
+    except (OSError, ValueError):
+        return None
+    return pid if processes.runs_with(pid, folder / READY_FILE) else None
 
 
 class NodeServer:
@@ -111,7 +121,7 @@ class NodeServer:
         if self._pid is not None:
             processes.end(self._pid, STOP_SECONDS)
         self._pid = self._address = None
-        for file in ("ready.json", "pid", "ports.json"):
+        for file in (READY_FILE, "pid", "ports.json"):
             (self._folder / file).unlink(missing_ok=True)
         self._lock_file.close()
 
@@ -138,11 +148,8 @@ class NodeServer:
 
     def _adopt(self) -> int | None:
         """Return the process of a server of this folder that runs and serves the same."""
-        try:
-            pid = int((self._folder / "pid").read_text())
-        except (OSError, ValueError):
-            return None
-        if not processes.runs_with(pid, self._ready_file):
+        pid = running_server(self._folder)
+        if pid is None:
             return None
         with contextlib.suppress(OSError):
             if (self._folder / "served").read_text() == self._served():
@@ -227,7 +234,7 @@ class NodeServer:
 
     @property
     def _ready_file(self) -> Path:
-        return self._folder / "ready.json"
+        return self._folder / READY_FILE
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from continual_transformers_tf.serving.shards import ServerAddress
 
 PAUSE = 0.3  # Seconds between two looks at nodes and servers.
 ANSWER_SECONDS = 0.3  # How long a look waits for the actors of nodes. Late answers count later.
+COUNT_SECONDS = 2.0  # Between two counts of the open streams.
 STOP_SECONDS = 30.0
 RETRY_SECONDS = 5.0  # Before something that failed on a node is tried again.
 SHRINK_BELOW = 0.75  # Servers are taken away when the rest would be less full than this.
@@ -94,7 +95,9 @@ class _Node:
     token: str = ""
     leaving: bool = False  # There are more servers than needed.
     retry_at: float = 0.0
-    starting: Any = None  # The call of `start`, or of a model file, that was not answered yet.
+    task: Any = None  # The call of `start` or `stop` that was not answered yet.
+    stopping: bool = False  # It is `stop`.
+    problem: str = ""  # The server's newest, which was logged.
 
     @property
     def name(self) -> str | None:
@@ -118,6 +121,7 @@ class RayController:
         self._numbered = 0
         self._names = 0  # The highest number of a server's name.
         self._streams: dict[str, int] = {}
+        self._count_at = 0.0
         self._models: dict[str, Any] = {}  # Model files that were read, by their SHA-256.
         self._proxy: Haproxy | None = None
         self._proxied: object = None  # The table that the proxy has.
@@ -208,10 +212,12 @@ class RayController:
         self._find_nodes()
         self._ask_nodes()
         self._place()
-        self._start_servers()
+        self._finish_tasks()
         members, leaving = self._members()
         more = self._cluster.turn(members, leaving) if members else False
-        self._streams = self._cluster.open_streams()
+        if time.monotonic() >= self._count_at:
+            self._streams = self._cluster.open_streams()
+            self._count_at = time.monotonic() + COUNT_SECONDS
         self._stop_servers(leaving)
         self._follow()
         return more
@@ -226,12 +232,8 @@ class RayController:
             node = self._nodes.setdefault(address, _Node())
             if node.node_id != found["NodeID"]:
                 # A node that is new, or that has come back. Its server may have run on.
-                node.node_id, node.actor, node.pending, node.starting = (
-                    found["NodeID"],
-                    None,
-                    None,
-                    None,
-                )
+                node.node_id, node.retry_at = found["NodeID"], 0.0
+                node.actor = node.pending = node.task = None
                 node.head = HEAD in found["Resources"]
             if not node.alive:
                 self._log("node_found", node=address)
@@ -240,7 +242,7 @@ class RayController:
             node = self._nodes[address]
             if node.alive:
                 self._log("node_lost", node=address)
-            node.alive, node.actor, node.pending, node.starting = False, None, None, None
+            node.alive, node.actor, node.pending, node.task = False, None, None, None
 
     def _ask_nodes(self) -> None:
         """Ask the actors of all nodes for their servers, and make those that are missing."""
@@ -251,21 +253,25 @@ class RayController:
             if node.actor is not None and node.pending is None:
                 node.pending = node.actor.state.remote()
         pending = {node.pending: address for address, node in self._nodes.items() if node.pending}
-        if not pending:
-            return
-        ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=ANSWER_SECONDS)
-        for call in ready:
+        for call in _answered(list(pending)):
             node = self._nodes[pending[call]]
             node.pending = None
             try:
                 node.state = ray.get(call)
+            except ray.exceptions.ActorUnavailableError:
+                continue  # Ray starts it again.
             except ray.exceptions.RayError as error:
                 self._fail(pending[call], "node_failed", error)
                 node.actor = None
                 continue
             server = node.state.server
-            if server and server.address:
+            if server is None:
+                continue
+            if server.address:
                 node.address, node.token = server.address, server.token
+            if server.problem not in ("", node.problem):
+                self._log("server_ended", node=pending[call], said=server.problem)
+            node.problem = server.problem
 
     def _actor_of(self, address: str, node: _Node) -> Any:
         folder = str(self._folder / address.replace(":", "_"))
@@ -298,33 +304,41 @@ class RayController:
             and node.state.server
             and not node.state.draining
             and not node.leaving
+            and not node.stopping
             # A server that is dead while its node is not is started again there.
             and (node.alive or node.name in alive)
         }
 
     def _place(self) -> None:
         """Decide which nodes are to have a server."""
-        # A node that does not say whether it has one may have one.
-        if any(
-            node.alive and node.state is None and not node.retry_at for node in self._nodes.values()
-        ):
-            return
-        serving = self._serving()
-        usable = {
-            a: n for a, n in self._nodes.items() if n.alive and n.state and not n.state.draining
+        now = time.monotonic()
+        states = [node.state for node in self._nodes.values() if node.alive and not node.retry_at]
+        if self._cluster.table.epoch == 0 and None in states:
+            return  # A node may have a server that runs, with a table.
+        idle = {
+            address: node
+            for address, node in self._nodes.items()
+            if node.actor and node.state and not node.state.server
         }
+        # First those that run, and that a controller before has started. They have the table.
+        adopted = {address for address, node in idle.items() if node.state and node.state.runs}
+        serving = self._serving()
+        usable = [n for n in self._nodes.values() if n.alive and n.state and not n.state.draining]
         wanted = self._service.servers_wanted(
             len(usable), len(serving), sum(self._streams.values())
         )
-        spare = [a for a in usable if a not in serving]
-        # Servers that were about to leave, then nodes whose server may still run, the head last.
-        spare.sort(key=lambda a: (not usable[a].leaving, usable[a].name is None, usable[a].head, a))
-        for address in spare[: max(0, wanted - len(serving))]:
-            node = usable[address]
-            if node.leaving:
-                node.leaving = False
-            elif node.starting is None and time.monotonic() >= node.retry_at:
-                self._begin(address, node)
+        begun = adopted
+        if not adopted:
+            for node in usable:
+                if node.leaving and not node.stopping and len(serving) < wanted:
+                    node.leaving = False
+                    serving = self._serving()
+            spare = [a for a, n in idle.items() if n.state and not n.state.draining]
+            spare.sort(key=lambda address: (idle[address].head, address))
+            begun = set(spare[: max(0, wanted - len(serving))])
+        for address in sorted(begun):
+            if idle[address].task is None and now >= idle[address].retry_at:
+                self._begin(address, idle[address])
         for address in sorted(serving, key=self._streams_at)[: max(0, len(serving) - wanted)]:
             serving[address].leaving = True
             self._log("server_leaving", node=address, server=serving[address].name)
@@ -336,15 +350,10 @@ class RayController:
         """Begin to start a server on a node, with its model files first."""
         assert node.state is not None
         name = node.state.name
-        others = {n.name for n in self._nodes.values() if n is not node} | set(
-            self._cluster.table.servers
-        )
-        numbers = [int(n[1:]) for n in others | {name} if n and n[1:].isdigit()]
-        self._names = max([self._names, *numbers])
-        taken = {
-            n.name for n in self._nodes.values() if n is not node and n.state and n.state.server
-        }
-        if name is None or name in taken:
+        others = [n for n in self._nodes.values() if n is not node]
+        known = {name, *(n.name for n in others), *self._cluster.table.servers}
+        self._names = max([self._names, *(int(n[1:]) for n in known if n)])
+        if name is None or name in {n.name for n in others if n.state and n.state.server}:
             self._names += 1
             name = f"n{self._names}"
         hashes = sorted(set(self._service.models.values()))
@@ -359,32 +368,38 @@ class RayController:
             self._fail(address, "model_missing", error)
             return
         self._log("server_starts", node=address, server=name)
-        node.starting = node.actor.start.remote(
-            name, dict(self._service.models), self._service.options
-        )
+        models = dict(self._service.models)
+        node.task = node.actor.start.remote(name, models, self._service.options)
 
     def _model(self, hash_: str) -> Any:
         """Return a reference to a model file; None: nobody has it."""
         if hash_ in self._models:
             return self._models[hash_]
         for node in self._nodes.values():
-            if node.actor is not None and node.state is not None:
-                if hash_ not in ray.get(node.actor.missing.remote([hash_]), timeout=5):
-                    self._models[hash_] = node.actor.get_model.remote(hash_)
-                    return self._models[hash_]
+            if node.actor is None or node.state is None:
+                continue
+            if not ray.get(node.actor.missing.remote([hash_]), timeout=ANSWER_SECONDS * 10):
+                self._models[hash_] = node.actor.get_model.remote(hash_)
+                return self._models[hash_]
         return None
 
-    def _start_servers(self) -> None:
-        """Look what came of the servers that were started."""
+    def _finish_tasks(self) -> None:
+        """Look what came of servers that were started and stopped."""
         for address, node in self._nodes.items():
-            if node.starting is None:
+            if node.task is None or not ray.wait([node.task], timeout=0)[0]:
                 continue
-            if ray.wait([node.starting], timeout=0)[0]:
-                call, node.starting = node.starting, None
-                try:
-                    ray.get(call)
-                except ray.exceptions.RayError as error:
-                    self._fail(address, "server_not_started", error)
+            task, node.task = node.task, None
+            what = "stopped" if node.stopping else "started"
+            try:
+                ray.get(task)
+            except ray.exceptions.RayError as error:
+                self._fail(address, f"server_not_{what}", error)
+            else:
+                self._log(f"server_{what}", node=address, server=node.name)
+                if node.stopping:
+                    node.address, node.leaving = None, False
+                    node.state = node.state and node.state._replace(server=None, runs=False)
+            node.stopping = False
 
     def _members(self) -> tuple[dict[str, Member], set[str]]:
         """Return the servers, and which of them are to have no shards."""
@@ -400,18 +415,18 @@ class RayController:
 
     def _stop_servers(self, leaving: set[str]) -> None:
         """End the servers that have nothing any more, and forget those that are gone."""
+        now = time.monotonic()
         for address, node in list(self._nodes.items()):
-            if node.name in leaving and self._cluster.has_nothing(node.name) and node.actor:
-                try:
-                    ray.get(node.actor.stop.remote(), timeout=STOP_SECONDS)
-                except (ray.exceptions.RayError, TimeoutError) as error:
-                    self._fail(address, "server_not_stopped", error)
-                    continue
-                self._log("server_stopped", node=address, server=node.name)
-                node.address, node.leaving = None, False
-                node.state = node.state and node.state._replace(server=None)
-            elif not node.alive and node.name not in self._cluster.alive():
+            if not node.alive and node.name not in self._cluster.alive():
                 del self._nodes[address]
+            elif (
+                node.name in leaving
+                and self._cluster.has_nothing(node.name)
+                and node.actor
+                and node.task is None
+                and now >= node.retry_at
+            ):
+                node.task, node.stopping = node.actor.stop.remote(), True
 
     def _follow(self) -> None:
         """Let the proxy follow the table."""
@@ -431,13 +446,11 @@ class RayController:
             self._proxy.stop()
         actors = {a: n.actor for a, n in self._nodes.items() if n.actor is not None}
         calls = [actor.stop.remote() for actor in actors.values()]
-        ready, late = (
-            ray.wait(calls, num_returns=len(calls), timeout=STOP_SECONDS) if calls else ([], [])
-        )
+        stopped = _answered(calls, STOP_SECONDS)
         for actor in actors.values():
             ray.kill(actor)
         self._cluster.close()
-        self._log("ended", not_stopped=len(late))
+        self._log("ended", not_stopped=len(calls) - len(stopped))
         self._ended.set()
 
     def _state_of(self, node: _Node, alive: set[str]) -> str:
@@ -454,3 +467,8 @@ class RayController:
         if state.server.address is None:
             return "starting"
         return "serving" if node.name in alive else "dead"
+
+
+def _answered(calls: list[Any], timeout: float = ANSWER_SECONDS) -> list[Any]:
+    """Return which calls of actors have an answer."""
+    return ray.wait(calls, num_returns=len(calls), timeout=timeout)[0] if calls else []

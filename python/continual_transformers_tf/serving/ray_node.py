@@ -16,11 +16,13 @@ class RayNodeState(NamedTuple):
     Attributes:
         name: The name that the node's server had, also before this actor; None: it had none.
         draining: Whether the operator wants no server here.
-        server: The server; None: there is none.
+        runs: Whether the process of a server runs here.
+        server: The server that this actor watches; None: there is none.
     """
 
     name: str | None
     draining: bool
+    runs: bool
     server: NodeState | None
 
 
@@ -42,8 +44,12 @@ class RayNode:
         """Return what is known now."""
         name_file = self._folder / "name"
         name = name_file.read_text() if name_file.exists() else None
-        server = self._server.state() if self._server else None
-        return RayNodeState(name, (self._folder / "draining").exists(), server)
+        return RayNodeState(
+            name,
+            draining=(self._folder / "draining").exists(),
+            runs=node_server.running_server(self._folder) is not None,
+            server=self._server.state() if self._server else None,
+        )
 
     def missing(self, hashes: Sequence[str]) -> list[str]:
         """Return which of these model files are not here. They are named by their SHA-256."""
