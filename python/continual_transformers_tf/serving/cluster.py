@@ -250,7 +250,11 @@ class Cluster:
                 streams = api.foreign_streams(model)
                 copy = functools.partial(self._copy, name, gainers)
                 states = self._spread(copy, streams)
-                to_end += [(name, s) for s, x in zip(streams, states, strict=True) if x != "waits"]
+                to_end += [
+                    (name, stream)
+                    for stream, state in zip(streams, states, strict=True)
+                    if state not in ("own", "waits")
+                ]
                 whole = whole and "waits" not in states
                 if streams:
                     counts = Counter(states)
@@ -264,6 +268,8 @@ class Cluster:
         shard = shard_of(stream.name)
         owner = self.table.shards[shard]
         source = self._sources.get(shard)
+        if owner == name:
+            return "own"  # A copy that is here already. The server has not got the table yet.
         if source not in (None, name):
             return "stale"
         if owner is None or owner not in self._views or (source and owner not in gainers):

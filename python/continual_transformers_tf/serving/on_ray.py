@@ -91,7 +91,7 @@ class RayService:
                 max_restarts=-1,
                 max_concurrency=16,
                 # There the proxy keeps its address. Without the head there is no Ray anyway.
-                scheduling_strategy=NodeAffinitySchedulingStrategy(head, soft=True),
+                scheduling_strategy=NodeAffinitySchedulingStrategy(head, soft=False),
             )
             .remote(service)
         )
