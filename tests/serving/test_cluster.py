@@ -1,72 +1,20 @@
 """`Cluster` with real servers on loopback: they join, are drained, die and hang under load."""
 
-import os
 import re
 import signal
-import time
 
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
 from kserve import infer
 from load_on_cluster import LoadOnCluster
+from loopback_cluster import LoopbackCluster
 from tritonclient.utils import InferenceServerException
 
 import continual_transformers_tf as ct
-from continual_transformers_tf.serving.cluster import Cluster, Member
-from continual_transformers_tf.serving.operator_api import OperatorApi
-from continual_transformers_tf.serving.shards import ServerAddress
+from continual_transformers_tf.serving.cluster import Cluster
 
 FEATURES = 6
-
-
-class Servers:
-    """Servers on loopback, and the cluster that commands them."""
-
-    def __init__(self, start, journal):
-        self._start, self._journal = start, journal
-        self.running, self.members, self.leaving = {}, {}, set()
-        self.events, self.clusters = [], []
-        self.new_controller()
-
-    def new_controller(self):
-        """Take another controller, which knows nothing."""
-        self.cluster = Cluster(journal=self._journal is not None, log=self._log, patience=2)
-        self.clusters.append(self.cluster)
-
-    def _log(self, event, **facts):
-        self.events.append({"event": event, **facts})
-
-    def start(self, name):
-        """Start a server. With a name that is known it is the same one, started again."""
-        arguments = ("--journal", self._journal) if self._journal else ()
-        server = self._start(*arguments)
-        self.running[name] = server
-        address = ServerAddress(server.grpc_url, f"127.0.0.1:{server.http_port}")
-        self.members[name] = Member(address, "an operator's secret")
-
-    def urls(self):
-        return [member.address.grpc for member in self.members.values()]
-
-    def api(self, name):
-        return OperatorApi(self.members[name].address.http, self.members[name].token, 10)
-
-    def turn(self):
-        return self.cluster.turn(self.members, self.leaving)
-
-    def settle(self, until=lambda: True, seconds=60):
-        """Take turns until there is nothing to do, and until something holds."""
-        end = time.monotonic() + seconds
-        while self.turn() or not until():
-            assert time.monotonic() < end, self.events[-20:]
-
-    def shares(self):
-        """Return how many shards each server has."""
-        table = self.cluster.table
-        return {name: len(table.shards_of(name)) for name in table.servers}
-
-    def send(self, name, number):
-        os.kill(self.running[name].process.pid, number)
 
 
 @pytest.fixture(params=[False, True], ids=["no journal", "journal"])
@@ -76,16 +24,13 @@ def with_journal(request):
 
 @pytest.fixture
 def servers(start_sharded, with_journal, request):
-    made = Servers(start_sharded, request.getfixturevalue("redis") if with_journal else None)
+    journal = request.getfixturevalue("redis") if with_journal else None
+    made = LoopbackCluster(start_sharded, journal)
     for name in ("n1", "n2"):
         made.start(name)
     made.settle()
     yield made
-    for cluster in made.clusters:
-        cluster.close()
-    for server in made.running.values():
-        if server.process.poll() is None:
-            server.process.send_signal(signal.SIGCONT)
+    made.close()
 
 
 @pytest.fixture
@@ -184,6 +129,7 @@ def step_without_a_table(url, name, step, x, **parameters):
         )
 
 
+@pytest.mark.slow
 def test_a_server_that_hung_serves_nothing_stale(servers, with_journal, model_file, samples):
     # Without a journal, only streams whose inputs the client has kept go on.
     load = LoadOnCluster(servers.urls(), model_file, together=24 if with_journal else 0)

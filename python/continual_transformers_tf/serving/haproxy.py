@@ -47,8 +47,8 @@ defaults
 
 frontend clients
     bind {host}:{port} proto h2
-    acl names_stream req.hdr(stream-id) -m found
-    http-request set-header shard %[req.hdr(stream-id),crc32,mod({shards})] if names_stream
+    acl names_stream req.fhdr(stream-id) -m found
+    http-request set-header shard %[req.fhdr(stream-id),crc32,mod({shards})] if names_stream
     default_backend servers
 
 backend servers
@@ -87,7 +87,7 @@ class Haproxy:
         self._slots: dict[str, str] = {}  # Servers' slots, by name.
         self._addresses: dict[str, ServerAddress] = {}
         self._shards: list[str] = [NOBODY] * SHARDS
-        program = shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+        program = self.program()
         if program is None:
             raise FileNotFoundError("there is no haproxy on PATH: `apt install haproxy`")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -111,12 +111,20 @@ class Haproxy:
             [program, "-D", "-f", configuration], capture_output=True, text=True, check=False
         )
         if done.returncode != 0:
-            raise OSError(f"HAProxy did not start: {done.stderr.strip() or done.stdout.strip()}")
+            said = done.stderr.strip().splitlines() or ["no reason"]
+            reason = next((line for line in said if "[ALERT]" in line), said[-1])
+            raise OSError(f"HAProxy did not start: {reason}")
         end = time.monotonic() + START_SECONDS
         while not self._runs():
             if time.monotonic() > end:
                 raise OSError(f"HAProxy did not start within {START_SECONDS:g} seconds")
             time.sleep(0.02)
+
+    @staticmethod
+    def program() -> str | None:
+        """Return the path of the program; None: it is not installed."""
+        # Debian has it where only the superuser's PATH looks.
+        return shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
     def set_table(self, table: ShardTable) -> None:
         """Send the calls of each shard to its server.
