@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import shutil
@@ -165,16 +166,16 @@ def proxy(server):
     made.stop()
 
 
-@pytest.fixture
-def redis(tmp_path):
-    """Return the address of a Redis without persistence, on a free port."""
+@contextlib.contextmanager
+def running_redis(folder):
+    """Run a Redis without persistence, on a free port. Its address."""
     program = shutil.which("redis-server")
     if program is None:
         pytest.skip("there is no redis-server on PATH")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ("--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path))
+    options = ("--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder))
     process = subprocess.Popen([program, *options], stdout=subprocess.DEVNULL)
     try:
         while True:
@@ -188,6 +189,13 @@ def redis(tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture
+def redis(tmp_path):
+    """Return the address of a Redis without persistence."""
+    with running_redis(tmp_path) as address:
+        yield address
 
 
 @pytest.fixture

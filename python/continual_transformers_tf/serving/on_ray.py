@@ -6,6 +6,7 @@ servers.
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from continual_transformers_tf.serving import node_server
 from continual_transformers_tf.serving.ray_controller import HEAD, RayController, Service
 
 NAMESPACE = "continual-transformers"
+CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 60.0  # The first call waits until Ray has started the controller.
 READY_SECONDS = 120.0
 LOOK_SECONDS = 0.3
@@ -29,9 +31,12 @@ def connect(address: str) -> None:
     Raises:
         ConnectionError: If there is none.
     """
+    host, colon, port = address.rpartition(":")
     try:
+        if colon:  # Ray itself tries for minutes.
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="warning")
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ConnectionError(
             f"there is no Ray cluster at {address} that has a node on this machine: start one "
             f"with `ray start`. Ray says: {error}"

@@ -119,8 +119,8 @@ def serve_on_ray(
     from continual_transformers_tf.serving import on_ray
 
     try:
-        on_ray.connect(address)
         if not models:
+            on_ray.connect(address)
             act(on_ray.RayService(name), drain, resume, end)
             return
         service = on_ray.service_of(
@@ -133,6 +133,7 @@ def serve_on_ray(
             streams_per_server=streams_per_server,
             proxy_port=proxy_port,
         )
+        on_ray.connect(address)
         running = on_ray.RayService.deploy(service, models)
         if not running.wait_until_ready():
             print_events(running.events(follow=False))
