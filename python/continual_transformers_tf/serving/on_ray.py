@@ -106,14 +106,23 @@ class RayService:
         return cls(service.name)
 
     def wait_until_ready(self, seconds: float = READY_SECONDS) -> bool:
-        """Wait until all shards have a server and no server is starting. Return whether."""
+        """Wait until all shards have a server and no server is starting.
+
+        Args:
+            seconds: How long to wait at most.
+
+        Returns:
+            Whether it is so. False at once when no server can start.
+        """
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             nodes = self.status()["nodes"]
-            if sum(node["shards"] for node in nodes) > 0 and not any(
-                node["state"] in ("starting", "unknown") for node in nodes
-            ):
+            servers = [node for node in nodes if node["server"]]
+            starting = any(node["state"] in ("starting", "unknown") for node in nodes)
+            if sum(node["shards"] for node in nodes) > 0 and not starting:
                 return True
+            if servers and all(node["problem"] for node in servers):
+                return False
             time.sleep(LOOK_SECONDS)
         return False
 
@@ -169,16 +178,23 @@ class RayService:
         ray.kill(self._controller)
 
     def _ask(self, method: str, *arguments: object) -> Any:
-        call = getattr(self._controller, method).remote(*arguments)
-        try:
-            return ray.get(call, timeout=ANSWER_SECONDS)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from error
-        except (ray.exceptions.RayError, TimeoutError) as error:
-            raise ConnectionError(
-                "the service's controller does not answer. The servers go on without it, and a new "
-                f"one finds them: serve the same models again. Ray says: {error}"
-            ) from error
+        end = time.monotonic() + ANSWER_SECONDS
+        while True:
+            call = getattr(self._controller, method).remote(*arguments)
+            try:
+                return ray.get(call, timeout=max(end - time.monotonic(), 0.001))
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from error
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                # Ray starts it again. Every call may be repeated.
+                restarts = isinstance(error, ray.exceptions.ActorUnavailableError)
+                if not restarts or time.monotonic() > end:
+                    raise ConnectionError(
+                        "the service's controller does not answer. The servers go on without it, "
+                        "and a new one finds them: serve the same models again. Ray says: "
+                        f"{error}"
+                    ) from error
+            time.sleep(LOOK_SECONDS)
 
 
 def service_of(
