@@ -274,11 +274,13 @@ setup(
         "demo": ["matplotlib", "rich", "seglearn"],
         # For examples/real_data.
         "examples": ["aeon", "matplotlib", "rich", "seglearn"],
+        # For `continual-transformers serve --ray`. Each node needs it, and the package.
+        "ray": ["grpcio>=1.51", "protobuf>=5", "ray>=2.9"],
         # The sources of weights for ct.from_torch.
         "torch": [*TORCH, "safetensors"],
         "test": [
             *("clang-format==23.1.5", "clang-tidy==23.1.4", "mypy==2.4.1", "ruff==0.17.6"),
-            *("hypothesis", "pytest", "pytest-xdist", "tritonclient[grpc,http]"),
+            *("hypothesis", "pytest", "pytest-xdist", "ray", "tritonclient[grpc,http]"),
             # Headers for Bazel's build. For pip's build they are in pyproject.toml.
             *("nlohmann-json", "pybind11"),
         ],

@@ -261,7 +261,15 @@ def demo(picture: Path, as_json: bool, recordings: int | None, save_model: Path 
 )
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def serve(arguments: tuple[str, ...]) -> None:
-    """Serve model files over KServe V2: gRPC, HTTP, metrics and a page."""
+    """Serve model files over KServe V2: gRPC, HTTP, metrics and a page.
+
+    With --ray ADDRESS, serve them on the nodes of a Ray cluster.
+    """
+    if any(argument.split("=")[0] == "--ray" for argument in arguments):
+        from continual_transformers_tf.serving.ray_command import serve_on_ray
+
+        serve_on_ray.main(list(arguments), standalone_mode=False)
+        return
     from continual_transformers_tf.serving import program
 
     try:

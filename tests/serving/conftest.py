@@ -1,7 +1,11 @@
+import contextlib
 import json
 import os
+import shutil
+import socket
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import keras
@@ -160,3 +164,48 @@ def proxy(server):
     made = Proxy(server.grpc_url)
     yield made
     made.stop()
+
+
+@contextlib.contextmanager
+def running_redis(folder):
+    """Run a Redis without persistence, on a free port. Its address."""
+    program = shutil.which("redis-server")
+    if program is None:
+        pytest.skip("there is no redis-server on PATH")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ("--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder))
+    process = subprocess.Popen([program, *options], stdout=subprocess.DEVNULL)
+    try:
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            except ConnectionRefusedError:
+                assert process.poll() is None
+                time.sleep(0.01)
+        yield f"redis://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def redis(tmp_path):
+    """Return the address of a Redis without persistence."""
+    with running_redis(tmp_path) as address:
+        yield address
+
+
+@pytest.fixture
+def start_sharded(start_server, model_file, tmp_path):
+    """Return a function that starts a server which is to be one of several."""
+    token = tmp_path / "operator-token"
+    token.write_text("an operator's secret")
+
+    def start(*arguments):
+        options = ("--sharded", "--operator-token-file", token)
+        return start_server(model_file, *options, *arguments)
+
+    return start

@@ -1,10 +1,5 @@
 """The program with --journal: a server that is killed, and another that goes on from Redis."""
 
-import shutil
-import socket
-import subprocess
-import time
-
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
@@ -12,31 +7,6 @@ from kserve import infer
 from tritonclient.utils import InferenceServerException
 
 FEATURES = 6
-
-
-@pytest.fixture
-def redis(tmp_path):
-    """Return the address of a Redis without persistence, on a free port."""
-    program = shutil.which("redis-server")
-    if program is None:
-        pytest.skip("there is no redis-server on PATH")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ("--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path))
-    process = subprocess.Popen([program, *options], stdout=subprocess.DEVNULL)
-    try:
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port)).close()
-                break
-            except ConnectionRefusedError:
-                assert process.poll() is None
-                time.sleep(0.01)
-        yield f"redis://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_another_server_goes_on_where_the_last_answer_was(

@@ -1,14 +1,14 @@
-"""`Client`: streams on a server, over gRPC, from NumPy arrays to NumPy arrays."""
+"""`Client`: streams on servers, over gRPC, from NumPy arrays to NumPy arrays."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
-import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from continual_transformers_tf.serving import messages
+from continual_transformers_tf.serving.channels import Channels
 
 Array = npt.NDArray[Any]
 Arrays = npt.ArrayLike | Sequence[npt.ArrayLike] | Mapping[str, npt.ArrayLike]
@@ -35,18 +36,6 @@ DTYPES = {
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # Seconds between two attempts.
 REPLAYED_BYTES = 1 << 20  # The most of one request when steps are sent again.
 
-CHANNEL_OPTIONS = [
-    # Answers may be long.
-    ("grpc.max_receive_message_length", -1),
-    # So may the sentence of a refusal that names many streams.
-    ("grpc.max_metadata_size", 256 << 10),
-    ("grpc.absolute_max_metadata_size", 256 << 10),
-    # A server that was restarted is found soon, not after up to two minutes.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-]
-
 
 class ServingError(RuntimeError):
     """A request that the server refused, or that it did not answer.
@@ -56,7 +45,7 @@ class ServingError(RuntimeError):
             "too_many_streams" or "invalid_argument". If the server said nothing: gRPC's status,
             such as "unavailable" (no connection) or "deadline_exceeded" (no answer in time).
         expected: The streams that stood in the way, and the number of the step that each expects.
-            No stream of the request has moved then.
+            No stream of the request has moved then, or of that server's part of it.
     """
 
     def __init__(self, message: str, reason: str, expected: Mapping[str, int]) -> None:
@@ -72,6 +61,14 @@ class ServingError(RuntimeError):
         expected = json.loads(metadata.get("expected-steps-bin", b"{}"))
         return cls(f"{error.details()} ({reason})", reason, expected)
 
+    @classmethod
+    def of_parts(cls, errors: Sequence[grpc.RpcError]) -> Self:
+        """Return what the statuses of parts of a request say. The first one gives the reason."""
+        parts = [cls.of(error) for error in errors]
+        for part in parts[1:]:
+            parts[0].expected.update(part.expected)
+        return parts[0]
+
 
 class _Tensor(NamedTuple):
     name: str
@@ -79,8 +76,49 @@ class _Tensor(NamedTuple):
     shape: tuple[int, ...]  # Of one step of one stream.
 
 
+@dataclasses.dataclass
+class _Steps:
+    """Steps of streams, which may be sent in parts.
+
+    Attributes:
+        numbers: That of each stream's first step; None: they have none.
+        parameters: Those that are true.
+        alone: Whether it is the request about one stream.
+    """
+
+    model: str
+    inputs: Sequence[_Tensor]
+    arrays: Sequence[Array]
+    names: Sequence[bytes]
+    numbers: Array | None
+    parameters: Sequence[str]
+    alone: bool = False
+
+    def request(self, rows: Sequence[int]) -> Any:
+        """Return the message about some of the streams."""
+        request = messages.ModelInferRequest(model_name=self.model)
+        whole = len(rows) == len(self.names)
+        for array, tensor in zip(self.arrays, self.inputs, strict=True):
+            part = array if whole else array[rows]
+            _add(request, tensor.name, tensor.datatype, part.shape, part.tobytes())
+        if self.alone:
+            request.parameters["sequence_id"].string_param = self.names[0].decode()
+            if self.numbers is not None:
+                request.parameters["step"].int64_param = int(self.numbers[0])
+        else:
+            names = [self.names[row] for row in rows]
+            packed = b"".join(len(name).to_bytes(4, "little") + name for name in names)
+            _add(request, "streams", "BYTES", (len(names),), packed)
+            if self.numbers is not None:
+                numbers = self.numbers if whole else self.numbers[rows]
+                _add(request, "step", "INT64", numbers.shape, numbers.tobytes())
+        for parameter in self.parameters:
+            request.parameters[parameter].bool_param = True
+        return request
+
+
 class Client:
-    """A connection to a server, and one model there.
+    """A connection to a server, or to all servers of a cluster, and one model there.
 
     >>> with ct.serving.Client("127.0.0.1:8001") as client:
     ...     with client.open("a stream's name") as stream:
@@ -90,8 +128,11 @@ class Client:
     no answer comes in time, or if the server's queue is full. This is safe: the server answers the
     same step again, and moves nothing.
 
+    A server of a cluster refuses streams that another one has, and sends the table of who has which
+    (docs/many_machines.md). The client then sends each step to the right one.
+
     Args:
-        url: "host:port" of the server's gRPC port.
+        url: "host:port" of the server's gRPC port, or a list of them: any servers of a cluster.
         model: The model's name; None: the only one that the server has.
         token: The server's bearer token (`--token-file`).
         ca: A PEM file with the certificates of the authorities that sign the server's certificate.
@@ -104,7 +145,7 @@ class Client:
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         model: str | None = None,
         *,
         token: str | None = None,
@@ -120,18 +161,18 @@ class Client:
             )
         if certificate is not None and ca is None:
             raise ValueError("certificate= and key= need ca= too, which turns TLS on")
-        if ca is None:
-            self._channel = grpc.insecure_channel(url, CHANNEL_OPTIONS)
-        else:
+        urls = [url] if isinstance(url, str) else list(url)
+        if not urls:
+            raise ValueError('got no url, expected "host:port" of a server')
+        credentials = None
+        if ca is not None:
             files = [path and Path(path).read_bytes() for path in (ca, key, certificate)]
             credentials = grpc.ssl_channel_credentials(*files)
-            self._channel = grpc.secure_channel(url, credentials, CHANNEL_OPTIONS)
-        self._url, self._model = url, model
-        self._metadata = [("authorization", f"Bearer {token}")] if token else []
+        metadata = [("authorization", f"Bearer {token}")] if token else []
+        self._channels = Channels(urls, credentials, metadata)
+        self._url, self._model = ", ".join(urls), model
         self.timeout, self.attempt_timeout = timeout, attempt_timeout
-        self._calls: dict[str, Any] = {}
         self._inputs: tuple[_Tensor, ...] | None = None
-        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -140,8 +181,8 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connection. Streams stay open on the server."""
-        self._channel.close()
+        """Close the connections. Streams stay open on the servers."""
+        self._channels.close()
 
     @property
     def model(self) -> str:
@@ -151,7 +192,7 @@ class Client:
             ValueError: If no name was given and the server has not exactly one model.
         """
         if self._model is None:
-            models = self._call("RepositoryIndex", messages.RepositoryIndexRequest(), True).models
+            models = self._call("RepositoryIndex", messages.RepositoryIndexRequest()).models
             if len(models) != 1:
                 names = ", ".join(sorted(model.name for model in models)) or "none"
                 raise ValueError(f"the server at {self._url} has the models {names}: name one")
@@ -180,6 +221,10 @@ class Client:
         end: bool = False,
     ) -> Outputs:
         """Take one step of each of many streams: all, or none if one of them is refused.
+
+        With a cluster, each server gets the part of its streams, and takes it all or not at all. If
+        one part is refused, the others may have been taken. Number the steps: then the same request
+        may be sent again, and what was taken is answered again and moves nothing.
 
         Args:
             x: An array `(M, ...)`. For a model of several inputs a list of arrays in the model's
@@ -224,32 +269,35 @@ class Client:
         start: bool,
         end: bool,
     ) -> Outputs:
-        request = self._request(self._arrays(x, [axes]))
+        arrays = self._arrays(x, [axes])
         names = [str(name).encode() for name in np.asarray(streams, object).ravel()]
-        packed = b"".join(len(name).to_bytes(4, "little") + name for name in names)
-        _add(request, "streams", "BYTES", (len(names),), packed)
-        if steps is not None:
-            numbers = np.asarray(steps, np.int64)
-            _add(request, "step", "INT64", numbers.shape, numbers.tobytes())
-        for flag, value in (("start", start), ("end", end)):
-            if value:
-                request.parameters[flag].bool_param = True
-        return self._outputs(self._call("ModelInfer", request, steps is not None))
+        numbers = None if steps is None else np.asarray(steps, np.int64)
+        rows = {len(array) for array in arrays} | ({numbers.size} if numbers is not None else set())
+        if rows != {len(names)}:
+            raise ValueError(
+                f"got {len(names)} streams, and inputs or step numbers of "
+                f"{' and '.join(map(str, sorted(rows)))}, expected as many of each"
+            )
+        parameters = [flag for flag, value in (("start", start), ("end", end)) if value]
+        return self._take(
+            _Steps(self.model, self._model_inputs(), arrays, names, numbers, parameters)
+        )
 
     def _step_stream(self, arrays: Sequence[Array], name: str, step: int, end: bool) -> Outputs:
         """Take the steps of one stream; the first has the number `step`."""
-        request = self._request(arrays)
-        request.parameters["sequence_id"].string_param = name
-        request.parameters["step"].int64_param = step
-        for flag, value in (("sequence_start", step == 0), ("sequence_end", end)):
-            if value:
-                request.parameters[flag].bool_param = True
-        return self._outputs(self._call("ModelInfer", request, True))
+        flags = (("sequence_start", step == 0), ("sequence_end", end))
+        parameters = [flag for flag, value in flags if value]
+        number = np.array([step])
+        return self._take(
+            _Steps(
+                self.model, self._model_inputs(), arrays, [name.encode()], number, parameters, True
+            )
+        )
 
     def _model_inputs(self) -> tuple[_Tensor, ...]:
         if self._inputs is None:
             request = messages.ModelMetadataRequest(name=self.model)
-            tensors = self._call("ModelMetadata", request, True).inputs
+            tensors = self._call("ModelMetadata", request).inputs
             self._inputs = tuple(_Tensor(t.name, t.datatype, tuple(t.shape[1:])) for t in tensors)
         return self._inputs
 
@@ -276,54 +324,108 @@ class Client:
                 )
         return arrays
 
-    def _request(self, arrays: Sequence[Array]) -> Any:
-        request = messages.ModelInferRequest(model_name=self.model)
-        for array, tensor in zip(arrays, self._model_inputs(), strict=True):
-            _add(request, tensor.name, tensor.datatype, array.shape, array.tobytes())
-        return request
-
-    def _outputs(self, response: Any) -> Outputs:
-        outputs = {
-            output.name: np.frombuffer(bytearray(raw), _dtype(output.datatype)).reshape(
-                output.shape
-            )
-            for output, raw in zip(response.outputs, response.raw_output_contents, strict=True)
-        }
-        return outputs if len(outputs) != 1 else next(iter(outputs.values()))
-
-    def _call(self, method: str, request: Any, repeatable: bool) -> Any:
-        """Call a method of the service, as often as it takes.
-
-        Args:
-            repeatable: Whether the request may be sent again when it is not known whether the
-                server has acted on it.
-        """
-        with self._lock:
-            if method not in self._calls:
-                self._calls[method] = self._channel.unary_unary(
-                    f"{messages.SERVICE}/{method}",
-                    type(request).SerializeToString,
-                    getattr(
-                        messages, type(request).__name__.replace("Request", "Response")
-                    ).FromString,
-                )
-        end = time.monotonic() + self.timeout
-        pause = FIRST_PAUSE
+    def _take(self, steps: _Steps) -> Outputs:
+        """Send steps to the servers of their streams, as often as it takes."""
+        patience = _Patience(self.timeout)
+        answers: list[tuple[list[int], Any]] = []
+        waiting = list(range(len(steps.names)))
         while True:
-            remaining = max(end - time.monotonic(), 0.001)
+            failed = []
+            for url, rows, result in self._attempt(steps, waiting, patience):
+                if isinstance(result, grpc.RpcError):
+                    failed.append((url, rows, result))
+                else:
+                    answers.append((rows, result))
+            if not failed:
+                return _gathered(answers, len(steps.names))
+            for_good = [e for _, _, e in failed if not _may_repeat(e, steps.numbers is not None)]
+            if for_good:
+                raise ServingError.of_parts(for_good) from for_good[0]
+            learned = [self._learn(url, error) for url, _, error in failed]
+            if not patience.wait(at_once=any(learned)):
+                raise ServingError.of_parts([e for _, _, e in failed]) from failed[0][2]
+            waiting = sorted(row for _, rows, _ in failed for row in rows)
+
+    def _attempt(
+        self, steps: _Steps, rows: list[int], patience: _Patience
+    ) -> list[tuple[str, list[int], Any]]:
+        """Send some streams' steps once. Return (address, rows, answer or error) of each part."""
+        parts: dict[str, list[int]] = {}
+        table = self._channels.table
+        if table is None or not rows:
+            parts[self._channels.any_url()] = rows
+        else:
+            for row in rows:
+                parts.setdefault(self._channels.url_of(steps.names[row]), []).append(row)
+        seconds = patience.seconds(self.attempt_timeout)
+        requests = [steps.request(part) for part in parts.values()]
+        if table is not None:
+            for request in requests:
+                request.parameters["shard_epoch"].int64_param = table.epoch
+        results: list[Any] = []
+        if len(parts) == 1:  # Without threads of gRPC.
+            (url,) = parts
+            results.append(
+                _result(lambda: self._channels.call(url, "ModelInfer", requests[0], seconds))
+            )
+        else:
+            futures = [
+                self._channels.begin(url, "ModelInfer", request, seconds)
+                for url, request in zip(parts, requests, strict=True)
+            ]
+            results += [_result(future.result) for future in futures]
+        return [(*part, result) for part, result in zip(parts.items(), results, strict=True)]
+
+    def _learn(self, url: str, error: grpc.RpcError) -> bool:
+        """Look for a newer table after a failure. Return whether there is one."""
+        if self._channels.learn(error):
+            return True
+        if _reason(error) in ("wrong_server", "queue_full"):
+            return False  # It is the right server, and will know so soon.
+        if self._channels.table is None:
+            self._channels.go_round(url)
+        return self._channels.ask(silent=url)
+
+    def _call(self, method: str, request: Any) -> Any:
+        """Call a method that every server answers, and that moves nothing."""
+        patience = _Patience(self.timeout)
+        while True:
+            url = self._channels.any_url()
             try:
-                return self._calls[method](
-                    request,
-                    timeout=min(self.attempt_timeout, remaining),
-                    metadata=self._metadata,
+                return self._channels.call(
+                    url, method, request, patience.seconds(self.attempt_timeout)
                 )
             except grpc.RpcError as error:
-                again = _may_repeat(error, repeatable)
-                if not again or time.monotonic() + pause >= end:
+                self._channels.go_round(url)
+                if not _may_repeat(error, True) or not patience.wait():
                     raise ServingError.of(error) from error
-            # At different times, so that not all clients of a server come back at once.
-            time.sleep(pause * random.uniform(0.5, 1))
-            pause = min(2 * pause, LONGEST_PAUSE)
+
+
+class _Patience:
+    """How long to try, and the pauses between attempts.
+
+    Args:
+        timeout: In seconds, from now on.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self._end = time.monotonic() + timeout
+        self._pause = FIRST_PAUSE
+
+    def seconds(self, most: float) -> float:
+        """Return how long the next attempt may take."""
+        return min(most, max(self._end - time.monotonic(), 0.001))
+
+    def wait(self, at_once: bool = False) -> bool:
+        """Wait before the next attempt. Return False if there is no time for it."""
+        pause = 0.0 if at_once else self._pause
+        if time.monotonic() + pause >= self._end:
+            return False
+        # At different times, so that not all clients of a server come back at once.
+        time.sleep(pause * random.uniform(0.5, 1))
+        if not at_once:
+            self._pause = min(2 * pause, LONGEST_PAUSE)
+        return True
 
 
 class Stream:
@@ -454,6 +556,30 @@ class Stream:
         self._last = None
 
 
+def _result(call: Callable[[], Any]) -> Any:
+    """Return what a call returns, or the error of gRPC that it raises."""
+    try:
+        return call()
+    except grpc.RpcError as error:
+        return error
+
+
+def _gathered(answers: Sequence[tuple[list[int], Any]], streams: int) -> Outputs:
+    """Return the outputs of a request that was answered in parts."""
+    outputs: dict[str, Array] = {}
+    for rows, response in answers:
+        for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
+            array = np.frombuffer(bytearray(raw), _dtype(output.datatype)).reshape(output.shape)
+            if len(answers) == 1:
+                outputs[output.name] = array
+                continue
+            whole = outputs.setdefault(
+                output.name, np.empty((streams, *array.shape[1:]), array.dtype)
+            )
+            whole[rows] = array
+    return outputs if len(outputs) != 1 else next(iter(outputs.values()))
+
+
 def _add(request: Any, name: str, datatype: str, shape: Sequence[int], data: bytes) -> None:
     request.inputs.add(name=name, datatype=datatype, shape=shape)
     request.raw_input_contents.append(data)
@@ -477,9 +603,13 @@ def _shown(shape: Sequence[int | str]) -> str:
     return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
 
 
+def _reason(error: grpc.RpcError) -> str | None:
+    return dict(error.trailing_metadata() or ()).get("reason")
+
+
 def _may_repeat(error: grpc.RpcError, repeatable: bool) -> bool:
     """Return whether to send a request again."""
-    if dict(error.trailing_metadata() or ()).get("reason") == "queue_full":
+    if _reason(error) in ("queue_full", "wrong_server"):
         return True  # Nothing has moved. ("unavailable" also stands for steps that were not saved.)
     codes = (
         grpc.StatusCode.UNAVAILABLE,

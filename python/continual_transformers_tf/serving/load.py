@@ -27,7 +27,8 @@ import numpy.typing as npt
 import continual_transformers_tf as ct
 from continual_transformers_tf.demo import watch
 from continual_transformers_tf.serving import messages
-from continual_transformers_tf.serving.client import CHANNEL_OPTIONS, ServingError
+from continual_transformers_tf.serving.channels import CHANNEL_OPTIONS
+from continual_transformers_tf.serving.client import ServingError
 
 CHANNELS = 4
 HEALTH_WATCH = "/grpc.health.v1.Health/Watch"

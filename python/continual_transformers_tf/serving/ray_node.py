@@ -1,0 +1,100 @@
+"""`RayNode`: the actor that keeps a server on a node of a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from continual_transformers_tf.serving import node_server
+from continual_transformers_tf.serving.node_server import NodeServer, NodeState
+
+
+class RayNodeState(NamedTuple):
+    """What the actor of a node says.
+
+    Attributes:
+        name: The name that the node's server had, also before this actor; None: it had none.
+        draining: Whether the operator wants no server here.
+        runs: Whether the process of a server runs here.
+        server: The server that this actor watches; None: there is none.
+    """
+
+    name: str | None
+    draining: bool
+    runs: bool
+    server: NodeState | None
+
+
+class RayNode:
+    """The actor of a node. It starts nothing by itself: a `RayController` tells it to.
+
+    Args:
+        folder: The node's own folder.
+        host: The node's address.
+    """
+
+    def __init__(self, folder: str, host: str) -> None:
+        self._folder, self._host = Path(folder), host
+        self._models = self._folder / "models"
+        self._models.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._server: NodeServer | None = None
+
+    def state(self) -> RayNodeState:
+        """Return what is known now."""
+        name_file = self._folder / "name"
+        name = name_file.read_text() if name_file.exists() else None
+        return RayNodeState(
+            name,
+            draining=(self._folder / "draining").exists(),
+            runs=node_server.running_server(self._folder) is not None,
+            server=self._server.state() if self._server else None,
+        )
+
+    def missing(self, hashes: Sequence[str]) -> list[str]:
+        """Return which of these model files are not here. They are named by their SHA-256."""
+        return [hash_ for hash_ in hashes if not self._file_of(hash_).exists()]
+
+    def put_model(self, data: bytes) -> None:
+        """Keep a model file."""
+        made = self._models / "incoming"
+        made.write_bytes(data)
+        made.replace(self._file_of(node_server.hash_of(made)))
+
+    def get_model(self, hash_: str) -> bytes | None:
+        """Return a model file; None: it is not here."""
+        path = self._file_of(hash_)
+        return path.read_bytes() if path.exists() else None
+
+    def start(self, name: str, models: Mapping[str, str], options: Sequence[str]) -> None:
+        """Start a server, or adopt the one that runs.
+
+        Args:
+            name: The server's name in the table of shards.
+            models: The SHA-256 of each model's file, by the models' names.
+            options: More options of the program.
+
+        Raises:
+            BlockingIOError: If another actor still has this node's server.
+            FileNotFoundError: If the program is not built here.
+        """
+        if self._server is None:
+            node_server.write_private(self._folder / "name", name)
+            files = {model: self._file_of(hash_) for model, hash_ in models.items()}
+            self._server = NodeServer(self._folder, name, self._host, files, options)
+
+    def stop(self) -> None:
+        """End the server: it drains first."""
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
+
+    def set_draining(self, draining: bool) -> None:
+        """Remember whether the operator wants no server here. It changes nothing else."""
+        if draining:
+            node_server.write_private(self._folder / "draining", "")
+        else:
+            (self._folder / "draining").unlink(missing_ok=True)
+
+    def _file_of(self, hash_: str) -> Path:
+        return self._models / f"{hash_}.safetensors"
