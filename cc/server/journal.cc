@@ -856,7 +856,7 @@ Journal::~Journal() {
 }
 
 void Journal::Loaded(ServedModel* model) {
-  auto keeper = std::make_unique<Keeper>(model, options_, address_, &epoch_);
+  auto keeper = std::make_shared<Keeper>(model, options_, address_, &epoch_);
   Log(LogLevel::kInfo, "journal_read",
       {{"model", model->name()},
        {"streams", keeper->counts().rebuilt},
@@ -866,7 +866,7 @@ void Journal::Loaded(ServedModel* model) {
 }
 
 void Journal::Unloaded(ServedModel* model) {
-  std::unique_ptr<Keeper> keeper;
+  std::shared_ptr<Keeper> keeper;
   std::lock_guard<std::mutex> lock(mutex_);
   const auto found = keepers_.find(model);
   if (found == keepers_.end()) return;
@@ -874,21 +874,27 @@ void Journal::Unloaded(ServedModel* model) {
   keepers_.erase(found);
 }
 
+std::vector<std::shared_ptr<Journal::Keeper>> Journal::KeepersOf(const ServedModel* only) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<std::shared_ptr<Keeper>> keepers;
+  for (const auto& [model, keeper] : keepers_) {
+    if (only == nullptr || only == model) keepers.push_back(keeper);
+  }
+  return keepers;
+}
+
 void Journal::SetEpoch(int64_t epoch) { epoch_ = epoch; }
 
 int64_t Journal::TakeOver(const std::vector<int>& shards, const ServedModel* only) {
-  std::lock_guard<std::mutex> lock(mutex_);
   int64_t rebuilt = 0;
-  for (const auto& [model, keeper] : keepers_) {
-    if (only != nullptr && only != model) continue;
+  for (const auto& keeper : KeepersOf(only)) {
     rebuilt += keeper->Do(shards, Keeper::Job::Kind::kTakeOver);
   }
   return rebuilt;
 }
 
 void Journal::GiveUp(const std::vector<int>& shards) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  for (const auto& [model, keeper] : keepers_) keeper->Do(shards, Keeper::Job::Kind::kGiveUp);
+  for (const auto& keeper : KeepersOf(nullptr)) keeper->Do(shards, Keeper::Job::Kind::kGiveUp);
 }
 
 void Journal::Finish() {

@@ -102,11 +102,14 @@ class Journal : public ModelObserver {
  private:
   class Keeper;
 
+  // Those of all models, or of one. A copy, so that nobody waits for what they do.
+  std::vector<std::shared_ptr<Keeper>> KeepersOf(const ServedModel* only) const;
+
   const JournalOptions options_;
   const RedisAddress address_;
   std::atomic<int64_t> epoch_{0};
   mutable std::mutex mutex_;
-  std::map<ServedModel*, std::unique_ptr<Keeper>> keepers_;
+  std::map<ServedModel*, std::shared_ptr<Keeper>> keepers_;
 };
 
 }  // namespace continual_transformers::server
