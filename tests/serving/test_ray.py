@@ -338,7 +338,7 @@ def test_servers_follow_the_open_streams_and_end_with_the_command(
             assert client.open("one more").step(samples(6)).shape == (3,)
         # The command prints it.
         assert any('"event": "server_stopped"' in line for line in events)
-        running.send_signal(signal.SIGINT)
+        running.terminate()
         assert any("ending the servers" in line for line in events)
         assert running.wait(60) == 0
         assert not any(runs(node["pid"]) for node in both.values())

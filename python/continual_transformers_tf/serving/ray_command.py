@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def serve_on_ray(
     end: bool,
     arguments: tuple[str, ...],
 ) -> None:
-    """Serve model files on the nodes of a Ray cluster, until Ctrl-C.
+    """Serve model files on the nodes of a Ray cluster, until Ctrl-C or SIGTERM.
 
     Other options are those of the server's program, such as --journal; see `continual-transformers
     serve --help`.
@@ -140,6 +141,8 @@ def serve_on_ray(
             raise click.ClickException("the servers are not ready: the events above say why")
         click.echo(describe(running.status()), err=True)
         if not detach:
+            # As Ctrl-C, which a shell takes from the commands that it starts in the background.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
             try:
                 print_events(running.events())
             except KeyboardInterrupt:
