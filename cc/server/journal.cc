@@ -114,6 +114,7 @@ class Journal::Keeper final : public StreamKeeper {
     std::future<Result> future = job.promise.get_future();
     {
       std::lock_guard<std::mutex> lock(mutex_);
+      if (stopped_) throw Error(ErrorCode::kIo, "the journal has ended");
       jobs_.push_back(std::move(job));
       wake_.notify_all();
     }
@@ -298,9 +299,10 @@ class Journal::Keeper final : public StreamKeeper {
           std::any_of(streams.begin(), streams.end(),
                       [this](const std::string& name) { return fenced_[ShardOf(name)]; });
       if (!answer.outcome.ok() || !fenced) continue;
-      answer.outcome = {Reason::kWrongServer,
-                        "another server has taken over a shard of this request meanwhile, and has "
-                        "not taken its steps there: send it again, to that server",
+      answer.outcome = {Reason::kUnavailable,
+                        "another server has taken over a shard of this request meanwhile: the "
+                        "steps of this request may have been taken. Send it again; if it has step "
+                        "numbers, its steps count once",
                         {}};
     }
   }

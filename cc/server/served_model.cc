@@ -530,7 +530,13 @@ void ServedModel::EndOthers() {
   for (Stream* const stream : table_.open()) {
     if (!own_shards_[ShardOf(*stream->name)]) others.push_back(stream);
   }
-  for (Stream* const stream : others) EndStream(stream, End::kMoved);
+  for (Stream* const stream : others) {
+    // Keepers are not told, so that a journal goes on to keep what these streams need, until it is
+    // told to give their shards up.
+    session_.Close(&stream->id, 1);
+    ++statistics_.ended[static_cast<int>(End::kMoved)];
+    table_.Close(stream, End::kMoved);
+  }
   // Their new server tells how streams end.
   table_.ForgetEnds([this](const std::string& name) { return !own_shards_[ShardOf(name)]; });
 }

@@ -80,7 +80,8 @@ ShardOwner::Change ShardOwner::SetTable(ShardTable next) {
   // entry of a lost shard in that epoch would be valid.
   Apply(own_, journal_ != nullptr);
   if (journal_ != nullptr) {
-    journal_->GiveUp(ListOf(lost));
+    // Also those that an earlier table, which Redis was not there for, gave away.
+    journal_->GiveUp(ListOf(~own_));
     journal_->SetEpoch(epoch);
     change.rebuilt = journal_->TakeOver(ListOf(gained));
   }

@@ -560,7 +560,7 @@ TEST_F(JournalTest, ServerThatHasLostItsShard) {
   EXPECT_EQ(other.journal()->TakeOver({ShardOf("a")}), 1);
   // The first one does not know it yet. Its answer is in no journal, so nobody gets it.
   const auto late = Step(server.model(), "a", 9);
-  EXPECT_EQ(late->outcome.reason, Reason::kWrongServer) << late->outcome.message;
+  EXPECT_EQ(late->outcome.reason, Reason::kUnavailable) << late->outcome.message;
   EXPECT_TRUE(server.open().empty());
   EXPECT_EQ(server.counts().fenced, 1);
   EXPECT_EQ(Step(server.model(), "a", 9)->outcome.reason, Reason::kWrongServer);
