@@ -267,7 +267,7 @@ def perf_analyzer(url: str, model: str, concurrency: int, seconds: float) -> Loa
     """Measure a server."""
     command = ["perf_analyzer", "-m", model, "-i", "grpc", "-u", url, "--percentile", "99"]
     command += ["--concurrency-range", str(concurrency), "--sequence-length", "1000"]
-    command += ["--measurement-interval", str(round(1000 * seconds)), "-s", "50", "-r", "3"]
+    command += ["--measurement-interval", str(round(1000 * seconds)), "-s", "50", "-r", "10"]
     done = subprocess.run(command, capture_output=True, text=True)
     found = [
         re.search(pattern, done.stdout)

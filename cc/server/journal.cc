@@ -19,6 +19,7 @@
 #include "cc/server/log.h"
 #include "cc/server/replay.h"
 #include "cc/server/served_model.h"
+#include "cc/server/shard_history.h"
 #include "cc/server/shard_log.h"
 #include "cc/server/shard_table.h"
 #include "cc/server/shards.h"
@@ -251,9 +252,8 @@ class Journal::Keeper final : public StreamKeeper {
     if (!building->writer.has_value()) {
       const Session& session = model_->session();
       building->epoch = epoch_->load();
-      building->writer.emplace(JournalHeader{session.plan_fingerprint(),
-                                             session.weights_fingerprint(), writer_,
-                                             ++building->number, building->epoch});
+      building->writer.emplace(JournalHeader{
+          session.plan_fingerprint(), session.weights_fingerprint(), writer_, ++building->number});
       touched_.push_back(shard);
     }
     building->rows.push_back({flags, name, first, steps, {}});
@@ -465,10 +465,8 @@ class Journal::Keeper final : public StreamKeeper {
         const bool fenced = IsFenced(*reply);
         if (fenced) {
           lost.insert(entry.shard);
-        } else if (reply->type == REDIS_REPLY_ERROR) {
-          throw Error(ErrorCode::kIo,
-                      address_.text() + " answers: " + std::string(reply->str, reply->len));
         } else {
+          redis_->Check(*reply);
           logs_[entry.shard].Append(ShardLog::Id::Of(reply->str), bytes, entry.rows);
         }
         std::lock_guard<std::mutex> lock(mutex_);
@@ -581,22 +579,6 @@ class Journal::Keeper final : public StreamKeeper {
 
   // --- Reading.
 
-  // One stream, as the entries of its shard tell it.
-  struct Known {
-    StreamHistory history;
-    std::optional<StreamCopy> copy;  // with which it began
-    std::vector<uint64_t> weights;   // of each steps of the history
-    int64_t next = 0;
-    bool ended = false;
-  };
-  struct Shard {
-    std::map<std::string, Known> streams;
-    std::set<std::string> ended;
-    std::map<uint64_t, uint64_t> numbers;  // by writer
-    int64_t epoch = 0;
-    std::string damage;  // the last that was found
-  };
-
   int64_t Read(const std::vector<int>& shards) {
     int64_t rebuilt = 0;
     brought_back_.clear();
@@ -614,7 +596,7 @@ class Journal::Keeper final : public StreamKeeper {
     return rebuilt;
   }
 
-  // That of any entry, or -1.
+  // Returns the highest epoch that an entry of any shard has; -1 if there are no entries.
   int64_t NewestEpoch() {
     for (const std::string& key : keys_) {
       redis_->Append({"XREVRANGE", key, "+", "-", "COUNT", "1"});
@@ -633,7 +615,7 @@ class Journal::Keeper final : public StreamKeeper {
   void Fence(int shard) {
     const int64_t epoch = epoch_->load();
     JournalEntryWriter mark({model_->session().plan_fingerprint(),
-                             model_->session().weights_fingerprint(), writer_, 0, epoch});
+                             model_->session().weights_fingerprint(), writer_, 0});
     redis_->Append({"XADD", keys_[shard], IdOf(epoch), "e", mark.Finish()});
     const RedisReply reply = redis_->ReadAny();
     if (IsFenced(*reply)) {
@@ -642,10 +624,7 @@ class Journal::Keeper final : public StreamKeeper {
                       " has been taken over in a newer epoch than this server's, which is " +
                       std::to_string(epoch) + ": it needs the newer table of shards");
     }
-    if (reply->type == REDIS_REPLY_ERROR) {
-      throw Error(ErrorCode::kIo,
-                  address_.text() + " answers: " + std::string(reply->str, reply->len));
-    }
+    redis_->Check(*reply);
     std::lock_guard<std::mutex> lock(mutex_);
     fenced_.reset(shard);
   }
@@ -654,7 +633,7 @@ class Journal::Keeper final : public StreamKeeper {
     const std::string& key = keys_[number];
     Fence(number);
     ShardLog log(receptive_field_);
-    Shard shard;
+    ShardHistory history(model_->name(), model_->session().plan_fingerprint(), receptive_field_);
     std::string from = "-";
     while (true) {
       const RedisReply reply = redis_->Call({"XRANGE", key, from, "+", "COUNT", kReadAtOnce});
@@ -664,18 +643,18 @@ class Journal::Keeper final : public StreamKeeper {
         const redisReply* const value = entry->element[1]->element[1];
         const std::string_view bytes(value->str, value->len);
         log.Append(ShardLog::Id::Of(entry->element[0]->str), static_cast<int64_t>(bytes.size()),
-                   ReadEntry(bytes, &shard));
+                   history.Add(bytes));
         from = "(" + std::string(entry->element[0]->str, entry->element[0]->len);
       }
       if (std::to_string(reply->elements) != kReadAtOnce) break;
     }
     // A snapshot has brought these back.
-    for (const std::string& name : shard.ended) {
+    for (const std::string& name : history.ended()) {
       if (brought_back_.count(name) != 0) model_->CloseStream(name, End::kClosed);
     }
     int64_t rebuilt = 0;
-    for (auto& [name, known] : shard.streams) {
-      if (RebuildStream(&known)) {
+    for (auto& [name, known] : history.streams()) {
+      if (PutBack(&known)) {
         ++rebuilt;
       } else {
         log.Forget(name);
@@ -685,124 +664,26 @@ class Journal::Keeper final : public StreamKeeper {
     return rebuilt;
   }
 
-  // Returns the rows that count, without data.
-  std::vector<JournalRow> ReadEntry(std::string_view bytes, Shard* shard) {
-    std::vector<JournalRow> rows;
+  // Puts a stream in. Returns whether it is open again.
+  bool PutBack(ShardHistory::Known* known) {
     try {
-      const JournalHeader header = ReadJournalEntry(bytes, &rows);
-      if (header.plan != model_->session().plan_fingerprint()) {
-        throw Error(ErrorCode::kOtherModel, "an entry of the journal is of another model");
-      }
-      if (header.epoch < shard->epoch) return {};
-      shard->epoch = header.epoch;
-      if (header.number != 0) {
-        uint64_t* const number = &shard->numbers[header.writer];
-        if (header.number <= *number) return {};
-        *number = header.number;
-      }
-      for (JournalRow& row : rows) {
-        ReadRow(row, header.weights, shard);
-        row.data = {};
-      }
-      return rows;
-    } catch (const std::exception& error) {
-      // Nobody knows which streams it was about.
-      if (shard->damage != error.what()) {
-        shard->damage = error.what();
-        Log(LogLevel::kError, "journal_damaged",
-            {{"model", model_->name()},
-             {"reason", error.what()},
-             {"consequence", "what came before it in its shard is not read"}});
-      }
-      shard->streams.clear();
-      shard->ended.clear();
-      return {};
-    }
-  }
-
-  void ReadRow(const JournalRow& row, uint64_t weights, Shard* shard) {
-    if ((row.flags & (JournalRow::kBegan | JournalRow::kCopy)) != 0) {
-      Known known;
-      known.history.name = row.name;
-      if ((row.flags & JournalRow::kCopy) != 0) {
-        known.copy = DecodeStreamCopy(row.data);
-        known.history.state = known.copy->state;
-        known.history.state_position = known.next = row.first;
-      }
-      shard->streams[row.name] = std::move(known);
-      shard->ended.erase(row.name);
-    }
-    if (row.steps > 0) {
-      const auto [found, added] = shard->streams.try_emplace(row.name);
-      Known* const known = &found->second;
-      if (added) {
-        // How it began is not needed any more.
-        known->history.name = row.name;
-        known->next = row.first;
-      }
-      // Steps that are missing are found out when the stream is rebuilt.
-      std::vector<StreamHistory::Steps>* const steps = &known->history.steps;
-      steps->push_back(
-          {row.first, row.steps, std::string(row.data), (row.flags & JournalRow::kNumbered) != 0});
-      known->weights.push_back(weights);
-      known->next = row.first + row.steps;
-      // Not one by one, as each moves all others.
-      constexpr size_t kDropAtOnce = 64;
-      if (steps->size() % kDropAtOnce == 0) {
-        const int64_t needed = FirstNeeded(receptive_field_, row.first);
-        size_t drop = 0;
-        while (drop + 1 < steps->size() && (*steps)[drop + 1].first <= needed) ++drop;
-        steps->erase(steps->begin(), steps->begin() + static_cast<std::ptrdiff_t>(drop));
-        known->weights.erase(known->weights.begin(),
-                             known->weights.begin() + static_cast<std::ptrdiff_t>(drop));
-      }
-    }
-    if ((row.flags & JournalRow::kEnded) != 0) {
-      const auto found = shard->streams.find(row.name);
-      if (found != shard->streams.end()) {
-        found->second.ended = true;
-        if ((row.flags & JournalRow::kByServer) != 0) shard->streams.erase(found);
-      }
-      shard->ended.insert(row.name);
-    }
-  }
-
-  // Returns whether the stream is open again.
-  bool RebuildStream(Known* known) {
-    StreamHistory* const history = &known->history;
-    try {
-      StreamCopy copy;
-      if (history->steps.empty()) {
-        if (!known->copy.has_value()) return false;
-        copy = std::move(*known->copy);
-      } else {
-        const int64_t needed = FirstNeeded(receptive_field_, history->steps.back().first);
-        for (size_t i = 0; i < known->weights.size() && !options_.other_weights; ++i) {
-          if (known->weights[i] != model_->session().weights_fingerprint() &&
-              history->steps[i].first + history->steps[i].count > needed) {
-            throw Error(ErrorCode::kOtherModel, "its steps were taken with other weights");
-          }
-        }
-        if (history->state_position < needed && !HasOffsets(model_->session(), history->state)) {
-          history->state.clear();
-          history->state_position = 0;
-        }
-        copy = Rebuild(model_->mutable_session(), *history, options_.other_weights);
-      }
+      std::optional<StreamCopy> copy =
+          RebuildStream(model_->mutable_session(), receptive_field_, options_.other_weights, known);
+      if (!copy.has_value()) return false;
       if (!known->ended) {
-        rebuilt_ = &copy;
-        model_->CopyIn(copy, options_.other_weights);
+        rebuilt_ = &*copy;
+        model_->CopyIn(*copy, options_.other_weights);
         rebuilt_ = nullptr;
         return true;
       }
       // Its client may not have got the last answer.
-      copy.state.clear();
-      if (copy.last_steps != 0) model_->Restore(copy, options_.other_weights);
+      copy->state.clear();
+      if (copy->last_steps != 0) model_->Restore(*copy, options_.other_weights);
     } catch (const std::exception& error) {
       rebuilt_ = nullptr;
       if (known->ended) return false;
       Log(LogLevel::kWarning, "journal_stream_lost",
-          {{"model", model_->name()}, {"stream", history->name}, {"reason", error.what()}});
+          {{"model", model_->name()}, {"stream", known->history.name}, {"reason", error.what()}});
       std::lock_guard<std::mutex> lock(mutex_);
       ++counts_.lost;
     }

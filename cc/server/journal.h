@@ -102,7 +102,8 @@ class Journal : public ModelObserver {
  private:
   class Keeper;
 
-  // Those of all models, or of one. A copy, so that nobody waits for what they do.
+  // Returns the keepers of all models, or that of one. Callers hold no lock while they wait for a
+  // keeper's work.
   std::vector<std::shared_ptr<Keeper>> KeepersOf(const ServedModel* only) const;
 
   const JournalOptions options_;

@@ -13,10 +13,9 @@ constexpr char kMagic[] = "CTJOURN1";
 struct Header {
   char magic[8];
   uint64_t plan, weights, writer, number;
-  int64_t epoch;
   uint64_t rows;
 };
-static_assert(sizeof(Header) == 56, "the header has no padding");
+static_assert(sizeof(Header) == 48, "the header has no padding");
 
 struct RowHeader {
   uint32_t flags, name_bytes;
@@ -38,7 +37,6 @@ JournalEntryWriter::JournalEntryWriter(const JournalHeader& header) {
   bytes.weights = header.weights;
   bytes.writer = header.writer;
   bytes.number = header.number;
-  bytes.epoch = header.epoch;
   Append(&bytes, sizeof(bytes));
 }
 
@@ -83,7 +81,7 @@ JournalHeader ReadJournalEntry(std::string_view bytes, std::vector<JournalRow>* 
     const std::string_view name = take(row.name_bytes);
     rows->push_back({row.flags, std::string(name), row.first, row.steps, take(row.data_bytes)});
   }
-  return {header.plan, header.weights, header.writer, header.number, header.epoch};
+  return {header.plan, header.weights, header.writer, header.number};
 }
 
 }  // namespace continual_transformers::server

@@ -1,9 +1,9 @@
 // An entry of the journal: what happened to streams of one shard in one batch.
 //
 // The bytes, little-endian: the magic "CTJOURN1"; the fingerprints of plan and weights, the writer
-// and its number of the entry, uint64 each; the epoch, int64; how many rows there are, uint64. For
-// each row: flags, uint32; the size of the name, uint32; first and steps, int64 each; the size of
-// the data, uint64; the name; the data. At the end, the XXH64 of everything before it.
+// and its number of the entry, uint64 each; how many rows there are, uint64. For each row: flags,
+// uint32; the size of the name, uint32; first and steps, int64 each; the size of the data, uint64;
+// the name; the data. At the end, the XXH64 of everything before it.
 
 #ifndef CONTINUAL_TRANSFORMERS_SERVER_JOURNAL_ENTRY_H_
 #define CONTINUAL_TRANSFORMERS_SERVER_JOURNAL_ENTRY_H_
@@ -20,8 +20,6 @@ struct JournalHeader {
   // A random number of the process that wrote it, and its count of entries in this shard: an entry
   // that was sent again, after a connection broke, is read once.
   uint64_t writer = 0, number = 0;
-  // Entries of a lower epoch than one before them are from a server that has lost the shard.
-  int64_t epoch = 0;
 };
 
 struct JournalRow {

@@ -104,10 +104,13 @@ RedisReply RedisConnection::ReadAny() {
 
 RedisReply RedisConnection::Read() {
   RedisReply reply = ReadAny();
-  if (reply->type == REDIS_REPLY_ERROR) {
-    throw Error(ErrorCode::kIo, address_ + " answers: " + std::string(reply->str, reply->len));
-  }
+  Check(*reply);
   return reply;
+}
+
+void RedisConnection::Check(const redisReply& reply) const {
+  if (reply.type != REDIS_REPLY_ERROR) return;
+  throw Error(ErrorCode::kIo, address_ + " answers: " + std::string(reply.str, reply.len));
 }
 
 RedisReply RedisConnection::Call(const std::vector<std::string_view>& arguments) {

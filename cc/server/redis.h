@@ -38,8 +38,10 @@ class RedisConnection {
   void Append(const std::vector<std::string_view>& arguments);
   // Throws Error if there is no reply within some seconds, or it is an error.
   RedisReply Read();
-  // The same, but returns replies that are errors (REDIS_REPLY_ERROR).
+  // The same in two parts, for who expects an error: ReadAny returns it (REDIS_REPLY_ERROR), and
+  // Check throws it.
   RedisReply ReadAny();
+  void Check(const redisReply& reply) const;
   RedisReply Call(const std::vector<std::string_view>& arguments);
   // Changes when Redis is started again, and so may have lost what it had.
   std::string RunId();

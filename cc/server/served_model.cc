@@ -192,7 +192,6 @@ void ServedModel::TakeSteps(const std::vector<StepRequest*>& batch, Outcome* out
 }
 
 Outcome ServedModel::CheckShards(const StepRequest& request) const {
-  const std::string epoch = shards_ == nullptr ? "" : " in epoch " + Text(shards_->epoch);
   if (shards_ != nullptr && request.shard_epoch > shards_->epoch) {
     return {Reason::kWrongServer,
             "the request knows the table of shards of epoch " + Text(request.shard_epoch) +
@@ -211,7 +210,8 @@ Outcome ServedModel::CheckShards(const StepRequest& request) const {
                 (known ? "is the server " + Quoted(owner) + "'s (" +
                              shards_->servers.at(owner).grpc + ")"
                        : "this server does not have now") +
-                epoch + ". No stream of this request has moved",
+                (shards_ == nullptr ? "" : " in epoch " + Text(shards_->epoch)) +
+                ". No stream of this request has moved",
             {},
             shards_};
   }

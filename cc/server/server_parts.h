@@ -1,4 +1,4 @@
-// What a server is made of, for its ports to use and to show.
+// The objects that both ports of a server use: models, and what keeps their streams.
 
 #ifndef CONTINUAL_TRANSFORMERS_SERVER_SERVER_PARTS_H_
 #define CONTINUAL_TRANSFORMERS_SERVER_SERVER_PARTS_H_

@@ -26,7 +26,7 @@ struct ShardTable {
 
   int64_t epoch = 0;                          // its version: grows with every change
   std::map<std::string, Addresses> servers;   // by name
-  std::array<std::string, kShards> shards{};  // the name of the server; empty: nobody's
+  std::array<std::string, kShards> shards{};  // the server's name; empty: no server has the shard
   // The epoch in which the shard got its server. Who had a shard before that has lost it meanwhile,
   // even if it has it again now.
   std::array<int64_t, kShards> since{};

@@ -14,6 +14,7 @@ import pytest
 import tritonclient.grpc
 from click.testing import CliRunner
 from google.protobuf import descriptor_pb2
+from ports import free_port
 from proxy import Proxy
 
 import continual_transformers_tf as ct
@@ -172,9 +173,7 @@ def running_redis(folder):
     program = shutil.which("redis-server")
     if program is None:
         pytest.skip("there is no redis-server on PATH")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = ("--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder))
     process = subprocess.Popen([program, *options], stdout=subprocess.DEVNULL)
     try:

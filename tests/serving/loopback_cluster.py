@@ -1,5 +1,6 @@
 """Servers on loopback that share the shards, without Ray."""
 
+import contextlib
 import os
 import signal
 import time
@@ -68,3 +69,16 @@ class LoopbackCluster:
         for server in self.running.values():
             if server.process.poll() is None:
                 server.process.send_signal(signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def loopback_servers(start, names, journal=None):
+    """Run servers of these names, which have shared the shards, for as long as a `with` block."""
+    made = LoopbackCluster(start, journal)
+    for name in names:
+        made.start(name)
+    made.settle()
+    try:
+        yield made
+    finally:
+        made.close()

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from loopback_cluster import LoopbackCluster
+from loopback_cluster import loopback_servers
 
 import continual_transformers_tf as ct
 from continual_transformers_tf.serving import messages
@@ -13,12 +13,8 @@ NAMES = [f"stream {i}" for i in range(30)]
 
 @pytest.fixture
 def servers(start_sharded):
-    made = LoopbackCluster(start_sharded)
-    for name in ("n1", "n2", "n3"):
-        made.start(name)
-    made.settle()
-    yield made
-    made.close()
+    with loopback_servers(start_sharded, ("n1", "n2", "n3")) as made:
+        yield made
 
 
 def connect(servers, *names, **options):

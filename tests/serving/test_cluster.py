@@ -8,7 +8,7 @@ import pytest
 import tritonclient.grpc as triton
 from kserve import infer
 from load_on_cluster import LoadOnCluster
-from loopback_cluster import LoopbackCluster
+from loopback_cluster import loopback_servers
 from tritonclient.utils import InferenceServerException
 
 import continual_transformers_tf as ct
@@ -25,12 +25,8 @@ def with_journal(request):
 @pytest.fixture
 def servers(start_sharded, with_journal, request):
     journal = request.getfixturevalue("redis") if with_journal else None
-    made = LoopbackCluster(start_sharded, journal)
-    for name in ("n1", "n2"):
-        made.start(name)
-    made.settle()
-    yield made
-    made.close()
+    with loopback_servers(start_sharded, ("n1", "n2"), journal) as made:
+        yield made
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 from kserve import infer
-from loopback_cluster import LoopbackCluster
+from loopback_cluster import loopback_servers
+from ports import free_port
 from tritonclient.utils import InferenceServerException
 
 from continual_transformers_tf.serving import processes
@@ -17,20 +18,10 @@ from continual_transformers_tf.serving.shards import shard_of
 FEATURES = 6
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 @pytest.fixture
 def servers(start_sharded, redis):
-    made = LoopbackCluster(start_sharded, redis)
-    for name in ("n1", "n2"):
-        made.start(name)
-    made.settle()
-    yield made
-    made.close()
+    with loopback_servers(start_sharded, ("n1", "n2"), redis) as made:
+        yield made
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ class Channels:
                 channel.close()
 
     def url_of(self, stream: bytes) -> str:
-        """Return the address of a stream's server; if nobody has its shard, of any server."""
+        """Return the address of a stream's server, or of any server if none has its shard."""
         table = self.table
         owner = table and table.owner(stream)
         return table.servers[owner].grpc if table and owner else self.any_url()

@@ -45,7 +45,8 @@ class ServingError(RuntimeError):
             "too_many_streams" or "invalid_argument". If the server said nothing: gRPC's status,
             such as "unavailable" (no connection) or "deadline_exceeded" (no answer in time).
         expected: The streams that stood in the way, and the number of the step that each expects.
-            No stream of the request has moved then, or of that server's part of it.
+            No stream of the request has moved then. With a cluster this holds for the part of the
+            request that went to the same server.
     """
 
     def __init__(self, message: str, reason: str, expected: Mapping[str, int]) -> None:

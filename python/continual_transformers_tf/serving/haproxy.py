@@ -19,7 +19,7 @@ from continual_transformers_tf.serving.shards import SHARDS, ServerAddress, Shar
 
 SLOTS = 64  # Servers that it can have.
 START_SECONDS, STOP_SECONDS = 10.0, 15.0
-NOBODY = "none"
+NO_SERVER = "none"  # In the map, for a shard that no server has.
 
 CONFIGURATION = """\
 # Written by continual-transformers. Servers and shards are set at run time.
@@ -54,7 +54,7 @@ frontend clients
 backend servers
     balance roundrobin
     acl names_shard req.hdr(shard) -m found
-    use-server %[req.hdr(shard),map_str({folder}/shards.map,{nobody})] if names_shard
+    use-server %[req.hdr(shard),map_str({folder}/shards.map,{no_server})] if names_shard
     # gRPC's health says nothing that HAProxy understands: ask on the HTTP port.
     option httpchk
     http-check connect proto h1
@@ -86,7 +86,7 @@ class Haproxy:
         self._folder = folder
         self._slots: dict[str, str] = {}  # Servers' slots, by name.
         self._addresses: dict[str, ServerAddress] = {}
-        self._shards: list[str] = [NOBODY] * SHARDS
+        self._shards: list[str] = [NO_SERVER] * SHARDS
         program = self.program()
         if program is None:
             raise FileNotFoundError("there is no haproxy on PATH: `apt install haproxy`")
@@ -97,7 +97,7 @@ class Haproxy:
             port=port,
             shards=SHARDS,
             slots=SLOTS,
-            nobody=NOBODY,
+            no_server=NO_SERVER,
         )
         configuration = folder / "haproxy.cfg"
         if self._runs() and configuration.exists() and configuration.read_text() == text:
@@ -105,7 +105,7 @@ class Haproxy:
             return
         self.stop()
         configuration.write_text(text)
-        entries = "".join(f"{shard} {NOBODY}\n" for shard in range(SHARDS))
+        entries = "".join(f"{shard} {NO_SERVER}\n" for shard in range(SHARDS))
         (folder / "shards.map").write_text(entries)
         done = subprocess.run(
             [program, "-D", "-f", configuration], capture_output=True, text=True, check=False
@@ -142,7 +142,7 @@ class Haproxy:
             if self._addresses.get(name) != address:
                 commands += _set_server(self._slots[name], address)
                 self._addresses[name] = address
-        shards = [NOBODY if owner is None else self._slots[owner] for owner in table.shards]
+        shards = [NO_SERVER if owner is None else self._slots[owner] for owner in table.shards]
         commands += [
             f"set map {self._folder}/shards.map {shard} {slot}"
             for shard, slot in enumerate(shards)
@@ -168,7 +168,7 @@ class Haproxy:
     def _reset(self) -> None:
         """Take all servers and shards away from a HAProxy that was adopted."""
         self._command([f"set server servers/s{i} state maint" for i in range(1, SLOTS + 1)])
-        self._command([f"set map {self._folder}/shards.map {i} {NOBODY}" for i in range(SHARDS)])
+        self._command([f"set map {self._folder}/shards.map {i} {NO_SERVER}" for i in range(SHARDS)])
 
     def _pid(self) -> int | None:
         """Return the process of this folder's HAProxy, if it is one."""

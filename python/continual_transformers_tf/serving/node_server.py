@@ -32,7 +32,7 @@ LOG_BYTES = 16 << 20  # A longer log is renamed when a server is started.
 
 
 class NodeState(NamedTuple):
-    """What a `NodeServer` says.
+    """The state of a `NodeServer`.
 
     Attributes:
         name: The server's name in the table of shards.

@@ -17,7 +17,7 @@ MOST_LISTED = 100_000  # Streams in one answer: the server's limit.
 
 
 class OperatorError(RuntimeError):
-    """An answer of a server that says no.
+    """A server's refusal of an operator's call.
 
     Attributes:
         status: HTTP's status.
@@ -30,7 +30,7 @@ class OperatorError(RuntimeError):
 
 
 class ServerView(NamedTuple):
-    """What a server says about itself."""
+    """A server's own view of the table, and whether it is ready."""
 
     table: ShardTable  # Epoch 0: it was given none yet.
     name: str | None  # Its own, in the table.

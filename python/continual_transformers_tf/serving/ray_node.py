@@ -11,7 +11,7 @@ from continual_transformers_tf.serving.node_server import NodeServer, NodeState
 
 
 class RayNodeState(NamedTuple):
-    """What the actor of a node says.
+    """The state of a node's server, and of its actor.
 
     Attributes:
         name: The name that the node's server had, also before this actor; None: it had none.
