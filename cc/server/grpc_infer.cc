@@ -165,7 +165,10 @@ void GrpcStepRequest::Submit(const ModelRepository& repository,
     if (model_ != nullptr) model_->CountRefusal(outcome.reason);
     return Done(outcome);
   }
-  model_->Submit(this);
+  // Held until Submit returns: this request may destroy itself in Done, and the last owner of a
+  // model waits for its queue, which must not be in a batch that this thread leads.
+  const std::shared_ptr<ServedModel> model = model_;
+  model->Submit(this);
 }
 
 void GrpcStepRequest::Read(const inference::ModelInferRequest& request) {

@@ -28,7 +28,8 @@ void AddShards(const ShardTable& table, grpc::CallbackServerContext* context);
 // A request for steps with its messages. The messages belong to the caller.
 class GrpcStepRequest : public StepRequest {
  public:
-  // Reads the request, and submits it to its model. Calls Done at once if it is refused.
+  // Reads the request, and submits it to its model. Calls Done at once if it is refused. Done may
+  // destroy this request.
   void Submit(const ModelRepository& repository, const inference::ModelInferRequest& request,
               inference::ModelInferResponse* response);
 

@@ -40,13 +40,16 @@ bool Passes(const Security& security, const CallbackServerContext& context) {
 
 Outcome NeedsToken() { return {Reason::kUnauthenticated, kNeedsToken, {}}; }
 
-// One ModelInfer. It lives until gRPC is done with the call.
-class InferCallReactor : public ServerUnaryReactor, public GrpcStepRequest {
+// One ModelInfer. gRPC's default reactor ends the call: that a reactor of ours is done, gRPC says
+// on another thread, which took more than a fifth of the requests a second at concurrency 8.
+class UnaryInferCall : public GrpcStepRequest {
  public:
-  explicit InferCallReactor(CallbackServerContext* context) : context_(context) {
+  explicit UnaryInferCall(CallbackServerContext* context)
+      : context_(context), reactor_(context->DefaultReactor()) {
     deadline = DeadlineOf(*context);
   }
 
+  ServerUnaryReactor* reactor() const { return reactor_; }
   bool Cancelled() const override { return context_->IsCancelled(); }
   void Done(const Outcome& outcome) noexcept override {
     if (outcome.ok()) {
@@ -54,12 +57,13 @@ class InferCallReactor : public ServerUnaryReactor, public GrpcStepRequest {
     } else {
       AddRefusal(outcome, context_);
     }
-    Finish(StatusOf(outcome));
+    reactor_->Finish(StatusOf(outcome));
+    delete this;
   }
-  void OnDone() override { delete this; }
 
  private:
   CallbackServerContext* const context_;
+  ServerUnaryReactor* const reactor_;
 };
 
 // One ModelStreamInfer: requests and responses in both directions. Requests of different streams
@@ -182,13 +186,11 @@ class Service final : public inference::GRPCInferenceService::CallbackService {
   ServerUnaryReactor* ModelInfer(CallbackServerContext* context,
                                  const inference::ModelInferRequest* request,
                                  inference::ModelInferResponse* response) override {
-    auto* const call = new InferCallReactor(context);
-    if (Passes(security_, *context)) {
-      call->Submit(*repository_, *request, response);
-    } else {
-      call->Done(NeedsToken());
-    }
-    return call;
+    if (!Passes(security_, *context)) return Finished(context, NeedsToken());
+    auto* const call = new UnaryInferCall(context);
+    ServerUnaryReactor* const reactor = call->reactor();
+    call->Submit(*repository_, *request, response);
+    return reactor;
   }
 
   grpc::ServerBidiReactor<inference::ModelInferRequest, inference::ModelStreamInferResponse>*

@@ -303,8 +303,10 @@ class HttpApi::Routes {
     if (IsShards(path) && request->method == "PUT") {
       AnswerOnAThread(exchange, [shards = Shards(), table = ShardTable::Parse(request->body)] {
         const ShardOwner::Change change = shards->SetTable(table);
-        return JsonResponse(
-            {{"gained", change.gained}, {"lost", change.lost}, {"rebuilt", change.rebuilt}});
+        return JsonResponse({{"gained", change.gained},
+                             {"lost", change.lost},
+                             {"streams_rebuilt", change.rebuilt.streams},
+                             {"streams_lost", change.rebuilt.lost}});
       });
       return true;
     }

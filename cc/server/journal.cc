@@ -26,6 +26,7 @@
 #include "cc/server/stream_copy.h"
 #include "cc/server/stream_keeper.h"
 #include "cc/session/error.h"
+#include "cc/session/fingerprint.h"
 
 namespace continual_transformers::server {
 namespace {
@@ -64,11 +65,12 @@ uint64_t RandomNumber() {
 class Journal::Keeper final : public StreamKeeper {
  public:
   Keeper(ServedModel* model, const JournalOptions& options, RedisAddress address,
-         std::atomic<int64_t>* epoch)
+         std::atomic<int64_t>* epoch, const std::atomic<uint64_t>* server)
       : model_(model),
         options_(options),
         address_(std::move(address)),
         epoch_(epoch),
+        server_(server),
         writer_(RandomNumber()),
         receptive_field_(ReceptiveField(model->plan())) {
     for (const Port& port : model->plan().inputs) {
@@ -98,7 +100,7 @@ class Journal::Keeper final : public StreamKeeper {
 
   // Something to do with shards on the journal's thread.
   struct Result {
-    int64_t rebuilt = 0;  // streams
+    Rebuilt rebuilt;
     ErrorCode code = ErrorCode::kIo;
     std::string error;  // empty: none
   };
@@ -109,8 +111,7 @@ class Journal::Keeper final : public StreamKeeper {
     std::promise<Result> promise;
   };
 
-  // Returns how many streams were rebuilt.
-  int64_t Do(const std::vector<int>& shards, Job::Kind kind) {
+  Rebuilt Do(const std::vector<int>& shards, Job::Kind kind) {
     Job job = {shards, kind, {}};
     std::future<Result> future = job.promise.get_future();
     {
@@ -164,9 +165,7 @@ class Journal::Keeper final : public StreamKeeper {
   void Ended(const std::string& stream, End end) override {
     if (end == End::kMoved) {
       // Its new server goes on with the journal.
-      std::lock_guard<std::mutex> lock(mutex_);
-      moved_.push_back(stream);
-      return;
+      return Forget(stream);
     }
     Add(stream, JournalRow::kEnded | JournalRow::kByServer, 0, 0, 0);
     Enqueue();
@@ -231,6 +230,7 @@ class Journal::Keeper final : public StreamKeeper {
     std::string id;  // for Redis to complete: "epoch-*"
     std::string bytes;
     std::vector<JournalRow> rows;
+    std::string forgotten;  // if this is no entry, but a stream that is not kept here any more
   };
   // The entry of a shard that is being written.
   struct Building {
@@ -250,10 +250,8 @@ class Journal::Keeper final : public StreamKeeper {
     const int shard = ShardOf(name);
     Building* const building = &building_[shard];
     if (!building->writer.has_value()) {
-      const Session& session = model_->session();
       building->epoch = epoch_->load();
-      building->writer.emplace(JournalHeader{
-          session.plan_fingerprint(), session.weights_fingerprint(), writer_, ++building->number});
+      building->writer.emplace(Header(++building->number));
       touched_.push_back(shard);
     }
     building->rows.push_back({flags, name, first, steps, {}});
@@ -268,14 +266,22 @@ class Journal::Keeper final : public StreamKeeper {
     Add(copy.name, flags, next, 0, bytes.size())->Append(bytes.data(), bytes.size());
   }
 
+  // Keeps the stream's entries no longer. It may have some in the queue, so this goes there, too.
+  void Forget(const std::string& stream) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++last_;
+    queue_.push_back({ShardOf(stream), "", "", {}, stream});
+    wake_.notify_all();
+  }
+
   void Enqueue() {
     std::vector<Entry> entries;
     entries.reserve(touched_.size());
     for (const int shard : touched_) {
       Building* const building = &building_[shard];
       if (!building->writer.has_value()) continue;
-      entries.push_back(
-          {shard, IdOf(building->epoch), building->writer->Finish(), std::move(building->rows)});
+      entries.push_back({shard, IdOf(building->epoch), building->writer->Finish(),
+                         std::move(building->rows), ""});
       building->writer.reset();
       building->rows.clear();
     }
@@ -290,6 +296,11 @@ class Journal::Keeper final : public StreamKeeper {
   // --- Any thread.
 
   static std::string IdOf(int64_t epoch) { return std::to_string(epoch) + "-*"; }
+
+  JournalHeader Header(uint64_t number) const {
+    const Session& session = model_->session();
+    return {session.plan_fingerprint(), session.weights_fingerprint(), *server_, writer_, number};
+  }
 
   // Refuses answers with steps of shards that another server has taken over.
   void RefuseFenced(std::vector<Answer>* answers) const {
@@ -352,20 +363,21 @@ class Journal::Keeper final : public StreamKeeper {
         Work(&jobs);
         lock.lock();
         PassHeld(&lock, false);
-      } catch (const Error& error) {
+      } catch (const std::exception& error) {
+        // Redis is away, or there is no memory.
         redis_.reset();
-        for (Job& job : jobs) job.promise.set_value({0, ErrorCode::kIo, error.what()});
+        for (Job& job : jobs) job.promise.set_value({{}, ErrorCode::kIo, error.what()});
         lock.lock();
         Down(&lock, started, error.what());
       }
     }
     stopped_ = true;
-    for (Job& job : jobs_) job.promise.set_value({0, ErrorCode::kIo, "the journal has ended"});
+    for (Job& job : jobs_) job.promise.set_value({{}, ErrorCode::kIo, "the journal has ended"});
     jobs_.clear();
     PassHeld(&lock, true);
   }
 
-  // Does all that there is to do. Throws Error if Redis is away. Jobs that are done leave the list.
+  // Does all that there is to do. Throws if Redis is away. Jobs that are done leave the list.
   void Work(std::vector<Job>* jobs) {
     if (redis_ == nullptr) Connect();
     bool copies;
@@ -376,7 +388,6 @@ class Journal::Keeper final : public StreamKeeper {
     }
     try {
       Send();
-      ForgetMoved();
       if (copies) CopyStreams(model_->OpenNames());
       while (!jobs->empty()) {
         Result result;
@@ -389,8 +400,9 @@ class Journal::Keeper final : public StreamKeeper {
           }
         } catch (const Error& error) {
           if (error.code() == ErrorCode::kIo) throw;
-          result.code = error.code();
-          result.error = error.what();
+          result = {{}, error.code(), error.what()};
+        } catch (const std::exception& error) {
+          result = {{}, ErrorCode::kInternal, error.what()};
         }
         jobs->back().promise.set_value(std::move(result));
         jobs->pop_back();
@@ -455,12 +467,20 @@ class Journal::Keeper final : public StreamKeeper {
       }
       if (sent_.empty()) return;
       for (const Entry& entry : sent_) {
-        redis_->Append({"XADD", keys_[entry.shard], entry.id, "e", entry.bytes});
+        if (entry.forgotten.empty())
+          redis_->Append({"XADD", keys_[entry.shard], entry.id, "e", entry.bytes});
       }
       std::set<int> lost;
       while (!sent_.empty()) {
-        const RedisReply reply = redis_->ReadAny();
         const Entry& entry = sent_.front();
+        if (!entry.forgotten.empty()) {
+          logs_[entry.shard].Forget(entry.forgotten);
+          std::lock_guard<std::mutex> lock(mutex_);
+          sent_.pop_front();
+          ++acknowledged_;
+          continue;
+        }
+        const RedisReply reply = redis_->ReadAny();
         const auto bytes = static_cast<int64_t>(entry.bytes.size());
         const bool fenced = IsFenced(*reply);
         if (fenced) {
@@ -511,24 +531,18 @@ class Journal::Keeper final : public StreamKeeper {
         std::clamp<int64_t>(kSliceBytes / model_->session().state_bytes(), 1, kSliceStreams));
     for (size_t begin = 0; begin < names.size(); begin += slice) {
       const auto end = std::min(names.size(), begin + slice);
-      model_->CopyOpen({names.begin() + begin, names.begin() + end},
-                       [this](const StreamCopy& copy, int64_t next) {
-                         AddCopy(copy, next);
-                         Enqueue();
-                       });
+      model_->CopyOpen(
+          {names.begin() + begin, names.begin() + end},
+          [this](const StreamCopy& copy, int64_t next) {
+            AddCopy(copy, next);
+            Enqueue();
+          },
+          // It has ended, or could not be put in when its shard was read.
+          [this](const std::string& name) { Forget(name); });
       Send();
     }
     std::lock_guard<std::mutex> lock(mutex_);
     counts_.copies += static_cast<int64_t>(names.size());
-  }
-
-  void ForgetMoved() {
-    std::vector<std::string> moved;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      moved.swap(moved_);
-    }
-    for (const std::string& stream : moved) logs_[ShardOf(stream)].Forget(stream);
   }
 
   void Trim() {
@@ -579,8 +593,8 @@ class Journal::Keeper final : public StreamKeeper {
 
   // --- Reading.
 
-  int64_t Read(const std::vector<int>& shards) {
-    int64_t rebuilt = 0;
+  Rebuilt Read(const std::vector<int>& shards) {
+    Rebuilt rebuilt;
     brought_back_.clear();
     if (!loaded_) {
       for (std::string& name : model_->OpenNames()) brought_back_.insert(std::move(name));
@@ -588,9 +602,10 @@ class Journal::Keeper final : public StreamKeeper {
     // Without a table of shards, each start is an epoch of its own. So what the last process has
     // sent, and Redis reads only now, is not taken for steps of this one.
     if (!loaded_ && options_.rebuild) *epoch_ = std::max(epoch_->load(), NewestEpoch() + 1);
-    for (const int shard : shards) rebuilt += ReadShard(shard);
+    for (const int shard : shards) ReadShard(shard, &rebuilt);
     std::lock_guard<std::mutex> lock(mutex_);
-    counts_.rebuilt += rebuilt;
+    counts_.rebuilt += rebuilt.streams;
+    counts_.lost += rebuilt.lost;
     counts_.kept = 0;
     for (const ShardLog& log : logs_) counts_.kept += log.entries();
     return rebuilt;
@@ -611,11 +626,11 @@ class Journal::Keeper final : public StreamKeeper {
     return newest;
   }
 
-  // Appends an entry without rows. From then on, the shard's last server can append nothing.
+  // Appends an entry without rows. From then on, the shard's last server can append nothing. Throws
+  // if it is another server's.
   void Fence(int shard) {
     const int64_t epoch = epoch_->load();
-    JournalEntryWriter mark({model_->session().plan_fingerprint(),
-                             model_->session().weights_fingerprint(), writer_, 0});
+    JournalEntryWriter mark(Header(0));
     redis_->Append({"XADD", keys_[shard], IdOf(epoch), "e", mark.Finish()});
     const RedisReply reply = redis_->ReadAny();
     if (IsFenced(*reply)) {
@@ -625,11 +640,31 @@ class Journal::Keeper final : public StreamKeeper {
                       std::to_string(epoch) + ": it needs the newer table of shards");
     }
     redis_->Check(*reply);
+    CheckFirst(shard, epoch);
     std::lock_guard<std::mutex> lock(mutex_);
+    if (!fenced_[shard]) return;
+    // Answers may be held whose entries Redis has not taken.
+    for (Held& held : held_) RefuseFenced(&held.answers);
     fenced_.reset(shard);
   }
 
-  int64_t ReadShard(int number) {
+  // Throws if the first entry of this epoch is another server's. A server trims only up to an entry
+  // of its own, so the first one that is left is the owner's, too.
+  void CheckFirst(int shard, int64_t epoch) {
+    const std::string of_epoch = std::to_string(epoch);
+    const RedisReply reply =
+        redis_->Call({"XRANGE", keys_[shard], of_epoch, of_epoch, "COUNT", "1"});
+    if (reply->elements == 0) return;
+    const redisReply* const value = reply->element[0]->element[1]->element[1];
+    std::vector<JournalRow> rows;
+    if (ReadJournalEntry({value->str, value->len}, &rows).server == *server_) return;
+    throw Error(ErrorCode::kInvalidArgument,
+                "shard " + std::to_string(shard) +
+                    " has been taken over by another server in the same epoch, " + of_epoch +
+                    ": there are two tables of shards of that epoch, and a newer one is needed");
+  }
+
+  void ReadShard(int number, Rebuilt* rebuilt) {
     const std::string& key = keys_[number];
     Fence(number);
     ShardLog log(receptive_field_);
@@ -650,50 +685,49 @@ class Journal::Keeper final : public StreamKeeper {
     }
     // A snapshot has brought these back.
     for (const std::string& name : history.ended()) {
-      if (brought_back_.count(name) != 0) model_->CloseStream(name, End::kClosed);
+      if (brought_back_.count(name) != 0) CloseIfOpen(name);
     }
-    int64_t rebuilt = 0;
-    for (auto& [name, known] : history.streams()) {
-      if (PutBack(&known)) {
-        ++rebuilt;
-      } else {
-        log.Forget(name);
-      }
-    }
+    for (auto& [name, known] : history.streams()) PutBack(&known, rebuilt);
     logs_[number] = std::move(log);
-    return rebuilt;
   }
 
-  // Puts a stream in. Returns whether it is open again.
-  bool PutBack(ShardHistory::Known* known) {
+  void CloseIfOpen(const std::string& name) {
+    try {
+      model_->CloseStream(name, End::kClosed);
+    } catch (const Refusal&) {
+      // It was idle for too long, and has ended meanwhile.
+    }
+  }
+
+  // Puts a stream in, or the last answer of one that has ended, as its client may not have got it.
+  void PutBack(ShardHistory::Known* known, Rebuilt* rebuilt) {
     try {
       std::optional<StreamCopy> copy =
           RebuildStream(model_->mutable_session(), receptive_field_, options_.other_weights, known);
-      if (!copy.has_value()) return false;
-      if (!known->ended) {
-        rebuilt_ = &*copy;
-        model_->CopyIn(*copy, options_.other_weights);
-        rebuilt_ = nullptr;
-        return true;
+      if (!copy.has_value()) return;
+      if (known->ended) {
+        copy->state.clear();
+        if (copy->last_steps != 0) model_->Restore(*copy, options_.other_weights);
+        return;
       }
-      // Its client may not have got the last answer.
-      copy->state.clear();
-      if (copy->last_steps != 0) model_->Restore(*copy, options_.other_weights);
+      rebuilt_ = &*copy;
+      model_->CopyIn(*copy, options_.other_weights);
+      rebuilt_ = nullptr;
+      ++rebuilt->streams;
     } catch (const std::exception& error) {
       rebuilt_ = nullptr;
-      if (known->ended) return false;
+      if (known->ended) return;
       Log(LogLevel::kWarning, "journal_stream_lost",
           {{"model", model_->name()}, {"stream", known->history.name}, {"reason", error.what()}});
-      std::lock_guard<std::mutex> lock(mutex_);
-      ++counts_.lost;
+      ++rebuilt->lost;
     }
-    return false;
   }
 
   ServedModel* const model_;
   const JournalOptions options_;
   const RedisAddress address_;
-  std::atomic<int64_t>* const epoch_;  // of all models
+  std::atomic<int64_t>* const epoch_;          // of all models
+  const std::atomic<uint64_t>* const server_;  // as well
   const uint64_t writer_;
   const int64_t receptive_field_;
   std::vector<int64_t> input_bytes_;
@@ -722,7 +756,6 @@ class Journal::Keeper final : public StreamKeeper {
   size_t waiting_bytes_ = 0;              // of those that are not acknowledged
   std::deque<Held> held_;
   std::vector<Job> jobs_;
-  std::vector<std::string> moved_;
   ShardSet fenced_;  // shards that another server has taken over
   bool down_ = false, passing_ = false, stopping_ = false, stopped_ = false;
   // All streams are to be copied: no answer goes out before; and it has not begun.
@@ -732,14 +765,14 @@ class Journal::Keeper final : public StreamKeeper {
 };
 
 Journal::Journal(const JournalOptions& options)
-    : options_(options), address_(RedisAddress::Parse(options.url)) {}
+    : options_(options), address_(RedisAddress::Parse(options.url)), server_(RandomNumber()) {}
 
 Journal::~Journal() {
   for (const auto& [model, keeper] : keepers_) model->RemoveKeepers();
 }
 
 void Journal::Loaded(ServedModel* model) {
-  auto keeper = std::make_shared<Keeper>(model, options_, address_, &epoch_);
+  auto keeper = std::make_shared<Keeper>(model, options_, address_, &epoch_, &server_);
   Log(LogLevel::kInfo, "journal_read",
       {{"model", model->name()},
        {"streams", keeper->counts().rebuilt},
@@ -766,12 +799,17 @@ std::vector<std::shared_ptr<Journal::Keeper>> Journal::KeepersOf(const ServedMod
   return keepers;
 }
 
-void Journal::SetEpoch(int64_t epoch) { epoch_ = epoch; }
+void Journal::SetEpoch(int64_t epoch, const std::string& server) {
+  server_ = Xxh64(server.data(), server.size());
+  epoch_ = epoch;
+}
 
-int64_t Journal::TakeOver(const std::vector<int>& shards, const ServedModel* only) {
-  int64_t rebuilt = 0;
+Journal::Rebuilt Journal::TakeOver(const std::vector<int>& shards, const ServedModel* only) {
+  Rebuilt rebuilt;
   for (const auto& keeper : KeepersOf(only)) {
-    rebuilt += keeper->Do(shards, Keeper::Job::Kind::kTakeOver);
+    const Rebuilt of_model = keeper->Do(shards, Keeper::Job::Kind::kTakeOver);
+    rebuilt.streams += of_model.streams;
+    rebuilt.lost += of_model.lost;
   }
   return rebuilt;
 }

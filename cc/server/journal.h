@@ -16,13 +16,17 @@
 // The id of an entry is EPOCH-NUMBER, with the epoch of the table of shards, and Redis takes no id
 // that is lower than the last one. So an entry of a newer epoch fences off every server that has an
 // older table: its XADD fails, its answers are refused, and it loses the shard. (A script that
-// compares epochs would do the same, and cost more.)
+// compares epochs would do the same, and cost more.) Should two servers want a shard in the same
+// epoch, by two different tables, it is the one's whose entry came first.
 //
 // Redis keeps what open streams need: the inputs of the last receptive field of each. A shard is
 // trimmed up to the oldest entry that one of its streams needs. For a stream that is idle while
 // others are busy, a copy of the stream is added at the end instead, so that its old inputs do not
 // keep back those of the others. The same is done for all streams when they get other weights, and
 // when Redis was started again, as it may have lost everything; answers wait meanwhile.
+//
+// A stream that cannot be put in, because there is no room or the weights are others, is not
+// forgotten at once: what it needs stays until 256 KiB came after it.
 //
 // While Redis is away, steps are refused (kUnavailable), as the journal promises that nothing is
 // lost. Answers that wait are refused after a second; their steps have been taken, and count once
@@ -80,16 +84,18 @@ class Journal : public ModelObserver {
   void Loaded(ServedModel* model) override;
   void Unloaded(ServedModel* model) override;
 
-  // The version of the table of shards by which this server writes. Entries of servers with an
-  // older one, which do not know yet that they have lost a shard, are not read.
-  void SetEpoch(int64_t epoch);
-  // Rebuilds the streams of shards that this server has got, for all models. Returns how many.
-  // Their steps must be refused until then. From then on, a server with a lower epoch can append
-  // nothing to them. Throws Error (kIo) if Redis is away; then
-  // it can be called again. Throws Error (kInvalidArgument) if a server with a newer epoch has one
-  // of them.
-  // With `only`, for that model.
-  int64_t TakeOver(const std::vector<int>& shards, const ServedModel* only = nullptr);
+  // The version of the table of shards by which this server writes, and its name there.
+  void SetEpoch(int64_t epoch, const std::string& server);
+  struct Rebuilt {
+    int64_t streams = 0;
+    int64_t lost = 0;  // streams that could not be rebuilt, or put in
+  };
+  // Rebuilds the streams of shards that this server has got, for all models or for one. Their steps
+  // must be refused until then. From then on, a server with a lower epoch can append nothing to
+  // them. Throws Error (kIo) if Redis is away; then it can be called again. Throws Error
+  // (kInvalidArgument) if a server with a newer epoch has one of them, or another one with the
+  // same.
+  Rebuilt TakeOver(const std::vector<int>& shards, const ServedModel* only = nullptr);
   // This server has lost these shards: it leaves what the journal has of them as it is.
   void GiveUp(const std::vector<int>& shards);
 
@@ -109,6 +115,7 @@ class Journal : public ModelObserver {
   const JournalOptions options_;
   const RedisAddress address_;
   std::atomic<int64_t> epoch_{0};
+  std::atomic<uint64_t> server_;  // JournalHeader::server
   mutable std::mutex mutex_;
   std::map<ServedModel*, std::shared_ptr<Keeper>> keepers_;
 };

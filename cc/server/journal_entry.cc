@@ -8,14 +8,14 @@
 namespace continual_transformers::server {
 namespace {
 
-constexpr char kMagic[] = "CTJOURN1";
+constexpr char kMagic[] = "CTJOURN2";
 
 struct Header {
   char magic[8];
-  uint64_t plan, weights, writer, number;
+  uint64_t plan, weights, server, writer, number;
   uint64_t rows;
 };
-static_assert(sizeof(Header) == 48, "the header has no padding");
+static_assert(sizeof(Header) == 56, "the header has no padding");
 
 struct RowHeader {
   uint32_t flags, name_bytes;
@@ -35,6 +35,7 @@ JournalEntryWriter::JournalEntryWriter(const JournalHeader& header) {
   std::memcpy(bytes.magic, kMagic, sizeof(bytes.magic));
   bytes.plan = header.plan;
   bytes.weights = header.weights;
+  bytes.server = header.server;
   bytes.writer = header.writer;
   bytes.number = header.number;
   Append(&bytes, sizeof(bytes));
@@ -81,7 +82,7 @@ JournalHeader ReadJournalEntry(std::string_view bytes, std::vector<JournalRow>* 
     const std::string_view name = take(row.name_bytes);
     rows->push_back({row.flags, std::string(name), row.first, row.steps, take(row.data_bytes)});
   }
-  return {header.plan, header.weights, header.writer, header.number};
+  return {header.plan, header.weights, header.server, header.writer, header.number};
 }
 
 }  // namespace continual_transformers::server

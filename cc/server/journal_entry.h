@@ -1,7 +1,8 @@
 // An entry of the journal: what happened to streams of one shard in one batch.
 //
-// The bytes, little-endian: the magic "CTJOURN1"; the fingerprints of plan and weights, the writer
-// and its number of the entry, uint64 each; how many rows there are, uint64. For each row: flags,
+// The bytes, little-endian: the magic "CTJOURN2"; the fingerprints of plan and weights, the server,
+// the writer and its number of the entry, uint64 each; how many rows there are, uint64. For each
+// row: flags,
 // uint32; the size of the name, uint32; first and steps, int64 each; the size of the data, uint64;
 // the name; the data. At the end, the XXH64 of everything before it.
 
@@ -17,6 +18,8 @@ namespace continual_transformers::server {
 
 struct JournalHeader {
   uint64_t plan = 0, weights = 0;
+  // A hash of the server's name in the table of shards. A server without a table is its process.
+  uint64_t server = 0;
   // A random number of the process that wrote it, and its count of entries in this shard: an entry
   // that was sent again, after a connection broke, is read once.
   uint64_t writer = 0, number = 0;

@@ -695,12 +695,16 @@ void ServedModel::TakeChanges(size_t most, std::vector<StreamCopy>* copies,
 }
 
 void ServedModel::CopyOpen(const std::vector<std::string>& names,
-                           const std::function<void(const StreamCopy&, int64_t)>& copied) {
+                           const std::function<void(const StreamCopy&, int64_t)>& copied,
+                           const std::function<void(const std::string&)>& not_open) {
   queue_.Between([&] {
     StreamCopy copy;
     for (const std::string& name : names) {
       const Stream* const stream = table_.Find(name);
-      if (stream == nullptr || !stream->open()) continue;
+      if (stream == nullptr || !stream->open()) {
+        not_open(name);
+        continue;
+      }
       CopyTo(*stream, &copy);
       copied(copy, stream->next);
     }

@@ -128,10 +128,11 @@ class ServedModel {
   // and batches wait meanwhile.
   void TakeChanges(size_t most, std::vector<StreamCopy>* copies,
                    const std::function<void()>& taken);
-  // Copies those of these streams that are open, and says which step each expects. No step is taken
-  // before the last call of `copied`.
+  // Copies those of these streams that are open, and says which step each expects; names the
+  // others. No step is taken before the last of these calls.
   void CopyOpen(const std::vector<std::string>& names,
-                const std::function<void(const StreamCopy& copy, int64_t next)>& copied);
+                const std::function<void(const StreamCopy& copy, int64_t next)>& copied,
+                const std::function<void(const std::string& name)>& not_open);
   std::vector<std::string> OpenNames();
   // For streams that are not in the table, such as those that are rebuilt.
   Session* mutable_session() { return &session_; }

@@ -82,7 +82,7 @@ ShardOwner::Change ShardOwner::SetTable(ShardTable next) {
   if (journal_ != nullptr) {
     // Also those that an earlier table, which Redis was not there for, gave away.
     journal_->GiveUp(ListOf(~own_));
-    journal_->SetEpoch(epoch);
+    journal_->SetEpoch(epoch, table()->self);
     change.rebuilt = journal_->TakeOver(ListOf(gained));
   }
   own_ = wanted;
@@ -93,7 +93,8 @@ ShardOwner::Change ShardOwner::SetTable(ShardTable next) {
        {"own", own_.count()},
        {"gained", change.gained},
        {"lost", change.lost},
-       {"streams_rebuilt", change.rebuilt}});
+       {"streams_rebuilt", change.rebuilt.streams},
+       {"streams_lost", change.rebuilt.lost}});
   return change;
 }
 

@@ -37,7 +37,7 @@ class ShardOwner : public ModelObserver {
 
   struct Change {
     int64_t gained = 0, lost = 0;  // shards
-    int64_t rebuilt = 0;           // streams, from the journal
+    Journal::Rebuilt rebuilt;      // from the journal
   };
   // Goes on by another table. With a journal, the streams of shards that are lost end here. Without
   // one they stay, for the operator to move, and their steps are refused.

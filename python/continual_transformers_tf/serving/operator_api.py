@@ -84,7 +84,7 @@ class OperatorApi:
         return ServerView(ShardTable.of_json(given), given.get("self"), ready)
 
     def put_table(self, table: ShardTable, name: str, timeout: float) -> dict[str, int]:
-        """Give the server a table. Return {"gained", "lost", "rebuilt"} when it acts on it.
+        """Give the server a table. Return what changed when it acts on it.
 
         Args:
             table: The table.

@@ -46,7 +46,7 @@ TEST(ShardsTest, IsCrc32) {
 }
 
 TEST(JournalEntryTest, ComesBackAsItWas) {
-  JournalEntryWriter writer({1, 2, 3, 4});
+  JournalEntryWriter writer({1, 2, 3, 4, 5});
   writer.AddRow(JournalRow::kBegan, "first", 0, 2, 6);
   writer.Append("abc", 3);
   writer.Append("def", 3);
@@ -56,8 +56,9 @@ TEST(JournalEntryTest, ComesBackAsItWas) {
   const JournalHeader header = ReadJournalEntry(bytes, &rows);
   EXPECT_EQ(header.plan, 1u);
   EXPECT_EQ(header.weights, 2u);
-  EXPECT_EQ(header.writer, 3u);
-  EXPECT_EQ(header.number, 4u);
+  EXPECT_EQ(header.server, 3u);
+  EXPECT_EQ(header.writer, 4u);
+  EXPECT_EQ(header.number, 5u);
   ASSERT_EQ(rows.size(), 2u);
   EXPECT_EQ(rows[0].name, "first");
   EXPECT_EQ(rows[0].steps, 2);
@@ -549,14 +550,14 @@ TEST_F(JournalTest, OtherWeights) {
 
 TEST_F(JournalTest, ServerThatHasLostItsShard) {
   JournalServer server(model_, options_);
-  server.journal()->SetEpoch(1);
+  server.journal()->SetEpoch(1, "n1");
   Steps(&server, "a", 0, 9);
   JournalOptions options = options_;
   options.rebuild = false;
   JournalServer other(model_, options);
   EXPECT_TRUE(other.open().empty());
-  other.journal()->SetEpoch(2);
-  EXPECT_EQ(other.journal()->TakeOver({ShardOf("a")}), 1);
+  other.journal()->SetEpoch(2, "n2");
+  EXPECT_EQ(other.journal()->TakeOver({ShardOf("a")}).streams, 1);
   // The first one does not know it yet. Its answer is in no journal, so nobody gets it.
   const auto late = Step(server.model(), "a", 9);
   EXPECT_EQ(late->outcome.reason, Reason::kUnavailable) << late->outcome.message;
@@ -572,8 +573,8 @@ TEST_F(JournalTest, ServerThatHasLostItsShard) {
   // Back again, with the newest table.
   ExpectError(ErrorCode::kInvalidArgument, "it needs the newer table of shards",
               [&] { server.journal()->TakeOver({ShardOf("a")}); });
-  server.journal()->SetEpoch(4);
-  EXPECT_EQ(server.journal()->TakeOver({ShardOf("a")}), 1);
+  server.journal()->SetEpoch(4, "n1");
+  EXPECT_EQ(server.journal()->TakeOver({ShardOf("a")}).streams, 1);
   server.model()->SetShards(nullptr, ShardSet().set(), false);
   Steps(&server, "a", 16, 18);
 }

@@ -2,12 +2,14 @@
 
 #include "cc/server/shard_owner.h"
 
+#include <algorithm>
 #include <functional>
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "cc/server/http_api.h"
 #include "cc/server/log.h"
@@ -90,13 +92,15 @@ TEST(ShardTableTest, RefusesWhatIsNoTable) {
 // One server of several, with or without a journal.
 class Member {
  public:
-  explicit Member(const std::string& model, const std::string& redis = "") {
+  explicit Member(const std::string& model, const std::string& redis = "",
+                  const ModelOptions& options = ModelOptions())
+      : repository_(options) {
     SetLogLevel(LogLevel::kOff);
     if (!redis.empty()) {
-      JournalOptions options;
-      options.url = redis;
-      options.rebuild = false;
-      journal_ = std::make_unique<Journal>(options);
+      JournalOptions of_journal;
+      of_journal.url = redis;
+      of_journal.rebuild = false;
+      journal_ = std::make_unique<Journal>(of_journal);
       repository_.AddObserver(journal_.get());
     }
     owner_ = std::make_unique<ShardOwner>(journal_.get());
@@ -116,7 +120,7 @@ class Member {
   }
 
  private:
-  ModelRepository repository_{ModelOptions()};
+  ModelRepository repository_;
   std::unique_ptr<Journal> journal_;
   std::unique_ptr<ShardOwner> owner_;
 };
@@ -258,7 +262,7 @@ TEST_F(ShardJournalTest, StreamsAreRebuiltByTheirNewServer) {
   EXPECT_EQ(one.open(), 1U);
   ExpectWrongServer(&one, "a", 9, "\"n2\"");
   table.self = "n2";
-  EXPECT_EQ(two.owner()->SetTable(table).rebuilt, 1);
+  EXPECT_EQ(two.owner()->SetTable(table).rebuilt.streams, 1);
   ExpectStep(&two, "a", 8);  // the last answer again
   ExpectStep(&two, "a", 9);
   ExpectStep(&one, "b", 9);
@@ -267,7 +271,7 @@ TEST_F(ShardJournalTest, StreamsAreRebuiltByTheirNewServer) {
   back.since[ShardOf("b")] = 1;
   two.owner()->SetTable(back);
   back.self = "n1";
-  EXPECT_EQ(one.owner()->SetTable(back).rebuilt, 1);
+  EXPECT_EQ(one.owner()->SetTable(back).rebuilt.streams, 1);
   ExpectStep(&one, "a", 10);
   ExpectStep(&one, "b", 10);
 }
@@ -285,7 +289,7 @@ TEST_F(ShardJournalTest, ServerThatWasThoughtDead) {
   ExpectStep(&two, "a", 10);
   // It gets the shards again. Its own streams were old.
   two.owner()->SetTable(TableOf(3, "n2", All));
-  EXPECT_EQ(one.owner()->SetTable(TableOf(3, "n1", All)).rebuilt, 1);
+  EXPECT_EQ(one.owner()->SetTable(TableOf(3, "n1", All)).rebuilt.streams, 1);
   ExpectStep(&one, "a", 11);
 }
 
@@ -299,9 +303,64 @@ TEST_F(ShardJournalTest, ServerThatLostItsShardsAndHasThemAgain) {
   two.owner()->SetTable(TableOf(3, "n2", All));
   const ShardOwner::Change change = one.owner()->SetTable(TableOf(3, "n1", All));
   EXPECT_EQ(change.gained, kShards);
-  EXPECT_EQ(change.rebuilt, 1);
+  EXPECT_EQ(change.rebuilt.streams, 1);
   ExpectStep(&one, "a", 11);
   ExpectStep(&one, "a", 12);
+}
+
+// Two controllers, which do not know of each other, made two tables of the same epoch.
+TEST_F(ShardJournalTest, TwoTablesOfOneEpoch) {
+  Member two(model_, redis_->url());
+  {
+    Member one(model_, redis_->url());
+    one.owner()->SetTable(TableOf(1, "n1", All));
+    ExpectStep(&one, "a", 0);
+    ExpectError(ErrorCode::kInvalidArgument, "in the same epoch, 1",
+                [&] { two.owner()->SetTable(TableOf(1, "n2", None)); });
+    ExpectWrongServer(&two, "a", 1, "does not have now");
+    ExpectStep(&one, "a", 1);
+  }
+  // A new process on the same node, with the same table.
+  Member one(model_, redis_->url());
+  EXPECT_EQ(one.owner()->SetTable(TableOf(1, "n1", All)).rebuilt.streams, 1);
+  ExpectStep(&one, "a", 2);
+  // The controllers agree.
+  EXPECT_EQ(two.owner()->SetTable(TableOf(2, "n2", None)).rebuilt.streams, 1);
+  ExpectStep(&two, "a", 3);
+  EXPECT_EQ(Step(one.model(), "a", 3)->outcome.reason, Reason::kUnavailable);
+}
+
+// What a server has no room for stays in the journal for a while, for a server that has.
+TEST_F(ShardJournalTest, NoRoomForAStream) {
+  ModelOptions small;
+  small.max_streams = 1;
+  Member one(model_, redis_->url()), two(model_, redis_->url(), small);
+  std::vector<std::string> names;  // of one shard
+  for (int i = 0; names.size() < 3; ++i) {
+    if (ShardOf(std::to_string(i)) == 7) names.push_back(std::to_string(i));
+  }
+  one.owner()->SetTable(TableOf(1, "n1", All));
+  for (const std::string& name : names) {
+    for (int64_t step = 0; step < 5; ++step) ExpectStep(&one, name, step);
+  }
+  const ShardOwner::Change change = two.owner()->SetTable(TableOf(2, "n2", None));
+  EXPECT_EQ(change.rebuilt.streams, 1);
+  EXPECT_EQ(change.rebuilt.lost, 2);
+  std::sort(names.begin(), names.end());  // names[0] is open
+  int64_t step = 5;
+  const auto go_on = [&](Member* member, int64_t until) {
+    for (; step < until; ++step) ASSERT_TRUE(Step(member->model(), names[0], step)->outcome.ok());
+  };
+  // The shard is trimmed after 256 entries.
+  go_on(&two, 600);
+  EXPECT_EQ(one.owner()->SetTable(TableOf(3, "n1", All)).rebuilt.streams, 3);
+  ExpectStep(&one, names[1], 5);
+  ExpectStep(&one, names[2], 5);
+  // They do not keep the journal from being trimmed for ever.
+  EXPECT_EQ(two.owner()->SetTable(TableOf(4, "n2", None)).rebuilt.lost, 2);
+  go_on(&two, 6000);
+  EXPECT_LT(two.parts().journal->counts().at("m").kept, 4000);
+  EXPECT_EQ(one.owner()->SetTable(TableOf(5, "n1", All)).rebuilt.streams, 1);
 }
 
 TEST_F(ShardJournalTest, WhileRedisIsAwayNothingIsGained) {
@@ -341,7 +400,8 @@ TEST_F(ShardOwnerTest, OverHttp) {
   EXPECT_EQ(put(table, "wrong").status, 401);
   EXPECT_EQ(put("{}", "secret").status, 400);
   const Json change = Json::parse(put(table, "secret").body);
-  EXPECT_EQ(change, Json({{"gained", kShards}, {"lost", 0}, {"rebuilt", 0}}));
+  EXPECT_EQ(change,
+            Json({{"gained", kShards}, {"lost", 0}, {"streams_rebuilt", 0}, {"streams_lost", 0}}));
   EXPECT_EQ(put(TableOf(3, "n1", All).Json(true), "secret").status, 409);
   EXPECT_EQ(Get(&api, "/v2/shards").body, table);
   EXPECT_EQ(Get(&api, "/v2/models/m/streams").status, 401);
