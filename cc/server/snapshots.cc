@@ -98,18 +98,19 @@ class Snapshots::Keeper final : public StreamKeeper {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       if (!dropping_.empty()) {
-        size_t kept = 0;
+        // Not moved within the vector: to itself, an outcome would lose its list of steps.
+        std::vector<Answer> ready;
         for (Answer& answer : answers) {
           const uint64_t until = WaitsFor(*answer.request);
           if (until == 0) {
-            answers[kept++] = std::move(answer);
+            ready.push_back(std::move(answer));
           } else if (stopped_) {
-            answers[kept++] = {answer.request, Refused(std::move(answer.outcome))};
+            ready.push_back({answer.request, Refused(std::move(answer.outcome))});
           } else {
             held_.push_back({until, std::move(answer)});
           }
         }
-        answers.resize(kept);
+        answers = std::move(ready);
       }
     }
     if (!answers.empty()) PassOn(std::move(answers));

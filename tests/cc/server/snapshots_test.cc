@@ -271,6 +271,20 @@ TEST_F(SnapshotsTest, EndedStreamsStayEnded) {
   EXPECT_EQ(other.open(), 0);
 }
 
+// Answers about other streams do not wait, and refusals are whole.
+TEST_F(SnapshotsTest, RefusalsWhileAnEndIsWritten) {
+  Server server(model_, In("state"));
+  Steps(&server, "other", 0, 2);
+  for (int i = 0; i < 20; ++i) Steps(&server, std::to_string(i), 0, 2);
+  EXPECT_TRUE(server.snapshots()->Write());
+  for (int i = 0; i < 20; ++i) {
+    const auto end = SubmitStep(server.model(), std::to_string(i), 2, kEnd);
+    ExpectRefused(*Step(server.model(), "other", 9), Reason::kOutOfStep, 2);
+    end->Wait();
+    EXPECT_TRUE(end->outcome.ok()) << end->outcome.message;
+  }
+}
+
 // A client that did not get the answer to its last step may send it again after a kill.
 TEST_F(SnapshotsTest, LastAnswerOfAnEndedStream) {
   Server server(model_, In("state"));
