@@ -131,8 +131,8 @@ def metric(server, name):
 
 @pytest.mark.slow
 def test_memory_is_flat_and_answers_are_right(start_server, model_file):
-    # glibc's malloc has up to 8 arenas a core, each with gaps of its own. With all of them memory is
-    # not flat so soon: it grew by 12 MB from 2 to 10 million steps, and by 2 MB more until 60 million.
+    # glibc's malloc has up to 8 arenas a core, each with gaps of its own. With all of them memory
+    # is not flat so soon: it grew by 12 MB from 2 to 10 million steps, and by 2 MB more until 60.
     server = start_server(model_file, env={"MALLOC_ARENA_MAX": "1"})
     connections = [
         Connection(i, server.grpc_url, ct.Session.load(model_file), STEPS // CONNECTIONS)
