@@ -331,8 +331,9 @@ class Connection final : public HttpExchange,
     head_ += "\r\n\r\n";
     std::vector<asio::const_buffer> buffers = {asio::buffer(head_)};
     if (!only_head_) {
-      buffers.push_back(asio::buffer(response_.body));
-      for (const std::string& tensor : response_.tensors) buffers.push_back(asio::buffer(tensor));
+      buffers.emplace_back(asio::buffer(response_.body));
+      for (const std::string& tensor : response_.tensors)
+        buffers.emplace_back(asio::buffer(tensor));
     }
     ExpireAfterIdle();
     asio::async_write(stream_, buffers,

@@ -91,6 +91,7 @@ std::vector<std::shared_ptr<ServedModel>> ModelRepository::loaded() const {
 std::vector<ModelRepository::Entry> ModelRepository::index() const {
   std::lock_guard<std::mutex> lock(mutex_);
   std::vector<Entry> entries;
+  entries.reserve(places_.size());
   for (const auto& place : places_) {
     entries.push_back({place.first, place.second.model != nullptr, place.second.reason});
   }
