@@ -350,6 +350,50 @@ TEST(HttpApi, TheTokenOpensWhatIsNotOpen) {
   EXPECT_EQ(Get(&api, "/v2/models/m/streams", "secret").status, 200);
 }
 
+// Whoever may only step streams may not end all of them.
+TEST(HttpApi, LoadingIsForTheOperator) {
+  struct Case {
+    const char *token, *operator_token;  // of the server
+    const char* sent;
+    int status;
+  };
+  for (const Case& one : std::vector<Case>{
+           {"", "", "", 200},
+           {"", "", "any", 200},
+           {"secret", "", "", 401},
+           {"secret", "", "wrong", 401},
+           {"secret", "", "secret", 200},
+           {"", "operator", "", 401},
+           {"", "operator", "operator", 200},
+           {"secret", "operator", "", 401},
+           {"secret", "operator", "secret", 401},
+           {"secret", "operator", "operator", 200},
+       }) {
+    SCOPED_TRACE(std::string(one.token) + " " + one.operator_token + " " + one.sent);
+    OneModel model;
+    Security security;
+    security.token = one.token;
+    security.operator_token = one.operator_token;
+    HttpApi api(security, {&model.repository});
+    const auto call = [&](const std::string& method, const std::string& target) {
+      HttpRequest request;
+      request.method = method;
+      request.target = target;
+      if (*one.sent != 0) request.authorization = std::string("Bearer ") + one.sent;
+      return Call(&api, std::move(request)).status;
+    };
+    const bool passes = one.status == 200;
+    EXPECT_EQ(call("POST", "/v2/repository/models/m/unload"), one.status);
+    EXPECT_EQ(model.repository.index()[0].ready, !passes);
+    EXPECT_EQ(call("POST", "/v2/repository/models/m/load"), one.status);
+    EXPECT_TRUE(model.repository.index()[0].ready);
+    EXPECT_EQ(call("GET", "/v2/repository/models/m/load"), passes ? 405 : 401);
+    // The list of models is for every client.
+    const bool client = *one.token == 0 || passes || std::string(one.sent) == one.token;
+    EXPECT_EQ(call("POST", "/v2/repository/index"), client ? 200 : 401);
+  }
+}
+
 TEST(HttpApi, StreamsAreListedCopiedAndClosed) {
   OneModel one;
   Security security;
