@@ -122,6 +122,15 @@ TEST_F(HttpApiTest, ManyStreams) {
   const Json answer = BodyOf(Post(&api_, kInfer, request.dump()));
   EXPECT_EQ(answer["outputs"][0]["data"], Json({1, 1, 1, 2, 2, 2}));
   EXPECT_FALSE(answer.contains("parameters"));
+  // The short names, as over gRPC.
+  request["inputs"][2]["data"] = {0, 0};
+  request["parameters"] = {{"start", true}, {"end", true}};
+  EXPECT_EQ(BodyOf(Post(&api_, kInfer, request.dump()))["outputs"][0]["data"],
+            Json({0, 0, 0, 0, 0, 0}));
+  EXPECT_EQ(one_.repository.Find("m")->statistics().open_streams, 0);
+  request["parameters"] = {{"end", 1}};
+  ExpectIn("the parameter end",
+           ErrorOf(Post(&api_, kInfer, request.dump()), 400, "invalid_argument"));
 }
 
 TEST(HttpApi, EveryDatatype) {
