@@ -667,18 +667,17 @@ class Journal::Keeper final : public StreamKeeper {
   // Puts a stream in. Returns whether it is open again.
   bool PutBack(ShardHistory::Known* known) {
     try {
-      std::optional<StreamCopy> copy =
+      StreamCopy copy =
           RebuildStream(model_->mutable_session(), receptive_field_, options_.other_weights, known);
-      if (!copy.has_value()) return false;
       if (!known->ended) {
-        rebuilt_ = &*copy;
-        model_->CopyIn(*copy, options_.other_weights);
+        rebuilt_ = &copy;
+        model_->CopyIn(copy, options_.other_weights);
         rebuilt_ = nullptr;
         return true;
       }
       // Its client may not have got the last answer.
-      copy->state.clear();
-      if (copy->last_steps != 0) model_->Restore(*copy, options_.other_weights);
+      copy.state.clear();
+      if (copy.last_steps != 0) model_->Restore(copy, options_.other_weights);
     } catch (const std::exception& error) {
       rebuilt_ = nullptr;
       if (known->ended) return false;

@@ -133,6 +133,28 @@ TEST_F(HttpApiTest, ManyStreams) {
            ErrorOf(Post(&api_, kInfer, request.dump()), 400, "invalid_argument"));
 }
 
+TEST_F(HttpApiTest, WithoutAStep) {
+  Json request = InferOf("a", {1, 2, 3});
+  Post(&api_, kInfer, request.dump());
+  Post(&api_, kInfer, request.dump());
+  Json end = InferOf("a", Json::array(), {0, 3});
+  Json answer = BodyOf(Post(&api_, kInfer, end.dump()));
+  EXPECT_EQ(answer["outputs"][0]["shape"], Json({0, 3}));
+  EXPECT_FALSE(answer.contains("parameters"));  // It asked nothing.
+  end["parameters"]["sequence_end"] = true;
+  end["parameters"]["step"] = 1;
+  ExpectIn("expects step 2, got step 1",
+           ErrorOf(Post(&api_, kInfer, end.dump()), 409, "out_of_step"));
+  end["parameters"]["step"] = 2;
+  for (int i = 0; i < 2; ++i) {
+    answer = BodyOf(Post(&api_, kInfer, end.dump()));
+    EXPECT_EQ(answer["outputs"][0]["shape"], Json({0, 3}));
+    EXPECT_EQ(answer["outputs"][0]["data"], Json::array());
+    EXPECT_EQ(answer["parameters"]["next_step"], 2);
+  }
+  EXPECT_EQ(one_.repository.Find("m")->statistics().open_streams, 0);
+}
+
 TEST(HttpApi, EveryDatatype) {
   OneModel one(EveryOp());
   HttpApi api({}, {&one.repository});
