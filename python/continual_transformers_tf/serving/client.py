@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import random
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import grpc
@@ -18,12 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from continual_transformers_tf.serving import messages
-from continual_transformers_tf.serving.channels import Channels
+from continual_transformers_tf.serving.channels import Access, Channels, PathLike
 
 Array = npt.NDArray[Any]
 Arrays = npt.ArrayLike | Sequence[npt.ArrayLike] | Mapping[str, npt.ArrayLike]
 Outputs = Array | dict[str, Array]
-PathLike = str | os.PathLike[str]
 
 DTYPES = {
     "BOOL": "bool",
@@ -157,21 +154,11 @@ class Client:
         timeout: float = 30.0,
         attempt_timeout: float = 5.0,
     ) -> None:
-        if (certificate is None) != (key is None):
-            raise ValueError(
-                "a client's certificate needs both certificate= and key=, got only one"
-            )
-        if certificate is not None and ca is None:
-            raise ValueError("certificate= and key= need ca= too, which turns TLS on")
+        access = Access(token, ca, certificate, key)
         urls = [url] if isinstance(url, str) else list(url)
         if not urls:
             raise ValueError('got no url, expected "host:port" of a server')
-        credentials = None
-        if ca is not None:
-            files = [path and Path(path).read_bytes() for path in (ca, key, certificate)]
-            credentials = grpc.ssl_channel_credentials(*files)
-        metadata = [("authorization", f"Bearer {token}")] if token else []
-        self._channels = Channels(urls, credentials, metadata)
+        self._channels = Channels(urls, access)
         self._url, self._model = ", ".join(urls), model
         self.timeout, self.attempt_timeout = timeout, attempt_timeout
         self._inputs: tuple[_Tensor, ...] | None = None
