@@ -7,6 +7,7 @@
 #include <chrono>
 #include <deque>
 #include <mutex>
+#include <string_view>
 #include <thread>
 #include <utility>
 
@@ -31,11 +32,15 @@ Clock::time_point DeadlineOf(const CallbackServerContext& context) {
          std::chrono::duration_cast<Clock::duration>(deadline - std::chrono::system_clock::now());
 }
 
-bool Passes(const Security& security, const CallbackServerContext& context) {
-  if (security.token.empty()) return true;
+// What a call says of itself, as HTTP's header of that name; empty: nothing.
+std::string_view AuthorizationOf(const CallbackServerContext& context) {
   const auto found = context.client_metadata().find("authorization");
-  if (found == context.client_metadata().end()) return false;
-  return security.Allows({found->second.data(), found->second.size()});
+  if (found == context.client_metadata().end()) return {};
+  return {found->second.data(), found->second.size()};
+}
+
+bool Passes(const Security& security, const CallbackServerContext& context) {
+  return security.token.empty() || security.Allows(AuthorizationOf(context));
 }
 
 Outcome NeedsToken() { return {Reason::kUnauthenticated, kNeedsToken, {}}; }
@@ -331,10 +336,10 @@ class Service final : public inference::GRPCInferenceService::CallbackService {
     return Finished(context, Passes(security_, *context) ? OutcomeOfCall(call) : NeedsToken());
   }
 
-  // For calls that take long: they must not keep one of gRPC's few threads.
+  // For loading and unloading. That takes long, and must not keep one of gRPC's few threads.
   template <typename Call>
   ServerUnaryReactor* AnswerLater(CallbackServerContext* context, const Call& call) {
-    if (!Passes(security_, *context)) return Finished(context, NeedsToken());
+    if (!security_.AllowsLoading(AuthorizationOf(*context))) return Finished(context, NeedsToken());
     ServerUnaryReactor* const reactor = context->DefaultReactor();
     std::thread([=] {
       const Outcome outcome = OutcomeOfCall(call);

@@ -79,6 +79,11 @@ bool IsShards(const std::vector<std::string>& path) {
   return path.size() == 2 && path[0] == "v2" && path[1] == "shards";
 }
 
+bool IsLoading(const std::vector<std::string>& path) {
+  return path.size() == 5 && path[0] == "v2" && path[1] == "repository" && path[2] == "models" &&
+         (path[4] == "load" || path[4] == "unload");
+}
+
 // Lists and copies of streams, and changes of the table of shards. The outputs of a stream are for
 // everyone who may take its steps.
 bool IsOperators(const HttpRequest& head, const std::vector<std::string>& path) {
@@ -219,8 +224,10 @@ class HttpApi::Routes {
       if (operators && !security_.knows_operator()) {
         return ErrorResponse(403, Reason::kUnauthenticated, kNeedsTokenOfServer);
       }
-      if (operators ? !security_.AllowsOperator(head.authorization)
-                    : !security_.Allows(head.authorization)) {
+      const bool allowed = operators                ? security_.AllowsOperator(head.authorization)
+                           : IsLoading(target.path) ? security_.AllowsLoading(head.authorization)
+                                                    : security_.Allows(head.authorization);
+      if (!allowed) {
         return ErrorResponse({Reason::kUnauthenticated, kNeedsToken, {}});
       }
     } catch (const std::exception& error) {
@@ -311,15 +318,13 @@ class HttpApi::Routes {
       return true;
     }
     if (path.size() < 4 || path[0] != "v2" || request->method != "POST") return false;
+    if (IsLoading(path)) {
+      LoadOrUnload(path[3], path[4] == "load", *request, exchange);
+      return true;
+    }
     std::string version;
     if (path[1] == "models" && path.back() == "infer" && AfterModel(path, &version).size() == 1) {
       Infer(repository_->Find(path[2], version), request, exchange);
-      return true;
-    }
-    const bool load = path.back() == "load";
-    if (path[1] == "repository" && path[2] == "models" && path.size() == 5 &&
-        (load || path.back() == "unload")) {
-      LoadOrUnload(path[3], load, *request, exchange);
       return true;
     }
     return false;
@@ -563,9 +568,7 @@ class HttpApi::Routes {
 
   HttpResponse OfRepository(const HttpTarget& target, const HttpRequest& request) const {
     const std::vector<std::string>& path = target.path;
-    if (path.size() == 5 && path[2] == "models" && (path[4] == "load" || path[4] == "unload")) {
-      Need(request, "POST");
-    }
+    if (IsLoading(path)) Need(request, "POST");
     if (path.size() != 3 || path[2] != "index") RefusePath();
     Need(request, "POST");
     bool only_ready = false;

@@ -105,11 +105,16 @@ void ReadParameters(const json& parameters, HttpInferCall* http) {
     if (*call->sequence_id == "0" && value->is_number()) call->sequence_id.reset();
     if (call->sequence_id == "") call->sequence_id.reset();
   }
-  if (const json* const value = Find(parameters, "sequence_start")) {
-    call->sequence_start = BoolOf(*value, "the parameter sequence_start");
+  // The short names are for many streams: tritonclient sends the others with a sequence_id only.
+  for (const char* const name : {"sequence_start", "start"}) {
+    if (const json* const value = Find(parameters, name)) {
+      call->sequence_start = BoolOf(*value, "the parameter " + std::string(name));
+    }
   }
-  if (const json* const value = Find(parameters, "sequence_end")) {
-    call->sequence_end = BoolOf(*value, "the parameter sequence_end");
+  for (const char* const name : {"sequence_end", "end"}) {
+    if (const json* const value = Find(parameters, name)) {
+      call->sequence_end = BoolOf(*value, "the parameter " + std::string(name));
+    }
   }
   if (const json* const value = Find(parameters, "step")) {
     call->step = WholeOf(*value, "the parameter step");

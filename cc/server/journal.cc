@@ -702,16 +702,15 @@ class Journal::Keeper final : public StreamKeeper {
   // Puts a stream in, or the last answer of one that has ended, as its client may not have got it.
   void PutBack(ShardHistory::Known* known, Rebuilt* rebuilt) {
     try {
-      std::optional<StreamCopy> copy =
+      StreamCopy copy =
           RebuildStream(model_->mutable_session(), receptive_field_, options_.other_weights, known);
-      if (!copy.has_value()) return;
       if (known->ended) {
-        copy->state.clear();
-        if (copy->last_steps != 0) model_->Restore(*copy, options_.other_weights);
+        copy.state.clear();
+        if (copy.last_steps != 0) model_->Restore(copy, options_.other_weights);
         return;
       }
-      rebuilt_ = &*copy;
-      model_->CopyIn(*copy, options_.other_weights);
+      rebuilt_ = &copy;
+      model_->CopyIn(copy, options_.other_weights);
       rebuilt_ = nullptr;
       ++rebuilt->streams;
     } catch (const std::exception& error) {

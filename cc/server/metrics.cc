@@ -148,8 +148,7 @@ void Metrics::CollectModels(std::vector<MetricFamily>* families) const {
   MetricFamily build = Gauge("build_info", "The version of the server. Its value is always 1");
   MetricFamily ready = Gauge("ready", "Whether the server takes steps");
   MetricFamily model_ready = Gauge("model_ready", "Whether the model is loaded");
-  MetricFamily requests =
-      Counter("requests_total", "Requests answered with a step, or with the last answer again");
+  MetricFamily requests = Counter("requests_total", "Requests answered");
   MetricFamily steps = Counter("steps_total", "Input steps taken, of all streams");
   MetricFamily repeats =
       Counter("repeats_total", "Rows of requests that were answered with the last answer again");

@@ -25,6 +25,11 @@ struct Security {
   // wherever a wrong token differs. The operator's token is good for everything.
   bool Allows(std::string_view authorization) const;
   bool AllowsOperator(std::string_view authorization) const;
+  // Whether a request may load and unload models: one of the operator's. A server without any token
+  // lets everyone do it, as Triton does.
+  bool AllowsLoading(std::string_view authorization) const {
+    return !knows_operator() || AllowsOperator(authorization);
+  }
   // Whether there is a token by which to know the operator.
   bool knows_operator() const { return !token.empty() || !operator_token.empty(); }
 };

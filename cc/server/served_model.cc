@@ -43,8 +43,9 @@ bool IsAligned(const void* pointer, int64_t bytes) {
 struct ServedModel::Row {
   enum class Kind {
     kStep,    // of an open stream
-    kBegin,   // of a new stream, or of one that begins anew
+    kBegin,   // of a new stream, or of one that begins anew; also without a step
     kRepeat,  // only the last answer again
+    kNoStep,  // only an end, of a stream that is open or has ended
   };
 
   StepRequest* request;
@@ -52,7 +53,7 @@ struct ServedModel::Row {
   Stream* stream;
   Kind kind;
   StreamId id;         // that is stepped
-  int64_t next = 0;    // after the steps
+  int64_t next = 0;    // after the steps; of kNoStep, also if the stream is not open
   std::string answer;  // to remember
 };
 
@@ -109,9 +110,11 @@ void ServedModel::Submit(StepRequest* request) {
   for (const int64_t first : request->first_steps) {
     if (first < 0) return refuse("got step " + Text(first) + ", expected 0 or more");
   }
+  // Nothing to take, to begin or to end: the answer says nothing about streams.
+  if (count == 0 || (request->steps == 0 && !request->start && !request->end)) {
+    return request->Done({});
+  }
   request->next_steps.assign(request->streams.size(), 0);
-  // No rows, and nothing to begin or end.
-  if (count == 0 || request->steps == 0) return request->Done({});
   queue_.Submit(request);
 }
 
@@ -171,8 +174,10 @@ void ServedModel::TakeSteps(const std::vector<StepRequest*>& batch, Outcome* out
   std::vector<Row*> stepped;
   std::vector<Row*> begun;
   for (Row& row : rows_) {
-    if (row.kind != Row::Kind::kRepeat) stepped.push_back(&row);
-    if (row.kind == Row::Kind::kBegin) begun.push_back(&row);
+    const bool begins = row.kind == Row::Kind::kBegin;
+    if (begins) begun.push_back(&row);
+    // All requests of a batch have the same number of steps.
+    if ((begins || row.kind == Row::Kind::kStep) && row.request->steps > 0) stepped.push_back(&row);
   }
   std::vector<StreamId> fresh(begun.size());
   if (!fresh.empty()) session_.Open(static_cast<int64_t>(fresh.size()), fresh.data());
@@ -240,6 +245,17 @@ Outcome ServedModel::Admit(StepRequest* request, int64_t* opening) {
     Row row = {request, static_cast<int64_t>(i), stream, Row::Kind::kStep, stream->id, 0, {}};
     if (numbered && IsRepeat(*stream, *request, row.index)) {
       row.kind = Row::Kind::kRepeat;
+    } else if (request->steps == 0 && !request->start) {
+      row.kind = Row::Kind::kNoStep;
+      row.next = numbered ? first : stream->next;
+      // An end may come twice, so it is no error if the stream has ended, at this step or unknown
+      // to the client. Its state is not used any more, so it does not matter whether it may lag.
+      if (numbered && first != stream->next && (stream->open() || first != 0)) {
+        stop(*stream, Reason::kOutOfStep, stream->open() ? stream->next : 0,
+             (stream->open() ? " expects step " + Text(stream->next)
+                             : std::string(" is not open and so expects step 0")) +
+                 ", got step " + Text(first));
+      }
     } else if (request->start || !stream->open()) {
       row.kind = Row::Kind::kBegin;
       const bool server_ended = stream->ended != End::kNone && stream->ended != End::kClient;
@@ -375,9 +391,10 @@ void ServedModel::Commit(Row* row, Clock::time_point now, std::vector<StreamId>*
       }
       from += bytes;
     }
+  } else if (row->kind == Row::Kind::kNoStep) {
+    // If the server had ended the stream, its client needs not be told any more.
+    if (stream->ended != End::kNone) stream->ended = End::kClient;
   } else {
-    statistics_.steps += request->steps;
-    if (!watchers_.empty()) TellWatchers(*row);
     if (row->kind == Row::Kind::kBegin) {
       if (stream->open()) {
         closed->push_back(stream->id);
@@ -386,25 +403,34 @@ void ServedModel::Commit(Row* row, Clock::time_point now, std::vector<StreamId>*
       table_.Open(stream, row->id, now);
       ++statistics_.opened;
     }
-    table_.Use(stream, row->next, now);
+    if (request->steps > 0) CommitSteps(row, now);
     kept.steps = request->steps;
-    if (!request->first_steps.empty()) {
-      stream->may_lag = false;
-      const int64_t first = request->first_steps[row->index];
-      table_.SetAnswer(stream, first, request->steps,
-                       first == 0 ? HashOfInputs(*request, row->index) : 0, std::move(row->answer));
-    } else if (stream->last_steps != 0) {
-      table_.SetAnswer(stream, 0, 0, 0, std::string());
-    }
   }
-  request->next_steps[row->index] = stream->next;
+  request->next_steps[row->index] = row->kind == Row::Kind::kNoStep ? row->next : stream->next;
   if (request->end && stream->open()) {
     closed->push_back(stream->id);
     ++statistics_.ended[static_cast<int>(End::kClient)];
     table_.Close(stream, End::kClient);
     kept.ended = true;
   }
-  if (!keepers_.empty() && (kept.steps > 0 || kept.ended)) kept_rows_.push_back(kept);
+  if (keepers_.empty()) return;
+  if (kept.steps > 0 || kept.began || kept.ended) kept_rows_.push_back(kept);
+}
+
+void ServedModel::CommitSteps(Row* row, Clock::time_point now) {
+  const StepRequest& request = *row->request;
+  Stream* const stream = row->stream;
+  statistics_.steps += request.steps;
+  if (!watchers_.empty()) TellWatchers(*row);
+  table_.Use(stream, row->next, now);
+  if (!request.first_steps.empty()) {
+    stream->may_lag = false;
+    const int64_t first = request.first_steps[row->index];
+    table_.SetAnswer(stream, first, request.steps,
+                     first == 0 ? HashOfInputs(request, row->index) : 0, std::move(row->answer));
+  } else if (stream->last_steps != 0) {
+    table_.SetAnswer(stream, 0, 0, 0, std::string());
+  }
 }
 
 void ServedModel::TellWatchers(const Row& row) {

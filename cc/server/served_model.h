@@ -75,7 +75,8 @@ class ServedModel {
   const Session& session() const { return session_; }
 
   // Takes the steps of a request, now or when its turn comes, and calls its Done. May run batches
-  // of other requests on this thread.
+  // of other requests on this thread. A request without steps begins or ends its streams in its
+  // turn; the end of a stream that is not open is no error, as a client may send it again.
   void Submit(StepRequest* request);
   // Counts a request that was refused before it could be submitted.
   void CountRefusal(Reason reason) { ++refused_[static_cast<int>(reason)]; }
@@ -158,6 +159,7 @@ class ServedModel {
   uint64_t HashOfInputs(const StepRequest& request, int64_t index) const;
   void StepRows(const std::vector<Row*>& rows);
   void Commit(Row* row, Clock::time_point now, std::vector<StreamId>* closed);
+  void CommitSteps(Row* row, Clock::time_point now);
   void TellWatchers(const Row& row);
   void EndStream(Stream* stream, End end);
   void Count(const std::vector<StepRequest*>& batch, const std::vector<Outcome>& outcomes,

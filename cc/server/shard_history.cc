@@ -88,10 +88,13 @@ void ShardHistory::ReadRow(const JournalRow& row, uint64_t weights) {
   }
 }
 
-std::optional<StreamCopy> RebuildStream(Session* session, int64_t receptive_field,
-                                        bool other_weights, ShardHistory::Known* known) {
+StreamCopy RebuildStream(Session* session, int64_t receptive_field, bool other_weights,
+                         ShardHistory::Known* known) {
   StreamHistory* const history = &known->history;
-  if (history->steps.empty()) return std::move(known->copy);
+  if (history->steps.empty()) {
+    if (known->copy.has_value()) return std::move(*known->copy);
+    return Rebuild(session, *history, other_weights);
+  }
   const int64_t needed = FirstNeeded(receptive_field, history->steps.back().first);
   for (size_t i = 0; i < known->weights.size() && !other_weights; ++i) {
     if (known->weights[i] != session->weights_fingerprint() &&

@@ -33,6 +33,7 @@ class ShardHistory {
     std::optional<StreamCopy> copy;  // with which it began
     std::vector<uint64_t> weights;   // of each steps of the history
     bool ended = false;              // by its client
+    // Neither steps nor a copy: it began without a step.
   };
   std::map<std::string, Known>& streams() { return streams_; }
   // Streams whose end is the last that is known of them.
@@ -51,10 +52,10 @@ class ShardHistory {
 };
 
 // Returns the stream as it was after its last step, with the answer to it if it was numbered.
-// Nothing, if there are neither steps nor a copy. Throws Error (kInvalidArgument) if steps are
-// missing, or (kOtherModel) if they were taken with other weights and `other_weights` is not set.
-std::optional<StreamCopy> RebuildStream(Session* session, int64_t receptive_field,
-                                        bool other_weights, ShardHistory::Known* known);
+// Throws Error (kInvalidArgument) if steps are missing, or (kOtherModel) if they were taken with
+// other weights and `other_weights` is not set.
+StreamCopy RebuildStream(Session* session, int64_t receptive_field, bool other_weights,
+                         ShardHistory::Known* known);
 
 }  // namespace continual_transformers::server
 

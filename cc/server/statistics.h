@@ -39,7 +39,7 @@ class Histogram {
 };
 
 struct Statistics {
-  int64_t requests = 0;  // answered with a step or its repeat
+  int64_t requests = 0;  // answered
   int64_t steps = 0;     // input steps taken, of all streams
   int64_t repeats = 0;   // rows answered with the last answer again
   int64_t batches = 0;

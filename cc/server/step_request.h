@@ -27,8 +27,9 @@ class StepRequest {
 
   std::vector<std::string> streams;  // M names, all different
   // The number of the first step, by stream; empty: the client does not number its steps.
+  // Without steps, that of its next step.
   std::vector<int64_t> first_steps;
-  int64_t steps = 1;                // T
+  int64_t steps = 1;                // T; 0: the streams only begin or end
   std::vector<const void*> inputs;  // one per plan input, [M, T, ...], contiguous
   std::vector<void*> outputs;       // one per plan output, the same; null: not wanted
   bool start = false;               // the streams begin anew with this request
@@ -36,7 +37,8 @@ class StepRequest {
   Clock::time_point deadline = Clock::time_point::max();
   int64_t shard_epoch = 0;  // of the table of shards that the client knows
 
-  // Answers, valid in Done after a success. The number of the next step, by stream.
+  // Answers, valid in Done after a success. The number of the next step, by stream; empty if the
+  // request asked nothing.
   std::vector<int64_t> next_steps;
   // Nanoseconds: from Submit to the start of the batch, and the batch's compute.
   int64_t queue_ns = 0;

@@ -33,7 +33,7 @@ class StreamKeeper {
     const StepRequest* request;
     int64_t index;         // of the stream in the request
     const Stream* stream;  // as it is after it
-    int64_t steps;         // 0: the answer to the last ones was given again
+    int64_t steps;         // 0: the answer to the last ones was given again, or it took none
     bool began;            // with this request; an older stream of this name has gone
     bool ended;            // with this request
   };

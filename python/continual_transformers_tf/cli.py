@@ -48,6 +48,16 @@ def need_packages(*names: str, extra: str = "demo") -> None:
             )
 
 
+def token_in(file: Path | None) -> str | None:
+    """Return the token in a file, as the server reads it. No file: None."""
+    if file is None:
+        return None
+    token = file.read_text().rstrip()
+    if not token:
+        raise click.ClickException(f"the token file {file} is empty")
+    return token
+
+
 @main.command()
 @click.argument("model", type=MODEL, required=False)
 @click.option("--cmake-dir", is_flag=True, help="Print the folder for CMake's find_package.")
@@ -306,6 +316,10 @@ def serve(arguments: tuple[str, ...]) -> None:
     metavar="HOST:PORT",
     help="The server's gRPC port.  [default: a server that is started for this]",
 )
+@click.option("--ca", type=MODEL, metavar="FILE", help="PEM file of its authority; turns TLS on.")
+@click.option("--certificate", type=MODEL, metavar="FILE", help="PEM file, to show to the server.")
+@click.option("--key", type=MODEL, metavar="FILE", help="Its key, a PEM file.")
+@click.option("--token-file", type=MODEL, metavar="FILE", help="The server's token.")
 @click.option("--model", metavar="NAME", help="Its name on the server.  [default: the only one]")
 @click.option(
     "--model-file",
@@ -321,6 +335,10 @@ def load(
     rows: int,
     seconds: float,
     url: str | None,
+    ca: Path | None,
+    certificate: Path | None,
+    key: Path | None,
+    token_file: Path | None,
     model: str | None,
     model_file: Path | None,
     picture: Path | None,
@@ -335,12 +353,19 @@ def load(
     import rich.console
 
     from continual_transformers_tf.serving import Client, ServingError, load_report, program
+    from continual_transformers_tf.serving.channels import Access
     from continual_transformers_tf.serving.load import CONNECT_SECONDS, Load, Options
 
     console = rich.console.Console(stderr=as_json, quiet=as_json)
     options = Options(streams, rate, rows, seconds)
+    of_server = {"--ca": ca, "--certificate": certificate, "--key": key, "--token-file": token_file}
+    for name, file in of_server.items():
+        if file and url is None:
+            raise click.UsageError(f"{name} is for a server that runs: --url is missing")
     with contextlib.ExitStack() as stack:
         try:
+            token = token_in(token_file)
+            access = Access(token, ca, certificate, key)
             if model_file is None:
                 folder = stack.enter_context(tempfile.TemporaryDirectory())
                 model_file = Path(folder, "watch.safetensors")
@@ -360,11 +385,19 @@ def load(
                     )
             if url is None:
                 url = stack.enter_context(program.LocalServer(model_file)).url
-            with Client(url, model, timeout=CONNECT_SECONDS) as client:
+            with Client(
+                url,
+                model,
+                token=token,
+                ca=ca,
+                certificate=certificate,
+                key=key,
+                timeout=CONNECT_SECONDS,
+            ) as client:
                 model = client.model
             console.print(f"To {model} at {url}: {load_report.describe(options)}")
             line = stack.enter_context(load_report.LiveLine(console, seconds))
-            result = Load(url, model, model_file, options, line).run()
+            result = Load(url, model, model_file, options, line, access).run()
         except subprocess.CalledProcessError as error:
             said = error.stderr.decode(errors="replace").strip().splitlines()
             raise click.ClickException(said[-1] if said else str(error)) from error

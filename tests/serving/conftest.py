@@ -14,6 +14,7 @@ import pytest
 import tritonclient.grpc
 from click.testing import CliRunner
 from google.protobuf import descriptor_pb2
+from guards import make_certificates
 from ports import free_port
 from proxy import Proxy
 
@@ -195,6 +196,14 @@ def redis(tmp_path):
     """Return the address of a Redis without persistence."""
     with running_redis(tmp_path) as address:
         yield address
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory):
+    """A folder with an authority, ca, what it signed, server and client, and a token."""
+    folder = tmp_path_factory.mktemp("certificates")
+    make_certificates(folder)
+    return folder
 
 
 @pytest.fixture

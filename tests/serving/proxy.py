@@ -38,8 +38,15 @@ class Proxy:
             context.set_trailing_metadata([("reason", "queue_full")])
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "1000 requests wait already")
         with grpc.insecure_channel(self.target) as channel:
+            # It ends when the client's call does. A call that watches the server's health would
+            # keep this thread for ever.
+            call = channel.unary_unary(method).future(request)
+            if not context.add_callback(call.cancel):
+                call.cancel()
             try:
-                answer = channel.unary_unary(method)(request)
+                answer = call.result()
+            except grpc.FutureCancelledError:
+                context.abort(grpc.StatusCode.CANCELLED, "the client has gone")
             except grpc.RpcError as error:
                 context.set_trailing_metadata(error.trailing_metadata())
                 context.abort(error.code(), error.details())

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 from google.protobuf import descriptor_pb2
+from guards import guards
 
 import continual_transformers_tf as ct
 from continual_transformers_tf.serving import messages
@@ -64,15 +65,57 @@ def test_a_stream_ends_with_its_last_step_and_begins_anew(connected, session, sa
     stream.close()  # It is not open: nothing is sent.
 
 
-def test_closing_does_not_depend_on_memory_that_the_caller_uses_again(connect, proxy, samples):
-    x = samples(FEATURES)
-    with connect(proxy.url).open("one step") as stream:
-        stream.step(x)
-        x[:] = 0
+def test_closing_takes_no_step(connect, proxy, samples):
+    client = connect(proxy.url)
+    with client.open("one step") as stream:
+        stream.step(samples(FEATURES))
     step, close = map(messages.ModelInferRequest.FromString, proxy.requests)
-    assert close.raw_input_contents == step.raw_input_contents
+    assert close.inputs[0].shape == [0, FEATURES]
+    assert close.parameters["step"].int64_param == 1
     assert close.parameters["sequence_end"].bool_param
     assert "sequence_end" not in step.parameters
+    stream.close()
+    client.open("no step").close()
+    assert len(proxy.requests) == 2  # There was nothing to end.
+
+
+def test_a_stream_that_another_client_began_can_be_ended(connected, samples):
+    connected.open("others").steps(samples(4, FEATURES))
+    with pytest.raises(ct.serving.ServingError, match="expects step 4, got step 3") as error:
+        connected.open("others", next_step=3).close()
+    assert error.value.expected == {"others": 4}
+    with connected.open("others", next_step=4):
+        pass
+    with pytest.raises(ct.serving.ServingError, match="is not open"):
+        connected.open("others", next_step=4).step(samples(FEATURES))
+
+
+def test_no_steps_begin_and_end_nothing_but_what_is_asked(connected, samples):
+    stream, nothing = connected.open("none"), samples(0, FEATURES)
+    stream.steps(samples(3, FEATURES))
+    other = connected.open("none")
+    assert other.steps(nothing).shape == other.steps(nothing, end=True).shape == (0, OUTPUTS)
+    assert stream.steps(nothing).shape == (0, OUTPUTS)
+    stream.step(samples(FEATURES))
+    assert stream.steps(nothing, end=True).shape == (0, OUTPUTS)
+    assert stream.next_step == 0
+    with pytest.raises(ct.serving.ServingError, match="is not open"):
+        connected.open("none", next_step=4).step(samples(FEATURES))
+
+
+def test_many_streams_end_without_a_step(connected, samples):
+    names = ["e1", "e2", "e3"]
+    connected.steps(samples(3, 2, FEATURES), names, [0] * 3)
+    with pytest.raises(ct.serving.ServingError) as error:
+        connected.end(names, [2, 2, 1])
+    assert error.value.expected == {"e3": 2}
+    connected.end(names[:2], [2, 2])
+    connected.end(names)
+    connected.end(names)
+    connected.end([])
+    with pytest.raises(ct.serving.ServingError) as error:
+        connected.step(samples(3, FEATURES), names, [2] * 3)
+    assert error.value.expected == dict.fromkeys(names, 0)
 
 
 def test_a_block_that_is_left_by_an_exception_leaves_the_stream_open(connected, session, samples):
@@ -223,6 +266,22 @@ def test_attempts_are_bounded(connect, proxy, samples):
     assert stream.next_step == 2
 
 
+@pytest.mark.parametrize("fault", ["lose request", "lose answer"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_stream_whose_last_answer_was_lost_can_be_ended(connect, proxy, samples, fault, steps):
+    client = connect(proxy.url, timeout=0.3)
+    stream = client.open(f"ended after {fault} {steps}")
+    for x in samples(steps, FEATURES):
+        stream.step(x)
+    proxy.faults = [fault] * 1000
+    with pytest.raises(ct.serving.ServingError, match="is lost"):
+        stream.step(samples(FEATURES))
+    proxy.faults = []
+    stream.close()
+    with pytest.raises(ct.serving.ServingError, match="is not open"):
+        client.open(stream.name, next_step=9).step(samples(FEATURES))
+
+
 def test_a_step_without_a_number_is_not_sent_again_unless_nothing_has_moved(
     connect, proxy, samples
 ):
@@ -302,6 +361,28 @@ def test_a_client_of_a_server_that_forgot_the_newest_steps(
         stream.close()
 
 
+def test_a_stream_whose_newest_steps_are_lost_is_ended_where_it_is(
+    connect, proxy, start_server, model_file, samples, tmp_path
+):
+    client = connect(proxy.url)
+    first = start_server(model_file, "--state-dir", tmp_path)
+    proxy.target = first.grpc_url
+    streams = [client.open("behind"), client.open("behind, kept", keep=9)]
+    for stream in streams:
+        stream.steps(samples(5, FEATURES))
+    assert first.stop() == 0
+    killed = start_server(model_file, "--state-dir", tmp_path, "--snapshot-every", 10000)
+    proxy.target = killed.grpc_url
+    for stream in streams:
+        stream.steps(samples(2, FEATURES))
+    killed.kill()
+    proxy.target = start_server(model_file, "--state-dir", tmp_path).grpc_url
+    for stream in streams:
+        stream.close()
+        with pytest.raises(ct.serving.ServingError, match="is not open"):
+            client.open(stream.name, next_step=5).step(samples(FEATURES))
+
+
 def test_which_model(connect, start_server, model_file, two_by_two, samples):
     server = start_server(model_file, f"other={model_file}")
     with pytest.raises(ValueError, match="has the models other, small: name one"):
@@ -312,34 +393,8 @@ def test_which_model(connect, start_server, model_file, two_by_two, samples):
     assert error.value.reason == "not_found"
 
 
-def openssl(folder, *arguments):
-    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory):
-    """A folder with an authority, ca, and what it signed: server and client."""
-    folder = tmp_path_factory.mktemp("certificates")
-    new = ("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2")
-    openssl(
-        folder, *new, "-x509", "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=an authority"
-    )
-    for name in ("server", "client"):
-        signed = ("-CA", "ca.pem", "-CAkey", "ca.key", "-addext", "subjectAltName=IP:127.0.0.1")
-        files = ("-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}")
-        openssl(folder, *new, "-x509", *signed, *files)
-    return folder
-
-
 def test_certificates_and_a_token(connect, start_server, model_file, certificates, samples):
-    token = certificates / "token"
-    token.write_text("a secret\n")
-    server = start_server(
-        *(model_file, "--token-file", token),
-        *("--tls-certificate", certificates / "server.pem"),
-        *("--tls-key", certificates / "server.key"),
-        *("--tls-client-ca", certificates / "ca.pem"),
-    )
+    server = start_server(model_file, *guards(certificates))
     files = {"ca": certificates / "ca.pem"}
     own = {"certificate": certificates / "client.pem", "key": certificates / "client.key"}
     good = connect(server.grpc_url, token="a secret", **files, **own)
@@ -355,7 +410,7 @@ def test_certificates_and_a_token(connect, start_server, model_file, certificate
         assert error.value.reason == reason
     with pytest.raises(ValueError, match="got only one"):
         ct.serving.Client(server.grpc_url, certificate=certificates / "client.pem")
-    with pytest.raises(ValueError, match="need ca= too"):
+    with pytest.raises(ValueError, match="need ca too"):
         ct.serving.Client(server.grpc_url, **own)
 
 

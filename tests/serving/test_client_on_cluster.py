@@ -39,6 +39,16 @@ def test_a_client_learns_the_table_from_a_refusal(servers, session, samples):
     assert sum(servers.cluster.open_streams().values()) == 0
 
 
+def test_streams_on_several_servers_end_without_a_step(servers, samples):
+    with connect(servers, "n2") as client:
+        client.step(samples(len(NAMES), FEATURES), NAMES, [0] * len(NAMES))
+        assert sum(servers.cluster.open_streams().values()) == len(NAMES)
+        client.end(NAMES, [1] * len(NAMES))
+        assert sum(servers.cluster.open_streams().values()) == 0
+    with connect(servers, "n1") as client:  # It does not know the table.
+        client.end(NAMES)
+
+
 def test_steps_without_numbers_find_their_server_too(servers, session, samples):
     ids = session.open(len(NAMES))
     with connect(servers, "n1") as client:

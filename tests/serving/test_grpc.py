@@ -177,6 +177,46 @@ def test_the_end_of_a_stream_and_a_repeat_of_it(client, session, samples):
     np.testing.assert_array_equal(y, session.step(x[2], streams=[session.open()]))
 
 
+@pytest.mark.parametrize("shape", [(0, FEATURES), (1, 0, FEATURES)])
+@pytest.mark.parametrize("numbered", [True, False])
+def test_a_stream_begins_and_ends_without_a_step(client, session, samples, shape, numbered):
+    name, nothing = f"no step {shape} {numbered}", np.zeros(shape, np.float32)
+
+    def number(step):
+        return {"step": step} if numbered else {}
+
+    infer(client, samples(1, FEATURES), sequence_id=name)
+    y = infer(client, nothing, sequence_id=name, sequence_start=True, **number(0))
+    assert y.shape == (*shape[:-1], OUTPUTS)
+    x = samples(2, FEATURES)
+    y = infer(client, x, sequence_id=name, **number(0))
+    np.testing.assert_array_equal(y, session.steps(x[None], streams=[session.open()])[0])
+    if numbered:
+        with pytest.raises(InferenceServerException, match="expects step 2, got step 1"):
+            infer(client, nothing, sequence_id=name, sequence_end=True, step=1)
+    for _ in range(2):  # The answer may be lost.
+        y = infer(client, nothing, sequence_id=name, sequence_end=True, **number(2))
+        assert y.shape == (*shape[:-1], OUTPUTS)
+    with pytest.raises(InferenceServerException, match="is not open"):
+        infer(client, samples(1, FEATURES), sequence_id=name, step=2)
+
+
+def test_many_streams_begin_and_end_without_a_step(client, session, samples):
+    names, nothing = ["none a", "none b", "none c"], np.zeros((3, 0, FEATURES), np.float32)
+    infer(client, nothing, names, step=[0, 0, 0], parameters={"start": True})
+    x = samples(3, FEATURES)
+    y = infer(client, x, names, step=[0, 0, 0])
+    np.testing.assert_array_equal(y, session.step(x, streams=session.open(3)))
+    with pytest.raises(InferenceServerException, match='"none b" expects step 1, got step 7'):
+        infer(client, nothing, names, step=[1, 7, 1], parameters={"end": True})
+    infer(client, samples(3, FEATURES), names, step=[1, 1, 1])  # None has ended.
+    for _ in range(2):
+        y = infer(client, nothing, names, step=[2, 2, 2], parameters={"end": True})
+        assert y.shape == (3, 0, OUTPUTS)
+    with pytest.raises(InferenceServerException, match='"none a" is not open'):
+        infer(client, samples(3, FEATURES), names, step=[2, 0, 0])
+
+
 def test_a_start_begins_anew_and_its_repeat_does_not(client, session, samples):
     x = samples(4, 1, FEATURES)
     for t in range(2):

@@ -130,6 +130,28 @@ def test_many_streams(http_client, session, samples, binary):
     assert refusal.value.status() == "409"
 
 
+@pytest.mark.parametrize("binary", [True, False])
+def test_streams_end_without_a_step(http_client, samples, binary):
+    nothing, one, names = np.zeros((0, FEATURES), np.float32), f"no step {binary}", ["p", "q"]
+    infer(http_client, samples(1, FEATURES), sequence_id=one, step=0, binary=binary)
+    infer(http_client, samples(2, FEATURES), names, step=[0, 0], binary=binary)
+    for _ in range(2):  # The answer may be lost.
+        end = {"sequence_id": one, "sequence_end": True, "step": 1, "binary": binary}
+        assert infer(http_client, nothing, **end).shape == (0, OUTPUTS)
+        y = infer(
+            http_client,
+            np.zeros((2, 0, FEATURES), np.float32),
+            names,
+            step=[1, 1],
+            binary=binary,
+            parameters={"end": True},
+        )
+        assert y.shape == (2, 0, OUTPUTS)
+    with pytest.raises(InferenceServerException, match="is not open") as refusal:
+        infer(http_client, samples(2, FEATURES), names, step=[1, 1], binary=binary)
+    assert refusal.value.status() == "409"
+
+
 def test_plain_json(plain, session, samples):
     x = samples(3, FEATURES)
     status, answer = plain.step("json", x)

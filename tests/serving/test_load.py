@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -16,6 +15,7 @@ import keras
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from guards import guards
 
 import continual_transformers_tf as ct
 from continual_transformers_tf import cli
@@ -79,6 +79,35 @@ def test_figures(start_server, model_file, tmp_path):
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_server_with_certificates_and_a_token(start_server, model_file, certificates, tmp_path):
+    server = start_server(model_file, *guards(certificates))
+    arguments = [*("--url", server.grpc_url, "--model-file", model_file)]
+    arguments += [*("--streams", 6, "--rows", 2, "--seconds", 0.3)]
+    ca = ["--ca", certificates / "ca.pem"]
+    own = ["--certificate", certificates / "client.pem", "--key", certificates / "client.key"]
+    token = ["--token-file", certificates / "token"]
+    figures, _ = run(*arguments, *ca, *own, *token)
+    assert figures["checked_steps"] >= figures["steps"] > 0
+    assert figures["wrong_steps"] == figures["lost_streams"] == 0
+    (tmp_path / "wrong").write_text("another")
+    (tmp_path / "empty").write_text("\n")
+    for options, message in [
+        ([*ca, *own], "no valid token"),
+        ([*ca, *own, "--token-file", tmp_path / "wrong"], "no valid token"),
+        ([*ca, *own, "--token-file", tmp_path / "empty"], "the token file .*empty is empty"),
+        (["--ca", tmp_path / "wrong", *own, *token], "wrong is no PEM file|failed to connect"),
+        ([*own, *token], "certificate and key need ca too"),
+        ([*ca, *own[:2], *token], "needs both certificate and key, got only one"),
+    ]:
+        command = ["load", *map(str, [*arguments, *options])]
+        said = CliRunner().invoke(cli.main, command)
+        assert said.exit_code == 1
+        assert re.search(message, said.output), said.output
+    said = CliRunner().invoke(cli.main, ["load", *map(str, token)])
+    assert said.exit_code == 2
+    assert "--token-file is for a server that runs: --url is missing" in said.output
+
+
 def test_as_fast_as_answers_come(server, model_file):
     figures, _ = run(
         *("--url", server.grpc_url, "--model", "small", "--model-file", model_file),
@@ -113,8 +142,9 @@ def test_wrong_answers_are_found(server, other_weights):
     assert re.search(r"\d+ of \d+ answers are wrong. step 0 of load-\w+-0: got \[", said)
 
 
-def loads(url, model_file, streams=4, rate=20.0, rows=2, seconds=1.0):
-    return load.Load(url, "small", model_file, load.Options(streams, rate, rows, seconds))
+def loads(url, model_file, streams=4, rate=20.0, rows=2, seconds=1.0, on_progress=None):
+    options = load.Options(streams, rate, rows, seconds)
+    return load.Load(url, "small", model_file, options, on_progress)
 
 
 def test_one_wrong_answer_is_found(monkeypatch, server, model_file):
@@ -151,8 +181,12 @@ def test_latency_counts_from_when_a_request_was_due(proxy, model_file):
 def test_a_server_that_dies(monkeypatch, start_server, model_file):
     monkeypatch.setattr(load, "GRACE_SECONDS", 0.5)
     server = start_server(model_file)
-    threading.Timer(0.5, server.kill).start()
-    result = loads(server.grpc_url, model_file).run()
+
+    def kill(seconds, steps, latency):
+        if steps and server.process.poll() is None:
+            server.kill()
+
+    result = loads(server.grpc_url, model_file, on_progress=kill).run()
     assert result.lost == 4
     assert result.refused["unavailable"] > 0
     assert result.checked >= result.steps > 0

@@ -1,15 +1,19 @@
-"""`Channels`: connections to the servers of a table of shards."""
+"""`Channels`: connections to the servers of a table of shards. `Access`: what they want to see."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
 
 from continual_transformers_tf.serving import messages
 from continual_transformers_tf.serving.shards import ShardTable
+
+PathLike = str | os.PathLike[str]
 
 TABLE_KEY = "shard-table-bin"  # Of a server's trailing metadata.
 ASK_SECONDS = 1.0  # How long another server may take to answer with its table.
@@ -27,6 +31,45 @@ CHANNEL_OPTIONS = [
 ]
 
 
+class Access:
+    """What a client shows to a server, and what it knows the server by.
+
+    Args:
+        token, ca, certificate, key: As of `Client`.
+
+    Attributes:
+        metadata: What every call has to send.
+
+    Raises:
+        OSError: If a file cannot be read.
+        ValueError: If a file is not given that another one needs.
+    """
+
+    def __init__(
+        self,
+        token: str | None = None,
+        ca: PathLike | None = None,
+        certificate: PathLike | None = None,
+        key: PathLike | None = None,
+    ) -> None:
+        if (certificate is None) != (key is None):
+            raise ValueError("a client's certificate needs both certificate and key, got only one")
+        if certificate is not None and ca is None:
+            raise ValueError("certificate and key need ca too, which turns TLS on")
+        self._credentials = None
+        if ca is not None:
+            files = [path and Path(path).read_bytes() for path in (ca, key, certificate)]
+            self._credentials = grpc.ssl_channel_credentials(*files)
+        self.metadata = [("authorization", f"Bearer {token}")] if token else []
+
+    def channel(self, url: str, options: Iterable[tuple[str, Any]] = ()) -> grpc.Channel:
+        """Return a channel to "host:port", with more options of gRPC."""
+        options = [*CHANNEL_OPTIONS, *options]
+        if self._credentials is None:
+            return grpc.insecure_channel(url, options)
+        return grpc.secure_channel(url, self._credentials, options)
+
+
 class Channels:
     """A channel to each server that calls went to, and the newest table that a server sent.
 
@@ -34,23 +77,17 @@ class Channels:
 
     Args:
         urls: "host:port" of the gRPC ports of servers that are known from the beginning.
-        credentials: Of TLS; None: without TLS.
-        metadata: Sent with every call.
+        access: What the servers want to see.
 
     Attributes:
         table: The newest table; None: no server has sent one, so there is one server, or nothing
             is known yet.
     """
 
-    def __init__(
-        self,
-        urls: Sequence[str],
-        credentials: grpc.ChannelCredentials | None,
-        metadata: Sequence[tuple[str, str]],
-    ) -> None:
+    def __init__(self, urls: Sequence[str], access: Access) -> None:
         self.table: ShardTable | None = None
         self._urls, self._first = list(urls), urls[0]
-        self._credentials, self._metadata = credentials, list(metadata)
+        self._access = access
         self._channels: dict[str, Any] = {}
         self._calls: dict[tuple[str, str], Any] = {}
         self._lock = threading.Lock()
@@ -81,12 +118,14 @@ class Channels:
     def begin(self, url: str, method: str, request: Any, timeout: float) -> Any:
         """Begin a call. Return its future, whose `result()` raises grpc.RpcError."""
         return self._call(url, method, request).future(
-            request, timeout=timeout, metadata=self._metadata
+            request, timeout=timeout, metadata=self._access.metadata
         )
 
     def call(self, url: str, method: str, request: Any, timeout: float) -> Any:
         """Call a method, once. It raises grpc.RpcError."""
-        return self._call(url, method, request)(request, timeout=timeout, metadata=self._metadata)
+        return self._call(url, method, request)(
+            request, timeout=timeout, metadata=self._access.metadata
+        )
 
     def learn(self, error: grpc.RpcError) -> bool:
         """Take the table of a refusal, if it is newer. Return whether it is."""
@@ -129,11 +168,7 @@ class Channels:
         with self._lock:
             if (url, method) not in self._calls:
                 if url not in self._channels:
-                    self._channels[url] = (
-                        grpc.insecure_channel(url, CHANNEL_OPTIONS)
-                        if self._credentials is None
-                        else grpc.secure_channel(url, self._credentials, CHANNEL_OPTIONS)
-                    )
+                    self._channels[url] = self._access.channel(url)
                 answer = type(request).__name__.replace("Request", "Response")
                 self._calls[url, method] = self._channels[url].unary_unary(
                     f"{messages.SERVICE}/{method}",

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-import os
 import random
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import grpc
@@ -17,12 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from continual_transformers_tf.serving import messages
-from continual_transformers_tf.serving.channels import Channels
+from continual_transformers_tf.serving.channels import Access, Channels, PathLike
 
 Array = npt.NDArray[Any]
 Arrays = npt.ArrayLike | Sequence[npt.ArrayLike] | Mapping[str, npt.ArrayLike]
 Outputs = Array | dict[str, Array]
-PathLike = str | os.PathLike[str]
 
 DTYPES = {
     "BOOL": "bool",
@@ -156,21 +154,11 @@ class Client:
         timeout: float = 30.0,
         attempt_timeout: float = 5.0,
     ) -> None:
-        if (certificate is None) != (key is None):
-            raise ValueError(
-                "a client's certificate needs both certificate= and key=, got only one"
-            )
-        if certificate is not None and ca is None:
-            raise ValueError("certificate= and key= need ca= too, which turns TLS on")
+        access = Access(token, ca, certificate, key)
         urls = [url] if isinstance(url, str) else list(url)
         if not urls:
             raise ValueError('got no url, expected "host:port" of a server')
-        credentials = None
-        if ca is not None:
-            files = [path and Path(path).read_bytes() for path in (ca, key, certificate)]
-            credentials = grpc.ssl_channel_credentials(*files)
-        metadata = [("authorization", f"Bearer {token}")] if token else []
-        self._channels = Channels(urls, credentials, metadata)
+        self._channels = Channels(urls, access)
         self._url, self._model = ", ".join(urls), model
         self.timeout, self.attempt_timeout = timeout, attempt_timeout
         self._inputs: tuple[_Tensor, ...] | None = None
@@ -261,6 +249,24 @@ class Client:
         """
         return self._many(x, streams, steps, ("M", "T"), start, end)
 
+    def end(
+        self,
+        streams: Sequence[str | int] | npt.NDArray[np.int64],
+        steps: Sequence[int] | npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        """End many streams, without a step. A stream that is not open is no error.
+
+        Args:
+            streams: M names, all different.
+            steps: The number of each stream's next step. If a stream is at another one, all are
+                refused. None: the streams end wherever they are.
+
+        Raises:
+            ServingError: If the request was refused, or not answered in time. It may be sent again.
+        """
+        names = np.asarray(streams, object).ravel()
+        self.steps(self._no_steps(len(names)), names, steps, end=True)
+
     def _many(
         self,
         x: Arrays,
@@ -284,9 +290,22 @@ class Client:
             _Steps(self.model, self._model_inputs(), arrays, names, numbers, parameters)
         )
 
-    def _step_stream(self, arrays: Sequence[Array], name: str, step: int, end: bool) -> Outputs:
+    def _no_steps(self, *streams: int) -> dict[str, Array]:
+        """Return the model's inputs of no steps, by their names."""
+        inputs = self._model_inputs()
+        return {t.name: np.empty((*streams, 0, *t.shape), _dtype(t.datatype)) for t in inputs}
+
+    def _step_stream(
+        self,
+        arrays: Sequence[Array],
+        name: str,
+        step: int,
+        *,
+        start: bool = False,
+        end: bool = False,
+    ) -> Outputs:
         """Take the steps of one stream; the first has the number `step`."""
-        flags = (("sequence_start", step == 0), ("sequence_end", end))
+        flags = (("sequence_start", start), ("sequence_end", end))
         parameters = [flag for flag, value in flags if value]
         number = np.array([step])
         return self._take(
@@ -446,7 +465,7 @@ class Stream:
         self._client = client
         self.name, self.next_step = name, next_step
         self._kept: deque[list[Array]] = deque(maxlen=keep)  # Of steps up to next_step - 1.
-        self._last: tuple[int, list[Array]] | None = None  # The newest request.
+        self._sent = 0  # The server may be at this step, if its newest answer was lost.
 
     def __enter__(self) -> Self:
         return self
@@ -479,26 +498,37 @@ class Stream:
         return self._take(arrays, len(arrays[0]), end)
 
     def close(self) -> None:
-        """End the stream on the server.
+        """End the stream on the server, without a step.
 
-        It sends the newest step again, as the stream's last. Nothing is sent if the stream has
-        taken no steps or has ended. A stream that the server does not have any more is no error.
+        Nothing is sent if the stream has not begun or has ended. A stream that the server does not
+        have any more is no error. One whose newest steps the server has lost ends where it is.
+
+        Raises:
+            ServingError: If the server was not reached, or if it expects a later step: then another
+                client has taken steps of the stream.
         """
-        if self._last is None:
+        newest = max(self.next_step, self._sent)
+        if newest == 0:
             return
-        number, arrays = self._last
-        try:
-            self._send(arrays, number, self.next_step - number, True)
-        except ServingError as error:
-            if error.expected.get(self.name) != 0:
-                raise
+        nothing, number = [*self._client._no_steps().values()], self.next_step
+        for attempts_left in (2, 1, 0):  # The server may be restarted meanwhile.
+            try:
+                self._client._step_stream(nothing, self.name, number, end=True)
+                break
+            except ServingError as error:
+                expected = error.expected.get(self.name)
+                if expected is None or expected > newest or not attempts_left:
+                    raise
+                number = expected
         self._forget()
 
     def _take(self, arrays: list[Array], count: int, end: bool) -> Outputs:
         if count == 0:
-            return self._client._step_stream(arrays, self.name, self.next_step, False)
-        answer = self._send(arrays, self.next_step, count, end)
-        self._last = (self.next_step, [array.copy() for array in arrays])
+            if end:
+                self.close()
+            return self._client._step_stream(arrays, self.name, self.next_step)
+        self._sent = self.next_step + count
+        answer = self._send(arrays, self.next_step, end)
         self.next_step += count
         shapes = [tensor.shape for tensor in self._client._model_inputs()]
         rows = [a.reshape(count, *shape) for a, shape in zip(arrays, shapes, strict=True)]
@@ -508,11 +538,14 @@ class Stream:
             self._forget()
         return answer
 
-    def _send(self, arrays: Sequence[Array], number: int, count: int, end: bool) -> Outputs:
+    def _send(self, arrays: Sequence[Array], number: int, end: bool) -> Outputs:
         """Send steps. If the server expects older ones that are kept, send these first."""
+        send = functools.partial(
+            self._client._step_stream, arrays, self.name, number, start=number == 0, end=end
+        )
         for _ in range(3):  # The server may be restarted meanwhile.
             try:
-                return self._client._step_stream(arrays, self.name, number, end)
+                return send()
             except ServingError as error:
                 expected = error.expected.get(self.name)
                 if expected is None:
@@ -520,7 +553,7 @@ class Stream:
                 if not self._replay(expected, number):
                     self._go_on_at(expected)
                     raise
-        return self._client._step_stream(arrays, self.name, number, end)
+        return send()
 
     def _replay(self, expected: int, number: int) -> bool:
         """Send the steps from `expected` to before `number`. Return whether they were kept."""
@@ -533,8 +566,9 @@ class Stream:
         for begin in range(0, len(steps), most):
             part = steps[begin : begin + most]
             arrays = [np.stack(values) for values in zip(*part, strict=True)]
+            number = expected + begin
             try:
-                self._client._step_stream(arrays, self.name, expected + begin, False)
+                self._client._step_stream(arrays, self.name, number, start=number == 0)
             except ServingError as error:
                 if self.name not in error.expected:
                     raise
@@ -548,13 +582,11 @@ class Stream:
         for _ in range(min(self.next_step - expected, len(self._kept))):
             self._kept.pop()
         self.next_step = expected
-        self._last = None
 
     def _forget(self) -> None:
         """Begin anew with the next step: the stream has ended."""
-        self.next_step = 0
+        self.next_step = self._sent = 0
         self._kept.clear()
-        self._last = None
 
 
 def _result(call: Callable[[], Any]) -> Any:

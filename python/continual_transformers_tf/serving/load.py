@@ -27,7 +27,7 @@ import numpy.typing as npt
 import continual_transformers_tf as ct
 from continual_transformers_tf.demo import watch
 from continual_transformers_tf.serving import messages
-from continual_transformers_tf.serving.channels import CHANNEL_OPTIONS
+from continual_transformers_tf.serving.channels import Access
 from continual_transformers_tf.serving.client import ServingError
 
 CHANNELS = 4
@@ -188,6 +188,7 @@ class Load:
         model_file: The file of that model, to which answers are compared.
         options: What to send.
         on_progress: A function that is told how it goes.
+        access: What the server wants to see; None: nothing.
 
     Raises:
         ValueError: If the model does not take the demo's samples.
@@ -200,6 +201,7 @@ class Load:
         model_file: Path,
         options: Options,
         on_progress: OnProgress | None = None,
+        access: Access | None = None,
     ) -> None:
         self._session = ct.Session.load(model_file)
         (spec, *more), shape = self._session.inputs, (len(watch.CHANNELS),)
@@ -224,9 +226,9 @@ class Load:
             for begin in range(0, options.streams, options.rows)
         ]
         own = ("grpc.use_local_subchannel_pool", 1)  # A connection for each channel.
+        self._access = access or Access()
         self._channels = [
-            grpc.insecure_channel(url, [*CHANNEL_OPTIONS, own])
-            for _ in range(min(CHANNELS, len(self._groups)))
+            self._access.channel(url, [own]) for _ in range(min(CHANNELS, len(self._groups)))
         ]
         # Bytes, which are read at the end.
         self._calls = [
@@ -250,6 +252,7 @@ class Load:
             try:
                 grpc.channel_ready_future(channel).result(timeout=CONNECT_SECONDS)
             except grpc.FutureTimeoutError as error:
+                self._close()
                 raise OSError(f"no server answers at {self._url}") from error
         # Calls that stay open. In gRPC's Python, a channel without a call has no thread, and the
         # next request would wait until it has started one.
@@ -272,8 +275,7 @@ class Load:
         self._end_streams()
         for call in watches:
             call.cancel()
-        for channel in self._channels:
-            channel.close()
+        self._close()
         checked, wrong, first_wrong, difference = self._check()
         return Result(
             options=self._options,
@@ -292,6 +294,10 @@ class Load:
             core=core,
             interrupted=self._interrupted,
         )
+
+    def _close(self) -> None:
+        for channel in self._channels:
+            channel.close()
 
     def _interrupt(self, *_: object) -> None:
         self._interrupted = True
@@ -347,7 +353,7 @@ class Load:
                 if not end:
                     self._lateness.append(time.perf_counter() - when)
             future = self._calls[i % len(self._calls)].future(
-                group.pending[0], timeout=ATTEMPT_SECONDS
+                group.pending[0], timeout=ATTEMPT_SECONDS, metadata=self._access.metadata
             )
             self._in_flight += 1
             # gRPC's thread calls it.

@@ -122,6 +122,37 @@ TEST_F(HttpApiTest, ManyStreams) {
   const Json answer = BodyOf(Post(&api_, kInfer, request.dump()));
   EXPECT_EQ(answer["outputs"][0]["data"], Json({1, 1, 1, 2, 2, 2}));
   EXPECT_FALSE(answer.contains("parameters"));
+  // The short names, as over gRPC.
+  request["inputs"][2]["data"] = {0, 0};
+  request["parameters"] = {{"start", true}, {"end", true}};
+  EXPECT_EQ(BodyOf(Post(&api_, kInfer, request.dump()))["outputs"][0]["data"],
+            Json({0, 0, 0, 0, 0, 0}));
+  EXPECT_EQ(one_.repository.Find("m")->statistics().open_streams, 0);
+  request["parameters"] = {{"end", 1}};
+  ExpectIn("the parameter end",
+           ErrorOf(Post(&api_, kInfer, request.dump()), 400, "invalid_argument"));
+}
+
+TEST_F(HttpApiTest, WithoutAStep) {
+  Json request = InferOf("a", {1, 2, 3});
+  Post(&api_, kInfer, request.dump());
+  Post(&api_, kInfer, request.dump());
+  Json end = InferOf("a", Json::array(), {0, 3});
+  Json answer = BodyOf(Post(&api_, kInfer, end.dump()));
+  EXPECT_EQ(answer["outputs"][0]["shape"], Json({0, 3}));
+  EXPECT_FALSE(answer.contains("parameters"));  // It asked nothing.
+  end["parameters"]["sequence_end"] = true;
+  end["parameters"]["step"] = 1;
+  ExpectIn("expects step 2, got step 1",
+           ErrorOf(Post(&api_, kInfer, end.dump()), 409, "out_of_step"));
+  end["parameters"]["step"] = 2;
+  for (int i = 0; i < 2; ++i) {
+    answer = BodyOf(Post(&api_, kInfer, end.dump()));
+    EXPECT_EQ(answer["outputs"][0]["shape"], Json({0, 3}));
+    EXPECT_EQ(answer["outputs"][0]["data"], Json::array());
+    EXPECT_EQ(answer["parameters"]["next_step"], 2);
+  }
+  EXPECT_EQ(one_.repository.Find("m")->statistics().open_streams, 0);
 }
 
 TEST(HttpApi, EveryDatatype) {
@@ -348,6 +379,50 @@ TEST(HttpApi, TheTokenOpensWhatIsNotOpen) {
   }
   EXPECT_EQ(Get(&api, "/v2", "secret").status, 200);
   EXPECT_EQ(Get(&api, "/v2/models/m/streams", "secret").status, 200);
+}
+
+// Whoever may only step streams may not end all of them.
+TEST(HttpApi, LoadingIsForTheOperator) {
+  struct Case {
+    const char *token, *operator_token;  // of the server
+    const char* sent;
+    int status;
+  };
+  for (const Case& one : std::vector<Case>{
+           {"", "", "", 200},
+           {"", "", "any", 200},
+           {"secret", "", "", 401},
+           {"secret", "", "wrong", 401},
+           {"secret", "", "secret", 200},
+           {"", "operator", "", 401},
+           {"", "operator", "operator", 200},
+           {"secret", "operator", "", 401},
+           {"secret", "operator", "secret", 401},
+           {"secret", "operator", "operator", 200},
+       }) {
+    SCOPED_TRACE(std::string(one.token) + " " + one.operator_token + " " + one.sent);
+    OneModel model;
+    Security security;
+    security.token = one.token;
+    security.operator_token = one.operator_token;
+    HttpApi api(security, {&model.repository});
+    const auto call = [&](const std::string& method, const std::string& target) {
+      HttpRequest request;
+      request.method = method;
+      request.target = target;
+      if (*one.sent != 0) request.authorization = std::string("Bearer ") + one.sent;
+      return Call(&api, std::move(request)).status;
+    };
+    const bool passes = one.status == 200;
+    EXPECT_EQ(call("POST", "/v2/repository/models/m/unload"), one.status);
+    EXPECT_EQ(model.repository.index()[0].ready, !passes);
+    EXPECT_EQ(call("POST", "/v2/repository/models/m/load"), one.status);
+    EXPECT_TRUE(model.repository.index()[0].ready);
+    EXPECT_EQ(call("GET", "/v2/repository/models/m/load"), passes ? 405 : 401);
+    // The list of models is for every client.
+    const bool client = *one.token == 0 || passes || std::string(one.sent) == one.token;
+    EXPECT_EQ(call("POST", "/v2/repository/index"), client ? 200 : 401);
+  }
 }
 
 TEST(HttpApi, StreamsAreListedCopiedAndClosed) {

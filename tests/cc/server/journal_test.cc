@@ -364,6 +364,38 @@ TEST_F(JournalTest, AnotherServerGoesOn) {
   Steps(&other, "closed", 0, 2, {true, false, false, 1});
 }
 
+// What began or ended without a step is no other stream to the other server.
+TEST_F(JournalTest, BeginningsAndEndsWithoutAStep) {
+  JournalServer server(model_, options_);
+  ServedModel* const model = server.model();
+  Steps(&server, "n", 0, 9);
+  Steps(&server, "p", 0, 9, kPlain);
+  EXPECT_TRUE(EndOnly(model, {"n", "p"}, {9, 9})->outcome.ok());
+  EXPECT_TRUE(BeginOnly(model, {"begun", "stepped", "ended"})->outcome.ok());
+  Steps(&server, "stepped", 0, 9);
+  EXPECT_TRUE(EndOnly(model, {"ended"}, {0})->outcome.ok());
+  Steps(&server, "anew", 0, 9);
+  EXPECT_TRUE(BeginOnly(model, {"anew"}, {0})->outcome.ok());
+  EXPECT_EQ(server.open(),
+            (std::map<std::string, int64_t>{{"anew", 0}, {"begun", 0}, {"stepped", 9}}));
+
+  JournalServer other(model_, options_);
+  EXPECT_EQ(other.counts().lost, 0);
+  EXPECT_EQ(other.open(), server.open());
+  // A client that did not get the answer to the end of a stream asks again.
+  EXPECT_EQ(EndOnly(other.model(), {"n"}, {9})->next_steps, std::vector<int64_t>{9});
+  EXPECT_TRUE(EndOnly(other.model(), {"n", "p", "ended"})->outcome.ok());
+  Steps(&other, "n", 0, 3, {true, false, false, 1});
+  Steps(&other, "begun", 0, 9);
+  Steps(&other, "stepped", 8, 12);
+  Steps(&other, "anew", 0, 9, {true, false, false, 1});
+  EXPECT_TRUE(EndOnly(other.model(), {"begun"}, {9})->outcome.ok());
+
+  JournalServer third(model_, options_);
+  EXPECT_EQ(third.open(), (std::map<std::string, int64_t>{{"anew", 9}, {"n", 3}, {"stepped", 12}}));
+  Steps(&third, "anew", 8, 12, {true, false, false, 1});
+}
+
 // An idle stream is not lost when a thousand steps of others are trimmed, and Redis does not keep
 // these.
 TEST_F(JournalTest, TrimsAndKeepsIdleStreams) {
@@ -563,6 +595,7 @@ TEST_F(JournalTest, ServerThatHasLostItsShard) {
   EXPECT_EQ(late->outcome.reason, Reason::kUnavailable) << late->outcome.message;
   EXPECT_TRUE(server.open().empty());
   EXPECT_EQ(server.counts().fenced, 1);
+  EXPECT_EQ(EndOnly(server.model(), {"a"}, {9})->outcome.reason, Reason::kWrongServer);
   EXPECT_EQ(Step(server.model(), "a", 9)->outcome.reason, Reason::kWrongServer);
   // Its other shards are its own.
   Steps(&server, "b", 0, 3);

@@ -296,8 +296,13 @@ Corpus MakeCorpus(const std::shared_ptr<ServedModel>& model) {
     corpus.grpc.push_back(GrpcRequest(plan, 1, 3, numbered));
     corpus.grpc.push_back(GrpcRequest(plan, 3, 1, numbered));
     corpus.grpc.push_back(GrpcRequest(plan, 2, 2, numbered));
+    // Without a step: they only begin or end.
+    corpus.grpc.push_back(GrpcRequest(plan, 1, 0, numbered));
+    corpus.grpc.push_back(GrpcRequest(plan, 2, 0, numbered));
+    (*corpus.grpc.back().mutable_parameters())["end"].set_bool_param(true);
   }
-  corpus.json = {JsonRequest(plan, 1), JsonRequest(plan, 2)};
+  corpus.json = {JsonRequest(plan, 1), JsonRequest(plan, 2), JsonRequest(plan, 0)};
+  corpus.json.back()["parameters"] = {{"sequence_id", "e"}, {"sequence_end", true}};
   corpus.http = {
       Message("GET /v2/health/ready"),
       Message("GET /v2/models/m"),

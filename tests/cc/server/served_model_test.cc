@@ -267,6 +267,174 @@ TEST_F(ServedModelTest, StrictStart) {
   EXPECT_TRUE(Step(model.get(), "a", 1)->outcome.ok());
 }
 
+void ExpectOk(const TestCall& call, const std::vector<int64_t>& next) {
+  EXPECT_TRUE(call.outcome.ok()) << call.outcome.message;
+  EXPECT_EQ(call.next_steps, next);
+}
+
+void ExpectOutOfStep(const TestCall& call, int64_t expected, const std::string& says) {
+  EXPECT_EQ(call.outcome.reason, Reason::kOutOfStep) << call.outcome.message;
+  ASSERT_EQ(call.outcome.expected.size(), 1u);
+  EXPECT_EQ(call.outcome.expected[0].step, expected);
+  EXPECT_NE(call.outcome.message.find(says), std::string::npos) << call.outcome.message;
+}
+
+TEST_F(ServedModelTest, AnEndWithoutAStep) {
+  using Numbers = std::vector<int64_t>;
+  Undisturbed undisturbed(SmallModel().File());
+  for (const bool numbered : {false, true}) {
+    const std::unique_ptr<ServedModel> model = Model();
+    StepOptions how;
+    how.numbered = numbered;
+    for (int64_t step = 0; step < 3; ++step) Step(model.get(), "a", step, how);
+    if (numbered) {
+      for (const int64_t wrong : {0, 2, 4}) {
+        ExpectOutOfStep(*EndOnly(model.get(), {"a"}, {wrong}), 3, "expects step 3, got step");
+      }
+      EXPECT_EQ(model->statistics().open_streams, 1);
+    }
+    const Numbers number = numbered ? Numbers{3} : Numbers{};
+    // A client that did not get the answer sends it again.
+    for (int i = 0; i < 3; ++i) ExpectOk(*EndOnly(model.get(), {"a"}, number), {3});
+    Statistics statistics = model->statistics();
+    EXPECT_EQ(statistics.open_streams, 0);
+    EXPECT_EQ(statistics.steps, 3);
+    EXPECT_EQ(statistics.repeats, 0);
+    EXPECT_EQ(statistics.ended[static_cast<int>(End::kClient)], 1);
+    ExpectOutOfStep(*EndOnly(model.get(), {"a"}, {2}), 0, "is not open and so expects step 0");
+    ExpectOk(*EndOnly(model.get(), {"a"}, {0}), {0});
+    // Another stream of that name.
+    how.life = 1;
+    const auto anew = Step(model.get(), "a", 0, how);
+    ExpectOk(*anew, {1});
+    ExpectClose(model->plan(), anew->answers, undisturbed.Answer("a", 1, 0));
+    ExpectOutOfStep(*EndOnly(model.get(), {"a"}, {3}), 1, "expects step 1, got step 3");
+    // One that ended with its last step has ended.
+    how.end = true;
+    Step(model.get(), "a", 1, how);
+    ExpectOk(*EndOnly(model.get(), {"a"}, numbered ? Numbers{2} : Numbers{}), {2});
+    // One that never was.
+    ExpectOk(*EndOnly(model.get(), {"b"}, numbered ? Numbers{0} : Numbers{}), {0});
+    ExpectOutOfStep(*EndOnly(model.get(), {"b"}, {5}), 0, "is not open and so expects step 0");
+    statistics = model->statistics();
+    EXPECT_EQ(statistics.opened, 2);
+    EXPECT_EQ(statistics.ended[static_cast<int>(End::kClient)], 2);
+  }
+}
+
+// Then its client knows, and is not told any more.
+TEST_F(ServedModelTest, AnEndWithoutAStepOfAStreamThatTheServerEnded) {
+  const std::unique_ptr<ServedModel> model = Model();
+  StepOptions plain;
+  plain.numbered = false;
+  for (const char* const name : {"a", "b"}) Step(model.get(), name, 0);
+  model->CloseStream("a", End::kIdle);
+  // A request that is refused changes nothing.
+  ExpectOutOfStep(*EndOnly(model.get(), {"a", "b"}, {1, 5}), 1, "stream \"b\" expects step 1");
+  for (int i = 0; i < 2; ++i) ExpectOk(*EndOnly(model.get(), {"a"}, {1}), {1});
+  ExpectOk(*Step(model.get(), "a", 0, plain), {1});
+  model->CloseStream("a", End::kIdle);
+  EXPECT_EQ(Step(model.get(), "a", 1, plain)->outcome.reason, Reason::kEnded);
+  model->CloseStream("b", End::kIdle);
+  ExpectOk(*EndOnly(model.get(), {"b"}), {1});
+  ExpectOk(*Step(model.get(), "b", 0, plain), {1});
+}
+
+TEST_F(ServedModelTest, AnEndWithoutAStepIsTakenInOrder) {
+  const std::unique_ptr<ServedModel> model = Model();
+  Undisturbed undisturbed(SmallModel().File());
+  StepOptions plain, second;
+  plain.numbered = second.numbered = false;
+  second.life = 1;
+  std::vector<std::unique_ptr<TestCall>> calls;
+  {
+    Plug plug(model.get(), "plug");
+    calls.push_back(SubmitStep(model.get(), "a", 0, plain));
+    calls.push_back(SubmitStep(model.get(), "a", 1, plain));
+    calls.push_back(SubmitNoStep(model.get(), {"a", "b"}, {}, false, true));
+    calls.push_back(SubmitStep(model.get(), "b", 0, plain));
+    calls.push_back(SubmitNoStep(model.get(), {"a"}, {0}, true, false));
+    calls.push_back(SubmitStep(model.get(), "a", 0, second));
+    calls.push_back(SubmitStep(model.get(), "a", 1, second));
+    calls.push_back(SubmitNoStep(model.get(), {"a"}, {2}, false, true));
+    EXPECT_EQ(model->waiting(), static_cast<int64_t>(calls.size()));
+    EXPECT_FALSE(calls[2]->done());
+  }
+  for (const auto& call : calls) call->Wait();
+  const std::vector<std::vector<int64_t>> next = {{1}, {2}, {2, 0}, {1}, {0}, {1}, {2}, {2}};
+  for (size_t i = 0; i < calls.size(); ++i) ExpectOk(*calls[i], next[i]);
+  ExpectClose(model->plan(), calls[1]->answers, undisturbed.Answer("a", 0, 1));
+  ExpectClose(model->plan(), calls[3]->answers, undisturbed.Answer("b", 0, 0));
+  ExpectClose(model->plan(), calls[5]->answers, undisturbed.Answer("a", 1, 0));
+  ExpectClose(model->plan(), calls[6]->answers, undisturbed.Answer("a", 1, 1));
+  EXPECT_EQ(model->statistics().open_streams, 2);  // b, and the plug's
+}
+
+TEST_F(ServedModelTest, ManyStreamsEndWithoutAStepOrNone) {
+  const std::unique_ptr<ServedModel> model = Model();
+  for (const char* const name : {"a", "b", "c"}) Step(model.get(), name, 0);
+  Step(model.get(), "c", 1);
+  ExpectOutOfStep(*EndOnly(model.get(), {"a", "b", "c"}, {1, 1, 1}), 2, "stream \"c\" expects");
+  EXPECT_EQ(EndOnly(model.get(), {"a", "a"})->outcome.reason, Reason::kInvalidArgument);
+  EXPECT_EQ(model->statistics().open_streams, 3);
+  ExpectOk(*EndOnly(model.get(), {"a", "b", "c"}, {1, 1, 2}), {1, 1, 2});
+  EXPECT_EQ(model->statistics().open_streams, 0);
+}
+
+TEST_F(ServedModelTest, AStreamBeginsWithoutAStep) {
+  ModelOptions options;
+  options.max_streams = 2;
+  options.strict_start = true;
+  const std::unique_ptr<ServedModel> model = Model(options);
+  Undisturbed undisturbed(SmallModel().File());
+  struct Counter : StreamWatcher {
+    void Stepped(int64_t, const std::vector<const char*>&) noexcept override { ++steps; }
+    int steps = 0;
+  };
+  const auto watcher = std::make_shared<Counter>();
+  model->Watch("a", watcher);
+  ExpectOutOfStep(*BeginOnly(model.get(), {"a"}, {1}), 0, "begins anew and so expects step 0");
+  ExpectOk(*EndOnly(model.get(), {"a"}), {0});
+  EXPECT_EQ(model->statistics().open_streams, 0);
+  // Also a second time, by a client that did not get the answer.
+  for (int i = 0; i < 2; ++i) ExpectOk(*BeginOnly(model.get(), {"a"}, {0}), {0});
+  EXPECT_EQ(model->statistics().open_streams, 1);
+  EXPECT_EQ(watcher->steps, 0);
+  for (int64_t step = 0; step < 3; ++step) {
+    const auto call = Step(model.get(), "a", step);
+    ExpectOk(*call, {step + 1});
+    ExpectClose(model->plan(), call->answers, undisturbed.Answer("a", 0, step));
+  }
+  EXPECT_EQ(watcher->steps, 3);
+  // Both have room, or none begins.
+  EXPECT_EQ(BeginOnly(model.get(), {"b", "c"})->outcome.reason, Reason::kTooManyStreams);
+  ExpectOk(*BeginOnly(model.get(), {"a", "b"}), {0, 0});
+  EXPECT_EQ(model->statistics().open_streams, 2);
+  EXPECT_EQ(BeginOnly(model.get(), {"c"})->outcome.reason, Reason::kTooManyStreams);
+  StepOptions anew;
+  anew.life = 1;
+  const auto call = Step(model.get(), "a", 0, anew);
+  ExpectClose(model->plan(), call->answers, undisturbed.Answer("a", 1, 0));
+  // Where they are is what an end has to say.
+  ExpectOk(*EndOnly(model.get(), {"a", "b"}, {1, 0}), {1, 0});
+  const auto both = SubmitNoStep(model.get(), {"c"}, {}, true, true);
+  both->Wait();
+  ExpectOk(*both, {0});
+  EXPECT_EQ(model->statistics().open_streams, 0);
+  EXPECT_EQ(model->statistics().steps, 4);
+}
+
+// A request without steps that neither begins nor ends a stream asks nothing.
+TEST_F(ServedModelTest, NothingToDo) {
+  const std::unique_ptr<ServedModel> model = Model();
+  Step(model.get(), "a", 0);
+  const auto call = SubmitNoStep(model.get(), {"a", "b"}, {}, false, false);
+  call->Wait();
+  ExpectOk(*call, {});
+  EXPECT_EQ(model->statistics().open_streams, 1);
+  EXPECT_TRUE(Step(model.get(), "a", 1)->outcome.ok());
+}
+
 TEST_F(ServedModelTest, ACopyGoesOnWhereItsStreamWas) {
   const std::unique_ptr<ServedModel> model = Model(), other = Model();
   Undisturbed undisturbed(SmallModel().File());

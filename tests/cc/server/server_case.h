@@ -121,6 +121,32 @@ inline std::unique_ptr<TestCall> Step(ServedModel* model, const std::string& nam
   return call;
 }
 
+// Begins or ends streams without a step. `numbers`: that of each stream's next step; empty: none.
+inline std::unique_ptr<TestCall> SubmitNoStep(ServedModel* model, std::vector<std::string> names,
+                                              std::vector<int64_t> numbers, bool start, bool end) {
+  auto call = std::make_unique<TestCall>(model->plan(), std::move(names), 0,
+                                         Arrays(model->plan().inputs.size()));
+  call->first_steps = std::move(numbers);
+  call->start = start;
+  call->end = end;
+  model->Submit(call.get());
+  return call;
+}
+
+inline std::unique_ptr<TestCall> BeginOnly(ServedModel* model, std::vector<std::string> names,
+                                           std::vector<int64_t> numbers = {}) {
+  auto call = SubmitNoStep(model, std::move(names), std::move(numbers), true, false);
+  call->Wait();
+  return call;
+}
+
+inline std::unique_ptr<TestCall> EndOnly(ServedModel* model, std::vector<std::string> names,
+                                         std::vector<int64_t> numbers = {}) {
+  auto call = SubmitNoStep(model, std::move(names), std::move(numbers), false, true);
+  call->Wait();
+  return call;
+}
+
 // What an undisturbed stream answers.
 class Undisturbed {
  public:

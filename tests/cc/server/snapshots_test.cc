@@ -304,6 +304,33 @@ TEST_F(SnapshotsTest, LastAnswerOfAnEndedStream) {
   ExpectAnswer(*Step(other.model(), "s", 7, {true, false, true, 1}), "s", 7, 1);
 }
 
+TEST_F(SnapshotsTest, BeginningsAndEndsWithoutAStep) {
+  Server server(model_, In("state"));
+  for (const char* const name : {"numbered", "anew", "ended"}) Steps(&server, name, 0, 5);
+  Steps(&server, "plain", 0, 5, kPlain);
+  EXPECT_TRUE(server.snapshots()->Write());
+  EXPECT_TRUE(EndOnly(server.model(), {"numbered", "plain"}, {5, 5})->outcome.ok());
+  EXPECT_TRUE(BeginOnly(server.model(), {"anew", "begun"}, {0, 0})->outcome.ok());
+  Kill("state", "killed");
+  {
+    Server other(model_, In("killed"));
+    EXPECT_EQ(other.open(), 1);  // "ended", which has not ended yet
+    EXPECT_EQ(EndOnly(other.model(), {"numbered"}, {5})->next_steps, std::vector<int64_t>{5});
+    // Its client may have answers to later steps. It need not say which one it means, to end it.
+    ExpectRefused(*EndOnly(other.model(), {"ended"}, {7}), Reason::kOutOfStep, 5);
+    EXPECT_TRUE(EndOnly(other.model(), {"ended"})->outcome.ok());
+    EXPECT_EQ(other.open(), 0);
+  }
+  EXPECT_TRUE(server.snapshots()->Write());
+  Kill("state", "killed_2");
+  Server other(model_, In("killed_2"));
+  EXPECT_EQ(other.open(), 3);
+  Steps(&other, "anew", 0, 4, {true, false, false, 1});
+  Steps(&other, "begun", 0, 4);
+  Steps(&other, "ended", 5, 6);
+  Steps(&other, "plain", 0, 4, {false, false, false, 1});
+}
+
 TEST_F(SnapshotsTest, UnloadEndsStreamsInTheFileToo) {
   Server server(model_, In("state"));
   Steps(&server, "s", 0, 5);
@@ -595,6 +622,8 @@ TEST_F(SnapshotsTest, FullDisk) {
   Server server(model_, In("state"));
   Steps(&server, "old", 0, 3);
   Steps(&server, "anew", 0, 3);
+  Steps(&server, "over", 0, 3);
+  Steps(&server, "begun", 0, 3);
   EXPECT_TRUE(server.snapshots()->Write());
   {
     const SmallFiles full(20000);
@@ -609,23 +638,30 @@ TEST_F(SnapshotsTest, FullDisk) {
     EXPECT_EQ(Step(server.model(), "old", 4, kEnd)->outcome.reason, Reason::kUnavailable);
     EXPECT_EQ(Step(server.model(), "anew", 0, {true, true, false, 1})->outcome.reason,
               Reason::kUnavailable);
+    EXPECT_EQ(EndOnly(server.model(), {"over"}, {3})->outcome.reason, Reason::kUnavailable);
+    EXPECT_EQ(BeginOnly(server.model(), {"begun"})->outcome.reason, Reason::kUnavailable);
     KillWhileFull("state", "killed");
   }
   {
     Server other(model_, In("killed"));
     Steps(&other, "old", 3, 6);
     Steps(&other, "anew", 3, 6);
+    Steps(&other, "over", 3, 6);
+    Steps(&other, "begun", 3, 6);
   }
   // There is room again. The same requests have the same answers.
   ExpectAnswer(*Step(server.model(), "old", 4, kEnd), "old", 4);
   ExpectAnswer(*Step(server.model(), "anew", 0, {true, true, false, 1}), "anew", 0, 1);
+  EXPECT_TRUE(EndOnly(server.model(), {"over"}, {3})->outcome.ok());
+  EXPECT_TRUE(BeginOnly(server.model(), {"begun"})->outcome.ok());
   EXPECT_TRUE(server.snapshots()->Write());
   Kill("state", "killed_2");
   Server other(model_, In("killed_2"));
-  EXPECT_EQ(other.open(), 50);  // 48 as they were, s1 and anew
+  EXPECT_EQ(other.open(), 51);  // 48 as they were, s1, anew and begun
   Steps(&other, "s1", 2, 3, {true, false, false, 1});
   Steps(&other, "s2", 3, 4);
   Steps(&other, "anew", 1, 4, {true, false, false, 1});
+  Steps(&other, "begun", 0, 3, {true, false, false, 1});
 }
 
 TEST_F(SnapshotsTest, FullDiskFromTheBeginning) {
