@@ -250,7 +250,7 @@ class HttpApi::Routes {
     return std::nullopt;
   }
 
-  void Handle(HttpRequest request, std::shared_ptr<HttpExchange> exchange) {
+  void Handle(HttpRequest request, const std::shared_ptr<HttpExchange>& exchange) {
     HttpResponse response;
     try {
       const HttpTarget target(request.target);
@@ -679,7 +679,7 @@ std::optional<HttpResponse> HttpApi::Refuse(const HttpRequest& head) const {
 }
 
 void HttpApi::Handle(HttpRequest request, std::shared_ptr<HttpExchange> exchange) {
-  routes_->Handle(std::move(request), std::move(exchange));
+  routes_->Handle(std::move(request), exchange);
 }
 
 void HttpApi::Sample() { routes_->Sample(); }

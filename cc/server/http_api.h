@@ -37,7 +37,7 @@ class HttpApi {
   // reads the body of a request that may not pass.
   std::optional<HttpResponse> Refuse(const HttpRequest& head) const;
   // Answers a request, now or later.
-  void Handle(HttpRequest request, std::shared_ptr<HttpExchange> exchange);
+  void Handle(HttpRequest request, const std::shared_ptr<HttpExchange>& exchange);
   // Takes a sample for the history that the page shows. To be called every History::kSeconds.
   void Sample();
 
