@@ -2,6 +2,8 @@
 
 import subprocess
 
+from continual_transformers_tf.serving.operator_api import Tls
+
 
 def make_certificates(folder):
     """Make an authority, ca, and what it signs, server and client; and a token."""
@@ -28,3 +30,13 @@ def guards(folder):
         *("--tls-key", folder / "server.key"),
         *("--tls-client-ca", folder / "ca.pem"),
     )
+
+
+def access(folder):
+    """Return what a `ct.serving.Client` of such a server needs."""
+    return {"token": "a secret", **tls_files(folder)._asdict()}
+
+
+def tls_files(folder):
+    """Return what the operator's calls of such a server need."""
+    return Tls(*(str(folder / name) for name in ("ca.pem", "client.pem", "client.key")))

@@ -22,10 +22,11 @@ class LoadOnCluster:
         together: How many streams a request has.
         alone: How many streams have requests of their own.
         ours: Part of the streams' names.
+        access: More arguments of the client.
     """
 
-    def __init__(self, urls, model_file, together=24, alone=8, ours="load"):
-        self.client = ct.serving.Client(urls, timeout=60, attempt_timeout=1)
+    def __init__(self, urls, model_file, together=24, alone=8, ours="load", **access):
+        self.client = ct.serving.Client(urls, timeout=60, attempt_timeout=1, **access)
         self.session = ct.Session.load(model_file)
         self.random = np.random.default_rng(5)
         self.together = [f"{ours} {i}" for i in range(together)]

@@ -16,17 +16,22 @@ class LoopbackCluster:
     Args:
         start: The function of the fixture `start_sharded`.
         journal: The address of a Redis, or None.
+        arguments: More options of the servers.
+        tls: If these turn TLS on, the files for the operator's calls.
     """
 
-    def __init__(self, start, journal=None):
-        self._start, self._journal = start, journal
+    def __init__(self, start, journal=None, arguments=(), tls=None):
+        self._start, self._journal, self._arguments = start, journal, arguments
+        self._tls = tls
         self.running, self.members, self.leaving = {}, {}, set()
         self.events, self.clusters = [], []
         self.new_controller()
 
     def new_controller(self):
         """Take another controller, which knows nothing."""
-        self.cluster = Cluster(journal=self._journal is not None, log=self._log, patience=2)
+        self.cluster = Cluster(
+            journal=self._journal is not None, log=self._log, patience=2, tls=self._tls
+        )
         self.clusters.append(self.cluster)
 
     def _log(self, event, **facts):
@@ -35,7 +40,7 @@ class LoopbackCluster:
     def start(self, name):
         """Start a server. With a name that is known it is the same one, started again."""
         arguments = ("--journal", self._journal) if self._journal else ()
-        server = self._start(*arguments)
+        server = self._start(*arguments, *self._arguments)
         self.running[name] = server
         address = ServerAddress(server.grpc_url, f"127.0.0.1:{server.http_port}")
         self.members[name] = Member(address, "an operator's secret")
@@ -44,7 +49,8 @@ class LoopbackCluster:
         return [member.address.grpc for member in self.members.values()]
 
     def api(self, name):
-        return OperatorApi(self.members[name].address.http, self.members[name].token, 10)
+        context = self._tls and self._tls.context()
+        return OperatorApi(self.members[name].address.http, self.members[name].token, 10, context)
 
     def turn(self):
         return self.cluster.turn(self.members, self.leaving)
@@ -72,9 +78,9 @@ class LoopbackCluster:
 
 
 @contextlib.contextmanager
-def loopback_servers(start, names, journal=None):
+def loopback_servers(start, names, journal=None, **options):
     """Run servers of these names, which have shared the shards, for as long as a `with` block."""
-    made = LoopbackCluster(start, journal)
+    made = LoopbackCluster(start, journal, **options)
     for name in names:
         made.start(name)
     made.settle()

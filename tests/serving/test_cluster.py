@@ -6,9 +6,10 @@ import signal
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from guards import access, guards, make_certificates, tls_files
 from kserve import infer
 from load_on_cluster import LoadOnCluster
-from loopback_cluster import loopback_servers
+from loopback_cluster import LoopbackCluster, loopback_servers
 from tritonclient.utils import InferenceServerException
 
 import continual_transformers_tf as ct
@@ -204,6 +205,50 @@ def test_two_controllers_that_made_the_same_epoch(servers, load):
         assert servers.api(name).view().table == servers.cluster.table
     load.wait_for(3)
     check_places(servers, load)
+
+
+def test_servers_with_certificates_and_a_token(
+    start_sharded, with_journal, request, certificates, model_file
+):
+    journal = request.getfixturevalue("redis") if with_journal else None
+    options = {"arguments": guards(certificates), "tls": tls_files(certificates)}
+    with loopback_servers(start_sharded, ("n1", "n2"), journal, **options) as servers:
+        load = LoadOnCluster(servers.urls(), model_file, **access(certificates))
+        try:
+            load.wait_for(7)
+            servers.start("n3")
+            servers.settle()
+            assert sorted(servers.shares().values()) == [85, 85, 86]
+            load.wait_for(3)
+            servers.leaving.add("n1")
+            servers.settle()
+            assert servers.shares()["n1"] == 0
+            load.wait_for(3)
+            servers.new_controller()
+            servers.settle()
+            check_places(servers, load)
+        finally:
+            load.stop()
+
+
+def test_a_server_whose_certificate_is_not_accepted_gets_no_shards(
+    start_sharded, certificates, tmp_path
+):
+    make_certificates(tmp_path)  # Of another authority.
+    other = tls_files(certificates)._replace(ca=str(tmp_path / "ca.pem"))
+    servers = LoopbackCluster(start_sharded, arguments=guards(certificates), tls=other)
+    servers.start("n1")
+    try:
+        for _ in range(3):
+            servers.turn()
+        (lost,) = [event for event in servers.events if event["event"] == "server_lost"]
+        assert "certificate verify failed" in lost["reason"]
+        assert servers.cluster.table.epoch == 0
+        # It is alive, and not to be killed.
+        assert servers.api("n1").live()
+        assert "certificate verify failed" in servers.api("n1").trouble()
+    finally:
+        servers.close()
 
 
 def test_streams_keep_their_names_when_they_move(servers, samples, session):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from guards import access, guards
 from load_on_cluster import LoadOnCluster
 
 from continual_transformers_tf import cli
@@ -26,7 +27,17 @@ SYSTEM = {
     "health_check_period_ms": 500,
     "health_check_timeout_ms": 500,
 }
+TLS = ("--tls-certificate", "x", "--tls-key", "x")
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
+
+
+def test_files_have_the_same_path_on_every_node(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--token-file", "token", "--tls-key=a/key.pem", "--tls-certificate", "/c.pem"]
+    options, models = ray_command.split_arguments([*arguments, "m.safetensors"])
+    files = [f"{tmp_path}/token", f"--tls-key={tmp_path}/a/key.pem", "/c.pem"]
+    assert options == ["--token-file", files[0], files[1], "--tls-certificate", files[2]]
+    assert models == {"m": Path("m.safetensors")}
 
 
 def test_arguments_are_options_of_the_program_and_models():
@@ -48,7 +59,13 @@ def test_which_options_have_no_value():
     ("arguments", "message"),
     [
         (["--state-dir", "x", "m"], "--state-dir is not for servers on Ray: .*--journal"),
-        (["--tls-key=x", "m"], "--tls-key is not for servers on Ray"),
+        ([*TLS, "m"], "--tls-certificate needs --ca FILE too"),
+        ([*TLS, "--ca=missing.pem", "m"], "No such file.*missing.pem"),
+        ([*TLS, "--ca", __file__, "m"], "test_ray.py, expected PEM files"),
+        ([*TLS, "--tls-client-ca", "x", "--ca", "x", "m"], "--tls-client-ca needs --certificate"),
+        ([*TLS, "--ca", "x", "--key", "x", "m"], "--certificate and --key need each other"),
+        ([*TLS, "--ca", "x", "--proxy-port", "9", "m"], "--proxy-port is not for servers with TLS"),
+        (["--ca", "x", "m"], "--ca is for servers with TLS: --tls-certificate is missing"),
         (["a/m.safetensors", "b/m.safetensors"], "two models named m"),
         ([], "expected models, or one of --drain"),
         (["--drain", "127.0.0.2", "m"], "expected models, or one of --drain"),
@@ -345,6 +362,38 @@ def test_servers_follow_the_open_streams_and_end_with_the_command(
     finally:
         running.kill()
         running.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("servers_that_run_on")
+def test_servers_with_certificates_and_a_token(
+    monkeypatch, start_nodes, model_file, certificates, tmp_path
+):
+    monkeypatch.chdir(certificates)
+    a, b, c = (f"127.0.0.{i}" for i in range(1, 4))
+    nodes = start_nodes(a, b)
+    options = [*guards(Path()), "--ca", "ca.pem", "--certificate", "client.pem"]
+    options += ["--key", "client.key", "--node-dir", tmp_path / "nodes", *PORTS]
+    said = serve(nodes.address, "--detach", *options, model_file)
+    urls = json.loads(said[said.index("Client(") + 7 : said.index("])") + 1])
+
+    from continual_transformers_tf.serving import on_ray
+
+    on_ray.connect(nodes.address)
+    service = on_ray.RayService("streams")
+    wait_for(service, serving(a, b))
+    load = LoadOnCluster(urls, model_file, **access(certificates))
+    try:
+        load.wait_for(7)
+        nodes.add(c)
+        now = wait_for(service, serving(a, b, c))
+        load.wait_for(3)
+        assert service.drain(a)
+        load.wait_for(3)
+    finally:
+        load.stop()
+    serve(nodes.address, "--end")
+    assert not any(runs(node["pid"]) for node in now.values())
 
 
 def test_an_operators_token_is_of_its_server_only(start_sharded):

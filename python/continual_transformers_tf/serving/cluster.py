@@ -31,6 +31,7 @@ from continual_transformers_tf.serving.operator_api import (
     OperatorApi,
     OperatorError,
     ServerView,
+    Tls,
 )
 from continual_transformers_tf.serving.shards import ServerAddress, ShardTable, shard_of
 
@@ -64,6 +65,7 @@ class Cluster:
         patience: A server is dead when it was not alive so many times in a row.
         rebuild_timeout: How many seconds a server may take to rebuild streams of shards that it
             gets.
+        tls: If the servers have TLS, the files to call them with.
 
     Attributes:
         table: The newest table.
@@ -78,15 +80,18 @@ class Cluster:
         timeout: float = 1.0,
         patience: int = 3,
         rebuild_timeout: float = 300.0,
+        tls: Tls | None = None,
     ) -> None:
         self.table = ShardTable.empty()
         self._journal, self._log = journal, log
         self._slice_shards, self._rebuild_timeout = slice_shards, rebuild_timeout
         self._timeout, self._patience = timeout, patience
+        self._context = tls.context() if tls else None
         self._apis: dict[str, OperatorApi] = {}  # Of members, and of others that the table names.
         self._members: Mapping[str, Member] = {}
         self._views: dict[str, ServerView] = {}  # Of members that answered in this turn.
         self._failures: Counter[str] = Counter()
+        self._silence: dict[str, str] = {}  # Why a member did not answer, the last time.
         # Servers that may have streams of others. Each one until it was looked at.
         self._unswept: set[str] = set()
         # The server with the newest streams of a shard, if its owner has not begun with them.
@@ -153,10 +158,11 @@ class Cluster:
         for name, (address, token) in {**wanted, **others}.items():
             api = self._apis.get(name)
             if api is None or (api.address, api.token) != (address, token):
-                self._apis[name] = OperatorApi(address, token, self._timeout)
+                self._apis[name] = OperatorApi(address, token, self._timeout, self._context)
         for name in set(self._apis) - set(wanted) - set(others):
             self._apis.pop(name).close()
             self._failures.pop(name, None)
+            self._silence.pop(name, None)
             self._unswept.discard(name)
         self._members = dict(members)
         seen = self._for_each([*wanted, *others], self._view)
@@ -165,7 +171,7 @@ class Cluster:
             lost = self._failures[name] >= self._patience
             self._failures[name] = 0 if view is not None else self._failures[name] + 1
             if self._failures[name] == self._patience:
-                self._log("server_lost", server=name)
+                self._log("server_lost", server=name, reason=self._silence.get(name, ""))
             if view is not None and lost and name in members:
                 self._log("server_back", server=name)
                 self._unswept.add(name)
@@ -177,7 +183,8 @@ class Cluster:
             return api.live() or None
         try:
             return api.view()
-        except (OSError, OperatorError, ValueError):
+        except (OSError, OperatorError, ValueError) as error:
+            self._silence[name] = str(error)
             return None
 
     def _adopt(self) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from continual_transformers_tf.serving import processes, program
-from continual_transformers_tf.serving.operator_api import OperatorApi
+from continual_transformers_tf.serving.operator_api import OperatorApi, Tls
 from continual_transformers_tf.serving.shards import ServerAddress
 
 LOOK_SECONDS = 1.0  # Between two looks at a server that runs, and for its answer.
@@ -69,9 +69,11 @@ class NodeServer:
         host: The address that the server listens on.
         models: Model files, by the models' names.
         options: More options of the program.
+        tls: If these turn TLS on, the files to ask the server with whether it is alive.
 
     Raises:
         FileNotFoundError: If the program is not built.
+        OSError: If a file of `tls` cannot be read.
         BlockingIOError: If another `NodeServer` has the folder.
     """
 
@@ -82,8 +84,10 @@ class NodeServer:
         host: str,
         models: Mapping[str, Path],
         options: Sequence[str] = (),
+        tls: Tls | None = None,
     ) -> None:
         program.check()
+        self._context = tls.context() if tls else None
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder, self._name, self._host = folder, name, host
         self._models, self._options = dict(models), list(options)
@@ -212,8 +216,8 @@ class NodeServer:
                 ready = self._read_ready(pid)
                 if ready is None:
                     continue
-                self._address, self._problem = ready, ""
-                api = OperatorApi(ready.http, None, LOOK_SECONDS)
+                api = OperatorApi(ready.http, None, LOOK_SECONDS, self._context)
+                self._address, self._problem = ready, api.trouble()
             silent = 0 if api.live() else silent + 1
             if silent >= HANGS_AFTER:
                 self._address = None

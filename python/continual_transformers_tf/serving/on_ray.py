@@ -16,6 +16,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from continual_transformers_tf.serving import node_server
+from continual_transformers_tf.serving.operator_api import Tls
 from continual_transformers_tf.serving.ray_controller import HEAD, RayController, Service
 
 NAMESPACE = "continual-transformers"
@@ -198,7 +199,12 @@ class RayService:
 
 
 def service_of(
-    name: str, files: Mapping[str, Path], options: list[str], folder: str, **scale: int | None
+    name: str,
+    files: Mapping[str, Path],
+    options: list[str],
+    folder: str,
+    tls: Tls | None = None,
+    **scale: int | None,
 ) -> Service:
     """Return what is to be served.
 
@@ -207,8 +213,9 @@ def service_of(
         files: The model files, by the models' names.
         options: Options of the server's program.
         folder: A folder on every node.
+        tls: As of `Service`.
         scale: As of `Service`.
     """
     models = {model: node_server.hash_of(path) for model, path in files.items()}
     journal = any(option.split("=")[0] == "--journal" for option in options)
-    return Service(name, models, tuple(options), journal, folder, **scale)
+    return Service(name, models, tuple(options), journal, folder, tls=tls, **scale)

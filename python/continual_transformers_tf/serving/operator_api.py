@@ -6,9 +6,11 @@ import http.client
 import json
 import re
 import socket
+import ssl
 import threading
 import urllib.parse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from continual_transformers_tf.serving.shards import ShardTable
@@ -27,6 +29,34 @@ class OperatorError(RuntimeError):
     def __init__(self, message: str, status: int, reason: str) -> None:
         super().__init__(message)
         self.status, self.reason = status, reason
+
+
+class Tls(NamedTuple):
+    """Files for calls of servers with TLS, as `ct.serving.Client` takes them.
+
+    Attributes:
+        ca: The certificates of the authorities that sign the servers' certificates.
+        certificate, key: What is shown to the servers; None: nothing.
+    """
+
+    ca: str
+    certificate: str | None = None
+    key: str | None = None
+
+    def context(self) -> ssl.SSLContext:
+        """Read the files. It raises OSError if one cannot be read, or is no PEM file."""
+        files = [file for file in self if file is not None]
+        for file in files:
+            Path(file).open().close()  # Python's ssl does not say which one is missing.
+        try:
+            context = ssl.create_default_context(cafile=self.ca)
+            if self.certificate is not None:
+                context.load_cert_chain(self.certificate, self.key)
+        except ssl.SSLError as error:
+            raise OSError(
+                f"got {', '.join(files)}, expected PEM files that fit each other: {error}"
+            ) from error
+        return context
 
 
 class ServerView(NamedTuple):
@@ -54,10 +84,18 @@ class OperatorApi:
         address: "host:port" of the server's HTTP port.
         token: The operator's bearer token; None: only what everyone may ask.
         timeout: How many seconds the server may be silent in a call.
+        context: Of TLS; None: without TLS.
     """
 
-    def __init__(self, address: str, token: str | None, timeout: float) -> None:
+    def __init__(
+        self,
+        address: str,
+        token: str | None,
+        timeout: float,
+        context: ssl.SSLContext | None = None,
+    ) -> None:
         self.address, self.token, self.timeout = address, token, timeout
+        self._context = context
         self._idle: list[http.client.HTTPConnection] = []
         self._busy: set[http.client.HTTPConnection] = set()
         self._lock = threading.Lock()
@@ -68,9 +106,19 @@ class OperatorApi:
             self._call("GET", "/v2/health/live")
         except OperatorError:
             return True
-        except OSError:
-            return False
+        except OSError as error:
+            return _is_of_tls(error)
         return True
+
+    def trouble(self) -> str:
+        """Return why one side does not accept the other's certificate, "" if it is not known."""
+        try:
+            self._call("GET", "/v2/health/live")
+        except OperatorError:
+            pass
+        except OSError as error:
+            return str(error) if _is_of_tls(error) else ""
+        return ""
 
     def view(self) -> ServerView:
         """Return the server's table, its name there, and whether it is ready."""
@@ -135,8 +183,9 @@ class OperatorApi:
         with self._lock:
             for connection in self._busy:
                 if connection.sock is not None:
-                    # close() would not wake the thread that waits.
-                    connection.sock.shutdown(socket.SHUT_RDWR)
+                    # close() would not wake the thread that waits. With TLS, the socket's own
+                    # method takes away what that thread reads with.
+                    socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connections that no call uses."""
@@ -145,13 +194,18 @@ class OperatorApi:
                 connection.close()
             self._idle.clear()
 
+    def _new_connection(self) -> http.client.HTTPConnection:
+        if self._context is None:
+            return http.client.HTTPConnection(self.address)
+        return http.client.HTTPSConnection(self.address, context=self._context)
+
     def _call(
         self, method: str, path: str, body: bytes | None = None, timeout: float | None = None
     ) -> bytes:
         while True:
             with self._lock:
                 used = self._idle.pop() if self._idle else None
-                connection = used or http.client.HTTPConnection(self.address)
+                connection = used or self._new_connection()
                 connection.timeout = timeout or self.timeout
                 if connection.sock is not None:
                     connection.sock.settimeout(connection.timeout)
@@ -178,6 +232,12 @@ class OperatorApi:
             if response.status >= 400:
                 raise _error(f"{method} {path.split('?')[0]}", response.status, content)
             return content
+
+
+def _is_of_tls(error: OSError) -> bool:
+    """Return whether a call failed because a certificate was not accepted. So something answers."""
+    # A connection that breaks has other types.
+    return type(error.__cause__) in (ssl.SSLError, ssl.SSLCertVerificationError)
 
 
 def _error(what: str, status: int, content: bytes) -> OperatorError:

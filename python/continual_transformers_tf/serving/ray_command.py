@@ -6,14 +6,18 @@ import importlib.util
 import json
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from continual_transformers_tf.serving.operator_api import Tls
+
 # Options of the server's program that have no value.
 FLAGS = ("--no-power-loss", "--other-weights", "--strict-start")
+# Options that name a file, which is on every node.
+FILES = ("--tls-certificate", "--tls-client-ca", "--tls-key", "--token-file")
 # Those that are not for servers on Ray, and why.
 REFUSED = {
     "--die-with-parent": "the servers run on when Ray ends",
@@ -23,9 +27,6 @@ REFUSED = {
     "--sharded": "the servers have it already",
     "--snapshot-every": "there are no snapshots: --journal keeps streams when a server is lost",
     "--state-dir": "there are no snapshots: --journal keeps streams when a server is lost",
-    "--tls-certificate": "the servers' ports are plain for now: keep them in a private network",
-    "--tls-client-ca": "the servers' ports are plain for now: keep them in a private network",
-    "--tls-key": "the servers' ports are plain for now: keep them in a private network",
 }
 
 
@@ -40,12 +41,16 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Path
     rest = iter(arguments)
     for argument in rest:
         if argument.startswith("-"):
-            name, _, value = argument.partition("=")
+            name, equals, value = argument.partition("=")
             if name in REFUSED:
                 raise click.UsageError(f"{name} is not for servers on Ray: {REFUSED[name]}")
-            options.append(argument)
-            if not value and name not in FLAGS:
-                options.append(next(rest, ""))
+            if name in FLAGS:
+                options.append(argument)
+                continue
+            value = value if equals else next(rest, "")
+            # Servers run in other folders.
+            value = str(Path(value).absolute()) if name in FILES else value
+            options += [f"{name}={value}"] if equals else [name, value]
         else:
             # As the program has it: "name=path", or a path whose stem is the name.
             first, equals, path = argument.partition("=")
@@ -55,6 +60,45 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Path
                 raise click.UsageError(f"got two models named {name}: name one, as other=FILE")
             models[name] = file
     return options, models
+
+
+def tls_of(options: Sequence[str], files: Mapping[str, str | None], proxy: bool) -> Tls | None:
+    """Return what the service calls its servers with; None: they have no TLS.
+
+    Args:
+        options: The program's.
+        files: What was given for `--ca`, `--certificate` and `--key`.
+        proxy: Whether there is a proxy.
+
+    Raises:
+        click.UsageError: If the options do not fit.
+        OSError: If a file cannot be read.
+    """
+    names = {option.split("=")[0] for option in options}
+    given = [name for name, file in files.items() if file is not None]
+    ca, certificate, key = [file and str(Path(file).absolute()) for file in files.values()]
+    if "--tls-certificate" not in names:
+        for name in given:
+            raise click.UsageError(f"{name} is for servers with TLS: --tls-certificate is missing")
+        return None
+    if ca is None:
+        raise click.UsageError(
+            "--tls-certificate needs --ca FILE too: by it the service knows its servers"
+        )
+    if (certificate is None) != (key is None):
+        raise click.UsageError("--certificate and --key need each other, got only one")
+    if "--tls-client-ca" in names and certificate is None:
+        raise click.UsageError(
+            "--tls-client-ca needs --certificate and --key too: the service shows it to its servers"
+        )
+    if proxy:
+        raise click.UsageError(
+            "--proxy-port is not for servers with TLS: HAProxy's port and its calls of the servers "
+            "are plain for now"
+        )
+    tls = Tls(ca, certificate, key)
+    tls.context()
+    return tls
 
 
 @click.command(
@@ -84,6 +128,17 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Path
     show_default=True,
     help="A folder on every node, for the server's log, its token and the model files.",
 )
+@click.option(
+    "--ca",
+    metavar="FILE",
+    help="PEM file of the authority of --tls-certificate. All files are on every node.",
+)
+@click.option(
+    "--certificate",
+    metavar="FILE",
+    help="PEM file that the service shows to its servers, if they have --tls-client-ca.",
+)
+@click.option("--key", metavar="FILE", help="Its key, a PEM file.")
 @click.option("--detach", is_flag=True, help="Return when the servers are ready.")
 @click.option("--drain", metavar="NODE", help="Move the streams away from a node; end its server.")
 @click.option("--resume", metavar="NODE", help="Let a drained node have a server again.")
@@ -98,6 +153,9 @@ def serve_on_ray(
     streams_per_server: int | None,
     proxy_port: int | None,
     node_dir: str,
+    ca: str | None,
+    certificate: str | None,
+    key: str | None,
     detach: bool,
     drain: str | None,
     resume: str | None,
@@ -124,11 +182,14 @@ def serve_on_ray(
             on_ray.connect(address)
             act(on_ray.RayService(name), drain, resume, end)
             return
+        files = {"--ca": ca, "--certificate": certificate, "--key": key}
+        tls = tls_of(options, files, bool(proxy_port))
         service = on_ray.service_of(
             name,
             models,
             options,
             node_dir,
+            tls,
             min_servers=min_servers,
             max_servers=max_servers,
             streams_per_server=streams_per_server,

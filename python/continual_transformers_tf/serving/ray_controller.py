@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from continual_transformers_tf.serving.cluster import Cluster, Member
 from continual_transformers_tf.serving.haproxy import Haproxy
+from continual_transformers_tf.serving.operator_api import Tls
 from continual_transformers_tf.serving.ray_node import RayNode, RayNodeState
 from continual_transformers_tf.serving.shards import ServerAddress
 
@@ -50,6 +51,7 @@ class Service:
         streams_per_server: With so many open streams a server is full, and another one is started;
             None: the number of servers does not follow the streams.
         proxy_port: HAProxy listens on this port of the controller's node; None: there is no proxy.
+        tls: If the servers have TLS, the files to call them with. They are on every node.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Service:
     max_servers: int | None = None
     streams_per_server: int | None = None
     proxy_port: int | None = None
+    tls: Tls | None = None
 
     def servers_wanted(self, nodes: int, servers: int, streams: int) -> int:
         """Return how many servers there should be.
@@ -125,7 +128,7 @@ class RayController:
         self._models: dict[str, Any] = {}  # Model files that were read, by their SHA-256.
         self._proxy: Haproxy | None = None
         self._proxied: object = None  # The table that the proxy has.
-        self._cluster = Cluster(journal=service.journal, log=self._log)
+        self._cluster = Cluster(journal=service.journal, log=self._log, tls=service.tls)
         self._lock = threading.Lock()
         self._ending, self._ended = threading.Event(), threading.Event()
         self._wake = threading.Event()
@@ -270,7 +273,8 @@ class RayController:
             if server.address:
                 node.address, node.token = server.address, server.token
             if server.problem not in ("", node.problem):
-                self._log("server_ended", node=pending[call], said=server.problem)
+                # It ended, or runs and cannot be called.
+                self._log("server_problem", node=pending[call], said=server.problem)
             node.problem = server.problem
 
     def _actor_of(self, address: str, node: _Node) -> Any:
@@ -368,8 +372,10 @@ class RayController:
             self._fail(address, "model_missing", error)
             return
         self._log("server_starts", node=address, server=name)
-        models = dict(self._service.models)
-        node.task = node.actor.start.remote(name, models, self._service.options)
+        service = self._service
+        node.task = node.actor.start.remote(
+            name, dict(service.models), service.options, service.tls
+        )
 
     def _model(self, hash_: str) -> Any:
         """Return a reference to a model file; None: nobody has it."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from continual_transformers_tf.serving import node_server
 from continual_transformers_tf.serving.node_server import NodeServer, NodeState
+from continual_transformers_tf.serving.operator_api import Tls
 
 
 class RayNodeState(NamedTuple):
@@ -66,22 +67,26 @@ class RayNode:
         path = self._file_of(hash_)
         return path.read_bytes() if path.exists() else None
 
-    def start(self, name: str, models: Mapping[str, str], options: Sequence[str]) -> None:
+    def start(
+        self, name: str, models: Mapping[str, str], options: Sequence[str], tls: Tls | None
+    ) -> None:
         """Start a server, or adopt the one that runs.
 
         Args:
             name: The server's name in the table of shards.
             models: The SHA-256 of each model's file, by the models' names.
             options: More options of the program.
+            tls: As of `NodeServer`.
 
         Raises:
             BlockingIOError: If another actor still has this node's server.
             FileNotFoundError: If the program is not built here.
+            OSError: If a file of `tls` cannot be read here.
         """
         if self._server is None:
             node_server.write_private(self._folder / "name", name)
             files = {model: self._file_of(hash_) for model, hash_ in models.items()}
-            self._server = NodeServer(self._folder, name, self._host, files, options)
+            self._server = NodeServer(self._folder, name, self._host, files, options, tls)
 
     def stop(self) -> None:
         """End the server: it drains first."""
