@@ -678,7 +678,7 @@ std::optional<HttpResponse> HttpApi::Refuse(const HttpRequest& head) const {
   return routes_->Refuse(head);
 }
 
-void HttpApi::Handle(HttpRequest request, std::shared_ptr<HttpExchange> exchange) {
+void HttpApi::Handle(HttpRequest request, const std::shared_ptr<HttpExchange>& exchange) {
   routes_->Handle(std::move(request), exchange);
 }
 
