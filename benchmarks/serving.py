@@ -3,9 +3,11 @@
     python benchmarks/serving.py [--quick]
 
 The floor (benchmarks/cc/empty_grpc_server.cc) is a gRPC server of the same library that answers at
-once with an empty tensor. The rival is a `grpc.aio` server in Python on `ct.Session`. Both are
-measured with `perf_analyzer`, if it is on PATH (`pip install tritonclient[perf_analyzer]` in an
-environment of its own), in turn with the server. `make bench-serving` runs it.
+once with an empty tensor. The rivals are a `grpc.aio` server in Python and Triton's Python backend,
+both on `ct.Session`. Triton is left out if it is not installed (triton_rival.py says how).
+
+They are measured with `perf_analyzer`, if it is on PATH (`pip install tritonclient[perf_analyzer]`
+in an environment of its own), in turn with the server. `make bench-serving` runs it.
 """
 
 from __future__ import annotations
@@ -27,10 +29,11 @@ from typing import NamedTuple
 
 import grpc
 import numpy as np
+import triton_rival
 
 import continual_transformers_tf as ct
 from continual_transformers_tf.bench.session_goals import Goal
-from continual_transformers_tf.serving import messages, program
+from continual_transformers_tf.serving import load, messages, program
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -38,6 +41,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import server_packages  # noqa: E402
 
 METHOD = f"{messages.SERVICE}/ModelInfer"
+ATTEMPTS = 3  # perf_analyzer gives up if the machine is too busy with something else.
 IN_FLIGHT = 2  # Requests of many rows at once, so that the client works while the server does.
 
 
@@ -55,6 +59,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a moment, to see that it works")
+    parser.add_argument(
+        "--triton",
+        type=Path,
+        metavar="FOLDER",
+        default=ROOT / "build" / "bench" / "triton",
+        help="Triton's environment (default: build/bench/triton)",
+    )
     parser.add_argument("--rival", nargs=2, metavar=("MODEL", "PORT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rival:
@@ -64,7 +75,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         goals = [
             many_rows(Path(folder), rounds, seconds),
-            *single_steps(Path(folder), rounds, seconds),
+            *many_streams(Path(folder), 3.0 if arguments.quick else 20.0),
+            *single_steps(Path(folder), rounds, seconds, arguments.triton),
         ]
     print("\n| | goal | measured | |\n| --- | --- | --- | --- |")
     for goal in goals:
@@ -160,8 +172,32 @@ def request_of(model: str, name: str, x: np.ndarray, streams: range) -> bytes:
     return request.SerializeToString()
 
 
-def single_steps(folder: Path, rounds: int, seconds: float) -> list[Goal]:
-    """Measure one step a request with `perf_analyzer`: the server, its floor, and the rival."""
+def many_streams(folder: Path, seconds: float) -> list[Goal]:
+    """Measure 10,000 streams of the demo's model that step 10 times a second each."""
+    path = folder / "watch.safetensors"
+    # In another process, so that TensorFlow is not in this one.
+    command = [sys.executable, "-m", "continual_transformers_tf.cli", "demo", "--save-model", path]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    options = load.Options(streams=10_000, rate=10, rows=100, seconds=seconds)
+    with program.LocalServer(path) as server:
+        result = load.Load(server.url, path.stem, path, options).run()
+    if result.wrong or result.lost or not result.checked:
+        raise SystemExit(f"{result.wrong} answers are wrong, {result.lost} streams are lost")
+    what = "10,000 streams of the demo's model, 10 steps/s each, requests of 100 rows: "
+    latency, late = load.quantiles(result.latency), load.quantiles(result.lateness)
+    detail = (
+        f"p50 {latency['p50']:.2f} ms, {result.steps / result.seconds:,.0f} steps/s; the load test "
+        f"itself sent late by {late['p99']:.2f} ms (p99) and took {result.core:.0%} of a core"
+    )
+    refused = float(sum(result.refused.values()))
+    return [
+        Goal(what + "p99", 5.0, latency["p99"], False, " ms", detail),
+        Goal(what + "refused", 0.0, refused, False, "", f"of {len(result.latency):,} requests"),
+    ]
+
+
+def single_steps(folder: Path, rounds: int, seconds: float, triton: Path) -> list[Goal]:
+    """Measure one step a request with `perf_analyzer`: the server, its floor, and the rivals."""
     if shutil.which("perf_analyzer") is None:
         print("perf_analyzer is not on PATH: one step a request is not measured", file=sys.stderr)
         return []
@@ -178,10 +214,21 @@ def single_steps(folder: Path, rounds: int, seconds: float) -> list[Goal]:
         ):
             stack.enter_context(running(list(map(str, command))))
         ports["server"] = stack.enter_context(program.LocalServer(path)).url
+        if triton_rival.is_installed(triton):
+            ports["triton"] = stack.enter_context(
+                triton_rival.running(triton, folder / "triton", path, 18105)
+            )
+        else:
+            print(f"Triton is not in {triton}: it is not measured", file=sys.stderr)
         wait_for_ports(list(ports.values()))
+        for kind, url in ports.items():
+            if kind != "floor":
+                check_answers(url, path)
         for _ in range(rounds):
             for concurrency in (1, 8):
                 for kind, url in ports.items():
+                    if kind == "triton" and concurrency == 1:
+                        continue
                     measured = perf_analyzer(url, path.stem, concurrency, seconds)
                     found.setdefault((kind, concurrency), []).append(measured)
 
@@ -193,12 +240,18 @@ def single_steps(folder: Path, rounds: int, seconds: float) -> list[Goal]:
         return f"{statistics.median(map(of, found[kind, concurrency])):,.0f}"
 
     goals = []
+    names = {
+        "floor": "the floor",
+        "aio": "a `grpc.aio` server",
+        "triton": "Triton's Python backend",
+    }
     for concurrency in (1, 8):
-        for rival, least in (("floor", 0.85), ("aio", 2.0)):
+        for rival, least in (("floor", 0.85), ("aio", 2.0), ("triton", 3.0)):
+            if (rival, concurrency) not in found:
+                continue
             goals.append(
                 Goal(
-                    f"steps/s, one a request, concurrency {concurrency}: over "
-                    + ("the floor" if rival == "floor" else "a `grpc.aio` server"),
+                    f"steps/s, one a request, concurrency {concurrency}: over {names[rival]}",
                     least,
                     ratio("server", rival, concurrency, lambda load: load.steps),
                     True,
@@ -224,6 +277,28 @@ def single_steps(folder: Path, rounds: int, seconds: float) -> list[Goal]:
             )
         )
     return goals
+
+
+def check_answers(url: str, path: Path) -> None:
+    """Raise an error if a server does not answer a sequence as a session does."""
+    session, steps = ct.Session.load(path), 5
+    (taken,), (given,) = session.inputs, session.outputs
+    x = np.random.default_rng(0).normal(size=(1, steps, *taken.shape)).astype("float32")
+    expected = session.steps(x, streams=[session.open()])[0]
+    with grpc.insecure_channel(url) as channel:
+        call = channel.unary_unary(METHOD)
+        for t in range(steps):
+            request = messages.ModelInferRequest(model_name=path.stem)
+            request.parameters["sequence_id"].int64_param = 999_999_999
+            request.parameters["sequence_start"].bool_param = t == 0
+            request.parameters["sequence_end"].bool_param = t == steps - 1
+            request.inputs.add(name=taken.name, datatype="FP32", shape=[1, *taken.shape])
+            request.raw_input_contents.append(x[0, t].tobytes())
+            answer = messages.ModelInferResponse.FromString(
+                call(request.SerializeToString(), timeout=30)
+            )
+            y = np.frombuffer(answer.raw_output_contents[0], np.float32)
+            np.testing.assert_allclose(y.reshape(given.shape), expected[t], atol=1e-5, err_msg=url)
 
 
 def build_floor(folder: Path) -> Path:
@@ -253,7 +328,11 @@ def running(command: list[str]) -> Iterator[None]:
         yield
     finally:
         process.terminate()
-        process.wait()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def wait_for_ports(urls: list[str]) -> None:
@@ -268,19 +347,20 @@ def perf_analyzer(url: str, model: str, concurrency: int, seconds: float) -> Loa
     command = ["perf_analyzer", "-m", model, "-i", "grpc", "-u", url, "--percentile", "99"]
     command += ["--concurrency-range", str(concurrency), "--sequence-length", "1000"]
     command += ["--measurement-interval", str(round(1000 * seconds)), "-s", "50", "-r", "10"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    found = [
-        re.search(pattern, done.stdout)
-        for pattern in (
-            r"throughput: ([\d.]+) infer/sec",
-            r"p50 latency: (\d+) usec",
-            r"p99 latency: (\d+) usec",
-        )
-    ]
-    if None in found:
-        said = (done.stderr + done.stdout).strip().splitlines()
-        raise SystemExit(f"perf_analyzer did not measure {url}: {' '.join(said[-3:])}")
-    return Load(*(float(match[1]) for match in found if match))
+    for _ in range(ATTEMPTS):
+        done = subprocess.run(command, capture_output=True, text=True)
+        found = [
+            re.search(pattern, done.stdout)
+            for pattern in (
+                r"throughput: ([\d.]+) infer/sec",
+                r"p50 latency: (\d+) usec",
+                r"p99 latency: (\d+) usec",
+            )
+        ]
+        if None not in found:
+            return Load(*(float(match[1]) for match in found if match))
+    said = (done.stderr + done.stdout).strip().splitlines()
+    raise SystemExit(f"perf_analyzer did not measure {url}: {' '.join(said[-3:])}")
 
 
 async def serve_rival(path: Path, port: int) -> None:
