@@ -9,7 +9,7 @@ target=$(realpath --canonicalize-missing "$1")
 cd "$(dirname "$0")/.."
 
 mapfile -t packages <tools/server_packages.txt
-packages+=(g++ python3-venv)
+packages+=(g++ python3-dev python3-venv)
 if ! dpkg --status "${packages[@]}" >/dev/null 2>&1; then
   sudo=$([ "$(id -u)" = 0 ] || echo sudo)
   $sudo apt-get update -qq
