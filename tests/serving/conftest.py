@@ -1,6 +1,11 @@
 import contextlib
 import json
 import os
+
+# Ray starts its programs by a fork. gRPC's handlers for that crash the new process now and then, if
+# other threads are in gRPC. They are read when gRPC is imported.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
 import shutil
 import socket
 import subprocess
