@@ -113,20 +113,36 @@ void Serve(const Options& options, const sigset_t& signals) {
        {"http_port", http.port()},
        {"tls", security.tls()},
        {"token", !security.token.empty()}});
-  for (const auto& [name, path] : options.models) {
-    repository.Load(name);
-    const auto model = repository.Find(name);
-    Log(LogLevel::kInfo, "model_loaded",
-        {{"model", name},
-         {"path", path},
-         {"receptive_field", model->plan().receptive_field},
-         {"stream_bytes", model->session().state_bytes()}});
-  }
-  grpc.SetServing(true);
-  Log(LogLevel::kInfo, "ready",
-      {{"grpc_port", grpc.port()}, {"http_port", http.port()}, {"pid", getpid()}});
+  const auto drain = [&] {
+    const auto drain_ms = static_cast<int64_t>(options.drain_seconds * 1000);
+    grpc.SetServing(false);
+    repository.Drain();
+    if (journal.has_value()) journal->Finish();
+    grpc.Stop(drain_ms);
+    http.Stop(drain_ms);
+    if (snapshots.has_value()) snapshots->Finish();
+  };
   std::optional<ReadyFile> ready;
-  if (!options.ready_file.empty()) ready.emplace(options.ready_file, grpc.port(), http.port());
+  try {
+    for (const auto& [name, path] : options.models) {
+      repository.Load(name);
+      const auto model = repository.Find(name);
+      Log(LogLevel::kInfo, "model_loaded",
+          {{"model", name},
+           {"path", path},
+           {"receptive_field", model->plan().receptive_field},
+           {"stream_bytes", model->session().state_bytes()}});
+    }
+    grpc.SetServing(true);
+    Log(LogLevel::kInfo, "ready",
+        {{"grpc_port", grpc.port()}, {"http_port", http.port()}, {"pid", getpid()}});
+    if (!options.ready_file.empty()) ready.emplace(options.ready_file, grpc.port(), http.port());
+  } catch (...) {
+    // Models that were loaded may have taken steps, and their snapshots count as a crashed server's
+    // until they are finished.
+    drain();
+    throw;
+  }
 
   int signal = 0;
   while (signal == 0) {
@@ -136,13 +152,7 @@ void Serve(const Options& options, const sigset_t& signals) {
   }
   ready.reset();
   Log(LogLevel::kInfo, "draining", {{"signal", signal == SIGTERM ? "SIGTERM" : "SIGINT"}});
-  const auto drain_ms = static_cast<int64_t>(options.drain_seconds * 1000);
-  grpc.SetServing(false);
-  repository.Drain();
-  if (journal.has_value()) journal->Finish();
-  grpc.Stop(drain_ms);
-  http.Stop(drain_ms);
-  if (snapshots.has_value()) snapshots->Finish();
+  drain();
   Log(LogLevel::kInfo, "ended");
 }
 

@@ -493,16 +493,23 @@ void Snapshots::Loaded(ServedModel* model) {
   keepers_[model] = std::move(keeper);
 }
 
+std::unique_ptr<Snapshots::Keeper> Snapshots::Take(ServedModel* model) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = keepers_.find(model);
+  if (found == keepers_.end()) return nullptr;
+  std::unique_ptr<Keeper> keeper = std::move(found->second);
+  keepers_.erase(found);
+  return keeper;
+}
+
 void Snapshots::Unloaded(ServedModel* model) {
-  std::unique_ptr<Keeper> keeper;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = keepers_.find(model);
-    if (found == keepers_.end()) return;
-    keeper = std::move(found->second);
-    keepers_.erase(found);
-  }
-  keeper->Forget();
+  const std::unique_ptr<Keeper> keeper = Take(model);
+  if (keeper != nullptr) keeper->Forget();
+}
+
+void Snapshots::LoadingFailed(ServedModel* model) {
+  const std::unique_ptr<Keeper> keeper = Take(model);
+  if (keeper != nullptr) keeper->Finish();
 }
 
 bool Snapshots::Write() {

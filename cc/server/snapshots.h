@@ -75,6 +75,8 @@ class Snapshots : public ModelObserver {
   void Loaded(ServedModel* model) override;
   // The streams' rows are gone.
   void Unloaded(ServedModel* model) override;
+  // The streams' rows stay, and the file is as Finish leaves it.
+  void LoadingFailed(ServedModel* model) override;
 
   // Writes everything that has changed, now. Returns whether it could.
   bool Write();
@@ -87,6 +89,8 @@ class Snapshots : public ModelObserver {
 
  private:
   class Keeper;
+
+  std::unique_ptr<Keeper> Take(ServedModel* model);  // null: there is none
 
   const SnapshotOptions options_;
   int lock_ = -1;  // a file, locked while this object lives

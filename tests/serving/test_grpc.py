@@ -577,3 +577,17 @@ def test_the_health_service_and_reflection(server):
         )
         (answer,) = info(iter([b"\x3a\x00"]))  # list_services
         assert service in answer
+
+
+def test_a_start_that_fails_is_no_crash(start_server, model_file, tmp_path, samples):
+    """Streams without step numbers go on after it."""
+    state = ("--state-dir", tmp_path / "state")
+    server = start_server(model_file, *state)
+    with triton.InferenceServerClient(server.grpc_url) as client:
+        infer(client, samples(1, FEATURES), sequence_id="plain", sequence_start=True)
+    assert server.stop() == 0
+    with pytest.raises(AssertionError, match=r"missing\.safetensors"):
+        start_server(model_file, tmp_path / "missing.safetensors", *state)
+    server = start_server(model_file, *state)
+    with triton.InferenceServerClient(server.grpc_url) as client:
+        infer(client, samples(1, FEATURES), sequence_id="plain")
