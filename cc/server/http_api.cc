@@ -1,5 +1,8 @@
 #include "cc/server/http_api.h"
 
+#include <arpa/inet.h>
+#include <strings.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -91,6 +94,19 @@ bool IsOperators(const HttpRequest& head, const std::vector<std::string>& path) 
   if (path.size() < 4 || path[0] != "v2" || path[1] != "models") return false;
   const size_t at = path[3] == "versions" ? 5 : 3;
   return path.size() > at && path[at] == "streams" && path.size() <= at + 2;
+}
+
+// Whether the host of a URL, with or without a port, is localhost or an IP address.
+bool IsAddress(const std::string& host) {
+  unsigned char address[sizeof(in6_addr)];
+  if (!host.empty() && host[0] == '[') {
+    const size_t end = host.find(']');
+    return end != std::string::npos && (end + 1 == host.size() || host[end + 1] == ':') &&
+           inet_pton(AF_INET6, host.substr(1, end - 1).c_str(), address) == 1;
+  }
+  const std::string name = host.substr(0, host.find(':'));
+  return strcasecmp(name.c_str(), "localhost") == 0 ||
+         inet_pton(AF_INET, name.c_str(), address) == 1;
 }
 
 // A call over HTTP for steps of streams. It lives until its answer is made.
@@ -217,6 +233,7 @@ class HttpApi::Routes {
         metrics_(parts) {}
 
   std::optional<HttpResponse> Refuse(const HttpRequest& head) const {
+    bool needs_token = false;
     try {
       const HttpTarget target(head.target);
       if (IsOpen(target.path)) return std::nullopt;
@@ -224,9 +241,11 @@ class HttpApi::Routes {
       if (operators && !security_.knows_operator()) {
         return ErrorResponse(403, Reason::kUnauthenticated, kNeedsTokenOfServer);
       }
-      const bool allowed = operators                ? security_.AllowsOperator(head.authorization)
-                           : IsLoading(target.path) ? security_.AllowsLoading(head.authorization)
-                                                    : security_.Allows(head.authorization);
+      const bool loading = IsLoading(target.path);
+      needs_token = operators || (loading ? security_.knows_operator() : !security_.token.empty());
+      const bool allowed = operators ? security_.AllowsOperator(head.authorization)
+                           : loading ? security_.AllowsLoading(head.authorization)
+                                     : security_.Allows(head.authorization);
       if (!allowed) {
         return ErrorResponse({Reason::kUnauthenticated, kNeedsToken, {}});
       }
@@ -241,6 +260,15 @@ class HttpApi::Routes {
       return ErrorResponse(403, Reason::kUnauthenticated,
                            "the request comes from a page of another server, which may not call "
                            "this one");
+    }
+    // Whoever owns a name can let it lead to this machine after a browser has loaded a page of that
+    // name. The browser then takes this server for the page's own. A token, localhost and addresses
+    // cannot be had in that way.
+    if (!head.origin.empty() && !needs_token && !IsAddress(head.host)) {
+      return ErrorResponse(403, Reason::kUnauthenticated,
+                           "the request comes from a page of a server with a name, and this call "
+                           "needs no token: open the page at localhost or at the server's IP "
+                           "address, or start the server with --token-file");
     }
     if (!head.content_encoding.empty() && head.content_encoding != "identity") {
       return ErrorResponse(415, Reason::kUnsupported,

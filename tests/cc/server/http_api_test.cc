@@ -363,6 +363,50 @@ TEST_F(HttpApiTest, RefusesPagesOfOtherServersAndCompressedBodies) {
   ErrorOf(Call(&api_, request), 415, "unsupported");
 }
 
+// The owner of a name can let it lead to this machine, so that a browser takes this server for the
+// server of the owner's page.
+TEST(HttpApi, RefusesPagesOfNamesWithoutAToken) {
+  OneModel one;
+  HttpApi open({}, {&one.repository});
+  Security security;
+  security.operator_token = "operator";
+  HttpApi operated(security, {&one.repository});
+  security.token = "secret";
+  HttpApi guarded(security, {&one.repository});
+  const auto call = [](HttpApi* api, const std::string& target, const std::string& host,
+                       const std::string& token = "") {
+    HttpRequest request;
+    request.method = "POST";
+    request.target = target;
+    request.host = host;
+    request.origin = "http://" + host;
+    if (!token.empty()) request.authorization = "Bearer " + token;
+    return Call(api, request);
+  };
+  const std::string load = "/v2/repository/models/m/load", index = "/v2/repository/index";
+  for (const char* const host :
+       {"localhost", "localhost:8000", "LOCALHOST:1", "127.0.0.1", "127.0.0.1:8000", "10.1.2.3:80",
+        "[::1]", "[::1]:8000", "[fe80::1]:8000"}) {
+    EXPECT_EQ(call(&open, load, host).status, 200) << host;
+  }
+  for (const char* const host :
+       {"evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example:1",
+        "[::1].evil.example", "[::1", "[]", "[evil]:1", "::1", "1", "", ":8000"}) {
+    ExpectIn("localhost", ErrorOf(call(&open, load, host), 403, "unauthenticated"));
+    ErrorOf(call(&open, index, host), 403, "unauthenticated");
+    ErrorOf(call(&operated, index, host), 403, "unauthenticated");
+  }
+  // A token cannot be had in this way.
+  EXPECT_EQ(call(&operated, load, "a.example", "operator").status, 200);
+  EXPECT_EQ(call(&guarded, index, "a.example", "secret").status, 200);
+  // Programs other than browsers send no origin.
+  HttpRequest request;
+  request.method = "POST";
+  request.target = index;
+  request.host = "a.example:8000";
+  EXPECT_EQ(Call(&open, request).status, 200);
+}
+
 TEST(HttpApi, TheTokenOpensWhatIsNotOpen) {
   OneModel one;
   Security security;
