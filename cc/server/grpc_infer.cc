@@ -151,14 +151,14 @@ void AddRefusal(const Outcome& outcome, grpc::CallbackServerContext* context) {
       steps.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace));
 }
 
-void GrpcStepRequest::Submit(const ModelRepository& repository,
+void GrpcStepRequest::Submit(const ModelRepository& repository, const InferLimits& limits,
                              const inference::ModelInferRequest& request,
                              inference::ModelInferResponse* response) {
   response_ = response;
   try {
     model_ = repository.Find(request.model_name(), request.model_version());
     Read(request);
-    outputs_ = ReadInferCall(*model_, call_, this);
+    outputs_ = ReadInferCall(*model_, call_, limits, this);
     MakeRoom(request);
   } catch (const std::exception& error) {
     const Outcome outcome = OutcomeOf(error);

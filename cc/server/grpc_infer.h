@@ -30,8 +30,8 @@ class GrpcStepRequest : public StepRequest {
  public:
   // Reads the request, and submits it to its model. Calls Done at once if it is refused. Done may
   // destroy this request.
-  void Submit(const ModelRepository& repository, const inference::ModelInferRequest& request,
-              inference::ModelInferResponse* response);
+  void Submit(const ModelRepository& repository, const InferLimits& limits,
+              const inference::ModelInferRequest& request, inference::ModelInferResponse* response);
 
  protected:
   // Completes the response of a request that was not refused.

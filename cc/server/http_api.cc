@@ -116,10 +116,10 @@ class HttpStepRequest : public StepRequest, public std::enable_shared_from_this<
       : http_(std::move(request)), exchange_(std::move(exchange)) {}
 
   // Throws Refusal.
-  void Read(std::shared_ptr<ServedModel> model) {
+  void Read(std::shared_ptr<ServedModel> model, const InferLimits& limits) {
     model_ = std::move(model);
     ReadHttpInfer(http_.body, http_.inference_header_content_length, &call_);
-    wanted_ = ReadInferCall(*model_, call_.call, this);
+    wanted_ = ReadInferCall(*model_, call_.call, limits, this);
     CheckHttpOutputs(call_, wanted_);
     tensors_.resize(wanted_.size());
     for (size_t i = 0; i < wanted_.size(); ++i) {
@@ -226,8 +226,9 @@ HttpResponse ErrorResponse(int status, Reason reason, const std::string& message
 
 class HttpApi::Routes {
  public:
-  Routes(const Security& security, const ServerParts& parts)
-      : security_(security),
+  Routes(const Security& security, const ServerParts& parts, const InferLimits& limits)
+      : limits_(limits),
+        security_(security),
         repository_(parts.repository),
         shards_(parts.shards),
         metrics_(parts) {}
@@ -358,13 +359,13 @@ class HttpApi::Routes {
     return false;
   }
 
-  static void Infer(const std::shared_ptr<ServedModel>& model, HttpRequest* request,
-                    const std::shared_ptr<HttpExchange>& exchange) {
+  void Infer(const std::shared_ptr<ServedModel>& model, HttpRequest* request,
+             const std::shared_ptr<HttpExchange>& exchange) const {
     // Held until Submit returns: the last owner of a model waits for its queue, which must not be
     // in a batch that this thread leads.
     const auto step = std::make_shared<HttpStepRequest>(std::move(*request), exchange);
     try {
-      step->Read(model);
+      step->Read(model, limits_);
     } catch (const std::exception& error) {
       model->CountRefusal(OutcomeOf(error).reason);
       throw;
@@ -687,6 +688,7 @@ class HttpApi::Routes {
             {"history", history_.Since(model->name(), since)}};
   }
 
+  const InferLimits limits_;
   const Security security_;
   ModelRepository* const repository_;
   ShardOwner* const shards_;  // null: this server is not one of several
@@ -697,8 +699,8 @@ class HttpApi::Routes {
   std::atomic<int> watching_{0};
 };
 
-HttpApi::HttpApi(const Security& security, const ServerParts& parts)
-    : routes_(std::make_unique<Routes>(security, parts)) {}
+HttpApi::HttpApi(const Security& security, const ServerParts& parts, const InferLimits& limits)
+    : routes_(std::make_unique<Routes>(security, parts, limits)) {}
 
 HttpApi::~HttpApi() = default;
 

@@ -13,6 +13,7 @@
 
 #include "cc/server/history.h"
 #include "cc/server/http_message.h"
+#include "cc/server/infer_call.h"
 #include "cc/server/outcome.h"
 #include "cc/server/security.h"
 #include "cc/server/server_parts.h"
@@ -28,7 +29,7 @@ HttpResponse ErrorResponse(int status, Reason reason, const std::string& message
 // Any thread may call any method.
 class HttpApi {
  public:
-  HttpApi(const Security& security, const ServerParts& parts);
+  HttpApi(const Security& security, const ServerParts& parts, const InferLimits& limits = {});
   ~HttpApi();
   HttpApi(const HttpApi&) = delete;
   HttpApi& operator=(const HttpApi&) = delete;

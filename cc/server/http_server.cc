@@ -454,7 +454,7 @@ asio::ssl::context TlsContext(const Security& security) {
 class HttpServer::Impl {
  public:
   Impl(const HttpOptions& options, const Security& security, const ServerParts& parts)
-      : api_(security, parts),
+      : api_(security, parts, options.limits),
         shared_{options, &api_, &connections_},
         io_(std::max(options.threads, 1)),
         acceptor_(asio::make_strand(io_)),

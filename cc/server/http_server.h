@@ -8,6 +8,7 @@
 #include <memory>
 #include <string>
 
+#include "cc/server/infer_call.h"
 #include "cc/server/security.h"
 #include "cc/server/server_parts.h"
 
@@ -23,6 +24,7 @@ struct HttpOptions {
   int64_t max_connections = 1024;
   // How long a connection may be idle, and how long a request or an answer may take on the wire.
   int64_t idle_seconds = 60;
+  InferLimits limits;
 };
 
 class HttpServer {

@@ -155,6 +155,38 @@ TEST_F(HttpApiTest, WithoutAStep) {
   EXPECT_EQ(one_.repository.Find("m")->statistics().open_streams, 0);
 }
 
+TEST(HttpApi, AnswersAndStepsAreLimited) {
+  OneModel one;
+  HttpApi api({}, {&one.repository}, {96, 10});  // 8 rows of 3 floats
+  const auto rows = [](int64_t streams, int64_t steps) {
+    Json names = Json::array(), data = Json::array();
+    for (int64_t i = 0; i < streams; ++i) names.push_back("s" + std::to_string(i));
+    for (int64_t i = 0; i < streams * steps * 3; ++i) data.push_back(i);
+    return Json{
+        {"inputs",
+         {{{"name", "x"}, {"datatype", "FP32"}, {"shape", {streams, steps, 3}}, {"data", data}},
+          {{"name", "streams"}, {"datatype", "BYTES"}, {"shape", {streams}}, {"data", names}}}}}
+        .dump();
+  };
+  const std::string path = "/v2/models/m/infer";
+  for (const auto& [streams, steps] :
+       std::vector<std::pair<int64_t, int64_t>>{{3, 3}, {1, 9}, {9, 1}, {2, 5}}) {
+    ExpectIn("--max-message-mb",
+             ErrorOf(Post(&api, path, rows(streams, steps)), 400, "invalid_argument"));
+  }
+  for (const auto& [streams, steps] :
+       std::vector<std::pair<int64_t, int64_t>>{{1, 11}, {11, 1}, {4, 3}}) {
+    ExpectIn("--max-steps",
+             ErrorOf(Post(&api, path, rows(streams, steps)), 400, "invalid_argument"));
+  }
+  // No stream has moved by a request that was refused.
+  EXPECT_EQ(one.repository.Find("m")->statistics().opened, 0);
+  EXPECT_EQ(Post(&api, path, rows(2, 4)).status, 200);
+  EXPECT_EQ(Post(&api, path, rows(8, 1)).status, 200);
+  EXPECT_EQ(Post(&api, path, rows(0, 1000)).status, 200);
+  EXPECT_EQ(Post(&api, path, rows(2, 0)).status, 200);
+}
+
 TEST(HttpApi, EveryDatatype) {
   OneModel one(EveryOp());
   HttpApi api({}, {&one.repository});
