@@ -132,6 +132,7 @@ class InferStreamReactor : public grpc::ServerBidiReactor<inference::ModelInferR
         response.mutable_infer_response()->Clear();
         response.mutable_infer_response()->set_id(request.id());
         response.mutable_infer_response()->set_model_name(request.model_name());
+        AddRefusal(outcome, response.mutable_infer_response());
         response.set_error_message(outcome.message);
       }
       owner->Write(this);
@@ -211,6 +212,7 @@ class Service final : public inference::GRPCInferenceService::CallbackService {
       void OnDone() override { delete this; }
     };
     auto* const refused = new Refused;
+    AddRefusal(NeedsToken(), context);
     refused->Finish(StatusOf(NeedsToken()));
     return refused;
   }

@@ -1,5 +1,6 @@
 """The server over gRPC, with tritonclient and with the protocol's own messages."""
 
+import json
 import queue
 import re
 
@@ -535,6 +536,34 @@ def test_streaming_inference(server, session, samples):
         for i in range(count):
             expected = session.step(xs[t, i], streams=[ids[i]])
             np.testing.assert_allclose(by_id[f"{t} {i}"], expected, atol=1e-6)
+
+
+def test_refusals_on_a_stream_of_requests(stub, start_server, model_file, tmp_path, samples):
+    """Programs learn from an answer why it is an error, and which steps are expected."""
+    wrong, late = (request_of(samples(1, FEATURES), True, sequence_id=i) for i in (2100, 2101))
+    no_sequence(wrong)
+    wrong.id = "wrong"
+    late.id = "late"
+    late.parameters["step"].int64_param = 5
+    answers = {a.infer_response.id: a for a in stub.ModelStreamInfer(iter([wrong, late]))}
+    assert "which stream" in answers["wrong"].error_message
+    parameters = answers["wrong"].infer_response.parameters
+    assert {name: p.string_param for name, p in parameters.items()} == {
+        "reason": "invalid_argument"
+    }
+    assert answers["late"].error_message
+    parameters = answers["late"].infer_response.parameters
+    assert parameters["reason"].string_param == "out_of_step"
+    assert json.loads(parameters["expected_steps"].string_param) == {"2101": 0}
+
+    (tmp_path / "token").write_text("secret")
+    guarded = start_server(model_file, "--token-file", tmp_path / "token")
+    with grpc.insecure_channel(guarded.grpc_url) as channel:
+        call = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(iter([late]))
+        with pytest.raises(grpc.RpcError) as error:
+            next(call)
+        assert error.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        assert ("reason", "unauthenticated") in error.value.trailing_metadata()
 
 
 def test_a_deadline_that_has_passed_moves_nothing(stub, session, samples):
