@@ -397,8 +397,8 @@ class HttpApi::Routes {
   void LoadOrUnload(const std::string& name, bool load, const HttpRequest& request,
                     const std::shared_ptr<HttpExchange>& exchange) {
     if (load && !request.body.empty()) {
-      const auto body = ordered_json::parse(request.body, nullptr, false);
-      if (body.is_object() && body.contains("parameters") && !body["parameters"].empty()) {
+      const auto body = ParseObject(request.body);
+      if (body.contains("parameters") && !body["parameters"].empty()) {
         throw Refusal(Reason::kUnsupported,
                       "this server loads a model from the file that it was started with, and "
                       "takes no parameters: replace the file, then load without parameters");
@@ -602,10 +602,7 @@ class HttpApi::Routes {
     Need(request, "POST");
     bool only_ready = false;
     if (!request.body.empty()) {
-      const auto body = ordered_json::parse(request.body, nullptr, false);
-      if (!body.is_object()) {
-        throw Refusal(Reason::kInvalidArgument, "the body is not a JSON object");
-      }
+      const auto body = ParseObject(request.body);
       only_ready = body.contains("ready") && body["ready"] == true;
     }
     ordered_json list = ordered_json::array();

@@ -374,6 +374,18 @@ TEST_F(HttpApiTest, LoadsAndUnloads) {
           "unsupported");
 }
 
+// A parsed text needs many times its size.
+TEST_F(HttpApiTest, EveryJsonIsLimited) {
+  const std::string large = R"({"a":")" + std::string(kMostJsonBytes, 'a') + R"("})";
+  for (const char* const path :
+       {"/v2/models/m/infer", "/v2/repository/index", "/v2/repository/models/m/load"}) {
+    ExpectIn("bytes of JSON", ErrorOf(Post(&api_, path, large), 400, "invalid_argument"));
+    for (const char* const body : {"[]", "{", "1e999"}) {
+      ErrorOf(Post(&api_, path, body), 400, "invalid_argument");
+    }
+  }
+}
+
 TEST_F(HttpApiTest, WithoutATokenTheOperatorIsUnknown) {
   ExpectIn("--token-file", ErrorOf(Get(&api_, "/v2/models/m/streams"), 403, "unauthenticated"));
   ErrorOf(Get(&api_, "/v2/models/m/versions/1/streams/a"), 403, "unauthenticated");
