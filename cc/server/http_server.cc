@@ -583,8 +583,9 @@ class HttpServer::Impl {
         });
         return;
       }
-      Welcome(std::move(socket));
+      // First: if there is no memory to welcome this one, others still come.
       Accept();
+      Welcome(std::move(socket));
     });
   }
 
@@ -615,8 +616,8 @@ class HttpServer::Impl {
     sampler_.expires_after(Seconds(History::kSeconds));
     sampler_.async_wait([this](error_code error) {
       if (error) return;
+      SampleLater();  // also if Sample throws
       api_.Sample();
-      SampleLater();
     });
   }
 

@@ -148,7 +148,12 @@ void Serve(const Options& options, const sigset_t& signals) {
   while (signal == 0) {
     constexpr double kHousekeepingSeconds = 0.25;
     signal = WaitForSignal(signals, kHousekeepingSeconds);
-    for (const auto& model : repository.loaded()) model->EvictIdle();
+    try {
+      for (const auto& model : repository.loaded()) model->EvictIdle();
+    } catch (const std::exception& error) {
+      // No memory, for example. The server goes on, and tries it again.
+      Log(LogLevel::kError, "idle_streams_not_ended", {{"error", error.what()}});
+    }
   }
   ready.reset();
   Log(LogLevel::kInfo, "draining", {{"signal", signal == SIGTERM ? "SIGTERM" : "SIGINT"}});

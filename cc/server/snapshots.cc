@@ -138,7 +138,7 @@ class Snapshots::Keeper final : public StreamKeeper {
     Stop();
     try {
       if (written) file_.Finish();
-    } catch (const Error& error) {
+    } catch (const std::exception& error) {
       LogFailure(error.what());
     }
     if (!written) {
@@ -304,31 +304,34 @@ class Snapshots::Keeper final : public StreamKeeper {
       std::vector<SnapshotFile::Change> changes;
       std::vector<std::string> copied, added;
       size_t bytes = 0;
-      uint64_t drops = TakeDrops(&changes);
-      while (left > 0 && bytes < kTransactionBytes && (bytes == 0 || !HasDrops())) {
-        // Drops and copies are in the order in which they happened, because no stream ends between
-        // the copies and the list of drops.
-        model_->TakeChanges(slice_, &copies_, [&] {
-          drops = TakeDrops(&changes);
-          std::lock_guard<std::mutex> lock(mutex_);
+      uint64_t drops = 0;
+      // Errors of the file, and no memory for the copies: the thread must outlive both, as answers
+      // wait for it.
+      try {
+        drops = TakeDrops(&changes);
+        while (left > 0 && bytes < kTransactionBytes && (bytes == 0 || !HasDrops())) {
+          // Drops and copies are in the order in which they happened, because no stream ends
+          // between the copies and the list of drops.
+          model_->TakeChanges(slice_, &copies_, [&] {
+            drops = TakeDrops(&changes);
+            std::lock_guard<std::mutex> lock(mutex_);
+            for (const StreamCopy& copy : copies_) {
+              if (copy.state.empty()) continue;  // its end is a drop, or it has no row
+              copied.push_back(copy.name);
+              if (stored_.insert(copy.name).second) added.push_back(copy.name);
+            }
+          });
+          left = copies_.empty() ? 0 : left - std::min(left, copies_.size());
           for (const StreamCopy& copy : copies_) {
             if (copy.state.empty()) continue;
-            if (stored_.insert(copy.name).second) added.push_back(copy.name);
+            changes.push_back({copy.name, EncodeStreamCopy(copy), false});
+            bytes += changes.back().copy.size();
           }
-        });
-        left = copies_.empty() ? 0 : left - std::min(left, copies_.size());
-        for (const StreamCopy& copy : copies_) {
-          if (copy.state.empty()) continue;  // its end is a drop, or it has no row
-          changes.push_back({copy.name, EncodeStreamCopy(copy), false});
-          copied.push_back(copy.name);
-          bytes += changes.back().copy.size();
         }
-      }
-      if (changes.empty()) continue;
-      try {
+        if (changes.empty()) continue;
         file_.Commit(changes);
         Committed(changes, drops, bytes);
-      } catch (const Error& error) {
+      } catch (const std::exception& error) {
         ok = false;
         Failed(std::move(changes), drops, copied, added, error.what());
       }
@@ -343,7 +346,7 @@ class Snapshots::Keeper final : public StreamKeeper {
         std::lock_guard<std::mutex> lock(mutex_);
         stored_.erase(name);
       });
-    } catch (const Error& error) {
+    } catch (const std::exception& error) {
       LogFailure(error.what());
     }
   }
