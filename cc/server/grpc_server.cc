@@ -306,9 +306,7 @@ class Service final : public inference::GRPCInferenceService::CallbackService {
       inference::RepositoryModelLoadResponse* /*response*/) override {
     return AnswerLater(context, [=] {
       if (!request->parameters().empty()) {
-        throw Refusal(Reason::kUnsupported,
-                      "this server loads a model from the file that it was started with, and takes "
-                      "no parameters: replace the file, then load without parameters");
+        throw Refusal(Reason::kUnsupported, kLoadsItsFile);
       }
       repository_->Load(request->model_name());
     });

@@ -399,9 +399,7 @@ class HttpApi::Routes {
     if (load && !request.body.empty()) {
       const auto body = ParseObject(request.body);
       if (body.contains("parameters") && !body["parameters"].empty()) {
-        throw Refusal(Reason::kUnsupported,
-                      "this server loads a model from the file that it was started with, and "
-                      "takes no parameters: replace the file, then load without parameters");
+        throw Refusal(Reason::kUnsupported, kLoadsItsFile);
       }
     }
     AnswerOnAThread(exchange, [this, name, load] {
@@ -565,10 +563,7 @@ class HttpApi::Routes {
       if (copy.state.empty()) {
         throw Refusal(Reason::kInvalidArgument, "this copy is of a stream that had ended");
       }
-      constexpr size_t kMostName = 256;
-      if (stream.empty() || stream.size() > kMostName) {
-        throw Refusal(Reason::kInvalidArgument, "a stream's name has 1 to 256 bytes");
-      }
+      CheckStreamName(stream);
       copy.name = stream;
       model->CopyIn(copy, target.Flag("other_weights"));
       Log(LogLevel::kInfo, "stream_copied_in", {{"model", model->name()}, {"stream", stream}});

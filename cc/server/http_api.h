@@ -2,8 +2,8 @@
 // and the page.
 //
 // Without a token everyone may read health, metrics and the page's files. Everything else needs the
-// token if the server has one. The operator's calls (lists and copies of streams, tables of shards)
-// need a server that has one, and the operator's token if that is another one.
+// token if the server has one. Loading and unloading need the operator's token if the server has
+// any token. Lists and copies of streams and changes of the table need a server with a token.
 
 #ifndef CONTINUAL_TRANSFORMERS_SERVER_HTTP_API_H_
 #define CONTINUAL_TRANSFORMERS_SERVER_HTTP_API_H_

@@ -73,15 +73,6 @@ std::vector<std::string> StreamNames(const TensorView& tensor) {
   return names;
 }
 
-void CheckName(const std::string& name) {
-  // Names are kept for every stream, and shown in logs and lists.
-  constexpr size_t kMost = 256;
-  if (name.empty() || name.size() > kMost) {
-    Refuse("a stream's name has " + Text(static_cast<int64_t>(name.size())) +
-           " bytes, expected 1 to " + Text(kMost));
-  }
-}
-
 // The axes of a tensor before those of one step of one stream.
 std::vector<int64_t> LeadingAxes(const TensorView& tensor, const Port& port, const Value& value) {
   const auto refuse = [&] {
@@ -136,6 +127,15 @@ std::vector<std::string_view> SplitBytes(const std::string& name, std::string_vi
   return texts;
 }
 
+void CheckStreamName(const std::string& name) {
+  // Names are kept for every stream, and shown in logs and lists.
+  constexpr size_t kMost = 256;
+  if (name.empty() || name.size() > kMost) {
+    Refuse("a stream's name has " + Text(static_cast<int64_t>(name.size())) +
+           " bytes, expected 1 to " + Text(kMost));
+  }
+}
+
 std::vector<OutputTensor> ReadInferCall(const ServedModel& model, const InferCall& call,
                                         const InferLimits& limits, StepRequest* request) {
   const Plan& plan = model.plan();
@@ -184,7 +184,7 @@ std::vector<OutputTensor> ReadInferCall(const ServedModel& model, const InferCal
         "the request does not say which stream it is about: give it the parameter sequence_id "
         "(a number other than 0, or a string), or an input \"streams\"");
   }
-  for (const std::string& name : request->streams) CheckName(name);
+  for (const std::string& name : request->streams) CheckStreamName(name);
   const auto count = static_cast<int64_t>(request->streams.size());
   if (step != nullptr) {
     if (call.step.has_value()) {

@@ -64,6 +64,9 @@ struct InferLimits {
 std::vector<OutputTensor> ReadInferCall(const ServedModel& model, const InferCall& call,
                                         const InferLimits& limits, StepRequest* request);
 
+// Throws Refusal if a stream cannot have this name.
+void CheckStreamName(const std::string& name);
+
 // The protocol's name of a dtype: "FP32".
 const char* DatatypeOf(DType dtype);
 
