@@ -305,6 +305,7 @@ class Snapshots::Keeper final : public StreamKeeper {
       std::vector<std::string> copied, added;
       size_t bytes = 0;
       uint64_t drops = 0;
+      bool taking = false;
       // Errors of the file, and no memory for the copies: the thread must outlive both, as answers
       // wait for it.
       try {
@@ -312,6 +313,7 @@ class Snapshots::Keeper final : public StreamKeeper {
         while (left > 0 && bytes < kTransactionBytes && (bytes == 0 || !HasDrops())) {
           // Drops and copies are in the order in which they happened, because no stream ends
           // between the copies and the list of drops.
+          taking = true;
           model_->TakeChanges(slice_, &copies_, [&] {
             drops = TakeDrops(&changes);
             std::lock_guard<std::mutex> lock(mutex_);
@@ -321,6 +323,7 @@ class Snapshots::Keeper final : public StreamKeeper {
               if (stored_.insert(copy.name).second) added.push_back(copy.name);
             }
           });
+          taking = false;
           left = copies_.empty() ? 0 : left - std::min(left, copies_.size());
           for (const StreamCopy& copy : copies_) {
             if (copy.state.empty()) continue;
@@ -333,6 +336,7 @@ class Snapshots::Keeper final : public StreamKeeper {
         Committed(changes, drops, bytes);
       } catch (const std::exception& error) {
         ok = false;
+        if (taking) model_->RecordChanges(true);  // some may be neither marked nor copied
         Failed(std::move(changes), drops, copied, added, error.what());
       }
     } while (ok && (left > 0 || HasDrops()));
