@@ -608,6 +608,15 @@ def test_the_health_service_and_reflection(server):
         assert service in answer
 
 
+def test_steps_of_a_request_are_limited(start_server, model_file, samples):
+    server = start_server(model_file, "--max-steps", 10)
+    with triton.InferenceServerClient(server.grpc_url) as client:
+        with pytest.raises(InferenceServerException, match="--max-steps") as error:
+            infer(client, samples(11, FEATURES), sequence_id=1)
+        assert refused(error)[0] == "INVALID_ARGUMENT"
+        assert infer(client, samples(10, FEATURES), sequence_id=1, step=0).shape == (10, OUTPUTS)
+
+
 def test_a_start_that_fails_is_no_crash(start_server, model_file, tmp_path, samples):
     """Streams without step numbers go on after it."""
     state = ("--state-dir", tmp_path / "state")
