@@ -57,7 +57,7 @@ class ReadyFile {
         {"pid", getpid()}, {"grpc_port", grpc_port}, {"http_port", http_port}};
     const std::string beside = path_ + ".new";
     std::ofstream file(beside, std::ios::trunc);
-    file << facts.dump() << std::endl;
+    file << facts.dump() << '\n';
     file.close();
     // Nobody reads half a file.
     if (!file || std::rename(beside.c_str(), path_.c_str()) != 0) {
