@@ -445,7 +445,9 @@ class HttpApi::Routes {
     if (IsShards(path)) {
       Need(request, "GET");
       HttpResponse response;
-      response.body = Shards()->table()->Json(true);
+      auto table = ordered_json::parse(Shards()->table()->Json(true));
+      table["applied"] = Shards()->applied();
+      response.body = Dump(table);
       return response;
     }
     if (path.empty() || path[0] != "v2") RefusePath();

@@ -64,12 +64,14 @@ uint64_t RandomNumber() {
 // Writes the journal of one model, on a thread of its own, which alone talks to Redis.
 class Journal::Keeper final : public StreamKeeper {
  public:
-  Keeper(ServedModel* model, const JournalOptions& options, RedisAddress address,
-         std::atomic<int64_t>* epoch, const std::atomic<uint64_t>* server)
+  using Epochs = std::array<std::atomic<int64_t>, kShards>;
+
+  Keeper(ServedModel* model, const JournalOptions& options, RedisAddress address, Epochs* epochs,
+         const std::atomic<uint64_t>* server)
       : model_(model),
         options_(options),
         address_(std::move(address)),
-        epoch_(epoch),
+        epochs_(epochs),
         server_(server),
         writer_(RandomNumber()),
         receptive_field_(ReceptiveField(model->plan())) {
@@ -172,7 +174,6 @@ class Journal::Keeper final : public StreamKeeper {
   }
 
   void PutIn(const StreamCopy& copy, int64_t next) override {
-    if (&copy == rebuilt_.load()) return;  // it came from the journal
     AddCopy(copy, next);
     Enqueue();
   }
@@ -203,7 +204,9 @@ class Journal::Keeper final : public StreamKeeper {
 
   void Flush() override {
     std::unique_lock<std::mutex> lock(mutex_);
-    passed_.wait(lock, [this] { return held_.empty() && !passing_; });
+    passed_.wait(lock, [this] {
+      return held_.empty() && !passing_ && (acknowledged_ >= last_ || down_ || stopped_);
+    });
   }
 
   void Stop() {
@@ -250,7 +253,7 @@ class Journal::Keeper final : public StreamKeeper {
     const int shard = ShardOf(name);
     Building* const building = &building_[shard];
     if (!building->writer.has_value()) {
-      building->epoch = epoch_->load();
+      building->epoch = (*epochs_)[shard];
       building->writer.emplace(Header(++building->number));
       touched_.push_back(shard);
     }
@@ -450,6 +453,7 @@ class Journal::Keeper final : public StreamKeeper {
            {"reason", why},
            {"consequence", "steps are refused until it is back"}});
     }
+    passed_.notify_all();
     if (Clock::now() - down_since_ >= kPatience) PassHeld(lock, true);
   }
 
@@ -597,11 +601,17 @@ class Journal::Keeper final : public StreamKeeper {
     Rebuilt rebuilt;
     brought_back_.clear();
     if (!loaded_) {
-      for (std::string& name : model_->OpenNames()) brought_back_.insert(std::move(name));
+      size_t all = 0;
+      for (StreamFacts& stream : model_->ListStreams(SIZE_MAX, false, &all)) {
+        brought_back_[std::move(stream.name)] = stream.next_step;
+      }
     }
     // Without a table of shards, each start is an epoch of its own. So what the last process has
     // sent, and Redis reads only now, is not taken for steps of this one.
-    if (!loaded_ && options_.rebuild) *epoch_ = std::max(epoch_->load(), NewestEpoch() + 1);
+    if (!loaded_ && options_.rebuild) {
+      const int64_t next = std::max(epochs_->front().load(), NewestEpoch() + 1);
+      for (std::atomic<int64_t>& epoch : *epochs_) epoch = next;
+    }
     for (const int shard : shards) ReadShard(shard, &rebuilt);
     std::lock_guard<std::mutex> lock(mutex_);
     counts_.rebuilt += rebuilt.streams;
@@ -629,18 +639,18 @@ class Journal::Keeper final : public StreamKeeper {
   // Appends an entry without rows. From then on, the shard's last server can append nothing. Throws
   // if it is another server's.
   void Fence(int shard) {
-    const int64_t epoch = epoch_->load();
+    const int64_t epoch = (*epochs_)[shard];
     JournalEntryWriter mark(Header(0));
     redis_->Append({"XADD", keys_[shard], IdOf(epoch), "e", mark.Finish()});
     const RedisReply reply = redis_->ReadAny();
     if (IsFenced(*reply)) {
       throw Error(ErrorCode::kInvalidArgument,
-                  "shard " + std::to_string(shard) +
-                      " has been taken over in a newer epoch than this server's, which is " +
-                      std::to_string(epoch) + ": it needs the newer table of shards");
+                  "shard " + std::to_string(shard) + " has been taken over in a newer epoch than " +
+                      std::to_string(epoch) +
+                      ", in which this server got it: it needs the newer table of shards");
     }
     redis_->Check(*reply);
-    CheckFirst(shard, epoch);
+    CheckFirst(shard, epoch, reply->str);
     std::lock_guard<std::mutex> lock(mutex_);
     if (!fenced_[shard]) return;
     // Answers may be held whose entries Redis has not taken.
@@ -648,9 +658,9 @@ class Journal::Keeper final : public StreamKeeper {
     fenced_.reset(shard);
   }
 
-  // Throws if the first entry of this epoch is another server's. A server trims only up to an entry
-  // of its own, so the first one that is left is the owner's, too.
-  void CheckFirst(int shard, int64_t epoch) {
+  // Throws if the first entry of this epoch is another server's, and takes this server's mark out
+  // again. So all entries of an epoch are of one server, whichever of them are trimmed.
+  void CheckFirst(int shard, int64_t epoch, const std::string& mark) {
     const std::string of_epoch = std::to_string(epoch);
     const RedisReply reply =
         redis_->Call({"XRANGE", keys_[shard], of_epoch, of_epoch, "COUNT", "1"});
@@ -658,6 +668,7 @@ class Journal::Keeper final : public StreamKeeper {
     const redisReply* const value = reply->element[0]->element[1]->element[1];
     std::vector<JournalRow> rows;
     if (ReadJournalEntry({value->str, value->len}, &rows).server == *server_) return;
+    redis_->Call({"XDEL", keys_[shard], mark});
     throw Error(ErrorCode::kInvalidArgument,
                 "shard " + std::to_string(shard) +
                     " has been taken over by another server in the same epoch, " + of_epoch +
@@ -701,6 +712,10 @@ class Journal::Keeper final : public StreamKeeper {
 
   // Puts a stream in, or the last answer of one that has ended, as its client may not have got it.
   void PutBack(ShardHistory::Known* known, Rebuilt* rebuilt) {
+    const StreamHistory& history = known->history;
+    const int64_t next = history.steps.empty()
+                             ? history.state_position
+                             : history.steps.back().first + history.steps.back().count;
     try {
       StreamCopy copy =
           RebuildStream(model_->mutable_session(), receptive_field_, options_.other_weights, known);
@@ -709,15 +724,16 @@ class Journal::Keeper final : public StreamKeeper {
         if (copy.last_steps != 0) model_->Restore(copy, options_.other_weights);
         return;
       }
-      rebuilt_ = &copy;
-      model_->CopyIn(copy, options_.other_weights);
-      rebuilt_ = nullptr;
+      // A snapshot that knows later steps was written by a server without this journal, or it is of
+      // an older stream of that name. Nobody can tell.
+      const auto brought_back = brought_back_.find(history.name);
+      copy.may_lag = brought_back != brought_back_.end() && next < brought_back->second;
+      model_->CopyInFrom(this, copy, options_.other_weights);
       ++rebuilt->streams;
     } catch (const std::exception& error) {
-      rebuilt_ = nullptr;
       if (known->ended) return;
       Log(LogLevel::kWarning, "journal_stream_lost",
-          {{"model", model_->name()}, {"stream", known->history.name}, {"reason", error.what()}});
+          {{"model", model_->name()}, {"stream", history.name}, {"reason", error.what()}});
       ++rebuilt->lost;
     }
   }
@@ -725,8 +741,9 @@ class Journal::Keeper final : public StreamKeeper {
   ServedModel* const model_;
   const JournalOptions options_;
   const RedisAddress address_;
-  std::atomic<int64_t>* const epoch_;          // of all models
-  const std::atomic<uint64_t>* const server_;  // as well
+  // Shared by the keepers of all models.
+  Epochs* const epochs_;
+  const std::atomic<uint64_t>* const server_;
   const uint64_t writer_;
   const int64_t receptive_field_;
   std::vector<int64_t> input_bytes_;
@@ -739,13 +756,12 @@ class Journal::Keeper final : public StreamKeeper {
   // The thread's.
   std::unique_ptr<RedisConnection> redis_;
   std::string run_id_;
-  bool loaded_ = false;                 // the shards of the beginning are read
-  std::set<std::string> brought_back_;  // streams that were open before they are read
-  std::deque<Entry> sent_;              // and not acknowledged
+  bool loaded_ = false;  // the shards of the beginning are read
+  // Streams that were open before they are read, and their next steps.
+  std::map<std::string, int64_t> brought_back_;
+  std::deque<Entry> sent_;  // and not acknowledged
   std::vector<ShardLog> logs_;
   Clock::time_point down_since_;
-
-  std::atomic<const StreamCopy*> rebuilt_{nullptr};  // that is being put in
 
   mutable std::mutex mutex_;
   std::condition_variable wake_, passed_;
@@ -771,7 +787,7 @@ Journal::~Journal() {
 }
 
 void Journal::Loaded(ServedModel* model) {
-  auto keeper = std::make_shared<Keeper>(model, options_, address_, &epoch_, &server_);
+  auto keeper = std::make_shared<Keeper>(model, options_, address_, &epochs_, &server_);
   Log(LogLevel::kInfo, "journal_read",
       {{"model", model->name()},
        {"streams", keeper->counts().rebuilt},
@@ -798,9 +814,9 @@ std::vector<std::shared_ptr<Journal::Keeper>> Journal::KeepersOf(const ServedMod
   return keepers;
 }
 
-void Journal::SetEpoch(int64_t epoch, const std::string& server) {
+void Journal::SetEpochs(const std::array<int64_t, kShards>& epochs, const std::string& server) {
   server_ = Xxh64(server.data(), server.size());
-  epoch_ = epoch;
+  for (int shard = 0; shard < kShards; ++shard) epochs_[shard] = epochs[shard];
 }
 
 Journal::Rebuilt Journal::TakeOver(const std::vector<int>& shards, const ServedModel* only) {

@@ -13,11 +13,12 @@
 // ct:MODEL:SHARD, and one XADD for each batch and shard. The batches after it run while Redis
 // works. An answer waits for the acknowledgement only.
 //
-// The id of an entry is EPOCH-NUMBER, with the epoch of the table of shards, and Redis takes no id
-// that is lower than the last one. So an entry of a newer epoch fences off every server that has an
-// older table: its XADD fails, its answers are refused, and it loses the shard. (A script that
-// compares epochs would do the same, and cost more.) Should two servers want a shard in the same
-// epoch, by two different tables, it is the one's whose entry came first.
+// The id of an entry is EPOCH-NUMBER, with the epoch of the table that gave the shard to its
+// server, and Redis takes no id that is lower than the last one. So the first entry of a server
+// that got the shard later fences off every one that had it before: its XADD fails, its answers are
+// refused, and it loses the shard. (A script that compares epochs would do the same, and cost
+// more.) Should two servers want a shard in the same epoch, by two different tables, it is the
+// one's whose entry came first.
 //
 // Redis keeps what open streams need: the inputs of the last receptive field of each. A shard is
 // trimmed up to the oldest entry that one of its streams needs. For a stream that is idle while
@@ -41,6 +42,7 @@
 #ifndef CONTINUAL_TRANSFORMERS_SERVER_JOURNAL_H_
 #define CONTINUAL_TRANSFORMERS_SERVER_JOURNAL_H_
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <map>
@@ -51,6 +53,7 @@
 
 #include "cc/server/model_observer.h"
 #include "cc/server/redis.h"
+#include "cc/server/shards.h"
 
 namespace continual_transformers::server {
 
@@ -84,17 +87,16 @@ class Journal : public ModelObserver {
   void Loaded(ServedModel* model) override;
   void Unloaded(ServedModel* model) override;
 
-  // The version of the table of shards by which this server writes, and its name there.
-  void SetEpoch(int64_t epoch, const std::string& server);
+  // The epochs in which this server got its shards, and its name in the table of shards.
+  void SetEpochs(const std::array<int64_t, kShards>& epochs, const std::string& server);
   struct Rebuilt {
     int64_t streams = 0;
     int64_t lost = 0;  // streams that could not be rebuilt, or put in
   };
   // Rebuilds the streams of shards that this server has got, for all models or for one. Their steps
-  // must be refused until then. From then on, a server with a lower epoch can append nothing to
-  // them. Throws Error (kIo) if Redis is away; then it can be called again. Throws Error
-  // (kInvalidArgument) if a server with a newer epoch has one of them, or another one with the
-  // same.
+  // must be refused until then. From then on, a server that got them in a lower epoch can append
+  // nothing to them. Throws Error (kIo) if Redis is away; then it can be called again. Throws Error
+  // (kInvalidArgument) if a server got one of them in a newer epoch, or another one in the same.
   Rebuilt TakeOver(const std::vector<int>& shards, const ServedModel* only = nullptr);
   // This server has lost these shards: it leaves what the journal has of them as it is.
   void GiveUp(const std::vector<int>& shards);
@@ -114,7 +116,7 @@ class Journal : public ModelObserver {
 
   const JournalOptions options_;
   const RedisAddress address_;
-  std::atomic<int64_t> epoch_{0};
+  std::array<std::atomic<int64_t>, kShards> epochs_{};
   std::atomic<uint64_t> server_;  // JournalHeader::server
   mutable std::mutex mutex_;
   std::map<ServedModel*, std::shared_ptr<Keeper>> keepers_;

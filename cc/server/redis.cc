@@ -121,10 +121,19 @@ RedisReply RedisConnection::Call(const std::vector<std::string_view>& arguments)
 std::string RedisConnection::RunId() {
   const RedisReply reply = Call({"INFO", "server"});
   const std::string text(reply->str == nullptr ? "" : reply->str, reply->len);
-  const std::string key = "run_id:";
-  const size_t at = text.find(key);
-  if (at == std::string::npos) return "";
-  return text.substr(at + key.size(), text.find('\r', at) - at - key.size());
+  const auto value = [&text](const std::string& key) -> std::string {
+    const size_t at = text.find(key);
+    if (at == std::string::npos) return "";
+    return text.substr(at + key.size(), text.find('\r', at) - at - key.size());
+  };
+  // Older ones do not take an id of which they are to find the second half.
+  constexpr int kOldest = 7;
+  const std::string version = value("redis_version:");
+  if (!version.empty() && std::atoi(version.c_str()) < kOldest) {
+    throw Error(ErrorCode::kIo, "Redis is of version " + version + ", expected " +
+                                    std::to_string(kOldest) + ".0 or newer");
+  }
+  return value("run_id:");
 }
 
 }  // namespace continual_transformers::server

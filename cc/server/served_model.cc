@@ -277,13 +277,14 @@ Outcome ServedModel::Admit(StepRequest* request, int64_t* opening) {
         ++more;
       }
     } else if (!numbered && stream->may_lag) {
-      stop(
-          *stream, Reason::kOutOfStep, stream->next,
-          " was read back from a snapshot after a crash, and may have answered later steps before: "
-          "send step " +
-              Text(stream->next) +
-              " with its number, after which numbers are not needed, or begin anew with "
-              "sequence_start");
+      stop(*stream, Reason::kOutOfStep, stream->next,
+           " was read back after a crash, or from a journal that is older than its snapshot, and "
+           "may "
+           "have answered later steps before: "
+           "send step " +
+               Text(stream->next) +
+               " with its number, after which numbers are not needed, or begin anew with "
+               "sequence_start");
     } else if (numbered && first != stream->next) {
       stop(*stream, Reason::kOutOfStep, stream->next,
            " expects step " + Text(stream->next) + ", got step " + Text(first));
@@ -316,8 +317,8 @@ bool ServedModel::IsRepeat(const Stream& stream, const StepRequest& request, int
   }
   // The stream's end was its last step, or a new stream has the old one's name.
   if (!stream.open() && !request.end) return false;
-  // A stream of a single step may begin anew with step 0. With the same input, both are the same.
-  return !request.start || stream.last_inputs == HashOfInputs(request, index);
+  // Another stream of this name may begin with step 0. With the same input, both are the same.
+  return stream.last_first != 0 || stream.last_inputs == HashOfInputs(request, index);
 }
 
 uint64_t ServedModel::HashOfInputs(const StepRequest& request, int64_t index) const {
@@ -359,6 +360,12 @@ void ServedModel::StepRows(const std::vector<Row*>& rows) {
   std::vector<StreamId> ids(rows.size());
   std::vector<int64_t> next(rows.size());
   for (int64_t k = 0; k < count; ++k) ids[k] = rows[k]->id;
+  // Here, because nothing may throw when the steps are taken: they would be taken again.
+  int64_t answer_bytes = 0;
+  for (const int64_t bytes : output_bytes_) answer_bytes += steps * bytes;
+  for (Row* const row : rows) {
+    if (!row->request->first_steps.empty()) row->answer.reserve(answer_bytes);
+  }
   session_.Step(ids.data(), count, steps, inputs.data(), outputs.data(), nullptr, next.data());
 
   for (int64_t k = 0; k < count; ++k) {
@@ -459,6 +466,7 @@ void ServedModel::EndStream(Stream* stream, End end) {
   ++statistics_.ended[static_cast<int>(end)];
   for (StreamKeeper* const keeper : keepers_) keeper->Ended(*stream->name, end);
   table_.Close(stream, end);
+  Publish();
 }
 
 void ServedModel::Count(const std::vector<StepRequest*>& batch,
@@ -480,13 +488,15 @@ void ServedModel::Count(const std::vector<StepRequest*>& batch,
     statistics_.compute_ns += compute;
     statistics_.latency.Add(Seconds(now - request->submitted_));
   }
-  if (rows == 0) return;
-  ++statistics_.batches;
-  statistics_.batch_rows.Add(static_cast<double>(rows));
-  statistics_.compute.Add(Seconds(now - started));
-  statistics_.last_request_ms = std::chrono::duration_cast<std::chrono::milliseconds>(
-                                    std::chrono::system_clock::now().time_since_epoch())
-                                    .count();
+  if (rows > 0) {
+    ++statistics_.batches;
+    statistics_.batch_rows.Add(static_cast<double>(rows));
+    statistics_.compute.Add(Seconds(now - started));
+    statistics_.last_request_ms = std::chrono::duration_cast<std::chrono::milliseconds>(
+                                      std::chrono::system_clock::now().time_since_epoch())
+                                      .count();
+  }
+  Publish();
 }
 
 void ServedModel::LoadWeights() {
@@ -538,13 +548,19 @@ void ServedModel::RemoveKeepers() {
   });
 }
 
+void ServedModel::Publish() {
+  std::lock_guard<std::mutex> lock(published_mutex_);
+  published_ = statistics_;
+  published_.open_streams = static_cast<int64_t>(table_.open().size());
+  published_.answer_bytes = table_.answer_bytes();
+}
+
 Statistics ServedModel::statistics() {
   Statistics copy;
-  queue_.Between([&] {
-    copy = statistics_;
-    copy.open_streams = static_cast<int64_t>(table_.open().size());
-    copy.answer_bytes = table_.answer_bytes();
-  });
+  {
+    std::lock_guard<std::mutex> lock(published_mutex_);
+    copy = published_;
+  }
   for (int i = 0; i < kReasons; ++i) copy.refused[i] = refused_[i];
   copy.waiting = queue_.waiting();
   copy.memory = session_.memory();
@@ -565,6 +581,7 @@ void ServedModel::EndOthers() {
   }
   // Their new server tells how streams end.
   table_.ForgetEnds([this](const std::string& name) { return !own_shards_[ShardOf(name)]; });
+  Publish();
 }
 
 void ServedModel::SetShards(std::shared_ptr<const ShardTable> table, const ShardSet& own,
@@ -598,8 +615,25 @@ std::vector<StreamFacts> ServedModel::ListStreams(size_t most, bool foreign, siz
   return list;
 }
 
+void ServedModel::Change(const std::function<void()>& change) {
+  std::vector<StreamKeeper*> keepers;
+  const auto check = [&keepers] {
+    for (StreamKeeper* const keeper : keepers) {
+      const Outcome ready = keeper->Ready();
+      if (!ready.ok()) throw Refusal(ready.reason, ready.message);
+    }
+  };
+  queue_.Between([&] {
+    keepers = keepers_;
+    check();
+    change();
+  });
+  for (StreamKeeper* const keeper : keepers) keeper->Flush();
+  check();
+}
+
 void ServedModel::CloseStream(const std::string& name, End end) {
-  queue_.Between([&] { EndStream(OpenStream(name), end); });
+  Change([&] { EndStream(OpenStream(name), end); });
 }
 
 StreamCopy ServedModel::CopyOut(const std::string& name) {
@@ -609,9 +643,18 @@ StreamCopy ServedModel::CopyOut(const std::string& name) {
 }
 
 void ServedModel::CopyIn(const StreamCopy& copy, bool other_weights) {
-  queue_.Between([&] {
+  Change([&] {
     const int64_t next = PutIn(copy, other_weights);
     for (StreamKeeper* const keeper : keepers_) keeper->PutIn(copy, next);
+  });
+}
+
+void ServedModel::CopyInFrom(const StreamKeeper* from, const StreamCopy& copy, bool other_weights) {
+  queue_.Between([&] {
+    const int64_t next = PutIn(copy, other_weights);
+    for (StreamKeeper* const keeper : keepers_) {
+      if (keeper != from) keeper->PutIn(copy, next);
+    }
   });
 }
 
@@ -667,6 +710,7 @@ int64_t ServedModel::PutIn(const StreamCopy& copy, bool other_weights) {
   table_.Release(stream);
   if (old != 0) session_.Close(&old, 1);
   ++statistics_.opened;
+  Publish();
   return next;
 }
 

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -96,12 +97,14 @@ class ServedModel {
   // Open streams in no order, with how many there are. `foreign`: only those of shards that are not
   // this server's.
   std::vector<StreamFacts> ListStreams(size_t most, bool foreign, size_t* all);
-  // Ends a stream. Throws Refusal (kNotFound).
+  // Ends a stream. Throws Refusal: kNotFound, or kUnavailable if it may not be safe with keepers.
   void CloseStream(const std::string& name, End end);
   // Copies a stream out or in. A copy put in replaces an open stream of that name. Throw Refusal
-  // (kNotFound) or Error (a copy of another model).
+  // (as CloseStream) or Error (a copy of another model).
   StreamCopy CopyOut(const std::string& name);
   void CopyIn(const StreamCopy& copy, bool other_weights);
+  // The same for a copy that comes from this keeper. The others are told.
+  void CopyInFrom(const StreamKeeper* keeper, const StreamCopy& copy, bool other_weights);
 
   // From now on, takes steps of streams in these shards only. `table` is for refusals, to say who
   // has the others. With `end_others`, their streams end here; else they stay as they are.
@@ -162,6 +165,11 @@ class ServedModel {
   void CommitSteps(Row* row, Clock::time_point now);
   void TellWatchers(const Row& row);
   void EndStream(Stream* stream, End end);
+  // Shows the statistics as they are now to other threads.
+  void Publish();
+  // Runs an operator's change, which counts when the keepers have it. Throws Refusal if they cannot
+  // take it, or did not.
+  void Change(const std::function<void()>& change);
   void Count(const std::vector<StepRequest*>& batch, const std::vector<Outcome>& outcomes,
              Clock::time_point started);
   void SendAnswers(const std::vector<StepRequest*>& batch, std::vector<Outcome> outcomes);
@@ -189,6 +197,11 @@ class ServedModel {
   std::vector<std::pair<std::string, std::weak_ptr<StreamWatcher>>> watchers_;
   ShardSet own_shards_ = ShardSet().set();
   std::shared_ptr<const ShardTable> shards_;  // null: this server is not one of several
+
+  // A copy, for those who must not wait for a batch that runs: some take seconds, and whoever looks
+  // after the server must not take it for dead.
+  std::mutex published_mutex_;
+  Statistics published_;
 
   BatchQueue queue_;
 };

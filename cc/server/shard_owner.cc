@@ -46,7 +46,7 @@ ShardOwner::Change ShardOwner::SetTable(ShardTable next) {
   std::lock_guard<std::mutex> one(changing_);
   const std::shared_ptr<const ShardTable> last = table();
   const bool same = next.epoch == last->epoch && next.Json(true) == last->Json(true);
-  if (same && whole_) return {};
+  if (same && applied_) return {};
   if (next.epoch <= last->epoch && !same) {
     throw Refusal(Reason::kOutOfStep, "this server has a table of shards of epoch " +
                                           std::to_string(last->epoch) + ", got one of epoch " +
@@ -74,20 +74,20 @@ ShardOwner::Change ShardOwner::SetTable(ShardTable next) {
     std::lock_guard<std::mutex> lock(mutex_);
     table_ = std::make_shared<ShardTable>(std::move(next));
   }
-  whole_ = false;
+  applied_ = false;
   own_ = kept;
-  // From here on no step of a lost shard is taken. Only then may the journal have the new epoch: an
-  // entry of a lost shard in that epoch would be valid.
+  // From here on no step of a lost shard is taken. Only then may the journal have the new epochs:
+  // an entry of a lost shard in its new epoch would be valid.
   Apply(own_, journal_ != nullptr);
   if (journal_ != nullptr) {
     // Also those that an earlier table, which Redis was not there for, gave away.
     journal_->GiveUp(ListOf(~own_));
-    journal_->SetEpoch(epoch, table()->self);
+    journal_->SetEpochs(table()->since, table()->self);
     change.rebuilt = journal_->TakeOver(ListOf(gained));
   }
   own_ = wanted;
   Apply(own_, false);
-  whole_ = true;
+  applied_ = true;
   Log(LogLevel::kInfo, "shards",
       {{"epoch", epoch},
        {"own", own_.count()},

@@ -13,6 +13,7 @@
 #ifndef CONTINUAL_TRANSFORMERS_SERVER_SHARD_OWNER_H_
 #define CONTINUAL_TRANSFORMERS_SERVER_SHARD_OWNER_H_
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -34,6 +35,9 @@ class ShardOwner : public ModelObserver {
   void Unloaded(ServedModel* model) override;
 
   std::shared_ptr<const ShardTable> table() const;
+  // Whether this server takes steps of all shards that the table gives it. If not, a change is in
+  // progress, or has failed: then the same table has to be given again.
+  bool applied() const { return applied_; }
 
   struct Change {
     int64_t gained = 0, lost = 0;  // shards
@@ -53,8 +57,8 @@ class ShardOwner : public ModelObserver {
   Journal* const journal_;
   std::mutex changing_;  // one change at a time
   std::set<ServedModel*> models_;
-  ShardSet own_;       // of which steps are taken
-  bool whole_ = true;  // own_ is what the table says
+  ShardSet own_;  // of which steps are taken
+  std::atomic<bool> applied_{true};
   mutable std::mutex mutex_;
   std::shared_ptr<const ShardTable> table_;
 };

@@ -57,8 +57,8 @@ class StreamKeeper {
   // Gets the answers of a batch, and hands each to PassOn: now, or later and on any thread, those
   // of one stream in order.
   virtual void Hold(std::vector<Answer> answers) = 0;
-  // Returns when all answers that it held have been passed on. Any thread that does not run the
-  // queue may call it.
+  // Returns when all answers that it held have been passed on, and all that it was told is safe, or
+  // cannot be: then Ready says so. Any thread that does not run the queue may call it.
   virtual void Flush() {}
 
  protected:

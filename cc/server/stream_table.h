@@ -45,7 +45,8 @@ struct Stream {
   int64_t last_steps = 0;
   uint64_t last_inputs = 0;  // a hash of the inputs
   std::string answer;
-  // It was read back from a snapshot after a crash, so its client may have answers to later steps.
+  // It was read back after a crash, or from a journal older than its snapshot. So its client may
+  // have answers to later steps.
   // Only a step number, or a new beginning, shows that both mean the same step.
   bool may_lag = false;
   Clock::time_point opened, used;

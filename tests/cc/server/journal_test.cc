@@ -6,6 +6,7 @@
 #include <signal.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
@@ -34,6 +35,12 @@ namespace continual_transformers::server {
 namespace {
 
 using std::chrono::milliseconds;
+
+std::array<int64_t, kShards> AllIn(int64_t epoch) {
+  std::array<int64_t, kShards> epochs;
+  epochs.fill(epoch);
+  return epochs;
+}
 
 constexpr StepOptions kPlain = {false, false, false, 0};
 constexpr StepOptions kEnd = {true, false, true, 0};
@@ -457,6 +464,30 @@ TEST_F(JournalTest, RedisGoesAwayAndComesBackEmpty) {
   Steps(&other, "b", 4, 9);
 }
 
+// What an operator does counts when the journal has it.
+TEST_F(JournalTest, CopiesAndEndsWhileRedisIsAway) {
+  JournalServer server(model_, options_);
+  Steps(&server, "a", 0, 5);
+  const StreamCopy copy = server.model()->CopyOut("a");
+  server.model()->CloseStream("a", End::kClosed);
+  server.model()->CopyIn(copy, false);
+  {
+    JournalServer other(model_, options_);
+    EXPECT_EQ(other.open(), (std::map<std::string, int64_t>{{"a", 5}}));
+    Steps(&other, "a", 5, 7);
+  }
+  JournalServer last(model_, options_);
+  Steps(&last, "a", 6, 8);
+  redis_->Stop(SIGKILL);
+  EXPECT_THROW(last.model()->CloseStream("a", End::kClosed), Refusal);
+  // From here on, it knows.
+  EXPECT_THROW(last.model()->CloseStream("b", End::kClosed), Refusal);
+  StreamCopy another = copy;
+  another.name = "c";
+  EXPECT_THROW(last.model()->CopyIn(another, false), Refusal);
+  EXPECT_EQ(last.open().count("c"), 0u);
+}
+
 TEST_F(JournalTest, RedisHangs) {
   JournalServer server(model_, options_);
   Steps(&server, "a", 0, 5);
@@ -582,13 +613,13 @@ TEST_F(JournalTest, OtherWeights) {
 
 TEST_F(JournalTest, ServerThatHasLostItsShard) {
   JournalServer server(model_, options_);
-  server.journal()->SetEpoch(1, "n1");
+  server.journal()->SetEpochs(AllIn(1), "n1");
   Steps(&server, "a", 0, 9);
   JournalOptions options = options_;
   options.rebuild = false;
   JournalServer other(model_, options);
   EXPECT_TRUE(other.open().empty());
-  other.journal()->SetEpoch(2, "n2");
+  other.journal()->SetEpochs(AllIn(2), "n2");
   EXPECT_EQ(other.journal()->TakeOver({ShardOf("a")}).streams, 1);
   // The first one does not know it yet. Its answer is in no journal, so nobody gets it.
   const auto late = Step(server.model(), "a", 9);
@@ -606,7 +637,7 @@ TEST_F(JournalTest, ServerThatHasLostItsShard) {
   // Back again, with the newest table.
   ExpectError(ErrorCode::kInvalidArgument, "it needs the newer table of shards",
               [&] { server.journal()->TakeOver({ShardOf("a")}); });
-  server.journal()->SetEpoch(4, "n1");
+  server.journal()->SetEpochs(AllIn(4), "n1");
   EXPECT_EQ(server.journal()->TakeOver({ShardOf("a")}).streams, 1);
   server.model()->SetShards(nullptr, ShardSet().set(), false);
   Steps(&server, "a", 16, 18);
@@ -622,6 +653,41 @@ TEST_F(JournalTest, UnloadEndsStreams) {
   }
   server.repository()->Load("m");
   EXPECT_TRUE(Step(server.repository()->Find("m").get(), "a", 0)->outcome.ok());
+}
+
+// A server ran without the journal meanwhile. A stream must not go on where the journal is, unless
+// its client says so.
+TEST_F(JournalTest, JournalThatIsOlderThanASnapshot) {
+  const std::string state = folder_ / "state";
+  {
+    JournalServer server(model_, options_, state);
+    Steps(&server, "plain", 0, 5, kPlain);
+    Steps(&server, "same", 0, 5, kPlain);
+    server.repository()->Drain();
+    server.journal()->Finish();
+    server.snapshots()->Finish();
+  }
+  {
+    ModelRepository repository{ModelOptions()};
+    SnapshotOptions of_snapshots;
+    of_snapshots.directory = state;
+    of_snapshots.power_loss = false;
+    Snapshots snapshots(of_snapshots);
+    repository.AddObserver(&snapshots);
+    repository.Add("m", model_);
+    repository.Load("m");
+    for (int64_t step = 5; step < 8; ++step) {
+      EXPECT_TRUE(Step(repository.Find("m").get(), "plain", step, kPlain)->outcome.ok());
+    }
+    repository.Drain();
+    snapshots.Finish();
+  }
+  JournalServer server(model_, options_, state);
+  Steps(&server, "same", 5, 6, kPlain);
+  const auto call = Step(server.model(), "plain", 8, kPlain);
+  EXPECT_EQ(call->outcome.reason, Reason::kOutOfStep) << call->outcome.message;
+  EXPECT_EQ(call->outcome.expected.at(0).step, 5);
+  Steps(&server, "plain", 5, 9);
 }
 
 TEST_F(JournalTest, WithSnapshots) {

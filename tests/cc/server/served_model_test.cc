@@ -435,6 +435,32 @@ TEST_F(ServedModelTest, NothingToDo) {
   EXPECT_TRUE(Step(model.get(), "a", 1)->outcome.ok());
 }
 
+// A new stream may have the name of one that ended with its first request.
+TEST_F(ServedModelTest, AnEndedStreamsAnswerIsNotANewOnes) {
+  const std::unique_ptr<ServedModel> model = Model();
+  const Arrays first = Step(model.get(), "a", 0, {true, false, true, 0})->answers;
+  EXPECT_EQ(Step(model.get(), "a", 0, {true, false, true, 0})->answers, first);  // a retry
+  Undisturbed undisturbed(SmallModel().File());
+  // Other inputs.
+  const auto second = Step(model.get(), "a", 0, {true, false, true, 1});
+  EXPECT_EQ(second->answers, undisturbed.Answer("a", 1, 0));
+  EXPECT_NE(second->answers, first);
+  // An open stream does not begin anew by itself.
+  Step(model.get(), "b", 0);
+  const auto other = Step(model.get(), "b", 0, {true, false, false, 1});
+  EXPECT_EQ(other->outcome.reason, Reason::kOutOfStep) << other->outcome.message;
+  EXPECT_TRUE(Step(model.get(), "b", 0)->outcome.ok());
+  EXPECT_TRUE(Step(model.get(), "b", 1)->outcome.ok());
+}
+
+// Whoever looks after the server does not wait for a batch that takes long.
+TEST_F(ServedModelTest, StatisticsDuringABatch) {
+  const std::unique_ptr<ServedModel> model = Model();
+  Step(model.get(), "a", 0);
+  Plug plug(model.get(), "plug");
+  EXPECT_EQ(model->statistics().steps, 2);  // its own, too
+}
+
 TEST_F(ServedModelTest, ACopyGoesOnWhereItsStreamWas) {
   const std::unique_ptr<ServedModel> model = Model(), other = Model();
   Undisturbed undisturbed(SmallModel().File());

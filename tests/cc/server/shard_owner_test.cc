@@ -328,6 +328,16 @@ TEST_F(ShardJournalTest, TwoTablesOfOneEpoch) {
   EXPECT_EQ(two.owner()->SetTable(TableOf(2, "n2", None)).rebuilt.streams, 1);
   ExpectStep(&two, "a", 3);
   EXPECT_EQ(Step(one.model(), "a", 3)->outcome.reason, Reason::kUnavailable);
+  // By one table of the next epoch the second server keeps the shard, by the other one the first
+  // server gets it.
+  ShardTable keeps = TableOf(3, "n2", None);
+  keeps.since.fill(2);
+  two.owner()->SetTable(keeps);
+  ExpectStep(&two, "a", 4);
+  one.owner()->SetTable(TableOf(3, "n1", All));
+  ExpectStep(&one, "a", 5);
+  EXPECT_EQ(Step(two.model(), "a", 5)->outcome.reason, Reason::kUnavailable);
+  ExpectStep(&one, "a", 6);
 }
 
 // What a server has no room for stays in the journal for a while, for a server that has.
@@ -368,6 +378,7 @@ TEST_F(ShardJournalTest, WhileRedisIsAwayNothingIsGained) {
   one.owner()->SetTable(TableOf(1, "n1", None));
   redis_->Stop(SIGKILL);
   EXPECT_THROW(one.owner()->SetTable(TableOf(2, "n1", All)), Error);
+  EXPECT_FALSE(one.owner()->applied());
   EXPECT_FALSE(Step(one.model(), "a", 0)->outcome.ok());
   redis_->Start();
   // The same table again.
@@ -380,6 +391,7 @@ TEST_F(ShardJournalTest, WhileRedisIsAwayNothingIsGained) {
     }
   }
   EXPECT_EQ(change.gained, kShards);
+  EXPECT_TRUE(one.owner()->applied());
   ExpectStep(&one, "a", 0);
 }
 
@@ -403,7 +415,9 @@ TEST_F(ShardOwnerTest, OverHttp) {
   EXPECT_EQ(change,
             Json({{"gained", kShards}, {"lost", 0}, {"streams_rebuilt", 0}, {"streams_lost", 0}}));
   EXPECT_EQ(put(TableOf(3, "n1", All).Json(true), "secret").status, 409);
-  EXPECT_EQ(Get(&api, "/v2/shards").body, table);
+  Json expected = Json::parse(table);
+  expected["applied"] = true;
+  EXPECT_EQ(Get(&api, "/v2/shards").body, expected.dump());
   EXPECT_EQ(Get(&api, "/v2/models/m/streams").status, 401);
   EXPECT_EQ(Get(&api, "/v2/models/m/streams?foreign=true", "secret").status, 200);
   EXPECT_NE(Get(&api, "/metrics").body.find("continual_transformers_shard_epoch 4"),
