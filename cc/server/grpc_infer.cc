@@ -121,6 +121,20 @@ void WriteContents(const std::string& datatype, const std::string& bytes,
   if (datatype == "BOOL") Append<bool>(bytes, contents->mutable_bool_contents());
 }
 
+// A JSON object from streams to the steps that they expect.
+std::string ExpectedSteps(const Outcome& outcome) {
+  // Clients accept 8 KiB of metadata by default.
+  constexpr size_t kMostBytes = 2500;
+  nlohmann::ordered_json steps = nlohmann::ordered_json::object();
+  size_t bytes = 0;
+  for (const ExpectedStep& expected : outcome.expected) {
+    bytes += expected.stream.size() + 32;
+    if (bytes > kMostBytes) break;
+    steps[expected.stream] = expected.step;
+  }
+  return steps.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
+}
+
 }  // namespace
 
 grpc::Status StatusOf(const Outcome& outcome) {
@@ -137,28 +151,25 @@ void AddRefusal(const Outcome& outcome, grpc::CallbackServerContext* context) {
   context->AddTrailingMetadata("reason", NameOf(outcome.reason));
   if (outcome.shards != nullptr) AddShards(*outcome.shards, context);
   if (outcome.expected.empty()) return;
-  // Clients accept 8 KiB of metadata by default.
-  constexpr size_t kMostBytes = 2500;
-  nlohmann::ordered_json steps = nlohmann::ordered_json::object();
-  size_t bytes = 0;
-  for (const ExpectedStep& expected : outcome.expected) {
-    bytes += expected.stream.size() + 32;
-    if (bytes > kMostBytes) break;
-    steps[expected.stream] = expected.step;
-  }
-  context->AddTrailingMetadata(
-      "expected-steps-bin",
-      steps.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace));
+  context->AddTrailingMetadata("expected-steps-bin", ExpectedSteps(outcome));
 }
 
-void GrpcStepRequest::Submit(const ModelRepository& repository,
+void AddRefusal(const Outcome& outcome, inference::ModelInferResponse* response) {
+  if (outcome.ok()) return;
+  auto* const parameters = response->mutable_parameters();
+  (*parameters)["reason"].set_string_param(NameOf(outcome.reason));
+  if (outcome.expected.empty()) return;
+  (*parameters)["expected_steps"].set_string_param(ExpectedSteps(outcome));
+}
+
+void GrpcStepRequest::Submit(const ModelRepository& repository, const InferLimits& limits,
                              const inference::ModelInferRequest& request,
                              inference::ModelInferResponse* response) {
   response_ = response;
   try {
     model_ = repository.Find(request.model_name(), request.model_version());
     Read(request);
-    outputs_ = ReadInferCall(*model_, call_, this);
+    outputs_ = ReadInferCall(*model_, call_, limits, this);
     MakeRoom(request);
   } catch (const std::exception& error) {
     const Outcome outcome = OutcomeOf(error);

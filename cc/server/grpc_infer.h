@@ -21,6 +21,9 @@ grpc::Status StatusOf(const Outcome& outcome);
 // a JSON object from streams to the steps that they expect. If another server has a stream, also
 // the table of shards.
 void AddRefusal(const Outcome& outcome, grpc::CallbackServerContext* context);
+// The same for one answer of several on a call: the parameters `reason` and `expected_steps`, the
+// same JSON.
+void AddRefusal(const Outcome& outcome, inference::ModelInferResponse* response);
 
 // Adds the metadata `shard-table-bin`, the table as JSON.
 void AddShards(const ShardTable& table, grpc::CallbackServerContext* context);
@@ -30,8 +33,8 @@ class GrpcStepRequest : public StepRequest {
  public:
   // Reads the request, and submits it to its model. Calls Done at once if it is refused. Done may
   // destroy this request.
-  void Submit(const ModelRepository& repository, const inference::ModelInferRequest& request,
-              inference::ModelInferResponse* response);
+  void Submit(const ModelRepository& repository, const InferLimits& limits,
+              const inference::ModelInferRequest& request, inference::ModelInferResponse* response);
 
  protected:
   // Completes the response of a request that was not refused.

@@ -76,8 +76,9 @@ class UnaryInferCall : public GrpcStepRequest {
 class InferStreamReactor : public grpc::ServerBidiReactor<inference::ModelInferRequest,
                                                           inference::ModelStreamInferResponse> {
  public:
-  InferStreamReactor(CallbackServerContext* context, const ModelRepository* repository)
-      : context_(context), repository_(repository) {
+  InferStreamReactor(CallbackServerContext* context, const ModelRepository* repository,
+                     const InferLimits& limits)
+      : context_(context), repository_(repository), limits_(limits) {
     std::unique_lock<std::mutex> lock(mutex_);
     ReadNext();
   }
@@ -93,7 +94,7 @@ class InferStreamReactor : public grpc::ServerBidiReactor<inference::ModelInferR
     ++in_flight_;
     reading_ = false;
     lock.unlock();
-    item->Submit(*repository_, item->request, item->response.mutable_infer_response());
+    item->Submit(*repository_, limits_, item->request, item->response.mutable_infer_response());
     lock.lock();
     ReadNext();
   }
@@ -131,6 +132,7 @@ class InferStreamReactor : public grpc::ServerBidiReactor<inference::ModelInferR
         response.mutable_infer_response()->Clear();
         response.mutable_infer_response()->set_id(request.id());
         response.mutable_infer_response()->set_model_name(request.model_name());
+        AddRefusal(outcome, response.mutable_infer_response());
         response.set_error_message(outcome.message);
       }
       owner->Write(this);
@@ -175,6 +177,7 @@ class InferStreamReactor : public grpc::ServerBidiReactor<inference::ModelInferR
 
   CallbackServerContext* const context_;
   const ModelRepository* const repository_;
+  const InferLimits limits_;
 
   std::mutex mutex_;
   std::unique_ptr<Item> next_;  // being read
@@ -185,8 +188,11 @@ class InferStreamReactor : public grpc::ServerBidiReactor<inference::ModelInferR
 
 class Service final : public inference::GRPCInferenceService::CallbackService {
  public:
-  Service(const Security& security, const ServerParts& parts)
-      : security_(security), repository_(parts.repository), shards_(parts.shards) {}
+  Service(const InferLimits& limits, const Security& security, const ServerParts& parts)
+      : limits_(limits),
+        security_(security),
+        repository_(parts.repository),
+        shards_(parts.shards) {}
 
   ServerUnaryReactor* ModelInfer(CallbackServerContext* context,
                                  const inference::ModelInferRequest* request,
@@ -194,18 +200,19 @@ class Service final : public inference::GRPCInferenceService::CallbackService {
     if (!Passes(security_, *context)) return Finished(context, NeedsToken());
     auto* const call = new UnaryInferCall(context);
     ServerUnaryReactor* const reactor = call->reactor();
-    call->Submit(*repository_, *request, response);
+    call->Submit(*repository_, limits_, *request, response);
     return reactor;
   }
 
   grpc::ServerBidiReactor<inference::ModelInferRequest, inference::ModelStreamInferResponse>*
   ModelStreamInfer(CallbackServerContext* context) override {
-    if (Passes(security_, *context)) return new InferStreamReactor(context, repository_);
+    if (Passes(security_, *context)) return new InferStreamReactor(context, repository_, limits_);
     struct Refused : grpc::ServerBidiReactor<inference::ModelInferRequest,
                                              inference::ModelStreamInferResponse> {
       void OnDone() override { delete this; }
     };
     auto* const refused = new Refused;
+    AddRefusal(NeedsToken(), context);
     refused->Finish(StatusOf(NeedsToken()));
     return refused;
   }
@@ -299,9 +306,7 @@ class Service final : public inference::GRPCInferenceService::CallbackService {
       inference::RepositoryModelLoadResponse* /*response*/) override {
     return AnswerLater(context, [=] {
       if (!request->parameters().empty()) {
-        throw Refusal(Reason::kUnsupported,
-                      "this server loads a model from the file that it was started with, and takes "
-                      "no parameters: replace the file, then load without parameters");
+        throw Refusal(Reason::kUnsupported, kLoadsItsFile);
       }
       repository_->Load(request->model_name());
     });
@@ -349,6 +354,7 @@ class Service final : public inference::GRPCInferenceService::CallbackService {
     return reactor;
   }
 
+  const InferLimits limits_;
   const Security security_;
   ModelRepository* const repository_;
   const ShardOwner* const shards_;  // null: this server is not one of several
@@ -371,7 +377,7 @@ constexpr char kServiceName[] = "inference.GRPCInferenceService";
 class GrpcServer::Impl {
  public:
   Impl(const GrpcOptions& options, const Security& security, const ServerParts& parts)
-      : service_(security, parts) {
+      : service_(options.limits, security, parts) {
     grpc::EnableDefaultHealthCheckService(true);
     grpc::reflection::InitProtoReflectionServerBuilderPlugin();
     grpc::ServerBuilder builder;

@@ -8,6 +8,7 @@
 #include <memory>
 #include <string>
 
+#include "cc/server/infer_call.h"
 #include "cc/server/security.h"
 #include "cc/server/server_parts.h"
 
@@ -19,6 +20,7 @@ struct GrpcOptions {
   int64_t max_message_bytes = 64 << 20;     // of a request
   int64_t max_header_bytes = 16 << 10;      // of a request's metadata
   int64_t max_calls_per_connection = 1024;  // in progress at once
+  InferLimits limits;
 };
 
 class GrpcServer {

@@ -1,5 +1,8 @@
 #include "cc/server/http_api.h"
 
+#include <arpa/inet.h>
+#include <strings.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -93,6 +96,19 @@ bool IsOperators(const HttpRequest& head, const std::vector<std::string>& path) 
   return path.size() > at && path[at] == "streams" && path.size() <= at + 2;
 }
 
+// Whether the host of a URL, with or without a port, is localhost or an IP address.
+bool IsAddress(const std::string& host) {
+  unsigned char address[sizeof(in6_addr)];
+  if (!host.empty() && host[0] == '[') {
+    const size_t end = host.find(']');
+    return end != std::string::npos && (end + 1 == host.size() || host[end + 1] == ':') &&
+           inet_pton(AF_INET6, host.substr(1, end - 1).c_str(), address) == 1;
+  }
+  const std::string name = host.substr(0, host.find(':'));
+  return strcasecmp(name.c_str(), "localhost") == 0 ||
+         inet_pton(AF_INET, name.c_str(), address) == 1;
+}
+
 // A call over HTTP for steps of streams. It lives until its answer is made.
 class HttpStepRequest : public StepRequest, public std::enable_shared_from_this<HttpStepRequest> {
  public:
@@ -100,10 +116,10 @@ class HttpStepRequest : public StepRequest, public std::enable_shared_from_this<
       : http_(std::move(request)), exchange_(std::move(exchange)) {}
 
   // Throws Refusal.
-  void Read(std::shared_ptr<ServedModel> model) {
+  void Read(std::shared_ptr<ServedModel> model, const InferLimits& limits) {
     model_ = std::move(model);
     ReadHttpInfer(http_.body, http_.inference_header_content_length, &call_);
-    wanted_ = ReadInferCall(*model_, call_.call, this);
+    wanted_ = ReadInferCall(*model_, call_.call, limits, this);
     CheckHttpOutputs(call_, wanted_);
     tensors_.resize(wanted_.size());
     for (size_t i = 0; i < wanted_.size(); ++i) {
@@ -210,13 +226,15 @@ HttpResponse ErrorResponse(int status, Reason reason, const std::string& message
 
 class HttpApi::Routes {
  public:
-  Routes(const Security& security, const ServerParts& parts)
-      : security_(security),
+  Routes(const Security& security, const ServerParts& parts, const InferLimits& limits)
+      : limits_(limits),
+        security_(security),
         repository_(parts.repository),
         shards_(parts.shards),
         metrics_(parts) {}
 
   std::optional<HttpResponse> Refuse(const HttpRequest& head) const {
+    bool needs_token = false;
     try {
       const HttpTarget target(head.target);
       if (IsOpen(target.path)) return std::nullopt;
@@ -224,9 +242,11 @@ class HttpApi::Routes {
       if (operators && !security_.knows_operator()) {
         return ErrorResponse(403, Reason::kUnauthenticated, kNeedsTokenOfServer);
       }
-      const bool allowed = operators                ? security_.AllowsOperator(head.authorization)
-                           : IsLoading(target.path) ? security_.AllowsLoading(head.authorization)
-                                                    : security_.Allows(head.authorization);
+      const bool loading = IsLoading(target.path);
+      needs_token = operators || (loading ? security_.knows_operator() : !security_.token.empty());
+      const bool allowed = operators ? security_.AllowsOperator(head.authorization)
+                           : loading ? security_.AllowsLoading(head.authorization)
+                                     : security_.Allows(head.authorization);
       if (!allowed) {
         return ErrorResponse({Reason::kUnauthenticated, kNeedsToken, {}});
       }
@@ -241,6 +261,15 @@ class HttpApi::Routes {
       return ErrorResponse(403, Reason::kUnauthenticated,
                            "the request comes from a page of another server, which may not call "
                            "this one");
+    }
+    // Whoever owns a name can let it lead to this machine after a browser has loaded a page of that
+    // name. The browser then takes this server for the page's own. A token, localhost and addresses
+    // cannot be had in that way.
+    if (!head.origin.empty() && !needs_token && !IsAddress(head.host)) {
+      return ErrorResponse(403, Reason::kUnauthenticated,
+                           "the request comes from a page of a server with a name, and this call "
+                           "needs no token: open the page at localhost or at the server's IP "
+                           "address, or start the server with --token-file");
     }
     if (!head.content_encoding.empty() && head.content_encoding != "identity") {
       return ErrorResponse(415, Reason::kUnsupported,
@@ -330,13 +359,13 @@ class HttpApi::Routes {
     return false;
   }
 
-  static void Infer(const std::shared_ptr<ServedModel>& model, HttpRequest* request,
-                    const std::shared_ptr<HttpExchange>& exchange) {
+  void Infer(const std::shared_ptr<ServedModel>& model, HttpRequest* request,
+             const std::shared_ptr<HttpExchange>& exchange) const {
     // Held until Submit returns: the last owner of a model waits for its queue, which must not be
     // in a batch that this thread leads.
     const auto step = std::make_shared<HttpStepRequest>(std::move(*request), exchange);
     try {
-      step->Read(model);
+      step->Read(model, limits_);
     } catch (const std::exception& error) {
       model->CountRefusal(OutcomeOf(error).reason);
       throw;
@@ -368,11 +397,9 @@ class HttpApi::Routes {
   void LoadOrUnload(const std::string& name, bool load, const HttpRequest& request,
                     const std::shared_ptr<HttpExchange>& exchange) {
     if (load && !request.body.empty()) {
-      const auto body = ordered_json::parse(request.body, nullptr, false);
-      if (body.is_object() && body.contains("parameters") && !body["parameters"].empty()) {
-        throw Refusal(Reason::kUnsupported,
-                      "this server loads a model from the file that it was started with, and "
-                      "takes no parameters: replace the file, then load without parameters");
+      const auto body = ParseObject(request.body);
+      if (body.contains("parameters") && !body["parameters"].empty()) {
+        throw Refusal(Reason::kUnsupported, kLoadsItsFile);
       }
     }
     AnswerOnAThread(exchange, [this, name, load] {
@@ -538,10 +565,7 @@ class HttpApi::Routes {
       if (copy.state.empty()) {
         throw Refusal(Reason::kInvalidArgument, "this copy is of a stream that had ended");
       }
-      constexpr size_t kMostName = 256;
-      if (stream.empty() || stream.size() > kMostName) {
-        throw Refusal(Reason::kInvalidArgument, "a stream's name has 1 to 256 bytes");
-      }
+      CheckStreamName(stream);
       copy.name = stream;
       model->CopyIn(copy, target.Flag("other_weights"));
       Log(LogLevel::kInfo, "stream_copied_in", {{"model", model->name()}, {"stream", stream}});
@@ -575,10 +599,7 @@ class HttpApi::Routes {
     Need(request, "POST");
     bool only_ready = false;
     if (!request.body.empty()) {
-      const auto body = ordered_json::parse(request.body, nullptr, false);
-      if (!body.is_object()) {
-        throw Refusal(Reason::kInvalidArgument, "the body is not a JSON object");
-      }
+      const auto body = ParseObject(request.body);
       only_ready = body.contains("ready") && body["ready"] == true;
     }
     ordered_json list = ordered_json::array();
@@ -661,6 +682,7 @@ class HttpApi::Routes {
             {"history", history_.Since(model->name(), since)}};
   }
 
+  const InferLimits limits_;
   const Security security_;
   ModelRepository* const repository_;
   ShardOwner* const shards_;  // null: this server is not one of several
@@ -671,8 +693,8 @@ class HttpApi::Routes {
   std::atomic<int> watching_{0};
 };
 
-HttpApi::HttpApi(const Security& security, const ServerParts& parts)
-    : routes_(std::make_unique<Routes>(security, parts)) {}
+HttpApi::HttpApi(const Security& security, const ServerParts& parts, const InferLimits& limits)
+    : routes_(std::make_unique<Routes>(security, parts, limits)) {}
 
 HttpApi::~HttpApi() = default;
 

@@ -2,8 +2,8 @@
 // and the page.
 //
 // Without a token everyone may read health, metrics and the page's files. Everything else needs the
-// token if the server has one. The operator's calls (lists and copies of streams, tables of shards)
-// need a server that has one, and the operator's token if that is another one.
+// token if the server has one. Loading and unloading need the operator's token if the server has
+// any token. Lists and copies of streams and changes of the table need a server with a token.
 
 #ifndef CONTINUAL_TRANSFORMERS_SERVER_HTTP_API_H_
 #define CONTINUAL_TRANSFORMERS_SERVER_HTTP_API_H_
@@ -13,6 +13,7 @@
 
 #include "cc/server/history.h"
 #include "cc/server/http_message.h"
+#include "cc/server/infer_call.h"
 #include "cc/server/outcome.h"
 #include "cc/server/security.h"
 #include "cc/server/server_parts.h"
@@ -28,7 +29,7 @@ HttpResponse ErrorResponse(int status, Reason reason, const std::string& message
 // Any thread may call any method.
 class HttpApi {
  public:
-  HttpApi(const Security& security, const ServerParts& parts);
+  HttpApi(const Security& security, const ServerParts& parts, const InferLimits& limits = {});
   ~HttpApi();
   HttpApi(const HttpApi&) = delete;
   HttpApi& operator=(const HttpApi&) = delete;

@@ -71,24 +71,6 @@ bool BoolOf(const json& value, const std::string& where) {
   return value.get<bool>();
 }
 
-json ParseObject(std::string_view text) {
-  if (text.size() > kMostJsonBytes) {
-    Refuse("the request has " + Text(text.size()) + " bytes of JSON, expected at most " +
-           Text(kMostJsonBytes) + ": send large tensors as bytes, with binary_data_size");
-  }
-  json value;
-  try {
-    value = json::parse(text.begin(), text.end());
-  } catch (const json::parse_error& error) {
-    Refuse("the request is not JSON at byte " + Text(error.byte) +
-           " (JSON has no NaN and no Infinity: write them as strings)");
-  } catch (const json::exception&) {
-    Refuse("the request has a number that is too large");
-  }
-  if (!value.is_object()) Refuse("the request is " + Shown(value) + ", expected a JSON object");
-  return value;
-}
-
 // Parameters of the whole request. Others than these are the business of other servers.
 void ReadParameters(const json& parameters, HttpInferCall* http) {
   InferCall* const call = &http->call;
@@ -380,6 +362,24 @@ void AppendData(const std::string& datatype, std::string_view bytes, std::string
 }
 
 }  // namespace
+
+json ParseObject(std::string_view text) {
+  if (text.size() > kMostJsonBytes) {
+    Refuse("the request has " + Text(text.size()) + " bytes of JSON, expected at most " +
+           Text(kMostJsonBytes) + ": send large tensors as bytes, with binary_data_size");
+  }
+  json value;
+  try {
+    value = json::parse(text.begin(), text.end());
+  } catch (const json::parse_error& error) {
+    Refuse("the request is not JSON at byte " + Text(error.byte) +
+           " (JSON has no NaN and no Infinity: write them as strings)");
+  } catch (const json::exception&) {
+    Refuse("the request has a number that is too large");
+  }
+  if (!value.is_object()) Refuse("the request is " + Shown(value) + ", expected a JSON object");
+  return value;
+}
 
 void ReadHttpInfer(std::string_view body, std::string_view json_length, HttpInferCall* call) {
   size_t json_bytes = body.size();

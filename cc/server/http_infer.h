@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <nlohmann/json_fwd.hpp>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -34,6 +35,9 @@ struct HttpInferCall {
     return output < binary.size() ? binary[output].value_or(binary_by_default) : binary_by_default;
   }
 };
+
+// Reads the JSON of a request, of at most kMostJsonBytes. Throws Refusal if it is no object.
+nlohmann::json ParseObject(std::string_view text);
 
 // Reads a body. `json_length` is the header Inference-Header-Content-Length: the bytes of JSON;
 // empty if the body is JSON only. The body must outlive the call. Throws Refusal.

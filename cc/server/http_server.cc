@@ -46,6 +46,10 @@ class ConnectionBase {
   virtual std::shared_ptr<ConnectionBase> Lock() = 0;
   // Ends the connection when it has answered; at once with `now`. Any thread.
   virtual void Close(bool now) = 0;
+  // Since when it waits for a request; Clock::time_point::max(): it does not. Any thread.
+  virtual Clock::time_point idle_since() const = 0;
+  // Ends the connection unless a request has come. Any thread.
+  virtual void CloseIfIdle() = 0;
 };
 
 // The connections that are open, so that they can be counted and closed.
@@ -68,15 +72,22 @@ class Connections {
   }
 
   void Close(bool now) {
-    // The last owner of a connection removes it, which needs the lock.
-    std::vector<std::shared_ptr<ConnectionBase>> open;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      for (ConnectionBase* const connection : open_) open.push_back(connection->Lock());
+    for (const std::shared_ptr<ConnectionBase>& connection : open()) connection->Close(now);
+  }
+
+  // Ends the connection that has waited longest for a request. Returns whether there was one.
+  bool CloseLongestIdle() {
+    std::shared_ptr<ConnectionBase> longest;
+    Clock::time_point since = Clock::time_point::max();
+    for (const std::shared_ptr<ConnectionBase>& connection : open()) {
+      const Clock::time_point idle_since = connection->idle_since();
+      if (idle_since >= since) continue;
+      since = idle_since;
+      longest = connection;
     }
-    for (const std::shared_ptr<ConnectionBase>& connection : open) {
-      if (connection != nullptr) connection->Close(now);
-    }
+    if (longest == nullptr) return false;
+    longest->CloseIfIdle();
+    return true;
   }
 
   bool WaitUntilNone(std::chrono::milliseconds time) {
@@ -85,6 +96,19 @@ class Connections {
   }
 
  private:
+  // The caller lets go of them without the lock: the last owner of a connection removes it, which
+  // needs the lock.
+  std::vector<std::shared_ptr<ConnectionBase>> open() const {
+    std::vector<std::shared_ptr<ConnectionBase>> open;
+    std::lock_guard<std::mutex> lock(mutex_);
+    open.reserve(open_.size());
+    for (ConnectionBase* const connection : open_) {
+      std::shared_ptr<ConnectionBase> locked = connection->Lock();
+      if (locked != nullptr) open.push_back(std::move(locked));
+    }
+    return open;
+  }
+
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::set<ConnectionBase*> open_;
@@ -156,6 +180,16 @@ class Connection final : public HttpExchange,
     });
   }
 
+  Clock::time_point idle_since() const override { return idle_since_; }
+
+  void CloseIfIdle() override {
+    // It is not chosen again.
+    idle_since_ = Clock::time_point::max();
+    asio::post(executor(), [self = this->shared_from_this()] {
+      if (self->waits_) self->Abort();
+    });
+  }
+
  private:
   enum class State {
     kIdle,      // no byte of a request yet
@@ -172,6 +206,7 @@ class Connection final : public HttpExchange,
   }
 
   void Begin() {
+    WaitsForRequest();
     if constexpr (kTls) {
       ExpireAfterIdle();
       stream_.async_handshake(asio::ssl::stream_base::server,
@@ -183,8 +218,15 @@ class Connection final : public HttpExchange,
     }
   }
 
+  // Until the headers of a request have come, or the handshake has failed.
+  void WaitsForRequest() {
+    waits_ = true;
+    idle_since_ = Clock::now();
+  }
+
   void ReadHead() {
     if (shared_->stopping) return Abort();
+    WaitsForRequest();
     state_ = buffer_.size() == 0 ? State::kIdle : State::kReading;
     parser_.emplace();
     parser_->header_limit(static_cast<uint32_t>(shared_->options.max_header_bytes));
@@ -196,6 +238,8 @@ class Connection final : public HttpExchange,
   }
 
   void OnHead(error_code error) {
+    waits_ = false;
+    idle_since_ = Clock::time_point::max();
     state_ = State::kReading;
     keep_alive_ = false;
     if (error) return RefuseMessage(error);
@@ -424,6 +468,8 @@ class Connection final : public HttpExchange,
   bool watching_ = false;  // WatchClient's wait has not ended
   int64_t exchange_ = 0;   // so that a late wait is not taken for the present one's
   std::atomic<bool> gone_{false};
+  bool waits_ = false;  // for the headers of a request
+  std::atomic<Clock::time_point> idle_since_{Clock::time_point::max()};
 };
 
 asio::ssl::context TlsContext(const Security& security) {
@@ -454,7 +500,7 @@ asio::ssl::context TlsContext(const Security& security) {
 class HttpServer::Impl {
  public:
   Impl(const HttpOptions& options, const Security& security, const ServerParts& parts)
-      : api_(security, parts),
+      : api_(security, parts, options.limits),
         shared_{options, &api_, &connections_},
         io_(std::max(options.threads, 1)),
         acceptor_(asio::make_strand(io_)),
@@ -537,13 +583,16 @@ class HttpServer::Impl {
         });
         return;
       }
-      Welcome(std::move(socket));
+      // First: if there is no memory to welcome this one, others still come.
       Accept();
+      Welcome(std::move(socket));
     });
   }
 
   void Welcome(tcp::socket socket) {
-    if (connections_.count() >= static_cast<size_t>(shared_.options.max_connections)) {
+    // Many idle connections must not lock out a client that has a request.
+    if (connections_.count() >= static_cast<size_t>(shared_.options.max_connections) &&
+        !connections_.CloseLongestIdle()) {
       Log(LogLevel::kWarning, "http_connection_refused",
           {{"max_connections", shared_.options.max_connections}});
       static constexpr char kFull[] =
@@ -567,8 +616,8 @@ class HttpServer::Impl {
     sampler_.expires_after(Seconds(History::kSeconds));
     sampler_.async_wait([this](error_code error) {
       if (error) return;
+      SampleLater();  // also if Sample throws
       api_.Sample();
-      SampleLater();
     });
   }
 

@@ -8,6 +8,7 @@
 #include <memory>
 #include <string>
 
+#include "cc/server/infer_call.h"
 #include "cc/server/security.h"
 #include "cc/server/server_parts.h"
 
@@ -20,9 +21,12 @@ struct HttpOptions {
   int threads = 2;
   int64_t max_body_bytes = 64 << 20;    // of a request
   int64_t max_header_bytes = 16 << 10;  // of a request
+  // When one more comes, the one that has been idle longest is closed. If none is idle, the new one
+  // is refused.
   int64_t max_connections = 1024;
   // How long a connection may be idle, and how long a request or an answer may take on the wire.
   int64_t idle_seconds = 60;
+  InferLimits limits;
 };
 
 class HttpServer {

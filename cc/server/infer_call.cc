@@ -73,15 +73,6 @@ std::vector<std::string> StreamNames(const TensorView& tensor) {
   return names;
 }
 
-void CheckName(const std::string& name) {
-  // Names are kept for every stream, and shown in logs and lists.
-  constexpr size_t kMost = 256;
-  if (name.empty() || name.size() > kMost) {
-    Refuse("a stream's name has " + Text(static_cast<int64_t>(name.size())) +
-           " bytes, expected 1 to " + Text(kMost));
-  }
-}
-
 // The axes of a tensor before those of one step of one stream.
 std::vector<int64_t> LeadingAxes(const TensorView& tensor, const Port& port, const Value& value) {
   const auto refuse = [&] {
@@ -136,8 +127,17 @@ std::vector<std::string_view> SplitBytes(const std::string& name, std::string_vi
   return texts;
 }
 
+void CheckStreamName(const std::string& name) {
+  // Names are kept for every stream, and shown in logs and lists.
+  constexpr size_t kMost = 256;
+  if (name.empty() || name.size() > kMost) {
+    Refuse("a stream's name has " + Text(static_cast<int64_t>(name.size())) +
+           " bytes, expected 1 to " + Text(kMost));
+  }
+}
+
 std::vector<OutputTensor> ReadInferCall(const ServedModel& model, const InferCall& call,
-                                        StepRequest* request) {
+                                        const InferLimits& limits, StepRequest* request) {
   const Plan& plan = model.plan();
   request->start = call.sequence_start;
   request->end = call.sequence_end;
@@ -184,7 +184,7 @@ std::vector<OutputTensor> ReadInferCall(const ServedModel& model, const InferCal
         "the request does not say which stream it is about: give it the parameter sequence_id "
         "(a number other than 0, or a string), or an input \"streams\"");
   }
-  for (const std::string& name : request->streams) CheckName(name);
+  for (const std::string& name : request->streams) CheckStreamName(name);
   const auto count = static_cast<int64_t>(request->streams.size());
   if (step != nullptr) {
     if (call.step.has_value()) {
@@ -251,13 +251,31 @@ std::vector<OutputTensor> ReadInferCall(const ServedModel& model, const InferCal
     request->steps = leading.empty() ? 1 : leading.back();
   }
 
+  // How many steps. Without streams there may be any number.
+  if (count > 0 && request->steps > limits.steps / count) {
+    Refuse("the request has " + Text(request->steps) + " steps of " + Text(count) +
+           " streams, and a request may have at most " + Text(limits.steps) +
+           " steps of all its streams together: send several requests of fewer steps or streams, "
+           "or start the server with a larger --max-steps");
+  }
+  const int64_t rows = count > 0 ? count * request->steps : 0;
+
   // Its outputs.
   std::vector<OutputTensor> outputs;
+  int64_t bytes_left = limits.answer_bytes;
   const auto want = [&](size_t i) {
     const Value& value = plan.values[plan.outputs[i].value];
     std::vector<int64_t> shape = leading;
     shape.insert(shape.end(), value.shape.begin(), value.shape.end());
-    const int64_t bytes = count * request->steps * value.size * SizeOf(value.dtype);
+    const int64_t row_bytes = value.size * SizeOf(value.dtype);
+    if (rows > 0 && row_bytes > bytes_left / rows) {
+      Refuse("the answer to " + Text(request->steps) + " steps of " + Text(count) +
+             " streams would have more than " + Text(limits.answer_bytes) +
+             " bytes of outputs: send several requests of fewer steps or streams, ask for fewer "
+             "outputs, or start the server with a larger --max-message-mb");
+    }
+    const int64_t bytes = rows * row_bytes;
+    bytes_left -= bytes;
     outputs.push_back({i, plan.outputs[i].name, DatatypeOf(value.dtype), std::move(shape),
                        static_cast<size_t>(bytes)});
   };

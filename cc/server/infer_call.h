@@ -49,6 +49,12 @@ struct OutputTensor {
   size_t bytes;
 };
 
+// What one request may ask for.
+struct InferLimits {
+  int64_t answer_bytes = 64 << 20;  // of its outputs
+  int64_t steps = 100000;           // of all its streams. A batch with more would block the others.
+};
+
 // Fills in `request` and returns the wanted outputs, in the order of the call. The caller points
 // request->outputs[port] to memory for each before it submits. Throws Refusal.
 //
@@ -56,7 +62,10 @@ struct OutputTensor {
 // ...] for one step of each or [M, T, ...]. Without: [...] for one step of the stream that
 // sequence_id names, [T, ...] or [1, T, ...] for several.
 std::vector<OutputTensor> ReadInferCall(const ServedModel& model, const InferCall& call,
-                                        StepRequest* request);
+                                        const InferLimits& limits, StepRequest* request);
+
+// Throws Refusal if a stream cannot have this name.
+void CheckStreamName(const std::string& name);
 
 // The protocol's name of a dtype: "FP32".
 const char* DatatypeOf(DType dtype);

@@ -2,9 +2,8 @@
 //
 // The bytes, little-endian: the magic "CTJOURN2"; the fingerprints of plan and weights, the server,
 // the writer and its number of the entry, uint64 each; how many rows there are, uint64. For each
-// row: flags,
-// uint32; the size of the name, uint32; first and steps, int64 each; the size of the data, uint64;
-// the name; the data. At the end, the XXH64 of everything before it.
+// row: flags, uint32; the size of the name, uint32; first and steps, int64 each; the size of the
+// data, uint64; the name; the data. At the end, the XXH64 of everything before it.
 
 #ifndef CONTINUAL_TRANSFORMERS_SERVER_JOURNAL_ENTRY_H_
 #define CONTINUAL_TRANSFORMERS_SERVER_JOURNAL_ENTRY_H_

@@ -57,7 +57,7 @@ class ReadyFile {
         {"pid", getpid()}, {"grpc_port", grpc_port}, {"http_port", http_port}};
     const std::string beside = path_ + ".new";
     std::ofstream file(beside, std::ios::trunc);
-    file << facts.dump() << std::endl;
+    file << facts.dump() << '\n';
     file.close();
     // Nobody reads half a file.
     if (!file || std::rename(beside.c_str(), path_.c_str()) != 0) {
@@ -113,36 +113,51 @@ void Serve(const Options& options, const sigset_t& signals) {
        {"http_port", http.port()},
        {"tls", security.tls()},
        {"token", !security.token.empty()}});
-  for (const auto& [name, path] : options.models) {
-    repository.Load(name);
-    const auto model = repository.Find(name);
-    Log(LogLevel::kInfo, "model_loaded",
-        {{"model", name},
-         {"path", path},
-         {"receptive_field", model->plan().receptive_field},
-         {"stream_bytes", model->session().state_bytes()}});
-  }
-  grpc.SetServing(true);
-  Log(LogLevel::kInfo, "ready",
-      {{"grpc_port", grpc.port()}, {"http_port", http.port()}, {"pid", getpid()}});
+  const auto drain = [&] {
+    const auto drain_ms = static_cast<int64_t>(options.drain_seconds * 1000);
+    grpc.SetServing(false);
+    repository.Drain();
+    if (journal.has_value()) journal->Finish();
+    grpc.Stop(drain_ms);
+    http.Stop(drain_ms);
+    if (snapshots.has_value()) snapshots->Finish();
+  };
   std::optional<ReadyFile> ready;
-  if (!options.ready_file.empty()) ready.emplace(options.ready_file, grpc.port(), http.port());
+  try {
+    for (const auto& [name, path] : options.models) {
+      repository.Load(name);
+      const auto model = repository.Find(name);
+      Log(LogLevel::kInfo, "model_loaded",
+          {{"model", name},
+           {"path", path},
+           {"receptive_field", model->plan().receptive_field},
+           {"stream_bytes", model->session().state_bytes()}});
+    }
+    grpc.SetServing(true);
+    Log(LogLevel::kInfo, "ready",
+        {{"grpc_port", grpc.port()}, {"http_port", http.port()}, {"pid", getpid()}});
+    if (!options.ready_file.empty()) ready.emplace(options.ready_file, grpc.port(), http.port());
+  } catch (...) {
+    // Models that were loaded may have taken steps, and their snapshots count as a crashed server's
+    // until they are finished.
+    drain();
+    throw;
+  }
 
   int signal = 0;
   while (signal == 0) {
     constexpr double kHousekeepingSeconds = 0.25;
     signal = WaitForSignal(signals, kHousekeepingSeconds);
-    for (const auto& model : repository.loaded()) model->EvictIdle();
+    try {
+      for (const auto& model : repository.loaded()) model->EvictIdle();
+    } catch (const std::exception& error) {
+      // No memory, for example. The server goes on, and tries it again.
+      Log(LogLevel::kError, "idle_streams_not_ended", {{"error", error.what()}});
+    }
   }
   ready.reset();
   Log(LogLevel::kInfo, "draining", {{"signal", signal == SIGTERM ? "SIGTERM" : "SIGINT"}});
-  const auto drain_ms = static_cast<int64_t>(options.drain_seconds * 1000);
-  grpc.SetServing(false);
-  repository.Drain();
-  if (journal.has_value()) journal->Finish();
-  grpc.Stop(drain_ms);
-  http.Stop(drain_ms);
-  if (snapshots.has_value()) snapshots->Finish();
+  drain();
   Log(LogLevel::kInfo, "ended");
 }
 

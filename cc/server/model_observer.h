@@ -16,8 +16,11 @@ class ModelObserver {
 
   // Before the model answers its first request. An exception means that it cannot be served.
   virtual void Loaded(ServedModel* model) = 0;
-  // After its last answer, and after its streams have ended. Or loading was given up.
+  // After its last answer, and after its streams have ended.
   virtual void Unloaded(ServedModel* model) = 0;
+  // After Loaded, if the model cannot be served because of another observer. Its streams have not
+  // ended: a later load may go on with them.
+  virtual void LoadingFailed(ServedModel* model) { Unloaded(model); }
 };
 
 }  // namespace continual_transformers::server

@@ -34,7 +34,7 @@ void ModelRepository::Load(const std::string& name) {
         observers_[i]->Loaded(model.get());
       } catch (...) {
         model->RemoveKeepers();
-        while (i > 0) observers_[--i]->Unloaded(model.get());
+        while (i > 0) observers_[--i]->LoadingFailed(model.get());
         throw;
       }
     }

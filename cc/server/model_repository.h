@@ -15,6 +15,11 @@
 
 namespace continual_transformers::server {
 
+// The sentence for a request to load a model that has parameters.
+inline constexpr char kLoadsItsFile[] =
+    "this server loads a model from the file that it was started with, and takes no parameters: "
+    "replace the file, then load without parameters";
+
 class ModelRepository {
  public:
   explicit ModelRepository(const ModelOptions& options) : options_(options) {}

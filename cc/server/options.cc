@@ -106,9 +106,16 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
                      "Requests need the bearer token in this file");
   safety->add_option("--operator-token-file", options->operator_token_file,
                      "The operator's calls need the bearer token in this file, not the other one");
-  safety->add_option("--max-message-mb", max_message_mb, "Of a request")
+  safety
+      ->add_option("--max-message-mb", max_message_mb,
+                   "Of a request, and of the outputs in its answer")
       ->capture_default_str()
       ->check(CLI::Range(0.001, 2047.0));
+  safety
+      ->add_option("--max-steps", options->grpc.limits.steps,
+                   "Of a request, of all its streams together")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 1 << 30));
   safety->add_option("--max-header-bytes", options->grpc.max_header_bytes, "Of a request")
       ->capture_default_str()
       ->check(CLI::Range(1024, 1 << 20));
@@ -154,6 +161,8 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
   }
   for (const std::string& model : models) options->models.push_back(NameAndPath(model));
   options->grpc.max_message_bytes = std::llround(max_message_mb * (1 << 20));
+  options->grpc.limits.answer_bytes = options->grpc.max_message_bytes;
+  options->http.limits = options->grpc.limits;
   options->http.host = options->grpc.host;
   options->http.max_body_bytes = options->grpc.max_message_bytes;
   options->http.max_header_bytes = options->grpc.max_header_bytes;

@@ -38,9 +38,9 @@ class SnapshotFile {
     int64_t set_aside = 0;
   };
   // Opens the file, and calls `read` for each row, with whether the file was closed with everything
-  // written. If that returns a reason, the row is set aside:
-  // it is kept, and not read again. A file that is damaged is moved aside, after the rows that can
-  // be read were read. Throws nothing: a file that cannot be made is made by a later Commit.
+  // written. If that returns a reason, the row is set aside: it is kept, and not read again. A file
+  // that is damaged is moved aside, after the rows that can be read were read. Throws nothing: a
+  // file that cannot be made is made by a later Commit.
   using Read =
       std::function<std::string(const std::string& name, std::string_view copy, bool clean)>;
   Contents Open(const Read& read);

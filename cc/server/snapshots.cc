@@ -138,7 +138,7 @@ class Snapshots::Keeper final : public StreamKeeper {
     Stop();
     try {
       if (written) file_.Finish();
-    } catch (const Error& error) {
+    } catch (const std::exception& error) {
       LogFailure(error.what());
     }
     if (!written) {
@@ -304,32 +304,39 @@ class Snapshots::Keeper final : public StreamKeeper {
       std::vector<SnapshotFile::Change> changes;
       std::vector<std::string> copied, added;
       size_t bytes = 0;
-      uint64_t drops = TakeDrops(&changes);
-      while (left > 0 && bytes < kTransactionBytes && (bytes == 0 || !HasDrops())) {
-        // Drops and copies are in the order in which they happened, because no stream ends between
-        // the copies and the list of drops.
-        model_->TakeChanges(slice_, &copies_, [&] {
-          drops = TakeDrops(&changes);
-          std::lock_guard<std::mutex> lock(mutex_);
+      uint64_t drops = 0;
+      bool taking = false;
+      // Errors of the file, and no memory for the copies: the thread must outlive both, as answers
+      // wait for it.
+      try {
+        drops = TakeDrops(&changes);
+        while (left > 0 && bytes < kTransactionBytes && (bytes == 0 || !HasDrops())) {
+          // Drops and copies are in the order in which they happened, because no stream ends
+          // between the copies and the list of drops.
+          taking = true;
+          model_->TakeChanges(slice_, &copies_, [&] {
+            drops = TakeDrops(&changes);
+            std::lock_guard<std::mutex> lock(mutex_);
+            for (const StreamCopy& copy : copies_) {
+              if (copy.state.empty()) continue;  // its end is a drop, or it has no row
+              copied.push_back(copy.name);
+              if (stored_.insert(copy.name).second) added.push_back(copy.name);
+            }
+          });
+          taking = false;
+          left = copies_.empty() ? 0 : left - std::min(left, copies_.size());
           for (const StreamCopy& copy : copies_) {
             if (copy.state.empty()) continue;
-            if (stored_.insert(copy.name).second) added.push_back(copy.name);
+            changes.push_back({copy.name, EncodeStreamCopy(copy), false});
+            bytes += changes.back().copy.size();
           }
-        });
-        left = copies_.empty() ? 0 : left - std::min(left, copies_.size());
-        for (const StreamCopy& copy : copies_) {
-          if (copy.state.empty()) continue;  // its end is a drop, or it has no row
-          changes.push_back({copy.name, EncodeStreamCopy(copy), false});
-          copied.push_back(copy.name);
-          bytes += changes.back().copy.size();
         }
-      }
-      if (changes.empty()) continue;
-      try {
+        if (changes.empty()) continue;
         file_.Commit(changes);
         Committed(changes, drops, bytes);
-      } catch (const Error& error) {
+      } catch (const std::exception& error) {
         ok = false;
+        if (taking) model_->RecordChanges(true);  // some may be neither marked nor copied
         Failed(std::move(changes), drops, copied, added, error.what());
       }
     } while (ok && (left > 0 || HasDrops()));
@@ -343,7 +350,7 @@ class Snapshots::Keeper final : public StreamKeeper {
         std::lock_guard<std::mutex> lock(mutex_);
         stored_.erase(name);
       });
-    } catch (const Error& error) {
+    } catch (const std::exception& error) {
       LogFailure(error.what());
     }
   }
@@ -493,16 +500,23 @@ void Snapshots::Loaded(ServedModel* model) {
   keepers_[model] = std::move(keeper);
 }
 
+std::unique_ptr<Snapshots::Keeper> Snapshots::Take(ServedModel* model) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = keepers_.find(model);
+  if (found == keepers_.end()) return nullptr;
+  std::unique_ptr<Keeper> keeper = std::move(found->second);
+  keepers_.erase(found);
+  return keeper;
+}
+
 void Snapshots::Unloaded(ServedModel* model) {
-  std::unique_ptr<Keeper> keeper;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = keepers_.find(model);
-    if (found == keepers_.end()) return;
-    keeper = std::move(found->second);
-    keepers_.erase(found);
-  }
-  keeper->Forget();
+  const std::unique_ptr<Keeper> keeper = Take(model);
+  if (keeper != nullptr) keeper->Forget();
+}
+
+void Snapshots::LoadingFailed(ServedModel* model) {
+  const std::unique_ptr<Keeper> keeper = Take(model);
+  if (keeper != nullptr) keeper->Finish();
 }
 
 bool Snapshots::Write() {

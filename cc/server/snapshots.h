@@ -12,14 +12,12 @@
 //   the refusal of a later step number. A client that does not number its steps cannot know, so its
 //   next step is refused until it says the number that is expected, or begins anew.
 // - No client gets an answer from a stream that it was told has ended, or that it was told has
-// begun
-//   anew: an answer that says so for a stream with a row goes out only when that row is deleted.
-//   Other answers, and those about streams without a row, never wait. Several such ends are one
-//   transaction. If it fails, for example because the disk is full, the answer is a refusal
+//   begun anew: an answer that says so for a stream with a row goes out only when that row is
+//   deleted. Other answers, and those about streams without a row, never wait. Several such ends
+//   are one transaction. If it fails, for example because the disk is full, the answer is a refusal
 //   (kUnavailable), to be sent again.
 // - The answer to a numbered request that ended a stream with a row is kept for ten minutes. A
-// client
-//   that lost it gets it again.
+//   client that lost it gets it again.
 //
 // After Finish, nothing is forgotten, and clients without step numbers go on as well.
 //
@@ -75,6 +73,8 @@ class Snapshots : public ModelObserver {
   void Loaded(ServedModel* model) override;
   // The streams' rows are gone.
   void Unloaded(ServedModel* model) override;
+  // The streams' rows stay, and the file is as Finish leaves it.
+  void LoadingFailed(ServedModel* model) override;
 
   // Writes everything that has changed, now. Returns whether it could.
   bool Write();
@@ -87,6 +87,8 @@ class Snapshots : public ModelObserver {
 
  private:
   class Keeper;
+
+  std::unique_ptr<Keeper> Take(ServedModel* model);  // null: there is none
 
   const SnapshotOptions options_;
   int lock_ = -1;  // a file, locked while this object lives

@@ -1,5 +1,6 @@
 """The server over gRPC, with tritonclient and with the protocol's own messages."""
 
+import json
 import queue
 import re
 
@@ -537,6 +538,34 @@ def test_streaming_inference(server, session, samples):
             np.testing.assert_allclose(by_id[f"{t} {i}"], expected, atol=1e-6)
 
 
+def test_refusals_on_a_stream_of_requests(stub, start_server, model_file, tmp_path, samples):
+    """Programs learn from an answer why it is an error, and which steps are expected."""
+    wrong, late = (request_of(samples(1, FEATURES), True, sequence_id=i) for i in (2100, 2101))
+    no_sequence(wrong)
+    wrong.id = "wrong"
+    late.id = "late"
+    late.parameters["step"].int64_param = 5
+    answers = {a.infer_response.id: a for a in stub.ModelStreamInfer(iter([wrong, late]))}
+    assert "which stream" in answers["wrong"].error_message
+    parameters = answers["wrong"].infer_response.parameters
+    assert {name: p.string_param for name, p in parameters.items()} == {
+        "reason": "invalid_argument"
+    }
+    assert answers["late"].error_message
+    parameters = answers["late"].infer_response.parameters
+    assert parameters["reason"].string_param == "out_of_step"
+    assert json.loads(parameters["expected_steps"].string_param) == {"2101": 0}
+
+    (tmp_path / "token").write_text("secret")
+    guarded = start_server(model_file, "--token-file", tmp_path / "token")
+    with grpc.insecure_channel(guarded.grpc_url) as channel:
+        call = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(iter([late]))
+        with pytest.raises(grpc.RpcError) as error:
+            next(call)
+        assert error.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        assert ("reason", "unauthenticated") in error.value.trailing_metadata()
+
+
 def test_a_deadline_that_has_passed_moves_nothing(stub, session, samples):
     """The server's clock decides: a timeout of one microsecond is over when its turn comes."""
     x, stream = samples(2, 1, FEATURES), session.open()
@@ -577,3 +606,26 @@ def test_the_health_service_and_reflection(server):
         )
         (answer,) = info(iter([b"\x3a\x00"]))  # list_services
         assert service in answer
+
+
+def test_steps_of_a_request_are_limited(start_server, model_file, samples):
+    server = start_server(model_file, "--max-steps", 10)
+    with triton.InferenceServerClient(server.grpc_url) as client:
+        with pytest.raises(InferenceServerException, match="--max-steps") as error:
+            infer(client, samples(11, FEATURES), sequence_id=1)
+        assert refused(error)[0] == "INVALID_ARGUMENT"
+        assert infer(client, samples(10, FEATURES), sequence_id=1, step=0).shape == (10, OUTPUTS)
+
+
+def test_a_start_that_fails_is_no_crash(start_server, model_file, tmp_path, samples):
+    """Streams without step numbers go on after it."""
+    state = ("--state-dir", tmp_path / "state")
+    server = start_server(model_file, *state)
+    with triton.InferenceServerClient(server.grpc_url) as client:
+        infer(client, samples(1, FEATURES), sequence_id="plain", sequence_start=True)
+    assert server.stop() == 0
+    with pytest.raises(AssertionError, match=r"missing\.safetensors"):
+        start_server(model_file, tmp_path / "missing.safetensors", *state)
+    server = start_server(model_file, *state)
+    with triton.InferenceServerClient(server.grpc_url) as client:
+        infer(client, samples(1, FEATURES), sequence_id="plain")

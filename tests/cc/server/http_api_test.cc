@@ -155,6 +155,38 @@ TEST_F(HttpApiTest, WithoutAStep) {
   EXPECT_EQ(one_.repository.Find("m")->statistics().open_streams, 0);
 }
 
+TEST(HttpApi, AnswersAndStepsAreLimited) {
+  OneModel one;
+  HttpApi api({}, {&one.repository}, {96, 10});  // 8 rows of 3 floats
+  const auto rows = [](int64_t streams, int64_t steps) {
+    Json names = Json::array(), data = Json::array();
+    for (int64_t i = 0; i < streams; ++i) names.push_back("s" + std::to_string(i));
+    for (int64_t i = 0; i < streams * steps * 3; ++i) data.push_back(i);
+    return Json{
+        {"inputs",
+         {{{"name", "x"}, {"datatype", "FP32"}, {"shape", {streams, steps, 3}}, {"data", data}},
+          {{"name", "streams"}, {"datatype", "BYTES"}, {"shape", {streams}}, {"data", names}}}}}
+        .dump();
+  };
+  const std::string path = "/v2/models/m/infer";
+  for (const auto& [streams, steps] :
+       std::vector<std::pair<int64_t, int64_t>>{{3, 3}, {1, 9}, {9, 1}, {2, 5}}) {
+    ExpectIn("--max-message-mb",
+             ErrorOf(Post(&api, path, rows(streams, steps)), 400, "invalid_argument"));
+  }
+  for (const auto& [streams, steps] :
+       std::vector<std::pair<int64_t, int64_t>>{{1, 11}, {11, 1}, {4, 3}}) {
+    ExpectIn("--max-steps",
+             ErrorOf(Post(&api, path, rows(streams, steps)), 400, "invalid_argument"));
+  }
+  // No stream has moved by a request that was refused.
+  EXPECT_EQ(one.repository.Find("m")->statistics().opened, 0);
+  EXPECT_EQ(Post(&api, path, rows(2, 4)).status, 200);
+  EXPECT_EQ(Post(&api, path, rows(8, 1)).status, 200);
+  EXPECT_EQ(Post(&api, path, rows(0, 1000)).status, 200);
+  EXPECT_EQ(Post(&api, path, rows(2, 0)).status, 200);
+}
+
 TEST(HttpApi, EveryDatatype) {
   OneModel one(EveryOp());
   HttpApi api({}, {&one.repository});
@@ -342,6 +374,18 @@ TEST_F(HttpApiTest, LoadsAndUnloads) {
           "unsupported");
 }
 
+// A parsed text needs many times its size.
+TEST_F(HttpApiTest, EveryJsonIsLimited) {
+  const std::string large = R"({"a":")" + std::string(kMostJsonBytes, 'a') + R"("})";
+  for (const char* const path :
+       {"/v2/models/m/infer", "/v2/repository/index", "/v2/repository/models/m/load"}) {
+    ExpectIn("bytes of JSON", ErrorOf(Post(&api_, path, large), 400, "invalid_argument"));
+    for (const char* const body : {"[]", "{", "1e999"}) {
+      ErrorOf(Post(&api_, path, body), 400, "invalid_argument");
+    }
+  }
+}
+
 TEST_F(HttpApiTest, WithoutATokenTheOperatorIsUnknown) {
   ExpectIn("--token-file", ErrorOf(Get(&api_, "/v2/models/m/streams"), 403, "unauthenticated"));
   ErrorOf(Get(&api_, "/v2/models/m/versions/1/streams/a"), 403, "unauthenticated");
@@ -361,6 +405,50 @@ TEST_F(HttpApiTest, RefusesPagesOfOtherServersAndCompressedBodies) {
   EXPECT_EQ(Call(&api_, request).status, 200);
   request.content_encoding = "gzip";
   ErrorOf(Call(&api_, request), 415, "unsupported");
+}
+
+// The owner of a name can let it lead to this machine, so that a browser takes this server for the
+// server of the owner's page.
+TEST(HttpApi, RefusesPagesOfNamesWithoutAToken) {
+  OneModel one;
+  HttpApi open({}, {&one.repository});
+  Security security;
+  security.operator_token = "operator";
+  HttpApi operated(security, {&one.repository});
+  security.token = "secret";
+  HttpApi guarded(security, {&one.repository});
+  const auto call = [](HttpApi* api, const std::string& target, const std::string& host,
+                       const std::string& token = "") {
+    HttpRequest request;
+    request.method = "POST";
+    request.target = target;
+    request.host = host;
+    request.origin = "http://" + host;
+    if (!token.empty()) request.authorization = "Bearer " + token;
+    return Call(api, request);
+  };
+  const std::string load = "/v2/repository/models/m/load", index = "/v2/repository/index";
+  for (const char* const host :
+       {"localhost", "localhost:8000", "LOCALHOST:1", "127.0.0.1", "127.0.0.1:8000", "10.1.2.3:80",
+        "[::1]", "[::1]:8000", "[fe80::1]:8000"}) {
+    EXPECT_EQ(call(&open, load, host).status, 200) << host;
+  }
+  for (const char* const host :
+       {"evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example:1",
+        "[::1].evil.example", "[::1", "[]", "[evil]:1", "::1", "1", "", ":8000"}) {
+    ExpectIn("localhost", ErrorOf(call(&open, load, host), 403, "unauthenticated"));
+    ErrorOf(call(&open, index, host), 403, "unauthenticated");
+    ErrorOf(call(&operated, index, host), 403, "unauthenticated");
+  }
+  // A token cannot be had in this way.
+  EXPECT_EQ(call(&operated, load, "a.example", "operator").status, 200);
+  EXPECT_EQ(call(&guarded, index, "a.example", "secret").status, 200);
+  // Programs other than browsers send no origin.
+  HttpRequest request;
+  request.method = "POST";
+  request.target = index;
+  request.host = "a.example:8000";
+  EXPECT_EQ(Call(&open, request).status, 200);
 }
 
 TEST(HttpApi, TheTokenOpensWhatIsNotOpen) {

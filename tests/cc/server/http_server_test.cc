@@ -125,14 +125,20 @@ TEST_F(HttpServerTest, RefusesBadMessages) {
   EXPECT_EQ(client.Receive(), 200);
 }
 
+// The head of a request, whose body does not come.
+std::string HalfMessage() {
+  return "POST /v2/models/m/infer HTTP/1.1\r\nHost: test\r\nExpect: 100-continue\r\n"
+         "Content-Length: 10\r\n\r\n";
+}
+
 TEST_F(HttpServerTest, ConnectionsAreLimited) {
   options_.max_connections = 2;
   Start();
   auto first = std::make_unique<HttpClient>(port());
   HttpClient second(port());
   for (HttpClient* const client : {first.get(), &second}) {
-    client->Send(Message("GET /v2"));
-    EXPECT_EQ(client->Receive(), 200);
+    client->Send(HalfMessage());
+    EXPECT_EQ(client->Receive(), 100);
   }
   HttpClient third(port());
   EXPECT_EQ(third.Receive(), 503);
@@ -145,6 +151,33 @@ TEST_F(HttpServerTest, ConnectionsAreLimited) {
     again.Send(Message("GET /v2"));
     status = again.Receive();
   }
+}
+
+TEST_F(HttpServerTest, IdleConnectionsLockNobodyOut) {
+  options_.max_connections = 3;
+  Start();
+  HttpClient busy(port());
+  busy.Send(HalfMessage());
+  EXPECT_EQ(busy.Receive(), 100);
+  // One has sent half a line, one has had its answer. The one that has waited longest goes.
+  HttpClient half(port()), answered(port());
+  half.Send("GET");
+  answered.Send(Message("GET /v2"));
+  EXPECT_EQ(answered.Receive(), 200);
+  HttpClient next(port());
+  next.Send(Message("GET /v2"));
+  EXPECT_EQ(next.Receive(), 200);
+  EXPECT_TRUE(half.Ended());
+  std::vector<std::unique_ptr<HttpClient>> idle;
+  for (int i = 0; i < 20; ++i) idle.push_back(std::make_unique<HttpClient>(port()));
+  HttpClient last(port());
+  last.Send(Message("GET /v2"));
+  EXPECT_EQ(last.Receive(), 200);
+  EXPECT_TRUE(answered.Ended());
+  EXPECT_TRUE(idle[0]->Ended());
+  // Requests are not cut off.
+  busy.Send("{        }");
+  EXPECT_EQ(busy.Receive(), 400);
 }
 
 TEST_F(HttpServerTest, TheConnectionStaysOrEndsAsTheClientAsks) {

@@ -58,7 +58,7 @@ class GrpcCall : public GrpcStepRequest {
     // gRPC refuses what is no message.
     if (!request.ParseFromString(bytes)) return {Reason::kInvalidArgument, "no message", {}};
     inference::ModelInferResponse response;
-    Submit(repository, request, &response);
+    Submit(repository, {}, request, &response);
     const Outcome outcome = done_.get_future().get();
     if (outcome.ok() && response.SerializeAsString().empty()) Fail("an answer without outputs");
     return outcome;

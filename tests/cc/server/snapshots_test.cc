@@ -348,6 +348,30 @@ TEST_F(SnapshotsTest, UnloadEndsStreamsInTheFileToo) {
   EXPECT_EQ(server.counts().stored, 1);
 }
 
+// A start that fails, because the journal is away for example, is no crash.
+TEST_F(SnapshotsTest, FailedLoadForgetsNothing) {
+  {
+    Server server(model_, In("state"));
+    Steps(&server, "plain", 0, 6, kPlain);
+    server.Finish();
+  }
+  struct Refuses : ModelObserver {
+    void Loaded(ServedModel*) override { throw Error(ErrorCode::kIo, "not today"); }
+    void Unloaded(ServedModel*) override {}
+  } refuses;
+  {
+    ModelRepository repository({});
+    Snapshots snapshots(In("state"));
+    repository.AddObserver(&snapshots);
+    repository.AddObserver(&refuses);
+    repository.Add("m", model_);
+    EXPECT_THROW(repository.Load("m"), Error);
+  }
+  Server server(model_, In("state"));
+  EXPECT_EQ(server.counts().restored, 1);
+  ExpectAnswer(*Step(server.model(), "plain", 6, kPlain), "plain", 6);
+}
+
 TEST_F(SnapshotsTest, CopyThatWasPutIn) {
   Server server(model_, In("state"));
   Steps(&server, "s", 0, 3);
