@@ -114,7 +114,7 @@ class Cluster:
         return (
             not self.table.shards_of(name)
             and name not in self._unswept
-            and (view is None or view.table.epoch == self.table.epoch)
+            and (view is None or (view.table.epoch == self.table.epoch and view.applied))
         )
 
     def open_streams(self) -> dict[str, int]:
@@ -210,7 +210,9 @@ class Cluster:
         behind = {
             name
             for name, view in current.items()
-            if view.ready and view.table.epoch < self.table.epoch
+            # A server publishes a table before it acts on it. If that fails, the same table again
+            # lets it go on.
+            if view.ready and (view.table.epoch < self.table.epoch or not view.applied)
         }
         losers = {name for name in behind if self._loses(name)}
         self._unswept |= losers
