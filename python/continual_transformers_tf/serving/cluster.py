@@ -33,7 +33,12 @@ from continual_transformers_tf.serving.operator_api import (
     ServerView,
     Tls,
 )
-from continual_transformers_tf.serving.shards import ServerAddress, ShardTable, shard_of
+from continual_transformers_tf.serving.shards import (
+    ServerAddress,
+    ShardTable,
+    epoch_after,
+    shard_of,
+)
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
@@ -199,7 +204,7 @@ class Cluster:
             self._log("table_adopted", epoch=newest)
         if any(not self.table.same_but_for_epoch(table) for table in tables):
             # Two controllers made this epoch at the same time.
-            epoch = newest + 1
+            epoch = epoch_after(newest)
             self.table = dataclasses.replace(self.table, epoch=epoch)
             self._unswept |= set(self._members)
             self._log("table_repaired", epoch=epoch)
