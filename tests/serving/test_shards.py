@@ -4,7 +4,7 @@ import json
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from continual_transformers_tf.serving.shards import (
@@ -58,6 +58,7 @@ def test_what_is_no_table_is_refused(change, message):
         ShardTable.of_json(b"no table")
 
 
+@settings(deadline=None)
 @given(st.lists(st.sets(st.sampled_from("abcdefgh"), min_size=1), min_size=1, max_size=6))
 def test_tables_are_balanced_and_move_as_little_as_possible(sets):
     table = ShardTable.empty()
@@ -74,6 +75,7 @@ def test_tables_are_balanced_and_move_as_little_as_possible(sets):
         table = after
 
 
+@settings(deadline=None)
 @given(
     st.sets(st.sampled_from("abcdefgh"), min_size=1),
     st.sets(st.sampled_from("abcdefgh"), min_size=1),
