@@ -49,13 +49,16 @@ class FakeCluster:
 
     def __init__(self, monkeypatch, names, journal=True):
         self.servers = {name: FakeServer(name) for name in names}
+        self.events = []
         apis = {server.address: server for server in self.servers.values()}
         monkeypatch.setattr(cluster, "OperatorApi", lambda address, *_: apis[address])
-        self.events = []
         self.cluster = Cluster(journal=journal, log=self._log)
 
     def _log(self, event, **facts):
         self.events.append({"event": event, **facts})
 
+    def members(self):
+        return {name: server.member for name, server in self.servers.items()}
+
     def turn(self):
-        return self.cluster.turn({name: server.member for name, server in self.servers.items()})
+        return self.cluster.turn(self.members())
