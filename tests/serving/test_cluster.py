@@ -53,6 +53,7 @@ def check_places(servers, load):
 def test_a_server_joins_and_another_is_drained(servers, load):
     load.wait_for(3)
     assert servers.shares() == {"n1": 128, "n2": 128}
+    first = servers.cluster.table.epoch
     servers.start("n3")
     servers.settle()
     assert sorted(servers.shares().values()) == [85, 85, 86]
@@ -65,7 +66,7 @@ def test_a_server_joins_and_another_is_drained(servers, load):
     load.wait_for(3)
     check_places(servers, load)
     # No more than 16 shards were away at a time.
-    moves = [e for e in servers.events if e["event"] == "table" and e["epoch"] > 1]
+    moves = [e for e in servers.events if e["event"] == "table" and e["epoch"] > first]
     assert max(move["moved"] for move in moves) == 16
     assert servers.running["n1"].stop() == 0
     del servers.members["n1"]
@@ -96,6 +97,32 @@ def test_a_server_that_is_started_again_at_once_keeps_its_shards(servers, load):
     assert servers.cluster.table.shards == before.shards
     load.wait_for(3)
     check_places(servers, load)
+
+
+@pytest.mark.parametrize("with_journal", [True], indirect=True)
+def test_a_service_that_ended_starts_again_on_its_journal(servers, samples, session):
+    names = [f"s{i}" for i in range(20)]
+    ids = session.open(len(names))
+
+    def step(t):
+        x = samples(len(names), FEATURES)
+        with ct.serving.Client(servers.urls(), timeout=30) as client:
+            y = client.step(x, names, [t] * len(names), start=t == 0)
+        np.testing.assert_allclose(y, session.step(x, streams=ids), atol=1e-5)
+
+    step(0)
+    servers.leaving.add("n1")
+    servers.settle()  # In several epochs.
+    step(1)
+    before = servers.cluster.table
+    servers.leaving.clear()
+    for name in ("n1", "n2"):
+        servers.running[name].kill()
+        servers.start(name)
+    servers.new_controller()
+    servers.settle()
+    assert servers.cluster.table.epoch > before.epoch
+    step(2)
 
 
 @pytest.mark.parametrize("with_journal", [False], indirect=True)
@@ -195,7 +222,7 @@ def test_two_controllers_that_made_the_same_epoch(servers, load):
     assert other.table == servers.cluster.table
     # Each gives the next table to one server.
     for cluster, name, moves in ((servers.cluster, "n1", 3), (other, "n2", 5)):
-        table = cluster.table.next(cluster.table.servers, {"n1"}, moves)
+        table = cluster.table.next(cluster.table.servers, {"n1"}, moves, now=0)
         servers.api(name).put_table(table, name, 10)
         cluster.table = table
     servers.settle()

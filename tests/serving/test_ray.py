@@ -111,6 +111,17 @@ def test_how_many_servers_there_should_be():
     assert wanted(5, 3, 0, min_servers=2, **by_streams) == 2
 
 
+def test_a_servers_name_is_of_its_node():
+    pytest.importorskip("ray")
+    from continual_transformers_tf.serving.ray_controller import server_name
+
+    node_id = "0123456789abcdef" * 3
+    assert server_name(None, node_id, [None, "n1"]) == "n01234567"
+    assert server_name("n7", node_id, [None]) == "n7"  # As in the table, and in the journal.
+    assert server_name("n7", node_id, ["n7"]) == "n01234567"
+    assert server_name(None, node_id, ["n01234567"]) == "n012345678"
+
+
 class RayNodes:
     """A Ray cluster on loopback. Each node has an address of its own."""
 

@@ -12,9 +12,10 @@ A move, from one table to the next:
    of an owner before, which may be alive and not know it.
 4. The servers that lost shards end the streams that were copied.
 
-The next table is made when all servers that can be reached have acted on this one. So a stream that
-is not its server's is either on its way, and then the new owner's own table still names the old
-one, or it is what a server kept that was thought dead, and then it is ended.
+The next table is made when all servers that can be reached have acted on this one.
+
+A server may list streams of shards that it does not own. If the new owner still has the old table,
+they are being moved. If not, the server was thought dead, and they are ended.
 """
 
 from __future__ import annotations
@@ -33,7 +34,13 @@ from continual_transformers_tf.serving.operator_api import (
     ServerView,
     Tls,
 )
-from continual_transformers_tf.serving.shards import ServerAddress, ShardTable, shard_of
+from continual_transformers_tf.serving.shards import (
+    SHARDS,
+    ServerAddress,
+    ShardTable,
+    epoch_after,
+    shard_of,
+)
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
@@ -89,9 +96,12 @@ class Cluster:
         self._context = tls.context() if tls else None
         self._apis: dict[str, OperatorApi] = {}  # Of members, and of others that the table names.
         self._members: Mapping[str, Member] = {}
-        self._views: dict[str, ServerView] = {}  # Of members that answered in this turn.
+        # What servers answered in this turn, as `_view` returns it, and what members answered.
+        self._seen: dict[str, ServerView | bool | None] = {}
+        self._views: dict[str, ServerView] = {}
         self._failures: Counter[str] = Counter()
-        self._silence: dict[str, str] = {}  # Why a member did not answer, the last time.
+        # Why a member did not answer, or refused to, the last time.
+        self._silence: dict[str, str] = {}
         # Servers that may have streams of others. Each one until it was looked at.
         self._unswept: set[str] = set()
         # The server with the newest streams of a shard, if its owner has not begun with them.
@@ -114,7 +124,7 @@ class Cluster:
         return (
             not self.table.shards_of(name)
             and name not in self._unswept
-            and (view is None or view.table.epoch == self.table.epoch)
+            and (view is None or (view.table.epoch == self.table.epoch and view.applied))
         )
 
     def open_streams(self) -> dict[str, int]:
@@ -159,31 +169,44 @@ class Cluster:
             api = self._apis.get(name)
             if api is None or (api.address, api.token) != (address, token):
                 self._apis[name] = OperatorApi(address, token, self._timeout, self._context)
+                if api is not None:
+                    api.close()
         for name in set(self._apis) - set(wanted) - set(others):
             self._apis.pop(name).close()
             self._failures.pop(name, None)
             self._silence.pop(name, None)
             self._unswept.discard(name)
         self._members = dict(members)
-        seen = self._for_each([*wanted, *others], self._view)
+        refused = {name for name, view in self._seen.items() if view is True}
+        self._seen = seen = self._for_each([*wanted, *others], self._view)
         self._views = {name: view for name, view in seen.items() if isinstance(view, ServerView)}
         for name, view in seen.items():
             lost = self._failures[name] >= self._patience
             self._failures[name] = 0 if view is not None else self._failures[name] + 1
             if self._failures[name] == self._patience:
                 self._log("server_lost", server=name, reason=self._silence.get(name, ""))
+            if view is True and name in members and name not in refused:
+                self._log("server_refuses", server=name, reason=self._silence[name])
             if view is not None and lost and name in members:
                 self._log("server_back", server=name)
                 self._unswept.add(name)
 
     def _view(self, name: str) -> ServerView | bool | None:
-        """Return what a member says, True for another server that is alive, None for none."""
+        """Return what a member says, True for a server that is only alive, None for none.
+
+        A member is only alive if it refuses to say more. It has no view then, and is not ready.
+        """
         api = self._apis[name]
         if name not in self._members:
             return api.live() or None
         try:
             return api.view()
-        except (OSError, OperatorError, ValueError) as error:
+        except OperatorError as error:
+            # Whatever the status is, something answers. For example, all of the server's
+            # connections are taken, and it serves the streams of those who have them.
+            self._silence[name] = str(error)
+            return True
+        except (OSError, ValueError) as error:
             self._silence[name] = str(error)
             return None
 
@@ -197,12 +220,29 @@ class Cluster:
             self.table = tables[0]
             self._unswept |= set(self._members)
             self._log("table_adopted", epoch=newest)
-        if any(not self.table.same_but_for_epoch(table) for table in tables):
+        if any(table != self.table for table in tables):
             # Two controllers made this epoch at the same time.
-            epoch = newest + 1
-            self.table = dataclasses.replace(self.table, epoch=epoch)
+            epoch = epoch_after(newest)
+            since = self.table.since
+            if self._journal:
+                # The owner takes the shards over again: in the journal, another server that had
+                # them by the other table may have fenced it off. Without a journal they stay as
+                # they are: a server refuses to have lost shards that it has, as its streams of
+                # them would be old.
+                since = tuple(
+                    epoch if differ else before
+                    for before, differ in zip(since, self._differences(tables), strict=True)
+                )
+            self.table = dataclasses.replace(self.table, epoch=epoch, since=since)
             self._unswept |= set(self._members)
             self._log("table_repaired", epoch=epoch)
+
+    def _differences(self, tables: Iterable[ShardTable]) -> list[bool]:
+        """Return for each shard whether one of the tables has it otherwise than the newest."""
+        own, *others = [
+            list(zip(table.shards, table.since, strict=True)) for table in (self.table, *tables)
+        ]
+        return [any(other[shard] != own[shard] for other in others) for shard in range(SHARDS)]
 
     def _finish(self) -> bool:
         """Bring the servers of the table up to it. Return whether all that answer are."""
@@ -210,7 +250,9 @@ class Cluster:
         behind = {
             name
             for name, view in current.items()
-            if view.ready and view.table.epoch < self.table.epoch
+            # A server publishes a table before it acts on it. If that fails, the same table again
+            # lets it go on.
+            if view.ready and (view.table.epoch < self.table.epoch or not view.applied)
         }
         losers = {name for name in behind if self._loses(name)}
         self._unswept |= losers

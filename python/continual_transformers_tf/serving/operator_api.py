@@ -65,6 +65,9 @@ class ServerView(NamedTuple):
     table: ShardTable  # Epoch 0: it was given none yet.
     name: str | None  # Its own, in the table.
     ready: bool  # Its models are loaded, and it is not ending.
+    # It has acted on the table. False, for example: Redis was away, and it serves only the shards
+    # that it had before.
+    applied: bool = True
 
 
 class ListedStream(NamedTuple):
@@ -121,7 +124,7 @@ class OperatorApi:
         return ""
 
     def view(self) -> ServerView:
-        """Return the server's table, its name there, and whether it is ready."""
+        """Return the server's table, its name there, whether it is ready, and acts on the table."""
         given = json.loads(self._call("GET", "/v2/shards"))
         try:
             self._call("GET", "/v2/health/ready")
@@ -129,7 +132,8 @@ class OperatorApi:
             ready = False
         else:
             ready = True
-        return ServerView(ShardTable.of_json(given), given.get("self"), ready)
+        table = ShardTable.of_json(given)
+        return ServerView(table, given.get("self"), ready, given.get("applied", True))
 
     def put_table(self, table: ShardTable, name: str, timeout: float) -> dict[str, int]:
         """Give the server a table. Return what changed when it acts on it.

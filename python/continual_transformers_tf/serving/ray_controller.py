@@ -12,7 +12,7 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,6 @@ class RayController:
         self._nodes: dict[str, _Node] = {}
         self._events: collections.deque[dict[str, Any]] = collections.deque(maxlen=EVENTS)
         self._numbered = 0
-        self._names = 0  # The highest number of a server's name.
         self._streams: dict[str, int] = {}
         self._count_at = 0.0
         self._models: dict[str, Any] = {}  # Model files that were read, by their SHA-256.
@@ -353,13 +352,9 @@ class RayController:
     def _begin(self, address: str, node: _Node) -> None:
         """Begin to start a server on a node, with its model files first."""
         assert node.state is not None
-        name = node.state.name
-        others = [n for n in self._nodes.values() if n is not node]
-        known = {name, *(n.name for n in others), *self._cluster.table.servers}
-        self._names = max([self._names, *(int(n[1:]) for n in known if n)])
-        if name is None or name in {n.name for n in others if n.state and n.state.server}:
-            self._names += 1
-            name = f"n{self._names}"
+        names = {n.name for n in self._nodes.values() if n is not node}
+        name = server_name(node.state.name, node.node_id, names)
+        node.state = node.state._replace(name=name)
         hashes = sorted(set(self._service.models.values()))
         try:
             missing = ray.get(node.actor.missing.remote(hashes), timeout=ANSWER_SECONDS * 10)
@@ -473,6 +468,22 @@ class RayController:
         if state.server.address is None:
             return "starting"
         return "serving" if node.name in alive else "dead"
+
+
+def server_name(kept: str | None, node_id: str, others: Collection[str | None]) -> str:
+    """Return the name of a node's server.
+
+    Args:
+        kept: The name that it had, which the node keeps in its folder; None: it had none.
+        node_id: Ray's, in hexadecimal.
+        others: The names of other nodes' servers.
+    """
+    if kept is not None and kept not in others:
+        return kept
+    # Not a number: two controllers, each with nodes of its own, would count to the same one. The
+    # journal knows servers only by their names.
+    names = (f"n{node_id[:length]}" for length in range(8, len(node_id) + 1))
+    return next(name for name in names if name not in others)
 
 
 def _answered(calls: list[Any], timeout: float = ANSWER_SECONDS) -> list[Any]:

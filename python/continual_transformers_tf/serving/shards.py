@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -15,6 +16,21 @@ SHARDS = 256  # As cc/server/shards.h.
 def shard_of(name: str | bytes) -> int:
     """Return the shard of a stream, 0 to 255. Servers and HAProxy compute the same."""
     return zlib.crc32(name.encode() if isinstance(name, str) else name) % SHARDS
+
+
+def epoch_after(last: int, now: float | None = None) -> int:
+    """Return the epoch of the table that comes after one of epoch `last`.
+
+    Args:
+        last: The epoch.
+        now: The time in seconds since 1970; None: the clock's.
+    """
+    # The time, so that a service's epochs are above those of a service that ended. Its epochs are
+    # still in the journal, where a lower one can append nothing, and in clients, which would take
+    # no table of a lower epoch. For this, clocks have to agree within the time between the two.
+    # In milliseconds, since moves make several tables a second: epochs in seconds would run ahead
+    # of the clock, and a service that starts soon after would be below them.
+    return max(last + 1, int(1000 * (time.time() if now is None else now)))
 
 
 class ServerAddress(NamedTuple):
@@ -29,7 +45,8 @@ class ShardTable:
     """A version of the table.
 
     Attributes:
-        epoch: The version. 0 is the table of a server that was given none yet.
+        epoch: The version, as `epoch_after` makes it. 0 is the table of a server that was given
+            none yet.
         servers: The servers' addresses, by name.
         shards: The name of the server of each shard; None: nobody's.
         since: The epoch in which each shard got its server. A server that had the shard before, and
@@ -99,6 +116,7 @@ class ShardTable:
         servers: Mapping[str, ServerAddress],
         owners: Collection[str] | None = None,
         most: int = SHARDS,
+        now: float | None = None,
     ) -> Self:
         """Return the next table for a new set of servers.
 
@@ -110,6 +128,7 @@ class ShardTable:
             owners: Those that may have shards; None: all. A server that is drained is none.
             most: At most so many shards move from one server to another. If more have to, the next
                 tables go on.
+            now: As of `epoch_after`.
         """
         names = sorted(servers if owners is None else set(owners) & set(servers))
         shards = [owner if owner in servers else None for owner in self.shards]
@@ -121,7 +140,7 @@ class ShardTable:
                 elif shards[shard] != target and most > 0:
                     shards[shard] = target
                     most -= 1
-        epoch = self.epoch + 1
+        epoch = epoch_after(self.epoch, now)
         since = [
             before if old == new else epoch
             for before, old, new in zip(self.since, self.shards, shards, strict=True)
