@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from continual_transformers_tf.serving import processes, program
+from continual_transformers_tf.serving import private_files, processes, program
 from continual_transformers_tf.serving.operator_api import OperatorApi, Tls
 from continual_transformers_tf.serving.shards import ServerAddress
 
@@ -75,6 +75,7 @@ class NodeServer:
         FileNotFoundError: If the program is not built.
         OSError: If a file of `tls` cannot be read.
         BlockingIOError: If another `NodeServer` has the folder.
+        PermissionError: If another user may have written to the folder.
     """
 
     def __init__(
@@ -88,15 +89,17 @@ class NodeServer:
     ) -> None:
         program.check()
         self._context = tls.context() if tls else None
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_files.make_folder(folder)
         self._folder, self._name, self._host = folder, name, host
         self._models, self._options = dict(models), list(options)
         self._lock_file = (folder / "lock").open("w")
         fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._token_file = folder / "operator-token"
-        if not self._token_file.exists():
-            write_private(self._token_file, secrets.token_urlsafe(32))
-        self._token = self._token_file.read_text()
+        token = private_files.read_secret(self._token_file)
+        if token is None:
+            token = secrets.token_urlsafe(32)
+            private_files.write(self._token_file, token)
+        self._token = token
         self._starts, self._problem = 0, ""
         self._pid: int | None = None
         self._address: ServerAddress | None = None
@@ -164,14 +167,15 @@ class NodeServer:
     def _served(self) -> str:
         """Return a hash of what the server serves, and how."""
         files = {name: hash_of(path) for name, path in sorted(self._models.items())}
-        served = [self._name, self._host, self._options, files]
+        # A server with another token would take no table.
+        served = [self._name, self._host, self._options, files, self._token]
         return hashlib.sha256(json.dumps(served).encode()).hexdigest()
 
     def _start(self) -> int:
         """Start a server, and return its process."""
         self._ready_file.unlink(missing_ok=True)
         (self._folder / "pid").unlink(missing_ok=True)
-        write_private(self._folder / "served", self._served())
+        private_files.write(self._folder / "served", self._served())
         ports: list[str] = []
         with contextlib.suppress(OSError, ValueError):
             # The same ports again, so that clients find it at once.
@@ -232,7 +236,7 @@ class NodeServer:
         if ready["pid"] != pid:
             return None
         ports = {"grpc": ready["grpc_port"], "http": ready["http_port"]}
-        write_private(self._folder / "ports.json", json.dumps(ports))
+        private_files.write(self._folder / "ports.json", json.dumps(ports))
         host = f"[{self._host}]" if ":" in self._host else self._host
         return ServerAddress(f"{host}:{ports['grpc']}", f"{host}:{ports['http']}")
 
@@ -253,14 +257,6 @@ def _handle_of(pid: int) -> Iterator[int | None]:
         yield handle
     finally:
         os.close(handle)
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file that only this user may read. Readers see the old one or the new one."""
-    made = path.with_name(f"{path.name}.{os.getpid()}")
-    with os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(text)
-    made.replace(path)
 
 
 def hash_of(path: Path) -> str:
