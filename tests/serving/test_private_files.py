@@ -86,7 +86,7 @@ def test_a_file_is_replaced_not_written_to(tmp_path):
     assert target.read_text() == "as it was"
     assert (path.read_text(), path.is_symlink(), mode(path)) == ("new", False, 0o600)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(IsADirectoryError):
         private_files.write(tmp_path / "folder", "new")
     assert {found.name for found in tmp_path.iterdir()} == {"target", "file", "folder"}
 

@@ -25,6 +25,8 @@ from continual_transformers_tf.serving.shards import ServerAddress
 
 LOOK_SECONDS = 1.0  # Between two looks at a server that runs, and for its answer.
 HANGS_AFTER = 4  # Looks in a row without an answer.
+PID_SECONDS = 5.0  # For the shell, which writes the server's process before it becomes it.
+ENDING_SECONDS = 1.0  # The same, when the server is to end.
 STOP_SECONDS = 15.0  # After SIGTERM; the program drains for 10 seconds at most.
 SHORT_LIFE, LONGEST_PAUSE = 5.0, 10.0  # Seconds: a server that ends at once is started ever later.
 READY_FILE = "ready.json"  # The server writes there where it listens.
@@ -40,7 +42,8 @@ class NodeState(NamedTuple):
         token: The operator's token of the server.
         pid: The server's process; None: none runs.
         starts: How many servers it has started.
-        problem: Why there is no server, as its log says; "": there is no problem.
+        problem: Why there is no server, as its log says, or what was met when it was to be started
+            or watched; "": there is no problem.
     """
 
     name: str
@@ -125,8 +128,10 @@ class NodeServer:
         self._ending.set()
         if self._watcher.is_alive():
             self._watcher.join()
-        if self._pid is not None:
-            processes.end(self._pid, STOP_SECONDS)
+        # One may have started too late for the watcher to see it.
+        pid = self._pid or running_server(self._folder)
+        if pid is not None:
+            processes.end(pid, STOP_SECONDS)
         self._pid = self._address = None
         for file in (READY_FILE, "pid", "ports.json"):
             (self._folder / file).unlink(missing_ok=True)
@@ -134,32 +139,41 @@ class NodeServer:
 
     def _watch(self) -> None:
         pause = 0.0
-        while not self._ending.is_set():
+        while not self._ending.wait(pause):
             began = time.monotonic()
-            pid = self._adopt()
-            if pid is None:
-                self._ending.wait(pause)
-                if self._ending.is_set():
-                    return
-                pid = self._start()
-            with _handle_of(pid) as handle:
-                if handle is not None:
-                    self._pid = pid
-                    self._stay(pid, handle)
+            try:
+                self._keep()
+                problem = _last_line(self._folder / "server.log")
+            except Exception as error:  # For example, a disk is full. It may be free again later.
+                problem = f"{type(error).__name__}: {error}"
+                began = time.monotonic()  # It is tried ever later, however long the server ran.
             if self._ending.is_set():
                 return
-            self._problem = _last_line(self._folder / "server.log")
+            self._problem = problem
             self._pid = self._address = None
             short = time.monotonic() - began < SHORT_LIFE
             pause = min(max(2 * pause, 0.1), LONGEST_PAUSE) if short else 0.0
+
+    def _keep(self) -> None:
+        """Adopt a server or start one. Return when it has ended."""
+        pid = self._adopt()
+        if pid is None:
+            if self._ending.is_set():
+                return
+            pid = self._start()
+        with _handle_of(pid) as handle:
+            if handle is not None:
+                self._pid = pid
+                self._stay(pid, handle)
 
     def _adopt(self) -> int | None:
         """Return the process of a server of this folder that runs and serves the same."""
         pid = running_server(self._folder)
         if pid is None:
             return None
+        served = self._served()  # If a model file cannot be read, the server is left as it is.
         with contextlib.suppress(OSError):
-            if (self._folder / "served").read_text() == self._served():
+            if (self._folder / "served").read_text() == served:
                 return pid
         processes.end(pid, STOP_SECONDS)  # It serves other models, or has other options.
         return None
@@ -204,10 +218,17 @@ class NodeServer:
                 check=True,
             )
         self._starts += 1
-        while True:  # The shell writes it at once.
+        end = time.monotonic() + PID_SECONDS
+        while time.monotonic() < end:  # The shell writes it at once.
             with contextlib.suppress(OSError, ValueError):
                 return int((self._folder / "pid").read_text())
+            if self._ending.is_set() and time.monotonic() > end - PID_SECONDS + ENDING_SECONDS:
+                break  # Not before: stop() would not find the server.
             time.sleep(0.002)
+        raise TimeoutError(
+            f"a server was started, and {self._folder / 'pid'} was not written within "
+            f"{PID_SECONDS:g} seconds: {_last_line(log)}"
+        )
 
     def _stay(self, pid: int, handle: int) -> None:
         """Return when the server has ended, or hung and was killed."""
