@@ -17,8 +17,12 @@ class FakeServer:
     def __init__(self, name):
         self.address, self.token, self.closed = f"{name}:2", "a token", False
         self.member = Member(ServerAddress(f"{name}:1", self.address), self.token)
-        self.table, self.name = ShardTable.empty(), None
-        self.applied, self.redis, self.refusal = True, True, 0
+        self.redis, self.refusal = True, 0
+        self.forget()
+
+    def forget(self):
+        """Be as a server that was just started."""
+        self.table, self.name, self.applied = ShardTable.empty(), None, True
         self.puts = []
 
     def live(self):

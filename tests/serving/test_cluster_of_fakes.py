@@ -94,3 +94,15 @@ def test_a_server_may_have_another_address(make):
     assert table.servers["n2"] == moved
     assert (table.shards, table.since) == (before.shards, before.since)
     assert [server.table for server in fakes.servers.values()] == [table] * 2
+
+
+def test_another_server_at_the_address_of_one_that_has_gone(make):
+    fakes = make("n1", "n2")
+    fakes.turn()
+    fakes.servers["n3"] = fakes.servers.pop("n2")
+    fakes.servers["n3"].forget()
+    while fakes.turn():
+        assert len(fakes.events) < 100
+    table = fakes.cluster.table
+    assert set(table.servers) == {"n1", "n3"}
+    assert {len(table.shards_of(name)) for name in table.servers} == {128}

@@ -365,11 +365,15 @@ class Cluster:
     def _plan(self, leaving: Collection[str]) -> bool:
         """Make the next table, if servers or shards are not as they should be."""
         alive = self.alive()
-        # Started by a controller before, and not handed to this one yet.
+        # Started by a controller before, and not handed to this one yet. What answers at a member's
+        # address is the member: a machine was replaced, and the server of this name has gone.
+        taken = {member.address.http for member in self._members.values()}
         strangers = {
             name: address
             for name, address in self.table.servers.items()
-            if name not in self._members and self._failures[name] < self._patience
+            if name not in self._members
+            and self._failures[name] < self._patience
+            and address.http not in taken
         }
         ready = {name for name in alive & set(self._views) if self._views[name].ready}
         # A server that has just started and loads its models is not there yet.

@@ -14,7 +14,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from continual_transformers_tf.serving import processes
+from continual_transformers_tf.serving import private_files, processes
 from continual_transformers_tf.serving.shards import SHARDS, ServerAddress, ShardTable
 
 SLOTS = 64  # Servers that it can have.
@@ -78,6 +78,7 @@ class Haproxy:
 
     Raises:
         FileNotFoundError: If HAProxy is not installed.
+        PermissionError: If another user may have written to the folder.
         OSError: If it does not start. The sentence has what it said.
     """
 
@@ -90,7 +91,7 @@ class Haproxy:
         program = self.program()
         if program is None:
             raise FileNotFoundError("there is no haproxy on PATH: `apt install haproxy`")
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_files.make_folder(folder)
         text = CONFIGURATION.format(
             folder=folder,
             host=host,

@@ -19,12 +19,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from continual_transformers_tf.serving import processes, program
+from continual_transformers_tf.serving import private_files, processes, program
 from continual_transformers_tf.serving.operator_api import OperatorApi, Tls
 from continual_transformers_tf.serving.shards import ServerAddress
 
 LOOK_SECONDS = 1.0  # Between two looks at a server that runs, and for its answer.
 HANGS_AFTER = 4  # Looks in a row without an answer.
+PID_SECONDS = 5.0  # For the shell, which writes the server's process before it becomes it.
+ENDING_SECONDS = 1.0  # The same, when the server is to end.
 STOP_SECONDS = 15.0  # After SIGTERM; the program drains for 10 seconds at most.
 SHORT_LIFE, LONGEST_PAUSE = 5.0, 10.0  # Seconds: a server that ends at once is started ever later.
 READY_FILE = "ready.json"  # The server writes there where it listens.
@@ -40,7 +42,8 @@ class NodeState(NamedTuple):
         token: The operator's token of the server.
         pid: The server's process; None: none runs.
         starts: How many servers it has started.
-        problem: Why there is no server, as its log says; "": there is no problem.
+        problem: Why there is no server, as its log says, or what was met when it was to be started
+            or watched; "": there is no problem.
     """
 
     name: str
@@ -75,6 +78,7 @@ class NodeServer:
         FileNotFoundError: If the program is not built.
         OSError: If a file of `tls` cannot be read.
         BlockingIOError: If another `NodeServer` has the folder.
+        PermissionError: If another user may have written to the folder.
     """
 
     def __init__(
@@ -88,15 +92,17 @@ class NodeServer:
     ) -> None:
         program.check()
         self._context = tls.context() if tls else None
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_files.make_folder(folder)
         self._folder, self._name, self._host = folder, name, host
         self._models, self._options = dict(models), list(options)
         self._lock_file = (folder / "lock").open("w")
         fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._token_file = folder / "operator-token"
-        if not self._token_file.exists():
-            write_private(self._token_file, secrets.token_urlsafe(32))
-        self._token = self._token_file.read_text()
+        token = private_files.read_secret(self._token_file)
+        if token is None:
+            token = secrets.token_urlsafe(32)
+            private_files.write(self._token_file, token)
+        self._token = token
         self._starts, self._problem = 0, ""
         self._pid: int | None = None
         self._address: ServerAddress | None = None
@@ -122,8 +128,10 @@ class NodeServer:
         self._ending.set()
         if self._watcher.is_alive():
             self._watcher.join()
-        if self._pid is not None:
-            processes.end(self._pid, STOP_SECONDS)
+        # One may have started too late for the watcher to see it.
+        pid = self._pid or running_server(self._folder)
+        if pid is not None:
+            processes.end(pid, STOP_SECONDS)
         self._pid = self._address = None
         for file in (READY_FILE, "pid", "ports.json"):
             (self._folder / file).unlink(missing_ok=True)
@@ -131,32 +139,41 @@ class NodeServer:
 
     def _watch(self) -> None:
         pause = 0.0
-        while not self._ending.is_set():
+        while not self._ending.wait(pause):
             began = time.monotonic()
-            pid = self._adopt()
-            if pid is None:
-                self._ending.wait(pause)
-                if self._ending.is_set():
-                    return
-                pid = self._start()
-            with _handle_of(pid) as handle:
-                if handle is not None:
-                    self._pid = pid
-                    self._stay(pid, handle)
+            try:
+                self._keep()
+                problem = _last_line(self._folder / "server.log")
+            except Exception as error:  # For example, a disk is full. It may be free again later.
+                problem = f"{type(error).__name__}: {error}"
+                began = time.monotonic()  # It is tried ever later, however long the server ran.
             if self._ending.is_set():
                 return
-            self._problem = _last_line(self._folder / "server.log")
+            self._problem = problem
             self._pid = self._address = None
             short = time.monotonic() - began < SHORT_LIFE
             pause = min(max(2 * pause, 0.1), LONGEST_PAUSE) if short else 0.0
+
+    def _keep(self) -> None:
+        """Adopt a server or start one. Return when it has ended."""
+        pid = self._adopt()
+        if pid is None:
+            if self._ending.is_set():
+                return
+            pid = self._start()
+        with _handle_of(pid) as handle:
+            if handle is not None:
+                self._pid = pid
+                self._stay(pid, handle)
 
     def _adopt(self) -> int | None:
         """Return the process of a server of this folder that runs and serves the same."""
         pid = running_server(self._folder)
         if pid is None:
             return None
+        served = self._served()  # If a model file cannot be read, the server is left as it is.
         with contextlib.suppress(OSError):
-            if (self._folder / "served").read_text() == self._served():
+            if (self._folder / "served").read_text() == served:
                 return pid
         processes.end(pid, STOP_SECONDS)  # It serves other models, or has other options.
         return None
@@ -164,14 +181,15 @@ class NodeServer:
     def _served(self) -> str:
         """Return a hash of what the server serves, and how."""
         files = {name: hash_of(path) for name, path in sorted(self._models.items())}
-        served = [self._name, self._host, self._options, files]
+        # A server with another token would take no table.
+        served = [self._name, self._host, self._options, files, self._token]
         return hashlib.sha256(json.dumps(served).encode()).hexdigest()
 
     def _start(self) -> int:
         """Start a server, and return its process."""
         self._ready_file.unlink(missing_ok=True)
         (self._folder / "pid").unlink(missing_ok=True)
-        write_private(self._folder / "served", self._served())
+        private_files.write(self._folder / "served", self._served())
         ports: list[str] = []
         with contextlib.suppress(OSError, ValueError):
             # The same ports again, so that clients find it at once.
@@ -200,10 +218,17 @@ class NodeServer:
                 check=True,
             )
         self._starts += 1
-        while True:  # The shell writes it at once.
+        end = time.monotonic() + PID_SECONDS
+        while time.monotonic() < end:  # The shell writes it at once.
             with contextlib.suppress(OSError, ValueError):
                 return int((self._folder / "pid").read_text())
+            if self._ending.is_set() and time.monotonic() > end - PID_SECONDS + ENDING_SECONDS:
+                break  # Not before: stop() would not find the server.
             time.sleep(0.002)
+        raise TimeoutError(
+            f"a server was started, and {self._folder / 'pid'} was not written within "
+            f"{PID_SECONDS:g} seconds: {_last_line(log)}"
+        )
 
     def _stay(self, pid: int, handle: int) -> None:
         """Return when the server has ended, or hung and was killed."""
@@ -232,7 +257,7 @@ class NodeServer:
         if ready["pid"] != pid:
             return None
         ports = {"grpc": ready["grpc_port"], "http": ready["http_port"]}
-        write_private(self._folder / "ports.json", json.dumps(ports))
+        private_files.write(self._folder / "ports.json", json.dumps(ports))
         host = f"[{self._host}]" if ":" in self._host else self._host
         return ServerAddress(f"{host}:{ports['grpc']}", f"{host}:{ports['http']}")
 
@@ -253,14 +278,6 @@ def _handle_of(pid: int) -> Iterator[int | None]:
         yield handle
     finally:
         os.close(handle)
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file that only this user may read. Readers see the old one or the new one."""
-    made = path.with_name(f"{path.name}.{os.getpid()}")
-    with os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(text)
-    made.replace(path)
 
 
 def hash_of(path: Path) -> str:

@@ -124,7 +124,7 @@ def tls_of(options: Sequence[str], files: Mapping[str, str | None], proxy: bool)
 )
 @click.option(
     "--node-dir",
-    default=f"/var/tmp/continual-transformers-{os.getuid()}",
+    default=f"/var/tmp/continual-transformers-{os.geteuid()}",
     show_default=True,
     help="A folder on every node, for the server's log, its token and the model files.",
 )

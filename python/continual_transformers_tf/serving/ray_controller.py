@@ -19,6 +19,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from continual_transformers_tf.serving import private_files
 from continual_transformers_tf.serving.cluster import Cluster, Member
 from continual_transformers_tf.serving.haproxy import Haproxy
 from continual_transformers_tf.serving.operator_api import Tls
@@ -289,7 +290,7 @@ class RayController:
                 max_concurrency=8,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False),
             )
-            .remote(folder, address)
+            .remote(self._service.folder, folder, address)
         )
 
     def _fail(self, address: str, event: str, error: Exception) -> None:
@@ -435,6 +436,7 @@ class RayController:
             return
         if self._proxy is None:
             folder = self._folder / self._address.replace(":", "_") / "haproxy"
+            private_files.make_folder(folder, Path(self._service.folder))
             self._proxy = Haproxy(folder, self._address, self._service.proxy_port)
             self._log("proxy_listens", url=self._proxy.url)
         if self._proxied is not self._cluster.table:

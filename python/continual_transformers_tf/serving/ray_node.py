@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from continual_transformers_tf.serving import node_server
+from continual_transformers_tf.serving import node_server, private_files
 from continual_transformers_tf.serving.node_server import NodeServer, NodeState
 from continual_transformers_tf.serving.operator_api import Tls
 
@@ -31,14 +31,18 @@ class RayNode:
     """The actor of a node. It starts nothing by itself: a `RayController` tells it to.
 
     Args:
-        folder: The node's own folder.
+        base: The folder of all services.
+        folder: The node's own folder, in it.
         host: The node's address.
+
+    Raises:
+        PermissionError: If another user may have written to a folder.
     """
 
-    def __init__(self, folder: str, host: str) -> None:
+    def __init__(self, base: str, folder: str, host: str) -> None:
         self._folder, self._host = Path(folder), host
         self._models = self._folder / "models"
-        self._models.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_files.make_folder(self._models, Path(base))
         self._server: NodeServer | None = None
 
     def state(self) -> RayNodeState:
@@ -84,7 +88,7 @@ class RayNode:
             OSError: If a file of `tls` cannot be read here.
         """
         if self._server is None:
-            node_server.write_private(self._folder / "name", name)
+            private_files.write(self._folder / "name", name)
             files = {model: self._file_of(hash_) for model, hash_ in models.items()}
             self._server = NodeServer(self._folder, name, self._host, files, options, tls)
 
@@ -97,7 +101,7 @@ class RayNode:
     def set_draining(self, draining: bool) -> None:
         """Remember whether the operator wants no server here. It changes nothing else."""
         if draining:
-            node_server.write_private(self._folder / "draining", "")
+            private_files.write(self._folder / "draining", "")
         else:
             (self._folder / "draining").unlink(missing_ok=True)
 
