@@ -129,7 +129,7 @@ std::string RedisConnection::RunId() {
   // Older ones do not take an id of which they are to find the second half.
   constexpr int kOldest = 7;
   const std::string version = value("redis_version:");
-  if (!version.empty() && std::atoi(version.c_str()) < kOldest) {
+  if (!version.empty() && std::strtol(version.c_str(), nullptr, 10) < kOldest) {
     throw Error(ErrorCode::kIo, "Redis is of version " + version + ", expected " +
                                     std::to_string(kOldest) + ".0 or newer");
   }
