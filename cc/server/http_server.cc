@@ -376,8 +376,9 @@ class Connection final : public HttpExchange,
     std::vector<asio::const_buffer> buffers = {asio::buffer(head_)};
     if (!only_head_) {
       buffers.emplace_back(asio::buffer(response_.body));
-      for (const std::string& tensor : response_.tensors)
+      for (const std::string& tensor : response_.tensors) {
         buffers.emplace_back(asio::buffer(tensor));
+      }
     }
     ExpireAfterIdle();
     asio::async_write(stream_, buffers,

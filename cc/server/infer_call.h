@@ -49,7 +49,7 @@ struct OutputTensor {
   size_t bytes;
 };
 
-// What one request may ask for.
+// The most that a request may have.
 struct InferLimits {
   int64_t answer_bytes = 64 << 20;  // of its outputs
   int64_t steps = 100000;           // of all its streams. A batch with more would block the others.

@@ -471,8 +471,8 @@ class Journal::Keeper final : public StreamKeeper {
       }
       if (sent_.empty()) return;
       for (const Entry& entry : sent_) {
-        if (entry.forgotten.empty())
-          redis_->Append({"XADD", keys_[entry.shard], entry.id, "e", entry.bytes});
+        if (!entry.forgotten.empty()) continue;
+        redis_->Append({"XADD", keys_[entry.shard], entry.id, "e", entry.bytes});
       }
       std::set<int> lost;
       while (!sent_.empty()) {
@@ -702,6 +702,8 @@ class Journal::Keeper final : public StreamKeeper {
     logs_[number] = std::move(log);
   }
 
+  // Only while the model is loaded: this keeper is not one of the model's yet, and CloseStream,
+  // which waits for all keepers, would wait for this thread.
   void CloseIfOpen(const std::string& name) {
     try {
       model_->CloseStream(name, End::kClosed);

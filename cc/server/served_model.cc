@@ -43,9 +43,9 @@ bool IsAligned(const void* pointer, int64_t bytes) {
 struct ServedModel::Row {
   enum class Kind {
     kStep,    // of an open stream
-    kBegin,   // of a new stream, or of one that begins anew; also without a step
+    kBegin,   // a stream begins, or begins anew; there may be no step
     kRepeat,  // only the last answer again
-    kNoStep,  // only an end, of a stream that is open or has ended
+    kNoStep,  // a stream ends without a step; it may have ended before
   };
 
   StepRequest* request;
@@ -279,12 +279,9 @@ Outcome ServedModel::Admit(StepRequest* request, int64_t* opening) {
     } else if (!numbered && stream->may_lag) {
       stop(*stream, Reason::kOutOfStep, stream->next,
            " was read back after a crash, or from a journal that is older than its snapshot, and "
-           "may "
-           "have answered later steps before: "
-           "send step " +
+           "may have answered later steps before: send step " +
                Text(stream->next) +
-               " with its number, after which numbers are not needed, or begin anew with "
-               "sequence_start");
+               " with its number (later steps need none), or begin anew with sequence_start");
     } else if (numbered && first != stream->next) {
       stop(*stream, Reason::kOutOfStep, stream->next,
            " expects step " + Text(stream->next) + ", got step " + Text(first));
