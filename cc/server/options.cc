@@ -108,12 +108,12 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
                      "The operator's calls need the bearer token in this file, not the other one");
   safety
       ->add_option("--max-message-mb", max_message_mb,
-                   "Of a request, and of the outputs in its answer")
+                   "The most that a request may have, and the outputs in an answer")
       ->capture_default_str()
       ->check(CLI::Range(0.001, 2047.0));
   safety
       ->add_option("--max-steps", options->grpc.limits.steps,
-                   "Of a request, of all its streams together")
+                   "The most steps in a request, those of all its streams added up")
       ->capture_default_str()
       ->check(CLI::Range(1, 1 << 30));
   safety->add_option("--max-header-bytes", options->grpc.max_header_bytes, "Of a request")

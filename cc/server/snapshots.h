@@ -11,10 +11,10 @@
 //   It may have answered later steps, which are forgotten. Its client learns where to go on from
 //   the refusal of a later step number. A client that does not number its steps cannot know, so its
 //   next step is refused until it says the number that is expected, or begins anew.
-// - No client gets an answer from a stream that it was told has ended, or that it was told has
-//   begun anew: an answer that says so for a stream with a row goes out only when that row is
-//   deleted. Other answers, and those about streams without a row, never wait. Several such ends
-//   are one transaction. If it fails, for example because the disk is full, the answer is a refusal
+// - A client may be told that a stream has ended, or has begun anew. If the stream has a row, the
+//   answer goes out only when that row is deleted. So the old stream never comes back. Other
+//   answers, and those about streams without a row, never wait. Several such ends are one
+//   transaction. If it fails, for example because the disk is full, the answer is a refusal
 //   (kUnavailable), to be sent again.
 // - The answer to a numbered request that ended a stream with a row is kept for ten minutes. A
 //   client that lost it gets it again.
