@@ -108,6 +108,7 @@ bool HasContents(const std::string& datatype) { return datatype != "FP16" && dat
 
 template <typename T, typename Repeated>
 void Append(const std::string& bytes, Repeated* values) {
+  if (bytes.empty()) return;  // memcpy takes no null pointer, not even for no bytes.
   values->Resize(static_cast<int>(bytes.size() / sizeof(T)), T());
   std::memcpy(values->mutable_data(), bytes.data(), bytes.size());
 }

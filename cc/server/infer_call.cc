@@ -45,6 +45,7 @@ void CheckData(const TensorView& tensor, int64_t element_bytes) {
 std::vector<int64_t> Integers(const TensorView& tensor) {
   CheckData(tensor, sizeof(int64_t));
   std::vector<int64_t> values(tensor.data.size() / sizeof(int64_t));
+  if (values.empty()) return values;  // memcpy takes no null pointer, not even for no bytes.
   std::memcpy(values.data(), tensor.data.data(), tensor.data.size());
   return values;
 }
