@@ -12,7 +12,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 BIN := .venv/bin
 BENCH := build/bench/venv/bin/python -m continual_transformers_tf.cli bench --programs build/bench
 RUN_BAZEL := bazel/offline/configure.sh && PATH="$(CURDIR)/$(BIN):$$PATH" $(BAZEL)
-TENSORFLOW = $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('cc/library.bzl')['TENSORFLOW_DEFAULT'])")
+TENSORFLOW = $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('cc/library.bzl')['TENSORFLOWS'][-1])")
 FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc cc/*/*/*.h cc/*/*/*.cc cuda/*.cu cuda/*.cuh cuda/*.h \
   tests/cc/*.h tests/cc/*.cc tests/cc/*/*.h tests/cc/*/*.cc tools/gpu/emulator/*.h benchmarks/cc/*.cc examples/*/*.cc \
   python/continual_transformers_tf/include/*.h python/continual_transformers_tf/include/*.hpp)
@@ -105,9 +105,10 @@ bench-serving: .venv/installed
 gpu:
 	$(PYTHON) tools/gpu/gpu_run.py
 
-# Writes the wheel to dist/.
+# Writes the wheels to dist/: one for each CPython that is found, and one with GPU kernels.
 wheel: .venv/installed
-	$(RUN_BAZEL) run $(BAZEL_FLAGS) //bazel:wheel -- "$(CURDIR)/dist"
+	$(BIN)/python -m pip install --quiet "continual-transformers-tf[wheel]"
+	$(BIN)/python tools/wheels.py dist
 
 clean:
 	rm -rf .venv build dist

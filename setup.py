@@ -1,17 +1,15 @@
-"""The build by pip: the metadata that depends on TensorFlow, and the libraries.
+"""The build by pip: the libraries, the Python extension and the server.
 
-The system's compiler builds the core library, the op library for the TensorFlow that is installed
-in the target environment, and the Python extension. `cc/library.bzl` lists the sources of each.
-Objects stay in `build/objects`: a source that has not changed is not compiled again.
+The system's compiler builds the core library, the Python extension, the server, and an op library
+for each wanted TensorFlow (`tools/tensorflow_headers.py`). `cc/library.bzl` lists the sources of
+each. Objects stay in `build/objects`: a source that has not changed is not compiled again.
 """
 
 import importlib
 import importlib.util
 import os
-import runpy
 import shlex
 import shutil
-import site
 import subprocess
 import sys
 import sysconfig
@@ -21,46 +19,34 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-VERSION = "0.1.0"
-# The exact versions that the race and the tests of ct.from_torch compare with.
-TORCH = ["continual-inference==1.2.4", "torch==2.13.0"]
-CC = runpy.run_path("cc/library.bzl")
 sys.path[:0] = ["cuda", "tools"]
 nvcc = importlib.import_module("nvcc")
 object_files = importlib.import_module("object_files")
 server_packages = importlib.import_module("server_packages")
+tensorflow_headers = importlib.import_module("tensorflow_headers")
 embed = importlib.import_module("embed")
+compiler_errors = importlib.import_module("compiler_errors")
+build_progress = importlib.import_module("build_progress")
+
+CC = tensorflow_headers.LISTS
+PACKAGE = "continual_transformers_tf"
 BUILD = Path("build")
-# Bazel's build of the wheel sets it: a folder with the built libraries, which are only packed here.
-PREBUILT = os.environ.get("CONTINUAL_TRANSFORMERS_PREBUILT")
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 
+# The TensorFlows to build op libraries for, by the name of the extension that setuptools builds.
+TENSORFLOWS = {
+    f"op_library_{tensorflow.minor.replace('.', '_')}": tensorflow
+    for tensorflow in tensorflow_headers.wanted()
+}
 
-def find_tensorflow():
-    """Return (folder, version) of the installed TensorFlow, or None.
-
-    pip builds in an isolated environment, whose Python cannot import what is installed in the
-    target environment. But both have the same interpreter, so its folders can be searched.
-    """
-    paths = sysconfig.get_paths()
-    folders = [paths["purelib"], paths["platlib"], site.getusersitepackages()]
-    # sys.path: pip puts the packages there that it fetched only for the build.
-    for folder in dict.fromkeys([*folders, *filter(os.path.isdir, sys.path)]):
-        for distribution in metadata.distributions(path=[folder]):
-            if distribution.name in ("tensorflow", "tensorflow-cpu", "tensorflow_cpu"):
-                headers = Path(folder, "tensorflow", "include", "tensorflow")
-                if headers.is_dir():
-                    return Path(folder, "tensorflow"), distribution.version
-    return None
-
-
-TENSORFLOW = find_tensorflow()
-MINOR = ".".join(TENSORFLOW[1].split(".")[:2]) if TENSORFLOW else CC["TENSORFLOW_DEFAULT"]
 # Files that are not Python extensions, although setuptools builds them as such.
 FILES = {
     "core_library": CC["CORE_LIBRARY"],
-    "op_library": CC["OP_LIBRARY"].format(MINOR=MINOR),
     "server": CC["SERVER_PROGRAM"],
+    **{
+        name: CC["OP_LIBRARY"].format(MINOR=tensorflow.minor)
+        for name, tensorflow in TENSORFLOWS.items()
+    },
 }
 
 
@@ -96,14 +82,13 @@ def headers_of(distribution):
     return copy
 
 
-def link_to_tensorflow():
-    """Return a link to TensorFlow's folder. It keeps its path, as the copies of `headers_of` do."""
-    folder, version = TENSORFLOW
-    link = BUILD / "include" / f"tensorflow-{version}"
-    if not link.exists() or not link.samefile(folder):
+def link_to(tensorflow):
+    """Return a link to a TensorFlow's folder. It keeps its path, as the copies of `headers_of` do."""
+    link = BUILD / "include" / f"tensorflow-{tensorflow.version}"
+    if not link.exists() or not link.samefile(tensorflow.folder):
         link.parent.mkdir(parents=True, exist_ok=True)
         made = link.with_suffix(f".{os.getpid()}")
-        made.symlink_to(folder)
+        made.symlink_to(tensorflow.folder)
         made.replace(link)
     return link
 
@@ -117,21 +102,38 @@ class build_libraries(build_ext):
         return str(Path(*package, FILES.get(name) or super().get_ext_filename(name)))
 
     def run(self):
-        """Look for CUDA and for the server's packages, then build everything."""
+        """Check the compiler, look for CUDA and the server's packages, then build everything."""
         # First, because looking takes a moment, and compiling takes minutes.
-        self.cuda = None if PREBUILT else nvcc.chosen()
-        self.server = None if PREBUILT else server_packages.chosen()
-        if not (self.server or (PREBUILT and Path(PREBUILT, CC["SERVER_PROGRAM"]).exists())):
+        self.compiler_version = compiler_errors.check_compiler(CXX)
+        self.cuda = nvcc.chosen() if TENSORFLOWS else None
+        self.server = server_packages.chosen()
+        if not self.server:
             self.extensions = [ext for ext in self.extensions if not ext.name.endswith(".server")]
-        super().run()
+        self.remove_libraries_for_others()
+        files = sum(len(ext.sources) for ext in self.extensions)
+        with build_progress.Progress(self.what_is_built(), files) as self.progress:
+            super().run()
+
+    def what_is_built(self):
+        """Return a sentence: what the compiler is busy with, and what is left out and why."""
+        parts = ["sessions"]
+        parts += [f"TensorFlow {tensorflow.minor}'s ops" for tensorflow in TENSORFLOWS.values()]
+        parts += [f"GPU kernels (CUDA {self.cuda})"] if self.cuda else []
+        parts += ["the server"] if self.server else []
+        built = f"Compiling {', '.join(parts)}. Vector code is compiled once per instruction set."
+        if TENSORFLOWS:
+            return built
+        return (
+            f"{built} Keras layers will run in plain TensorFlow, because no TensorFlow is "
+            f"installed here to compile ops for: install it first, or list versions in "
+            f"{tensorflow_headers.VARIABLE}."
+        )
 
     def copy_extensions_to_source(self):
         """For an editable installation, copy what was built beside the package's modules."""
         super().copy_extensions_to_source()
         if self.server:
-            package = self.get_finalized_command("build_py").get_package_dir(
-                "continual_transformers_tf"
-            )
+            package = self.get_finalized_command("build_py").get_package_dir(PACKAGE)
             server_packages.copy_beside(self.server, Path(package))
 
     def build_extension(self, ext):
@@ -139,23 +141,9 @@ class build_libraries(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         name = ext.name.split(".")[-1]
-        if PREBUILT:
-            file = CC["EXTENSION"] + ".so" if name == CC["EXTENSION"] else target.name
-            # With its mode: the server is a program.
-            shutil.copy(Path(PREBUILT, file), target)
-            for beside in Path(PREBUILT).glob("*.so.*") if name == "server" else ():
-                shutil.copy(beside, target.parent)
-            return
-        if TENSORFLOW is None:
-            raise SystemExit(
-                "continual-transformers-tf: no TensorFlow to build for. Install one first, "
-                f"`pip install 'tensorflow-cpu=={MINOR}.*'`, or leave pip's build isolation on."
-            )
         print(f"building {target.name}")
-        options_of = getattr(self, f"options_of_{name}")
-        options, objects, links = options_of(link_to_tensorflow(), TENSORFLOW[1])
-        compiler = subprocess.run([*CXX, "--version"], check=True, capture_output=True, text=True)
-        heading = f"{compiler.stdout.splitlines()[0]}, TensorFlow {TENSORFLOW[1]}\n"
+        kind = "op_library" if name in TENSORFLOWS else name
+        options, objects, links = getattr(self, f"options_of_{kind}")(ext)
         cuda_sources = sources("BUILD_INFO", "TENSORFLOW_GPU") if self.cuda else []
 
         def compile_one(source):
@@ -168,8 +156,11 @@ class build_libraries(build_ext):
                 command += [f'-DCONTINUAL_TRANSFORMERS_CUDA_BUILD="{self.cuda}"']
                 command += system_includes(*self.cuda.include)
             command += shlex.split(os.environ.get("CXXFLAGS", ""))
-            said = object_files.compile_object([*command, "-c", source], made, heading)
+            said = object_files.compile_object(
+                [*command, "-c", source], made, f"{self.compiler_version}\n"
+            )
             print(said, end="", file=sys.stderr)
+            self.progress.step(source)
             return str(made)
 
         objects = [*object_files.side_by_side(compile_one, ext.sources), *objects]
@@ -179,42 +170,45 @@ class build_libraries(build_ext):
         subprocess.run([*CXX, *shared, *objects, *links, "-o", str(made)], check=True)
         made.replace(target)
 
-    def options_of_core_library(self, tensorflow, version):
+    def options_of_core_library(self, ext):
         """Return (compiler options, further objects, linker options)."""
-        highway = tensorflow / CC["HIGHWAY_INCLUDE"]
-        system = system_includes(highway, headers_of("nlohmann-json"))
+        tensorflow = link_to(tensorflow_headers.with_highway([*TENSORFLOWS.values()]))
+        system = system_includes(tensorflow / CC["HIGHWAY_INCLUDE"], headers_of("nlohmann-json"))
         options = [*CC["CORE_OPTIONS"], "-Iinclude", *system]
         exports = f"-Wl,--version-script,cc/{CC['EXPORTS_FILE']}"
         return options, [], [exports, *CC["CORE_LINK_OPTIONS"]]
 
-    def options_of_op_library(self, tensorflow, version):
+    def options_of_op_library(self, ext):
         """Return the same as `options_of_core_library`."""
-        self.remove_libraries_for_others()
+        tensorflow = TENSORFLOWS[ext.name.split(".")[-1]]
+        folder = link_to(tensorflow)
         options = [
             *CC["HIDDEN_OPTIONS"],
             *CC["TENSORFLOW_OPTIONS"],
-            f'-DCONTINUAL_TRANSFORMERS_TENSORFLOW="{version}"',
-            *system_includes(tensorflow / "include"),
+            f'-DCONTINUAL_TRANSFORMERS_TENSORFLOW="{tensorflow.version}"',
+            *system_includes(folder / "include"),
         ]
-        objects = []
-        links = [f"-L{tensorflow}", "-l:libtensorflow_framework.so.2", *self.core_link_options()]
-        cuda = self.cuda
-        if cuda:
-            print(f"with CUDA {cuda}")
-            self.ext_map["op_library"].sources += sources("TENSORFLOW_GPU")
-            objects = list(map(str, cuda.compile_all(CC["CUDA_SOURCES"], nvcc.OBJECTS)))
-            # First, because TensorFlow's library may define functions with the same names.
-            links[:0] = [f"-L{folder}" for folder in cuda.lib] + CC["CUDA_LINK_OPTIONS"]
+        links = [
+            f"-L{folder}",
+            f"-l:{tensorflow_headers.FRAMEWORK}",
+            *self.core_link_options(),
+        ]
+        if self.cuda is None:
+            return options, [], links
+        ext.sources += sources("TENSORFLOW_GPU")
+        objects = list(map(str, self.cuda.compile_all(CC["CUDA_SOURCES"], nvcc.OBJECTS)))
+        # First, because TensorFlow's library may define functions with the same names.
+        links[:0] = [f"-L{folder}" for folder in self.cuda.lib] + CC["CUDA_LINK_OPTIONS"]
         return options, objects, links
 
-    def options_of__session(self, tensorflow, version):
+    def options_of__session(self, ext):
         """Return the same as `options_of_core_library`."""
         includes = [headers_of(name) for name in ("nlohmann-json", "numpy", "pybind11")]
         python = sysconfig.get_paths()["include"]
         options = [*CC["HIDDEN_OPTIONS"], *system_includes(python, *includes)]
         return options, [], self.core_link_options()
 
-    def options_of_server(self, tensorflow, version):
+    def options_of_server(self, ext):
         """Return the same as `options_of_core_library`."""
         print(f"with {self.server.version}")
         messages = server_packages.messages(BUILD / "server")
@@ -222,8 +216,8 @@ class build_libraries(build_ext):
         object_files.write_if_changed(
             page, embed.source([Path("cc", f) for f in CC["SERVER_PAGE"]])
         )
-        self.ext_map["server"].sources += map(str, [*messages, page])
-        folder = Path(self.get_ext_fullpath("continual_transformers_tf.server")).parent
+        ext.sources += map(str, [*messages, page])
+        folder = Path(self.get_ext_fullpath(ext.name)).parent
         server_packages.copy_beside(self.server, folder)
         includes = system_includes(BUILD / "server", headers_of("nlohmann-json"))
         # -s: with symbols the program is three times as large.
@@ -232,57 +226,25 @@ class build_libraries(build_ext):
 
     def remove_libraries_for_others(self):
         """Remove op libraries that an earlier build in this folder made for other TensorFlows."""
-        target = Path(self.get_ext_fullpath("continual_transformers_tf.op_library"))
-        for path in target.parent.glob(CC["OP_LIBRARY"].format(MINOR="*")):
-            if path != target:
+        folder = Path(self.get_ext_fullpath(f"{PACKAGE}.core_library")).parent
+        for path in folder.glob(CC["OP_LIBRARY"].format(MINOR="*")):
+            if path.name not in FILES.values():
                 path.unlink()
 
     def core_link_options(self):
         """Return the linker options of a library that links the core library."""
-        core = Path(self.get_ext_fullpath("continual_transformers_tf.core_library"))
+        core = Path(self.get_ext_fullpath(f"{PACKAGE}.core_library"))
         return [f"-L{core.parent}", f"-l:{core.name}", *CC["BESIDE_CORE_LINK_OPTIONS"]]
 
 
+PARTS = {
+    "core_library": ("ATTENTION", "SESSION"),
+    **dict.fromkeys(TENSORFLOWS, ("TENSORFLOW", "BUILD_INFO")),
+    CC["EXTENSION"]: ("PYTHON",),
+    "server": ("SERVER_MODEL", "SERVER", "SERVER_MAIN"),
+}
+
 setup(
-    # The local part, which pip shows, is the TensorFlow that the op library was built for.
-    version=f"{VERSION}+tf{MINOR}",
-    ext_modules=[
-        Extension("continual_transformers_tf.core_library", sources("ATTENTION", "SESSION")),
-        Extension("continual_transformers_tf.op_library", sources("TENSORFLOW", "BUILD_INFO")),
-        *(
-            [Extension(f"continual_transformers_tf.{CC['EXTENSION']}", sources("PYTHON"))]
-            if CC["PYTHON_SOURCES"]
-            else []
-        ),
-        Extension(
-            "continual_transformers_tf.server", sources("SERVER_MODEL", "SERVER", "SERVER_MAIN")
-        ),
-    ],
+    ext_modules=[Extension(f"{PACKAGE}.{name}", sources(*parts)) for name, parts in PARTS.items()],
     cmdclass={"build_ext": build_libraries},
-    setup_requires=[] if TENSORFLOW or PREBUILT else [f"tensorflow-cpu=={MINOR}.*"],
-    extras_require={
-        "cpu": [f"tensorflow-cpu=={MINOR}.*", "keras>=3.15,<4"],
-        "gpu": [f"tensorflow[and-cuda]=={MINOR}.*", "keras>=3.15,<4"],
-        # The rivals of the races, and a header library that their C++ programs need.
-        "bench": [
-            *TORCH,
-            *("jax", "matplotlib", "nlohmann-json", "onnx", "onnxruntime", "rich"),
-            "sequence-layers==0.2.*",
-        ],
-        # For ct.serving.Client.
-        "client": ["grpcio>=1.51", "protobuf>=5"],
-        "demo": ["matplotlib", "rich", "seglearn"],
-        # For examples/real_data.
-        "examples": ["aeon", "matplotlib", "rich", "seglearn"],
-        # For `continual-transformers serve --ray`. Each node needs it, and the package.
-        "ray": ["grpcio>=1.51", "protobuf>=5", "ray>=2.9"],
-        # The sources of weights for ct.from_torch.
-        "torch": [*TORCH, "safetensors"],
-        "test": [
-            *("clang-format==23.1.5", "clang-tidy==23.1.4", "mypy==2.4.1", "ruff==0.17.6"),
-            *("hypothesis", "pytest", "pytest-xdist", "ray", "tritonclient[grpc,http]"),
-            # Headers for Bazel's build. For pip's build they are in pyproject.toml.
-            *("nlohmann-json", "pybind11"),
-        ],
-    },
 )

@@ -47,6 +47,7 @@ cuda_configure = repository_rule(
     implementation = _cuda_configure_impl,
     attrs = {
         "_lists": attr.label(default = "//cc:library.bzl"),
+        "_compiler_errors": attr.label(default = "//tools:compiler_errors.py"),
         "_object_files": attr.label(default = "//tools:object_files.py"),
         "_script": attr.label(default = "//cuda:nvcc.py"),
     },
@@ -65,7 +66,7 @@ def cuda_library(name, srcs, hdrs, attention_hdrs):
                   "$(location %s) $@" % source,
             message = "Compiling for GPUs",
             tags = ["manual"],
-            tools = ["nvcc.py", "//cc:library.bzl", "//tools:object_files.py"],
+            tools = ["nvcc.py", "//cc:library.bzl", "//tools:compiler_errors.py", "//tools:object_files.py"],
         )
     native.cc_library(
         name = name,

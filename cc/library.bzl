@@ -342,8 +342,9 @@ CORE_LINK_OPTIONS = [
 # The libraries that link the core library export only what is marked in their sources.
 HIDDEN_OPTIONS = ["-fvisibility=hidden"]
 
-# They look for the core library in their own folder.
-BESIDE_CORE_LINK_OPTIONS = ["-Wl,-rpath,$ORIGIN"]
+# They look for the core library in their own folder. The op libraries of the package with GPU
+# kernels look beside that package.
+BESIDE_CORE_LINK_OPTIONS = ["-Wl,-rpath,$ORIGIN:$ORIGIN/../continual_transformers_tf"]
 
 # TensorFlow's headers need these options; for the wheels on PyPI, tf.sysconfig.get_compile_flags()
 # returns them.
@@ -352,11 +353,16 @@ TENSORFLOW_OPTIONS = [
     "-DEIGEN_MAX_ALIGN_BYTES=64",
 ]
 
-# The folder of Google Highway's headers within TensorFlow.
+# The folder of Google Highway's headers within TensorFlow. 2.19 and 2.20 have none.
 HIGHWAY_INCLUDE = "include/external/com_google_highway"
 
-# The minor version of TensorFlow to build for if none is installed.
-TENSORFLOW_DEFAULT = "2.21"
+# The minor versions of TensorFlow that there is an op library for. pyproject.toml's extras name the
+# same ones. `make` and the builds of Highway's headers take the last.
+TENSORFLOWS = [
+    "2.19",
+    "2.20",
+    "2.21",
+]
 
 # The compute capabilities with machine code. For newer ones there is PTX of the last, which the
 # driver compiles.

@@ -20,7 +20,8 @@ from typing import NamedTuple
 # Not resolved: in Bazel's sandbox everything is a link that leads out of it.
 ROOT = Path(os.path.abspath(__file__)).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
-from object_files import compile_object, side_by_side  # noqa: E402  Beside this folder.
+from compiler_errors import first_error  # noqa: E402  Beside this folder.
+from object_files import compile_object, side_by_side  # noqa: E402
 
 LISTS = runpy.run_path(str(ROOT / "cc" / "library.bzl"))
 # Where objects are kept, and found by the next build.
@@ -44,12 +45,6 @@ def run(*command):
     except OSError as error:  # Of another processor, say.
         raise Unusable(f"{command[0]} cannot be run: {error.strerror}. {INSTALL}") from error
     return done.returncode, done.stdout
-
-
-def gist(said):
-    """The line of a compiler's output that says what is wrong."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["nothing"]
-    return next((line for line in lines if re.search("error|fatal", line)), lines[-1])
 
 
 class Toolkit(NamedTuple):
@@ -130,7 +125,7 @@ def find():
     said = run(nvcc, "--version")[1]
     version = re.search(r"release (\d+)\.(\d+)", said)
     if not version:
-        raise Unusable(f"{nvcc} --version said: {gist(said)}. {INSTALL}")
+        raise Unusable(f"{nvcc} --version said: {first_error(said)}. {INSTALL}")
     oldest = LISTS["CUDA_OLDEST"]
     if tuple(map(int, version.groups())) < tuple(map(int, oldest.split("."))):
         raise Unusable(f"{nvcc} is of CUDA {'.'.join(version.groups())}. {INSTALL}")
@@ -152,12 +147,12 @@ def find():
         made = source.with_suffix(".o")
         status, said = run(nvcc, *toolkit.options(), "-c", str(source), "-o", str(made))
     if "gpu architecture" in said:
-        why = f"{ARCHITECTURES}: {nvcc} of CUDA {toolkit.version} says {gist(said)}"
+        why = f"{ARCHITECTURES}: {nvcc} of CUDA {toolkit.version} says {first_error(said)}"
         # Of what nobody asked for, the CPU's kernels are not to suffer.
         raise SystemExit(why) if os.environ.get(ARCHITECTURES) else Unusable(why)
     if status:
         raise Unusable(
-            f"{nvcc} could not compile an empty kernel: {gist(said)}. It needs a C++ compiler that "
+            f"{nvcc} could not compile an empty kernel: {first_error(said)}. It needs a C++ compiler that "
             f"CUDA {toolkit.version} knows; NVCC_PREPEND_FLAGS='-ccbin g++-12' names another one"
         )
     return toolkit

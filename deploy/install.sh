@@ -16,11 +16,11 @@ if ! dpkg --status "${packages[@]}" >/dev/null 2>&1; then
   $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${packages[@]}"
 fi
 
-# The wheel has an op library, for which pip fetches TensorFlow. The server does not use it.
+# No op library, which the server does not use. pip fetches TensorFlow's wheel for its headers.
 work=$(mktemp --directory)
 trap 'rm -r "$work"' EXIT
 python3 -m venv "$work/venv"
-CONTINUAL_TRANSFORMERS_SERVER=1 CONTINUAL_TRANSFORMERS_CUDA=0 \
+CONTINUAL_TRANSFORMERS_SERVER=1 CONTINUAL_TRANSFORMERS_TENSORFLOW= \
   "$work/venv/bin/pip" wheel --quiet --no-deps --wheel-dir "$work" .
 python3 -m zipfile --extract "$work"/*.whl "$work/wheel"
 

@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from compiler_errors import explain
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -48,7 +50,7 @@ def compile_object(command: Sequence[str], target: Path, heading: str = "") -> s
             text=True,
         )
         if done.returncode:
-            raise SystemExit(f"{shlex.join(command)}\n{done.stdout}")
+            raise SystemExit(explain(command, done.stdout))
         os.utime(made, (started, started))
         log.write_text(heading + done.stdout)
         made_list.replace(listed)

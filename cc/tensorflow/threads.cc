@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 
 #include "tensorflow/core/lib/core/threadpool.h"
 
@@ -31,11 +32,17 @@ Threads ThreadsOf(tensorflow::DeviceBase* device) {
     } else {
       // One range of tasks for each thread. TensorFlow's adaptive blocks were single tasks, strips
       // of 64 columns of a kernel. Two threads then took as long as one, 718 us for N=64 E=1024.
-      using Scheduling = tensorflow::thread::ThreadPool::SchedulingParams;
+      using tensorflow::thread::ThreadPool;
       // A range has at least half of what is worth sharing, however many threads there are.
       const int64_t least = kCyclesWorthSharing / 2 / std::max<int64_t>(1, cycles_per_task);
       const int64_t block = std::max((tasks + threads - 1) / threads, std::min(least, tasks));
-      pool->ParallelFor(tasks, Scheduling::Fixed(block), f);
+      // TensorFlow 2.19 has no SchedulingParams::Fixed, and 2.20 deprecates this constructor.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+      const ThreadPool::SchedulingParams fixed(ThreadPool::SchedulingStrategy::kFixedBlockSize,
+                                               std::nullopt, block);
+#pragma GCC diagnostic pop
+      pool->ParallelFor(tasks, fixed, f);
     }
   };
   return {threads, share};

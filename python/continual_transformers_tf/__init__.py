@@ -100,7 +100,7 @@ def _version() -> str:
     from importlib import metadata
 
     try:
-        return metadata.version("continual-transformers-tf")  # Defined in setup.py.
+        return metadata.version("continual-transformers-tf")  # Defined in pyproject.toml.
     except metadata.PackageNotFoundError:  # A checkout on the path that is not installed.
         return "unknown"
 

@@ -2,7 +2,10 @@
 
 import ctypes
 import functools
+import importlib.util
 import os
+import re
+from importlib import metadata
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
@@ -10,6 +13,12 @@ CORE_LIBRARY_PATH = PACKAGE / "libcontinual_transformers.so"
 
 BACKEND_VARIABLE = "CONTINUAL_TRANSFORMERS_BACKEND"
 BACKENDS = ("auto", "fused", "tensorflow")
+
+# The package with GPU kernels: op libraries of the same names as here, built with CUDA.
+CUDA_PACKAGE = "continual_transformers_tf_cuda"
+CUDA_DISTRIBUTION = "continual-transformers-tf-cuda"
+# Written into an op library by cc/tensorflow/build_info.cc.
+_CUDA_BUILD = re.compile(rb"\0((\d+)\.\d+) for sm_\d")
 
 INSTALL = (
     "pip install --force-reinstall --no-deps --no-cache-dir .` in a checkout of "
@@ -76,9 +85,54 @@ def cpu_targets() -> tuple[list[str], str]:
 def op_libraries() -> dict[str, Path]:
     """Return the op libraries of this installation: {TensorFlow's minor version: path}."""
     prefix = f"{CORE_LIBRARY_PATH.stem}_tf"
-    found = {
-        path.stem.removeprefix(prefix): path
-        for path in PACKAGE.glob(f"{prefix}*.so")
-        if "_cuda" not in path.stem
-    }
+    found = {path.stem.removeprefix(prefix): path for path in PACKAGE.glob(f"{prefix}*.so")}
     return dict(sorted(found.items(), key=lambda item: [*map(int, item[0].split("."))]))
+
+
+def op_library(minor: str) -> tuple[Path, str | None]:
+    """Return the op library for a version of TensorFlow, with GPU kernels if there are any.
+
+    Args:
+        minor: TensorFlow's minor version, such as "2.21".
+
+    Returns:
+        (path, why the package with GPU kernels is not used). The path may not exist. The reason is
+        None if that package is used, or not installed.
+    """
+    name = f"{CORE_LIBRARY_PATH.stem}_tf{minor}.so"
+    spec = importlib.util.find_spec(CUDA_PACKAGE)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    path = next((Path(folder, name) for folder in folders if Path(folder, name).exists()), None)
+    if path is None:
+        return PACKAGE / name, None
+    reason = _why_no_gpu_kernels(path)
+    return (PACKAGE / name if reason else path), reason
+
+
+def _why_no_gpu_kernels(path: Path) -> str | None:
+    """Return why an op library of the package with GPU kernels cannot be used here, or None."""
+    ours, theirs = (metadata.version(n) for n in ("continual-transformers-tf", CUDA_DISTRIBUTION))
+    if ours != theirs:
+        return (
+            f"{CUDA_DISTRIBUTION} {theirs} does not fit continual-transformers-tf {ours}: "
+            f"pip install '{CUDA_DISTRIBUTION}=={ours}'"
+        )
+    driver = cuda_driver()
+    built = _CUDA_BUILD.search(path.read_bytes())
+    if built and driver and driver[0] < int(built[2]):
+        return (
+            f"the GPU's driver supports CUDA {driver[0]}.{driver[1]}, and {CUDA_DISTRIBUTION} was "
+            f"built with CUDA {built[1].decode()}: install a newer driver"
+        )
+    return None
+
+
+def cuda_driver() -> tuple[int, int] | None:
+    """Return the newest CUDA that the GPU's driver supports, such as (13, 0); None: no driver."""
+    version = ctypes.c_int()
+    try:
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)):
+            return None
+    except (OSError, AttributeError):
+        return None
+    return version.value // 1000, version.value % 1000 // 10

@@ -136,7 +136,7 @@ TEST_F(CApi, WhatTheModelIs) {
   EXPECT_EQ(ct_session_cache_dtype(session_), CT_FLOAT32);
   EXPECT_EQ(ct_session_weights_dtype(session_), CT_FLOAT32);
   EXPECT_GT(ct_session_estimate(session_, 1, 1), 0);
-  EXPECT_STREQ(ct_version(), "0.1.0");
+  EXPECT_STREQ(ct_version(), "0.2.0");
   Session session(SmallModel().File(), {});
   EXPECT_EQ(ct_session_plan_fingerprint(session_), session.plan_fingerprint());
   EXPECT_EQ(ct_session_weights_fingerprint(session_), session.weights_fingerprint());

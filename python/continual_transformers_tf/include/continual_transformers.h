@@ -40,7 +40,7 @@
 
 /* The version of this header. ct_version() returns the library's. */
 #define CT_VERSION_MAJOR 0
-#define CT_VERSION_MINOR 1
+#define CT_VERSION_MINOR 2
 #define CT_VERSION_PATCH 0
 
 #if defined(__GNUC__)
@@ -94,7 +94,7 @@ typedef struct ct_options {
 
 #define CT_OPTIONS_DEFAULT {sizeof(ct_options), 0, 1, CT_DTYPE_OF_FILE, CT_DTYPE_OF_FILE}
 
-/* Returns the library's version, for example "0.1.0". */
+/* Returns the library's version, for example "0.2.0". */
 CT_API const char* ct_version(void);
 
 /* Returns the message of the calling thread's last error, or "" if there was none. The text is

@@ -16,8 +16,9 @@ from continual_transformers_tf import native
 from continual_transformers_tf.native import BACKEND_VARIABLE, backend
 
 MINOR = ".".join(tf.__version__.split(".")[:2])
-LIBRARY_NAME = f"libcontinual_transformers_tf{MINOR}.so"
-LIBRARY_PATH = native.PACKAGE / LIBRARY_NAME
+# The library in use, and why the package with GPU kernels is not used, if it is installed.
+LIBRARY_PATH, _NO_GPU_KERNELS = native.op_library(MINOR)
+LIBRARY_NAME = LIBRARY_PATH.name
 
 # The op of every layer's attention. Its kernels tell which devices have fused kernels.
 SINGLE_OUTPUT = "ContinualTransformers>SingleOutputAttention"
@@ -47,6 +48,12 @@ def built_for(path: str | Path) -> str | None:
 @functools.cache
 def _load() -> tuple[Any, str | None]:
     """Load the library once, and return (its Python module, None) or (None, the reason)."""
+    if _NO_GPU_KERNELS:
+        warnings.warn(
+            f"continual_transformers_tf uses its CPU kernels only: {_NO_GPU_KERNELS}.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
     if not LIBRARY_PATH.exists():
         others = ", ".join(native.op_libraries())
         there = f"; there are op libraries for TensorFlow {others}" if others else ""
@@ -125,8 +132,10 @@ def _no_kernel(op: str, device_type: str) -> str:
     """Return why an op has no kernel for a type of devices, and what to do about it."""
     if device_type == "GPU" and not has_kernel(SINGLE_OUTPUT, "GPU"):
         return (
-            f"the streams' state is on a GPU, and {LIBRARY_PATH} was built without CUDA. To build "
-            f"it with CUDA, where there is nvcc: `CONTINUAL_TRANSFORMERS_CUDA=1 {native.INSTALL}"
+            f"the streams' state is on a GPU, and {LIBRARY_PATH} was built without CUDA. "
+            f"{native.CUDA_DISTRIBUTION} has GPU kernels: `pip install {native.CUDA_DISTRIBUTION}`. "
+            "To build them, where there is nvcc: "
+            f"`CONTINUAL_TRANSFORMERS_CUDA=1 {native.INSTALL}"
         )
     there_are = " and ".join(sorted(_registered_device_types(op)))
     return (
