@@ -83,7 +83,7 @@ def headers_of(distribution):
 
 
 def link_to(tensorflow):
-    """Return a link to a TensorFlow's folder. It keeps its path, as the copies of `headers_of` do."""
+    """Return a link to a TensorFlow's folder, which keeps its path as the copies above do."""
     link = BUILD / "include" / f"tensorflow-{tensorflow.version}"
     if not link.exists() or not link.samefile(tensorflow.folder):
         link.parent.mkdir(parents=True, exist_ok=True)

@@ -152,8 +152,9 @@ def find():
         raise SystemExit(why) if os.environ.get(ARCHITECTURES) else Unusable(why)
     if status:
         raise Unusable(
-            f"{nvcc} could not compile an empty kernel: {first_error(said)}. It needs a C++ compiler that "
-            f"CUDA {toolkit.version} knows; NVCC_PREPEND_FLAGS='-ccbin g++-12' names another one"
+            f"{nvcc} could not compile an empty kernel: {first_error(said)}. It needs a C++ "
+            f"compiler that CUDA {toolkit.version} knows; NVCC_PREPEND_FLAGS='-ccbin g++-12' names "
+            "another one"
         )
     return toolkit
 

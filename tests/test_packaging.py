@@ -1,19 +1,20 @@
 """The wheels, each in a new environment, and the lists of sources that both builds read."""
 
 import json
+import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
-import venv
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
-import tensorflow as tf
 
-import nvcc
+import continual_transformers_tf as ct
+import wheels
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,8 +59,7 @@ def test_the_lists_of_sources_are_complete():
 
 
 def test_the_version_is_the_same_everywhere():
-    setup = (ROOT / "setup.py").read_text()
-    version = re.search(r'VERSION = "(.*)"', setup).group(1)
+    version = wheels.PROJECT["version"]
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
     package = ROOT / "python" / "continual_transformers_tf"
     header = (package / "include" / "continual_transformers.h").read_text()
@@ -67,7 +67,15 @@ def test_the_version_is_the_same_everywhere():
     assert (
         f"\nVersion: {version}\n" in (package / "pkgconfig/continual_transformers.pc").read_text()
     )
-    assert "version = " not in (ROOT / "pyproject.toml").read_text().split("[tool.", 1)[0]
+
+
+def test_the_supported_tensorflows_are_the_same_everywhere():
+    minors = wheels.LISTS["TENSORFLOWS"]
+    major, newest = map(int, minors[-1].split("."))
+    fits = f">={minors[0]},<{major}.{newest + 1}"
+    extras = wheels.PROJECT["optional-dependencies"]
+    assert f"tensorflow-cpu{fits}" in extras["cpu"]
+    assert f"tensorflow[and-cuda]{fits}" in extras["gpu"]
 
 
 def test_both_builds_pack_the_types():
@@ -77,75 +85,162 @@ def test_both_builds_pack_the_types():
         assert re.search(r'"([\w]+/)?\*\.pyi"', text)
 
 
-def environment_with(requirement, folder):
-    """Return a new environment in which pip has installed this, with its dependencies."""
-    venv.create(folder, with_pip=True)
-    subprocess.run([folder / "bin/python", "-m", "pip", "install", "-q", requirement], check=True)
-    return folder
+class Environment:
+    """A new virtual environment, outside the checkout."""
 
+    def __init__(self, folder, python=sys.executable):
+        subprocess.run([python, "-m", "venv", folder], check=True)
+        self.folder = folder
 
-def check_streams_in(environment, kernels=("CPU",)):
-    """Check that the package streams there with the kernels that were installed with it."""
+    def run(self, program, *arguments, **variables):
+        """Run one of its programs. Return what it prints."""
+        # Not the variables of these tests, such as PYTHONPATH.
+        environment = {"HOME": os.environ["HOME"], "PATH": os.environ["PATH"], **variables}
+        environment["TF_CPP_MIN_LOG_LEVEL"] = "2"
+        done = subprocess.run(
+            [self.folder / "bin" / program, *arguments],
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
-    def run(*command):
-        return subprocess.run(
-            command, cwd=environment, check=True, capture_output=True, text=True
-        ).stdout
+    def install(self, *requirements):
+        """Have pip install requirements."""
+        self.run("python", "-m", "pip", "install", "-q", *map(str, requirements))
 
-    facts = json.loads(run(environment / "bin/python", "-c", PROGRAM).splitlines()[-1])
-    assert facts["kernels"] == list(kernels)
-    assert facts["error"] is None
-    assert facts["answered"] == [False, False, False, True, True]
-    assert facts["difference"] < 1e-5
-    assert Path(facts["library"]).is_relative_to(environment)
-    for option in ("--cmake-dir", "--pkg-config-dir"):
-        folder = Path(run(environment / "bin/continual-transformers", "info", option).strip())
-        assert folder.is_relative_to(environment)
-        assert list(folder.iterdir())
-        assert (folder.parent / "include" / "continual_transformers.h").exists()
-    said = run(environment / "bin/continual-transformers", "info")
-    assert f"fused kernels: {', '.join(kernels)}\n" in said
-    assert ("built without CUDA" in said) == ("GPU" not in kernels)
-
-
-def check_wheel(wheel, folder, kernels=("CPU",)):
-    """Check that the wheel names its TensorFlow version, and streams in a new environment."""
-    minor = ".".join(tf.__version__.split(".")[:2])
-    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    assert f"+tf{minor}-{python}-{python}-linux" in wheel.name
-    with zipfile.ZipFile(wheel) as files:
-        names = ("py.typed", "_session.pyi", "serving/inference.binpb")
-        packed = {f"continual_transformers_tf/{name}" for name in names}
-        assert packed <= {*files.namelist()}
-    environment = environment_with(f"continual-transformers-tf[cpu] @ {wheel.as_uri()}", folder)
-    check_streams_in(environment, kernels)
+    def check_streams(self, kernels=("CPU",), **variables):
+        """Check that the package streams here with the kernels that were installed with it."""
+        facts = json.loads(self.run("python", "-c", PROGRAM, **variables).splitlines()[-1])
+        assert facts["kernels"] == list(kernels)
+        assert facts["error"] is None
+        assert facts["answered"] == [False, False, False, True, True]
+        assert facts["difference"] < 1e-5
+        assert Path(facts["library"]).is_relative_to(self.folder)
+        for option in ("--cmake-dir", "--pkg-config-dir"):
+            folder = Path(self.run("continual-transformers", "info", option).strip())
+            assert folder.is_relative_to(self.folder)
+            assert list(folder.iterdir())
+            assert (folder.parent / "include" / "continual_transformers.h").exists()
+        said = self.run("continual-transformers", "info", **variables)
+        assert f"fused kernels: {', '.join(kernels)}\n" in said
+        assert ("built without CUDA" in said) == ("GPU" not in kernels)
 
 
 @pytest.mark.slow
-def test_the_readme_s_installation_where_there_is_no_tensorflow_yet(tmp_path, monkeypatch):
-    """`pip install '.[cpu]'`: pip fetches a TensorFlow to build for, and installs its like."""
-    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_CUDA", "0")
+def test_the_readme_s_installation_from_a_checkout(tmp_path, monkeypatch):
+    """Without TensorFlow it builds sessions; after `pip install tensorflow-cpu` the ops too."""
     checkout = tmp_path / "checkout"
     ignored = shutil.ignore_patterns(".venv", "build", "dist", "bazel-*", "*.so", "*.egg-info")
     shutil.copytree(ROOT, checkout, ignore=ignored)
-    check_streams_in(environment_with(f"{checkout}[cpu]", tmp_path / "environment"))
-
-
-@pytest.mark.slow
-def test_the_wheel_that_pip_builds(tmp_path):
-    """With an nvcc, the wheel has GPU kernels. It uses the objects that `make` compiled."""
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", tmp_path, ROOT],
-        check=True,
+    # Its headers are fetched once for all tests.
+    (checkout / "build").mkdir()
+    fetched = ROOT / "build" / "tensorflow"
+    fetched.mkdir(parents=True, exist_ok=True)
+    (checkout / "build" / "tensorflow").symlink_to(fetched)
+    environment = Environment(tmp_path / "environment")
+    environment.install(checkout)
+    said = environment.run("continual-transformers", "info")
+    assert "ct.Session: steps run on the CPU" in said
+    assert "op libraries for TensorFlow: none" in said
+    environment.install("tensorflow-cpu==2.21.*", "keras")
+    environment.run(
+        *("python", "-m", "pip", "install", "-q", "--force-reinstall", "--no-deps", checkout),
+        CONTINUAL_TRANSFORMERS_CUDA="0",
     )
-    (wheel,) = tmp_path.glob("*.whl")
-    check_wheel(wheel, tmp_path / "environment", ["CPU", "GPU"] if nvcc.chosen() else ["CPU"])
+    environment.check_streams()
+
+
+@pytest.fixture(scope="module")
+def built_wheels():
+    """The wheels, by the version of Python, and the one with GPU kernels under "cuda"."""
+    if not os.environ.get("KEEP_DIST"):
+        subprocess.run(["make", "wheel"], cwd=ROOT, check=True)
+    paths = sorted((ROOT / "dist").glob("*.whl"))
+    return {
+        "cuda" if "_cuda-" in path.name else re.search(r"-cp3(\d+)-", path.name)[1]: path
+        for path in paths
+    }
+
+
+MAIN = "continual-transformers-tf[cpu] @ "
+# TensorFlow 2.19 has no wheel for Python 3.13.
+EVERY_PAIR = [
+    (python, tensorflow)
+    for python in wheels.supported_pythons()
+    for tensorflow in wheels.LISTS["TENSORFLOWS"]
+    if (python, tensorflow) != ("3.13", "2.19")
+]
+# Each wheel, and each TensorFlow.
+SAMPLE = [("3.11", "2.19"), ("3.12", "2.20"), ("3.13", "2.21")]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("bazel") is None, reason="there is no bazel on PATH")
-def test_the_wheel_that_bazel_builds(tmp_path):
-    shutil.rmtree(ROOT / "dist", ignore_errors=True)
-    subprocess.run(["make", "wheel"], cwd=ROOT, check=True)
-    (wheel,) = (ROOT / "dist").glob("*.whl")
-    check_wheel(wheel, tmp_path / "environment")
+@pytest.mark.parametrize(
+    ("python", "tensorflow"),
+    [
+        pytest.param(*pair, marks=[] if pair in SAMPLE else [pytest.mark.every_wheel])
+        for pair in EVERY_PAIR
+    ],
+)
+def test_a_wheel_with_a_tensorflow(built_wheels, tmp_path, python, tensorflow):
+    path = wheels.find_python(python)
+    if path is None:
+        pytest.skip(f"there is no CPython {python}")
+    wheel = built_wheels[python.split(".")[1]]
+    assert re.search(r"-manylinux_2_35_\w+\.whl$", wheel.name)
+    environment = Environment(tmp_path / "environment", path)
+    environment.install(MAIN + wheel.as_uri(), f"tensorflow-cpu=={tensorflow}.*")
+    environment.check_streams()
+    if (python, tensorflow) != SAMPLE[-1] or "cuda" not in built_wheels:
+        return
+    environment.install(built_wheels["cuda"])
+    environment.check_streams(["CPU", "GPU"])
+    # A driver that is too old.
+    source = "int cuDriverGetVersion(int* version) { *version = 12040; return 0; }"
+    (tmp_path / "driver.c").write_text(source)
+    driver = ["gcc", "-shared", "-o", tmp_path / "libcuda.so.1", tmp_path / "driver.c"]
+    subprocess.run(driver, check=True)
+    environment.check_streams(LD_LIBRARY_PATH=str(tmp_path))
+    said = environment.run(
+        *(
+            "python",
+            "-W",
+            "always",
+            "-c",
+            "import continual_transformers_tf as ct, sys, warnings;"
+            "warnings.showwarning = lambda message, *_: print(message); ct.ops.kernels()",
+        ),
+        LD_LIBRARY_PATH=str(tmp_path),
+    )
+    assert "the GPU's driver supports CUDA 12.4" in said
+
+
+@pytest.mark.slow
+def test_a_wheel_without_tensorflow(built_wheels, tmp_path):
+    """A session from a file, the types, and the server; in 25 MB beside NumPy."""
+    python, wheel = next(iter(built_wheels.items()))
+    environment = Environment(tmp_path / "environment", wheels.find_python(f"3.{python}"))
+    environment.install(wheel)
+    with zipfile.ZipFile(wheel) as files:
+        names = (
+            "py.typed",
+            "_session.pyi",
+            "serving/inference.binpb",
+            "include/continual_transformers.h",
+        )
+        assert {f"continual_transformers_tf/{name}" for name in names} <= {*files.namelist()}
+        assert sum(entry.file_size for entry in files.infolist()) < 25e6
+    model = tmp_path / "model.safetensors"
+    layer = ct.CoSiMultiHeadAttention(4, 2, 3)
+    layer.call_step(np.ones((1, 5), "float32"))
+    ct.Session(layer).save(model)
+    program = (
+        "import sys, numpy as np, continual_transformers_tf as ct;"
+        f"session = ct.Session.load({str(model)!r});"
+        "print(session.step(np.ones((1, 5), 'float32')).shape); print('tensorflow' in sys.modules)"
+    )
+    assert environment.run("python", "-c", program) == "(1, 5)\nFalse\n"
+    assert "--grpc-port" in environment.run("continual-transformers", "serve", "--help")

@@ -131,9 +131,7 @@ def main() -> None:
     variables = {"CONTINUAL_TRANSFORMERS_TENSORFLOW": ",".join(LISTS["TENSORFLOWS"])}
     found = {version: path for version, path in pythons.items() if path is not None}
     for version, path in found.items():
-        wheel = pip_wheel(
-            path, ROOT, WORK / version, CONTINUAL_TRANSFORMERS_CUDA="0", **variables
-        )
+        wheel = pip_wheel(path, ROOT, WORK / version, CONTINUAL_TRANSFORMERS_CUDA="0", **variables)
         repair(wheel, out)
     toolkit = nvcc.chosen()
     if toolkit is None or int(toolkit.version.split(".")[0]) < CUDA_MAJOR:
