@@ -13,9 +13,9 @@ MEANINGS = {
     r"(hwy|tensorflow|Eigen|absl)/\S+: No such file": (
         "TensorFlow's headers are incomplete. Remove build/tensorflow, or install TensorFlow again"
     ),
-    r"\S+: No such file": "A header is missing. CONTRIBUTING.md lists the packages that the build needs",
+    r"\S+: No such file": "A header is missing. CONTRIBUTING.md lists what the build needs",
     r"Killed|out of memory|virtual memory exhausted": (
-        "There was not enough memory: a file takes up to 2 GB, and one is compiled on each processor"
+        "There was not enough memory. A file takes up to 2 GB, and each processor compiles one"
     ),
     r"No space left on device": "The disk is full. The build needs 2 GB in build/ and in TMPDIR",
     r"unrecognized command.line option": "The compiler is too old, or it is not g++. CXX names it",

@@ -99,7 +99,7 @@ def fetched(minor: str, machine: str = platform.machine()) -> TensorFlow:
         version = wheels[0].name.split("-")[1]
         with zipfile.ZipFile(wheels[0]) as files:
             wanted = re.compile(rf"tensorflow/(include/|{re.escape(FRAMEWORK)}$)")
-            files.extractall(folder, filter(wanted.match, files.namelist()))
+            files.extractall(folder, [name for name in files.namelist() if wanted.match(name)])
         Path(folder, "tensorflow").rename(kept / version)
     return TensorFlow(kept / version, version)
 

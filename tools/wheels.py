@@ -102,7 +102,7 @@ def repair(wheel: Path, out: Path) -> None:
     )
 
 
-def cuda_wheel(wheel: Path, python: Path, **variables: str) -> Path:
+def cuda_wheel(wheel: Path, python: Path) -> Path:
     """Pack the op libraries of a wheel that was built with CUDA. Return the new wheel's path."""
     source = WORK / "cuda_package"
     shutil.copytree(CUDA_PACKAGE, source)
@@ -112,7 +112,8 @@ def cuda_wheel(wheel: Path, python: Path, **variables: str) -> Path:
             name = LISTS["OP_LIBRARY"].format(MINOR=minor)
             target = source / "continual_transformers_tf_cuda" / name
             target.write_bytes(files.read(f"continual_transformers_tf/{name}"))
-    return pip_wheel(python, source, WORK / "cuda_wheel", **variables)
+    version = {"CONTINUAL_TRANSFORMERS_VERSION": PROJECT["version"]}
+    return pip_wheel(python, source, WORK / "cuda_wheel", **version)
 
 
 def main() -> None:
@@ -139,8 +140,7 @@ def main() -> None:
     elif found:
         python = next(iter(found.values()))
         wheel = pip_wheel(python, ROOT, WORK / "cuda", CONTINUAL_TRANSFORMERS_CUDA="1", **variables)
-        version = {"CONTINUAL_TRANSFORMERS_VERSION": PROJECT["version"]}
-        repair(cuda_wheel(wheel, python, **version), out)
+        repair(cuda_wheel(wheel, python), out)
     if not found:
         raise SystemExit(f"No CPython of {', '.join(pythons)} was found with its headers")
     run(sys.executable, "-m", "twine", "check", "--strict", *sorted(out.glob("*.whl")))

@@ -133,7 +133,7 @@ def _no_kernel(op: str, device_type: str) -> str:
     if device_type == "GPU" and not has_kernel(SINGLE_OUTPUT, "GPU"):
         return (
             f"the streams' state is on a GPU, and {LIBRARY_PATH} was built without CUDA. "
-            f"`pip install {native.CUDA_DISTRIBUTION}` brings the GPU kernels of a published wheel. "
+            f"`pip install {native.CUDA_DISTRIBUTION}` brings a published wheel's GPU kernels. "
             "To build them, where there is nvcc: "
             f"`CONTINUAL_TRANSFORMERS_CUDA=1 {native.INSTALL}"
         )
