@@ -412,8 +412,8 @@ def load(
         console.print(load_report.table(result))
     if result.refused.get("wrong_server"):
         raise click.ClickException(
-            f"{url} is one of several servers that share the streams, and this program sends all of "
-            "them to one server: load a server without --sharded"
+            f"{url} is one of several servers that share the streams, and this program sends them "
+            "all to one server: load a server without --sharded"
         )
     if not result.checked:
         raise click.ClickException(f"no request was answered; refused: {result.refused}")
