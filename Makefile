@@ -23,11 +23,14 @@ FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc cc/*/*/*.h cc/*/*/*.cc cuda/*.cu c
 demo: .venv/installed
 	$(BIN)/continual-transformers demo --picture build/demo.png
 
-# A server of the demo's model, until Ctrl-C.
+# A server of the demo's model, until Ctrl-C. SERVE_FLAGS are more options of the server.
+GRPC_PORT ?= 8001
+HTTP_PORT ?= 8000
 serve: build/watch.safetensors
 	@echo "To stream real data to it, run in another terminal:"
-	@echo "  $(BIN)/continual-transformers load --url 127.0.0.1:8001 --model-file $<"
-	$(BIN)/continual-transformers serve watch=$< $(SERVE_FLAGS)
+	@echo "  $(BIN)/continual-transformers load --url 127.0.0.1:$(GRPC_PORT) --model-file $<"
+	$(BIN)/continual-transformers serve watch=$< --grpc-port $(GRPC_PORT) --http-port $(HTTP_PORT) \
+	  $(SERVE_FLAGS)
 
 build/watch.safetensors: .venv/installed
 	$(BIN)/continual-transformers demo --save-model $@

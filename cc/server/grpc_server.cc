@@ -13,6 +13,7 @@
 
 #include "cc/server/grpc_infer.h"
 #include "cc/server/inference.grpc.pb.h"
+#include "cc/server/logged_load.h"
 #include "cc/server/model_description.h"
 #include "cc/server/model_repository.h"
 #include "cc/server/shard_owner.h"
@@ -308,14 +309,14 @@ class Service final : public inference::GRPCInferenceService::CallbackService {
       if (!request->parameters().empty()) {
         throw Refusal(Reason::kUnsupported, kLoadsItsFile);
       }
-      repository_->Load(request->model_name());
+      LoadAndLog(repository_, request->model_name());
     });
   }
 
   ServerUnaryReactor* RepositoryModelUnload(
       CallbackServerContext* context, const inference::RepositoryModelUnloadRequest* request,
       inference::RepositoryModelUnloadResponse* /*response*/) override {
-    return AnswerLater(context, [=] { repository_->Unload(request->model_name()); });
+    return AnswerLater(context, [=] { UnloadAndLog(repository_, request->model_name()); });
   }
 
  private:

@@ -15,6 +15,7 @@
 #include "cc/server/http_infer.h"
 #include "cc/server/http_target.h"
 #include "cc/server/log.h"
+#include "cc/server/logged_load.h"
 #include "cc/server/message_json.h"
 #include "cc/server/metrics.h"
 #include "cc/server/model_description.h"
@@ -404,9 +405,9 @@ class HttpApi::Routes {
     }
     AnswerOnAThread(exchange, [this, name, load] {
       if (load) {
-        repository_->Load(name);
+        LoadAndLog(repository_, name);
       } else {
-        repository_->Unload(name);
+        UnloadAndLog(repository_, name);
       }
       return JsonResponse(ordered_json::object());
     });

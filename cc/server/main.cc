@@ -20,6 +20,7 @@
 #include "cc/server/http_server.h"
 #include "cc/server/journal.h"
 #include "cc/server/log.h"
+#include "cc/server/logged_load.h"
 #include "cc/server/model_repository.h"
 #include "cc/server/options.h"
 #include "cc/server/security.h"
@@ -124,15 +125,7 @@ void Serve(const Options& options, const sigset_t& signals) {
   };
   std::optional<ReadyFile> ready;
   try {
-    for (const auto& [name, path] : options.models) {
-      repository.Load(name);
-      const auto model = repository.Find(name);
-      Log(LogLevel::kInfo, "model_loaded",
-          {{"model", name},
-           {"path", path},
-           {"receptive_field", model->plan().receptive_field},
-           {"stream_bytes", model->session().state_bytes()}});
-    }
+    for (const auto& [name, path] : options.models) LoadAndLog(&repository, name);
     grpc.SetServing(true);
     Log(LogLevel::kInfo, "ready",
         {{"grpc_port", grpc.port()}, {"http_port", http.port()}, {"pid", getpid()}});

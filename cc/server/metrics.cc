@@ -146,7 +146,7 @@ void Metrics::CollectShards(std::vector<MetricFamily>* families) const {
 
 void Metrics::CollectModels(std::vector<MetricFamily>* families) const {
   MetricFamily build = Gauge("build_info", "The version of the server. Its value is always 1");
-  MetricFamily ready = Gauge("ready", "Whether the server takes steps");
+  MetricFamily ready = Gauge("ready", "Whether its models are loaded and it does not end");
   MetricFamily model_ready = Gauge("model_ready", "Whether the model is loaded");
   MetricFamily requests = Counter("requests_total", "Requests answered");
   MetricFamily steps = Counter("steps_total", "Input steps taken, of all streams");

@@ -285,7 +285,7 @@ void SnapshotFile::Commit(const std::vector<Change>& changes) {
 
 void SnapshotFile::DeleteEnded(int64_t before,
                                const std::function<void(const std::string& name)>& deleted) {
-  if (db_ == nullptr) return;
+  if (db_ == nullptr || !HasTables()) return;  // The first commit makes them.
   std::vector<Change> changes;
   {
     const Finalize select(Prepare("SELECT name FROM streams WHERE ended > 0 AND ended < ?1"));

@@ -410,7 +410,14 @@ def load(
         click.echo(json.dumps(load_report.summarize(result), indent=2))
     else:
         console.print(load_report.table(result))
-    if result.wrong or not result.checked:
+    if result.refused.get("wrong_server"):
+        raise click.ClickException(
+            f"{url} is one of several servers that share the streams, and this program sends them "
+            "all to one server: load a server without --sharded"
+        )
+    if not result.checked:
+        raise click.ClickException(f"no request was answered; refused: {result.refused}")
+    if result.wrong:
         raise click.ClickException(
             f"{result.wrong} of {result.checked} answers are wrong. {result.first_wrong}"
         )

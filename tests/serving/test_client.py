@@ -399,6 +399,8 @@ def test_certificates_and_a_token(connect, start_server, model_file, certificate
     own = {"certificate": certificates / "client.pem", "key": certificates / "client.key"}
     good = connect(server.grpc_url, token="a secret", **files, **own)
     assert good.open("a").step(samples(FEATURES)).shape == (OUTPUTS,)
+    of_a_file = connect(server.grpc_url, token="a secret\n", **files, **own)
+    assert of_a_file.open("b").step(samples(FEATURES)).shape == (OUTPUTS,)
     for options, reason in [
         ({"token": "another", **files, **own}, "unauthenticated"),
         ({**files, **own}, "unauthenticated"),

@@ -206,6 +206,16 @@ def test_streams_that_cannot_go_on_fail_the_command(start_server, model_file):
     assert "2 streams could not go on" in said
 
 
+def test_one_of_several_servers_is_refused(start_sharded, model_file):
+    figures, said = run(
+        *("--url", start_sharded().grpc_url, "--model-file", model_file),
+        *("--streams", 4, "--rows", 2, "--seconds", 0.3),
+        status=1,
+    )
+    assert figures["refused"] == {"wrong_server": 2}
+    assert "is one of several servers that share the streams" in said
+
+
 def test_only_so_many_answers_are_kept(monkeypatch, server, model_file):
     monkeypatch.setattr(load, "MOST_KEPT_STEPS", 40)
     result = loads(server.grpc_url, model_file, streams=16, rate=0).run()
@@ -281,7 +291,7 @@ def test_the_demo_s_model_file(watch_file):
 @pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".venv/installed").exists(), reason="make has not installed .venv")
 def test_make_serve():
-    command = ["make", "serve", "SERVE_FLAGS=--grpc-port 0 --http-port 0"]
+    command = ["make", "serve", "GRPC_PORT=0", "HTTP_PORT=0", "SERVE_FLAGS=--log-level info"]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -296,4 +306,4 @@ def test_make_serve():
         process.kill()
     command = re.search(r"^ +\S*/continual-transformers (load .*)$", said, re.MULTILINE)[1]
     assert (ROOT / command.split()[-1]).exists()
-    assert {"load", "--url", "--model-file"} <= set(command.split())
+    assert {"load", "--url", "127.0.0.1:0", "--model-file"} <= set(command.split())

@@ -42,7 +42,7 @@ class Access:
 
     Raises:
         OSError: If a file cannot be read.
-        ValueError: If a file is not given that another one needs.
+        ValueError: If a file is not given that another one needs, or if the token cannot be sent.
     """
 
     def __init__(
@@ -60,6 +60,10 @@ class Access:
         if ca is not None:
             files = [path and Path(path).read_bytes() for path in (ca, key, certificate)]
             self._credentials = grpc.ssl_channel_credentials(*files)
+        # As the server reads its file: without the line's end.
+        token = token and token.rstrip()
+        if token and not (token.isascii() and token.isprintable() and " " not in token):
+            raise ValueError("a token is a word of printable ASCII characters, got something else")
         self.metadata = [("authorization", f"Bearer {token}")] if token else []
 
     def channel(self, url: str, options: Iterable[tuple[str, Any]] = ()) -> grpc.Channel:

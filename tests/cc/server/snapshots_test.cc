@@ -215,6 +215,17 @@ TEST_F(SnapshotsTest, OnlyChangedStreamsAreWritten) {
   EXPECT_EQ(again.counts().stored, 200);
 }
 
+TEST_F(SnapshotsTest, NothingToWriteIsNoFailure) {
+  Server server(model_, In("state"));
+  EXPECT_TRUE(server.snapshots()->Write());
+  EXPECT_EQ(server.counts().failures, 0);
+  EXPECT_EQ(server.counts().written, 0);
+  Steps(&server, "s", 0, 1);
+  EXPECT_TRUE(server.snapshots()->Write());
+  EXPECT_EQ(server.counts().failures, 0);
+  EXPECT_EQ(server.counts().written, 1);
+}
+
 // Snapshots by themselves, in time.
 TEST_F(SnapshotsTest, EverySoOften) {
   SnapshotOptions options = In("state");
