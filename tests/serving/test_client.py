@@ -414,6 +414,8 @@ def test_certificates_and_a_token(connect, start_server, model_file, certificate
         ct.serving.Client(server.grpc_url, certificate=certificates / "client.pem")
     with pytest.raises(ValueError, match="need ca too"):
         ct.serving.Client(server.grpc_url, **own)
+    with pytest.raises(ValueError, match="a token is one line of printable ASCII"):
+        ct.serving.Client(server.grpc_url, token="a\nsecret")
 
 
 def test_the_messages_are_those_of_the_server(ours):

@@ -62,8 +62,8 @@ class Access:
             self._credentials = grpc.ssl_channel_credentials(*files)
         # As the server reads its file: without the line's end.
         token = token and token.rstrip()
-        if token and not (token.isascii() and token.isprintable() and " " not in token):
-            raise ValueError("a token is a word of printable ASCII characters, got something else")
+        if token and not (token.isascii() and token.isprintable()):
+            raise ValueError("a token is one line of printable ASCII, got other characters too")
         self.metadata = [("authorization", f"Bearer {token}")] if token else []
 
     def channel(self, url: str, options: Iterable[tuple[str, Any]] = ()) -> grpc.Channel:
