@@ -10,6 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 
@@ -153,10 +154,15 @@ def test_the_readme_s_installation_from_a_checkout(tmp_path, monkeypatch):
     environment.check_streams()
 
 
-@pytest.fixture(scope="module")
-def built_wheels():
+@pytest.fixture(scope="session")
+def built_wheels(tmp_path_factory):
     """The wheels, by the version of Python, and the one with GPU kernels under "cuda"."""
-    subprocess.run(["make", "wheel"], cwd=ROOT, check=True)
+    # The first of xdist's workers builds them for all.
+    shared = tmp_path_factory.getbasetemp().parent
+    with filelock.FileLock(shared / "wheels.lock"):
+        if not (shared / "wheels.built").exists():
+            subprocess.run(["make", "wheel"], cwd=ROOT, check=True)
+            (shared / "wheels.built").touch()
     paths = sorted((ROOT / "dist").glob("*.whl"))
     return {
         "cuda" if "_cuda-" in path.name else re.search(r"-cp3(\d+)-", path.name)[1]: path
