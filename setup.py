@@ -146,19 +146,26 @@ class build_libraries(build_ext):
         options, objects, links = getattr(self, f"options_of_{kind}")(ext)
         cuda_sources = sources("BUILD_INFO", "TENSORFLOW_GPU") if self.cuda else []
 
+        def command_of(options):
+            flags = shlex.split(os.environ.get("CXXFLAGS", ""))
+            return [*CXX, *CC["COMPILER_OPTIONS"], "-DNDEBUG", "-fPIC", "-I.", *options, *flags]
+
+        if kind == "op_library":
+            header = BUILD / "objects" / name / "precompiled.h"
+            options += object_files.precompile_header(
+                command_of(options), header, CC["TENSORFLOW_PRECOMPILED"]
+            )
+
         def compile_one(source):
             # Builds with and without CUDA share objects. Alternating between them is fast.
             with_cuda = source in cuda_sources
             folder = BUILD / "objects" / (f"{name}_cuda" if with_cuda else name)
             made = (folder / source).with_suffix(".o")
-            command = [*CXX, *CC["COMPILER_OPTIONS"], "-DNDEBUG", "-fPIC", "-I.", *options]
+            command = [*command_of(options), "-c", source]
             if with_cuda:
                 command += [f'-DCONTINUAL_TRANSFORMERS_CUDA_BUILD="{self.cuda}"']
                 command += system_includes(*self.cuda.include)
-            command += shlex.split(os.environ.get("CXXFLAGS", ""))
-            said = object_files.compile_object(
-                [*command, "-c", source], made, f"{self.compiler_version}\n"
-            )
+            said = object_files.compile_object(command, made, f"{self.compiler_version}\n")
             print(said, end="", file=sys.stderr)
             self.progress.step(source)
             return str(made)

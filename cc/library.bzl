@@ -150,6 +150,15 @@ TENSORFLOW_SOURCES = [
     "tensorflow/threads.cc",
 ]
 
+# Headers that pip's build precompiles, once for each TensorFlow. A source then takes 3 s instead of 9.
+TENSORFLOW_PRECOMPILED = [
+    "tensorflow/core/framework/op.h",
+    "tensorflow/core/framework/op_kernel.h",
+    "tensorflow/core/framework/resource_mgr.h",
+    "tensorflow/core/framework/resource_var.h",
+    "tensorflow/core/framework/shape_inference.h",
+]
+
 # The part of the op library that says what it was built for. A build with CUDA defines
 # CONTINUAL_TRANSFORMERS_CUDA_BUILD. Only this part and the GPU's read it, so the objects of the
 # other sources are the same with and without CUDA.

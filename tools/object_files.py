@@ -14,11 +14,17 @@ from typing import TypeVar
 
 from compiler_errors import explain
 
+# Precompiled headers differ in every folder, so ccache must not look into them: `precompile_header`
+# writes down what their contents depend on.
+CCACHE_SETTINGS = {"CCACHE_PCH_EXTSUM": "1", "CCACHE_SLOPPINESS": "pch_defines,time_macros"}
+
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def compile_object(command: Sequence[str], target: Path, heading: str = "") -> str:
+def compile_object(
+    command: Sequence[str], target: Path, heading: str = "", cached: bool = True
+) -> str:
     """Compile a file, unless an earlier run of the same command is still current.
 
     It keeps two files beside the object: a `.log` with the heading, the command and the compiler's
@@ -29,6 +35,7 @@ def compile_object(command: Sequence[str], target: Path, heading: str = "") -> s
         command: A list, the compiler and its options, without those for the output.
         target: The object's path.
         heading: What else the object depends on, such as the compiler's version.
+        cached: Whether ccache may keep the object.
 
     Returns:
         The compiler's output; "" if it was not called.
@@ -44,10 +51,18 @@ def compile_object(command: Sequence[str], target: Path, heading: str = "") -> s
         done = subprocess.run(
             # Not -MMD: it leaves out our own headers where Highway's foreach_target.h, a system
             # header, includes them.
-            [*through_ccache(command), "-o", str(made), "-MD", "-MF", str(made_list)],
+            [
+                *(through_ccache(command) if cached else command),
+                "-o",
+                str(made),
+                "-MD",
+                "-MF",
+                str(made_list),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            env={**os.environ, **CCACHE_SETTINGS},
         )
         if done.returncode:
             raise SystemExit(explain(command, done.stdout))
@@ -75,6 +90,25 @@ def through_ccache(command: Sequence[str]) -> Sequence[str]:
     if ccache is None or Path(command[0]).name == "nvcc":
         return command
     return [ccache, *command]
+
+
+def precompile_header(command: Sequence[str], header: Path, names: Sequence[str]) -> list[str]:
+    """Precompile a header that includes others.
+
+    Args:
+        command: A list, the compiler and its options.
+        header: Where to write the header. The compiler finds the precompiled one beside it.
+        names: The headers that it includes.
+
+    Returns:
+        The options with which other files use it.
+    """
+    write_if_changed(header, "".join(f"#include <{name}>\n" for name in names))
+    precompiled = header.with_suffix(".h.gch")
+    write_if_changed(Path(f"{precompiled}.sum"), f"{shlex.join(command)} {names}\n")
+    # Its 400 MB would push other objects out of ccache.
+    compile_object([*command, "-x", "c++-header", "-c", str(header)], precompiled, cached=False)
+    return ["-include", str(header), "-fpch-preprocess"]
 
 
 def is_current(target: Path, log: Path, listed: Path, heading: str) -> bool:
