@@ -150,7 +150,7 @@ TENSORFLOW_SOURCES = [
     "tensorflow/threads.cc",
 ]
 
-# Headers that pip's build precompiles, once for each TensorFlow. A source then takes 3 s instead of 9.
+# Headers that pip's build precompiles for each TensorFlow. A source then takes 3 s instead of 9.
 TENSORFLOW_PRECOMPILED = [
     "tensorflow/core/framework/op.h",
     "tensorflow/core/framework/op_kernel.h",

@@ -122,6 +122,10 @@ void WriteContents(const std::string& datatype, const std::string& bytes,
   if (datatype == "BOOL") Append<bool>(bytes, contents->mutable_bool_contents());
 }
 
+std::string TextOf(const nlohmann::ordered_json& value) {
+  return value.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
+}
+
 // A JSON object from streams to the steps that they expect.
 std::string ExpectedSteps(const Outcome& outcome) {
   // Clients accept 8 KiB of metadata by default.
@@ -129,11 +133,11 @@ std::string ExpectedSteps(const Outcome& outcome) {
   nlohmann::ordered_json steps = nlohmann::ordered_json::object();
   size_t bytes = 0;
   for (const ExpectedStep& expected : outcome.expected) {
-    bytes += expected.stream.size() + 32;
+    bytes += TextOf(expected.stream).size() + 32;  // as JSON: a byte may become six
     if (bytes > kMostBytes) break;
     steps[expected.stream] = expected.step;
   }
-  return steps.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
+  return TextOf(steps);
 }
 
 }  // namespace

@@ -93,10 +93,12 @@ class InferStreamReactor : public grpc::ServerBidiReactor<inference::ModelInferR
     }
     Item* const item = next_.release();
     ++in_flight_;
-    reading_ = false;
     lock.unlock();
     item->Submit(*repository_, limits_, item->request, item->response.mutable_infer_response());
     lock.lock();
+    // Only now: OnWriteDone, on another thread, would otherwise read the next request, and that
+    // could be submitted before this one.
+    reading_ = false;
     ReadNext();
   }
 
@@ -382,7 +384,9 @@ class GrpcServer::Impl {
     grpc::EnableDefaultHealthCheckService(true);
     grpc::reflection::InitProtoReflectionServerBuilderPlugin();
     grpc::ServerBuilder builder;
-    const std::string address = options.host + ":" + std::to_string(options.port);
+    const bool ipv6 = options.host.find(':') != std::string::npos && options.host[0] != '[';
+    const std::string host = ipv6 ? "[" + options.host + "]" : options.host;
+    const std::string address = host + ":" + std::to_string(options.port);
     builder.AddListeningPort(address, CredentialsOf(security), &port_);
     // A second server on the same port is refused instead of getting every other connection.
     builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);

@@ -261,6 +261,17 @@ class Connection final : public HttpExchange,
       return Write(ErrorResponse(400, Reason::kInvalidArgument, "the request has no header Host"));
     }
 
+    // A proxy in front may read these in another way, and see other requests in the bytes.
+    if (message.count(http::field::host) > 1) {
+      return Write(ErrorResponse(400, Reason::kInvalidArgument, "the request has several Hosts"));
+    }
+    if (message.count(http::field::transfer_encoding) > 0 &&
+        (message.count(http::field::transfer_encoding) > 1 ||
+         !beast::iequals(message[http::field::transfer_encoding], "chunked"))) {
+      return Write(ErrorResponse(501, Reason::kUnsupported,
+                                 "the only Transfer-Encoding that this server reads is chunked"));
+    }
+
     if (std::optional<HttpResponse> refusal = shared_->api->Refuse(request_)) {
       // The rest of the message is not read, unless there is none.
       keep_alive_ = parser_->is_done() && message.keep_alive();
@@ -546,8 +557,11 @@ class HttpServer::Impl {
     const std::string place = options.host + ":" + std::to_string(options.port);
     try {
       tcp::resolver resolver(io_);
+      const bool brackets = options.host.front() == '[' && options.host.back() == ']';
+      const std::string host =
+          brackets ? options.host.substr(1, options.host.size() - 2) : options.host;
       const auto found =
-          resolver.resolve(options.host, std::to_string(options.port), tcp::resolver::passive);
+          resolver.resolve(host, std::to_string(options.port), tcp::resolver::passive);
       const tcp::endpoint endpoint = found.begin()->endpoint();
       acceptor_.open(endpoint.protocol());
       acceptor_.set_option(asio::socket_base::reuse_address(true));

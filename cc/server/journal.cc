@@ -205,7 +205,8 @@ class Journal::Keeper final : public StreamKeeper {
   void Flush() override {
     std::unique_lock<std::mutex> lock(mutex_);
     passed_.wait(lock, [this] {
-      return held_.empty() && !passing_ && (acknowledged_ >= last_ || down_ || stopped_);
+      const bool safe = acknowledged_ >= last_ && !copying_;
+      return held_.empty() && !passing_ && (safe || down_ || stopped_);
     });
   }
 

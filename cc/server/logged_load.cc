@@ -1,6 +1,7 @@
 #include "cc/server/logged_load.h"
 
 #include "cc/server/log.h"
+#include "cc/session/error.h"
 
 namespace continual_transformers::server {
 namespace {
@@ -9,8 +10,10 @@ template <typename F>
 void LogFailure(const char* event, const std::string& name, const F& f) {
   try {
     f();
-  } catch (const std::exception& error) {
+  } catch (const Error& error) {
     Log(LogLevel::kWarning, event, {{"model", name}, {"error", error.what()}});
+    // The operator's file cannot be read.
+    if (error.code() == ErrorCode::kIo) throw Refusal(Reason::kInvalidArgument, error.what());
     throw;
   }
 }

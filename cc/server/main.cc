@@ -3,6 +3,7 @@
 #include <google/protobuf/stubs/logging.h>
 #include <signal.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -162,6 +163,10 @@ int Main(int argc, char** argv) {
     SetLogLevel(options.log_level);
     // It would write a line for each message that is none. gRPC refuses them.
     google::protobuf::SetLogHandler(nullptr);
+    // States of streams are for this user only.
+    umask(0077);
+    // A file that may not grow is an error of the write.
+    signal(SIGXFSZ, SIG_IGN);
     const sigset_t signals = EndingSignals();
     pthread_sigmask(SIG_BLOCK, &signals, nullptr);
     if (options.die_with_parent) {

@@ -23,6 +23,14 @@ std::pair<std::string, std::string> NameAndPath(const std::string& argument) {
   return {stem, argument};
 }
 
+std::string NotEmpty(const std::string& text) { return text.empty() ? "it is empty" : ""; }
+
+// CLI11's ranges let a NaN pass.
+std::string IsNumber(const std::string& text) {
+  double value = 0;
+  return CLI::detail::lexical_cast(text, value) && std::isfinite(value) ? "" : "it is no number";
+}
+
 }  // namespace
 
 bool ParseOptions(int argc, char** argv, Options* options, int* status) {
@@ -41,6 +49,7 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
 
   CLI::Option_group* const ports = app.add_option_group("Ports");
   ports->add_option("--host", options->grpc.host, "The address to listen on")
+      ->check(NotEmpty)
       ->capture_default_str();
   ports->add_option("--grpc-port", options->grpc.port, "0: any free port")
       ->capture_default_str()
@@ -61,6 +70,7 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
   streams
       ->add_option("--idle-timeout", idle_timeout,
                    "Seconds until an idle stream is ended; 0: never")
+      ->check(IsNumber)
       ->capture_default_str()
       ->check(CLI::NonNegativeNumber);
   streams->add_flag("--strict-start", options->model.strict_start,
@@ -84,13 +94,18 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
 
   CLI::Option_group* const state = app.add_option_group("State");
   CLI::Option* const state_dir =
-      state->add_option("--state-dir", options->snapshots.directory,
-                        "Keep snapshots of the streams there, and go on with them");
+      state
+          ->add_option("--state-dir", options->snapshots.directory,
+                       "Keep snapshots of the streams there, and go on with them")
+          ->check(NotEmpty);
   state->add_option("--snapshot-every", snapshot_every, "Seconds between snapshots")
+      ->check(IsNumber)
       ->capture_default_str()
       ->check(CLI::Range(0.01, 1e6));
-  state->add_option("--journal", options->journal.url,
-                    "redis://host:port/database: write every step there before it is answered");
+  state
+      ->add_option("--journal", options->journal.url,
+                   "redis://host:port/database: write every step there before it is answered")
+      ->check(NotEmpty);
   state->add_flag("--other-weights", options->snapshots.other_weights,
                   "Go on with streams of the same model with other weights");
   state->add_flag("--no-power-loss", fast_disk,
@@ -98,17 +113,25 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
                   "snapshots, a killed server does not");
 
   CLI::Option_group* const safety = app.add_option_group("Safety");
-  safety->add_option("--tls-certificate", options->tls_certificate, "PEM file; turns TLS on");
-  safety->add_option("--tls-key", options->tls_key, "PEM file");
-  safety->add_option("--tls-client-ca", options->tls_client_ca,
-                     "PEM file; clients need a certificate that it signed");
-  safety->add_option("--token-file", options->token_file,
-                     "Requests need the bearer token in this file");
-  safety->add_option("--operator-token-file", options->operator_token_file,
-                     "The operator's calls need the bearer token in this file, not the other one");
+  safety->add_option("--tls-certificate", options->tls_certificate, "PEM file; turns TLS on")
+      ->check(NotEmpty);
+  safety->add_option("--tls-key", options->tls_key, "PEM file")->check(NotEmpty);
+  safety
+      ->add_option("--tls-client-ca", options->tls_client_ca,
+                   "PEM file; clients need a certificate that it signed")
+      ->check(NotEmpty);
+  safety
+      ->add_option("--token-file", options->token_file,
+                   "Requests need the bearer token in this file")
+      ->check(NotEmpty);
+  safety
+      ->add_option("--operator-token-file", options->operator_token_file,
+                   "The operator's calls need the bearer token in this file, not the other one")
+      ->check(NotEmpty);
   safety
       ->add_option("--max-message-mb", max_message_mb,
                    "The most that a request may have, and the outputs in an answer")
+      ->check(IsNumber)
       ->capture_default_str()
       ->check(CLI::Range(0.001, 2047.0));
   safety
@@ -146,10 +169,13 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
   process
       ->add_option("--drain-seconds", options->drain_seconds,
                    "How long calls in progress may take after SIGTERM")
+      ->check(IsNumber)
       ->capture_default_str()
       ->check(CLI::Range(0.0, 3600.0));
-  process->add_option("--ready-file", options->ready_file,
-                      "Write the process id and the ports there when ready, as JSON");
+  process
+      ->add_option("--ready-file", options->ready_file,
+                   "Write the process id and the ports there when ready, as JSON")
+      ->check(NotEmpty);
   process->add_flag("--die-with-parent", options->die_with_parent,
                     "End when the process that started this one ends");
   try {
@@ -170,8 +196,9 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
   options->journal.other_weights = options->snapshots.other_weights;
   options->journal.rebuild = !options->sharded;
   options->snapshots.power_loss = !fast_disk;
-  options->model.idle_timeout =
-      std::chrono::milliseconds(std::llround(std::min(idle_timeout, 1e9) * 1000));
+  // Rounded up: 0 means never.
+  options->model.idle_timeout = std::chrono::milliseconds(
+      static_cast<int64_t>(std::ceil(std::min(idle_timeout, 1e9) * 1000)));
   options->model.queue.delay = std::chrono::microseconds(max_delay_us);
   return true;
 }

@@ -166,6 +166,7 @@ StreamCopy Rebuild(Session* session, const StreamHistory& history, bool other_we
       copy.last_steps = last.count;
       for (const std::string& output : answer) copy.answer += output;
       if (last.first == 0) {
+        copy.last_inputs = session->weights_fingerprint();
         for (const std::string& input : inputs) {
           copy.last_inputs = Xxh64(input.data(), input.size(), copy.last_inputs);
         }

@@ -2,6 +2,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 
@@ -11,10 +12,18 @@ namespace continual_transformers::server {
 namespace {
 
 std::string ReadFile(const std::string& path) {
+  std::error_code none;
+  if (std::filesystem::is_directory(path, none)) {
+    throw Error(ErrorCode::kIo, "cannot read " + path + ": it is a folder");
+  }
   std::ifstream file(path, std::ios::binary);
   std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
   if (!file) {
     throw Error(ErrorCode::kIo, "cannot read " + path + ": " + std::strerror(errno));
+  }
+  // Without what it protects with, the server would be open.
+  if (text.find_first_not_of(" \t\r\n") == std::string::npos) {
+    throw Error(ErrorCode::kInvalidArgument, "the file " + path + " is empty");
   }
   return text;
 }
@@ -23,10 +32,7 @@ std::string ReadFile(const std::string& path) {
 std::string ReadToken(const std::string& path) {
   if (path.empty()) return "";
   std::string token = ReadFile(path);
-  while (!token.empty() && std::strchr(" \t\r\n", token.back()) != nullptr) token.pop_back();
-  if (token.empty()) {
-    throw Error(ErrorCode::kInvalidArgument, "the token file " + path + " is empty");
-  }
+  while (std::strchr(" \t\r\n", token.back()) != nullptr) token.pop_back();
   return token;
 }
 

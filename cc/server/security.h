@@ -15,7 +15,7 @@ struct Security {
   std::string operator_token;  // of the operator's calls; empty: the same
 
   // Reads the files that are named. Throws Error (kIo) if one cannot be read, or kInvalidArgument
-  // if the token is empty or one of certificate and key is missing.
+  // if a file is empty or one of certificate and key is missing.
   static Security Read(const std::string& certificate_file, const std::string& key_file,
                        const std::string& client_ca_file, const std::string& token_file,
                        const std::string& operator_token_file);

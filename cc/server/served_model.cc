@@ -314,12 +314,13 @@ bool ServedModel::IsRepeat(const Stream& stream, const StepRequest& request, int
   }
   // The stream's end was its last step, or a new stream has the old one's name.
   if (!stream.open() && !request.end) return false;
-  // Another stream of this name may begin with step 0. With the same input, both are the same.
+  // Another stream of this name may begin with step 0. With the same input and weights, both are
+  // the same.
   return stream.last_first != 0 || stream.last_inputs == HashOfInputs(request, index);
 }
 
 uint64_t ServedModel::HashOfInputs(const StepRequest& request, int64_t index) const {
-  uint64_t hash = 0;
+  uint64_t hash = session_.weights_fingerprint();
   for (size_t i = 0; i < input_bytes_.size(); ++i) {
     const int64_t bytes = request.steps * input_bytes_[i];
     const std::string_view row(static_cast<const char*>(request.inputs[i]) + index * bytes, bytes);
@@ -498,11 +499,15 @@ void ServedModel::Count(const std::vector<StepRequest*>& batch,
 
 void ServedModel::LoadWeights() {
   const std::shared_ptr<const ModelFile> file = ModelFile::Map(path_);
+  std::vector<StreamKeeper*> keepers;
   queue_.Between([&] {
+    keepers = keepers_;
     session_.LoadWeights(file);
     for (Stream* const stream : table_.open()) table_.Changed(stream);
-    for (StreamKeeper* const keeper : keepers_) keeper->WeightsLoaded();
+    for (StreamKeeper* const keeper : keepers) keeper->WeightsLoaded();
   });
+  // A server that is killed from now on goes on with the new weights, and finds states of theirs.
+  for (StreamKeeper* const keeper : keepers) keeper->Flush();
 }
 
 void ServedModel::EvictIdle() {

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstring>
 #include <ctime>
+#include <filesystem>
 #include <set>
 #include <utility>
 
@@ -86,6 +87,7 @@ SnapshotFile::SnapshotFile(std::string path, bool power_loss)
 SnapshotFile::~SnapshotFile() { Disconnect(); }
 
 SnapshotFile::Contents SnapshotFile::Open(const Read& read) {
+  CheckAccess();
   Contents contents;
   Note note;
   const bool exists = Exists(database_);
@@ -178,9 +180,26 @@ SnapshotFile::Contents SnapshotFile::Open(const Read& read) {
     // The disk is full; Commit tries again. Until then no note may say that the file is clean.
     // Without one, its rows are not read.
     Disconnect();
-    std::remove(note_.c_str());
+    if (std::remove(note_.c_str()) != 0 && errno != ENOENT) {
+      throw Error(ErrorCode::kIo, "cannot write or remove " + note_ + ": " + std::strerror(errno));
+    }
   }
   return contents;
+}
+
+void SnapshotFile::CheckAccess() const {
+  const std::string folder = std::filesystem::path(path_).parent_path().string();
+  for (const std::string& path : {folder, database_, database_ + "-wal", note_}) {
+    struct stat facts;
+    if (lstat(path.c_str(), &facts) != 0) continue;
+    if (!S_ISREG(facts.st_mode) && !S_ISDIR(facts.st_mode)) {
+      throw Error(ErrorCode::kIo, path + " is no ordinary file: remove it");
+    }
+    if (access(path.c_str(), R_OK | W_OK) != 0) {
+      throw Error(ErrorCode::kIo, "cannot read and write " + path + ": " + std::strerror(errno) +
+                                      ". The server's user needs both");
+    }
+  }
 }
 
 void SnapshotFile::Connect() {
@@ -316,7 +335,10 @@ std::string SnapshotFile::MoveAside() {
   for (int n = 1; aside.empty() || Exists(aside); ++n) {
     aside = database_ + ".damaged-" + std::to_string(n);
   }
-  std::rename(database_.c_str(), aside.c_str());
+  if (std::rename(database_.c_str(), aside.c_str()) != 0) {
+    throw Error(ErrorCode::kIo, "cannot move the damaged file " + database_ + " to " + aside +
+                                    ": " + std::strerror(errno));
+  }
   std::rename((database_ + "-wal").c_str(), (aside + "-wal").c_str());
   return aside;
 }
@@ -373,7 +395,7 @@ void SnapshotFile::WriteNote(bool clean, bool made, bool sync) {
   note.clean = clean ? 1 : 0;
   note.made = made ? 1 : 0;
   note.hash = note.Hash();
-  const int file = open(note_.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+  const int file = open(note_.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
   // One call, so that a process that is killed has written all of it or nothing.
   const bool written = file >= 0 &&
                        pwrite(file, &note, sizeof(note), 0) == static_cast<ssize_t>(sizeof(note)) &&

@@ -116,9 +116,20 @@ class Snapshots::Keeper final : public StreamKeeper {
     if (!answers.empty()) PassOn(std::move(answers));
   }
 
+  void WeightsLoaded() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    other_weights_ = true;
+  }
+
   void Flush() override {
-    std::unique_lock<std::mutex> lock(mutex_);
-    passed_.wait(lock, [this] { return held_.empty() && !passing_; });
+    bool writes = false;
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      passed_.wait(lock, [this] { return held_.empty() && !passing_; });
+      std::swap(writes, other_weights_);
+    }
+    // The rows in the file are states with the old weights, which the next server would not take.
+    if (writes) Write();
   }
 
   // Writes everything. Returns whether it could.
@@ -458,6 +469,7 @@ class Snapshots::Keeper final : public StreamKeeper {
   std::deque<Held> held_;
   bool passing_ = false, failing_ = false, last_ok_ = true;
   bool stopping_ = false, stopped_ = false;
+  bool other_weights_ = false;      // were loaded, and no Flush has written all streams since
   uint64_t wanted_ = 0, done_ = 0;  // calls of Write
   Clock::time_point next_snapshot_, retry_at_ = {}, last_snapshot_ = Clock::now();
   std::thread thread_;

@@ -43,7 +43,7 @@ struct Stream {
   // The bytes of every output, [T, ...], one after another. `last_steps` 0: none.
   int64_t last_first = 0;
   int64_t last_steps = 0;
-  uint64_t last_inputs = 0;  // a hash of the inputs
+  uint64_t last_inputs = 0;  // a hash of the inputs and the weights
   std::string answer;
   // It was read back after a crash, or from a journal older than its snapshot. So its client may
   // have answers to later steps.

@@ -538,6 +538,24 @@ def test_streaming_inference(server, session, samples):
             np.testing.assert_allclose(by_id[f"{t} {i}"], expected, atol=1e-6)
 
 
+def test_requests_of_one_stream_are_taken_in_order(stub, session, samples):
+    """Many are on the way on one call. They have no numbers, so a wrong order is a wrong answer."""
+    count = 400
+    for call in range(30):
+        xs = samples(count, 1, FEATURES)
+        requests = [request_of(x, False, sequence_id=2200 + call) for x in xs]
+        for t, request in enumerate(requests):
+            request.id = str(t)
+        answers = {int(a.infer_response.id): a for a in stub.ModelStreamInfer(iter(requests))}
+        stream = session.open()
+        for t in range(count):
+            assert not answers[t].error_message
+            (y,) = answers[t].infer_response.raw_output_contents
+            expected = session.step(xs[t], streams=[stream])[0]
+            np.testing.assert_allclose(np.frombuffer(y, np.float32), expected, atol=1e-5)
+        session.close(stream)
+
+
 def test_refusals_on_a_stream_of_requests(stub, start_server, model_file, tmp_path, samples):
     """Programs learn from an answer why it is an error, and which steps are expected."""
     wrong, late = (request_of(samples(1, FEATURES), True, sequence_id=i) for i in (2100, 2101))

@@ -14,6 +14,7 @@ import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
 import continual_transformers_tf as ct
+from continual_transformers_tf.serving import program
 
 FEATURES, OUTPUTS = 6, 3
 
@@ -340,6 +341,66 @@ def test_tls_and_certificates_of_clients(start_server, model_file, tmp_path, sam
         Plain(server.http_port, context=context).call("GET", "/v2")
     context.load_cert_chain(*make_certificate(tmp_path, "client", issuer="ca"))
     assert Plain(server.http_port, context=context).call("GET", "/v2")[0] == 200
+
+
+@pytest.mark.parametrize("empty", ["", "\n"], ids=["empty", "a line's end"])
+def test_guards_that_are_empty_are_refused(model_file, tmp_path, empty):
+    """A server without what it was to be guarded by would be open."""
+    certificate, key = make_certificate(tmp_path, "server")
+    (tmp_path / "empty").write_text(empty)
+    tls = ["--tls-certificate", certificate, "--tls-key", key]
+    for arguments in (
+        ["--tls-certificate", tmp_path / "empty", "--tls-key", tmp_path / "empty"],
+        [*tls, "--tls-client-ca", tmp_path / "empty"],
+        ["--token-file", tmp_path / "empty"],
+        ["--operator-token-file", tmp_path / "empty"],
+    ):
+        assert f"the file {tmp_path / 'empty'} is empty" in said_by(model_file, *arguments)
+    for option in ("--tls-client-ca", "--token-file", "--state-dir", "--journal", "--ready-file"):
+        assert f"{option}: it is empty" in said_by(model_file, *tls, option, "")
+    assert "it is a folder" in said_by(model_file, "--token-file", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "option", ["--idle-timeout", "--snapshot-every", "--max-message-mb", "--drain-seconds"]
+)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_options_that_are_no_numbers_are_refused(model_file, option, value):
+    assert f"{option}: it is no number" in said_by(model_file, f"{option}={value}")
+
+
+def said_by(*arguments):
+    """Return what the server says that refuses its arguments."""
+    command = [program.PATH, "--grpc-port", "0", "--http-port", "0", *arguments]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_ipv6(start_server, model_file, samples, host):
+    server = start_server(model_file, "--host", host)
+    plain = http.client.HTTPConnection("::1", server.http_port)
+    plain.request("GET", "/v2/health/ready")
+    assert plain.getresponse().status == 200
+    with ct.serving.Client(f"[::1]:{server.grpc_port}") as client:
+        assert client.open("a").step(samples(FEATURES)).shape == (OUTPUTS,)
+
+
+def test_other_ways_to_frame_a_request_are_refused(server):
+    """A proxy in front may read them otherwise, and see other requests in the same bytes."""
+    for header, status in (
+        ("Transfer-Encoding: xchunked", 501),
+        ("Transfer-Encoding: gzip, chunked", 501),
+        ("Host: a", 400),
+    ):
+        with socket.create_connection(("127.0.0.1", server.http_port)) as connection:
+            first = f"POST /v2/repository/index HTTP/1.1\r\nHost: localhost\r\n{header}\r\n\r\n"
+            second = "GET /v2 HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            connection.sendall((first + second).encode())
+            said = connection.makefile("rb").read().decode()  # The server closes the connection.
+        assert said.startswith(f"HTTP/1.1 {status} ")
+        assert said.count("HTTP/1.1") == 1
 
 
 def test_clients_at_once(server, model_file, samples):

@@ -593,6 +593,17 @@ TEST_F(JournalTest, NewWeights) {
   }
 }
 
+// When the weights are loaded, the journal has the states of all streams.
+TEST_F(JournalTest, KilledAfterNewWeights) {
+  JournalServer server(model_, options_);
+  for (int i = 0; i < 200; ++i) Steps(&server, "s" + std::to_string(i), 0, 3);
+  SmallModel(2).File()->Save(model_);
+  server.model()->LoadWeights();
+  JournalServer other(model_, options_);
+  EXPECT_EQ(other.counts().lost, 0);
+  EXPECT_EQ(other.open().size(), 200u);
+}
+
 // A server with other weights does not rebuild streams, unless it is told to.
 TEST_F(JournalTest, OtherWeights) {
   {

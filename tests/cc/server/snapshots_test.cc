@@ -7,6 +7,7 @@
 #include <signal.h>
 #include <sys/mount.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -453,12 +454,81 @@ TEST_F(SnapshotsTest, NewWeightsWhileItRuns) {
   Steps(&server, "s", 0, 6);
   EXPECT_TRUE(server.snapshots()->Write());
   SmallModel(2).File()->Save(model_);
-  server.model()->LoadWeights();
-  EXPECT_TRUE(server.snapshots()->Write());
+  server.model()->LoadWeights();  // writes all streams
   EXPECT_EQ(server.counts().written, 2);
   Kill("state", "killed");
   Server other(model_, In("killed"));
   EXPECT_EQ(other.open(), 1);
+}
+
+// Not even to a client that begins with the input with which an earlier stream began.
+TEST_F(SnapshotsTest, AnswersOfOldWeightsAreNotGivenAgain) {
+  StepOptions once;
+  once.start = once.end = true;
+  const auto expect_fresh = [&](Server* server, const std::string& name) {
+    ServedModel fresh("m", model_, ModelOptions());
+    const auto call = Step(server->model(), name, 0, once);
+    ASSERT_TRUE(call->outcome.ok()) << call->outcome.message;
+    EXPECT_EQ(call->answers, Step(&fresh, name, 0, once)->answers) << name;
+  };
+  {
+    Server server(model_, In("state"));
+    Steps(&server, "open", 0, 1);
+    Steps(&server, "ended", 0, 1);
+    EXPECT_TRUE(server.snapshots()->Write());
+    ASSERT_TRUE(Step(server.model(), "ended", 0, once)->outcome.ok());
+    SmallModel(2).File()->Save(model_);
+    server.model()->LoadWeights();
+    expect_fresh(&server, "open");
+    expect_fresh(&server, "ended");
+    server.Finish();
+  }
+  SmallModel().File()->Save(model_);
+  Server server(model_, In("state"));
+  expect_fresh(&server, "ended");
+}
+
+// A file that may not be read or written is not damaged: it must not be moved aside.
+TEST_F(SnapshotsTest, FilesOfAnotherUser) {
+  if (geteuid() != 0) GTEST_SKIP() << "only root can be another user";
+  {
+    Server server(model_, In("state"));
+    Steps(&server, "s", 0, 3);
+    server.Finish();
+  }
+  const fs::path folder = folder_ / "state";
+  fs::permissions(folder_.path(), fs::perms(0755));
+  const std::vector<fs::path> paths = {folder, folder / "m.note", folder / "m.sqlite3"};
+  for (const fs::path& closed : paths) {
+    for (const fs::path& path : paths) {
+      fs::permissions(path, fs::perms(path == closed ? 0755 : 0777));
+    }
+    // The user who started the process, whom access() asks about.
+    ASSERT_EQ(setreuid(65534, -1), 0);
+    std::string said;
+    try {
+      Server server(model_, In("state"));
+    } catch (const Error& error) {
+      said = error.what();
+    }
+    ASSERT_EQ(setreuid(0, -1), 0);
+    EXPECT_NE(said.find("cannot read and write " + closed.string()), std::string::npos) << said;
+  }
+  Server server(model_, In("state"));
+  Steps(&server, "s", 3, 4);
+}
+
+// Opening a pipe would wait, and a link may lead to a file of something else.
+TEST_F(SnapshotsTest, FilesOfOtherKinds) {
+  for (const char* const name : {"m.note", "m.sqlite3"}) {
+    fs::create_directories(folder_ / name);
+    const std::string path = (folder_ / name) + std::string("/") + name;
+    ASSERT_EQ(mkfifo(path.c_str(), 0600), 0);
+    EXPECT_THROW(Server(model_, In(name)), Error);
+    fs::remove(path);
+    fs::create_symlink("/etc/hostname", path);
+    EXPECT_THROW(Server(model_, In(name)), Error);
+  }
 }
 
 TEST_F(SnapshotsTest, OtherModel) {
