@@ -10,8 +10,8 @@ import continual_transformers_tf as ct
 
 ROOT = Path(__file__).parent.parent
 DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
-# A format, and measurements that check every contestant before they time it.
-WITHOUT_TESTS = {"benchmarks_models.md", "model_file.md"}
+# Measurements that check every contestant before they time it, a guide whose snippets run, a format.
+WITHOUT_TESTS = {"benchmarks_models.md", "layers.md", "model_file.md"}
 TESTS = {
     name
     for path in (ROOT / "tests").rglob("test_*.py")

@@ -132,7 +132,7 @@ class Environment:
 
 @pytest.mark.slow
 def test_the_readme_s_installation_from_a_checkout(tmp_path, monkeypatch):
-    """Without TensorFlow it builds sessions; after `pip install tensorflow-cpu` the ops too."""
+    """`pip install .` builds sessions where there is no TensorFlow, and otherwise the ops too."""
     checkout = tmp_path / "checkout"
     ignored = shutil.ignore_patterns(".venv", "build", "dist", "bazel-*", "*.so", "*.egg-info")
     shutil.copytree(ROOT, checkout, ignore=ignored)
