@@ -10,7 +10,7 @@ import continual_transformers_tf as ct
 
 ROOT = Path(__file__).parent.parent
 DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
-# Measurements that check every contestant before they time it, a guide whose snippets run, a format.
+# Measurements that check contestants before they time them, a guide whose snippets run, a format.
 WITHOUT_TESTS = {"benchmarks_models.md", "layers.md", "model_file.md"}
 TESTS = {
     name
