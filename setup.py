@@ -150,10 +150,12 @@ class build_libraries(build_ext):
             flags = shlex.split(os.environ.get("CXXFLAGS", ""))
             return [*CXX, *CC["COMPILER_OPTIONS"], "-DNDEBUG", "-fPIC", "-I.", *options, *flags]
 
+        precompiled = []
         if kind == "op_library":
-            header = BUILD / "objects" / name / "precompiled.h"
-            options += object_files.precompile_header(
-                command_of(options), header, CC["TENSORFLOW_PRECOMPILED"]
+            precompiled = object_files.precompile_header(
+                command_of(options),
+                BUILD / "objects" / name / "precompiled.h",
+                CC["TENSORFLOW_PRECOMPILED"],
             )
 
         def compile_one(source):
@@ -162,6 +164,9 @@ class build_libraries(build_ext):
             folder = BUILD / "objects" / (f"{name}_cuda" if with_cuda else name)
             made = (folder / source).with_suffix(".o")
             command = [*command_of(options), "-c", source]
+            # The GPU's sources define macros that change TensorFlow's headers.
+            if source not in sources("TENSORFLOW_GPU"):
+                command += precompiled
             if with_cuda:
                 command += [f'-DCONTINUAL_TRANSFORMERS_CUDA_BUILD="{self.cuda}"']
                 command += system_includes(*self.cuda.include)

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from continual_transformers_tf import native
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "cpp"
 HEADER = native.PACKAGE / "include" / "continual_transformers.h"
-VERSION = re.search(r"^VERSION = \"(.*)\"$", (ROOT / "setup.py").read_text(), re.MULTILINE)[1]
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
 def environment():

@@ -45,7 +45,7 @@ class Progress:
             # pip's own line has no end.
             print(f"\n{self._what}", file=screen)
             self._bar = self._closing.enter_context(
-                tqdm(total=self._files, unit="file", file=screen, leave=False)
+                tqdm(total=self._files, unit="file", file=screen, leave=False, mininterval=0)
             )
         return self
 

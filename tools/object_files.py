@@ -1,5 +1,7 @@
 """Compile only the files that have changed, for setup.py, nvcc and the emulated ops."""
 
+import hashlib
+import itertools
 import math
 import os
 import shlex
@@ -68,7 +70,10 @@ def compile_object(
             raise SystemExit(explain(command, done.stdout))
         os.utime(made, (started, started))
         log.write_text(heading + done.stdout)
-        made_list.replace(listed)
+        # The compiler does not list the precompiled headers that it read.
+        includes = [after for word, after in itertools.pairwise(command) if word == "-include"]
+        precompiled = " ".join(f"{name}.gch" for name in includes)
+        listed.write_text(f"{made_list.read_text().rstrip()} {precompiled}\n")
         made.replace(target)
     return done.stdout
 
@@ -105,9 +110,13 @@ def precompile_header(command: Sequence[str], header: Path, names: Sequence[str]
     """
     write_if_changed(header, "".join(f"#include <{name}>\n" for name in names))
     precompiled = header.with_suffix(".h.gch")
-    write_if_changed(Path(f"{precompiled}.sum"), f"{shlex.join(command)} {names}\n")
     # Its 400 MB would push other objects out of ccache.
     compile_object([*command, "-x", "c++-header", "-c", str(header)], precompiled, cached=False)
+    # For ccache: what the precompiled header was made of, which is the same in every folder.
+    digest = hashlib.sha256(shlex.join(command).encode())
+    for name in listed_in(precompiled.with_suffix(".d")):
+        digest.update(Path(name).read_bytes())
+    write_if_changed(Path(f"{precompiled}.sum"), digest.hexdigest())
     return ["-include", str(header), "-fpch-preprocess"]
 
 
