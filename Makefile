@@ -6,7 +6,7 @@ BAZEL ?= bazel
 BAZEL_FLAGS ?= $(if $(wildcard /usr/share/bazel/rules/java),--config=offline)
 # One worker a core, because each imports TensorFlow. A worker gets neighbouring tests, because they
 # share results.
-PYTEST_FLAGS ?= -n auto --dist worksteal
+PYTEST_FLAGS ?= -n auto --dist worksteal --durations=20
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 BIN := .venv/bin

@@ -63,6 +63,7 @@ def test_the_version_is_the_same_everywhere():
     version = wheels.PROJECT["version"]
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
     package = ROOT / "python" / "continual_transformers_tf"
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
     header = (package / "include" / "continual_transformers.h").read_text()
     assert version == ".".join(re.findall(r"#define CT_VERSION_\w+ (\d+)", header))
     assert (
