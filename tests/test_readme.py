@@ -1,13 +1,11 @@
 """Every snippet of the README: the Python runs here, the commands run here or in .ci/run.
 
-The snippets of docs/sessions.md and docs/threads_and_state.md run here too. Those of
-docs/serving.md are in tests/serving/test_serving_page.py.
+tests/test_docs_pages.py runs those of docs/.
 """
 
 import shlex
 from pathlib import Path
 
-import pytest
 from click.testing import CliRunner
 
 from continual_transformers_tf import cli
@@ -30,16 +28,6 @@ def test_python_snippets_run_one_after_the_other(monkeypatch, tmp_path):
     assert namespace["y"].shape == (2, 2)
     assert (tmp_path / "exported" / "saved_model.pb").exists()
     assert (tmp_path / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize("page", ["sessions.md", "threads_and_state.md"])
-def test_the_snippets_of_a_page_run(monkeypatch, tmp_path, page):
-    monkeypatch.chdir(tmp_path)
-    namespace = {}
-    for language, code in snippets_of(ROOT / "docs" / page):
-        assert language == "python"
-        exec(compile(code, page, "exec"), namespace)
-    assert namespace["np"].all(namespace["session"].position() >= 0)
 
 
 def test_commands_run():
