@@ -272,6 +272,11 @@ setup(
         # For ct.serving.Client.
         "client": ["grpcio>=1.51", "protobuf>=5"],
         "demo": ["matplotlib", "rich", "seglearn"],
+        # For `make docs`. Exact versions, because a warning of a newer one would fail the build.
+        "docs": [
+            *("mkdocs==1.6.1", "mkdocs-jupyter==0.26.3", "mkdocs-material==9.8.2"),
+            *("mkdocstrings==1.0.8", "mkdocstrings-python==2.0.11"),
+        ],
         # For examples/real_data.
         "examples": ["aeon", "matplotlib", "rich", "seglearn"],
         # For `continual-transformers serve --ray`. Each node needs it, and the package.

