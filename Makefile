@@ -18,7 +18,7 @@ FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc cc/*/*/*.h cc/*/*/*.cc cuda/*.cu c
   python/continual_transformers_tf/include/*.h python/continual_transformers_tf/include/*.hpp)
 
 .PHONY: demo serve test test-torch test-slow test-wheels test-stress lint format bazel-build bazel-cuda \
-  bazel-test sanitize bench bench-session bench-serving bench-cc cuda-resources gpu wheel clean
+  bazel-test sanitize bench bench-session bench-serving bench-cc cuda-resources gpu docs wheel clean
 
 demo: .venv/installed
 	$(BIN)/continual-transformers demo --picture build/demo.png
@@ -42,7 +42,7 @@ test: .venv/installed
 # extra belongs to the package that is installed here, so pip builds nothing.
 test-torch: .venv/installed
 	$(BIN)/python -m pip install --quiet "continual-transformers-tf[torch]"
-	$(BIN)/python -m pytest tests/test_from_torch.py tests/test_docs.py \
+	$(BIN)/python -m pytest tests/test_from_torch.py tests/test_docs.py tests/test_docs_pages.py \
 	  benchmarks/gpu/test_gpu_benchmark.py $(PYTEST_FLAGS)
 
 # The slow tests: wheels in clean environments, every instruction set of the kernels, deep stacks.
@@ -111,6 +111,11 @@ bench-serving: .venv/installed
 # It needs a GPU, nvcc and PyTorch. It does not need .venv, TensorFlow or a network.
 gpu:
 	$(PYTHON) tools/gpu/gpu_run.py
+
+# Writes the docs site to build/docs. A broken link is an error.
+docs: .venv/installed
+	$(BIN)/python -m pip install --quiet "continual-transformers-tf[docs]"
+	$(BIN)/mkdocs build --strict
 
 # Writes the wheels to dist/: one for each CPython that is found, and one with GPU kernels.
 wheel: .venv/installed

@@ -1,13 +1,11 @@
 """Every snippet of the README: the Python runs here, the commands run here or in .ci/run.
 
-The snippets of some pages of docs/ run here too. Those of docs/serving.md are in
-tests/serving/test_serving_page.py.
+tests/test_docs_pages.py runs those of docs/.
 """
 
 import shlex
 from pathlib import Path
 
-import pytest
 from click.testing import CliRunner
 
 from continual_transformers_tf import cli
@@ -30,21 +28,10 @@ def test_python_snippets_run_one_after_the_other(monkeypatch, tmp_path):
     assert (tmp_path / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("page", ["install.md", "layers.md", "sessions.md", "threads_and_state.md"])
-def test_the_snippets_of_a_page_run(monkeypatch, tmp_path, page):
-    monkeypatch.chdir(tmp_path)
-    namespace = {}
-    for language, code in snippets_of(ROOT / "docs" / page):
-        if language == "python":
-            exec(compile(code, page, "exec"), namespace)
-    assert "ct" in namespace
-
-
 def test_commands_run():
     assert {language for language, _ in SNIPPETS} == {"python", "bash"}
-    pages = [*SNIPPETS, *snippets_of(ROOT / "docs" / "install.md")]
     commands = [
-        line for language, code in pages if language == "bash" for line in code.splitlines()
+        line for language, code in SNIPPETS if language == "bash" for line in code.splitlines()
     ]
     in_ci = (ROOT / ".ci" / "run").read_text()
     packaging = (ROOT / "tests" / "test_packaging.py").read_text()

@@ -480,13 +480,17 @@ constexpr char kStepDoc[] = R"(step($self, x, streams=None, *, out=None, key_mas
 
 Take one step of M streams.
 
+Several threads may call one session. Calls that name the same stream run one after the other. A
+short step keeps Python's global lock, and a long one releases it; see `release_gil`. After an error
+every stream is as it was before the call.
+
 Args:
-    x: the model's inputs without the axis of time: one NumPy array `(M, ...)`, or several in the
+    x: The model's inputs without the time axis: one NumPy array `(M, ...)`, or several in the
         model's own structure (a list, or a dict by name). `inputs` has shapes and dtypes. Dtypes
         must be exact; an array that is not C-contiguous is copied.
-    streams: the stream of each row: a list or tuple of ids, an int64 array `(M,)`, or one id if
+    streams: The stream of each row: a list or tuple of ids, an int64 array `(M,)`, or one id if
         M = 1. None: row i is the session's i-th default stream, which the first such step opens.
-    out: arrays to write the outputs to, in the structure of the returned outputs. None, here or
+    out: Arrays to write the outputs to, in the structure of the returned outputs. None, here or
         inside the structure: a new array. Arrays must be C-contiguous, with the exact shape and
         dtype, and share no memory with the inputs.
     key_mask: bool `(M,)`; False marks a gap: no query attends to that step, now or later.
@@ -497,15 +501,10 @@ Returns:
     (see `ready`), they are computed from the steps seen so far.
 
 Raises:
-    TypeError: if an argument has a type that is not listed above.
-    ValueError: if a shape, dtype, index or mask does not fit, or a stream is named twice.
-    UnknownStreamError: a ValueError, if a stream is not open.
-    TooManyStreamsError: a RuntimeError, if there is no room for the default streams.
-
-    After an error every stream is as it was before the call.
-
-Several threads may call one session. Calls that name the same stream run one after the other.
-A short step keeps Python's global lock, and a long one releases it; see `release_gil`.
+    TypeError: If an argument has a type that is not listed above.
+    ValueError: If a shape, dtype, index or mask does not fit, or a stream is named twice.
+    UnknownStreamError: A ValueError, if a stream is not open.
+    TooManyStreamsError: A RuntimeError, if there is no room for the default streams.
 )";
 
 constexpr char kStepsDoc[] = R"(steps($self, x, streams=None, *, out=None, key_mask=None)
@@ -514,16 +513,16 @@ constexpr char kStepsDoc[] = R"(steps($self, x, streams=None, *, out=None, key_m
 Take T steps of M streams: the same outputs and state as T calls of `step`.
 
 Args:
-    x: as for `step`, with the axis of time: `(M, T, ...)`.
-    streams: as for `step`.
-    out: as for `step`, `(M, T, ...)`.
-    key_mask: bool `(M, T)`, as for `step`.
+    x: As in `step`, with the time axis: `(M, T, ...)`.
+    streams: As in `step`.
+    out: As in `step`, `(M, T, ...)`.
+    key_mask: bool `(M, T)`, as in `step`.
 
 Returns:
     The model's outputs for each of the steps, `(M, T, ...)`.
 
 Raises:
-    The same errors as `step`.
+    TypeError, ValueError, UnknownStreamError, TooManyStreamsError: As in `step`.
 )";
 
 }  // namespace

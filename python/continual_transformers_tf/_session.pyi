@@ -1,5 +1,6 @@
 # The native module behind session.py, built from cc/python. Only `step`, `steps`, `release_gil` and
-# the exceptions are public: users reach them through `Session` and its module.
+# the exceptions are public: users reach them through `Session` and its module. Their docstrings are
+# for the docs site, which reads sources only.
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,10 +12,17 @@ Arrays = npt.NDArray[Any] | Sequence["Arrays"] | Mapping[str, "Arrays"]
 OutArrays = npt.NDArray[Any] | Sequence["OutArrays | None"] | Mapping[str, "OutArrays | None"]
 Streams = int | np.integer[Any] | Sequence[int] | npt.NDArray[np.int64]
 
-class UnknownStreamError(ValueError): ...
-class TooManyStreamsError(RuntimeError): ...
-class ModelFileError(ValueError): ...
-class OtherModelError(ValueError): ...
+class UnknownStreamError(ValueError):
+    """A stream id that was never given out, or was closed."""
+
+class TooManyStreamsError(RuntimeError):
+    """There is no room for another stream: the limit `streams=`, or memory."""
+
+class ModelFileError(ValueError):
+    """A model file that is truncated, of another kind, of a newer version, or corrupt."""
+
+class OtherModelError(ValueError):
+    """State or weights of another model, or state of another training."""
 
 class NativeSession:
     release_gil: bool | None
@@ -36,7 +44,36 @@ class NativeSession:
         *,
         out: OutArrays | None = None,
         key_mask: npt.NDArray[np.bool_] | None = None,
-    ) -> Any: ...
+    ) -> Any:
+        """Take one step of M streams.
+
+        Several threads may call one session. Calls that name the same stream run one after the
+        other. A short step keeps Python's global lock, and a long one releases it; see
+        `release_gil`. After an error every stream is as it was before the call.
+
+        Args:
+            x: The model's inputs without the time axis: one NumPy array `(M, ...)`, or several in
+                the model's own structure (a list, or a dict by name). `inputs` has shapes and
+                dtypes. Dtypes must be exact; an array that is not C-contiguous is copied.
+            streams: The stream of each row: a list or tuple of ids, an int64 array `(M,)`, or one
+                id if M = 1. None: row i is the session's i-th default stream, which the first such
+                step opens.
+            out: Arrays to write the outputs to, in the structure of the returned outputs. None,
+                here or inside the structure: a new array. Arrays must be C-contiguous, with the
+                exact shape and dtype, and share no memory with the inputs.
+            key_mask: bool `(M,)`; False marks a gap: no query attends to that step, now or later.
+
+        Returns:
+            The model's outputs for the newest step, or for the step `delay` steps before it:
+            `(M, ...)`, in the model's own structure (a tuple becomes a list). Until a stream's
+            receptive field is full (see `ready`), they are computed from the steps seen so far.
+
+        Raises:
+            TypeError: If an argument has a type that is not listed above.
+            ValueError: If a shape, dtype, index or mask does not fit, or a stream is named twice.
+            UnknownStreamError: A ValueError, if a stream is not open.
+            TooManyStreamsError: A RuntimeError, if there is no room for the default streams.
+        """
     def steps(
         self,
         x: Arrays,
@@ -44,7 +81,21 @@ class NativeSession:
         *,
         out: OutArrays | None = None,
         key_mask: npt.NDArray[np.bool_] | None = None,
-    ) -> Any: ...
+    ) -> Any:
+        """Take T steps of M streams: the same outputs and state as T calls of `step`.
+
+        Args:
+            x: As in `step`, with the time axis: `(M, T, ...)`.
+            streams: As in `step`.
+            out: As in `step`, `(M, T, ...)`.
+            key_mask: bool `(M, T)`, as in `step`.
+
+        Returns:
+            The model's outputs for each of the steps, `(M, T, ...)`.
+
+        Raises:
+            TypeError, ValueError, UnknownStreamError, TooManyStreamsError: As in `step`.
+        """
     def _open(self, count: int | None) -> int | npt.NDArray[np.int64]: ...
     def _close(self, streams: Streams | None) -> None: ...
     def _position(self, streams: Streams | None) -> int | npt.NDArray[np.int64]: ...

@@ -176,9 +176,11 @@ class Session(_session.NativeSession):
     stream's past (rings of keys and values, delays, the position) in one block. The stream's id
     names this block.
 
-    >>> session = ct.Session(model, streams=1000)
-    >>> a, b = session.open(2)
-    >>> y = session.step(x, streams=[a, b])  # (2, ...) -> (2, ...)
+    ```python
+    session = ct.Session(model, streams=1000)
+    a, b = session.open(2)
+    y = session.step(x, streams=[a, b])  # (2, ...) -> (2, ...)
+    ```
 
     Several threads may call any method at once. Steps of different streams run side by side, and
     calls that name the same stream run one after the other. After an error every stream is as it

@@ -1,4 +1,7 @@
-"""docs/serving.md: its snippets run, and its tables are complete. deploy/: its options exist."""
+"""docs/serving.md: its snippets run, and its tables are complete. deploy/: its options exist.
+
+The snippets of docs/how-to/server.md run too.
+"""
 
 import json
 import re
@@ -88,6 +91,32 @@ def test_commands_run(options, start_server, watch_file):
     assert (one["name"], one["shape"]) == ("y", [1, 7])
     assert (two["name"], two["shape"]) == ("y", [2, 7])
     assert "continual_transformers_steps_total" in curls[-1]
+
+
+def test_the_how_to_runs(monkeypatch, tmp_path, start_server):
+    monkeypatch.chdir(tmp_path)
+    server, namespace, curls = None, {}, 0
+    for language, code in snippets_of(ROOT / "docs" / "how-to" / "server.md"):
+        if server:
+            code = code.replace(GRPC, server.grpc_url)
+            code = code.replace(HTTP, f"localhost:{server.http_port}")
+        if language == "python":
+            exec(compile(code, "server.md", "exec"), namespace)
+            continue
+        words = shlex.split(code)
+        if words[:2] == ["continual-transformers", "serve"]:
+            server = start_server(*words[2:])
+        else:
+            answer = subprocess.run([*words, "--fail"], check=True, capture_output=True, text=True)
+            assert json.loads(answer.stdout)["outputs"][0]["shape"] == [1, 3]
+            curls += 1
+    assert namespace["y"].shape == (2, 3)
+    assert curls == 1
+
+
+def test_the_how_to_names_settings_that_exist(options):
+    page = (ROOT / "docs" / "how-to" / "server.md").read_text()
+    assert set(re.findall(r"`(--[\w-]+)`", page)) - {"--ray"} <= set(options)
 
 
 def test_what_is_deployed_has_options_of_the_server(options):

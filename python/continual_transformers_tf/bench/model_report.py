@@ -143,7 +143,7 @@ def markdown_lines(models: dict[str, Any]) -> list[str]:
             "",
             "### Goals, one thread",
             "",
-            "After the colon: what a step that takes no longer than its bound would reach.",
+            "After the colon is the ratio of a step that takes no longer than its bound.",
             "",
         ]
         lines += _markdown_table(

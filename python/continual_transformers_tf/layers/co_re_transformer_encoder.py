@@ -23,8 +23,8 @@ class CoReTransformerEncoder(TransformerEncoderBlock):
     Args:
         seq_len: N, the window: the newest steps, which attend to each other. A regular call takes
             windows of any length.
-        embed_dim, num_heads, ff_dim, dropout_rate, call_mode, key_dim, use_bias, norm_first,
-            activation, epsilon: As in `CoSiTransformerEncoder`.
+        embed_dim, num_heads, ff_dim, dropout_rate, call_mode: As in `CoSiTransformerEncoder`.
+        key_dim, use_bias, norm_first, activation, epsilon: As in `CoSiTransformerEncoder`.
         warm_up, algorithm: As in `CoReMultiHeadAttention`.
         **kwargs: `name`, `dtype` and other arguments of `keras.layers.Layer`.
 

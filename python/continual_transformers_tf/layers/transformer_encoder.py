@@ -44,8 +44,8 @@ class TransformerEncoder(CompositeLayer, OneInputLayer):
     Args:
         num_layers: L, the number of blocks.
         seq_len: N, the window.
-        embed_dim, num_heads, ff_dim, dropout_rate, call_mode, key_dim, use_bias, norm_first,
-            activation, epsilon: As in `CoSiTransformerEncoder`.
+        embed_dim, num_heads, ff_dim, dropout_rate, call_mode: As in `CoSiTransformerEncoder`.
+        key_dim, use_bias, norm_first, activation, epsilon: As in `CoSiTransformerEncoder`.
         kind: "single_output" or "retroactive".
         final_norm: Whether a layer norm follows the last block. None: only with `norm_first`, whose
             blocks end without one.

@@ -119,9 +119,11 @@ class _Steps:
 class Client:
     """A connection to a server, or to all servers of a cluster, and one model there.
 
-    >>> with ct.serving.Client("127.0.0.1:8001") as client:
-    ...     with client.open("a stream's name") as stream:
-    ...         y = stream.step(x)  # (6,) -> (3,)
+    ```python
+    with ct.serving.Client("127.0.0.1:8001") as client:
+        with client.open("a stream's name") as stream:
+            y = stream.step(x)  # (6,) -> (3,)
+    ```
 
     Several threads may use a client. A numbered request is sent again if the connection breaks, if
     no answer comes in time, or if the server's queue is full. This is safe: the server answers the
