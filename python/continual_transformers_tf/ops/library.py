@@ -17,8 +17,10 @@ from continual_transformers_tf.native import BACKEND_VARIABLE, backend
 
 MINOR = ".".join(tf.__version__.split(".")[:2])
 # The library in use, and why the package with GPU kernels is not used, if it is installed.
-LIBRARY_PATH, _NO_GPU_KERNELS = native.op_library(MINOR)
+_IN_USE = native.op_library(MINOR)
+LIBRARY_PATH: Path = _IN_USE[0]
 LIBRARY_NAME = LIBRARY_PATH.name
+_NO_GPU_KERNELS: str | None = _IN_USE[1]
 
 # The op of every layer's attention. Its kernels tell which devices have fused kernels.
 SINGLE_OUTPUT = "ContinualTransformers>SingleOutputAttention"
