@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import tensorflow as tf
 
-    from continual_transformers_tf._session import Streams
+    from continual_transformers_tf._session import ManyStreams, Streams
 
 __all__ = [
     "ArraySpec",
@@ -344,6 +344,10 @@ class Session(_session.NativeSession):
         """
         self._close(streams)
 
+    @overload
+    def ready(self, streams: int | np.integer[Any]) -> bool: ...
+    @overload
+    def ready(self, streams: ManyStreams | None = None) -> npt.NDArray[np.bool_]: ...
     def ready(self, streams: Streams | None = None) -> bool | npt.NDArray[np.bool_]:
         """Return which streams have taken at least `receptive_field` steps.
 
@@ -359,6 +363,10 @@ class Session(_session.NativeSession):
         """
         return self._ready(streams)
 
+    @overload
+    def position(self, streams: int | np.integer[Any]) -> int: ...
+    @overload
+    def position(self, streams: ManyStreams | None = None) -> npt.NDArray[np.int64]: ...
     def position(self, streams: Streams | None = None) -> int | npt.NDArray[np.int64]:
         """Return how many steps streams have taken.
 
