@@ -9,3 +9,7 @@ for package in ("tensorflow", "keras"):
             "Install the package with one of its extras, as by `pip install '.[cpu]'` in a "
             "checkout, or '.[gpu]' for CUDA. (`ct.Session.load` needs neither.)"
         )
+
+# TensorFlow imports Keras, and that imports the layers (`_keras_registration`). Here no module that
+# they need is half imported yet.
+import tensorflow  # noqa: E402, F401
