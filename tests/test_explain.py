@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 import continual_transformers_tf as ct
-from convert_cases import D, E, H, MODELS, N, attention, model_of, one_block
-from test_convert_refuses import CANNOT
+from convert_cases import CANNOT, MODELS, D, E, H, N, attention, model_of, one_block
 
 
 def rows_of(explanation):
@@ -72,11 +71,11 @@ def test_each_reason_is_that_of_convert(case):
     assert not found.reasons
     reasons = [why for row in found.rows for why in row.reasons]
     assert reasons
-    for why in reasons:
-        assert sum(line.endswith(why) for line in lines) >= 1, (why, lines)
-    for line in lines:
-        # GroupQueryAttention has a second reason, for which it needs attention that is converted.
-        assert any(line.endswith(why) for why in reasons) or "no continual counterpart" in line
+    if case == "grouped queries":  # ct.convert ends before it reads the graph.
+        assert "keras.layers.MultiHeadAttention" in lines[0]
+        assert "keras.layers.MultiHeadAttention" in reasons[0]
+    else:
+        assert {line.split(") ", 1)[1] for line in lines} == set(reasons)
     for row in found.rows:
         assert row.streams == (row.how != "does not stream") == (not row.reasons)
         for why in row.reasons:
@@ -105,7 +104,9 @@ def test_what_only_a_session_refuses_is_told_apart():
     found = ct.explain(keras.Model(x, y, name="given"))
     assert not found.streams
     assert found.streams_in_keras
-    assert str(found).startswith("given streams in TensorFlow (ct.convert), but not in a ct.Session.")
+    assert str(found).startswith(
+        "given streams in TensorFlow (ct.convert), but not in a ct.Session."
+    )
     assert "ct.StreamingModel" in rows_of(found)["memory"].reasons[0]
     assert (found.receptive_field, found.state_bytes) == (N, None)
     assert found.equals_windows
@@ -262,16 +263,14 @@ CLAIMS = {
 
 @pytest.mark.parametrize("case", CLAIMS)
 def test_what_it_says_of_windows_is_so(case, random):
-    """Steps are compared with the model on the newest window, after more steps than a window has."""
+    """The last of many steps is compared with the model on the newest window."""
     function, length, claim = CLAIMS[case]
     inputs = keras.Input((length, E))
     model = keras.Model(inputs, function(inputs))
-    model.set_weights([0.1 + random.random(size=w.shape) * 0.6 for w in model.weights])
-    seq_len = N if "plain" in case else None
-    found = ct.explain(model, seq_len)
+    found = ct.explain(model)
     assert found.streams, str(found)
     x = random.standard_normal((2, 4 * N, E)).astype("float32")
-    session = ct.Session(model, seq_len=seq_len)
+    session = ct.Session(model)
     y = session.steps(x)[:, -1]
     if "begins at row 0" in found.windows:  # Of a new stream.
         y = session.steps(x[:, -length:], session.open(2))[:, -1]

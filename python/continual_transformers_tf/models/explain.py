@@ -155,7 +155,7 @@ def explain(model: keras.layers.Layer, seq_len: int | None = None) -> Explanatio
     )
     if not streams and not in_keras:
         return explanation
-    length = graph.model.inputs[0].shape[1] if model.inputs else None
+    length = graph.model.inputs[0].shape[1]
     equals, windows = _compared_with_windows(
         windows_of_graph(graph), length, any(map(_moves_positions, graph.layers))
     )

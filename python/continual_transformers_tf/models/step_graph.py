@@ -533,8 +533,8 @@ def _takes_mask_of_whole(node: Node, values: dict[int, Tensor]) -> bool:
 
 
 _POSITIONS = (
-    "If it adds an array with a row for each step, use ct.CircularPositionalEncoding: a step's place "
-    "in the window changes all the time"
+    "If it adds an array with a row for each step, use ct.CircularPositionalEncoding: the place of "
+    "a step in the window changes all the time"
 )
 # What to do about operations that look at several steps, by the names of their classes.
 _CURES = {

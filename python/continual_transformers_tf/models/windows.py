@@ -106,8 +106,7 @@ def _through_node(node: Node, values: dict[int, Windows]) -> Windows:
     args, kwargs = node.arguments.fill_in(values)
     given = inspect.signature(node.operation.call).bind(*args, **kwargs).arguments
     query = _union(x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, Windows))
-    attended = [given.get(name) for name in ("value", "key")]
-    attended = [x for x in attended if isinstance(x, Windows)]
+    attended = [x for name in ("value", "key") if isinstance(x := given.get(name), Windows)]
     if attended and isinstance(given.get("query"), Windows):
         query = given["query"]
     causal = bool(given.get("use_causal_mask"))
