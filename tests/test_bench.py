@@ -63,7 +63,7 @@ def test_a_quick_race(tmp_path):
     assert (found["missing"] == {}) == installed("onnxruntime")
     if found["missing"]:
         assert "onnxruntime did not take part" in result.output
-        assert "pip install '.[bench]'" in result.output
+        assert "pip install 'continual-transformers-tf[bench]'" in result.output
         assert "onnxruntime" in paths["page.md"].read_text()
     for held in found["memory"]:
         assert held["ring"] < held["state"] < held["ring"] + 1000
@@ -91,7 +91,9 @@ def test_goals_are_those_of_the_table():
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in ("ours", "read_bound")])
 def test_every_rival_computes_the_same(name):
     if not installed(name):
-        pytest.skip(f"{NEEDS[MODULES[name]]} is not installed: pip install '.[bench]'")
+        pytest.skip(
+            f"{NEEDS[MODULES[name]]} is missing: pip install 'continual-transformers-tf[bench]'"
+        )
     size = Size(20, 24, 3, streams=2)
     outputs = []
     for taking_part in ("ours", name):
@@ -150,7 +152,7 @@ def test_a_quick_race_of_whole_models(programs, tmp_path):
 def test_every_contestant_computes_the_reference(name, size, tmp_path):
     needed = MODEL_NEEDS.get(MODEL_MODULES[name], "tensorflow")
     if importlib.util.find_spec(needed) is None:
-        pytest.skip(f"{needed} is not installed: pip install '.[bench]'")
+        pytest.skip(f"{needed} is not installed: pip install 'continual-transformers-tf[bench]'")
     contestant = race.Rival(name, 1, model_race.WORKER)
     if name == "session":
         packer = race.Rival("packer", 1, model_race.WORKER)

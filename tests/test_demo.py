@@ -98,4 +98,4 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     result = CliRunner().invoke(cli.main, ["demo"])
     assert result.exit_code == 1
-    assert "pip install '.[demo]'" in result.output
+    assert "pip install 'continual-transformers-tf[demo]'" in result.output

@@ -102,7 +102,7 @@ except ImportError as error:
 """
     said = run(WITHOUT_TENSORFLOW + program)
     assert "needs tensorflow, which is not installed" in said
-    assert "pip install '.[cpu]'" in said
+    assert "pip install 'continual-transformers-tf[cpu]'" in said
 
 
 def test_a_session_without_the_library_says_why_and_what_to_do():

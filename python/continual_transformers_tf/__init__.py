@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from continual_transformers_tf.models.convert import convert
     from continual_transformers_tf.models.cost import cost
+    from continual_transformers_tf.models.explain import explain
     from continual_transformers_tf.models.export import export
     from continual_transformers_tf.models.from_torch import from_torch
     from continual_transformers_tf.models.paper import co_audio_transformer, co_oad_tr
@@ -57,6 +58,7 @@ __all__ = [
     "convert_weights",
     "cost",
     "ensure_streams",
+    "explain",
     "export",
     "from_torch",
     "hold_streams",
@@ -72,6 +74,7 @@ _MODULES = {
     "co_oad_tr": "models",
     "convert": "models",
     "cost": "models",
+    "explain": "models",
     "export": "models",
     "from_torch": "models",
 }

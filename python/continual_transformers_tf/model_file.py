@@ -190,6 +190,29 @@ def load(path: str | os.PathLike[str]) -> Loaded:
         library.ct_session_free(session)
 
 
+def as_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what is in a model file as plain data, which `json.dumps` takes.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is not a model file, is damaged, or has a newer version.
+    """
+    file = ModelFile.read(path)
+    try:
+        loaded = load(path)
+    except ImportError:
+        loaded = None
+    return {
+        **{k: x for k, x in dataclasses.asdict(file).items() if k != "weights"},
+        "parameters": file.parameters,
+        "weights_bytes": file.weights_bytes,
+        "state_bytes": loaded and loaded.state_bytes,
+        # In hexadecimal, because not every reader of JSON has integers of 64 bits.
+        "plan_fingerprint": loaded and f"{loaded.plan_fingerprint:016x}",
+        "weights_fingerprint": loaded and f"{loaded.weights_fingerprint:016x}",
+    }
+
+
 def describe(path: str | os.PathLike[str]) -> str:
     """Return the lines that `continual-transformers info MODEL` prints about a model file.
 

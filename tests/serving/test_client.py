@@ -461,4 +461,4 @@ except ImportError as error:
     first, second = run.stdout.splitlines()
     assert first == "False False True"
     assert "ct.serving.Client needs grpc, which is not installed" in second
-    assert "pip install '.[client]'" in second
+    assert "pip install 'continual-transformers-tf[client]'" in second

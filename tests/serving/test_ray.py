@@ -85,7 +85,7 @@ def test_without_the_package_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     result = CliRunner().invoke(cli.main, ["serve", "--ray", "auto", "m.safetensors"])
     assert result.exit_code == 1
-    assert "pip install '.[ray]'" in result.output
+    assert "pip install 'continual-transformers-tf[ray]'" in result.output
 
 
 def test_how_many_servers_there_should_be():

@@ -8,10 +8,13 @@ from typing import Any
 
 import click
 
-PATH = click.Path(dir_okay=False, path_type=Path)
+from continual_transformers_tf.commands import common
 
 
-@click.command()
+@click.command(
+    short_help="Race against every other way to take a step.",
+    epilog=common.example("bench --models --threads 1 --rounds 3"),
+)
 @click.option("--models", "parts", flag_value="models", multiple=True, help="Race whole models.")
 @click.option(
     "--session", "parts", flag_value="session", multiple=True, help="Measure a session in C++."
@@ -20,7 +23,13 @@ PATH = click.Path(dir_okay=False, path_type=Path)
     "--layers", "parts", flag_value="layers", multiple=True, help="Race the attention layer."
 )
 @click.option("--quick", is_flag=True, help="Run tiny sizes for a moment, to see that it works.")
-@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="How often each rival is timed.",
+)
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
@@ -39,14 +48,23 @@ PATH = click.Path(dir_okay=False, path_type=Path)
     show_default=True,
     help="Where tools/build_benchmarks.py has built the C++ programs.",
 )
-@click.option("--json", "json_path", type=PATH, help="Where to write all results.")
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    metavar="FILE",
+    help="Where to write all results as JSON; -: to stdout, and the tables to stderr.",
+)
 @click.option(
     "--from-json",
-    type=PATH,
+    type=common.FILE,
+    metavar="FILE",
     help="Report the results in this file. Only parts that are named run again.",
 )
-@click.option("--picture", type=PATH, help="Where to draw the picture.")
-@click.option("--markdown", type=PATH, help="Where to write the page of the docs.")
+@click.option("--picture", type=common.NEW_FILE, metavar="FILE", help="Where to draw the picture.")
+@click.option(
+    "--markdown", type=common.NEW_FILE, metavar="FILE", help="Where to write the page of the docs."
+)
 def bench(
     parts: tuple[str, ...],
     quick: bool,
@@ -63,13 +81,10 @@ def bench(
 
     Without --models, --session or --layers, all three run.
     """
-    try:
-        import matplotlib  # noqa: F401
-        import rich.console
-    except ModuleNotFoundError as missing:
-        raise click.ClickException(
-            f"{missing.name} is missing: `pip install '.[bench]'` in a checkout"
-        ) from missing
+    common.need_packages("matplotlib", "rich", extra="bench")
+    common.need_tensorflow()
+    import rich.console
+
     from continual_transformers_tf.bench import model_race, race, report, session_goals
     from continual_transformers_tf.bench.model_rivals import MODEL_MODULES
     from continual_transformers_tf.bench.rivals import MODULES
@@ -86,7 +101,8 @@ def bench(
         raise click.BadParameter(
             f"got {', '.join(sorted(unknown))}, expected any of {', '.join(taking_part)}"
         )
-    found = json.loads(from_json.read_text()) if from_json else {}
+    with common.sentences():
+        found = json.loads(from_json.read_text()) if from_json else {}
     if "models" in parts:
         arguments = (threads, rounds, quick, only, programs)
         found["models"] = _with_progress(model_race.run, *arguments)
@@ -94,29 +110,33 @@ def bench(
         found["session"] = session_goals.run(quick, programs)
     if "layers" in parts:
         found["layers"] = _with_progress(race.run, threads, rounds, quick, only)
-    console = rich.console.Console(width=None if sys.stdout.isatty() else 200)
+    on_stdout = json_path is not None and str(json_path) == "-"
+    stream = sys.stderr if on_stdout else sys.stdout
+    console = rich.console.Console(stderr=on_stdout, width=None if stream.isatty() else 200)
     for made in report.tables(found):
         console.print(made)
     for part in found.values():
         for name, why in part["missing"].items():
             console.print(f"{name} did not take part: {race.reason(why)}", markup=False)
+    if on_stdout:
+        common.print_json(found)
+        json_path = None
     for path, write in (
         (json_path, lambda path: path.write_text(json.dumps(found, indent=1) + "\n")),
         (picture, lambda path: report.draw(path, found)),
         (markdown, lambda path: path.write_text(report.markdown(found))),
     ):
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(path)
+            with common.sentences():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write(path)
             console.print(f"written: {path}")
 
 
 def _with_progress(run: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    import rich.console
     import rich.progress
 
-    columns = (*rich.progress.Progress.get_default_columns(),)
-    with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
+    with rich.progress.Progress(console=common.notes()) as bar:
         task = bar.add_task("", total=None)
 
         def show(done: int, total: int, now: str) -> None:

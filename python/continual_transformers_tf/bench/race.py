@@ -11,6 +11,7 @@ from typing import IO, Any, cast
 
 from continual_transformers_tf.bench.rivals import MODULES
 from continual_transformers_tf.bench.sizes import QUICK, STREAMS, TABLE, WINDOWS, Size
+from continual_transformers_tf.extras import install
 
 GROWTH_RIVALS = ("ours", "ours_bfloat16", "torch_sdpa", "onnxruntime", "read_bound")
 RECOMPUTED_UP_TO = (
@@ -154,7 +155,7 @@ def reason(why: dict[str, str]) -> str:
         return why["error"]
     if "`" in why["missing"]:  # The text contains the command to run.
         return f"there is no {why['missing']}"
-    return f"there is no {why['missing']}: pip install '.[bench]' in a checkout"
+    return f"there is no {why['missing']}: {install('bench')}"
 
 
 def missing_lines(found: dict[str, Any]) -> list[str]:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from continual_transformers_tf import extras
+
 SAMPLE_RATE = 50  # Hz
 CHANNELS = ("ax", "ay", "az", "wx", "wy", "wz")  # Accelerometer in g, gyroscope in rad/s.
 EXERCISES = ("PEN", "ABD", "FEL", "IR", "ER", "TRAP", "ROW")
@@ -53,7 +55,7 @@ def load_recordings(subjects: Iterable[int] = SUBJECTS) -> list[Recording]:
     package = util.find_spec("seglearn")
     if package is None or package.origin is None:
         raise ModuleNotFoundError(
-            "The demo's data comes with seglearn: `pip install '.[demo]'` in a checkout"
+            f"The demo's data comes with seglearn. {extras.missing('seglearn', 'demo')}"
         )
     path = Path(package.origin).parent / "data" / "watch_dataset.npy"
     data = np.load(path, allow_pickle=True).item()

@@ -4,6 +4,7 @@ import continual_transformers_tf._tensorflow  # First: it says if TensorFlow is 
 import continual_transformers_tf.models.cost_retroactive  # noqa: F401  Adds entries to cost.
 from continual_transformers_tf.models.convert import convert
 from continual_transformers_tf.models.cost import cost
+from continual_transformers_tf.models.explain import explain
 from continual_transformers_tf.models.export import export
 from continual_transformers_tf.models.from_torch import from_torch
 from continual_transformers_tf.models.paper import co_audio_transformer, co_oad_tr
@@ -15,6 +16,7 @@ __all__ = [
     "co_oad_tr",
     "convert",
     "cost",
+    "explain",
     "export",
     "from_torch",
 ]

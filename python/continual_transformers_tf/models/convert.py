@@ -12,6 +12,7 @@ from continual_transformers_tf.models.own_calls import (
     check_streaming_model,
     own_calls_within,
 )
+from continual_transformers_tf.models.problem import CannotStream, Problem
 from continual_transformers_tf.models.streaming_model import StreamingModel
 
 
@@ -65,15 +66,13 @@ def convert(model: keras.Model, seq_len: int, **options: Any) -> StreamingModel:
         )
     copy, problems = convert_layers(model, attention)
     if problems:
-        raise ValueError(
-            f"{model.name} cannot be converted:\n" + "\n".join(f"- {p}" for p in problems)
-        )
+        raise CannotStream(problems, f"{model.name} cannot be converted")
     return StreamingModel(copy, **options)
 
 
 def convert_layers(
     model: keras.Model, attention: dict[str, Any], also_continual: bool = True
-) -> tuple[keras.Model, list[str]]:
+) -> tuple[keras.Model, list[Problem]]:
     """Return a copy of a model with continual attention, and the problems that were found.
 
     Args:
@@ -83,10 +82,9 @@ def convert_layers(
         also_continual: Whether continual layers in the model get these options too.
 
     Returns:
-        (the copy, a list of problems, as sentences). If there are no problems, the copy has the
-        model's weights.
+        (the copy, a list of `Problem`). If there are no problems, the copy has the model's weights.
     """
-    problems: list[str] = []
+    problems: list[Problem] = []
 
     def convert_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
         try:
@@ -99,11 +97,15 @@ def convert_layers(
                 return _with_options(layer, attention if also_continual else {})
             if isinstance(layer, keras.layers.MultiHeadAttention):
                 return CoSiMultiHeadAttention.from_regular(layer, single_output=False, **attention)
+        except CannotStream as error:
+            problems.extend(error.problems)
         except ValueError as error:
-            problems.append(str(error))
+            problems.append(Problem(f"cannot be converted: {error}", layer))
         if isinstance(layer, keras.layers.GroupQueryAttention):
             problems.append(
-                f"{layer.name} ({type(layer).__name__}) has no continual counterpart here"
+                Problem(
+                    "has no continual counterpart here: use keras.layers.MultiHeadAttention", layer
+                )
             )
         return _copy(layer)
 
@@ -114,7 +116,7 @@ def convert_layers(
     lost = own_calls_within(model)
     for of_copy in own_calls_within(copy):
         lost.remove(next(x for x in lost if type(x) is type(of_copy)))
-    problems += [f"{x.name} ({type(x).__name__}) {OWN_CALL}" for x in lost]
+    problems += [Problem(OWN_CALL, x) for x in lost]
     if not problems:
         copy.set_weights(model.get_weights())
     return copy, problems
@@ -129,8 +131,6 @@ def _with_options(layer: keras.layers.Layer, options: dict[str, Any]) -> keras.l
     config = layer.get_config()
     if "seq_len" in config:
         if not set(options) <= set(config):
-            raise ValueError(
-                f"{layer.name} ({type(layer).__name__}) takes no cache_dtype: leave it out"
-            )
+            raise ValueError("it takes no cache_dtype: leave it out")
         config |= options
     return layer.__class__.from_config(config)

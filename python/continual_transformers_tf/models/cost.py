@@ -9,6 +9,7 @@ from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.models.cost_formulas import Cost
 from continual_transformers_tf.models.cost_layers import Rows, cost_of, largest, with_register
 from continual_transformers_tf.models.own_calls import check_streaming_model
+from continual_transformers_tf.models.problem import CannotStream
 from continual_transformers_tf.models.step_graph import StepGraph
 from continual_transformers_tf.models.streaming_model import StreamingModel
 from continual_transformers_tf.ops.stream_state import check_integer
@@ -81,10 +82,7 @@ def _cost_of_model(model: keras.Model, mode: str, seq_len: int | None) -> Cost:
     else:
         graph = StepGraph(model)
     if graph.model is None or (mode == "step" and graph.problems):
-        raise ValueError(
-            f"{model.name} cannot be run on the steps of a stream:\n"
-            + "\n".join(f"- {problem}" for problem in dict.fromkeys(graph.problems))
-        )
+        raise CannotStream(graph.problems, f"{model.name} cannot be run on the steps of a stream")
     return _cost_of_graph(graph, mode, seq_len)
 
 

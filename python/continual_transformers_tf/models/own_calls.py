@@ -2,6 +2,8 @@
 
 import keras
 
+from continual_transformers_tf.models.problem import CannotStream, Problem
+
 _PACKAGE = "continual_transformers_tf."
 
 # The methods that compute a layer's outputs. A subclass may override them.
@@ -59,6 +61,6 @@ OWN_CALL = (
 
 
 def check_streaming_model(model: keras.Model) -> None:
-    """Raise ValueError if a StreamingModel's subclass computes more than the model inside."""
+    """Raise CannotStream if a StreamingModel's subclass computes more than the model inside."""
     if not computes_as_ours(model):
-        raise ValueError(f"{model.name} ({type(model).__name__}) {OWN_CALL}")
+        raise CannotStream([Problem(OWN_CALL, model)])

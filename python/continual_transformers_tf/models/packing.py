@@ -1,6 +1,10 @@
-"""Packing a Keras model into a model file, and checking it: `continual-transformers pack`."""
+"""Packing a Keras model into a model file, and checking it: what `pack` and `check` do."""
 
+import math
 import os
+import re
+import zipfile
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
@@ -12,12 +16,31 @@ from continual_transformers_tf.models.lowering import continual_model
 from continual_transformers_tf.models.streaming_model import StreamingModel
 from continual_transformers_tf.session import Session
 
+OPERATIONS = ("multiplications", "additions", "exponentials")
+STEPS_AT_ONCE = 256  # Of a comparison. Keras holds the intermediate results of all of them.
+
 
 def load_model(path: str | os.PathLike[str]) -> keras.Model:
-    """Read a Keras model from a `.keras` file, or from another file that Keras reads."""
+    """Read a Keras model from a `.keras` file, or from another file that Keras reads.
+
+    Raises:
+        ValueError: If it is none.
+    """
     if str(path).endswith(".safetensors"):
         raise ValueError(f"Expected a Keras model, but {path} is already a model file")
-    return keras.saving.load_model(path, compile=False)
+    try:
+        return keras.saving.load_model(path, compile=False)
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        unknown = re.search(r"Could not locate (?:class|function) '(\w+)'", str(error))
+        if unknown:
+            raise ValueError(
+                f"{path} needs {unknown[1]}, which is not of Keras or of this package: load the "
+                "model in Python, where it is registered, and call ct.Session(model).save(...)"
+            ) from error
+        raise ValueError(
+            f"Expected a Keras model, as model.save('model.keras') writes it, but Keras cannot "
+            f"read {path}"
+        ) from error
 
 
 def streaming_twin(model: keras.Model, seq_len: int | None = None) -> StreamingModel:
@@ -29,20 +52,37 @@ def streaming_twin(model: keras.Model, seq_len: int | None = None) -> StreamingM
     return StreamingModel(continual_model(model, seq_len), warm_up="partial")
 
 
-def describe_cost(model: keras.Model, session: Session, seq_len: int | None = None) -> str:
-    """Return two lines: what a step costs, and how large a stream's state is."""
+def costs(model: keras.Model, session: Session, seq_len: int | None = None) -> dict[str, Any]:
+    """Return what a step costs, and how large a stream's state is, as plain data.
+
+    Args:
+        model, seq_len: As in `ct.Session`.
+        session: A `Session` of the model.
+    """
+    operations, reason = None, None
     try:
         of_step = cost(continual_model(model, seq_len))
-        operations = (
-            f"{of_step.multiplications:,} multiplications, {of_step.additions:,} additions, "
-            f"{of_step.exponentials:,} exponentials"
-        )
+        operations = {name: getattr(of_step, name) for name in OPERATIONS}
     except ValueError as error:  # A session may run a layer that ct.cost does not know.
-        operations = f"its operations are not counted. {error}"
+        reason = str(error)
+    return {
+        "operations": operations,
+        "operations_not_counted": reason,
+        "state_bytes": session.state_bytes,
+        "receptive_field": session.receptive_field,
+        "delay": session.delay,
+    }
+
+
+def describe_costs(found: dict[str, Any]) -> str:
+    """Return the result of `costs` as two lines of text."""
+    operations = f"its operations are not counted. {found['operations_not_counted']}"
+    if found["operations"]:
+        operations = ", ".join(f"{n:,} {name}" for name, n in found["operations"].items())
     return (
         f"a step: {operations}\n"
-        f"a stream: {session.state_bytes:,} bytes; receptive field {session.receptive_field} "
-        f"steps, delay {session.delay}"
+        f"a stream: {found['state_bytes']:,} bytes; receptive field {found['receptive_field']} "
+        f"steps, delay {found['delay']}"
     )
 
 
@@ -56,7 +96,13 @@ def read_recordings(path: str | os.PathLike[str], session: Session) -> list[npt.
     Raises:
         ValueError: If they do not fit the model's inputs.
     """
-    found = np.load(path, allow_pickle=False)
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"Expected an .npy or .npz file of numbers, as np.save writes it, but NumPy cannot "
+            f"read {path}"
+        ) from error
     arrays = [found] if isinstance(found, np.ndarray) else found
     names = [spec.name for spec in session.inputs]
     if not isinstance(found, np.ndarray):
@@ -112,6 +158,14 @@ class Comparison(NamedTuple):
     difference: float
     largest: float
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures as plain data. A difference that is no number is None."""
+        figures = self._asdict()
+        return {
+            k: None if isinstance(x, float) and not math.isfinite(x) else x
+            for k, x in figures.items()
+        }
+
     def __str__(self) -> str:
         return (
             f"checked: {self.streams} streams of {self.steps} steps, taken by Keras and by the "
@@ -125,6 +179,7 @@ def compare(
     session: Session,
     recordings: list[npt.NDArray[Any]],
     seq_len: int | None = None,
+    on_step: Callable[[int], None] = lambda taken: None,
 ) -> Comparison:
     """Stream recordings through a Keras model and through a session of it, and compare.
 
@@ -132,29 +187,50 @@ def compare(
         model, seq_len: As in `ct.Session`.
         session: A `Session` of the model.
         recordings: The result of `read_recordings`.
+        on_step: A function that is called with the number of steps that have been taken.
 
     Returns:
         A `Comparison`.
+
+    Raises:
+        ValueError: If the session is of another model, with other inputs or outputs.
     """
     twin = streaming_twin(model, seq_len)
+    inputs = twin._graph.model.inputs
+    expected = sorted(tuple(x.shape[2:]) for x in inputs)
+    given = sorted(spec.shape for spec in session.inputs)
+    if expected != given:
+        raise ValueError(
+            f"Expected a model file of {model.name}, whose steps have shapes {expected}, but got "
+            f"one whose steps have shapes {given}"
+        )
     structure = twin._graph.model._inputs_struct
     if isinstance(structure, (list, tuple)) and len(structure) == 1:
         structure = structure[0]
-    outputs = twin.call_steps(keras.tree.pack_sequence_as(structure, recordings))
-    by_keras = [np.asarray(y) for y in keras.tree.flatten(outputs)]
     streams, steps = recordings[0].shape[:2]
     ids = session.open(streams)
-    taken = []
-    for t in range(steps):
-        step = [np.ascontiguousarray(x[:, t]) for x in recordings]
-        outputs = session.step(keras.tree.pack_sequence_as(structure, step), ids)
-        taken.append(keras.tree.flatten(outputs))
+    differences, sizes = [0.0], [0.0]
+    for first in range(0, steps, STEPS_AT_ONCE):
+        part = [x[:, first : first + STEPS_AT_ONCE] for x in recordings]
+        by_keras = twin.call_steps(keras.tree.pack_sequence_as(structure, part))
+        taken = []
+        for t in range(part[0].shape[1]):
+            step = [np.ascontiguousarray(x[:, t]) for x in part]
+            outputs = session.step(keras.tree.pack_sequence_as(structure, step), ids)
+            taken.append(keras.tree.flatten(outputs))
+            on_step(first + t + 1)
+        by_session = [np.stack(outputs, axis=1) for outputs in zip(*taken, strict=True)]
+        for y, got in zip(keras.tree.flatten(by_keras), by_session, strict=True):
+            if y is None:
+                continue  # If the model has a delay, Keras gives no outputs for the first steps.
+            y = np.asarray(y).astype(np.float64)
+            got = got[:, got.shape[1] - y.shape[1] :]
+            if got.shape != y.shape:
+                raise ValueError(
+                    f"Expected a model file of {model.name}, whose steps return {y.shape[2:]}, but "
+                    f"got one whose steps return {got.shape[2:]}"
+                )
+            differences.append(np.max(np.abs(got - y), initial=0, where=got != y))
+            sizes.append(np.max(np.abs(y), initial=0))
     session.close(ids)
-    differences, sizes = [], []
-    for i, expected in enumerate(by_keras):
-        # If the model has a delay, Keras gives no outputs for the first steps.
-        got = np.stack([outputs[i] for outputs in taken], axis=1)[:, -expected.shape[1] :]
-        expected = expected.astype(np.float64)
-        differences.append(np.max(np.abs(got - expected), initial=0, where=got != expected))
-        sizes.append(np.max(np.abs(expected), initial=0))
     return Comparison(streams, steps, float(np.max(differences)), float(np.max(sizes)))

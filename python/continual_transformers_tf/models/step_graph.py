@@ -40,6 +40,7 @@ from continual_transformers_tf.models.own_calls import (
     computes_as_ours,
     has_own_call,
 )
+from continual_transformers_tf.models.problem import Problem
 from continual_transformers_tf.models.row_wise import (
     Tensor,
     is_row_wise,
@@ -62,8 +63,7 @@ class StepGraph:
 
     Attributes:
         model: The functional model that the model is, or contains; None if there is none.
-        problems: Why the model cannot be run on steps: sentences that name the layer. Empty if it
-            can.
+        problems: Why the model cannot be run on steps: `Problem`s. Empty if it can.
         layers: The continual layers, in the order in which they are run.
         receptive_field: How many steps an output depends on.
         delay: How many steps lie between an input and its output.
@@ -75,24 +75,28 @@ class StepGraph:
         self._inner: dict[int, StepGraph] = {}  # Id of a nested model's node -> its StepGraph.
         self._known: dict[int, Tensor] = {}  # Id of a tensor of the graph -> its Tensor.
         self._refused: set[int] = set()  # Ids of nodes with problems.
-        self.problems: list[str] = []
+        self.problems: list[Problem] = []
         self.layers: list[keras.layers.Layer] = []
         if self.model is None and _graph_of(model) is not None:
-            self.problems.append(f"{model.name} ({type(model).__name__}) {OWN_CALL}")
+            self.problems.append(Problem(OWN_CALL, model))
             return
         if self.model is None:
             self.problems.append(
-                f"{model.name} is neither a functional nor a built sequential model, so it has no "
-                "graph to read. Make a ct.Session of each of its continual layers, or build the "
-                "model with keras.Model(inputs, outputs)"
+                Problem(
+                    f"{model.name} is neither a functional nor a built sequential model, so it has "
+                    "no graph to read. Make a ct.Session of each of its continual layers, or build "
+                    "the model with keras.Model(inputs, outputs)"
+                )
             )
             return
         inputs_are_own = inputs is None
         if inputs is None:
             inputs = [Tensor("window", True, 1, tuple(x.shape)) for x in self.model.inputs]
             self.problems += [
-                f"no axis of time in {name} of shape {x.shape}: expected (B, T, E), "
-                "or (B, T) of integers"
+                Problem(
+                    f"no axis of time in {name} of shape {x.shape}: expected (B, T, E), "
+                    "or (B, T) of integers"
+                )
                 for x, name in zip(self.model.inputs, names_of_inputs(self.model), strict=True)
                 if len(x.shape) < 3 and not (len(x.shape) == 2 and "int" in x.dtype)
             ]
@@ -102,7 +106,7 @@ class StepGraph:
         self.delay = max(x.delay for x in self.outputs)
         late = _unequal_delays(self.outputs)
         if late and inputs_are_own:
-            self.problems.append(f"its outputs are {late}")
+            self.problems.append(Problem(f"its outputs are {late}"))
 
     def run(self, inputs: Sequence[tf.Tensor], step: Step, training: bool | None) -> Any:
         """Compute the outputs of T steps.
@@ -248,7 +252,8 @@ class StepGraph:
             if row != -1 - latest.delay:
                 self._refuse(
                     node,
-                    f"takes row {row} of a window, but a step gives row {-1 - latest.delay}",
+                    f"takes row {row} of a window, but a step gives row {-1 - latest.delay}: take "
+                    f"that row, as by x[:, {-1 - latest.delay}]",
                 )
             lead, *features = node.outputs[0].shape
             shape = (lead, 1, *features[1:]) if kind == "newest" else (lead, *features)
@@ -261,7 +266,11 @@ class StepGraph:
                 "ct.CoReTransformerEncoder has the residual inside",
             )
         elif kinds != {"window"}:
-            self._refuse(node, "mixes whole windows with tensors of only the newest step")
+            self._refuse(
+                node,
+                "mixes whole windows with tensors of only the newest step: take the newest step of "
+                "the windows too, as by x[:, -1:]",
+            )
         elif not is_row_wise(node, args, kwargs):
             self._refuse(node, _looks_at_more(node.operation))
             # Guess the kinds of its outputs by their shapes, to find the problems of later nodes.
@@ -306,7 +315,11 @@ class StepGraph:
         layer = node.operation
         self._add_layer(layer)
         if any(x.kind != "window" for x in inputs):
-            self._refuse(node, "is given only the newest step, but needs windows")
+            self._refuse(
+                node,
+                "is given only the newest step, but needs windows: put it before the newest step "
+                "is taken",
+            )
         while isinstance(layer, CoResidual):  # It is called as the layer within it is.
             layer = layer.layer
         late = max(inputs, key=lambda x: x.delay)
@@ -324,7 +337,10 @@ class StepGraph:
                 f"have {', '.join(map(str, lengths))}",
             )
         if getattr(layer, "_no_steps", None) is not None:
-            self._refuse(node, f"takes no steps, with {layer._no_steps}")
+            self._refuse(
+                node,
+                f"takes no steps, with {layer._no_steps}: steps only attend along time, axis 1",
+            )
         if isinstance(layer, (CoDelay, CircularPositionalEncoding)):
             if layer.delay > 0 and not all(x.causal for x in inputs):
                 self._refuse(
@@ -339,11 +355,14 @@ class StepGraph:
         unknown = [k for k in unknown if given[k] is not False]
         if unknown:
             self._refuse(
-                node, f"is called with {', '.join(unknown)}, which only whole windows have"
+                node,
+                f"is called with {', '.join(unknown)}, which only whole windows have: leave it out",
             )
         windows = [x for x in node.input_tensors if len(x.shape) == 3 and x.shape[1] != 1]
         if lengths_differ(windows):
-            self._refuse(node, "attends between windows of different lengths")
+            self._refuse(
+                node, "attends between windows of different lengths: give it the same steps of both"
+            )
         attended = [x for k, x in given.items() if k in ("value", "key") and x is not None]
         if not all(x.causal for x in attended or inputs):
             self._refuse(
@@ -398,14 +417,15 @@ class StepGraph:
     def _add_layer(self, layer: keras.layers.Layer) -> None:
         if any(layer is other for other in self.layers):
             self.problems.append(
-                f"{layer.name} is called more than once, but has one state: make a layer for each "
-                "call"
+                Problem(
+                    "is called more than once, but has one state: make a layer for each call", layer
+                )
             )
         self.layers.append(layer)
 
     def _refuse(self, node: Node, why: str) -> None:
         self._refused.add(id(node))
-        self.problems.append(f"{node.operation.name} ({type(node.operation).__name__}) {why}")
+        self.problems.append(Problem(why, node.operation))
 
     # Running.
 
@@ -512,13 +532,28 @@ def _takes_mask_of_whole(node: Node, values: dict[int, Tensor]) -> bool:
     )
 
 
+_POSITIONS = (
+    "If it adds an array with a row for each step, use ct.CircularPositionalEncoding: the place of "
+    "a step in the window changes all the time"
+)
+# What to do about operations that look at several steps, by the names of their classes.
+_CURES = {
+    "Add": _POSITIONS,
+    "GetItem": "Take the newest step, as by x[:, -1]",
+    "GroupedQueryAttention": "Use keras.layers.MultiHeadAttention",
+}
+
+
 def _looks_at_more(operation: keras.Operation) -> str:
     if isinstance(operation, keras.Model) and _graph_of(operation) is not None:
         return OWN_CALL
-    why = "may look at several steps of the window, but a step has only the newest one"
+    why = "may look at several steps of the window, but a step has only the newest one. "
     if not type(operation).__module__.startswith("keras."):
-        why += ". A layer of your own can be read as a keras.layers.Lambda of keras.ops"
-    return why
+        return why + "A layer of your own can be read as a keras.layers.Lambda of keras.ops"
+    return why + _CURES.get(
+        type(operation).__name__,
+        "A ct.CoReTransformerEncoder before it would give it the whole window at every step",
+    )
 
 
 def names_of_inputs(model: keras.Model) -> list[str]:

@@ -10,6 +10,7 @@ from continual_transformers_tf.layers.call_modes import call_mode
 from continual_transformers_tf.layers.composite_layer import CompositeLayer
 from continual_transformers_tf.layers.inputs import expect_given, rows_and_steps
 from continual_transformers_tf.layers.warm_up import always_partial, check_warm_up
+from continual_transformers_tf.models.problem import CannotStream, Problem
 from continual_transformers_tf.models.step_graph import (
     StepGraph,
     names_of_inputs,
@@ -68,14 +69,11 @@ class StreamingModel(CompositeLayer, keras.Model):
         if not isinstance(model, keras.Model):
             raise ValueError(f"Expected a keras.Model, but got {model!r}")
         graph = StepGraph(model)
-        problems = list(dict.fromkeys(graph.problems))
+        problems = graph.problems
         if not problems and not graph.layers:
-            problems = ["it has no layer of continual_transformers_tf"]
+            problems = [Problem("it has no layer of continual_transformers_tf")]
         if problems:
-            raise ValueError(
-                f"{model.name} cannot be run on the steps of a stream:\n"
-                + "\n".join(f"- {problem}" for problem in problems)
-            )
+            raise CannotStream(problems, f"{model.name} cannot be run on the steps of a stream")
         super().__init__(**{"name": f"streaming_{model.name}", **kwargs})
         self.model = model
         self._graph = graph

@@ -6,6 +6,8 @@ Names are imported when they are first used: only the client needs gRPC.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from continual_transformers_tf.extras import install
+
 if TYPE_CHECKING:
     from continual_transformers_tf.serving.client import Client, ServingError, Stream
 
@@ -19,8 +21,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"{__name__}.client"), name)
     except ModuleNotFoundError as missing:
         raise ImportError(
-            f"ct.serving.{name} needs {missing.name}, which is not installed: "
-            "`pip install '.[client]'` in a checkout"
+            f"ct.serving.{name} needs {missing.name}, which is not installed. The extra client "
+            f"installs it: {install('client')}"
         ) from missing
     globals()[name] = value
     return value

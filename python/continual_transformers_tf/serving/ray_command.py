@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from continual_transformers_tf import extras
 from continual_transformers_tf.serving.operator_api import Tls
 
 # Options of the server's program that have no value.
@@ -169,7 +170,7 @@ def serve_on_ray(
     serve --help`.
     """
     if importlib.util.find_spec("ray") is None:
-        raise click.ClickException("ray is missing: `pip install '.[ray]'` in a checkout")
+        raise click.ClickException(extras.missing("ray", "ray"))
     options, models = split_arguments(arguments)
     if sum(map(bool, (drain, resume, status, end, models))) != 1:
         raise click.UsageError("expected models, or one of --drain, --resume, --status and --end")

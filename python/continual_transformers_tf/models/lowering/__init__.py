@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
@@ -14,10 +14,11 @@ from continual_transformers_tf.models.lowering.graph_lowering import GraphLoweri
 from continual_transformers_tf.models.lowering.lowered import Lowered
 from continual_transformers_tf.models.lowering.plan_builder import CannotLower, PlanBuilder, Symbol
 from continual_transformers_tf.models.own_calls import check_streaming_model
+from continual_transformers_tf.models.problem import CannotStream, Problem
 from continual_transformers_tf.models.step_graph import StepGraph, names_of_inputs
 from continual_transformers_tf.models.streaming_model import StreamingModel
 
-__all__ = ["Lowered", "continual_model", "lower"]
+__all__ = ["Lowered", "LoweredGraph", "continual_model", "lower", "lower_graph"]
 
 HALVES = ("bfloat16", "float16")
 
@@ -62,11 +63,11 @@ def lower(
     if isinstance(model, keras.layers.Layer) and isinstance(model, ContinualLayer):
         return _lower_layer(model, cache_dtype, weights_dtype, inputs)
     if isinstance(model, keras.layers.MultiHeadAttention):
-        raise ValueError(
-            f"Expected a model or a continual layer, but got {model.name}, a "
-            "keras.layers.MultiHeadAttention: ct.CoSiMultiHeadAttention.from_regular(layer, "
-            "seq_len) makes a continual layer of it"
+        why = (
+            "is neither a model nor a continual layer: "
+            "ct.CoSiMultiHeadAttention.from_regular(layer, seq_len) makes a continual layer of it"
         )
+        raise CannotStream([Problem(why, model)])
     raise ValueError(
         "Expected a functional or built sequential keras.Model, a StreamingModel, or a continual "
         f"layer of continual_transformers_tf, but got {model!r}"
@@ -76,40 +77,75 @@ def lower(
 # Models.
 
 
-def _lower_model(
-    model: keras.Model, seq_len: int | None, cache_dtype: str | None, weights_dtype: str | None
-) -> Lowered:
-    whole = model
-    if isinstance(model, StreamingModel):
-        check_streaming_model(model)
-        model = model.model
+class LoweredGraph(NamedTuple):
+    """The graph of a model, lowered as far as possible.
+
+    Attributes:
+        model: The functional or sequential model whose steps become the plan: `continual_model`.
+        graph: The `StepGraph` of that model.
+        builder: The `PlanBuilder`, which has the nodes.
+        inputs, outputs: Their `Symbol`s. The outputs are in the model's own structure.
+        state: For each continual layer of the graph, its entry of keras_state.
+        problems: Why the plan is not one: `Problem`s. Empty if it is.
+        conversion: Those of the problems that were found when the model was converted.
+    """
+
+    model: keras.Model
+    graph: StepGraph
+    builder: PlanBuilder
+    inputs: list[Symbol]
+    outputs: Any
+    state: list[Any]
+    problems: list[Problem]
+    conversion: list[Problem]
+
+
+def lower_graph(whole: keras.Model, seq_len: int | None) -> LoweredGraph:
+    """Lower the graph of a model, and collect every reason why that does not work.
+
+    Args:
+        whole, seq_len: The model and the window, as in `lower`.
+
+    Raises:
+        CannotStream: If the model has no graph.
+        ValueError: If the window is not known, or the model was never called.
+    """
+    model = whole
+    if isinstance(whole, StreamingModel):
+        check_streaming_model(whole)
+        model = whole.model
     if not hasattr(model, "_nodes_by_depth") and not isinstance(model, keras.Sequential):
-        raise ValueError(
-            f"{model.name} ({type(model).__name__}) has no graph to read: expected a "
-            "functional or a built sequential model. Write it as keras.Model(inputs, outputs), or "
-            "make a session of each continual layer"
+        why = (
+            "has no graph to read: expected a functional or a built sequential model. Write it as "
+            "keras.Model(inputs, outputs), or make a session of each continual layer"
         )
+        raise CannotStream([Problem(why, model)])
     if not model.built:
         raise ValueError(
             f"Expected a built model, but {model.name} has never been called: call it once"
         )
-    model, problems = _continual(whole, seq_len)
+    model, conversion = _continual(whole, seq_len)
     graph = StepGraph(model)
     if graph.model is None:
-        raise ValueError(f"{model.name} cannot be run by a session:\n- {graph.problems[0]}")
-    layers = list(model._flatten_layers())
-    dtypes = [layer.compute_dtype for layer in layers]
+        raise CannotStream(graph.problems, f"{model.name} cannot be run by a session")
+    dtypes = [layer.compute_dtype for layer in model._flatten_layers()]
     dtypes += [x.dtype for x in (*graph.model.inputs, *graph.model.outputs)]
     b = PlanBuilder("float64" if "float64" in dtypes else "float32")
     lowering = GraphLowering(b, graph)
     inputs = b.add_inputs([_input(b, x, lowering.problems) for x in graph.model.inputs])
     outputs = lowering.run(inputs)
-    problems = list(dict.fromkeys([*problems, *lowering.problems]))
-    if problems:
-        raise ValueError(
-            f"{whole.name} cannot be run by a session:\n" + "\n".join(f"- {p}" for p in problems)
-        )
-    state = [lowering.state[id(layer)] for layer in graph.layers]
+    problems = [*conversion, *lowering.problems]
+    state = [] if problems else [lowering.state[id(layer)] for layer in graph.layers]
+    return LoweredGraph(model, graph, b, inputs, outputs, state, problems, conversion)
+
+
+def _lower_model(
+    whole: keras.Model, seq_len: int | None, cache_dtype: str | None, weights_dtype: str | None
+) -> Lowered:
+    lowered = lower_graph(whole, seq_len)
+    if lowered.problems:
+        raise CannotStream(lowered.problems, f"{whole.name} cannot be run by a session")
+    graph = lowered.graph
     given = graph.model._inputs_struct
     if isinstance(given, (list, tuple)) and len(given) == 1:
         given = given[0]  # A list of one input is the same as that input.
@@ -117,17 +153,17 @@ def _lower_model(
     if names_of_inputs(graph.model) != names:
         names = ["x"] if len(names) == 1 else [f"x_{i}" for i in range(len(names))]
     return _finish(
-        b,
-        layers,
+        lowered.builder,
+        list(lowered.model._flatten_layers()),
         cache_dtype,
         weights_dtype,
         name=whole.name,
         receptive_field=graph.receptive_field,
         delay=graph.delay,
-        inputs=dict(zip(names, inputs, strict=True)),
+        inputs=dict(zip(names, lowered.inputs, strict=True)),
         input_structure=given,
-        outputs=outputs,
-        state=state,
+        outputs=lowered.outputs,
+        state=lowered.state,
     )
 
 
@@ -140,7 +176,7 @@ def continual_model(model: keras.Model, seq_len: int | None = None) -> keras.Mod
     return _continual(model, seq_len)[0]
 
 
-def _continual(model: keras.Model, seq_len: int | None) -> tuple[keras.Model, list[str]]:
+def _continual(model: keras.Model, seq_len: int | None) -> tuple[keras.Model, list[Problem]]:
     """Return (`continual_model`, a list of problems)."""
     if isinstance(model, StreamingModel):
         return model.model, []
@@ -171,7 +207,7 @@ def _window(model: keras.Model, seq_len: int | None) -> int:
     )
 
 
-def _input(b: PlanBuilder, x: keras.KerasTensor, problems: list[str]) -> tuple[list[int], str]:
+def _input(b: PlanBuilder, x: keras.KerasTensor, problems: list[Problem]) -> tuple[list[int], str]:
     """Return the shape and dtype of a step of a model's input."""
     if keras.backend.is_float_dtype(x.dtype):
         dtype = b.dtype
@@ -182,10 +218,10 @@ def _input(b: PlanBuilder, x: keras.KerasTensor, problems: list[str]) -> tuple[l
     elif "int" in x.dtype:
         dtype = "int32"
     else:
-        problems.append(f"{x.name} (Input) is of {x.dtype}: expected numbers")
+        problems.append(Problem(f"{x.name} (Input) is of {x.dtype}: expected numbers"))
         dtype = b.dtype
     if None in x.shape[2:]:
-        problems.append(f"{x.name} (Input) has features of unknown size: {tuple(x.shape)}")
+        problems.append(Problem(f"{x.name} (Input) has features of unknown size: {tuple(x.shape)}"))
     return [1 if n is None else n for n in x.shape[2:]], dtype
 
 
@@ -225,9 +261,8 @@ def _lower_layer(
         inputs = b.add_inputs(specs)
         output, state = lower_continual(b, layer, *inputs)
     except CannotLower as reason:
-        raise ValueError(
-            f"{layer.name} cannot be run by a session:\n"
-            f"- {layer.name} ({type(layer).__name__}) {reason}"
+        raise CannotStream(
+            [Problem(str(reason), layer)], f"{layer.name} cannot be run by a session"
         ) from reason
     return _finish(
         b,

@@ -25,6 +25,7 @@ from continual_transformers_tf.models.lowering.keras_layers import (
 )
 from continual_transformers_tf.models.lowering.keras_ops import Call, lower_op
 from continual_transformers_tf.models.lowering.plan_builder import CannotLower, PlanBuilder, Symbol
+from continual_transformers_tf.models.problem import Problem
 from continual_transformers_tf.models.step_graph import Node, StepGraph, inputs_of_model
 
 
@@ -37,7 +38,7 @@ class GraphLowering:
         scope: The beginning of the nodes' names.
 
     Attributes:
-        problems: Sentences that name the layer and the reason.
+        problems: `Problem`s: those of the graph, and those of nodes that a plan cannot have.
         state: A dict from the id of a continual layer to its entry of keras_state.
     """
 
@@ -66,7 +67,7 @@ class GraphLowering:
             self._check(node, outputs)
             return outputs
         except CannotLower as reason:
-            self.problems.append(f"{op.name} ({type(op).__name__}) {reason}")
+            self.problems.append(Problem(str(reason), op))
             return self._placeholders(node)
         finally:
             self.b.scope = self._scope

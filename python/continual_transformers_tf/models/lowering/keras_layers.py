@@ -72,7 +72,10 @@ def lower_layer(
                 raise CannotLower("was never called, and has no weights: call it once")
             return LAYERS[kind](b, layer, call.args[0] if call.args else call.symbols[0], call)
     if type(layer).__module__.startswith("keras.") or isinstance(layer, keras.Model):
-        raise CannotLower("is a layer that a plan has no node for")
+        raise CannotLower(
+            "is a layer that a plan has no node for: take the model's steps in TensorFlow, with a "
+            "ct.StreamingModel"
+        )
     return _own_layer(b, layer, call)
 
 

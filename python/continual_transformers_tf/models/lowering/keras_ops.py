@@ -94,7 +94,10 @@ def lower_op(b: PlanBuilder, op: keras.Operation, call: Call) -> list[Symbol]:
     """Lower an operation, and return a list of its outputs' Symbols."""
     lower = OPS.get(type(op).__name__)
     if lower is None:
-        raise CannotLower("is an operation that a plan has no node for")
+        raise CannotLower(
+            "is an operation that a plan has no node for: take the model's steps in TensorFlow, "
+            "with a ct.StreamingModel"
+        )
     outputs = lower(b, op, call)
     return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
 

@@ -1,0 +1,1 @@
+"""The commands of `continual-transformers`, a module each. `cli` puts them together."""

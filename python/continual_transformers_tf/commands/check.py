@@ -1,0 +1,94 @@
+"""`continual-transformers check`: recordings through a Keras model and its session."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import continual_transformers_tf as ct
+from continual_transformers_tf.commands import common
+
+if TYPE_CHECKING:
+    import keras
+    import numpy.typing as npt
+
+    from continual_transformers_tf.models.packing import Comparison
+
+
+@click.command(
+    short_help="Compare a Keras model and its session on recordings.",
+    epilog=common.example("check model.keras recordings.npy --tolerance 1e-4"),
+)
+@click.argument("model", type=common.FILE)
+@click.argument("data", type=common.FILE)
+@click.option(
+    "--model-file",
+    type=common.FILE,
+    metavar="FILE",
+    help="Compare with this model file (.safetensors).  [default: a session of MODEL]",
+)
+@common.weights_dtype
+@common.cache_dtype
+@common.seq_len
+@click.option(
+    "--tolerance", type=click.FloatRange(min=0), help="Fail if the difference is larger than this."
+)
+@common.as_json
+def check(
+    model: Path,
+    data: Path,
+    model_file: Path | None,
+    weights_dtype: str | None,
+    cache_dtype: str | None,
+    seq_len: int | None,
+    tolerance: float | None,
+    as_json: bool,
+) -> None:
+    """Stream recordings through the Keras model MODEL (.keras) and a session, and compare.
+
+    DATA is a .npy file of shape (T, ...) or (streams, T, ...), or an .npz file with an array for
+    each input of the model. The steps of Keras and those of `ct.Session` are compared, and the
+    largest difference is printed.
+    """
+    common.need_tensorflow()
+    with common.sentences():
+        from continual_transformers_tf.models import packing
+
+        keras_model = packing.load_model(model)
+        if model_file:
+            session = ct.Session.load(
+                model_file, weights_dtype=weights_dtype, cache_dtype=cache_dtype
+            )
+        else:
+            session = ct.Session(
+                keras_model, weights_dtype=weights_dtype, cache_dtype=cache_dtype, seq_len=seq_len
+            )
+        recordings = packing.read_recordings(data, session)
+        found = compared(keras_model, session, recordings, seq_len)
+    if as_json:
+        common.print_json(found.as_dict())
+    else:
+        click.echo(found)
+    fail_above(found, tolerance)
+
+
+def compared(
+    model: "keras.Model",
+    session: ct.Session,
+    recordings: "list[npt.NDArray[Any]]",
+    seq_len: int | None,
+) -> "Comparison":
+    """Return `packing.compare` of these, with a bar."""
+    from continual_transformers_tf.models import packing
+
+    with common.progress("Comparing", recordings[0].shape[1]) as on_step:
+        return packing.compare(model, session, recordings, seq_len, on_step)
+
+
+def fail_above(found: "Comparison", tolerance: float | None) -> None:
+    """End the command with a sentence if a difference is above the tolerance."""
+    if tolerance is not None and not found.difference <= tolerance:
+        raise click.ClickException(
+            f"the largest difference is {found.difference:.3g}, and --tolerance allows "
+            f"{tolerance:g}"
+        )

@@ -1,0 +1,140 @@
+"""Whether the steps of a model give the numbers of the model on windows.
+
+`Windows` describes a tensor of a model's graph: on which windows the model computes the row that a
+step computes.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+import keras
+
+from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
+from continual_transformers_tf.layers.co_delay import CoDelay
+from continual_transformers_tf.layers.co_residual import CoResidual
+from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
+from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
+from continual_transformers_tf.models.step_graph import Node, StepGraph, inputs_of_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """The windows on which a model computes the row of a tensor that a step computes.
+
+    Attributes:
+        lengths: The lengths that the windows must have. If there are two, no windows fit.
+        least: How many steps the windows must have at least.
+        deep: Whether attention attends to the outputs of other attention. A step then sees further
+            back than a window, so there are no such windows.
+    """
+
+    lengths: frozenset[int] = frozenset()
+    least: int = 1
+    deep: bool = False
+
+    @property
+    def rows(self) -> bool:
+        """Whether each row depends only on its own step."""
+        return self == Windows()
+
+    @property
+    def length(self) -> int | None:
+        """The length of the shortest windows; None: there are none."""
+        lengths = self.lengths or {self.least}
+        if self.deep or len(lengths) > 1 or max(lengths) < self.least:
+            return None
+        return max(lengths)
+
+    def include(self, length: int | None) -> bool:
+        """Return whether windows of this length are among them; None: an open axis of time."""
+        if self.length is None:
+            return False
+        return length in (None, self.length) or (not self.lengths and length >= self.least)
+
+    def __or__(self, other: Self) -> "Windows":
+        """Return the windows for both of two tensors."""
+        return Windows(
+            self.lengths | other.lengths, max(self.least, other.least), self.deep or other.deep
+        )
+
+    def delayed(self, steps: int) -> "Windows":
+        """Return the windows for a tensor that is delayed by some steps."""
+        return Windows(frozenset(n + steps for n in self.lengths), self.least + steps, self.deep)
+
+
+def windows_of_graph(graph: StepGraph) -> Windows:
+    """Return the windows on which a model computes all outputs of a step.
+
+    Args:
+        graph: The `StepGraph` of a model that streams.
+    """
+    return _union(_follow(graph, [Windows()] * len(graph.model.inputs)))
+
+
+def windows_of_layer(layer: keras.layers.Layer) -> Windows:
+    """Return the windows on which a continual layer, called by itself, computes a step's output."""
+    return _through_layer(layer, Windows(), Windows(), causal=False)
+
+
+def _union(windows: Iterable[Windows]) -> Windows:
+    union = Windows()
+    for one in windows:
+        union |= one
+    return union
+
+
+def _follow(graph: StepGraph, inputs: Sequence[Windows]) -> list[Windows]:
+    """Return the `Windows` of a model's outputs, given those of its inputs."""
+
+    def visit(node: Node, values: dict[int, Any]) -> list[Windows]:
+        way = graph.way(node)
+        if way == "model":
+            given = [values[id(x)] for x in inputs_of_model(node)]
+            return _follow(graph.inner(node), given)
+        if way == "continual":
+            result = _through_node(node, values)
+        else:
+            result = _union(values[id(x)] for x in node.input_tensors if id(x) in values)
+        return [result] * len(node.outputs)
+
+    return keras.tree.flatten(graph.walk(inputs, visit))
+
+
+def _through_node(node: Node, values: dict[int, Windows]) -> Windows:
+    args, kwargs = node.arguments.fill_in(values)
+    given = inspect.signature(node.operation.call).bind(*args, **kwargs).arguments
+    query = _union(x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, Windows))
+    attended = [x for name in ("value", "key") if isinstance(x := given.get(name), Windows)]
+    if attended and isinstance(given.get("query"), Windows):
+        query = given["query"]
+    causal = bool(given.get("use_causal_mask"))
+    return _through_layer(node.operation, query, _union(attended) if attended else query, causal)
+
+
+def _through_layer(
+    layer: keras.layers.Layer, query: Windows, attended: Windows, causal: bool
+) -> Windows:
+    """Return the `Windows` of a continual layer's output.
+
+    Args:
+        layer: The layer.
+        query: Those of its input, or of its query.
+        attended: Those of the steps that it attends to.
+        causal: Whether it is called with use_causal_mask.
+    """
+    if isinstance(layer, CoResidual):
+        return query | _through_layer(layer.layer, query, attended, causal)
+    if isinstance(layer, CircularPositionalEncoding):
+        return query
+    if isinstance(layer, CoDelay):
+        return query.delayed(layer.delay)
+    if not attended.rows:
+        return dataclasses.replace(query, deep=True)
+    n = layer.receptive_field
+    if isinstance(layer, TransformerEncoder) and layer.kind == "single_output":
+        return query | Windows(least=n)
+    if isinstance(layer, CoSiMultiHeadAttention) and n >= (layer._sliding_window or n + 1):
+        return query | Windows(least=n)  # Longer windows do not show it more.
+    return query | Windows(frozenset({n}))

@@ -1,0 +1,282 @@
+"""`ct.explain`: its rows and reasons, and what it says of windows, against numbers."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+
+import continual_transformers_tf as ct
+from convert_cases import CANNOT, MODELS, D, E, H, N, attention, model_of, one_block
+
+
+def rows_of(explanation):
+    return {row.name: row for row in explanation.rows}
+
+
+def test_a_model_that_streams(random):
+    model = model_of(one_block, random)
+    found = ct.explain(model)
+    session = ct.Session(model)
+    assert found.streams
+    assert found.streams_in_keras
+    assert found.equals_windows
+    assert found.windows == f"on windows of {N} steps"
+    assert (found.receptive_field, found.delay) == (session.receptive_field, session.delay)
+    assert found.state_bytes == session.state_bytes
+    assert not found.reasons
+    kinds = {row.kind: row.how for row in found.rows}
+    assert kinds["MultiHeadAttention"] == f"attention over a window of {N} steps, single output"
+    assert kinds["GetItem"] == "takes the row that a step gives: nothing to do"
+    assert [row.how for row in found.rows if row.kind == "Dense"] == [
+        "row by row",
+        "row by row",
+        "on the newest row",
+    ]
+    # A row for each layer and operation, in the order of Keras' graph, and none for its input.
+    assert sorted(rows_of(found)) == sorted(op.name for op in model.operations[1:])
+    assert all(row.streams and not row.reasons for row in found.rows)
+
+
+def test_it_prints_as_a_table_and_is_plain_data(random):
+    found = ct.explain(model_of(one_block, random))
+    lines = str(found).splitlines()
+    assert lines[0] == f"{found.name} streams."
+    assert lines[2].split() == ["layer", "class", "how", "it", "streams"]
+    assert len([line for line in lines if "row by row" in line]) == 7
+    assert f"a stream          {found.state_bytes:,} bytes" in lines
+    assert max(map(len, lines)) <= 100
+    plain = json.loads(json.dumps(found.as_dict()))
+    assert plain["streams"] is True
+    assert plain["rows"][0]["name"] == found.rows[0].name
+    assert set(plain["rows"][0]) == {"name", "kind", "how", "streams", "reasons"}
+
+
+@pytest.mark.parametrize("case", CANNOT)
+def test_each_reason_is_that_of_convert(case):
+    """Every line of ct.convert's error is in one row, and every reason of a row is in the error."""
+    function, _ = CANNOT[case]
+    x = keras.Input((N, E))
+    model = keras.Model(x, function(x), name="given")
+    with pytest.raises(ValueError, match=".") as refused:
+        ct.convert(model, N)
+    lines = str(refused.value).splitlines()[1:]
+    found = ct.explain(model, N)
+    if case == "no attention":  # Only ct.convert refuses it: there is nothing to convert.
+        assert found.streams
+        assert not found.streams_in_keras
+        return
+    assert not found.streams
+    assert not found.streams_in_keras
+    assert not found.reasons
+    reasons = [why for row in found.rows for why in row.reasons]
+    assert reasons
+    if case == "grouped queries":  # ct.convert ends before it reads the graph.
+        assert "keras.layers.MultiHeadAttention" in lines[0]
+        assert "keras.layers.MultiHeadAttention" in reasons[0]
+    else:
+        assert {line.split(") ", 1)[1] for line in lines} == set(reasons)
+    for row in found.rows:
+        assert row.streams == (row.how != "does not stream") == (not row.reasons)
+        for why in row.reasons:
+            assert why.split()[0] in str(found)
+    assert (found.receptive_field, found.equals_windows, found.state_bytes) == (None, None, None)
+
+
+def test_reasons_have_a_cure(random):
+    x = keras.Input((N, E))
+    y = attention("first")(x, x)
+    y = keras.layers.GlobalAveragePooling1D(name="pool")(y)
+    rows = rows_of(ct.explain(keras.Model(x, y)))
+    assert "ct.CoReTransformerEncoder" in rows["pool"].reasons[0]
+    y = attention("second")(x, x) + np.ones((N, E), "float32")
+    (row,) = [row for row in ct.explain(keras.Model(x, y)).rows if row.reasons]
+    assert "ct.CircularPositionalEncoding" in row.reasons[0]
+    y = keras.layers.Concatenate(name="both")([attention()(x, x), x])[:, 1]
+    (row,) = [row for row in ct.explain(keras.Model(x, y)).rows if row.reasons]
+    assert "x[:, -1]" in row.reasons[0]
+
+
+def test_what_only_a_session_refuses_is_told_apart():
+    x = keras.Input((N, E))
+    y = keras.layers.Reshape((2, E // 2))(attention()(x, x)[:, -1])
+    y = keras.layers.LSTM(3, name="memory")(y)
+    found = ct.explain(keras.Model(x, y, name="given"))
+    assert not found.streams
+    assert found.streams_in_keras
+    assert str(found).startswith(
+        "given streams in TensorFlow (ct.convert), but not in a ct.Session."
+    )
+    assert "ct.StreamingModel" in rows_of(found)["memory"].reasons[0]
+    assert (found.receptive_field, found.state_bytes) == (N, None)
+    assert found.equals_windows
+
+
+def test_a_model_without_a_graph():
+    class Own(keras.Model):
+        def __init__(self):
+            super().__init__(name="own")
+            self.attend = ct.CoSiMultiHeadAttention(N, H, D, name="attend")
+            self.head = keras.layers.Dense(2, name="head")
+
+        def call(self, x):
+            return self.head(self.attend(x))
+
+    model = Own()
+    model(np.zeros((1, N, E), "float32"))
+    found = ct.explain(model)
+    assert not found.streams
+    assert "has no graph to read" in found.reasons[0]
+    assert "keras.Model(inputs, outputs)" in str(found)
+    rows = rows_of(found)
+    assert rows["attend"].streams
+    assert rows["head"].how == "not known: the model has no graph"
+
+
+def test_layers_of_a_model_within_a_model_have_its_name_too(random):
+    x = keras.Input((N, E))
+    inner = keras.Model(x, attention("attend")(x, x) + x, name="inner")
+    x = keras.Input((N, E))
+    pool = keras.layers.GlobalMaxPooling1D(name="attend")
+    rows = rows_of(ct.explain(keras.Model(x, pool(inner(x)))))
+    assert rows["inner/attend"].streams
+    assert rows["inner/attend"].kind == "MultiHeadAttention"
+    assert not rows["attend"].streams
+    streaming = ct.convert(keras.Model(x, inner(x)), N)
+    assert rows_of(ct.explain(streaming))["inner/attend"].kind == "CoSiMultiHeadAttention"
+
+
+LAYERS = {
+    "co_si": (
+        lambda: ct.CoSiMultiHeadAttention(N, H, D),
+        f"attention over a window of {N} steps, single output",
+    ),
+    "query_index": (
+        lambda: ct.CoSiMultiHeadAttention(N, H, D, query_index=-3),
+        f"attention over a window of {N} steps, single output, delay of 2 steps",
+    ),
+    "co_re": (
+        lambda: ct.CoReTransformerEncoder(N, E, H, 9),
+        f"attention over a window of {N} steps, retroactive",
+    ),
+    "stack": (
+        lambda: ct.TransformerEncoder(2, N, E, H, 9, kind="retroactive"),
+        f"attention over a window of {N} steps, retroactive, 2 blocks",
+    ),
+    "positions": (
+        lambda: ct.CircularPositionalEncoding(11, E),
+        "positions: row p mod 11 for step p of a stream",
+    ),
+    "delay": (lambda: ct.CoDelay(2), "delay of 2 steps"),
+    "residual": (lambda: ct.CoResidual(ct.CoDelay(1)), "adds its input to: delay of 1 step"),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_layer(case):
+    make, how = LAYERS[case]
+    layer = make()
+    layer(np.zeros((1, N, E), "float32"))
+    found = ct.explain(layer)
+    (row,) = found.rows
+    assert (row.name, row.kind, row.how) == (layer.name, type(layer).__name__, how)
+    assert found.streams
+    assert (found.receptive_field, found.delay) == (layer.receptive_field, layer.delay)
+    assert found.state_bytes == ct.Session(layer).state_bytes
+
+
+def test_layers_that_do_not_stream():
+    plain = keras.layers.MultiHeadAttention(H, D)
+    plain(np.zeros((1, N, E)), np.zeros((1, N, E)))
+    found = ct.explain(plain)
+    assert not found.streams
+    assert "CoSiMultiHeadAttention.from_regular" in found.rows[0].reasons[0]
+    for other in (keras.layers.Dense(2), "model.keras", None):
+        with pytest.raises(ValueError, match="Expected a functional or built sequential"):
+            ct.explain(other)
+
+
+def test_a_window_that_is_not_known_is_asked_for(random):
+    model = model_of(one_block, random, None)
+    with pytest.raises(ValueError, match="Expected seq_len"):
+        ct.explain(model)
+    assert ct.explain(model, 9).receptive_field == 9
+    with pytest.raises(ValueError, match="has never been called"):
+        ct.explain(keras.Sequential([keras.layers.Dense(2)]))
+
+
+# What it says of windows.
+
+
+def encoders(layers, kind, positions=False):
+    def build(x):
+        if positions:
+            x = ct.CircularPositionalEncoding(4 * N, E)(x)
+        return ct.TransformerEncoder(layers, N, E, H, 9, kind=kind)(x)
+
+    return build
+
+
+def causal_late(x):
+    x = attention()(x, x, use_causal_mask=True)
+    return ct.CoDelay(2)(x)[:, -3]
+
+
+def two_windows(x):
+    parts = [ct.CoSiMultiHeadAttention(n, H, D, single_output=False)(x, x) for n in (N, N - 2)]
+    return keras.layers.Add()(parts)[:, -1]
+
+
+def narrow(x):
+    return ct.CoSiMultiHeadAttention(N, H, D, sliding_window=3)(x, x)
+
+
+def late_query(x):
+    return ct.CoResidual(ct.CoSiMultiHeadAttention(N, H, D, query_index=-3))(x)
+
+
+def retroactive_then_pool(x):
+    return keras.layers.GlobalMaxPooling1D()(ct.CoReTransformerEncoder(N, E, H, 9)(x))
+
+
+def dense(x):
+    return keras.layers.Dense(3)(x)
+
+
+# Name: (function, length of the model's windows, whether steps equal the model on them).
+CLAIMS = {
+    **{f.__name__: (f, N, f.__name__ not in ("causal_stack", "causal_then_full")) for f in MODELS},
+    "one encoder": (encoders(1, "single_output"), N, True),
+    "one encoder, longer windows": (encoders(1, "single_output"), N + 3, True),
+    "two encoders": (encoders(2, "single_output"), N, False),
+    "two encoders, their receptive field": (encoders(2, "single_output"), 2 * N - 1, True),
+    "retroactive": (encoders(2, "retroactive"), N, True),
+    "retroactive, longer windows": (encoders(2, "single_output"), N + 3, False),
+    "causal, then a delay": (causal_late, N, False),
+    "two windows": (two_windows, N, False),
+    "sliding window": (narrow, N + 2, True),
+    "delayed query": (late_query, N, True),
+    "retroactive, then pooling": (retroactive_then_pool, N, True),
+    "only rows": (dense, N + 4, True),
+}
+
+
+@pytest.mark.parametrize("case", CLAIMS)
+def test_what_it_says_of_windows_is_so(case, random):
+    """The last of many steps is compared with the model on the newest window."""
+    function, length, claim = CLAIMS[case]
+    inputs = keras.Input((length, E))
+    model = keras.Model(inputs, function(inputs))
+    found = ct.explain(model)
+    assert found.streams, str(found)
+    x = random.standard_normal((2, 4 * N, E)).astype("float32")
+    session = ct.Session(model)
+    y = session.steps(x)[:, -1]
+    if "begins at row 0" in found.windows:  # Of a new stream.
+        y = session.steps(x[:, -length:], session.open(2))[:, -1]
+    expected = np.asarray(model(x[:, -length:]))
+    if len(expected.shape) == len(y.shape) + 1:  # It has a row for each step of the window.
+        expected = expected[:, -1]
+    equal = np.allclose(y, expected, rtol=1e-4, atol=1e-5)
+    assert equal == claim
+    assert found.equals_windows == claim, found.windows
