@@ -1,7 +1,10 @@
 """Tests of `continual-transformers pack` and `info`: what they write, print, and refuse."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -144,3 +147,12 @@ def test_info_of_the_installation():
     assert "ct.Session: steps run on the CPU" in said
     assert run("info", "--cmake-dir").strip() == str(native.PACKAGE / "cmake")
     assert run("info", "--pkg-config-dir").strip() == str(native.PACKAGE / "pkgconfig")
+
+
+def test_tensorflow_s_log_is_left_out():
+    """In a process of its own: TensorFlow writes these lines while it is imported."""
+    environment = {k: x for k, x in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    command = [sys.executable, "-m", "continual_transformers_tf.cli", "info"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "TensorFlow " in done.stdout
+    assert done.stderr == ""

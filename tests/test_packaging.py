@@ -172,13 +172,6 @@ def built_wheels(tmp_path_factory):
 
 
 MAIN = "continual-transformers-tf[cpu] @ "
-# TensorFlow 2.19 has no wheel for Python 3.13.
-EVERY_PAIR = [
-    (python, tensorflow)
-    for python in wheels.supported_pythons()
-    for tensorflow in wheels.LISTS["TENSORFLOWS"]
-    if (python, tensorflow) != ("3.13", "2.19")
-]
 # Each wheel, and each TensorFlow.
 SAMPLE = [("3.11", "2.19"), ("3.12", "2.20"), ("3.13", "2.21")]
 
@@ -188,7 +181,7 @@ SAMPLE = [("3.11", "2.19"), ("3.12", "2.20"), ("3.13", "2.21")]
     ("python", "tensorflow"),
     [
         pytest.param(*pair, marks=[] if pair in SAMPLE else [pytest.mark.every_wheel])
-        for pair in EVERY_PAIR
+        for pair in wheels.supported_pairs()
     ],
 )
 def test_a_wheel_with_a_tensorflow(built_wheels, tmp_path, python, tensorflow):

@@ -39,17 +39,12 @@ class TensorFlow(NamedTuple):
     @property
     def minor(self) -> str:
         """The minor version, such as "2.21"."""
-        return minor_of(self.version)
+        return ".".join(self.version.split(".")[:2])
 
     @property
     def has_highway(self) -> bool:
         """Whether the headers of this version hold Google Highway's."""
         return (self.folder / LISTS["HIGHWAY_INCLUDE"]).is_dir()
-
-
-def minor_of(version: str) -> str:
-    """Return the minor version of a version: "2.21" of "2.21.0"."""
-    return ".".join(version.split(".")[:2])
 
 
 def installed() -> TensorFlow | None:
@@ -67,16 +62,16 @@ def installed() -> TensorFlow | None:
     return None
 
 
-def fetched(minor: str, machine: str = platform.machine()) -> TensorFlow:
+def fetched(minor: str) -> TensorFlow:
     """Return the headers of a TensorFlow that is not installed. pip fetches its wheel once.
 
     Args:
         minor: A minor version, such as "2.20".
-        machine: The processor, "x86_64" or "aarch64".
 
     Raises:
         SystemExit: If pip cannot fetch it, with pip's reason.
     """
+    machine = platform.machine()
     kept = FETCHED / machine
     found = sorted(kept.glob(f"{minor}.*/include"))
     if found:

@@ -6,8 +6,8 @@ or newer. OUT has nothing else afterwards.
 """
 
 import argparse
+import itertools
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -18,18 +18,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(os.path.abspath(__file__)).parent.parent
-sys.path.insert(0, str(ROOT / "cuda"))
+sys.path[:0] = [str(ROOT / "cuda"), str(ROOT / "tools")]
 import nvcc  # noqa: E402  Beside this folder.
+from tensorflow_headers import FRAMEWORK, LISTS, VARIABLE  # noqa: E402
 
-LISTS = runpy.run_path(str(ROOT / "cc" / "library.bzl"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CUDA_PACKAGE = ROOT / "cuda" / "package"
 WORK = ROOT / "build" / "wheels"
 
 # Debian 12's compiler and libraries need no newer glibc.
 PLATFORM = f"manylinux_2_35_{os.uname().machine}"
-# TensorFlow brings it.
-NOT_OURS = "libtensorflow_framework.so.2"
+# TensorFlow has no wheels for these pairs of CPython and TensorFlow.
+WITHOUT_WHEELS = {("3.13", "2.19")}
 # GPU kernels of published wheels are built with this CUDA.
 CUDA_MAJOR = 13
 
@@ -39,6 +39,12 @@ def supported_pythons() -> list[str]:
     prefix = "Programming Language :: Python :: "
     names = [line.removeprefix(prefix) for line in PROJECT["classifiers"] if prefix in line]
     return [name for name in names if "." in name]
+
+
+def supported_pairs() -> list[tuple[str, str]]:
+    """Return the supported pairs of CPython and TensorFlow, such as ("3.11", "2.20")."""
+    pairs = itertools.product(supported_pythons(), LISTS["TENSORFLOWS"])
+    return [pair for pair in pairs if pair not in WITHOUT_WHEELS]
 
 
 def find_python(version: str) -> Path | None:
@@ -96,7 +102,8 @@ def repair(wheel: Path, out: Path) -> None:
     """Check that a wheel runs with the platform's glibc, name it so, and strip its libraries."""
     run(
         *(sys.executable, "-m", "auditwheel", "repair", wheel, "--plat", PLATFORM, "--only-plat"),
-        *("--strip", "--exclude", NOT_OURS, "--exclude", LISTS["CORE_LIBRARY"]),
+        # TensorFlow brings the first, and the package itself the second.
+        *("--strip", "--exclude", FRAMEWORK, "--exclude", LISTS["CORE_LIBRARY"]),
         *("--wheel-dir", out),
         PATH=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}",
     )
@@ -129,7 +136,7 @@ def main() -> None:
         for version, path in pythons.items()
         if path is None
     ]
-    variables = {"CONTINUAL_TRANSFORMERS_TENSORFLOW": ",".join(LISTS["TENSORFLOWS"])}
+    variables = {VARIABLE: ",".join(LISTS["TENSORFLOWS"])}
     found = {version: path for version, path in pythons.items() if path is not None}
     for version, path in found.items():
         wheel = pip_wheel(path, ROOT, WORK / version, CONTINUAL_TRANSFORMERS_CUDA="0", **variables)

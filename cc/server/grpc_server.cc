@@ -384,7 +384,7 @@ class GrpcServer::Impl {
     grpc::EnableDefaultHealthCheckService(true);
     grpc::reflection::InitProtoReflectionServerBuilderPlugin();
     grpc::ServerBuilder builder;
-    const bool ipv6 = options.host.find(':') != std::string::npos && options.host[0] != '[';
+    const bool ipv6 = options.host.find(':') != std::string::npos;
     const std::string host = ipv6 ? "[" + options.host + "]" : options.host;
     const std::string address = host + ":" + std::to_string(options.port);
     builder.AddListeningPort(address, CredentialsOf(security), &port_);

@@ -557,11 +557,8 @@ class HttpServer::Impl {
     const std::string place = options.host + ":" + std::to_string(options.port);
     try {
       tcp::resolver resolver(io_);
-      const bool brackets = options.host.front() == '[' && options.host.back() == ']';
-      const std::string host =
-          brackets ? options.host.substr(1, options.host.size() - 2) : options.host;
       const auto found =
-          resolver.resolve(host, std::to_string(options.port), tcp::resolver::passive);
+          resolver.resolve(options.host, std::to_string(options.port), tcp::resolver::passive);
       const tcp::endpoint endpoint = found.begin()->endpoint();
       acceptor_.open(endpoint.protocol());
       acceptor_.set_option(asio::socket_base::reuse_address(true));

@@ -49,7 +49,6 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
 
   CLI::Option_group* const ports = app.add_option_group("Ports");
   ports->add_option("--host", options->grpc.host, "The address to listen on")
-      ->check(NotEmpty)
       ->capture_default_str();
   ports->add_option("--grpc-port", options->grpc.port, "0: any free port")
       ->capture_default_str()
@@ -94,18 +93,14 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
 
   CLI::Option_group* const state = app.add_option_group("State");
   CLI::Option* const state_dir =
-      state
-          ->add_option("--state-dir", options->snapshots.directory,
-                       "Keep snapshots of the streams there, and go on with them")
-          ->check(NotEmpty);
+      state->add_option("--state-dir", options->snapshots.directory,
+                        "Keep snapshots of the streams there, and go on with them");
   state->add_option("--snapshot-every", snapshot_every, "Seconds between snapshots")
       ->check(IsNumber)
       ->capture_default_str()
       ->check(CLI::Range(0.01, 1e6));
-  state
-      ->add_option("--journal", options->journal.url,
-                   "redis://host:port/database: write every step there before it is answered")
-      ->check(NotEmpty);
+  state->add_option("--journal", options->journal.url,
+                    "redis://host:port/database: write every step there before it is answered");
   state->add_flag("--other-weights", options->snapshots.other_weights,
                   "Go on with streams of the same model with other weights");
   state->add_flag("--no-power-loss", fast_disk,
@@ -113,21 +108,14 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
                   "snapshots, a killed server does not");
 
   CLI::Option_group* const safety = app.add_option_group("Safety");
-  safety->add_option("--tls-certificate", options->tls_certificate, "PEM file; turns TLS on")
-      ->check(NotEmpty);
-  safety->add_option("--tls-key", options->tls_key, "PEM file")->check(NotEmpty);
-  safety
-      ->add_option("--tls-client-ca", options->tls_client_ca,
-                   "PEM file; clients need a certificate that it signed")
-      ->check(NotEmpty);
-  safety
-      ->add_option("--token-file", options->token_file,
-                   "Requests need the bearer token in this file")
-      ->check(NotEmpty);
-  safety
-      ->add_option("--operator-token-file", options->operator_token_file,
-                   "The operator's calls need the bearer token in this file, not the other one")
-      ->check(NotEmpty);
+  safety->add_option("--tls-certificate", options->tls_certificate, "PEM file; turns TLS on");
+  safety->add_option("--tls-key", options->tls_key, "PEM file");
+  safety->add_option("--tls-client-ca", options->tls_client_ca,
+                     "PEM file; clients need a certificate that it signed");
+  safety->add_option("--token-file", options->token_file,
+                     "Requests need the bearer token in this file");
+  safety->add_option("--operator-token-file", options->operator_token_file,
+                     "The operator's calls need the bearer token in this file, not the other one");
   safety
       ->add_option("--max-message-mb", max_message_mb,
                    "The most that a request may have, and the outputs in an answer")
@@ -172,12 +160,11 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
       ->check(IsNumber)
       ->capture_default_str()
       ->check(CLI::Range(0.0, 3600.0));
-  process
-      ->add_option("--ready-file", options->ready_file,
-                   "Write the process id and the ports there when ready, as JSON")
-      ->check(NotEmpty);
+  process->add_option("--ready-file", options->ready_file,
+                      "Write the process id and the ports there when ready, as JSON");
   process->add_flag("--die-with-parent", options->die_with_parent,
                     "End when the process that started this one ends");
+  for (CLI::Option* const option : app.get_options()) option->check(NotEmpty);
   try {
     app.parse(argc, argv);
     options->log_level = LogLevelOf(log_level);
@@ -186,6 +173,8 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
     return false;
   }
   for (const std::string& model : models) options->models.push_back(NameAndPath(model));
+  std::string& host = options->grpc.host;
+  if (host.front() == '[' && host.back() == ']') host = host.substr(1, host.size() - 2);  // IPv6
   options->grpc.max_message_bytes = std::llround(max_message_mb * (1 << 20));
   options->grpc.limits.answer_bytes = options->grpc.max_message_bytes;
   options->http.limits = options->grpc.limits;

@@ -58,12 +58,13 @@ class SnapshotFile {
   void Finish();
   // Closes the file and moves it aside.
   std::string MoveAside();
-  // Throws Error (kIo) if a file is there that this process may not read and write: it is not
-  // damaged, and must not be moved aside.
-  void CheckAccess() const;
 
  private:
   struct Note;
+
+  // Throws Error (kIo) if a file is there that this process may not read and write: it is not
+  // damaged, and must not be moved aside.
+  void CheckAccess() const;
 
   void Connect();
   void Disconnect();

@@ -68,16 +68,11 @@ def need_tensorflow() -> None:
 
     TensorFlow's warnings and errors are printed. A user who sets TF_CPP_MIN_LOG_LEVEL gets the log.
     """
-    with sentences():
+    with sentences(), contextlib.ExitStack() as stack:
+        if "TF_CPP_MIN_LOG_LEVEL" not in os.environ and "tensorflow" not in sys.modules:
+            os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+            stack.enter_context(_without_information())
         importlib.import_module("continual_transformers_tf._tensorflow")
-        if "tensorflow" in sys.modules:
-            return
-        if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
-            importlib.import_module("tensorflow")
-            return
-        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-        with _without_information():
-            importlib.import_module("tensorflow")
 
 
 # Lines that TensorFlow logs while it is imported, whatever TF_CPP_MIN_LOG_LEVEL is.
