@@ -4,17 +4,14 @@ import runpy
 
 import nox
 
-PYTHONS = nox.project.python_versions(nox.project.load_toml("pyproject.toml"))
-TENSORFLOWS = runpy.run_path("cc/library.bzl")["TENSORFLOWS"]
-# TensorFlow has no wheels for these.
-WITHOUT_WHEELS = {("3.13", "2.19")}
+PAIRS = runpy.run_path("tools/wheels.py")["supported_pairs"]()
 
 nox.options.error_on_missing_interpreters = False
 
 
 def add_tests(python: str) -> None:
     """Add the sessions of a Python, such as "tests-3.12(2.20)": `nox -s tests-3.12` runs all."""
-    tensorflows = [version for version in TENSORFLOWS if (python, version) not in WITHOUT_WHEELS]
+    tensorflows = [tensorflow for of, tensorflow in PAIRS if of == python]
 
     @nox.session(name=f"tests-{python}", python=python, tags=["tests"])
     @nox.parametrize("tensorflow", tensorflows, ids=tensorflows)
@@ -26,7 +23,7 @@ def add_tests(python: str) -> None:
         session.run("pytest", "-m", "not slow and not stress", "-n", "auto", *session.posargs)
 
 
-for version in PYTHONS:
+for version in dict.fromkeys(python for python, _ in PAIRS):
     add_tests(version)
 
 

@@ -164,7 +164,9 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
                       "Write the process id and the ports there when ready, as JSON");
   process->add_flag("--die-with-parent", options->die_with_parent,
                     "End when the process that started this one ends");
-  for (CLI::Option* const option : app.get_options()) option->check(NotEmpty);
+  for (CLI::App* const group : app.get_subcommands({})) {
+    for (CLI::Option* const option : group->get_options()) option->check(NotEmpty);
+  }
   try {
     app.parse(argc, argv);
     options->log_level = LogLevelOf(log_level);
