@@ -81,8 +81,7 @@ def bench(
 
     Without --models, --session or --layers, all three run.
     """
-    common.need_packages("matplotlib", "rich", extra="bench")
-    common.need_tensorflow()
+    common.need("bench", "cpu")
     import rich.console
 
     from continual_transformers_tf.bench import model_race, race, report, session_goals

@@ -50,7 +50,7 @@ def check(
     each input of the model. The steps of Keras and those of `ct.Session` are compared, and the
     largest difference is printed.
     """
-    common.need_tensorflow()
+    common.need("cpu")
     with common.sentences():
         from continual_transformers_tf.models import packing
 

@@ -52,26 +52,45 @@ def example(*lines: str) -> str:
 # What may be missing.
 
 
-def need_packages(*names: str, extra: str) -> None:
-    """End the command with a sentence if a package of an extra is missing."""
-    for name in names:
-        try:
-            found = importlib.util.find_spec(name)
-        except ModuleNotFoundError:  # The package that it is in is missing.
-            found = None
-        if found is None:
-            raise click.ClickException(extras.missing(name, extra))
+# The packages of each extra that a command cannot do without.
+NEEDED = {
+    "bench": ("matplotlib", "rich"),
+    "client": ("grpc", "google.protobuf"),
+    "cpu": ("tensorflow", "keras"),
+    "demo": ("matplotlib", "rich", "seglearn"),
+}
 
 
-def need_tensorflow() -> None:
-    """Import TensorFlow without its log, or end the command with a sentence if it is missing.
+def need(*names: str) -> None:
+    """End the command with a sentence if an extra is not installed. `cpu` imports TensorFlow.
 
-    TensorFlow's warnings and errors are printed. A user who sets TF_CPP_MIN_LOG_LEVEL gets the log.
+    Args:
+        *names: Names of extras.
     """
+    missing = {name: [p for p in NEEDED[name] if not _is_installed(p)] for name in names}
+    packages = [package for of_extra in missing.values() for package in of_extra]
+    if packages:
+        of = [name for name, of_extra in missing.items() if of_extra]
+        raise click.ClickException(extras.missing(packages, *of))
+    if "cpu" in names:
+        _import_tensorflow()
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # The package that it is in is missing.
+        return False
+
+
+def _import_tensorflow() -> None:
+    """Import TensorFlow without its log.
+
+    Warnings and errors are printed. A user who sets TF_CPP_MIN_LOG_LEVEL gets the whole log.
+    """
+    if "tensorflow" in sys.modules:
+        return
     with sentences():
-        importlib.import_module("continual_transformers_tf._tensorflow")
-        if "tensorflow" in sys.modules:
-            return
         if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
             importlib.import_module("tensorflow")
             return

@@ -49,7 +49,7 @@ def pack(
     """
     if tolerance is not None and not data:
         raise click.UsageError("--tolerance needs --check DATA, whose outputs it compares")
-    common.need_tensorflow()
+    common.need("cpu")
     with common.sentences():
         from continual_transformers_tf.models import packing
 
