@@ -66,7 +66,7 @@ def check(
         recordings = packing.read_recordings(data, session)
         found = compared(keras_model, session, recordings, seq_len)
     if as_json:
-        common.print_json(found.as_dict())
+        common.print_json(found._asdict())
     else:
         click.echo(found)
     fail_above(found, tolerance)

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import math
 import os
 import re
 import sys
@@ -142,8 +143,19 @@ def sentences() -> Iterator[None]:
 
 
 def print_json(data: Any) -> None:
-    """Print the command's result as one JSON object on stdout."""
-    click.echo(json.dumps(data, indent=2, allow_nan=False))
+    """Print the command's result as one JSON object on stdout.
+
+    JSON has no NaN and no infinity: they are written as null.
+    """
+    click.echo(json.dumps(_finite(data), indent=2, allow_nan=False))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {name: _finite(x) for name, x in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(x) for x in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 # Progress, on a terminal only.

@@ -1,6 +1,5 @@
 """Packing a Keras model into a model file, and checking it: what `pack` and `check` do."""
 
-import math
 import os
 import re
 import zipfile
@@ -157,14 +156,6 @@ class Comparison(NamedTuple):
     steps: int
     difference: float
     largest: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figures as plain data. A difference that is no number is None."""
-        figures = self._asdict()
-        return {
-            k: None if isinstance(x, float) and not math.isfinite(x) else x
-            for k, x in figures.items()
-        }
 
     def __str__(self) -> str:
         return (
