@@ -199,6 +199,7 @@ def compare(
     if isinstance(structure, (list, tuple)) and len(structure) == 1:
         structure = structure[0]
     streams, steps = recordings[0].shape[:2]
+    twin.clean_state()  # Its layers may be those of the model, and have streams.
     ids = session.open(streams)
     differences, sizes = [0.0], [0.0]
     for first in range(0, steps, STEPS_AT_ONCE):
