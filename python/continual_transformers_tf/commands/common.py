@@ -182,7 +182,7 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     Yields:
         A function of how much is done.
     """
-    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
+    if not sys.stderr.isatty() or not _is_installed("rich"):
         yield lambda done: None
         return
     import rich.progress

@@ -6,7 +6,7 @@ Names are imported when they are first used: only the client needs gRPC.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from continual_transformers_tf import extras
+from continual_transformers_tf.extras import install
 
 if TYPE_CHECKING:
     from continual_transformers_tf.serving.client import Client, ServingError, Stream
@@ -22,7 +22,8 @@ def _get(name: str) -> Any:
         value = getattr(importlib.import_module(f"{__name__}.client"), name)
     except ModuleNotFoundError as missing:
         raise ImportError(
-            f"ct.serving.{name} needs gRPC. {extras.missing([str(missing.name)], 'client')}"
+            f"ct.serving.{name} needs {missing.name}, which is not installed. The extra client "
+            f"installs it: {install('client')}"
         ) from missing
     globals()[name] = value
     return value
