@@ -122,14 +122,15 @@ except ImportError as error:
 
 # Importing Keras takes seconds.
 @pytest.mark.slow
-@pytest.mark.parametrize("imports", ["ct keras", "keras ct"])
+@pytest.mark.parametrize("imports", ["ct keras", "keras ct", "ops keras"])
 def test_keras_loads_models_with_our_layers_whoever_is_imported_first(tmp_path, imports):
     import keras
 
     inputs = keras.Input((4, 6))
     outputs = ct.CoDelay(2)(ct.CoSiMultiHeadAttention(4, 2, 3)(inputs, inputs))
     keras.Model(inputs, outputs).save(tmp_path / "model.keras")
-    names = {"ct": "continual_transformers_tf as ct", "keras": "keras"}
+    ct_name = "continual_transformers_tf"
+    names = {"ct": ct_name, "keras": "keras", "ops": f"{ct_name}.ops"}
     program = "\n".join(f"import {names[name]}" for name in imports.split())
     program += "\nimport sys\nprint(keras.models.load_model(sys.argv[1]).layers[-1].delay)"
     assert run(program, tmp_path / "model.keras").splitlines()[-1] == "2"

@@ -200,7 +200,7 @@ def test_a_wheel_with_a_tensorflow(built_wheels, tmp_path, python, tensorflow):
     environment = Environment(tmp_path / "environment", path)
     environment.install(MAIN + wheel.as_uri(), f"tensorflow-cpu=={tensorflow}.*")
     environment.check_streams()
-    if (python, tensorflow) != SAMPLE[-1] or "cuda" not in built_wheels:
+    if (python, tensorflow) != SAMPLE[0] or "cuda" not in built_wheels:
         return
     environment.install(built_wheels["cuda"])
     environment.check_streams(["CPU", "GPU"])

@@ -1,4 +1,4 @@
-"""`mypy --strict` accepts a user's program that calls the whole public API."""
+"""`mypy --strict` accepts users' programs that call the whole public API."""
 
 import importlib.util
 import re
@@ -12,7 +12,8 @@ import pytest
 
 import continual_transformers_tf as ct
 
-PROGRAM = Path(__file__).parent / "data" / "typed_user.py"
+DATA = Path(__file__).parent / "data"
+PROGRAMS = [DATA / "typed_user.py", DATA / "typed_program.py"]
 PACKAGE = Path(ct.__file__).parent
 
 
@@ -33,11 +34,11 @@ def mypy(tmp_path_factory):
     )
     python = folder / "environment" / "bin" / "python"
 
-    def run(program):
+    def run(*programs):
         return subprocess.run(
             [
                 *(sys.executable, "-m", "mypy", "--strict", "--config-file="),
-                *("--python-executable", python, "--cache-dir", folder / "cache", program),
+                *("--python-executable", python, "--cache-dir", folder / "cache", *programs),
             ],
             capture_output=True,
             text=True,
@@ -48,8 +49,8 @@ def mypy(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_user_s_program_is_typed(mypy):
-    done = mypy(PROGRAM)
+def test_users_programs_are_typed(mypy):
+    done = mypy(*PROGRAMS)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -66,14 +67,16 @@ def test_mypy_finds_a_user_s_mistakes(mypy, tmp_path):
         "ct.convertt\n"
         "ct.CoSiMultiHeadAttention(num_heads=2, key_dim=3)\n"
         "ct.serving.Clientt\n"
+        "ready: str = session.ready(3)\n"
+        'session.open("3")\n'
     )
     done = mypy(program)
     lines = [line for line in done.stdout.splitlines() if "error:" in line]
     found = [int(re.search(r"mistakes\.py:(\d+): error", line)[1]) for line in lines]
-    assert found == [2, 3, 4, 5, 6, 7, 8], done.stdout
+    assert found == [2, 3, 4, 5, 6, 7, 8, 9, 10], done.stdout
 
 
-def test_the_program_uses_every_public_name():
-    text = PROGRAM.read_text()
+def test_the_programs_use_every_public_name():
+    text = "".join(program.read_text() for program in PROGRAMS)
     unused = [name for name in ct.__all__ if not re.search(rf"\bct\.{name}\b", text)]
     assert not unused

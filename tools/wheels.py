@@ -81,7 +81,7 @@ def pip_wheel(python: Path, source: Path, folder: Path, **variables: str) -> Pat
         shutil.rmtree(stale)
     folder.mkdir(parents=True)
     # An environment, because Debian's Python does not let pip build outside of one.
-    environment = folder.with_suffix(".venv")
+    environment = folder.parent / f"{folder.name}.venv"
     run(python, "-m", "venv", "--clear", environment)
     run(
         *(environment / "bin" / "python", "-m", "pip", "wheel", source),

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 Arrays = npt.NDArray[Any] | Sequence["Arrays"] | Mapping[str, "Arrays"]
 OutArrays = npt.NDArray[Any] | Sequence["OutArrays | None"] | Mapping[str, "OutArrays | None"]
-Streams = int | np.integer[Any] | Sequence[int] | npt.NDArray[np.int64]
+ManyStreams = Sequence[int] | npt.NDArray[np.int64]
+Streams = int | np.integer[Any] | ManyStreams
 
 class UnknownStreamError(ValueError):
     """A stream id that was never given out, or was closed."""

@@ -11,3 +11,7 @@ for package in ("tensorflow", "keras"):
             f"extra cpu installs it: {install('cpu')}. The extra gpu does too, with CUDA. "
             "(`ct.Session.load` needs neither.)"
         )
+
+# TensorFlow imports Keras, and that imports the layers (`_keras_registration`). Here no module that
+# they need is half imported yet.
+import tensorflow  # noqa: E402, F401

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import tensorflow as tf
 
-    from continual_transformers_tf._session import Streams
+    from continual_transformers_tf._session import ManyStreams, Streams
 
 __all__ = [
     "ArraySpec",
@@ -192,7 +192,7 @@ class Session(_session.NativeSession):
 
     Args:
         model: A functional or sequential Keras model, a `StreamingModel`, or one layer of this
-            package. Its weights are copied.
+            package. Its weights are copied. Or the path of a `.keras` file with such a model.
         streams: How many streams may be open at once; None: no limit.
         threads: How many threads a step of many rows may use; 1: only the caller's.
         weights_dtype: The dtype of the kernels of dense products: "float32", "bfloat16" or
@@ -216,7 +216,7 @@ class Session(_session.NativeSession):
 
     def __init__(
         self,
-        model: keras.layers.Layer,
+        model: keras.layers.Layer | str | bytes | os.PathLike[Any],
         *,
         streams: int | None = None,
         threads: int = 1,
@@ -292,14 +292,15 @@ class Session(_session.NativeSession):
         state: the keys and values in their rings still come from the old weights.
 
         Args:
-            model: A Keras model of the same architecture, or the path of a model file.
+            model: A Keras model of the same architecture, or the path of a model file or of a
+                `.keras` file.
             seq_len: As in the constructor; None: the window of this session's attention.
 
         Raises:
             OtherModelError: A ValueError, if the model has another architecture.
             OSError, ModelFileError: As in `load`.
         """
-        if isinstance(model, (str, bytes, os.PathLike)):
+        if isinstance(model, (str, bytes, os.PathLike)) and not _is_keras_file(model):
             self._load_weights_path(_checked_path(model))
             return
         plan = json.loads(self._plan_json)
@@ -344,6 +345,10 @@ class Session(_session.NativeSession):
         """
         self._close(streams)
 
+    @overload
+    def ready(self, streams: int | np.integer[Any]) -> bool: ...
+    @overload
+    def ready(self, streams: ManyStreams | None = None) -> npt.NDArray[np.bool_]: ...
     def ready(self, streams: Streams | None = None) -> bool | npt.NDArray[np.bool_]:
         """Return which streams have taken at least `receptive_field` steps.
 
@@ -359,6 +364,10 @@ class Session(_session.NativeSession):
         """
         return self._ready(streams)
 
+    @overload
+    def position(self, streams: int | np.integer[Any]) -> int: ...
+    @overload
+    def position(self, streams: ManyStreams | None = None) -> npt.NDArray[np.int64]: ...
     def position(self, streams: Streams | None = None) -> int | npt.NDArray[np.int64]:
         """Return how many steps streams have taken.
 
@@ -567,17 +576,26 @@ def _is_sequence_of_bytes(states: Any) -> bool:
     )
 
 
+def _is_keras_file(path: str | bytes | os.PathLike[Any]) -> bool:
+    return os.fsdecode(path).endswith(".keras")
+
+
 def _lowered(
-    model: keras.layers.Layer,
+    model: keras.layers.Layer | str | bytes | os.PathLike[Any],
     seq_len: int | None,
     cache_dtype: str | None,
     weights_dtype: str | None,
 ) -> bytes:
     """Return the model file of a Keras model, as bytes."""
     if isinstance(model, (str, bytes, os.PathLike)):
-        raise TypeError(
-            f"Expected a Keras model, but got {model!r}. Session.load({model!r}) reads a model file"
-        )
+        if not _is_keras_file(model):
+            raise TypeError(
+                "Expected a Keras model, or the path of a .keras file, but got "
+                f"{model!r}. Session.load({model!r}) reads a model file"
+            )
+        from continual_transformers_tf.models.packing import load_model
+
+        model = load_model(_checked_path(model))
     from continual_transformers_tf.models.lowering import lower
 
     return lower(model, seq_len, cache_dtype, weights_dtype).to_bytes()

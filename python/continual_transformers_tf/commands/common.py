@@ -89,15 +89,12 @@ def _import_tensorflow() -> None:
 
     Warnings and errors are printed. A user who sets TF_CPP_MIN_LOG_LEVEL gets the whole log.
     """
-    if "tensorflow" in sys.modules:
-        return
-    with sentences():
-        if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
-            importlib.import_module("tensorflow")
-            return
-        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-        with _without_information():
-            importlib.import_module("tensorflow")
+    quiet = "TF_CPP_MIN_LOG_LEVEL" not in os.environ and "tensorflow" not in sys.modules
+    with sentences(), contextlib.ExitStack() as stack:
+        if quiet:
+            os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+            stack.enter_context(_without_information())
+        importlib.import_module("continual_transformers_tf._tensorflow")
 
 
 # Lines that TensorFlow logs while it is imported, whatever TF_CPP_MIN_LOG_LEVEL is.

@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 from keras.src.backend.common import global_state
 
+from continual_transformers_tf._keras_registration import registered
 from continual_transformers_tf.layers.inputs import TensorLike, expect_given, rows_and_steps
 from continual_transformers_tf.layers.one_input_layer import OneInputLayer
 from continual_transformers_tf.ops.step import Step
@@ -15,7 +16,7 @@ from continual_transformers_tf.ops.stream_state import StreamState, check_intege
 ENCODINGS = ("learned", "sinusoidal")
 
 
-@keras.saving.register_keras_serializable("continual_transformers_tf")
+@registered
 class CircularPositionalEncoding(OneInputLayer):
     """Adds rows in turn, and begins again with the first row after the last.
 

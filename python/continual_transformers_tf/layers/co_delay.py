@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
+from continual_transformers_tf._keras_registration import registered
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.inputs import (
     TensorLike,
@@ -20,7 +20,7 @@ from continual_transformers_tf.ops.step import Step
 from continual_transformers_tf.ops.stream_state import StreamState, check_integer
 
 
-@keras.saving.register_keras_serializable("continual_transformers_tf")
+@registered
 class CoDelay(ContinualLayer):
     """Returns each step `delay` steps later. Windows are returned as they are.
 

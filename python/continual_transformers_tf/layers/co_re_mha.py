@@ -5,6 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from continual_transformers_tf._keras_registration import registered
 from continual_transformers_tf.layers.inputs import TensorLike, expect_given, without_keras_mask
 from continual_transformers_tf.layers.plain_layers import cast, project
 from continual_transformers_tf.layers.streaming_attention import StepMasks, StreamingAttention
@@ -19,7 +20,7 @@ from continual_transformers_tf.ops.step import Step
 from continual_transformers_tf.ops.stream_state import check_integer
 
 
-@keras.saving.register_keras_serializable("continual_transformers_tf")
+@registered
 class CoReMultiHeadAttention(StreamingAttention):
     """`keras.layers.MultiHeadAttention` whose outputs are all updated by every step of a stream.
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import keras
 import tensorflow as tf
 
+from continual_transformers_tf._keras_registration import registered
 from continual_transformers_tf.layers.co_re_mha import CoReMultiHeadAttention
 from continual_transformers_tf.layers.inputs import TensorLike
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
@@ -12,7 +12,7 @@ from continual_transformers_tf.ops.delay import put_steps, windows_of
 from continual_transformers_tf.ops.step import Step
 
 
-@keras.saving.register_keras_serializable("continual_transformers_tf")
+@registered
 class CoReTransformerEncoder(TransformerEncoderBlock):
     """A transformer encoder block that returns all outputs of the window, on windows and streams.
 

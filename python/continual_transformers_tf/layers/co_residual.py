@@ -6,6 +6,7 @@ from typing import Any, Self
 import keras
 import tensorflow as tf
 
+from continual_transformers_tf._keras_registration import registered
 from continual_transformers_tf.layers.call_modes import call_mode
 from continual_transformers_tf.layers.co_delay import CoDelay
 from continual_transformers_tf.layers.composite_layer import CompositeLayer
@@ -15,7 +16,7 @@ from continual_transformers_tf.layers.plain_layers import cast
 from continual_transformers_tf.ops.step import Step
 
 
-@keras.saving.register_keras_serializable("continual_transformers_tf")
+@registered
 class CoResidual(CompositeLayer):
     """`layer(x) + x`, in which each output is added to the step that it belongs to.
 

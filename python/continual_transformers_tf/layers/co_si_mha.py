@@ -5,6 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from continual_transformers_tf._keras_registration import registered
 from continual_transformers_tf.layers.fused_step import FusedStepLayer, optional_input
 from continual_transformers_tf.layers.inputs import (
     TensorLike,
@@ -24,7 +25,7 @@ from continual_transformers_tf.ops.step import Step
 from continual_transformers_tf.ops.stream_state import check_integer
 
 
-@keras.saving.register_keras_serializable("continual_transformers_tf")
+@registered
 class CoSiMultiHeadAttention(FusedStepLayer, StreamingAttention):
     """`keras.layers.MultiHeadAttention` that also answers at every step of an endless stream.
 

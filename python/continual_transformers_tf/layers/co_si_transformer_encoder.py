@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from continual_transformers_tf._keras_registration import registered
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.fused_step import FusedStepLayer
 from continual_transformers_tf.layers.inputs import TensorLike, check_features
@@ -23,7 +24,7 @@ FUSED_ACTIVATIONS = {
 }
 
 
-@keras.saving.register_keras_serializable("continual_transformers_tf")
+@registered
 class CoSiTransformerEncoder(FusedStepLayer, TransformerEncoderBlock):
     """A transformer encoder block that returns the newest step's output, on windows and streams.
 

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from continual_transformers_tf._keras_registration import registered
 from continual_transformers_tf.layers.co_re_transformer_encoder import CoReTransformerEncoder
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
 from continual_transformers_tf.layers.composite_layer import CompositeLayer
@@ -21,7 +22,7 @@ from continual_transformers_tf.ops.stream_state import check_integer
 KINDS = ("single_output", "retroactive")
 
 
-@keras.saving.register_keras_serializable("continual_transformers_tf")
+@registered
 class TransformerEncoder(CompositeLayer, OneInputLayer):
     """A stack of encoder blocks that returns the newest step's output.
 

@@ -37,11 +37,11 @@ def export(
     """Write a SavedModel whose signatures take steps of streams.
 
     The step is one op on a `Session`, and the session's model file is one of the SavedModel's
-    assets. A program that loads the SavedModel must first load the op library, in Python by
-    `tf.load_op_library(ct.ops.LIBRARY_PATH)` and in C by `TF_LoadLibrary`. It needs neither this
-    package nor Keras. Every loaded SavedModel has its own streams. The model file is mapped into
-    memory: do not change it in place while a process has it loaded. (`ct.export` to the same folder
-    writes a new file.)
+    assets. A program that loads the SavedModel must first load the op library, in Python by `import
+    continual_transformers_tf` and in C by `TF_LoadLibrary`. It needs neither this package nor
+    Keras: `tf.load_op_library` also takes a copy of `ct.ops.LIBRARY_PATH`. Every loaded SavedModel
+    has its own streams. The model file is mapped into memory: do not change it in place while a
+    process has it loaded. (`ct.export` to the same folder writes a new file.)
 
     A model that a `Session` cannot run is written as a graph of TensorFlow's ops with the same
     signatures, and a warning says why. The same holds for a model whose streams' state is on a GPU;

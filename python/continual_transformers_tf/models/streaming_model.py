@@ -5,6 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from continual_transformers_tf._keras_registration import registered
 from continual_transformers_tf.layers.call_modes import call_mode
 from continual_transformers_tf.layers.composite_layer import CompositeLayer
 from continual_transformers_tf.layers.inputs import expect_given, rows_and_steps
@@ -19,7 +20,7 @@ from continual_transformers_tf.models.step_graph import (
 from continual_transformers_tf.ops.step import Step
 
 
-@keras.saving.register_keras_serializable("continual_transformers_tf")
+@registered
 class StreamingModel(CompositeLayer, keras.Model):
     """A functional or sequential Keras model that can be called on windows or step by step.
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import os
 import re
 import warnings
 from pathlib import Path
@@ -50,12 +51,6 @@ def built_for(path: str | Path) -> str | None:
 @functools.cache
 def _load() -> tuple[Any, str | None]:
     """Load the library once, and return (its Python module, None) or (None, the reason)."""
-    if _NO_GPU_KERNELS:
-        warnings.warn(
-            f"continual_transformers_tf uses its CPU kernels only: {_NO_GPU_KERNELS}.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
     if not LIBRARY_PATH.exists():
         others = ", ".join(native.op_libraries())
         there = f"; there are op libraries for TensorFlow {others}" if others else ""
@@ -80,6 +75,25 @@ def _load() -> tuple[Any, str | None]:
         return tf.load_op_library(str(LIBRARY_PATH)), None
     except (tf.errors.OpError, RuntimeError) as error:
         return None, f"{LIBRARY_PATH} could not be loaded: {error}. {_HOW_TO_BUILD}"
+
+
+def load_early() -> None:
+    """Load the library where it may be needed, so that TensorFlow knows the ops of SavedModels.
+
+    If it cannot be loaded, nothing happens: `fused_ops` says so when an op is needed.
+    """
+    if os.environ.get(BACKEND_VARIABLE) != "tensorflow":
+        _load()
+
+
+@functools.cache
+def _warn_of_cpu_only() -> None:
+    if _NO_GPU_KERNELS:
+        warnings.warn(
+            f"continual_transformers_tf uses its CPU kernels only: {_NO_GPU_KERNELS}.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 @functools.cache
@@ -108,6 +122,7 @@ def fused_ops(device_type: str, op: str = SINGLE_OUTPUT) -> Any:
     choice = backend()
     if choice == "tensorflow":
         return None
+    _warn_of_cpu_only()
     module, reason = _load()
     if module is None:
         if choice == "fused":
