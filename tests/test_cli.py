@@ -1,8 +1,12 @@
-"""Tests of `continual-transformers pack` and `info`: what they write, print, and refuse."""
+"""The command line: what the commands print, write and refuse. The demo, the load test and the
+races have tests of their own.
+"""
 
 import json
 import os
+import pty
 import re
+import shlex
 import subprocess
 import sys
 
@@ -13,15 +17,26 @@ from click.testing import CliRunner
 
 import continual_transformers_tf as ct
 from continual_transformers_tf import cli, native
+from continual_transformers_tf.commands import common
+from continual_transformers_tf.models import packing
 
 N, E = 5, 6
 
 
-def run(*arguments, status=0):
+def invoke(*arguments, status=0):
     result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
     assert result.exit_code == status, result.output
     assert result.exception is None or isinstance(result.exception, SystemExit)
-    return result.output
+    return result
+
+
+def run(*arguments, status=0):
+    return invoke(*arguments, status=status).output
+
+
+def run_json(*arguments, status=0):
+    """Return what a command prints with --json. All else is on stderr."""
+    return json.loads(invoke(*arguments, "--json", status=status).stdout)
 
 
 def plain_model(length):
@@ -149,10 +164,284 @@ def test_info_of_the_installation():
     assert run("info", "--pkg-config-dir").strip() == str(native.PACKAGE / "pkgconfig")
 
 
-def test_tensorflow_s_log_is_left_out():
-    """In a process of its own: TensorFlow writes these lines while it is imported."""
-    environment = {k: x for k, x in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
-    command = [sys.executable, "-m", "continual_transformers_tf.cli", "info"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "TensorFlow " in done.stdout
-    assert done.stderr == ""
+# explain
+
+
+def test_explain_a_model_that_streams(saved):
+    said = run("explain", saved, "--seq-len", N)
+    assert said.startswith("watch streams.\n")
+    assert f"attention over a window of {N} steps, single output" in said
+    model = keras.saving.load_model(saved)
+    assert said == f"{ct.explain(model, N)}\n"
+    # Keras' own JSON of tuples is that of lists.
+    found = run_json("explain", saved, "--seq-len", N)
+    assert found == json.loads(json.dumps(ct.explain(model, N).as_dict()))
+    assert found["receptive_field"] == N
+    assert "Expected seq_len" in run("explain", saved, status=1)
+
+
+def test_explain_a_model_that_does_not(tmp_path):
+    x = keras.Input((N, E))
+    y = keras.layers.GlobalAveragePooling1D(name="pool")(keras.layers.Dense(3)(x))
+    keras.Model(x, y, name="pooled").save(tmp_path / "model.keras")
+    said = run("explain", tmp_path / "model.keras", status=1)
+    assert said.startswith("pooled does not stream.\n")
+    assert re.search(r"pool +GlobalAveragePooling1D +does not stream\n +may look at several", said)
+    found = run_json("explain", tmp_path / "model.keras", status=1)
+    assert [row["streams"] for row in found["rows"]] == [True, False]
+
+
+# check
+
+
+def test_check(saved, random, tmp_path):
+    np.save(tmp_path / "x.npy", random.standard_normal((3, 12, E)))
+    arguments = "check", saved, tmp_path / "x.npy", "--seq-len", N
+    said = run(*arguments)
+    assert "checked: 3 streams of 12 steps" in said
+    assert largest_difference(said) < 1e-5
+    found = run_json(*arguments)
+    assert (found["streams"], found["steps"]) == (3, 12)
+    assert found["difference"] < 1e-5 < found["largest"]
+    narrow = (*arguments, "--weights-dtype", "bfloat16")
+    difference = run_json(*narrow)["difference"]
+    assert 1e-4 < difference < 0.1
+    run(*narrow, "--tolerance", 2 * difference)
+    result = invoke(*narrow, "--tolerance", difference / 2, "--json", status=1)
+    assert json.loads(result.stdout)["difference"] == difference
+    assert re.fullmatch("Error: the largest difference is .*\n", result.stderr)
+
+
+def test_check_with_a_model_file(saved, random, tmp_path):
+    np.save(tmp_path / "x.npy", random.standard_normal((12, E)))
+    packed = tmp_path / "watch.safetensors"
+    run("pack", saved, packed, "--seq-len", N)
+    arguments = "check", saved, tmp_path / "x.npy", "--seq-len", N, "--model-file"
+    assert run_json(*arguments, packed)["difference"] < 1e-5
+    keras.utils.set_random_seed(7)
+    ct.Session(plain_model(N)).save(packed)  # Other weights.
+    assert run_json(*arguments, packed)["difference"] > 0.01
+    x = keras.Input((N, E), name="sensor")
+    y = ct.CoSiMultiHeadAttention(N, 2, 4)(x, x)
+    ct.Session(keras.Model(x, y, name="other")).save(packed)
+    said = run(*arguments, packed, status=1)
+    assert re.search(r"Expected a model file of watch, whose steps return \(3,\), but", said)
+    packed.write_text("no model file")
+    said = run(*arguments, packed, status=1)
+    assert re.fullmatch("Error: .*expected a safetensors file.*\n", said)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5, 256])
+def test_recordings_are_compared_in_parts(random, tmp_path, monkeypatch, at_once):
+    """The parts are shorter than the delay, than the window, or hold everything."""
+    monkeypatch.setattr(packing, "STEPS_AT_ONCE", at_once)
+    x = keras.Input((N, E))
+    y = ct.CoResidual(ct.CoSiMultiHeadAttention(N, 2, 4, query_index=-4))(x)
+    model = keras.Model(x, keras.layers.Dense(2)(y))
+    session = ct.Session(model)
+    recordings = [random.standard_normal((2, 17, E)).astype("float32")]
+    taken = []
+    found = packing.compare(model, session, recordings, on_step=taken.append)
+    assert taken == list(range(1, 18))
+    assert found.difference < 1e-5 < found.largest
+    assert session.open_streams == 0
+    model.layers[-1].bias.assign([0, 1])
+    assert packing.compare(model, session, recordings).difference == pytest.approx(1, abs=1e-4)
+
+
+def test_a_streaming_model_is_checked(random, tmp_path):
+    ct.convert(plain_model(N), N).save(tmp_path / "streaming.keras")
+    np.save(tmp_path / "x.npy", random.standard_normal((12, E)))
+    assert run_json("check", tmp_path / "streaming.keras", tmp_path / "x.npy")["difference"] < 1e-5
+    assert run_json("explain", tmp_path / "streaming.keras")["equals_windows"]
+
+
+# JSON
+
+
+def test_pack_and_info_as_json(saved, random, tmp_path):
+    np.save(tmp_path / "x.npy", random.standard_normal((12, E)))
+    output = tmp_path / "watch.safetensors"
+    found = run_json("pack", saved, output, "--seq-len", N)
+    session = ct.Session.load(output)
+    assert found["written"] == str(output)
+    assert found["bytes"] == output.stat().st_size
+    assert found["state_bytes"] == session.state_bytes
+    cost = ct.cost(ct.convert(keras.saving.load_model(saved), N))
+    assert found["operations"]["multiplications"] == cost.multiplications
+    assert found["check"] is None
+    found = run_json("pack", saved, output, "--seq-len", N, "--check", tmp_path / "x.npy")
+    assert found["check"]["steps"] == 12
+    info = run_json("info", output)
+    assert (info["name"], info["receptive_field"]) == ("watch", N)
+    assert info["inputs"] == [{"name": "sensor", "shape": [E], "dtype": "float32"}]
+    assert info["state_bytes"] == session.state_bytes
+    assert info["parameters"] == sum(w.size for w in keras.saving.load_model(saved).get_weights())
+
+
+def test_info_of_the_installation_as_json():
+    found = run_json("info")
+    assert found["version"] == ct.__version__
+    assert found["tensorflow"].startswith("2.")
+    assert found["kernels"] == sorted(ct.ops.kernels())
+    assert found["cmake_dir"] == str(native.PACKAGE / "cmake")
+    assert "--cmake-dir prints only a folder" in run("info", "--cmake-dir", "--json", status=2)
+
+
+def test_numbers_that_json_does_not_have_are_null(capsys):
+    common.print_json({"a": [float("nan"), 1.5], "b": {"c": (float("inf"),)}})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5], "b": {"c": [None]}}
+
+
+# Errors, help and what is missing.
+
+
+@pytest.mark.parametrize("command", ["explain", "pack", "check"])
+def test_what_is_no_keras_model_is_a_sentence(saved, tmp_path, command):
+    more = {"explain": (), "pack": (tmp_path / "y.safetensors",), "check": (tmp_path / "x.npy",)}
+    np.save(tmp_path / "x.npy", np.zeros((2, E)))
+
+    @keras.saving.register_keras_serializable("user")
+    class Mine(keras.layers.Layer):
+        def call(self, x):
+            return x
+
+    x = keras.Input((N, E))
+    keras.Model(x, Mine()(x)).save(tmp_path / "own.keras")
+    keras.saving.get_custom_objects().pop("user>Mine")
+    (tmp_path / "text.keras").write_text("no model")
+    for name, what in (
+        ("own.keras", "needs Mine, which is not of Keras"),
+        ("text.keras", "Expected a Keras model"),
+    ):
+        said = run(command, tmp_path / name, *more[command], status=1)
+        assert re.fullmatch(f"Error: [^\n]*{what}[^\n]*\n", said)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 no archive"])
+def test_what_is_no_recording_is_a_sentence(saved, tmp_path, content):
+    (tmp_path / "x.npz").write_bytes(content)
+    said = run("check", saved, tmp_path / "x.npz", "--seq-len", N, status=1)
+    assert re.fullmatch(r"Error: Expected an \.npy or \.npz file of numbers[^\n]*x\.npz\n", said)
+
+
+MISSING = {
+    ("explain", "x"): {"cpu": ["tensorflow"]},
+    ("pack", "x", "y"): {"cpu": ["keras"]},
+    ("check", "x", "x"): {"cpu": ["tensorflow", "keras"]},
+    ("demo",): {"demo": ["seglearn"], "cpu": ["keras"]},
+    ("demo", "--save-model", "y"): {"cpu": ["tensorflow"]},
+    ("load",): {"demo": ["rich"], "client": ["google.protobuf"]},
+    ("bench",): {"bench": ["matplotlib"], "cpu": ["tensorflow"]},
+    ("serve", "--ray", "auto", "x"): {"ray": ["ray"]},
+}
+
+
+@pytest.mark.parametrize("command", MISSING, ids=" ".join)
+def test_each_missing_extra_is_named(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").touch()
+    for packages in MISSING[command].values():
+        for package in packages:
+            monkeypatch.setitem(sys.modules, package, None)
+    said = run(*command, status=1)
+    extras = list(MISSING[command])
+    for extra in extras:
+        assert all(package in said for package in MISSING[command][extra])
+    assert f"pip install 'continual-transformers-tf[{','.join(extras)}]'\n" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "y").exists()
+
+
+def test_without_the_server_it_says_how_to_get_it(monkeypatch, tmp_path):
+    from continual_transformers_tf.serving import program
+
+    monkeypatch.setattr(program, "PATH", tmp_path / "none")
+    said = run("serve", "model.safetensors", status=1)
+    assert "tools/server_packages.py" in said
+    assert "pip install" in said
+    assert said.count("\n") == 1
+    assert run_json("info")["server"] is None
+
+
+@pytest.mark.parametrize("command", [c for c in cli.COMMANDS if c.name != "serve"])
+def test_the_help_has_an_example_with_options_that_exist(command):
+    said = run(command.name, "--help")
+    (example,) = re.findall(r"Example:\n +continual-transformers (.*)\n", said)
+    name, *words = shlex.split(example)
+    assert name == command.name
+    options = {word for word in words if word.startswith("--")}
+    assert options <= {o for parameter in command.params for o in parameter.opts}
+    assert f"  {name}" in run("--help")
+    # Every line fits a terminal, and each option says what it is for.
+    assert max(map(len, said.splitlines())) <= 88
+    assert all(p.help for p in command.params if p.param_type_name == "option")
+
+
+# Progress, and TensorFlow's log.
+
+
+def bar_on(stderr, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stderr)
+        with common.progress("Comparing", 3) as on_step:
+            for i in range(3):
+                on_step(i + 1)
+        stderr.flush()
+
+
+def test_the_bar_is_for_terminals_only(monkeypatch, tmp_path):
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as terminal:
+        bar_on(terminal, monkeypatch)
+        assert b"Comparing" in os.read(master, 10_000)
+        with monkeypatch.context() as patch:  # Without rich there is no bar.
+            patch.setitem(sys.modules, "rich", None)
+            bar_on(terminal, monkeypatch)
+            print("end", file=terminal, flush=True)
+        assert os.read(master, 10_000) == b"end\r\n"
+    os.close(master)
+    with open(tmp_path / "stderr", "w+") as file:
+        bar_on(file, monkeypatch)
+        file.seek(0)
+        assert file.read() == ""
+
+
+def test_only_information_is_left_out_of_the_log(capfd):
+    information = b"I0000 00:00:1795916802.473237   12430 port.cc:153] oneDNN custom operations\n"
+    before = b"WARNING: All log messages before absl::InitializeLog() is called are written\n"
+
+    def fail():
+        with common._without_information():
+            os.write(2, before + information + b"W0000 00:00:1.2  3 a.cc:1] a warning\n")
+            raise ImportError("the import fails")
+
+    with pytest.raises(ImportError):
+        fail()
+    os.write(2, b"later\n")
+    assert capfd.readouterr().err == "W0000 00:00:1.2  3 a.cc:1] a warning\nlater\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "info",
+        pytest.param("explain model.keras", marks=pytest.mark.slow),
+        pytest.param("demo --save-model demo.safetensors", marks=pytest.mark.slow),
+    ],
+)
+def test_nothing_of_tensorflow_is_on_stderr(command, tmp_path):
+    plain_model(N).save(tmp_path / "model.keras")
+    environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    program = [sys.executable, "-m", "continual_transformers_tf.cli", *command.split()]
+
+    def stderr(**more):
+        done = subprocess.run(
+            program, capture_output=True, text=True, cwd=tmp_path, env={**environment, **more}
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    assert stderr() == ""
+    if command == "info":  # A user who wants the log gets it.
+        assert "oneDNN" in stderr(TF_CPP_MIN_LOG_LEVEL="0")

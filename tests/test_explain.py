@@ -130,7 +130,33 @@ def test_a_model_without_a_graph():
     assert "keras.Model(inputs, outputs)" in str(found)
     rows = rows_of(found)
     assert rows["attend"].streams
-    assert rows["head"].how == "not known: the model has no graph"
+    assert rows["head"].how == "not known"
+
+
+class NoConfig(keras.layers.Layer):
+    """A layer that Keras cannot copy."""
+
+    def __init__(self, function):
+        super().__init__(name="no_config")
+        self.function = function
+
+    def call(self, x):
+        return self.function(x)
+
+
+def test_a_layer_that_cannot_be_copied():
+    x = keras.Input((N, E))
+    model = keras.Model(x, attention("attend")(NoConfig(lambda x: 2 * x)(x), x), name="given")
+    found = ct.explain(model)
+    assert not found.streams
+    row = rows_of(found)["no_config"]
+    assert (row.how, len(row.reasons)) == ("does not stream", 1)
+    assert rows_of(found)["attend"].how == "not known"
+    for make in (lambda: ct.Session(model), lambda: ct.convert(model, N)):
+        with pytest.raises(
+            ValueError, match=r"no_config \(NoConfig\) cannot be copied.*get_config"
+        ):
+            make()
 
 
 def test_layers_of_a_model_within_a_model_have_its_name_too(random):
@@ -251,7 +277,9 @@ CLAIMS = {
     "two encoders": (encoders(2, "single_output"), N, False),
     "two encoders, their receptive field": (encoders(2, "single_output"), 2 * N - 1, True),
     "retroactive": (encoders(2, "retroactive"), N, True),
-    "retroactive, longer windows": (encoders(2, "single_output"), N + 3, False),
+    "two encoders, longer windows": (encoders(2, "single_output"), N + 3, False),
+    "retroactive, longer windows": (encoders(2, "retroactive"), N + 3, False),
+    "retroactive, with positions": (encoders(2, "retroactive", positions=True), N, True),
     "causal, then a delay": (causal_late, N, False),
     "two windows": (two_windows, N, False),
     "sliding window": (narrow, N + 2, True),

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from continual_transformers_tf import _keras_registration
 
 if TYPE_CHECKING:
+    from continual_transformers_tf import layers as layers
+    from continual_transformers_tf import models as models
     from continual_transformers_tf import ops, serving
     from continual_transformers_tf.layers import (
         CircularPositionalEncoding,
@@ -80,7 +82,8 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def _get(name: str) -> Any:
+    """Import the value of a public name."""
     value: Any
     if name == "__version__":
         value = _version()
@@ -93,6 +96,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+if not TYPE_CHECKING:  # Type checkers read the imports above, and so find misspelled names.
+    __getattr__ = _get
 
 
 def __dir__() -> list[str]:

@@ -1,5 +1,7 @@
 """The sentences that say which extra of the package installs what is missing."""
 
+from collections.abc import Sequence
+
 
 def install(*extras: str) -> str:
     """Return the command that installs extras, for an installed wheel and for a checkout.
@@ -9,9 +11,13 @@ def install(*extras: str) -> str:
     return f"pip install 'continual-transformers-tf[{','.join(extras)}]'"
 
 
-def missing(package: str, *extras: str) -> str:
-    """Return a sentence: a package is missing, and the extras that install it."""
-    names = " and ".join(extras)
-    which = "extra" if len(extras) == 1 else "extras"
-    verb = "installs" if len(extras) == 1 else "install"
-    return f"{package} is missing. The {which} {names} {verb} it: {install(*extras)}"
+def missing(packages: Sequence[str], *extras: str) -> str:
+    """Return a sentence: packages are missing, and the extras that install them."""
+    is_missing, it = ("is missing", "it") if len(packages) == 1 else ("are missing", "them")
+    which = f"extra {extras[0]} installs" if len(extras) == 1 else f"extras {_and(extras)} install"
+    return f"{_and(packages)} {is_missing}. The {which} {it}: {install(*extras)}"
+
+
+def _and(names: Sequence[str]) -> str:
+    *before, last = names
+    return f"{', '.join(before)} and {last}" if before else last

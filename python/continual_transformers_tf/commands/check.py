@@ -50,7 +50,7 @@ def check(
     each input of the model. The steps of Keras and those of `ct.Session` are compared, and the
     largest difference is printed.
     """
-    common.need_tensorflow()
+    common.need("cpu")
     with common.sentences():
         from continual_transformers_tf.models import packing
 
@@ -66,7 +66,7 @@ def check(
         recordings = packing.read_recordings(data, session)
         found = compared(keras_model, session, recordings, seq_len)
     if as_json:
-        common.print_json(found.as_dict())
+        common.print_json(found._asdict())
     else:
         click.echo(found)
     fail_above(found, tolerance)

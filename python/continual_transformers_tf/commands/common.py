@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import math
 import os
 import re
 import sys
@@ -52,24 +53,45 @@ def example(*lines: str) -> str:
 # What may be missing.
 
 
-def need_packages(*names: str, extra: str) -> None:
-    """End the command with a sentence if a package of an extra is missing."""
-    for name in names:
-        try:
-            found = importlib.util.find_spec(name)
-        except ModuleNotFoundError:  # The package that it is in is missing.
-            found = None
-        if found is None:
-            raise click.ClickException(extras.missing(name, extra))
+# The packages of each extra that a command cannot do without.
+NEEDED = {
+    "bench": ("matplotlib", "rich"),
+    "client": ("grpc", "google.protobuf"),
+    "cpu": ("tensorflow", "keras"),
+    "demo": ("matplotlib", "rich", "seglearn"),
+}
 
 
-def need_tensorflow() -> None:
-    """Import TensorFlow without its log, or end the command with a sentence if it is missing.
+def need(*names: str) -> None:
+    """End the command with a sentence if an extra is not installed. `cpu` imports TensorFlow.
 
-    TensorFlow's warnings and errors are printed. A user who sets TF_CPP_MIN_LOG_LEVEL gets the log.
+    Args:
+        *names: Names of extras.
     """
+    missing = {name: [p for p in NEEDED[name] if not _is_installed(p)] for name in names}
+    packages = [package for of_extra in missing.values() for package in of_extra]
+    if packages:
+        of = [name for name, of_extra in missing.items() if of_extra]
+        raise click.ClickException(extras.missing(packages, *of))
+    if "cpu" in names:
+        _import_tensorflow()
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # The package that it is in is missing.
+        return False
+
+
+def _import_tensorflow() -> None:
+    """Import TensorFlow without its log.
+
+    Warnings and errors are printed. A user who sets TF_CPP_MIN_LOG_LEVEL gets the whole log.
+    """
+    quiet = "TF_CPP_MIN_LOG_LEVEL" not in os.environ and "tensorflow" not in sys.modules
     with sentences(), contextlib.ExitStack() as stack:
-        if "TF_CPP_MIN_LOG_LEVEL" not in os.environ and "tensorflow" not in sys.modules:
+        if quiet:
             os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
             stack.enter_context(_without_information())
         importlib.import_module("continual_transformers_tf._tensorflow")
@@ -118,8 +140,19 @@ def sentences() -> Iterator[None]:
 
 
 def print_json(data: Any) -> None:
-    """Print the command's result as one JSON object on stdout."""
-    click.echo(json.dumps(data, indent=2, allow_nan=False))
+    """Print the command's result as one JSON object on stdout.
+
+    JSON has no NaN and no infinity: they are written as null.
+    """
+    click.echo(json.dumps(_finite(data), indent=2, allow_nan=False))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {name: _finite(x) for name, x in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(x) for x in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 # Progress, on a terminal only.
@@ -146,7 +179,7 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     Yields:
         A function of how much is done.
     """
-    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
+    if not sys.stderr.isatty() or not _is_installed("rich"):
         yield lambda done: None
         return
     import rich.progress

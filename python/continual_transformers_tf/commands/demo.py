@@ -37,7 +37,7 @@ def demo(picture: Path, recordings: int | None, save_model: Path | None, as_json
     The exit status is 1 if a prediction differs from that on windows.
     """
     if save_model:
-        common.need_tensorflow()
+        common.need("cpu")
         with common.sentences():
             from continual_transformers_tf.demo.model import trained_model
 
@@ -46,8 +46,7 @@ def demo(picture: Path, recordings: int | None, save_model: Path | None, as_json
         if as_json:
             common.print_json({"written": str(save_model), "bytes": save_model.stat().st_size})
         return
-    common.need_packages("matplotlib", "rich", "seglearn", extra="demo")
-    common.need_tensorflow()
+    common.need("demo", "cpu")
     import rich.console
 
     with common.sentences():

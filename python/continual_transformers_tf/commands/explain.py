@@ -19,7 +19,7 @@ def explain(model: Path, seq_len: int | None, as_json: bool) -> None:
 
     The exit status is 1 if ct.Session would refuse the model.
     """
-    common.need_tensorflow()
+    common.need("cpu")
     with common.sentences():
         from continual_transformers_tf.models import packing
         from continual_transformers_tf.models.explain import explain as explain_model

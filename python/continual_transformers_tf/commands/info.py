@@ -89,7 +89,7 @@ def about_tensorflow() -> dict[str, Any]:
     missing = [name for name in ("tensorflow", "keras") if not importlib.util.find_spec(name)]
     if missing:
         return {**found, "missing": missing}
-    common.need_tensorflow()
+    common.need("cpu")
     import keras
     import tensorflow as tf
 

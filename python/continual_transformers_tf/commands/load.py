@@ -94,8 +94,7 @@ def load(
     for name, file in of_server.items():
         if file and url is None:
             raise click.UsageError(f"{name} is for a server that runs: --url is missing")
-    common.need_packages("matplotlib", "rich", "seglearn", extra="demo")
-    common.need_packages("grpc", "google.protobuf", extra="client")
+    common.need("demo", "client")
     import rich.console
 
     from continual_transformers_tf.serving import Client, ServingError, load_report, program

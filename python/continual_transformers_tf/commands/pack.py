@@ -49,7 +49,7 @@ def pack(
     """
     if tolerance is not None and not data:
         raise click.UsageError("--tolerance needs --check DATA, whose outputs it compares")
-    common.need_tensorflow()
+    common.need("cpu")
     with common.sentences():
         from continual_transformers_tf.models import packing
 
@@ -65,7 +65,7 @@ def pack(
         found = recordings and compared(keras_model, session, recordings, seq_len)
     if as_json:
         written: dict[str, Any] = {"written": str(output), "bytes": size, **costs}
-        common.print_json({**written, "check": found.as_dict() if found else None})
+        common.print_json({**written, "check": found._asdict() if found else None})
     else:
         click.echo(f"written: {output}, {size:,} bytes")
         click.echo(packing.describe_costs(costs))

@@ -55,7 +55,7 @@ def load_recordings(subjects: Iterable[int] = SUBJECTS) -> list[Recording]:
     package = util.find_spec("seglearn")
     if package is None or package.origin is None:
         raise ModuleNotFoundError(
-            f"The demo's data comes with seglearn. {extras.missing('seglearn', 'demo')}"
+            f"The demo's data comes with seglearn. {extras.missing(['seglearn'], 'demo')}"
         )
     path = Path(package.origin).parent / "data" / "watch_dataset.npy"
     data = np.load(path, allow_pickle=True).item()

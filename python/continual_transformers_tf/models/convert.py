@@ -123,7 +123,11 @@ def convert_layers(
 
 
 def _copy(layer: keras.layers.Layer) -> keras.layers.Layer:
-    return layer.__class__.from_config(layer.get_config())
+    try:
+        return layer.__class__.from_config(layer.get_config())
+    except (NotImplementedError, TypeError, ValueError) as error:
+        why = "cannot be copied. Give it a get_config that returns the arguments of its constructor"
+        raise CannotStream([Problem(why, layer)]) from error
 
 
 def _with_options(layer: keras.layers.Layer, options: dict[str, Any]) -> keras.layers.Layer:

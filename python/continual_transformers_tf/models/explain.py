@@ -2,7 +2,7 @@
 
 import dataclasses
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -133,17 +133,14 @@ def explain(model: keras.layers.Layer, seq_len: int | None = None) -> Explanatio
         return _explain_layer(model)
     try:
         lowered = lower_graph(model, seq_len)
-    except CannotStream as error:  # It has no graph.
-        return Explanation(
-            model.name,
-            streams=False,
-            streams_in_keras=False,
-            rows=tuple(_rows_without_a_graph(model)),
-            reasons=tuple(str(problem) for problem in error.problems),
-        )
+    except CannotStream as error:  # There is no graph, or no copy of it.
+        rows = tuple(_rows_without_a_graph(model, error.problems))
+        layers = model._flatten_layers(recursive=False, include_self=False)
+        left = [p for p in error.problems if not any(p.layer is layer for layer in layers)]
+        return Explanation(model.name, False, False, rows, tuple(map(str, left)))
     graph = lowered.graph
-    rows = _Rows(model, lowered)
-    reasons = rows.reasons_of_the_model
+    table = _Rows(model, lowered)
+    reasons = table.reasons_of_the_model
     state_bytes = None
     if not lowered.problems:
         state_bytes, refused = _state_bytes(model, seq_len)
@@ -151,7 +148,7 @@ def explain(model: keras.layers.Layer, seq_len: int | None = None) -> Explanatio
     in_keras = not lowered.conversion and not graph.problems and bool(graph.layers)
     streams = not lowered.problems and not reasons
     explanation = Explanation(
-        model.name, streams, in_keras, tuple(rows), tuple(reasons), state_bytes=state_bytes
+        model.name, streams, in_keras, table.rows, tuple(reasons), state_bytes=state_bytes
     )
     if not streams and not in_keras:
         return explanation
@@ -174,7 +171,8 @@ def _explain_layer(layer: keras.layers.Layer) -> Explanation:
     except CannotStream as error:
         reasons = tuple(problem.why for problem in error.problems)
         row = ExplainedLayer(layer.name, type(layer).__name__, NOT_AT_ALL, False, reasons)
-        return Explanation(layer.name, False, isinstance(layer, ContinualLayer), (row,))
+        in_keras = isinstance(layer, ContinualLayer) and not getattr(layer, "_no_steps", None)
+        return Explanation(layer.name, False, in_keras, (row,))
     state_bytes, reasons_of_session = _state_bytes(layer, None)
     row = ExplainedLayer(layer.name, type(layer).__name__, _how_continual(layer), True)
     equals, windows = _compared_with_windows(windows_of_layer(layer), None, _moves_positions(layer))
@@ -204,7 +202,7 @@ def _state_bytes(model: keras.layers.Layer, seq_len: int | None) -> tuple[int | 
         return None, [str(error)]
 
 
-class _Rows(Sequence[ExplainedLayer]):
+class _Rows:
     """The rows of a model.
 
     Args:
@@ -212,6 +210,7 @@ class _Rows(Sequence[ExplainedLayer]):
         lowered: Its `LoweredGraph`. The layers in it may be converted copies.
 
     Attributes:
+        rows: An `ExplainedLayer` for each layer and operation.
         reasons_of_the_model: The reasons that are of no single row.
     """
 
@@ -221,14 +220,9 @@ class _Rows(Sequence[ExplainedLayer]):
         self._rows: dict[str, ExplainedLayer] = {}
         self._told: set[str] = set()
         self._add(lowered.graph, "")
+        self.rows = tuple(self._rows.values())
         left = {str(p): None for p in self._problems if str(p) not in self._told}
         self.reasons_of_the_model = list(left)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, i: Any) -> Any:
-        return list(self._rows.values())[i]
 
     def _add(self, graph: StepGraph, scope: str) -> None:
         """Add the rows of a graph."""
@@ -240,7 +234,7 @@ class _Rows(Sequence[ExplainedLayer]):
             reasons = [p for p in self._problems if p.layer is op or p.layer is given]
             self._told.update(map(str, reasons))
             if reasons or way != "model":
-                how = NOT_AT_ALL if reasons or way is None else _how(graph, node, way)
+                how = NOT_AT_ALL if reasons or way is None else _how(graph, node, values, way)
                 self._merge(name, type(given).__name__, how, reasons)
             if way == "model":
                 self._add(graph.inner(node), f"{name}/")
@@ -269,25 +263,25 @@ def _operations(model: keras.Model, scope: str = "") -> Iterator[tuple[str, kera
             yield from _operations(op, f"{scope}{op.name}/")
 
 
-def _rows_without_a_graph(model: keras.Model) -> Iterator[ExplainedLayer]:
+def _rows_without_a_graph(model: keras.Model, problems: list[Problem]) -> Iterator[ExplainedLayer]:
     """Return the rows of a model of which it is not known how its layers are called."""
     for layer in model._flatten_layers(recursive=False, include_self=False):
-        kind = type(layer).__name__
-        if isinstance(layer, ContinualLayer):
+        reasons = tuple(problem.why for problem in problems if problem.layer is layer)
+        streams = isinstance(layer, ContinualLayer) and not reasons
+        how = NOT_AT_ALL if reasons else "not known"
+        if streams:
             how = f"{_how_continual(layer)}, as a layer by itself"
-            yield ExplainedLayer(layer.name, kind, how, True)
-        else:
-            yield ExplainedLayer(layer.name, kind, "not known: the model has no graph", False)
+        yield ExplainedLayer(layer.name, type(layer).__name__, how, streams, reasons)
 
 
-def _how(graph: StepGraph, node: Node, way: str) -> str:
-    """Return in words how a node of a graph streams."""
+def _how(graph: StepGraph, node: Node, values: dict[int, Any], way: str) -> str:
+    """Return in words how a node of a graph streams, given the values of the graph's tensors."""
     if way == "continual":
         causal = ", causal" if node.arguments.kwargs.get("use_causal_mask") else ""
         return _how_continual(node.operation) + causal
     if way == "row taken":
         return "takes the row that a step gives: nothing to do"
-    whole = any(graph.known(x).kind == "whole" for x in node.input_tensors if id(x) in graph._known)
+    whole = any(graph.known(x).kind == "whole" for x in node.input_tensors if id(x) in values)
     return {
         "row by row": "row by row",
         "on samples": "on the whole window at every step" if whole else "on the newest row",
@@ -302,7 +296,7 @@ def _how_continual(layer: keras.layers.Layer) -> str:
     if isinstance(layer, CoDelay):
         return f"delay of {_steps(layer.delay)}"
     if isinstance(layer, CircularPositionalEncoding):
-        return f"positions: row p mod {layer._max_len:,} for step p of a stream"
+        return f"positions: row p mod {layer.get_config()['max_len']:,} for step p of a stream"
     if not hasattr(layer, "seq_len"):
         return "takes steps in its own way"
     late = f", delay of {_steps(layer.delay)}" if layer.delay else ""

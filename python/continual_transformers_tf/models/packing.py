@@ -1,6 +1,5 @@
 """Packing a Keras model into a model file, and checking it: what `pack` and `check` do."""
 
-import math
 import os
 import re
 import zipfile
@@ -158,14 +157,6 @@ class Comparison(NamedTuple):
     difference: float
     largest: float
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figures as plain data. A difference that is no number is None."""
-        figures = self._asdict()
-        return {
-            k: None if isinstance(x, float) and not math.isfinite(x) else x
-            for k, x in figures.items()
-        }
-
     def __str__(self) -> str:
         return (
             f"checked: {self.streams} streams of {self.steps} steps, taken by Keras and by the "
@@ -208,6 +199,7 @@ def compare(
     if isinstance(structure, (list, tuple)) and len(structure) == 1:
         structure = structure[0]
     streams, steps = recordings[0].shape[:2]
+    twin.clean_state()  # Its layers may be those of the model, and have streams.
     ids = session.open(streams)
     differences, sizes = [0.0], [0.0]
     for first in range(0, steps, STEPS_AT_ONCE):

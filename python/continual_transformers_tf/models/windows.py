@@ -75,7 +75,7 @@ def windows_of_graph(graph: StepGraph) -> Windows:
 
 def windows_of_layer(layer: keras.layers.Layer) -> Windows:
     """Return the windows on which a continual layer, called by itself, computes a step's output."""
-    return _through_layer(layer, Windows(), Windows(), causal=False)
+    return _through_layer(layer, Windows(), Windows())
 
 
 def _union(windows: Iterable[Windows]) -> Windows:
@@ -105,36 +105,30 @@ def _follow(graph: StepGraph, inputs: Sequence[Windows]) -> list[Windows]:
 def _through_node(node: Node, values: dict[int, Windows]) -> Windows:
     args, kwargs = node.arguments.fill_in(values)
     given = inspect.signature(node.operation.call).bind(*args, **kwargs).arguments
-    query = _union(x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, Windows))
+    inputs = _union(x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, Windows))
     attended = [x for name in ("value", "key") if isinstance(x := given.get(name), Windows)]
-    if attended and isinstance(given.get("query"), Windows):
-        query = given["query"]
-    causal = bool(given.get("use_causal_mask"))
-    return _through_layer(node.operation, query, _union(attended) if attended else query, causal)
+    return _through_layer(node.operation, inputs, _union(attended) if attended else inputs)
 
 
-def _through_layer(
-    layer: keras.layers.Layer, query: Windows, attended: Windows, causal: bool
-) -> Windows:
+def _through_layer(layer: keras.layers.Layer, inputs: Windows, attended: Windows) -> Windows:
     """Return the `Windows` of a continual layer's output.
 
     Args:
         layer: The layer.
-        query: Those of its input, or of its query.
+        inputs: Those of all its inputs.
         attended: Those of the steps that it attends to.
-        causal: Whether it is called with use_causal_mask.
     """
     if isinstance(layer, CoResidual):
-        return query | _through_layer(layer.layer, query, attended, causal)
+        return inputs | _through_layer(layer.layer, inputs, attended)
     if isinstance(layer, CircularPositionalEncoding):
-        return query
+        return inputs
     if isinstance(layer, CoDelay):
-        return query.delayed(layer.delay)
+        return inputs.delayed(layer.delay)
     if not attended.rows:
-        return dataclasses.replace(query, deep=True)
+        return dataclasses.replace(inputs, deep=True)
     n = layer.receptive_field
     if isinstance(layer, TransformerEncoder) and layer.kind == "single_output":
-        return query | Windows(least=n)
+        return inputs | Windows(least=n)
     if isinstance(layer, CoSiMultiHeadAttention) and n >= (layer._sliding_window or n + 1):
-        return query | Windows(least=n)  # Longer windows do not show it more.
-    return query | Windows(frozenset({n}))
+        return inputs | Windows(least=n)  # Longer windows do not show it more.
+    return inputs | Windows(frozenset({n}))

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 __all__ = ["Client", "ServingError", "Stream"]
 
 
-def __getattr__(name: str) -> Any:
+def _get(name: str) -> Any:
+    """Import the value of a public name."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
@@ -26,6 +27,10 @@ def __getattr__(name: str) -> Any:
         ) from missing
     globals()[name] = value
     return value
+
+
+if not TYPE_CHECKING:  # Type checkers read the imports above, and so find misspelled names.
+    __getattr__ = _get
 
 
 def __dir__() -> list[str]:

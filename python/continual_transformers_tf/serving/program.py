@@ -17,9 +17,9 @@ def check() -> None:
     """Raise FileNotFoundError, with how to build it, if the program is not installed."""
     if not PATH.exists():
         raise FileNotFoundError(
-            f"{PATH} does not exist: the server is built only where the packages that it needs are "
-            "found. `python3 tools/server_packages.py describe` in a checkout says which are "
-            f"missing. Then: `{native.INSTALL}"
+            f"{PATH} does not exist. Every wheel has the server. A build from source has it only "
+            "if the packages that it needs are found: `python3 tools/server_packages.py describe` "
+            f"in a checkout says which are missing. Then: `{native.INSTALL}"
         )
 
 

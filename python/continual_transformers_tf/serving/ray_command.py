@@ -170,7 +170,7 @@ def serve_on_ray(
     serve --help`.
     """
     if importlib.util.find_spec("ray") is None:
-        raise click.ClickException(extras.missing("ray", "ray"))
+        raise click.ClickException(extras.missing(["ray"], "ray"))
     options, models = split_arguments(arguments)
     if sum(map(bool, (drain, resume, status, end, models))) != 1:
         raise click.UsageError("expected models, or one of --drain, --resume, --status and --end")
