@@ -1,0 +1,46 @@
+"""The streams in a SavedModel that is a graph of TensorFlow's ops: those that have taken a step."""
+
+import uuid
+
+import numpy as np
+import tensorflow as tf
+
+from continual_transformers_tf.ops.scatter import scatter_nd_update
+
+
+class SavedStreams(tf.saved_model.experimental.TrackableResource):
+    """Which rows of the variables are saved. The SavedModel's loader makes room for the others.
+
+    A SavedModel's variables have the rows of these streams only. Empty rings would take as much
+    room on disk as full ones. This is a resource because loaders initialize resources, in every
+    language, after they have restored the variables. The resource itself, a mutex, has no use.
+
+    Args:
+        numbers: The streams that are saved: an int array, in ascending order.
+        streams: S, how many streams the loaded SavedModel holds. The others are clean.
+        variables: All variables `[S, ...]` of these streams' state.
+    """
+
+    def __init__(self, numbers: np.ndarray, streams: int, variables: list[tf.Variable]) -> None:
+        super().__init__()
+        self._numbers = numbers.astype(np.int32)
+        self._streams = streams
+        self._variables = variables
+        self._shared_name = f"continual_transformers_saved_streams_{uuid.uuid4()}"
+
+    def _create_resource(self) -> tf.Tensor:
+        with tf.device("CPU:0"):
+            return tf.raw_ops.MutexV2(shared_name=self._shared_name)
+
+    def _initialize(self) -> None:
+        # A SavedModel that was loaded and saved again, as a part of another, has all rows already.
+        held = tf.shape(self._variables[-1])[0]
+        if len(self._numbers) < self._streams:
+            tf.cond(held == len(self._numbers), self._make_room, lambda: held)
+
+    def _make_room(self) -> int:
+        for variable in self._variables:
+            saved = variable.read_value()
+            variable.assign(tf.zeros([self._streams, *variable.shape[1:]], variable.dtype))
+            scatter_nd_update(variable, tf.constant(self._numbers[:, np.newaxis]), saved)
+        return self._streams
