@@ -24,7 +24,11 @@ def model_of(activation=None):
     return ct.StreamingModel(keras.Model(inputs, x), warm_up="partial")
 
 
-@pytest.fixture(params=["session", "graph", "plain graph"])
+# TensorFlow takes seconds to trace the plain graph.
+PLAIN = pytest.param("plain graph", marks=pytest.mark.slow)
+
+
+@pytest.fixture(params=["session", "graph", PLAIN])
 def model(request, monkeypatch):
     """Return a model that is exported on a session, as a graph, or as a graph without our ops."""
     plain = request.param == "plain graph"

@@ -5,8 +5,6 @@ import uuid
 import numpy as np
 import tensorflow as tf
 
-from continual_transformers_tf.ops.scatter import scatter_nd_update
-
 
 class SavedStreams(tf.saved_model.experimental.TrackableResource):
     """Which rows of the variables are saved. The SavedModel's loader makes room for the others.
@@ -33,14 +31,21 @@ class SavedStreams(tf.saved_model.experimental.TrackableResource):
             return tf.raw_ops.MutexV2(shared_name=self._shared_name)
 
     def _initialize(self) -> None:
+        saved = len(self._numbers)
+        if saved == self._streams:
+            return
         # A SavedModel that was loaded and saved again, as a part of another, has all rows already.
+        # Only the choice of rows is in the tf.cond: TensorFlow 2.21 may drop an assignment of a
+        # known shape from a tf.cond.
         held = tf.shape(self._variables[-1])[0]
-        if len(self._numbers) < self._streams:
-            tf.cond(held == len(self._numbers), self._make_room, lambda: held)
-
-    def _make_room(self) -> int:
+        row_of_stream = tf.cond(held == saved, self._saved_rows, lambda: tf.range(held))
         for variable in self._variables:
-            saved = variable.read_value()
-            variable.assign(tf.zeros([self._streams, *variable.shape[1:]], variable.dtype))
-            scatter_nd_update(variable, tf.constant(self._numbers[:, np.newaxis]), saved)
-        return self._streams
+            empty = tf.zeros([1, *variable.shape[1:]], variable.dtype)
+            variable.assign(tf.gather(tf.concat([variable, empty], 0), row_of_stream))
+
+    def _saved_rows(self) -> tf.Tensor:
+        """Return the saved row of each stream; for clean streams the row after the last."""
+        saved = len(self._numbers)
+        numbers = self._numbers[:, np.newaxis]
+        rows = np.arange(-saved, 0, dtype=np.int32)
+        return saved + tf.scatter_nd(numbers, rows, [self._streams])
