@@ -4,31 +4,30 @@ import runpy
 
 import nox
 
+PYTHONS = nox.project.python_versions(nox.project.load_toml("pyproject.toml"))
 TENSORFLOWS = runpy.run_path("cc/library.bzl")["TENSORFLOWS"]
-PYTHONS = [
-    name.rsplit(" ", 1)[-1]
-    for name in nox.project.load_toml("pyproject.toml")["project"]["classifiers"]
-    if name.startswith("Programming Language :: Python :: 3.")
-]
-PAIRS = [
-    nox.param(python, tensorflow, id=f"python='{python}', tensorflow='{tensorflow}'")
-    for python in PYTHONS
-    for tensorflow in TENSORFLOWS
-    # There is no wheel of TensorFlow 2.19 for Python 3.13.
-    if (python, tensorflow) != ("3.13", "2.19")
-]
+# TensorFlow has no wheels for these.
+WITHOUT_WHEELS = {("3.13", "2.19")}
 
 nox.options.error_on_missing_interpreters = False
 
 
-@nox.session
-@nox.parametrize("python,tensorflow", PAIRS)
-def tests(session: nox.Session, tensorflow: str) -> None:
-    """Build the package for this TensorFlow, and run the tests that `make test` runs."""
-    # First, so that the ops are built for it.
-    session.install(f"tensorflow-cpu=={tensorflow}.*")
-    session.install(".[client,cpu,demo,test]", env={"CONTINUAL_TRANSFORMERS_CUDA": "0"})
-    session.run("pytest", "-m", "not slow and not stress", "-n", "auto", *session.posargs)
+def add_tests(python: str) -> None:
+    """Add the sessions of a Python, such as "tests-3.12(2.20)": `nox -s tests-3.12` runs all."""
+    tensorflows = [version for version in TENSORFLOWS if (python, version) not in WITHOUT_WHEELS]
+
+    @nox.session(name=f"tests-{python}", python=python, tags=["tests"])
+    @nox.parametrize("tensorflow", tensorflows, ids=tensorflows)
+    def tests(session: nox.Session, tensorflow: str) -> None:
+        """Build the package for this TensorFlow, and run the tests that `make test` runs."""
+        # First, so that the ops are built for it.
+        session.install(f"tensorflow-cpu=={tensorflow}.*")
+        session.install(".[client,cpu,demo,test]", env={"CONTINUAL_TRANSFORMERS_CUDA": "0"})
+        session.run("pytest", "-m", "not slow and not stress", "-n", "auto", *session.posargs)
+
+
+for version in PYTHONS:
+    add_tests(version)
 
 
 @nox.session
