@@ -15,6 +15,7 @@ import tensorflow as tf
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.model_streams import convert_weights, hold_streams
 from continual_transformers_tf.models.lowering import Lowered, lower
+from continual_transformers_tf.models.saved_streams import SavedStreams
 from continual_transformers_tf.native import backend
 from continual_transformers_tf.ops.library import fused_ops
 from continual_transformers_tf.ops.stream_state import check_integer
@@ -73,7 +74,7 @@ def export(
         inputs: The names of a layer's inputs, the first of "query", "value" and "key"; None: its
             one input, "x", or all of them if they have different sizes.
         states: Whether the streams of the SavedModel continue from their current states. False:
-            they start empty.
+            they start empty. Streams that have taken no step take no room on disk.
 
     Raises:
         ValueError: If the model is not a built continual layer or `StreamingModel`, `inputs` does
@@ -132,21 +133,26 @@ class _SessionResource(tf.saved_model.experimental.TrackableResource):
     Args:
         ops: The op library's module.
         model_file: The path of the model file.
-        states: The path of the file with the streams' states; None: the streams start empty.
+        stepped: The streams that do not start empty: an int array.
+        states: The path of the file with their states, one after another. Without such streams
+            there is no such file.
         streams: How many streams there are.
     """
 
-    def __init__(self, ops: Any, model_file: str, states: str | None, streams: int) -> None:
+    def __init__(
+        self, ops: Any, model_file: str, stepped: np.ndarray, states: str, streams: int
+    ) -> None:
         super().__init__()
         self._ops = ops
+        self._stepped = stepped.astype(np.int32)
         self._streams = streams
         # A unique name, so that two SavedModels in one graph have two sessions.
         self._shared_name = f"continual_transformers_session_{uuid.uuid4()}"
         # TensorFlow saves only assets that are tracked.
         self._model_file = self._track_trackable(tf.saved_model.Asset(model_file), "model_file")
-        self._states = None
-        if states is not None:
+        if len(stepped):
             self._states = self._track_trackable(tf.saved_model.Asset(states), "states")
+            self._bytes_of_states = os.path.getsize(states)
 
     def _create_resource(self) -> tf.Tensor:
         return self._ops.continual_transformers_session_handle(shared_name=self._shared_name)
@@ -155,9 +161,34 @@ class _SessionResource(tf.saved_model.experimental.TrackableResource):
         self._ops.continual_transformers_initialize_session(
             self.resource_handle,
             self._model_file.asset_path,
-            "" if self._states is None else self._states.asset_path,
-            streams=self._streams,
+            "",
+            streams=0 if len(self._stepped) else self._streams,
         )
+        if len(self._stepped):
+            # A session that was initialized before keeps its streams.
+            held = self._ops.continual_transformers_session_ensure_streams(self.resource_handle, 0)
+            tf.cond(held == 0, self._restore_states, lambda: held)
+
+    def _restore_states(self) -> tf.Tensor:
+        count, data = len(self._stepped), tf.io.read_file(self._states.asset_path)
+        # TensorFlow's lengths are int32: those of 2 GB and more wrap.
+        whole = tf.debugging.assert_equal(
+            tf.strings.length(data),
+            np.asarray(self._bytes_of_states).astype(np.int32),
+            f"Expected assets/{STATES_FILE} to have {self._bytes_of_states} bytes, the states of "
+            f"{count} streams: it was damaged. Export the model again",
+        )
+        size = tf.constant(self._bytes_of_states // count, tf.int64)
+        offsets = size * tf.range(count, dtype=tf.int64)
+        with tf.control_dependencies([whole]):
+            states = tf.strings.substr(data, offsets, tf.fill([count], size))
+            held = self._ops.continual_transformers_session_ensure_streams(
+                self.resource_handle, self._streams
+            )
+            self._ops.continual_transformers_session_set_state(
+                self.resource_handle, self._stepped, states
+            )
+        return held
 
     def _destroy_resource(self) -> None:
         # Functions with the handle keep the session alive: a signature may outlive the SavedModel
@@ -174,15 +205,13 @@ def _export_session(
     signature: Signature,
     states: bool,
 ) -> None:
-    position = np.asarray(model.position)
-    streams = max(position.size, streams or 0)
     with tempfile.TemporaryDirectory() as folder:
-        model_file = Path(folder, MODEL_FILE)
+        model_file, states_file = Path(folder, MODEL_FILE), Path(folder, STATES_FILE)
         model_file.write_bytes(lowered.to_bytes())
-        states_file = None
-        if states and position.any():
-            states_file = Path(folder, STATES_FILE)
-            _write_states(model, model_file, states_file, int(np.flatnonzero(position)[-1]) + 1)
+        with hold_streams(model):
+            held, stepped = _held_and_stepped(model, states)
+            if stepped.size:
+                _write_states(model, model_file, states_file, stepped)
         # A process that loaded an earlier export maps these files, so they must not be overwritten
         # in place: remove them first.
         for name in (MODEL_FILE, STATES_FILE):
@@ -191,7 +220,7 @@ def _export_session(
                 tf.io.gfile.remove(asset)
         module = tf.Module()
         module.session = _SessionResource(
-            ops, str(model_file), None if states_file is None else str(states_file), streams
+            ops, str(model_file), stepped, str(states_file), max(held, streams or 0)
         )
         _save(module, path, _functions_on_a_session(ops, module, lowered.plan, model, signature))
 
@@ -246,13 +275,16 @@ def _functions_on_a_session(
     return _traced(step, clean, ensure_streams, signature)
 
 
-def _write_states(model: keras.layers.Layer, model_file: Path, path: Path, count: int) -> None:
-    """Write the states of streams 0 to count - 1, in the format of a session of the model file."""
+def _write_states(
+    model: keras.layers.Layer, model_file: Path, path: Path, stepped: np.ndarray
+) -> None:
+    """Write the states of some streams, in the format of a session of the model file."""
     from continual_transformers_tf.session import Session
 
     session = Session.load(model_file)
+    count = len(stepped)
     ids = session.open(min(count, 64))
-    state = model.get_state(streams=range(count))
+    state = model.get_state(streams=stepped)
     with open(path, "wb") as file:
         for first in range(0, count, len(ids)):
             some = slice(first, min(first + len(ids), count))
@@ -268,8 +300,6 @@ def _write_states(model: keras.layers.Layer, model_file: Path, path: Path, count
 def _export_graph(
     model: keras.layers.Layer, path: str, streams: int | None, signature: Signature, states: bool
 ) -> None:
-    if streams is not None:
-        model.ensure_streams(streams)
     convert_weights(model)  # After training, say: the SavedModel keeps the copies.
 
     def step(streams: tf.Tensor, **steps: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -300,20 +330,20 @@ def _export_graph(
     # outside Python it would restore the copies that no function uses.
     used = {v.ref(): v for function in signatures.values() for v in function.graph.variables}
     module.kept = [*used.values(), lock]
-    if states:
-        with hold_streams(model):
-            _save(module, path, signatures)
-        return
     with hold_streams(model):
-        kept = model.get_state()
-        model.clean_state()
-        try:
+        held, stepped = _held_and_stepped(model, states)
+        with model._streams.reduced_to(stepped) as variables:
+            module.streams = SavedStreams(stepped, max(held, streams or 0), variables)
             _save(module, path, signatures)
-        finally:
-            model.set_state(kept)
 
 
 # Shared by both.
+
+
+def _held_and_stepped(model: keras.layers.Layer, states: bool) -> tuple[int, np.ndarray]:
+    """Return how many streams there are, and which of them have a state to save: an int array."""
+    position = np.asarray(model.position)
+    return position.size, np.flatnonzero(position) if states else np.arange(0)
 
 
 def _traced(

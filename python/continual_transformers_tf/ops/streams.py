@@ -345,6 +345,29 @@ class Streams:
             for variable, rows in changes:
                 scatter_nd_update(variable, indices, rows)
 
+    @contextlib.contextmanager
+    def reduced_to(self, streams: np.ndarray) -> Iterator[list[tf.Variable]]:
+        """Keep only the rows of some streams in this context, to save them. Eager mode only.
+
+        Nobody else uses the streams meanwhile. At the end everything is as it was.
+
+        Args:
+            streams: Integers `[M]`: streams that are held, each once.
+
+        Yields:
+            The variables of all members, the position once and last.
+        """
+        with self.turn():
+            variables = self._variables()
+            before = [variable.read_value() for variable in variables]
+            try:
+                for variable, rows in zip(variables, before, strict=True):
+                    variable.assign(tf.gather(rows, streams))
+                yield variables
+            finally:
+                for variable, rows in zip(variables, before, strict=True):
+                    variable.assign(rows)
+
     def join(self, others: Iterable[Streams], whole: Any) -> None:
         """Merge other layers' streams into these. From now on a whole steps them.
 
