@@ -193,7 +193,7 @@ def test_models_without_programs_say_how_to_build_them(tmp_path):
     assert "tools/build_benchmarks.py" in str(session_goals.run(True, tmp_path)["missing"])
     # A report without results is not an error.
     page = report.markdown({"models": found})
-    assert "Did not take part: bound: there is no " in page
+    assert "bound did not take part: there is no " in page
     assert "### Goals" not in page
 
 

@@ -119,12 +119,15 @@ def markdown_lines(models: dict[str, Any]) -> list[str]:
         "",
         "## Whole models",
         "",
-        "One step of M streams of a model: dense → circular positional encoding → L encoder blocks "
-        "→ dense. F: features of the input; E: features inside, also between the two layers of "
-        "the feed-forward part. All take the same steps with the same weights. Before it is timed, "
-        "each contestant's outputs are compared with a float64 reference. "
-        f"Medians over {models['rounds']} rounds, in microseconds, with the least and the most of "
-        f"the rounds in brackets, and how many times `{OURS}`.",
+        "The model is dense → circular positional encoding → L encoder blocks → dense. F is the "
+        "number of features of the input. E is that of the features inside, also between the two "
+        "layers of the feed-forward part. N is the window, and H the number of heads. All "
+        "contestants take the same steps with the same weights. Before a contestant is timed, its "
+        "outputs are compared with a float64 reference.",
+        "",
+        "The tables have microseconds for one step of M streams: the median over "
+        f"{models['rounds']} rounds, then the least and the most in square brackets. In round "
+        f"brackets is how many times `{OURS}` that is.",
         "",
         "| contestant | what it is |",
         "| --- | --- |",
@@ -143,7 +146,7 @@ def markdown_lines(models: dict[str, Any]) -> list[str]:
             "",
             "### Goals, one thread",
             "",
-            "After the colon is the ratio of a step that takes no longer than its bound.",
+            "The ratio after the colon is that of a step that takes no longer than its bound.",
             "",
         ]
         lines += _markdown_table(

@@ -160,7 +160,7 @@ def reason(why: dict[str, str]) -> str:
 
 def missing_lines(found: dict[str, Any]) -> list[str]:
     """Return a sentence for the docs for every rival that did not take part."""
-    return [f"Did not take part: {name}: {reason(why)}." for name, why in found["missing"].items()]
+    return [f"{name} did not take part: {reason(why)}." for name, why in found["missing"].items()]
 
 
 def machine() -> dict[str, Any]:

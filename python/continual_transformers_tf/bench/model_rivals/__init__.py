@@ -38,16 +38,17 @@ MODEL_MODULES = {
 MODEL_DESCRIPTIONS = {
     "session": "`ct.Session.step` from Python, the model file loaded without TensorFlow",
     "session_cpp": "the same step in C++",
-    "kernels": "the layers' kernels back to back in C++, without a session; one thread",
-    "bound": "the sum over dense products and attentions of the larger of reading its bytes and "
-    "computing its multiply-adds, each at the speed measured in the same run; one thread",
+    "kernels": "the layers' kernels one after the other in C++, without a session, with one thread",
+    "bound": "for each dense product and attention, the time to read its bytes or to compute its "
+    "multiply-adds, whichever is longer, at the speeds measured in the same run with one thread; "
+    "then the sum of these",
     "tf_function": "`StreamingModel.call_step` in a `tf.function`",
-    "torch_ring": "PyTorch in inference mode, rings written in place; "
-    "`scaled_dot_product_attention` or two products, what is faster",
-    "onnxruntime": "ONNX Runtime, rings by concat, I/O binding",
-    "sequence_layers": "google's sequence-layers under `jax.jit`, its state donated; without "
-    "positional encoding",
-    "keras_windows": "the regular Keras model on whole windows, `tf.function`",
+    "torch_ring": "PyTorch in inference mode, with rings written in place, and "
+    "`scaled_dot_product_attention` or two products, whichever is faster",
+    "onnxruntime": "ONNX Runtime, with rings by concat and I/O binding",
+    "sequence_layers": "Google's sequence-layers under `jax.jit`, with its state donated, without "
+    "the positional encoding",
+    "keras_windows": "the regular Keras model on whole windows, in a `tf.function`",
     "keras_windows_xla": "the same, compiled by XLA",
 }
 ONE_THREAD = ("kernels", "bound")

@@ -33,17 +33,17 @@ MODULES = {
     "read_bound": "read_bound",
 }
 DESCRIPTIONS = {
-    "ours": "CoSiMultiHeadAttention.call_step, eager",
-    "ours_bfloat16": "the same with weights and rings in bfloat16",
-    "ours_graph": "the same in a tf.function",
-    "ours_apart": "one call for each stream",
-    "tensorflow_ring": "a ring in plain TensorFlow, tf.function",
-    "keras_recompute": "keras.layers.MultiHeadAttention on the window, tf.function",
+    "ours": "`CoSiMultiHeadAttention.call_step`, eager",
+    "ours_bfloat16": "`ours` with weights and rings in bfloat16",
+    "ours_graph": "`ours` in a `tf.function`",
+    "ours_apart": "`ours`, with one call for each stream",
+    "tensorflow_ring": "a ring in plain TensorFlow, in a `tf.function`",
+    "keras_recompute": "`keras.layers.MultiHeadAttention` on the window, in a `tf.function`",
     "keras_xla": "the same, compiled by XLA",
-    "continual_inference": "SingleOutputMultiheadAttention.forward_step",
-    "torch_sdpa": "PyTorch, its scaled_dot_product_attention on a ring",
-    "onnxruntime": "ONNX Runtime, the ring by concat, I/O binding",
-    "read_bound": "a plain read of the rings' and the weights' bytes",
+    "continual_inference": "`SingleOutputMultiheadAttention.forward_step` of continual-inference",
+    "torch_sdpa": "PyTorch's `scaled_dot_product_attention` on a ring",
+    "onnxruntime": "ONNX Runtime, with the ring by concat and I/O binding",
+    "read_bound": "a plain read of the bytes of the rings and the weights",
 }
 
 
