@@ -19,6 +19,7 @@ import continual_transformers_tf as ct
 from continual_transformers_tf import cli, native
 from continual_transformers_tf.commands import common
 from continual_transformers_tf.models import packing
+from continual_transformers_tf.serving.ray_command import serve_on_ray
 
 N, E = 5, 6
 
@@ -364,13 +365,20 @@ def test_without_the_server_it_says_how_to_get_it(monkeypatch, tmp_path):
     assert run_json("info")["server"] is None
 
 
-@pytest.mark.parametrize("command", [c for c in cli.COMMANDS if c.name != "serve"])
-def test_the_help_has_an_example_with_options_that_exist(command):
-    said = run(command.name, "--help")
+# The help of `serve` is that of the server's program: tests/serving/test_serving_page.py checks it.
+# With --ray it is the package's own.
+HELPS = {(c.name,): c for c in cli.COMMANDS if c.name != "serve"}
+HELPS["serve", "--ray", "auto"] = serve_on_ray
+
+
+@pytest.mark.parametrize("words", HELPS, ids=" ".join)
+def test_the_help_has_an_example_with_options_that_exist(words):
+    command = HELPS[words]
+    said = run(*words, "--help")
     (example,) = re.findall(r"Example:\n +continual-transformers (.*)\n", said)
-    name, *words = shlex.split(example)
-    assert name == command.name
-    options = {word for word in words if word.startswith("--")}
+    name, *arguments = shlex.split(example)
+    assert name == words[0]
+    options = {argument for argument in arguments if argument.startswith("--")}
     assert options <= {o for parameter in command.params for o in parameter.opts}
     assert f"  {name}" in run("--help")
     # Every line fits a terminal, and each option says what it is for.

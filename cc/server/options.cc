@@ -164,6 +164,11 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
                       "Write the process id and the ports there when ready, as JSON");
   process->add_flag("--die-with-parent", options->die_with_parent,
                     "End when the process that started this one ends");
+  // Set after the groups, because a group inherits the footer of its parent.
+  app.footer(
+      "Example:\n"
+      "  continual-transformers serve --state-dir streams --idle-timeout 3600 watch.safetensors\n\n"
+      "For several machines, see `continual-transformers serve --ray auto --help`.");
   for (CLI::App* const group : app.get_subcommands({})) {
     for (CLI::Option* const option : group->get_options()) option->check(NotEmpty);
   }

@@ -43,6 +43,16 @@ def test_every_setting_has_its_row_and_its_default(options):
     assert len(rows) == len(options)
 
 
+def test_the_help_has_an_example_with_options_that_exist(options):
+    said = subprocess.run([program.PATH, "--help"], check=True, capture_output=True, text=True)
+    (example,) = re.findall(r"Example:\n +continual-transformers (.*)\n", said.stdout)
+    command, *words = shlex.split(example)
+    assert command == "serve"
+    named = {word for word in words if word.startswith("--")}
+    assert named
+    assert named <= set(options)
+
+
 def test_every_reason_has_a_row():
     source = (ROOT / "cc" / "server" / "outcome.cc").read_text()
     reasons = set(re.findall(r"^ +case Reason::k\w+:\n +return \"(\w+)\";", source, re.MULTILINE))

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from continual_transformers_tf import extras
+from continual_transformers_tf.commands import common
 from continual_transformers_tf.serving.operator_api import Tls
 
 # Options of the server's program that have no value.
@@ -103,7 +104,9 @@ def tls_of(options: Sequence[str], files: Mapping[str, str | None], proxy: bool)
 
 
 @click.command(
-    name="continual-transformers serve", context_settings={"ignore_unknown_options": True}
+    name="continual-transformers serve",
+    context_settings={"ignore_unknown_options": True},
+    epilog=common.example("serve --ray auto --max-servers 3 watch.safetensors"),
 )
 @click.option("--ray", "address", required=True, help='The Ray cluster: "host:port", or "auto".')
 @click.option("--name", default="streams", show_default=True, help="The service's name.")
