@@ -1,4 +1,4 @@
-// Continual retroactive attention (CoRe; Hedegaard & Iosifidis, ICLR 2023, arXiv 2201.06268): each
+// Continual retroactive attention (CoRe; Hedegaard et al., ICLR 2023, arXiv 2201.06268): each
 // step updates the outputs of all N queries of its stream's window. A kept row gains the new key
 // and loses the oldest one. The new row is computed in full.
 //

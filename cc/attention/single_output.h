@@ -1,4 +1,4 @@
-// Continual single-output attention (CoSi; Hedegaard & Iosifidis, ICLR 2023, arXiv 2201.06268):
+// Continual single-output attention (CoSi; Hedegaard et al., ICLR 2023, arXiv 2201.06268):
 // each step's query attends to the N newest steps of its stream, whose keys and values are kept in
 // a ring.
 

@@ -21,7 +21,7 @@ class CircularPositionalEncoding(OneInputLayer):
     """Adds rows in turn, and begins again with the first row after the last.
 
     An endless stream has no last position. Attention only needs the steps of one window to differ.
-    (This is the recycling positional encoding of Hedegaard & Iosifidis, "Continual Transformers",
+    (This is the recycling positional encoding of Hedegaard et al., "Continual Transformers",
     ICLR 2023, arXiv 2201.06268, which takes 2N - 1 rows for windows of N steps.)
 
     The index, the row that is next, is the streams' state and not among the weights. A stream's

@@ -28,7 +28,7 @@ class CoReMultiHeadAttention(StreamingAttention):
     of the newest `seq_len` steps, all N rows of it. The cost grows with N and not with N²: each
     kept row gains the new key and loses the oldest. Weights are those of
     `keras.layers.MultiHeadAttention`, in the same order. The streams' state is not among them. The
-    algorithm is that of Hedegaard & Iosifidis, "Continual Transformers" (ICLR 2023, arXiv
+    algorithm is that of Hedegaard et al., "Continual Transformers" (ICLR 2023, arXiv
     2201.06268), made stable for logits of any size (docs/co_re_mha.md).
 
     Args:

@@ -17,7 +17,7 @@ class CoReTransformerEncoder(TransformerEncoderBlock):
     """A transformer encoder block that returns all outputs of the window, on windows and streams.
 
     A step changes what every step of the window attends to, and so all N outputs. Retroactive
-    attention updates them (Hedegaard & Iosifidis, "Continual Transformers", ICLR 2023, arXiv
+    attention updates them (Hedegaard et al., "Continual Transformers", ICLR 2023, arXiv
     2201.06268). The residuals and the feed-forward part are computed for all N.
 
     Args:

@@ -32,8 +32,8 @@ class CoSiMultiHeadAttention(FusedStepLayer, StreamingAttention):
     On a window it returns the row of the newest query. Step by step it returns the same numbers at
     a fraction of the cost: it keeps the keys and values of the newest `seq_len` steps in a ring,
     and a step computes only what it adds. Weights are those of `keras.layers.MultiHeadAttention`,
-    in the same order. The streams' state is not among them. The algorithm is that of Hedegaard &
-    Iosifidis, "Continual Transformers" (ICLR 2023, arXiv 2201.06268).
+    in the same order. The streams' state is not among them. The algorithm is that of Hedegaard et
+    al., "Continual Transformers" (ICLR 2023, arXiv 2201.06268).
 
     Args:
         seq_len: N, the window: how many of the newest steps a step's query attends to. A regular

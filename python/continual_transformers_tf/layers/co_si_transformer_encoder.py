@@ -29,7 +29,7 @@ class CoSiTransformerEncoder(FusedStepLayer, TransformerEncoderBlock):
     """A transformer encoder block that returns the newest step's output, on windows and streams.
 
     It computes attention, residual, layer norm, feed-forward, residual and layer norm of the newest
-    step only: continual single-output attention needs no other (Hedegaard & Iosifidis, "Continual
+    step only: continual single-output attention needs no other (Hedegaard et al., "Continual
     Transformers", ICLR 2023, arXiv 2201.06268). A step is one fused op, except in training and with
     activations other than "gelu", "relu" and "linear".
 

@@ -26,7 +26,7 @@ KINDS = ("single_output", "retroactive")
 class TransformerEncoder(CompositeLayer, OneInputLayer):
     """A stack of encoder blocks that returns the newest step's output.
 
-    Two kinds of stack stream with every step attending to the N newest (Hedegaard & Iosifidis,
+    Two kinds of stack stream with every step attending to the N newest (Hedegaard et al.,
     "Continual Transformers", ICLR 2023, arXiv 2201.06268):
 
     - "retroactive": `CoReTransformerEncoder`s, then one `CoSiTransformerEncoder`. On every window

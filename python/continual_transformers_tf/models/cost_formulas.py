@@ -3,7 +3,7 @@
 Multiplications, additions and exponentials are counted one by one, by these rules: a division or a
 root counts as a multiplication; an exponential, logarithm, tanh or error function counts as an
 exponential; comparing, moving and rounding cost nothing. With these rules, the attention formulas
-are those of Hedegaard & Iosifidis, "Continual Transformers" (ICLR 2023, arXiv 2201.06268), for one
+are those of Hedegaard et al., "Continual Transformers" (ICLR 2023, arXiv 2201.06268), for one
 head.
 """
 

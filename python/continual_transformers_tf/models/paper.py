@@ -1,4 +1,4 @@
-"""The paper's models: Hedegaard & Iosifidis, "Continual Transformers", ICLR 2023."""
+"""The paper's models: Hedegaard et al., "Continual Transformers", ICLR 2023."""
 
 from typing import Any
 

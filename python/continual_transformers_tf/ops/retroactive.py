@@ -41,7 +41,7 @@ def retroactive_attention(
     """Take steps of streams: after each, all queries of the window attend to all of the window.
 
     The window is the N newest steps, or fewer while it fills. This is the continual retroactive
-    attention of Hedegaard & Iosifidis, "Continual Transformers" (ICLR 2023, arXiv 2201.06268),
+    attention of Hedegaard et al., "Continual Transformers" (ICLR 2023, arXiv 2201.06268),
     section 3.2, made stable: for logits of any size and any number of steps it is as exact as
     attention that is computed again from the whole window.
 

@@ -32,7 +32,7 @@ def single_output_attention(
     """Take steps of streams: each step's query attends to the N newest steps of its stream.
 
     The N steps end with the step itself. A stream that has taken fewer than N steps attends to
-    these. This is the continual single-output attention of Hedegaard & Iosifidis, "Continual
+    these. This is the continual single-output attention of Hedegaard et al., "Continual
     Transformers" (ICLR 2023, arXiv 2201.06268), section 3.3.
 
     Gradients flow to this call's queries, keys and values, and to the scale. Earlier steps are
