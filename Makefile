@@ -147,8 +147,8 @@ build/bench/programs: build/bench/installed tools/build_benchmarks.py \
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 
 # TensorFlow comes first: the op library is then built for it, and not for a TensorFlow that pip would
-# fetch only for the build. If there is an nvcc, the GPU kernels are built too;
-# CONTINUAL_TRANSFORMERS_CUDA=0 leaves them out. Unchanged files are not compiled again.
+# fetch only for the build. With CONTINUAL_TRANSFORMERS_CUDA=1 and an nvcc, the GPU kernels are built
+# too. Unchanged files are not compiled again.
 .venv/installed: .venv/bin/python setup.py pyproject.toml tools/object_files.py \
   tools/server_packages.py tools/embed.py \
   $(wildcard cc/*.bzl cc/*.lds cc/*/* cc/*/*/* cuda/*.*)

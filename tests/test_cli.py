@@ -4,7 +4,6 @@ races have tests of their own.
 
 import json
 import os
-import pty
 import re
 import shlex
 import subprocess
@@ -14,6 +13,7 @@ import keras
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from terminal import Terminal
 
 import continual_transformers_tf as ct
 from continual_transformers_tf import cli, native
@@ -202,6 +202,8 @@ def test_check(saved, random, tmp_path):
     assert largest_difference(said) < 1e-5
     found = run_json(*arguments)
     assert (found["streams"], found["steps"]) == (3, 12)
+    assert f"as on windows: yes, on windows of {N} steps" in said
+    assert found["equals_windows"]
     assert found["difference"] < 1e-5 < found["largest"]
     narrow = (*arguments, "--weights-dtype", "bfloat16")
     difference = run_json(*narrow)["difference"]
@@ -272,6 +274,7 @@ def test_pack_and_info_as_json(saved, random, tmp_path):
     assert found["check"] is None
     found = run_json("pack", saved, output, "--seq-len", N, "--check", tmp_path / "x.npy")
     assert found["check"]["steps"] == 12
+    assert found["equals_windows"]
     info = run_json("info", output)
     assert (info["name"], info["receptive_field"]) == ("watch", N)
     assert info["inputs"] == [{"name": "sensor", "shape": [E], "dtype": "float32"}]
@@ -391,16 +394,15 @@ def bar_on(stderr, monkeypatch):
 
 
 def test_the_bar_is_for_terminals_only(monkeypatch, tmp_path):
-    master, slave = pty.openpty()
-    with os.fdopen(slave, "w") as terminal:
-        bar_on(terminal, monkeypatch)
-        assert b"Comparing" in os.read(master, 10_000)
+    with Terminal() as terminal:
+        bar_on(terminal.screen, monkeypatch)
+        print("end", file=terminal.screen, flush=True)
+        assert "Comparing" in terminal.said("end\r\n")
         with monkeypatch.context() as patch:  # Without rich there is no bar.
             patch.setitem(sys.modules, "rich", None)
-            bar_on(terminal, monkeypatch)
-            print("end", file=terminal, flush=True)
-        assert os.read(master, 10_000) == b"end\r\n"
-    os.close(master)
+            bar_on(terminal.screen, monkeypatch)
+            print("end", file=terminal.screen, flush=True)
+        assert terminal.said("end\r\n") == "end\r\n"
     with open(tmp_path / "stderr", "w+") as file:
         bar_on(file, monkeypatch)
         file.seek(0)
