@@ -13,12 +13,12 @@ import keras
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from terminal import Terminal
 
 import continual_transformers_tf as ct
 from continual_transformers_tf import cli, native
 from continual_transformers_tf.commands import common
 from continual_transformers_tf.models import packing
+from terminal import Terminal
 
 N, E = 5, 6
 

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from terminal import Terminal
 
 import compiler_errors
 import nvcc
@@ -14,6 +13,7 @@ import tensorflow_headers
 from build_progress import Progress
 from compiler_errors import check_compiler, explain
 from object_files import compile_object, precompile_header
+from terminal import Terminal
 
 ROOT = Path(__file__).parent.parent
 
@@ -141,7 +141,8 @@ def test_gpu_kernels_are_for_a_tensorflow_that_can_use_them(tmp_path, distributi
         (information / "METADATA").write_text(f"Name: {distribution}\nVersion: {minor}.0\n")
     program = (
         "import sysconfig, setuptools.dist, distutils.core\n"
-        f"paths = {{**sysconfig.get_paths(), 'purelib': {str(tmp_path)!r}, 'platlib': '/nowhere'}}\n"
+        "paths = sysconfig.get_paths()\n"
+        f"paths |= {{'purelib': {str(tmp_path)!r}, 'platlib': '/nowhere'}}\n"
         "sysconfig.get_paths = lambda: paths\n"
         "project = distutils.core.run_setup('setup.py', stop_after='init')\n"
         "print(project.get_command_obj('build_ext').wants_cuda())\n"

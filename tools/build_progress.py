@@ -49,9 +49,7 @@ class Progress:
             # pip's own line has no end.
             print(f"\n{self._what}", file=screen)
             self._bar = self._closing.enter_context(
-                tqdm(
-                    total=self._files, bar_format=FORMAT, file=screen, leave=False, mininterval=0
-                )
+                tqdm(total=self._files, bar_format=FORMAT, file=screen, leave=False, mininterval=0)
             )
         return self
 
