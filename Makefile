@@ -17,7 +17,7 @@ FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc cc/*/*/*.h cc/*/*/*.cc cuda/*.cu c
   tests/cc/*.h tests/cc/*.cc tests/cc/*/*.h tests/cc/*/*.cc tools/gpu/emulator/*.h benchmarks/cc/*.cc examples/*/*.cc \
   python/continual_transformers_tf/include/*.h python/continual_transformers_tf/include/*.hpp)
 
-.PHONY: demo serve test test-torch test-slow test-wheels test-stress lint format bazel-build bazel-cuda \
+.PHONY: demo serve test test-torch test-slow test-wheels test-every-case lint format bazel-build bazel-cuda \
   bazel-test sanitize bench bench-session bench-serving bench-cc cuda-resources gpu docs wheel clean
 
 demo: .venv/installed
@@ -36,7 +36,7 @@ build/watch.safetensors: .venv/installed
 	$(BIN)/continual-transformers demo --save-model $@
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow and not stress" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not slow and not every_case" $(PYTEST_FLAGS)
 
 # The tests that need PyTorch and continual-inference. `make test` skips them if these are missing. The
 # extra belongs to the package that is installed here, so pip builds nothing.
@@ -47,16 +47,15 @@ test-torch: .venv/installed
 
 # The slow tests: wheels in clean environments, every instruction set of the kernels, deep stacks.
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -m "slow and not every_wheel" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "slow and not every_wheel and not every_case" $(PYTEST_FLAGS)
 
 # Every wheel with every TensorFlow that it supports, each in a clean environment.
 test-wheels: .venv/installed
 	$(BIN)/python -m pytest tests/test_packaging.py -m slow -k a_wheel
 
-# All combinations of models and ways to call them, stepped by threads and through errors. `make test`
-# runs a sample.
-test-stress: .venv/installed
-	$(BIN)/python -m pytest -m stress $(PYTEST_FLAGS)
+# The cases of grids of which `make test` and `make test-slow` run a sample.
+test-every-case: .venv/installed
+	$(BIN)/python -m pytest -m every_case $(PYTEST_FLAGS)
 
 # About a minute on two idle cores, most of it clang-tidy.
 lint: .venv/installed
