@@ -17,7 +17,7 @@ FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc cc/*/*/*.h cc/*/*/*.cc cuda/*.cu c
   tests/cc/*.h tests/cc/*.cc tests/cc/*/*.h tests/cc/*/*.cc tools/gpu/emulator/*.h benchmarks/cc/*.cc examples/*/*.cc \
   python/continual_transformers_tf/include/*.h python/continual_transformers_tf/include/*.hpp)
 
-.PHONY: demo serve test test-torch test-slow test-wheels test-stress lint format bazel-build bazel-cuda \
+.PHONY: demo serve test test-torch test-slow test-wheels test-every-case lint format bazel-build bazel-cuda \
   bazel-test sanitize bench bench-session bench-serving bench-cc cuda-resources gpu docs wheel clean
 
 demo: .venv/installed
@@ -36,7 +36,7 @@ build/watch.safetensors: .venv/installed
 	$(BIN)/continual-transformers demo --save-model $@
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow and not stress" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not slow and not every_case" $(PYTEST_FLAGS)
 
 # The tests that need PyTorch and continual-inference. `make test` skips them if these are missing. The
 # extra belongs to the package that is installed here, so pip builds nothing.
@@ -47,16 +47,15 @@ test-torch: .venv/installed
 
 # The slow tests: wheels in clean environments, every instruction set of the kernels, deep stacks.
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -m "slow and not every_wheel" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "slow and not every_wheel and not every_case" $(PYTEST_FLAGS)
 
 # Every wheel with every TensorFlow that it supports, each in a clean environment.
 test-wheels: .venv/installed
 	$(BIN)/python -m pytest tests/test_packaging.py -m slow -k a_wheel
 
-# All combinations of models and ways to call them, stepped by threads and through errors. `make test`
-# runs a sample.
-test-stress: .venv/installed
-	$(BIN)/python -m pytest -m stress $(PYTEST_FLAGS)
+# The cases of grids of which `make test` and `make test-slow` run a sample.
+test-every-case: .venv/installed
+	$(BIN)/python -m pytest -m every_case $(PYTEST_FLAGS)
 
 # About a minute on two idle cores, most of it clang-tidy.
 lint: .venv/installed
@@ -90,9 +89,11 @@ sanitize: .venv/installed
 cuda-resources:
 	$(PYTHON) cuda/resources.py
 
-# The race against all rivals. It takes half an hour and writes to build/ and docs/benchmarks.md.
+# The race against all rivals. It takes half an hour, and writes docs/benchmarks.md and its pictures,
+# of which headline.png is the README's.
 bench: build/bench/programs
-	$(BENCH) --json build/bench.json --picture docs/benchmarks.png --markdown docs/benchmarks.md
+	$(BENCH) --json build/bench.json --picture docs/benchmarks.png --headline docs/headline.png \
+	  --markdown docs/benchmarks.md
 
 # The other goals of a session: even steps, cheap streams, little memory.
 bench-session: build/bench/programs
@@ -145,8 +146,8 @@ build/bench/programs: build/bench/installed tools/build_benchmarks.py \
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 
 # TensorFlow comes first: the op library is then built for it, and not for a TensorFlow that pip would
-# fetch only for the build. If there is an nvcc, the GPU kernels are built too;
-# CONTINUAL_TRANSFORMERS_CUDA=0 leaves them out. Unchanged files are not compiled again.
+# fetch only for the build. With CONTINUAL_TRANSFORMERS_CUDA=1 and an nvcc, the GPU kernels are built
+# too. Unchanged files are not compiled again.
 .venv/installed: .venv/bin/python setup.py pyproject.toml tools/object_files.py \
   tools/server_packages.py tools/embed.py \
   $(wildcard cc/*.bzl cc/*.lds cc/*/* cc/*/*/* cuda/*.*)

@@ -20,7 +20,7 @@ def add_tests(python: str) -> None:
         # First, so that the ops are built for it.
         session.install(f"tensorflow-cpu=={tensorflow}.*")
         session.install(".[client,cpu,demo,test]", env={"CONTINUAL_TRANSFORMERS_CUDA": "0"})
-        session.run("pytest", "-m", "not slow and not stress", "-n", "auto", *session.posargs)
+        session.run("pytest", "-m", "not slow and not every_case", "-n", "auto", *session.posargs)
 
 
 for version in dict.fromkeys(python for python, _ in PAIRS):

@@ -5,6 +5,7 @@ for each wanted TensorFlow (`tools/tensorflow_headers.py`). `cc/library.bzl` lis
 each. Objects stay in `build/objects`: a source that has not changed is not compiled again.
 """
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -105,14 +106,27 @@ class build_libraries(build_ext):
         """Check the compiler, look for CUDA and the server's packages, then build everything."""
         # First, because looking takes a moment, and compiling takes minutes.
         self.compiler_version = compiler_errors.check_compiler(CXX)
-        self.cuda = nvcc.chosen() if TENSORFLOWS else None
+        self.cuda = nvcc.chosen() if self.wants_cuda() else None
         self.server = server_packages.chosen()
         if not self.server:
             self.extensions = [ext for ext in self.extensions if not ext.name.endswith(".server")]
         self.remove_libraries_for_others()
         files = sum(len(ext.sources) for ext in self.extensions)
+        files += len(CC["CUDA_SOURCES"]) if self.cuda else 0
         with build_progress.Progress(self.what_is_built(), files) as self.progress:
             super().run()
+
+    def wants_cuda(self):
+        """Return whether GPU kernels are asked for, or a TensorFlow here can use them."""
+        if nvcc.CUDA in os.environ:
+            return bool(TENSORFLOWS)
+        return any(tensorflow.has_cuda for tensorflow in TENSORFLOWS.values())
+
+    @functools.cached_property
+    def cuda_objects(self):
+        """The objects of the GPU kernels, which all op libraries share."""
+        objects = self.cuda.compile_all(CC["CUDA_SOURCES"], nvcc.OBJECTS, self.progress.step)
+        return list(map(str, objects))
 
     def what_is_built(self):
         """Return a sentence: what the compiler is busy with, and what is left out and why."""
@@ -120,7 +134,13 @@ class build_libraries(build_ext):
         parts += [f"TensorFlow {tensorflow.minor}'s ops" for tensorflow in TENSORFLOWS.values()]
         parts += [f"GPU kernels (CUDA {self.cuda})"] if self.cuda else []
         parts += ["the server"] if self.server else []
-        built = f"Compiling {', '.join(parts)}. Vector code is compiled once per instruction set."
+        built = (
+            f"Compiling {', '.join(parts)}. The first time this takes some minutes, because vector "
+            "code is compiled once per instruction set."
+        )
+        if not any(tensorflow.has_highway for tensorflow in TENSORFLOWS.values()):
+            newest = CC["TENSORFLOWS"][-1]
+            built += f" Google Highway's headers come from TensorFlow {newest}'s wheel (250 MB)."
         if TENSORFLOWS:
             return built
         return (
@@ -208,10 +228,9 @@ class build_libraries(build_ext):
         if self.cuda is None:
             return options, [], links
         ext.sources += sources("TENSORFLOW_GPU")
-        objects = list(map(str, self.cuda.compile_all(CC["CUDA_SOURCES"], nvcc.OBJECTS)))
         # First, because TensorFlow's library may define functions with the same names.
         links[:0] = [f"-L{folder}" for folder in self.cuda.lib] + CC["CUDA_LINK_OPTIONS"]
-        return options, objects, links
+        return options, self.cuda_objects, links
 
     def options_of__session(self, ext):
         """Return the same as `options_of_core_library`."""

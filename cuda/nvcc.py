@@ -74,12 +74,18 @@ class Toolkit(NamedTuple):
         compile_object(command, target, f"{self.version}: {shlex.join(extra)}\n")
         return target
 
-    def compile_all(self, sources, folder):
-        """Compiles files of //cuda into a folder of objects, those anew that have changed."""
-        return side_by_side(
-            lambda name: self.compile(ROOT / "cuda" / name, Path(folder, name).with_suffix(".o")),
-            sources,
-        )
+    def compile_all(self, sources, folder, on_file=lambda name: None):
+        """Compile files of //cuda into a folder of objects, those anew that have changed.
+
+        `on_file` is called with the name of each file that is done.
+        """
+
+        def compile_one(name):
+            made = self.compile(ROOT / "cuda" / name, Path(folder, name).with_suffix(".o"))
+            on_file(name)
+            return made
+
+        return side_by_side(compile_one, sources)
 
     def library(self, target):
         """Links the kernels and their C interface, compiled beside the target."""

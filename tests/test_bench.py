@@ -87,6 +87,19 @@ def test_goals_are_those_of_the_table():
     assert report.check_goals({"results": [entry]}) == [(TABLE[0], "torch_sdpa", 2, 1.5)]
 
 
+def test_the_headline_needs_models(tmp_path):
+    picture = str(tmp_path / "headline.png")
+    result = CliRunner().invoke(main, ["bench", "--layers", "--headline", picture])
+    assert result.exit_code == 2
+    assert "--headline shows whole models: add --models" in result.output
+    (tmp_path / "found.json").write_text("{}")
+    result = CliRunner().invoke(
+        main, ["bench", "--from-json", str(tmp_path / "found.json"), "--headline", picture]
+    )
+    assert result.exit_code == 1
+    assert "Expected results of a model of one stream" in result.output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in ("ours", "read_bound")])
 def test_every_rival_computes_the_same(name):
@@ -109,13 +122,14 @@ def test_every_rival_computes_the_same(name):
 
 @pytest.mark.slow
 def test_a_quick_race_of_whole_models(programs, tmp_path):
-    paths = {name: tmp_path / name for name in ("all.json", "page.md", "picture.png")}
+    files = ("all.json", "page.md", "picture.png", "headline.png")
+    paths = {name: tmp_path / name for name in files}
     names = ("session", "session_cpp", "kernels", "bound", "tf_function", "keras_windows")
     result = CliRunner().invoke(main, [
         "bench", "--models", "--session", "--quick", "--rounds", "1",
         "--programs", str(programs), *(word for name in names for word in ("--only", name)),
         "--json", str(paths["all.json"]), "--markdown", str(paths["page.md"]),
-        "--picture", str(paths["picture.png"]),
+        "--picture", str(paths["picture.png"]), "--headline", str(paths["headline.png"]),
     ])  # fmt: skip
     assert result.exit_code == 0, result.output
     found = json.loads(paths["all.json"].read_text())
@@ -133,6 +147,7 @@ def test_a_quick_race_of_whole_models(programs, tmp_path):
     for text in ("## Whole models", "`session_cpp` over `bound`", "first step of a stream"):
         assert text in page
     assert paths["picture.png"].stat().st_size > 10_000
+    assert paths["headline.png"].stat().st_size > 5_000
     again = CliRunner().invoke(main, ["bench", "--from-json", str(paths["all.json"])])
     assert again.exit_code == 0
     # Run one part again, and keep the results of another.

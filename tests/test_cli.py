@@ -4,7 +4,6 @@ races have tests of their own.
 
 import json
 import os
-import pty
 import re
 import shlex
 import subprocess
@@ -20,6 +19,7 @@ from continual_transformers_tf import cli, native
 from continual_transformers_tf.commands import common
 from continual_transformers_tf.models import packing
 from continual_transformers_tf.serving.ray_command import serve_on_ray
+from terminal import Terminal
 
 N, E = 5, 6
 
@@ -203,6 +203,8 @@ def test_check(saved, random, tmp_path):
     assert largest_difference(said) < 1e-5
     found = run_json(*arguments)
     assert (found["streams"], found["steps"]) == (3, 12)
+    assert f"as on windows: yes, on windows of {N} steps" in said
+    assert found["equals_windows"]
     assert found["difference"] < 1e-5 < found["largest"]
     narrow = (*arguments, "--weights-dtype", "bfloat16")
     difference = run_json(*narrow)["difference"]
@@ -273,6 +275,7 @@ def test_pack_and_info_as_json(saved, random, tmp_path):
     assert found["check"] is None
     found = run_json("pack", saved, output, "--seq-len", N, "--check", tmp_path / "x.npy")
     assert found["check"]["steps"] == 12
+    assert found["equals_windows"]
     info = run_json("info", output)
     assert (info["name"], info["receptive_field"]) == ("watch", N)
     assert info["inputs"] == [{"name": "sensor", "shape": [E], "dtype": "float32"}]
@@ -399,16 +402,15 @@ def bar_on(stderr, monkeypatch):
 
 
 def test_the_bar_is_for_terminals_only(monkeypatch, tmp_path):
-    master, slave = pty.openpty()
-    with os.fdopen(slave, "w") as terminal:
-        bar_on(terminal, monkeypatch)
-        assert b"Comparing" in os.read(master, 10_000)
+    with Terminal() as terminal:
+        bar_on(terminal.screen, monkeypatch)
+        print("end", file=terminal.screen, flush=True)
+        assert "Comparing" in terminal.said("end\r\n")
         with monkeypatch.context() as patch:  # Without rich there is no bar.
             patch.setitem(sys.modules, "rich", None)
-            bar_on(terminal, monkeypatch)
-            print("end", file=terminal, flush=True)
-        assert os.read(master, 10_000) == b"end\r\n"
-    os.close(master)
+            bar_on(terminal.screen, monkeypatch)
+            print("end", file=terminal.screen, flush=True)
+        assert terminal.said("end\r\n") == "end\r\n"
     with open(tmp_path / "stderr", "w+") as file:
         bar_on(file, monkeypatch)
         file.seek(0)

@@ -11,6 +11,8 @@ from co_si_mha_cases import D, E, H, N, pair
 from errors import BAD_INPUT
 from traced import traced
 
+pytestmark = pytest.mark.sampled(3)
+
 
 def residual(random, **layer_options):
     """Return a residual around attention, and a Keras function for it on windows, with all rows."""

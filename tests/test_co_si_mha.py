@@ -9,6 +9,8 @@ import continual_transformers_tf as ct
 import reference
 from co_si_mha_cases import D, E, H, N, newest_of_windows, pair
 
+pytestmark = pytest.mark.sampled(2)
+
 
 @pytest.mark.parametrize(
     ("seq_len", "num_heads", "key_dim", "features", "batch"),

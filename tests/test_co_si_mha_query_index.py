@@ -10,6 +10,8 @@ from co_si_mha_cases import E, H, N, pair
 from errors import BAD_INPUT
 from traced import traced
 
+pytestmark = pytest.mark.sampled(3)
+
 
 def expected_rows(regular, x, index, **kwargs):
     """Return the regular layer's row at `index` of each full window of x [B, T, E].

@@ -10,6 +10,8 @@ import reference
 from co_si_mha_cases import D, E, H, N, pair
 from traced import traced
 
+pytestmark = pytest.mark.sampled(2)
+
 T = N + 4
 
 

@@ -257,6 +257,18 @@ def narrow(x):
     return ct.CoSiMultiHeadAttention(N, H, D, sliding_window=3)(x, x)
 
 
+def sliding_stack(*causal):
+    """Plain Keras attention on attention, each causal or not, with sliding windows of 3 steps."""
+
+    def build(x):
+        for use_causal_mask in causal:
+            attention = keras.layers.MultiHeadAttention(H, D, sliding_window=3)
+            x = x + attention(x, x, use_causal_mask=use_causal_mask)
+        return keras.layers.Dense(3)(x)[:, -1]
+
+    return build
+
+
 def late_query(x):
     return ct.CoResidual(ct.CoSiMultiHeadAttention(N, H, D, query_index=-3))(x)
 
@@ -283,6 +295,10 @@ CLAIMS = {
     "causal, then a delay": (causal_late, N, False),
     "two windows": (two_windows, N, False),
     "sliding window": (narrow, N + 2, True),
+    "sliding causal stack": (sliding_stack(True, True, True), 7, True),
+    "sliding causal stack, longer windows": (sliding_stack(True, True), 9, True),
+    "sliding causal stack, shorter windows": (sliding_stack(True, True), 4, False),
+    "sliding stack, not causal above": (sliding_stack(True, False), 9, True),
     "delayed query": (late_query, N, True),
     "retroactive, then pooling": (retroactive_then_pool, N, True),
     "only rows": (dense, N + 4, True),

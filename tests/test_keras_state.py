@@ -14,6 +14,8 @@ from continual_transformers_tf.models.lowering import lower
 from model_cases import BOUNDS, CASES
 from old_states import new_state, old_keras_state, old_state
 
+pytestmark = pytest.mark.sampled(2)
+
 DATA = Path(__file__).parent / "data"
 
 # Together, these cases have every kind of state.

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 import compiler_errors
+import nvcc
 import tensorflow_headers
 from build_progress import Progress
 from compiler_errors import check_compiler, explain
 from object_files import compile_object, precompile_header
+from terminal import Terminal
 
 ROOT = Path(__file__).parent.parent
 
@@ -108,14 +110,50 @@ def test_progress_without_a_terminal_is_one_sentence():
 
 
 def test_progress_on_a_terminal():
-    parent, child = os.openpty()
-    with os.fdopen(child, "w") as screen, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("build_progress.terminal", lambda: screen)
+    with Terminal() as terminal, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("build_progress.terminal", lambda: terminal.screen)
         with Progress("Compiling.", 2) as progress:
             progress.step("cc/a.cc")
             progress.step("cc/b.cc")
             progress.step("cc/found_later.cc")
-        said = os.read(parent, 10000).decode()
-    os.close(parent)
+        said = terminal.said("found_later.cc")
     assert "Compiling." in said
-    assert "3/3" in said
+    assert "3/3 files" in said
+
+
+@pytest.mark.parametrize(
+    ("distribution", "asked", "wants"),
+    [
+        ("tensorflow", None, True),
+        ("tensorflow-cpu", None, False),
+        ("tensorflow_cpu", None, False),
+        ("tensorflow_cpu", "1", True),
+        (None, "1", False),
+    ],
+)
+def test_gpu_kernels_are_for_a_tensorflow_that_can_use_them(tmp_path, distribution, asked, wants):
+    """setup.py, in an environment with this TensorFlow."""
+    if distribution:
+        minor = tensorflow_headers.LISTS["TENSORFLOWS"][0]
+        (tmp_path / "tensorflow" / "include" / "tensorflow").mkdir(parents=True)
+        information = tmp_path / f"{distribution}-{minor}.0.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text(f"Name: {distribution}\nVersion: {minor}.0\n")
+    program = (
+        "import sysconfig, setuptools.dist, distutils.core\n"
+        "paths = sysconfig.get_paths()\n"
+        f"paths |= {{'purelib': {str(tmp_path)!r}, 'platlib': '/nowhere'}}\n"
+        "sysconfig.get_paths = lambda: paths\n"
+        "project = distutils.core.run_setup('setup.py', stop_after='init')\n"
+        "print(project.get_command_obj('build_ext').wants_cuda())\n"
+    )
+    unset = {key: text for key, text in os.environ.items() if key != nvcc.CUDA}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**unset, **({nvcc.CUDA: asked} if asked else {})},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"{wants}\n"

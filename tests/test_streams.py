@@ -123,7 +123,7 @@ SAMPLE = [
 @pytest.mark.parametrize(
     ("backend", "build", "way"),
     [
-        pytest.param(*case, marks=() if case in SAMPLE else pytest.mark.stress)
+        pytest.param(*case, marks=() if case in SAMPLE else pytest.mark.every_case)
         for case in itertools.product(("fused", "tensorflow"), BUILDS, WAYS)
     ],
     indirect=["backend"],
@@ -310,7 +310,7 @@ PLAIN_GRAPHS = ("stack", "delayed", "model")
 @pytest.mark.parametrize(
     ("backend", "name", "way"),
     [
-        pytest.param(*case, marks=() if case in QUICK else pytest.mark.stress)
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.every_case)
         for case in itertools.product(("fused", "tensorflow"), MODELS, (called, traced, saved))
         # Eager calls take turns in the same way in both backends. Graphs of the plain backend have
         # another lock, whose use does not depend on the model.

@@ -22,6 +22,10 @@ def terminal() -> TextIO | None:
         return None
 
 
+# No estimate of the time that is left: some files take a hundred times as long as others.
+FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} files, {elapsed}{postfix}"
+
+
 class Progress:
     """The number of files that are compiled.
 
@@ -45,7 +49,7 @@ class Progress:
             # pip's own line has no end.
             print(f"\n{self._what}", file=screen)
             self._bar = self._closing.enter_context(
-                tqdm(total=self._files, unit="file", file=screen, leave=False, mininterval=0)
+                tqdm(total=self._files, bar_format=FORMAT, file=screen, leave=False, mininterval=0)
             )
         return self
 

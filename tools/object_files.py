@@ -144,6 +144,9 @@ def listed_in(path: Path) -> list[str]:
 
 
 def side_by_side(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """Call a function on every item, with as many calls at once as there are processors."""
+    """Call a function on every item, with as many calls at once as there are processors.
+
+    Return the results in the order of the items.
+    """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(function, items))

@@ -35,11 +35,17 @@ class TensorFlow(NamedTuple):
 
     folder: Path
     version: str
+    distribution: str  # the name of its wheel
 
     @property
     def minor(self) -> str:
         """The minor version, such as "2.21"."""
         return ".".join(self.version.split(".")[:2])
+
+    @property
+    def has_cuda(self) -> bool:
+        """Whether this TensorFlow can use a GPU."""
+        return self.distribution == "tensorflow"
 
     @property
     def has_highway(self) -> bool:
@@ -58,7 +64,11 @@ def installed() -> TensorFlow | None:
         for distribution in metadata.distributions(path=[folder]):
             headers = Path(folder, "tensorflow", "include", "tensorflow")
             if distribution.name in NAMES and headers.is_dir():
-                return TensorFlow(Path(folder, "tensorflow"), distribution.version)
+                return TensorFlow(
+                    Path(folder, "tensorflow"),
+                    distribution.version,
+                    distribution.name.replace("_", "-"),
+                )
     return None
 
 
@@ -73,11 +83,11 @@ def fetched(minor: str) -> TensorFlow:
     """
     machine = platform.machine()
     kept = FETCHED / machine
-    found = sorted(kept.glob(f"{minor}.*/include"))
-    if found:
-        return TensorFlow(found[-1].parent, found[-1].parent.name)
     # On AArch64 there is one wheel for CPU and GPU.
     name = "tensorflow-cpu" if machine == "x86_64" else "tensorflow"
+    found = sorted(kept.glob(f"{minor}.*/include"))
+    if found:
+        return TensorFlow(found[-1].parent, found[-1].parent.name, name)
     print(f"fetching {name} {minor} (250 MB), for its headers", flush=True)
     kept.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kept) as folder:
@@ -96,7 +106,7 @@ def fetched(minor: str) -> TensorFlow:
             wanted = re.compile(rf"tensorflow/(include/|{re.escape(FRAMEWORK)}$)")
             files.extractall(folder, [name for name in files.namelist() if wanted.match(name)])
         Path(folder, "tensorflow").rename(kept / version)
-    return TensorFlow(kept / version, version)
+    return TensorFlow(kept / version, version, name)
 
 
 def find(minor: str) -> TensorFlow:

@@ -63,6 +63,9 @@ from continual_transformers_tf.commands import common
 )
 @click.option("--picture", type=common.NEW_FILE, metavar="FILE", help="Where to draw the picture.")
 @click.option(
+    "--headline", type=common.NEW_FILE, metavar="FILE", help="Where to draw the README's picture."
+)
+@click.option(
     "--markdown", type=common.NEW_FILE, metavar="FILE", help="Where to write the page of the docs."
 )
 def bench(
@@ -75,6 +78,7 @@ def bench(
     json_path: Path | None,
     from_json: Path | None,
     picture: Path | None,
+    headline: Path | None,
     markdown: Path | None,
 ) -> None:
     """Race whole models and whole attention layers against every other way to take a step.
@@ -84,6 +88,7 @@ def bench(
     common.need("bench", "cpu")
     import rich.console
 
+    from continual_transformers_tf.bench import headline as headlines
     from continual_transformers_tf.bench import model_race, race, report, session_goals
     from continual_transformers_tf.bench.model_rivals import MODEL_MODULES
     from continual_transformers_tf.bench.rivals import MODULES
@@ -95,6 +100,8 @@ def bench(
         taking_part.update(MODEL_MODULES)
     if "layers" in parts:
         taking_part.update(MODULES)
+    if headline and "models" not in parts and not from_json:
+        raise click.BadParameter("--headline shows whole models: add --models")
     unknown = set(only) - set(taking_part)
     if unknown:
         raise click.BadParameter(
@@ -122,6 +129,7 @@ def bench(
     for path, write in (
         (json_path, lambda path: path.write_text(json.dumps(found, indent=1) + "\n")),
         (picture, lambda path: report.draw(path, found)),
+        (headline, lambda path: headlines.draw(path, found.get("models", {"results": []}))),
         (markdown, lambda path: path.write_text(report.markdown(found))),
     ):
         if path:

@@ -65,10 +65,12 @@ def check(
             )
         recordings = packing.read_recordings(data, session)
         found = compared(keras_model, session, recordings, seq_len)
+        windows = packing.against_windows(keras_model, seq_len)
     if as_json:
-        common.print_json(found._asdict())
+        common.print_json({**found._asdict(), **windows})
     else:
         click.echo(found)
+        click.echo(packing.describe_windows(windows))
     fail_above(found, tolerance)
 
 

@@ -62,13 +62,15 @@ def pack(
         session = ct.Session.load(output)
         size = output.stat().st_size
         costs = packing.costs(keras_model, session, seq_len)
+        windows = packing.against_windows(keras_model, seq_len)
         found = recordings and compared(keras_model, session, recordings, seq_len)
     if as_json:
-        written: dict[str, Any] = {"written": str(output), "bytes": size, **costs}
+        written: dict[str, Any] = {"written": str(output), "bytes": size, **costs, **windows}
         common.print_json({**written, "check": found._asdict() if found else None})
     else:
         click.echo(f"written: {output}, {size:,} bytes")
         click.echo(packing.describe_costs(costs))
+        click.echo(packing.describe_windows(windows))
         if found:
             click.echo(found)
     if found:

@@ -334,8 +334,8 @@ def _compared_with_windows(
     if windows.length is None:
         return False, (
             "because attention attends to the outputs of other attention, so a step sees further "
-            "back than a window: train the model on steps, or use "
-            "ct.TransformerEncoder(kind='retroactive')"
+            "back than a window: give causal attention a sliding_window, train the model on steps, "
+            "or use ct.TransformerEncoder(kind='retroactive')"
             if windows.deep
             else "because its layers have windows of different lengths: give them the same seq_len"
         )

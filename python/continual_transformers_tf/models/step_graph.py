@@ -370,8 +370,8 @@ class StepGraph:
                 "attends to the outputs of another attention. Every new step changes all of "
                 "them, so none can be kept. ct.TransformerEncoder(kind='retroactive') has the "
                 "outputs of the model on windows. With use_causal_mask=True the lower attention "
-                "streams too, but then an output depends on more steps than a window has: train "
-                "the model on steps",
+                "streams too. For the outputs of the model on windows it then needs a "
+                "sliding_window, or train the model on steps",
             )
         return bool(given.get("use_causal_mask"))
 

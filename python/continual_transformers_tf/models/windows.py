@@ -26,13 +26,16 @@ class Windows:
     Attributes:
         lengths: The lengths that the windows must have. If there are two, no windows fit.
         least: How many steps the windows must have at least.
-        deep: Whether attention attends to the outputs of other attention. A step then sees further
-            back than a window, so there are no such windows.
+        deep: Whether attention attends to the outputs of other attention, and a step sees further
+            back than a window. Then there are no such windows.
+        every_row: Whether the model computes not only the newest row so, but each row that has at
+            least `least` steps up to its own.
     """
 
     lengths: frozenset[int] = frozenset()
     least: int = 1
     deep: bool = False
+    every_row: bool = True
 
     @property
     def rows(self) -> bool:
@@ -56,12 +59,16 @@ class Windows:
     def __or__(self, other: Self) -> "Windows":
         """Return the windows for both of two tensors."""
         return Windows(
-            self.lengths | other.lengths, max(self.least, other.least), self.deep or other.deep
+            self.lengths | other.lengths,
+            max(self.least, other.least),
+            self.deep or other.deep,
+            self.every_row and other.every_row,
         )
 
     def delayed(self, steps: int) -> "Windows":
         """Return the windows for a tensor that is delayed by some steps."""
-        return Windows(frozenset(n + steps for n in self.lengths), self.least + steps, self.deep)
+        lengths = frozenset(n + steps for n in self.lengths)
+        return Windows(lengths, self.least + steps, self.deep, every_row=False)
 
 
 def windows_of_graph(graph: StepGraph) -> Windows:
@@ -75,7 +82,7 @@ def windows_of_graph(graph: StepGraph) -> Windows:
 
 def windows_of_layer(layer: keras.layers.Layer) -> Windows:
     """Return the windows on which a continual layer, called by itself, computes a step's output."""
-    return _through_layer(layer, Windows(), Windows())
+    return _through_layer(layer, Windows(), Windows(), False)
 
 
 def _union(windows: Iterable[Windows]) -> Windows:
@@ -107,28 +114,36 @@ def _through_node(node: Node, values: dict[int, Windows]) -> Windows:
     given = inspect.signature(node.operation.call).bind(*args, **kwargs).arguments
     inputs = _union(x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, Windows))
     attended = [x for name in ("value", "key") if isinstance(x := given.get(name), Windows)]
-    return _through_layer(node.operation, inputs, _union(attended) if attended else inputs)
+    causal = bool(given.get("use_causal_mask"))
+    return _through_layer(node.operation, inputs, _union(attended) if attended else inputs, causal)
 
 
-def _through_layer(layer: keras.layers.Layer, inputs: Windows, attended: Windows) -> Windows:
+def _through_layer(
+    layer: keras.layers.Layer, inputs: Windows, attended: Windows, causal: bool
+) -> Windows:
     """Return the `Windows` of a continual layer's output.
 
     Args:
         layer: The layer.
         inputs: Those of all its inputs.
         attended: Those of the steps that it attends to.
+        causal: Whether it is called with a causal mask.
     """
     if isinstance(layer, CoResidual):
-        return inputs | _through_layer(layer.layer, inputs, attended)
+        return inputs | _through_layer(layer.layer, inputs, attended, causal)
     if isinstance(layer, CircularPositionalEncoding):
         return inputs
     if isinstance(layer, CoDelay):
         return inputs.delayed(layer.delay)
-    if not attended.rows:
-        return dataclasses.replace(inputs, deep=True)
     n = layer.receptive_field
-    if isinstance(layer, TransformerEncoder) and layer.kind == "single_output":
-        return inputs | Windows(least=n)
-    if isinstance(layer, CoSiMultiHeadAttention) and n >= (layer._sliding_window or n + 1):
-        return inputs | Windows(least=n)  # Longer windows do not show it more.
-    return inputs | Windows(frozenset({n}))
+    # Longer windows do not show these more.
+    slides = isinstance(layer, CoSiMultiHeadAttention) and n >= (layer._sliding_window or n + 1)
+    every_row_known = not attended.lengths and not attended.deep and attended.every_row
+    if slides and layer.delay == 0 and every_row_known:
+        least = attended.least + layer._sliding_window - 1
+        return inputs | Windows(least=least, every_row=causal and not layer._single_output)
+    if not attended.rows:
+        return dataclasses.replace(inputs, deep=True, every_row=False)
+    if slides or (isinstance(layer, TransformerEncoder) and layer.kind == "single_output"):
+        return inputs | Windows(least=n, every_row=False)
+    return inputs | Windows(frozenset({n}), every_row=False)
