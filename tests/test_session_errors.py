@@ -521,6 +521,27 @@ def test_state_of_another_training(session, random):
     assert session.position(session.ids[0]) == 3
 
 
+@pytest.mark.parametrize("own", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("other", ["float32", "bfloat16", "float16"])
+def test_state_of_another_cache_dtype(plan, tmp_path, own, other):
+    path = plan.write(tmp_path)
+    session, from_ = Session.load(path, cache_dtype=own), Session.load(path, cache_dtype=other)
+    stream, states = session.open(), from_.get_state(from_.open())
+    if own == other:
+        session.set_state(states, stream)
+        return
+    says = f"the same model with the cache_dtype {other}, and this session has .*{own}"
+    with pytest.raises(sessions.OtherModelError, match=says):
+        session.set_state(states, stream, other_weights=True)
+
+
+def test_sessions_of_one_file_share_states_whatever_their_weights_dtype(plan, tmp_path):
+    # The message above says so.
+    path = plan.write(tmp_path)
+    session, from_ = Session.load(path), Session.load(path, weights_dtype="bfloat16")
+    session.set_state(from_.get_state(from_.open()), session.open())
+
+
 def test_weights_of_another_model(session, random, tmp_path):
     before = everything(session)
     path = attention_plan(random, FEATURES, window=5, outputs=OUTPUTS).write(tmp_path)
