@@ -171,3 +171,25 @@ def many_ports_plan(random, rows=7, size=3):
     plan.plan["input_structure"] = {"sound": 0, "word": 1}
     plan.plan["output_structure"] = {"sum": 0, "late": [1]}
     return plan, table
+
+
+def two_ports_plan(random, size=3, columns=2):
+    """[prices (3,), calendar (2,)] -> [prices + dense(calendar), that sum one step later]."""
+    plan = PlanFile(receptive_field=2)
+    prices, calendar = plan.input("prices", size), plan.input("calendar", columns)
+    total = plan.node(
+        "binary", [prices, plan.dense(random, calendar, size)], plan.value(size), function="add"
+    )
+    plan.output("sum", total)
+    plan.output("late", plan.node("delay", [total], plan.value(size), steps=1))
+    plan.plan["input_structure"] = plan.plan["output_structure"] = [0, 1]
+    return plan
+
+
+def negative_plan(names, structure, size=2):
+    """Return a plan of inputs with these names, in this structure; outputs are -1 times inputs."""
+    plan = PlanFile()
+    for i, x in enumerate([plan.input(name, size) for name in names]):
+        plan.output(f"y{i}", plan.node("activation", [x], plan.value(size), function="negative"))
+    plan.plan["input_structure"] = plan.plan["output_structure"] = structure
+    return plan

@@ -124,6 +124,9 @@ def test_a_session_gives_what_the_plan_says(random, tmp_path, name):
         np.testing.assert_array_equal(y, x)
 
 
+# Models in which nothing but attention looks back, so that gaps leave no trace.
+GAP_CASES = ["co_si_gate", "co_si_sliding_window", "co_si_encoder_norm_first", "demo"]
+
 # Cases whose sessions are compared with Keras' steps and take over Keras' streams.
 # (test_lowering.py compares the plan of every case with Keras.)
 KERAS_CASES = [
@@ -246,6 +249,52 @@ def test_narrow_types(random, tmp_path, cache_dtype, weights_dtype):
         tmp_path / "model.safetensors", cache_dtype=cache_dtype, weights_dtype=weights_dtype
     )
     np.testing.assert_array_equal(loaded.steps(x, streams=loaded.open(3)), z)
+
+
+@pytest.mark.parametrize("own", ["float32", "bfloat16"])
+def test_state_of_another_weights_dtype(own):
+    model = CASES["demo"].build()
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[own]
+    session, from_ = Session(model, weights_dtype=own), Session(model, weights_dtype=other)
+    stream, states = session.open(), from_.get_state(from_.open())
+    with pytest.raises(OtherModelError, match=rf"weights_dtype \(this .* has {own}\)"):
+        session.set_state(states, stream)
+    session.set_state(states, stream, other_weights=True)
+
+
+def test_inputs_by_name_as_keras_takes_them(random):
+    """Keras takes a dict by the inputs' names for a model that was built with a list of inputs."""
+    model = CASES["two_inputs"].build()
+    x = {
+        "second": random.standard_normal((1, N, 3)).astype(np.float32),
+        "first": random.standard_normal((1, N, E)).astype(np.float32),
+    }
+    session = Session(model)
+    outputs = session.steps(x)
+    for y, z in zip(outputs, session.steps([x["first"], x["second"]], session.open()), strict=True):
+        np.testing.assert_array_equal(y, z)
+    newest = keras.ops.convert_to_numpy(model(x)[1])
+    assert reference.relative_error(newest, outputs[1][:, -1]) < BOUNDS["float32"]
+    with pytest.raises(ValueError, match="a list of 2: first, second; or a dict"):
+        session.step(x["first"][:, 0])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("name", GAP_CASES)
+def test_what_is_in_a_gap_does_not_matter(random, name, bad):
+    case = CASES[name]
+    session = Session(case.build())
+    a, b = session.open(2)
+    x = random.standard_normal((3 * session.receptive_field, *session.inputs[0].shape))
+    x = x.astype(np.float32)
+    for step in x:
+        has_key = random.random() < 0.7
+        y = session.step(step[None], a, key_mask=[has_key])
+        z = session.step(
+            step[None] if has_key else np.full_like(step, bad)[None], b, key_mask=[has_key]
+        )
+        if has_key:
+            np.testing.assert_array_equal(y, z)
 
 
 def test_a_model_that_cannot_be_lowered_says_what_stands_in_the_way():

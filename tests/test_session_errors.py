@@ -7,7 +7,13 @@ import pytest
 
 from continual_transformers_tf import session as sessions
 from continual_transformers_tf.session import Session
-from plan_files import PlanFile, attention_plan, many_ports_plan
+from plan_files import (
+    PlanFile,
+    attention_plan,
+    many_ports_plan,
+    negative_plan,
+    two_ports_plan,
+)
 
 F = np.float32
 FEATURES, OUTPUTS = 6, 5
@@ -198,10 +204,50 @@ REFUSED = {
         ValueError,
         "byte order",
     ),
-    "key_mask of another type": (
-        lambda s: s.step(zeros(1, 6), key_mask=[True]),
-        TypeError,
-        r"key_mask is of type list.*\(1,\) of bool",
+    "key_mask of numbers in a list": (
+        lambda s: s.step(zeros(1, 6), key_mask=[1]),
+        ValueError,
+        r"key_mask has dtype int64.*list \(1,\) of bool",
+    ),
+    "key_mask of a bool and a number": (
+        lambda s: s.step(zeros(2, 6), key_mask=[True, 0]),
+        ValueError,
+        "key_mask has dtype int64.*bool",
+    ),
+    "key_mask of None": (
+        lambda s: s.step(zeros(1, 6), key_mask=[None]),
+        ValueError,
+        "key_mask has dtype object.*bool",
+    ),
+    "key_mask of text": (
+        lambda s: s.step(zeros(1, 6), key_mask="yes"),
+        ValueError,
+        "key_mask has dtype <U3.*bool",
+    ),
+    "key_mask, a set": (
+        lambda s: s.step(zeros(1, 6), key_mask={True}),
+        ValueError,
+        "key_mask has dtype object.*bool",
+    ),
+    "key_mask, one bool": (
+        lambda s: s.step(zeros(1, 6), key_mask=False),
+        ValueError,
+        r"key_mask has shape \(\).*\(1,\)",
+    ),
+    "key_mask of rows that differ": (
+        lambda s: s.steps(zeros(2, 2, 6), key_mask=[[True], [True, False]]),
+        ValueError,
+        "inhomogeneous",
+    ),
+    "key_mask of nothing": (
+        lambda s: s.step(zeros(1, 6), key_mask=[]),
+        ValueError,
+        r"key_mask has shape \(0,\).*\(1,\)",
+    ),
+    "key_mask of fewer rows": (
+        lambda s: s.step(zeros(2, 6), key_mask=[True]),
+        ValueError,
+        r"key_mask has shape \(1,\).*\(2,\)",
     ),
     "key_mask of another dtype": (
         lambda s: s.step(zeros(1, 6), key_mask=zeros(1)),
@@ -398,6 +444,63 @@ def test_structures_are_refused_and_change_nothing(ports, call, says, release_gi
     assert everything(ports) == before
 
 
+@pytest.fixture
+def listed(random):
+    """Return a session whose inputs and outputs are lists, with streams that have taken a step."""
+    session = two_ports_plan(random).session()
+    session.ids = session.open(2)
+    session.step([zeros(2, 3), np.ones((2, 2), F)], streams=session.ids)
+    session.step([zeros(1, 3), np.ones((1, 2), F)])
+    return session
+
+
+EXPECTED_LIST = "the model's own structure, a list of 2: prices, calendar; or a dict with these"
+REFUSED_LISTS = {
+    "one array": (lambda s: s.step(zeros(2, 3)), f"type numpy.ndarray.*{EXPECTED_LIST}"),
+    "a list of one": (lambda s: s.step([zeros(2, 3)]), f"a list of 1.*{EXPECTED_LIST}"),
+    "a tuple of three": (lambda s: s.step((zeros(2, 3),) * 3), f"a tuple of 3.*{EXPECTED_LIST}"),
+    "no keys": (lambda s: s.step({}), rf"the keys \[\].*{EXPECTED_LIST}"),
+    "one lacks": (
+        lambda s: s.step({"prices": zeros(2, 3)}),
+        rf"the keys \['prices'\].*{EXPECTED_LIST}",
+    ),
+    "another name": (
+        lambda s: s.step({"prices": zeros(2, 3), "calender": zeros(2, 2)}),
+        rf"the keys \['prices', 'calender'\].*{EXPECTED_LIST}",
+    ),
+    "one more": (
+        lambda s: s.step({"prices": zeros(2, 3), "calendar": zeros(2, 2), "more": zeros(2)}),
+        f"'more'.*{EXPECTED_LIST}",
+    ),
+    "places for names": (
+        lambda s: s.step({0: zeros(2, 3), 1: zeros(2, 2)}),
+        rf"the keys \[0, 1\].*{EXPECTED_LIST}",
+    ),
+    "out": (
+        lambda s: s.step([zeros(2, 3), zeros(2, 2)], out=zeros(2, 3)),
+        "out is .*a list of 2: sum, late;",
+    ),
+    "a dict for lists in a list": (
+        lambda s: s.nested.step({"a": zeros(1, 2), "b": zeros(1, 2), "c": zeros(1, 2)}),
+        r"Expected the model's own structure, a list of 2: a, \(a list of 2: b, c\)\.",
+    ),
+    "a dict for inputs of one name": (
+        lambda s: s.of_one_name.step({"x": zeros(1, 2)}),
+        r"Expected the model's own structure, a list of 2: x, x\.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "says"), REFUSED_LISTS.values(), ids=REFUSED_LISTS.keys())
+def test_lists_are_refused_and_change_nothing(listed, call, says):
+    listed.nested = negative_plan(["a", "b", "c"], [0, [1, 2]]).session()
+    listed.of_one_name = negative_plan(["x", "x"], [0, 1]).session()
+    before = everything(listed)
+    with pytest.raises(ValueError, match=says):
+        call(listed)
+    assert everything(listed) == before
+
+
 def test_a_failing_id_changes_nothing(session):
     class Bad:
         def __index__(self):
@@ -519,6 +622,27 @@ def test_state_of_another_training(session, random):
     assert everything(session) == before
     session.set_state(other.get_state(a), session.ids[:1], other_weights=True)
     assert session.position(session.ids[0]) == 3
+
+
+@pytest.mark.parametrize("own", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("other", ["float32", "bfloat16", "float16"])
+def test_state_of_another_cache_dtype(plan, tmp_path, own, other):
+    path = plan.write(tmp_path)
+    session, from_ = Session.load(path, cache_dtype=own), Session.load(path, cache_dtype=other)
+    stream, states = session.open(), from_.get_state(from_.open())
+    if own == other:
+        session.set_state(states, stream)
+        return
+    says = f"the same model with the cache_dtype {other}, and this session has .*{own}"
+    with pytest.raises(sessions.OtherModelError, match=says):
+        session.set_state(states, stream, other_weights=True)
+
+
+def test_sessions_of_one_file_share_states_whatever_their_weights_dtype(plan, tmp_path):
+    # The message above says so.
+    path = plan.write(tmp_path)
+    session, from_ = Session.load(path), Session.load(path, weights_dtype="bfloat16")
+    session.set_state(from_.get_state(from_.open()), session.open())
 
 
 def test_weights_of_another_model(session, random, tmp_path):

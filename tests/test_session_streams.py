@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 
 from continual_transformers_tf.session import Session, UnknownStreamError
-from plan_files import PlanFile, attention_only_plan, attention_plan, many_ports_plan
+from plan_files import (
+    attention_only_plan,
+    attention_plan,
+    many_ports_plan,
+    negative_plan,
+    two_ports_plan,
+)
 
 F = np.float32
 FEATURES, OUTPUTS, WINDOW = 6, 5, 4
@@ -324,6 +330,54 @@ def test_key_mask_marks_gaps(random, several):
     )
 
 
+@pytest.mark.parametrize(
+    "given",
+    [list, tuple, lambda mask: [np.bool_(x) for x in mask], lambda mask: mask[::-1][::-1]],
+    ids=["list", "tuple", "NumPy's bools", "not contiguous"],
+)
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_key_mask_may_be_given_as(random, given, count):
+    session = attention_only_plan(window=3, size=4).session()
+    a, b = session.open(count), session.open(count)
+    x = random.standard_normal((count, 5, 4)).astype(F)
+    mask = random.random((count, 5)) < 0.5
+    for t in range(5):
+        y = session.step(x[:, t], a, key_mask=given(mask[:, t]))
+        np.testing.assert_array_equal(y, session.step(x[:, t], b, key_mask=mask[:, t]))
+    rows = [given(row) for row in mask] if count else np.zeros((0, 5), bool)
+    np.testing.assert_array_equal(
+        session.steps(x, a, key_mask=rows), session.steps(x, b, key_mask=mask)
+    )
+
+
+def test_a_list_of_inputs_may_be_a_dict_by_their_names(random):
+    session = two_ports_plan(random).session()
+    a, b = session.open(2), session.open(2)
+    prices = random.standard_normal((2, 4, 3)).astype(F)
+    calendar = random.standard_normal((2, 4, 2)).astype(F)
+    for given in (
+        {"prices": prices, "calendar": calendar},
+        {"calendar": calendar, "prices": prices},
+    ):
+        expected = session.steps([prices, calendar], a)
+        y = session.steps(given, b)
+        assert type(y) is list
+        np.testing.assert_array_equal(y, expected)
+        out = {"late": np.empty((2, 3), F), "sum": None}
+        expected = session.step((prices[:, 0], calendar[:, 0]), a)
+        y = session.step({name: x[:, 0] for name, x in given.items()}, b, out=out)
+        np.testing.assert_array_equal(y, expected)
+        assert y[1] is out["late"]
+
+
+def test_a_list_within_a_structure_may_be_a_dict(random):
+    session = negative_plan(["a", "b", "c"], {"left": 0, "right": [1, 2]}).session()
+    a, b, c = random.standard_normal((3, 1, 2)).astype(F)
+    y = session.step({"left": a, "right": {"c": c, "b": b}})
+    np.testing.assert_array_equal(y["left"], -a)
+    np.testing.assert_array_equal(y["right"], [-b, -c])
+
+
 def test_several_inputs_and_outputs(random):
     plan, table = many_ports_plan(random)
     session = plan.session()
@@ -352,12 +406,7 @@ def test_several_inputs_and_outputs(random):
 
 def test_more_inputs_than_are_few(random):
     """More than 8 inputs and outputs: the module keeps only up to 8 on the stack."""
-    plan = PlanFile()
-    numbers = [plan.input(f"x{i}", 2) for i in range(20)]
-    for i, x in enumerate(numbers):
-        plan.output(f"y{i}", plan.node("activation", [x], plan.value(2), function="negative"))
-    plan.plan["input_structure"] = plan.plan["output_structure"] = list(range(20))
-    session = plan.session()
+    session = negative_plan([f"x{i}" for i in range(20)], list(range(20))).session()
     inputs = [random.standard_normal((100, 2)).astype(F) for _ in range(20)]
     outputs = session.step(tuple(inputs), streams=session.open(100))
     assert type(outputs) is list

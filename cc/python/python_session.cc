@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <new>
 #include <nlohmann/json.hpp>
+#include <set>
 
 namespace continual_transformers {
 namespace {
@@ -59,6 +60,12 @@ std::vector<ArraySpec> SpecsOf(const Plan& plan, const std::vector<Port>& ports,
   return specs;
 }
 
+PyObject* Interned(const std::string& text) {
+  PyObject* string = PyUnicode_InternFromString(text.c_str());
+  if (!string) throw PythonError();
+  return string;
+}
+
 Structure StructureOf(const nlohmann::ordered_json& json) {
   Structure structure;
   if (json.is_array()) {
@@ -68,9 +75,7 @@ Structure StructureOf(const nlohmann::ordered_json& json) {
   } else if (json.is_object()) {
     structure.kind = Structure::kDict;
     for (const auto& [key, child] : json.items()) {
-      PyObject* name = PyUnicode_InternFromString(key.c_str());
-      if (!name) throw PythonError();
-      structure.keys.push_back(name);
+      structure.keys.push_back(Interned(key));
       structure.children.push_back(StructureOf(child));
     }
   } else if (json.is_number_integer()) {
@@ -104,6 +109,24 @@ void CheckStructure(const Structure& structure, const char* key, size_t count) {
       throw Error(ErrorCode::kBadModelFile,
                   std::string("The plan's ") + key + " has no place " + std::to_string(i) + ".");
     }
+  }
+}
+
+// Gives leaves their names, and lists of leaves their keys. The places have been checked.
+void SetNames(Structure* structure, const std::vector<ArraySpec>& specs) {
+  if (structure->kind == Structure::kLeaf) {
+    structure->name = specs[structure->place].name;
+    return;
+  }
+  std::set<std::string> names;
+  for (Structure& child : structure->children) {
+    SetNames(&child, specs);
+    if (child.kind == Structure::kLeaf) names.insert(child.name);
+  }
+  const bool has_names = names.size() == structure->children.size();
+  if (structure->kind != Structure::kList || !has_names) return;
+  for (const Structure& child : structure->children) {
+    structure->keys.push_back(Interned(child.name));
   }
 }
 
@@ -180,19 +203,28 @@ void SetPythonError() {
   }
 }
 
-Structure Structure::Parse(const std::string& plan_json, const char* key) {
+Structure Structure::Parse(const std::string& plan_json, const char* key,
+                           const std::vector<ArraySpec>& specs) {
   // ParsePlan has already checked that it is JSON.
   const auto plan = nlohmann::ordered_json::parse(plan_json);
-  return StructureOf(plan.at(key));
+  Structure structure = StructureOf(plan.at(key));
+  CheckStructure(structure, key, specs.size());
+  SetNames(&structure, specs);
+  return structure;
 }
 
 std::string Structure::Text() const {
   if (kind == kLeaf) return "one NumPy array";
-  if (kind == kList) return "a list of " + std::to_string(children.size());
-  std::string text = "a dict with the keys ";
-  for (size_t i = 0; i < keys.size(); ++i) {
-    const char* key = PyUnicode_AsUTF8(keys[i]);
-    text += (i ? ", '" : "'") + std::string(key ? key : "?") + "'";
+  std::string text =
+      kind == kDict ? "a dict with the keys " : "a list of " + std::to_string(children.size());
+  for (size_t i = 0; i < children.size(); ++i) {
+    if (kind == kDict) {
+      const char* key = PyUnicode_AsUTF8(keys[i]);
+      text += (i ? ", '" : "'") + std::string(key ? key : "?") + "'";
+    } else {
+      const Structure& child = children[i];
+      text += (i ? ", " : ": ") + (child.kind == kLeaf ? child.name : "(" + child.Text() + ")");
+    }
   }
   return text;
 }
@@ -267,10 +299,8 @@ PythonSession::PythonSession(std::shared_ptr<const ModelFile> file, const Sessio
   const Plan& plan = file->plan();
   inputs_ = SpecsOf(plan, plan.inputs, "x", "input");
   outputs_ = SpecsOf(plan, plan.outputs, "out", "output");
-  input_structure_ = Structure::Parse(plan.json, "input_structure");
-  output_structure_ = Structure::Parse(plan.json, "output_structure");
-  CheckStructure(input_structure_, "input_structure", inputs_.size());
-  CheckStructure(output_structure_, "output_structure", outputs_.size());
+  input_structure_ = Structure::Parse(plan.json, "input_structure", inputs_);
+  output_structure_ = Structure::Parse(plan.json, "output_structure", outputs_);
   {
     GilRelease release(true);  // packing weights takes milliseconds to seconds
     session_ = std::make_unique<Session>(std::move(file), options);

@@ -49,19 +49,6 @@ class GilRelease {
   PyThreadState* state_;
 };
 
-// The structure of a model's inputs or outputs: an index in the plan's list, a list, or a dict.
-struct Structure {
-  enum Kind { kLeaf, kList, kDict };
-  Kind kind = kLeaf;
-  int place = 0;                    // of a leaf
-  std::vector<Structure> children;  // of a list or dict
-  std::vector<PyObject*> keys;      // of a dict: interned strings, which are never freed
-
-  static Structure Parse(const std::string& plan_json, const char* key);
-  // "a dict with the keys 'audio', 'video'"
-  std::string Text() const;
-};
-
 // NumPy's limit before version 2.0.
 constexpr int kMostAxes = 32;
 
@@ -74,6 +61,24 @@ struct ArraySpec {
   std::vector<npy_intp> shape;  // of one step of one stream
   npy_intp bytes;               // of one step of one stream
   bool is_integer;
+};
+
+// The structure of a model's inputs or outputs: an index in the plan's list, a list, or a dict.
+struct Structure {
+  enum Kind { kLeaf, kList, kDict };
+  Kind kind = kLeaf;
+  int place = 0;                    // of a leaf
+  std::string name;                 // of a leaf
+  std::vector<Structure> children;  // of a list or dict
+  // Of a dict, and of a list in which each child is a leaf with a name of its own: one key for each
+  // child. They are interned strings, which are never freed.
+  std::vector<PyObject*> keys;
+
+  // `specs`: the plan's inputs or outputs, which are the leaves.
+  static Structure Parse(const std::string& plan_json, const char* key,
+                         const std::vector<ArraySpec>& specs);
+  // "a dict with the keys 'audio', 'video'", "a list of 2: audio, video"
+  std::string Text() const;
 };
 
 // Stream ids as the caller passed them.

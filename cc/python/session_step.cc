@@ -232,21 +232,23 @@ void Flatten(const Structure& structure, PyObject* given, const char* what,
     return;
   }
   const size_t count = structure.children.size();
-  const bool is_dict = structure.kind == Structure::kDict;
-  const bool fits =
-      is_dict ? PyDict_Check(given) && static_cast<size_t>(PyDict_GET_SIZE(given)) == count
-              : (PyList_Check(given) || PyTuple_Check(given)) &&
-                    static_cast<size_t>(PySequence_Fast_GET_SIZE(given)) == count;
+  const bool has_keys = !structure.keys.empty();
+  const bool is_dict = PyDict_Check(given) && has_keys;
+  const bool is_list =
+      (PyList_Check(given) || PyTuple_Check(given)) && structure.kind == Structure::kList;
   for (size_t i = 0; i < count; ++i) {
     PyObject* child = nullptr;
-    if (fits) {
-      child = is_dict ? PyDict_GetItemWithError(given, structure.keys[i])
-                      : PySequence_Fast_GET_ITEM(given, i);
+    if (is_dict && static_cast<size_t>(PyDict_GET_SIZE(given)) == count) {
+      child = PyDict_GetItemWithError(given, structure.keys[i]);
+    } else if (is_list && static_cast<size_t>(PySequence_Fast_GET_SIZE(given)) == count) {
+      child = PySequence_Fast_GET_ITEM(given, i);
     }
     if (!child) {
       if (PyErr_Occurred()) throw PythonError();
-      Raise(PyExc_ValueError, std::string(what) + " is " + Got(given) + ". Expected " +
-                                  structure.Text() + ", the model's own structure.");
+      const bool is_named_list = structure.kind == Structure::kList && has_keys;
+      Raise(PyExc_ValueError, std::string(what) + " is " + Got(given) +
+                                  ". Expected the model's own structure, " + structure.Text() +
+                                  (is_named_list ? "; or a dict with these names as keys." : "."));
     }
     references->Hold(child);
     Flatten(structure.children[i], child, what, items, references);
@@ -340,15 +342,17 @@ Arguments Parse(const char* method, PyObject* const* args, Py_ssize_t count, PyO
 
 PyArrayObject* CheckKeyMask(PyObject* given, const Rows& rows, References* references) {
   const auto expected = [&rows] {
-    return ". Expected a NumPy array " + rows.ExpectedExactly(nullptr, 0) +
+    return ". Expected an array or a list " + rows.ExpectedExactly(nullptr, 0) +
            " of bool: True for a step with a key, False for a gap.";
   };
   if (!PyArray_Check(given)) {
-    Raise(PyExc_TypeError,
-          std::string("key_mask is of type ") + Py_TYPE(given)->tp_name + expected());
+    given = PyArray_FromAny(given, nullptr, 0, 0, 0, nullptr);
+    if (!given) throw PythonError();
+    references->Take(given);
   }
   PyArrayObject* array = reinterpret_cast<PyArrayObject*>(given);
-  if (PyArray_TYPE(array) != NPY_BOOL) {
+  // An empty list becomes an array of floats.
+  if (PyArray_TYPE(array) != NPY_BOOL && PyArray_SIZE(array) != 0) {
     Raise(PyExc_ValueError, "key_mask has dtype " + DTypeText(array) + expected());
   }
   if (PyArray_NDIM(array) != rows.axes || PyArray_DIM(array, 0) != rows.streams ||
@@ -486,14 +490,16 @@ every stream is as it was before the call.
 
 Args:
     x: The model's inputs without the time axis: one NumPy array `(M, ...)`, or several in the
-        model's own structure (a list, or a dict by name). `inputs` has shapes and dtypes. Dtypes
-        must be exact; an array that is not C-contiguous is copied.
+        model's own structure (a list, or a dict by name; for a list of named inputs also a dict).
+        `inputs` has shapes and dtypes. Dtypes must be exact; an array that is not C-contiguous is
+        copied.
     streams: The stream of each row: a list or tuple of ids, an int64 array `(M,)`, or one id if
         M = 1. None: row i is the session's i-th default stream, which the first such step opens.
     out: Arrays to write the outputs to, in the structure of the returned outputs. None, here or
         inside the structure: a new array. Arrays must be C-contiguous, with the exact shape and
         dtype, and share no memory with the inputs.
-    key_mask: bool `(M,)`; False marks a gap: no query attends to that step, now or later.
+    key_mask: bool `(M,)`, an array or a list; False marks a gap of all inputs: no query attends to
+        that step, now or later.
 
 Returns:
     The model's outputs for the newest step, or for the step `delay` steps before it: `(M, ...)`, in

@@ -406,6 +406,23 @@ class Session::Impl final : public ForkListener {
     }
   }
 
+  // Refuses a copy whose plan has another fingerprint, which also covers the cache dtype.
+  [[noreturn]] void RefusePlan(uint64_t fingerprint) const {
+    for (const DType cache : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+      if (fingerprint != plan_.FingerprintWith(cache)) continue;
+      throw Error(
+          ErrorCode::kOtherModel,
+          std::string("this is a copy of a stream of the same model with the cache_dtype ") +
+              NameOf(cache) + ", and this session has the cache_dtype " +
+              NameOf(options_.cache_dtype) + ": put it into a session with the cache_dtype " +
+              NameOf(cache));
+    }
+    throw Error(ErrorCode::kOtherModel,
+                "this is a copy of another model's stream: the fingerprint of its plan is " +
+                    Hex(fingerprint) + ", this session's plan has " + Hex(plan_fingerprint_) +
+                    ": put it back into a session of the model that it came from");
+  }
+
   void CheckState(const void* state, int64_t bytes, bool other_weights) const {
     const char* const from = static_cast<const char*>(state);
     StateHeader header;
@@ -428,14 +445,7 @@ class Session::Impl final : public ForkListener {
                       ", and this version of continual-transformers-tf reads format " +
                       Text(kStateVersion) + ": use the version that wrote it, or a newer one");
     }
-    if (header.plan_fingerprint != plan_fingerprint_) {
-      throw Error(ErrorCode::kOtherModel,
-                  "this is a copy of another model's stream: its plan and cache dtype have the "
-                  "fingerprint " +
-                      Hex(header.plan_fingerprint) + ", this session's (cache dtype " +
-                      NameOf(options_.cache_dtype) + ") have " + Hex(plan_fingerprint_) +
-                      ": put it back into a session of the model that it came from");
-    }
+    if (header.plan_fingerprint != plan_fingerprint_) RefusePlan(header.plan_fingerprint);
     if (header.block_bytes != store_.block_bytes() || bytes != state_bytes()) {
       throw Error(ErrorCode::kInvalidArgument,
                   "this copy of a stream is cut off or has extra bytes at its end: it has " +
@@ -443,13 +453,18 @@ class Session::Impl final : public ForkListener {
                       Text(state_bytes()));
     }
     if (header.weights_fingerprint != weights_fingerprint_ && !other_weights) {
-      throw Error(ErrorCode::kOtherModel,
-                  "this is a copy of a stream of the same model with other weights (another "
-                  "training, or another start row of a positional encoding, which regular calls "
-                  "move): their fingerprint is " +
-                      Hex(header.weights_fingerprint) + ", this session's weights have " +
-                      Hex(weights_fingerprint_) +
-                      ": load those weights, or allow other weights (other_weights)");
+      throw Error(
+          ErrorCode::kOtherModel,
+          std::string("this is a copy of a stream of the same model with other weights: of "
+                      "another training, in another weights_dtype (this session's model file "
+                      "has ") +
+              NameOf(plan_.weights_dtype) +
+              "), or with another start row of a positional encoding, which regular calls "
+              "move. Their fingerprint is " +
+              Hex(header.weights_fingerprint) + ", this session's weights have " +
+              Hex(weights_fingerprint_) +
+              ": load those weights, or both sessions from one model file, or allow "
+              "other weights (other_weights)");
     }
     CheckPosition(header.position);
     for (const Segment& segment : segments_) {

@@ -4,7 +4,7 @@
 //
 // STEPS.npy has one step per row, in the dtype of the model's input. Without it, the input is a
 // thousand steps of noise. The outputs are written to OUTPUTS.npy, one row per step. The model must
-// have one input and one output, as most have; for others see ct::Session::Step. The README beside
+// have one input and one output, as most have; for others see ct::Stream::Step. The README beside
 // this file says how to build it.
 
 #include <algorithm>

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 Arrays = npt.NDArray[Any] | Sequence["Arrays"] | Mapping[str, "Arrays"]
 OutArrays = npt.NDArray[Any] | Sequence["OutArrays | None"] | Mapping[str, "OutArrays | None"]
+KeyMask = npt.NDArray[np.bool_] | Sequence[bool | np.bool_ | Sequence[bool | np.bool_]]
 ManyStreams = Sequence[int] | npt.NDArray[np.int64]
 Streams = int | np.integer[Any] | ManyStreams
 
@@ -44,7 +45,7 @@ class NativeSession:
         streams: Streams | None = None,
         *,
         out: OutArrays | None = None,
-        key_mask: npt.NDArray[np.bool_] | None = None,
+        key_mask: KeyMask | None = None,
     ) -> Any:
         """Take one step of M streams.
 
@@ -54,15 +55,17 @@ class NativeSession:
 
         Args:
             x: The model's inputs without the time axis: one NumPy array `(M, ...)`, or several in
-                the model's own structure (a list, or a dict by name). `inputs` has shapes and
-                dtypes. Dtypes must be exact; an array that is not C-contiguous is copied.
+                the model's own structure (a list, or a dict by name; for a list of named inputs
+                also a dict). `inputs` has shapes and dtypes. Dtypes must be exact; an array that is
+                not C-contiguous is copied.
             streams: The stream of each row: a list or tuple of ids, an int64 array `(M,)`, or one
                 id if M = 1. None: row i is the session's i-th default stream, which the first such
                 step opens.
             out: Arrays to write the outputs to, in the structure of the returned outputs. None,
                 here or inside the structure: a new array. Arrays must be C-contiguous, with the
                 exact shape and dtype, and share no memory with the inputs.
-            key_mask: bool `(M,)`; False marks a gap: no query attends to that step, now or later.
+            key_mask: bool `(M,)`, an array or a list; False marks a gap of all inputs: no query
+                attends to that step, now or later.
 
         Returns:
             The model's outputs for the newest step, or for the step `delay` steps before it:
@@ -81,7 +84,7 @@ class NativeSession:
         streams: Streams | None = None,
         *,
         out: OutArrays | None = None,
-        key_mask: npt.NDArray[np.bool_] | None = None,
+        key_mask: KeyMask | None = None,
     ) -> Any:
         """Take T steps of M streams: the same outputs and state as T calls of `step`.
 

@@ -69,7 +69,7 @@ class ArraySpec(NamedTuple):
     """An input or output of a model.
 
     Attributes:
-        name: The name in the model.
+        name: The name in the model. An only output is "y", several in a list are "y_0", "y_1", ...
         shape: The shape for one step of one stream. `Session.step` takes `(M, *shape)`,
             `Session.steps` takes `(M, T, *shape)`.
         dtype: The NumPy dtype.

@@ -3,6 +3,7 @@
 #include <continual_transformers.h>
 #include <unistd.h>
 
+#include <cmath>
 #include <continual_transformers.hpp>
 #include <cstddef>
 #include <cstdint>
@@ -444,6 +445,78 @@ TEST(Wrapper, StreamsOfAModel) {
   EXPECT_EQ(other.open_streams(), 0);
 }
 
+TEST(Wrapper, SeveralInputsAndOutputs) {
+  PlanBuilder builder("float32");
+  const int a = builder.Input("a", {2}), b = builder.Input("b", {2});
+  builder.Output("sum", builder.Node("binary", {a, b}, {2}, {{"function", "add"}}));
+  builder.Output("late", builder.Node("delay", {b}, {2}, {{"steps", 1}}));
+  const std::string bytes = builder.Bytes();
+  ct::Session session = ct::Session::FromMemory(bytes.data(), bytes.size());
+  const std::vector<float> x = {1, 2, 3, 4}, z = {10, 20, 30, 40};
+  std::vector<float> sum(4), late(4);
+
+  ct::Stream stream = session.OpenStream();
+  stream.Step({&x[0], &z[0]}, {sum.data(), late.data()});
+  EXPECT_EQ(late, std::vector<float>({0, 0, 0, 0}));
+  stream.Step({&x[2], &z[2]}, {nullptr, late.data()}, /*key_mask=*/true);
+  EXPECT_EQ(sum, std::vector<float>({11, 22, 0, 0}));
+  EXPECT_EQ(late, std::vector<float>({10, 20, 0, 0}));
+
+  const std::vector<ct_stream> streams = session.Open(2);
+  session.Step(streams, {x.data(), z.data()}, {sum.data(), late.data()});
+  EXPECT_EQ(sum, std::vector<float>({11, 22, 33, 44}));
+  session.Steps(&streams[1], 1, 2, {x.data(), z.data()}, {sum.data(), late.data()});
+  EXPECT_EQ(late, std::vector<float>({30, 40, 10, 20}));
+  EXPECT_EQ(session.Positions(streams), std::vector<int64_t>({1, 3}));
+}
+
+// Every way to give gaps gives the same outputs as the C interface.
+TEST(Wrapper, Gaps) {
+  const std::string bytes = OneOutput().Bytes();
+  ct::Session session = ct::Session::FromMemory(bytes.data(), bytes.size());
+  constexpr int kSteps = 6, kFeatures = 3, kOutputs = 5;
+  const bool key_mask[kSteps] = {true, false, true, true, false, true};
+  std::vector<float> x(kSteps * kFeatures), expected(kSteps * kOutputs), without(kSteps * kOutputs);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 5) - 2;
+  const std::vector<ct_stream> streams = session.Open(6);
+  const auto steps = [&](int stream, const bool* mask, std::vector<float>* y) {
+    const void* const inputs[] = {x.data()};
+    void* const outputs[] = {y->data()};
+    ct::Check(ct_session_steps(session.get(), &streams[stream], 1, kSteps, inputs, outputs, mask));
+  };
+  steps(0, key_mask, &expected);
+  steps(1, nullptr, &without);
+  EXPECT_GT(std::abs(expected.back() - without.back()), 1e-3);
+
+  std::vector<float> y(expected.size());
+  const auto expect_same = [&](const char* way) {
+    // Several steps at once are rounded in another way than one after the other.
+    for (size_t i = 0; i < y.size(); ++i) EXPECT_NEAR(y[i], expected[i], 1e-5) << way;
+    y.assign(y.size(), 0);
+  };
+  session.Steps(&streams[2], 1, kSteps, x.data(), y.data(), key_mask);
+  expect_same("Session::Steps");
+  session.Steps(&streams[3], 1, kSteps, {x.data()}, {y.data()}, key_mask);
+  expect_same("Session::Steps with vectors");
+  ct::Stream stream = session.OpenStream(), of_vectors = session.OpenStream();
+  for (int t = 0; t < kSteps; ++t) {
+    session.Step({streams[4]}, &x[t * kFeatures], &y[t * kOutputs], &key_mask[t]);
+  }
+  expect_same("Session::Step");
+  for (int t = 0; t < kSteps; ++t) {
+    session.Step({streams[5]}, {&x[t * kFeatures]}, {&y[t * kOutputs]}, &key_mask[t]);
+  }
+  expect_same("Session::Step with vectors");
+  for (int t = 0; t < kSteps; ++t) {
+    stream.Step(&x[t * kFeatures], &y[t * kOutputs], key_mask[t]);
+  }
+  expect_same("Stream::Step");
+  for (int t = 0; t < kSteps; ++t) {
+    of_vectors.Step({&x[t * kFeatures]}, {&y[t * kOutputs]}, key_mask[t]);
+  }
+  expect_same("Stream::Step with vectors");
+}
+
 TEST(Wrapper, Errors) {
   const std::string bytes = OneOutput().Bytes(), two = SmallModel().Bytes();
   ct::Session session = ct::Session::FromMemory(bytes.data(), bytes.size());
@@ -461,10 +534,16 @@ TEST(Wrapper, Errors) {
     }
   };
   expect(CT_INVALID_ARGUMENT, "float32, got float64", [&] { session.Step({stream}, wrong, y); });
-  expect(CT_INVALID_ARGUMENT, "2 outputs, got 1", [&] { outputs.Step({of_two}, x, y); });
-  expect(CT_INVALID_ARGUMENT, "2 outputs, got 1",
-         [&] { outputs.Step({of_two}, std::vector<const void*>{x}, std::vector<void*>{y}); });
-  outputs.Step({of_two}, std::vector<const void*>{x}, std::vector<void*>{y, &position});
+  const std::string names = outputs.outputs()[0].name + ", " + outputs.outputs()[1].name;
+  const std::string too_few = "2 outputs (" + names + "), got 1: pass a vector";
+  expect(CT_INVALID_ARGUMENT, too_few, [&] { outputs.Step({of_two}, x, y); });
+  expect(CT_INVALID_ARGUMENT, too_few, [&] { outputs.Step({of_two}, {x}, {y}); });
+  expect(CT_INVALID_ARGUMENT, "1 input (x), got 2",
+         [&] { outputs.Step({of_two}, {x, x}, {y, &position}); });
+  expect(CT_INVALID_ARGUMENT, "1 input (x), got 0", [&] { outputs.Step({of_two}, {}, {y, y}); });
+  expect(CT_INVALID_ARGUMENT, "NULL", [&] { outputs.Step({of_two}, {nullptr}, {y, &position}); });
+  EXPECT_EQ(outputs.Position(of_two), 0);
+  outputs.Step({of_two}, {x}, {y, &position});
   EXPECT_EQ(position, 0);
   expect(CT_UNKNOWN_STREAM, "77", [&] { session.Step({77}, x, y); });
   expect(CT_OTHER_MODEL, "another model",

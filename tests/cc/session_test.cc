@@ -280,7 +280,9 @@ TEST_P(SessionTest, CopiesThatAreRefused) {
   SessionOptions half;
   half.cache_dtype = DType::kBFloat16;
   Session bfloat16(model.File(), half);
-  refused(ErrorCode::kOtherModel, "cache dtype float32",
+  refused(ErrorCode::kOtherModel,
+          "the same model with the cache_dtype bfloat16, and this session has the cache_dtype "
+          "float32",
           StateOf(bfloat16, OpenStreams(&bfloat16, 1)[0]));
   EXPECT_NE(bfloat16.plan_fingerprint(), session.plan_fingerprint());
   PlanBuilder trained = Model();

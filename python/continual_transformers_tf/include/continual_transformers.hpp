@@ -5,6 +5,10 @@
 //   ct::Stream stream = session.OpenStream();
 //   std::vector<float> x(session.inputs()[0].elements), y(session.outputs()[0].elements);
 //   while (Read(x.data())) stream.Step(x.data(), y.data());
+//
+// A model with several inputs or outputs takes a list of pointers for each:
+//
+//   stream.Step({a.data(), b.data()}, {y.data()});
 
 #ifndef CONTINUAL_TRANSFORMERS_HPP_
 #define CONTINUAL_TRANSFORMERS_HPP_
@@ -168,25 +172,35 @@ class Session {
   }
 
   // Takes one step of streams, for a model with one input and one output: both are [M, ...].
+  // key_mask: [M], false for a gap: no query attends to that step, now or later. NULL: no gaps.
   template <typename X, typename Y>
-  void Step(const std::vector<ct_stream>& streams, const X* x, Y* y) {
-    Steps(streams.data(), Count(streams), 1, x, y);
+  void Step(const std::vector<ct_stream>& streams, const X* x, Y* y,
+            const bool* key_mask = nullptr) {
+    Steps(streams.data(), Count(streams), 1, x, y, key_mask);
   }
-  // Takes T steps: arrays are [M, T, ...].
+  // Takes T steps: arrays are [M, T, ...], and key_mask is [M, T].
   template <typename X, typename Y>
-  void Steps(const ct_stream* streams, int64_t count, int64_t steps, const X* x, Y* y) {
+  void Steps(const ct_stream* streams, int64_t count, int64_t steps, const X* x, Y* y,
+             const bool* key_mask = nullptr) {
     CheckOnly<X>(inputs_, "input");
     CheckOnly<Y>(outputs_, "output");
     const void* const inputs[] = {x};
     void* const outputs[] = {y};
-    Check(ct_session_steps(session_, streams, count, steps, inputs, outputs, nullptr));
+    Check(ct_session_steps(session_, streams, count, steps, inputs, outputs, key_mask));
   }
-  // Takes one step of streams, for any model: one pointer per input and output, in their order.
+  // The same for any model: one pointer per input and output, in the order of inputs() and
+  // outputs(). Their dtypes are not checked. NULL: this output is not wanted.
   void Step(const std::vector<ct_stream>& streams, const std::vector<const void*>& inputs,
-            const std::vector<void*>& outputs) {
-    CheckNumber(inputs.size(), inputs_.size(), "inputs");
-    CheckNumber(outputs.size(), outputs_.size(), "outputs");
-    Check(ct_session_step(session_, streams.data(), Count(streams), inputs.data(), outputs.data()));
+            const std::vector<void*>& outputs, const bool* key_mask = nullptr) {
+    Steps(streams.data(), Count(streams), 1, inputs, outputs, key_mask);
+  }
+  void Steps(const ct_stream* streams, int64_t count, int64_t steps,
+             const std::vector<const void*>& inputs, const std::vector<void*>& outputs,
+             const bool* key_mask = nullptr) {
+    CheckNumber(inputs.size(), inputs_, "input");
+    CheckNumber(outputs.size(), outputs_, "output");
+    Check(
+        ct_session_steps(session_, streams, count, steps, inputs.data(), outputs.data(), key_mask));
   }
 
   // Copies a stream, and restores a copy.
@@ -234,7 +248,7 @@ class Session {
 
   template <typename T>
   static void CheckOnly(const std::vector<Value>& values, const char* what) {
-    if (values.size() != 1) CheckNumber(1, values.size(), std::string(what) + "s");
+    CheckNumber(1, values, what);
     if constexpr (!std::is_void_v<T>) {
       if (values[0].dtype != DtypeOf<T>()) {
         throw Error(CT_INVALID_ARGUMENT, std::string("the model's ") + what + " is " +
@@ -244,10 +258,14 @@ class Session {
     }
   }
 
-  static void CheckNumber(size_t got, size_t expected, const std::string& what) {
-    if (got == expected) return;
-    throw Error(CT_INVALID_ARGUMENT, "the model has " + std::to_string(expected) + " " + what +
-                                         ", got " + std::to_string(got));
+  static void CheckNumber(size_t got, const std::vector<Value>& expected, const char* what) {
+    if (got == expected.size()) return;
+    std::string names;
+    for (const Value& value : expected) names += (names.empty() ? "" : ", ") + value.name;
+    throw Error(CT_INVALID_ARGUMENT, "the model has " + std::to_string(expected.size()) + " " +
+                                         what + (expected.size() == 1 ? "" : "s") + " (" + names +
+                                         "), got " + std::to_string(got) +
+                                         ": pass a vector with a pointer for each " + what);
   }
 
   ct_session* session_ = nullptr;
@@ -273,11 +291,22 @@ class Stream {
 
   ct_stream id() const { return id_; }
 
-  // Takes one step, for a model with one input and one output.
+  // Takes one step, for a model with one input and one output. key_mask: false for a gap.
   template <typename X, typename Y>
-  void Step(const X* x, Y* y) {
-    session_->Steps(&id_, 1, 1, x, y);
+  void Step(const X* x, Y* y, bool key_mask = true) {
+    session_->Steps(&id_, 1, 1, x, y, &key_mask);
   }
+  // The same for any model: one pointer per input and output, in the session's order.
+  void Step(const std::vector<const void*>& inputs, const std::vector<void*>& outputs,
+            bool key_mask = true) {
+    session_->Steps(&id_, 1, 1, inputs, outputs, &key_mask);
+  }
+  // One stream has one flag. A pointer, as the session's Step takes it, would be read as true.
+  template <typename X, typename Y>
+  void Step(const X* x, Y* y, const bool* key_mask) = delete;
+  void Step(const std::vector<const void*>& inputs, const std::vector<void*>& outputs,
+            const bool* key_mask) = delete;
+
   int64_t position() const { return session_->Position(id_); }
   bool ready() const { return session_->Ready(id_); }
   void Clean() { session_->Clean(id_); }
