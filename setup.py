@@ -118,7 +118,7 @@ class build_libraries(build_ext):
 
     def wants_cuda(self):
         """Return whether GPU kernels are asked for, or a TensorFlow here can use them."""
-        if nvcc.CUDA in os.environ:
+        if os.environ.get(nvcc.CUDA):
             return bool(TENSORFLOWS)
         return any(tensorflow.has_cuda for tensorflow in TENSORFLOWS.values())
 

@@ -75,9 +75,9 @@ class Toolkit(NamedTuple):
         return target
 
     def compile_all(self, sources, folder, on_file=lambda name: None):
-        """Compile files of //cuda into a folder of objects, those anew that have changed.
+        """Compile files of //cuda into a folder of objects. Unchanged files are skipped.
 
-        `on_file` is called with the name of each file that is done.
+        `on_file` is called with the name of each file when it is done.
         """
 
         def compile_one(name):

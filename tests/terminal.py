@@ -1,17 +1,17 @@
 """A terminal, for tests of what is shown on one."""
 
+import contextlib
 import os
 import select
-from types import TracebackType
+from collections.abc import Iterator
+from typing import NamedTuple, TextIO
 
 
-class Terminal:
-    """A terminal that keeps what is written to `screen`, a text file, in a `with` block."""
+class Terminal(NamedTuple):
+    """A terminal: what is written to `screen` can be read."""
 
-    def __enter__(self) -> "Terminal":
-        self._reads, writes = os.openpty()
-        self.screen = os.fdopen(writes, "w")
-        return self
+    screen: TextIO
+    reads: int
 
     def said(self, awaited: str) -> str:
         """Return what was written since the last call. The kernel passes it on a little later.
@@ -21,16 +21,15 @@ class Terminal:
         """
         text = ""
         while awaited not in text:
-            ready, _, _ = select.select([self._reads], [], [], 30)
+            ready, _, _ = select.select([self.reads], [], [], 30)
             assert ready, f"expected {awaited!r} on the terminal, got {text!r}"
-            text += os.read(self._reads, 10_000).decode()
+            text += os.read(self.reads, 10_000).decode()
         return text
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.screen.close()
-        os.close(self._reads)
+
+@contextlib.contextmanager
+def open_terminal() -> Iterator[Terminal]:
+    """Open a terminal for a `with` block."""
+    reads, writes = os.openpty()
+    with os.fdopen(reads, "rb"), os.fdopen(writes, "w") as screen:
+        yield Terminal(screen, reads)

@@ -19,7 +19,7 @@ from continual_transformers_tf import cli, native
 from continual_transformers_tf.commands import common
 from continual_transformers_tf.models import packing
 from continual_transformers_tf.serving.ray_command import serve_on_ray
-from terminal import Terminal
+from terminal import open_terminal
 
 N, E = 5, 6
 
@@ -402,7 +402,7 @@ def bar_on(stderr, monkeypatch):
 
 
 def test_the_bar_is_for_terminals_only(monkeypatch, tmp_path):
-    with Terminal() as terminal:
+    with open_terminal() as terminal:
         bar_on(terminal.screen, monkeypatch)
         print("end", file=terminal.screen, flush=True)
         assert "Comparing" in terminal.said("end\r\n")

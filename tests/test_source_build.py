@@ -13,7 +13,7 @@ import tensorflow_headers
 from build_progress import Progress
 from compiler_errors import check_compiler, explain
 from object_files import compile_object, precompile_header
-from terminal import Terminal
+from terminal import open_terminal
 
 ROOT = Path(__file__).parent.parent
 
@@ -110,7 +110,7 @@ def test_progress_without_a_terminal_is_one_sentence():
 
 
 def test_progress_on_a_terminal():
-    with Terminal() as terminal, pytest.MonkeyPatch.context() as patch:
+    with open_terminal() as terminal, pytest.MonkeyPatch.context() as patch:
         patch.setattr("build_progress.terminal", lambda: terminal.screen)
         with Progress("Compiling.", 2) as progress:
             progress.step("cc/a.cc")

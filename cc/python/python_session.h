@@ -70,8 +70,8 @@ struct Structure {
   int place = 0;                    // of a leaf
   std::string name;                 // of a leaf
   std::vector<Structure> children;  // of a list or dict
-  // Of a dict, and of a list in which each child is a leaf with a name of its own: one key for each
-  // child. They are interned strings, which are never freed.
+  // One for each child of a dict. A list has keys too, if its children are leaves and no two have
+  // the same name. They are interned strings, which are never freed.
   std::vector<PyObject*> keys;
 
   // `specs`: the plan's inputs or outputs, which are the leaves.

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import keras
     import numpy.typing as npt
 
+    from continual_transformers_tf.models.explain import Explanation
     from continual_transformers_tf.models.packing import Comparison
 
 
@@ -65,12 +66,12 @@ def check(
             )
         recordings = packing.read_recordings(data, session)
         found = compared(keras_model, session, recordings, seq_len)
-        windows = packing.against_windows(keras_model, seq_len)
+        explanation = ct.explain(keras_model, seq_len)
     if as_json:
-        common.print_json({**found._asdict(), **windows})
+        common.print_json({**found._asdict(), **windows_of(explanation)})
     else:
         click.echo(found)
-        click.echo(packing.describe_windows(windows))
+        click.echo(f"as on windows: {explanation.as_on_windows}")
     fail_above(found, tolerance)
 
 
@@ -85,6 +86,11 @@ def compared(
 
     with common.progress("Comparing", recordings[0].shape[1]) as on_step:
         return packing.compare(model, session, recordings, seq_len, on_step)
+
+
+def windows_of(explanation: "Explanation") -> dict[str, Any]:
+    """Return what `ct.explain` says of windows, as plain data."""
+    return {"equals_windows": explanation.equals_windows, "windows": explanation.windows}
 
 
 def fail_above(found: "Comparison", tolerance: float | None) -> None:

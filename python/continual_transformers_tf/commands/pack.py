@@ -7,7 +7,7 @@ import click
 
 import continual_transformers_tf as ct
 from continual_transformers_tf.commands import common
-from continual_transformers_tf.commands.check import compared, fail_above
+from continual_transformers_tf.commands.check import compared, fail_above, windows_of
 
 
 @click.command(
@@ -62,15 +62,16 @@ def pack(
         session = ct.Session.load(output)
         size = output.stat().st_size
         costs = packing.costs(keras_model, session, seq_len)
-        windows = packing.against_windows(keras_model, seq_len)
+        explanation = ct.explain(keras_model, seq_len)
         found = recordings and compared(keras_model, session, recordings, seq_len)
     if as_json:
-        written: dict[str, Any] = {"written": str(output), "bytes": size, **costs, **windows}
+        written: dict[str, Any] = {"written": str(output), "bytes": size, **costs}
+        written |= windows_of(explanation)
         common.print_json({**written, "check": found._asdict() if found else None})
     else:
         click.echo(f"written: {output}, {size:,} bytes")
         click.echo(packing.describe_costs(costs))
-        click.echo(packing.describe_windows(windows))
+        click.echo(f"as on windows: {explanation.as_on_windows}")
         if found:
             click.echo(found)
     if found:

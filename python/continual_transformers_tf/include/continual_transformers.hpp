@@ -294,12 +294,12 @@ class Stream {
   // Takes one step, for a model with one input and one output. key_mask: false for a gap.
   template <typename X, typename Y>
   void Step(const X* x, Y* y, bool key_mask = true) {
-    session_->Steps(&id_, 1, 1, x, y, &key_mask);
+    session_->Steps(&id_, 1, 1, x, y, key_mask ? nullptr : &key_mask);
   }
   // The same for any model: one pointer per input and output, in the session's order.
   void Step(const std::vector<const void*>& inputs, const std::vector<void*>& outputs,
             bool key_mask = true) {
-    session_->Steps(&id_, 1, 1, inputs, outputs, &key_mask);
+    session_->Steps(&id_, 1, 1, inputs, outputs, key_mask ? nullptr : &key_mask);
   }
   // One stream has one flag. A pointer, as the session's Step takes it, would be read as true.
   template <typename X, typename Y>

@@ -70,6 +70,11 @@ class Explanation:
     windows: str = ""
     state_bytes: int | None = None
 
+    @property
+    def as_on_windows(self) -> str:
+        """Whether a step equals the model on windows: "yes, on windows of 64 steps"."""
+        return f"{'yes' if self.equals_windows else 'no'}, {self.windows}"
+
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain data, which `json.dumps` takes."""
         return dataclasses.asdict(self)
@@ -101,8 +106,7 @@ class Explanation:
             yield f"receptive field   {_steps(self.receptive_field)}"
             yield f"delay             {_steps(self.delay or 0)}"
         if self.windows:
-            answer = "yes" if self.equals_windows else "no"
-            first, *rest = _wrapped(f"{answer}, {self.windows}", " " * 18)
+            first, *rest = _wrapped(self.as_on_windows, " " * 18)
             yield f"as on windows     {first.lstrip()}"
             yield from rest
         if self.state_bytes is not None:

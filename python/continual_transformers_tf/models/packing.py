@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from continual_transformers_tf.models.cost import cost
-from continual_transformers_tf.models.explain import explain
 from continual_transformers_tf.models.lowering import continual_model
 from continual_transformers_tf.models.streaming_model import StreamingModel
 from continual_transformers_tf.session import Session
@@ -72,21 +71,6 @@ def costs(model: keras.Model, session: Session, seq_len: int | None = None) -> d
         "receptive_field": session.receptive_field,
         "delay": session.delay,
     }
-
-
-def against_windows(model: keras.Model, seq_len: int | None = None) -> dict[str, Any]:
-    """Return whether the steps equal the model on windows, and the same in words, as plain data.
-
-    Args:
-        model, seq_len: As in `ct.explain`.
-    """
-    found = explain(model, seq_len)
-    return {"equals_windows": found.equals_windows, "windows": found.windows}
-
-
-def describe_windows(found: dict[str, Any]) -> str:
-    """Return the result of `against_windows` as a line of text."""
-    return f"as on windows: {'yes' if found['equals_windows'] else 'no'}, {found['windows']}"
 
 
 def describe_costs(found: dict[str, Any]) -> str:

@@ -28,8 +28,8 @@ class Windows:
         least: How many steps the windows must have at least.
         deep: Whether attention attends to the outputs of other attention, and a step sees further
             back than a window. Then there are no such windows.
-        every_row: Whether the model computes not only the newest row so, but each row that has at
-            least `least` steps up to its own.
+        every_row: Whether this holds for each row that is the last of `least` rows or more, and
+            not only for the newest row. Attention can then attend to these rows.
     """
 
     lengths: frozenset[int] = frozenset()
@@ -82,7 +82,7 @@ def windows_of_graph(graph: StepGraph) -> Windows:
 
 def windows_of_layer(layer: keras.layers.Layer) -> Windows:
     """Return the windows on which a continual layer, called by itself, computes a step's output."""
-    return _through_layer(layer, Windows(), Windows(), False)
+    return _through_layer(layer, Windows(), Windows(), causal=False)
 
 
 def _union(windows: Iterable[Windows]) -> Windows:
@@ -136,10 +136,9 @@ def _through_layer(
     if isinstance(layer, CoDelay):
         return inputs.delayed(layer.delay)
     n = layer.receptive_field
-    # Longer windows do not show these more.
+    # In longer windows these see no more steps.
     slides = isinstance(layer, CoSiMultiHeadAttention) and n >= (layer._sliding_window or n + 1)
-    every_row_known = not attended.lengths and not attended.deep and attended.every_row
-    if slides and layer.delay == 0 and every_row_known:
+    if slides and layer.delay == 0 and attended.every_row:
         least = attended.least + layer._sliding_window - 1
         return inputs | Windows(least=least, every_row=causal and not layer._single_output)
     if not attended.rows:
