@@ -177,6 +177,7 @@ def kernels() -> frozenset[str]:
     """
     if load_error() is not None:
         return frozenset()
+    _warn_of_cpu_only()
     return _registered_device_types(SINGLE_OUTPUT)
 
 
