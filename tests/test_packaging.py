@@ -158,7 +158,7 @@ def test_the_readme_s_installation_from_a_checkout(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def built_wheels(tmp_path_factory):
     """The wheels, by the version of Python, and the one with GPU kernels under "cuda"."""
-    # The first of xdist's workers builds them for all. The folders of workers are in that of the run.
+    # The first of xdist's workers builds them for all, in the folder that has the workers' own.
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
