@@ -113,15 +113,22 @@ def repair(wheel: Path, out: Path, machine: str = MACHINE, programs: str | None 
         out: The folder for the new wheel.
         machine: The machine that the wheel is for.
         programs: The PATH on which `strip` is found, if it is another machine's.
+
+    Raises:
+        SystemExit: If the wheel needs another glibc than the platform's.
     """
+    tag = PLATFORM.format(machine=machine)
     run(
         *(sys.executable, "-m", "auditwheel", "repair", wheel, "--only-plat"),
-        *("--plat", PLATFORM.format(machine=machine)),
+        # auditwheel takes no tag of another machine, but finds the oldest that fits.
+        *("--plat", tag if machine == MACHINE else "auto"),
         # TensorFlow brings the first, and the package itself the second.
         *("--strip", "--exclude", FRAMEWORK, "--exclude", LISTS["CORE_LIBRARY"]),
         *("--wheel-dir", out),
         PATH=f"{sysconfig.get_path('scripts')}:{programs or os.environ['PATH']}",
     )
+    if not (out / wheel.name.replace(f"linux_{machine}", tag)).exists():
+        raise SystemExit(f"auditwheel found another tag than {tag} for {wheel.name}")
 
 
 def cuda_wheel(wheel: Path, python: Path) -> Path:
