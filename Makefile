@@ -53,8 +53,8 @@ test-slow: .venv/installed
 test-wheels: .venv/installed
 	$(BIN)/python -m pytest tests/test_packaging.py -m slow -k a_wheel
 
-# All C++ tests and the wheels for AArch64, on a machine of another kind. With ccache, most of the time
-# is qemu's.
+# All C++ tests and the wheels for AArch64, on a machine of another kind. It compiles everything with a
+# cross compiler, and runs it under qemu.
 test-aarch64: .venv/installed
 	@which aarch64-linux-gnu-g++ qemu-aarch64 >/dev/null && test -d /usr/src/googletest || \
 	  { echo "On Debian: apt install g++-aarch64-linux-gnu libgtest-dev qemu-user"; exit 1; }

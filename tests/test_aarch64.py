@@ -186,7 +186,6 @@ def test_the_server_s_answers_are_the_same(emulated, packed, tmp_path, monkeypat
     script = tmp_path / "server"
     script.write_text(f'#!/bin/sh\nexec {shlex.join(emulated.command(server))} "$@"\n')
     script.chmod(0o755)
-    server.chmod(0o755)
     monkeypatch.setattr(program, "PATH", script)
     with (
         program.LocalServer(model) as running,
