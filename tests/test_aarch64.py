@@ -25,7 +25,7 @@ from continual_transformers_tf.serving import program
 ROOT = Path(__file__).parent.parent
 CC_TESTS = sorted(path.stem for path in (ROOT / "tests" / "cc").glob("*_test.cc"))
 # The C++ tests that `make test-slow` runs too.
-SAMPLE = {"ring_attention_test", "vector_math_test"}
+SAMPLE = {"packed_dense_test", "ring_attention_test"}
 MISSING = aarch64_programs.missing()
 AARCH64 = 183  # The machine's number in the header of an ELF file.
 FEATURES = 6
