@@ -57,7 +57,8 @@ def binutils() -> Path:
     """Return the folder of the cross compiler's `strip` and `objdump`, under these names."""
     command = [compiler(), "-print-prog-name=strip"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return Path(done.stdout.strip()).resolve().parent
+    # Not resolved: they are links to programs with longer names.
+    return Path(done.stdout.strip()).parent
 
 
 def build_variables(python: str) -> dict[str, str]:
