@@ -67,10 +67,12 @@ def build_variables(python: str) -> dict[str, str]:
     Args:
         python: The version of the CPython that runs pip, such as "3.11". The wheel is for the same.
     """
+    # First, because the sysroot is fetched.
+    cxx = compiler()
     root = sysroot()
     libraries = root / "usr" / "lib" / "aarch64-linux-gnu"
     return {
-        "CXX": f"{compiler()} --sysroot={root}",
+        "CXX": f"{cxx} --sysroot={root}",
         "PATH": f"{binutils()}:{os.environ['PATH']}",
         "PKG_CONFIG_LIBDIR": f"{libraries / 'pkgconfig'}:{root / 'usr' / 'share' / 'pkgconfig'}",
         "PKG_CONFIG_SYSROOT_DIR": str(root),
