@@ -26,6 +26,16 @@ ROOT = Path(__file__).parent.parent
 CC_TESTS = sorted(path.stem for path in (ROOT / "tests" / "cc").glob("*_test.cc"))
 # The C++ tests that `make test-slow` runs too.
 SAMPLE = {"packed_dense_test", "ring_attention_test"}
+# C++ tests of what qemu does not emulate.
+NOT_UNDER_QEMU = [
+    # qemu fails itself when a child of fork starts a thread.
+    "*Fork*",
+    "ThreadPoolTest.AChildStartsThreadsOfItsOwn",
+    # qemu ignores limits of memory: the first would take all that the machine has. The second
+    # measures the process's memory, and much of that is qemu's.
+    "StreamStore.LimitedAddressSpace",
+    "StreamStore.MemoryOfStreamsThatAreNotStepped",
+]
 MISSING = aarch64_programs.missing()
 AARCH64 = 183  # The machine's number in the header of an ELF file.
 FEATURES = 6
@@ -52,7 +62,7 @@ def run(*command, **options):
 )
 def test_a_cc_test(test):
     """The kernels' vector code for NEON, and what sessions do with it."""
-    assert "[  PASSED  ]" in run(aarch64.qemu(), aarch64_programs.build(test))
+    run(aarch64.qemu(), aarch64_programs.build(test), f"--gtest_filter=-{':'.join(NOT_UNDER_QEMU)}")
 
 
 @pytest.mark.aarch64
