@@ -17,8 +17,8 @@ FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc cc/*/*/*.h cc/*/*/*.cc cuda/*.cu c
   tests/cc/*.h tests/cc/*.cc tests/cc/*/*.h tests/cc/*/*.cc tools/gpu/emulator/*.h benchmarks/cc/*.cc examples/*/*.cc \
   python/continual_transformers_tf/include/*.h python/continual_transformers_tf/include/*.hpp)
 
-.PHONY: demo serve test test-torch test-slow test-wheels test-every-case lint format bazel-build bazel-cuda \
-  bazel-test sanitize bench bench-session bench-serving bench-cc cuda-resources gpu docs wheel clean
+.PHONY: demo serve test test-torch test-slow test-wheels test-aarch64 test-every-case lint format bazel-build \
+  bazel-cuda bazel-test sanitize bench bench-session bench-serving bench-cc cuda-resources gpu docs wheel clean
 
 demo: .venv/installed
 	$(BIN)/continual-transformers demo --picture build/demo.png
@@ -47,11 +47,19 @@ test-torch: .venv/installed
 
 # The slow tests: wheels in clean environments, every instruction set of the kernels, deep stacks.
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -m "slow and not every_wheel and not every_case" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "slow and not every_wheel and not every_case and not aarch64" $(PYTEST_FLAGS)
 
 # Every wheel with every TensorFlow that it supports, each in a clean environment.
 test-wheels: .venv/installed
 	$(BIN)/python -m pytest tests/test_packaging.py -m slow -k a_wheel
+
+# All C++ tests and the wheels for AArch64, on a machine of another kind. It compiles everything with a
+# cross compiler, and runs it under qemu.
+test-aarch64: .venv/installed
+	@which aarch64-linux-gnu-g++ qemu-aarch64 >/dev/null && test -d /usr/src/googletest || \
+	  { echo "On Debian: apt install g++-aarch64-linux-gnu libgtest-dev qemu-user"; exit 1; }
+	$(BIN)/python -m pip install --quiet "continual-transformers-tf[wheel]"
+	$(BIN)/python -m pytest tests/test_aarch64.py --durations=20
 
 # The cases of grids of which `make test` and `make test-slow` run a sample.
 test-every-case: .venv/installed
@@ -118,10 +126,11 @@ docs: .venv/installed
 	$(BIN)/python -m pip install --quiet "continual-transformers-tf[docs]"
 	$(BIN)/mkdocs build --strict
 
-# Writes the wheels to dist/: one for each CPython that is found, and one with GPU kernels.
+# Writes the wheels to dist/: one for each CPython that is found, and one with GPU kernels. With a cross
+# compiler for AArch64, another for each CPython. WHEEL_FLAGS="--machine x86_64" leaves these out.
 wheel: .venv/installed
 	$(BIN)/python -m pip install --quiet "continual-transformers-tf[wheel]"
-	$(BIN)/python tools/wheels.py dist
+	$(BIN)/python tools/wheels.py dist $(WHEEL_FLAGS)
 
 clean:
 	rm -rf .venv build dist

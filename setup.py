@@ -2,7 +2,8 @@
 
 The system's compiler builds the core library, the Python extension, the server, and an op library
 for each wanted TensorFlow (`tools/tensorflow_headers.py`). `cc/library.bzl` lists the sources of
-each. Objects stay in `build/objects`: a source that has not changed is not compiled again.
+each. Objects stay in `build/objects`: a source that has not changed is not compiled again. A build
+for another machine (`tools/aarch64.py`) keeps its objects in `build/aarch64/objects`.
 """
 
 import functools
@@ -31,7 +32,7 @@ build_progress = importlib.import_module("build_progress")
 
 CC = tensorflow_headers.LISTS
 PACKAGE = "continual_transformers_tf"
-BUILD = Path("build")
+BUILD = Path("build", *([tensorflow_headers.MACHINE] if tensorflow_headers.IS_CROSS_BUILD else []))
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 
 # The TensorFlows to build op libraries for, by the name of the extension that setuptools builds.
@@ -68,13 +69,9 @@ def headers_of(distribution):
     pip's environment for the build has a new path each time. The copy keeps its path, so objects
     are not compiled again.
     """
-    if distribution == "numpy":
-        folder = importlib.import_module("numpy").get_include()
-    else:
-        (package,) = importlib.util.find_spec(
-            distribution.replace("-", "_")
-        ).submodule_search_locations
-        folder = Path(package, "include")
+    (package,) = importlib.util.find_spec(distribution.replace("-", "_")).submodule_search_locations
+    # As numpy.get_include(), but NumPy may be another machine's: then it cannot be imported.
+    folder = Path(package, "_core" if distribution == "numpy" else "", "include")
     copy = BUILD / "include" / f"{distribution}-{metadata.version(distribution)}"
     if not copy.exists():
         made = copy.with_suffix(f".{os.getpid()}")

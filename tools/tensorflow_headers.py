@@ -23,10 +23,16 @@ ROOT = Path(os.path.abspath(__file__)).parent.parent
 LISTS = runpy.run_path(str(ROOT / "cc" / "library.bzl"))
 FETCHED = ROOT / "build" / "tensorflow"
 
+# The machine to build for. _PYTHON_HOST_PLATFORM names another than this one (aarch64.py).
+MACHINE = sysconfig.get_platform().rpartition("-")[2]
+IS_CROSS_BUILD = platform.machine() != MACHINE
+
 # The minor versions to build op libraries for, such as "2.20,2.21". "": none.
 VARIABLE = "CONTINUAL_TRANSFORMERS_TENSORFLOW"
 
 FRAMEWORK = "libtensorflow_framework.so.2"
+# The wheels of this name have headers. On AArch64 there is one wheel for CPU and GPU.
+PUBLISHED = "tensorflow-cpu" if MACHINE == "x86_64" else "tensorflow"
 NAMES = ("tensorflow", "tensorflow-cpu", "tensorflow_cpu")
 
 
@@ -54,11 +60,13 @@ class TensorFlow(NamedTuple):
 
 
 def installed() -> TensorFlow | None:
-    """Return the installed TensorFlow, or None.
+    """Return the installed TensorFlow, or None. It is never another machine's.
 
     pip builds in an isolated environment, whose Python cannot import what is installed in the
     target environment. But both have the same interpreter, so its folders can be searched.
     """
+    if IS_CROSS_BUILD:
+        return None
     paths = sysconfig.get_paths()
     for folder in dict.fromkeys([paths["purelib"], paths["platlib"], site.getusersitepackages()]):
         for distribution in metadata.distributions(path=[folder]):
@@ -81,32 +89,29 @@ def fetched(minor: str) -> TensorFlow:
     Raises:
         SystemExit: If pip cannot fetch it, with pip's reason.
     """
-    machine = platform.machine()
-    kept = FETCHED / machine
-    # On AArch64 there is one wheel for CPU and GPU.
-    name = "tensorflow-cpu" if machine == "x86_64" else "tensorflow"
+    kept = FETCHED / MACHINE
     found = sorted(kept.glob(f"{minor}.*/include"))
     if found:
-        return TensorFlow(found[-1].parent, found[-1].parent.name, name)
-    print(f"fetching {name} {minor} (250 MB), for its headers", flush=True)
+        return TensorFlow(found[-1].parent, found[-1].parent.name, PUBLISHED)
+    print(f"fetching {PUBLISHED} {minor} (250 MB), for its headers", flush=True)
     kept.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kept) as folder:
         # The headers do not depend on Python. Python 3.11 has a wheel of every version.
         command = [
             *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder),
             *("--only-binary=:all:", "--implementation=cp", "--python-version=3.11"),
-            *(f"--platform=manylinux{tag}_{machine}" for tag in ("2014", "_2_17", "_2_27")),
+            *(f"--platform=manylinux{tag}_{MACHINE}" for tag in ("2014", "_2_17", "_2_27")),
         ]
-        done = subprocess.run([*command, f"{name}=={minor}.*"], capture_output=True, text=True)
+        done = subprocess.run([*command, f"{PUBLISHED}=={minor}.*"], capture_output=True, text=True)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
-            raise SystemExit(f"pip could not fetch {name} {minor}: {done.stderr.strip()}")
+            raise SystemExit(f"pip could not fetch {PUBLISHED} {minor}: {done.stderr.strip()}")
         version = wheels[0].name.split("-")[1]
         with zipfile.ZipFile(wheels[0]) as files:
             wanted = re.compile(rf"tensorflow/(include/|{re.escape(FRAMEWORK)}$)")
             files.extractall(folder, [name for name in files.namelist() if wanted.match(name)])
         Path(folder, "tensorflow").rename(kept / version)
-    return TensorFlow(kept / version, version, name)
+    return TensorFlow(kept / version, version, PUBLISHED)
 
 
 def find(minor: str) -> TensorFlow:
@@ -131,7 +136,7 @@ def wanted() -> list[TensorFlow]:
         if here and here.minor not in supported:
             raise SystemExit(
                 f"TensorFlow {here.version} is installed, and this package supports "
-                f"{', '.join(supported)}: pip install 'tensorflow-cpu=={supported[-1]}.*'. "
+                f"{', '.join(supported)}: pip install '{PUBLISHED}=={supported[-1]}.*'. "
                 f'{VARIABLE}="" builds without TensorFlow\'s ops'
             )
         return [here] if here else []

@@ -1,24 +1,27 @@
 """Builds the wheels that can be published: `python3 tools/wheels.py OUT`.
 
 There is one wheel for each CPython, with an op library for each supported TensorFlow, and one with
-GPU kernels for any CPython, if there is an nvcc of CUDA 13. They are for machines with glibc 2.35
-or newer. OUT has nothing else afterwards.
+GPU kernels for any CPython, if there is an nvcc of CUDA 13. With a cross compiler for AArch64 there
+is another for each CPython, without GPU kernels (`aarch64.py`). They are for machines with glibc
+2.35 or newer. OUT has nothing else afterwards.
 """
 
 import argparse
 import itertools
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(os.path.abspath(__file__)).parent.parent
 sys.path[:0] = [str(ROOT / "cuda"), str(ROOT / "tools")]
+import aarch64  # noqa: E402
 import nvcc  # noqa: E402  Beside this folder.
 from tensorflow_headers import FRAMEWORK, LISTS, VARIABLE  # noqa: E402
 
@@ -26,12 +29,16 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CUDA_PACKAGE = ROOT / "cuda" / "package"
 WORK = ROOT / "build" / "wheels"
 
+MACHINE = platform.machine()
 # Debian 12's compiler and libraries need no newer glibc.
-PLATFORM = f"manylinux_2_35_{os.uname().machine}"
+PLATFORM = "manylinux_2_35_{machine}"
 # TensorFlow has no wheels for these pairs of CPython and TensorFlow.
 WITHOUT_WHEELS = {("3.13", "2.19")}
 # GPU kernels of published wheels are built with this CUDA.
 CUDA_MAJOR = 13
+# The environment variables of the wheels for each CPython.
+WITHOUT_CUDA = {VARIABLE: ",".join(LISTS["TENSORFLOWS"]), "CONTINUAL_TRANSFORMERS_CUDA": "0"}
+WITH_CUDA = {**WITHOUT_CUDA, "CONTINUAL_TRANSFORMERS_CUDA": "1"}
 
 
 def supported_pythons() -> list[str]:
@@ -98,15 +105,30 @@ def pip_wheel(python: Path, source: Path, folder: Path, **variables: str) -> Pat
     return wheel
 
 
-def repair(wheel: Path, out: Path) -> None:
-    """Check that a wheel runs with the platform's glibc, name it so, and strip its libraries."""
+def repair(wheel: Path, out: Path, machine: str = MACHINE, programs: str | None = None) -> None:
+    """Check that a wheel runs with the platform's glibc, name it so, and strip its libraries.
+
+    Args:
+        wheel: The wheel's path.
+        out: The folder for the new wheel.
+        machine: The machine that the wheel is for.
+        programs: The PATH on which `strip` is found, if it is another machine's.
+
+    Raises:
+        SystemExit: If the wheel needs another glibc than the platform's.
+    """
+    tag = PLATFORM.format(machine=machine)
     run(
-        *(sys.executable, "-m", "auditwheel", "repair", wheel, "--plat", PLATFORM, "--only-plat"),
+        *(sys.executable, "-m", "auditwheel", "repair", wheel, "--only-plat"),
+        # auditwheel takes no tag of another machine, but finds the oldest that fits.
+        *("--plat", tag if machine == MACHINE else "auto"),
         # TensorFlow brings the first, and the package itself the second.
         *("--strip", "--exclude", FRAMEWORK, "--exclude", LISTS["CORE_LIBRARY"]),
         *("--wheel-dir", out),
-        PATH=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}",
+        PATH=f"{sysconfig.get_path('scripts')}:{programs or os.environ['PATH']}",
     )
+    if not (out / wheel.name.replace(f"linux_{machine}", tag)).exists():
+        raise SystemExit(f"auditwheel found another tag than {tag} for {wheel.name}")
 
 
 def cuda_wheel(wheel: Path, python: Path) -> Path:
@@ -123,11 +145,40 @@ def cuda_wheel(wheel: Path, python: Path) -> Path:
     return pip_wheel(python, source, WORK / "cuda_wheel", **version)
 
 
+def wheels_of_this_machine(pythons: Mapping[str, Path], out: Path) -> list[str]:
+    """Build wheels for this machine. Return what is left out and why."""
+    for version, python in pythons.items():
+        repair(pip_wheel(python, ROOT, WORK / version, **WITHOUT_CUDA), out)
+    toolkit = nvcc.chosen()
+    if toolkit is None or int(toolkit.version.split(".")[0]) < CUDA_MAJOR:
+        return [f"GPU kernels (there is no nvcc of CUDA {CUDA_MAJOR} or newer)"]
+    python = next(iter(pythons.values()))
+    repair(cuda_wheel(pip_wheel(python, ROOT, WORK / "cuda", **WITH_CUDA), python), out)
+    return []
+
+
+def wheels_for_aarch64(pythons: Mapping[str, Path], out: Path) -> list[str]:
+    """Build wheels for AArch64 with the cross compiler. Return what is left out and why."""
+    for version, python in pythons.items():
+        try:
+            variables = aarch64.build_variables(version)
+        except aarch64.Missing as why:
+            return [f"wheels for AArch64 ({why})"]
+        folder = WORK / f"{version}-{aarch64.MACHINE}"
+        wheel = pip_wheel(python, ROOT, folder, **WITHOUT_CUDA, **variables)
+        repair(wheel, out, aarch64.MACHINE, variables["PATH"])
+    return []
+
+
 def main() -> None:
     """Build the wheels that can be built here, and say which are left out and why."""
+    builders = {MACHINE: wheels_of_this_machine}
+    builders.setdefault(aarch64.MACHINE, wheels_for_aarch64)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    out = parser.parse_args().out.resolve()
+    parser.add_argument("--machine", choices=builders, help="build only the wheels for it")
+    options = parser.parse_args()
+    out = options.out.resolve()
     for folder in (out, WORK):
         shutil.rmtree(folder, ignore_errors=True)
     pythons = {version: find_python(version) for version in supported_pythons()}
@@ -136,22 +187,15 @@ def main() -> None:
         for version, path in pythons.items()
         if path is None
     ]
-    variables = {VARIABLE: ",".join(LISTS["TENSORFLOWS"])}
     found = {version: path for version, path in pythons.items() if path is not None}
-    for version, path in found.items():
-        wheel = pip_wheel(path, ROOT, WORK / version, CONTINUAL_TRANSFORMERS_CUDA="0", **variables)
-        repair(wheel, out)
-    toolkit = nvcc.chosen()
-    if toolkit is None or int(toolkit.version.split(".")[0]) < CUDA_MAJOR:
-        skipped.append(f"GPU kernels (there is no nvcc of CUDA {CUDA_MAJOR} or newer)")
-    elif found:
-        python = next(iter(found.values()))
-        wheel = pip_wheel(python, ROOT, WORK / "cuda", CONTINUAL_TRANSFORMERS_CUDA="1", **variables)
-        repair(cuda_wheel(wheel, python), out)
     if not found:
         raise SystemExit(f"No CPython of {', '.join(pythons)} was found with its headers")
-    run(sys.executable, "-m", "twine", "check", "--strict", *sorted(out.glob("*.whl")))
-    for path in sorted(out.iterdir()):
+    for machine in [options.machine] if options.machine else builders:
+        skipped += builders[machine](found, out)
+    built = sorted(out.glob("*.whl"))
+    if built:
+        run(sys.executable, "-m", "twine", "check", "--strict", *built)
+    for path in built:
         print(f"{path.stat().st_size / 1e6:6.1f} MB  {path.name}")
     for what in skipped:
         print(f"not built: {what}")
