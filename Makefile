@@ -35,61 +35,61 @@ serve: build/watch.safetensors
 build/watch.safetensors: .venv/installed
 	$(BIN)/continual-transformers demo --save-model $@
 
-test: .venv/installed
+test: .venv/test-tools
 	$(BIN)/python -m pytest -m "not slow and not every_case" $(PYTEST_FLAGS)
 
 # The tests that need PyTorch and continual-inference. `make test` skips them if these are missing. The
 # extra belongs to the package that is installed here, so pip builds nothing.
-test-torch: .venv/installed
+test-torch: .venv/test-tools
 	$(BIN)/python -m pip install --quiet "continual-transformers-tf[torch]"
 	$(BIN)/python -m pytest tests/test_from_torch.py tests/test_docs.py tests/test_docs_pages.py \
 	  benchmarks/gpu/test_gpu_benchmark.py $(PYTEST_FLAGS)
 
 # The slow tests: wheels in clean environments, every instruction set of the kernels, deep stacks.
-test-slow: .venv/installed
+test-slow: .venv/test-tools
 	$(BIN)/python -m pytest -m "slow and not every_wheel and not every_case and not aarch64" $(PYTEST_FLAGS)
 
 # Every wheel with every TensorFlow that it supports, each in a clean environment.
-test-wheels: .venv/installed
+test-wheels: .venv/test-tools
 	$(BIN)/python -m pytest tests/test_packaging.py -m slow -k a_wheel
 
 # All C++ tests and the wheels for AArch64, on a machine of another kind. It compiles everything with a
 # cross compiler, and runs it under qemu.
-test-aarch64: .venv/installed
+test-aarch64: .venv/test-tools
 	@which aarch64-linux-gnu-g++ qemu-aarch64 >/dev/null && test -d /usr/src/googletest || \
 	  { echo "On Debian: apt install g++-aarch64-linux-gnu libgtest-dev qemu-user"; exit 1; }
 	$(BIN)/python -m pip install --quiet "continual-transformers-tf[wheel]"
 	$(BIN)/python -m pytest tests/test_aarch64.py --durations=20
 
 # The cases of grids of which `make test` and `make test-slow` run a sample.
-test-every-case: .venv/installed
+test-every-case: .venv/test-tools
 	$(BIN)/python -m pytest -m every_case $(PYTEST_FLAGS)
 
 # About a minute on two idle cores, most of it clang-tidy.
-lint: .venv/installed
+lint: .venv/test-tools
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED_CC)
 	$(BIN)/python tools/clang_tidy.py
 
-format: .venv/installed
+format: .venv/test-tools
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(FORMATTED_CC)
 
-bazel-build: .venv/installed
+bazel-build: .venv/test-tools
 	$(RUN_BAZEL) build $(BAZEL_FLAGS) //...
 
 # The op library with kernels for GPUs.
-bazel-cuda: .venv/installed
+bazel-cuda: .venv/test-tools
 	$(RUN_BAZEL) build $(BAZEL_FLAGS) --config=cuda //cc:op_library
 
-bazel-test: .venv/installed
+bazel-test: .venv/test-tools
 	$(RUN_BAZEL) test $(BAZEL_FLAGS) //...
 
 # The C++ tests with AddressSanitizer and UBSan, and the thread tests with ThreadSanitizer.
-sanitize: .venv/installed
+sanitize: .venv/test-tools
 	$(RUN_BAZEL) test $(BAZEL_FLAGS) --config=asan //tests:cc
 	$(RUN_BAZEL) test $(BAZEL_FLAGS) --config=tsan //tests:threads
 
@@ -108,7 +108,7 @@ bench-session: build/bench/programs
 	$(BENCH) --session
 
 # Only the kernels, and a plain read of the same bytes for comparison.
-bench-cc: .venv/installed
+bench-cc: .venv/test-tools
 	$(RUN_BAZEL) run $(BAZEL_FLAGS) //benchmarks:single_output_benchmark
 	$(RUN_BAZEL) run $(BAZEL_FLAGS) //benchmarks:retroactive_benchmark
 
@@ -160,6 +160,13 @@ build/bench/programs: build/bench/installed tools/build_benchmarks.py \
 .venv/installed: .venv/bin/python setup.py pyproject.toml tools/object_files.py \
   tools/server_packages.py tools/embed.py \
   $(wildcard cc/*.bzl cc/*.lds cc/*/* cc/*/*/* cuda/*.*)
-	$(BIN)/python -m pip install --quiet "tensorflow-cpu==$(TENSORFLOW).*"
-	$(BIN)/python -m pip install --quiet --editable ".[client,cpu,demo,test]"
+	@echo "Installing TensorFlow $(TENSORFLOW) in .venv ..."
+	@$(BIN)/python -m pip install --quiet "tensorflow-cpu==$(TENSORFLOW).*"
+	@echo "Building this package with $$($${CXX:-g++} --version | head -1) ..."
+	@$(BIN)/python -m pip install --quiet --editable ".[client,cpu,demo]"
+	@touch $@
+
+# What tests, linters and Bazel need beside it.
+.venv/test-tools: .venv/installed
+	$(BIN)/python -m pip install --quiet "continual-transformers-tf[test]"
 	touch $@

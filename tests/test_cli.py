@@ -234,6 +234,43 @@ def test_check_with_a_model_file(saved, random, tmp_path):
     assert re.fullmatch("Error: .*expected a safetensors file.*\n", said)
 
 
+def positioned(x):
+    x = ct.CircularPositionalEncoding(2 * N - 1, E)(x)
+    return ct.TransformerEncoder(2, N, E, 2, 8, kind="retroactive")(x)[:, -1]
+
+
+def as_trained(x):
+    return keras.layers.MultiHeadAttention(2, 4)(x, x)
+
+
+def looks_further_back(x):
+    return ct.TransformerEncoder(2, N, E, 2, 8, kind="single_output")(x)[:, -1]
+
+
+@pytest.mark.parametrize(
+    ("function", "streams", "windows", "equal"),
+    [
+        (as_trained, 3, 3 * (30 - N + 1), True),
+        (as_trained, 70, 70 * (30 - N + 1), True),
+        (positioned, 3, 3, True),
+        (looks_further_back, 3, 3 * (30 - N + 1), False),
+    ],
+)
+def test_check_on_windows(random, tmp_path, function, streams, windows, equal):
+    x = keras.Input((N, E))
+    keras.Model(x, function(x)).save(tmp_path / "model.keras")
+    np.save(tmp_path / "x.npy", random.standard_normal((streams, 30, E)))
+    arguments = "check", tmp_path / "model.keras", tmp_path / "x.npy", "--windows"
+    found = run_json(*arguments)["on_windows"]
+    assert (found["windows"], found["steps"]) == (windows, N)
+    assert (found["difference"] < 1e-5) == equal
+    said = run(*arguments, "--tolerance", 1e-5, status=0 if equal else 1)
+    assert f"on windows: {windows:,} windows of {N} steps" in said
+    np.save(tmp_path / "x.npy", random.standard_normal((streams, N - 1, E)))
+    said = run(*arguments, status=1)
+    assert f"Expected recordings of at least {N} steps" in said
+
+
 @pytest.mark.parametrize("at_once", [1, 2, 5, 256])
 def test_recordings_are_compared_in_parts(random, tmp_path, monkeypatch, at_once):
     """The parts are shorter than the delay, than the window, or hold everything."""
@@ -313,8 +350,10 @@ def test_what_is_no_keras_model_is_a_sentence(saved, tmp_path, command):
     x = keras.Input((N, E))
     keras.Model(x, Mine()(x)).save(tmp_path / "own.keras")
     keras.saving.get_custom_objects().pop("user>Mine")
+    keras.Model(x, keras.layers.Lambda(lambda y: 2 * y)(x)).save(tmp_path / "lambda.keras")
     (tmp_path / "text.keras").write_text("no model")
     for name, what in (
+        ("lambda.keras", "holds a keras.layers.Lambda, .* safe_mode=False"),
         ("own.keras", "needs Mine, which is not of Keras"),
         ("text.keras", "Expected a Keras model"),
     ):

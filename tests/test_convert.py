@@ -139,6 +139,22 @@ def test_numbers_of_tokens_stream(backend, random):
         streaming.call_step(tokens[:, 0] + 0.5)
 
 
+def test_python_functions_in_a_model_are_kept(random):
+    """Keras itself makes no copy of a Lambda with a Python lambda."""
+    inputs = keras.Input((N, E))
+    factor = 3.0
+    x = keras.layers.Lambda(lambda y, add: factor * y + add, arguments={"add": 1.0}, name="own")(
+        inputs
+    )
+    model = keras.Model(inputs, attention()(x, x)[:, -1])
+    streaming = ct.convert(model, seq_len=N, warm_up="partial")
+    assert streaming.model.get_layer("own").function is model.get_layer("own").function
+    x = random.normal(size=(2, N, E)).astype("float32")
+    for t in range(N):
+        got = streaming.call_step(x[:, t])
+    np.testing.assert_allclose(got, model(x), rtol=1e-5, atol=1e-6)
+
+
 def test_saved_cloned_and_trained(random, tmp_path):
     streaming = ct.convert(model_of(one_block, random), seq_len=N, warm_up="partial")
     x = random.normal(size=(8, N, E)).astype("float32")

@@ -251,13 +251,62 @@ def test_mistakes_are_said(monkeypatch, tmp_path, model_file):
         url = f"127.0.0.1:{unused.getsockname()[1]}"
         with pytest.raises(OSError, match=f"no server answers at {url}"):
             loads(url, model_file).run()
-    inputs = keras.Input((WINDOW, 2), name="x")
-    outputs = ct.CoSiMultiHeadAttention(WINDOW, 2, 3)(inputs, inputs)
-    ct.Session(keras.Model(inputs, outputs)).save(tmp_path / "narrow.safetensors")
-    arguments = ["load", "--model-file", str(tmp_path / "narrow.safetensors")]
-    said = CliRunner().invoke(cli.main, arguments)
-    assert said.exit_code == 1
-    assert "expected one of shape (6,) and float32, as the demo's model has" in said.output
+    inputs = keras.Input((WINDOW,), name="x", dtype="int32")
+    x = keras.layers.Embedding(4, 6)(inputs)
+    outputs = ct.CoSiMultiHeadAttention(WINDOW, 2, 3)(x, x)
+    ct.Session(keras.Model(inputs, outputs)).save(tmp_path / "tokens.safetensors")
+    np.save(tmp_path / "x.npy", np.zeros((3, 100, 7), "float32"))
+    arguments = ["load", "--model-file", str(tmp_path / "tokens.safetensors")]
+    for more, what in (
+        ([], "the input x takes integers, and it is not known which: give recordings with --data"),
+        (["--data", str(tmp_path / "x.npy")], "Expected recordings of x"),
+    ):
+        said = CliRunner().invoke(cli.main, [*arguments, *more])
+        assert said.exit_code == 1
+        assert what in said.output
+
+
+def structured(x, places):
+    """Return a model of these inputs, and of several outputs."""
+    y = ct.CoSiMultiHeadAttention(WINDOW, 2, 3)(x, x)
+    outputs = {"z": keras.layers.Dense(2)(y), "a": [keras.layers.Dense(3)(y), y]}
+    return keras.Model(places, outputs)
+
+
+def list_of_inputs():
+    x, tokens = keras.Input((WINDOW, 3), name="x"), keras.Input((WINDOW,), name="t", dtype="int32")
+    both = keras.layers.Concatenate()([x, keras.layers.Embedding(4, 2)(tokens)])
+    return structured(both, [x, tokens])
+
+
+def dict_of_inputs():
+    x, y = keras.Input((WINDOW, 3), name="x"), keras.Input((WINDOW, 2), name="y")
+    return structured(keras.layers.Concatenate()([x, y]), {"y": y, "x": x})
+
+
+def one_in_a_dict():
+    x = keras.Input((WINDOW, 3), name="x")
+    return structured(x, {"x": x})
+
+
+@pytest.mark.parametrize("function", [list_of_inputs, dict_of_inputs, one_in_a_dict])
+def test_any_model(tmp_path, random, function):
+    """Recordings are sent, or random numbers, and all outputs are checked."""
+    session = ct.Session(function())
+    path = tmp_path / "any.safetensors"
+    session.save(path)
+    arguments = "--model-file", path, "--streams", 7, "--rows", 3, "--rate", 20, "--seconds", 0.5
+    arrays = {
+        spec.name: random.integers(0, 4, (2, 30, *spec.shape)).astype(spec.dtype)
+        for spec in session.inputs
+    }
+    np.savez(tmp_path / "x.npz", **arrays)
+    given = ["--data", tmp_path / "x.npz"]
+    for more in [given] if function is list_of_inputs else [given, []]:
+        figures, _ = run(*arguments, *more)
+        assert figures["checked_steps"] >= 70
+        assert figures["wrong_steps"] == figures["lost_streams"] == 0
+        assert 0 <= figures["largest_difference"] <= load.TOLERANCE
 
 
 def test_a_local_server_ends_with_its_block(model_file, tmp_path):
@@ -272,11 +321,11 @@ def test_a_local_server_ends_with_its_block(model_file, tmp_path):
 
 def test_every_stream_sends_other_samples():
     streams = 300
-    samples = load.Samples(streams)
-    steps = np.stack([samples.of_step(slice(0, streams), step) for step in range(50)], axis=1)
+    samples = load.Samples(streams, [watch.held_out_samples()])
+    steps = np.stack([samples.of_step(slice(0, streams), step)[0] for step in range(50)], axis=1)
     assert steps.shape == (streams, 50, len(watch.CHANNELS))
-    np.testing.assert_array_equal(steps, samples.of_steps(slice(0, streams), 50))
-    np.testing.assert_array_equal(steps[7:9, :20], samples.of_steps(slice(7, 9), 20))
+    np.testing.assert_array_equal(steps, samples.of_steps(slice(0, streams), 0, 50)[0])
+    np.testing.assert_array_equal(steps[7:9, 5:20], samples.of_steps(slice(7, 9), 5, 20)[0])
     assert len(np.unique(steps.reshape(streams, -1), axis=0)) == streams
     first = watch.load_recordings(watch.HELD_OUT)[0].samples
     np.testing.assert_array_equal(steps[0], first[:50])
@@ -284,7 +333,7 @@ def test_every_stream_sends_other_samples():
 
 def test_the_demo_s_model_file(watch_file):
     session, expected = ct.Session.load(watch_file), ct.Session(trained_model())
-    x = load.Samples(3).of_step(slice(0, 3), 9)
+    x = watch.held_out_samples()[:3]
     np.testing.assert_array_equal(session.step(x), expected.step(x))
 
 

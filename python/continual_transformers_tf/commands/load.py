@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @click.command(
     short_help="Measure how fast and right a server answers.",
-    epilog=common.example("load --streams 1000 --rate 10 --seconds 10"),
+    epilog=common.example(
+        "load --streams 1000 --rate 10 --seconds 10",
+        "load --url HOST:8001 --model-file model.safetensors --data recordings.npy",
+    ),
 )
 @click.option(
     "--streams",
@@ -68,6 +71,13 @@ if TYPE_CHECKING:
     help="The model file that is served, with which answers are compared.  [default: the demo's]",
 )
 @click.option(
+    "--data",
+    type=common.FILE,
+    metavar="FILE",
+    help="The recordings to send (.npy, or .npz for several inputs).  [default: the demo's, or "
+    "random numbers if the model does not take these]",
+)
+@click.option(
     "--picture", type=common.NEW_FILE, metavar="FILE", help="Draw the latency's distribution."
 )
 @common.as_json
@@ -83,10 +93,13 @@ def load(
     token_file: Path | None,
     model: str | None,
     model_file: Path | None,
+    data: Path | None,
     picture: Path | None,
     as_json: bool,
 ) -> None:
-    """Stream a smartwatch's recordings to a server, and measure how fast and right it answers.
+    """Stream recordings to a server, and measure how fast and right it answers.
+
+    Without --model-file these are a smartwatch's, and the model is the demo's.
 
     The exit status is 1 if an answer is wrong, or if a stream could not go on.
     """
@@ -126,7 +139,7 @@ def load(
                 model = client.model
             notes.print(f"To {model} at {url}: {load_report.describe(options)}")
             line = stack.enter_context(load_report.LiveLine(notes, seconds))
-            result = Load(url, model, model_file, options, line, access).run()
+            result = Load(url, model, model_file, options, line, access, data).run()
         except ServingError as error:
             raise click.ClickException(str(error)) from error
     if picture:
@@ -174,7 +187,9 @@ def fail_unless_right(result: "Result", url: str) -> None:
             "all to one server: load a server without --sharded"
         )
     if not result.checked:
-        raise click.ClickException(f"no request was answered; refused: {result.refused}")
+        raise click.ClickException(
+            f"no request was answered; refused: {result.refused}. {result.first_refused}"
+        )
     if result.wrong:
         raise click.ClickException(
             f"{result.wrong} of {result.checked} answers are wrong. {result.first_wrong}"

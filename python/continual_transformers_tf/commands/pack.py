@@ -24,8 +24,8 @@ from continual_transformers_tf.commands.check import compared, fail_above, windo
     "data",
     type=common.FILE,
     metavar="DATA",
-    help="Stream these recordings through the Keras model and the model file, as the command check "
-    "does.",
+    help="Stream these recordings (.npy, or .npz for several inputs) through the Keras model and the "
+    "model file, as the command check does.",
 )
 @click.option(
     "--tolerance",
@@ -52,12 +52,13 @@ def pack(
     common.need("cpu")
     with common.sentences():
         from continual_transformers_tf.models import packing
+        from continual_transformers_tf.recordings import read_recordings
 
         keras_model = packing.load_model(model)
         session = ct.Session(
             keras_model, weights_dtype=weights_dtype, cache_dtype=cache_dtype, seq_len=seq_len
         )
-        recordings = packing.read_recordings(data, session) if data else None
+        recordings = read_recordings(data, session) if data else None
         session.save(output)
         session = ct.Session.load(output)
         size = output.stat().st_size
@@ -75,4 +76,4 @@ def pack(
         if found:
             click.echo(found)
     if found:
-        fail_above(found, tolerance)
+        fail_above(found.difference, tolerance)

@@ -44,6 +44,15 @@ class Recording(NamedTuple):
     samples: npt.NDArray[np.float32]  # float32 [T, 6]
 
 
+def held_out_samples() -> npt.NDArray[np.float32]:
+    """Return the recordings of the people whom the demo's model never saw, one after another.
+
+    Raises:
+        ModuleNotFoundError: As in `load_recordings`.
+    """
+    return np.concatenate([recording.samples for recording in load_recordings(HELD_OUT)])
+
+
 def load_recordings(subjects: Iterable[int] = SUBJECTS) -> list[Recording]:
     """Return the recordings of these subjects, in their order, with left wrists mirrored.
 

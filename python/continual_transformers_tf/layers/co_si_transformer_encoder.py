@@ -41,14 +41,16 @@ class CoSiTransformerEncoder(FusedStepLayer, TransformerEncoderBlock):
         ff_dim: F, the features between the two layers of the feed-forward part.
         dropout_rate: The rate of the dropout before each residual. It acts if `training` is true.
         call_mode: What calling the layer does: "regular", "step" or "steps".
-        key_dim: The size of each head's keys and values. None: embed_dim.
+        key_dim: The size of each head's keys and values. None: embed_dim, as in the original
+            package. Most transformers have embed_dim // num_heads, so that all heads together have
+            embed_dim features, and attention has a num_heads-th of the weights.
         use_bias: Whether the attention's layers have biases.
         norm_first: Whether the layer norms are applied to the inputs of the attention and of the
             feed-forward part (pre-norm), and not to the residual sums (post-norm, as published).
         activation: The activation of the feed-forward part, as in `keras.layers.Dense`. "gelu" is
             the exact one, not its approximation by tanh. With any but "gelu", "relu" and "linear" a
             step in TensorFlow is many ops. A `ct.Session` is as fast with all of them.
-        epsilon: The epsilon of the layer norms.
+        epsilon: The epsilon of the layer norms. `keras.layers.LayerNormalization` has 1e-3.
         warm_up, cache_dtype, weights_dtype: As in `CoSiMultiHeadAttention`. `weights_dtype` is also
             that of the feed-forward part.
         **kwargs: `name`, `dtype` and other arguments of `keras.layers.Layer`.

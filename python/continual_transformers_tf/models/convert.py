@@ -123,6 +123,15 @@ def convert_layers(
 
 
 def _copy(layer: keras.layers.Layer) -> keras.layers.Layer:
+    if type(layer) is keras.layers.Lambda:
+        # Keras makes no copy of a Python lambda from a config, which may come from a file.
+        return keras.layers.Lambda(
+            layer.function,
+            layer._output_shape,
+            layer.mask,
+            layer.arguments,
+            **keras.layers.Layer.get_config(layer),
+        )
     try:
         return layer.__class__.from_config(layer.get_config())
     except (NotImplementedError, TypeError, ValueError) as error:

@@ -157,9 +157,7 @@ def explain(model: keras.layers.Layer, seq_len: int | None = None) -> Explanatio
     if not streams and not in_keras:
         return explanation
     length = graph.model.inputs[0].shape[1]
-    equals, windows = _compared_with_windows(
-        windows_of_graph(graph), length, any(map(_moves_positions, graph.layers))
-    )
+    equals, windows = _compared_with_windows(windows_of_graph(graph), length)
     return dataclasses.replace(
         explanation,
         receptive_field=graph.receptive_field,
@@ -179,7 +177,7 @@ def _explain_layer(layer: keras.layers.Layer) -> Explanation:
         return Explanation(layer.name, False, in_keras, (row,))
     state_bytes, reasons_of_session = _state_bytes(layer, None)
     row = ExplainedLayer(layer.name, type(layer).__name__, _how_continual(layer), True)
-    equals, windows = _compared_with_windows(windows_of_layer(layer), None, _moves_positions(layer))
+    equals, windows = _compared_with_windows(windows_of_layer(layer), None)
     return Explanation(
         layer.name,
         not reasons_of_session,
@@ -312,29 +310,15 @@ def _how_continual(layer: keras.layers.Layer) -> str:
     return f"{how}, {'retroactive' if layer.gives_windows else 'single output'}{late}"
 
 
-def _moves_positions(layer: keras.layers.Layer) -> bool:
-    while isinstance(layer, CoResidual):
-        layer = layer.layer
-    return isinstance(layer, CircularPositionalEncoding)
-
-
-def _compared_with_windows(
-    windows: Windows, length: int | None, positions: bool
-) -> tuple[bool, str]:
+def _compared_with_windows(windows: Windows, length: int | None) -> tuple[bool, str]:
     """Return whether a step equals the model on its windows, and the same in words.
 
     Args:
         windows: The `Windows` of the model's outputs.
         length: The length of the model's windows; None: its axis of time is open.
-        positions: Whether the model has a `CircularPositionalEncoding`.
     """
-    position = (
-        ". Compare a new stream: positions go on with a stream, and every window begins at row 0"
-        if positions
-        else ""
-    )
-    if windows.rows:
-        return True, f"because each output depends only on its own step{position}"
+    if windows.rows and not windows.placed:
+        return True, "because each output depends only on its own step"
     if windows.length is None:
         return False, (
             "because attention attends to the outputs of other attention, so a step sees further "
@@ -344,8 +328,14 @@ def _compared_with_windows(
             else "because its layers have windows of different lengths: give them the same seq_len"
         )
     if windows.include(length):
+        if windows.placed:
+            return False, (
+                "only the first window of a new stream: positions go on with a stream, and every "
+                "window begins at row 0. Training moves the first row, so a trained model can be "
+                "read from any row"
+            )
         least = "" if windows.lengths else "at least "
-        return True, f"on windows of {least}{_steps(windows.length)}{position}"
+        return True, f"on windows of {least}{_steps(windows.length)}"
     return False, (
         f"because an output depends on {_steps(windows.length)}, and the model's windows have "
         f"{length:,}: train the model on windows of {_steps(windows.length)}, or on steps"

@@ -2,7 +2,6 @@
 
 import os
 import re
-import zipfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,9 +11,12 @@ import numpy.typing as npt
 
 from continual_transformers_tf.models.cost import cost
 from continual_transformers_tf.models.lowering import continual_model
+from continual_transformers_tf.models.step_graph import StepGraph
 from continual_transformers_tf.models.streaming_model import StreamingModel
+from continual_transformers_tf.models.windows import windows_of_graph
 from continual_transformers_tf.session import Session
 
+WINDOWS_AT_ONCE = 64
 OPERATIONS = ("multiplications", "additions", "exponentials")
 STEPS_AT_ONCE = 256  # Of a comparison. Keras holds the intermediate results of all of them.
 
@@ -30,6 +32,12 @@ def load_model(path: str | os.PathLike[str]) -> keras.Model:
     try:
         return keras.saving.load_model(path, compile=False)
     except (KeyError, OSError, TypeError, ValueError) as error:
+        if isinstance(error, ValueError) and "`Lambda`" in str(error):
+            raise ValueError(
+                f"{path} holds a keras.layers.Lambda, whose Python code Keras reads only from a "
+                "file that you trust: load the model in Python with safe_mode=False, and call "
+                "ct.Session(model).save(...)"
+            ) from error
         unknown = re.search(r"Could not locate (?:class|function) '(\w+)'", str(error))
         if unknown:
             raise ValueError(
@@ -85,64 +93,6 @@ def describe_costs(found: dict[str, Any]) -> str:
     )
 
 
-def read_recordings(path: str | os.PathLike[str], session: Session) -> list[npt.NDArray[Any]]:
-    """Read recordings to stream: an array `(streams, T, ...)` for each input of a session.
-
-    Args:
-        path: A `.npy` file with the array of the only input, or an `.npz` file with an array for
-            each input, by name. With one stream, the axis of streams may be left out.
-
-    Raises:
-        ValueError: If they do not fit the model's inputs.
-    """
-    try:
-        found = np.load(path, allow_pickle=False)
-    except (EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"Expected an .npy or .npz file of numbers, as np.save writes it, but NumPy cannot "
-            f"read {path}"
-        ) from error
-    arrays = [found] if isinstance(found, np.ndarray) else found
-    names = [spec.name for spec in session.inputs]
-    if not isinstance(found, np.ndarray):
-        if set(found.files) != set(names):
-            raise ValueError(
-                f"Expected {path} to have an array for each of the model's inputs, {names}, but "
-                f"got {found.files}"
-            )
-        arrays = [found[name] for name in names]
-    elif len(names) > 1:
-        raise ValueError(
-            f"Expected an .npz file with an array for each of the model's inputs, {names}, but got "
-            f"the one array in {path}"
-        )
-    recordings = []
-    for spec, array in zip(session.inputs, arrays, strict=True):
-        given = array.shape
-        if array.ndim == 1 + len(spec.shape):
-            array = array[None]
-        if array.ndim != 2 + len(spec.shape) or array.shape[2:] != spec.shape:
-            shape = ", ".join(map(str, spec.shape))
-            raise ValueError(
-                f"Expected recordings of {spec.name} of shape (T, {shape}) or (streams, T, "
-                f"{shape}), but got {given} in {path}"
-            )
-        if not (
-            np.can_cast(array.dtype, spec.dtype, "same_kind") and array.size and array.dtype != "O"
-        ):
-            raise ValueError(
-                f"Expected recordings of {spec.name} to be {spec.dtype} and not empty, but got "
-                f"{array.dtype} of shape {given} in {path}"
-            )
-        recordings.append(np.ascontiguousarray(array, spec.dtype))
-    if len({array.shape[:2] for array in recordings}) > 1:
-        shapes = [array.shape for array in recordings]
-        raise ValueError(
-            f"Expected the same streams and steps in every input, but got shapes {shapes} in {path}"
-        )
-    return recordings
-
-
 class Comparison(NamedTuple):
     """The result of streaming the same recordings through a Keras model and a session.
 
@@ -177,7 +127,7 @@ def compare(
     Args:
         model, seq_len: As in `ct.Session`.
         session: A `Session` of the model.
-        recordings: The result of `read_recordings`.
+        recordings: The result of `recordings.read_recordings`.
         on_step: A function that is called with the number of steps that have been taken.
 
     Returns:
@@ -195,9 +145,7 @@ def compare(
             f"Expected a model file of {model.name}, whose steps have shapes {expected}, but got "
             f"one whose steps have shapes {given}"
         )
-    structure = twin._graph.model._inputs_struct
-    if isinstance(structure, (list, tuple)) and len(structure) == 1:
-        structure = structure[0]
+    structure = _structure(twin._graph)
     streams, steps = recordings[0].shape[:2]
     twin.clean_state()  # Its layers may be those of the model, and have streams.
     ids = session.open(streams)
@@ -226,3 +174,83 @@ def compare(
             sizes.append(np.max(np.abs(y), initial=0))
     session.close(ids)
     return Comparison(streams, steps, float(np.max(differences)), float(np.max(sizes)))
+
+
+class WindowComparison(NamedTuple):
+    """The result of comparing the steps of a session with the Keras model on windows.
+
+    Attributes:
+        windows, steps: How many windows, and the length of each.
+        difference, largest: As in `Comparison`.
+    """
+
+    windows: int
+    steps: int
+    difference: float
+    largest: float
+
+    def __str__(self) -> str:
+        return (
+            f"on windows: {self.windows:,} windows of {self.steps:,} steps, given to the Keras "
+            f"model, and the session's steps at their ends: largest difference "
+            f"{self.difference:.3g} where outputs go up to {self.largest:.3g}"
+        )
+
+
+def compare_windows(
+    model: keras.Model,
+    session: Session,
+    recordings: list[npt.NDArray[Any]],
+    seq_len: int | None = None,
+) -> WindowComparison:
+    """Compare each step of a session with the Keras model on the window that ends with the step.
+
+    If the model has positions that move with the stream, only the first window of each stream is
+    compared.
+
+    Args:
+        model, session, recordings, seq_len: As in `compare`, whose errors come first.
+
+    Raises:
+        ValueError: If the recordings are shorter than a window.
+    """
+    graph = streaming_twin(model, seq_len)._graph
+    length = graph.model.inputs[0].shape[1] or session.receptive_field
+    streams, steps = recordings[0].shape[:2]
+    if steps < length:
+        raise ValueError(
+            f"Expected recordings of at least {length} steps, the length of a window, but got "
+            f"{steps}"
+        )
+    ends = [length] if windows_of_graph(graph).placed else list(range(length, steps + 1))
+    structure = _structure(graph)
+    ids = session.open(streams)
+    differences, sizes = [], []
+    taken = 0
+    for first in range(0, len(ends), WINDOWS_AT_ONCE // streams or 1):
+        part = ends[first : first + (WINDOWS_AT_ONCE // streams or 1)]
+        windows = [np.concatenate([x[:, end - length : end] for end in part]) for x in recordings]
+        by_keras = model(keras.tree.pack_sequence_as(structure, windows), training=False)
+        by_session = []
+        while taken < part[-1]:
+            step = [np.ascontiguousarray(x[:, taken]) for x in recordings]
+            outputs = session.step(keras.tree.pack_sequence_as(structure, step), ids)
+            taken += 1
+            if taken >= part[0]:
+                by_session.append(keras.tree.flatten(outputs))
+        for y, got in zip(keras.tree.flatten(by_keras), zip(*by_session, strict=True), strict=True):
+            y, got = np.asarray(y).astype(np.float64), np.concatenate(got)
+            y = y[:, -1] if y.ndim == got.ndim + 1 else y  # A row for each step of the window.
+            differences.append(np.max(np.abs(got - y), where=got != y, initial=0))
+            sizes.append(np.max(np.abs(y)))
+    session.close(ids)
+    count = len(ends) * streams
+    return WindowComparison(count, length, float(np.max(differences)), float(np.max(sizes)))
+
+
+def _structure(graph: StepGraph) -> Any:
+    """Return the structure in which a model takes its inputs."""
+    structure = graph.model._inputs_struct
+    if isinstance(structure, (list, tuple)) and len(structure) == 1:
+        return structure[0]
+    return structure

@@ -533,12 +533,13 @@ def _takes_mask_of_whole(node: Node, values: dict[int, Tensor]) -> bool:
 
 
 _POSITIONS = (
-    "If it adds an array with a row for each step, use ct.CircularPositionalEncoding: the place of "
-    "a step in the window changes all the time"
+    "If it gives each place of the window a position, use ct.CircularPositionalEncoding instead, "
+    "and train with it: the place of a step in the window changes at every step"
 )
 # What to do about operations that look at several steps, by the names of their classes.
 _CURES = {
     "Add": _POSITIONS,
+    "Cumsum": _POSITIONS,
     "GetItem": "Take the newest step, as by x[:, -1]",
     "GroupedQueryAttention": "Use keras.layers.MultiHeadAttention",
 }
@@ -549,7 +550,8 @@ def _looks_at_more(operation: keras.Operation) -> str:
         return OWN_CALL
     why = "may look at several steps of the window, but a step has only the newest one. "
     if not type(operation).__module__.startswith("keras."):
-        return why + "A layer of your own can be read as a keras.layers.Lambda of keras.ops"
+        own = "A layer of your own can be read as a keras.layers.Lambda of keras.ops. "
+        return why + own + _POSITIONS
     return why + _CURES.get(
         type(operation).__name__,
         "A ct.CoReTransformerEncoder before it would give it the whole window at every step",

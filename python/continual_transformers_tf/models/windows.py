@@ -30,17 +30,20 @@ class Windows:
             back than a window. Then there are no such windows.
         every_row: Whether this holds for each row that is the last of `least` rows or more, and
             not only for the newest row. Attention can then attend to these rows.
+        placed: Whether a row also depends on its place: a `CircularPositionalEncoding` adds row 0
+            to the first step of a window, and in a stream only to the first of all steps.
     """
 
     lengths: frozenset[int] = frozenset()
     least: int = 1
     deep: bool = False
     every_row: bool = True
+    placed: bool = False
 
     @property
     def rows(self) -> bool:
-        """Whether each row depends only on its own step."""
-        return self == Windows()
+        """Whether each row depends only on its own step, and perhaps on its place."""
+        return self == Windows(placed=self.placed)
 
     @property
     def length(self) -> int | None:
@@ -63,12 +66,14 @@ class Windows:
             max(self.least, other.least),
             self.deep or other.deep,
             self.every_row and other.every_row,
+            self.placed or other.placed,
         )
 
     def delayed(self, steps: int) -> "Windows":
         """Return the windows for a tensor that is delayed by some steps."""
         lengths = frozenset(n + steps for n in self.lengths)
-        return Windows(lengths, self.least + steps, self.deep, every_row=False)
+        least = self.least + steps
+        return dataclasses.replace(self, lengths=lengths, least=least, every_row=False)
 
 
 def windows_of_graph(graph: StepGraph) -> Windows:
@@ -132,7 +137,7 @@ def _through_layer(
     if isinstance(layer, CoResidual):
         return inputs | _through_layer(layer.layer, inputs, attended, causal)
     if isinstance(layer, CircularPositionalEncoding):
-        return inputs
+        return dataclasses.replace(inputs, placed=True)
     if isinstance(layer, CoDelay):
         return inputs.delayed(layer.delay)
     n = layer.receptive_field

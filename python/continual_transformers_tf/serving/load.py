@@ -1,4 +1,4 @@
-"""The load test of a server: real streams, at the rate at which they would come.
+"""The load test of a server: streams at the rate at which they would come.
 
 Each request has one step of each of some streams, which always come together: a group. Latency
 counts from the moment at which a request is due, whether or not it could be sent then. So a server
@@ -9,6 +9,7 @@ that stalls is charged for every request that should have come meanwhile, not on
 from __future__ import annotations
 
 import heapq
+import json
 import os
 import queue
 import signal
@@ -16,7 +17,7 @@ import threading
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +27,11 @@ import numpy.typing as npt
 
 import continual_transformers_tf as ct
 from continual_transformers_tf.demo import watch
+from continual_transformers_tf.recordings import read_recordings
 from continual_transformers_tf.serving import messages
 from continual_transformers_tf.serving.channels import Access
-from continual_transformers_tf.serving.client import ServingError
+from continual_transformers_tf.serving.client import DTYPES, ServingError
+from continual_transformers_tf.session import ArraySpec
 
 CHANNELS = 4
 HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
@@ -45,7 +48,10 @@ CHECKED_AT_ONCE = 64  # Steps of a group.
 # compared with are each within 5e-6 of the exact one.
 TOLERANCE = 1e-5
 
-Float32 = npt.NDArray[np.float32]
+DATATYPES = {dtype: datatype for datatype, dtype in DTYPES.items()}
+RANDOM_STEPS = 10_000
+
+Arrays = list[npt.NDArray[Any]]
 
 
 class Options(NamedTuple):
@@ -78,6 +84,7 @@ class Result(NamedTuple):
         unanswered: How many steps were due and were not answered in that time.
         refused: How many requests were refused or failed, by reason. They were sent again if that
             could help.
+        first_refused: What the first of them said.
         lost: How many streams could not go on.
         checked: How many answers were compared with those of a `Session`.
         wrong: How many of them differ by more than `TOLERANCE`.
@@ -95,6 +102,7 @@ class Result(NamedTuple):
     steps: int
     unanswered: int
     refused: dict[str, int]
+    first_refused: str
     lost: int
     checked: int
     wrong: int
@@ -109,27 +117,55 @@ OnProgress = Callable[[float, int, "array[float]"], None]
 
 
 class Samples:
-    """What the streams send: a smartwatch's recordings, each stream from another sample on.
-
-    Recordings of all people whom the demo's model never saw follow each other, again and again.
+    """What the streams send: recordings, each stream from another sample on, again and again.
 
     Args:
         streams: How many streams.
+        recordings: An array `(steps, ...)` for each input of the model.
     """
 
-    def __init__(self, streams: int) -> None:
-        recordings = watch.load_recordings(watch.HELD_OUT)
-        self._samples = np.concatenate([recording.samples for recording in recordings])
-        self._begin = np.arange(streams) * max(1, len(self._samples) // streams)
+    def __init__(self, streams: int, recordings: Arrays) -> None:
+        self._recordings, self._length = recordings, len(recordings[0])
+        self._begin = np.arange(streams) * max(1, self._length // streams)
 
-    def of_step(self, streams: slice, step: int) -> Float32:
-        """Return what these streams send in a step: [M, 6]."""
-        return self._samples[(self._begin[streams] + step) % len(self._samples)]
+    def of_step(self, streams: slice, step: int) -> Arrays:
+        """Return what these streams send in a step: an array `(M, ...)` for each input."""
+        at = (self._begin[streams] + step) % self._length
+        return [x[at] for x in self._recordings]
 
-    def of_steps(self, streams: slice, steps: int) -> Float32:
-        """Return what these streams send in their first steps: [M, T, 6]."""
-        at = self._begin[streams][:, np.newaxis] + np.arange(steps)
-        return self._samples[at % len(self._samples)]
+    def of_steps(self, streams: slice, first: int, end: int) -> Arrays:
+        """Return what these streams send in their steps first ... end - 1: `(M, T, ...)`."""
+        at = (self._begin[streams][:, np.newaxis] + np.arange(first, end)) % self._length
+        return [x[at] for x in self._recordings]
+
+
+def recordings_for(session: ct.Session, data: Path | None) -> Arrays:
+    """Return what to send to a model: an array `(steps, ...)` for each input.
+
+    Args:
+        session: A session of the model.
+        data: A file of recordings; None: the demo's, if the model takes them, otherwise random
+            numbers.
+
+    Raises:
+        ValueError: If the recordings do not fit the model, or if it takes integers and there are no
+            recordings.
+    """
+    if data is not None:
+        return [x.reshape(-1, *x.shape[2:]) for x in read_recordings(data, session)]
+    (spec, *more) = session.inputs
+    if not more and spec.shape == (len(watch.CHANNELS),) and spec.dtype == np.float32:
+        return [watch.held_out_samples()]
+    random = np.random.default_rng(0)
+    recordings = []
+    for spec in session.inputs:
+        if spec.dtype.kind == "i":
+            raise ValueError(
+                f"the input {spec.name} takes integers, and it is not known which: give recordings "
+                "with --data"
+            )
+        recordings.append(random.standard_normal((RANDOM_STEPS, *spec.shape)).astype(spec.dtype))
+    return recordings
 
 
 class Group:
@@ -138,19 +174,26 @@ class Group:
     Args:
         index: The group's number.
         model: The model's name.
-        input_name: The name of the model's input.
+        inputs: The model's inputs.
         names: The streams' names.
         streams: Which streams they are.
     """
 
     def __init__(
-        self, index: int, model: str, input_name: str, names: list[str], streams: slice
+        self,
+        index: int,
+        model: str,
+        inputs: Sequence[ArraySpec],
+        names: list[str],
+        streams: slice,
     ) -> None:
         self.index, self.names, self.streams = index, names, streams
         count = len(names)
         request = messages.ModelInferRequest(model_name=model)
         request.inputs.add(name="streams", datatype="BYTES", shape=[count])
-        request.inputs.add(name=input_name, datatype="FP32", shape=[count, len(watch.CHANNELS)])
+        for spec in inputs:
+            datatype = DATATYPES[spec.dtype.name]
+            request.inputs.add(name=spec.name, datatype=datatype, shape=[count, *spec.shape])
         request.inputs.add(name="step", datatype="INT64", shape=[count])
         encoded = [name.encode() for name in names]
         request.raw_input_contents.append(
@@ -169,9 +212,8 @@ class Group:
     def request(self, samples: Samples, end: bool) -> bytes:
         """Return the request for the next step. The first begins the streams, `end` ends them."""
         step = np.full(len(self.names), self.step, np.int64)
-        rest = messages.ModelInferRequest(
-            raw_input_contents=[samples.of_step(self.streams, self.step).tobytes(), step.tobytes()]
-        )
+        arrays = [*samples.of_step(self.streams, self.step), step]
+        rest = messages.ModelInferRequest(raw_input_contents=[x.tobytes() for x in arrays])
         if self.step == 0:
             rest.parameters["start"].bool_param = True
         if end:
@@ -189,9 +231,10 @@ class Load:
         options: What to send.
         on_progress: A function that is told how it goes.
         access: What the server wants to see; None: nothing.
+        data: A file of recordings to send; None: see `recordings_for`.
 
     Raises:
-        ValueError: If the model does not take the demo's samples.
+        ValueError: If there are no recordings for the model.
     """
 
     def __init__(
@@ -202,24 +245,18 @@ class Load:
         options: Options,
         on_progress: OnProgress | None = None,
         access: Access | None = None,
+        data: Path | None = None,
     ) -> None:
         self._session = ct.Session.load(model_file)
-        (spec, *more), shape = self._session.inputs, (len(watch.CHANNELS),)
-        if more or spec.shape != shape or spec.dtype != np.float32:
-            inputs = ", ".join(map(str, self._session.inputs))
-            raise ValueError(
-                f"{model_file} has the inputs {inputs}, expected one of shape {shape} and float32, "
-                "as the demo's model has: `continual-transformers demo --save-model FILE`"
-            )
         self._url, self._options, self._on_progress = url, options, on_progress
-        self._samples = Samples(options.streams)
+        self._samples = Samples(options.streams, recordings_for(self._session, data))
         # Other runs may use the same server.
         run = f"load-{os.urandom(4).hex()}"
         self._groups = [
             Group(
                 begin // options.rows,
                 model,
-                spec.name,
+                self._session.inputs,
                 [f"{run}-{i}" for i in range(begin, min(begin + options.rows, options.streams))],
                 slice(begin, min(begin + options.rows, options.streams)),
             )
@@ -239,6 +276,7 @@ class Load:
         self._in_flight = 0
         self._latency, self._answered_at, self._lateness = array("d"), array("d"), array("d")
         self._refused: Counter[str] = Counter()
+        self._first_refused = ""
         self._steps = self._kept_steps = 0
         self._interrupted = False
 
@@ -286,6 +324,7 @@ class Load:
             steps=self._steps,
             unanswered=unanswered,
             refused=dict(self._refused),
+            first_refused=self._first_refused,
             lost=sum(len(group.names) for group in self._groups if group.lost),
             checked=checked,
             wrong=wrong,
@@ -385,8 +424,10 @@ class Load:
             group.pending, group.pause = None, FIRST_PAUSE
             group.step += 1
             return True
-        reason = ServingError.of(future).reason
+        error = ServingError.of(future)
+        reason = error.reason
         self._refused[reason] += 1
+        self._first_refused = self._first_refused or str(error)
         if reason in TEMPORARY:
             heapq.heappush(self._agenda, (answered + group.pause, group.index))
             group.pause = min(2 * group.pause, LONGEST_PAUSE)
@@ -414,8 +455,8 @@ class Load:
         )
 
     def _check(self) -> tuple[int, int, str, float]:
-        """Compare answers with those of a session."""
-        output = self._session.outputs[0]
+        """Compare answers with those of a session: of each step, all outputs together."""
+        plan = json.loads(self._session._plan_json)
         checked = wrong = 0
         first_wrong, difference = "", 0.0
         for group in self._groups:
@@ -423,18 +464,28 @@ class Load:
             if not steps:
                 continue
             answers = [messages.ModelInferResponse.FromString(raw) for raw in group.answers]
-            raw = b"".join(answer.raw_output_contents[0] for answer in answers)
-            got = np.frombuffer(raw, output.dtype).reshape(steps, len(group.names), *output.shape)
+            rows = steps, len(group.names), -1
+            got = np.concatenate(
+                [
+                    np.frombuffer(
+                        b"".join(answer.raw_output_contents[i] for answer in answers), spec.dtype
+                    ).reshape(rows)
+                    for i, spec in enumerate(self._session.outputs)
+                ],
+                axis=-1,
+            )
             ids = self._session.open(len(group.names))
-            samples = self._samples.of_steps(group.streams, steps)
-            parts = [
-                self._session.steps(samples[:, t : t + CHECKED_AT_ONCE], ids)
-                for t in range(0, steps, CHECKED_AT_ONCE)
-            ]
-            right = np.concatenate(parts, axis=1).swapaxes(0, 1)
+            parts = []
+            for first in range(0, steps, CHECKED_AT_ONCE):
+                end = min(first + CHECKED_AT_ONCE, steps)
+                arrays = self._samples.of_steps(group.streams, first, end)
+                outputs = self._session.steps(packed(plan["input_structure"], arrays), ids)
+                in_order = flattened(plan["output_structure"], outputs)
+                parts.append([y.swapaxes(0, 1).reshape(end - first, *rows[1:]) for y in in_order])
             self._session.close(ids)
-            error = np.abs(got - right).reshape(steps, len(group.names), -1).max(-1)
-            error /= np.abs(right).max()
+            outputs = [np.concatenate(of_one) for of_one in zip(*parts, strict=True)]
+            right = np.concatenate(outputs, axis=-1)
+            error = np.abs(got - right).max(-1) / np.abs(right).max()
             error[np.isnan(error)] = np.inf
             checked += error.size
             wrong += int((error > TOLERANCE).sum())
@@ -446,6 +497,31 @@ class Load:
                     f"expected {right[step, row]}"
                 )
         return checked, wrong, first_wrong, difference
+
+
+def packed(structure: Any, arrays: Arrays) -> Any:
+    """Put arrays into a structure of a model file: lists and dicts of places."""
+    if isinstance(structure, int):
+        return arrays[structure]
+    if isinstance(structure, list):
+        return [packed(child, arrays) for child in structure]
+    return {key: packed(child, arrays) for key, child in structure.items()}
+
+
+def flattened(structure: Any, nested: Any) -> Arrays:
+    """Take arrays out of such a structure, in the order of their places."""
+    places: dict[int, npt.NDArray[Any]] = {}
+
+    def visit(structure: Any, nested: Any) -> None:
+        if isinstance(structure, int):
+            places[structure] = nested
+            return
+        keys = range(len(structure)) if isinstance(structure, list) else structure
+        for key in keys:
+            visit(structure[key], nested[key])
+
+    visit(structure, nested)
+    return [places[place] for place in sorted(places)]
 
 
 def quantiles(latency: npt.NDArray[np.float64]) -> dict[str, float]:
