@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 # The first page, a guide whose snippets run, a format, and measurements that check every contestant
 # before they time it.
-WITHOUT_TESTS = {"benchmarks_models.md", "index.md", "layers.md", "model_file.md"}
+WITHOUT_TESTS = {"index.md", "layers.md", "model_file.md"}
 SITE = {".md", ".ipynb"}
 REFERENCE = ROOT / "docs" / "reference"
 INCLUDE = ROOT / "python" / "continual_transformers_tf" / "include"
