@@ -17,6 +17,7 @@ ATTENTION_HEADERS = [
     "attention/elementwise.h",
     "attention/half.h",
     "attention/host_device.h",
+    "attention/int8.h",
     "attention/online_softmax.h",
     "attention/packed_dense.h",
     "attention/params.h",

@@ -139,20 +139,26 @@ def test_numbers_of_tokens_stream(backend, random):
         streaming.call_step(tokens[:, 0] + 0.5)
 
 
-def test_python_functions_in_a_model_are_kept(random):
+def test_python_functions_in_a_model_are_kept(backend, random):
     """Keras itself makes no copy of a Lambda with a Python lambda."""
     inputs = keras.Input((N, E))
     factor = 3.0
-    x = keras.layers.Lambda(lambda y, add: factor * y + add, arguments={"add": 1.0}, name="own")(
-        inputs
-    )
+    x = keras.layers.Lambda(lambda y, add: factor * y + add, arguments={"add": 1.0})(inputs)
     model = keras.Model(inputs, attention()(x, x)[:, -1])
-    streaming = ct.convert(model, seq_len=N, warm_up="partial")
-    assert streaming.model.get_layer("own").function is model.get_layer("own").function
     x = random.normal(size=(2, N, E)).astype("float32")
-    for t in range(N):
-        got = streaming.call_step(x[:, t])
-    np.testing.assert_allclose(got, model(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ct.Session(model).steps(x)[:, -1], model(x), rtol=1e-5, atol=1e-6)
+    y = ct.convert(model, seq_len=N).call_steps(x)[:, -1]
+    np.testing.assert_allclose(y, model(x), rtol=1e-5, atol=1e-6)
+    for function in (
+        lambda y: y - keras.ops.mean(y, 1, keepdims=True),
+        lambda y: keras.ops.cumsum(y, 1),
+        lambda y: y + y[:, :1],
+        lambda y: y + np.ones((N, 1), "float32"),
+        lambda y: tf.cumsum(y, 1),
+    ):
+        x = keras.layers.Lambda(function, output_shape=(N, E), name="looks")(inputs)
+        with pytest.raises(ValueError, match=r"looks \(Lambda\) may look at several steps"):
+            ct.convert(keras.Model(inputs, attention()(x, x)), seq_len=N)
 
 
 def test_saved_cloned_and_trained(random, tmp_path):

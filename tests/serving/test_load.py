@@ -150,7 +150,7 @@ def loads(url, model_file, streams=4, rate=20.0, rows=2, seconds=1.0, on_progres
 def test_one_wrong_answer_is_found(monkeypatch, server, model_file):
     def swapped(samples, streams, step):
         right = of_step(samples, streams, step)
-        return right[::-1] if step == 3 and streams.start == 2 else right
+        return [x[::-1] for x in right] if step == 3 and streams.start == 2 else right
 
     of_step = load.Samples.of_step
     monkeypatch.setattr(load.Samples, "of_step", swapped)

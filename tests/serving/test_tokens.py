@@ -50,6 +50,7 @@ def test_who_may_load_models(start_server, model_file, tmp_path, samples, has, m
             with refused_unless(may_step):
                 infer(over_grpc, x, sequence_id=1, headers=headers)
     # The log has a line of each, the first of the server's start.
+    server.stop()  # The log is then read to its end.
     done = [event["event"] for event in server.events if event["event"].startswith("model_")]
     per_caller = ["model_loaded", "model_unloaded", "model_loaded"]
     assert done == ["model_loaded", *per_caller * 2 * len(may_load)]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     short_help="Measure how fast and right a server answers.",
     epilog=common.example(
         "load --streams 1000 --rate 10 --seconds 10",
-        "load --url HOST:8001 --model-file model.safetensors --data recordings.npy",
+        "load --url HOST:8001 --model-file my.safetensors --data x.npy",
     ),
 )
 @click.option(

@@ -24,8 +24,8 @@ from continual_transformers_tf.commands.check import compared, fail_above, windo
     "data",
     type=common.FILE,
     metavar="DATA",
-    help="Stream these recordings (.npy, or .npz for several inputs) through the Keras model and the "
-    "model file, as the command check does.",
+    help="Stream these recordings (.npy, or .npz for several inputs) through the Keras model and "
+    "the model file, as the command check does.",
 )
 @click.option(
     "--tolerance",

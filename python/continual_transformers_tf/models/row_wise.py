@@ -123,6 +123,8 @@ def is_row_wise(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
         return op.alpha.shape[0] == 1
     if type(op) is keras.layers.Permute:
         return op.dims[0] == 1
+    if type(op) is keras.layers.Lambda:
+        return _function_is_row_wise(op, tensors)
     if type(op) in ROW_WISE or type(op) is keras.layers.Concatenate:
         return _along_features(getattr(op, "axis", ()), rank)
     if name in OPS_ALONG_AN_AXIS:
@@ -135,6 +137,23 @@ def is_row_wise(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
         return _along_features((op.axis1, op.axis2), rank)
     element_wise = name in ELEMENT_WISE_OPS or name in MASK_OPS
     return element_wise and _same_for_all_steps(op, args, kwargs, rank)
+
+
+def _function_is_row_wise(layer: keras.layers.Lambda, tensors: list[keras.KerasTensor]) -> bool:
+    """Return whether a Lambda's function of windows is row-wise. Its operations of Keras tell."""
+    if len(tensors) > 1:
+        return False
+    x = keras.KerasTensor(tensors[0].shape, tensors[0].dtype)
+    try:
+        graph = keras.Function(x, layer.function(x, **layer.arguments))
+    except Exception:  # Whatever a user's function raises if it computes by other means.
+        return False
+    window = Tensor("window", True, 1, tuple(x.shape))
+    nodes = [node for depth in graph._nodes_by_depth.values() for node in depth]
+    values = {id(y): window for y in (x, *(y for node in nodes for y in node.outputs))}
+    return all(
+        is_row_wise(node, *node.arguments.fill_in(values)) for node in nodes if not node.is_input
+    )
 
 
 def _same_for_all_steps(
