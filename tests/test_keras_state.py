@@ -203,6 +203,24 @@ def test_a_narrower_cache_rounds_what_it_is_given(random):
         assert 0 < reference.relative_error(got, expected) < BOUNDS[dtype]
 
 
+def test_a_cache_of_int8_rounds_what_it_is_given_as_a_step_does(random):
+    layer = CASES["co_si_window_3"].build()
+    x = random.normal(size=(3, 5, 6)).astype("float32")
+    x[1, 2] = np.nan
+    for t in range(4):
+        layer.call_step(x[:, t])
+    session = ct.Session(layer, cache_dtype="int8")
+    ids = session.open(3)
+    session.set_state(layer.get_state(), ids)
+    others = session.open(3)
+    session.steps(x[:, :4], others)
+    got = session.step(x[:, 4], ids)
+    np.testing.assert_allclose(got, session.step(x[:, 4], others), rtol=1e-2, atol=1e-2)
+    expected = layer.call_step(x[:, 4], update_state=False).numpy()
+    assert np.isnan(got[1]).all()
+    assert 0 < reference.relative_error(got[[0, 2]], expected[[0, 2]]) < 2e-2
+
+
 def test_a_plan_without_streams_has_no_state():
     plan = lower(CASES["arithmetic"].build()).plan
     assert plan["keras_state"] == {}

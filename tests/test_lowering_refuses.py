@@ -113,13 +113,13 @@ def test_layers_that_are_continual_already_keep_their_window():
     assert windows == [N, 9]
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", ["int4", "int8", "float16", "bfloat16", "float64"])
 def test_dtypes_of_caches_and_weights(dtype):
     layer = ct.CoSiTransformerEncoder(N, E, H, 7)
     layer.build((None, N, E))
     layer.built = True
-    halves = {"cache_dtype": ("float16", "bfloat16"), "weights_dtype": ("bfloat16",)}
-    for name, allowed in halves.items():
+    narrow = {"cache_dtype": ("float16", "bfloat16", "int8"), "weights_dtype": ("bfloat16", "int8")}
+    for name, allowed in narrow.items():
         if dtype in allowed:
             assert lower(layer, **{name: dtype}).plan[name] == dtype
             continue

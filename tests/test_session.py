@@ -229,8 +229,8 @@ def test_weights_of_another_keras_model():
         session.load_weights(CASES["co_si_no_bias"].build())
 
 
-@pytest.mark.parametrize("cache_dtype", [None, "bfloat16", "float16"])
-@pytest.mark.parametrize("weights_dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("cache_dtype", [None, "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("weights_dtype", [None, "bfloat16", "int8"])
 def test_narrow_types(random, tmp_path, cache_dtype, weights_dtype):
     model = CASES["demo"].build()
     exact = Session(model)
@@ -249,6 +249,33 @@ def test_narrow_types(random, tmp_path, cache_dtype, weights_dtype):
         tmp_path / "model.safetensors", cache_dtype=cache_dtype, weights_dtype=weights_dtype
     )
     np.testing.assert_array_equal(loaded.steps(x, streams=loaded.open(3)), z)
+
+
+def test_gaps_and_nan_in_rings_of_int8(random):
+    """A gap has no weight, and the NaN of one stream is in no other, and leaves with its step."""
+    layer = CASES["co_si_window_3"].build()
+    exact, narrow = Session(layer), Session(layer, cache_dtype="int8")
+    x = random.standard_normal((3, 12, E)).astype(np.float32)
+    mask = random.random((3, 12)) < 0.6
+    broken = x.copy()
+    broken[~mask] = np.nan  # Of a gap, nothing is read.
+    y, z = exact.steps(x, key_mask=mask), narrow.steps(broken, key_mask=mask)
+    assert 0 < reference.relative_error(y[mask], z[mask]) < 2e-2
+    narrow.clean_state()
+    x[1, 4, 0] = np.inf
+    z = narrow.steps(x)
+    y = exact.steps(x, streams=exact.open(3))
+    np.testing.assert_array_equal(np.isfinite(z).all(-1), np.isfinite(y).all(-1))
+    assert np.isfinite(z[[0, 2]]).all()
+    assert np.isfinite(z[1, 4 + 3 :]).all()
+
+
+def test_long_streams_in_int8_do_not_drift(random):
+    layer = CASES["co_si_window_3"].build()
+    exact, narrow = Session(layer), Session(layer, cache_dtype="int8", weights_dtype="int8")
+    x = random.standard_normal((1, 100_000, E)).astype(np.float32)
+    y, z = exact.steps(x)[:, -1000:], narrow.steps(x)[:, -1000:]
+    assert reference.relative_error(y, z) < 2e-2
 
 
 @pytest.mark.parametrize("own", ["float32", "bfloat16"])

@@ -624,8 +624,8 @@ def test_state_of_another_training(session, random):
     assert session.position(session.ids[0]) == 3
 
 
-@pytest.mark.parametrize("own", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("other", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("own", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("other", ["float32", "bfloat16", "float16", "int8"])
 def test_state_of_another_cache_dtype(plan, tmp_path, own, other):
     path = plan.write(tmp_path)
     session, from_ = Session.load(path, cache_dtype=own), Session.load(path, cache_dtype=other)

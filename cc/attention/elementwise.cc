@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cc/attention/half.h"
+#include "cc/attention/int8.h"
 #include "cc/attention/step_types.h"
 #include "cc/attention/targets.h"
 
@@ -29,6 +30,29 @@ void NarrowAll(const T* from, int64_t size, C* to) {
     const size_t count = std::min(kLanes, size - i);
     const auto lanes = hn::DemoteTo(narrow, hn::LoadN(d, from + i, count));
     hn::StoreN(hn::BitCast(bits, lanes), bits, reinterpret_cast<uint16_t*>(to + i), count);
+  }
+}
+
+void QuantizeAll(const float* from, int64_t size, int8_t* to, float* scale) {
+  const hn::ScalableTag<float> d;
+  const hn::RebindToSigned<decltype(d)> integers;
+  const hn::Rebind<int8_t, decltype(d)> narrow;
+  constexpr int64_t kLanes = hn::Lanes(d);
+  auto largest = hn::Zero(d), zero = hn::Zero(d);
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const auto x = hn::LoadN(d, from + i, std::min(kLanes, size - i));
+    largest = hn::Max(largest, hn::Abs(x));
+    zero = hn::MulAdd(x, hn::Zero(d), zero);  // Infinity and NaN times 0 are NaN.
+  }
+  const float most = hn::ReduceMax(d, largest);
+  *scale = hn::ReduceSum(d, zero) == 0 ? most / kMostInt8 : NAN;
+  // The reciprocal of a smaller number could be infinite.
+  const bool is_zero = !(most > 1e-35f);
+  const auto factor = hn::Set(d, is_zero ? 0 : kMostInt8 / most);
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const size_t count = std::min(kLanes, size - i);
+    const auto x = hn::Mul(hn::LoadN(d, from + i, count), factor);
+    hn::StoreN(hn::DemoteTo(narrow, hn::ConvertTo(integers, hn::Round(x))), narrow, to + i, count);
   }
 }
 
@@ -104,6 +128,10 @@ namespace continual_transformers {
 template <typename T, typename C>
 void Narrow(const T* from, int64_t size, C* to) {
   CONTINUAL_TRANSFORMERS_DISPATCH(NarrowAll, from, size, to);
+}
+
+void Quantize(const float* from, int64_t size, int8_t* to, float* scale) {
+  CONTINUAL_TRANSFORMERS_DISPATCH(QuantizeAll, from, size, to, scale);
 }
 
 template <typename T>

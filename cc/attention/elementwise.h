@@ -12,6 +12,10 @@ namespace continual_transformers {
 template <typename T, typename C>
 void Narrow(const T* from, int64_t size, C* to);
 
+// Converts a row to int8 with a scale: to[i] times the scale is from[i], give or take half a scale.
+// A row with an infinity or NaN has the scale NaN.
+void Quantize(const float* from, int64_t size, int8_t* to, float* scale);
+
 // x[i] *= factor[i]. Instantiated, like the functions below, for the compute types of step_types.h.
 template <typename T>
 void Multiply(T* x, const T* factor, int64_t size);

@@ -31,7 +31,8 @@ inline uint32_t BitsOfFloat(float x) {
   return bits;
 }
 
-// Widen converts an element of a ring to the compute type.
+// Widen converts an element of a ring to the compute type. An int8 has still to be scaled.
+inline float Widen(int8_t x) { return x; }
 inline float Widen(float x) { return x; }
 inline double Widen(double x) { return x; }
 inline float Widen(BFloat16 x) { return FloatOfBits(static_cast<uint32_t>(x.bits) << 16); }

@@ -1,6 +1,7 @@
 #include "cc/attention/packed_dense.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -8,6 +9,7 @@
 #include <type_traits>
 
 #include "cc/attention/elementwise.h"
+#include "cc/attention/int8.h"
 #include "cc/attention/step_types.h"
 #include "cc/attention/targets.h"
 
@@ -34,6 +36,7 @@ class Panel {
         columns_(std::min(kPanelColumns, outputs_ - column_)),
         width_((columns_ + kPanelStep - 1) / kPanelStep * kPanelStep),
         w_(dense.kernel->panel(panel)),
+        scale_(dense.kernel->scale() == nullptr ? nullptr : dense.kernel->scale() + column_),
         bias_(dense.bias == nullptr ? nullptr : dense.bias + column_),
         x_(dense.input),
         residual_(dense.residual == nullptr ? nullptr : dense.residual + column_),
@@ -60,6 +63,7 @@ class Panel {
   using D = hn::ScalableTag<T>;
   using V = hn::Vec<D>;
   static constexpr int64_t kLanes = hn::Lanes(D());
+  static constexpr bool kScaled = std::is_same_v<W, int8_t>;
   static constexpr bool kManyRegisters = HWY_TARGET == HWY_AVX3 || !HWY_ARCH_X86;
   // Sums that fit in registers: 6 rows x 4 vectors with 32 registers, 6 x 2 with 16.
   static constexpr int kManyRows = 6;
@@ -97,10 +101,11 @@ class Panel {
     V sum[kChains][kRows][kVectors];
     CONTINUAL_TRANSFORMERS_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      const V bias = bias_ == nullptr ? hn::Zero(d) : LoadColumns(bias_, c + v * kLanes);
+      // A scaled sum gets its bias at the end.
+      const V first = kScaled ? hn::Zero(d) : Bias(c + v * kLanes);
       CONTINUAL_TRANSFORMERS_UNROLL
       for (int r = 0; r < kRows; ++r) {
-        sum[0][r][v] = bias;
+        sum[0][r][v] = first;
         CONTINUAL_TRANSFORMERS_UNROLL
         for (int chain = 1; chain < kChains; ++chain) sum[chain][r][v] = hn::Zero(d);
       }
@@ -142,6 +147,9 @@ class Panel {
         CONTINUAL_TRANSFORMERS_UNROLL
         for (int chain = 1; chain < kChains; ++chain) total = hn::Add(total, sum[chain][r][v]);
         const int64_t column = c + v * kLanes;
+        if constexpr (kScaled) {
+          total = hn::MulAdd(total, hn::LoadU(d, scale_ + column), Bias(column));
+        }
         if (residual_ != nullptr) {
           total = hn::Add(total, LoadColumns(residual_ + at, column));
         }
@@ -152,6 +160,10 @@ class Panel {
         }
       }
     }
+  }
+
+  HWY_INLINE V Bias(int64_t column) const {
+    return bias_ == nullptr ? hn::Zero(D()) : LoadColumns(bias_, column);
   }
 
   // Loads the columns from `column` on. Reads zeros past the end of the output's row, where the
@@ -165,6 +177,7 @@ class Panel {
   const int64_t inputs_, outputs_, rows_;
   const int64_t column_, columns_, width_;
   const W* w_;
+  const T* scale_;
   const T* bias_;
   const T* x_;
   const T* residual_;
@@ -203,6 +216,7 @@ PackedKernel<T, W>::PackedKernel(const T* kernel, int64_t inputs, int64_t output
   data_.reset(static_cast<W*>(std::aligned_alloc(64, std::max<size_t>(64, size))));
   if (data_ == nullptr) throw std::bad_alloc();
   std::memset(static_cast<void*>(data_.get()), 0, size);
+  if constexpr (std::is_same_v<W, int8_t>) SetScales(kernel);
   for (int64_t i = 0; i < panels(); ++i) {
     const int64_t column = i * kPanelColumns;
     const int64_t columns = std::min(kPanelColumns, outputs - column);
@@ -212,6 +226,10 @@ PackedKernel<T, W>::PackedKernel(const T* kernel, int64_t inputs, int64_t output
       const T* from = kernel + row * outputs + column;
       if constexpr (std::is_same_v<T, W>) {
         std::copy_n(from, columns, to + row * width);
+      } else if constexpr (std::is_same_v<W, int8_t>) {
+        for (int64_t c = 0; c < columns; ++c) {
+          to[row * width + c] = Quantized(from[c], scale_[column + c]);
+        }
       } else {
         Narrow(from, columns, to + row * width);
       }
@@ -220,8 +238,23 @@ PackedKernel<T, W>::PackedKernel(const T* kernel, int64_t inputs, int64_t output
 }
 
 template <typename T, typename W>
+void PackedKernel<T, W>::SetScales(const T* kernel) {
+  scale_.assign(panels() * kPanelColumns, T(0));
+  for (int64_t row = 0; row < inputs_; ++row) {
+    for (int64_t column = 0; column < outputs_; ++column) {
+      const T magnitude = std::abs(kernel[row * outputs_ + column]);
+      T& largest = scale_[column];
+      // NaN replaces any number, and stays.
+      if (!(magnitude <= largest) && !std::isnan(largest)) largest = magnitude;
+    }
+  }
+  for (T& scale : scale_) scale /= kMostInt8;
+}
+
+template <typename T, typename W>
 int64_t PackedKernel<T, W>::bytes() const {
-  return PackedSize(inputs_, outputs_) * static_cast<int64_t>(sizeof(W));
+  return PackedSize(inputs_, outputs_) * static_cast<int64_t>(sizeof(W)) +
+         static_cast<int64_t>(scale_.size() * sizeof(T));
 }
 
 template <typename T, typename W>
@@ -242,7 +275,7 @@ void TakePackedDense(const PackedDense<T, W>& dense, int64_t begin, int64_t end)
   template class PackedKernel<T, W>;                                          \
   template int64_t PackedDenseCyclesPerPanel<T, W>(const PackedDense<T, W>&); \
   template void TakePackedDense<T, W>(const PackedDense<T, W>&, int64_t, int64_t);
-CONTINUAL_TRANSFORMERS_FOR_WEIGHT_TYPES(INSTANTIATE)
+CONTINUAL_TRANSFORMERS_FOR_PACKED_TYPES(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace continual_transformers

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 namespace continual_transformers {
 
@@ -14,7 +15,8 @@ namespace continual_transformers {
 // [inputs, width], so that a product reads memory in order. The last panel holds the remaining
 // columns, padded with zeros to a multiple of kPanelStep.
 //
-// T is the compute type, W the type of the kernel: T, or BFloat16 with float.
+// T is the compute type, W the type of the kernel: T, or with float BFloat16 or int8_t. A kernel of
+// int8_t has a scale for each column: its largest magnitude is 127 scales.
 constexpr int64_t kPanelColumns = 64;
 constexpr int64_t kPanelStep = 16;
 
@@ -29,14 +31,19 @@ class PackedKernel {
   int64_t outputs() const { return outputs_; }
   int64_t panels() const { return (outputs_ + kPanelColumns - 1) / kPanelColumns; }
   const W* panel(int64_t i) const { return data_.get() + i * kPanelColumns * inputs_; }
+  // [panels * kPanelColumns], zeros past the last column; null unless W is int8_t.
+  const T* scale() const { return scale_.empty() ? nullptr : scale_.data(); }
   int64_t bytes() const;
 
  private:
   struct Free {
     void operator()(void* p) const;
   };
+  void SetScales(const T* kernel);
+
   int64_t inputs_ = 0, outputs_ = 0;
   std::unique_ptr<W[], Free> data_;
+  std::vector<T> scale_;
 };
 
 template <typename T, typename W = T>

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "cc/attention/ring_cache.h"
 #include "cc/attention/step_types.h"
@@ -35,8 +36,10 @@ class RingPass {
       Logits(span, column);
       column += span.rows;
     }
+    if constexpr (kScaled) ScaleBy(p_.key_scale);
     if (p_.key_mask != nullptr) Mask();
     Softmax();
+    if constexpr (kScaled) ScaleBy(p_.value_scale);
     Sum();
   }
 
@@ -51,6 +54,7 @@ class RingPass {
   // chains of additions overlap.
   static constexpr int64_t kRowsPerDot = 8;
   static constexpr int kAnyNumber = -1;
+  static constexpr bool kScaled = std::is_same_v<C, int8_t>;
   static constexpr T kNotAttended = -std::numeric_limits<T>::infinity();
 
   T* LogitsOf(int64_t head) const { return p_.logits + (head - begin_) * stride_; }
@@ -136,6 +140,24 @@ class RingPass {
     }
     StoreScaledSums(d, s0, s1, s2, s3, p_.scale, logits);
     StoreScaledSums(d, s4, s5, s6, s7, p_.scale, logits + 4);
+  }
+
+  // Multiplies the number that each head has for a row by the row's scale.
+  void ScaleBy(const T* scale) const {
+    const D d;
+    int64_t column = 0;
+    for (const RingSpan& span : {p_.spans.before_wrap, p_.spans.after_wrap}) {
+      for (int64_t h = begin_; h < end_; ++h) {
+        T* HWY_RESTRICT x = LogitsOf(h) + column;
+        const T* HWY_RESTRICT factor = scale + span.first_row;
+        int64_t i = 0;
+        for (; i + kLanes <= span.rows; i += kLanes) {
+          hn::StoreU(hn::Mul(hn::LoadU(d, x + i), hn::LoadU(d, factor + i)), d, x + i);
+        }
+        for (; i < span.rows; ++i) x[i] *= factor[i];
+      }
+      column += span.rows;
+    }
   }
 
   // Removes the weight of rows without a key. The caller keeps their values zero.
@@ -318,7 +340,7 @@ void RingAttention(const RingAttentionParams<T, C>& params, int64_t begin, int64
 
 #define INSTANTIATE(T, C) \
   template void RingAttention<T, C>(const RingAttentionParams<T, C>&, int64_t, int64_t);
-CONTINUAL_TRANSFORMERS_FOR_CACHE_TYPES(INSTANTIATE)
+CONTINUAL_TRANSFORMERS_FOR_RING_TYPES(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace continual_transformers

@@ -11,7 +11,8 @@
 
 namespace continual_transformers {
 
-// T is the compute type, C the type of keys and values: T, or BFloat16 or Float16 with float.
+// T is the compute type, C the type of keys and values: T, or with float BFloat16, Float16 or
+// int8_t. Rows of int8_t have a scale each.
 template <typename T, typename C = T>
 struct RingAttentionParams {
   const T* query;      // [H, D]
@@ -19,6 +20,8 @@ struct RingAttentionParams {
   int64_t key_stride;  // elements from one row to the next
   const C* value;      // rows [H, Dv]
   int64_t value_stride;
+  const T* key_scale;    // one per row; null unless C is int8_t
+  const T* value_scale;  // the same
   const bool* key_mask;  // one per row: which rows have a key; null: all
   RingSpans spans;       // the rows that are attended to
   T* output;             // [H, Dv]
@@ -40,7 +43,7 @@ struct RingAttentionParams {
 inline int64_t RingAttentionLogits(int64_t rows) { return (rows + 15) / 16 * 16 + 16; }
 
 // Computes heads begin, ..., end - 1. A query with nothing to attend to gives zeros. Instantiated
-// for the cache types of step_types.h.
+// for the ring types of step_types.h.
 template <typename T, typename C>
 void RingAttention(const RingAttentionParams<T, C>& params, int64_t begin, int64_t end);
 

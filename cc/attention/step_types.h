@@ -7,6 +7,8 @@
 #ifndef CONTINUAL_TRANSFORMERS_ATTENTION_STEP_TYPES_H_
 #define CONTINUAL_TRANSFORMERS_ATTENTION_STEP_TYPES_H_
 
+#include <cstdint>
+
 #include "cc/attention/half.h"
 
 // The caches that go with a compute type. What follows X is passed on to it.
@@ -24,9 +26,19 @@
   CONTINUAL_TRANSFORMERS_FLOAT_CACHES(X)          \
   CONTINUAL_TRANSFORMERS_DOUBLE_CACHES(X)
 
+// X(T, C): attention over a session's rings, which may also be int8 with a scale for each row.
+#define CONTINUAL_TRANSFORMERS_FOR_RING_TYPES(X) \
+  CONTINUAL_TRANSFORMERS_FOR_CACHE_TYPES(X)      \
+  X(float, int8_t)
+
 // X(T, W): dense layers.
 #define CONTINUAL_TRANSFORMERS_FOR_WEIGHT_TYPES(X) \
   X(float, float) X(float, BFloat16) X(double, double)
+
+// X(T, W): dense layers with packed kernels, which may also be int8 with a scale for each column.
+#define CONTINUAL_TRANSFORMERS_FOR_PACKED_TYPES(X) \
+  CONTINUAL_TRANSFORMERS_FOR_WEIGHT_TYPES(X)       \
+  X(float, int8_t)
 
 // X(T, C, W): the steps of layers with both, for each of these caches and weights.
 #define CONTINUAL_TRANSFORMERS_FOR_STEP_TYPES(X)   \

@@ -55,6 +55,10 @@ template <class D, typename C>
 HWY_INLINE hn::Vec<D> LoadWide(D d, const C* p) {
   if constexpr (std::is_same_v<hn::TFromD<D>, C>) {
     return hn::LoadU(d, p);
+  } else if constexpr (std::is_same_v<C, int8_t>) {
+    const hn::Rebind<int8_t, D> narrow;
+    const hn::RebindToSigned<D> integers;
+    return hn::ConvertTo(d, hn::PromoteTo(integers, hn::LoadU(narrow, p)));
   } else {
     using H = typename HighwayType<C>::type;
     const hn::Rebind<H, D> narrow;
@@ -67,6 +71,10 @@ template <class D, typename C>
 HWY_INLINE hn::Vec<D> LoadWideN(D d, const C* p, size_t count) {
   if constexpr (std::is_same_v<hn::TFromD<D>, C>) {
     return hn::LoadN(d, p, count);
+  } else if constexpr (std::is_same_v<C, int8_t>) {
+    const hn::Rebind<int8_t, D> narrow;
+    const hn::RebindToSigned<D> integers;
+    return hn::ConvertTo(d, hn::PromoteTo(integers, hn::LoadN(narrow, p, count)));
   } else {
     const hn::Rebind<typename HighwayType<C>::type, D> narrow;
     const hn::Rebind<uint16_t, D> bits;

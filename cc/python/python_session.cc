@@ -28,6 +28,8 @@ int TypeNumberOf(DType dtype) {
       return NPY_BOOL;
     case DType::kFloat16:
       return NPY_FLOAT16;
+    case DType::kInt8:
+      return NPY_INT8;
     case DType::kBFloat16:
       break;
   }

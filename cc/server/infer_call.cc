@@ -107,6 +107,8 @@ const char* DatatypeOf(DType dtype) {
       return "INT64";
     case DType::kBool:
       return "BOOL";
+    case DType::kInt8:
+      return "INT8";
   }
   return "";
 }

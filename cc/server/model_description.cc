@@ -28,6 +28,8 @@ inference::DataType DataTypeOf(DType dtype) {
       return inference::TYPE_INT64;
     case DType::kBool:
       return inference::TYPE_BOOL;
+    case DType::kInt8:
+      break;  // Only rings and kernels are.
   }
   return inference::TYPE_INVALID;
 }

@@ -30,6 +30,8 @@ double NumberAt(const char* data, DType dtype) {
       return static_cast<double>(read(int64_t{}));
     case DType::kBool:
       return read(uint8_t{});
+    case DType::kInt8:
+      return read(int8_t{});
     case DType::kBFloat16:
       return Widen(BFloat16{read(uint16_t{})});
     case DType::kFloat16:

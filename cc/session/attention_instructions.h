@@ -24,6 +24,7 @@ struct AttentionSpec {
   int64_t first_column, end_column, query_delay;
   double scale;
   int64_t key_ring, value_ring, mask_ring;
+  int64_t key_scales = -1, value_scales = -1;  // of rings in int8
 };
 
 // Returns whether step r of a frame has a key.
@@ -61,6 +62,7 @@ class AttentionInstruction : public Instruction {
   }
 
  private:
+  static constexpr bool kScaled = std::is_same_v<C, int8_t>;
   static constexpr int64_t kNearBytes = 256 << 10;
 
   int64_t RingBytes() const {
@@ -78,9 +80,16 @@ class AttentionInstruction : public Instruction {
     // ring is one span. A row without a key is zeros: its weight of 0 must give 0, not NaN.
     const bool has_key = HasKey(frame, s_.key_mask, r);
     mask[row] = has_key;
-    Put(has_key, frame.Rows<T>(s_.key) + r * key_size_, key_size_, keys + row * key_size_);
-    Put(has_key, frame.Rows<T>(s_.value) + r * value_size_, value_size_,
-        values + row * value_size_);
+    T* key_scale = nullptr;
+    T* value_scale = nullptr;
+    if constexpr (kScaled) {
+      key_scale = reinterpret_cast<T*>(block + s_.key_scales);
+      value_scale = reinterpret_cast<T*>(block + s_.value_scales);
+    }
+    Put(has_key, frame.Rows<T>(s_.key) + r * key_size_, key_size_, keys + row * key_size_,
+        key_scale + row);
+    Put(has_key, frame.Rows<T>(s_.value) + r * value_size_, value_size_, values + row * value_size_,
+        value_scale + row);
 
     T* output = frame.Rows<T>(s_.output) + r * value_size_;
     const bool asks =
@@ -98,6 +107,8 @@ class AttentionInstruction : public Instruction {
     p.key_stride = key_size_;
     p.value = values;
     p.value_stride = value_size_;
+    p.key_scale = key_scale;
+    p.value_scale = value_scale;
     p.key_mask = masked ? mask : nullptr;
     p.spans = spans;
     p.output = output;
@@ -133,9 +144,12 @@ class AttentionInstruction : public Instruction {
     return FindRingSpans(first, end - first, n);
   }
 
-  static void Put(bool has_key, const T* from, int64_t size, C* to) {
+  static void Put(bool has_key, const T* from, int64_t size, C* to, T* scale) {
     if (!has_key) {
       std::memset(static_cast<void*>(to), 0, size * sizeof(C));
+      if constexpr (kScaled) *scale = 0;
+    } else if constexpr (kScaled) {
+      Quantize(from, size, to, scale);
     } else if constexpr (std::is_same_v<T, C>) {
       std::memcpy(to, from, size * sizeof(C));
     } else {
@@ -187,6 +201,7 @@ class WindowAttentionInstruction : public Instruction {
     p.key_stride = key_size_;
     p.value = frame.Rows<T>(s_.value) + r * n * value_size_;
     p.value_stride = value_size_;
+    p.key_scale = p.value_scale = nullptr;
     p.key_mask = nullptr;
     p.heads = s_.heads;
     p.key_dim = s_.key_dim;

@@ -100,6 +100,8 @@ ct_dtype Dtype(ct::DType dtype) {
       return CT_INT64;
     case ct::DType::kBool:
       return CT_BOOL;
+    case ct::DType::kInt8:
+      return CT_INT8;
   }
   return CT_DTYPE_OF_FILE;  // not reached: the cases above are all dtypes
 }
@@ -120,9 +122,12 @@ std::optional<ct::DType> OptionalDtype(const ct_dtype& dtype, const char* name) 
       return ct::DType::kBFloat16;
     case CT_FLOAT16:
       return ct::DType::kFloat16;
+    case CT_INT8:
+      return ct::DType::kInt8;
     default:
       Invalid(std::string(name) + " is " + std::to_string(number) +
-              ", expected CT_FLOAT32, CT_FLOAT64, CT_BFLOAT16, CT_FLOAT16 or CT_DTYPE_OF_FILE");
+              ", expected CT_FLOAT32, CT_FLOAT64, CT_BFLOAT16, CT_FLOAT16, CT_INT8 or "
+              "CT_DTYPE_OF_FILE");
   }
 }
 

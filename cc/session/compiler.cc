@@ -39,6 +39,8 @@ template <>
 constexpr DType kDType<BFloat16> = DType::kBFloat16;
 template <>
 constexpr DType kDType<Float16> = DType::kFloat16;
+template <>
+constexpr DType kDType<int8_t> = DType::kInt8;
 
 int64_t Align(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -80,6 +82,9 @@ std::vector<T> ElementsOf(const Tensor& tensor) {
       break;
     case DType::kBool:
       CopyElements<bool>(tensor, &elements);
+      break;
+    case DType::kInt8:
+      CopyElements<int8_t>(tensor, &elements);
       break;
   }
   return elements;
@@ -355,7 +360,7 @@ class Compiler {
   if constexpr (std::is_same_v<T, U>) {                                                      \
     if (options_.weights_dtype == kDType<W>) return MakeDenseOf<W>(std::move(spec), kernel); \
   }
-    CONTINUAL_TRANSFORMERS_FOR_WEIGHT_TYPES(TRY)
+    CONTINUAL_TRANSFORMERS_FOR_PACKED_TYPES(TRY)
 #undef TRY
     throw Error(ErrorCode::kInternal, "no dense layer for this weights dtype");
   }
@@ -661,12 +666,16 @@ class Compiler {
     spec.key_ring = Offset(i, "key");
     spec.value_ring = Offset(i, "value");
     spec.mask_ring = Offset(i, "key_mask");
+    if (options_.cache_dtype == DType::kInt8) {
+      spec.key_scales = Offset(i, "key_scale");
+      spec.value_scales = Offset(i, "value_scale");
+    }
 #define TRY(U, C)                                                \
   if constexpr (std::is_same_v<T, U>) {                          \
     if (options_.cache_dtype == kDType<C>)                       \
       return std::make_unique<AttentionInstruction<T, C>>(spec); \
   }
-    CONTINUAL_TRANSFORMERS_FOR_CACHE_TYPES(TRY)
+    CONTINUAL_TRANSFORMERS_FOR_RING_TYPES(TRY)
 #undef TRY
     throw Error(ErrorCode::kInternal, "no attention for this cache dtype");
   }
@@ -793,8 +802,8 @@ CompiledPlan Compile(const ModelFile& file, const ExecutorOptions& options) {
   const DType cache = options.cache_dtype, weights = options.weights_dtype;
 #define MATCHES_CACHE(T, C) || (compute == kDType<T> && cache == kDType<C>)
 #define MATCHES_WEIGHTS(T, W) || (compute == kDType<T> && weights == kDType<W>)
-  check("a cache dtype", cache, false CONTINUAL_TRANSFORMERS_FOR_CACHE_TYPES(MATCHES_CACHE));
-  check("a weights dtype", weights, false CONTINUAL_TRANSFORMERS_FOR_WEIGHT_TYPES(MATCHES_WEIGHTS));
+  check("a cache dtype", cache, false CONTINUAL_TRANSFORMERS_FOR_RING_TYPES(MATCHES_CACHE));
+  check("a weights dtype", weights, false CONTINUAL_TRANSFORMERS_FOR_PACKED_TYPES(MATCHES_WEIGHTS));
 #undef MATCHES_CACHE
 #undef MATCHES_WEIGHTS
   return compute == DType::kFloat64 ? Compiler<double>(file, options).Compile()

@@ -15,8 +15,8 @@
 namespace continual_transformers {
 
 struct ExecutorOptions {
-  DType cache_dtype;    // kFloat32, kBFloat16, kFloat16; kFloat64 under float64.
-  DType weights_dtype;  // kFloat32, kBFloat16; kFloat64 under float64.
+  DType cache_dtype;    // kFloat32, kBFloat16, kFloat16, kInt8; kFloat64 under float64.
+  DType weights_dtype;  // kFloat32, kBFloat16, kInt8; kFloat64 under float64.
   int64_t threads;      // at least 1; 1: only the caller's thread
 };
 

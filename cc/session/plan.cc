@@ -30,7 +30,7 @@ constexpr DTypeEntry kDTypes[] = {
     {DType::kFloat32, "float32", 4},   {DType::kFloat64, "float64", 8},
     {DType::kBFloat16, "bfloat16", 2}, {DType::kFloat16, "float16", 2},
     {DType::kInt32, "int32", 4},       {DType::kInt64, "int64", 8},
-    {DType::kBool, "bool", 1},
+    {DType::kBool, "bool", 1},         {DType::kInt8, "int8", 1},
 };
 
 const DTypeEntry* FindDType(const std::string& name) {
@@ -69,12 +69,13 @@ class PlanParser {
     plan_.name = reader.Text("name");
     plan_.compute_dtype = OneOf(&reader, "compute_dtype", {DType::kFloat32, DType::kFloat64});
     const bool is_float32 = plan_.compute_dtype == DType::kFloat32;
-    plan_.cache_dtype = is_float32 ? OneOf(&reader, "cache_dtype",
-                                           {DType::kFloat32, DType::kBFloat16, DType::kFloat16})
-                                   : OneOf(&reader, "cache_dtype", {DType::kFloat64});
-    plan_.weights_dtype = is_float32
-                              ? OneOf(&reader, "weights_dtype", {DType::kFloat32, DType::kBFloat16})
-                              : OneOf(&reader, "weights_dtype", {DType::kFloat64});
+    plan_.cache_dtype =
+        is_float32 ? OneOf(&reader, "cache_dtype",
+                           {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kInt8})
+                   : OneOf(&reader, "cache_dtype", {DType::kFloat64});
+    plan_.weights_dtype = is_float32 ? OneOf(&reader, "weights_dtype",
+                                             {DType::kFloat32, DType::kBFloat16, DType::kInt8})
+                                     : OneOf(&reader, "weights_dtype", {DType::kFloat64});
     constexpr int64_t kMostSteps = int64_t{1} << 53;  // exact in every JSON reader
     plan_.receptive_field = reader.Whole("receptive_field", 1, kMostSteps);
     plan_.delay = reader.Whole("delay", 0, kMostSteps);
@@ -327,7 +328,9 @@ class PlanParser {
       }
       const DType expected =
           weight.kind == WeightEntry::Kind::kInt64 ? DType::kInt64 : plan_.compute_dtype;
-      const bool may_be_packed = weight.kind == WeightEntry::Kind::kKernel;
+      // Kernels in int8 are rounded when the file is loaded.
+      const bool may_be_packed =
+          weight.kind == WeightEntry::Kind::kKernel && plan_.weights_dtype != DType::kInt8;
       if (tensor->dtype != expected && !(may_be_packed && tensor->dtype == plan_.weights_dtype)) {
         Refuse(where_ + ": its weight " + Quoted(name) + ", the tensor " + Quoted(tensor_name) +
                ", is " + NameOf(tensor->dtype) + ", expected " + NameOf(expected) +
@@ -529,7 +532,7 @@ DType DTypeOf(const std::string& name) {
   if (entry == nullptr) {
     throw Error(ErrorCode::kInvalidArgument,
                 "got the dtype " + Quoted(name) +
-                    ", expected float32, float64, bfloat16, float16, int32, int64 or bool");
+                    ", expected float32, float64, bfloat16, float16, int32, int64, bool or int8");
   }
   return entry->dtype;
 }

@@ -15,7 +15,7 @@
 
 namespace continual_transformers {
 
-enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16, kInt32, kInt64, kBool };
+enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16, kInt32, kInt64, kBool, kInt8 };
 
 int64_t SizeOf(DType dtype);             // in bytes
 const char* NameOf(DType dtype);         // "float32"

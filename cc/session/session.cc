@@ -408,7 +408,7 @@ class Session::Impl final : public ForkListener {
 
   // Refuses a copy whose plan has another fingerprint, which also covers the cache dtype.
   [[noreturn]] void RefusePlan(uint64_t fingerprint) const {
-    for (const DType cache : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (const DType cache : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kInt8}) {
       if (fingerprint != plan_.FingerprintWith(cache)) continue;
       throw Error(
           ErrorCode::kOtherModel,

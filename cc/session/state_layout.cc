@@ -86,6 +86,10 @@ StateLayout LayOut(const Plan& plan, DType cache_dtype) {
         if (node.op == Op::kAttention) {
           layout.Add(n, "key", cache_dtype, {rows, heads, key_dim}, rows);
           layout.Add(n, "value", cache_dtype, {rows, heads, value_dim}, rows);
+          if (cache_dtype == DType::kInt8) {
+            layout.Add(n, "key_scale", DType::kFloat32, {rows}, rows);
+            layout.Add(n, "value_scale", DType::kFloat32, {rows}, rows);
+          }
         } else {
           const DType compute = plan.compute_dtype;
           layout.Add(n, "query", compute, {rows, heads, key_dim}, rows);

@@ -16,7 +16,8 @@ struct StateLayout {
   int64_t block_bytes;
 };
 
-// Key and value rings are in `cache_dtype`. Throws Error if a block would exceed 2^40 bytes.
+// Key and value rings are in `cache_dtype`; int8 has a scale for each row. Throws Error if a block
+// would exceed 2^40 bytes.
 StateLayout LayOut(const Plan& plan, DType cache_dtype);
 
 int64_t BytesOf(const StateEntry& entry);

@@ -50,8 +50,8 @@ __all__ = [
     "UnknownStreamError",
 ]
 
-CACHE_DTYPES = ("float32", "float64", "bfloat16", "float16")
-WEIGHTS_DTYPES = ("float32", "float64", "bfloat16")
+CACHE_DTYPES = ("float32", "float64", "bfloat16", "float16", "int8")
+WEIGHTS_DTYPES = ("float32", "float64", "bfloat16", "int8")
 DEVICES = ("cpu",)
 MOST_THREADS = 1024
 

@@ -102,6 +102,35 @@ TEST_P(DenseTest, NarrowRoundsToTheNearestEven) {
   for (size_t i = 0; i < y.size(); ++i) EXPECT_EQ(half[i].bits, halves[i]) << y[i];
 }
 
+TEST_P(DenseTest, QuantizeRoundsToTheNearestEven) {
+  for (int64_t size : {1, 2, 3, 7, 8, 15, 16, 17, 33}) {
+    // All halves, so that ties are rounded.
+    std::vector<float> x(size + 1, NAN);
+    for (int64_t i = 0; i < size; ++i) x[i] = static_cast<float>(i - size / 2) / 2;
+    x[size - 1] = -63.5f;
+    std::vector<int8_t> y(size + 1, 77);
+    float scale = 0;
+    Quantize(x.data(), size, y.data(), &scale);
+    EXPECT_EQ(scale, 0.5f);
+    for (int64_t i = 0; i < size; ++i) EXPECT_EQ(y[i], std::nearbyint(2 * x[i]));
+    EXPECT_EQ(y[size], 77);
+  }
+  const float inf = INFINITY;
+  for (const std::vector<float>& row : {std::vector<float>{1, NAN, 2}, {1, inf}, {-inf, 3}}) {
+    std::vector<int8_t> y(row.size());
+    float scale = 0;
+    Quantize(row.data(), static_cast<int64_t>(row.size()), y.data(), &scale);
+    EXPECT_TRUE(std::isnan(scale));
+  }
+  for (float tiny : {0.0f, -0.0f, 1e-44f, 1e-37f}) {
+    const float row[2] = {tiny, -tiny};
+    int8_t y[2];
+    float scale = NAN;
+    Quantize(row, 2, y, &scale);
+    EXPECT_LE(std::abs(static_cast<float>(y[0]) * scale - tiny), 1e-35f);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Targets, DenseTest, ::testing::ValuesIn(AvailableTargets()),
                          [](const auto& info) { return NameOf(info.param); });
 

@@ -271,8 +271,8 @@ TEST(ExecutorTest, NarrowCachesAndWeights) {
   const Recording recording(plan, 5, 40);
   const auto inputs = recording.Cut(0, 5, 0, 40);
   const auto exact = Streams(file, OptionsOf(plan), 5).Take(0, 5, 40, inputs);
-  for (DType cache : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
-    for (DType weights : {DType::kFloat32, DType::kBFloat16}) {
+  for (DType cache : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kInt8}) {
+    for (DType weights : {DType::kFloat32, DType::kBFloat16, DType::kInt8}) {
       SCOPED_TRACE(std::string(NameOf(cache)) + " " + NameOf(weights));
       Streams narrow(file, {cache, weights, 1}, 5);
       ExpectEqual(plan, narrow.Take(0, 5, 40, inputs), exact, 0.05);

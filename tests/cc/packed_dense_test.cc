@@ -2,6 +2,7 @@
 
 #include "cc/attention/packed_dense.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -40,7 +41,21 @@ class PackedDenseTest : public ::testing::TestWithParam<Target> {
     for (int64_t i = 0; i < outputs; ++i) bias[i + 1] = normal(random_);
     for (int64_t i = 0; i < rows * outputs; ++i) residual[i + 1] = normal(random_);
     std::vector<double> kept(w.begin(), w.end());
-    if constexpr (!std::is_same_v<T, W>) {
+    if constexpr (std::is_same_v<W, int8_t>) {
+      for (int64_t o = 0; o < outputs; ++o) {
+        double largest = 0;
+        for (int64_t i = 0; i < inputs; ++i) {
+          largest = std::max(largest, std::abs(kept[i * outputs + o]));
+        }
+        const float scale = static_cast<float>(largest) / 127;
+        for (int64_t i = 0; i < inputs; ++i) {
+          double& weight = kept[i * outputs + o];
+          const double rounded = std::nearbyint(static_cast<float>(weight) / scale) * scale;
+          ASSERT_LE(std::abs(rounded - weight), 0.501 * scale);
+          weight = rounded;
+        }
+      }
+    } else if constexpr (!std::is_same_v<T, W>) {
       std::vector<W> narrow(w.size());
       Narrow(w.data(), static_cast<int64_t>(w.size()), narrow.data());
       for (size_t i = 0; i < w.size(); ++i) kept[i] = Widen(narrow[i]);
@@ -85,11 +100,33 @@ class PackedDenseTest : public ::testing::TestWithParam<Target> {
 
 TEST_P(PackedDenseTest, Float) { CheckAll<float, float>(1e-6); }
 TEST_P(PackedDenseTest, BFloat16) { CheckAll<float, BFloat16>(1e-6); }
+TEST_P(PackedDenseTest, Int8) { CheckAll<float, int8_t>(1e-6); }
 TEST_P(PackedDenseTest, Double) { CheckAll<double, double>(4e-15); }
 
 TEST_P(PackedDenseTest, WideLayers) {
   Check<float, float>(1, 1024, 192, true, false, 1e-6);
   Check<float, float>(6, 513, 1000, true, true, 1e-6);
+}
+
+// A column of zeros has the scale 0. NaN and infinity spoil only their own column.
+TEST_P(PackedDenseTest, ColumnsInInt8ThatHaveNoScale) {
+  constexpr int64_t kInputs = 3, kOutputs = 5;
+  std::vector<float> w(kInputs * kOutputs, 1.0f);
+  for (int64_t i = 0; i < kInputs; ++i) {
+    w[i * kOutputs + 1] = 0;
+    w[i * kOutputs + 4] = 1e-44f;
+  }
+  w[kOutputs + 2] = std::numeric_limits<float>::quiet_NaN();
+  w[kOutputs + 3] = std::numeric_limits<float>::infinity();
+  const PackedKernel<float, int8_t> kernel(w.data(), kInputs, kOutputs);
+  const std::vector<float> x(kInputs, 2.0f);
+  std::vector<float> y(kOutputs);
+  TakePackedDense<float, int8_t>({&kernel, nullptr, x.data(), nullptr, y.data(), 1}, 0, 1);
+  EXPECT_NEAR(y[0], 6, 1e-5);
+  EXPECT_EQ(y[1], 0);
+  EXPECT_TRUE(std::isnan(y[2]));
+  EXPECT_FALSE(std::isfinite(y[3]));
+  EXPECT_LT(std::abs(y[4]), 1e-40);
 }
 
 // The output may overwrite the residual.

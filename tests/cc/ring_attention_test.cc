@@ -60,7 +60,15 @@ class RingAttentionTest : public ::testing::TestWithParam<Target> {
       if (!mask[row]) key[row * key_stride + 1] = nan;
     }
     std::vector<C> keys(key.size()), values(value.size());
-    if constexpr (std::is_same_v<T, C>) {
+    // Those of int8. The scale of a row that is not attended to is NaN, like its numbers.
+    std::vector<T> key_scales(z.rows, nan), value_scales(z.rows, nan);
+    if constexpr (std::is_same_v<C, int8_t>) {
+      for (int64_t row : rows) {
+        const int64_t key_at = row * key_stride + 1, value_at = row * value_stride + 1;
+        Quantize(&key[key_at], key_size, &keys[key_at], &key_scales[row]);
+        Quantize(&value[value_at], value_size, &values[value_at], &value_scales[row]);
+      }
+    } else if constexpr (std::is_same_v<T, C>) {
       keys = key;
       values = value;
     } else {
@@ -75,6 +83,8 @@ class RingAttentionTest : public ::testing::TestWithParam<Target> {
     p.key_stride = key_stride;
     p.value = values.data() + 1;
     p.value_stride = value_stride;
+    p.key_scale = key_scales.data();
+    p.value_scale = value_scales.data();
     p.key_mask = masked ? mask.get() : nullptr;
     p.spans = spans;
     p.output = output.data() + 1;
@@ -98,6 +108,7 @@ class RingAttentionTest : public ::testing::TestWithParam<Target> {
           logit += static_cast<double>(p.query[h * z.key_dim + d]) *
                    Widen(p.key[row * key_stride + h * z.key_dim + d]);
         }
+        if constexpr (std::is_same_v<C, int8_t>) logit *= key_scales[row];
         weights.push_back(mask[row] ? logit * static_cast<double>(p.scale)
                                     : -std::numeric_limits<double>::infinity());
         max = std::max(max, weights.back());
@@ -105,9 +116,10 @@ class RingAttentionTest : public ::testing::TestWithParam<Target> {
       for (double& weight : weights)
         sum += weight = std::isinf(weight) ? 0 : std::exp(weight - max);
       for (size_t i = 0; i < rows.size(); ++i) {
+        double weight = weights[i] / sum;
+        if constexpr (std::is_same_v<C, int8_t>) weight *= value_scales[rows[i]];
         for (int64_t d = 0; weights[i] != 0 && d < z.value_dim; ++d) {
-          expected[d] +=
-              weights[i] / sum * Widen(p.value[rows[i] * value_stride + h * z.value_dim + d]);
+          expected[d] += weight * Widen(p.value[rows[i] * value_stride + h * z.value_dim + d]);
         }
       }
       for (int64_t d = 0; d < z.value_dim; ++d) {
@@ -144,6 +156,7 @@ class RingAttentionTest : public ::testing::TestWithParam<Target> {
 TEST_P(RingAttentionTest, Float) { CheckSizes<float, float>(5e-6); }
 TEST_P(RingAttentionTest, BFloat16) { CheckSizes<float, BFloat16>(5e-6); }
 TEST_P(RingAttentionTest, Float16) { CheckSizes<float, Float16>(5e-6); }
+TEST_P(RingAttentionTest, Int8) { CheckSizes<float, int8_t>(5e-6); }
 TEST_P(RingAttentionTest, Double) { CheckSizes<double, double>(1e-12); }
 
 TEST_P(RingAttentionTest, LargeLogits) {

@@ -79,8 +79,8 @@ def check(
             packing.compare_windows(keras_model, session, recordings, seq_len) if windows else None
         )
     if as_json:
-        data = {**found._asdict(), **windows_of(explanation)}
-        common.print_json(data | {"on_windows": on_windows and on_windows._asdict()})
+        also = {"on_windows": on_windows and on_windows._asdict()} if windows else {}
+        common.print_json({**found._asdict(), **windows_of(explanation), **also})
     else:
         click.echo(found)
         click.echo(f"as on windows: {explanation.as_on_windows}")
@@ -113,6 +113,5 @@ def fail_above(difference: float, tolerance: float | None) -> None:
     """End the command with a sentence if a difference is above the tolerance."""
     if tolerance is not None and not difference <= tolerance:
         raise click.ClickException(
-            f"the largest difference is {difference:.3g}, and --tolerance allows "
-            f"{tolerance:g}"
+            f"the largest difference is {difference:.3g}, and --tolerance allows {tolerance:g}"
         )

@@ -35,12 +35,12 @@ seq_len = click.option(
 )
 weights_dtype = click.option(
     "--weights-dtype",
-    type=click.Choice(["float32", "float64", "bfloat16"]),
+    type=click.Choice(["float32", "float64", "bfloat16", "int8"]),
     help="The dtype of the kernels of dense layers.  [default: what the layers say]",
 )
 cache_dtype = click.option(
     "--cache-dtype",
-    type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
+    type=click.Choice(["float32", "float64", "bfloat16", "float16", "int8"]),
     help="The dtype of the keys and values of past steps.  [default: what the layers say]",
 )
 

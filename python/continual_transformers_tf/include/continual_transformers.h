@@ -79,7 +79,8 @@ typedef enum ct_dtype {
   CT_FLOAT16 = 4,
   CT_INT32 = 5,
   CT_INT64 = 6,
-  CT_BOOL = 7 /* One byte, 0 or 1. */
+  CT_BOOL = 7, /* One byte, 0 or 1. */
+  CT_INT8 = 8  /* Only in ct_options, and for a session's rings and kernels. */
 } ct_dtype;
 
 /* Options of a session. Start from CT_OPTIONS_DEFAULT: later versions may add fields at the end,
@@ -88,8 +89,9 @@ typedef struct ct_options {
   size_t size;            /* sizeof(ct_options) */
   int64_t streams;        /* The most streams open at once; 0: no limit. */
   int64_t threads;        /* Threads for one call; 1: only the caller's. */
-  ct_dtype cache_dtype;   /* Keys and values: CT_FLOAT32, CT_BFLOAT16, CT_FLOAT16; CT_FLOAT64. */
-  ct_dtype weights_dtype; /* Dense kernels: CT_FLOAT32, CT_BFLOAT16; CT_FLOAT64. */
+  ct_dtype cache_dtype;   /* Keys and values: CT_FLOAT32, CT_BFLOAT16, CT_FLOAT16, CT_INT8;
+                           * CT_FLOAT64. */
+  ct_dtype weights_dtype; /* Dense kernels: CT_FLOAT32, CT_BFLOAT16, CT_INT8; CT_FLOAT64. */
 } ct_options;
 
 #define CT_OPTIONS_DEFAULT {sizeof(ct_options), 0, 1, CT_DTYPE_OF_FILE, CT_DTYPE_OF_FILE}

@@ -71,10 +71,28 @@ def blocks_from_keras_state(
             values = _ring(where, array, positions, entry)
         else:
             values = _window_rows(where, array, positions, entry)
-        data = _as_dtype(where, values, entry.dtype)
-        rows = data.reshape(len(positions), -1).view(np.uint8).reshape(len(positions), -1)
-        blocks[:, entry.offset : entry.offset + rows.shape[1]] = rows
+        if entry.dtype == "int8":
+            values, scales = _quantized(where, values)
+            _put(blocks, places[node, f"{name}_scale"], scales)
+        _put(blocks, entry, _as_dtype(where, values, entry.dtype))
     return [block.tobytes() for block in blocks], [int(p) for p in positions]
+
+
+def _put(blocks: Array, entry: Entry, values: Array) -> None:
+    """Write an entry's values [M, ...] into the blocks."""
+    rows = values.reshape(len(blocks), -1).view(np.uint8).reshape(len(blocks), -1)
+    blocks[:, entry.offset : entry.offset + rows.shape[1]] = rows
+
+
+def _quantized(where: str, ring: Array) -> tuple[Array, Array]:
+    """Return a ring [M, R, size] in int8, and the scale of each row, as a session's step does."""
+    ring = _as_dtype(where, ring, "float32")
+    largest = np.abs(ring).max(-1)
+    finite = np.isfinite(largest)
+    scales = np.where(finite, largest / 127, np.nan).astype("<f4")
+    factor = np.where(finite & (largest > 1e-35), 127 / np.where(largest > 0, largest, 1), 0)
+    quantized = np.rint(np.where(finite[..., None], ring, 0) * factor[..., None])
+    return quantized.astype(np.int8), scales
 
 
 def _parts(described: Any, state: Any, where: str) -> Iterator[tuple[str, Any, Any]]:

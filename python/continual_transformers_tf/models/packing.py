@@ -238,8 +238,9 @@ def compare_windows(
             taken += 1
             if taken >= part[0]:
                 by_session.append(keras.tree.flatten(outputs))
-        for y, got in zip(keras.tree.flatten(by_keras), zip(*by_session, strict=True), strict=True):
-            y, got = np.asarray(y).astype(np.float64), np.concatenate(got)
+        of_outputs = [np.concatenate(steps) for steps in zip(*by_session, strict=True)]
+        for y, got in zip(keras.tree.flatten(by_keras), of_outputs, strict=True):
+            y = np.asarray(y).astype(np.float64)
             y = y[:, -1] if y.ndim == got.ndim + 1 else y  # A row for each step of the window.
             differences.append(np.max(np.abs(got - y), where=got != y, initial=0))
             sizes.append(np.max(np.abs(y)))

@@ -20,7 +20,9 @@ from continual_transformers_tf.models.streaming_model import StreamingModel
 
 __all__ = ["Lowered", "LoweredGraph", "continual_model", "lower", "lower_graph"]
 
-HALVES = ("bfloat16", "float16")
+# What else may hold cached keys and values, and dense kernels, if the compute dtype is float32.
+NARROW_CACHES = ("bfloat16", "float16", "int8")
+NARROW_WEIGHTS = ("bfloat16", "int8")
 
 
 def lower(
@@ -44,10 +46,10 @@ def lower(
             converted as by `ct.convert`; layers that are already continual keep their window.
         seq_len: The window of plain Keras attention; None: the length of the model's windows.
         cache_dtype: The dtype of cached keys and values: the compute dtype, or if that is float32,
-            also "bfloat16" or "float16". None: the layers' own if they agree, otherwise the compute
-            dtype.
+            also "bfloat16", "float16" or "int8". None: the layers' own if they agree, otherwise the
+            compute dtype.
         weights_dtype: The dtype of dense kernels: the compute dtype, or if that is float32, also
-            "bfloat16". None: the layers' own if they agree, otherwise the compute dtype.
+            "bfloat16" or "int8". None: the layers' own if they agree, otherwise the compute dtype.
         inputs: The names of a layer's inputs, the first of "query", "value" and "key"; None: its
             one input, "x", or all if they have different sizes. A model names its own inputs.
 
@@ -296,19 +298,21 @@ def _finish(
     outputs: Any,
     state: Any,
 ) -> Lowered:
-    cache_dtype = _chosen("cache_dtype", cache_dtype, [_cache_of(x) for x in layers], b, HALVES)
+    cache_dtype = _chosen(
+        "cache_dtype", cache_dtype, [_cache_of(x) for x in layers], b, NARROW_CACHES
+    )
     weights_dtype = _chosen(
         "weights_dtype",
         weights_dtype,
         [getattr(x, "weights_dtype", None) or b.dtype for x in layers if hasattr(x, "seq_len")],
         b,
-        HALVES[:1],
+        NARROW_WEIGHTS,
     )
     flat = keras.tree.flatten(outputs)
     node_of_value = {i: place for place, node in enumerate(b.nodes) for i in node["outputs"]}
     place_of_node, place_of_value = b.finish(flat)
     state = _entries(state, lambda value: place_of_node(node_of_value[value]))
-    if weights_dtype != b.dtype:
+    if weights_dtype == "bfloat16":  # Kernels in int8 are rounded when the file is loaded.
         b.convert_kernels(weights_dtype)
     plan = {
         "producer": f"continual-transformers-tf {_version()}",
@@ -342,19 +346,19 @@ def _cache_of(layer: keras.layers.Layer) -> str | None:
 
 
 def _chosen(
-    name: str, dtype: str | None, of_layers: list[str | None], b: PlanBuilder, halves: Sequence[str]
+    name: str, dtype: str | None, of_layers: list[str | None], b: PlanBuilder, narrow: Sequence[str]
 ) -> str:
     """Return the dtype that was asked for, or that of the layers."""
     if dtype is None:
         agreed = {x for x in of_layers if x is not None}
         own = agreed.pop() if len(agreed) == 1 else b.dtype
-        return own if b.dtype == "float32" and own in halves else b.dtype
+        return own if b.dtype == "float32" and own in narrow else b.dtype
     dtype = keras.backend.standardize_dtype(dtype)
-    if dtype == b.dtype or (b.dtype == "float32" and dtype in halves):
+    if dtype == b.dtype or (b.dtype == "float32" and dtype in narrow):
         return dtype
     raise ValueError(
         f"Expected {name} to be None or the compute dtype, {b.dtype}, or under float32 "
-        f"{' or '.join(map(repr, halves))}, but got {dtype!r}"
+        f"{' or '.join(map(repr, narrow))}, but got {dtype!r}"
     )
 
 
