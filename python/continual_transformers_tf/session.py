@@ -195,10 +195,11 @@ class Session(_session.NativeSession):
             package. Its weights are copied. Or the path of a `.keras` file with such a model.
         streams: How many streams may be open at once; None: no limit.
         threads: How many threads a step of many rows may use; 1: only the caller's.
-        weights_dtype: The dtype of the kernels of dense products: "float32", "bfloat16" or
-            "float64"; None: the dtype that the model's layers ask for.
+        weights_dtype: The dtype of the kernels of dense products: "float32", "bfloat16", "int8"
+            with a scale for each output, or "float64"; None: what the model's layers ask for.
         cache_dtype: The dtype of the keys and values of past steps: "float32", "bfloat16",
-            "float16" or "float64"; None: the dtype that the model's layers ask for.
+            "float16", "int8" with a scale for each step, or "float64"; None: what the model's
+            layers ask for.
         device: "cpu".
         seq_len: The window, in steps, of every `keras.layers.MultiHeadAttention` inside. It is
             needed if the length of the model's time axis is None.
