@@ -27,6 +27,7 @@ class RingPass {
       : p_(params),
         begin_(begin),
         end_(end),
+        group_(params.heads / params.key_heads),
         rows_(params.spans.before_wrap.rows + params.spans.after_wrap.rows),
         stride_(RingAttentionLogits(rows_)) {}
 
@@ -37,6 +38,7 @@ class RingPass {
       column += span.rows;
     }
     if constexpr (kScaled) ScaleBy(p_.key_scale);
+    if (p_.bias != nullptr) AddBias();
     if (p_.key_mask != nullptr) Mask();
     Softmax();
     if constexpr (kScaled) ScaleBy(p_.value_scale);
@@ -77,17 +79,17 @@ class RingPass {
   // sizes: otherwise keys of 12 took 1.3 times as long.
   template <int kVectors, bool kRest>
   void LogitsOfVectors(const RingSpan& span, int64_t column) const {
-    const int64_t key_dim = p_.key_dim, stride = p_.key_stride, heads = end_ - begin_;
-    const T* HWY_RESTRICT query = p_.query + begin_ * key_dim;
+    const int64_t key_dim = p_.key_dim, stride = p_.key_stride, group = group_;
+    const int64_t first_key_head = begin_ / group, first_of_group = begin_ % group;
     for (int64_t i = 0; i < span.rows; i += kRowsPerDot) {
       const int64_t count = std::min(kRowsPerDot, span.rows - i);
       const int64_t first = (span.first_row + i) * stride;
       if (p_.next_key != nullptr) {
-        Prefetch(p_.next_key + first, p_.heads * key_dim, stride, count);
+        Prefetch(p_.next_key + first, p_.key_heads * key_dim, stride, count);
       }
       // Separate names, as the compiler would keep an array in memory. The last row replaces
       // missing ones.
-      const C* HWY_RESTRICT k0 = p_.key + first + begin_ * key_dim;
+      const C* HWY_RESTRICT k0 = p_.key + first;
       const C* HWY_RESTRICT k1 = k0 + (count > 1 ? stride : 0);
       const C* HWY_RESTRICT k2 = k1 + (count > 2 ? stride : 0);
       const C* HWY_RESTRICT k3 = k2 + (count > 3 ? stride : 0);
@@ -96,8 +98,15 @@ class RingPass {
       const C* HWY_RESTRICT k6 = k5 + (count > 6 ? stride : 0);
       const C* HWY_RESTRICT k7 = k6 + (count > 7 ? stride : 0);
       T* HWY_RESTRICT logits = p_.logits + column + i;
-      for (int64_t h = 0; h < heads; ++h, logits += stride_) {
-        Dots<kVectors, kRest>(query, h * key_dim, k0, k1, k2, k3, k4, k5, k6, k7, logits);
+      int64_t at = first_key_head * key_dim, of_group = first_of_group;
+      for (int64_t h = begin_; h < end_; ++h, logits += stride_) {
+        // The head's query and key are both at `at`.
+        const T* HWY_RESTRICT query = p_.query + h * key_dim - at;
+        Dots<kVectors, kRest>(query, at, k0, k1, k2, k3, k4, k5, k6, k7, logits);
+        if (++of_group == group) {
+          of_group = 0;
+          at += key_dim;
+        }
       }
     }
   }
@@ -160,6 +169,23 @@ class RingPass {
     }
   }
 
+  void AddBias() const {
+    int64_t column = 0;
+    for (const RingSpan& span : {p_.spans.before_wrap, p_.spans.after_wrap}) {
+      for (int64_t i = 0; i < span.rows;) {
+        const int64_t from = (span.first_row + i + p_.bias_first) % p_.bias_rows;
+        const int64_t count = std::min(span.rows - i, p_.bias_rows - from);
+        for (int64_t h = begin_; h < end_; ++h) {
+          T* HWY_RESTRICT x = LogitsOf(h) + column + i;
+          const T* HWY_RESTRICT bias = p_.bias + h * p_.bias_rows + from;
+          for (int64_t j = 0; j < count; ++j) x[j] += bias[j];
+        }
+        i += count;
+      }
+      column += span.rows;
+    }
+  }
+
   // Removes the weight of rows without a key. The caller keeps their values zero.
   void Mask() const {
     int64_t column = 0;
@@ -210,9 +236,14 @@ class RingPass {
   // heads are summed several at a time.
   void Sum() const {
     const int64_t vectors = p_.value_dim / kLanes;
+    if (group_ > 1) return Columns(vectors);
     if (p_.value_dim == kLanes) return Heads<8, 1, Width::kHead>(0);
     if (p_.value_dim == 2 * kLanes) return Heads<4, 2, Width::kHead>(0);
     if (p_.value_dim == 4 * kLanes) return Heads<2, 4, Width::kHead>(0);
+    Columns(vectors);
+  }
+
+  void Columns(int64_t vectors) const {
     int64_t v = 0;
     for (; v + 8 <= vectors; v += 8) Heads<1, 8, Width::kPart>(v);
     for (; v + 4 <= vectors; v += 4) Heads<2, 4, Width::kPart>(v);
@@ -229,17 +260,20 @@ class RingPass {
   // possible.
   template <int kHeads, int kVectors, Width kWidth>
   void Heads(int64_t v) const {
-    int64_t h = begin_;
-    for (; h + kHeads <= end_; h += kHeads) Columns<kHeads, kVectors, kWidth>(h, v * kLanes);
-    if constexpr (kHeads > 1) {
-      constexpr int kHalf = kHeads / 2;
-      for (; h + kHalf <= end_; h += kHalf) Columns<kHalf, kVectors, kWidth>(h, v * kLanes);
-      for (; h < end_; ++h) Columns<1, kVectors, kWidth>(h, v * kLanes);
+    // Heads that are summed together have either values of their own, or all the same values.
+    for (int64_t h = begin_; h < end_;) {
+      const int64_t end = group_ == 1 ? end_ : std::min(end_, (h / group_ + 1) * group_);
+      for (; h + kHeads <= end; h += kHeads) SumOf<kHeads, kVectors, kWidth>(h, v * kLanes);
+      if constexpr (kHeads > 1) {
+        constexpr int kHalf = kHeads / 2;
+        for (; h + kHalf <= end; h += kHalf) SumOf<kHalf, kVectors, kWidth>(h, v * kLanes);
+        for (; h < end; ++h) SumOf<1, kVectors, kWidth>(h, v * kLanes);
+      }
     }
   }
 
   template <int kHeads, int kVectors, Width kWidth>
-  HWY_INLINE void Columns(int64_t h, int64_t column) const {
+  HWY_INLINE void SumOf(int64_t h, int64_t column) const {
     const D d;
     // If there were too few chains of additions, alternate rows have separate sums.
     constexpr int kChains = std::max(1, 8 / (kHeads * kVectors));
@@ -260,13 +294,15 @@ class RingPass {
     }
     const bool first = h == begin_ && column == 0;
     const int64_t value_stride = p_.value_stride;
+    // From the values of one head to those of the next.
+    const int64_t step = kWidth == Width::kHead || group_ == 1 ? value_dim : 0;
     const T* HWY_RESTRICT weights = LogitsOf(h);
     for (const RingSpan& span : {p_.spans.before_wrap, p_.spans.after_wrap}) {
       const C* HWY_RESTRICT value =
-          p_.value + span.first_row * value_stride + h * value_dim + column;
+          p_.value + span.first_row * value_stride + h / group_ * value_dim + column;
       if (first && p_.next_value != nullptr) {
-        Prefetch(p_.next_value + span.first_row * value_stride, p_.heads * value_dim, value_stride,
-                 span.rows);
+        Prefetch(p_.next_value + span.first_row * value_stride, p_.key_heads * value_dim,
+                 value_stride, span.rows);
       }
       const auto add = [&](int c) HWY_ATTR {
         CONTINUAL_TRANSFORMERS_UNROLL
@@ -275,7 +311,7 @@ class RingPass {
           CONTINUAL_TRANSFORMERS_UNROLL
           for (int v = 0; v < kVectors; ++v) {
             sum[c][i][v] = hn::MulAdd(
-                weight, load(value + c * value_stride + i * value_dim + v * kLanes), sum[c][i][v]);
+                weight, load(value + c * value_stride + i * step + v * kLanes), sum[c][i][v]);
           }
         }
       };
@@ -314,6 +350,7 @@ class RingPass {
   const RingAttentionParams<T, C>& p_;
   const int64_t begin_;
   const int64_t end_;
+  const int64_t group_;  // Queries that share a head of keys and values.
   const int64_t rows_;
   const int64_t stride_;
   T normalizer_of_[kMostHeads];

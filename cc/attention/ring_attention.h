@@ -1,6 +1,6 @@
 // Single-output attention of one query over rows of keys and values with all heads side by side,
-// [N, H, D], as in a session's streams. A full ring is one span of rows, as softmax does not depend
-// on their order.
+// [N, Hk, D], as in a session's streams. A full ring is one span of rows, as softmax does not
+// depend on their order.
 
 #ifndef CONTINUAL_TRANSFORMERS_ATTENTION_RING_ATTENTION_H_
 #define CONTINUAL_TRANSFORMERS_ATTENTION_RING_ATTENTION_H_
@@ -16,9 +16,9 @@ namespace continual_transformers {
 template <typename T, typename C = T>
 struct RingAttentionParams {
   const T* query;      // [H, D]
-  const C* key;        // rows [H, D]
+  const C* key;        // rows [Hk, D]
   int64_t key_stride;  // elements from one row to the next
-  const C* value;      // rows [H, Dv]
+  const C* value;      // rows [Hk, Dv]
   int64_t value_stride;
   const T* key_scale;    // one per row; null unless C is int8_t
   const T* value_scale;  // the same
@@ -26,8 +26,15 @@ struct RingAttentionParams {
   RingSpans spans;       // the rows that are attended to
   T* output;             // [H, Dv]
 
-  int64_t heads;      // H
-  int64_t key_dim;    // D
+  // Added to the scaled logits: [H, bias_rows], and that of row r at (r + bias_first) mod
+  // bias_rows. Null: none.
+  const T* bias;
+  int64_t bias_rows, bias_first;
+
+  int64_t heads;  // H
+  int64_t
+      key_heads;    // Hk, a divisor of H: H / Hk successive queries share a head of keys and values
+  int64_t key_dim;  // D
   int64_t value_dim;  // Dv
   T scale;            // multiplies each logit, query . key
 

@@ -218,7 +218,7 @@ class HeadStepper {
     together.value_stride = rows.value_stride;
     together.spans = {{0, rows.count}, {0, 0}};
     together.output = At(p_.output, p_.output_strides, t);
-    together.heads = heads_;
+    together.heads = together.key_heads = heads_;
     together.key_dim = p_.key_dim;
     together.value_dim = p_.value_dim;
     together.scale = p_.scale;

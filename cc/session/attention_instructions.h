@@ -112,7 +112,8 @@ class AttentionInstruction : public Instruction {
     p.key_mask = masked ? mask : nullptr;
     p.spans = spans;
     p.output = output;
-    p.heads = s_.heads;
+    p.bias = nullptr;
+    p.heads = p.key_heads = s_.heads;
     p.key_dim = s_.key_dim;
     p.value_dim = s_.value_dim;
     p.scale = static_cast<T>(s_.scale);
@@ -203,7 +204,8 @@ class WindowAttentionInstruction : public Instruction {
     p.value_stride = value_size_;
     p.key_scale = p.value_scale = nullptr;
     p.key_mask = nullptr;
-    p.heads = s_.heads;
+    p.bias = nullptr;
+    p.heads = p.key_heads = s_.heads;
     p.key_dim = s_.key_dim;
     p.value_dim = s_.value_dim;
     p.scale = static_cast<T>(s_.scale);

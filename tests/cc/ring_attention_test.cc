@@ -22,6 +22,8 @@ namespace {
 
 struct Sizes {
   int64_t rows, heads, key_dim, value_dim;
+  int64_t group = 1;      // query heads for each head of keys and values
+  bool has_bias = false;  // on the logits
 };
 
 class RingAttentionTest : public ::testing::TestWithParam<Target> {
@@ -37,13 +39,18 @@ class RingAttentionTest : public ::testing::TestWithParam<Target> {
                  std::to_string(z.key_dim) + " Dv " + std::to_string(z.value_dim) + " spans " +
                  std::to_string(spans.before_wrap.first_row) + "+" +
                  std::to_string(spans.before_wrap.rows) + " " +
-                 std::to_string(spans.after_wrap.rows));
+                 std::to_string(spans.after_wrap.rows) + " group " + std::to_string(z.group));
     std::normal_distribution<double> normal;
-    const int64_t key_size = z.heads * z.key_dim, value_size = z.heads * z.value_dim;
+    const int64_t query_size = z.heads * z.key_dim, output_size = z.heads * z.value_dim;
+    const int64_t key_size = query_size / z.group, value_size = output_size / z.group;
     const int64_t key_stride = key_size + 3, value_stride = value_size + 1;
     const T nan = std::numeric_limits<T>::quiet_NaN();
-    std::vector<T> query(key_size + 1), key(z.rows * key_stride + 1, nan);
-    std::vector<T> value(z.rows * value_stride + 1, nan), output(value_size + 2, nan);
+    std::vector<T> query(query_size + 1), key(z.rows * key_stride + 1, nan);
+    std::vector<T> value(z.rows * value_stride + 1, nan), output(output_size + 2, nan);
+    // The bias of a row is at (row + bias_first) mod bias_rows.
+    const int64_t bias_rows = z.rows + 2, bias_first = 2 * z.rows / 3;
+    std::vector<T> bias(z.heads * bias_rows);
+    for (T& b : bias) b = normal(random_);
     const std::unique_ptr<bool[]> mask(new bool[z.rows]());
     for (T& q : query) q = normal(random_);
     std::vector<int64_t> rows;
@@ -88,7 +95,11 @@ class RingAttentionTest : public ::testing::TestWithParam<Target> {
     p.key_mask = masked ? mask.get() : nullptr;
     p.spans = spans;
     p.output = output.data() + 1;
+    p.bias = z.has_bias ? bias.data() : nullptr;
+    p.bias_rows = bias_rows;
+    p.bias_first = bias_first;
     p.heads = z.heads;
+    p.key_heads = z.heads / z.group;
     p.key_dim = z.key_dim;
     p.value_dim = z.value_dim;
     p.scale = static_cast<T>(scale);
@@ -106,11 +117,12 @@ class RingAttentionTest : public ::testing::TestWithParam<Target> {
         double logit = 0;
         for (int64_t d = 0; d < z.key_dim; ++d) {
           logit += static_cast<double>(p.query[h * z.key_dim + d]) *
-                   Widen(p.key[row * key_stride + h * z.key_dim + d]);
+                   Widen(p.key[row * key_stride + h / z.group * z.key_dim + d]);
         }
         if constexpr (std::is_same_v<C, int8_t>) logit *= key_scales[row];
-        weights.push_back(mask[row] ? logit * static_cast<double>(p.scale)
-                                    : -std::numeric_limits<double>::infinity());
+        logit *= static_cast<double>(p.scale);
+        if (z.has_bias) logit += bias[h * bias_rows + (row + bias_first) % bias_rows];
+        weights.push_back(mask[row] ? logit : -std::numeric_limits<double>::infinity());
         max = std::max(max, weights.back());
       }
       for (double& weight : weights)
@@ -119,7 +131,8 @@ class RingAttentionTest : public ::testing::TestWithParam<Target> {
         double weight = weights[i] / sum;
         if constexpr (std::is_same_v<C, int8_t>) weight *= value_scales[rows[i]];
         for (int64_t d = 0; weights[i] != 0 && d < z.value_dim; ++d) {
-          expected[d] += weight * Widen(p.value[rows[i] * value_stride + h * z.value_dim + d]);
+          expected[d] +=
+              weight * Widen(p.value[rows[i] * value_stride + h / z.group * z.value_dim + d]);
         }
       }
       for (int64_t d = 0; d < z.value_dim; ++d) {
@@ -148,6 +161,14 @@ class RingAttentionTest : public ::testing::TestWithParam<Target> {
     for (int64_t heads : {1, 2, 4, 5, 8, 11, 16}) {
       Check<T, C>({33, heads, 16, 16}, {{0, 33}, {0, 0}}, false, 1, bound);
     }
+    for (int64_t group : {1, 2, 3, 4, 8, 9}) {
+      for (int64_t dim : {1, 8, 12, 16, 32, 64, 100, 128}) {
+        Check<T, C>({17, 2 * group, dim, dim, group, true}, {{0, 17}, {0, 0}}, true, 1, bound);
+        Check<T, C>({20, 3 * group, dim, dim + 3, group}, {{9, 11}, {0, 7}}, false, 1, bound);
+      }
+    }
+    Check<T, C>({40, 3, 16, 16, 1, true}, {{9, 31}, {0, 7}}, true, 1, bound);
+    Check<T, C>({17, 140, 12, 12, 35, true}, {{0, 17}, {0, 0}}, false, 1, bound);
   }
 
   std::mt19937 random_{1};
@@ -179,7 +200,7 @@ TEST_P(RingAttentionTest, NothingToAttendToGivesZeros) {
   p.key_mask = mask;
   p.spans = {{0, kRows}, {0, 0}};
   p.output = output.data();
-  p.heads = 2;
+  p.heads = p.key_heads = 2;
   p.key_dim = p.value_dim = 3;
   p.scale = 1;
   p.logits = logits.data();
@@ -200,7 +221,7 @@ TEST_P(RingAttentionTest, NanOfAHeadStaysInIt) {
   p.key_stride = p.value_stride = kSize;
   p.spans = {{0, kRows}, {0, 0}};
   p.output = output.data();
-  p.heads = 2;
+  p.heads = p.key_heads = 2;
   p.key_dim = p.value_dim = kDim;
   p.scale = 1;
   p.logits = logits.data();
