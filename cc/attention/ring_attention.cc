@@ -228,6 +228,13 @@ class RingPass {
         sum = hn::Add(sum, weight);
       }
       const T denominator = hn::ReduceSum(d, sum);
+      if (p_.softmax != nullptr) {
+        const OnlineSoftmax<T> nothing;
+        // A logit of -infinity has no weight, so 0 stands for it as well.
+        p_.softmax[begin_ + h] = {denominator == T(0) ? nothing.max : normalizer_of_[h], denominator};
+        normalizer_of_[h] = 1;
+        continue;
+      }
       normalizer_of_[h] = denominator == T(0) ? T(0) : T(1) / denominator;
     }
   }

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "cc/attention/online_softmax.h"
 #include "cc/attention/ring_cache.h"
 
 namespace continual_transformers {
@@ -25,6 +26,9 @@ struct RingAttentionParams {
   const bool* key_mask;  // one per row: which rows have a key; null: all
   RingSpans spans;       // the rows that are attended to
   T* output;             // [H, Dv]
+  // [H], written: the softmax over these rows. The outputs are then not normalized, so that those
+  // of several parts of a window can be merged. Null: they are.
+  OnlineSoftmax<T>* softmax;
 
   // Added to the scaled logits: [H, bias_rows], and that of row r at (r + bias_first) mod
   // bias_rows. Null: none.

@@ -29,6 +29,16 @@ inline RingSpans FindRingSpans(int64_t first_step, int64_t steps, int64_t window
   return {{row, before}, {0, steps - before}};
 }
 
+// Returns rows begin, ..., end - 1 of these, counted over both spans.
+inline RingSpans PartOf(const RingSpans& spans, int64_t begin, int64_t end) {
+  const auto part = [begin, end](const RingSpan& span, int64_t before) {
+    const int64_t from = std::clamp<int64_t>(begin - before, 0, span.rows);
+    return RingSpan{span.first_row + from,
+                    std::clamp<int64_t>(end - before, from, span.rows) - from};
+  };
+  return {part(spans.before_wrap, 0), part(spans.after_wrap, spans.before_wrap.rows)};
+}
+
 }  // namespace continual_transformers
 
 #endif  // CONTINUAL_TRANSFORMERS_ATTENTION_RING_CACHE_H_

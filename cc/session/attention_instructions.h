@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "cc/attention/elementwise.h"
+#include "cc/attention/online_softmax.h"
 #include "cc/attention/ring_attention.h"
 #include "cc/attention/ring_cache.h"
 #include "cc/session/instruction.h"
@@ -25,6 +26,7 @@ struct AttentionSpec {
   double scale;
   int64_t key_ring, value_ring, mask_ring;
   int64_t key_scales = -1, value_scales = -1;  // of rings in int8
+  int64_t threads = 1;                         // that may share a step
 };
 
 // Returns whether step r of a frame has a key.
@@ -58,10 +60,16 @@ class AttentionInstruction : public Instruction {
   }
 
   int64_t ScratchBytes() const override {
-    return s_.heads * RingAttentionLogits(s_.window) * static_cast<int64_t>(sizeof(T));
+    const int64_t parts = std::max<int64_t>(1, std::min(s_.threads, s_.window / kLeastRowsOfPart));
+    // A part of n rows has RingAttentionLogits(n) <= n + 31, and parts may differ by one row.
+    const int64_t logits = s_.heads * (s_.window + 32 * parts);
+    const int64_t numbers = logits + parts * value_size_;
+    return numbers * static_cast<int64_t>(sizeof(T)) +
+           parts * s_.heads * static_cast<int64_t>(sizeof(OnlineSoftmax<T>));
   }
 
  private:
+  static constexpr int64_t kLeastRowsOfPart = 32;
   static constexpr bool kScaled = std::is_same_v<C, int8_t>;
   static constexpr int64_t kNearBytes = 256 << 10;
 
@@ -112,6 +120,7 @@ class AttentionInstruction : public Instruction {
     p.key_mask = masked ? mask : nullptr;
     p.spans = spans;
     p.output = output;
+    p.softmax = nullptr;
     p.bias = nullptr;
     p.heads = p.key_heads = s_.heads;
     p.key_dim = s_.key_dim;
@@ -120,16 +129,44 @@ class AttentionInstruction : public Instruction {
     p.logits = reinterpret_cast<T*>(frame.scratch);
     p.next_key = next == nullptr ? nullptr : reinterpret_cast<const C*>(next + s_.key_ring);
     p.next_value = next == nullptr ? nullptr : reinterpret_cast<const C*>(next + s_.value_ring);
-    if (frame.pool == nullptr || s_.heads == 1 || Cycles(1) < kCyclesWorthThreads) {
-      RingAttention(p, 0, s_.heads);
-      return;
-    }
     const int64_t rows = spans.before_wrap.rows + spans.after_wrap.rows;
-    frame.pool->Share(s_.heads, [&](int64_t head, int64_t) {
+    const int64_t parts =
+        frame.pool == nullptr ? 1 : std::min(frame.pool->threads(), rows / kLeastRowsOfPart);
+    if (parts > 1 && Cycles(1) >= kCyclesWorthThreads) {
+      AttendInParts(frame.pool, parts, rows, p);
+    } else {
+      RingAttention(p, 0, s_.heads);
+    }
+  }
+
+  // The threads share the rows, and not the heads: a head's part of a row is a short piece of
+  // memory, and there may be fewer heads than threads.
+  void AttendInParts(ThreadPool* pool, int64_t parts, int64_t rows,
+                     const RingAttentionParams<T, C>& p) const {
+    const int64_t most = (rows + parts - 1) / parts;
+    T* const outputs = p.logits + parts * s_.heads * RingAttentionLogits(most);
+    auto* const softmax = reinterpret_cast<OnlineSoftmax<T>*>(outputs + parts * value_size_);
+    pool->Share(parts, [&](int64_t part, int64_t) {
       RingAttentionParams<T, C> one = p;
-      one.logits += head * RingAttentionLogits(rows);
-      RingAttention(one, head, head + 1);
+      one.spans = PartOf(p.spans, part * rows / parts, (part + 1) * rows / parts);
+      one.logits += part * s_.heads * RingAttentionLogits(most);
+      one.output = outputs + part * value_size_;
+      one.softmax = softmax + part * s_.heads;
+      RingAttention(one, 0, s_.heads);
     });
+    for (int64_t h = 0; h < s_.heads; ++h) {
+      OnlineSoftmax<T> whole;
+      T* const y = p.output + h * s_.value_dim;
+      std::fill_n(y, s_.value_dim, T(0));
+      for (int64_t part = 0; part < parts; ++part) {
+        const auto factors = whole.Merge(softmax[part * s_.heads + h]);
+        const T* const x = outputs + part * value_size_ + h * s_.value_dim;
+        for (int64_t i = 0; i < s_.value_dim; ++i)
+          y[i] = y[i] * factors.own + x[i] * factors.others;
+      }
+      const T normalizer = whole.Normalizer();
+      for (int64_t i = 0; i < s_.value_dim; ++i) y[i] *= normalizer;
+    }
   }
 
   // Returns the ring rows of the columns that the query attends to, except steps that were never
@@ -204,6 +241,7 @@ class WindowAttentionInstruction : public Instruction {
     p.value_stride = value_size_;
     p.key_scale = p.value_scale = nullptr;
     p.key_mask = nullptr;
+    p.softmax = nullptr;
     p.bias = nullptr;
     p.heads = p.key_heads = s_.heads;
     p.key_dim = s_.key_dim;

@@ -663,6 +663,7 @@ class Compiler {
     spec.end_column = node.Int("end_column");
     spec.query_delay = node.Int("query_delay");
     spec.scale = node.Number("scale");
+    spec.threads = options_.threads;
     spec.key_ring = Offset(i, "key");
     spec.value_ring = Offset(i, "value");
     spec.mask_ring = Offset(i, "key_mask");

@@ -10,6 +10,7 @@
 #include <limits>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cc/session/error.h"
@@ -262,6 +263,31 @@ TEST(ExecutorTest, WideLayersOverSeveralThreads) {
   for (int64_t t = 0; t < 45; ++t) {
     const auto inputs = recording.Cut(0, 1, t, 1);
     ExpectEqual(plan, several.Take(0, 1, 1, inputs), one.Take(0, 1, 1, inputs), 1e-5);
+  }
+}
+
+// The threads share the rows of a long window, whether or not there are enough heads for them.
+TEST(ExecutorTest, LongWindowsOverSeveralThreads) {
+  for (const auto& [heads, threads] : {std::pair<int64_t, int64_t>{1, 5}, {4, 2}}) {
+    const auto file = Stack("float32", 256, 96, heads, 700).File();
+    const Plan& plan = file->plan();
+    constexpr int64_t kSteps = 780, kPiece = 60;
+    const Recording recording(plan, 1, kSteps);
+    std::string mask(kSteps, 1);
+    for (int64_t t = 0; t < kSteps; ++t) mask[t] = t % 7 != 3 && (t < 300 || t > 420);
+    const bool* gaps = reinterpret_cast<const bool*>(mask.data());
+    for (DType cache : {DType::kFloat32, DType::kFloat16, DType::kInt8}) {
+      SCOPED_TRACE(std::string(NameOf(cache)) + " heads " + std::to_string(heads));
+      Streams one(file, {cache, DType::kFloat32, 1}, 1);
+      Streams several(file, {cache, DType::kFloat32, threads}, 1);
+      for (int64_t t = 0; t < kSteps; t += kPiece) {
+        const auto inputs = recording.Cut(0, 1, t, kPiece);
+        // A last bit may round a number in the second layer's ring up instead of down.
+        ExpectEqual(plan, several.Take(0, 1, kPiece, inputs, gaps + t),
+                    one.Take(0, 1, kPiece, inputs, gaps + t),
+                    cache == DType::kFloat32 ? 1e-5 : 1e-3);
+      }
+    }
   }
 }
 

@@ -34,5 +34,21 @@ TEST(FindRingSpansTest, CountsStepsBeyond32Bits) {
   EXPECT_EQ(spans.after_wrap.rows, 2);
 }
 
+TEST(PartOfTest, PartsFollowEachOther) {
+  const RingSpans spans = {{5, 7}, {0, 4}};
+  for (int64_t begin = 0; begin <= 11; ++begin) {
+    for (int64_t end = begin; end <= 11; ++end) {
+      const RingSpans part = PartOf(spans, begin, end);
+      std::vector<int64_t> rows;
+      for (const RingSpan& span : {part.before_wrap, part.after_wrap}) {
+        ASSERT_GE(span.rows, 0);
+        for (int64_t i = 0; i < span.rows; ++i) rows.push_back(span.first_row + i);
+      }
+      ASSERT_EQ(static_cast<int64_t>(rows.size()), end - begin);
+      for (int64_t i = begin; i < end; ++i) EXPECT_EQ(rows[i - begin], i < 7 ? 5 + i : i - 7);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace continual_transformers
