@@ -113,7 +113,7 @@ def test_layers_that_are_continual_already_keep_their_window():
     assert windows == [N, 9]
 
 
-@pytest.mark.parametrize("dtype", ["int4", "int8", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", ["int32", "int8", "float16", "bfloat16", "float64"])
 def test_dtypes_of_caches_and_weights(dtype):
     layer = ct.CoSiTransformerEncoder(N, E, H, 7)
     layer.build((None, N, E))
