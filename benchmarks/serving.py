@@ -72,10 +72,12 @@ def main() -> None:
         asyncio.run(serve_rival(Path(arguments.rival[0]), int(arguments.rival[1])))
         return
     rounds, seconds = (1, 0.3) if arguments.quick else (5, 2.0)
+    spans = (1.0, 3.0) if arguments.quick else (10.0, 20.0)  # Of many streams.
     with tempfile.TemporaryDirectory() as folder:
         goals = [
             many_rows(Path(folder), rounds, seconds),
-            *many_streams(Path(folder), *((1.0, 3.0) if arguments.quick else (10.0, 20.0))),
+            *many_streams(Path(folder), *spans),
+            *many_streams(Path(folder), *spans, "int8"),
             *single_steps(Path(folder), rounds, seconds, arguments.triton),
         ]
     print("\n| | goal | measured | |\n| --- | --- | --- | --- |")
@@ -172,14 +174,24 @@ def request_of(model: str, name: str, x: np.ndarray, streams: range) -> bytes:
     return request.SerializeToString()
 
 
-def many_streams(folder: Path, warm_up: float, seconds: float) -> list[Goal]:
+SAVE_DEMO = """
+import sys
+import continual_transformers_tf as ct
+from continual_transformers_tf.demo.model import trained_model
+ct.Session(trained_model(), cache_dtype=sys.argv[2]).save(sys.argv[1])
+"""
+
+
+def many_streams(
+    folder: Path, warm_up: float, seconds: float, cache_dtype: str = "float32"
+) -> list[Goal]:
     """Measure 10,000 streams of the demo's model that step 10 times a second each.
 
     In the first 10 s they get their memory, and their windows of 100 steps fill.
     """
-    path = folder / "watch.safetensors"
+    path = folder / f"watch_{cache_dtype}.safetensors"
     # In another process, so that TensorFlow is not in this one.
-    command = [sys.executable, "-m", "continual_transformers_tf.cli", "demo", "--save-model", path]
+    command = [sys.executable, "-c", SAVE_DEMO, path, cache_dtype]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     options = load.Options(streams=10_000, rate=10, rows=100, seconds=warm_up + seconds)
     with program.LocalServer(path) as server:
@@ -190,7 +202,10 @@ def many_streams(folder: Path, warm_up: float, seconds: float) -> list[Goal]:
             f"{measured.size} requests were answered after {warm_up:g} s, {result.wrong} of "
             f"{result.checked} answers are wrong, {result.lost} streams are lost"
         )
-    what = "10,000 streams of the demo's model, 10 steps/s each, requests of 100 rows: "
+    what = (
+        f"10,000 streams of the demo's model with rings in {cache_dtype}, 10 steps/s each, "
+        "requests of 100 rows: "
+    )
     latency, late = load.quantiles(measured), load.quantiles(result.lateness)
     detail = (
         f"p50 {latency['p50']:.2f} ms, {100 * len(measured) / seconds:,.0f} steps/s; the load test "

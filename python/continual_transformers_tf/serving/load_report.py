@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from continual_transformers_tf.serving.load import TOLERANCE, Options, Result, quantiles
+from continual_transformers_tf.serving.load import Options, Result, quantiles
 
 MOST_POINTS = 20_000  # Of the picture.
 
@@ -102,7 +102,7 @@ def table(result: Result) -> Table:
     if result.lost:
         made.add_row("streams lost", f"[red]{result.lost:,}")
     made.add_row("answers compared with ct.Session", f"{result.checked:,}")
-    made.add_row(f"answers that differ by more than {TOLERANCE:g}", _red(result.wrong))
+    made.add_row(f"answers that differ by more than {result.tolerance:g}", _red(result.wrong))
     made.add_row("largest difference", f"{result.difference:.1e}")
     made.add_section()
     if result.lateness.size:
