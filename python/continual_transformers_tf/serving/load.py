@@ -47,7 +47,7 @@ CHECKED_AT_ONCE = 64  # Steps of a group.
 # The largest difference over the largest output. The server's answer and the one that it is
 # compared with are each within 5e-6 of the exact one.
 TOLERANCE = 1e-5
-# The same for rings of 8 or 16 bits. There a difference in the last bit, as between batches of other
+# The same for rings of 8 or 16 bits. There a difference in the last bit, as between batches of two
 # sizes, may round a number the other way.
 NARROW_TOLERANCE = 1e-2
 
