@@ -64,6 +64,10 @@ class RingPass {
   // Computes the scaled dot products of every head's query with the keys of a span.
   void Logits(const RingSpan& span, int64_t column) const {
     const int64_t vectors = p_.key_dim / kLanes;
+    if (group_ > 1) {
+      if (p_.key_dim % kLanes == 0) return LogitsOfVectors<kAnyNumber, false, true>(span, column);
+      return LogitsOfVectors<kAnyNumber, true, true>(span, column);
+    }
     if (p_.key_dim % kLanes != 0) {
       if (vectors == 0) return LogitsOfVectors<0, true>(span, column);
       if (vectors == 1) return LogitsOfVectors<1, true>(span, column);
@@ -76,11 +80,12 @@ class RingPass {
   }
 
   // For keys of kVectors vectors, plus a partial one with kRest. The compiler knows the usual
-  // sizes: otherwise keys of 12 took 1.3 times as long.
-  template <int kVectors, bool kRest>
+  // sizes: otherwise keys of 12 took 1.3 times as long. With kGrouped, several queries share a key:
+  // where each has its own, these lines would cost up to a tenth.
+  template <int kVectors, bool kRest, bool kGrouped = false>
   void LogitsOfVectors(const RingSpan& span, int64_t column) const {
-    const int64_t key_dim = p_.key_dim, stride = p_.key_stride, group = group_;
-    const int64_t first_key_head = begin_ / group, first_of_group = begin_ % group;
+    const int64_t key_dim = p_.key_dim, stride = p_.key_stride, heads = end_ - begin_;
+    const T* HWY_RESTRICT query = p_.query + begin_ * key_dim;
     for (int64_t i = 0; i < span.rows; i += kRowsPerDot) {
       const int64_t count = std::min(kRowsPerDot, span.rows - i);
       const int64_t first = (span.first_row + i) * stride;
@@ -89,7 +94,7 @@ class RingPass {
       }
       // Separate names, as the compiler would keep an array in memory. The last row replaces
       // missing ones.
-      const C* HWY_RESTRICT k0 = p_.key + first;
+      const C* HWY_RESTRICT k0 = p_.key + first + (kGrouped ? 0 : begin_ * key_dim);
       const C* HWY_RESTRICT k1 = k0 + (count > 1 ? stride : 0);
       const C* HWY_RESTRICT k2 = k1 + (count > 2 ? stride : 0);
       const C* HWY_RESTRICT k3 = k2 + (count > 3 ? stride : 0);
@@ -98,15 +103,11 @@ class RingPass {
       const C* HWY_RESTRICT k6 = k5 + (count > 6 ? stride : 0);
       const C* HWY_RESTRICT k7 = k6 + (count > 7 ? stride : 0);
       T* HWY_RESTRICT logits = p_.logits + column + i;
-      int64_t at = first_key_head * key_dim, of_group = first_of_group;
-      for (int64_t h = begin_; h < end_; ++h, logits += stride_) {
+      for (int64_t h = 0; h < heads; ++h, logits += stride_) {
         // The head's query and key are both at `at`.
-        const T* HWY_RESTRICT query = p_.query + h * key_dim - at;
-        Dots<kVectors, kRest>(query, at, k0, k1, k2, k3, k4, k5, k6, k7, logits);
-        if (++of_group == group) {
-          of_group = 0;
-          at += key_dim;
-        }
+        const int64_t at = (kGrouped ? (begin_ + h) / group_ : h) * key_dim;
+        const T* HWY_RESTRICT from = kGrouped ? query + h * key_dim - at : query;
+        Dots<kVectors, kRest>(from, at, k0, k1, k2, k3, k4, k5, k6, k7, logits);
       }
     }
   }
@@ -231,7 +232,8 @@ class RingPass {
       if (p_.softmax != nullptr) {
         const OnlineSoftmax<T> nothing;
         // A logit of -infinity has no weight, so 0 stands for it as well.
-        p_.softmax[begin_ + h] = {denominator == T(0) ? nothing.max : normalizer_of_[h], denominator};
+        p_.softmax[begin_ + h] = {denominator == T(0) ? nothing.max : normalizer_of_[h],
+                                  denominator};
         normalizer_of_[h] = 1;
         continue;
       }
@@ -302,11 +304,12 @@ class RingPass {
     const bool first = h == begin_ && column == 0;
     const int64_t value_stride = p_.value_stride;
     // From the values of one head to those of the next.
-    const int64_t step = kWidth == Width::kHead || group_ == 1 ? value_dim : 0;
+    const bool grouped = kWidth != Width::kHead && group_ > 1;
+    const int64_t step = grouped ? 0 : value_dim;
+    const int64_t first_value = (grouped ? h / group_ : h) * value_dim + column;
     const T* HWY_RESTRICT weights = LogitsOf(h);
     for (const RingSpan& span : {p_.spans.before_wrap, p_.spans.after_wrap}) {
-      const C* HWY_RESTRICT value =
-          p_.value + span.first_row * value_stride + h / group_ * value_dim + column;
+      const C* HWY_RESTRICT value = p_.value + span.first_row * value_stride + first_value;
       if (first && p_.next_value != nullptr) {
         Prefetch(p_.next_value + span.first_row * value_stride, p_.key_heads * value_dim,
                  value_stride, span.rows);
