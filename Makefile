@@ -18,7 +18,7 @@ FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc cc/*/*/*.h cc/*/*/*.cc cuda/*.cu c
   python/continual_transformers_tf/include/*.h python/continual_transformers_tf/include/*.hpp)
 
 .PHONY: demo serve test test-torch test-slow test-wheels test-aarch64 test-every-case lint format bazel-build \
-  bazel-cuda bazel-test sanitize bench bench-session bench-serving bench-cc cuda-resources gpu docs wheel clean
+  bazel-cuda bazel-test sanitize guard guard-record bench bench-session bench-serving bench-cc cuda-resources gpu docs wheel clean
 
 demo: .venv/installed
 	$(BIN)/continual-transformers demo --picture build/demo.png
@@ -92,6 +92,14 @@ bazel-test: .venv/test-tools
 sanitize: .venv/test-tools
 	$(RUN_BAZEL) test $(BAZEL_FLAGS) --config=asan //tests:cc
 	$(RUN_BAZEL) test $(BAZEL_FLAGS) --config=tsan //tests:threads
+
+# Whether a step of fixed models costs more instructions, memory accesses or allocations than what is
+# recorded in benchmarks/step_counts.json. It needs valgrind, and takes about a minute.
+guard: .venv/installed
+	$(BIN)/python tools/step_counts.py check
+
+guard-record: .venv/installed
+	$(BIN)/python tools/step_counts.py record
 
 # What each GPU kernel uses: registers, spills, stack, shared memory.
 cuda-resources:

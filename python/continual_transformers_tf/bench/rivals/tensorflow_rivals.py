@@ -10,7 +10,14 @@ import numpy as np
 import tensorflow as tf
 
 import continual_transformers_tf as ct
-from continual_transformers_tf.bench.rivals import Array, Contestant, Weights, past_of, rings_of
+from continual_transformers_tf.bench.rivals import (
+    Array,
+    Contestant,
+    Weights,
+    past_of,
+    rings_of,
+    weights_of,
+)
 from continual_transformers_tf.bench.sizes import Size
 
 Step = Callable[..., Any]
@@ -68,11 +75,17 @@ def _session(size: Size, weights: Weights, threads: int, dtype: str | None = Non
     return steps.step, np.ascontiguousarray
 
 
-def _retroactive_session(size: Size, weights: Weights, threads: int) -> Contestant:
+def retroactive_layer(size: Size) -> ct.CoReMultiHeadAttention:
+    """Return the retroactive layer that is raced, with its weights."""
     layer = ct.CoReMultiHeadAttention(size.seq_len, size.heads, size.head)
     layer.build((None, size.seq_len, size.features))
-    layer.set_weights(_keras_weights(size, weights))
-    steps = _SessionSteps(layer, size, threads=threads)
+    layer.set_weights(_keras_weights(size, weights_of(size)))
+    return layer
+
+
+def _retroactive_session(size: Size, weights: Weights, threads: int) -> Contestant:
+    del weights  # `retroactive_layer` sets them.
+    steps = _SessionSteps(retroactive_layer(size), size, threads=threads)
     for x in past_of(size):
         steps.step(x)
     return steps.step, np.ascontiguousarray
