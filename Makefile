@@ -18,7 +18,7 @@ FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc cc/*/*/*.h cc/*/*/*.cc cuda/*.cu c
   python/continual_transformers_tf/include/*.h python/continual_transformers_tf/include/*.hpp)
 
 .PHONY: demo serve test test-torch test-slow test-wheels test-aarch64 test-every-case lint format bazel-build \
-  bazel-cuda bazel-test sanitize bench bench-session bench-serving bench-cc cuda-resources gpu docs wheel clean
+  bazel-cuda bazel-test sanitize guard guard-record bench bench-session bench-serving bench-cc cuda-resources gpu docs wheel clean
 
 demo: .venv/installed
 	$(BIN)/continual-transformers demo --picture build/demo.png
@@ -93,14 +93,22 @@ sanitize: .venv/test-tools
 	$(RUN_BAZEL) test $(BAZEL_FLAGS) --config=asan //tests:cc
 	$(RUN_BAZEL) test $(BAZEL_FLAGS) --config=tsan //tests:threads
 
+# Whether a step of fixed models costs more instructions, memory accesses or allocations than what is
+# recorded in benchmarks/step_counts.json. It needs valgrind, and takes about a minute.
+guard: .venv/installed
+	$(BIN)/python tools/step_counts.py check
+
+guard-record: .venv/installed
+	$(BIN)/python tools/step_counts.py record
+
 # What each GPU kernel uses: registers, spills, stack, shared memory.
 cuda-resources:
 	$(PYTHON) cuda/resources.py
 
-# The race against all rivals. It takes half an hour, and writes docs/benchmarks.md and its pictures,
-# of which headline.png is the README's.
+# The race against all rivals, and what has goals on AVX2 too. It takes about 25 minutes on an idle
+# machine, and writes docs/benchmarks.md and its pictures, of which headline.png is the README's.
 bench: build/bench/programs
-	$(BENCH) --json build/bench.json --picture docs/benchmarks.png --headline docs/headline.png \
+	$(BENCH) --avx2 --json build/bench.json --picture docs/benchmarks.png --headline docs/headline.png \
 	  --markdown docs/benchmarks.md
 
 # The other goals of a session: even steps, cheap streams, little memory.

@@ -19,7 +19,7 @@ import rich.progress
 import tensorflow as tf
 
 import continual_transformers_tf as ct
-from continual_transformers_tf.bench.race import machine
+from continual_transformers_tf.bench.worker_process import machine
 from continual_transformers_tf.models.cost_formulas import Cost
 
 EMBED_DIM, NUM_HEADS, FF_DIM = 256, 4, 512

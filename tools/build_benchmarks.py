@@ -2,7 +2,7 @@
 
     python tools/build_benchmarks.py build/bench
 
-Bazel builds the same programs, as //benchmarks:model_benchmark and //benchmarks:session_benchmark.
+Bazel builds the same programs, for example as //benchmarks:model_benchmark.
 `make bench` uses this script, because it needs nothing that pip's build does not need.
 """
 
@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 from object_files import compile_object, side_by_side  # noqa: E402
 
 CC = runpy.run_path(str(ROOT / "cc" / "library.bzl"))
-PROGRAMS = ("model_benchmark", "session_benchmark")
-SHARED = ("fma_loop", "raw_model")
+PROGRAMS = ("layer_benchmark", "model_benchmark", "session_benchmark")
+SHARED = ("bound", "fma_loop", "raw_model")
 
 
 def include_folders() -> list[Path]:

@@ -15,13 +15,12 @@
 #include <utility>
 #include <vector>
 
-#include "benchmarks/cc/fma_loop.h"
-#include "benchmarks/cc/measure.h"
+#include "benchmarks/cc/bound.h"
 #include "benchmarks/cc/raw_model.h"
+#include "benchmarks/cc/requests.h"
 #include "cc/attention/co_si_encoder_step.h"
 #include "cc/attention/dense.h"
 #include "cc/attention/elementwise.h"
-#include "cc/attention/read_loop.h"
 #include "cc/session/session.h"
 #include "nlohmann/json.hpp"
 
@@ -31,7 +30,6 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr float kEpsilon = 1e-6f;
-constexpr double kChunkMicroseconds = 200;  // Faster steps are sampled several at a time.
 
 // A model that takes steps.
 class Contestant {
@@ -166,112 +164,17 @@ class KernelsContestant : public Contestant {
                                   const std::function<void(int64_t, int64_t)>& f) { f(0, tasks); }};
 };
 
-// The sum over a step's parts, each dense product and each attention, of the larger of two times: a
-// plain read of the part's bytes, from where they are when it runs, and its multiply-adds at the
-// rate of a loop in registers.
-class Bound {
- public:
-  explicit Bound(const ModelSize& size) : size_(size) {
-    const int64_t e = size.embed_dim;
-    const auto dense = [&](int64_t inputs, int64_t outputs) {
-      parts_.push_back({weights_bytes_, inputs * outputs * 4, -1, size.streams * inputs * outputs});
-      weights_bytes_ += (inputs * outputs * 4 + 63) / 64 * 64;
-    };
-    ring_bytes_ = 2 * size.window * e * 4;
-    dense(size.features, e);
-    for (int64_t i = 0; i < size.layers; ++i) {
-      for (int product = 0; product < 3; ++product) dense(e, e);
-      parts_.push_back({i * ring_bytes_, ring_bytes_, i, 2 * size.streams * size.window * e});
-      for (int product = 0; product < 3; ++product) dense(e, e);
-    }
-    dense(e, kModelOutputs);
-    weights_.resize(weights_bytes_, 1);
-    rings_.resize(size.streams * size.layers * ring_bytes_, 1);
-    Classify();
+std::vector<BoundPart> PartsOf(const ModelSize& size) {
+  const int64_t m = size.streams, e = size.embed_dim;
+  std::vector<BoundPart> parts = {DensePart(m, size.features, e)};
+  for (int64_t i = 0; i < size.layers; ++i) {
+    for (int product = 0; product < 3; ++product) parts.push_back(DensePart(m, e, e));
+    parts.push_back(AttentionPart(m, size.window, e, sizeof(float)));
+    for (int product = 0; product < 3; ++product) parts.push_back(DensePart(m, e, e));
   }
-
-  // Reads everything once as a step would. Returns the microseconds of the parts that are bound by
-  // reading.
-  double ReadOnce() {
-    double time = 0;
-    size_t i = 0;
-    while (i < parts_.size()) {
-      if (parts_[i].computes) {
-        Read(parts_[i++]);
-        continue;
-      }
-      // Read the clock once for several parts in a row.
-      const double start = Now();
-      while (i < parts_.size() && !parts_[i].computes) Read(parts_[i++]);
-      time += std::max(0.0, Now() - start - clock_);
-    }
-    return time;
-  }
-
-  // Returns the microseconds of a million multiply-adds.
-  static double MultiplyAddOnce() {
-    const double start = Now();
-    const FmaLoopResult result = FmaLoop(2000);
-    const double time = Now() - start;
-    sink_ = sink_ + result.sum;
-    return time * 1e6 / static_cast<double>(result.multiply_adds);
-  }
-
-  // Returns the millions of multiply-adds in the parts that are bound by them.
-  double computed() const {
-    double sum = 0;
-    for (const Part& part : parts_) sum += part.computes ? part.multiply_adds / 1e6 : 0;
-    return sum;
-  }
-
- private:
-  struct Part {
-    int64_t offset, bytes;
-    int64_t layer;  // of an attention; -1: a dense product
-    int64_t multiply_adds;
-    bool computes = false;
-  };
-
-  void Read(const Part& part) {
-    unsigned char sum = 0;
-    if (part.layer < 0) {
-      sum = ReadLoop(weights_.data() + part.offset, part.bytes);
-    } else {
-      for (int64_t m = 0; m < size_.streams; ++m) {
-        const char* ring = rings_.data() + m * size_.layers * ring_bytes_ + part.offset;
-        sum ^= ReadLoop(ring, part.bytes / 2) ^ ReadLoop(ring + part.bytes / 2, part.bytes / 2);
-      }
-    }
-    sink_ = sink_ + sum;
-  }
-
-  void Classify() {
-    std::vector<std::vector<double>> times(parts_.size());
-    std::vector<double> rates;
-    const int passes = size_.streams > 16 ? 15 : 200;
-    for (int pass = 0; pass < passes; ++pass) {
-      for (size_t i = 0; i < parts_.size(); ++i) {
-        const double start = Now();
-        Read(parts_[i]);
-        times[i].push_back(Now() - start - clock_);
-      }
-      rates.push_back(MultiplyAddOnce());
-    }
-    const double rate = Median(rates);
-    for (size_t i = 0; i < parts_.size(); ++i) {
-      parts_[i].computes = parts_[i].multiply_adds / 1e6 * rate > Median(times[i]);
-    }
-  }
-
-  const ModelSize size_;
-  const double clock_ = ClockMicroseconds();
-  int64_t weights_bytes_ = 0, ring_bytes_ = 0;
-  std::vector<Part> parts_;
-  std::vector<char> weights_, rings_;
-  static volatile float sink_;
-};
-
-volatile float Bound::sink_ = 0;
+  parts.push_back(DensePart(m, e, kModelOutputs));
+  return parts;
+}
 
 // One contestant at one size, driven by requests.
 class Worker {
@@ -281,7 +184,7 @@ class Worker {
   Json Answer(const std::string& what, const Json& arguments) {
     if (what == "prepare") return Prepare(arguments);
     if (what == "check") return Check();
-    if (what == "burst") return Burst(arguments["seconds"], arguments["least"]);
+    if (what == "burst") return TimeBurst(arguments["seconds"], arguments["least"]);
     if (what == "versions") return Json::object();
     throw std::invalid_argument("expected prepare, check, burst or versions, but got " + what);
   }
@@ -300,7 +203,7 @@ class Worker {
     } else if (name_ == "kernels") {
       contestant_ = std::make_unique<KernelsContestant>(size_, directory);
     } else if (name_ == "bound") {
-      bound_ = std::make_unique<Bound>(size_);
+      bound_ = std::make_unique<Bound>(PartsOf(size_), size_.streams);
     } else {
       throw std::invalid_argument("expected session_cpp, kernels or bound, but got " + name_);
     }
@@ -327,31 +230,9 @@ class Worker {
     return {{"steps", steps}, {"outputs", rows}, {"positions", true}};
   }
 
-  Json Burst(double seconds, int least) {
-    if (bound_ != nullptr) return BurstOfBound(seconds, least);
-    const double one = Microseconds([&] { Take(); }, 1);
-    const int chunk = static_cast<int>(std::clamp(kChunkMicroseconds / one, 1.0, 64.0));
-    std::vector<double> times;
-    const double end = Now() + 1e6 * seconds;
-    while (static_cast<int>(times.size()) < least || Now() < end) {
-      times.push_back(Microseconds([&] { Take(); }, chunk));
-    }
-    return {{"median", Median(times)}, {"steps", times.size() * chunk}};
-  }
-
-  Json BurstOfBound(double seconds, int least) {
-    std::vector<double> reads, rates;
-    const double end = Now() + 1e6 * seconds;
-    while (static_cast<int>(reads.size()) < least || Now() < end) {
-      reads.push_back(bound_->ReadOnce());
-      if (reads.size() % 16 == 1) rates.push_back(Bound::MultiplyAddOnce());
-    }
-    const double computing = Median(rates) * bound_->computed();
-    return {{"median", Median(reads) + computing},
-            {"steps", reads.size()},
-            {"reading", Median(reads)},
-            {"computing", computing},
-            {"gigaflops", 2e3 / Median(rates)}};
+  Json TimeBurst(double seconds, int least) {
+    if (bound_ != nullptr) return BurstOfBound(bound_.get(), seconds, least);
+    return Burst([&] { Take(); }, seconds, least);
   }
 
   std::string name_;
@@ -369,17 +250,9 @@ int Main(int argc, char** argv) {
     return 2;
   }
   Worker worker(argv[1], std::stoll(argv[2]));
-  std::string line;
-  while (std::getline(std::cin, line)) {
-    Json answer;
-    try {
-      const Json request = Json::parse(line);
-      answer = worker.Answer(request.at(0), request.at(1));
-    } catch (const std::exception& error) {
-      answer = {{"error", error.what()}};
-    }
-    std::cout << answer.dump() << std::endl;
-  }
+  AnswerRequests([&](const std::string& what, const Json& arguments) {
+    return worker.Answer(what, arguments);
+  });
   return 0;
 }
 

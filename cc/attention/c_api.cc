@@ -1,10 +1,7 @@
-// What Python calls through ctypes, without TensorFlow: the instruction set that the kernels use,
-// and a plain read to time.
+// What Python calls through ctypes, without TensorFlow: the instruction set that the kernels use.
 
-#include <cstddef>
 #include <string>
 
-#include "cc/attention/read_loop.h"
 #include "cc/attention/targets.h"
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
@@ -26,9 +23,5 @@ EXPORTED const char* continual_transformers_targets() {
 }
 
 EXPORTED const char* continual_transformers_target_error() { return TargetError().c_str(); }
-
-EXPORTED unsigned char continual_transformers_read(const void* data, size_t bytes) {
-  return ReadLoop(data, bytes);
-}
 
 }  // namespace continual_transformers

@@ -54,12 +54,10 @@ def core_library() -> ctypes.CDLL:
         library = ctypes.CDLL(str(CORE_LIBRARY_PATH))
         for name in ("target", "targets", "target_error"):
             getattr(library, f"continual_transformers_{name}").restype = ctypes.c_char_p
-        read = library.continual_transformers_read
     except (OSError, AttributeError) as error:
         raise ImportError(
             f"{CORE_LIBRARY_PATH} could not be loaded: {error}. {HOW_TO_BUILD}"
         ) from error
-    read.argtypes, read.restype = [ctypes.c_void_p, ctypes.c_size_t], ctypes.c_ubyte
     return library
 
 

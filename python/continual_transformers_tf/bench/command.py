@@ -22,6 +22,11 @@ from continual_transformers_tf.commands import common
 @click.option(
     "--layers", "parts", flag_value="layers", multiple=True, help="Race the attention layer."
 )
+@click.option(
+    "--avx2",
+    is_flag=True,
+    help="Also measure what has goals on AVX2, if this machine has more.",
+)
 @click.option("--quick", is_flag=True, help="Run tiny sizes for a moment, to see that it works.")
 @click.option(
     "--rounds",
@@ -70,6 +75,7 @@ from continual_transformers_tf.commands import common
 )
 def bench(
     parts: tuple[str, ...],
+    avx2: bool,
     quick: bool,
     rounds: int,
     threads: tuple[int, ...],
@@ -91,7 +97,9 @@ def bench(
     from continual_transformers_tf.bench import headline as headlines
     from continual_transformers_tf.bench import model_race, race, report, session_goals
     from continual_transformers_tf.bench.model_rivals import MODEL_MODULES
-    from continual_transformers_tf.bench.rivals import MODULES
+    from continual_transformers_tf.bench.rivals import MODULES, RETROACTIVE
+    from continual_transformers_tf.bench.worker_process import reason
+    from continual_transformers_tf.native import cpu_targets
 
     if not parts and not from_json:
         parts = ("models", "session", "layers")
@@ -99,7 +107,7 @@ def bench(
     if "models" in parts:
         taking_part.update(MODEL_MODULES)
     if "layers" in parts:
-        taking_part.update(MODULES)
+        taking_part.update({**MODULES, **RETROACTIVE, "attention": "native"})
     if headline and "models" not in parts and not from_json:
         raise click.BadParameter("--headline shows whole models: add --models")
     unknown = set(only) - set(taking_part)
@@ -108,13 +116,20 @@ def bench(
             f"got {', '.join(sorted(unknown))}, expected any of {', '.join(taking_part)}"
         )
     found = _results_in(from_json) if from_json else {}
+    if avx2 and not cpu_targets()[1].startswith("AVX3"):
+        click.echo("--avx2 changes nothing: the kernels use no more than AVX2 already.", err=True)
+        avx2 = False
+    arguments = (threads, rounds, quick, only, programs)
     if "models" in parts:
-        arguments = (threads, rounds, quick, only, programs)
         found["models"] = _with_progress(model_race.run, *arguments)
     if "session" in parts:
         found["session"] = session_goals.run(quick, programs)
     if "layers" in parts:
-        found["layers"] = _with_progress(race.run, threads, rounds, quick, only)
+        found["layers"] = _with_progress(race.run, *arguments)
+    if avx2 and "models" in parts:
+        found[report.AVX2_MODELS] = _with_progress(model_race.run, *arguments, target="avx2")
+    if avx2 and "layers" in parts:
+        found[report.AVX2_LAYERS] = _with_progress(race.run, *arguments, target="avx2")
     on_stdout = json_path is not None and str(json_path) == "-"
     stream = sys.stderr if on_stdout else sys.stdout
     console = rich.console.Console(stderr=on_stdout, width=None if stream.isatty() else 200)
@@ -122,7 +137,7 @@ def bench(
         console.print(made)
     for part in found.values():
         for name, why in part["missing"].items():
-            console.print(f"{name} did not take part: {race.reason(why)}", markup=False)
+            console.print(f"{name} did not take part: {reason(why)}", markup=False)
     if on_stdout:
         common.print_json(found)
         json_path = None
@@ -152,7 +167,9 @@ def _results_in(path: Path) -> dict[str, Any]:
         raise ValueError(f"Expected a file that bench --json wrote, but got {path}")
 
 
-def _with_progress(run: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+def _with_progress(
+    run: Callable[..., dict[str, Any]], *arguments: Any, **options: Any
+) -> dict[str, Any]:
     import rich.progress
 
     with rich.progress.Progress(console=common.notes()) as bar:
@@ -161,4 +178,4 @@ def _with_progress(run: Callable[..., dict[str, Any]], *arguments: Any) -> dict[
         def show(done: int, total: int, now: str) -> None:
             bar.update(task, completed=done, total=total, description=now)
 
-        return run(*arguments, show)
+        return run(*arguments, show, **options)

@@ -13,20 +13,27 @@ from typing import Any
 import numpy as np
 
 from continual_transformers_tf.bench import model_rivals
-from continual_transformers_tf.bench.race import Rival, machine
-from continual_transformers_tf.bench.sizes import MODEL_QUICK, MODEL_TABLE, ModelSize
+from continual_transformers_tf.bench import rounds as timing
+from continual_transformers_tf.bench.sizes import (
+    MODEL_QUICK,
+    MODEL_TABLE,
+    THREADS_GOAL_FROM,
+    ModelSize,
+)
+from continual_transformers_tf.bench.worker_process import Rival, machine, missing_program
 
 PROGRAM = "model_benchmark"
-BUILD = "python tools/build_benchmarks.py"
 WORKER = [sys.executable, "-m", "continual_transformers_tf.bench.model_worker"]
 
 
-def contestants(only: Sequence[str], threads: int) -> list[str]:
-    """Return the names of the contestants that take part."""
+def contestants(only: Sequence[str], threads: int, own: bool = False) -> list[str]:
+    """Return the names of the contestants that take part, with `own` only of ours."""
     return [
         name
         for name in model_rivals.MODEL_MODULES
-        if (not only or name in only) and (threads == 1 or name not in model_rivals.ONE_THREAD)
+        if (not only or name in only)
+        and (threads == 1 or name not in model_rivals.ONE_THREAD)
+        and (not own or name in model_rivals.OWN)
     ]
 
 
@@ -37,6 +44,7 @@ def run(
     only: Sequence[str],
     programs: str | Path,
     progress: Callable[[int, int, str], None],
+    target: str | None = None,
 ) -> dict[str, Any]:
     """Run the whole race.
 
@@ -47,14 +55,20 @@ def run(
         only: The names of contestants that take part; empty: all.
         programs: The folder of the C++ programs, which `tools/build_benchmarks.py` builds.
         progress: A function that is called with (done, of how many, what comes now).
+        target: An instruction set for our kernels. Then only our contestants take part; None: the
+            fastest, and all take part.
 
     Returns:
         A dict that is JSON.
     """
     sizes = MODEL_QUICK if quick else MODEL_TABLE
-    plan = [(count, size, contestants(only, count)) for count in threads for size in sizes]
+    plan = [
+        (count, size, contestants(only, count, own=target is not None))
+        for count in threads
+        for size in sizes
+    ]
     total = sum(len(names) for *_, names in plan) * rounds
-    race = _Race(rounds, quick, Path(programs), progress, total)
+    race = _Race(rounds, quick, Path(programs), progress, total, target)
     try:
         with tempfile.TemporaryDirectory() as folder:
             results = [race.of_size(Path(folder), *planned) for planned in plan]
@@ -79,8 +93,10 @@ class _Race:
         programs: Path,
         progress: Callable[[int, int, str], None],
         total: int,
+        target: str | None,
     ) -> None:
-        self._rounds, self._programs = rounds, programs
+        self._rounds, self._quick, self._programs = rounds, quick, programs
+        self._target = target
         self._burst: dict[str, Any] = (
             dict(seconds=0.01, least=2) if quick else dict(seconds=0.15, least=3)
         )
@@ -94,7 +110,7 @@ class _Race:
         """Race the contestants of a size, and return its entry in the results."""
         folder = folder / str(size).replace(" ", "_")
         self._write(folder, size)
-        bursts: dict[str, list[dict[str, float]]] = {}
+        ready = {}
         for name in names:
             self._progress(self._done, self._total, f"{size}, {name} gets ready")
             problem = self._prepare(name, threads, size, folder)
@@ -102,23 +118,25 @@ class _Race:
                 self.missing[name] = problem
                 self._done += self._rounds
             else:
-                bursts[name] = []
-        for _ in range(self._rounds):
-            for name, found in bursts.items():
-                self._progress(self._done, self._total, f"{size}, {name}")
-                found.append(self._processes[name, threads].ask("burst", **self._burst))
-                self._done += 1
-        rivals = {}
-        for name, found in bursts.items():
-            medians = [burst["median"] for burst in found]
-            rivals[name] = {
-                "median": statistics.median(medians),
-                "least": min(medians),
-                "most": max(medians),
-            }
-        entry = {"threads": threads, "size": size._asdict(), "rivals": rivals}
-        if size.streams == 1 and {"session", "session_cpp"} <= {*rivals}:
+                ready[name] = self._processes[name, threads]
+
+        def show(name: str) -> None:
+            self._progress(self._done, self._total, f"{size}, {name}")
+            self._done += 1
+
+        entry = {
+            "threads": threads,
+            "size": size._asdict(),
+            "rivals": timing.take(ready, self._rounds, self._burst, show),
+        }
+        if size.streams == 1 and threads == 1 and {"session", "session_cpp"} <= {*ready}:
             entry["python"] = self._python(threads)
+        many = self._quick or size.streams >= THREADS_GOAL_FROM
+        if "session_cpp" in ready and threads == 2 and many:
+            problem = self._prepare("session_cpp", 1, size, folder)
+            if not problem:
+                one, two = (self._processes["session_cpp", count] for count in (1, 2))
+                entry["speedup"] = timing.speedup(one, two, self._quick)
         return entry
 
     def _python(self, threads: int) -> float:
@@ -128,15 +146,13 @@ class _Race:
         the machine's speed changes by more than Python takes. With many streams, noise would still
         be larger than the difference.
         """
-        burst = dict(seconds=0.001 if self._burst["seconds"] < 0.1 else 0.01, least=2)
-        medians = [
-            [self._processes[name, threads].ask("burst", **burst)["median"] for name in names]
-            for names in [("session", "session_cpp"), ("session_cpp", "session")] * 25
-        ]
-        return statistics.median(
-            (first - second) * (1 if i % 2 == 0 else -1)
-            for i, (first, second) in enumerate(medians)
+        pairs = timing.alternating(
+            self._processes["session", threads],
+            self._processes["session_cpp", threads],
+            seconds=0.001 if self._quick else 0.01,
+            pairs=50,
         )
+        return statistics.median(session - cpp for session, cpp in pairs)
 
     def _write(self, folder: Path, size: ModelSize) -> None:
         """Write weights and inputs for the contestants that read them from files."""
@@ -172,7 +188,7 @@ class _Race:
         if (name, threads) not in self._processes:
             native = model_rivals.MODEL_MODULES.get(name) == "native"
             command = [str(self._program)] if native else WORKER
-            self._processes[name, threads] = Rival(name, threads, command)
+            self._processes[name, threads] = Rival(name, threads, command, self._target)
         return self._processes[name, threads]
 
     def versions(self) -> dict[str, Any]:
@@ -184,13 +200,6 @@ class _Race:
     def stop(self) -> None:
         for process in self._processes.values():
             process.stop()
-
-
-def missing_program(path: Path) -> dict[str, str]:
-    """Return {} if a C++ program was built, otherwise what to do."""
-    if path.exists():
-        return {}
-    return {"missing": f"{path}, which `{BUILD} {path.parent}` builds in a checkout"}
 
 
 def compare(size: ModelSize, answer: dict[str, Any]) -> dict[str, Any]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from continual_transformers_tf.bench import goal as goals_of
+from continual_transformers_tf.bench.goal import Goal, NamedGoal, markdown_table
 from continual_transformers_tf.bench.model_rivals import MODEL_DESCRIPTIONS, MODEL_MODULES
-from continual_transformers_tf.bench.race import missing_lines
-from continual_transformers_tf.bench.session_goals import Goal
+from continual_transformers_tf.bench.rounds import Figures, ratio
 from continual_transformers_tf.bench.sizes import (
-    MODEL_BOUND_GOALS,
-    MODEL_GOALS,
+    MODEL_RIVALS_TO_BEAT,
     PYTHON_GOAL,
+    THREADS_GOAL,
+    THREADS_GOAL_FROM,
     ModelSize,
+    model_bound_goal,
+    rival_goal,
 )
+from continual_transformers_tf.bench.worker_process import missing_lines
 
 if TYPE_CHECKING:
     import rich.table
@@ -21,9 +26,7 @@ if TYPE_CHECKING:
 OURS = "session"
 
 
-def rows(
-    models: dict[str, Any], threads: int
-) -> list[tuple[ModelSize, dict[str, dict[str, float]]]]:
+def rows(models: dict[str, Any], threads: int) -> list[tuple[ModelSize, dict[str, Figures]]]:
     """Return the results for a number of threads: a list of (ModelSize, {name: figures})."""
     return [
         (ModelSize(**entry["size"]), entry["rivals"])
@@ -32,29 +35,42 @@ def rows(
     ]
 
 
-def check_goals(models: dict[str, Any]) -> list[tuple[ModelSize, Goal]]:
-    """Return every goal for one thread that was measured: a list of (ModelSize, Goal)."""
+def check_goals(models: dict[str, Any]) -> list[NamedGoal]:
+    """Return every goal that was measured."""
+    speedups = {
+        ModelSize(**entry["size"]): entry["speedup"]
+        for entry in models["results"]
+        if "speedup" in entry and entry["size"]["streams"] >= THREADS_GOAL_FROM
+    }
     found = []
     for entry in models["results"]:
         if entry["threads"] != 1:
             continue
-        size = ModelSize(**entry["size"])
-        medians = {name: figures["median"] for name, figures in entry["rivals"].items()}
-        for rival, goals in MODEL_GOALS.items():
-            if size.streams in goals and {OURS, rival} <= {*medians}:
-                ratio = medians[rival] / medians[OURS]
-                what = f"`{rival}` over `{OURS}`"
-                detail = ""
-                if "bound" in medians:
-                    detail = f"{medians[rival] / medians['bound']:.3g}× over `bound`"
-                found.append((size, Goal(what, goals[size.streams], ratio, True, "×", detail)))
-        if {"session_cpp", "bound"} <= {*medians} and size.streams in MODEL_BOUND_GOALS:
-            ratio = medians["session_cpp"] / medians["bound"]
-            goal = MODEL_BOUND_GOALS[size.streams]
-            found.append((size, Goal("`session_cpp` over `bound`", goal, ratio, False, "×")))
+        size, rivals = ModelSize(**entry["size"]), entry["rivals"]
+        goals = _bound_and_rival_goals(size, rivals)
         if "python" in entry:
             what = f"`{OURS}` less `session_cpp`"
-            found.append((size, Goal(what, PYTHON_GOAL, entry["python"], False, " µs")))
+            goals.append(Goal(what, PYTHON_GOAL, entry["python"], False, " µs"))
+        if size in speedups:
+            what = "`session_cpp`, two threads over one"
+            goals.append(Goal(what, THREADS_GOAL, speedups[size], True, "×"))
+        found += [(str(size), goal) for goal in goals]
+    return found
+
+
+def _bound_and_rival_goals(size: ModelSize, rivals: dict[str, Figures]) -> list[Goal]:
+    if "bound" not in rivals:
+        return []
+    found = []
+    at_most = model_bound_goal(size)
+    if at_most is not None and "session_cpp" in rivals:
+        measured = ratio(rivals, "session_cpp", "bound")
+        found.append(Goal("`session_cpp` over `bound`", at_most, measured, False, "×"))
+    for rival in MODEL_RIVALS_TO_BEAT:
+        if {OURS, rival} <= {*rivals}:
+            possible, measured = ratio(rivals, rival, "bound"), ratio(rivals, rival, OURS)
+            what, detail = f"`{rival}` over `{OURS}`", f"{possible:.3g}× over `bound`"
+            found.append(Goal(what, rival_goal(possible), measured, True, "×", detail))
     return found
 
 
@@ -81,7 +97,7 @@ def goals_table(models: dict[str, Any]) -> rich.table.Table | None:
         return None
     made = rich.table.Table("model", "", "goal", "measured", "", title="Goals, one thread")
     for size, goal in goals:
-        made.add_row(str(size), *(cell.strip("*").replace("`", "") for cell in goal.cells()))
+        made.add_row(size, *(cell.strip("*").replace("`", "") for cell in goal.cells()))
     return made
 
 
@@ -95,16 +111,17 @@ def _cells(models: dict[str, Any], threads: int) -> tuple[list[str], list[list[s
     return [str(size) for size, _ in sizes], body
 
 
-def _cell(rivals: dict[str, dict[str, float]], name: str) -> str:
+def _cell(rivals: dict[str, Figures], name: str) -> str:
     if name not in rivals:
         return ""
     median, spread = rivals[name]["median"], _spread(rivals[name])
     text = f"{number(median)}{spread}"
-    ours = rivals.get(OURS)
-    return text if name == OURS or not ours else f"{text} ({median / ours['median']:.2g}×)"
+    if name == OURS or OURS not in rivals:
+        return text
+    return f"{text} ({ratio(rivals, name, OURS):.2g}×)"
 
 
-def _spread(figures: dict[str, float]) -> str:
+def _spread(figures: Figures) -> str:
     return f" [{number(figures['least'])}–{number(figures['most'])}]"
 
 
@@ -113,8 +130,13 @@ def number(microseconds: float) -> str:
     return f"{microseconds:.1f}" if microseconds < 100 else f"{microseconds:,.0f}"
 
 
-def markdown_lines(models: dict[str, Any]) -> list[str]:
-    """Return the lines of the section in the docs."""
+def markdown_lines(models: dict[str, Any], slower: dict[str, Any] | None) -> list[str]:
+    """Return the lines of the section in the docs.
+
+    Args:
+        models: The result of `model_race.run`.
+        slower: The result with the target AVX2, or None.
+    """
     lines = [
         "",
         "## Whole models",
@@ -139,26 +161,20 @@ def markdown_lines(models: dict[str, Any]) -> list[str]:
     for threads in sorted({entry["threads"] for entry in models["results"]}):
         head, body = _cells(models, threads)
         lines += ["", f"### {threads} thread{'s'[: threads > 1]}", ""]
-        lines += _markdown_table(["", *head], [[f"`{name}`", *cells] for name, *cells in body])
+        lines += markdown_table(["", *head], [[f"`{name}`", *cells] for name, *cells in body])
     goals = check_goals(models)
     if goals:
         lines += [
             "",
-            "### Goals, one thread",
+            "### Goals of whole models",
             "",
-            "The ratio after the colon is that of a step that takes no longer than its bound.",
+            "With one thread, if two are not named. A rival should be behind at every size, and "
+            "take at least twice as long where it takes twice the bound. How many times the bound "
+            f"it takes is after the colon. {goals_of.summary(goals)}",
             "",
         ]
-        lines += _markdown_table(
-            ["model", "", "goal", "measured", ""],
-            [[str(size), *goal.cells()] for size, goal in goals],
-        )
+        lines += goals_of.table_lines("model", goals, check_goals(slower) if slower else ())
     return lines
-
-
-def _markdown_table(head: list[str], body: list[list[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *body]
-    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def draw_bars(axis: Axes, models: dict[str, Any]) -> None:

@@ -1,15 +1,10 @@
 """The process of a contestant in the race of whole models; see `worker.py`."""
 
-import itertools
-import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from continual_transformers_tf.bench import worker
-
-CHUNK_SECONDS = 200e-6  # Steps that are faster than this are timed several at once.
 
 
 class ModelWorker:
@@ -59,21 +54,8 @@ class ModelWorker:
         return {"steps": steps, "outputs": rows.tolist(), "positions": contestant.positions}
 
     def burst(self, seconds: float, least: int) -> dict[str, Any]:
-        """Time steps, and return the median in microseconds. A sample has one step or several."""
-        step, inputs = self._contestant.step, itertools.cycle(self._inputs)
-        start = time.perf_counter()
-        step(next(inputs))
-        chunk = int(min(len(self._inputs), max(1, CHUNK_SECONDS / (time.perf_counter() - start))))
-        times: list[float] = []
-        end = time.perf_counter() + seconds
-        while len(times) < least or time.perf_counter() < end:
-            # Make the list first, so that it is not timed.
-            taken = list(itertools.islice(inputs, chunk))
-            start = time.perf_counter_ns()
-            for x in taken:
-                step(x)
-            times.append((time.perf_counter_ns() - start) / chunk)
-        return {"median": statistics.median(times) / 1e3, "steps": len(times) * chunk}
+        """Time steps, and return their median in microseconds."""
+        return worker.burst(self._contestant.step, self._inputs, seconds, least)
 
     def versions(self) -> dict[str, str]:
         """Return the installed versions of the packages that contestants need."""

@@ -1,74 +1,70 @@
-"""The race of the layer: every rival has its own process; in each round they are timed in turn."""
+"""The race of the layers: every rival has its own process; in each round they are timed in turn."""
 
-import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from typing import IO, Any, cast
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from continual_transformers_tf.bench.rivals import MODULES
-from continual_transformers_tf.bench.sizes import QUICK, STREAMS, TABLE, WINDOWS, Size
-from continual_transformers_tf.extras import install
-
-GROWTH_RIVALS = ("ours", "ours_bfloat16", "torch_sdpa", "onnxruntime", "read_bound")
-RECOMPUTED_UP_TO = (
-    1024  # Longer windows take long to recompute, and the trend is clear without them.
+from continual_transformers_tf.bench import rounds as timing
+from continual_transformers_tf.bench.rivals import (
+    FULL_WINDOWS,
+    MODULES,
+    OWN,
+    RETROACTIVE,
+    TWO_THREADS,
 )
+from continual_transformers_tf.bench.sizes import (
+    ATTENTION,
+    ATTENTION_QUICK,
+    MOST_RECOMPUTED,
+    QUICK,
+    RETROACTIVE_QUICK,
+    RETROACTIVE_TABLE,
+    STREAMS,
+    TABLE,
+    THREADS_GOAL_FROM,
+    WINDOWS,
+    AttentionSize,
+    Size,
+)
+from continual_transformers_tf.bench.worker_process import Rival, machine, missing_program
+
+PROGRAM = "layer_benchmark"
+GROWTH_RIVALS = ("session", "bound", "session_int8", "torch_sdpa", "onnxruntime")
+CACHE_DTYPES = ("float32", "bfloat16", "int8")
+# How often attention alone is timed: its goal is closer to its bound than all others.
+ATTENTION_ROUNDS = 15
 
 
-class Rival:
-    """The process of a worker.
+class Planned(NamedTuple):
+    """A size that is raced, in a part of the report, with a number of threads."""
 
-    Args:
-        name: The rival's name.
-        threads: How many threads it may use.
-        command: The command that starts a worker, without name and threads; None: `worker.py`.
-    """
-
-    def __init__(self, name: str, threads: int, command: Sequence[str] | None = None) -> None:
-        self.name = name
-        if command is None:
-            command = [sys.executable, "-m", "continual_transformers_tf.bench.worker"]
-        self._process = subprocess.Popen(
-            [*command, name, str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        # Both are pipes. Popen's types allow None, for a process without them.
-        self._requests = cast("IO[str]", self._process.stdin)
-        self._answers = cast("IO[str]", self._process.stdout)
-
-    def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
-        """Return the worker's answer, a dict. If something is wrong it has "missing" or "error"."""
-        try:
-            self._requests.write(json.dumps([what, arguments]) + "\n")
-            self._requests.flush()
-            answer: dict[str, Any] = json.loads(self._answers.readline())
-            return answer
-        except (BrokenPipeError, json.JSONDecodeError):
-            return {"error": f"its process ended with status {self._process.wait()}"}
-
-    def stop(self) -> None:
-        """End the process."""
-        self._requests.close()
-        self._process.wait()
+    part: str
+    size: Size
+    threads: int
+    names: tuple[str, ...]
 
 
-def races(quick: bool) -> list[tuple[str, Size, tuple[str, ...]]]:
-    """Return the races to run, as a list of (part, size, names of rivals)."""
-    if quick:
-        return [("table", size, tuple(MODULES)) for size in QUICK]
-    found = [("table", size, tuple(MODULES)) for size in TABLE]
-    for size in WINDOWS:
-        recomputed = ("keras_recompute",) if size.seq_len <= RECOMPUTED_UP_TO else ()
-        found.append(("windows", size, GROWTH_RIVALS + recomputed))
-    found += [("streams", size, ("ours", "torch_sdpa", "onnxruntime")) for size in STREAMS]
-    return found
+def races(quick: bool, threads: Sequence[int], only: Sequence[str]) -> list[Planned]:
+    """Return what is raced, in order. With more than one thread, only the table is."""
+    found = []
+    for count in threads:
+        names = [name for name in MODULES if count == 1 or name in TWO_THREADS]
+        for size in QUICK if quick else TABLE:
+            left_out = () if size.streams * size.seq_len <= MOST_RECOMPUTED else FULL_WINDOWS
+            taking_part = tuple(name for name in names if name not in left_out)
+            found.append(Planned("table", size, count, taking_part))
+        if count > 1:
+            continue
+        for size in RETROACTIVE_QUICK if quick else RETROACTIVE_TABLE:
+            found.append(Planned("retroactive", size, 1, tuple(RETROACTIVE)))
+        if not quick:
+            found += [Planned("windows", size, 1, GROWTH_RIVALS) for size in WINDOWS]
+            found += [Planned("streams", size, 1, GROWTH_RIVALS) for size in STREAMS]
+    return [
+        planned._replace(names=tuple(n for n in planned.names if not only or n in only))
+        for planned in found
+    ]
 
 
 def run(
@@ -76,7 +72,9 @@ def run(
     rounds: int,
     quick: bool,
     only: Sequence[str],
+    programs: str | Path,
     progress: Callable[[int, int, str], None],
+    target: str | None = None,
 ) -> dict[str, Any]:
     """Run the whole race.
 
@@ -86,100 +84,150 @@ def run(
         rounds: How many rounds.
         quick: Whether to run tiny sizes for a moment, to see that it works.
         only: The names of rivals that take part; empty: all.
+        programs: The folder of the C++ programs, which `tools/build_benchmarks.py` builds.
         progress: A function that is called with (done, of how many, what comes now).
+        target: An instruction set for our kernels. Then only our contestants take part, in what has
+            goals; None: the fastest, and all take part.
 
     Returns:
         A dict that is JSON.
     """
-    plan = [
-        (count, part, size, [name for name in names if (not only or name in only)
-                             and (name != "ours_apart" or size.streams > 1)])
-        for count in threads
-        for part, size, names in races(quick)
-        if count == 1 or part == "table"
-    ]  # fmt: skip
-    results, memory = [], []
-    missing: dict[str, Any] = {}
-    versions: dict[str, str] = {}
-    total = sum(len(names) for *_, names in plan) * rounds
-    done = 0
-    processes: dict[tuple[str, int], Rival] = {}
-    for count, part, size, names in plan:
-        entry: dict[str, Any] = {
-            "part": part,
-            "threads": count,
-            "size": size._asdict(),
-            "rivals": {},
-        }
-        medians: dict[str, list[float]] = {}
-        for name in names:
-            progress(done, total, f"{size}, {name} gets ready")
-            if (name, count) not in processes:
-                processes[name, count] = Rival(name, count)
-            answer = processes[name, count].ask("prepare", size=size)
-            if answer:
-                missing[name] = answer
-                done += rounds
-            else:
-                medians[name] = []
-        for _ in range(rounds):
-            for name, found in medians.items():
-                progress(done, total, f"{size}, {name}")
-                burst = dict(seconds=0.01, least=2) if quick else dict(seconds=0.12, least=2)
-                found.append(processes[name, count].ask("burst", **burst)["median"])
-                done += 1
-        for name, found in medians.items():
-            figures = {"median": statistics.median(found), "least": min(found), "most": max(found)}
-            entry["rivals"][name] = figures
-        if "ours" in medians and count == 1:
-            held = processes["ours", count].ask("memory", steps=20 if quick else 200)
-            memory.append({"size": size._asdict(), "ring": size.ring_bytes, **held})
-        results.append(entry)
-    for process in processes.values():
-        versions.update(process.ask("versions"))
-        process.stop()
+    plan = races(quick, threads, only)
+    if target:
+        plan = [
+            planned._replace(names=tuple(name for name in planned.names if name in OWN))
+            for planned in plan
+            if planned.part in ("table", "retroactive")
+        ]
+    plan = [planned for planned in plan if planned.names]
+    alone = [
+        (size, dtype, far)
+        for size, far in (ATTENTION_QUICK if quick else ATTENTION)
+        for dtype in CACHE_DTYPES
+        if not only or "attention" in only
+    ]
+    total = (sum(len(planned.names) for planned in plan) + len(alone)) * rounds
+    race = _Race(rounds, quick, Path(programs), progress, total, target)
+    try:
+        results = [race.of_size(planned) for planned in plan]
+        attention = [entry for planned in alone if (entry := race.attention(*planned))]
+        versions = race.versions()
+    finally:
+        race.stop()
     progress(total, total, "done")
     return {
         "machine": machine(),
         "versions": versions,
         "rounds": rounds,
-        "missing": missing,
+        "missing": race.missing,
         "results": results,
-        "memory": memory,
+        "memory": race.memory,
+        "attention": attention,
     }
 
 
-def reason(why: dict[str, str]) -> str:
-    """Return why a rival did not take part, given the answer of `Rival.ask`."""
-    if "missing" not in why:
-        return why["error"]
-    if "`" in why["missing"]:  # The text contains the command to run.
-        return f"there is no {why['missing']}"
-    return f"there is no {why['missing']}: {install('bench')}"
+class _Race:
+    def __init__(
+        self,
+        rounds: int,
+        quick: bool,
+        programs: Path,
+        progress: Callable[[int, int, str], None],
+        total: int,
+        target: str | None,
+    ) -> None:
+        self._rounds, self._quick, self._target = rounds, quick, target
+        self._program = programs / PROGRAM
+        self._progress, self._total, self._done = progress, total, 0
+        self._processes: dict[tuple[str, int], Rival] = {}
+        self.missing: dict[str, dict[str, Any]] = {}
+        self.memory: list[dict[str, Any]] = []
 
+    def of_size(self, planned: Planned) -> dict[str, Any]:
+        """Race the contestants of a size, and return its entry in the results."""
+        part, size, threads, names = planned
+        ready = {}
+        for name in names:
+            self._progress(self._done, self._total, f"{size}, {name} gets ready")
+            problem = self._prepare(name, threads, size)
+            if problem:
+                self.missing[name] = problem
+                self._done += self._rounds
+            else:
+                ready[name] = self._processes[name, threads]
 
-def missing_lines(found: dict[str, Any]) -> list[str]:
-    """Return a sentence for the docs for every rival that did not take part."""
-    return [f"{name} did not take part: {reason(why)}." for name, why in found["missing"].items()]
+        def show(name: str) -> None:
+            self._progress(self._done, self._total, f"{size}, {name}")
+            self._done += 1
 
+        burst = dict(seconds=0.01 if self._quick else 0.12, least=1)
+        entry: dict[str, Any] = {
+            "part": part,
+            "threads": threads,
+            "size": size._asdict(),
+            "rivals": timing.take(ready, self._rounds, burst, show),
+        }
+        if "session" in ready and part == "table" and threads == 1 and self._target is None:
+            held = ready["session"].ask("memory", steps=20 if self._quick else 200)
+            self.memory.append({"size": size._asdict(), "ring": size.ring_bytes, **held})
+        many = self._quick or size.streams >= THREADS_GOAL_FROM
+        if "session" in ready and threads == 2 and many and ("session", 1) in self._processes:
+            one = self._processes["session", 1]
+            if not one.ask("prepare", size=size):
+                entry["speedup"] = timing.speedup(one, ready["session"], self._quick)
+        return entry
 
-def machine() -> dict[str, Any]:
-    """Return a dict that describes this machine."""
-    from continual_transformers_tf.ops import cpu_targets
+    def attention(self, size: AttentionSize, dtype: str, far: bool) -> dict[str, Any] | None:
+        """Time attention alone, and return its entry; None: the program was not built."""
+        self._progress(self._done, self._total, f"attention alone, {size}, {dtype}")
+        self._done += self._rounds
+        problem = missing_program(self._program)
+        if problem:
+            self.missing["attention"] = problem
+            return None
+        process = self._process("attention", 1)
+        what = process.ask("prepare", size=size, dtype=dtype, far=far)
+        if "error" in what:
+            self.missing["attention"] = what
+            return None
+        found = [
+            process.ask("burst", seconds=0.002 if self._quick else 0.02, least=1)
+            for _ in range(3 if self._quick else ATTENTION_ROUNDS)
+        ]
+        return {
+            "size": size._asdict(),
+            "dtype": dtype,
+            "far": far,
+            **what,
+            "median": statistics.median(burst["median"] for burst in found),
+            "bound": statistics.median(burst["bound"] for burst in found),
+            "ratio": statistics.median(burst["median"] / burst["bound"] for burst in found),
+        }
 
-    found = {
-        "system": platform.platform(),
-        "cores": os.cpu_count(),
-        "python": sys.version.split()[0],
-    }
-    found["instructions"] = cpu_targets()[1]
-    try:
-        lines = subprocess.run(["lscpu"], capture_output=True, text=True).stdout.splitlines()
-    except OSError:
+    def _prepare(self, name: str, threads: int, size: Size) -> dict[str, Any]:
+        """Make a contestant ready to be timed. Return {} or what is wrong."""
+        if _is_native(name):
+            problem = missing_program(self._program)
+            if problem:
+                return problem
+        return self._process(name, threads).ask("prepare", size=size)
+
+    def _process(self, name: str, threads: int) -> Rival:
+        if (name, threads) not in self._processes:
+            command = [str(self._program)] if _is_native(name) else None
+            self._processes[name, threads] = Rival(name, threads, command, self._target)
+        return self._processes[name, threads]
+
+    def versions(self) -> dict[str, Any]:
+        found = {}
+        for process in self._processes.values():
+            found.update(process.ask("versions"))
         return found
-    wanted = ("Model name", "L1d cache", "L2 cache", "L3 cache")
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() in wanted:
-            found[key.strip()] = value.strip()
-    return found
+
+    def stop(self) -> None:
+        for process in self._processes.values():
+            process.stop()
+
+
+def _is_native(name: str) -> bool:
+    return {**MODULES, **RETROACTIVE, "attention": "native"}[name] == "native"

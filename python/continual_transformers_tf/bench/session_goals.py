@@ -6,52 +6,18 @@ import json
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from continual_transformers_tf.bench.model_race import WORKER, missing_program
-from continual_transformers_tf.bench.race import Rival, machine
+from continual_transformers_tf.bench.goal import Goal
+from continual_transformers_tf.bench.model_race import WORKER
 from continual_transformers_tf.bench.sizes import MODEL_QUICK, MODEL_TABLE
+from continual_transformers_tf.bench.worker_process import Rival, machine, missing_program
 
 if TYPE_CHECKING:
     import rich.table
 
 PROGRAM = "session_benchmark"
 MODEL = MODEL_TABLE[1]  # Its stream block has some 100 KB, a usual size.
-
-
-class Goal(NamedTuple):
-    """A goal and what was measured.
-
-    Attributes:
-        what: What is measured.
-        goal, measured: Numbers in `unit`.
-        at_least: Whether the measured number should be at least the goal. False: at most.
-        unit: The text to write after a number.
-        detail: The numbers that the measured one was computed from.
-    """
-
-    what: str
-    goal: float
-    measured: float
-    at_least: bool
-    unit: str
-    detail: str = ""
-
-    @property
-    def reached(self) -> bool:
-        """Whether the goal was reached."""
-        return self.measured >= self.goal if self.at_least else self.measured <= self.goal
-
-    def cells(self) -> list[str]:
-        """Return a table's cells: what, the goal, what was measured, whether it was reached."""
-        sign = "≥" if self.at_least else "≤"
-        measured = f"{self.measured:.3g}{self.unit}"
-        return [
-            self.what,
-            f"{sign} {self.goal:g}{self.unit}",
-            f"{measured}: {self.detail}" if self.detail else measured,
-            "reached" if self.reached else "**not reached**",
-        ]
 
 
 def run(quick: bool, programs: str | Path) -> dict[str, Any]:

@@ -52,6 +52,8 @@ MODEL_DESCRIPTIONS = {
     "keras_windows_xla": "the same, compiled by XLA",
 }
 ONE_THREAD = ("kernels", "bound")
+# Those whose speed depends on the instruction set of our kernels.
+OWN = ("session", "session_cpp", "bound")
 
 Array = npt.NDArray[Any]
 Pair = tuple[Array, Array]  # A layer's two weights.

@@ -1,5 +1,6 @@
-"""Our layer, and what TensorFlow users do without it."""
+"""Our layer and its session, and what TensorFlow users do without them."""
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,14 @@ import numpy as np
 import tensorflow as tf
 
 import continual_transformers_tf as ct
-from continual_transformers_tf.bench.rivals import Array, Contestant, Weights, past_of, rings_of
+from continual_transformers_tf.bench.rivals import (
+    Array,
+    Contestant,
+    Weights,
+    past_of,
+    rings_of,
+    weights_of,
+)
 from continual_transformers_tf.bench.sizes import Size
 
 Step = Callable[..., Any]
@@ -26,46 +34,71 @@ def _keras_weights(size: Size, weights: Weights) -> list[Array]:
     return [*shaped, weights[3][0].reshape(*heads, -1), weights[3][1]]
 
 
-def _layer(size: Size, weights: Weights, **options: Any) -> ct.CoSiMultiHeadAttention:
-    layer = ct.CoSiMultiHeadAttention(size.seq_len, size.heads, size.head, **options)
+def _layer(size: Size, weights: Weights) -> ct.CoSiMultiHeadAttention:
+    layer = ct.CoSiMultiHeadAttention(size.seq_len, size.heads, size.head)
     layer.build((None, size.seq_len, size.features))
     layer.set_weights(_keras_weights(size, weights))
     keys, values = rings_of(size, weights)
-    dtype = layer._stream_state.dtype.as_numpy_dtype
     layer.set_state({
-        "keys": keys.swapaxes(1, 2).astype(dtype),
-        "values": values.swapaxes(1, 2).astype(dtype),
+        "keys": keys.swapaxes(1, 2),
+        "values": values.swapaxes(1, 2),
         "key_mask": np.ones((size.streams, size.seq_len), bool),
         "position": np.full(size.streams, size.seq_len, np.int64),
     })  # fmt: skip
     return layer
 
 
-def _ours(size: Size, weights: Weights, threads: int, **options: Any) -> Step:
+def _call_step(size: Size, weights: Weights, threads: int) -> Step:
     _set_threads(threads)
-    return _layer(size, weights, **options).call_step
+    return _layer(size, weights).call_step
 
 
-def _ours_graph(size: Size, weights: Weights, threads: int) -> Step:
-    return tf.function(_ours(size, weights, threads))
+def _graph(size: Size, weights: Weights, threads: int) -> Step:
+    return tf.function(_call_step(size, weights, threads))
 
 
-def _ours_apart(size: Size, weights: Weights, threads: int) -> Contestant:
-    step = _ours(size, weights, threads)
-    streams = [tf.constant([m]) for m in range(size.streams)]
+class _SessionSteps:
+    """The steps of a session of a layer, on its own streams."""
 
-    def apart(x: list[tf.Tensor]) -> list[tf.Tensor]:
-        return [step(x[m], streams=streams[m]) for m in range(size.streams)]
+    def __init__(self, layer: keras.layers.Layer, size: Size, **options: Any) -> None:
+        self.session = ct.Session(layer, streams=size.streams, **options)
+        self.streams = self.session.open(size.streams)
 
-    return apart, lambda x: [tf.constant(row[None]) for row in x]
+    def step(self, x: Array) -> Any:
+        return self.session.step(x, streams=self.streams)
+
+
+def _session(size: Size, weights: Weights, threads: int, dtype: str | None = None) -> Contestant:
+    layer = _layer(size, weights)
+    steps = _SessionSteps(layer, size, threads=threads, cache_dtype=dtype, weights_dtype=dtype)
+    steps.session.set_state(layer.get_state(), steps.streams)
+    return steps.step, np.ascontiguousarray
+
+
+def retroactive_layer(size: Size) -> ct.CoReMultiHeadAttention:
+    """Return the retroactive layer that is raced, with its weights."""
+    layer = ct.CoReMultiHeadAttention(size.seq_len, size.heads, size.head)
+    layer.build((None, size.seq_len, size.features))
+    layer.set_weights(_keras_weights(size, weights_of(size)))
+    return layer
+
+
+def _retroactive_session(size: Size, weights: Weights, threads: int) -> Contestant:
+    del weights  # `retroactive_layer` sets them.
+    steps = _SessionSteps(retroactive_layer(size), size, threads=threads)
+    for x in past_of(size):
+        steps.step(x)
+    return steps.step, np.ascontiguousarray
 
 
 def _tensorflow_ring(size: Size, weights: Weights, threads: int) -> Step:
     os.environ["CONTINUAL_TRANSFORMERS_BACKEND"] = "tensorflow"
-    return _ours_graph(size, weights, threads)
+    return _graph(size, weights, threads)
 
 
-def _recompute(size: Size, weights: Weights, threads: int, jit_compile: bool = False) -> Step:
+def _recompute(
+    size: Size, weights: Weights, threads: int, jit_compile: bool = False, rows: slice | int = -1
+) -> Step:
     _set_threads(threads)
     layer = keras.layers.MultiHeadAttention(size.heads, size.head)
     layer.build((None, size.seq_len, size.features), (None, size.seq_len, size.features))
@@ -75,7 +108,7 @@ def _recompute(size: Size, weights: Weights, threads: int, jit_compile: bool = F
     @tf.function(jit_compile=jit_compile)
     def attend(window: tf.Tensor, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         window = tf.concat([window[:, 1:], x[:, tf.newaxis]], 1)
-        return layer(window, window)[:, -1], window
+        return layer(window, window)[:, rows], window
 
     def step(x: tf.Tensor) -> tf.Tensor:
         nonlocal window
@@ -86,21 +119,20 @@ def _recompute(size: Size, weights: Weights, threads: int, jit_compile: bool = F
 
 
 def _with_tensors(
-    make: Callable[..., Step | Contestant], **options: Any
+    make: Callable[..., Step], **options: Any
 ) -> Callable[[Size, Weights, int], Contestant]:
-    def made(size: Size, weights: Weights, threads: int) -> Contestant:
-        step = make(size, weights, threads, **options)
-        return step if isinstance(step, tuple) else (step, tf.constant)
-
-    return made
+    return lambda *size: (make(*size, **options), tf.constant)
 
 
 RIVALS = {
-    "ours": _with_tensors(_ours),
-    "ours_bfloat16": _with_tensors(_ours, weights_dtype="bfloat16", cache_dtype="bfloat16"),
-    "ours_graph": _with_tensors(_ours_graph),
-    "ours_apart": _with_tensors(_ours_apart),
+    "session": _session,
+    "session_bfloat16": functools.partial(_session, dtype="bfloat16"),
+    "session_int8": functools.partial(_session, dtype="int8"),
+    "layer": _with_tensors(_call_step),
+    "layer_graph": _with_tensors(_graph),
     "tensorflow_ring": _with_tensors(_tensorflow_ring),
     "keras_recompute": _with_tensors(_recompute),
     "keras_xla": _with_tensors(_recompute, jit_compile=True),
+    "retroactive_session": _retroactive_session,
+    "retroactive_keras": _with_tensors(_recompute, rows=slice(None)),
 }
