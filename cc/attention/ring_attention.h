@@ -1,6 +1,6 @@
-// Single-output attention of one query over rows of keys and values with all heads side by side,
-// [N, H, D], as in a session's streams. A full ring is one span of rows, as softmax does not depend
-// on their order.
+// Single-output attention of one query over rows of keys and values with heads side by side,
+// [N, H, D]. A full ring is one span of rows, as softmax does not depend on their order. Sessions
+// call it, and single_output.h does for the layers' ops.
 
 #ifndef CONTINUAL_TRANSFORMERS_ATTENTION_RING_ATTENTION_H_
 #define CONTINUAL_TRANSFORMERS_ATTENTION_RING_ATTENTION_H_
@@ -10,6 +10,13 @@
 #include "cc/attention/ring_cache.h"
 
 namespace continual_transformers {
+
+// The softmax of a head: its largest logit, which is -infinity if there is nothing to attend to,
+// and the sum of the weights.
+template <typename T>
+struct RingSoftmax {
+  T max, denominator;
+};
 
 // T is the compute type, C the type of keys and values: T, or with float BFloat16, Float16 or
 // int8_t. Rows of int8_t have a scale each.
@@ -22,16 +29,20 @@ struct RingAttentionParams {
   int64_t value_stride;
   const T* key_scale;    // one per row; null unless C is int8_t
   const T* value_scale;  // the same
-  const bool* key_mask;  // one per row: which rows have a key; null: all
-  RingSpans spans;       // the rows that are attended to
-  T* output;             // [H, Dv]
+  // One per row: which rows of the spans are attended to; null: all. Others may hold anything.
+  const bool* key_mask;
+  RingSpans spans;  // the rows that are attended to
+  T* output;        // [H, Dv]
 
   int64_t heads;      // H
   int64_t key_dim;    // D
   int64_t value_dim;  // Dv
   T scale;            // multiplies each logit, query . key
 
-  T* logits;  // scratch, RingAttentionLogits(rows of both spans) elements per head
+  // Scratch, RingAttentionLogits(rows of both spans) elements per head. In the end it holds the
+  // rows' weights: not normalized, and of int8_t times the values' scales.
+  T* logits;
+  RingSoftmax<T>* softmax;  // [H]; null: not wanted
 
   // The rows that will be attended to next; null: unknown. As many of them are prefetched as there
   // are rows here.

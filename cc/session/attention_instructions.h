@@ -77,7 +77,7 @@ class AttentionInstruction : public Instruction {
     C* values = reinterpret_cast<C*>(block + s_.value_ring);
     bool* mask = reinterpret_cast<bool*>(block + s_.mask_ring);
     // The new row is written first. Softmax does not depend on order, so the filled part of the
-    // ring is one span. A row without a key is zeros: its weight of 0 must give 0, not NaN.
+    // ring is one span. A row without a key is zeros.
     const bool has_key = HasKey(frame, s_.key_mask, r);
     mask[row] = has_key;
     T* key_scale = nullptr;
@@ -117,6 +117,7 @@ class AttentionInstruction : public Instruction {
     p.value_dim = s_.value_dim;
     p.scale = static_cast<T>(s_.scale);
     p.logits = reinterpret_cast<T*>(frame.scratch);
+    p.softmax = nullptr;
     p.next_key = next == nullptr ? nullptr : reinterpret_cast<const C*>(next + s_.key_ring);
     p.next_value = next == nullptr ? nullptr : reinterpret_cast<const C*>(next + s_.value_ring);
     if (frame.pool == nullptr || s_.heads == 1 || Cycles(1) < kCyclesWorthThreads) {
@@ -208,6 +209,7 @@ class WindowAttentionInstruction : public Instruction {
     p.value_dim = s_.value_dim;
     p.scale = static_cast<T>(s_.scale);
     p.logits = reinterpret_cast<T*>(frame.scratch);
+    p.softmax = nullptr;
     p.next_key = p.next_value = nullptr;
     for (int64_t i = 0; i < s_.queries; ++i) {
       const int64_t row = i + n - s_.queries;
