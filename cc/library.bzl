@@ -26,13 +26,11 @@ ATTENTION_HEADERS = [
     "attention/retroactive_row-inl.h",
     "attention/ring_attention.h",
     "attention/ring_cache.h",
-    "attention/rows.h",
     "attention/single_output.h",
     "attention/step_types.h",
     "attention/targets.h",
     "attention/threads.h",
     "attention/vector_math-inl.h",
-    "attention/window_pass-inl.h",
 ]
 
 ATTENTION_SOURCES = [

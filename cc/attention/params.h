@@ -94,8 +94,8 @@ struct SingleOutputParams : RingParams<T, C> {
   bool* window_key_mask;  // [M, N - 1]
 
   // The number of parts of a window that threads share; 1: not divided. More than 1 only if
-  // num_steps is 1, and neither scores nor window_key are wanted. Each part leaves its sum of
-  // values, its maximum and its denominator in `parts` until all are merged.
+  // num_steps is 1, and neither scores nor window_key are wanted. Each part leaves its output, its
+  // maximum and its denominator in `parts` until all are merged. (cuda/ leaves its sum of values.)
   int64_t window_parts;
   T* parts;  // [M, H, window_parts, Dv + 2]
 

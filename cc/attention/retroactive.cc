@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <memory>
 
 #include "cc/attention/params.h"
+#include "cc/attention/ring_attention.h"
 #include "cc/attention/step_types.h"
 #include "cc/attention/targets.h"
 
@@ -40,9 +42,6 @@ MadeWith MadeWithOf(const RetroactiveParams<T>& params, int64_t position) {
 template <typename T>
 constexpr double kLeastOfPeak = sizeof(T) == 4 ? 0x1p-20 : 0x1p-5;
 
-// DotsOfOne and DotsOfTwo may write up to this many elements past the last logit.
-constexpr int64_t kPadding = 16;
-
 // A task's working memory, not initialized. The next task uses it again.
 template <typename T>
 struct Scratch {
@@ -51,8 +50,9 @@ struct Scratch {
     fresh_value = Take<double>(&memory, dv);
     leaving_value = Take<double>(&memory, dv);
     inexact = Take<int64_t>(&memory, n);
-    fresh_logits = Take<T>(&memory, n + kPadding);
-    leaving_logits = Take<T>(&memory, n + kPadding);
+    // DotsOfOne and DotsOfTwo may write as far past the last logit as RingAttention.
+    fresh_logits = Take<T>(&memory, RingAttentionLogits(n));
+    leaving_logits = Take<T>(&memory, RingAttentionLogits(n));
     leaving_key = Take<T>(&memory, d);
     key_mask = Take<bool>(&memory, n);
     if (!p.update_state) {
@@ -90,8 +90,7 @@ struct Scratch {
 #include "hwy/foreach_target.h"
 // Must follow foreach_target.h: otherwise these are compiled for one target only.
 #include "cc/attention/retroactive_row-inl.h"
-#include "cc/attention/rows.h"
-#include "cc/attention/window_pass-inl.h"
+#include "cc/attention/vector_math-inl.h"
 #include "hwy/highway.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -201,10 +200,7 @@ class RetroactiveHead {
     Mask()[row_] = has_key_;
     if (has_key_) std::copy_n(value, dv, s_.fresh_value);
 
-    if (p_.recompute) {
-      for (int64_t i = 0; i < filled_; ++i) Recompute(i);
-      return;
-    }
+    if (p_.recompute) return Recompute();
     s_.num_inexact = 0;
     NoteInexact(row_);
     if (exact_ && AllFinite(s_.leaving_value, dv)) {
@@ -309,20 +305,25 @@ class RetroactiveHead {
                   Normalizer(denominator), state_.weighted_sum + i * p_.value_dim, OutputOf(i));
   }
 
-  // Computes a row's output without the state of its softmax, as single-output attention does.
-  void Recompute(int64_t i) {
-    SingleOutputParams<T, T> params = {};
-    params.num_streams = p_.num_streams;
-    params.num_heads = p_.num_heads;
-    params.window = p_.window;
+  // Computes the outputs without the state of their softmax, as single-output attention does.
+  void Recompute() {
+    RingAttentionParams<T> params = {};
+    params.key = state_.key.rows;
+    params.key_stride = state_.key.stride;
+    params.value = state_.value.rows;
+    params.value_stride = state_.value.stride;
+    params.key_mask = std::memchr(Mask(), 0, filled_) == nullptr ? nullptr : Mask();
+    params.spans = {{0, filled_}, {0, 0}};
+    params.heads = 1;
     params.key_dim = p_.key_dim;
     params.value_dim = p_.value_dim;
     params.scale = p_.scale;
-    WindowPass<T, T> pass(state_.query[i], params, nullptr, nullptr, OutputOf(i));
-    pass.Attend({state_.key.rows, state_.key.stride, state_.value.rows, state_.value.stride, Mask(),
-                 filled_},
-                0);
-    pass.Finish(0, p_.window);
+    params.logits = s_.fresh_logits;
+    for (int64_t i = 0; i < filled_; ++i) {
+      params.query = state_.query[i];
+      params.output = OutputOf(i);
+      RingAttention(params, 0, 1);
+    }
   }
 
   static constexpr double kMostWeight = 1.142007389815684e26;  // e^kMostAboveReference

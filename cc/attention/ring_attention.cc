@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 
@@ -76,6 +77,7 @@ class RingPass {
     if (vectors == 1) return LogitsOfVectors<1, false>(span, column);
     if (vectors == 2) return LogitsOfVectors<2, false>(span, column);
     if (vectors == 4) return LogitsOfVectors<4, false>(span, column);
+    if (vectors == 8) return LogitsOfVectors<8, false>(span, column);
     return LogitsOfVectors<kAnyNumber, false>(span, column);
   }
 
@@ -187,7 +189,7 @@ class RingPass {
     }
   }
 
-  // Removes the weight of rows without a key. The caller keeps their values zero.
+  // Removes the weight of rows that are not attended to.
   void Mask() const {
     int64_t column = 0;
     for (const RingSpan& span : {p_.spans.before_wrap, p_.spans.after_wrap}) {
@@ -217,6 +219,7 @@ class RingPass {
       }
       // If nothing is attended, -infinity minus -infinity would be NaN.
       const T largest = hn::ReduceMax(d, max);
+      if (p_.softmax != nullptr) p_.softmax[begin_ + h].max = largest;
       normalizer_of_[h] = largest == kNotAttended ? T(0) : largest;
     }
     for (int64_t h = 0; h < heads; ++h) {
@@ -229,14 +232,7 @@ class RingPass {
         sum = hn::Add(sum, weight);
       }
       const T denominator = hn::ReduceSum(d, sum);
-      if (p_.softmax != nullptr) {
-        const OnlineSoftmax<T> nothing;
-        // A logit of -infinity has no weight, so 0 stands for it as well.
-        p_.softmax[begin_ + h] = {denominator == T(0) ? nothing.max : normalizer_of_[h],
-                                  denominator};
-        normalizer_of_[h] = 1;
-        continue;
-      }
+      if (p_.softmax != nullptr) p_.softmax[begin_ + h].denominator = denominator;
       normalizer_of_[h] = denominator == T(0) ? T(0) : T(1) / denominator;
     }
   }
@@ -249,6 +245,7 @@ class RingPass {
     if (p_.value_dim == kLanes) return Heads<8, 1, Width::kHead>(0);
     if (p_.value_dim == 2 * kLanes) return Heads<4, 2, Width::kHead>(0);
     if (p_.value_dim == 4 * kLanes) return Heads<2, 4, Width::kHead>(0);
+    if (p_.value_dim == 8 * kLanes) return Heads<1, 8, Width::kHead>(0);
     Columns(vectors);
   }
 
@@ -306,37 +303,44 @@ class RingPass {
     // From the values of one head to those of the next.
     const bool grouped = kWidth != Width::kHead && group_ > 1;
     const int64_t step = grouped ? 0 : value_dim;
-    const int64_t first_value = (grouped ? h / group_ : h) * value_dim + column;
-    const T* HWY_RESTRICT weights = LogitsOf(h);
+    const C* values = p_.value + (grouped ? h / group_ : h) * value_dim + column;
+    const T* logits = LogitsOf(h);
     for (const RingSpan& span : {p_.spans.before_wrap, p_.spans.after_wrap}) {
-      const C* HWY_RESTRICT value = p_.value + span.first_row * value_stride + first_value;
       if (first && p_.next_value != nullptr) {
         Prefetch(p_.next_value + span.first_row * value_stride, p_.key_heads * value_dim,
                  value_stride, span.rows);
       }
-      const auto add = [&](int c) HWY_ATTR {
-        CONTINUAL_TRANSFORMERS_UNROLL
-        for (int i = 0; i < kHeads; ++i) {
-          const V weight = hn::Set(d, weights[i * stride_ + c]);
+      const int64_t end = span.first_row + span.rows;
+      for (int64_t next = span.first_row; next < end;) {
+        const RingSpan run = NextRun(next, end);
+        next = run.first_row + run.rows;
+        const C* HWY_RESTRICT value = values + run.first_row * value_stride;
+        const T* HWY_RESTRICT weights = logits + (run.first_row - span.first_row);
+        const auto add = [&](int c) HWY_ATTR {
           CONTINUAL_TRANSFORMERS_UNROLL
-          for (int v = 0; v < kVectors; ++v) {
-            sum[c][i][v] = hn::MulAdd(
-                weight, load(value + c * value_stride + i * step + v * kLanes), sum[c][i][v]);
+          for (int i = 0; i < kHeads; ++i) {
+            const V weight = hn::Set(d, weights[i * stride_ + c]);
+            CONTINUAL_TRANSFORMERS_UNROLL
+            for (int v = 0; v < kVectors; ++v) {
+              sum[c][i][v] = hn::MulAdd(
+                  weight, load(value + c * value_stride + i * step + v * kLanes), sum[c][i][v]);
+            }
           }
+        };
+        int64_t row = 0;
+        for (; row + kChains <= run.rows; row += kChains) {
+          CONTINUAL_TRANSFORMERS_UNROLL
+          for (int c = 0; c < kChains; ++c) add(c);
+          value += kChains * value_stride;
+          weights += kChains;
         }
-      };
-      int64_t row = 0;
-      for (; row + kChains <= span.rows; row += kChains) {
-        CONTINUAL_TRANSFORMERS_UNROLL
-        for (int c = 0; c < kChains; ++c) add(c);
-        value += kChains * value_stride;
-        weights += kChains;
+        for (; row < run.rows; ++row) {
+          add(0);
+          value += value_stride;
+          ++weights;
+        }
       }
-      for (; row < span.rows; ++row) {
-        add(0);
-        value += value_stride;
-        ++weights;
-      }
+      logits += span.rows;
     }
     CONTINUAL_TRANSFORMERS_UNROLL
     for (int i = 0; i < kHeads; ++i) {
@@ -355,6 +359,18 @@ class RingPass {
         }
       }
     }
+  }
+
+  // Returns the first run of rows from `row` to `end` that are attended to, or an empty one at
+  // `end`. The values of other rows may be NaN, so a weight of 0 would not be enough. Not inline,
+  // as the compiler would make a second copy of the loop around it, and spoil the first.
+  HWY_NOINLINE RingSpan NextRun(int64_t row, int64_t end) const {
+    if (p_.key_mask == nullptr) return {row, end - row};
+    while (row < end && !p_.key_mask[row]) ++row;
+    if (row == end) return {end, 0};
+    const bool* run = p_.key_mask + row;
+    const void* after = std::memchr(run, 0, end - row);
+    return {row, after == nullptr ? end - row : static_cast<const bool*>(after) - run};
   }
 
   const RingAttentionParams<T, C>& p_;

@@ -1,6 +1,6 @@
-// Single-output attention of one query over rows of keys and values with all heads side by side,
-// [N, Hk, D], as in a session's streams. A full ring is one span of rows, as softmax does not
-// depend on their order.
+// Single-output attention of one query over rows of keys and values with heads side by side,
+// [N, Hk, D]. A full ring is one span of rows, as softmax does not depend on their order. Sessions
+// call it, and single_output.h does for the layers' ops.
 
 #ifndef CONTINUAL_TRANSFORMERS_ATTENTION_RING_ATTENTION_H_
 #define CONTINUAL_TRANSFORMERS_ATTENTION_RING_ATTENTION_H_
@@ -23,26 +23,26 @@ struct RingAttentionParams {
   int64_t value_stride;
   const T* key_scale;    // one per row; null unless C is int8_t
   const T* value_scale;  // the same
-  const bool* key_mask;  // one per row: which rows have a key; null: all
-  RingSpans spans;       // the rows that are attended to
-  T* output;             // [H, Dv]
-  // [H], written: the softmax over these rows. The outputs are then not normalized, so that those
-  // of several parts of a window can be merged. Null: they are.
-  OnlineSoftmax<T>* softmax;
+  // One per row: which rows of the spans are attended to; null: all. Others may hold anything.
+  const bool* key_mask;
+  RingSpans spans;  // the rows that are attended to
+  T* output;        // [H, Dv]
 
   // Added to the scaled logits: [H, bias_rows], and that of row r at (r + bias_first) mod
   // bias_rows. Null: none.
   const T* bias;
   int64_t bias_rows, bias_first;
 
-  int64_t heads;  // H
-  int64_t
-      key_heads;    // Hk, a divisor of H: H / Hk successive queries share a head of keys and values
-  int64_t key_dim;  // D
+  int64_t heads;      // H
+  int64_t key_heads;  // Hk, a divisor of H: H / Hk successive queries share keys and values
+  int64_t key_dim;    // D
   int64_t value_dim;  // Dv
   T scale;            // multiplies each logit, query . key
 
-  T* logits;  // scratch, RingAttentionLogits(rows of both spans) elements per head
+  // Scratch, RingAttentionLogits(rows of both spans) elements per head. In the end it holds the
+  // rows' weights: not normalized, and of int8_t times the values' scales.
+  T* logits;
+  OnlineSoftmax<T>* softmax;  // [H], written; null: not wanted
 
   // The rows that will be attended to next; null: unknown. As many of them are prefetched as there
   // are rows here.

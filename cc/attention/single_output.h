@@ -1,6 +1,7 @@
 // Continual single-output attention (CoSi; Hedegaard et al., ICLR 2023, arXiv 2201.06268):
 // each step's query attends to the N newest steps of its stream, whose keys and values are kept in
-// a ring.
+// a ring. ring_attention.h attends to a ring's rows. Here are the steps around it: rings of any
+// strides, several steps, masks, scores, calls that leave the state as it is, parts of windows.
 
 #ifndef CONTINUAL_TRANSFORMERS_ATTENTION_SINGLE_OUTPUT_H_
 #define CONTINUAL_TRANSFORMERS_ATTENTION_SINGLE_OUTPUT_H_
@@ -11,9 +12,9 @@
 
 namespace continual_transformers {
 
-// How a call is divided into tasks. A task is the T steps of one (stream, head). If there are fewer
-// heads than threads and windows are long, a task is one part of the window of one (stream, head).
-// If the heads of a row are next to each other in the rings, a task is several heads of a stream.
+// How a call is divided into tasks. If the heads of a row are next to each other in the rings, a
+// task is the T steps of several heads of a stream, otherwise of one. If there are fewer heads than
+// threads and windows are long, a task is one part of the window of one (stream, head).
 struct SingleOutputPlan {
   int64_t window_parts;     // the value for params.window_parts
   int64_t tasks;            // M * H * window_parts, or M * (H / heads_per_task, rounded up)

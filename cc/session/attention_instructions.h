@@ -85,7 +85,7 @@ class AttentionInstruction : public Instruction {
     C* values = reinterpret_cast<C*>(block + s_.value_ring);
     bool* mask = reinterpret_cast<bool*>(block + s_.mask_ring);
     // The new row is written first. Softmax does not depend on order, so the filled part of the
-    // ring is one span. A row without a key is zeros: its weight of 0 must give 0, not NaN.
+    // ring is one span. A row without a key is zeros.
     const bool has_key = HasKey(frame, s_.key_mask, r);
     mask[row] = has_key;
     T* key_scale = nullptr;
@@ -159,7 +159,9 @@ class AttentionInstruction : public Instruction {
       T* const y = p.output + h * s_.value_dim;
       std::fill_n(y, s_.value_dim, T(0));
       for (int64_t part = 0; part < parts; ++part) {
-        const auto factors = whole.Merge(softmax[part * s_.heads + h]);
+        const OnlineSoftmax<T>& of_part = softmax[part * s_.heads + h];
+        auto factors = whole.Merge(of_part);
+        factors.others *= of_part.denominator;  // Its outputs are normalized.
         const T* const x = outputs + part * value_size_ + h * s_.value_dim;
         for (int64_t i = 0; i < s_.value_dim; ++i)
           y[i] = y[i] * factors.own + x[i] * factors.others;

@@ -61,8 +61,7 @@ class RingAttentionTest : public ::testing::TestWithParam<Target> {
       mask[row] = !masked || random_() % 3 != 0;
       for (int64_t i = 0; i < key_size; ++i) key[row * key_stride + i + 1] = normal(random_);
       for (int64_t i = 0; i < value_size; ++i) {
-        // A session writes such a value for a row without a key.
-        value[row * value_stride + i + 1] = mask[row] ? normal(random_) : 0;
+        value[row * value_stride + i + 1] = mask[row] ? static_cast<T>(normal(random_)) : nan;
       }
       if (!mask[row]) key[row * key_stride + 1] = nan;
     }
@@ -104,6 +103,8 @@ class RingAttentionTest : public ::testing::TestWithParam<Target> {
     p.value_dim = z.value_dim;
     p.scale = static_cast<T>(scale);
     p.logits = logits.data();
+    std::vector<OnlineSoftmax<T>> softmax(z.heads);
+    p.softmax = softmax.data();
     RingAttention(p, 0, z.heads);
     ASSERT_TRUE(std::isnan(output.front()) && std::isnan(output.back()));
     ASSERT_TRUE(std::isnan(logits.back()));
@@ -127,6 +128,13 @@ class RingAttentionTest : public ::testing::TestWithParam<Target> {
       }
       for (double& weight : weights)
         sum += weight = std::isinf(weight) ? 0 : std::exp(weight - max);
+      // An error of a logit is one of the denominator, in proportion.
+      if (sum == 0) {
+        EXPECT_EQ(softmax[h].max, max);
+      } else {
+        EXPECT_NEAR(softmax[h].max, max, bound * std::max(1.0, std::abs(max)));
+      }
+      EXPECT_NEAR(softmax[h].denominator, sum, 10 * bound * sum);
       for (size_t i = 0; i < rows.size(); ++i) {
         double weight = weights[i] / sum;
         if constexpr (std::is_same_v<C, int8_t>) weight *= value_scales[rows[i]];

@@ -67,15 +67,14 @@ TYPED_TEST(SingleOutputTest, RingsOfAnyStrides) {
           FinishSingleOutput(p);
           made.Check(this->kBound);
           if (this->HasFatalFailure()) return;
-          // Heads that are next to each other are summed in another order.
-          EXPECT_TRUE(!in_order || made.SameOutput(expected));
+          EXPECT_TRUE(made.SameOutput(expected));
         }
       }
     }
   }
 }
 
-// Row-major rings, whose heads are attended to together while all steps have keys.
+// Row-major rings, whose heads are attended to together.
 TYPED_TEST(SingleOutputTest, HeadsOfARowTogether) {
   for (Layout layout : {Layout::kRowMajor, Layout::kBlocks}) {
     for (int64_t n : {1, 2, 17, 70}) {
@@ -88,7 +87,7 @@ TYPED_TEST(SingleOutputTest, HeadsOfARowTogether) {
             for (bool gaps : {false, true}) {
               sizes.gaps = gaps;
               typename TestFixture::OneCall call(sizes, {0, 1, n - 1, n, 2 * n + 3}, {4, 0, 3, 1});
-              auto p = call.ParamsWithoutOrder();
+              auto p = gaps ? call.Params() : call.ParamsWithoutOrder();
               const SingleOutputPlan plan = PlanSingleOutput(p, 1);
               EXPECT_EQ(plan.heads_per_task, heads);
               EXPECT_EQ(plan.tasks, 4);
@@ -202,14 +201,22 @@ TYPED_TEST(SingleOutputTest, PartsOfWindowsMerge) {
     for (int64_t parts : {2, 3, 7}) {
       const Sizes sizes = {n, 12, 33, 1};
       SCOPED_TRACE("N " + std::to_string(n) + " parts " + std::to_string(parts));
-      typename TestFixture::OneCall call(sizes, {0, 1, n - 1, n, n + 1, 2 * n + 3},
-                                         {4, 0, 3, 1, 5, 2});
-      const auto params = call.ParamsInParts(parts);
-      const int64_t tasks = params.num_streams * params.num_heads * parts;
-      SingleOutputAttention(params, tasks / 3, tasks);
-      SingleOutputAttention(params, 0, tasks / 3);
-      FinishSingleOutput(params);
-      call.Check(this->kBound);
+      const auto call = [&] {
+        return typename TestFixture::OneCall(sizes, {0, 1, n - 1, n, n + 1, 2 * n + 3},
+                                             {4, 0, 3, 1, 5, 2});
+      };
+      auto real = call(), peek = call();
+      for (bool peeks : {false, true}) {
+        auto params = (peeks ? peek : real).ParamsInParts(parts);
+        params.update_state = !peeks;
+        const int64_t tasks = params.num_streams * params.num_heads * parts;
+        SingleOutputAttention(params, tasks / 3, tasks);
+        SingleOutputAttention(params, 0, tasks / 3);
+        FinishSingleOutput(params);
+      }
+      real.Check(this->kBound);
+      EXPECT_TRUE(peek.SameState(call()));
+      EXPECT_TRUE(peek.SameOutput(real));
       if (this->HasFatalFailure()) return;
     }
   }
@@ -276,6 +283,33 @@ TYPED_TEST(SingleOutputTest, AMaskBroadcastsByStridesOfZero) {
       sum += p.scores[row * 6 + c];
     }
     EXPECT_NEAR(sum, 1, 1e-6);
+  }
+}
+
+// A mask for all heads is read once for the heads that are attended to together.
+TYPED_TEST(SingleOutputTest, AMaskForHeadsTogether) {
+  constexpr int64_t kWindow = 19, kHeads = 3;
+  const Sizes sizes = {kWindow, 16, 12, 4, kHeads, Layout::kRowMajor};
+  const std::vector<int64_t> positions = {7, 50};
+  bool mask[kHeads * kWindow];
+  for (int64_t i = 0; i < kHeads * kWindow; ++i) mask[i] = i % kWindow % 4 != 1;
+  typename TestFixture::OneCall together(sizes, positions, {1, 0});
+  typename TestFixture::OneCall alone(sizes, positions, {1, 0});
+  auto p = together.Params(), q = alone.Params();
+  p.mask = q.mask = mask;
+  p.mask_strides = {0, 0, 0};
+  q.mask_strides = {0, 0, kWindow};  // the same for each head
+  EXPECT_EQ(PlanSingleOutput(p, 1).heads_per_task, kHeads);
+  EXPECT_EQ(PlanSingleOutput(q, 1).heads_per_task, 1);
+  p.heads_per_task = kHeads;
+  SingleOutputAttention(p, 0, 2);
+  SingleOutputAttention(q, 0, 2 * kHeads);
+  for (int64_t i = 0; i < 2 * kHeads * 4 * kWindow; ++i) {
+    ASSERT_NEAR(p.scores[i], q.scores[i], this->kBound);
+    if (!mask[i % kWindow]) ASSERT_EQ(p.scores[i], 0);
+  }
+  for (int64_t i = 0; i < 2 * kHeads * 4 * 12; ++i) {
+    ASSERT_NEAR(p.output[i], q.output[i], this->kBound);
   }
 }
 
