@@ -62,6 +62,7 @@ SESSION_HEADERS = [
     "session/model_file.h",
     "session/plan.h",
     "session/plan_ops.h",
+    "session/one_query_instruction.h",
     "session/retroactive_instruction.h",
     "session/ring_instructions.h",
     "session/row_instructions.h",

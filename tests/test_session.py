@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 
+import continual_transformers_tf as ct
 import plan_reference
 import reference
 from continual_transformers_tf.models.lowering import lower
@@ -345,3 +346,25 @@ def test_threads_give_the_same(random):
         assert reference.relative_error(y, z) < BOUNDS["float32"]
     y, z = one.steps(x[:, 6:], streams=ids), two.steps(x[:, 6:], streams=others)
     assert reference.relative_error(y, z) < BOUNDS["float32"]
+
+
+@pytest.mark.parametrize("sliding_window", [None, 3])
+@pytest.mark.parametrize("weights_dtype", ["float32", "bfloat16", "int8"])
+def test_one_query_above_retroactive_attention(random, weights_dtype, sliding_window):
+    """Only the query's row is projected, except with int8 kernels, whose scales are by column."""
+    n, features = 12, 8
+    x = keras.Input((n, features))
+    y = ct.CoReMultiHeadAttention(n, 2, 4)(x, x)
+    newest = ct.CoSiMultiHeadAttention(n, 2, 4, value_dim=6, sliding_window=sliding_window)(y, y)
+    model = ct.StreamingModel(keras.Model(x, newest[:, 0]), warm_up="partial")
+    for w in model.model.weights:
+        if "bias" in w.path:
+            w.assign(random.normal(size=w.shape))
+    session = Session(model, weights_dtype=weights_dtype)
+    inputs = random.normal(size=(1, 3 * n, features)).astype("float32")
+    expected = np.concatenate([model.model(inputs[:, t : t + n]) for t in range(2 * n + 1)])
+    error = reference.relative_error(session.steps(inputs)[0, n - 1 :], expected)
+    assert error < (5e-6 if weights_dtype == "float32" else 3e-2)
+    together = [row.op for row in session.profile(repeat=1) if "window_attention" in row.op]
+    one = "window_attention" if weights_dtype == "int8" else "dense + dense + window_attention"
+    assert together == [one]

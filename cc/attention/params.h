@@ -121,9 +121,9 @@ struct RetroactiveParams : RingParams<T> {
   //   reference: what is subtracted from a logit before its exponential: the row's maximum when
   //     the row was last computed exactly.
   //   denominator: the sum of the weights exp(logit - reference) over the window.
-  //   peak: the largest denominator since then.
-  //   peak_sum: the largest magnitude in weighted_sum since then.
-  double* softmax;       // [S, H, 4, N]: reference, denominator, peak, peak_sum
+  //   magnitude: the sum of weight * |value|, over the window and all elements of its values.
+  //   peaks: the largest denominator and the largest magnitude since then. Each has 32 of the bits.
+  double* softmax;       // [S, H, 4, N]: reference, denominator, magnitude, peaks
   double* weighted_sum;  // [S, H, N, Dv], the sum of values with these weights
   // The arithmetic and scale of these weights, as in MadeWith. Another arithmetic
   // or scale gives other bits, so subtracting would not undo adding. All rows are then recomputed.

@@ -31,8 +31,8 @@ struct MadeWith {
 template <typename T>
 MadeWith MadeWithOf(const RetroactiveParams<T>& params, int64_t position) {
   if (params.recompute) return {0, 0};
-  constexpr double kTargets = 64;
-  return {1.0 + static_cast<int>(TargetInUse()) + kTargets * static_cast<double>(position),
+  constexpr double kTargets = 64, kFirst = 5;
+  return {kFirst + static_cast<int>(TargetInUse()) + kTargets * static_cast<double>(position),
           static_cast<double>(params.scale)};
 }
 
@@ -49,6 +49,9 @@ struct Scratch {
     const int64_t n = p.window, d = p.key_dim, dv = p.value_dim;
     fresh_value = Take<double>(&memory, dv);
     leaving_value = Take<double>(&memory, dv);
+    fresh_weights = Take<double>(&memory, n);
+    leaving_weights = Take<double>(&memory, n);
+    normalizers = Take<double>(&memory, n);
     inexact = Take<int64_t>(&memory, n);
     // DotsOfOne and DotsOfTwo may write as far past the last logit as RingAttention.
     fresh_logits = Take<T>(&memory, RingAttentionLogits(n));
@@ -64,6 +67,7 @@ struct Scratch {
 
   T *fresh_logits, *leaving_logits, *leaving_key;
   double *fresh_value, *leaving_value;
+  double *fresh_weights, *leaving_weights, *normalizers;  // of each row
   bool* key_mask;  // The stream's, as of the step. Its heads share it.
   // Rows that must be computed exactly, at most all.
   int64_t* inexact;
@@ -112,10 +116,7 @@ struct HeadState {
   HeadRing<T> query;
   HeadRing<T> key;
   HeadRing<T> value;
-  double* reference;
-  double* denominator;
-  double* peak;
-  double* peak_sum;
+  RowsState rows;
   double* weighted_sum;
 };
 
@@ -134,10 +135,7 @@ class RetroactiveHead {
     state_ = {ring(params.query_cache, params.query_cache_strides),
               ring(params.key_cache, params.key_cache_strides),
               ring(params.value_cache, params.value_cache_strides),
-              softmax,
-              softmax + n,
-              softmax + 2 * n,
-              softmax + 3 * n,
+              {softmax, softmax + n, softmax + 2 * n, softmax + 3 * n},
               params.weighted_sum + pair_held * n * params.value_dim};
     if (!params.update_state) CopyState();
     std::copy_n(params.key_mask_cache + stream * n, n, Mask());
@@ -163,14 +161,17 @@ class RetroactiveHead {
     T* ring = s_.ring;
     double* sums = s_.sums;
     const int64_t n = p_.window, d = p_.key_dim, dv = p_.value_dim;
-    state_ = {{ring, d}, {ring + n * d, d}, {ring + 2 * n * d, dv}, sums,
-              sums + n,  sums + 2 * n,      sums + 3 * n,           sums + 4 * n};
+    state_ = {{ring, d},
+              {ring + n * d, d},
+              {ring + 2 * n * d, dv},
+              {sums, sums + n, sums + 2 * n, sums + 3 * n},
+              sums + 4 * n};
     for (int64_t i = 0; i < n; ++i) {
       std::copy_n(real.query[i], d, state_.query[i]);
       std::copy_n(real.key[i], d, state_.key[i]);
       std::copy_n(real.value[i], dv, state_.value[i]);
     }
-    std::copy_n(real.reference, 4 * n, state_.reference);
+    std::copy_n(real.rows.reference, 4 * n, state_.rows.reference);
     std::copy_n(real.weighted_sum, n * dv, state_.weighted_sum);
   }
 
@@ -232,54 +233,49 @@ class RetroactiveHead {
   void NoteInexact(int64_t row) { s_.inexact[s_.num_inexact++] = row; }
 
   // Updates all rows but the newest: the new key enters and the oldest leaves. Collects the rows
-  // for which that is not exact enough.
+  // for which that is not exact enough. The newest row and those are updated too, because that is
+  // faster than to test each row, and then computed exactly.
   void UpdateRows() {
     T* HWY_RESTRICT fresh = s_.fresh_logits;
     T* HWY_RESTRICT leaving = s_.leaving_logits;
     const T* fresh_key = state_.key[row_];
     const HeadRing<T>& queries = state_.query;
+    const double* references = state_.rows.reference;
     if (had_key_) {
       DotsOfTwo(fresh_key, s_.leaving_key, queries.rows, queries.stride, filled_, p_.key_dim,
                 p_.scale, fresh, leaving);
+      WeighAgainstReferences(references, filled_, leaving);
     } else {
       DotsOfOne(fresh_key, queries.rows, queries.stride, filled_, p_.key_dim, p_.scale, fresh);
+      std::fill_n(leaving, filled_, T(0));
     }
-    WeighAgainstReferences(has_key_, fresh);
-    WeighAgainstReferences(had_key_, leaving);
-    for (int64_t i = 0; i < filled_; ++i) {
-      if (i == row_) continue;
-      const double before = state_.denominator[i];
-      const double denominator = before + static_cast<double>(fresh[i]) - leaving[i];
-      // Recompute if a leaving weight is NaN, as it has spoiled the sums. A NaN that stays changes
-      // nothing.
-      if (denominator < kLeastOfPeak<T> * state_.peak[i] || fresh[i] > kMostWeight ||
-          std::isnan(leaving[i]) || (before == 0 && has_key_)) {
-        NoteInexact(i);
-        continue;
-      }
-      const double sum = ExchangeValues({fresh[i], leaving[i], s_.fresh_value, s_.leaving_value},
-                                        Normalizer(denominator), p_.value_dim,
-                                        state_.weighted_sum + i * p_.value_dim, OutputOf(i));
-      // The leaving value may be large even if its weight is small.
-      if (sum < kLeastOfPeak<T> * state_.peak_sum[i]) {
-        NoteInexact(i);
-        continue;
-      }
-      state_.denominator[i] = denominator;
-      state_.peak[i] = std::max(state_.peak[i], denominator);
-      state_.peak_sum[i] = std::max(state_.peak_sum[i], sum);
+    if (has_key_) {
+      WeighAgainstReferences(references, filled_, fresh);
+    } else {
+      std::fill_n(fresh, filled_, T(0));
     }
+    const int64_t dv = p_.value_dim;
+    const Exchange<T> weights = {fresh,
+                                 leaving,
+                                 MagnitudeOf(s_.fresh_value, dv),
+                                 MagnitudeOf(s_.leaving_value, dv),
+                                 has_key_,
+                                 kLeastOfPeak<T>,
+                                 kMostWeight};
+    s_.num_inexact =
+        ExchangeWeights(weights, state_.rows, filled_, s_.fresh_weights, s_.leaving_weights,
+                        s_.normalizers, row_, s_.inexact, s_.num_inexact);
+    // The rows after the newest in the ring are the older ones.
+    ExchangeValuesOf(row_ + 1, filled_);
+    ExchangeValuesOf(0, row_);
   }
 
-  // Turns the logits of one key and all queries into weights; all 0 without a key.
-  void WeighAgainstReferences(bool attended, T* HWY_RESTRICT logits) const {
-    if (!attended) {
-      std::fill_n(logits, filled_, T(0));
-      return;
-    }
-    const double* HWY_RESTRICT reference = state_.reference;
-    for (int64_t i = 0; i < filled_; ++i) logits[i] -= static_cast<T>(reference[i]);
-    TurnIntoWeights(logits, filled_);
+  void ExchangeValuesOf(int64_t begin, int64_t end) {
+    if (begin >= end) return;
+    const ExchangedValues values = {s_.fresh_weights + begin, s_.leaving_weights + begin,
+                                    s_.normalizers + begin, s_.fresh_value, s_.leaving_value};
+    ExchangeValues(values, end - begin, p_.value_dim, state_.weighted_sum + begin * p_.value_dim,
+                   p_.output_row_stride, OutputOf(begin));
   }
 
   void ComputeExactly(int64_t i) {
@@ -288,21 +284,19 @@ class RetroactiveHead {
     constexpr T kNotAttended = -std::numeric_limits<T>::infinity();
     DotsOfOne(state_.query[i], state_.key.rows, state_.key.stride, filled_, p_.key_dim, p_.scale,
               weights);
-    T max = kNotAttended;
-    for (int64_t j = 0; j < filled_; ++j) {
-      if (!mask[j]) weights[j] = kNotAttended;
-      if (weights[j] > max) max = weights[j];
-    }
+    for (int64_t j = 0; j < filled_; ++j) weights[j] = mask[j] ? weights[j] : kNotAttended;
+    const T max = Largest(weights, filled_);
     const T reference = max == kNotAttended ? T(0) : max;
-    for (int64_t j = 0; j < filled_; ++j) weights[j] -= reference;
-    TurnIntoWeights(weights, filled_);
-    double denominator = 0;
-    for (int64_t j = 0; j < filled_; ++j) denominator += weights[j];
-    state_.reference[i] = reference;
-    state_.denominator[i] = state_.peak[i] = denominator;
-    state_.peak_sum[i] =
+    const double denominator = WeighAgainst(reference, filled_, weights);
+    const double magnitude =
         SumValues(state_.value.rows, state_.value.stride, p_.value_dim, weights, mask, filled_,
                   Normalizer(denominator), state_.weighted_sum + i * p_.value_dim, OutputOf(i));
+    state_.rows.reference[i] = reference;
+    state_.rows.denominator[i] = denominator;
+    state_.rows.magnitude[i] = magnitude;
+    const hn::CappedTag<double, 1> one;
+    state_.rows.peaks[i] =
+        hn::GetLane(PackPeaks(one, hn::Set(one, denominator), hn::Set(one, magnitude)));
   }
 
   // Computes the outputs without the state of their softmax, as single-output attention does.

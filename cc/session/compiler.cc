@@ -20,6 +20,7 @@
 #include "cc/session/dense_instruction.h"
 #include "cc/session/error.h"
 #include "cc/session/layout_instructions.h"
+#include "cc/session/one_query_instruction.h"
 #include "cc/session/retroactive_instruction.h"
 #include "cc/session/ring_instructions.h"
 #include "cc/session/row_instructions.h"
@@ -175,6 +176,24 @@ class Compiler {
       }
     }
     for (const Port& output : plan_.outputs) is_output_[Root(output.value)] = true;
+    for (size_t i = 0; i < plan_.nodes.size(); ++i) {
+      if (plan_.nodes[i].op == Op::kZeroUntaken) ShareStorage(plan_.nodes[i], i);
+    }
+  }
+
+  // Lets a node write into the storage of its input, if no other node reads that.
+  void ShareStorage(const Node& node, int i) {
+    const int from = In(node), to = Out(node);
+    if (OnlyUser(from) != i || producer_[from] < 0 ||
+        plan_.nodes[producer_[from]].op == Op::kConstant) {
+      return;
+    }
+    for (int& storage : result_.storage) {
+      if (storage == to) storage = from;
+    }
+    // Its own reading still counts, so nothing that reads the output is fused into the producer.
+    uses_[from] += uses_[to];
+    is_output_[from] = is_output_[to];
   }
 
   int Root(int value) const { return result_.storage[value]; }
@@ -225,12 +244,19 @@ class Compiler {
 
   void Translate(int i) {
     const Node& node = plan_.nodes[i];
-    if (node.op == Op::kDense) return TranslateDense(i);
+    if (node.op == Op::kDense) {
+      const int user = OnlyUser(Out(node));
+      const bool of_attention =
+          user >= 0 && ProjectsItself(user) && In(plan_.nodes[user]) != Out(node);
+      if (!of_attention) TranslateDense(i);
+      return;
+    }
     if ((node.op == Op::kAffine || node.op == Op::kBatchNorm) && FoldsIntoNext(i)) return;
     if (node.op == Op::kConstant) {
       if (!IsOperandOnly(node)) Emit(i, Constant(node), node, {}, Out(node));
       return;
     }
+    if (ProjectsItself(i)) return TranslateOneQuery(i);
     Emit(i, Make(i), node, RootsRead(node), Out(node));
   }
 
@@ -301,7 +327,7 @@ class Compiler {
       case Op::kRetroactiveAttention:
         return RetroactiveAttentionOf(i);
       case Op::kWindowAttention:
-        return WindowAttention(node);
+        return std::make_unique<WindowAttentionInstruction<T>>(WindowAttentionSpecOf(node));
       case Op::kDense:
       case Op::kConstant:
       case Op::kReshape:
@@ -704,7 +730,71 @@ class Compiler {
     return std::make_unique<RetroactiveInstruction<T>>(spec);
   }
 
-  std::unique_ptr<Instruction> WindowAttention(const Node& node) const {
+  // Returns whether a node is attention that is faster without its keys and values, from the rows
+  // that they are projections of.
+  bool ProjectsItself(int i) const {
+    const Node& node = plan_.nodes[i];
+    // The scales of int8 kernels are for the columns of whole kernels, as the model has them.
+    if (node.op != Op::kWindowAttention || ValueOf(node.inputs[0]).shape[0] != 1 ||
+        options_.weights_dtype == DType::kInt8) {
+      return false;
+    }
+    for (int input : {1, 2}) {
+      const int root = In(node, input), producer = producer_[root];
+      if (OnlyUser(root) != i || producer < 0 || plan_.nodes[producer].op != Op::kDense) {
+        return false;
+      }
+    }
+    // What is left out is two projections of n rows. What is added is those of one row, and dot
+    // products and sums of whole rows.
+    const WindowAttentionSpec spec = WindowAttentionSpecOf(node);
+    return (spec.window - 1) * (spec.key_dim + spec.value_dim) > 2 * spec.window;
+  }
+
+  void TranslateOneQuery(int i) {
+    const Node& node = plan_.nodes[i];
+    std::string name, op;
+    const RowProjection<T> key = Projection(node, 1, &name, &op);
+    RowProjection<T> value = Projection(node, 2, &name, &op);
+    std::vector<int> reads = {In(node), key.input, value.input};
+    emitted_.push_back({2 * i, OneQuery(node, key, std::move(value)), name + node.name,
+                        op + NameOf(node.op), std::move(reads), Out(node)});
+  }
+
+  // The dense layer behind an input of attention, with what is folded into it. Appends its name and
+  // op, each with a plus.
+  RowProjection<T> Projection(const Node& attention, int input, std::string* names,
+                              std::string* ops) {
+    const Node& node = plan_.nodes[producer_[In(attention, input)]];
+    const std::vector<int64_t>& shape = file_.tensor(node.weights.at("kernel")).shape;
+    DenseSpec<T> spec;
+    DenseKernel kernel = {node.weights.at("kernel"), Weights(node, "kernel")};
+    spec.bias = Weights(node, "bias");
+    spec.inputs = shape[0];
+    spec.outputs = shape[1];
+    spec.input = In(node);
+    std::string name = node.name, op = NameOf(node.op);
+    FoldBefore(&spec, &kernel, &name, &op);
+    *names += name + " + ";
+    *ops += op + " + ";
+    return {spec.input, std::move(kernel.elements), std::move(spec.bias), spec.inputs,
+            spec.outputs};
+  }
+
+  std::unique_ptr<Instruction> OneQuery(const Node& node, const RowProjection<T>& key,
+                                        RowProjection<T> value) const {
+    const WindowAttentionSpec spec = WindowAttentionSpecOf(node);
+#define TRY(U, W)                                                                      \
+  if constexpr (std::is_same_v<T, U>) {                                                \
+    if (options_.weights_dtype == kDType<W>)                                           \
+      return std::make_unique<OneQueryInstruction<T, W>>(spec, key, std::move(value)); \
+  }
+    CONTINUAL_TRANSFORMERS_FOR_PACKED_TYPES(TRY)
+#undef TRY
+    throw Error(ErrorCode::kInternal, "no attention for this weights dtype");
+  }
+
+  WindowAttentionSpec WindowAttentionSpecOf(const Node& node) const {
     WindowAttentionSpec spec;
     spec.query = In(node, 0);
     spec.key = In(node, 1);
@@ -718,7 +808,7 @@ class Compiler {
     spec.band = node.Int("band");
     spec.causal = node.Bool("causal");
     spec.scale = node.Number("scale");
-    return std::make_unique<WindowAttentionInstruction<T>>(spec);
+    return spec;
   }
 
   // ---- Order and placement ----
@@ -754,6 +844,7 @@ class Compiler {
     std::vector<Live> live;  // sorted by offset
     for (int64_t e = 0; e < count; ++e) {
       const int root = emitted_[e].writes;
+      if (result_.arena_offset[root] >= 0) continue;  // It shares the storage of its input.
       live.erase(
           std::remove_if(live.begin(), live.end(), [e](const Live& l) { return l.until < e; }),
           live.end());

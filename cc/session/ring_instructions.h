@@ -81,7 +81,7 @@ inline std::unique_ptr<Instruction> MakeWindow(int64_t window, int64_t ring_at, 
       });
 }
 
-// Sets the rows of steps that were never taken to zeros.
+// Sets the rows of steps that were never taken to zeros. May write into its input's storage.
 inline std::unique_ptr<Instruction> MakeZeroUntaken(int64_t window, int input, int output,
                                                     int64_t bytes) {
   return MakeSteps(
@@ -89,8 +89,10 @@ inline std::unique_ptr<Instruction> MakeZeroUntaken(int64_t window, int input, i
         const int64_t untaken = std::max<int64_t>(0, window - 1 - position) * bytes;
         const int64_t size = window * bytes;
         char* to = frame.values[output] + r * size;
-        std::memset(to, 0, untaken);
-        std::memcpy(to + untaken, frame.values[input] + r * size + untaken, size - untaken);
+        if (untaken > 0) std::memset(to, 0, untaken);
+        if (input != output) {
+          std::memcpy(to + untaken, frame.values[input] + r * size + untaken, size - untaken);
+        }
       });
 }
 

@@ -347,6 +347,49 @@ TYPED_TEST(RetroactiveTest, RowsOfAnotherArithmeticAreComputedAnew) {
   }
 }
 
+// While a key or value is NaN or infinite, so are the outputs. Then none is.
+TYPED_TEST(RetroactiveTest, WhatIsNotFiniteLeavesWithItsStep) {
+  using T = typename TypeParam::Compute;
+  for (const T bad : {std::numeric_limits<T>::quiet_NaN(), std::numeric_limits<T>::infinity()}) {
+    for (bool in_key : {false, true}) {
+      const int64_t n = 19;
+      typename TestFixture::OneStreams streams({n, 8, 6}, 1);
+      for (int64_t t = 0; t < 3 * n; ++t) {
+        streams.Draw({0}, 1);
+        auto p = streams.Params();
+        const bool has_key = true;
+        p.key_mask = &has_key;
+        std::vector<T> ones(2 * 8, 1);
+        p.query = p.key = p.value = ones.data();
+        std::vector<T> spoiled = ones;
+        spoiled[3] = bad;
+        if (t == n + 4) (in_key ? p.key : p.value) = spoiled.data();
+        streams.Take(p);
+        for (int64_t i = 0; t >= 2 * n + 4 && i < n * 6; ++i) EXPECT_EQ(p.output[i], 1);
+        EXPECT_TRUE(t != 2 * n || !std::isfinite(p.output[in_key ? 0 : 3]));
+      }
+    }
+  }
+}
+
+// A value that is far larger than the others leaves nothing behind.
+TYPED_TEST(RetroactiveTest, AHugeValueLeavesNothingBehind) {
+  using T = typename TypeParam::Compute;
+  const int64_t n = 17;
+  typename TestFixture::OneStreams streams({n, 8, 8}, 1);
+  for (int64_t t = 0; t < 2 * n + 9; ++t) {
+    streams.Draw({0}, 1);
+    auto p = streams.Params();
+    const bool has_key = true;
+    p.key_mask = &has_key;
+    std::vector<T> ones(2 * 8, 1), huge(2 * 8, T(1e20));
+    p.query = p.key = p.value = ones.data();
+    if (t == n) p.value = huge.data();
+    streams.Take(p);
+    for (int64_t i = 0; t >= 2 * n && i < n * 8; ++i) EXPECT_EQ(p.output[i], 1) << t;
+  }
+}
+
 TYPED_TEST(RetroactiveTest, NoKeyGivesZeros) {
   typename TestFixture::OneStreams streams({4, 3, 5}, 1);
   streams.Draw({0}, 9);

@@ -166,9 +166,14 @@ def co_re_mha(
     use_causal_mask: bool = False,
     value_mask: Symbol | None = None,
     key_mask: Symbol | None = None,
+    zero_untaken: bool = True,
     **ignored: Any,
 ) -> tuple[Symbol, State]:
-    """Lower a step of retroactive attention."""
+    """Lower a step of retroactive attention.
+
+    Without `zero_untaken`, rows of steps that were never taken hold the bias. A block that sets
+    its own to zeros saves this, and its residual is then added in the same pass as the bias.
+    """
     check_steps(layer)
     value = query if value is None else value
     key = value if key is None else key
@@ -208,7 +213,7 @@ def co_re_mha(
         state["gate"] = StateOf(gate.index, "ring")
     output = project(b, gated(b, attended, gate), layer._output_dense, "output", axes=2)
     output = b.reshape(output, (n, *output_shape(layer)))
-    if layer._output_dense.bias is not None:  # Rows of steps that were never taken stay zeros.
+    if zero_untaken and layer._output_dense.bias is not None:
         output = b.node("zero_untaken", [output], output.shape, name="taken")
     return output, state
 
@@ -382,7 +387,7 @@ def co_re_encoder(
     """Lower a step of a retroactive encoder block."""
     normal = layer_norm(b, x, block.attention_norm, "attention_norm") if block.norm_first else x
     with b.within("attention"):
-        attended, state = co_re_mha(b, block.attention, normal)
+        attended, state = co_re_mha(b, block.attention, normal, zero_untaken=False)
     windows = window_of(b, x, block.seq_len, "window")
     output = feed_forward(b, block, windows, attended)
     output = b.node("zero_untaken", [output], output.shape, name="taken")
