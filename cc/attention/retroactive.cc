@@ -308,7 +308,7 @@ class RetroactiveHead {
     params.value_stride = state_.value.stride;
     params.key_mask = std::memchr(Mask(), 0, filled_) == nullptr ? nullptr : Mask();
     params.spans = {{0, filled_}, {0, 0}};
-    params.heads = 1;
+    params.heads = params.key_heads = 1;
     params.key_dim = p_.key_dim;
     params.value_dim = p_.value_dim;
     params.scale = p_.scale;

@@ -98,7 +98,7 @@ class OneQueryInstruction : public Instruction {
     p.value_stride = value_inputs_;
     p.spans = {{first, n - first}, {0, 0}};
     p.output = sum;
-    p.heads = 1;
+    p.heads = p.key_heads = 1;
     p.key_dim = key_inputs_;
     p.value_dim = value_inputs_;
     p.scale = static_cast<T>(s_.scale);
