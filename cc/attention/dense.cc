@@ -2,8 +2,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
+#include <memory>
 
+#include "cc/attention/packed_dense.h"
 #include "cc/attention/step_types.h"
 #include "cc/attention/targets.h"
 
@@ -18,7 +19,7 @@ HWY_BEFORE_NAMESPACE();
 namespace continual_transformers {
 namespace HWY_NAMESPACE {
 
-// From this many rows on, the kernel is copied into panels that the rows share.
+// From this many rows on, panels of the kernel are copied, and the rows share them.
 constexpr int64_t kFewRows = 4;
 
 // For one or two rows at a time. Reads the kernel in memory order, several rows at once, while the
@@ -104,83 +105,45 @@ class FewRows {
   const Dense<T, W>& dense_;
 };
 
-// For many rows. Copies a panel of the kernel, a few vectors wide, and widens it once. Then
-// multiplies it by kFewRows rows at a time, whose sums stay in registers.
+// For many rows. Copies panels of the kernel, widens them, and multiplies them as packed ones.
 template <typename T, typename W>
-class ManyRows {
- public:
-  explicit ManyRows(const Dense<T, W>& dense) : dense_(dense), panel_(dense.inputs * kWidth) {}
-
-  void Columns(int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; c += kWidth) {
-      const int64_t width = std::min(kWidth, end - c);
-      CopyPanel(c, width);
-      for (int64_t m = 0; m < dense_.rows; m += kFewRows) Multiply(m, c, width);
-    }
-  }
-
- private:
-  using D = hn::ScalableTag<T>;
-  using V = hn::Vec<D>;
-  static constexpr int64_t kLanes = hn::Lanes(D());
-  // 4 x 4 sums with 32 registers, 4 x 2 with 16.
-  static constexpr int64_t kVectors = HWY_TARGET == HWY_AVX3 || !HWY_ARCH_X86 ? 4 : 2;
-  static constexpr int64_t kWidth = kVectors * kLanes;
-
-  void CopyPanel(int64_t column, int64_t width) {
-    const D d;
-    for (int64_t i = 0; i < dense_.inputs; ++i) {
-      const W* w = dense_.kernel + i * dense_.outputs + column;
-      T* to = panel_.data() + i * kWidth;
-      for (int64_t c = 0; c < kWidth; c += kLanes) {
-        const int64_t rest = std::max<int64_t>(0, std::min(kLanes, width - c));
-        hn::StoreU(rest == kLanes ? LoadWide(d, w + c) : LoadWideN(d, w + c, rest), d, to + c);
+void MultiplyCopies(const Dense<T, W>& dense, int64_t begin, int64_t end) {
+  const hn::ScalableTag<T> d;
+  constexpr int64_t kLanes = hn::Lanes(d);
+  // As wide as the sums of several rows that fit in registers, so that a copy stays in a near
+  // cache.
+  constexpr int64_t kVectors = HWY_TARGET == HWY_AVX3 || !HWY_ARCH_X86 ? 4 : 2;
+  constexpr int64_t kColumns = std::max(kPanelStep, kVectors * kLanes);
+  // Not initialized: a panel is written before it is read.
+  const std::unique_ptr<T[]> copy(new T[dense.inputs * kColumns]);
+  for (int64_t column = begin; column < end; column += kColumns) {
+    DensePanel<T, T> panel = {};
+    panel.kernel = copy.get();
+    panel.bias = dense.bias == nullptr ? nullptr : dense.bias + column;
+    panel.input = dense.input;
+    panel.output = dense.output + column;
+    panel.rows = dense.rows;
+    panel.inputs = dense.inputs;
+    panel.outputs = dense.outputs;
+    panel.columns = std::min(kColumns, end - column);
+    T* to = copy.get();
+    const W* w = dense.kernel + column;
+    if (panel.columns == kColumns) {
+      for (int64_t i = 0; i < dense.inputs; ++i, w += dense.outputs, to += kColumns) {
+        for (int64_t c = 0; c < kColumns; c += kLanes) hn::StoreU(LoadWide(d, w + c), d, to + c);
+      }
+    } else {
+      const int64_t width = panel.width();
+      for (int64_t i = 0; i < dense.inputs; ++i, w += dense.outputs, to += width) {
+        for (int64_t c = 0; c < width; c += kLanes) {
+          const int64_t rest = std::max<int64_t>(0, std::min(kLanes, panel.columns - c));
+          hn::StoreU(LoadWideN(d, w + c, rest), d, to + c);
+        }
       }
     }
+    MultiplyPanel(panel);
   }
-
-  // Multiplies rows m, ..., m + kFewRows - 1. The last existing row replaces rows past the end.
-  void Multiply(int64_t m, int64_t column, int64_t width) const {
-    const D d;
-    const int64_t last = dense_.rows - 1, inputs = dense_.inputs;
-    const T* HWY_RESTRICT x0 = dense_.input + m * inputs;
-    const T* HWY_RESTRICT x1 = dense_.input + std::min(m + 1, last) * inputs;
-    const T* HWY_RESTRICT x2 = dense_.input + std::min(m + 2, last) * inputs;
-    const T* HWY_RESTRICT x3 = dense_.input + std::min(m + 3, last) * inputs;
-    V sum[kFewRows][kVectors];
-    for (int64_t v = 0; v < kVectors; ++v) {
-      const int64_t rest = std::max<int64_t>(0, std::min(kLanes, width - v * kLanes));
-      const V bias = dense_.bias == nullptr ? hn::Zero(d)
-                                            : hn::LoadN(d, dense_.bias + column + v * kLanes, rest);
-      for (int64_t r = 0; r < kFewRows; ++r) sum[r][v] = bias;
-    }
-    const T* HWY_RESTRICT w = panel_.data();
-    for (int64_t i = 0; i < inputs; ++i, w += kWidth) {
-      const V s0 = hn::Set(d, x0[i]), s1 = hn::Set(d, x1[i]);
-      const V s2 = hn::Set(d, x2[i]), s3 = hn::Set(d, x3[i]);
-      for (int64_t v = 0; v < kVectors; ++v) {
-        const V kernel = hn::LoadU(d, w + v * kLanes);
-        sum[0][v] = hn::MulAdd(s0, kernel, sum[0][v]);
-        sum[1][v] = hn::MulAdd(s1, kernel, sum[1][v]);
-        sum[2][v] = hn::MulAdd(s2, kernel, sum[2][v]);
-        sum[3][v] = hn::MulAdd(s3, kernel, sum[3][v]);
-      }
-    }
-    // A constant bound keeps the sums in registers. Otherwise the compiler keeps them in memory,
-    // and 10 products a cycle become 4 (AVX2, Zen 3).
-    for (int64_t r = 0; r < kFewRows; ++r) {
-      if (m + r > last) break;
-      T* output = dense_.output + (m + r) * dense_.outputs + column;
-      for (int64_t v = 0; v < kVectors; ++v) {
-        const int64_t rest = std::max<int64_t>(0, std::min(kLanes, width - v * kLanes));
-        hn::StoreN(sum[r][v], d, output + v * kLanes, rest);
-      }
-    }
-  }
-
-  const Dense<T, W>& dense_;
-  std::vector<T> panel_;
-};
+}
 
 template <typename T, typename W>
 void MultiplyColumns(const Dense<T, W>& dense, int64_t begin, int64_t end) {
@@ -188,7 +151,7 @@ void MultiplyColumns(const Dense<T, W>& dense, int64_t begin, int64_t end) {
   if (dense.rows < kFewRows) {
     FewRows<T, W>(dense).Columns(begin, end);
   } else {
-    ManyRows<T, W>(dense).Columns(begin, end);
+    MultiplyCopies(dense, begin, end);
   }
 }
 

@@ -56,6 +56,25 @@ struct PackedDense {
   int64_t rows;
 };
 
+// The part of a product that one panel of its kernel computes. dense.h makes panels of kernels that
+// are not packed.
+template <typename T, typename W>
+struct DensePanel {
+  const W* kernel;    // [inputs, width], `columns` of them and zeros
+  const T* scale;     // [columns], null unless W is int8_t
+  const T* bias;      // [columns]; null: none
+  const T* input;     // [rows, inputs]
+  const T* residual;  // [rows, outputs], from the panel's first column on; null: none
+  T* output;          // the same; may be `residual`
+  int64_t rows, inputs, outputs;
+  int64_t columns;  // at most kPanelColumns
+
+  int64_t width() const { return (columns + kPanelStep - 1) / kPanelStep * kPanelStep; }
+};
+
+template <typename T, typename W>
+void MultiplyPanel(const DensePanel<T, W>& panel);
+
 // Computes panels begin, ..., end - 1 of the output. Instantiated for the weight types of
 // step_types.h.
 template <typename T, typename W>

@@ -86,7 +86,7 @@ class PackedDenseTest : public ::testing::TestWithParam<Target> {
 
   template <typename T, typename W>
   void CheckAll(double bound) {
-    for (int64_t rows : {0, 1, 2, 3, 4, 5, 6, 7, 13, 64}) {
+    for (int64_t rows : {0, 1, 2, 3, 4, 5, 6, 7, 8, 13, 14, 64}) {
       for (int64_t inputs : {1, 2, 3, 17, 64}) {
         for (int64_t outputs : {1, 7, 8, 15, 16, 17, 33, 48, 63, 64, 65, 130}) {
           Check<T, W>(rows, inputs, outputs, outputs % 3 != 0, inputs % 2 == 0, bound);
