@@ -113,6 +113,22 @@ def test_a_ratio_is_the_median_of_those_of_the_rounds():
     assert rivals["session"] == dict(median=10, least=10, most=30, rounds=[10, 30, 10])
 
 
+def test_a_contestant_that_fails_drops_out():
+    class Worker:
+        def __init__(self, *answers):
+            self.answers = list(answers)
+
+        def ask(self, what, **arguments):
+            return self.answers.pop(0)
+
+    steady = Worker({"median": 2}, {"median": 4}, {"median": 3})
+    ends = Worker({"median": 1}, {"error": "its process ended with status -9"})
+    problems = {}
+    found = timing.take({"a": steady, "b": ends}, 3, {}, lambda name: None, problems)
+    assert found == {"a": timing.figures([2, 4, 3])}
+    assert problems == {"b": {"error": "its process ended with status -9"}}
+
+
 def layers_with(size, rivals, threads=1, part="table", **more):
     return dict(part=part, threads=threads, size=size._asdict(), rivals=rivals, **more)
 

@@ -124,15 +124,16 @@ class _Race:
             self._progress(self._done, self._total, f"{size}, {name}")
             self._done += 1
 
-        entry = {
+        entry: dict[str, Any] = {
             "threads": threads,
             "size": size._asdict(),
-            "rivals": timing.take(ready, self._rounds, self._burst, show),
+            "rivals": timing.take(ready, self._rounds, self._burst, show, self.missing),
         }
-        if size.streams == 1 and threads == 1 and {"session", "session_cpp"} <= {*ready}:
+        raced = entry["rivals"]
+        if size.streams == 1 and threads == 1 and {"session", "session_cpp"} <= {*raced}:
             entry["python"] = self._python(threads)
         many = self._quick or size.streams >= THREADS_GOAL_FROM
-        if "session_cpp" in ready and threads == 2 and many:
+        if "session_cpp" in raced and threads == 2 and many:
             problem = self._prepare("session_cpp", 1, size, folder)
             if not problem:
                 one, two = (self._processes["session_cpp", count] for count in (1, 2))

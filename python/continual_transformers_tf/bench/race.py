@@ -165,13 +165,14 @@ class _Race:
             "part": part,
             "threads": threads,
             "size": size._asdict(),
-            "rivals": timing.take(ready, self._rounds, burst, show),
+            "rivals": timing.take(ready, self._rounds, burst, show, self.missing),
         }
-        if "session" in ready and part == "table" and threads == 1 and self._target is None:
+        raced = entry["rivals"]
+        if "session" in raced and part == "table" and threads == 1 and self._target is None:
             held = ready["session"].ask("memory", steps=20 if self._quick else 200)
             self.memory.append({"size": size._asdict(), "ring": size.ring_bytes, **held})
         many = self._quick or size.streams >= THREADS_GOAL_FROM
-        if "session" in ready and threads == 2 and many and ("session", 1) in self._processes:
+        if "session" in raced and threads == 2 and many and ("session", 1) in self._processes:
             one = self._processes["session", 1]
             if not one.ask("prepare", size=size):
                 entry["speedup"] = timing.speedup(one, ready["session"], self._quick)
@@ -187,13 +188,14 @@ class _Race:
             return None
         process = self._process("attention", 1)
         what = process.ask("prepare", size=size, dtype=dtype, far=far)
-        if "error" in what:
-            self.missing["attention"] = what
-            return None
         found = [
             process.ask("burst", seconds=0.002 if self._quick else 0.02, least=1)
             for _ in range(3 if self._quick else ATTENTION_ROUNDS)
         ]
+        for answer in (what, *found):
+            if "error" in answer:
+                self.missing["attention"] = answer
+                return None
         return {
             "size": size._asdict(),
             "dtype": dtype,

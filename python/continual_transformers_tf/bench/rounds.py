@@ -12,9 +12,12 @@ Figures = dict[str, Any]
 
 
 def take(
-    contestants: Mapping[str, Rival], rounds: int, burst: Mapping[str, Any],
+    contestants: Mapping[str, Rival],
+    rounds: int,
+    burst: Mapping[str, Any],
     progress: Callable[[str], None],
-) -> dict[str, Figures]:  # fmt: skip
+    problems: dict[str, dict[str, Any]],
+) -> dict[str, Figures]:
     """Time contestants that are ready, in turn.
 
     Args:
@@ -22,12 +25,18 @@ def take(
         rounds: How many rounds.
         burst: The arguments of a worker's `burst`.
         progress: A function that is called with the name of the contestant that comes now.
+        problems: A dict to which the answers of contestants that fail are added. They drop out.
     """
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
-        for name, process in contestants.items():
+        for name in list(times):
             progress(name)
-            times[name].append(process.ask("burst", **burst)["median"])
+            answer = contestants[name].ask("burst", **burst)
+            if "median" in answer:
+                times[name].append(answer["median"])
+            else:
+                problems[name] = answer
+                del times[name]
     return {name: figures(found) for name, found in times.items()}
 
 
