@@ -364,7 +364,8 @@ template <typename T>
 bool RecomputingIsFaster(const RetroactiveParams<T>& params) {
   // Microseconds of an update and of recomputing, for one head in float, D = Dv = 64 (AVX2, one
   // thread of an AMD EPYC; //benchmarks:retroactive_benchmark; docs/co_re_mha.md has other sizes).
-  // The update has become faster since, at small N by about a tenth:
+  // The update has become faster since, 1.1 to 1.4 times at N = 8 and 16. N = 1 to 3 were not
+  // measured again:
   //   N           1     2     3     4     8    16    64   120   512  1000
   //   update    0.38  0.44  0.47  0.49  0.63  0.92   2.8   5.0    23    43
   //   recompute 0.31  0.41  0.53  0.65   1.1   2.8    26   109  1866  7779

@@ -306,7 +306,9 @@ TYPED_TEST(SingleOutputTest, AMaskForHeadsTogether) {
   SingleOutputAttention(q, 0, 2 * kHeads);
   for (int64_t i = 0; i < 2 * kHeads * 4 * kWindow; ++i) {
     ASSERT_NEAR(p.scores[i], q.scores[i], this->kBound);
-    if (!mask[i % kWindow]) ASSERT_EQ(p.scores[i], 0);
+    if (!mask[i % kWindow]) {
+      ASSERT_EQ(p.scores[i], 0);
+    }
   }
   for (int64_t i = 0; i < 2 * kHeads * 4 * 12; ++i) {
     ASSERT_NEAR(p.output[i], q.output[i], this->kBound);
