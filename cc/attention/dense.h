@@ -1,6 +1,6 @@
-// Dense layers, x W + b, with a kernel that its owner may change at any time, so it cannot be packed
-// for good. For the few rows of one step, the time is that of reading the weights once. For the many
-// rows of many streams, panels are copied in each call and multiplied by packed_dense.h.
+// Dense layers, x W + b, with a kernel that its owner may change at any time, so it cannot be
+// packed for good. For the few rows of one step, the time is that of reading the weights once. For
+// the many rows of many streams, panels are copied in each call and multiplied by packed_dense.h.
 
 #ifndef CONTINUAL_TRANSFORMERS_ATTENTION_DENSE_H_
 #define CONTINUAL_TRANSFORMERS_ATTENTION_DENSE_H_
