@@ -12,6 +12,7 @@
 #include <cerrno>
 #include <chrono>
 #include <condition_variable>
+#include <future>
 #include <mutex>
 #include <optional>
 #include <set>
@@ -534,11 +535,16 @@ class HttpServer::Impl {
   void Stop(int64_t milliseconds) {
     if (threads_.empty()) return;
     shared_.stopping = true;
-    asio::post(acceptor_.get_executor(), [this] {
+    // Waits for it: a port that is still open when the threads have ended would take connections
+    // that nobody answers.
+    std::promise<void> closed;
+    asio::post(acceptor_.get_executor(), [this, &closed] {
       error_code ignored;
       acceptor_.close(ignored);
       retry_.cancel();
+      closed.set_value();
     });
+    closed.get_future().wait();
     connections_.Close(false);
     if (!connections_.WaitUntilNone(std::chrono::milliseconds(milliseconds))) {
       // Requests that still wait for their model keep their connections until it answers.
