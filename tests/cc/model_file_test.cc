@@ -633,9 +633,10 @@ TEST(PlanTest, RefusesATopLevelThatIsWrong) {
   expect("/producer", 1, "the plan: \"producer\" is 1, expected a string");
   expect("/name", nullptr, "\"name\" is null");
   expect("/compute_dtype", "bfloat16", "\"compute_dtype\" is \"bfloat16\", expected one of");
-  expect("/compute_dtype", "int8", "newer version");
+  expect("/compute_dtype", "int8", "\"compute_dtype\" is \"int8\"");
+  expect("/compute_dtype", "int4", "newer version");
   expect("/cache_dtype", "float64", "\"cache_dtype\" is \"float64\"");
-  expect("/cache_dtype", "int8", "newer version");
+  expect("/cache_dtype", "int4", "newer version");
   expect("/weights_dtype", "float16", "\"weights_dtype\" is \"float16\"");
   expect("/receptive_field", 0, "\"receptive_field\" is 0, expected a whole number from 1");
   expect("/receptive_field", 1.5, "\"receptive_field\" is 1.5");
