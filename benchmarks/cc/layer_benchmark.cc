@@ -115,7 +115,7 @@ class RingOf : public Attention {
       }
       p.spans = {{0, size_.window}, {0, 0}};
       p.output = output_.data();
-      p.heads = size_.heads;
+      p.heads = p.key_heads = size_.heads;
       p.key_dim = p.value_dim = size_.head;
       p.scale = 1 / std::sqrt(static_cast<float>(size_.head));
       p.logits = logits_.data();

@@ -117,7 +117,7 @@ def check_attention_goals(found: dict[str, Any]) -> list[NamedGoal]:
     for entry in found.get("attention", []):
         where = "beyond the last-level cache" if entry["far"] else "in L2"
         name = f"{AttentionSize(**entry['size'])} {entry['dtype']}, {where}"
-        detail = f"{entry['median']:,.3g} and {entry['bound']:,.3g} µs"
+        detail = f"{_number(entry['median'])} and {_number(entry['bound'])} µs"
         goal = Goal("time over bound", ATTENTION_GOAL, entry["ratio"], False, "×", detail)
         checked.append((name, goal))
     return checked
@@ -161,11 +161,15 @@ def _table_body(sizes: list[tuple[Size, dict[str, Figures]]]) -> list[list[str]]
 def _cell(rivals: dict[str, Figures], name: str, ours: str = OURS) -> str:
     if name not in rivals:
         return ""
-    median = rivals[name]["median"]
-    text = f"{median:.1f}" if median < 100 else f"{median:,.0f}"
+    text = _number(rivals[name]["median"])
     if name == ours or ours not in rivals:
         return text
     return f"{text} ({ratio(rivals, name, ours):.2g})"
+
+
+def _number(microseconds: float) -> str:
+    digits = 0 if microseconds >= 100 else 1 if microseconds >= 10 else 2
+    return f"{microseconds:,.{digits}f}"
 
 
 def markdown_lines(found: dict[str, Any], slower: dict[str, Any] | None) -> list[str]:
