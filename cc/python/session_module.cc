@@ -181,20 +181,21 @@ PositionList PositionsOf(PythonSession& session, const py::object& streams) {
 }
 
 py::object Position(PythonSession& session, const py::object& streams) {
-  const auto [positions, is_scalar] = PositionsOf(session, streams);
+  auto [positions, is_scalar] = PositionsOf(session, streams);
+  for (int64_t& position : positions) position *= session.session().plan().block;
   if (is_scalar) return py::int_(positions[0]);
   return Int64Array(positions.data(), positions.size());
 }
 
 py::object Ready(PythonSession& session, const py::object& streams) {
   const auto [positions, is_scalar] = PositionsOf(session, streams);
-  const int64_t receptive_field = session.session().plan().receptive_field;
-  if (is_scalar) return py::bool_(positions[0] >= receptive_field);
+  const Plan& plan = session.session().plan();
+  if (is_scalar) return py::bool_(plan.IsReadyAt(positions[0]));
   npy_intp size = positions.size();
   PyObject* array = PyArray_SimpleNew(1, &size, NPY_BOOL);
   if (!array) throw PythonError();
   npy_bool* data = static_cast<npy_bool*>(PyArray_DATA(reinterpret_cast<PyArrayObject*>(array)));
-  for (npy_intp i = 0; i < size; ++i) data[i] = positions[i] >= receptive_field;
+  for (npy_intp i = 0; i < size; ++i) data[i] = plan.IsReadyAt(positions[i]);
   return py::reinterpret_steal<py::object>(array);
 }
 
@@ -473,6 +474,8 @@ PYBIND11_MODULE(_session, module) {
                              }))
       .def_property_readonly(
           "_delay", Read([](PythonSession& session) { return session.session().plan().delay; }))
+      .def_property_readonly(
+          "_goes_on", Read([](PythonSession& session) { return session.session().plan().GoesOn(); }))
       .def_property_readonly(
           "_block", Read([](PythonSession& session) { return session.session().plan().block; }))
       .def_property_readonly("_open_streams", Read([](PythonSession& session) {

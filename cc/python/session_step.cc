@@ -72,14 +72,19 @@ std::string ShapeText(PyArrayObject* array) {
 
 // The number of streams and steps of a call.
 struct Rows {
-  int axes;  // 1: streams; 2: streams and steps
+  int axes;             // 1: streams; 2: streams and steps
+  npy_intp in_a_block;  // steps of the inputs in a step of the plan
   npy_intp streams = -1;
-  npy_intp steps = 1;
+  npy_intp steps = 1;  // of the plan
 
   npy_intp count() const { return streams * steps; }
+  // Whether inputs have an axis of T steps, a multiple of in_a_block, and no axis for the block.
+  bool joins() const { return axes == 2 && in_a_block > 1; }
   // "(M, 32)"
-  std::string Expected(const ArraySpec& spec) const {
-    return ShapeText(axes == 1 ? "M" : "M, T", spec.shape.data(), spec.shape.size());
+  std::string Expected(const ArraySpec& spec, bool is_input = true) const {
+    const size_t left_out = is_input && joins() ? 1 : 0;
+    return ShapeText(axes == 1 ? "M" : "M, T", spec.shape.data() + left_out,
+                     spec.shape.size() - left_out);
   }
   // "(3, 32)"
   std::string ExpectedExactly(const npy_intp* shape, size_t count) const {
@@ -96,14 +101,13 @@ bool HasType(PyArrayObject* array, int type_number) {
   return type == type_number || PyArray_EquivTypenums(type, type_number);
 }
 
-bool HasTail(PyArrayObject* array, int axes, const std::vector<npy_intp>& tail) {
-  const int ndim = PyArray_NDIM(array);
-  if (ndim != axes + static_cast<int>(tail.size())) return false;
-  const npy_intp* sizes = PyArray_DIMS(array) + axes;
-  for (size_t i = 0; i < tail.size(); ++i) {
-    if (sizes[i] != tail[i]) return false;
-  }
-  return true;
+// Whether an array has these last axes after others, `axes` of them. The first `left_out` of the
+// last axes may be missing.
+bool HasTail(PyArrayObject* array, int axes, const std::vector<npy_intp>& tail,
+             size_t left_out = 0) {
+  const size_t count = tail.size() - left_out;
+  if (PyArray_NDIM(array) != axes + static_cast<int>(count)) return false;
+  return std::equal(tail.begin() + left_out, tail.end(), PyArray_DIMS(array) + axes);
 }
 
 constexpr int kPlain = NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED;
@@ -136,13 +140,14 @@ PyArrayObject* CheckInput(const ArraySpec& spec, PyObject* given, Rows* rows,
     Raise(PyExc_ValueError, spec.label + " has dtype " + DTypeText(array) + ". Expected " +
                                 DTypeText(spec) + ": give x.astype(np." + DTypeText(spec) + ").");
   }
-  if (!HasTail(array, rows->axes, spec.shape)) {
+  const bool joins = rows->joins();
+  if (!HasTail(array, rows->axes, spec.shape, joins ? 1 : 0)) {
     std::string hint;
     if (HasTail(array, 0, spec.shape)) {
       hint = " For one stream, give x[np.newaxis].";
     } else if (rows->axes == 1 && HasTail(array, 2, spec.shape)) {
       hint = " Session.steps takes several steps at once.";
-    } else if (rows->axes == 2 && HasTail(array, 1, spec.shape)) {
+    } else if (rows->axes == 2 && !joins && HasTail(array, 1, spec.shape)) {
       hint = " Session.step takes one step.";
     }
     Raise(PyExc_ValueError, spec.label + " has shape " + ShapeText(array) + ". Expected " +
@@ -150,7 +155,15 @@ PyArrayObject* CheckInput(const ArraySpec& spec, PyObject* given, Rows* rows,
                                 (rows->axes == 2 ? " and T steps." : ".") + hint);
   }
   const npy_intp streams = PyArray_DIM(array, 0);
-  const npy_intp steps = rows->axes == 2 ? PyArray_DIM(array, 1) : 1;
+  npy_intp steps = rows->axes == 2 ? PyArray_DIM(array, 1) : 1;
+  if (joins) {
+    if (steps % rows->in_a_block != 0) {
+      Raise(PyExc_ValueError, spec.label + " has shape " + ShapeText(array) +
+                                  ". Expected a multiple of " + std::to_string(rows->in_a_block) +
+                                  " steps, the block of the model.");
+    }
+    steps /= rows->in_a_block;
+  }
   if (rows->streams < 0) {
     rows->streams = streams;
     rows->steps = steps;
@@ -168,8 +181,8 @@ constexpr char kMakeOutput[] = ": np.empty makes such an array.";
 PyArrayObject* CheckOutput(const ArraySpec& spec, PyObject* given, const Rows& rows) {
   if (!PyArray_Check(given)) {
     Raise(PyExc_TypeError, spec.label + " is of type " + Py_TYPE(given)->tp_name +
-                               ". Expected a NumPy array " + rows.Expected(spec) + " of " +
-                               DTypeText(spec) + " to be written, or None.");
+                               ". Expected a NumPy array " + rows.Expected(spec, false) +
+                               " of " + DTypeText(spec) + " to be written, or None.");
   }
   PyArrayObject* array = reinterpret_cast<PyArrayObject*>(given);
   if (!HasType(array, spec.type_number)) {
@@ -369,6 +382,7 @@ PyObject* TakeSteps(PyObject* self, const Arguments& arguments, int axes) {
   References references;
   Rows rows;
   rows.axes = axes;
+  rows.in_a_block = python_session.session().plan().block;
 
   SmallVector<PyObject*, kFew> items;
   items.resize(std::max(inputs.size(), outputs.size()));
@@ -489,7 +503,8 @@ short step keeps Python's global lock, and a long one releases it; see `release_
 every stream is as it was before the call.
 
 Args:
-    x: The model's inputs without the time axis: one NumPy array `(M, ...)`, or several in the
+    x: The model's inputs without the time axis: one NumPy array `(M, ...)`, or, if the model has
+        layers with strides, its block of steps, `(M, block, ...)`; several in the
         model's own structure (a list, or a dict by name; for a list of named inputs also a dict).
         `inputs` has shapes and dtypes. Dtypes must be exact; an array that is not C-contiguous is
         copied.
@@ -519,13 +534,14 @@ constexpr char kStepsDoc[] = R"(steps($self, x, streams=None, *, out=None, key_m
 Take T steps of M streams: the same outputs and state as T calls of `step`.
 
 Args:
-    x: As in `step`, with the time axis: `(M, T, ...)`.
+    x: As in `step`, with the time axis: `(M, T, ...)`. If the model has layers with strides, T is a
+        multiple of its `block`, and the block has no axis of its own.
     streams: As in `step`.
-    out: As in `step`, `(M, T, ...)`.
-    key_mask: bool `(M, T)`, as in `step`.
+    out: As in `step`, `(M, T / block, ...)`.
+    key_mask: bool `(M, T / block)`, as in `step`.
 
 Returns:
-    The model's outputs for each of the steps, `(M, T, ...)`.
+    The model's outputs for each of the steps, `(M, T / block, ...)`.
 
 Raises:
     TypeError, ValueError, UnknownStreamError, TooManyStreamsError: As in `step`.

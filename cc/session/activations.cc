@@ -8,7 +8,9 @@
 
 namespace continual_transformers {
 
-ActivationSpec ActivationOf(const Node& node) {
+namespace {
+
+Activation KindOf(const std::string& name, const Node& node) {
   static const std::map<std::string, Activation> activations = {
       {"absolute", Activation::kAbsolute},
       {"celu", Activation::kCelu},
@@ -49,13 +51,26 @@ ActivationSpec ActivationOf(const Node& node) {
       {"tanh_shrink", Activation::kTanhShrink},
       {"threshold", Activation::kThreshold},
   };
-  const std::string& name = node.Text("function");
   const auto found = activations.find(name);
   if (found == activations.end()) {
     throw Error(ErrorCode::kBadModelFile, node.name + ": there is no activation " + name);
   }
+  return found->second;
+}
+
+}  // namespace
+
+ActivationSpec ActivationNamed(const std::string& name, const Node& node) {
   ActivationSpec spec;
-  spec.kind = found->second;
+  spec.kind = KindOf(name, node);
+  if (spec.kind == Activation::kRelu) spec = PlainRelu();
+  if (name == "relu6") spec.b = 6;
+  return spec;
+}
+
+ActivationSpec ActivationOf(const Node& node) {
+  const std::string& name = node.Text("function");
+  ActivationSpec spec = ActivationNamed(name, node);
   switch (spec.kind) {
     case Activation::kCelu:
     case Activation::kElu:
@@ -76,10 +91,7 @@ ActivationSpec ActivationOf(const Node& node) {
       spec.a = node.Number("b");
       break;
     case Activation::kRelu:
-      if (name == "relu6") {
-        spec.b = 6;
-        break;
-      }
+      if (name == "relu6") break;
       spec.a = node.Number("negative_slope");
       spec.b = node.IsNull("max_value") ? std::numeric_limits<double>::infinity()
                                         : node.Number("max_value");

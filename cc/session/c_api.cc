@@ -294,6 +294,8 @@ ct_status ct_session_positions(const ct_session* session, const ct_stream* strea
     Check(session, "session");
     CheckArray(positions, count, "positions");
     session->session.Positions(streams, count, positions);
+    const int64_t block = session->session.plan().block;
+    for (int64_t i = 0; i < count; ++i) positions[i] *= block;
   });
 }
 
@@ -302,10 +304,9 @@ ct_status ct_session_ready(const ct_session* session, const ct_stream* streams, 
   return Status([&] {
     Check(session, "session");
     CheckArray(ready, count, "ready");
-    const int64_t receptive_field = session->session.plan().receptive_field;
     std::vector<int64_t> positions(count);
     session->session.Positions(streams, count, positions.data());
-    for (int64_t i = 0; i < count; ++i) ready[i] = positions[i] >= receptive_field;
+    for (int64_t i = 0; i < count; ++i) ready[i] = session->session.plan().IsReadyAt(positions[i]);
   });
 }
 

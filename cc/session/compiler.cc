@@ -21,6 +21,7 @@
 #include "cc/session/error.h"
 #include "cc/session/layout_instructions.h"
 #include "cc/session/one_query_instruction.h"
+#include "cc/session/recurrent_instruction.h"
 #include "cc/session/retroactive_instruction.h"
 #include "cc/session/ring_instructions.h"
 #include "cc/session/row_instructions.h"
@@ -146,7 +147,7 @@ class Compiler {
     result_.block_bytes = layout.block_bytes;
     for (const StateEntry& entry : result_.state) {
       const Op op = plan_.nodes[entry.node].op;
-      if (op == Op::kPositional || op == Op::kRetroactiveAttention) {
+      if (op == Op::kPositional || op == Op::kRetroactiveAttention || op == Op::kRecurrent) {
         result_.zeroed.push_back({entry.offset, BytesOf(entry)});
       }
     }
@@ -322,12 +323,16 @@ class Compiler {
                           Size(In(node)) * SizeOf(ValueOf(output).dtype));
       case Op::kZeroUntaken:
         return MakeZeroUntaken(shape[0], In(node), output, size / shape[0] * sizeof(T));
+      case Op::kPresent:
+        return MakePresent<T>(node.Int("rows"), node.Int("first"), size, output);
       case Op::kAttention:
         return Attention(i);
       case Op::kRetroactiveAttention:
         return RetroactiveAttentionOf(i);
       case Op::kWindowAttention:
         return std::make_unique<WindowAttentionInstruction<T>>(WindowAttentionSpecOf(node));
+      case Op::kRecurrent:
+        return Recurrent(i);
       case Op::kDense:
       case Op::kConstant:
       case Op::kReshape:
@@ -669,6 +674,51 @@ class Compiler {
       }
       value = strided.inputs[0];
     }
+  }
+
+  std::unique_ptr<Instruction> Recurrent(int i) {
+    const Node& node = plan_.nodes[i];
+    const std::string& function = node.Text("function");
+    RecurrentSpec spec;
+    spec.cell = function == "simple" ? Cell::kSimple
+                : function == "lstm" ? Cell::kLstm
+                : function == "gru"  ? Cell::kGru
+                                     : Cell::kGruResetBefore;
+    spec.units = ValueOf(node.outputs[0]).shape.back();
+    spec.rows_a_step = Size(node.outputs[0]) / spec.units;
+    spec.input = In(node);
+    spec.output = Out(node);
+    spec.mask = MaskOf(node, "step");
+    spec.goes_on = node.Bool("goes_on");
+    spec.state = spec.goes_on ? Offset(i, "state") : 0;
+    spec.memory = spec.goes_on && spec.cell == Cell::kLstm ? Offset(i, "memory") : 0;
+    spec.activation = ActivationNamed(node.Text("activation"), node);
+    spec.gate = ActivationNamed(node.Text("gate"), node);
+#define TRY(U, W)                                                                      \
+  if constexpr (std::is_same_v<T, U>) {                                                \
+    if (options_.weights_dtype == kDType<W>) return RecurrentOf<W>(spec, node); \
+  }
+    CONTINUAL_TRANSFORMERS_FOR_PACKED_TYPES(TRY)
+#undef TRY
+    throw Error(ErrorCode::kInternal, "no recurrent cell for this weights dtype");
+  }
+
+  template <typename W>
+  std::unique_ptr<Instruction> RecurrentOf(const RecurrentSpec& spec, const Node& node) {
+    const std::vector<T> kernel = Weights(node, "kernel");
+    const int64_t units = spec.units, width = static_cast<int64_t>(kernel.size()) / units;
+    // Columns first to first + count of the kernel.
+    const auto columns = [&](int64_t first, int64_t count) {
+      std::vector<T> part(units * count);
+      for (int64_t i = 0; i < units; ++i) {
+        std::copy_n(kernel.data() + i * width + first, count, part.data() + i * count);
+      }
+      return PackedKernel<T, W>(part.data(), units, count);
+    };
+    const bool before = spec.cell == Cell::kGruResetBefore;
+    return std::make_unique<RecurrentInstruction<T, W>>(
+        spec, columns(0, before ? 2 * units : width),
+        before ? columns(2 * units, units) : PackedKernel<T, W>(), Weights(node, "bias"));
   }
 
   std::unique_ptr<Instruction> Attention(int i) {

@@ -79,12 +79,7 @@ class PlanParser {
     constexpr int64_t kMostSteps = int64_t{1} << 53;  // exact in every JSON reader
     plan_.receptive_field = reader.Whole("receptive_field", 1, kMostSteps);
     plan_.delay = reader.Whole("delay", 0, kMostSteps);
-    int64_t block;
-    if (IsWhole(reader.Need("block"), &block) && block > 1) {
-      RefuseAsNewer("the plan takes " + std::to_string(block) +
-                    " tokens a step; this version takes 1");
-    }
-    plan_.block = reader.Whole("block", 1, 1);
+    plan_.block = reader.Whole("block", 1, kMostElements);
     ParseValues(reader.List("values"));
     plan_.inputs = ParsePorts(reader.List("inputs"), "input");
     for (const Port& input : plan_.inputs) {
@@ -567,6 +562,12 @@ const std::vector<int64_t>& Node::Ints(const std::string& attribute) const {
 bool Node::IsNull(const std::string& attribute) const {
   const auto found = attributes.find(attribute);
   return found == attributes.end() || std::holds_alternative<std::monostate>(found->second);
+}
+
+bool Plan::GoesOn() const {
+  return std::any_of(nodes.begin(), nodes.end(), [](const Node& node) {
+    return node.op == Op::kRecurrent && node.Bool("goes_on");
+  });
 }
 
 uint64_t Plan::FingerprintWith(DType cache) const {

@@ -53,9 +53,11 @@ enum class Op {
   kDelay,
   kWindow,
   kZeroUntaken,
+  kPresent,
   kAttention,
   kRetroactiveAttention,
   kWindowAttention,
+  kRecurrent,
 };
 
 const char* NameOf(Op op);  // "retroactive_attention"
@@ -98,13 +100,20 @@ struct Plan {
   std::string name;
   std::string producer;
   DType compute_dtype, cache_dtype, weights_dtype;
-  int64_t receptive_field, delay, block;
+  int64_t receptive_field, delay;  // in steps of the inputs
+  int64_t block;                   // how many steps of the inputs a step of the plan takes
   std::vector<Value> values;
   std::vector<Port> inputs, outputs;
   std::vector<Node> nodes;
   std::string json;       // the complete text as it was read
   uint64_t architecture;  // the fingerprint before the cache dtype is added
   uint64_t fingerprint;   // with the plan's own cache dtype; see docs/model_file.md
+
+  // Whether a stream that has taken `position` steps of the plan has a full receptive field.
+  bool IsReadyAt(int64_t position) const { return position * block >= receptive_field; }
+
+  // Whether outputs depend on all earlier steps of a stream, through a recurrent node.
+  bool GoesOn() const;
 
   // The fingerprint with another cache dtype, which a session may choose.
   uint64_t FingerprintWith(DType cache_dtype) const;

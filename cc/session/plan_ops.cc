@@ -182,6 +182,12 @@ void CheckZeroUntaken(const NodeCheck& node) {
   CheckSameShape(node);
 }
 
+void CheckPresent(const NodeCheck& node) {
+  if (node.output().shape.size() != 1) {
+    node.Fail("has an output of shape " + ShapeText(node.output().shape) + ", expected one axis");
+  }
+}
+
 // Checks that the last axis of each input divides into heads of equal size, and that queries and
 // keys have the same size.
 void CheckHeads(const NodeCheck& node) {
@@ -246,6 +252,25 @@ void CheckWindowAttention(const NodeCheck& node) {
   }
 }
 
+void CheckRecurrent(const NodeCheck& node) {
+  node.ExpectSomeAxes(0);
+  const Shape& out = node.output().shape;
+  const int64_t units = out.empty() ? 1 : out.back();
+  const std::string& function = node.node().Text("function");
+  const int64_t gates = function == "simple" ? 1 : function == "lstm" ? 4 : 3;
+  node.ExpectInput(0, WithLast(out.empty() ? Shape{1} : out, gates * units));
+  node.ExpectOutput(WithLast(node.input(0).shape, units));
+  node.ExpectWeight("kernel", {units, gates * units});
+  node.ExpectWeight("bias", {gates * units});
+  if (function == "gru_reset_before" && node.weight("bias") != nullptr) {
+    node.Fail("has a bias, which \"gru_reset_before\" adds to its input");
+  }
+}
+
+double RecurrentStateBytes(const NodeCheck& node) {
+  return 2.0 * static_cast<double>(node.output().shape.back()) * node.compute_bytes();
+}
+
 // In the order of docs/model_file.md.
 std::vector<OpEntry> MakeEntries() {
   constexpr ValueKind F = ValueKind::kCompute, kAny = ValueKind::kAny, kMask = ValueKind::kBool;
@@ -298,6 +323,10 @@ std::vector<OpEntry> MakeEntries() {
     for (const std::string& name : names) entries.push_back({name, {}});
     return entries;
   };
+  // The functions of gates and new values in a recurrent cell have no numbers.
+  const std::vector<std::string> of_cells = {"exponential", "gelu",     "hard_sigmoid", "linear",
+                                             "relu",        "relu6",    "selu",         "sigmoid",
+                                             "silu",        "softplus", "softsign",     "tanh"};
   const std::vector<AttributeEntry> attention = {A::Whole("heads", 1), A::Whole("window", 1),
                                                  A::Number("scale")};
   const auto and_more = [](std::vector<AttributeEntry> entries,
@@ -418,6 +447,14 @@ std::vector<OpEntry> MakeEntries() {
        CheckWindow,
        [](const NodeCheck& node) { return Elements(node.output()) * node.compute_bytes(); }},
       {Op::kZeroUntaken, "zero_untaken", {F}, kF, {}, {}, {}, CheckZeroUntaken},
+      {Op::kPresent,
+       "present",
+       {},
+       kF,
+       {},
+       {},
+       {A::Whole("rows", 1), A::Whole("first", -kMostElements)},
+       CheckPresent},
       {Op::kAttention,
        "attention",
        {F, F, F},
@@ -447,6 +484,16 @@ std::vector<OpEntry> MakeEntries() {
        {},
        {A::Whole("heads", 1), A::Number("scale"), A::Whole("band", 0), A::Bool("causal")},
        CheckWindowAttention},
+      {Op::kRecurrent,
+       "recurrent",
+       {F},
+       kF,
+       {{"kernel", Weight::Kind::kKernel}, {"bias", compute, false}},
+       functions({"simple", "gru", "gru_reset_before", "lstm"}),
+       {A::Choice("activation", of_cells), A::Choice("gate", of_cells), A::Bool("goes_on")},
+       CheckRecurrent,
+       RecurrentStateBytes,
+       {"step"}},
   };
   for (OpEntry& entry : entries) entry.more_inputs = entry.op == Op::kConcat;
   return entries;

@@ -102,6 +102,15 @@ StateLayout LayOut(const Plan& plan, DType cache_dtype) {
         layout.Add(n, "key_mask", DType::kBool, {rows}, rows);
         break;
       }
+      case Op::kRecurrent: {
+        if (!node.Bool("goes_on")) break;
+        const int64_t units = plan.values[node.outputs[0]].shape.back();
+        layout.Add(n, "state", plan.compute_dtype, {units}, 0);
+        if (node.Text("function") == "lstm") {
+          layout.Add(n, "memory", plan.compute_dtype, {units}, 0);
+        }
+        break;
+      }
       default:
         break;
     }

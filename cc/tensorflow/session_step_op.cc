@@ -131,7 +131,7 @@ class SessionStepOp : public OpKernel {
                            positions.data());
     }));
     bool* const is_ready = ready->flat<bool>().data();
-    for (int64_t m = 0; m < count; ++m) is_ready[m] = positions[m] >= plan.receptive_field;
+    for (int64_t m = 0; m < count; ++m) is_ready[m] = plan.IsReadyAt(positions[m]);
   }
 
  private:

@@ -480,8 +480,16 @@ class Session(_session.NativeSession):
 
     @property
     def block(self) -> int:
-        """How many tokens a step takes: 1."""
+        """How many steps of its inputs a step takes at once: the product of the model's strides."""
         return self._block
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether outputs depend on all earlier steps of a stream, through a recurrent layer.
+
+        `receptive_field` is then that of the other layers.
+        """
+        return self._goes_on
 
     @property
     def open_streams(self) -> int:

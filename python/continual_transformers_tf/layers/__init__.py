@@ -7,9 +7,11 @@ from continual_transformers_tf.layers.circular_positional_encoding import Circul
 from continual_transformers_tf.layers.co_delay import CoDelay
 from continual_transformers_tf.layers.co_re_mha import CoReMultiHeadAttention
 from continual_transformers_tf.layers.co_re_transformer_encoder import CoReTransformerEncoder
+from continual_transformers_tf.layers.co_recurrent import CoRecurrent
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
+from continual_transformers_tf.layers.co_temporal import CoTemporal
 from continual_transformers_tf.layers.model_streams import (
     clean_state,
     convert_weights,
@@ -24,9 +26,11 @@ __all__ = [
     "CoDelay",
     "CoReMultiHeadAttention",
     "CoReTransformerEncoder",
+    "CoRecurrent",
     "CoResidual",
     "CoSiMultiHeadAttention",
     "CoSiTransformerEncoder",
+    "CoTemporal",
     "TransformerEncoder",
     "call_mode",
     "clean_state",

@@ -255,14 +255,15 @@ class CoDelay(ContinualLayer):
         def compute(step: Step) -> tf.Tensor | None:
             delayed = x
             if self._delay > 0:
-                delayed = delayed_steps(state.steps, x, step.numbers, step.position)
+                position = step.rows_before(steps)
+                delayed = delayed_steps(state.steps, x, step.numbers, position)
                 number = tf.range(tf.cast(steps, tf.int64))
-                came = tf.expand_dims(step.position, 1) + number >= self._delay
+                came = tf.expand_dims(position, 1) + number >= self._delay
                 ones = tf.ones([x.shape.rank - 2], tf.int32)
                 came = tf.reshape(came, tf.concat([tf.shape(came), ones], 0))
                 # tf.where, because what an earlier stream left there may be NaN.
                 delayed = tf.where(came, delayed, tf.zeros([], delayed.dtype))
-                step.at_the_end(lambda: put_steps(state.steps, x, step.numbers, step.position))
+                step.at_the_end(lambda: put_steps(state.steps, x, step.numbers, position))
             return self._ready_outputs(step, delayed)
 
         return self._streams.take_steps(self, compute, streams, rows, steps, update_state)

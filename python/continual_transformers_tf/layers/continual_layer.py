@@ -94,14 +94,19 @@ class ContinualLayer(keras.layers.Layer):
         return 0
 
     @property
+    def block(self) -> int:
+        """How many steps of its input the layer takes at once: more than 1 if it has strides."""
+        return 1
+
+    @property
     def ready(self) -> tf.Tensor:
         """bool tensor `[S]`: which of the streams held have a full receptive field."""
         return self.position >= self.receptive_field
 
     @property
     def _first_output(self) -> int:
-        """The first step of a stream that has an output, counted from 1."""
-        return 1 if self.active_warm_up == "partial" else self.receptive_field
+        """The first block of steps of a stream that has an output, counted from 1."""
+        return 1 if self.active_warm_up == "partial" else -(-self.receptive_field // self.block)
 
     def _unready_steps(self, step: Step) -> int:
         """Return how many of a call's oldest steps have no output; in a graph always 0.
@@ -119,7 +124,8 @@ class ContinualLayer(keras.layers.Layer):
 
         Args:
             step: The `Step`.
-            outputs: A tensor `(M, T, ...)`, or a structure of them.
+            outputs: A tensor `(M, T, ...)`, or a structure of them, with a fixed number of rows
+                for each step.
 
         Returns:
             `(M, T', ...)`, or None in place of every tensor if T' = 0.
@@ -129,7 +135,9 @@ class ContinualLayer(keras.layers.Layer):
             return outputs
         if unready == step.steps:
             return keras.tree.map_structure(lambda x: None, outputs)
-        return keras.tree.map_structure(lambda x: x[:, unready:], outputs)
+        return keras.tree.map_structure(
+            lambda x: x[:, unready * (x.shape[1] // step.steps) :], outputs
+        )
 
     # Inputs.
 
@@ -178,7 +186,7 @@ class ContinualLayer(keras.layers.Layer):
     @property
     def position(self) -> tf.Tensor:
         """int64 tensor `[S]`: the steps that each of the streams held has taken."""
-        return self._streams.position
+        return self._streams.position * self.block if self.block > 1 else self._streams.position
 
     def ensure_streams(self, streams: int | tf.Tensor) -> None:
         """Make room for streams 0, ..., streams - 1. Streams that are held keep their state.

@@ -169,6 +169,8 @@ class FusedStepLayer(ContinualLayer):
         if training or record.could_possibly_record() or not self.built or in_stateless_scope():
             return None
         state = self._stream_state
+        if state.streams.step is not None and state.streams.step.rows_of_input.lag > 0:
+            return None  # The op has no mask for rows that are not of the sequence.
         if state.streams.step is not None and self.delay > 0:
             # The op overwrites queries that wait. If a later layer of the model fails, a second
             # attempt needs them.

@@ -427,8 +427,13 @@ class StreamingAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         rows, steps = rows_and_steps(query)
 
         def compute(step: Step) -> tuple[Any, Any]:
+            masks, present = step_masks, step.present(steps)
+            if present is not None:
+                masks = masks._replace(
+                    key=present if masks.key is None else masks.key & present
+                )
             attended, scores = self._attend(
-                step, query, value, key, step_masks, return_attention_scores, training
+                step, query, value, key, masks, return_attention_scores, training
             )
             unready = self._unready_steps(step)
             if unready > 0:

@@ -4,30 +4,45 @@ from typing import Any
 
 import keras
 
+from continual_transformers_tf.layers.co_recurrent import RECURRENT, CoRecurrent
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
+from continual_transformers_tf.layers.co_temporal import GLOBAL_POOLING, TEMPORAL, CoTemporal
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.models.own_calls import (
     OWN_CALL,
     check_streaming_model,
+    computes_as,
     own_calls_within,
 )
 from continual_transformers_tf.models.problem import CannotStream, Problem
 from continual_transformers_tf.models.streaming_model import StreamingModel
 
 
-def convert(model: keras.Model, seq_len: int, **options: Any) -> StreamingModel:
+def convert(
+    model: keras.Model,
+    seq_len: int | None = None,
+    *,
+    recurrence: str = "stream",
+    **options: Any,
+) -> StreamingModel:
     """Return a copy of a Keras model that also answers at every step of a stream.
 
     Every `keras.layers.MultiHeadAttention` becomes a `CoSiMultiHeadAttention` with a window of
-    `seq_len` steps, and continual layers in the model get that window too. Regular calls give the
-    same outputs as before. A step gives the output of a regular call for the newest step of the
-    window (see `StreamingModel`).
+    `seq_len` steps, and continual layers in the model get that window too. Convolutions and pooling
+    along time become `CoTemporal` layers, and recurrent layers `CoRecurrent` ones. Regular calls
+    give the same outputs as before. A step gives the output of a regular call for the newest step
+    of the window (see `StreamingModel`).
 
     Args:
         model: A functional or built sequential `keras.Model`. Models inside it must be of these
             kinds too. It is not changed.
-        seq_len: N, the window: how many of the newest steps a step's query attends to.
+        seq_len: N, the window: how many of the newest steps a step's query attends to, or a global
+            pooling reads. They are counted where that layer is: after layers with strides, a step
+            is one of their rows. None: the model has no such layers.
+        recurrence: What recurrent layers do at a step. "stream": their state goes on from step to
+            step, as on one endless sequence. "window": each step runs them on the newest `seq_len`
+            steps, from zeros, as they were trained on windows of that length.
         **options: `warm_up`, `call_mode` and `name` of the `StreamingModel`, and `cache_dtype` of
             its attention. If the model is a `StreamingModel` already, options that are left out
             stay as they were.
@@ -39,6 +54,8 @@ def convert(model: keras.Model, seq_len: int, **options: Any) -> StreamingModel:
         ValueError: If something in the model cannot be converted or run on steps. The message gives
             the reason for every layer in the way.
     """
+    if recurrence not in ("stream", "window"):
+        raise ValueError(f"Expected recurrence 'stream' or 'window', but got {recurrence!r}")
     attention: dict[str, Any] = {"seq_len": seq_len}
     if options.get("cache_dtype") is not None:
         attention["cache_dtype"] = options["cache_dtype"]
@@ -64,14 +81,17 @@ def convert(model: keras.Model, seq_len: int, **options: Any) -> StreamingModel:
         raise ValueError(
             f"Expected a built model, but {model.name} has never been called: call it once"
         )
-    copy, problems = convert_layers(model, attention)
+    copy, problems = convert_layers(model, attention, recurrence=recurrence)
     if problems:
         raise CannotStream(problems, f"{model.name} cannot be converted")
     return StreamingModel(copy, **options)
 
 
 def convert_layers(
-    model: keras.Model, attention: dict[str, Any], also_continual: bool = True
+    model: keras.Model,
+    attention: dict[str, Any],
+    also_continual: bool = True,
+    recurrence: str = "stream",
 ) -> tuple[keras.Model, list[Problem]]:
     """Return a copy of a model with continual attention, and the problems that were found.
 
@@ -80,14 +100,25 @@ def convert_layers(
             is.
         attention: A dict of options of the attention: seq_len, and perhaps cache_dtype.
         also_continual: Whether continual layers in the model get these options too.
+        recurrence: As in `convert`.
 
     Returns:
         (the copy, a list of `Problem`). If there are no problems, the copy has the model's weights.
     """
     problems: list[Problem] = []
+    window = attention["seq_len"]
 
     def convert_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
         try:
+            if needs_window(layer) and window is None:
+                problems.append(Problem("needs seq_len, its window of newest steps", layer))
+                return _copy(layer)
+            if is_temporal(layer):
+                global_pooling = window if needs_window(layer) else None
+                return CoTemporal(_copy(layer), global_pooling, name=layer.name)
+            if is_recurrent(layer):
+                of_window = window if recurrence == "window" else None
+                return CoRecurrent(_copy(layer), of_window, name=layer.name)
             if isinstance(layer, StreamingModel):
                 return convert(layer, **attention) if also_continual else _copy(layer)
             if isinstance(layer, CoResidual) and also_continual:
@@ -120,6 +151,33 @@ def convert_layers(
     if not problems:
         copy.set_weights(model.get_weights())
     return copy, problems
+
+
+def is_temporal(layer: keras.layers.Layer) -> bool:
+    """Return whether a Keras layer becomes a `CoTemporal`: it reads neighbouring steps."""
+    kinds = [kind for kind in TEMPORAL if isinstance(layer, kind)]
+    if not kinds or not computes_as(layer, kinds[0]):
+        return False
+    one_row = getattr(layer, "kernel_size", None) == (1,) and layer.strides == (1,)
+    return not one_row and getattr(layer, "data_format", "channels_last") == "channels_last"
+
+
+def is_converted(layer: keras.layers.Layer) -> bool:
+    """Return whether `convert` makes another layer of a Keras layer."""
+    return needs_window(layer) or is_temporal(layer) or is_recurrent(layer)
+
+
+def is_recurrent(layer: keras.layers.Layer) -> bool:
+    """Return whether a Keras layer becomes a `CoRecurrent`."""
+    kind = next((kind for kind in RECURRENT if isinstance(layer, kind)), None)
+    return kind is not None and computes_as(layer, kind)
+
+
+def needs_window(layer: keras.layers.Layer) -> bool:
+    """Return whether a Keras layer reads a whole window, whose length must be known."""
+    if isinstance(layer, keras.layers.MultiHeadAttention):
+        return not isinstance(layer, ContinualLayer)
+    return isinstance(layer, GLOBAL_POOLING) and is_temporal(layer)
 
 
 def _copy(layer: keras.layers.Layer) -> keras.layers.Layer:

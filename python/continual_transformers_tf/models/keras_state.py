@@ -67,6 +67,8 @@ def blocks_from_keras_state(
         if how[:1] == ["index"]:
             _, start, rows = how
             values = (array.astype(np.int64) - start - positions) % rows
+        elif how[:1] == ["rows"]:
+            values = _ring_of_blocks(where, array, positions, entry, how[1])
         elif entry.ring_rows:
             values = _ring(where, array, positions, entry)
         else:
@@ -197,6 +199,25 @@ def _ring(where: str, array: Array, positions: Positions, entry: Entry) -> Array
     for i, position in enumerate(positions):
         steps = np.arange(max(0, position - rows), position)
         ring[i, steps % rows] = given[i, steps % array.shape[1]]
+    return ring
+
+
+def _ring_of_blocks(
+    where: str, array: Array, positions: Positions, entry: Entry, rows: int
+) -> Array:
+    """Move rows [M, R, ...] of a ring to an entry whose steps have several rows each."""
+    blocks, size = entry.ring_rows, int(np.prod(entry.shape[2:]))
+    if array.ndim < 2 or array[:1, :1].size not in (0, size):
+        raise ValueError(
+            f"Expected {where} to be rows of {size} numbers for each stream, but got "
+            f"{list(array.shape[1:])}"
+        )
+    ring = np.zeros((len(array), blocks * rows, size), array.dtype)
+    given = array.reshape(*array.shape[:2], size)
+    for i, position in enumerate(positions):
+        first = max(0, (position - blocks) * rows, position * rows - array.shape[1])
+        number = np.arange(first, position * rows)
+        ring[i, number % (blocks * rows)] = given[i, number % array.shape[1]]
     return ring
 
 

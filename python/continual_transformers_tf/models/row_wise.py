@@ -24,6 +24,10 @@ class Tensor:
     # How many steps late a step's row comes: it is row -1 - delay of the window.
     delay: int = 0
     delayed_by: str = ""  # The layer that last delayed it.
+    # How many steps of the model's input lie between its rows.
+    stride: int = 1
+    # Row 0 comes after so many other rows, which have no meaning; see `Rows`.
+    lag: int = 0
 
 
 # Layers that compute each row of a window from that row alone.

@@ -15,9 +15,14 @@ sample of a batch. Attention keeps the state that it needs from earlier steps.
 
 A step's row of a window may be delayed. Step t then returns row -1 - delay of the window that ends
 with step t. So a step still returns what a regular call returns for that window.
+
+A layer with strides gives a row for every few rows of its input. A step of the model then takes a
+block of steps, as many as one row of its slowest tensor stands for. Before the strides, tensors
+have several rows in each step.
 """
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
@@ -28,9 +33,11 @@ import tensorflow as tf
 from continual_transformers_tf.layers.call_modes import call_mode
 from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
 from continual_transformers_tf.layers.co_delay import CoDelay
+from continual_transformers_tf.layers.co_recurrent import CoRecurrent
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
+from continual_transformers_tf.layers.co_temporal import CoTemporal
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
@@ -47,7 +54,7 @@ from continual_transformers_tf.models.row_wise import (
     lengths_differ,
     row_taken,
 )
-from continual_transformers_tf.ops.step import Step
+from continual_transformers_tf.ops.step import Rows, Step
 
 Node = Any  # A node of Keras' graph. Its class is not public.
 Shape = tuple[int | None, ...]
@@ -60,6 +67,7 @@ class StepGraph:
         model: A built `keras.Model` that is functional or sequential.
         inputs: The `Tensor`s of the model's inputs, if it is a part of another model; None: windows
             of single steps.
+        block: How many steps a step of the whole model takes; None: as its strides need.
 
     Attributes:
         model: The functional model that the model is, or contains; None if there is none.
@@ -67,16 +75,16 @@ class StepGraph:
         layers: The continual layers, in the order in which they are run.
         receptive_field: How many steps an output depends on.
         delay: How many steps lie between an input and its output.
+        goes_on: Whether outputs depend on all earlier steps, through a recurrent layer.
+        block: How many steps of the inputs a step takes at once.
     """
 
-    def __init__(self, model: keras.Model, inputs: list[Tensor] | None = None) -> None:
+    def __init__(
+        self, model: keras.Model, inputs: list[Tensor] | None = None, block: int | None = None
+    ) -> None:
         self.model: Any = _functional(model)  # Any: Keras' private attributes are read.
-        self._plan: dict[int, str] = {}  # Id of a node -> how it is run, one of the names in _RUNS.
-        self._inner: dict[int, StepGraph] = {}  # Id of a nested model's node -> its StepGraph.
-        self._known: dict[int, Tensor] = {}  # Id of a tensor of the graph -> its Tensor.
-        self._refused: set[int] = set()  # Ids of nodes with problems.
-        self.problems: list[Problem] = []
-        self.layers: list[keras.layers.Layer] = []
+        self.block = block or 1
+        self._begin([])
         if self.model is None and _graph_of(model) is not None:
             self.problems.append(Problem(OWN_CALL, model))
             return
@@ -100,24 +108,43 @@ class StepGraph:
                 for x, name in zip(self.model.inputs, names_of_inputs(self.model), strict=True)
                 if len(x.shape) < 3 and not (len(x.shape) == 2 and "int" in x.dtype)
             ]
+        problems = self.problems
         outputs = self.walk(inputs, self._plan_node, self._known)
+        needed = math.lcm(*(x.stride for x in self._known.values()))
+        needed = math.lcm(needed, *(graph.block for graph in self._inner.values()))
+        if block is None and needed > 1:
+            # Plan again: whether the newest row of a tensor is one of several depends on the block.
+            self.block = needed
+            self._begin(problems[: len(problems) - len(self.problems)])
+            outputs = self.walk(inputs, self._plan_node, self._known)
         self.outputs = keras.tree.flatten(outputs)
         self.receptive_field = max(x.receptive_field for x in self.outputs)
-        self.delay = max(x.delay for x in self.outputs)
+        self.delay = max(x.delay * x.stride for x in self.outputs)
+        self.goes_on = any(getattr(layer, "goes_on", False) for layer in self.layers)
         late = _unequal_delays(self.outputs)
         if late and inputs_are_own:
             self.problems.append(Problem(f"its outputs are {late}"))
+
+    def _begin(self, problems: list[Problem]) -> None:
+        """Forget a plan, and begin another."""
+        self._plan: dict[int, str] = {}  # Id of a node -> how it is run, one of the names in _RUNS.
+        self._inner: dict[int, StepGraph] = {}  # Id of a nested model's node -> its StepGraph.
+        self._known: dict[int, Tensor] = {}  # Id of a tensor of the graph -> its Tensor.
+        self._refused: set[int] = set()  # Ids of nodes with problems.
+        self.problems: list[Problem] = list(problems)
+        self.layers: list[keras.layers.Layer] = []
 
     def run(self, inputs: Sequence[tf.Tensor], step: Step, training: bool | None) -> Any:
         """Compute the outputs of T steps.
 
         Args:
-            inputs: Tensors `(M, T, ...)`, in the order of the model's inputs.
+            inputs: Tensors `(M, T, ...)`, in the order of the model's inputs. T is a multiple of
+                `block`.
             step: The `Step` that the model's streams are taking.
             training: Whether this is training.
 
         Returns:
-            Tensors `(M, T, ...)`, in the structure of the model's outputs.
+            Tensors `(M, T / stride, ...)`, in the structure of the model's outputs.
         """
         for layer in self.layers:  # Before anything is computed.
             layer._check_policy()
@@ -145,6 +172,11 @@ class StepGraph:
     def known(self, tensor: keras.KerasTensor) -> Tensor:
         """Return the `Tensor` that describes a tensor of the graph."""
         return self._known[id(tensor)]
+
+    def rows(self, tensor: keras.KerasTensor | Tensor) -> int:
+        """Return how many rows of a tensor of the graph a step has."""
+        known = tensor if isinstance(tensor, Tensor) else self._known[id(tensor)]
+        return max(1, self.block // known.stride)
 
     @property
     def has_whole_windows(self) -> bool:
@@ -186,7 +218,12 @@ class StepGraph:
         causal = all(x.causal for x in inputs)
         field = max(x.receptive_field for x in inputs)
         latest = max(inputs, key=lambda x: x.delay)
-        late: dict[str, Any] = dict(delay=latest.delay, delayed_by=latest.delayed_by)
+        late: dict[str, Any] = dict(
+            delay=latest.delay,
+            delayed_by=latest.delayed_by,
+            stride=inputs[0].stride,
+            lag=max(x.lag for x in inputs),
+        )
         kinds = {x.kind for x in inputs}
         unequal = _unequal_delays(inputs)
         if unequal:
@@ -207,7 +244,7 @@ class StepGraph:
                     self._refuse(node, OWN_CALL)
             if _functional(inner) is not None:
                 given = [values[id(x)] for x in inputs_of_model(node)]
-                graph = self._inner[id(node)] = StepGraph(inner, given)
+                graph = self._inner[id(node)] = StepGraph(inner, given, self.block)
                 self._plan[id(node)] = "model"
                 self.problems += graph.problems
                 for layer in graph.layers:
@@ -219,26 +256,40 @@ class StepGraph:
                         "from keras.layers.Masking: put the layers of the model into this graph",
                     )
                 return graph.outputs
-        if isinstance(op, ContinualLayer) and "whole" not in kinds:
+        uneven = _uneven_rows(inputs)
+        if uneven:
+            self._refuse(node, uneven)
+        if isinstance(op, CoTemporal) and kinds == {"window"}:
+            return [self._plan_temporal(node, inputs[0])]
+        if min(x.lag for x in inputs) < 0:
+            self._refuse(
+                node,
+                "is given rows of padding before the stream's first, which only a convolution or a "
+                "pooling can read: put keras.layers.ZeroPadding1D right before that layer",
+            )
+        if isinstance(op, ContinualLayer) and _streams_on(op, kinds):
             self._plan[id(node)] = "continual"
             causal = self._plan_continual(node, args, kwargs, inputs) and causal
-            field += op.receptive_field - 1
+            field += (op.receptive_field - 1) * inputs[0].stride
             if op.delay > 0:
-                late = dict(delay=latest.delay + op.delay, delayed_by=node.operation.name)
+                late |= dict(
+                    delay=latest.delay + op.delay,
+                    delayed_by=node.operation.name,
+                    lag=late["lag"] + op.delay,
+                )
             if op.gives_windows:
                 n = node.operation.seq_len
                 shapes = [(x.shape[0], n, *x.shape[2:]) for x in node.outputs]
                 return [Tensor("whole", causal, field, shape, **late) for shape in shapes]
             return [
-                Tensor(
-                    "newest" if x.shape[1] == 1 else "window", causal, field, tuple(x.shape), **late
-                )
+                Tensor(_kind_of_step(op, x), causal, field, tuple(x.shape), **late)
                 for x in node.outputs
             ]
         if "window" not in kinds:
             self._plan[id(node)] = "on samples"
             self._check_nothing_streams_within(node)
             whole = {x.shape[1] for x in inputs if x.kind == "whole"}
+            late |= dict(stride=self.block)
             if whole and isinstance(op, (ContinualLayer, keras.layers.MultiHeadAttention)):
                 self._plan_attention_to_whole(node)
             shapes = self._shapes_of_newest(node, values)
@@ -257,6 +308,7 @@ class StepGraph:
                 )
             lead, *features = node.outputs[0].shape
             shape = (lead, 1, *features[1:]) if kind == "newest" else (lead, *features)
+            late |= dict(stride=self.block)
             return [Tensor(kind, causal, field, shape, **late)]
         if "whole" in kinds:
             self._refuse(
@@ -288,6 +340,41 @@ class StepGraph:
         self._check_nothing_streams_within(node)
         self._plan[id(node)] = "row by row"
         return [Tensor("window", causal, field, tuple(x.shape), **late) for x in node.outputs]
+
+    def _plan_temporal(self, node: Node, x: Tensor) -> Tensor:
+        """Plan a convolution or pooling along time."""
+        op = node.operation
+        self._plan[id(node)] = "continual"
+        self._add_layer(op)
+        if isinstance(op.layer, keras.layers.GlobalAveragePooling1D) and any(
+            map(_has_mask, node.input_tensors)
+        ):
+            self._refuse(
+                node,
+                "is given the mask of a window, as from keras.layers.Masking, and steps keep none "
+                "for it: pass the window through an operation that drops masks, such as "
+                "keras.ops.multiply(x, 1)",
+            )
+        if not x.causal:
+            self._refuse(
+                node,
+                "reads the outputs of attention. Every new step changes all of them, so none can "
+                "be kept: give that attention use_causal_mask=True",
+            )
+        frames = op.frames(Rows(x.lag, x.delay))
+        kind = "window"
+        if op.gives_one_row:
+            kind = "newest" if op.layer.keepdims else "sample"
+        return Tensor(
+            kind,
+            True,
+            x.receptive_field + (op.block + frames.history - 1) * x.stride,
+            tuple(node.outputs[0].shape),
+            delay=frames.rows.delay,
+            delayed_by=op.name if frames.rows.delay > x.delay else x.delayed_by,
+            stride=x.stride * op.block if kind == "window" else self.block,
+            lag=frames.rows.lag,
+        )
 
     def _shapes_of_newest(self, node: Node, values: dict[int, Tensor]) -> list[Shape]:
         """Return the shapes of a node's outputs for the newest step only."""
@@ -323,11 +410,28 @@ class StepGraph:
         while isinstance(layer, CoResidual):  # It is called as the layer within it is.
             layer = layer.layer
         late = max(inputs, key=lambda x: x.delay)
-        if late.delay > 0 and not isinstance(layer, CoDelay):
+        given = inspect.signature(layer.call).bind(*args, **kwargs).arguments
+        sees_no_later = isinstance(layer, (CoDelay, CoRecurrent)) or given.get("use_causal_mask")
+        if late.delay > 0 and not sees_no_later:
             self._refuse(
                 node,
                 f"is given rows that {late.delayed_by} delays by {late.delay} steps, so it would "
-                f"see a window that ended before: put {late.delayed_by} after it",
+                f"see a window that ended before: put {late.delayed_by} after it, or, if that is "
+                'a convolution, give it padding="causal"',
+            )
+        if self.rows(inputs[0]) > 1 and not isinstance(layer, (CoDelay, CoRecurrent)):
+            self._refuse(
+                node,
+                f"is given {self.rows(inputs[0])} rows in each step, because a layer after it has "
+                "strides: put the layers with strides before it",
+            )
+        if late.lag > 0 and (
+            layer.gives_windows or isinstance(layer, CircularPositionalEncoding)
+        ):
+            self._refuse(
+                node,
+                f"is given no row in the first {late.lag} steps of a stream, which it would count "
+                'as rows of the window: give the layers before it padding="causal"',
             )
         lengths = {x.shape[1] for x in inputs} - {None}
         if layer.gives_windows and not lengths <= {layer.seq_len}:
@@ -350,7 +454,22 @@ class StepGraph:
                     "use_causal_mask=True",
                 )
             return True
-        given = inspect.signature(layer.call).bind(*args, **kwargs).arguments
+        if isinstance(layer, CoRecurrent):
+            masked = any(map(_has_mask, node.input_tensors))
+            if masked and (layer.window or not layer.heeds_masks):
+                self._refuse(
+                    node,
+                    "is given the mask of a window, but with a window, or with a cell of your own, "
+                    "it cannot skip steps: pass the window through an operation that drops masks, "
+                    "such as keras.ops.multiply(x, 1)",
+                )
+            if not all(x.causal for x in inputs):
+                self._refuse(
+                    node,
+                    "reads the outputs of attention. Every new step changes all of them, so none "
+                    "can be kept: give that attention use_causal_mask=True",
+                )
+            return True
         unknown = [k for k, x in given.items() if k not in STEP_ARGUMENTS and x is not None]
         unknown = [k for k in unknown if given[k] is not False]
         if unknown:
@@ -433,6 +552,30 @@ class StepGraph:
         self, node: Node, values: dict[int, tf.Tensor], step: Step, training: bool | None
     ) -> Any:
         options: dict[str, Any] = {"update_state": step.update_state}
+        given = [self._known[id(x)] for x in node.input_tensors if id(x) in values]
+        before = step.rows_of_input
+        step.rows_of_input = Rows(max(x.lag for x in given), max(x.delay for x in given))
+        try:
+            outputs = self._continual_outputs(node, values, step, training, options)
+        finally:
+            step.rows_of_input = before
+        if self._known[id(node.outputs[0])].kind in ("newest", "sample"):
+            return keras.tree.map_structure(lambda y: self._newest_rows(y, given[0]), outputs)
+        return outputs
+
+    def _newest_rows(self, x: tf.Tensor, known: Tensor) -> tf.Tensor:
+        """Return the last of the rows that a tensor has in each step."""
+        rows = self.rows(known)
+        return x if rows == 1 else x[:, rows - 1 :: rows]
+
+    def _continual_outputs(
+        self,
+        node: Node,
+        values: dict[int, tf.Tensor],
+        step: Step,
+        training: bool | None,
+        options: dict[str, Any],
+    ) -> Any:
         if not (step.one_row and _steps_in_one_op(node.operation)):
             return _call(node, values, training, **options)
         rows = {id(x): _without_time(values[id(x)]) for x in node.input_tensors if id(x) in values}
@@ -449,7 +592,8 @@ class StepGraph:
     def _run_identity(
         self, node: Node, values: dict[int, tf.Tensor], step: Step, training: bool | None
     ) -> tf.Tensor:
-        return values[id(node.input_tensors[0])]
+        x = node.input_tensors[0]
+        return self._newest_rows(values[id(x)], self._known[id(x)])
 
     def _run_row_wise(
         self, node: Node, values: dict[int, tf.Tensor], step: Step, training: bool | None
@@ -465,13 +609,10 @@ class StepGraph:
         number = step.position[:, tf.newaxis] + tf.range(steps)
         row = tf.range(n, dtype=tf.int64) - n + 1  # 0 is the newest step's row.
         there = tf.reshape(number[..., tf.newaxis] + row >= 0, [-1, n])
-        with call_mode("regular"):
-            if isinstance(node.operation, TransformerEncoderBlock):
-                regular = node.operation.call_regular
-                return self._run_on_samples(
-                    node, values, step, training, call=regular, key_mask=there
-                )
-            return self._run_on_samples(node, values, step, training, value_mask=there)
+        if isinstance(node.operation, TransformerEncoderBlock):
+            regular = node.operation.call_regular
+            return self._run_on_samples(node, values, step, training, call=regular, key_mask=there)
+        return self._run_on_samples(node, values, step, training, value_mask=there)
 
     def _run_on_samples(
         self,
@@ -485,7 +626,8 @@ class StepGraph:
         inputs = [x for x in node.input_tensors if id(x) in values]
         lead = tf.shape(values[id(inputs[0])])[:2]
         samples = {id(x): _to_samples(self._known[id(x)].kind, values[id(x)]) for x in inputs}
-        outputs = keras.tree.flatten(_call(node, samples, training, **more))
+        with call_mode("regular"):
+            outputs = keras.tree.flatten(_call(node, samples, training, **more))
         return [
             _to_steps(self._known[id(x)].kind, y, lead)
             for x, y in zip(node.outputs, outputs, strict=True)
@@ -624,6 +766,40 @@ def with_mask(x: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
     if mask is not None:
         x._keras_mask = mask
     return x
+
+
+def _kind_of_step(layer: ContinualLayer, output: keras.KerasTensor) -> str:
+    """Return the kind of a continual layer's output, if a step gives one row of it."""
+    if isinstance(layer, CoRecurrent):
+        return "window" if layer.layer.return_sequences else "sample"
+    return "newest" if output.shape[1] == 1 else "window"
+
+
+def _streams_on(layer: ContinualLayer, kinds: set[str]) -> bool:
+    """Return whether a continual layer takes steps of inputs of these kinds.
+
+    Convolutions, pooling and recurrent layers also run on whole windows, and on single rows.
+    """
+    if isinstance(layer, (CoTemporal, CoRecurrent)):
+        return "window" in kinds
+    return "whole" not in kinds
+
+
+def _uneven_rows(tensors: Iterable[Tensor]) -> str | None:
+    """Return what is wrong if windows have other numbers of rows; otherwise None."""
+    windows = [x for x in tensors if x.kind == "window"]
+    strides = sorted({x.stride for x in windows})
+    if len(strides) > 1:
+        return (
+            f"combines windows with a row for every {strides[0]} and every {strides[-1]} steps: "
+            "give their layers the same strides"
+        )
+    if len({x.lag - x.delay for x in windows}) > 1:
+        return (
+            "combines windows of different lengths, because a layer before one of them leaves out "
+            'rows at the beginning: give that layer padding="causal"'
+        )
+    return None
 
 
 def _kind_of_one(shape: Shape, whole: Collection[int | None] = ()) -> str:

@@ -92,6 +92,19 @@ class StreamingModel(CompositeLayer, keras.Model):
         """How many steps lie between an input and its output."""
         return self._graph.delay
 
+    @property
+    def block(self) -> int:
+        """How many steps of its inputs the model takes at once: the product of its strides."""
+        return self._graph.block
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether outputs depend on all earlier steps, through a recurrent layer.
+
+        `receptive_field` is then that of the other layers.
+        """
+        return self._graph.goes_on
+
     def get_config(self) -> dict[str, Any]:
         return {
             "name": self.name,
@@ -134,21 +147,30 @@ class StreamingModel(CompositeLayer, keras.Model):
         """Take one step of M streams.
 
         Args:
-            inputs: The model's inputs without their time axis: `(M, ...)`.
+            inputs: The model's inputs without their time axis: `(M, ...)`. If the model has layers
+                with strides, its `block` of steps: `(M, block, ...)`.
             training: Whether this is training.
             streams, update_state: As in `CoSiMultiHeadAttention.call_step`.
 
         Returns:
             The model's outputs for the newest step, `(M, ...)`, or for the step `delay` steps
-            before; None while the receptive field fills (see `warm_up`).
+            before; None while the receptive field fills (see `warm_up`). An output before the last
+            of the strides has several rows: `(M, rows, ...)`.
 
         Raises:
             ValueError, tf.errors.InvalidArgumentError: If shapes, dtypes or streams do not fit. The
                 streams then continue as if the call had not been made.
         """
-        steps = [with_time(x) for x in self._inputs(inputs, axes_of_steps=1)]
+        if self.block > 1:
+            steps = self._inputs(inputs, axes_of_steps=2, steps=self.block)
+        else:
+            steps = [with_time(x) for x in self._inputs(inputs, axes_of_steps=1)]
         outputs = self._take_steps(steps, training, streams, update_state, one_row=True)
-        return keras.tree.map_structure(lambda y: None if y is None else tf.squeeze(y, 1), outputs)
+        flat = [
+            y if y is None or self._graph.rows(known) > 1 else tf.squeeze(y, 1)
+            for y, known in zip(keras.tree.flatten(outputs), self._graph.outputs, strict=True)
+        ]
+        return keras.tree.pack_sequence_as(outputs, flat)
 
     def call_steps(
         self,
@@ -161,11 +183,12 @@ class StreamingModel(CompositeLayer, keras.Model):
         """Take T steps of M streams, with the same outputs and state as T calls of `call_step`.
 
         Args:
-            inputs: The model's inputs, `(M, T, ...)`.
+            inputs: The model's inputs, `(M, T, ...)`. T is a multiple of `block`.
             training, streams, update_state: As in `call_step`.
 
         Returns:
-            `(M, T', ...)` or None, as in `CoSiMultiHeadAttention.call_steps`.
+            `(M, T', ...)` or None, as in `CoSiMultiHeadAttention.call_steps`. With strides, T' is
+            that many times smaller.
 
         Raises:
             ValueError, tf.errors.InvalidArgumentError: As in `call_step`; also if T = 0.
@@ -173,8 +196,16 @@ class StreamingModel(CompositeLayer, keras.Model):
         inputs = self._inputs(inputs, axes_of_steps=2)
         return self._take_steps(inputs, training, streams, update_state)
 
-    def _inputs(self, inputs: Any, axes_of_steps: int) -> list[tf.Tensor]:
-        """Check the inputs, and return them as a list of tensors."""
+    def _inputs(
+        self, inputs: Any, axes_of_steps: int, steps: int | None = None
+    ) -> list[tf.Tensor]:
+        """Check the inputs, and return them as a list of tensors.
+
+        Args:
+            inputs: What the user gave.
+            axes_of_steps: 1 for `(M, ...)`, 2 for `(M, T, ...)`.
+            steps: T, if it is fixed.
+        """
         flat = keras.tree.flatten(self._by_name(inputs))
         if len(flat) != len(self.model.inputs):
             raise ValueError(f"Expected {len(self.model.inputs)} inputs, but got {len(flat)}")
@@ -185,11 +216,18 @@ class StreamingModel(CompositeLayer, keras.Model):
             expect_given(name, x)
             x = tf.convert_to_tensor(x)
             features = symbolic.shape[2:]
-            if not x.shape.is_compatible_with([*[None] * axes_of_steps, *features]):
-                expected = ", ".join(str(n) for n in (*letters, *features))
+            lead = [None, steps][:axes_of_steps]
+            if not x.shape.is_compatible_with([*lead, *features]):
+                axes = letters if steps is None else ("M", steps)
+                expected = ", ".join(str(n) for n in (*axes, *features))
                 raise ValueError(f"Expected {name} of shape ({expected}), but got {tuple(x.shape)}")
             if axes_of_steps == 2 and x.shape[1] == 0:
                 raise ValueError(f"Expected at least one step, but got {tuple(x.shape)}")
+            if axes_of_steps == 2 and x.shape[1] is not None and x.shape[1] % self.block:
+                raise ValueError(
+                    f"Expected {name} of a multiple of {self.block} steps, because the model has "
+                    f"strides, but got {tuple(x.shape)}"
+                )
             if x.dtype.is_floating and "int" in symbolic.dtype:
                 raise ValueError(f"Expected {name} of integers, but got {x.dtype.name}")
             tensors.append(with_mask(tf.cast(x, symbolic.dtype), getattr(x, "_keras_mask", None)))
@@ -229,7 +267,9 @@ class StreamingModel(CompositeLayer, keras.Model):
                 outputs = self._graph.run(inputs, step, training)
             return self._ready_outputs(step, outputs)
 
-        return self._streams.take_steps(self, compute, streams, rows, steps, update_state)
+        return self._streams.take_steps(
+            self, compute, streams, rows, steps // self.block, update_state
+        )
 
     def export(self, filepath: str, format: str = "tf_saved_model", **options: Any) -> None:
         """Export the call of the model, as `keras.Model.export` does. `ct.export` exports steps.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,23 @@ from continual_transformers_tf.ops.graph_order import last_ops, wait_for, writin
 
 if TYPE_CHECKING:
     from continual_transformers_tf.ops.streams import Streams
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """How the rows of a sequence that a stream makes are counted at one place of a model.
+
+    Row number n comes at position n + lag.
+
+    Attributes:
+        lag: How many positions pass before row 0. Less than 0: so many rows, zeros, are there
+            before the stream begins.
+        delay: How many rows a regular call of the whole sequence has after the newest row that the
+            stream has given.
+    """
+
+    lag: int = 0
+    delay: int = 0
 
 
 class Step:
@@ -28,6 +46,7 @@ class Step:
         one: Whether this is known to be one step of each stream.
         one_row: Whether a model takes this by its `call_step`, so that layers may be called on
             `(M, E)`.
+        rows_of_input: The `Rows` of the input of the layer whose turn it is.
         op_advances: Whether the op that takes the step of the next layer is the last op that can
             fail. It may then advance the position itself.
     """
@@ -49,6 +68,7 @@ class Step:
         self.update_state = update_state
         self.one = isinstance(steps, int) and steps == 1
         self.one_row = False
+        self.rows_of_input = Rows()
         self.op_advances = False
         self._advanced = False
         self._changes: list[Callable[[], None]] = []
@@ -62,6 +82,33 @@ class Step:
     def position(self) -> tf.Tensor:
         """The number of steps that each row's stream had taken before: int64 `[M]`."""
         return tf.gather(self._all.position, self.numbers)
+
+    def present(self, rows: int | tf.Tensor) -> tf.Tensor | None:
+        """Return which rows of the layer's input belong to the sequence: bool `[M, rows]`.
+
+        None: all. A layer that has no output yet gives rows that have no meaning.
+        """
+        lag = self.rows_of_input.lag
+        if lag <= 0:
+            return None
+        return self.numbers_of(rows) >= 0
+
+    def numbers_of(self, rows: int | tf.Tensor) -> tf.Tensor:
+        """Return the numbers in the sequence of rows of the layer's input: int64 `[M, rows]`."""
+        first = self.rows_before(rows) - self.rows_of_input.lag
+        return first[:, tf.newaxis] + tf.range(tf.cast(rows, tf.int64))
+
+    def rows_before(self, rows: int | tf.Tensor) -> tf.Tensor:
+        """Return how many rows the layer had been given before this call: int64 `[M]`.
+
+        Args:
+            rows: How many rows it is given now. A step of a model with strides has several, at
+                places before the last stride.
+        """
+        if isinstance(rows, int) and isinstance(self.steps, int):
+            each = rows // self.steps
+            return self.position if each == 1 else self.position * each
+        return self.position * tf.cast(rows // self.steps, tf.int64)
 
     @property
     def writes_rings(self) -> bool:

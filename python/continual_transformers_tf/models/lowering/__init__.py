@@ -8,7 +8,7 @@ import keras
 
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
-from continual_transformers_tf.models.convert import convert_layers
+from continual_transformers_tf.models.convert import convert_layers, is_converted, needs_window
 from continual_transformers_tf.models.lowering.continual_layers import StateOf, lower_continual
 from continual_transformers_tf.models.lowering.graph_lowering import GraphLowering
 from continual_transformers_tf.models.lowering.lowered import Lowered
@@ -134,7 +134,9 @@ def lower_graph(whole: keras.Model, seq_len: int | None) -> LoweredGraph:
     dtypes += [x.dtype for x in (*graph.model.inputs, *graph.model.outputs)]
     b = PlanBuilder("float64" if "float64" in dtypes else "float32")
     lowering = GraphLowering(b, graph)
-    inputs = b.add_inputs([_input(b, x, lowering.problems) for x in graph.model.inputs])
+    inputs = b.add_inputs(
+        [_input(b, x, graph.block, lowering.problems) for x in graph.model.inputs]
+    )
     outputs = lowering.run(inputs)
     problems = [*conversion, *lowering.problems]
     state = [] if problems else [lowering.state[id(layer)] for layer in graph.layers]
@@ -162,6 +164,7 @@ def _lower_model(
         name=whole.name,
         receptive_field=graph.receptive_field,
         delay=graph.delay,
+        block=graph.block,
         inputs=dict(zip(names, lowered.inputs, strict=True)),
         input_structure=given,
         outputs=lowered.outputs,
@@ -182,17 +185,11 @@ def _continual(model: keras.Model, seq_len: int | None) -> tuple[keras.Model, li
     """Return (`continual_model`, a list of problems)."""
     if isinstance(model, StreamingModel):
         return model.model, []
-    if not _has_plain_attention(model):
+    layers = model._flatten_layers()
+    if not any(is_converted(layer) for layer in layers):
         return model, []
-    attention = {"seq_len": _window(model, seq_len)}
+    attention = {"seq_len": _window(model, seq_len) if any(map(needs_window, layers)) else None}
     return convert_layers(model, attention, also_continual=False)
-
-
-def _has_plain_attention(model: keras.Model) -> bool:
-    return any(
-        isinstance(layer, keras.layers.MultiHeadAttention) and not isinstance(layer, ContinualLayer)
-        for layer in model._flatten_layers()
-    )
 
 
 def _window(model: keras.Model, seq_len: int | None) -> int:
@@ -209,7 +206,9 @@ def _window(model: keras.Model, seq_len: int | None) -> int:
     )
 
 
-def _input(b: PlanBuilder, x: keras.KerasTensor, problems: list[Problem]) -> tuple[list[int], str]:
+def _input(
+    b: PlanBuilder, x: keras.KerasTensor, block: int, problems: list[Problem]
+) -> tuple[list[int], str]:
     """Return the shape and dtype of a step of a model's input."""
     if keras.backend.is_float_dtype(x.dtype):
         dtype = b.dtype
@@ -224,7 +223,8 @@ def _input(b: PlanBuilder, x: keras.KerasTensor, problems: list[Problem]) -> tup
         dtype = b.dtype
     if None in x.shape[2:]:
         problems.append(Problem(f"{x.name} (Input) has features of unknown size: {tuple(x.shape)}"))
-    return [1 if n is None else n for n in x.shape[2:]], dtype
+    rows = [block] if block > 1 else []
+    return rows + [1 if n is None else n for n in x.shape[2:]], dtype
 
 
 # Layers.
@@ -274,6 +274,7 @@ def _lower_layer(
         name=layer.name,
         receptive_field=layer.receptive_field,
         delay=layer.delay,
+        block=layer.block,
         inputs=dict(zip(names, inputs, strict=True)),
         input_structure=None if len(names) == 1 else {name: name for name in names},
         outputs=output,
@@ -293,6 +294,7 @@ def _finish(
     name: str,
     receptive_field: int,
     delay: int,
+    block: int,
     inputs: Mapping[str, Symbol],
     input_structure: Any,
     outputs: Any,
@@ -322,7 +324,7 @@ def _finish(
         "weights_dtype": weights_dtype,
         "receptive_field": int(receptive_field),
         "delay": int(delay),
-        "block": 1,
+        "block": int(block),
         "values": b.values,
         "inputs": [{"name": key, "value": x.index} for key, x in inputs.items()],
         "outputs": [

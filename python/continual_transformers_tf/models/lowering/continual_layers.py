@@ -372,12 +372,16 @@ def feed_forward(
 
 
 def co_si_encoder(
-    b: PlanBuilder, block: TransformerEncoderBlock, x: Symbol, **ignored: Any
+    b: PlanBuilder,
+    block: TransformerEncoderBlock,
+    x: Symbol,
+    value_mask: Symbol | None = None,
+    **ignored: Any,
 ) -> tuple[Symbol, State]:
     """Lower a step of a single-output encoder block."""
     normal = layer_norm(b, x, block.attention_norm, "attention_norm") if block.norm_first else x
     with b.within("attention"):
-        attended, state = co_si_mha(b, block.attention, normal)
+        attended, state = co_si_mha(b, block.attention, normal, value_mask=value_mask)
     return feed_forward(b, block, x, attended), state
 
 
@@ -395,14 +399,18 @@ def co_re_encoder(
 
 
 def transformer_encoder(
-    b: PlanBuilder, stack: TransformerEncoder, x: Symbol, **ignored: Any
+    b: PlanBuilder,
+    stack: TransformerEncoder,
+    x: Symbol,
+    value_mask: Symbol | None = None,
+    **ignored: Any,
 ) -> tuple[Symbol, State]:
     """Lower a step of a stack of encoder blocks."""
     state = []
     for block in stack._streaming:
         lower = co_si_encoder if isinstance(block, CoSiTransformerEncoder) else co_re_encoder
         with b.within(block.name):
-            x, of_block = lower(b, block, x)
+            x, of_block = lower(b, block, x, value_mask=value_mask)
         state.append(of_block)
     for block in stack.blocks[len(stack._streaming) :]:
         with b.within(block.name):

@@ -8,8 +8,10 @@ import keras
 
 from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
 from continual_transformers_tf.layers.co_delay import CoDelay
+from continual_transformers_tf.layers.co_recurrent import CoRecurrent
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
+from continual_transformers_tf.layers.co_temporal import CoTemporal
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
 from continual_transformers_tf.models.lowering.continual_layers import (
     State,
@@ -25,8 +27,12 @@ from continual_transformers_tf.models.lowering.keras_layers import (
 )
 from continual_transformers_tf.models.lowering.keras_ops import Call, lower_op
 from continual_transformers_tf.models.lowering.plan_builder import CannotLower, PlanBuilder, Symbol
+from continual_transformers_tf.models.lowering.recurrent import co_recurrent  # noqa: F401
+from continual_transformers_tf.models.lowering.temporal import mask_of_sequence
 from continual_transformers_tf.models.problem import Problem
+from continual_transformers_tf.models.row_wise import Tensor
 from continual_transformers_tf.models.step_graph import Node, StepGraph, inputs_of_model
+from continual_transformers_tf.ops.step import Rows
 
 
 class GraphLowering:
@@ -85,9 +91,16 @@ class GraphLowering:
         shapes = []
         for x in node.outputs:
             known = self.graph.known(x)
-            shape = known.shape[1:] if known.kind in ("sample", "whole") else known.shape[2:]
-            shapes.append(tuple(shape))
+            shapes.append(self._shape(known))
         return shapes
+
+    def _shape(self, known: Tensor) -> tuple[int | None, ...]:
+        """Return the shape of a tensor in a step; None stands for an unknown size."""
+        if known.kind in ("sample", "whole"):
+            return known.shape[1:]
+        rows = self.graph.rows(known)
+        several = (rows,) if known.kind == "window" and rows > 1 else ()
+        return (*several, *known.shape[2:])
 
     def _check(self, node: Node, outputs: Any) -> None:
         """Raise CannotLower if a step's shape differs from that in Keras' graph."""
@@ -104,14 +117,31 @@ class GraphLowering:
 
     def _continual(self, node: Node, values: dict[int, Symbol]) -> Symbol:
         layer = node.operation
+        if isinstance(layer, (CoTemporal, CoRecurrent)):
+            return self._temporal(node, values)
         arguments = _bound(layer, *node.arguments.fill_in(values))
         check_time_axis(layer, node.input_tensors[0])
         given = [arguments.pop(k) for k in ("x", "query", "value", "key") if k in arguments]
         given = given[: 1 + max(i for i, x in enumerate(given) if x is not None)]
         masks = masks_of_call(layer, given)
+        lag = max(self.graph.known(x).lag for x in node.input_tensors if id(x) in values)
+        if lag > 0:
+            masks["value_mask"] = self.b.mask_and(masks.get("value_mask"), mask_of_sequence(self.b, lag))
         causal = {k: True for k in ("use_causal_mask",) if arguments.get(k)}
         y, self.state[id(layer)] = lower_continual(self.b, layer, *given, **masks, **causal)
         return y.with_mask(continual_mask_after(layer, given[0].mask))
+
+    def _temporal(self, node: Node, values: dict[int, Symbol]) -> Symbol:
+        layer, tensor = node.operation, node.input_tensors[0]
+        known, x = self.graph.known(tensor), values[id(tensor)]
+        rows = self.graph.rows(known)
+        arguments: dict[str, Any] = {"given": Rows(known.lag, known.delay), "rows": rows}
+        if isinstance(layer, CoRecurrent):
+            arguments["mask"] = x.mask
+        y, self.state[id(layer)] = lower_continual(
+            self.b, layer, x.with_mask(None), **arguments
+        )
+        return y.with_mask(x.mask if isinstance(layer, CoRecurrent) else None)
 
     def _model(self, node: Node, values: dict[int, Symbol]) -> Any:
         inner = GraphLowering(self.b, self.graph.inner(node), self.b.scope)
@@ -123,10 +153,15 @@ class GraphLowering:
         return outputs
 
     def _row_taken(self, node: Node, values: dict[int, Symbol]) -> Symbol:
-        return values[id(node.input_tensors[0])]
+        (x, rows) = values[id(node.input_tensors[0])], self.graph.rows(node.input_tensors[0])
+        if rows == 1:
+            return x
+        newest = self.b.slice(x, 0, rows - 1, 1)
+        return self.b.reshape(newest, newest.shape[1:])
 
     def _row_by_row(self, node: Node, values: dict[int, Symbol]) -> list[Symbol]:
-        return self._lower(node, values, lead=2)
+        # Several rows of a step are like a window of them.
+        return self._lower(node, values, lead=2 if self.graph.rows(node.outputs[0]) == 1 else 1)
 
     def _on_samples(self, node: Node, values: dict[int, Symbol]) -> list[Symbol]:
         outputs = self._lower(node, self._samples(node, values), lead=1)
@@ -166,7 +201,8 @@ class GraphLowering:
         args, kwargs = node.arguments.fill_in(values)
         shapes: list[tuple[int, ...] | None] = []
         for x in node.outputs:
-            shape = self.graph.known(x).shape[lead:]
+            known = self.graph.known(x)
+            shape = self._shape(known) if known.kind == "window" else known.shape[lead:]
             sizes = tuple(n for n in shape if n is not None)
             shapes.append(sizes if len(sizes) == len(shape) else None)
         call = Call(args, kwargs, lead, node.outputs[0].dtype, shapes)

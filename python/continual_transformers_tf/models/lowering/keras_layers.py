@@ -12,6 +12,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from continual_transformers_tf.layers.co_recurrent import CoRecurrent
+from continual_transformers_tf.layers.co_temporal import CoTemporal
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.models.lowering.activations import activate, softmax
 from continual_transformers_tf.models.lowering.continual_layers import attend_whole, kernel_of
@@ -33,6 +35,7 @@ from continual_transformers_tf.models.lowering.plan_builder import (
     Symbol,
     broadcast_shapes,
 )
+from continual_transformers_tf.models.lowering.temporal import convolution, depthwise
 from continual_transformers_tf.models.own_calls import computes_as
 
 # A function of a PlanBuilder, a layer, its first input or inputs, and the Call. It returns one
@@ -123,16 +126,11 @@ def _einsum_dense(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Ca
     return activate(b, y, layer.activation, call.lead)
 
 
-@layer(keras.layers.Conv1D)
+@layer(keras.layers.Conv1D, keras.layers.DepthwiseConv1D, keras.layers.SeparableConv1D)
 def _conv1d(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
-    if layer.groups != 1 or layer.data_format != "channels_last" or len(x.shape) != 2:
-        raise CannotLower(
-            "is a convolution in groups, or with channels first: expected one group, channels last"
-        )
+    if layer.data_format != "channels_last" or len(x.shape) != 2:
+        raise CannotLower("has channels first, or more axes: expected rows of channels")
     (taps,), (stride,), (dilation,) = layer.kernel_size, layer.strides, layer.dilation_rate
-    kernel = b.variable(
-        kernel_of(layer), (-1, layer.filters), kernel=True, name=layer.path + "/kernel"
-    )
     reach = (taps - 1) * dilation
     if layer.padding != "valid":
         missing = reach
@@ -140,14 +138,16 @@ def _conv1d(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) ->
             rows = x.shape[0]
             missing = max(0, (math.ceil(rows / stride) - 1) * stride + reach + 1 - rows)
         before = missing if layer.padding == "causal" else missing // 2
-        x = pad(b, x, [(before, missing - before), (0, 0)])
-    rows, channels = x.shape
-    taken = (rows - reach - 1) // stride + 1
-    strides = [stride * channels, dilation * channels, 1]
-    patches = b.strided(x, (taken, taps, channels), strides, name="patches")
-    bias = [] if layer.bias is None else [b.variable(layer.bias)]
-    y = b.dense(b.reshape(patches, (taken, taps * channels)), kernel, *bias)
-    return activate(b, y, layer.activation, call.lead)
+        x = pad(b, b.cast(x, b.dtype), [(before, missing - before), (0, 0)])
+    outputs = (x.shape[0] - reach - 1) // stride + 1
+    lower = convolution if isinstance(layer, keras.layers.Conv1D) else depthwise
+    return lower(b, layer, b.cast(x, b.dtype), outputs)
+
+
+@layer(CoTemporal, CoRecurrent)
+def _regular(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
+    """Lower a call on rows that are all there: on a whole window, or on a single row."""
+    return lower_layer(b, layer.layer, call=call)
 
 
 @layer(keras.layers.MultiHeadAttention)

@@ -418,7 +418,9 @@ class PlanBuilder:
             self.weights[name] = self.weights[name].astype(np_dtype(dtype))
 
 
-STATEFUL = {"positional", "delay", "window", "attention", "retroactive_attention"}
+STATEFUL = {
+    "positional", "delay", "window", "attention", "retroactive_attention", "recurrent",
+}  # fmt: skip
 
 
 def np_dtype(name: str) -> np.dtype[Any]:
