@@ -52,7 +52,8 @@ def test_all_that_stands_in_the_way_is_named_at_once(random):
     with pytest.raises(ValueError, match="cannot be run on the steps") as error:
         ct.convert(model_of(function, random), seq_len=N)
     lines = str(error.value).splitlines()[1:]
-    assert [line.split(" (")[0] for line in lines] == ["- conv", "- second", "- flat"]
+    assert [line.split(" (")[0] for line in lines] == ["- first", "- second", "- second", "- flat"]
+    assert "conv delays by 1 steps" in lines[0] and 'padding="causal"' in lines[0]
 
 
 def test_other_options_of_layers_are_named(random):

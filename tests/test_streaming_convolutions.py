@@ -11,11 +11,6 @@ import reference
 F = 5
 
 
-def sequence(model, x, block=1):
-    """Return Keras' outputs for the whole sequence, (T / stride, ...)."""
-    return np.asarray(model(x[np.newaxis]))[0]
-
-
 def streamed(streaming, x, splits):
     """Return a StreamingModel's outputs for the steps x, in calls of these numbers of steps."""
     parts, first = [], 0
@@ -105,7 +100,7 @@ def test_conv1d(name, random):
 def test_other_convolutions(kind, options, random):
     x = keras.Input((None, F))
     given = {"filters": 4} if kind is kl.SeparableConv1D else {}
-    y = kind(kernel_size=3, bias_initializer="glorot_normal" if False else "ones", **given, **options)(x)
+    y = kind(kernel_size=3, bias_initializer="ones", **given, **options)(x)
     check(keras.Model(x, y), random)
 
 
@@ -164,7 +159,7 @@ def test_valid_in_several_rows_a_step(random):
 def test_recurrent(kind, before, random):
     x = keras.Input((None, F))
     y = x if before is None else kl.Conv1D(F, 3, padding=before)(x)
-    y = kl.Dense(3)(kind(7, return_sequences=True, bias_initializer="glorot_uniform" if False else "ones")(y))
+    y = kl.Dense(3)(kind(7, return_sequences=True, bias_initializer="ones")(y))
     assert check(keras.Model(x, y), random).goes_on
 
 
@@ -184,3 +179,185 @@ def test_recurrence_before_strides(random):
     x = keras.Input((None, F))
     y = kl.LSTM(4, return_sequences=True)(x)
     check(keras.Model(x, kl.AveragePooling1D(2)(y)), random)
+
+
+# Before attention.
+
+N = 4
+
+
+def attention(**options):
+    return ct.CoSiMultiHeadAttention(N, 2, 3, **options)
+
+
+@pytest.mark.parametrize("padding", ["causal", "valid"])
+@pytest.mark.parametrize("strides", [1, 2])
+def test_causal_attention_over_a_convolution(padding, strides, random):
+    x = keras.Input((None, F))
+    y = kl.Conv1D(6, 3, strides=strides, padding=padding, activation="relu")(x)
+    y = y + kl.MultiHeadAttention(2, 3, sliding_window=N)(y, y, use_causal_mask=True)
+    check(keras.Model(x, kl.Dense(2)(y)), random, seq_len=N)
+
+
+@pytest.mark.parametrize("kind", ["attention", "encoder", "stack"])
+@pytest.mark.parametrize("padding", ["causal", "valid"])
+def test_newest_attention_over_a_strided_convolution(kind, padding, random):
+    """Steps equal attention on the newest N outputs of the convolution on the whole sequence."""
+    layer = {
+        "attention": attention(),
+        "encoder": ct.CoSiTransformerEncoder(N, 6, 2, 8),
+        "stack": ct.TransformerEncoder(2, N, 6, 2, 8, kind="retroactive"),
+    }[kind]
+    x = keras.Input((None, F))
+    rows = kl.Conv1D(6, 3, strides=2, padding=padding, name="conv")(x)
+    y = layer(rows, rows) if kind == "attention" else layer(rows)
+    if kind == "stack" and padding == "valid":
+        with pytest.raises(ValueError, match='is given no row in the first 1 steps.*"causal"'):
+            ct.convert(keras.Model(x, y), N)
+        return
+    model = keras.Model(x, kl.Dense(2)(y))
+    streaming = ct.convert(model, N, warm_up="partial")
+    convolution = keras.Model(x, rows)
+    r = keras.Input((None, 6))
+    z = layer(r, r) if kind == "attention" else layer(r)
+    rest = keras.Model(r, model.layers[-1](z))
+    data = random.normal(size=(2, 24, F)).astype("float32")
+    got = np.asarray(streaming.call_steps(data))
+    session = ct.Session(streaming)
+    assert reference.relative_error(session.steps(data), got) < 5e-6
+    all_rows = np.asarray(convolution(data))
+    lag = 12 - all_rows.shape[1]
+    for step in range(lag, 12):
+        window = all_rows[:, max(0, step - lag - N + 1) : step - lag + 1]
+        want = np.asarray(rest(window)).reshape(2, 2)
+        assert reference.relative_error(got[:, step].reshape(2, 2), want) < 5e-6
+
+
+@pytest.mark.parametrize("kind", [kl.GlobalAveragePooling1D, kl.GlobalMaxPooling1D])
+@pytest.mark.parametrize("keepdims", [False, True])
+@pytest.mark.parametrize("block", [1, 2])
+def test_pooling_of_the_whole_window(kind, keepdims, block, random):
+    x = keras.Input((None, F))
+    y = kl.Conv1D(6, 3, padding="causal")(x)
+    pooled = kl.Dense(3)(kind(keepdims=keepdims)(y))
+    slow = kl.Conv1D(2, 2, 2)(y)[:, -1] if block == 2 else y[:, -1]
+    model = keras.Model(x, [pooled, slow])
+    streaming = ct.convert(model, N, warm_up="partial")
+    assert streaming.block == block
+    data = random.normal(size=(2, 12, F)).astype("float32")
+    got = streaming.call_steps(data)
+    rows = keras.Model(x, y)(data)
+    of_rows = keras.Input((None, 6))
+    rest = keras.Model(of_rows, model.layers[[l.name for l in model.layers].index(pooled._keras_history.operation.name)](kind(keepdims=keepdims)(of_rows)))
+    for step in range(12 // block):
+        end = (step + 1) * block
+        want = np.asarray(rest(rows[:, max(0, end - N) : end])).reshape(2, 3)
+        assert reference.relative_error(np.asarray(got[0][:, step]).reshape(2, 3), want) < 5e-6
+    for y, want in zip(ct.Session(streaming).steps(data), got, strict=True):
+        assert reference.relative_error(y, np.asarray(want)) < 5e-6
+
+
+@pytest.mark.parametrize("kind", [kl.GRU, kl.LSTM])
+@pytest.mark.parametrize("sequences", [False, True])
+def test_recurrence_on_windows(kind, sequences, random):
+    """Each step equals a call on the newest N steps, from a state of zeros."""
+    x = keras.Input((N, F))
+    y = kind(5, return_sequences=sequences)(x)
+    model = keras.Model(x, kl.Dense(2)(y))
+    streaming = ct.convert(model, N, warm_up="partial", recurrence="window")
+    assert not streaming.goes_on and streaming.receptive_field == N
+    data = random.normal(size=(2, 9, F)).astype("float32")
+    got = np.asarray(streaming.call_steps(data))
+    assert reference.relative_error(ct.Session(streaming).steps(data), got) < 5e-6
+    for step in range(N - 1, 9):
+        want = np.asarray(model(data[:, step - N + 1 : step + 1]))
+        assert reference.relative_error(got[:, step], want) < 5e-6
+
+
+def test_a_recurrent_state_goes_on_where_a_window_begins_anew(random):
+    x = keras.Input((N, F))
+    model = keras.Model(x, kl.GRU(5)(x))
+    streaming = ct.convert(model, N)
+    data = random.normal(size=(1, 9, F)).astype("float32")
+    whole = keras.Model(longer := keras.Input((None, F)), model.layers[1](longer))
+    assert streaming.goes_on
+    got = np.asarray(streaming.call_steps(data))
+    assert reference.relative_error(got[:, -1], np.asarray(whole(data))) < 5e-6
+    assert ct.Session(streaming).goes_on
+
+
+# Saving, and what does not fit.
+
+
+def test_saved_and_loaded(random, tmp_path):
+    x = keras.Input((None, F))
+    y = kl.LSTM(4, return_sequences=True)(kl.Conv1D(6, 3, 2, "causal")(x))
+    streaming = ct.convert(keras.Model(x, y))
+    streaming.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    data = random.normal(size=(2, 8, F)).astype("float32")
+    np.testing.assert_array_equal(streaming.call_steps(data), loaded.call_steps(data))
+    state = streaming.get_state()
+    loaded.clean_state()
+    loaded.set_state(state)
+    np.testing.assert_array_equal(streaming.call_steps(data), loaded.call_steps(data))
+
+
+def test_steps_that_are_no_multiple_of_the_block_are_refused(random):
+    x = keras.Input((None, F))
+    streaming = ct.convert(keras.Model(x, kl.Conv1D(6, 3, 2, "causal")(x)))
+    session = ct.Session(streaming)
+    data = random.normal(size=(1, 3, F)).astype("float32")
+    with pytest.raises(ValueError, match="a multiple of 2 steps"):
+        streaming.call_steps(data)
+    with pytest.raises(ValueError, match="a multiple of 2 steps"):
+        session.steps(data)
+    with pytest.raises(ValueError, match=r"\(M, 2, 5\)"):
+        streaming.call_step(data)
+    with pytest.raises(ValueError, match=r"\(M, 2, 5\)"):
+        session.step(data)
+
+
+def test_positions_count_steps_of_the_input(random):
+    x = keras.Input((None, F))
+    model = keras.Model(x, kl.AveragePooling1D(2)(kl.Conv1D(6, 4, padding="causal")(x)))
+    streaming, data = ct.convert(model), np.ones((1, 4, F), "float32")
+    session = ct.Session(streaming)
+    assert streaming.receptive_field == session.receptive_field == 5
+    a = session.open()
+    for taken in (4, 8):
+        streaming.call_steps(data)
+        session.steps(data, streams=[a])
+        assert int(streaming.position[0]) == session.position(a) == taken
+        assert bool(streaming.ready[0]) == session.ready(a) == (taken >= 5)
+
+
+WRONG = {
+    "another layer": (lambda: ct.CoTemporal(kl.Dense(3)), "one of these kinds"),
+    "no window": (lambda: ct.CoTemporal(kl.GlobalMaxPooling1D()), "Expected window"),
+    "a window": (lambda: ct.CoTemporal(kl.Conv1D(3, 3), 4), "only for a global pooling"),
+    "channels first": (
+        lambda: ct.CoTemporal(kl.Conv1D(3, 3, data_format="channels_first")), "channels last",
+    ),
+    "backwards": (lambda: ct.CoRecurrent(kl.GRU(3, go_backwards=True)), "go_backwards=False"),
+    "stateful": (lambda: ct.CoRecurrent(kl.GRU(3, stateful=True)), "stateful=False"),
+    "states": (lambda: ct.CoRecurrent(kl.LSTM(3, return_state=True)), "return_state=False"),
+    "recurrence": (
+        lambda: ct.convert(keras.Sequential([keras.Input((4, 3)), kl.GRU(3)]), 4, recurrence="x"),
+        "'stream' or 'window'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments(name):
+    make, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_pooling_of_the_window_needs_its_length():
+    x = keras.Input((None, F))
+    model = keras.Model(x, kl.GlobalAveragePooling1D()(x))
+    with pytest.raises(ValueError, match="global_average_pooling1d.*needs seq_len"):
+        ct.convert(model)

@@ -224,20 +224,26 @@ class CoTemporal(ContinualLayer):
     def call(
         self,
         x: TensorLike,
+        mask: TensorLike | None = None,
         training: bool | None = None,
         streams: TensorLike | None = None,
         update_state: bool = True,
     ) -> Any:
-        return self._call_by_mode(x, training=training, streams=streams, update_state=update_state)
+        return self._call_by_mode(
+            x, mask=mask, training=training, streams=streams, update_state=update_state
+        )
 
-    def call_regular(self, x: TensorLike, training: bool | None = None) -> tf.Tensor:
+    def call_regular(
+        self, x: TensorLike, mask: TensorLike | None = None, training: bool | None = None
+    ) -> tf.Tensor:
         """Return the layer's output for windows `(B, T, F)`. This does not use streams' state."""
         expect_given("x", x)
-        return self.layer(x)
+        return self.layer(x, **self._mask_of_call(mask))
 
     def call_step(
         self,
         x: TensorLike,
+        mask: TensorLike | None = None,
         training: bool | None = None,
         *,
         streams: TensorLike | None = None,
@@ -247,6 +253,7 @@ class CoTemporal(ContinualLayer):
 
         Args:
             x: `(M, F)`; of a layer with strides `(M, block, F)`.
+            mask: None. Only a regular call of `GlobalAveragePooling1D` heeds one.
             training: Has no effect.
             streams: Integers `[M]`, the stream that each row belongs to, in any order, each once.
                 None: row i is stream i, and room is made for M streams.
@@ -260,6 +267,7 @@ class CoTemporal(ContinualLayer):
                 tf.errors.InvalidArgumentError). The streams then continue as if the call had not
                 been made.
         """
+        self._expect_no_mask(mask)
         x = self._rows_of(x, "(M, F)" if self.block == 1 else f"(M, {self.block}, F)")
         if self.block == 1:
             x = tf.expand_dims(x, 1)
@@ -269,6 +277,7 @@ class CoTemporal(ContinualLayer):
     def call_steps(
         self,
         x: TensorLike,
+        mask: TensorLike | None = None,
         training: bool | None = None,
         *,
         streams: TensorLike | None = None,
@@ -280,7 +289,7 @@ class CoTemporal(ContinualLayer):
 
         Args:
             x: `(M, T, F)`, oldest step first. T is a multiple of `block`.
-            training, streams, update_state: As in `call_step`.
+            mask, training, streams, update_state: As in `call_step`.
 
         Returns:
             `(M, T', ...)`, an output for every `block` steps; those with a full receptive field if
@@ -289,6 +298,7 @@ class CoTemporal(ContinualLayer):
         Raises:
             ValueError, tf.errors.InvalidArgumentError: As in `call_step`; also if T = 0.
         """
+        self._expect_no_mask(mask)
         return self._take_steps(self._rows_of(x, "(M, T, F)"), streams, update_state)
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
@@ -296,10 +306,21 @@ class CoTemporal(ContinualLayer):
             raise NotImplementedError
         return self.layer.compute_output_shape(input_shape)
 
-    def compute_output_spec(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def compute_output_spec(self, x: Any, mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         if self.active_call_mode == "regular":
-            return self.layer.compute_output_spec(x)
-        return super().compute_output_spec(x, *args, **kwargs)
+            return self.layer.compute_output_spec(x, **self._mask_of_call(mask))
+        return super().compute_output_spec(x, mask, *args, **kwargs)
+
+    def _mask_of_call(self, mask: Any) -> dict[str, Any]:
+        """Return the mask as an argument of the layer's call, if that takes one."""
+        heeds = isinstance(self.layer, keras.layers.GlobalAveragePooling1D)
+        return {"mask": mask} if heeds and mask is not None else {}
+
+    def _expect_no_mask(self, mask: Any) -> None:
+        if self._mask_of_call(mask):
+            raise ValueError(
+                f"Expected no mask, but {self.name} got one: its steps pool all rows of the window"
+            )
 
     def get_config(self) -> dict[str, Any]:
         return {

@@ -138,7 +138,12 @@ def convert_layers(
                     "has no continual counterpart here: use keras.layers.MultiHeadAttention", layer
                 )
             )
-        return _copy(layer)
+        try:
+            return _copy(layer)
+        except CannotStream:
+            if also_continual:
+                raise
+            return layer  # A session only reads it.
 
     if not isinstance(model, keras.Sequential) and not hasattr(model, "_nodes_by_depth"):
         return model, problems  # It has no graph; StreamingModel reports that.

@@ -1,9 +1,14 @@
 """Why a model, or a layer in it, cannot run on the steps of streams."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
+
+from continual_transformers_tf.layers.co_recurrent import CoRecurrent
+from continual_transformers_tf.layers.co_temporal import CoTemporal
+
+WRAPPERS = (CoRecurrent, CoTemporal)
 
 
 class Problem(NamedTuple):
@@ -21,7 +26,13 @@ class Problem(NamedTuple):
     def __str__(self) -> str:
         if self.layer is None:
             return self.why
-        return f"{self.layer.name} ({type(self.layer).__name__}) {self.why}"
+        return f"{self.layer.name} ({self._kind}) {self.why}"
+
+    @property
+    def _kind(self) -> str:
+        """The kind of layer that the user knows: that within one that `ct.convert` put there."""
+        layer: Any = self.layer
+        return type(layer.layer if isinstance(layer, WRAPPERS) else layer).__name__
 
 
 class CannotStream(ValueError):

@@ -358,8 +358,7 @@ class StepGraph:
         if not x.causal:
             self._refuse(
                 node,
-                "reads the outputs of attention. Every new step changes all of them, so none can "
-                "be kept: give that attention use_causal_mask=True",
+                _READS_ATTENTION,
             )
         frames = op.frames(Rows(x.lag, x.delay))
         kind = "window"
@@ -410,8 +409,7 @@ class StepGraph:
         while isinstance(layer, CoResidual):  # It is called as the layer within it is.
             layer = layer.layer
         late = max(inputs, key=lambda x: x.delay)
-        given = inspect.signature(layer.call).bind(*args, **kwargs).arguments
-        sees_no_later = isinstance(layer, (CoDelay, CoRecurrent)) or given.get("use_causal_mask")
+        sees_no_later = isinstance(layer, (CoDelay, CoRecurrent)) or kwargs.get("use_causal_mask")
         if late.delay > 0 and not sees_no_later:
             self._refuse(
                 node,
@@ -426,7 +424,8 @@ class StepGraph:
                 "strides: put the layers with strides before it",
             )
         if late.lag > 0 and (
-            layer.gives_windows or isinstance(layer, CircularPositionalEncoding)
+            isinstance(layer, CircularPositionalEncoding)
+            or any(getattr(part, "gives_windows", False) for part in layer._flatten_layers())
         ):
             self._refuse(
                 node,
@@ -466,10 +465,10 @@ class StepGraph:
             if not all(x.causal for x in inputs):
                 self._refuse(
                     node,
-                    "reads the outputs of attention. Every new step changes all of them, so none "
-                    "can be kept: give that attention use_causal_mask=True",
+                    _READS_ATTENTION,
                 )
             return True
+        given = inspect.signature(layer.call).bind(*args, **kwargs).arguments
         unknown = [k for k, x in given.items() if k not in STEP_ARGUMENTS and x is not None]
         unknown = [k for k in unknown if given[k] is not False]
         if unknown:
@@ -498,6 +497,9 @@ class StepGraph:
         """Plan a regular call on the whole window of every step, which uses no stream's state."""
         op = node.operation
         self._plan[id(node)] = "attention to whole"
+        if isinstance(op, (CoTemporal, CoRecurrent)):
+            self._plan[id(node)] = "on samples"
+            return
         if isinstance(op, keras.layers.MultiHeadAttention):
             return
         if isinstance(op, TransformerEncoderBlock):
@@ -685,6 +687,13 @@ _CURES = {
     "GetItem": "Take the newest step, as by x[:, -1]",
     "GroupedQueryAttention": "Use keras.layers.MultiHeadAttention",
 }
+
+
+_READS_ATTENTION = (
+    "reads the outputs of attention. Every new step changes all of them, so none can be kept. With "
+    "use_causal_mask=True that attention streams too. A ct.CoReTransformerEncoder in its place "
+    "would give it the whole window at every step"
+)
 
 
 def _looks_at_more(operation: keras.Operation) -> str:
