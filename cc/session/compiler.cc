@@ -690,6 +690,7 @@ class Compiler {
     spec.output = Out(node);
     spec.mask = MaskOf(node, "step");
     spec.goes_on = node.Bool("goes_on");
+    spec.first = node.Int("first");
     spec.state = spec.goes_on ? Offset(i, "state") : 0;
     spec.memory = spec.goes_on && spec.cell == Cell::kLstm ? Offset(i, "memory") : 0;
     spec.activation = ActivationNamed(node.Text("activation"), node);

@@ -25,6 +25,7 @@ struct RecurrentSpec {
   // Whether the state goes on from step to step. If not, the rows of a step are a window of steps,
   // and each step begins with zeros; rows of steps that were never taken are skipped.
   bool goes_on;
+  int64_t first;  // if it goes on, the number of the first step's row; rows before 0 are skipped
   int input, output, mask;  // plan values; mask -1: none. A step that it hides changes nothing.
   int64_t state, memory;  // offsets in a stream's block, if it goes on; memory only for kLstm
   ActivationSpec activation, gate;  // of new values, and of gates
@@ -129,7 +130,11 @@ class RecurrentInstruction : public Instruction {
       for (int64_t m = 0; m < streams; ++m) {
         const int64_t step = (first + m) * frame.steps + t;
         T* h = state + m * units;
-        const bool untaken = !s_.goes_on && rows - 1 - r > frame.Position(first + m, t);
+        const int64_t position = frame.Position(first + m, t);
+        // A position beyond -first is of no row before 0; there a product could overflow.
+        const bool untaken = s_.goes_on
+                                 ? position <= -s_.first && position * rows + s_.first + r < 0
+                                 : rows - 1 - r > position;
         if (!untaken && (s_.mask < 0 || frame.Rows<bool>(s_.mask)[step])) {
           Take(x(m), products, m, gates, memory + m * units, h);
         }

@@ -163,8 +163,7 @@ def is_temporal(layer: keras.layers.Layer) -> bool:
     kinds = [kind for kind in TEMPORAL if isinstance(layer, kind)]
     if not kinds or not computes_as(layer, kinds[0]):
         return False
-    one_row = getattr(layer, "kernel_size", None) == (1,) and layer.strides == (1,)
-    return not one_row and getattr(layer, "data_format", "channels_last") == "channels_last"
+    return getattr(layer, "data_format", "channels_last") == "channels_last"
 
 
 def is_converted(layer: keras.layers.Layer) -> bool:

@@ -14,7 +14,6 @@ from continual_transformers_tf.models.lowering.continual_layers import (
     window_of,
 )
 from continual_transformers_tf.models.lowering.plan_builder import CannotLower, PlanBuilder, Symbol
-from continual_transformers_tf.models.lowering.temporal import mask_of_sequence
 from continual_transformers_tf.ops.step import Rows
 
 # The functions that a `recurrent` node knows: those without numbers, and plain relu.
@@ -49,24 +48,23 @@ def co_recurrent(
     inner, window = layer.layer, layer.window
     cells = getattr(inner.cell, "cells", [inner.cell])
     x, state = b.cast(x, b.dtype), {"position": POSITION}
-    if rows > 1 and (window or mask or given.lag > 0):
+    if rows > 1 and (window or mask):
         raise CannotLower(
-            f"has {rows} rows in each step, and a window, a mask or rows before the sequence's "
-            "first: a plan has a node for such rows only without these"
+            f"has {rows} rows in each step, and a window or a mask: a plan has a node for such "
+            "rows only without these"
         )
     if window and given.lag > 0:
         raise CannotLower(
             f"has a window, and no row in the first {given.lag} steps of a stream: give the layers "
             'before it padding="causal"'
         )
-    mask = b.mask_and(mask, mask_of_sequence(b, given.lag))
     if window:
         x = window_of(b, x, window, "window")
         state["steps"] = StateOf(x.index, "ring")
     number = 0
     for i, cell in enumerate(cells):
         with b.within(f"cell_{i}") if len(cells) > 1 else b.within("cell"):
-            x = _cell(b, cell, x, goes_on=window is None, mask=mask)
+            x = _cell(b, cell, x, goes_on=window is None, mask=mask, first=-given.lag)
         if window is None:
             entries = ["state", "memory"] if isinstance(cell, keras.layers.LSTMCell) else ["state"]
             for entry in entries:
@@ -84,9 +82,12 @@ CONTINUAL[CoRecurrent] = co_recurrent
 
 
 def _cell(
-    b: PlanBuilder, cell: Any, x: Symbol, goes_on: bool, mask: Symbol | None
+    b: PlanBuilder, cell: Any, x: Symbol, goes_on: bool, mask: Symbol | None, first: int
 ) -> Symbol:
-    """Lower one cell, and return its output."""
+    """Lower one cell, and return its output.
+
+    `first` is the number in the sequence of the row of a stream's first step.
+    """
     units, bias, again = cell.units, cell.bias, None
     gate = getattr(cell, "recurrent_activation", cell.activation)
     if type(cell) is keras.layers.SimpleRNNCell:
@@ -102,13 +103,13 @@ def _cell(
         )
     kernel = b.variable(cell.kernel, kernel=True)
     if bias is not None and function == "gru":
-        first, again = (
+        of_input, again = (
             b.variable(bias, transform=lambda array, i=i: array[i], name=f"{bias.path}_{i}")
             for i in (0, 1)
         )
     else:
-        first = None if bias is None else b.variable(bias)
-    products = b.dense(x, kernel, first, name="input")
+        of_input = None if bias is None else b.variable(bias)
+    products = b.dense(x, kernel, of_input, name="input")
     weights = {"kernel": b.variable(cell.recurrent_kernel, kernel=True)}
     if again is not None:
         weights["bias"] = again
@@ -123,6 +124,7 @@ def _cell(
         activation=_named(cell.activation),
         gate=_named(gate),
         goes_on=goes_on,
+        first=first,
     )
     return y
 
