@@ -18,6 +18,7 @@ from keras import ops
 
 import continual_transformers_tf as ct
 import convert_cases
+from continual_transformers_tf.models.convert import is_converted, layers_of
 from continual_transformers_tf.models.step_graph import StepGraph
 
 N, E, H, D = 4, 6, 2, 3
@@ -72,8 +73,7 @@ class Case:
         """Return the object that takes the steps in Keras: StreamingModel, layer or StepGraph."""
         if not isinstance(model, keras.Model) or isinstance(model, ct.StreamingModel):
             return model
-        kinds = [type(layer) for layer in model._flatten_layers()]
-        if kl.MultiHeadAttention in kinds:
+        if any(map(is_converted, layers_of(model))):
             return ct.convert(model, self.seq_len or model.inputs[0].shape[1], warm_up="partial")
         graph = StepGraph(model)
         return ct.StreamingModel(model, warm_up="partial") if graph.layers else graph
@@ -395,6 +395,28 @@ def demo(x):
     x = ct.CircularPositionalEncoding(2 * N - 1, 8)(x)
     x = ct.CoSiTransformerEncoder(N, 8, H, 12)(x)
     return kl.Dense(3)(x[:, -1])
+
+
+@model(E, window=7, first=2)
+def convolutions(x):
+    """Return rows of convolutions and pooling, which begin after two steps."""
+    y = kl.Conv1D(E, 3, padding="causal", dilation_rate=2, groups=2)(x)
+    y = kl.DepthwiseConv1D(2, activation="tanh")(y)
+    return kl.MaxPooling1D(2, 1, "valid")(kl.SeparableConv1D(E, 1)(y))
+
+
+@model(E, window=3)
+def recurrent(x):
+    x = kl.GRU(E, return_sequences=True)(kl.Conv1D(E, 3, padding="causal")(x))
+    x = kl.GRU(5, return_sequences=True, reset_after=False)(x)
+    x = kl.SimpleRNN(4, return_sequences=True, activation="sigmoid")(x)
+    return kl.LSTM(3)(x)
+
+
+@model(E)
+def pooling_of_the_window(x):
+    x = kl.Dense(5, "tanh")(x)
+    return kl.Concatenate()([kl.GlobalAveragePooling1D()(x), kl.GlobalMaxPooling1D()(x)])
 
 
 @model(E, length=None, seq_len=N, window=3 * N)

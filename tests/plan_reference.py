@@ -240,6 +240,47 @@ def zero_untaken(context, weights, x):
     return y
 
 
+@op
+def present(context, weights, rows, first):
+    numbers = context.position * rows + first + np.arange(context.shape[0])
+    return (numbers >= 0).astype(np.float64)
+
+
+@op
+def recurrent(context, weights, x, function, activation, gate, goes_on, first):
+    functions = {"tanh": np.tanh, "sigmoid": np.vectorize(_sigmoid), "linear": lambda v: v}
+    activation, gate = functions[activation], functions[gate]
+    kernel, units = weights["kernel"], weights["kernel"].shape[0]
+    bias = weights.get("bias", 0)
+    rows = x.reshape(-1, x.shape[-1])
+    state = context.history[-1] if goes_on and context.history else np.zeros((2, units))
+    (h, c), outputs = state, []
+    for r, row in enumerate(rows):
+        number = context.position * len(rows) + first + r if goes_on else context.position - (
+            len(rows) - 1 - r
+        )
+        if number >= 0 and context.masks.get("step", True):
+            parts = np.split(row, len(row) // units)
+            again = np.split(h @ kernel + bias, len(row) // units)
+            if function == "simple":
+                h = activation(parts[0] + again[0])
+            elif function == "lstm":
+                i, f, o = (gate(parts[k] + again[k]) for k in (0, 1, 3))
+                c = f * c + i * activation(parts[2] + again[2])
+                h = o * activation(c)
+            else:
+                z, reset = (gate(parts[k] + again[k]) for k in (0, 1))
+                if function == "gru":
+                    new = activation(parts[2] + reset * again[2])
+                else:
+                    new = activation(parts[2] + (reset * h) @ kernel[:, 2 * units :])
+                h = z * h + (1 - z) * new
+        outputs.append(h)
+    if goes_on:
+        context.remember((h, c))
+    return np.array(outputs).reshape(context.shape)
+
+
 def attend(query, keys, values, allowed, heads, scale):
     """Attend: query [H * D], keys [n, H * D], values [n, H * Dv], allowed bool [n] -> [H * Dv]."""
     if not allowed.any():
@@ -352,7 +393,7 @@ ACTIVATIONS = {
     "relu": _relu,
     "relu6": lambda x: min(max(x, 0), 6),
     "selu": lambda x: SELU_SCALE * _elu(x, SELU_ALPHA),
-    "sigmoid": _sigmoid,
+    "sigmoid": np.vectorize(_sigmoid),
     "silu": lambda x: x * _sigmoid(x),
     "soft_shrink": lambda x, threshold: math.copysign(max(abs(x) - threshold, 0), x),
     "softplus": _softplus,

@@ -790,6 +790,13 @@ Journal::~Journal() {
 }
 
 void Journal::Loaded(ServedModel* model) {
+  if (model->plan().GoesOn()) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "the model " + model->name() +
+                    " has a recurrent layer, whose state depends on all steps of a stream, so the "
+                    "journal could not rebuild a stream from its newest steps: serve it without "
+                    "--journal, with snapshots, or convert it with recurrence=\"window\"");
+  }
   auto keeper = std::make_shared<Keeper>(model, options_, address_, &epochs_, &server_);
   Log(LogLevel::kInfo, "journal_read",
       {{"model", model->name()},

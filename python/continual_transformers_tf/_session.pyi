@@ -54,10 +54,11 @@ class NativeSession:
         `release_gil`. After an error every stream is as it was before the call.
 
         Args:
-            x: The model's inputs without the time axis: one NumPy array `(M, ...)`, or several in
-                the model's own structure (a list, or a dict by name; for a list of named inputs
-                also a dict). `inputs` has shapes and dtypes. Dtypes must be exact; an array that is
-                not C-contiguous is copied.
+            x: The model's inputs without the time axis: one NumPy array `(M, ...)`, or, if the
+                model has layers with strides, its block of steps, `(M, block, ...)`; several in the
+                model's own structure (a list, or a dict by name; for a list of named inputs also a
+                dict). `inputs` has shapes and dtypes. Dtypes must be exact; an array that is not
+                C-contiguous is copied.
             streams: The stream of each row: a list or tuple of ids, an int64 array `(M,)`, or one
                 id if M = 1. None: row i is the session's i-th default stream, which the first such
                 step opens.
@@ -89,13 +90,14 @@ class NativeSession:
         """Take T steps of M streams: the same outputs and state as T calls of `step`.
 
         Args:
-            x: As in `step`, with the time axis: `(M, T, ...)`.
+            x: As in `step`, with the time axis: `(M, T, ...)`. If the model has layers with strides,
+                T is a multiple of its `block`, and the block has no axis of its own.
             streams: As in `step`.
-            out: As in `step`, `(M, T, ...)`.
-            key_mask: bool `(M, T)`, as in `step`.
+            out: As in `step`, `(M, T / block, ...)`.
+            key_mask: bool `(M, T / block)`, as in `step`.
 
         Returns:
-            The model's outputs for each of the steps, `(M, T, ...)`.
+            The model's outputs for each of the steps, `(M, T / block, ...)`.
 
         Raises:
             TypeError, ValueError, UnknownStreamError, TooManyStreamsError: As in `step`.

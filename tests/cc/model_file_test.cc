@@ -642,7 +642,6 @@ TEST(PlanTest, RefusesATopLevelThatIsWrong) {
   expect("/receptive_field", 1.5, "\"receptive_field\" is 1.5");
   expect("/receptive_field", std::numeric_limits<int64_t>::max(), "\"receptive_field\" is");
   expect("/delay", -1, "\"delay\" is -1");
-  expect("/block", 2, "newer version");
   expect("/block", 0, "\"block\" is 0");
   expect("/block", "1", "\"block\" is \"1\"");
   expect("/values", Json::object(), "\"values\" is an object, expected a list");
@@ -1415,6 +1414,32 @@ TEST(WindowTest, HasRowsOfTheNewestSteps) {
   ExpectIn("\"window\" is 0", refusal({3}, {1, 3}, 0));
   EXPECT_EQ(RefusalOfNode("zero_untaken", {{5}}, {5}, {}), "");
   ExpectIn("at least one axis", RefusalOfNode("zero_untaken", {{}}, {}, {}));
+}
+
+TEST(PresentTest, GivesOneAxis) {
+  const Json attributes = {{"rows", 2}, {"first", -3}};
+  EXPECT_EQ(RefusalOfNode("present", {}, {5}, attributes), "");
+  ExpectIn("expected one axis", RefusalOfNode("present", {}, {5, 1}, attributes));
+  ExpectIn("\"rows\" is 0", RefusalOfNode("present", {}, {5}, {{"rows", 0}, {"first", 0}}));
+}
+
+TEST(RecurrentTest, ChecksUnitsAndGates) {
+  const auto refusal = [](const char* function, const Shape& in, const Shape& out,
+                          const Shape& kernel, const Shape& bias) {
+    std::vector<std::pair<std::string, Shape>> weights = {{"kernel", kernel}};
+    if (!bias.empty()) weights.push_back({"bias", bias});
+    const Json attributes = {{"function", function}, {"activation", "tanh"}, {"gate", "sigmoid"},
+                             {"goes_on", true},      {"first", -2}};
+    return RefusalOfNode("recurrent", {in}, out, attributes, weights);
+  };
+  EXPECT_EQ(refusal("lstm", {20}, {5}, {5, 20}, {20}), "");
+  EXPECT_EQ(refusal("gru", {3, 15}, {3, 5}, {5, 15}, {}), "");
+  EXPECT_EQ(refusal("simple", {5}, {5}, {5, 5}, {5}), "");
+  ExpectIn("expected [20]", refusal("lstm", {15}, {5}, {5, 20}, {}));
+  ExpectIn("expected [2, 5]", refusal("gru", {2, 15}, {3, 5}, {5, 15}, {}));
+  ExpectIn("expected [5, 15]", refusal("gru", {15}, {5}, {15, 5}, {}));
+  ExpectIn("adds to its input", refusal("gru_reset_before", {15}, {5}, {5, 15}, {15}));
+  ExpectIn("at least one axis", refusal("simple", {}, {}, {1, 1}, {}));
 }
 
 TEST(AttentionTest, ChecksHeadsAndColumns) {

@@ -1,5 +1,6 @@
 """`ct.convert`, which makes a Keras model stream."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -138,12 +139,7 @@ def convert_layers(
                     "has no continual counterpart here: use keras.layers.MultiHeadAttention", layer
                 )
             )
-        try:
-            return _copy(layer)
-        except CannotStream:
-            if also_continual:
-                raise
-            return layer  # A session only reads it.
+        return _copy(layer)
 
     if not isinstance(model, keras.Sequential) and not hasattr(model, "_nodes_by_depth"):
         return model, problems  # It has no graph; StreamingModel reports that.
@@ -164,6 +160,14 @@ def is_temporal(layer: keras.layers.Layer) -> bool:
     if not kinds or not computes_as(layer, kinds[0]):
         return False
     return getattr(layer, "data_format", "channels_last") == "channels_last"
+
+
+def layers_of(model: keras.Model) -> Iterator[keras.layers.Layer]:
+    """Yield the layers of a model's graph, and of the models within it."""
+    for layer in model.layers:
+        yield layer
+        if isinstance(layer, keras.Model):
+            yield from layers_of(layer)
 
 
 def is_converted(layer: keras.layers.Layer) -> bool:

@@ -131,7 +131,7 @@ def _shape_of_one(
     if kind in (None, "sample"):
         return shape
     if mode == "step":
-        return [1, *shape[1:]]
+        return [graph.rows(x), *shape[1:]]
     if shape[0] is None:
         shape[0] = 1 if kind == "newest" else seq_len
     return shape

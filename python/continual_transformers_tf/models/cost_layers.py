@@ -15,9 +15,11 @@ import tensorflow as tf
 
 from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
 from continual_transformers_tf.layers.co_delay import CoDelay
+from continual_transformers_tf.layers.co_recurrent import CoRecurrent
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
+from continual_transformers_tf.layers.co_temporal import CoTemporal
 from continual_transformers_tf.models.cost_formulas import (
     Cost,
     activation_cost,
@@ -241,6 +243,56 @@ def _(layer: CoDelay, rows: Rows) -> Cost:
     state = bytes_of_state(layer._stream_state)
     kept = bytes_of_state(layer._stream_state, ("steps",))
     return Cost(state_bytes=state, read_bytes=kept // max(1, layer.delay) + state - kept)
+
+
+@cost_of.register
+def _(layer: CoTemporal, rows: Rows) -> Cost:
+    inner: Any = layer.layer
+    (features,) = layer._features or (1,)
+    outputs = rows.count // layer.block
+    total = Cost()
+    if isinstance(inner, keras.layers.Conv1D):
+        inputs = inner.kernel_size[0] * features // inner.groups
+        total += dense_cost(outputs, inputs, inner.filters, inner.use_bias)
+        total += _activation(inner, outputs * inner.filters, inner.filters)
+    elif isinstance(inner, (keras.layers.DepthwiseConv1D, keras.layers.SeparableConv1D)):
+        channels, size = features * inner.depth_multiplier, inner.kernel_size[0]
+        total += Cost(outputs * channels * size, outputs * channels * (size - 1))
+        filters = channels
+        if isinstance(inner, keras.layers.SeparableConv1D):
+            filters = inner.filters
+            total += dense_cost(outputs, channels, filters, inner.use_bias)
+        elif inner.use_bias:
+            total += Cost(additions=outputs * filters)
+        total += _activation(inner, outputs * filters, filters)
+    elif isinstance(inner, keras.layers.STFTSpectrogram):
+        kernels = [w.shape[-1] for w in inner.weights]
+        total += dense_cost(outputs * features, inner.frame_length, sum(kernels), False)
+    else:
+        total += Cost(additions=outputs * features * (layer.span - 1))
+    total += _weights(inner)
+    if rows.mode == "regular":
+        return total
+    state = bytes_of_state(layer._stream_state)
+    return total + Cost(state_bytes=state, read_bytes=state)
+
+
+@cost_of.register
+def _(layer: CoRecurrent, rows: Rows) -> Cost:
+    count = rows.count * (layer.window or 1 if rows.mode == "step" else 1)
+    features, total = layer._features or 0, Cost()
+    for cell in getattr(layer.layer.cell, "cells", [layer.layer.cell]):
+        outputs = cell.kernel.shape[1]
+        total += dense_cost(count, features, outputs, cell.use_bias)
+        total += dense_cost(count, cell.units, outputs, False)
+        # The gates are sums and products of each unit.
+        total += Cost(count * outputs, count * outputs)
+        features = cell.units
+    total += _weights(layer.layer)
+    if rows.mode == "regular":
+        return total
+    state = bytes_of_state(layer._stream_state)
+    return total + Cost(state_bytes=state, read_bytes=state)
 
 
 @cost_of.register

@@ -9,7 +9,9 @@ import keras
 
 from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
 from continual_transformers_tf.layers.co_delay import CoDelay
+from continual_transformers_tf.layers.co_recurrent import CoRecurrent
 from continual_transformers_tf.layers.co_residual import CoResidual
+from continual_transformers_tf.layers.co_temporal import CoTemporal
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
 from continual_transformers_tf.models.lowering import LoweredGraph, lower, lower_graph
@@ -53,6 +55,9 @@ class Explanation:
         reasons: Why the model does not stream, beside the reasons of its layers.
         receptive_field: How many steps an output depends on; None if the model does not stream.
         delay: How many steps an output comes later than its input; None as above.
+        block: How many steps of its inputs a step takes at once; None as above.
+        goes_on: Whether an output depends on all earlier steps, through a recurrent layer; None as
+            above. `receptive_field` is then that of the other layers.
         equals_windows: Whether a step gives the number of the model on the newest window of the
             model's own length; None if the model does not stream.
         windows: The same in words: on which windows, and what to do.
@@ -66,6 +71,8 @@ class Explanation:
     reasons: tuple[str, ...] = ()
     receptive_field: int | None = None
     delay: int | None = None
+    block: int | None = None
+    goes_on: bool | None = None
     equals_windows: bool | None = None
     windows: str = ""
     state_bytes: int | None = None
@@ -103,8 +110,11 @@ class Explanation:
                     yield from _wrapped(reason, "    ")
         if self.receptive_field is not None:
             yield ""
-            yield f"receptive field   {_steps(self.receptive_field)}"
+            field = "all earlier steps" if self.goes_on else _steps(self.receptive_field)
+            yield f"receptive field   {field}"
             yield f"delay             {_steps(self.delay or 0)}"
+            if self.block and self.block > 1:
+                yield f"a step takes      {_steps(self.block)} of the input"
         if self.windows:
             first, *rest = _wrapped(self.as_on_windows, " " * 18)
             yield f"as on windows     {first.lstrip()}"
@@ -162,6 +172,8 @@ def explain(model: keras.layers.Layer, seq_len: int | None = None) -> Explanatio
         explanation,
         receptive_field=graph.receptive_field,
         delay=graph.delay,
+        block=graph.block,
+        goes_on=graph.goes_on,
         equals_windows=equals,
         windows=windows,
     )
@@ -186,6 +198,8 @@ def _explain_layer(layer: keras.layers.Layer) -> Explanation:
         tuple(reasons_of_session),
         layer.receptive_field,
         layer.delay,
+        layer.block,
+        getattr(layer, "goes_on", False),
         equals,
         windows,
         state_bytes,
@@ -297,6 +311,12 @@ def _how_continual(layer: keras.layers.Layer) -> str:
         return f"adds its input to: {_how_continual(layer.layer)}"
     if isinstance(layer, CoDelay):
         return f"delay of {_steps(layer.delay)}"
+    if isinstance(layer, CoTemporal):
+        return _how_temporal(layer)
+    if isinstance(layer, CoRecurrent):
+        if layer.window is None:
+            return "a state that goes on from step to step"
+        return f"runs on a window of {_steps(layer.window)}, from zeros"
     if isinstance(layer, CircularPositionalEncoding):
         return f"positions: row p mod {layer.get_config()['max_len']:,} for step p of a stream"
     if not hasattr(layer, "seq_len"):
@@ -310,6 +330,15 @@ def _how_continual(layer: keras.layers.Layer) -> str:
     return f"{how}, {'retroactive' if layer.gives_windows else 'single output'}{late}"
 
 
+def _how_temporal(layer: CoTemporal) -> str:
+    """Return in words how a convolution or pooling along time streams."""
+    every = f", a row for every {_steps(layer.block)}" if layer.block > 1 else ""
+    late = f", delay of {_steps(layer.delay)}" if layer.delay else ""
+    if isinstance(layer.layer, keras.layers.ZeroPadding1D):
+        return "zeros before the stream's first step"
+    return f"reads {_steps(layer.span)}{every}{late}"
+
+
 def _compared_with_windows(windows: Windows, length: int | None) -> tuple[bool, str]:
     """Return whether a step equals the model on its windows, and the same in words.
 
@@ -319,11 +348,17 @@ def _compared_with_windows(windows: Windows, length: int | None) -> tuple[bool, 
     """
     if windows.rows and not windows.placed:
         return True, "because each output depends only on its own step"
+    if windows.goes_on:
+        return False, (
+            "only the first window of a new stream: a recurrent state goes on with a stream, and "
+            "every window begins with zeros. ct.convert(..., recurrence='window') begins each step "
+            "with zeros too"
+        )
     if windows.length is None:
         return False, (
-            "because attention attends to the outputs of other attention, so a step sees further "
-            "back than a window: give causal attention a sliding_window, train the model on steps, "
-            "or use ct.TransformerEncoder(kind='retroactive')"
+            "because attention attends to the outputs of other attention, or of convolutions, so a "
+            "step sees further back than a window: give causal attention a sliding_window, train "
+            "the model on steps, or use ct.TransformerEncoder(kind='retroactive')"
             if windows.deep
             else "because its layers have windows of different lengths: give them the same seq_len"
         )

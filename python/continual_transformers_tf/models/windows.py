@@ -13,8 +13,10 @@ import keras
 
 from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
 from continual_transformers_tf.layers.co_delay import CoDelay
+from continual_transformers_tf.layers.co_recurrent import CoRecurrent
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
+from continual_transformers_tf.layers.co_temporal import CoTemporal
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
 from continual_transformers_tf.models.step_graph import Node, StepGraph, inputs_of_model
 
@@ -32,6 +34,7 @@ class Windows:
             not only for the newest row. Attention can then attend to these rows.
         placed: Whether a row also depends on its place: a `CircularPositionalEncoding` adds row 0
             to the first step of a window, and in a stream only to the first of all steps.
+        goes_on: Whether a row depends on all earlier steps, through a recurrent layer.
     """
 
     lengths: frozenset[int] = frozenset()
@@ -39,6 +42,7 @@ class Windows:
     deep: bool = False
     every_row: bool = True
     placed: bool = False
+    goes_on: bool = False
 
     @property
     def rows(self) -> bool:
@@ -67,6 +71,7 @@ class Windows:
             self.deep or other.deep,
             self.every_row and other.every_row,
             self.placed or other.placed,
+            self.goes_on or other.goes_on,
         )
 
     def delayed(self, steps: int) -> "Windows":
@@ -106,7 +111,8 @@ def _follow(graph: StepGraph, inputs: Sequence[Windows]) -> list[Windows]:
             given = [values[id(x)] for x in inputs_of_model(node)]
             return _follow(graph.inner(node), given)
         if way == "continual":
-            result = _through_node(node, values)
+            stride = max(graph.known(x).stride for x in node.input_tensors if id(x) in values)
+            result = _through_node(node, values, stride)
         else:
             result = _union(values[id(x)] for x in node.input_tensors if id(x) in values)
         return [result] * len(node.outputs)
@@ -114,17 +120,22 @@ def _follow(graph: StepGraph, inputs: Sequence[Windows]) -> list[Windows]:
     return keras.tree.flatten(graph.walk(inputs, visit))
 
 
-def _through_node(node: Node, values: dict[int, Windows]) -> Windows:
+def _through_node(node: Node, values: dict[int, Windows], stride: int) -> Windows:
     args, kwargs = node.arguments.fill_in(values)
     given = inspect.signature(node.operation.call).bind(*args, **kwargs).arguments
     inputs = _union(x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, Windows))
     attended = [x for name in ("value", "key") if isinstance(x := given.get(name), Windows)]
     causal = bool(given.get("use_causal_mask"))
-    return _through_layer(node.operation, inputs, _union(attended) if attended else inputs, causal)
+    attended = _union(attended) if attended else inputs
+    return _through_layer(node.operation, inputs, attended, causal, stride)
 
 
 def _through_layer(
-    layer: keras.layers.Layer, inputs: Windows, attended: Windows, causal: bool
+    layer: keras.layers.Layer,
+    inputs: Windows,
+    attended: Windows,
+    causal: bool,
+    stride: int = 1,
 ) -> Windows:
     """Return the `Windows` of a continual layer's output.
 
@@ -133,6 +144,7 @@ def _through_layer(
         inputs: Those of all its inputs.
         attended: Those of the steps that it attends to.
         causal: Whether it is called with a causal mask.
+        stride: How many steps of the model lie between the rows of its inputs.
     """
     if isinstance(layer, CoResidual):
         return inputs | _through_layer(layer.layer, inputs, attended, causal)
@@ -140,7 +152,17 @@ def _through_layer(
         return dataclasses.replace(inputs, placed=True)
     if isinstance(layer, CoDelay):
         return inputs.delayed(layer.delay)
-    n = layer.receptive_field
+    if isinstance(layer, CoTemporal):
+        least = inputs.least + (layer.receptive_field - 1) * stride
+        if layer.gives_one_row:
+            return inputs | Windows(frozenset({least}), every_row=False)
+        late = inputs.delayed(layer.delay * stride)
+        return dataclasses.replace(
+            inputs | late | Windows(least=least), every_row=inputs.every_row
+        )
+    if isinstance(layer, CoRecurrent) and layer.window is None:
+        return dataclasses.replace(inputs, goes_on=True)
+    n = (layer.receptive_field - 1) * stride + 1
     # In longer windows these see no more steps.
     slides = isinstance(layer, CoSiMultiHeadAttention) and n >= (layer._sliding_window or n + 1)
     if slides and layer.delay == 0 and attended.every_row:

@@ -8,7 +8,12 @@ import keras
 
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
-from continual_transformers_tf.models.convert import convert_layers, is_converted, needs_window
+from continual_transformers_tf.models.convert import (
+    convert_layers,
+    is_converted,
+    layers_of,
+    needs_window,
+)
 from continual_transformers_tf.models.lowering.continual_layers import StateOf, lower_continual
 from continual_transformers_tf.models.lowering.graph_lowering import GraphLowering
 from continual_transformers_tf.models.lowering.lowered import Lowered
@@ -185,8 +190,8 @@ def _continual(model: keras.Model, seq_len: int | None) -> tuple[keras.Model, li
     """Return (`continual_model`, a list of problems)."""
     if isinstance(model, StreamingModel):
         return model.model, []
-    layers = model._flatten_layers()
-    if not any(is_converted(layer) for layer in layers):
+    layers = list(layers_of(model))
+    if not any(map(is_converted, layers)):
         return model, []
     attention = {"seq_len": _window(model, seq_len) if any(map(needs_window, layers)) else None}
     return convert_layers(model, attention, also_continual=False)
