@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from continual_transformers_tf import models as models
     from continual_transformers_tf import ops, serving
     from continual_transformers_tf.layers import (
+        ALiBi,
         CircularPositionalEncoding,
         CleanState,
         CoDelay,
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
         CoReTransformerEncoder,
         CoSiMultiHeadAttention,
         CoSiTransformerEncoder,
+        RelativePositionBias,
+        Rotary,
         TransformerEncoder,
         call_mode,
         clean_state,
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "ALiBi",
     "CircularPositionalEncoding",
     "CleanState",
     "CoDelay",
@@ -49,6 +53,8 @@ __all__ = [
     "CoResidual",
     "CoSiMultiHeadAttention",
     "CoSiTransformerEncoder",
+    "RelativePositionBias",
+    "Rotary",
     "Session",
     "StreamingModel",
     "TransformerEncoder",

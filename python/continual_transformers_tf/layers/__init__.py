@@ -16,9 +16,12 @@ from continual_transformers_tf.layers.model_streams import (
     ensure_streams,
     hold_streams,
 )
+from continual_transformers_tf.layers.position_bias import ALiBi, RelativePositionBias
+from continual_transformers_tf.layers.rotary import Rotary
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
 
 __all__ = [
+    "ALiBi",
     "CircularPositionalEncoding",
     "CleanState",
     "CoDelay",
@@ -27,6 +30,8 @@ __all__ = [
     "CoResidual",
     "CoSiMultiHeadAttention",
     "CoSiTransformerEncoder",
+    "RelativePositionBias",
+    "Rotary",
     "TransformerEncoder",
     "call_mode",
     "clean_state",
