@@ -65,6 +65,7 @@ SESSION_HEADERS = [
     "session/one_query_instruction.h",
     "session/retroactive_instruction.h",
     "session/ring_instructions.h",
+    "session/rotary_instructions.h",
     "session/row_instructions.h",
     "session/session.h",
     "session/state_layout.h",

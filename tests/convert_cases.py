@@ -153,9 +153,6 @@ CANNOT = {
     "a mask of windows": (
         lambda x: attention("veiled")(x, x, attention_mask=np.ones((1, N, N), bool)), "veiled"
     ),
-    "grouped queries": (
-        lambda x: keras.layers.GroupQueryAttention(4, 2, 1, name="grouped")(x, x), "grouped"
-    ),
     "no attention": (lambda x: keras.layers.Dense(2)(x), "no layer of"),
     "other axes": (
         lambda x: attention("squares", attention_axes=(1, 2))(x[:, :, None], x[:, :, None]),

@@ -238,6 +238,40 @@ CO_SI = {
 }
 for name, options in CO_SI.items():
     case(lambda options=options: built(co_si(**options), E), name=f"co_si_{name}")
+# What attention of today has.
+MODERN = {
+    "grouped": dict(num_heads=4, num_key_value_heads=2),
+    "multi_query_gate": dict(num_heads=3, num_key_value_heads=1, use_gate=True, value_dim=5),
+    "rotary": dict(key_dim=4, rotary=dict()),
+    "rotary_older_query": dict(rotary=dict(size=2, interleaved=True), query_index=1),
+    "norms": dict(query_key_norm=True, norm_epsilon=1e-3),
+    "soft_cap": dict(logit_soft_cap=0.8),
+    "alibi": dict(position_bias=ct.ALiBi),
+    "buckets": dict(
+        position_bias=lambda: ct.RelativePositionBias(8, 6, bidirectional=True), query_index=-3
+    ),
+    "buckets_sliding": dict(
+        position_bias=lambda: ct.RelativePositionBias(4, 3), sliding_window=2
+    ),
+    "sinks": dict(use_sinks=True, query_index=-2),
+    "everything": dict(
+        num_heads=4, num_key_value_heads=2, key_dim=6, value_dim=5, use_gate=True, query_index=-2,
+        rotary=dict(size=4, scaling_factor=2.0), query_key_norm=True, logit_soft_cap=2.0,
+        position_bias=lambda: ct.RelativePositionBias(6, 5, bidirectional=True), use_sinks=True,
+    ),
+}  # fmt: skip
+
+
+def modern(rotary=None, position_bias=None, **options):
+    return co_si(
+        rotary=None if rotary is None else ct.Rotary(**rotary),
+        position_bias=position_bias and position_bias(),
+        **options,
+    )
+
+
+for name, options in MODERN.items():
+    case(lambda options=options: built(modern(**options), E), name=f"co_si_{name}")
 CO_RE = {
     "gate": dict(use_gate=True, value_dim=5),
     "no_bias": dict(use_bias=False),

@@ -281,34 +281,72 @@ def recurrent(context, weights, x, function, activation, gate, goes_on, first):
     return np.array(outputs).reshape(context.shape)
 
 
-def attend(query, keys, values, allowed, heads, scale):
-    """Attend: query [H * D], keys [n, H * D], values [n, H * Dv], allowed bool [n] -> [H * Dv]."""
+def attend(
+    query, keys, values, allowed, heads, scale, key_heads=None, soft_cap=None, bias=None, sink=None
+):
+    """Attend: query [H * D], keys [n, Hk * D], values [n, Hk * Dv], allowed bool [n] -> [H * Dv].
+
+    The bias is [H, n], the sink [H].
+    """
+    key_heads = key_heads or heads
     if not allowed.any():
-        return np.zeros(values.shape[1])
+        return np.zeros(values.shape[1] // key_heads * heads)
     keys, values = keys[allowed], values[allowed]
     outputs = []
     for h in range(heads):
-        q, k, v = (np.split(x, heads, axis=-1)[h] for x in (query, keys, values))
+        q = np.split(query, heads)[h]
+        k, v = (np.split(x, key_heads, axis=-1)[h * key_heads // heads] for x in (keys, values))
         logits = scale * (k @ q)
-        weights = np.exp(logits - logits.max())
-        outputs.append(weights @ v / weights.sum())
+        if soft_cap is not None:
+            logits = soft_cap * np.tanh(logits / soft_cap)
+        if bias is not None:
+            logits = logits + bias[h, allowed]
+        highest = logits.max() if sink is None else max(logits.max(), sink[h])
+        weights = np.exp(logits - highest)
+        total = weights.sum() + (0 if sink is None else np.exp(sink[h] - highest))
+        outputs.append(weights @ v / total)
     return np.concatenate(outputs)
 
 
 @op
+def rotary_angles(context, weights):
+    # Python's integers have no limit.
+    turns = [context.position * int(t) % 2**64 / 2**64 for t in weights["turns"]]
+    angles = 2 * np.pi * np.array(turns)
+    return np.stack([np.cos(angles), np.sin(angles)])
+
+
+@op
+def rotary(context, weights, x, angles, interleaved):
+    y, pairs = x.copy(), angles.shape[1]
+    for i in range(pairs):
+        a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + pairs)
+        cos, sin = angles[:, i]
+        y[..., a] = x[..., a] * cos - x[..., b] * sin
+        y[..., b] = x[..., b] * cos + x[..., a] * sin
+    return y
+
+
+@op
 def attention(
-    context, weights, query, key, value, heads, window, first_column, end_column, query_delay, scale
-):
+    context, weights, query, key, value, heads, window, first_column, end_column, query_delay,
+    scale, key_heads=None, soft_cap=None,
+):  # fmt: skip
     taken = context.remember((key, value, context.has_key))
+    nothing = np.zeros(len(value) // (key_heads or heads) * heads)
     if context.position < query_delay or not context.masks.get("query", True):
-        return np.zeros_like(value)
+        return nothing
     # Column c of the window is the step taken window - 1 - c steps ago.
     seen = [(c, len(taken) - window + c) for c in range(first_column, end_column)]
+    columns = [c for c, i in seen if i >= 0]
     seen = [taken[i] for c, i in seen if i >= 0]
     if not seen:
-        return np.zeros_like(value)
+        return nothing
     keys, values, allowed = (np.stack([s[i] for s in seen]) for i in range(3))
-    return attend(query, keys, values, allowed, heads, scale)
+    bias = weights["bias"][:, columns] if "bias" in weights else None
+    return attend(
+        query, keys, values, allowed, heads, scale, key_heads, soft_cap, bias, weights.get("sink")
+    )
 
 
 @op

@@ -21,7 +21,8 @@ DATA = Path(__file__).parent / "data"
 # Together, these cases have every kind of state.
 NAMES = [
     "co_si_window_1", "co_si_window_3", "co_si_gate", "co_si_first_query", "co_si_second_query",
-    "co_re_window_1", "co_re_window_3", "co_re_gate", "co_re_sliding_window_gate",
+    "co_si_multi_query_gate", "co_si_everything", "co_re_window_1", "co_re_window_3", "co_re_gate",
+    "co_re_sliding_window_gate",
     "co_si_encoder_plain", "co_re_encoder_norm_first", "stack_single_output_3",
     "stack_retroactive_3", "positions_learned", "positions_sinusoidal", "delay_matrix",
     "delay_bool", "delay_at_once", "residual_delayed", "residual_of_residual", "demo",

@@ -55,12 +55,17 @@ def test_every_layer_that_cannot_be_lowered_is_named_at_once():
 
 
 def test_what_conversion_refuses_is_listed_with_the_rest():
+    class Own(kl.GroupQueryAttention):
+        def _masked_softmax(self, scores, attention_mask=None):
+            return scores
+
     x = keras.Input((N, E))
-    y = kl.GroupQueryAttention(3, 2, 1, name="grouped")(x, x)
+    y = Own(3, 2, 1, name="own")(x, x)
     z = kl.MultiHeadAttention(H, D)(x, x)[:, -1]
     lines = refused(keras.Model(x, [y, kl.LSTM(2, name="memory")(ops.expand_dims(z, 1))]))
     assert any(
-        line.startswith("- grouped (GroupedQueryAttention) has no continual") for line in lines
+        line.startswith("- own (Own) cannot be converted: Expected the _masked_softmax of keras.")
+        for line in lines
     )
     assert any(line.startswith("- memory (LSTM) is a layer") for line in lines)
 

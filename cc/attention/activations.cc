@@ -37,27 +37,6 @@ HWY_INLINE V SigmoidOf(D d, V x) {
   return hn::Div(hn::IfThenElse(hn::Lt(x, hn::Zero(d)), e, one), hn::Add(one, e));
 }
 
-// Uses exponentials where they do not cancel. Near 0 it uses the first terms of the series; the
-// next term would be less than 1e-8 of the result in float and 1e-16 in double.
-template <class D, class V = hn::Vec<D>>
-HWY_INLINE V TanhOf(D d, V x) {
-  using T = hn::TFromD<D>;
-  const auto set = [d](double v) HWY_ATTR { return hn::Set(d, static_cast<T>(v)); };
-  const V a = hn::Abs(x), one = set(1);
-  const V e = ExpOfNonPositive(d, hn::Mul(set(-2), a));
-  const V far = hn::Div(hn::Sub(one, e), hn::Add(one, e));
-  const V square = hn::Mul(x, x);
-  constexpr double kTerms[] = {
-      -1.0 / 3,         2.0 / 15,          -17.0 / 315,           62.0 / 2835,
-      -1382.0 / 155925, 21844.0 / 6081075, -929569.0 / 638512875, 6404582.0 / 10854718875.0};
-  constexpr int kCount = sizeof(T) == 4 ? 5 : 8;
-  V p = set(kTerms[kCount - 1]);
-  for (int i = kCount - 2; i >= 0; --i) p = hn::MulAdd(p, square, set(kTerms[i]));
-  const V near = hn::MulAdd(hn::Mul(p, square), a, a);
-  const V result = hn::IfThenElse(hn::Lt(a, set(sizeof(T) == 4 ? 0.25 : 0.12)), near, far);
-  return hn::CopySign(result, x);
-}
-
 // x P(Z <= x) for a standard normal Z (Hendrycks & Gimpel 2016, arXiv 1606.08415).
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE V GeluOf(D d, V x) {

@@ -39,6 +39,7 @@ class RingPass {
       column += span.rows;
     }
     if constexpr (kScaled) ScaleBy(p_.key_scale);
+    if (p_.soft_cap != T(0)) Cap();
     if (p_.bias != nullptr) AddBias();
     if (p_.key_mask != nullptr) Mask();
     Softmax();
@@ -169,6 +170,18 @@ class RingPass {
         for (; i < span.rows; ++i) x[i] *= factor[i];
       }
       column += span.rows;
+    }
+  }
+
+  void Cap() const {
+    const D d;
+    const V cap = hn::Set(d, p_.soft_cap), inverse = hn::Set(d, T(1) / p_.soft_cap);
+    for (int64_t h = begin_; h < end_; ++h) {
+      T* HWY_RESTRICT x = LogitsOf(h);
+      // The last vector may end beyond the rows, where there is room.
+      for (int64_t i = 0; i < rows_; i += kLanes) {
+        hn::StoreU(hn::Mul(cap, TanhOf(d, hn::Mul(inverse, hn::LoadU(d, x + i)))), d, x + i);
+      }
     }
   }
 

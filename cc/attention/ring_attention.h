@@ -28,7 +28,10 @@ struct RingAttentionParams {
   RingSpans spans;  // the rows that are attended to
   T* output;        // [H, Dv]
 
-  // Added to the scaled logits: [H, bias_rows], and that of row r at (r + bias_first) mod
+  // The bound c of c * tanh(logit / c), which replaces a scaled logit; 0: none.
+  T soft_cap;
+
+  // Added to the logits after that: [H, bias_rows], and that of row r at (r + bias_first) mod
   // bias_rows. Null: none.
   const T* bias;
   int64_t bias_rows, bias_first;

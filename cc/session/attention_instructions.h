@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "cc/attention/elementwise.h"
 #include "cc/attention/online_softmax.h"
@@ -21,9 +23,10 @@ namespace continual_transformers {
 struct AttentionSpec {
   int query, key, value, output;
   int key_mask = -1, query_mask = -1;  // plan values, bool [1]; -1: none
-  int64_t heads, window, key_dim, value_dim;
+  int64_t heads, key_heads, window, key_dim, value_dim;
   int64_t first_column, end_column, query_delay;
   double scale;
+  double soft_cap = 0;  // 0: none
   int64_t key_ring, value_ring, mask_ring;
   int64_t key_scales = -1, value_scales = -1;  // of rings in int8
   int64_t threads = 1;                         // that may share a step
@@ -38,10 +41,15 @@ inline bool HasKey(const Frame& frame, int mask, int64_t r) {
 template <typename T, typename C>
 class AttentionInstruction : public Instruction {
  public:
-  explicit AttentionInstruction(const AttentionSpec& spec)
+  // `bias` [H, N] is that of the columns of the window, and `sink` [H] has the logits of a step
+  // without a value, which every query attends to. Both may be empty.
+  AttentionInstruction(const AttentionSpec& spec, std::vector<T> bias, std::vector<T> sink)
       : s_(spec),
-        key_size_(spec.heads * spec.key_dim),
-        value_size_(spec.heads * spec.value_dim),
+        bias_(std::move(bias)),
+        sink_(std::move(sink)),
+        key_size_(spec.key_heads * spec.key_dim),
+        value_size_(spec.key_heads * spec.value_dim),
+        output_size_(spec.heads * spec.value_dim),
         // With more streams than this, a ring is no longer in a near cache when its turn comes, so
         // it is prefetched.
         streams_near_(std::max<int64_t>(1, kNearBytes / RingBytes())) {}
@@ -63,7 +71,7 @@ class AttentionInstruction : public Instruction {
     const int64_t parts = std::max<int64_t>(1, std::min(s_.threads, s_.window / kLeastRowsOfPart));
     // A part of n rows has RingAttentionLogits(n) <= n + 31, and parts may differ by one row.
     const int64_t logits = s_.heads * (s_.window + 32 * parts);
-    const int64_t numbers = logits + parts * value_size_;
+    const int64_t numbers = logits + parts * output_size_;
     return numbers * static_cast<int64_t>(sizeof(T)) +
            parts * s_.heads * static_cast<int64_t>(sizeof(OnlineSoftmax<T>));
   }
@@ -99,18 +107,18 @@ class AttentionInstruction : public Instruction {
     Put(has_key, frame.Rows<T>(s_.value) + r * value_size_, value_size_, values + row * value_size_,
         value_scale + row);
 
-    T* output = frame.Rows<T>(s_.output) + r * value_size_;
+    T* output = frame.Rows<T>(s_.output) + r * output_size_;
     const bool asks =
         position >= s_.query_delay && (s_.query_mask < 0 || frame.Rows<bool>(s_.query_mask)[r]);
     const RingSpans spans = Spans(position);
     if (!asks || spans.before_wrap.rows == 0) {
-      std::fill_n(output, value_size_, T(0));
+      std::fill_n(output, output_size_, T(0));
       return;
     }
     const bool masked =
         std::memchr(mask, 0, static_cast<size_t>(std::min(position + 1, n))) != nullptr;
     RingAttentionParams<T, C> p;
-    p.query = frame.Rows<T>(s_.query) + r * key_size_;
+    p.query = frame.Rows<T>(s_.query) + r * s_.heads * s_.key_dim;
     p.key = keys;
     p.key_stride = key_size_;
     p.value = values;
@@ -121,8 +129,12 @@ class AttentionInstruction : public Instruction {
     p.spans = spans;
     p.output = output;
     p.softmax = nullptr;
-    p.bias = nullptr;
-    p.heads = p.key_heads = s_.heads;
+    p.soft_cap = static_cast<T>(s_.soft_cap);
+    p.bias = bias_.empty() ? nullptr : bias_.data();
+    p.bias_rows = n;
+    p.bias_first = n - 1 - row;  // The newest step is the last column.
+    p.heads = s_.heads;
+    p.key_heads = s_.key_heads;
     p.key_dim = s_.key_dim;
     p.value_dim = s_.value_dim;
     p.scale = static_cast<T>(s_.scale);
@@ -134,8 +146,19 @@ class AttentionInstruction : public Instruction {
         frame.pool == nullptr ? 1 : std::min(frame.pool->threads(), rows / kLeastRowsOfPart);
     if (parts > 1 && Cycles(1) >= kCyclesWorthThreads) {
       AttendInParts(frame.pool, parts, rows, p);
-    } else {
-      RingAttention(p, 0, s_.heads);
+      return;
+    }
+    if (!sink_.empty()) {
+      p.softmax =
+          reinterpret_cast<OnlineSoftmax<T>*>(p.logits + s_.heads * RingAttentionLogits(rows));
+    }
+    RingAttention(p, 0, s_.heads);
+    for (size_t h = 0; h < sink_.size(); ++h) {
+      OnlineSoftmax<T> whole = p.softmax[h];
+      const T sum = whole.denominator;  // The output is divided by it.
+      const T factor = whole.Merge({sink_[h], T(1)}).own * sum * whole.Normalizer();
+      T* const y = output + h * s_.value_dim;
+      for (int64_t i = 0; i < s_.value_dim; ++i) y[i] *= factor;
     }
   }
 
@@ -145,12 +168,12 @@ class AttentionInstruction : public Instruction {
                      const RingAttentionParams<T, C>& p) const {
     const int64_t most = (rows + parts - 1) / parts;
     T* const outputs = p.logits + parts * s_.heads * RingAttentionLogits(most);
-    auto* const softmax = reinterpret_cast<OnlineSoftmax<T>*>(outputs + parts * value_size_);
+    auto* const softmax = reinterpret_cast<OnlineSoftmax<T>*>(outputs + parts * output_size_);
     pool->Share(parts, [&](int64_t part, int64_t) {
       RingAttentionParams<T, C> one = p;
       one.spans = PartOf(p.spans, part * rows / parts, (part + 1) * rows / parts);
       one.logits += part * s_.heads * RingAttentionLogits(most);
-      one.output = outputs + part * value_size_;
+      one.output = outputs + part * output_size_;
       one.softmax = softmax + part * s_.heads;
       RingAttention(one, 0, s_.heads);
     });
@@ -162,11 +185,12 @@ class AttentionInstruction : public Instruction {
         const OnlineSoftmax<T>& of_part = softmax[part * s_.heads + h];
         auto factors = whole.Merge(of_part);
         factors.others *= of_part.denominator;  // Its outputs are normalized.
-        const T* const x = outputs + part * value_size_ + h * s_.value_dim;
+        const T* const x = outputs + part * output_size_ + h * s_.value_dim;
         for (int64_t i = 0; i < s_.value_dim; ++i)
           y[i] = y[i] * factors.own + x[i] * factors.others;
       }
-      const T normalizer = whole.Normalizer();
+      const T own = sink_.empty() ? T(1) : whole.Merge({sink_[h], T(1)}).own;
+      const T normalizer = own * whole.Normalizer();
       for (int64_t i = 0; i < s_.value_dim; ++i) y[i] *= normalizer;
     }
   }
@@ -198,7 +222,9 @@ class AttentionInstruction : public Instruction {
   }
 
   const AttentionSpec s_;
-  const int64_t key_size_, value_size_, streams_near_;
+  const std::vector<T> bias_, sink_;
+  const int64_t key_size_, value_size_;  // Of a row of the rings.
+  const int64_t output_size_, streams_near_;
 };
 
 // Attention among the rows of a window in the arena: `query` [Nq, H * D], `key` [N, H * D], `value`
@@ -244,6 +270,7 @@ class WindowAttentionInstruction : public Instruction {
     p.key_scale = p.value_scale = nullptr;
     p.key_mask = nullptr;
     p.softmax = nullptr;
+    p.soft_cap = 0;
     p.bias = nullptr;
     p.heads = p.key_heads = s_.heads;
     p.key_dim = s_.key_dim;

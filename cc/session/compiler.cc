@@ -23,6 +23,7 @@
 #include "cc/session/one_query_instruction.h"
 #include "cc/session/recurrent_instruction.h"
 #include "cc/session/retroactive_instruction.h"
+#include "cc/session/rotary_instructions.h"
 #include "cc/session/ring_instructions.h"
 #include "cc/session/row_instructions.h"
 #include "cc/session/state_layout.h"
@@ -315,6 +316,10 @@ class Compiler {
         return MakePositional<T>(Kept(Weights(node, "rows")), start, Offset(i, "offset"), In(node),
                                  output, size);
       }
+      case Op::kRotaryAngles:
+        return RotaryAngles(node);
+      case Op::kRotary:
+        return Rotary(node);
       case Op::kDelay:
         return MakeDelay(node.Int("steps"), Offset(i, "ring"), In(node), output,
                          size * SizeOf(ValueOf(output).dtype));
@@ -722,6 +727,19 @@ class Compiler {
         before ? columns(2 * units, units) : PackedKernel<T, W>(), Weights(node, "bias"));
   }
 
+  std::unique_ptr<Instruction> RotaryAngles(const Node& node) {
+    std::vector<int64_t> turns = ElementsOf<int64_t>(file_.tensor(node.weights.at("turns")));
+    other_weights_ += static_cast<int64_t>(turns.size() * sizeof(int64_t));
+    return MakeRotaryAngles<T>(std::move(turns), Out(node));
+  }
+
+  std::unique_ptr<Instruction> Rotary(const Node& node) const {
+    const int x = In(node, 0), angles = In(node, 1);
+    const int64_t size = ValueOf(node.inputs[0]).shape.back();
+    return MakeRotary<T>(node.Bool("interleaved"), x, angles, Out(node), Size(x) / size, size,
+                         Size(angles) / 2);
+  }
+
   std::unique_ptr<Instruction> Attention(int i) {
     const Node& node = plan_.nodes[i];
     AttentionSpec spec;
@@ -732,13 +750,15 @@ class Compiler {
     spec.key_mask = MaskOf(node, "key");
     spec.query_mask = MaskOf(node, "query");
     spec.heads = node.Int("heads");
+    spec.key_heads = node.Int("key_heads", spec.heads);
     spec.window = node.Int("window");
-    spec.key_dim = Size(spec.key) / spec.heads;
-    spec.value_dim = Size(spec.value) / spec.heads;
+    spec.key_dim = Size(spec.key) / spec.key_heads;
+    spec.value_dim = Size(spec.value) / spec.key_heads;
     spec.first_column = node.Int("first_column");
     spec.end_column = node.Int("end_column");
     spec.query_delay = node.Int("query_delay");
     spec.scale = node.Number("scale");
+    spec.soft_cap = node.Number("soft_cap", 0);
     spec.threads = options_.threads;
     spec.key_ring = Offset(i, "key");
     spec.value_ring = Offset(i, "value");
@@ -747,10 +767,11 @@ class Compiler {
       spec.key_scales = Offset(i, "key_scale");
       spec.value_scales = Offset(i, "value_scale");
     }
-#define TRY(U, C)                                                \
-  if constexpr (std::is_same_v<T, U>) {                          \
-    if (options_.cache_dtype == kDType<C>)                       \
-      return std::make_unique<AttentionInstruction<T, C>>(spec); \
+#define TRY(U, C)                                                                              \
+  if constexpr (std::is_same_v<T, U>) {                                                        \
+    if (options_.cache_dtype == kDType<C>)                                                     \
+      return std::make_unique<AttentionInstruction<T, C>>(spec, Kept(Weights(node, "bias")),   \
+                                                          Kept(Weights(node, "sink")));        \
   }
     CONTINUAL_TRANSFORMERS_FOR_RING_TYPES(TRY)
 #undef TRY

@@ -367,6 +367,8 @@ class PlanParser {
   void ParseAttribute(ObjectReader* reader, const AttributeEntry& entry, Node* node) {
     using Type = AttributeEntry::Type;
     const char* name = entry.name.c_str();
+    // One that is left out is not in the fingerprint, which older plans of the op then keep.
+    if (!entry.needed && reader->Find(name) == nullptr) return;
     Attribute& attribute = node->attributes[entry.name];
     if (entry.type == Type::kWhole) {
       attribute = reader->Whole(name, entry.least, entry.most);
@@ -548,6 +550,14 @@ const char* NameOf(Op op) {
 int64_t Node::Int(const std::string& attribute) const { return Get<int64_t>(*this, attribute); }
 
 double Node::Number(const std::string& attribute) const { return Get<double>(*this, attribute); }
+
+int64_t Node::Int(const std::string& attribute, int64_t otherwise) const {
+  return IsNull(attribute) ? otherwise : Int(attribute);
+}
+
+double Node::Number(const std::string& attribute, double otherwise) const {
+  return IsNull(attribute) ? otherwise : Number(attribute);
+}
 
 bool Node::Bool(const std::string& attribute) const { return Get<bool>(*this, attribute); }
 

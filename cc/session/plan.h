@@ -50,6 +50,8 @@ enum class Op {
   kMasked,
   kMaskAnd,
   kPositional,
+  kRotaryAngles,
+  kRotary,
   kDelay,
   kWindow,
   kZeroUntaken,
@@ -85,6 +87,9 @@ struct Node {
   // ParsePlan has checked that the attributes of the op exist and have the right type.
   int64_t Int(const std::string& attribute) const;
   double Number(const std::string& attribute) const;  // integer or not
+  // The same for an attribute that may be left out.
+  int64_t Int(const std::string& attribute, int64_t otherwise) const;
+  double Number(const std::string& attribute, double otherwise) const;
   bool Bool(const std::string& attribute) const;
   const std::string& Text(const std::string& attribute) const;
   const std::vector<int64_t>& Ints(const std::string& attribute) const;

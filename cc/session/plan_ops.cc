@@ -173,6 +173,22 @@ void CheckPositional(const NodeCheck& node) {
   }
 }
 
+void CheckRotaryAngles(const NodeCheck& node) {
+  node.ExpectOutput({2, RowsOf(*node.weight("turns"))});
+  node.ExpectWeight("turns", {node.output().shape[1]});
+}
+
+void CheckRotary(const NodeCheck& node) {
+  node.ExpectSomeAxes(0);
+  CheckSameShape(node);
+  node.ExpectAxes(1, 2);
+  node.ExpectInput(1, {2, node.input(1).shape[1]});
+  const int64_t pairs = node.input(1).shape[1], size = node.input(0).shape.back();
+  if (2 * pairs > size) {
+    node.Fail("turns " + Number(pairs) + " pairs of heads of " + Number(size) + " elements");
+  }
+}
+
 void CheckWindow(const NodeCheck& node) {
   node.ExpectOutput(WithFirst(node.node().Int("window"), node.input(0).shape));
 }
@@ -191,15 +207,17 @@ void CheckPresent(const NodeCheck& node) {
 // Checks that the last axis of each input divides into heads of equal size, and that queries and
 // keys have the same size.
 void CheckHeads(const NodeCheck& node) {
-  const int64_t heads = node.node().Int("heads");
+  const int64_t query_heads = node.node().Int("heads");
+  const int64_t key_heads = node.node().Int("key_heads", query_heads);
   static const char* const names[] = {"query", "key", "value"};
   for (size_t i = 0; i < 3; ++i) {
+    const int64_t heads = i == 0 ? query_heads : key_heads;
     if (node.input(i).shape.back() % heads != 0) {
       node.Fail("has " + Number(heads) + " heads, which do not divide the " + names[i] + "'s " +
                 Number(node.input(i).shape.back()) + " elements");
     }
   }
-  if (node.input(0).shape.back() != node.input(1).shape.back()) {
+  if (node.input(0).shape.back() / query_heads != node.input(1).shape.back() / key_heads) {
     node.Fail("has a query of " + Number(node.input(0).shape.back()) + " elements and a key of " +
               Number(node.input(1).shape.back()));
   }
@@ -208,7 +226,15 @@ void CheckHeads(const NodeCheck& node) {
 void CheckAttention(const NodeCheck& node) {
   for (size_t i = 0; i < 3; ++i) node.ExpectAxes(i, 1);
   CheckHeads(node);
-  node.ExpectOutput(node.input(2).shape);
+  const int64_t heads = node.node().Int("heads"), key_heads = node.node().Int("key_heads", heads);
+  if (heads % key_heads != 0) {
+    node.Fail("has " + Number(heads) + " heads of queries and " + Number(key_heads) +
+              " of keys, which do not divide them");
+  }
+  node.ExpectOutput({node.input(2).shape[0] / key_heads * heads});
+  if (node.node().Number("soft_cap", 1) == 0) node.Fail("has a soft_cap of 0");
+  node.ExpectWeight("bias", {heads, node.node().Int("window")});
+  node.ExpectWeight("sink", {heads});
   const int64_t window = node.node().Int("window");
   const int64_t first = node.node().Int("first_column"), end = node.node().Int("end_column");
   if (first >= end || end > window) {
@@ -425,6 +451,15 @@ std::vector<OpEntry> MakeEntries() {
        {},
        CheckPositional,
        [](const NodeCheck&) { return 8.0; }},
+      {Op::kRotaryAngles,
+       "rotary_angles",
+       {},
+       kF,
+       {{"turns", Weight::Kind::kInt64}},
+       {},
+       {},
+       CheckRotaryAngles},
+      {Op::kRotary, "rotary", {F, F}, kF, {}, {}, {A::Bool("interleaved")}, CheckRotary},
       {Op::kDelay,
        "delay",
        {kAny},
@@ -459,10 +494,12 @@ std::vector<OpEntry> MakeEntries() {
        "attention",
        {F, F, F},
        kF,
+       {{"bias", compute, false}, {"sink", compute, false}},
        {},
-       {},
-       and_more(attention, {A::Whole("first_column", 0), A::Whole("end_column", 1),
-                            A::Whole("query_delay", 0)}),
+       and_more(attention,
+                {A::Whole("first_column", 0), A::Whole("end_column", 1),
+                 A::Whole("query_delay", 0), A::Optional(A::Whole("key_heads", 1)),
+                 A::Optional(A::Number("soft_cap", 0))}),
        CheckAttention,
        AttentionStateBytes,
        {"key", "query"}},
@@ -519,6 +556,10 @@ AttributeEntry AttributeEntry::Choice(std::string name, std::vector<std::string>
 }
 AttributeEntry AttributeEntry::Wholes(std::string name) {
   return {std::move(name), Type::kWholes, 0, 0, 0, {}};
+}
+AttributeEntry AttributeEntry::Optional(AttributeEntry entry) {
+  entry.needed = false;
+  return entry;
 }
 
 const std::vector<OpEntry>& OpEntries() {

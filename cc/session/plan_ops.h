@@ -27,6 +27,7 @@ struct AttributeEntry {
   int64_t least = 0, most = 0;
   double number_least = 0;
   std::vector<std::string> choices;
+  bool needed = true;  // false: it may be left out, and is then not in the fingerprint
 
   static AttributeEntry Whole(std::string name, int64_t least, int64_t most = kMostElements);
   static AttributeEntry Number(std::string name,
@@ -35,6 +36,7 @@ struct AttributeEntry {
   static AttributeEntry Bool(std::string name);
   static AttributeEntry Choice(std::string name, std::vector<std::string> choices);
   static AttributeEntry Wholes(std::string name);
+  static AttributeEntry Optional(AttributeEntry entry);
 };
 
 // One function of an op, and the attributes that only this function has.

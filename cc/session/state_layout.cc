@@ -80,7 +80,8 @@ StateLayout LayOut(const Plan& plan, DType cache_dtype) {
       }
       case Op::kAttention:
       case Op::kRetroactiveAttention: {
-        const int64_t rows = node.Int("window"), heads = node.Int("heads");
+        const int64_t rows = node.Int("window");
+        const int64_t heads = node.Int("key_heads", node.Int("heads"));  // Of the rings.
         const int64_t key_dim = plan.values[node.inputs[1]].size / heads;
         const int64_t value_dim = plan.values[node.inputs[2]].size / heads;
         if (node.op == Op::kAttention) {

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from continual_transformers_tf import models as models
     from continual_transformers_tf import ops, serving
     from continual_transformers_tf.layers import (
+        ALiBi,
         CircularPositionalEncoding,
         CleanState,
         CoDelay,
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
         CoSiMultiHeadAttention,
         CoSiTransformerEncoder,
         CoTemporal,
+        RelativePositionBias,
+        Rotary,
         TransformerEncoder,
         call_mode,
         clean_state,
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "ALiBi",
     "CircularPositionalEncoding",
     "CleanState",
     "CoDelay",
@@ -53,6 +57,8 @@ __all__ = [
     "CoSiMultiHeadAttention",
     "CoSiTransformerEncoder",
     "CoTemporal",
+    "RelativePositionBias",
+    "Rotary",
     "Session",
     "StreamingModel",
     "TransformerEncoder",

@@ -18,9 +18,12 @@ from continual_transformers_tf.layers.model_streams import (
     ensure_streams,
     hold_streams,
 )
+from continual_transformers_tf.layers.position_bias import ALiBi, RelativePositionBias
+from continual_transformers_tf.layers.rotary import Rotary
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
 
 __all__ = [
+    "ALiBi",
     "CircularPositionalEncoding",
     "CleanState",
     "CoDelay",
@@ -31,6 +34,8 @@ __all__ = [
     "CoSiMultiHeadAttention",
     "CoSiTransformerEncoder",
     "CoTemporal",
+    "RelativePositionBias",
+    "Rotary",
     "TransformerEncoder",
     "call_mode",
     "clean_state",

@@ -1,8 +1,10 @@
 """Continual single-output multi-head attention."""
 
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf._keras_registration import registered
@@ -15,14 +17,20 @@ from continual_transformers_tf.layers.inputs import (
     without_keras_mask,
 )
 from continual_transformers_tf.layers.narrow_kernels import NarrowKernels
-from continual_transformers_tf.layers.plain_layers import cast, project
+from continual_transformers_tf.layers.plain_layers import cast, project, rms_norm
+from continual_transformers_tf.layers.position_bias import PositionBias, position_bias_of
+from continual_transformers_tf.layers.rotary import Rotary, rotary_of
 from continual_transformers_tf.layers.streaming_attention import StepMasks, StreamingAttention
 from continual_transformers_tf.ops.attention_cache import AttentionCache
 from continual_transformers_tf.ops.delay import delayed_steps, put_steps
 from continual_transformers_tf.ops.layer_step import MHA_STEP
 from continual_transformers_tf.ops.single_output import attend_steps, put_window
+from continual_transformers_tf.ops.single_output_twin import LogitTerms
 from continual_transformers_tf.ops.step import Step
 from continual_transformers_tf.ops.stream_state import check_integer
+
+# The arguments of `keras.layers.GroupQueryAttention` that have other names here.
+GROUPED_NAMES = {"head_dim": "key_dim", "num_query_heads": "num_heads"}
 
 
 @registered
@@ -67,7 +75,26 @@ class CoSiMultiHeadAttention(FusedStepLayer, StreamingAttention):
             new copy too. With projections of order one, outputs moved by at most 0.23 %
             (`tests/test_co_si_mha_step.py` holds 0.4 %).
         call_mode: What calling the layer does: "regular", "step" or "steps".
+        num_key_value_heads: Hk, the number of heads of keys and values, a divisor of `num_heads`:
+            num_heads / Hk successive queries share them, as in `keras.layers.GroupQueryAttention`,
+            whose weights these then are, in the same order. None: num_heads.
+        rotary: A `ct.Rotary`, by which queries and keys are turned by the numbers of their steps.
+            In a regular call these are the places in the window, which gives the same. None: none.
+        query_key_norm: Whether each head's queries and keys are normalized by an
+            `RMSNormalization` of their own, before they are turned.
+        norm_epsilon: The epsilon of these norms.
+        logit_soft_cap: The bound c of c * tanh(logit / c), which replaces each scaled logit, as in
+            Gemma 2. None: none.
+        position_bias: A `ct.ALiBi` or a `ct.RelativePositionBias`: what is added to a logit by how
+            many steps lie between query and key. None: nothing.
+        use_sinks: Whether each head has a learned logit that only adds to the sum of its softmax,
+            as in gpt-oss. A head can then attend to nothing.
         **kwargs: `name`, `dtype` and other arguments of `keras.layers.Layer`.
+
+    A `ct.Session` takes all of these in its own kernels. In TensorFlow, a step with any of the
+    arguments from `num_key_value_heads` on is several ops. With `rotary` and `query_key_norm` only,
+    one of them is the fused attention; with any other they are all plain TensorFlow. The weights
+    of such arguments come after those of Keras, in the order of the arguments.
 
     Call arguments:
         As in `keras.layers.MultiHeadAttention`, but `value` may be left out for self-attention. For
@@ -78,11 +105,14 @@ class CoSiMultiHeadAttention(FusedStepLayer, StreamingAttention):
 
     Raises:
         ValueError: At construction, if a size is not a positive integer, `attention_axes` is not
-            time, `query_index` is outside the window, or `warm_up`, `cache_dtype` or `call_mode` is
-            none of those above.
+            time, `query_index` is outside the window, or another argument is none of those above.
     """
 
     _fused_op = MHA_STEP
+    _regular_kinds: ClassVar = {
+        **StreamingAttention._regular_kinds,
+        keras.layers.GroupQueryAttention: "GroupQueryAttention",
+    }
 
     def __init__(
         self,
@@ -112,6 +142,13 @@ class CoSiMultiHeadAttention(FusedStepLayer, StreamingAttention):
         cache_dtype: str | None = None,
         weights_dtype: str | None = None,
         call_mode: str = "regular",
+        num_key_value_heads: int | None = None,
+        rotary: Rotary | None = None,
+        query_key_norm: bool = False,
+        norm_epsilon: float = 1e-6,
+        logit_soft_cap: float | None = None,
+        position_bias: PositionBias | None = None,
+        use_sinks: bool = False,
         **kwargs: Any,
     ) -> None:
         check_integer("seq_len", seq_len, at_least=1)
@@ -132,9 +169,33 @@ class CoSiMultiHeadAttention(FusedStepLayer, StreamingAttention):
         self._cache_dtype = checked_cache_dtype(cache_dtype, self.compute_dtype)
         self._weights_dtype = checked_weights_dtype(weights_dtype, self.compute_dtype)
         self._narrow_kernels = NarrowKernels()
+        self._key_heads = num_heads if num_key_value_heads is None else num_key_value_heads
+        check_integer("num_key_value_heads", self._key_heads, at_least=1)
+        if num_heads % self._key_heads:
+            raise ValueError(
+                f"Expected num_key_value_heads to divide num_heads, {num_heads}, but got "
+                f"{self._key_heads}"
+            )
+        self._rotary = rotary_of(rotary)
+        if self._rotary is not None:
+            self._rotary.turns(key_dim)  # For its checks.
+        self._query_key_norm = bool(query_key_norm)
+        self._norm_epsilon = float(norm_epsilon)
+        if logit_soft_cap is not None and not 0 < logit_soft_cap < math.inf:
+            raise ValueError(
+                f"Expected logit_soft_cap to be a positive number or None, but got {logit_soft_cap}"
+            )
+        self._logit_soft_cap = None if logit_soft_cap is None else float(logit_soft_cap)
+        self.position_bias = position_bias_of(position_bias)
+        self._use_sinks = bool(use_sinks)
+        if self._no_steps is not None and not self._is_plain:
+            raise ValueError(
+                f"Expected attention along time, but got {self._no_steps} and an argument that "
+                "keras.layers.MultiHeadAttention does not have: leave one of them out"
+            )
         self._stream_state = AttentionCache(
             0,
-            num_heads,
+            self._key_heads,
             seq_len,
             key_dim,
             self._value_dim,
@@ -156,17 +217,93 @@ class CoSiMultiHeadAttention(FusedStepLayer, StreamingAttention):
         return self._weights_dtype
 
     @property
+    def _is_plain(self) -> bool:
+        """Whether this computes what `keras.layers.MultiHeadAttention` does."""
+        return (
+            self._key_heads == self._num_heads
+            and self._rotary is None
+            and not self._query_key_norm
+            and not self._has_logit_terms
+        )
+
+    @property
+    def _has_logit_terms(self) -> bool:
+        terms = (self._logit_soft_cap, self.position_bias)
+        return self._use_sinks or any(x is not None for x in terms)
+
+    @property
     def delay(self) -> int:
         return (self._seq_len - 1 if self._query_index >= 0 else -1) - self._query_index
 
     def get_config(self) -> dict[str, Any]:
+        grouped = self._key_heads
         return {
             **super().get_config(),
             "query_index": self._query_index,
             "single_output": self._single_output,
             "cache_dtype": self._cache_dtype,
             "weights_dtype": self._weights_dtype,
+            "num_key_value_heads": None if grouped == self._num_heads else grouped,
+            "rotary": keras.saving.serialize_keras_object(self._rotary),
+            "query_key_norm": self._query_key_norm,
+            "norm_epsilon": self._norm_epsilon,
+            "logit_soft_cap": self._logit_soft_cap,
+            "position_bias": keras.saving.serialize_keras_object(self.position_bias),
+            "use_sinks": self._use_sinks,
         }
+
+    @classmethod
+    def _renamed(cls, config: dict[str, Any]) -> dict[str, Any]:
+        return {GROUPED_NAMES.get(name, name): x for name, x in config.items()}
+
+    def _build_parts(self, query_shape: Any, value_shape: Any, key_shape: Any) -> None:
+        if self._no_steps is not None and not self._is_plain:
+            raise ValueError(f"Expected inputs of shape (B, T, E), but got {self._no_steps}")
+        if self._key_heads == self._num_heads:
+            super()._build_parts(query_shape, value_shape, key_shape)
+        else:
+            self._build_grouped(query_shape, value_shape, key_shape)
+        if self._query_key_norm:
+            options = dict(epsilon=self._norm_epsilon, dtype=self.dtype_policy)
+            self.query_norm = keras.layers.RMSNormalization(name="query_norm", **options)
+            self.key_norm = keras.layers.RMSNormalization(name="key_norm", **options)
+            for norm in (self.query_norm, self.key_norm):
+                norm.build((None, None, None, self._key_dim))
+        if self.position_bias is not None and not self.position_bias.built:
+            self.position_bias.build((None, self._num_heads, None, None))
+        if self._use_sinks:
+            self.sinks = self.add_weight(
+                shape=(self._num_heads,), initializer="zeros", name="sinks"
+            )
+
+    def _build_grouped(self, query_shape: Any, value_shape: Any, key_shape: Any) -> None:
+        """Make the dense layers, in the order of `keras.layers.GroupQueryAttention`."""
+
+        def projection(name: str, shape: Any, heads: int, size: int, **options: Any) -> Any:
+            layer = keras.layers.EinsumDense(
+                "abc,cde->abde",
+                output_shape=(None, heads, size),
+                bias_axes="de" if self._use_bias else None,
+                name=name,
+                **options,
+                **self._get_common_kwargs_for_sublayer(),
+            )
+            layer.build(shape)
+            return layer
+
+        heads, key_heads = self._num_heads, self._key_heads
+        self._query_dense = projection("query", query_shape, heads, self._key_dim)
+        self._key_dense = projection("key", key_shape, key_heads, self._key_dim)
+        if self._use_gate:
+            self._gate_dense = projection(
+                "gate", query_shape, heads, self._value_dim, activation="sigmoid"
+            )
+        self._value_dense = projection("value", value_shape, key_heads, self._value_dim)
+        self._build_attention(4)  # The rank of projected queries.
+        self._output_dense = self._make_output_dense(
+            query_shape, self._get_common_kwargs_for_sublayer(), "attention_output"
+        )
+        self._output_dense.build((None, None, heads, self._value_dim))
 
     # Windows.
 
@@ -225,12 +362,138 @@ class CoSiMultiHeadAttention(FusedStepLayer, StreamingAttention):
             return_attention_scores=return_attention_scores,
             training=training,
             use_causal_mask=use_causal_mask,
+            **({} if self._is_plain else {"only_query": leave_out}),
         )
         if not self._single_output or leave_out:
             return result
         if return_attention_scores:
             return self._chosen_row(result[0], 1), self._chosen_row(result[1], 2)
         return self._chosen_row(result, 1)
+
+    def call_regular_rows(
+        self, query: Any, value: Any, key: Any = None, only_query: bool = False, **arguments: Any
+    ) -> Any:
+        """Return all rows of attention on windows, as `call_regular` with `single_output=False`.
+
+        Args:
+            query, value, key: `(B, T, E)`.
+            only_query: Whether the query is only the row at `query_index`, `(B, 1, E)`.
+            **arguments: As in `call_regular`.
+        """
+        if self._is_plain:
+            return super().call_regular_rows(query, value, key, **arguments)
+        key = value if key is None else key
+        first = 0
+        if only_query:
+            size = _length(value)
+            first = self._query_index + (size if self._query_index < 0 else 0)
+        positions = [
+            tf.cast(tf.range(begin, begin + _length(x)), tf.int64)[tf.newaxis]
+            for begin, x in ((first, query), (0, value))
+        ]
+        return self._attend_windows(query, value, key, *positions, **arguments)
+
+    def _attend_windows(
+        self,
+        query: tf.Tensor,
+        value: tf.Tensor,
+        key: tf.Tensor,
+        query_position: tf.Tensor,
+        key_position: tf.Tensor,
+        query_mask: Any = None,
+        value_mask: Any = None,
+        key_mask: Any = None,
+        attention_mask: Any = None,
+        return_attention_scores: bool = False,
+        training: bool | None = None,
+        use_causal_mask: bool = False,
+    ) -> Any:
+        """Do what Keras' `call` does, with the arguments that Keras does not have.
+
+        Args:
+            query, value, key: `(B, T, E)`.
+            query_position, key_position: int64 `(1, T)`, the steps that they are.
+            query_mask, ..., use_causal_mask: As in `call_regular`.
+        """
+        mask_of_query = getattr(query, "_keras_mask", None)
+        mask = self._compute_attention_mask(
+            query,
+            value,
+            query_mask=mask_of_query if query_mask is None else query_mask,
+            value_mask=value_mask,
+            key_mask=key_mask,
+            attention_mask=attention_mask,
+            use_causal_mask=use_causal_mask,
+        )
+        gate = self._gate_dense(query) if self._use_gate else None
+        query, key, value = self._query_dense(query), self._key_dense(key), self._value_dense(value)
+        query = self._placed("query", query, query_position)
+        key = self._placed("key", key, key_position)
+        group = self._num_heads // self._key_heads
+        if group > 1:
+            key, value = (tf.repeat(x, group, axis=2) for x in (key, value))
+        if not self._has_logit_terms:
+            attended, scores = self._compute_attention(
+                query, key, value, mask, training, return_attention_scores
+            )
+        else:
+            distance = query_position[0, :, tf.newaxis] - key_position[0]
+            attended, scores = self._attend_with_terms(query, key, value, distance, mask, training)
+        output = self._output_dense(attended if gate is None else attended * gate)
+        if mask_of_query is not None:
+            output._keras_mask = mask_of_query
+        return (output, scores) if return_attention_scores else output
+
+    def _attend_with_terms(
+        self,
+        query: tf.Tensor,
+        key: tf.Tensor,
+        value: tf.Tensor,
+        distance: tf.Tensor,
+        mask: tf.Tensor | None,
+        training: bool | None,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Attend among rows: query `(B, T, H, D)`, key, value `(B, S, H, D)`, distance `(T, S)`.
+
+        Returns:
+            `(B, T, H, Dv)` and the scores `(B, H, T, S)`.
+        """
+        dtype, terms = self._cache_compute_dtype, self._logit_terms(distance)
+        assert terms is not None
+        if mask is not None:
+            for _ in range(4 - mask.shape.rank):
+                mask = tf.expand_dims(mask, -3)
+        logits = tf.einsum("bthd,bshd->bhts", cast(query, dtype), cast(key, dtype))
+        scores = terms.weights(self._inverse_sqrt_key_dim * logits, mask)
+        dropped = self._dropout_layer(scores, training=training) if self._dropout > 0 else scores
+        attended = tf.einsum("bhts,bshd->bthd", cast(dropped, dtype), cast(value, dtype))
+        return cast(attended, self.compute_dtype), cast(scores, self.compute_dtype)
+
+    @property
+    def _cache_compute_dtype(self) -> str:
+        """The dtype that attention computes in."""
+        return "float64" if self.compute_dtype == "float64" else "float32"
+
+    def _placed(self, name: str, x: tf.Tensor, position: tf.Tensor) -> tf.Tensor:
+        """Normalize and turn queries or keys as the layer's options say.
+
+        Args:
+            name: "query" or "key".
+            x: `(..., T, heads, D)`.
+            position: int64 `(..., T)`, the steps that they are.
+        """
+        if self._query_key_norm:
+            norm = self.query_norm if name == "query" else self.key_norm
+            x = rms_norm(x, norm, self.compute_dtype)
+        return x if self._rotary is None else self._rotary.rotate(x, position)
+
+    def _logit_terms(self, distance: Any) -> LogitTerms | None:
+        """Return what is done with logits of these distances from key to query; None: nothing."""
+        if not self._has_logit_terms:
+            return None
+        bias = None if self.position_bias is None else self.position_bias.call(distance)
+        sink = tf.convert_to_tensor(self.sinks) if self._use_sinks else None
+        return LogitTerms(self._logit_soft_cap, bias, sink)
 
     def _chosen_row(self, x: tf.Tensor, axis: int) -> tf.Tensor:
         """Return the row of windows at `query_index` along an axis, which stays with size 1."""
@@ -308,9 +571,16 @@ class CoSiMultiHeadAttention(FusedStepLayer, StreamingAttention):
         training: bool | None,
     ) -> tuple[tf.Tensor, tf.Tensor | None]:
         cache, dtype = self._stream_state, self.compute_dtype
-        keys = cast(project(key, self._key_dense, dtype, training), cache.dtype)
+        keys = project(key, self._key_dense, dtype, training)
         values = cast(project(value, self._value_dense, dtype, training), cache.dtype)
-        asking = {"query": project(query, self._query_dense, dtype, training)}
+        queries = project(query, self._query_dense, dtype, training)
+        if not self._is_plain:
+            # A query that waits was turned by its own step, like the keys in the ring.
+            position = tf.expand_dims(step.position, 1) + tf.range(tf.shape(query, tf.int64)[1])
+            queries = self._placed("query", queries, position)
+            keys = self._placed("key", keys, position)
+        keys = cast(keys, cache.dtype)
+        asking = {"query": queries}
         if self._use_gate:
             asking["gate"] = project(query, self._gate_dense, dtype, training)
         if masks.query is not None:
@@ -336,6 +606,7 @@ class CoSiMultiHeadAttention(FusedStepLayer, StreamingAttention):
             advance_position=False,
             training=training,
             dropout=self._scores_dropout(training),
+            terms=self._logit_terms(self._seq_len - 1 - self.delay - np.arange(self._seq_len)),
         )
         if not step.one:
             step.at_the_end(lambda: put_window(cache, keys, values, masks.key, step))
@@ -387,7 +658,7 @@ class CoSiMultiHeadAttention(FusedStepLayer, StreamingAttention):
         return super()._fused_state() + waiting
 
     def _fused_attributes(self) -> dict[str, Any] | None:
-        if self._no_steps is not None:
+        if self._no_steps is not None or not self._is_plain:
             return None
         return dict(use_bias=self._use_bias, use_gate=self._use_gate, use_delay=self.delay > 0)
 
@@ -404,3 +675,8 @@ class CoSiMultiHeadAttention(FusedStepLayer, StreamingAttention):
         if mask.shape.rank == 2:
             mask = mask[:, -tf.shape(output)[1] :]
         output._keras_mask = mask
+
+
+def _length(x: tf.Tensor) -> int | tf.Tensor:
+    """Return T of windows `(B, T, E)`."""
+    return tf.shape(x)[1] if x.shape[1] is None else x.shape[1]

@@ -1,7 +1,7 @@
 """What continual single-output (CoSi) and retroactive (CoRe) attention share."""
 
 import functools
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import keras
 import numpy as np
@@ -69,6 +69,9 @@ class StreamingAttention(ContinualLayer, keras.layers.MultiHeadAttention):
             `call_mode` is unknown, or if `attention_axes` is not time and steps or one row are
             asked for.
     """
+
+    # The layers of Keras that `from_regular` takes, and their public names.
+    _regular_kinds: ClassVar = {keras.layers.MultiHeadAttention: "MultiHeadAttention"}
 
     _stream_state: AttentionCache
     _features: tuple[Any, ...]  # Of query, value and key, when the layer is built.
@@ -165,23 +168,27 @@ class StreamingAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         """Return a layer that streams with the weights of a `keras.layers.MultiHeadAttention`.
 
         Args:
-            layer: The Keras layer. It must be built, or there are no weights to copy.
+            layer: The Keras layer. It must be built, or there are no weights to copy. Single-output
+                attention also takes a `keras.layers.GroupQueryAttention`.
             seq_len: N, the window.
             **options: Other arguments of the constructor. The defaults are the Keras layer's own
                 values, also of its name.
 
         Raises:
-            ValueError: If the layer is not a built `keras.layers.MultiHeadAttention`, or if its
+            ValueError: If the layer is not such a built layer, or if its
                 weights or computation are not those of Keras: it is quantized, has low-rank
                 additions, or is a subclass with an attention of its own.
         """
-        if not isinstance(layer, keras.layers.MultiHeadAttention):
-            raise ValueError(f"Expected a keras.layers.MultiHeadAttention, but got {layer!r}")
+        kind = next((kind for kind in cls._regular_kinds if isinstance(layer, kind)), None)
+        if kind is None:
+            names = " or ".join(f"keras.layers.{name}" for name in cls._regular_kinds.values())
+            raise ValueError(f"Expected a {names}, but got {layer!r}")
+        kind_name = f"keras.layers.{cls._regular_kinds[kind]}"
         for name in COMPUTATION:
             method = getattr(type(layer), name, None)
-            if not any(vars(base).get(name) is method for base in cls.__mro__):
+            if not any(vars(base).get(name) is method for base in (*cls.__mro__, kind)):
                 raise ValueError(
-                    f"Expected the {name} of keras.layers.MultiHeadAttention, but {layer.name} "
+                    f"Expected the {name} of {kind_name}, but {layer.name} "
                     f"({type(layer).__name__}) has one of its own"
                 )
         if not layer.built:
@@ -190,17 +197,22 @@ class StreamingAttention(ContinualLayer, keras.layers.MultiHeadAttention):
                 "called"
             )
         config = {"flash_attention": layer._flash_attention, **layer.get_config()}
-        streaming = cls(**{**config, "seq_len": seq_len, **options})
+        streaming = cls(**{**cls._renamed(config), "seq_len": seq_len, **options})
         shapes = layer._build_shapes_dict
         streaming.build(*(shapes.get(name) for name in ("query_shape", "value_shape", "key_shape")))
         if _weights_of(streaming) != _weights_of(layer):
             raise ValueError(
-                "Expected the weights of a plain keras.layers.MultiHeadAttention, "
+                f"Expected the weights of a plain {kind_name}, "
                 f"{_weights_of(streaming)}, but {layer.name} has {_weights_of(layer)}. Convert the "
                 "layer before it is quantized or given low-rank additions"
             )
         streaming.set_weights(layer.get_weights())
         return streaming
+
+    @classmethod
+    def _renamed(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the config of a layer of Keras with this class's names of its arguments."""
+        return config
 
     # Building and calling.
 
@@ -230,8 +242,12 @@ class StreamingAttention(ContinualLayer, keras.layers.MultiHeadAttention):
                     f"Expected {name} of shape (B, T, E), or (B, E) for a step, but got {shape}"
                 )
             self._no_steps = self._no_steps or f"{name} of shape {shape}"
-        super().build(*shapes)
+        self._build_parts(*shapes)
         self._features = tuple(shape[-1] for shape in shapes)
+
+    def _build_parts(self, query_shape: Any, value_shape: Any, key_shape: Any) -> None:
+        """Make the weights, for inputs of these shapes, with their axis of time."""
+        super().build(query_shape, value_shape, key_shape)
 
     def call(
         self,
@@ -504,6 +520,7 @@ class StreamingAttention(ContinualLayer, keras.layers.MultiHeadAttention):
                 1 if one_step else query.shape[1],
                 self._stream_state,
                 all_rows=self.gives_windows,
+                heads=self._num_heads,
             )
             mask = given if mask is None else given & mask
         query_mask, value_mask, key_mask = (

@@ -20,6 +20,10 @@ from continual_transformers_tf.models.problem import CannotStream, Problem
 from continual_transformers_tf.models.streaming_model import StreamingModel
 
 
+# The layers of Keras that become continual attention.
+ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
+
+
 def convert(
     model: keras.Model,
     seq_len: int | None = None,
@@ -29,11 +33,11 @@ def convert(
 ) -> StreamingModel:
     """Return a copy of a Keras model that also answers at every step of a stream.
 
-    Every `keras.layers.MultiHeadAttention` becomes a `CoSiMultiHeadAttention` with a window of
-    `seq_len` steps, and continual layers in the model get that window too. Convolutions and pooling
-    along time become `CoTemporal` layers, and recurrent layers `CoRecurrent` ones. Regular calls
-    give the same outputs as before. A step gives the output of a regular call for the newest step
-    of the window (see `StreamingModel`).
+    Every `keras.layers.MultiHeadAttention` and `GroupQueryAttention` becomes a
+    `CoSiMultiHeadAttention` with a window of `seq_len` steps, and continual layers in the model get
+    that window too. Convolutions and pooling along time become `CoTemporal` layers, and recurrent
+    layers `CoRecurrent` ones. Regular calls give the same outputs as before. A step gives the
+    output of a regular call for the newest step of the window (see `StreamingModel`).
 
     Args:
         model: A functional or built sequential `keras.Model`. Models inside it must be of these
@@ -127,18 +131,12 @@ def convert_layers(
                 return CoResidual.from_config({**layer.get_config(), "layer": within})
             if isinstance(layer, ContinualLayer):
                 return _with_options(layer, attention if also_continual else {})
-            if isinstance(layer, keras.layers.MultiHeadAttention):
+            if isinstance(layer, ATTENTION):
                 return CoSiMultiHeadAttention.from_regular(layer, single_output=False, **attention)
         except CannotStream as error:
             problems.extend(error.problems)
         except ValueError as error:
             problems.append(Problem(f"cannot be converted: {error}", layer))
-        if isinstance(layer, keras.layers.GroupQueryAttention):
-            problems.append(
-                Problem(
-                    "has no continual counterpart here: use keras.layers.MultiHeadAttention", layer
-                )
-            )
         return _copy(layer)
 
     if not isinstance(model, keras.Sequential) and not hasattr(model, "_nodes_by_depth"):
@@ -183,7 +181,7 @@ def is_recurrent(layer: keras.layers.Layer) -> bool:
 
 def needs_window(layer: keras.layers.Layer) -> bool:
     """Return whether a Keras layer reads a whole window, whose length must be known."""
-    if isinstance(layer, keras.layers.MultiHeadAttention):
+    if isinstance(layer, ATTENTION):
         return not isinstance(layer, ContinualLayer)
     return isinstance(layer, GLOBAL_POOLING) and is_temporal(layer)
 

@@ -685,7 +685,6 @@ _CURES = {
     "Add": _POSITIONS,
     "Cumsum": _POSITIONS,
     "GetItem": "Take the newest step, as by x[:, -1]",
-    "GroupedQueryAttention": "Use keras.layers.MultiHeadAttention",
 }
 
 

@@ -112,12 +112,15 @@ def attend_steps(
     advance_position: bool = True,
     training: bool | None = None,
     dropout: Callable[[tf.Tensor], tf.Tensor] | None = None,
+    terms: single_output_twin.LogitTerms | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Do what `single_output_attention` does, for tensors of the right ranks: one op in eager mode.
 
     Args:
         query: Tensor `[M, T, H, D]` of the cache's compute dtype.
-        key, value: Tensors `[M, T, H, D]` and `[M, T, H, Dv]` of the cache's dtype.
+        key, value: Tensors `[M, T, Hk, D]` and `[M, T, Hk, Dv]` of the cache's dtype. Hk is the
+            cache's number of heads, a divisor of H. Fewer heads than queries make the call use
+            plain TensorFlow, because the fused op has as many keys as queries.
         cache, scale, return_attention_scores, update_state: As in `single_output_attention`.
         streams: int32 tensor `[M]`.
         attention_mask: bool tensor `[M, H, T, N]`, whose first three axes may be 1; or None.
@@ -127,12 +130,16 @@ def attend_steps(
         training: Whether a graph may be asked for gradients; None: if it takes several steps.
         dropout: A function that is applied to the scores before they weight the values; None: none.
             It makes the call use plain TensorFlow, because the fused op has no random numbers.
+        terms: What is done with the logits; None: nothing. It makes the call use plain TensorFlow,
+            because the fused op has no such inputs.
 
     Returns:
         (output `[M, T, H, Dv]`; scores `[M, H, T, N]`, without columns if they are not wanted;
         int64 `[M]`, the number of steps that each of these streams has taken, these included).
     """
-    fused = library.fused_ops(cache.device_type) if dropout is None else None
+    grouped = query.shape[2] not in (None, cache.keys.shape[2])
+    plain = dropout is not None or terms is not None or grouped
+    fused = None if plain else library.fused_ops(cache.device_type)
     scale = scale_tensor(
         1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale,
         on_host=fused is not None and cache.device_type == "GPU",
@@ -154,6 +161,7 @@ def attend_steps(
                 key_mask_cache=cache.key_mask,
                 position=cache.position,
                 dropout=dropout,
+                terms=terms,
                 **options,
             )
         return fused.continual_transformers_single_output_attention(
@@ -205,7 +213,12 @@ tf.RegisterGradient("ContinualTransformers>SingleOutputAttention")(
 
 
 def expand_mask(
-    mask: Any, m: int | None, t: int | None, cache: AttentionCache, all_rows: bool = False
+    mask: Any,
+    m: int | None,
+    t: int | None,
+    cache: AttentionCache,
+    all_rows: bool = False,
+    heads: int | None = None,
 ) -> tf.Tensor | None:
     """Return a user's mask with its missing axes as 1: a bool tensor `[M, H, T, N]`; None for None.
 
@@ -215,6 +228,7 @@ def expand_mask(
         cache: The `AttentionCache` whose H and N it must fit.
         all_rows: Whether all queries of the window attend. The mask then has `[N, N]` in place of
             `[N]`, the queries first.
+        heads: H, if it is not the cache's.
 
     Raises:
         ValueError: If it is not bool, or does not fit.
@@ -222,7 +236,7 @@ def expand_mask(
     if mask is None:
         return None
     mask = _bool_tensor("attention_mask", mask)
-    sizes = dict(M=m, H=cache.keys.shape[2], T=t, N=cache.seq_len)
+    sizes = dict(M=m, H=heads or cache.keys.shape[2], T=t, N=cache.seq_len)
     window = "NN" if all_rows else "N"
     shapes = ["MHT"[:lead] + window for lead in range(4)]
     letters = next((shape for shape in shapes if len(shape) == mask.shape.rank), None)

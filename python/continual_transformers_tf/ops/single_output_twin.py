@@ -7,6 +7,7 @@ out, so under `jit_compile=True` the numbers of streams are not checked.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import tensorflow as tf
 
@@ -16,6 +17,39 @@ from continual_transformers_tf.ops.stream_numbers import check_streams, stream_a
 # Windows are gathered for at most this many steps at a time. So a call of many steps needs the
 # memory of this many windows.
 STEPS_PER_CHUNK = 64
+
+
+class LogitTerms(NamedTuple):
+    """What attention does with its logits beside scaling and masking them, in this order.
+
+    Attributes:
+        soft_cap: The bound c of c * tanh(logit / c), which replaces a scaled logit; None: none.
+        bias: What is added to the logits: `[H, N]`, the window's oldest step first; in a regular
+            call `[H, T, S]`. None: nothing.
+        sink: `[H]`, the logit of a step without a value, which every query attends to: it only
+            adds to the sum that the weights are divided by. None: none.
+    """
+
+    soft_cap: float | None = None
+    bias: tf.Tensor | None = None
+    sink: tf.Tensor | None = None
+
+    def weights(self, logits: tf.Tensor, attended: tf.Tensor | None) -> tf.Tensor:
+        """Return the softmax of scaled logits over the last axis; zeros if none are attended.
+
+        Args:
+            logits: `[M, H, T, N]`.
+            attended: bool, broadcast to the logits: which are attended to. None: all.
+        """
+        if self.soft_cap is not None:
+            logits = self.soft_cap * tf.tanh(logits / self.soft_cap)
+        if self.bias is not None:
+            bias = tf.cast(self.bias, logits.dtype)
+            logits += bias[:, tf.newaxis] if bias.shape.rank == 2 else bias
+        sink = None
+        if self.sink is not None:
+            sink = tf.cast(self.sink, logits.dtype)[:, tf.newaxis, tf.newaxis]
+        return softmax(logits, attended, sink)
 
 
 def attend_steps(
@@ -34,13 +68,16 @@ def attend_steps(
     update_state: bool,
     dropout: Callable[[tf.Tensor], tf.Tensor] | None = None,
     advance_position: bool = True,
+    terms: LogitTerms | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Do what the op `ContinualTransformers>SingleOutputAttention` in cc/tensorflow does.
 
     The differences: this takes the cache's variables, not their handles; it takes `dropout`, a
-    function that is applied to the scores before they weight the values; and it returns no window
+    function that is applied to the scores before they weight the values; it takes `terms` of the
+    logits; keys and values may have fewer heads than queries, a divisor; and it returns no window
     for its gradient.
     """
+    terms = terms or LogitTerms()
     mask = attention_mask[0] if attention_mask else None
     check_static(query, key, value, key_cache, value_cache, streams)
     key_mask = key_mask[0] if key_mask else tf.ones(sizes(query, 2), bool)
@@ -78,6 +115,7 @@ def attend_steps(
             attended,
             scale,
             dropout,
+            terms,
         )
         outputs.append(output)
         scores.append(weights)
@@ -104,27 +142,45 @@ def _attend(
     attended: tf.Tensor,
     scale: tf.Tensor,
     dropout: Callable[[tf.Tensor], tf.Tensor] | None,
+    terms: LogitTerms,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Attend: query [M, t, H, D], keys and values [M, H, t, N, D or Dv], attended [M, *, t, N]."""
+    """Attend: query [M, t, H, D], keys and values [M, Hk, t, N, D or Dv], attended [M, *, t, N]."""
     dtype = query.dtype  # Half precision is for the rings only.
     scale = tf.cast(scale, dtype)
+    group = query.shape[2] // keys.shape[1]
+    if group > 1:  # Successive queries share keys and values.
+        keys, values = (tf.repeat(x, group, axis=1) for x in (keys, values))
     # Select instead of multiplying by zero: a masked step may be NaN.
     whole_rows = tf.expand_dims(attended, -1)
     keys = tf.where(whole_rows, tf.cast(keys, dtype), 0)
     values = tf.where(whole_rows, tf.cast(values, dtype), 0)
-    weights = softmax(scale * tf.einsum("mthd,mhtnd->mhtn", query, keys), attended)
+    weights = terms.weights(scale * tf.einsum("mthd,mhtnd->mhtn", query, keys), attended)
     dropped = weights if dropout is None else tf.cast(dropout(weights), dtype)
     return tf.einsum("mhtn,mhtnd->mthd", dropped, values), weights
 
 
-def softmax(logits: tf.Tensor, attended: tf.Tensor) -> tf.Tensor:
-    """Return the softmax of the attended logits over the last axis; zeros if there are none."""
-    logits = tf.where(attended, logits, -float("inf"))
+def softmax(
+    logits: tf.Tensor, attended: tf.Tensor | None, sink: tf.Tensor | None = None
+) -> tf.Tensor:
+    """Return the softmax of the attended logits over the last axis; zeros if there are none.
+
+    Args:
+        logits: `[M, H, T, N]`.
+        attended: bool, broadcast to the logits; None: all.
+        sink: A logit `[H, 1, 1]` that adds to the sum only; None: none.
+    """
+    if attended is not None:
+        logits = tf.where(attended, logits, -float("inf"))
     highest = tf.reduce_max(logits, -1, keepdims=True)
+    if sink is not None:
+        highest = tf.maximum(highest, sink)
     highest = tf.where(tf.math.is_inf(highest) & (highest < 0), tf.zeros_like(highest), highest)
     weights = tf.exp(logits - highest)
+    total = tf.reduce_sum(weights, -1, keepdims=True)
+    if sink is not None:
+        total += tf.exp(sink - highest)
     # A row that attends to nothing is zeros, not 0 / 0.
-    return tf.math.divide_no_nan(weights, tf.reduce_sum(weights, -1, keepdims=True))
+    return tf.math.divide_no_nan(weights, total)
 
 
 def heads_first(x: tf.Tensor) -> tf.Tensor:
@@ -143,18 +199,19 @@ def check_static(
     """Raise ValueError if known shapes do not fit, as the op's shape function does."""
     for name, tensor, axes in (
         ("query", query, "[M, T, H, D]"),
-        ("key", key, "[M, T, H, D]"),
-        ("value", value, "[M, T, H, Dv]"),
+        ("key", key, "[M, T, Hk, D]"),
+        ("value", value, "[M, T, Hk, Dv]"),
     ):
         if tensor.shape.rank != 4:
             raise ValueError(f"Expected {name} of rank 4, {axes}, but got {tensor.shape}")
-    m, t, h, d = query.shape
-    _, _, held_heads, held_d = key_cache.shape
+    m, t, h, _ = query.shape
+    _, _, held_heads, d = key_cache.shape
     dv = value_cache.shape[3]
+    heads = held_heads if h is None or h % held_heads else h
     for name, tensor, expected in (
-        ("query", query, [m, t, held_heads, held_d]),
-        ("key", key, [m, t, h, d]),
-        ("value", value, [m, t, h, dv]),
+        ("query", query, [m, t, heads, d]),
+        ("key", key, [m, t, held_heads, d]),
+        ("value", value, [m, t, held_heads, dv]),
         ("streams", streams, [m]),
     ):
         if not tensor.shape.is_compatible_with(expected):
@@ -180,9 +237,11 @@ def check_values(
     shape = tf.shape(query)
     assertions = [
         tf.debugging.assert_positive(shape[1], "Expected at least one step, but got 0"),
-        tf.debugging.assert_equal(tf.shape(key), shape, "Expected key of the shape of query"),
         tf.debugging.assert_equal(
-            tf.shape(value)[:3], shape[:3], "Expected value of the M, T and H of query"
+            tf.shape(key)[:2], shape[:2], "Expected key of the M and T of query"
+        ),
+        tf.debugging.assert_equal(
+            tf.shape(value)[:2], shape[:2], "Expected value of the M and T of query"
         ),
         tf.debugging.assert_equal(
             tf.shape(streams)[0], shape[0], "Expected as many streams as query has rows"

@@ -9,6 +9,7 @@ import keras
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.models.convert import (
+    ATTENTION,
     convert_layers,
     is_converted,
     layers_of,
@@ -47,7 +48,7 @@ def lower(
     Args:
         model: A functional or built sequential `keras.Model`, a `StreamingModel`, or a built
             continual layer of this package. A layer whose inputs have different sizes has several
-            inputs: "query", "value" and "key". A plain `keras.layers.MultiHeadAttention` inside is
+            inputs: "query", "value" and "key". Plain attention of Keras inside is
             converted as by `ct.convert`; layers that are already continual keep their window.
         seq_len: The window of plain Keras attention; None: the length of the model's windows.
         cache_dtype: The dtype of cached keys and values: the compute dtype, or if that is float32,
@@ -69,7 +70,7 @@ def lower(
         return _lower_model(model, seq_len, cache_dtype, weights_dtype)
     if isinstance(model, keras.layers.Layer) and isinstance(model, ContinualLayer):
         return _lower_layer(model, cache_dtype, weights_dtype, inputs)
-    if isinstance(model, keras.layers.MultiHeadAttention):
+    if isinstance(model, ATTENTION):
         why = (
             "is neither a model nor a continual layer: "
             "ct.CoSiMultiHeadAttention.from_regular(layer, seq_len) makes a continual layer of it"

@@ -118,9 +118,9 @@ def co_si_mha(
     value = query if value is None else value
     key = value if key is None else key
     heads, n, late = layer._num_heads, layer.seq_len, layer.delay
-    keys = project(b, key, layer._key_dense, "key")
+    keys = placed(b, layer, "key", project(b, key, layer._key_dense, "key"))
     values = project(b, value, layer._value_dense, "value")
-    queries = project(b, query, layer._query_dense, "query")
+    queries = placed(b, layer, "query", project(b, query, layer._query_dense, "query"))
     gate = project(b, query, layer._gate_dense, "gate") if layer._use_gate else None
     state: dict[str, State] = {"position": POSITION}
     if late > 0:
@@ -135,11 +135,17 @@ def co_si_mha(
         first, end = max(0, at - layer._sliding_window + 1), min(n, at + layer._sliding_window)
     if use_causal_mask:
         end = min(end, at + 1)
+    more: dict[str, Any] = {}
+    if layer._key_heads != heads:
+        more["key_heads"] = layer._key_heads
+    if layer._logit_soft_cap is not None:
+        more["soft_cap"] = layer._logit_soft_cap
     attended = b.node(
         "attention",
         [queries, keys, values],
         (heads * layer._value_dim,),
         name="attention",
+        weights=logit_weights(b, layer),
         masks={"key": b.mask_and(value_mask, key_mask)},
         heads=heads,
         window=n,
@@ -147,6 +153,7 @@ def co_si_mha(
         end_column=end,
         query_delay=late,
         scale=layer._inverse_sqrt_key_dim,
+        **more,
     )
     state |= {
         "keys": StateOf(attended.index, "key"),
@@ -155,6 +162,44 @@ def co_si_mha(
     }
     output = project(b, gated(b, attended, gate), layer._output_dense, "output", axes=2)
     return b.reshape(output, output_shape(layer)), state
+
+
+def placed(b: PlanBuilder, layer: CoSiMultiHeadAttention, name: str, x: Symbol) -> Symbol:
+    """Normalize and turn queries or keys [heads * D] as the layer's options say."""
+    heads = b.reshape(x, (x.size // layer._key_dim, layer._key_dim))
+    if layer._query_key_norm:
+        norm = layer.query_norm if name == "query" else layer.key_norm
+        heads = rms_norm(b, heads, norm, f"{name}_norm")
+    if layer._rotary is not None:
+        angles = b.rotary_angles(layer._rotary.turns(layer._key_dim))
+        heads = b.node(
+            "rotary",
+            [heads, angles],
+            heads.shape,
+            name=f"{name}_rotary",
+            interleaved=layer._rotary.interleaved,
+        )
+    return b.reshape(heads, x.shape)
+
+
+def rms_norm(
+    b: PlanBuilder, x: Symbol, layer: keras.layers.RMSNormalization, name: str | None = None
+) -> Symbol:
+    """Apply an `RMSNormalization` over the last axis."""
+    weights = {"gamma": b.variable(layer.scale)}
+    epsilon = float(layer.epsilon)
+    return b.node("norm", [x], x.shape, name=name, weights=weights, function="rms", epsilon=epsilon)
+
+
+def logit_weights(b: PlanBuilder, layer: CoSiMultiHeadAttention) -> dict[str, str]:
+    """Return the names of the tensors that a layer's attention node has."""
+    weights = {}
+    if layer.position_bias is not None:
+        distance = layer.seq_len - 1 - layer.delay - np.arange(layer.seq_len)
+        weights["bias"] = b.derived("bias", np.asarray(layer.position_bias.call(distance)))
+    if layer._use_sinks:
+        weights["sink"] = b.variable(layer.sinks)
+    return weights
 
 
 def co_re_mha(
@@ -290,6 +335,12 @@ def attend_whole(
     Return only the Symbol of the output: there is no state.
     """
     check_computation(layer)
+    if isinstance(layer, CoSiMultiHeadAttention) and not layer._is_plain:
+        raise CannotLower(
+            "attends to whole windows that every step changes, with an argument that "
+            "keras.layers.MultiHeadAttention does not have. A plan has no node for that: take the "
+            "model's steps in TensorFlow, with a ct.StreamingModel"
+        )
     if tuple(layer._attention_axes) != (1,):
         raise CannotLower(f"has attention_axes={layer._attention_axes}: expected time, axis 1")
     value = query if value is None else value

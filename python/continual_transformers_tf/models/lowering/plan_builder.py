@@ -66,6 +66,7 @@ class PlanBuilder:
         # What was stored -> (its name, the variable, which must stay alive for its id).
         self._tensors: dict[tuple[Any, ...], tuple[str, Any]] = {}
         self._masks: dict[tuple[int, float], Symbol] = {}  # (index of a value, number) -> the mask.
+        self._angles: dict[bytes, Symbol] = {}  # The turns of a step -> their angles.
         # Index of a value that was only scaled -> (scaled Symbol, scale).
         self._affine_of: dict[int, tuple[Symbol, Array]] = {}
         # Index of a reshaped value -> the Symbol that was reshaped.
@@ -323,6 +324,19 @@ class PlanBuilder:
             rest = x.shape[:first] + x.shape[first + 1 :]
             x = self.node("reduce", [x], rest, name=function, function=function, axis=first)
         return self.reshape(x, shape) if keepdims else x
+
+    def rotary_angles(self, turns: Array) -> Symbol:
+        """Return the cosines and sines of a step's angles, [2, pairs]: one node for all layers."""
+        key = turns.tobytes()
+        if key not in self._angles:
+            outer, self.scope = self.scope, ""
+            weights = {"turns": self.derived("rotary_angles/turns", turns, "int64")}
+            shape = (2, len(turns))
+            self._angles[key] = self.node(
+                "rotary_angles", [], shape, name="rotary_angles", weights=weights
+            )
+            self.scope = outer
+        return self._angles[key]
 
     def is_of_input(self, x: Symbol) -> bool:
         """Return whether a value is one of the plan's inputs, perhaps in another order or shape."""
