@@ -51,12 +51,13 @@ def export_litert(
     - Its inputs are those of the model, `[1, ...]`, by their names in `Session.inputs`; the state,
       in tensors whose names begin with "state_"; and with `key_mask=True`, "key_mask".
     - Its outputs are those of the model, `[1, ...]`, by their names in `Session.outputs`; "ready",
-      bool `[1]`: whether the receptive field is full; and the state after the step, in tensors with
-      the same names, shapes and dtypes as among the inputs.
+      `[1]`: 1 if the receptive field is full, otherwise 0; and the state after the step, in tensors
+      with the same names, shapes and dtypes as among the inputs.
 
-    The outputs are those of a `ct.Session`, within rounding. LiteRT computes in float32, and rounds
-    a model of float64 to it, with its inputs and outputs. Keys and values of past steps are in
-    float32 too, whatever the model's `cache_dtype`.
+    All of them are float32, or int32 for integers and bools: browsers know no others. (If the sizes
+    of a model's windows and tables have no common multiple below 2^31, "state_position" is int64.)
+    Keys and values of past steps are in float32 too, whatever the model's `cache_dtype`. The outputs
+    are those of a `ct.Session` within rounding. A model of float64 is computed in float32.
 
     Args:
         model: What `ct.Session` takes: a functional or sequential Keras model, a `StreamingModel`,
@@ -69,8 +70,8 @@ def export_litert(
             kernels of less than 1,024 numbers as they are.
         seq_len: The window, in steps, of every `keras.layers.MultiHeadAttention` inside, as in
             `ct.Session`.
-        key_mask: Whether the step has the input "key_mask", bool `[1]`. False marks a gap, as in
-            `Session.step`.
+        key_mask: Whether the step has the input "key_mask", int32 `[1]`. 0 marks a gap, as False
+            does in `Session.step`.
 
     Raises:
         ValueError: If the model cannot run step by step, or a part of it cannot be expressed in
@@ -138,7 +139,7 @@ def _traced(step: PlanStep, key_mask: bool) -> Any:
     specs = dict(step.inputs)
     specs |= {f"{STATE}{k}": spec for k, spec in step.state.items()}
     if key_mask:
-        specs["key_mask"] = tf.TensorSpec([1], tf.bool)
+        specs["key_mask"] = tf.TensorSpec([1], tf.int32)
     specs = {k: tf.TensorSpec(spec.shape, spec.dtype, k) for k, spec in specs.items()}
     return tf.function(call, autograph=False).get_concrete_function(**specs)
 

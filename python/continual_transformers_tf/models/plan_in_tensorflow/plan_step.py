@@ -32,7 +32,9 @@ class PlanStep:
         inputs, outputs, state: A `tf.TensorSpec` for each, by name. The shapes of inputs and
             outputs are those of the plan with the axis of streams before them, `[1, ...]`. The
             state is "position" and entries such as "0_key": the entry "key" of the first node that
-            has a state. A new stream's state is zeros.
+            has a state. A new stream's state is zeros. All are float32 or int32, with 0 and 1 for
+            bools: LiteRT in browsers knows no int64 and no bool. Only the position is int64 if the
+            rings of the plan do not come to their first rows together within 2^31 steps.
 
     Raises:
         CannotStream: If a node has no counterpart in LiteRT's ops: a line for each.
@@ -59,11 +61,11 @@ class PlanStep:
             with_state += bool(entries)
             self._names.append(names)
             for entry, (shape, dtype) in entries.items():
-                self.state[names[entry]] = tf.TensorSpec(shape, dtype, names[entry])
+                self.state[names[entry]] = tf.TensorSpec(shape, _outside(dtype), names[entry])
 
     def _spec(self, port: dict[str, Any]) -> tf.TensorSpec:
         value = self._plan["values"][port["value"]]
-        return tf.TensorSpec([1, *value["shape"]], litert_dtype(value["dtype"]), port["name"])
+        return tf.TensorSpec([1, *value["shape"]], _outside(value["dtype"]), port["name"])
 
     def _common_period(self) -> int:
         """Return by how much the position may be lowered; 0: not at all, so it is an int64."""
@@ -87,24 +89,36 @@ class PlanStep:
 
         Args:
             inputs, state: Tensors by name.
-            key_mask: bool `[1]`; False marks a gap: no query attends to this step. None: no gap.
+            key_mask: int32 `[1]`; 0 marks a gap: no query attends to this step. None: no gap.
 
         Returns:
-            (outputs by name, the state after the step by name, ready: bool `[1]`).
+            (outputs by name, the state after the step by name, ready: int32 `[1]`).
         """
-        has_key = None if key_mask is None else tf.reshape(key_mask, [1, 1])
-        values = {port["value"]: inputs[port["name"]] for port in self._plan["inputs"]}
+        has_key = None if key_mask is None else tf.reshape(key_mask, [1, 1]) != 0
+        plan = self._plan
+        values = {
+            port["value"]: _to(plan["values"][port["value"]]["dtype"], inputs[port["name"]])
+            for port in plan["inputs"]
+        }
         position = state[POSITION]
         new_state = {POSITION: self._next(position)}
         for node, names in zip(self._nodes, self._names, strict=True):
             masks = {name: values[i] for name, i in node.masks.items()}
-            before = {entry: state[name] for entry, name in names.items()}
+            dtypes = {entry: dtype for entry, (_, dtype) in OPS[node.op].state(node).items()}
+            before = {entry: _to(dtypes[entry], state[name]) for entry, name in names.items()}
             step = Step(position, masks, _both(has_key, masks.get("key")), before)
             y = OPS[node.op].trace(node, step, *(values[i] for i in node.inputs))
             values[node.output] = tf.ensure_shape(y, [1, *node.shape])
-            new_state |= {name: step.new_state[entry] for entry, name in names.items()}
-        outputs = {port["name"]: values[port["value"]] for port in self._plan["outputs"]}
-        return outputs, new_state, new_state[POSITION] >= self._plan["receptive_field"]
+            new_state |= {
+                name: _to(_outside(dtypes[entry]), step.new_state[entry])
+                for entry, name in names.items()
+            }
+        outputs = {
+            port["name"]: _to(self.outputs[port["name"]].dtype.name, values[port["value"]])
+            for port in plan["outputs"]
+        }
+        ready = new_state[POSITION] >= plan["receptive_field"]
+        return outputs, new_state, tf.cast(ready, tf.int32)
 
     def _next(self, position: tf.Tensor) -> tf.Tensor:
         """Return the position after a step. An int32 goes back by whole rounds of every ring."""
@@ -112,6 +126,17 @@ class PlanStep:
             return position + 1
         is_last = tf.cast(tf.equal(position, MOST_STEPS), tf.int32)
         return position - is_last * np.int32(self._period) + 1
+
+
+def _outside(dtype: str) -> str:
+    """Return the dtype of an input, output or state whose dtype in the plan is this one."""
+    return "float32" if dtype.startswith("float") else "int32"
+
+
+def _to(dtype: str, x: tf.Tensor) -> tf.Tensor:
+    """Cast an input, output or state to a dtype of the plan, or back."""
+    dtype = litert_dtype(dtype)
+    return x != 0 if dtype == "bool" and x.dtype != tf.bool else tf.cast(x, dtype)
 
 
 def _both(a: tf.Tensor | None, b: tf.Tensor | None) -> tf.Tensor | None:
