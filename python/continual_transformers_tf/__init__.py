@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from continual_transformers_tf.models.cost import cost
     from continual_transformers_tf.models.explain import explain
     from continual_transformers_tf.models.export import export
+    from continual_transformers_tf.models.export_litert import export_litert
     from continual_transformers_tf.models.from_torch import from_torch
     from continual_transformers_tf.models.paper import co_audio_transformer, co_oad_tr
     from continual_transformers_tf.models.streaming_model import StreamingModel
@@ -72,6 +73,7 @@ __all__ = [
     "ensure_streams",
     "explain",
     "export",
+    "export_litert",
     "from_torch",
     "hold_streams",
     "ops",
@@ -88,6 +90,7 @@ _MODULES = {
     "cost": "models",
     "explain": "models",
     "export": "models",
+    "export_litert": "models",
     "from_torch": "models",
 }
 

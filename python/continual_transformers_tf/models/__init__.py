@@ -6,6 +6,7 @@ from continual_transformers_tf.models.convert import convert
 from continual_transformers_tf.models.cost import cost
 from continual_transformers_tf.models.explain import explain
 from continual_transformers_tf.models.export import export
+from continual_transformers_tf.models.export_litert import export_litert
 from continual_transformers_tf.models.from_torch import from_torch
 from continual_transformers_tf.models.paper import co_audio_transformer, co_oad_tr
 from continual_transformers_tf.models.streaming_model import StreamingModel
@@ -18,5 +19,6 @@ __all__ = [
     "cost",
     "explain",
     "export",
+    "export_litert",
     "from_torch",
 ]

@@ -30,6 +30,20 @@ class Lowered:
     plan: dict[str, Any]
     weights: dict[str, npt.NDArray[Any]]
 
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Lowered":
+        """Return the contents of a model file that a session has loaded, and so checked."""
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        plan = json.loads(header.pop("__metadata__")["plan"])
+        dtypes = {name: np.dtype(dtype) for dtype, name in _NAMES.items()}
+        weights = {}
+        for name, entry in header.items():
+            start, end = (8 + length + place for place in entry["data_offsets"])
+            dtype = dtypes[entry["dtype"]]
+            weights[name] = np.frombuffer(data[start:end], dtype).reshape(entry["shape"])
+        return cls(plan, weights)
+
     def to_bytes(self) -> bytes:
         """Return the model file: safetensors, with the plan in its metadata."""
         header: dict[str, Any] = {

@@ -1,0 +1,157 @@
+"""The table of a plan's ops in TensorFlow, and what its functions are given."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+Array = npt.NDArray[Any]
+
+
+def litert_dtype(dtype: str) -> str:
+    """Return the dtype here of a value of the plan. LiteRT's ops have no float64."""
+    return "float32" if dtype == "float64" else dtype
+
+
+class Node:
+    """A node of a plan.
+
+    Args:
+        plan, node: The plan, and the node as the plan has it.
+        weights: The plan's tensors by name.
+        gaps: Whether the caller may mark a step as a gap.
+
+    Attributes:
+        op, name: The names of the op and of the node.
+        inputs, output, masks: The places of its values in the plan. Masks are by name.
+        attributes: Its attributes. Those that the plan leaves out are missing.
+        weights: Its arrays by the node's names for them. Floats are float32.
+        input_shapes, shape: The shapes of its inputs and of its output, without the axis of
+            streams.
+        dtype: The dtype of its output: `litert_dtype`.
+        has_gaps: Whether some steps may have no key.
+    """
+
+    def __init__(
+        self, plan: dict[str, Any], node: dict[str, Any], weights: Mapping[str, Array], gaps: bool
+    ) -> None:
+        values = plan["values"]
+        self.op: str = node["op"]
+        self.name: str = node["name"]
+        self.inputs: list[int] = node["inputs"]
+        (self.output,) = node["outputs"]
+        self.masks: dict[str, int] = node.get("masks", {})
+        self.attributes: dict[str, Any] = node.get("attributes", {})
+        self.weights = {k: _as_float32(weights[w]) for k, w in node.get("weights", {}).items()}
+        self.input_shapes = [tuple(values[i]["shape"]) for i in self.inputs]
+        self.shape: tuple[int, ...] = tuple(values[self.output]["shape"])
+        self.dtype = litert_dtype(values[self.output]["dtype"])
+        self.has_gaps = gaps or "key" in self.masks
+
+    @property
+    def function(self) -> str | None:
+        """Which of the op's functions it computes; None if the op has only one."""
+        return self.attributes.get("function")
+
+
+def _as_float32(array: Array) -> Array:
+    return array if array.dtype.kind in "iub" else array.astype(np.float32)
+
+
+@dataclasses.dataclass
+class Step:
+    """The step of a stream, as a node sees it while it is traced.
+
+    Attributes:
+        position: How many steps the stream took before this one: an integer tensor `[1]`. For ops
+            that say their `rows` it may be less, by a multiple of all their rows, but it is never
+            less than the rows themselves once so many steps were taken.
+        masks: The node's masks by name: bool tensors `[1, 1]`.
+        has_key: Whether this step has a key, a bool tensor `[1, 1]`; None: it has.
+        state: The node's state before this step: tensors by entry.
+        new_state: The node's state after this step. The op sets every entry.
+    """
+
+    position: tf.Tensor
+    masks: dict[str, tf.Tensor]
+    has_key: tf.Tensor | None
+    state: dict[str, tf.Tensor]
+    new_state: dict[str, tf.Tensor] = dataclasses.field(default_factory=dict)
+
+    def row(self, rows: int) -> tf.Tensor:
+        """Return the row of a ring that this step writes: an integer tensor `[1]`."""
+        return tf.math.floormod(self.position, rows)
+
+    def ages(self, rows: int) -> tf.Tensor:
+        """Return how many steps ago each row of a ring was written: integers `[rows]`.
+
+        The row that this step writes has age 0. A row that was never written has an age above the
+        position.
+        """
+        number = tf.range(rows, dtype=self.position.dtype)
+        return tf.math.floormod(self.position - number, rows)
+
+    def put(self, entry: str, update: tf.Tensor, axis: int) -> tf.Tensor:
+        """Write this step's row into a ring, along an axis, and return the ring."""
+        ring = self.state[entry]
+        if ring.shape == update.shape:
+            self.new_state[entry] = update
+            return update
+        starts = [tf.zeros([1], self.position.dtype)] * len(ring.shape)
+        starts[axis] = self.row(ring.shape[axis])
+        # LiteRT's DYNAMIC_UPDATE_SLICE: a NaN that was in the row leaves no trace.
+        ring = keras.ops.slice_update(ring, tf.concat(starts, 0), update)
+        self.new_state[entry] = ring
+        return ring
+
+
+# The shape and dtype of each entry of a state.
+State = dict[str, tuple[tuple[int, ...], str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """What the table has for an op.
+
+    Attributes:
+        trace: A function of (node, step, *inputs), tensors `[1, ...]`, that returns the output.
+        state: A function of a node that returns the shape and dtype of each entry of its state.
+            A new stream's state is zeros.
+        rows: A function of a node that returns how many rows its ring or table has. Once so many
+            steps were taken, its output must only depend on the position modulo this number. None:
+            it depends on the position itself.
+        functions: The values of the attribute "function" that it has; None: the op has none.
+    """
+
+    trace: Callable[..., tf.Tensor]
+    state: Callable[[Node], State]
+    rows: Callable[[Node], int] | None
+    functions: frozenset[str] | None
+
+    def has(self, node: Node) -> bool:
+        """Whether it can compute a node of this op."""
+        return self.functions is None or node.function in self.functions
+
+
+OPS: dict[str, Op] = {}
+
+Trace = Callable[..., tf.Tensor]
+
+
+def op(
+    name: str,
+    state: Callable[[Node], State] = lambda node: {},
+    rows: Callable[[Node], int] | None = lambda node: 1,
+    functions: Mapping[str, Any] | None = None,
+) -> Callable[[Trace], Trace]:
+    """Add the decorated function to the table. The arguments are the attributes of `Op`."""
+
+    def add(trace: Trace) -> Trace:
+        OPS[name] = Op(trace, state, rows, None if functions is None else frozenset(functions))
+        return trace
+
+    return add

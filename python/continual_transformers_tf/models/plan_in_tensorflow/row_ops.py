@@ -1,0 +1,217 @@
+"""The ops of a plan that need nothing but their inputs."""
+
+import math
+
+import numpy as np
+import tensorflow as tf
+
+from continual_transformers_tf.models.plan_in_tensorflow.activations import ACTIVATIONS
+from continual_transformers_tf.models.plan_in_tensorflow.op_table import Array, Node, Step, op
+
+
+@op("dense")
+def _dense(node: Node, step: Step, x: tf.Tensor) -> tf.Tensor:
+    y = tf.matmul(_as_rows(x), tf.constant(node.weights["kernel"]))
+    if "bias" in node.weights:
+        y += node.weights["bias"]
+    return tf.reshape(y, [1, *node.shape])
+
+
+def _as_rows(x: tf.Tensor) -> tf.Tensor:
+    """Return x `[1, ..., C]` as `[R, C]`. LiteRT's ops take few axes."""
+    return tf.reshape(x, [-1, x.shape[-1]])
+
+
+@op("activation", functions=ACTIVATIONS)
+def _activation(node: Node, step: Step, x: tf.Tensor) -> tf.Tensor:
+    numbers = {key: x for key, x in node.attributes.items() if key != "function"}
+    return ACTIVATIONS[str(node.function)](x, *node.weights.values(), **numbers)
+
+
+def _sparsemax(x: tf.Tensor) -> tf.Tensor:
+    n = x.shape[-1]
+    ordered = tf.math.top_k(x, n).values
+    sums = tf.cumsum(ordered, axis=-1)
+    ranks = np.arange(1, n + 1, dtype=np.float32)
+    support = 1 + ranks * ordered > sums
+    count = tf.reduce_sum(tf.cast(support, x.dtype), -1, keepdims=True)
+    total = tf.reduce_sum(tf.where(support, sums, tf.zeros_like(sums)), -1, keepdims=True)
+    return tf.maximum(x - (total - 1) / count, 0)
+
+
+SOFTMAX = {"softmax": tf.nn.softmax, "log_softmax": tf.nn.log_softmax, "sparsemax": _sparsemax}
+
+
+@op("softmax", functions=SOFTMAX)
+def _softmax(node: Node, step: Step, x: tf.Tensor) -> tf.Tensor:
+    function = SOFTMAX[str(node.function)]
+    y = _around(x, node.attributes["axis"] + 1)
+    if len(y.shape) == 3:
+        y = tf.transpose(function(tf.transpose(y, [0, 2, 1])), [0, 2, 1])
+    else:
+        y = function(y)
+    return tf.reshape(y, x.shape)
+
+
+def _around(x: tf.Tensor, axis: int) -> tf.Tensor:
+    """Return x as `[A, n, B]`, n being this axis, or as `[A, n]` if nothing comes after it."""
+    shape = list(x.shape)
+    before, n, after = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
+    return tf.reshape(x, [before, n] if after == 1 else [before, n, after])
+
+
+BINARY = {
+    "add": tf.add, "subtract": tf.subtract, "multiply": tf.multiply, "divide": tf.divide,
+    "maximum": tf.maximum, "minimum": tf.minimum, "power": tf.pow,
+}  # fmt: skip
+
+
+@op("binary", functions=BINARY)
+def _binary(node: Node, step: Step, x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+    return BINARY[str(node.function)](x, y)
+
+
+@op("constant")
+def _constant(node: Node, step: Step) -> tf.Tensor:
+    value = node.weights["value"]
+    value = value != 0 if node.dtype == "bool" else value.astype(node.dtype)
+    return tf.constant(value[np.newaxis])
+
+
+@op("affine")
+def _affine(node: Node, step: Step, x: tf.Tensor) -> tf.Tensor:
+    return _scaled(x, node.weights["scale"], node.weights["offset"])
+
+
+def _scaled(x: tf.Tensor, scale: Array | None, offset: Array | None) -> tf.Tensor:
+    """Return x `[1, ..., C]` times a scale plus an offset, each `[C]`, or None for nothing."""
+    y = _as_rows(x)
+    if scale is not None and (scale != 1).any():
+        y *= scale
+    if offset is not None and (offset != 0).any():
+        y += offset
+    return tf.reshape(y, x.shape)
+
+
+@op("batch_norm")
+def _batch_norm(node: Node, step: Step, x: tf.Tensor) -> tf.Tensor:
+    weights = node.weights
+    deviation = np.sqrt(weights["variance"].astype(np.float64) + node.attributes["epsilon"])
+    scale = (weights.get("gamma", 1) / deviation).astype(np.float32)
+    return _scaled(_scaled(x, None, -weights["mean"]), scale, weights.get("beta"))
+
+
+@op("norm", functions={"layer": 0, "rms": 0, "unit": 0})
+def _norm(node: Node, step: Step, x: tf.Tensor) -> tf.Tensor:
+    epsilon, y = node.attributes["epsilon"], _as_rows(x)
+    if node.function == "layer":
+        y -= tf.reduce_mean(y, -1, keepdims=True)
+    squares = tf.square(y)
+    if node.function == "unit":
+        y *= tf.math.rsqrt(tf.maximum(tf.reduce_sum(squares, -1, keepdims=True), epsilon))
+    else:
+        y *= tf.math.rsqrt(tf.reduce_mean(squares, -1, keepdims=True) + epsilon)
+    return tf.reshape(_scaled(y, node.weights.get("gamma"), node.weights.get("beta")), x.shape)
+
+
+@op("concat")
+def _concat(node: Node, step: Step, *xs: tf.Tensor) -> tf.Tensor:
+    axis = node.attributes["axis"] + 1
+    return tf.reshape(tf.concat([_around(x, axis) for x in xs], 1), [1, *node.shape])
+
+
+@op("strided")
+def _strided(node: Node, step: Step, x: tf.Tensor) -> tf.Tensor:
+    offset, size = node.attributes["offset"], math.prod(x.shape)
+    flat = tf.reshape(x, [-1])
+    # Axes of one element do not matter.
+    axes = [(n, s) for n, s in zip(node.shape, node.attributes["strides"], strict=True) if n > 1]
+    by_stride = sorted(range(len(axes)), key=lambda i: -axes[i][1])
+    run, outer = _contiguous(axes)
+    if not outer:
+        y = tf.slice(flat, [offset], [run])
+    elif offset == 0 and _contiguous([axes[i] for i in by_stride]) == (size, []):
+        y = tf.reshape(flat, [axes[i][0] for i in by_stride])
+        y = tf.transpose(y, np.argsort(by_stride))
+    else:
+        if any(n % run for n in (offset, size, *(s for _, s in outer))):
+            run, outer = 1, axes
+        picked = np.full([1] * len(outer), offset // run)
+        for i, (n, s) in enumerate(outer):
+            picked = picked + (np.arange(n) * s // run).reshape([-1] + [1] * (len(outer) - 1 - i))
+        rows = tf.reshape(flat, [-1, run] if run > 1 else [-1])
+        y = tf.gather(rows, tf.constant(picked.reshape(-1), tf.int32))
+    return tf.reshape(y, [1, *node.shape])
+
+
+def _contiguous(axes: list[tuple[int, int]]) -> tuple[int, list[tuple[int, int]]]:
+    """Return (how many elements of the last axes lie side by side, the axes before those).
+
+    Args:
+        axes: (size, stride) of each.
+    """
+    run = 1
+    for place in range(len(axes), 0, -1):
+        n, stride = axes[place - 1]
+        if stride != run:
+            return run, axes[:place]
+        run *= n
+    return run, []
+
+
+@op("reshape")
+def _reshape(node: Node, step: Step, x: tf.Tensor) -> tf.Tensor:
+    return tf.reshape(x, [1, *node.shape])
+
+
+REDUCE = {
+    "sum": tf.reduce_sum, "mean": tf.reduce_mean, "max": tf.reduce_max, "min": tf.reduce_min
+}  # fmt: skip
+
+
+@op("reduce", functions=REDUCE)
+def _reduce(node: Node, step: Step, x: tf.Tensor) -> tf.Tensor:
+    y = REDUCE[str(node.function)](_around(x, node.attributes["axis"] + 1), 1)
+    return tf.reshape(y, [1, *node.shape])
+
+
+@op("cast")
+def _cast(node: Node, step: Step, x: tf.Tensor) -> tf.Tensor:
+    return tf.not_equal(x, 0) if node.dtype == "bool" else tf.cast(x, node.dtype)
+
+
+@op("embedding")
+def _embedding(node: Node, step: Step, x: tf.Tensor) -> tf.Tensor:
+    return tf.gather(tf.constant(node.weights["table"]), x)
+
+
+@op("not_equal")
+def _not_equal(node: Node, step: Step, x: tf.Tensor) -> tf.Tensor:
+    x = tf.cast(x, tf.int32) if x.dtype == tf.bool else x
+    different = tf.not_equal(x, np.asarray(node.attributes["value"], x.dtype.as_numpy_dtype))
+    reduce = tf.reduce_any if node.attributes["any"] else tf.reduce_all
+    return tf.reshape(reduce(tf.reshape(different, [-1])), [1, 1])
+
+
+@op("masked")
+def _masked(node: Node, step: Step, x: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
+    return where(mask, x)
+
+
+@op("mask_and")
+def _mask_and(node: Node, step: Step, x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+    return tf.logical_and(x, y)
+
+
+def where(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
+    """Return x `[1, N, ...]` with zeros in the rows where a mask is false.
+
+    A product would keep a NaN.
+
+    Args:
+        mask: A bool tensor with one element for all of x, or one for each of the N rows.
+        x: A tensor.
+    """
+    rows = math.prod(mask.shape)
+    flat = tf.reshape(x, [rows, -1])
+    return tf.reshape(tf.where(tf.reshape(mask, [rows, 1]), flat, tf.zeros_like(flat)), x.shape)

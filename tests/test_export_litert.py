@@ -1,0 +1,514 @@
+"""LiteRT files: their steps give what a session gives, with the state in the caller's hands."""
+
+import json
+import re
+
+import keras
+import numpy as np
+import pytest
+from keras import layers as kl
+
+import continual_transformers_tf as ct
+import reference
+from continual_transformers_tf.models.lowering import lower
+from continual_transformers_tf.models.plan_in_tensorflow import PlanStep
+from model_cases import BOUNDS, CASES, E, N
+from plan_files import PlanFile, attention_only_plan, attention_plan, many_ports_plan
+from test_session import packed
+
+litert = pytest.importorskip(
+    "ai_edge_litert.interpreter", reason="the extra test has ai-edge-litert"
+)
+
+STEPS = 200
+
+
+class Stream:
+    """A stream of a LiteRT file."""
+
+    def __init__(self, path):
+        self.interpreter = litert.Interpreter(str(path), num_threads=1)
+        self.run = self.interpreter.get_signature_runner("step")
+        self.inputs = self.run.get_input_details()
+        self.state = {
+            name: np.zeros(part["shape"], part["dtype"])
+            for name, part in self.inputs.items()
+            if name.startswith("state_")
+        }
+
+    def step(self, **inputs):
+        """Take a step, and return all outputs but the state, by name."""
+        outputs = self.run(**inputs, **self.state)
+        for name, part in self.state.items():
+            new = outputs.pop(name)
+            assert (new.shape, new.dtype) == (part.shape, part.dtype)
+            self.state[name] = new
+        return outputs
+
+    @property
+    def ops(self):
+        """The names of the file's ops. An op that is not built in has the name CUSTOM or FlexX."""
+        return {op["op_name"] for op in self.interpreter._get_ops_details()}
+
+
+def of_session(session, inputs, **options):
+    """Take a step of a session's first stream, and return its outputs by name."""
+    structure = json.loads(session._plan_json)["input_structure"]
+    outputs = keras.tree.flatten(session.step(packed(structure, inputs), **options))
+    return dict(zip([spec.name for spec in session.outputs], outputs, strict=True))
+
+
+def outside(dtype):
+    """Return the dtype of a file's tensor: browsers have these two only."""
+    return np.float32 if dtype.kind == "f" else np.int32
+
+
+def steps_of(session, inputs):
+    """Yield the inputs of each step, from arrays (1, T, ...): the session's, and the file's."""
+    for t in range(inputs[0].shape[1]):
+        step = [x[:, t].astype(s.dtype) for x, s in zip(inputs, session.inputs, strict=True)]
+        narrow = [x.astype(outside(x.dtype)) for x in step]
+        yield step, dict(zip([spec.name for spec in session.inputs], narrow, strict=True))
+
+
+def check_stream(session, path, inputs, bound, mask_of=lambda t: None):
+    """Compare all steps of a file with a session's."""
+    stream = Stream(path)
+    expected, got = [], []
+    for t, (step, by_name) in enumerate(steps_of(session, inputs)):
+        has_key = mask_of(t)
+        if has_key is None:
+            expected.append(of_session(session, step))
+            got.append(stream.step(**by_name))
+        else:
+            expected.append(of_session(session, step, key_mask=[has_key]))
+            got.append(stream.step(**by_name, key_mask=np.array([has_key], np.int32)))
+        ready = got[-1].pop("ready")
+        assert ready.dtype == np.int32
+        assert ready == session.ready()
+    assert session.ready().all()
+    for name in expected[0]:
+        y, x = (np.stack([step[name] for step in steps]) for steps in (got, expected))
+        assert y.shape == x.shape
+        assert y.dtype == outside(x.dtype)
+        if x.dtype.kind in "biu":
+            np.testing.assert_array_equal(y, x)
+        else:
+            assert reference.relative_error(x, y) < bound, name
+    return stream
+
+
+# Models for every kind of state, input and output. The other cases are below.
+FEW = [
+    "co_si_first_query_sliding",
+    "co_re_gate",
+    "stack_retroactive_2",
+    "positions_learned",
+    "delay_int32",
+    "demo",
+    "inputs_by_name",
+    "several_tokens_a_step",
+    "masked_query_that_waits",
+    "masked_self_attention",
+]
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_file_gives_what_a_session_gives(random, tmp_path, name):
+    case = CASES[name]
+    model = case.build()
+    ct.export_litert(model, tmp_path / "model.tflite", seq_len=case.seq_len)
+    # A file's caches and weights are in float32, so those of the session are too.
+    wide = lower(model, case.seq_len).plan["compute_dtype"]
+    session = ct.Session(model, seq_len=case.seq_len, cache_dtype=wide, weights_dtype=wide)
+    inputs = case.inputs(model, random, (1, STEPS))
+    stream = check_stream(session, tmp_path / "model.tflite", inputs, 2 * BOUNDS["float32"])
+    assert not {op for op in stream.ops if op.startswith(("CUSTOM", "Flex"))}
+
+
+# Conversion takes seconds.
+@pytest.mark.slow
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("name", [n for n in CASES if n not in FEW])
+def test_every_model_gives_what_its_session_gives(random, tmp_path, name):
+    test_a_file_gives_what_a_session_gives(random, tmp_path, name)
+
+
+# Every function of every op, in hand-made plans.
+
+FEATURES = 6
+
+
+def branches_plan(random, nodes):
+    """x -> each of some nodes -> the outputs y_0, y_1, ...
+
+    Args:
+        nodes: Tuples of (op, weights, attributes), with one input and output `[6]`.
+    """
+    plan = PlanFile()
+    x = plan.input("x", FEATURES)
+    for i, (op, weights, attributes) in enumerate(nodes):
+        plan.output(f"y_{i}", plan.node(op, [x], plan.value(FEATURES), weights, **attributes))
+    plan.plan["output_structure"] = list(range(len(nodes)))
+    return plan
+
+
+NUMBERS = {
+    "celu": dict(alpha=1.5), "elu": dict(alpha=0.5), "hard_shrink": dict(threshold=0.4),
+    "leaky_relu": dict(negative_slope=0.3), "soft_shrink": dict(threshold=0.4),
+    "squareplus": dict(b=4.0), "threshold": dict(threshold=0.2, value=-3.0),
+}  # fmt: skip
+RELUS = [
+    dict(negative_slope=slope, max_value=most, threshold=threshold)
+    for slope in (0.0, 0.2)
+    for most in (None, 0.9)
+    for threshold in (0.0, 0.3, -0.3)
+]
+OF_POSITIVE = {"log", "log1p", "sqrt", "rsqrt"}
+OTHERS = [
+    "exponential", "gelu", "gelu_tanh", "hard_sigmoid", "hard_silu", "hard_tanh", "linear",
+    "log_sigmoid", "mish", "relu6", "selu", "sigmoid", "silu", "softplus", "softsign",
+    "sparse_plus", "sparse_sigmoid", "tanh", "tanh_shrink", "absolute", "cos", "negative",
+    "reciprocal", "sign", "sin", "square",
+]  # fmt: skip
+
+
+def functions(random, positive):
+    if positive:
+        return [("activation", {}, dict(function=name)) for name in sorted(OF_POSITIVE)]
+    weights = {"alpha": random.standard_normal(FEATURES).astype("float32")}
+    nodes = [("activation", weights, dict(function="prelu"))]
+    nodes += [("activation", {}, dict(function="relu", **numbers)) for numbers in RELUS]
+    nodes += [
+        ("activation", {}, dict(function=f, **NUMBERS.get(f, {}))) for f in [*NUMBERS, *OTHERS]
+    ]
+    features = {name: random.uniform(0.5, 2, FEATURES).astype("float32") for name in ("a", "b")}
+    scaled = {"gamma": features["a"], "beta": features["b"]}
+    for function in ("softmax", "log_softmax", "sparsemax"):
+        nodes.append(("softmax", {}, dict(function=function, axis=0)))
+    for function in ("layer", "rms", "unit"):
+        nodes.append(("norm", scaled, dict(function=function, epsilon=1e-3)))
+    nodes.append(("norm", {}, dict(function="layer", epsilon=1e-3)))
+    nodes.append(("affine", {"scale": features["a"], "offset": features["b"]}, {}))
+    moments = {"mean": features["a"], "variance": features["b"]}
+    nodes.append(("batch_norm", moments, dict(epsilon=1e-3)))
+    nodes.append(("batch_norm", moments | scaled, dict(epsilon=1e-3)))
+    return nodes
+
+
+@pytest.mark.parametrize("positive", [False, True])
+def test_every_function_of_an_element_or_row(random, tmp_path, positive):
+    plan = branches_plan(random, functions(random, positive))
+    ct.export_litert(plan.write(tmp_path), tmp_path / "model.tflite")
+    x = 2 * random.standard_normal((1, 40, FEATURES))
+    if positive:
+        x = np.exp(4 * x)  # Small numbers too, of which log1p must keep the digits.
+    session, stream = plan.session(), Stream(tmp_path / "model.tflite")
+    for step, by_name in steps_of(session, [x]):
+        expected, got = of_session(session, step), stream.step(**by_name)
+        for i, node in enumerate(plan.plan["nodes"]):
+            np.testing.assert_allclose(
+                got[f"y_{i}"], expected[f"y_{i}"], rtol=1e-5, atol=3e-6 * (not positive),
+                err_msg=str(node["attributes"]),
+            )  # fmt: skip
+
+
+def binary_plan(random):
+    plan = PlanFile()
+    shape = (2, 3, 4)
+    x, y = plan.input("x", *shape), plan.input("y", *shape)
+    made = []
+    for function in ("add", "subtract", "multiply", "divide", "maximum", "minimum", "power"):
+        made.append(plan.node("binary", [x, y], plan.value(*shape), function=function))
+    for function in ("sum", "mean", "max", "min"):
+        for axis in range(3):
+            rest = shape[:axis] + shape[axis + 1 :]
+            made.append(plan.node("reduce", [x], plan.value(*rest), function=function, axis=axis))
+    for axis in range(3):
+        total = [n * (2 if i == axis else 1) for i, n in enumerate(shape)]
+        made.append(plan.node("concat", [x, y], plan.value(*total), axis=axis))
+        made.append(
+            plan.node("softmax", [x], plan.value(*shape), function="log_softmax", axis=axis)
+        )
+    for out, offset, strides in [
+        ((4, 3, 2), 0, (1, 4, 12)),  # Transposed.
+        ((3, 2, 4), 0, (4, 12, 1)),
+        ((2, 2), 4, (12, 1)),  # Sliced.
+        ((3, 4), 12, (4, 1)),
+        ((2, 4), 4, (12, 1)),
+        ((4,), 23, (-3,)),  # Flipped.
+        ((5, 4), 8, (0, 1)),  # Broadcast.
+        ((4, 5), 8, (1, 0)),
+        ((2, 2, 2), 1, (12, 8, 2)),
+        ((1, 1), 7, (0, 9)),
+        ((), 5, ()),
+    ]:
+        made.append(
+            plan.node("strided", [x], plan.value(*out), offset=offset, strides=list(strides))
+        )
+    made.append(plan.node("reshape", [x], plan.value(4, 6)))
+    table = random.standard_normal((2, 3, 4)).astype("float32")
+    made.append(plan.node("constant", [], plan.value(*shape), {"value": table}))
+    made.append(plan.node("cast", [x], plan.value(*shape, dtype="int32")))
+    made.append(plan.node("cast", [x], plan.value(*shape, dtype="bool")))
+    made.append(plan.node("cast", [made[-2]], plan.value(*shape, dtype="int64")))
+    flags = plan.node("strided", [made[-2]], plan.value(1, dtype="bool"), offset=3, strides=[1])
+    for any_ in (False, True):
+        mask = plan.node("not_equal", [x], plan.value(1, dtype="bool"), value=0.0, any=any_)
+        made.append(plan.node("mask_and", [mask, flags], plan.value(1, dtype="bool")))
+        made.append(plan.node("masked", [y, mask], plan.value(*shape)))
+    flag = plan.node("not_equal", [flags], plan.value(1, dtype="bool"), value=1.0, any=True)
+    made.append(plan.node("delay", [flag], plan.value(1, dtype="bool"), steps=3))
+    made.append(plan.node("delay", [y], plan.value(*shape), steps=1))
+    for i, value in enumerate(made):
+        plan.output(f"y_{i}", value)
+    plan.plan["input_structure"] = [0, 1]
+    plan.plan["output_structure"] = list(range(len(made)))
+    return plan
+
+
+def test_every_op_of_several_axes(random, tmp_path):
+    plan = binary_plan(random)
+    ct.export_litert(plan.write(tmp_path), tmp_path / "model.tflite")
+    x, y = 3 * random.standard_normal((2, 1, 20, 2, 3, 4))
+    x = np.abs(x)
+    x[0, ::3] = 0  # For the masks.
+    x[0, ::2, 0] = 0
+    y[0, :, 1, 1] = np.where(y[0, :, 1, 1] == 0, 1, y[0, :, 1, 1])
+    session, stream = plan.session(), Stream(tmp_path / "model.tflite")
+    for step, by_name in steps_of(session, [x, y]):
+        step[1][0, 0, 0, 0] = by_name["y"][0, 0, 0, 0] = np.nan  # `masked` must not let it through.
+        expected, got = of_session(session, step), stream.step(**by_name)
+        for i in range(len(expected)):
+            a, b = got[f"y_{i}"], expected[f"y_{i}"]
+            a, b = (np.where(np.isnan(z), 7, z) if z.dtype.kind == "f" else z for z in (a, b))
+            assert a.dtype == outside(b.dtype)
+            if i in (4, 5):  # LiteRT's maximum and minimum may drop a NaN.
+                a, b = a.reshape(-1)[1:], b.reshape(-1)[1:]
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=f"y_{i}")
+
+
+def test_every_op_is_tested():
+    from continual_transformers_tf.models.plan_in_tensorflow.op_table import OPS
+
+    random = np.random.default_rng(1)
+    used = {}
+    plans = [branches_plan(random, functions(random, p)).plan for p in (False, True)]
+    plans.append(binary_plan(random).plan)
+    plans += [lower(CASES[name].build(), CASES[name].seq_len).plan for name in FEW]
+    for node in (node for plan in plans for node in plan["nodes"]):
+        used.setdefault(node["op"], set()).add(node["attributes"].get("function"))
+    assert set(used) == set(OPS)
+    for name, op in OPS.items():
+        assert op.functions is None or op.functions == used[name], name
+
+
+# The three kinds of weights.
+
+
+def wide_model():
+    """A model whose kernels are large enough for LiteRT to round them."""
+    x = keras.Input((16, 24))
+    y = ct.CoSiTransformerEncoder(16, 64, 4, 128, key_dim=16)(kl.Dense(64)(x))
+    return keras.Model(x, kl.Dense(5)(y[:, -1]))
+
+
+def test_narrow_weights(random, tmp_path):
+    keras.utils.set_random_seed(3)
+    model = wide_model()
+    session, x = ct.Session(model), random.standard_normal((1, STEPS, 24))
+    sizes = {}
+    # The largest error over the largest output. Session's own int8 is held to 2e-2.
+    for weights, bound in {"float32": 1e-5, "float16": 2e-3, "int8": 5e-2}.items():
+        path = tmp_path / f"{weights}.tflite"
+        ct.export_litert(model, path, weights=weights)
+        check_stream(session, path, [x], bound)
+        session.clean_state()
+        sizes[weights] = path.stat().st_size
+    assert sizes["float16"] < 0.6 * sizes["float32"]
+    assert sizes["int8"] < 0.4 * sizes["float32"]
+
+
+# State.
+
+
+def test_two_streams_of_a_file_are_independent(random, tmp_path):
+    plan = attention_plan(random)
+    path = tmp_path / "model.tflite"
+    ct.export_litert(plan.write(tmp_path), path)
+    x = random.standard_normal((2, 11, 6)).astype("float32")
+    session, streams = plan.session(), [Stream(path), Stream(path)]
+    streams[1].interpreter = streams[0].interpreter  # One interpreter, two states.
+    streams[1].run = streams[0].run
+    for t in range(x.shape[1]):
+        expected = session.step(x[:, t])
+        for i in range(2):
+            np.testing.assert_allclose(
+                streams[i].step(x=x[i : i + 1, t])["y"][0], expected[i], rtol=1e-5, atol=1e-5
+            )
+
+
+def test_a_nan_leaves_with_its_step(random, tmp_path):
+    plan = attention_only_plan(window=4, size=4)
+    ct.export_litert(plan.write(tmp_path), tmp_path / "model.tflite")
+    session, stream = plan.session(), Stream(tmp_path / "model.tflite")
+    x = random.standard_normal((12, 1, 4)).astype("float32")
+    x[5] = np.nan
+    for t in range(12):
+        y = stream.step(x=x[t])["y"]
+        assert np.isnan(y).any() == (5 <= t < 9)
+        np.testing.assert_allclose(y, session.step(x[t]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["attention", "retroactive"])
+def test_gaps_that_the_caller_marks(random, tmp_path, kind):
+    layer = CASES["co_si_gate" if kind == "attention" else "co_re_gate"].build()
+    ct.export_litert(layer, tmp_path / "model.tflite", key_mask=True)
+    session, stream = ct.Session(layer), Stream(tmp_path / "model.tflite")
+    rows = []
+    for t in range(60):
+        x = random.standard_normal((1, E)).astype("float32")
+        has_key = (
+            t > 1 and t % 7 not in (0, 3) and not 40 <= t < 46
+        )  # The first have no key at all.
+        y = session.step(x, key_mask=[has_key])
+        rows.append((stream.step(x=x, key_mask=np.array([has_key], np.int32))["y"], y))
+    got, expected = (np.stack(part) for part in zip(*rows, strict=True))
+    assert reference.relative_error(expected, got) < 1e-5
+
+
+def test_a_gap_may_hold_a_nan(random, tmp_path):
+    plan = attention_only_plan(window=4, size=4)
+    ct.export_litert(plan.write(tmp_path), tmp_path / "model.tflite", key_mask=True)
+    stream = Stream(tmp_path / "model.tflite")
+    x = random.standard_normal((9, 1, 4)).astype("float32")
+    for t in range(9):
+        given = x[t] if t != 4 else np.full((1, 4), np.nan, "float32")
+        y = stream.step(x=given, key_mask=np.array([t != 4], np.int32))["y"]
+        assert np.isfinite(y).all() == (t != 4)  # The query of step 4 is NaN too.
+
+
+def test_a_stream_outlives_the_largest_position(random, tmp_path):
+    """An int32 would overflow after 25 days of 1,000 steps a second."""
+    model = CASES["demo"].build()
+    path = tmp_path / "model.tflite"
+    ct.export_litert(model, path)
+    old, young = Stream(path), Stream(path)
+    rounds = N * (2 * N - 1)  # The steps after which every ring is at its first row again.
+    x = random.standard_normal((80, 1, E)).astype("float32")
+    for t in range(40):
+        young.step(x=x[t])
+        old.step(x=x[t])
+    old.state["state_position"] += np.int32((2**31 - 1 - 40) // rounds * rounds)
+    start = int(old.state["state_position"][0])
+    assert 0 < 2**31 - 1 - start < 40
+    for t in range(40, 80):
+        got, expected = old.step(x=x[t]), young.step(x=x[t])
+        np.testing.assert_array_equal(got["y"], expected["y"])
+        assert got["ready"]
+    assert 0 < old.state["state_position"] < start
+
+
+def test_rings_without_a_common_multiple(random, tmp_path):
+    """Then the position counts in int64."""
+    plan = PlanFile(receptive_field=5)
+    x = plan.input("x", 2)
+    for rows in (1009, 1013, 1019, 1021):
+        table = random.standard_normal((rows, 2)).astype("float32")
+        weights = {"rows": table, "start": np.array(3, np.int64)}
+        x = plan.node("positional", [x], plan.value(2), weights)
+    plan.output("y", x)
+    ct.export_litert(plan.write(tmp_path), tmp_path / "model.tflite")
+    stream = check_stream(
+        plan.session(), tmp_path / "model.tflite", [random.standard_normal((1, 9, 2))], 1e-5
+    )
+    assert stream.state["state_position"].dtype == np.int64
+
+
+# What it takes.
+
+
+def test_a_model_file_a_session_and_a_keras_file(random, tmp_path):
+    model = CASES["inputs_by_name"].build()
+    session = ct.Session(model)
+    session.save(tmp_path / "model.safetensors")
+    model.save(tmp_path / "model.keras")
+    files = []
+    for given in (model, session, tmp_path / "model.safetensors", str(tmp_path / "model.keras")):
+        ct.export_litert(given, tmp_path / "model.tflite")
+        files.append(Stream(tmp_path / "model.tflite"))
+    step = {s.name: np.ones((1, *s.shape), s.dtype) for s in session.inputs}
+    first, *others = [stream.step(**step) for stream in files]
+    for outputs in others:
+        assert set(outputs) == set(first) == {"z", "newest", "again", "ready"}
+        for name, y in outputs.items():
+            np.testing.assert_array_equal(y, first[name])
+
+
+def test_names_are_those_of_the_session(tmp_path):
+    plan, _ = many_ports_plan(np.random.default_rng(1))
+    ct.export_litert(plan.write(tmp_path), tmp_path / "model.tflite")
+    stream = Stream(tmp_path / "model.tflite")
+    assert set(stream.inputs) == {"sound", "word", "state_position", "state_0_ring"}
+    assert set(stream.run.get_output_details()) == {
+        "sum", "late", "ready", "state_position", "state_0_ring"
+    }  # fmt: skip
+    with pytest.raises((RuntimeError, ValueError)):  # There is no such row.
+        stream.step(sound=np.zeros((1, 3), "float32"), word=np.array([7], "int32"))
+
+
+# What it refuses.
+
+
+def test_wrong_arguments(tmp_path):
+    model, path = CASES["co_si_gate"].build(), tmp_path / "model.tflite"
+    with pytest.raises(ValueError, match="Expected weights to be one of .*'int8'.*but got 'int4'"):
+        ct.export_litert(model, path, weights="int4")
+    with pytest.raises(ValueError, match="Expected no seq_len, .* are fixed, but got 3"):
+        ct.export_litert(ct.Session(model), path, seq_len=3)
+    with pytest.raises(FileNotFoundError):
+        ct.export_litert(tmp_path / "none.safetensors", path)
+    with pytest.raises(FileNotFoundError):
+        ct.export_litert(model, tmp_path / "none" / "model.tflite")
+    with pytest.raises(TypeError, match="Expected a Keras model, .* of a model file, but got 3"):
+        ct.export_litert(3, path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "name"),
+    [
+        (("state_x", "y"), "input", "state_x"),
+        (("key_mask", "y"), "input", "key_mask"),
+        (("x", "ready"), "output", "ready"),
+        (("x", "state_0"), "output", "state_0"),
+    ],
+)
+def test_names_that_the_step_itself_has(tmp_path, names, kind, name):
+    plan = PlanFile()
+    plan.output(names[1], plan.input(names[0], 2))
+    with pytest.raises(
+        ValueError, match=f"Expected no {kind} named '{name}', a name that the step"
+    ):
+        ct.export_litert(plan.write(tmp_path), tmp_path / "model.tflite", key_mask=True)
+
+
+def test_models_that_do_not_stream(tmp_path):
+    x = keras.Input((N, E))
+    model = keras.Model(x, kl.Bidirectional(kl.LSTM(3, return_sequences=True))(x), name="stuck")
+    with pytest.raises(ValueError, match="stuck cannot be run by a session:\n- ") as refused:
+        ct.export_litert(model, tmp_path / "model.tflite")
+    with pytest.raises(ValueError, match="stuck cannot be run by a session:\n- ") as by_session:
+        ct.Session(model)
+    assert str(refused.value) == str(by_session.value)
+
+
+def test_nodes_that_litert_cannot_express(random):
+    plan = attention_plan(random)
+    plan.plan["nodes"][0]["op"] = "unheard_of"
+    plan.plan["nodes"][-2]["attributes"]["function"] = "arctan2"
+    with pytest.raises(ValueError, match="plan cannot be exported to LiteRT:") as refused:
+        PlanStep(plan.plan, plan.tensors)
+    said = str(refused.value)
+    assert re.search(r"\n- dense_0 \(unheard_of\) cannot be expressed in LiteRT's built-in", said)
+    assert re.search(r"\n- binary_\d \(binary 'arctan2'\) cannot be expressed", said)
