@@ -359,10 +359,12 @@ def retroactive_attention(context, weights, query, key, value, heads, window, sc
 
 
 @op
-def window_attention(context, weights, query, key, value, heads, scale, band, causal):
-    n, rows = len(key), []
+def window_attention(
+    context, weights, query, key, value, heads, scale, band, causal, rows=1, first=None
+):
+    n, outputs = len(key), []
     column = np.arange(n)
-    taken = column >= n - 1 - context.position
+    taken = context.position * rows + (1 - n if first is None else first) + column >= 0
     for i, q in enumerate(query):
         row = i + n - len(query)
         allowed = taken.copy()
@@ -370,8 +372,8 @@ def window_attention(context, weights, query, key, value, heads, scale, band, ca
             allowed &= column <= row
         if band > 0:
             allowed &= np.abs(column - row) < band
-        rows.append(attend(q, key, value, allowed, heads, scale))
-    return np.stack(rows)
+        outputs.append(attend(q, key, value, allowed, heads, scale))
+    return np.stack(outputs)
 
 
 # Functions of single numbers, following the descriptions in keras.activations.

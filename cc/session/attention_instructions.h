@@ -234,6 +234,13 @@ struct WindowAttentionSpec {
   int64_t heads, queries, window, key_dim, value_dim, band;
   bool causal;
   double scale;
+  // Each step adds `rows` rows, and at position 0 the window's first row has the number `first`.
+  int64_t rows, first;
+
+  // How many rows of the window are of no step yet. Far into a stream the product could overflow.
+  int64_t Untaken(int64_t position) const {
+    return position > -first ? 0 : std::min(window, std::max<int64_t>(0, -first - position * rows));
+  }
 };
 
 template <typename T>
@@ -261,7 +268,7 @@ class WindowAttentionInstruction : public Instruction {
 
  private:
   void Step(const Frame& frame, int64_t r, int64_t position) const {
-    const int64_t n = s_.window, untaken = std::max<int64_t>(0, n - 1 - position);
+    const int64_t n = s_.window, untaken = s_.Untaken(position);
     RingAttentionParams<T, T> p;
     p.key = frame.Rows<T>(s_.key) + r * n * key_size_;
     p.key_stride = key_size_;

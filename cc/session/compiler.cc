@@ -880,6 +880,8 @@ class Compiler {
     spec.band = node.Int("band");
     spec.causal = node.Bool("causal");
     spec.scale = node.Number("scale");
+    spec.rows = node.Int("rows", 1);
+    spec.first = node.Int("first", 1 - spec.window);
     return spec;
   }
 

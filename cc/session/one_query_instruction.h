@@ -87,7 +87,7 @@ class OneQueryInstruction : public Instruction {
   void Step(const Frame& frame, int64_t r, int64_t position) const {
     const int64_t n = s_.window, d = s_.key_dim, dv = s_.value_dim;
     const int64_t first =
-        std::max({int64_t{0}, n - 1 - position, s_.band > 0 ? n - s_.band : int64_t{0}});
+        std::max({int64_t{0}, s_.Untaken(position), s_.band > 0 ? n - s_.band : int64_t{0}});
     T* query = reinterpret_cast<T*>(frame.scratch);
     T* sum = query + Aligned(key_inputs_);
     RingAttentionParams<T, T> p = {};

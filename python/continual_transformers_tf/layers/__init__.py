@@ -4,6 +4,7 @@ import continual_transformers_tf._keras_backend  # noqa: F401  First: it says wh
 from continual_transformers_tf.layers.call_modes import call_mode
 from continual_transformers_tf.layers.callbacks import CleanState
 from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
+from continual_transformers_tf.layers.co_chunked_mha import CoChunkedMultiHeadAttention
 from continual_transformers_tf.layers.co_delay import CoDelay
 from continual_transformers_tf.layers.co_re_mha import CoReMultiHeadAttention
 from continual_transformers_tf.layers.co_re_transformer_encoder import CoReTransformerEncoder
@@ -26,6 +27,7 @@ __all__ = [
     "ALiBi",
     "CircularPositionalEncoding",
     "CleanState",
+    "CoChunkedMultiHeadAttention",
     "CoDelay",
     "CoReMultiHeadAttention",
     "CoReTransformerEncoder",

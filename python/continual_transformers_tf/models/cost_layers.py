@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
+from continual_transformers_tf.layers.co_chunked_mha import CoChunkedMultiHeadAttention
 from continual_transformers_tf.layers.co_delay import CoDelay
 from continual_transformers_tf.layers.co_recurrent import CoRecurrent
 from continual_transformers_tf.layers.co_residual import CoResidual
@@ -271,6 +272,19 @@ def _(layer: CoTemporal, rows: Rows) -> Cost:
     else:
         total += Cost(additions=outputs * features * (layer.span - 1))
     total += _weights(inner)
+    if rows.mode == "regular":
+        return total
+    state = bytes_of_state(layer._stream_state)
+    return total + Cost(state_bytes=state, read_bytes=state)
+
+
+@cost_of.register
+def _(layer: CoChunkedMultiHeadAttention, rows: Rows) -> Cost:
+    size, count = layer.chunk, rows.count
+    attended = size * (1 + layer.left_chunks)
+    chunk = attention_cost(size, attended, layer._key_dim, layer._value_dim) * layer._num_heads
+    total = _projections(layer, count, count) + chunk * -(-count // size)
+    total += Cost(read_bytes=bytes_of_weights(layer))
     if rows.mode == "regular":
         return total
     state = bytes_of_state(layer._stream_state)

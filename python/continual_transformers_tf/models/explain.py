@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
+from continual_transformers_tf.layers.co_chunked_mha import CoChunkedMultiHeadAttention
 from continual_transformers_tf.layers.co_delay import CoDelay
 from continual_transformers_tf.layers.co_recurrent import CoRecurrent
 from continual_transformers_tf.layers.co_residual import CoResidual
@@ -313,6 +314,9 @@ def _how_continual(layer: keras.layers.Layer) -> str:
         return f"delay of {_steps(layer.delay)}"
     if isinstance(layer, CoTemporal):
         return _how_temporal(layer)
+    if isinstance(layer, CoChunkedMultiHeadAttention):
+        before = f"{layer.left_chunks} chunk" + "s" * (layer.left_chunks != 1)
+        return f"attention within chunks of {_steps(layer.chunk)}, and to {before} before"
     if isinstance(layer, CoRecurrent):
         if layer.window is None:
             return "a state that goes on from step to step"

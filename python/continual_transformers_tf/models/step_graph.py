@@ -32,6 +32,7 @@ import tensorflow as tf
 
 from continual_transformers_tf.layers.call_modes import call_mode
 from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
+from continual_transformers_tf.layers.co_chunked_mha import CoChunkedMultiHeadAttention
 from continual_transformers_tf.layers.co_delay import CoDelay
 from continual_transformers_tf.layers.co_recurrent import CoRecurrent
 from continual_transformers_tf.layers.co_residual import CoResidual
@@ -110,8 +111,7 @@ class StepGraph:
             ]
         problems = self.problems
         outputs = self.walk(inputs, self._plan_node, self._known)
-        needed = math.lcm(*(x.stride for x in self._known.values()))
-        needed = math.lcm(needed, *(graph.block for graph in self._inner.values()))
+        needed = math.lcm(self._needed, *(graph.block for graph in self._inner.values()))
         if block is None and needed > 1:
             # Plan again: whether the newest row of a tensor is one of several depends on the block.
             self.block = needed
@@ -133,6 +133,7 @@ class StepGraph:
         self._refused: set[int] = set()  # Ids of nodes with problems.
         self.problems: list[Problem] = list(problems)
         self.layers: list[keras.layers.Layer] = []
+        self._needed = 1  # How many steps the layers with strides or chunks take at once.
 
     def run(self, inputs: Sequence[tf.Tensor], step: Step, training: bool | None) -> Any:
         """Compute the outputs of T steps.
@@ -269,6 +270,7 @@ class StepGraph:
             )
         if isinstance(op, ContinualLayer) and _streams_on(op, kinds):
             self._plan[id(node)] = "continual"
+            self._needed = math.lcm(self._needed, op.block * inputs[0].stride)
             causal = self._plan_continual(node, args, kwargs, inputs) and causal
             field += (op.receptive_field - 1) * inputs[0].stride
             if op.delay > 0:
@@ -360,6 +362,7 @@ class StepGraph:
                 node,
                 _READS_ATTENTION,
             )
+        self._needed = math.lcm(self._needed, op.block * x.stride)
         frames = op.frames(Rows(x.lag, x.delay))
         kind = "window"
         if op.gives_one_row:
@@ -409,7 +412,8 @@ class StepGraph:
         while isinstance(layer, CoResidual):  # It is called as the layer within it is.
             layer = layer.layer
         late = max(inputs, key=lambda x: x.delay)
-        sees_no_later = isinstance(layer, (CoDelay, CoRecurrent)) or kwargs.get("use_causal_mask")
+        finished = (CoChunkedMultiHeadAttention, CoDelay, CoRecurrent)
+        sees_no_later = isinstance(layer, finished) or kwargs.get("use_causal_mask")
         if late.delay > 0 and not sees_no_later:
             self._refuse(
                 node,
@@ -417,7 +421,7 @@ class StepGraph:
                 f"see a window that ended before: put {late.delayed_by} after it, or, if that is "
                 'a convolution, give it padding="causal"',
             )
-        if self.rows(inputs[0]) > 1 and not isinstance(layer, (CoDelay, CoRecurrent)):
+        if self.rows(inputs[0]) > 1 and not isinstance(layer, finished):
             self._refuse(
                 node,
                 f"is given {self.rows(inputs[0])} rows in each step, because a layer after it has "
@@ -444,6 +448,17 @@ class StepGraph:
                 node,
                 f"takes no steps, with {layer._no_steps}: steps only attend along time, axis 1",
             )
+        if isinstance(layer, CoChunkedMultiHeadAttention):
+            if late.lag % layer.chunk:
+                self._refuse(
+                    node,
+                    f"has chunks of {layer.chunk} steps, but is given no row in the first "
+                    f"{late.lag} steps of a stream, so its chunks would begin elsewhere: give the "
+                    'layers before it padding="causal"',
+                )
+            if not all(x.causal for x in inputs):
+                self._refuse(node, _READS_ATTENTION)
+            return True
         if isinstance(layer, (CoDelay, CircularPositionalEncoding)):
             if layer.delay > 0 and not all(x.causal for x in inputs):
                 self._refuse(

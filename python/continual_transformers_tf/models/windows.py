@@ -12,6 +12,7 @@ from typing import Any, Self
 import keras
 
 from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
+from continual_transformers_tf.layers.co_chunked_mha import CoChunkedMultiHeadAttention
 from continual_transformers_tf.layers.co_delay import CoDelay
 from continual_transformers_tf.layers.co_recurrent import CoRecurrent
 from continual_transformers_tf.layers.co_residual import CoResidual
@@ -160,6 +161,9 @@ def _through_layer(
         return dataclasses.replace(
             inputs | late | Windows(least=least), every_row=inputs.every_row
         )
+    if isinstance(layer, CoChunkedMultiHeadAttention):
+        least = attended.least + (layer.receptive_field - 1) * stride
+        return dataclasses.replace(inputs | attended, least=least)
     if isinstance(layer, CoRecurrent) and layer.window is None:
         return dataclasses.replace(inputs, goes_on=True)
     n = (layer.receptive_field - 1) * stride + 1

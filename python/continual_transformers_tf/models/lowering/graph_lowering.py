@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
+from continual_transformers_tf.layers.co_chunked_mha import CoChunkedMultiHeadAttention
 from continual_transformers_tf.layers.co_delay import CoDelay
 from continual_transformers_tf.layers.co_recurrent import CoRecurrent
 from continual_transformers_tf.layers.co_residual import CoResidual
@@ -27,6 +28,7 @@ from continual_transformers_tf.models.lowering.keras_layers import (
 )
 from continual_transformers_tf.models.lowering.keras_ops import Call, lower_op
 from continual_transformers_tf.models.lowering.plan_builder import CannotLower, PlanBuilder, Symbol
+from continual_transformers_tf.models.lowering.chunked import co_chunked  # noqa: F401
 from continual_transformers_tf.models.lowering.recurrent import co_recurrent  # noqa: F401
 from continual_transformers_tf.models.lowering.temporal import mask_of_sequence
 from continual_transformers_tf.models.problem import Problem
@@ -119,6 +121,8 @@ class GraphLowering:
         layer = node.operation
         if isinstance(layer, (CoTemporal, CoRecurrent)):
             return self._temporal(node, values)
+        if isinstance(layer, CoChunkedMultiHeadAttention):
+            return self._chunked(node, values)
         arguments = _bound(layer, *node.arguments.fill_in(values))
         check_time_axis(layer, node.input_tensors[0])
         given = [arguments.pop(k) for k in ("x", "query", "value", "key") if k in arguments]
@@ -142,6 +146,19 @@ class GraphLowering:
             self.b, layer, x.with_mask(None), **arguments
         )
         return y.with_mask(x.mask if isinstance(layer, CoRecurrent) else None)
+
+    def _chunked(self, node: Node, values: dict[int, Symbol]) -> Symbol:
+        layer, known = node.operation, self.graph.known(node.input_tensors[0])
+        arguments = _bound(layer, *node.arguments.fill_in(values))
+        given = [x for k in ("query", "value", "key") if (x := arguments.get(k)) is not None]
+        y, self.state[id(layer)] = lower_continual(
+            self.b,
+            layer,
+            *(x.with_mask(None) for x in given),
+            given=Rows(known.lag, known.delay),
+            rows=self.graph.rows(known),
+        )
+        return y
 
     def _model(self, node: Node, values: dict[int, Symbol]) -> Any:
         inner = GraphLowering(self.b, self.graph.inner(node), self.b.scope)
