@@ -17,6 +17,10 @@ def read_recordings(path: str | os.PathLike[str], session: Session) -> list[npt.
         path: A `.npy` file with the array of the only input, or an `.npz` file with an array for
             each input, by name. With one stream, the axis of streams may be left out.
 
+    Returns:
+        Arrays `(streams, steps of the session, *spec.shape)`. A model with strides takes a block of
+        steps in each; a rest at the end that fills no block is left out.
+
     Raises:
         ValueError: If they do not fit the model's inputs.
     """
@@ -44,10 +48,11 @@ def read_recordings(path: str | os.PathLike[str], session: Session) -> list[npt.
     recordings = []
     for spec, array in zip(session.inputs, arrays, strict=True):
         given = array.shape
-        if array.ndim == 1 + len(spec.shape):
+        features = spec.shape[1:] if session.block > 1 else spec.shape
+        if array.ndim == 1 + len(features):
             array = array[None]
-        if array.ndim != 2 + len(spec.shape) or array.shape[2:] != spec.shape:
-            shape = ", ".join(map(str, spec.shape))
+        if array.ndim != 2 + len(features) or array.shape[2:] != features:
+            shape = ", ".join(map(str, features))
             raise ValueError(
                 f"Expected recordings of {spec.name} of shape (T, {shape}) or (streams, T, "
                 f"{shape}), but got {given} in {path}"
@@ -59,6 +64,14 @@ def read_recordings(path: str | os.PathLike[str], session: Session) -> list[npt.
                 f"Expected recordings of {spec.name} to be {spec.dtype} and not empty, but got "
                 f"{array.dtype} of shape {given} in {path}"
             )
+        if session.block > 1:
+            steps = array.shape[1] // session.block
+            array = array[:, : steps * session.block].reshape(len(array), steps, *spec.shape)
+            if steps == 0:
+                raise ValueError(
+                    f"Expected recordings of at least {session.block} steps, which the model takes "
+                    f"at once, but got {given} in {path}"
+                )
         recordings.append(np.ascontiguousarray(array, spec.dtype))
     if len({array.shape[:2] for array in recordings}) > 1:
         shapes = [array.shape for array in recordings]

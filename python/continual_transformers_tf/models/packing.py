@@ -137,8 +137,9 @@ def compare(
         ValueError: If the session is of another model, with other inputs or outputs.
     """
     twin = streaming_twin(model, seq_len)
-    inputs = twin._graph.model.inputs
-    expected = sorted(tuple(x.shape[2:]) for x in inputs)
+    inputs, block = twin._graph.model.inputs, getattr(twin, "block", 1)
+    rows = (block,) if block > 1 else ()
+    expected = sorted((*rows, *x.shape[2:]) for x in inputs)
     given = sorted(spec.shape for spec in session.inputs)
     if expected != given:
         raise ValueError(
@@ -152,7 +153,8 @@ def compare(
     differences, sizes = [0.0], [0.0]
     for first in range(0, steps, STEPS_AT_ONCE):
         part = [x[:, first : first + STEPS_AT_ONCE] for x in recordings]
-        by_keras = twin.call_steps(keras.tree.pack_sequence_as(structure, part))
+        joined = [x.reshape(streams, -1, *x.shape[3:]) if rows else x for x in part]
+        by_keras = twin.call_steps(keras.tree.pack_sequence_as(structure, joined))
         taken = []
         for t in range(part[0].shape[1]):
             step = [np.ascontiguousarray(x[:, t]) for x in part]
@@ -164,6 +166,8 @@ def compare(
             if y is None:
                 continue  # If the model has a delay, Keras gives no outputs for the first steps.
             y = np.asarray(y).astype(np.float64)
+            if rows:  # Before the last of the strides, a step gives several rows.
+                y = y.reshape(streams, -1, *got.shape[2:])
             got = got[:, got.shape[1] - y.shape[1] :]
             if got.shape != y.shape:
                 raise ValueError(
@@ -205,8 +209,8 @@ def compare_windows(
 ) -> WindowComparison:
     """Compare each step of a session with the Keras model on the window that ends with the step.
 
-    If the model has positions that move with the stream, only the first window of each stream is
-    compared.
+    If the model has positions that move with the stream, or a recurrent state that goes on, only
+    the first window of each stream is compared.
 
     Args:
         model, session, recordings, seq_len: As in `compare`, whose errors come first.
@@ -215,6 +219,11 @@ def compare_windows(
         ValueError: If the recordings are shorter than a window.
     """
     graph = streaming_twin(model, seq_len)._graph
+    if session.block > 1:
+        raise ValueError(
+            f"Expected a model without strides to compare on windows, but a step of {model.name} "
+            f"takes {session.block} steps of its input: compare it on its recordings"
+        )
     length = graph.model.inputs[0].shape[1] or session.receptive_field
     streams, steps = recordings[0].shape[:2]
     if steps < length:
@@ -222,7 +231,9 @@ def compare_windows(
             f"Expected recordings of at least {length} steps, the length of a window, but got "
             f"{steps}"
         )
-    ends = [length] if windows_of_graph(graph).placed else list(range(length, steps + 1))
+    windows_of_model = windows_of_graph(graph)
+    first_only = windows_of_model.placed or windows_of_model.goes_on
+    ends = [length] if first_only else list(range(length, steps + 1))
     structure = _structure(graph)
     ids = session.open(streams)
     differences, sizes = [], []
