@@ -42,7 +42,10 @@ def check(model, random, blocks=12, first=None, bound=5e-6, seq_len=None, **opti
     session = ct.Session(streaming)
     assert session.block == block
     ids = session.open(2)
-    parts = [session.steps(x[:, : 4 * block], streams=ids)]
+    now = x[:, : 4 * block]
+    if block > 1:  # The block may also have an axis of its own.
+        now = now.reshape(2, 4, block, *features)
+    parts = [session.steps(now, streams=ids)]
     for step in range(4, blocks):
         now = x[:, step * block : (step + 1) * block]
         parts.append(session.step(now if block > 1 else now[:, 0], streams=ids)[:, np.newaxis])

@@ -140,7 +140,7 @@ PyArrayObject* CheckInput(const ArraySpec& spec, PyObject* given, Rows* rows,
     Raise(PyExc_ValueError, spec.label + " has dtype " + DTypeText(array) + ". Expected " +
                                 DTypeText(spec) + ": give x.astype(np." + DTypeText(spec) + ").");
   }
-  const bool joins = rows->joins();
+  const bool joins = rows->joins() && !HasTail(array, 2, spec.shape);
   if (!HasTail(array, rows->axes, spec.shape, joins ? 1 : 0)) {
     std::string hint;
     if (HasTail(array, 0, spec.shape)) {
@@ -535,7 +535,7 @@ Take T steps of M streams: the same outputs and state as T calls of `step`.
 
 Args:
     x: As in `step`, with the time axis: `(M, T, ...)`. If the model has layers with strides, T is a
-        multiple of its `block`, and the block has no axis of its own.
+        multiple of its `block`; or it is `(M, T / block, block, ...)`.
     streams: As in `step`.
     out: As in `step`, `(M, T / block, ...)`.
     key_mask: bool `(M, T / block)`, as in `step`.

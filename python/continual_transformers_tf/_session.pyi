@@ -91,7 +91,7 @@ class NativeSession:
 
         Args:
             x: As in `step`, with the time axis: `(M, T, ...)`. If the model has layers with strides,
-                T is a multiple of its `block`, and the block has no axis of its own.
+                T is a multiple of its `block`; or it is `(M, T / block, block, ...)`.
             streams: As in `step`.
             out: As in `step`, `(M, T / block, ...)`.
             key_mask: bool `(M, T / block)`, as in `step`.
