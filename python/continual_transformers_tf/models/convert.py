@@ -1,5 +1,6 @@
 """`ct.convert`, which makes a Keras model stream."""
 
+import inspect
 from typing import Any
 
 import keras
@@ -13,6 +14,7 @@ from continual_transformers_tf.models.own_calls import (
     own_calls_within,
 )
 from continual_transformers_tf.models.problem import CannotStream, Problem
+from continual_transformers_tf.models.row_wise import name_of_op
 from continual_transformers_tf.models.streaming_model import StreamingModel
 
 
@@ -133,8 +135,13 @@ def _copy(layer: keras.layers.Layer) -> keras.layers.Layer:
             **keras.layers.Layer.get_config(layer),
         )
     try:
-        return layer.__class__.from_config(layer.get_config())
+        config = layer.get_config()
+        if "activation" in config and inspect.isfunction(layer.activation):
+            config["activation"] = layer.activation  # Keras finds only registered ones by name.
+        return layer.__class__.from_config(config)
     except (NotImplementedError, TypeError, ValueError) as error:
+        if name_of_op(layer) is not None:
+            return layer  # It has no weights.
         why = "cannot be copied. Give it a get_config that returns the arguments of its constructor"
         raise CannotStream([Problem(why, layer)]) from error
 
