@@ -123,7 +123,13 @@ def sparsemax(row):
 @op
 def binary(context, weights, x, y, function):
     assert x.shape == y.shape
-    return getattr(np, function)(x, y)
+    return getattr(np, function)(x, y).astype(np.float64)
+
+
+@op
+def where(context, weights, condition, x, y):
+    assert condition.shape == x.shape == y.shape
+    return np.where(condition, x, y)
 
 
 @op
@@ -178,7 +184,19 @@ def reshape(context, weights, x):
 
 @op
 def reduce(context, weights, x, function, axis):
-    return getattr(x, function)(axis=axis)
+    return getattr(x, {"product": "prod"}.get(function, function))(axis=axis).astype(np.float64)
+
+
+@op
+def cumulative(context, weights, x, function, axis):
+    return {"sum": np.cumsum, "product": np.cumprod}[function](x, axis)
+
+
+@op
+def sort(context, weights, x, function, axis, descending):
+    sign = -1 if descending else 1  # A stable order: equal elements stay as they were.
+    order = np.argsort(sign * x, axis, kind="stable")
+    return order.astype(np.float64) if function == "indices" else np.take_along_axis(x, order, axis)
 
 
 @op
@@ -445,14 +463,32 @@ ACTIVATIONS = {
     "tanh_shrink": lambda x: x - math.tanh(x),
     "threshold": lambda x, threshold, value: x if x > threshold else value,
     "absolute": abs,
+    "arccos": _exact(math.acos),
+    "arccosh": _exact(math.acosh),
+    "arcsin": _exact(math.asin),
+    "arcsinh": math.asinh,
+    "arctan": math.atan,
+    "arctanh": _exact(math.atanh),
+    "cbrt": np.cbrt,
+    "ceil": np.ceil,
     "cos": math.cos,
+    "cosh": _exact(math.cosh),
+    "erf": math.erf,
+    "erfc": math.erfc,
+    "expm1": _exact(math.expm1),
+    "floor": np.floor,
     "log": _exact(math.log),
     "log1p": _exact(math.log1p),
     "negative": lambda x: -x,
     "reciprocal": lambda x: 1 / x if x else math.copysign(math.inf, x),
+    "round": np.rint,
     "rsqrt": lambda x: _exact(math.sqrt)(x) ** -1 if x else math.inf,
     "sign": lambda x: float(np.sign(x)),
     "sin": math.sin,
+    "sinc": np.sinc,
+    "sinh": math.sinh,
     "sqrt": lambda x: math.sqrt(x) if x >= 0 else math.nan,
     "square": lambda x: x * x,
+    "tan": math.tan,
+    "trunc": np.trunc,
 }

@@ -118,14 +118,40 @@ void Apply(const ActivationSpec& spec, const T* x, int64_t size, T* y) {
   switch (spec.kind) {
     case Activation::kAbsolute:
       return Each(x, size, y, [](T v) { return std::abs(v); });
+    case Activation::kArccos:
+      return Each(x, size, y, [](T v) { return std::acos(v); });
+    case Activation::kArccosh:
+      return Each(x, size, y, [](T v) { return std::acosh(v); });
+    case Activation::kArcsin:
+      return Each(x, size, y, [](T v) { return std::asin(v); });
+    case Activation::kArcsinh:
+      return Each(x, size, y, [](T v) { return std::asinh(v); });
+    case Activation::kArctan:
+      return Each(x, size, y, [](T v) { return std::atan(v); });
+    case Activation::kArctanh:
+      return Each(x, size, y, [](T v) { return std::atanh(v); });
+    case Activation::kCbrt:
+      return Each(x, size, y, [](T v) { return std::cbrt(v); });
+    case Activation::kCeil:
+      return Each(x, size, y, [](T v) { return std::ceil(v); });
     case Activation::kCelu:
       return Each(x, size, y, [a](T v) { return v > 0 ? v : a * std::expm1(v / a); });
     case Activation::kCos:
       return Each(x, size, y, [](T v) { return std::cos(v); });
+    case Activation::kCosh:
+      return Each(x, size, y, [](T v) { return std::cosh(v); });
     case Activation::kElu:
       return Each(x, size, y, [a](T v) { return v > 0 ? v : a * std::expm1(v); });
+    case Activation::kErf:
+      return Each(x, size, y, [](T v) { return std::erf(v); });
+    case Activation::kErfc:
+      return Each(x, size, y, [](T v) { return std::erfc(v); });
+    case Activation::kExpm1:
+      return Each(x, size, y, [](T v) { return std::expm1(v); });
     case Activation::kExponential:
       return Each(x, size, y, [](T v) { return std::exp(v); });
+    case Activation::kFloor:
+      return Each(x, size, y, [](T v) { return std::floor(v); });
     case Activation::kHardShrink:
       return Each(x, size, y, [a](T v) { return std::abs(v) <= a ? T(0) : v; });
     case Activation::kHardSigmoid:
@@ -158,6 +184,8 @@ void Apply(const ActivationSpec& spec, const T* x, int64_t size, T* y) {
       return Each(x, size, y, [a, b, c](T v) {
         return v < c ? (a == 0 ? T(0) : a * (v - c)) : v > b ? b : v;
       });
+    case Activation::kRound:  // Half to even, the default rounding mode.
+      return Each(x, size, y, [](T v) { return std::nearbyint(v); });
     case Activation::kRsqrt:
       return Each(x, size, y, [](T v) { return 1 / std::sqrt(v); });
     case Activation::kSelu:
@@ -169,6 +197,13 @@ void Apply(const ActivationSpec& spec, const T* x, int64_t size, T* y) {
       return Each(x, size, y, [](T v) { return v > 0 ? T(1) : v < 0 ? T(-1) : v; });
     case Activation::kSin:
       return Each(x, size, y, [](T v) { return std::sin(v); });
+    case Activation::kSinc:
+      return Each(x, size, y, [](T v) {
+        constexpr T kPi = T(3.14159265358979323846);
+        return v == 0 ? T(1) : std::sin(kPi * v) / (kPi * v);
+      });
+    case Activation::kSinh:
+      return Each(x, size, y, [](T v) { return std::sinh(v); });
     case Activation::kSoftShrink:
       return Each(x, size, y, [a](T v) { return v > a ? v - a : v < -a ? v + a : v * 0; });
     case Activation::kSoftplus:
@@ -187,10 +222,14 @@ void Apply(const ActivationSpec& spec, const T* x, int64_t size, T* y) {
       return Each(x, size, y, [](T v) { return v * v; });
     case Activation::kSquareplus:
       return Each(x, size, y, [a](T v) { return (v + std::sqrt(v * v + a)) / 2; });
+    case Activation::kTan:
+      return Each(x, size, y, [](T v) { return std::tan(v); });
     case Activation::kTanhShrink:
       return Each(x, size, y, [](T v) { return v - std::tanh(v); });
     case Activation::kThreshold:
       return Each(x, size, y, [a, b](T v) { return v > a ? v : b; });
+    case Activation::kTrunc:
+      return Each(x, size, y, [](T v) { return std::trunc(v); });
     case Activation::kGelu:
     case Activation::kGeluTanh:
     case Activation::kSigmoid:
@@ -203,6 +242,8 @@ void Apply(const ActivationSpec& spec, const T* x, int64_t size, T* y) {
 int64_t CyclesPerElement(Activation activation) {
   switch (activation) {
     case Activation::kAbsolute:
+    case Activation::kCeil:
+    case Activation::kFloor:
     case Activation::kHardShrink:
     case Activation::kHardSigmoid:
     case Activation::kHardSilu:
@@ -211,8 +252,10 @@ int64_t CyclesPerElement(Activation activation) {
     case Activation::kLinear:
     case Activation::kNegative:
     case Activation::kRelu:
+    case Activation::kRound:
     case Activation::kSign:
     case Activation::kSquare:
+    case Activation::kTrunc:
       return 1;
     case Activation::kGelu:
     case Activation::kGeluTanh:

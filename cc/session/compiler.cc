@@ -279,6 +279,8 @@ class Compiler {
       case Op::kBinary:
         return MakeBinary<T>(node.Text("function"), OperandOf(In(node, 0)), OperandOf(In(node, 1)),
                              output, size);
+      case Op::kWhere:
+        return MakeWhere<T>(In(node, 0), In(node, 1), In(node, 2), output, size);
       case Op::kAffine:
       case Op::kBatchNorm: {
         Affine affine = AffineOf(node);
@@ -295,6 +297,13 @@ class Compiler {
         return MakeReduce<T>(node.Text("function"),
                              AxisOf(ValueOf(node.inputs[0]).shape, node.Int("axis")), In(node),
                              output);
+      case Op::kCumulative:
+        return MakeCumulative<T>(node.Text("function"), AxisOf(shape, node.Int("axis")), In(node),
+                                 output);
+      case Op::kSort:
+        return std::make_unique<SortInstruction<T>>(
+            node.Text("function") == "indices", node.Bool("descending"),
+            AxisOf(shape, node.Int("axis")), In(node), output);
       case Op::kCast:
         return Cast(ValueOf(In(node)).dtype, ValueOf(output).dtype, In(node), output, size);
       case Op::kEmbedding:

@@ -58,13 +58,19 @@ void CheckActivation(const NodeCheck& node) {
   node.ExpectWeight("alpha", node.input(0).shape);
 }
 
-void CheckSoftmax(const NodeCheck& node) {
+void CheckAlongAxis(const NodeCheck& node) {
   CheckSameShape(node);
   node.ExpectAxis(0);
 }
 
 void CheckBinary(const NodeCheck& node) {
   node.ExpectInput(1, node.input(0).shape);
+  CheckSameShape(node);
+}
+
+void CheckWhere(const NodeCheck& node) {
+  node.ExpectInput(1, node.input(0).shape);
+  node.ExpectInput(2, node.input(0).shape);
   CheckSameShape(node);
 }
 
@@ -332,16 +338,34 @@ std::vector<OpEntry> MakeEntries() {
       {"tanh_shrink", {}},
       {"threshold", {A::Number("threshold"), A::Number("value")}},
       {"absolute", {}},
+      {"arccos", {}},
+      {"arccosh", {}},
+      {"arcsin", {}},
+      {"arcsinh", {}},
+      {"arctan", {}},
+      {"arctanh", {}},
+      {"cbrt", {}},
+      {"ceil", {}},
       {"cos", {}},
+      {"cosh", {}},
+      {"erf", {}},
+      {"erfc", {}},
+      {"expm1", {}},
+      {"floor", {}},
       {"log", {}},
       {"log1p", {}},
       {"negative", {}},
       {"reciprocal", {}},
+      {"round", {}},
       {"rsqrt", {}},
       {"sign", {}},
       {"sin", {}},
+      {"sinc", {}},
+      {"sinh", {}},
       {"sqrt", {}},
       {"square", {}},
+      {"tan", {}},
+      {"trunc", {}},
   };
   const auto functions = [](const std::vector<std::string>& names) {
     std::vector<FunctionEntry> entries;
@@ -385,15 +409,18 @@ std::vector<OpEntry> MakeEntries() {
        {},
        functions({"softmax", "log_softmax", "sparsemax"}),
        {A::Whole("axis", 0)},
-       CheckSoftmax},
+       CheckAlongAxis},
       {Op::kBinary,
        "binary",
        {F, F},
        kF,
        {},
-       functions({"add", "subtract", "multiply", "divide", "maximum", "minimum", "power"}),
+       functions({"add", "subtract", "multiply", "divide", "maximum", "minimum", "power", "arctan2",
+                  "equal", "fmod", "greater", "greater_equal", "hypot", "logaddexp", "mod",
+                  "not_equal"}),
        {},
        CheckBinary},
+      {Op::kWhere, "where", {ValueKind::kBool, F, F}, kF, {}, {}, {}, CheckWhere},
       {Op::kConstant, "constant", {}, kF, {{"value"}}, {}, {}, CheckConstant},
       {Op::kAffine, "affine", {F}, kF, {{"scale"}, {"offset"}}, {}, {}, CheckFeatures},
       {Op::kBatchNorm,
@@ -427,9 +454,25 @@ std::vector<OpEntry> MakeEntries() {
        {F},
        kF,
        {},
-       functions({"sum", "mean", "max", "min"}),
+       functions({"sum", "mean", "max", "min", "product", "argmax", "argmin"}),
        {A::Whole("axis", 0)},
        CheckReduce},
+      {Op::kCumulative,
+       "cumulative",
+       {F},
+       kF,
+       {},
+       functions({"sum", "product"}),
+       {A::Whole("axis", 0)},
+       CheckAlongAxis},
+      {Op::kSort,
+       "sort",
+       {F},
+       kF,
+       {},
+       functions({"values", "indices"}),
+       {A::Whole("axis", 0), A::Bool("descending")},
+       CheckAlongAxis},
       {Op::kCast, "cast", {kAny}, OutputKind::kAny, {}, {}, {}, CheckSameShape},
       {Op::kEmbedding, "embedding", {ValueKind::kIndex}, kF, {{"table"}}, {}, {}, CheckEmbedding},
       {Op::kNotEqual,

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -219,7 +220,39 @@ std::unique_ptr<Instruction> MakeBinary(const std::string& function, const Opera
     return make(1, [](T x, T y) { return x < y || std::isnan(x) ? x : y; });
   }
   if (function == "power") return make(60, [](T x, T y) { return std::pow(x, y); });
+  // Comparisons give 1 or 0. NaN is unequal to everything, and neither greater nor smaller.
+  if (function == "equal") return make(1, [](T x, T y) { return static_cast<T>(x == y); });
+  if (function == "not_equal") return make(1, [](T x, T y) { return static_cast<T>(x != y); });
+  if (function == "greater") return make(1, [](T x, T y) { return static_cast<T>(x > y); });
+  if (function == "greater_equal") return make(1, [](T x, T y) { return static_cast<T>(x >= y); });
+  if (function == "arctan2") return make(60, [](T x, T y) { return std::atan2(x, y); });
+  if (function == "hypot") return make(20, [](T x, T y) { return std::hypot(x, y); });
+  if (function == "fmod") return make(40, [](T x, T y) { return std::fmod(x, y); });
+  if (function == "mod") {  // It has the sign of y, where fmod has that of x.
+    return make(40, [](T x, T y) {
+      const T rest = std::fmod(x, y);
+      return rest != 0 && (rest < 0) != (y < 0) ? rest + y : rest;
+    });
+  }
+  if (function == "logaddexp") {
+    return make(60, [](T x, T y) {
+      const T difference = x - y;
+      if (std::isnan(difference)) return x + y;  // Two equal infinities, or a NaN.
+      return std::max(x, y) + std::log1p(std::exp(-std::abs(difference)));
+    });
+  }
   throw Error(ErrorCode::kBadModelFile, "Expected a binary function, but got " + function);
+}
+
+// x where the condition is true, else y.
+template <typename T>
+std::unique_ptr<Instruction> MakeWhere(int condition, int x, int y, int output, int64_t size) {
+  return MakeRows(size, [=](const Frame& frame) {
+    const bool* first = frame.Rows<bool>(condition);
+    const T *a = frame.Rows<T>(x), *b = frame.Rows<T>(y);
+    T* to = frame.Rows<T>(output);
+    for (int64_t i = 0; i < frame.rows() * size; ++i) to[i] = first[i] ? a[i] : b[i];
+  });
 }
 
 // Normalizes each row to mean 0 and standard deviation 1.
@@ -257,6 +290,26 @@ std::unique_ptr<Instruction> MakeScaleNorm(bool rms, std::vector<T> gamma, std::
                   });
 }
 
+// The index of the first largest or smallest element along an axis; a NaN counts as either.
+template <typename T>
+std::unique_ptr<Instruction> MakeFirstExtreme(bool largest, const Axis& axis, int input,
+                                              int output) {
+  return MakeRows(2 * axis.outer * axis.size * axis.inner, [=](const Frame& frame) {
+    const T* x = frame.Rows<T>(input);
+    T* y = frame.Rows<T>(output);
+    for (int64_t o = 0; o < frame.rows() * axis.outer; ++o, x += axis.size * axis.inner) {
+      for (int64_t j = 0; j < axis.inner; ++j) {
+        int64_t found = 0;
+        for (int64_t i = 1; i < axis.size; ++i) {
+          const T a = x[i * axis.inner + j], best = x[found * axis.inner + j];
+          if ((largest ? a > best : a < best) || (std::isnan(a) && !std::isnan(best))) found = i;
+        }
+        *y++ = static_cast<T>(found);
+      }
+    }
+  });
+}
+
 template <typename T>
 std::unique_ptr<Instruction> MakeReduce(const std::string& function, const Axis& axis, int input,
                                         int output) {
@@ -285,8 +338,76 @@ std::unique_ptr<Instruction> MakeReduce(const std::string& function, const Axis&
   if (function == "min") {
     return make([](T a, T b) { return b < a || std::isnan(b) ? b : a; }, false);
   }
+  if (function == "product") return make([](T a, T b) { return a * b; }, false);
+  if (function == "argmax" || function == "argmin") {
+    return MakeFirstExtreme<T>(function == "argmax", axis, input, output);
+  }
   throw Error(ErrorCode::kBadModelFile, "Expected a reduction, but got " + function);
 }
+
+// The sums or products of all elements up to each along an axis.
+template <typename T>
+std::unique_ptr<Instruction> MakeCumulative(const std::string& function, const Axis& axis,
+                                            int input, int output) {
+  const bool product = function == "product";
+  return MakeRows(axis.outer * axis.size * axis.inner, [=](const Frame& frame) {
+    const T* x = frame.Rows<T>(input);
+    T* y = frame.Rows<T>(output);
+    for (int64_t o = 0; o < frame.rows() * axis.outer; ++o) {
+      std::copy_n(x, axis.inner, y);
+      for (int64_t i = axis.inner; i < axis.size * axis.inner; ++i) {
+        const T before = y[i - axis.inner];
+        y[i] = product ? before * x[i] : before + x[i];
+      }
+      x += axis.size * axis.inner;
+      y += axis.size * axis.inner;
+    }
+  });
+}
+
+// Sorts along an axis. Equal elements keep their order, and NaN counts as the largest number.
+template <typename T>
+class SortInstruction : public Instruction {
+ public:
+  SortInstruction(bool indices, bool descending, const Axis& axis, int input, int output)
+      : indices_(indices), descending_(descending), axis_(axis), input_(input), output_(output) {}
+
+  void Run(const Frame& frame) const override {
+    const T* x = frame.Rows<T>(input_);
+    T* y = frame.Rows<T>(output_);
+    int64_t* order = reinterpret_cast<int64_t*>(frame.scratch);
+    for (int64_t o = 0; o < frame.rows() * axis_.outer; ++o) {
+      for (int64_t i = 0; i < axis_.inner; ++i) {
+        const int64_t at = o * axis_.size * axis_.inner + i;
+        const auto element = [&](int64_t k) { return x[at + k * axis_.inner]; };
+        std::iota(order, order + axis_.size, 0);
+        // With the index as the last criterion: std::stable_sort would allocate.
+        std::sort(order, order + axis_.size, [&](int64_t a, int64_t b) {
+          const T first = element(a), second = element(b);
+          return Before(first, second) || (!Before(second, first) && a < b);
+        });
+        for (int64_t k = 0; k < axis_.size; ++k) {
+          y[at + k * axis_.inner] = indices_ ? static_cast<T>(order[k]) : element(order[k]);
+        }
+      }
+    }
+  }
+
+  int64_t Cycles(int64_t rows) const override {
+    return rows * axis_.outer * axis_.inner * axis_.size * 100;
+  }
+  int64_t ScratchBytes() const override {
+    return axis_.size * static_cast<int64_t>(sizeof(int64_t));
+  }
+
+ private:
+  bool Before(T a, T b) const { return descending_ ? Less(b, a) : Less(a, b); }
+  static bool Less(T a, T b) { return a < b || (std::isnan(b) && !std::isnan(a)); }
+
+  const bool indices_, descending_;
+  const Axis axis_;
+  const int input_, output_;
+};
 
 template <typename From, typename To>
 std::unique_ptr<Instruction> MakeCast(int input, int output, int64_t size) {

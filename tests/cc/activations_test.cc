@@ -33,10 +33,23 @@ std::vector<Case> Cases() {
   using F = Activation;
   return {
       {"absolute", {F::kAbsolute}, [](double x) { return std::abs(x); }},
+      {"arccos", {F::kArccos}, [](double x) { return std::acos(x); }, false, 1},
+      {"arccosh", {F::kArccosh}, [](double x) { return std::acosh(x); }, true},
+      {"arcsin", {F::kArcsin}, [](double x) { return std::asin(x); }, false, 1},
+      {"arcsinh", {F::kArcsinh}, [](double x) { return std::asinh(x); }},
+      {"arctan", {F::kArctan}, [](double x) { return std::atan(x); }},
+      {"arctanh", {F::kArctanh}, [](double x) { return std::atanh(x); }, false, 1},
+      {"cbrt", {F::kCbrt}, [](double x) { return std::cbrt(x); }},
+      {"ceil", {F::kCeil}, [](double x) { return std::ceil(x); }},
       {"celu", {F::kCelu, 2}, [](double x) { return x > 0 ? x : 2 * std::expm1(x / 2); }},
       {"cos", {F::kCos}, [](double x) { return std::cos(x); }},
+      {"cosh", {F::kCosh}, [](double x) { return std::cosh(x); }},
       {"elu", {F::kElu, 0.7}, [=](double x) { return elu(x, 0.7); }},
+      {"erf", {F::kErf}, [](double x) { return std::erf(x); }},
+      {"erfc", {F::kErfc}, [](double x) { return std::erfc(x); }},
+      {"expm1", {F::kExpm1}, [](double x) { return std::expm1(x); }},
       {"exponential", {F::kExponential}, [](double x) { return std::exp(x); }},
+      {"floor", {F::kFloor}, [](double x) { return std::floor(x); }},
       {"gelu", {F::kGelu}, [](double x) { return 0.5 * x * std::erfc(-x * std::sqrt(0.5)); }},
       {"gelu_tanh",
        {F::kGeluTanh},
@@ -61,6 +74,7 @@ std::vector<Case> Cases() {
        [](double x) { return x >= 3     ? 3
                              : x >= 0.5 ? x
                                         : 0.1 * (x - 0.5); }},
+      {"round", {F::kRound}, [](double x) { return std::nearbyint(x); }},
       {"rsqrt", {F::kRsqrt}, [](double x) { return 1 / std::sqrt(x); }, true},
       {"selu",
        {F::kSelu},
@@ -71,6 +85,8 @@ std::vector<Case> Cases() {
                                                          : 0; }},
       {"silu", {F::kSilu}, [](double x) { return x / (1 + std::exp(-x)); }},
       {"sin", {F::kSin}, [](double x) { return std::sin(x); }},
+      {"sinc", {F::kSinc}, [](double x) { return x == 0 ? 1 : std::sin(M_PI * x) / (M_PI * x); }},
+      {"sinh", {F::kSinh}, [](double x) { return std::sinh(x); }},
       {"soft_shrink",
        {F::kSoftShrink, 0.5},
        [](double x) { return x > 0.5    ? x - 0.5
@@ -95,8 +111,10 @@ std::vector<Case> Cases() {
        [](double x) { return (x + std::sqrt(x * x + 4)) / 2; },
        false,
        80},
+      {"tan", {F::kTan}, [](double x) { return std::tan(x); }, false, 1},
       {"tanh", {F::kTanh}, [](double x) { return std::tanh(x); }},
       {"tanh_shrink", {F::kTanhShrink}, [](double x) { return x - std::tanh(x); }},
+      {"trunc", {F::kTrunc}, [](double x) { return std::trunc(x); }},
       {"threshold", {F::kThreshold, 0.3, -1}, [](double x) { return x > 0.3 ? x : -1; }},
   };
 }

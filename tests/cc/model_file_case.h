@@ -287,7 +287,12 @@ inline PlanBuilder EveryOp(const std::string& compute_dtype = "float32") {
                               {{"heads", 2}, {"scale", 1}, {"band", 3}, {"causal", true}});
 
   const int flat = b.Node("reshape", {embedded}, {6});
-  const int sum = b.Node("binary", {flat, one}, {6}, function("add"));
+  const int added = b.Node("binary", {flat, one}, {6}, function("add"));
+  const int ordered =
+      b.Node("sort", {added}, {6}, {{"function", "values"}, {"axis", 0}, {"descending", true}});
+  const int sums = b.Node("cumulative", {ordered}, {6}, {{"function", "sum"}, {"axis", 0}});
+  const int positive = b.Node("cast", {sums}, {6}, {}, {}, {}, "bool");
+  const int sum = b.Node("where", {positive, sums, added}, {6});
   const int masked = b.Node("masked", {sum, mask}, {6});
   const int constant = b.Node("constant", {}, {6}, {}, {{"value", b.Random({6})}});
   const int newer = b.Node("reduce", {windowed}, {6}, {{"function", "mean"}, {"axis", 0}});

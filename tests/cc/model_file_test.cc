@@ -1191,6 +1191,24 @@ TEST(ActivationTest, HasTheNumbersOfItsFunction) {
       {"sin", {}},
       {"sqrt", {}},
       {"square", {}},
+      {"arccos", {}},
+      {"arccosh", {}},
+      {"arcsin", {}},
+      {"arcsinh", {}},
+      {"arctan", {}},
+      {"arctanh", {}},
+      {"cbrt", {}},
+      {"ceil", {}},
+      {"cosh", {}},
+      {"erf", {}},
+      {"erfc", {}},
+      {"expm1", {}},
+      {"floor", {}},
+      {"round", {}},
+      {"sinc", {}},
+      {"sinh", {}},
+      {"tan", {}},
+      {"trunc", {}},
   };
   EXPECT_EQ(functions.size(), FindOpEntry("activation")->functions.size());
   for (const auto& [name, numbers] : functions) {
@@ -1230,7 +1248,7 @@ TEST(SoftmaxAndReduceTest, HaveAnAxisOfTheInput) {
     ExpectIn("\"axis\" is 0, but input 0 has shape []", refusal({}, 0));
     ExpectIn("\"axis\" is -1", refusal({2, 3}, -1));
   }
-  for (const char* function : {"sum", "mean", "max", "min"}) {
+  for (const char* function : {"sum", "mean", "max", "min", "product", "argmax", "argmin"}) {
     const auto refusal = [&](const Shape& in, const Shape& out, int axis) {
       return RefusalOfNode("reduce", {in}, out, {{"function", function}, {"axis", axis}});
     };
@@ -1245,13 +1263,46 @@ TEST(SoftmaxAndReduceTest, HaveAnAxisOfTheInput) {
 
 TEST(BinaryTest, HasTwoOfOneShape) {
   for (const char* function :
-       {"add", "subtract", "multiply", "divide", "maximum", "minimum", "power"}) {
+       {"add", "subtract", "multiply", "divide", "maximum", "minimum", "power", "arctan2", "equal",
+        "fmod", "greater", "greater_equal", "hypot", "logaddexp", "mod", "not_equal"}) {
     const Json attributes = {{"function", function}};
     EXPECT_EQ(RefusalOfNode("binary", {{2}, {2}}, {2}, attributes), "");
     ExpectIn("input 1 has shape [1], expected [2]",
              RefusalOfNode("binary", {{2}, {1}}, {2}, attributes));
     ExpectIn("its output has shape [3], expected [2]",
              RefusalOfNode("binary", {{2}, {2}}, {3}, attributes));
+  }
+}
+
+TEST(WhereTest, HasThreeOfOneShape) {
+  PlanBuilder builder;
+  const int x = builder.Input("x", {3});
+  const int condition = builder.Input("c", {3}, "bool"), one = builder.Input("o", {1}, "bool");
+  const auto refusal = [&](const std::vector<int>& inputs, const Shape& shape) {
+    PlanBuilder with = builder;
+    with.Output("y", with.Node("where", inputs, shape));
+    return Refusal(with);
+  };
+  EXPECT_EQ(refusal({condition, x, x}, {3}), "");
+  ExpectIn("input 1 has shape [3], expected [1]", refusal({one, x, x}, {3}));
+  ExpectIn("expected bool", refusal({x, x, x}, {3}));
+  ExpectIn("its output has shape [1], expected [3]", refusal({condition, x, x}, {1}));
+}
+
+TEST(CumulativeAndSortTest, HaveAnAxisOfTheInput) {
+  const auto refusal = [](const std::string& op, const Json& more, int axis) {
+    Json attributes = {{"axis", axis}};
+    attributes.update(more);
+    return RefusalOfNode(op, {{2, 3}}, {2, 3}, attributes);
+  };
+  for (const char* function : {"sum", "product"}) {
+    EXPECT_EQ(refusal("cumulative", {{"function", function}}, 1), "");
+    ExpectIn("\"axis\" is 2", refusal("cumulative", {{"function", function}}, 2));
+  }
+  for (const char* function : {"values", "indices"}) {
+    EXPECT_EQ(refusal("sort", {{"function", function}, {"descending", true}}, 0), "");
+    ExpectIn("\"axis\" is 2", refusal("sort", {{"function", function}, {"descending", false}}, 2));
+    ExpectIn("has no \"descending\"", refusal("sort", {{"function", function}}, 0));
   }
 }
 

@@ -1,5 +1,6 @@
 """`ct.convert`, which makes a Keras model stream."""
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from continual_transformers_tf.models.own_calls import (
     own_calls_within,
 )
 from continual_transformers_tf.models.problem import CannotStream, Problem
+from continual_transformers_tf.models.row_wise import name_of_op
 from continual_transformers_tf.models.streaming_model import StreamingModel
 
 
@@ -157,7 +159,10 @@ def is_temporal(layer: keras.layers.Layer) -> bool:
     kinds = [kind for kind in TEMPORAL if isinstance(layer, kind)]
     if not kinds or not computes_as(layer, kinds[0]):
         return False
-    return getattr(layer, "data_format", "channels_last") == "channels_last"
+    # A plain convolution of single steps is a product, row by row.
+    sizes = (getattr(layer, "kernel_size", None), getattr(layer, "strides", None))
+    is_product = isinstance(layer, keras.layers.Conv1D) and sizes == ((1,), (1,))
+    return not is_product and getattr(layer, "data_format", "channels_last") == "channels_last"
 
 
 def layers_of(model: keras.Model) -> Iterator[keras.layers.Layer]:
@@ -197,8 +202,13 @@ def _copy(layer: keras.layers.Layer) -> keras.layers.Layer:
             **keras.layers.Layer.get_config(layer),
         )
     try:
-        return layer.__class__.from_config(layer.get_config())
+        config = layer.get_config()
+        if "activation" in config and inspect.isfunction(layer.activation):
+            config["activation"] = layer.activation  # Keras finds only registered ones by name.
+        return layer.__class__.from_config(config)
     except (NotImplementedError, TypeError, ValueError) as error:
+        if name_of_op(layer) is not None:
+            return layer  # It has no weights.
         why = "cannot be copied. Give it a get_config that returns the arguments of its constructor"
         raise CannotStream([Problem(why, layer)]) from error
 

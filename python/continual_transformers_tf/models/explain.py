@@ -301,6 +301,7 @@ def _how(graph: StepGraph, node: Node, values: dict[int, Any], way: str) -> str:
     whole = any(graph.known(x).kind == "whole" for x in node.input_tensors if id(x) in values)
     return {
         "row by row": "row by row",
+        "reshaped": "row by row",
         "on samples": "on the whole window at every step" if whole else "on the newest row",
         "attention to whole": "attention on the whole window at every step",
     }[way]

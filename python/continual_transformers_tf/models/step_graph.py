@@ -53,6 +53,7 @@ from continual_transformers_tf.models.row_wise import (
     Tensor,
     is_row_wise,
     lengths_differ,
+    reshapes,
     row_taken,
 )
 from continual_transformers_tf.ops.step import Rows, Step
@@ -161,6 +162,7 @@ class StepGraph:
         - "model": a model within the model, whose `StepGraph` is `inner(node)`.
         - "row taken": the node takes the row that the step gives, so it does nothing in steps.
         - "row by row": the operation is called with (M, T, ...), as if with a window.
+        - "reshaped": the same, but the operation's shape has the length of windows in it.
         - "on samples": the operation is called with every step as a sample of a batch.
         - "attention to whole": the same, and rows of steps that were never taken are masked.
         """
@@ -340,7 +342,7 @@ class StepGraph:
                 for x in node.outputs
             ]
         self._check_nothing_streams_within(node)
-        self._plan[id(node)] = "row by row"
+        self._plan[id(node)] = "reshaped" if reshapes(op) else "row by row"
         return [Tensor("window", causal, field, tuple(x.shape), **late) for x in node.outputs]
 
     def _plan_temporal(self, node: Node, x: Tensor) -> Tensor:
@@ -617,6 +619,12 @@ class StepGraph:
     ) -> Any:
         return _call(node, values, training)
 
+    def _run_reshaped(
+        self, node: Node, values: dict[int, tf.Tensor], step: Step, training: bool | None
+    ) -> tf.Tensor:
+        x = values[id(node.input_tensors[0])]
+        return tf.reshape(x, tf.concat([tf.shape(x)[:2], node.outputs[0].shape[2:]], 0))
+
     def _run_attention_to_whole(
         self, node: Node, values: dict[int, tf.Tensor], step: Step, training: bool | None
     ) -> list[tf.Tensor]:
@@ -656,6 +664,7 @@ _RUNS = {
     "model": StepGraph._run_model,
     "row taken": StepGraph._run_identity,
     "row by row": StepGraph._run_row_wise,
+    "reshaped": StepGraph._run_reshaped,
     "on samples": StepGraph._run_on_samples,
     "attention to whole": StepGraph._run_attention_to_whole,
 }

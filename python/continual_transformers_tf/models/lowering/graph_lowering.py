@@ -14,6 +14,10 @@ from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_temporal import CoTemporal
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
+from continual_transformers_tf.models.lowering import (
+    logic_ops,  # noqa: F401  They register how operations are lowered.
+    order_ops,  # noqa: F401
+)
 from continual_transformers_tf.models.lowering.continual_layers import (
     State,
     attend_whole,
@@ -231,6 +235,7 @@ _WAYS = {
     "model": GraphLowering._model,
     "row taken": GraphLowering._row_taken,
     "row by row": GraphLowering._row_by_row,
+    "reshaped": GraphLowering._row_by_row,
     "on samples": GraphLowering._on_samples,
     "attention to whole": GraphLowering._attention_to_whole,
 }

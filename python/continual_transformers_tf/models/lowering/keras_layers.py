@@ -24,10 +24,12 @@ from continual_transformers_tf.models.lowering.keras_ops import (
     arithmetic,
     concatenate,
     fixed,
+    op,
     pad,
     transpose,
     unit_norm,
 )
+from continual_transformers_tf.models.lowering.order_ops import digitized
 from continual_transformers_tf.models.lowering.plan_builder import (
     Array,
     CannotLower,
@@ -128,6 +130,9 @@ def _einsum_dense(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Ca
 
 @layer(keras.layers.Conv1D, keras.layers.DepthwiseConv1D, keras.layers.SeparableConv1D)
 def _conv1d(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
+    one_row = call.lead == 2  # A convolution of single steps: kernel size 1.
+    if one_row and len(x.shape) == 1:
+        x = b.reshape(x, (1, *x.shape))
     if layer.data_format != "channels_last" or len(x.shape) != 2:
         raise CannotLower("has channels first, or more axes: expected rows of channels")
     (taps,), (stride,), (dilation,) = layer.kernel_size, layer.strides, layer.dilation_rate
@@ -141,7 +146,8 @@ def _conv1d(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) ->
         x = pad(b, b.cast(x, b.dtype), [(before, missing - before), (0, 0)])
     outputs = (x.shape[0] - reach - 1) // stride + 1
     lower = convolution if isinstance(layer, keras.layers.Conv1D) else depthwise
-    return lower(b, layer, b.cast(x, b.dtype), outputs)
+    y = lower(b, layer, b.cast(x, b.dtype), outputs)
+    return b.reshape(y, y.shape[1:]) if one_row else y
 
 
 @layer(CoTemporal, CoRecurrent)
@@ -301,6 +307,18 @@ def _group_norm(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call
     return b.affine(y, scale, offset) if layer.scale or layer.center else y
 
 
+@op("LayerNorm", "RMSNorm")
+def _norm_op(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
+    x, rms = call.symbols[0], type(op).__name__ == "RMSNorm" or op.rms_scaling
+    weights = {"gamma": call.argument(1, "scale" if type(op).__name__ == "RMSNorm" else "gamma")}
+    if type(op).__name__ == "LayerNorm":
+        weights["beta"] = call.argument(2, "beta")
+    if any(isinstance(w, Symbol) for w in weights.values()):
+        raise CannotLower("has a scale or offset that a step computes: expected constant ones")
+    epsilon = keras.config.epsilon() if op.epsilon is None else op.epsilon
+    return _norm(b, x, call.axes(op.axis, x), "rms" if rms else "layer", weights, epsilon)
+
+
 @layer(keras.layers.Normalization)
 def _normalization(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     mean, variance = (
@@ -386,6 +404,13 @@ def _concatenate(b: PlanBuilder, layer: keras.layers.Layer, xs: list[Symbol], ca
 # Indices and masks.
 
 
+@layer(keras.layers.Discretization)
+def _discretization(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
+    if layer.output_mode != "int":
+        raise CannotLower(f"has output_mode={layer.output_mode!r}: expected 'int'")
+    return digitized(b, x, np.asarray(layer.bin_boundaries, b.dtype), call.dtype)
+
+
 @layer(keras.layers.Embedding)
 def _embedding(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
     if layer.quantization_mode is not None:
@@ -446,6 +471,8 @@ def _nothing(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -
 
 @layer(keras.layers.Reshape, keras.layers.Flatten)
 def _reshape(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
+    if isinstance(layer, keras.layers.Reshape) and call.lead == 2 and call.shapes[0] is not None:
+        return b.reshape(x, call.shapes[0])  # Only its first axis is that of time.
     if call.lead != 1:
         raise CannotLower("changes the axes of time or of samples")
     if isinstance(layer, keras.layers.Flatten):
@@ -525,6 +552,12 @@ def _time_distributed(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call
     if y.shape[:kept] != x.shape[:kept]:
         raise CannotLower("distributes a layer that changes the axes of samples")
     return y
+
+
+@layer(keras.layers.SpectralNormalization)
+def _spectral(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Any:
+    # Outside training it leaves the kernel as training has made it.
+    return lower_layer(b, layer.layer, x, lead=call.lead)
 
 
 @layer(keras.layers.Lambda)

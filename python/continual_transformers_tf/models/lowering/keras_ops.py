@@ -6,6 +6,7 @@ The functions take a `PlanBuilder`, the operation, and a `Call`.
 import dataclasses
 import itertools
 import math
+import re
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -118,7 +119,8 @@ def op(*names: str) -> Callable[[Lowering], Lowering]:
     return register
 
 
-def _floats(call: Call) -> None:
+def floats(call: Call) -> None:
+    """Raise CannotLower if the output is not of floats."""
     if not keras.backend.is_float_dtype(call.dtype):
         raise CannotLower(f"computes in {call.dtype}: a plan computes only in floats")
 
@@ -126,16 +128,59 @@ def _floats(call: Call) -> None:
 # Element-wise.
 
 _UNARY = {
-    "Absolute": "absolute", "Abs": "absolute", "Cos": "cos", "Exp": "exponential", "Log": "log",
+    "Absolute": "absolute", "Abs": "absolute", "Arccos": "arccos", "Arccosh": "arccosh",
+    "Arcsin": "arcsin", "Arcsinh": "arcsinh", "Arctan": "arctan", "Arctanh": "arctanh",
+    "Cbrt": "cbrt", "Ceil": "ceil", "Cos": "cos", "Cosh": "cosh", "Erf": "erf", "Erfc": "erfc",
+    "Exp": "exponential", "Expm1": "expm1", "Fabs": "absolute", "Floor": "floor", "Log": "log",
     "Log1p": "log1p", "Negative": "negative", "Reciprocal": "reciprocal", "Rsqrt": "rsqrt",
-    "Sign": "sign", "Sin": "sin", "Sqrt": "sqrt", "Square": "square", "Tanh": "tanh",
+    "Sign": "sign", "Sin": "sin", "Sinc": "sinc", "Sinh": "sinh", "Sqrt": "sqrt",
+    "Square": "square", "Tan": "tan", "Tanh": "tanh", "Trunc": "trunc",
 }  # fmt: skip
 
 
 @op(*_UNARY)
 def _unary(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
-    _floats(call)
+    floats(call)
     return b.activation(call.symbols[0], _UNARY[type(op).__name__])
+
+
+# Functions that are another one times a number, before or after it.
+_SCALED: dict[str, tuple[float, str, float]] = {
+    "Deg2rad": (1, "linear", math.pi / 180),
+    "Exp2": (math.log(2), "exponential", 1),
+    "Log10": (1, "log", 1 / math.log(10)),
+    "Log2": (1, "log", 1 / math.log(2)),
+    "Rad2deg": (1, "linear", 180 / math.pi),
+}
+
+
+@op(*_SCALED)
+def _scaled(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
+    floats(call)
+    before, function, after = _SCALED[type(op).__name__]
+    x = call.symbols[0] if before == 1 else b.affine(call.symbols[0], before, 0)
+    y = b.activation(x, function)
+    return y if after == 1 else b.affine(y, after, 0)
+
+
+@op("Round")
+def _round(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
+    floats(call)
+    x = call.symbols[0]
+    if op.decimals == 0:
+        return b.activation(x, "round")
+    factor = np.asarray(10.0**op.decimals)
+    rounded = b.activation(b.affine(x, factor, 0), "round")
+    return arithmetic(b, "divide", rounded, factor)
+
+
+@op("OnesLike", "ZerosLike", "FullLike", "Imag")
+def _constant(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
+    x, name = call.symbols[0], type(op).__name__
+    value = call.operand(1, "fill_value", b) if name == "FullLike" else float(name == "OnesLike")
+    if isinstance(value, Symbol):
+        return cast(b, b.broadcast(value, x.shape), call.dtype)
+    return cast(b, b.constant(np.broadcast_to(value, x.shape)), call.dtype)
 
 
 # The numbers of an activation are attributes of its operation.
@@ -153,7 +198,7 @@ _ACTIVATIONS = {
 
 @op(*_ACTIVATIONS)
 def _activation(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
-    _floats(call)
+    floats(call)
     name = _ACTIVATIONS[type(op).__name__]
     numbers = activations.NUMBERS.get(name, {})
     options = {key: getattr(op, key) for key in numbers if hasattr(op, key)}
@@ -168,14 +213,33 @@ def _activation(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
 _BINARY = {
     "Add": "add", "Subtract": "subtract", "Multiply": "multiply", "Divide": "divide",
     "TrueDivide": "divide", "Maximum": "maximum", "Minimum": "minimum", "Power": "power",
+    "Arctan2": "arctan2", "Fmod": "fmod", "Hypot": "hypot", "Logaddexp": "logaddexp", "Mod": "mod",
 }  # fmt: skip
 
 
 @op(*_BINARY)
 def _binary(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
-    _floats(call)
+    floats(call)
     x, y = call.operand(0, "x1", b), call.operand(1, "x2", b)
     return arithmetic(b, _BINARY[type(op).__name__], x, y)
+
+
+@op("FloorDivide")
+def _floor_divide(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
+    floats(call)
+    x, y = call.operand(0, "x1", b), call.operand(1, "x2", b)
+    return b.activation(arithmetic(b, "divide", x, y), "floor")
+
+
+@op("Logaddexp2")
+def _logaddexp2(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
+    floats(call)
+    factor = np.asarray(math.log(2))
+    x, y = (
+        b.affine(z, factor, 0) if isinstance(z, Symbol) else z * factor
+        for z in (call.operand(0, "x1", b), call.operand(1, "x2", b))
+    )
+    return b.affine(arithmetic(b, "logaddexp", x, y), 1 / factor, 0)
 
 
 def arithmetic(b: PlanBuilder, function: str, x: Symbol | Array, y: Symbol | Array) -> Symbol:
@@ -207,51 +271,9 @@ def _exactly_inverted(array: Array) -> bool:
     return bool((np.abs(mantissa) == 0.5).all())
 
 
-@op("NotEqual")
-def _not_equal(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
-    x, y = call.operand(0, "x1", b), call.operand(1, "x2", b)
-    if any(z.dtype in ("int32", "int64") for z in call.symbols) and not _is_zero(y):
-        raise CannotLower(
-            "compares integers with a number other than 0: a plan compares floats, which are not "
-            "exact"
-        )
-    # The sign of the difference, which is 0 only between equal numbers.
-    sign = b.activation(arithmetic(b, "subtract", _floating(b, x), _floating(b, y)), "sign")
-    return b.cast(sign, "bool")
-
-
-def _is_zero(x: Symbol | Array) -> bool:
-    return not isinstance(x, Symbol) and bool((x == 0).all())
-
-
-def _floating(b: PlanBuilder, x: Symbol | Array) -> Symbol | Array:
-    return b.cast(x, b.dtype) if isinstance(x, Symbol) else x
-
-
-@op("Any", "All")
-def _any(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
-    x = call.symbols[0]
-    function = "max" if type(op).__name__ == "Any" else "min"
-    return b.cast(b.reduce(b.cast(x, "bool"), function, call.axes(op.axis, x), op.keepdims), "bool")
-
-
-@op("LogicalAnd", "LogicalOr")
-def _logical(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
-    if len(call.symbols) != 2:
-        raise CannotLower("is given a constant mask: expected masks that a step computes")
-    x, y = (b.cast(b.cast(z, "bool"), b.dtype) for z in call.symbols)
-    function = "minimum" if type(op).__name__ == "LogicalAnd" else "maximum"
-    return b.cast(b.binary(function, x, y), "bool")
-
-
-@op("LogicalNot")
-def _logical_not(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
-    return b.mask_not(b.cast(call.symbols[0], "bool"))
-
-
 @op("Clip")
 def _clip(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
-    _floats(call)
+    floats(call)
     x = arithmetic(b, "maximum", call.symbols[0], fixed(op.x_min, b.dtype))
     return arithmetic(b, "minimum", x, fixed(op.x_max, b.dtype))
 
@@ -270,7 +292,7 @@ def cast(b: PlanBuilder, x: Symbol, dtype: str) -> Symbol:
     raise CannotLower(f"casts to {dtype}: expected floats, int32, int64 or bool")
 
 
-@op("StopGradient", "Copy", "ConvertToTensor")
+@op("StopGradient", "Copy", "ConvertToTensor", "Conj", "Conjugate", "Real")
 def _identity(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     return call.symbols[0].with_mask(None)
 
@@ -278,13 +300,15 @@ def _identity(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
 # Along axes.
 
 
-@op("Sum", "Mean", "Max", "Amax", "Min", "Amin")
+@op("Sum", "Mean", "Max", "Amax", "Min", "Amin", "Prod")
 def _reduce(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
-    _floats(call)
+    floats(call)
     if getattr(op, "initial", None) is not None:
         raise CannotLower("has an initial value: leave it out, and combine the result with it")
     x = call.symbols[0]
-    function = type(op).__name__.lower().removeprefix("a")
+    function = {"Prod": "product"}.get(
+        type(op).__name__, type(op).__name__.lower().removeprefix("a")
+    )
     return b.reduce(x, function, call.axes(op.axis, x), op.keepdims)
 
 
@@ -296,9 +320,49 @@ def _average(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     return b.reduce(x, "mean", call.axes(op.axis, x))
 
 
+@op("Ptp")
+def _range(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
+    floats(call)
+    x = call.symbols[0]
+    largest, smallest = (b.reduce(x, f, call.axes(op.axis, x), op.keepdims) for f in ("max", "min"))
+    return b.binary("subtract", largest, smallest)
+
+
+@op("Norm")
+def _vector_norm(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
+    floats(call)
+    x = b.cast(call.symbols[0], b.dtype)
+    axes = call.axes(op.axis, x)
+    if op.ord in (None, "fro", 2) and (len(axes) == 1 or op.ord != 2):
+        return b.activation(b.reduce(b.activation(x, "square"), "sum", axes, op.keepdims), "sqrt")
+    functions = {1: "sum", np.inf: "max", -np.inf: "min"}
+    if len(axes) > 1 or op.ord not in functions:
+        raise CannotLower(f"is the norm of ord={op.ord}: expected None, 1, 2 or infinity")
+    return b.reduce(b.activation(x, "absolute"), functions[op.ord], axes, op.keepdims)
+
+
+@op("Cumsum", "Cumprod")
+def _cumulative(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
+    floats(call)
+    x, function = call.symbols[0], "sum" if type(op).__name__ == "Cumsum" else "product"
+    x, axis = b.cast(x, b.dtype), call.axes(op.axis, x)[0]
+    return b.node("cumulative", [x], x.shape, name=function, function=function, axis=axis)
+
+
+@op("Diff")
+def _difference(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
+    floats(call)
+    x = call.symbols[0]
+    axis = call.axis(op.axis, x)
+    for _ in range(op.n):
+        n = x.shape[axis]
+        x = b.binary("subtract", b.slice(x, axis, 1, n - 1), b.slice(x, axis, 0, n - 1))
+    return x
+
+
 @op("Var", "Std")
 def _variance(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
-    _floats(call)
+    floats(call)
     x = call.symbols[0]
     axes = call.axes(op.axis, x)
     centred = b.binary("subtract", x, b.reduce(x, "mean", axes, keepdims=True))
@@ -428,9 +492,11 @@ def _flip(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
 @op("Repeat")
 def _repeat(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x = call.symbols[0]
-    if not isinstance(op.repeats, int) or op.axis is None:
-        raise CannotLower("repeats by more than one number, or without an axis")
+    if op.axis is None:
+        raise CannotLower("changes the axis of samples, or of time")
     a, n = call.axis(op.axis, x), op.repeats
+    if not isinstance(n, int):
+        return _along(b, x, a, np.repeat(np.arange(x.shape[a]), n).tolist())
     strides = contiguous_strides(x.shape)
     y = b.strided(
         x, (*x.shape[: a + 1], n, *x.shape[a + 1 :]), [*strides[: a + 1], 0, *strides[a + 1 :]]
@@ -455,26 +521,31 @@ def _tile(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
 
 @op("Roll")
 def _roll(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
-    x = call.symbols[0]
-    if not isinstance(op.shift, int) or not isinstance(op.axis, int):
-        raise CannotLower("rolls by more than one number, or along several axes")
-    a = call.axis(op.axis, x)
-    n = x.shape[a]
-    shift = op.shift % n
-    if shift == 0:
-        return x.with_mask(None)
-    return b.concat([b.slice(x, a, n - shift, shift), b.slice(x, a, 0, n - shift)], a)
+    x = call.symbols[0].with_mask(None)
+    if op.axis is None:
+        raise CannotLower("changes the axis of samples, or of time")
+    shifts, axes = np.broadcast_arrays(np.atleast_1d(op.shift), np.atleast_1d(op.axis))
+    for shift, axis in zip(shifts.tolist(), axes.tolist(), strict=True):
+        a = call.axis(axis, x)
+        n = x.shape[a]
+        if shift % n:
+            x = b.concat([b.slice(x, a, n - shift % n, shift % n), b.slice(x, a, 0, -shift % n)], a)
+    return x
 
 
 @op("Pad")
 def _pad(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     value = call.argument(1, "constant_values")
-    if op.mode != "constant":
-        raise CannotLower(f"pads by mode={op.mode!r}: expected 'constant'")
     width = [tuple(pair) for pair in op.pad_width]
     if any(pair != (0, 0) for pair in width[: call.lead]):
         raise CannotLower("pads the axis of samples, or of time")
-    return pad(b, call.symbols[0], width[call.lead :], 0 if value is None else value)
+    x = call.symbols[0]
+    if op.mode == "constant":
+        return pad(b, x, width[call.lead :], 0 if value is None else value)
+    for a, pair in enumerate(width[call.lead :]):
+        if pair != (0, 0):
+            x = _along(b, x, a, np.pad(np.arange(x.shape[a]), pair, mode=op.mode).tolist())
+    return x
 
 
 def pad(b: PlanBuilder, x: Symbol, width: Sequence[tuple[int, int]], value: float = 0) -> Symbol:
@@ -628,22 +699,68 @@ def get_item(b: PlanBuilder, x: Symbol, key: Any, lead: int) -> Symbol:
 # Products with constants.
 
 
+def _fixed_second(call: Call) -> tuple[Symbol, Any]:
+    x, y = call.argument(0, "x1"), call.argument(1, "x2")
+    if not isinstance(x, Symbol) or isinstance(y, Symbol):
+        raise CannotLower("multiplies two tensors: a plan multiplies only by constant matrices")
+    return x, y
+
+
+def _product(b: PlanBuilder, x: Symbol, y: Any, axes: Sequence[int]) -> Symbol:
+    """Contract the last axes of x with these axes of a constant y."""
+    count = len(axes)
+    rest = [a for a in range(len(y.shape)) if a not in axes]
+    lead = x.shape[: len(x.shape) - count]
+    size = math.prod(x.shape[len(x.shape) - count :])
+    kernel = b.variable(
+        y,
+        (size, -1),
+        transform=lambda array: array.transpose([*axes, *rest]),
+        kernel=True,
+        name=scoped(b, "kernel"),
+    )
+    product = b.dense(b.reshape(b.cast(x, b.dtype), (*lead, size)), kernel)
+    return b.reshape(product, (*lead, *(y.shape[a] for a in rest)))
+
+
 @op("Matmul", "Dot")
 def _matmul(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
-    x, y = call.argument(0, "x1"), call.argument(1, "x2")
-    if not isinstance(x, Symbol) or isinstance(y, Symbol) or len(np.shape(y)) != 2:
-        raise CannotLower("multiplies two tensors: a plan multiplies only by constant matrices")
-    kernel = b.variable(y, kernel=True, name=_scoped(b, "kernel"))
-    return b.dense(b.cast(x, b.dtype), kernel)
+    x, y = _fixed_second(call)
+    y = y if hasattr(y, "shape") else np.asarray(y)
+    rank = len(y.shape)
+    if rank == 0:
+        return arithmetic(b, "multiply", x, fixed(y, b.dtype))
+    if rank > 2 and type(op).__name__ == "Matmul":
+        raise CannotLower("multiplies by several matrices: expected one")
+    return _product(b, x, y, [max(rank - 2, 0)])
+
+
+@op("Tensordot")
+def _tensordot(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
+    x, y = _fixed_second(call)
+    y, axes = y if hasattr(y, "shape") else np.asarray(y), op.axes
+    if isinstance(axes, int):
+        axes = [list(range(-axes, 0)), list(range(axes))]
+    first, second = (np.atleast_1d(a).tolist() for a in axes)
+    summed = [call.axis(a, x) for a in first]
+    order = [a for a in range(len(x.shape)) if a not in summed] + summed
+    return _product(b, b.transpose(x, order), y, [a % len(y.shape) for a in second])
 
 
 @op("Einsum")
 def _einsum(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
-    if len(call.args) != 2 or not isinstance(call.args[0], Symbol) or len(call.symbols) != 1:
+    if len(call.args) != 2 or len(call.symbols) != 1:
         raise CannotLower("multiplies two tensors: a plan multiplies only by constant ones")
     x, y = call.args
-    return einsum(b, op.subscripts, x, y, call.lead, name=_scoped(b, "kernel"))
+    equation = op.subscripts.replace(" ", "")
+    if not isinstance(x, Symbol):
+        x, y = y, x
+        first, second, output = re.split(",|->", equation)
+        equation = f"{second},{first}->{output}"
+    y = y if hasattr(y, "shape") else np.asarray(y)
+    return einsum(b, equation, x, y, call.lead, name=scoped(b, "kernel"))
 
 
-def _scoped(b: PlanBuilder, name: str) -> str:
+def scoped(b: PlanBuilder, name: str) -> str:
+    """Return a name within the scope of the layer or operation that is being lowered."""
     return f"{b.scope}/{name}" if b.scope else name

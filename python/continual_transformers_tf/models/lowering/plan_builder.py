@@ -376,6 +376,10 @@ class PlanBuilder:
         a, b = (self.cast(x, self.dtype) for x in (a, b))
         return self.cast(self.binary("add", a, b), "bool")
 
+    def logical(self, function: str, x: Symbol, y: Symbol) -> Symbol:
+        """Apply a function of two numbers, 0 or 1, to conditions, and return a condition."""
+        return self.cast(self.binary(function, self.cast(x, "bool"), self.cast(y, "bool")), "bool")
+
     def where(self, mask: Symbol, x: Symbol, y: Symbol) -> Symbol:
         """Return x where a mask is true, y elsewhere. It selects, so a NaN does not spread."""
         x, y = (self.cast(z, self.dtype) for z in (x, y))
