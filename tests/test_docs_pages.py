@@ -64,8 +64,9 @@ def run_bash(code):
 @pytest.mark.parametrize("page", RUN)
 def test_the_snippets_of_a_page_run(monkeypatch, tmp_path, page):
     for language, _, code in RUN[page]:
-        if language == "python" and re.search(r"^import torch$", code, re.MULTILINE):
-            pytest.importorskip("torch", reason="the extra torch is not installed")
+        for package, extra in {"torch": "torch", "ai_edge_litert": "test"}.items():
+            if language == "python" and re.search(rf"^(import|from) {package}\b", code, re.MULTILINE):
+                pytest.importorskip(package, reason=f"the extra {extra} is not installed")
     monkeypatch.chdir(tmp_path)  # They may write files.
     namespace = {}
     for language, title, code in RUN[page]:

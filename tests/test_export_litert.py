@@ -281,10 +281,7 @@ def test_every_op_of_several_axes(random, tmp_path):
         expected, got = of_session(session, step), stream.step(**by_name)
         for i in range(len(expected)):
             a, b = got[f"y_{i}"], expected[f"y_{i}"]
-            a, b = (np.where(np.isnan(z), 7, z) if z.dtype.kind == "f" else z for z in (a, b))
             assert a.dtype == outside(b.dtype)
-            if i in (4, 5):  # LiteRT's maximum and minimum may drop a NaN.
-                a, b = a.reshape(-1)[1:], b.reshape(-1)[1:]
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=f"y_{i}")
 
 

@@ -57,7 +57,7 @@ def _relu(
         y = tf.nn.leaky_relu(x, negative_slope) if negative_slope else tf.nn.relu(x)
     else:
         below = negative_slope * (x - threshold) if negative_slope else tf.zeros_like(x)
-        y = tf.where(x > threshold, x, below)
+        y = tf.where(x <= threshold, below, x)  # A NaN stays one.
     return y if max_value is None else tf.minimum(y, max_value)
 
 
@@ -76,7 +76,7 @@ ACTIVATIONS: dict[str, Callable[..., tf.Tensor]] = {
     "exponential": tf.exp,
     "gelu": tf.nn.gelu,
     "gelu_tanh": _gelu_tanh,
-    "hard_shrink": lambda x, threshold: tf.where(tf.abs(x) > threshold, x, tf.zeros_like(x)),
+    "hard_shrink": lambda x, threshold: tf.where(tf.abs(x) <= threshold, tf.zeros_like(x), x),
     "hard_sigmoid": _hard_sigmoid,
     "hard_silu": lambda x: x * _hard_sigmoid(x),
     "hard_tanh": lambda x: tf.minimum(tf.maximum(x, -1), 1),

@@ -95,16 +95,17 @@ class Step:
         number = tf.range(rows, dtype=self.position.dtype)
         return tf.math.floormod(self.position - number, rows)
 
-    def put(self, entry: str, update: tf.Tensor, axis: int) -> tf.Tensor:
-        """Write this step's row into a ring, along an axis, and return the ring."""
+    def put(self, entry: str, update: tf.Tensor) -> tf.Tensor:
+        """Write this step's row `[1, ...]` into a ring, and return the ring `[rows, ...]`."""
         ring = self.state[entry]
-        if ring.shape == update.shape:
-            self.new_state[entry] = update
-            return update
-        starts = [tf.zeros([1], self.position.dtype)] * len(ring.shape)
-        starts[axis] = self.row(ring.shape[axis])
-        # LiteRT's DYNAMIC_UPDATE_SLICE: a NaN that was in the row leaves no trace.
-        ring = keras.ops.slice_update(ring, tf.concat(starts, 0), update)
+        rows = ring.shape[0]
+        if rows == 1:
+            ring = update
+        else:
+            rest = tf.zeros([len(ring.shape) - 1], self.position.dtype)
+            starts = tf.concat([self.row(rows), rest], 0)
+            # LiteRT's DYNAMIC_UPDATE_SLICE: a NaN that was in the row leaves no trace.
+            ring = keras.ops.slice_update(ring, starts, update)
         self.new_state[entry] = ring
         return ring
 

@@ -3,13 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-from continual_transformers_tf.models.plan_in_tensorflow.op_table import (
-    Array,
-    Node,
-    State,
-    Step,
-    op,
-)
+from continual_transformers_tf.models.plan_in_tensorflow.op_table import Node, State, Step, op
 from continual_transformers_tf.models.plan_in_tensorflow.row_ops import where
 
 # Added to the logits of keys that a query may not attend to. With infinity, a query without any key
@@ -36,7 +30,7 @@ def _delay(node: Node, step: Step, x: tf.Tensor) -> tf.Tensor:
         step.new_state["ring"] = x
         return step.state["ring"]
     y = tf.gather(step.state["ring"], step.row(steps))
-    step.put("ring", x, 0)
+    step.put("ring", x)
     return y
 
 
@@ -65,7 +59,7 @@ def _taken(step: Step, n: int) -> tf.Tensor:
     return tf.constant(np.arange(n - 1, -1, -1), step.position.dtype) <= step.position
 
 
-# Attention. Rings have the heads first, [H, N, D], because LiteRT's products of matrices do.
+# Attention. Rings are [N, H, D], as in a stream block.
 
 
 def _rings(node: Node) -> State:
@@ -73,35 +67,27 @@ def _rings(node: Node) -> State:
     names = ("query", "key", "value") if node.op == "retroactive_attention" else ("key", "value")
     shapes = node.input_shapes[-len(names) :]
     state: State = {
-        name: ((heads, window, size // heads), node.dtype)
+        name: ((window, heads, size // heads), node.dtype)
         for name, (size,) in zip(names, shapes, strict=True)
     }
     if node.has_gaps:
-        state["key_mask"] = ((1, window), "bool")
+        state["key_mask"] = ((window,), "bool")
     return state
 
 
-def _with_heads(x: tf.Tensor, heads: int) -> tf.Tensor:
-    """Return a step's vectors `[1, H * D]` as `[H, 1, D]`."""
-    return tf.reshape(x, [heads, 1, -1])
+def _put_heads(step: Step, entry: str, x: tf.Tensor, heads: int) -> tf.Tensor:
+    """Write a step's vectors `[1, H * D]` into a ring, and return the ring `[N, H, D]`."""
+    return step.put(entry, tf.reshape(x, [1, heads, -1]))
 
 
-def _attend(
-    query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, bias: tf.Tensor, scale: float
-) -> tf.Tensor:
-    """Return attention `[H, Nq, Dv]` of query `[H, Nq, D]` to key and value `[H, N, ...]`."""
-    logits = tf.matmul(query * scale, key, transpose_b=True)
-    return tf.matmul(tf.nn.softmax(logits + bias), value)
-
-
-def _bias(allowed: tf.Tensor | Array) -> tf.Tensor:
+def _bias(allowed: tf.Tensor) -> tf.Tensor:
     """Return what is added to logits: 0 where a key may be attended to."""
     return tf.where(allowed, tf.constant(0.0), tf.constant(NO_WEIGHT))
 
 
-def _without(x: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
-    """Return a ring `[H, N, D]` with zeros in the rows where a bool tensor `[N]` is false."""
-    return tf.where(tf.reshape(rows, [1, -1, 1]), x, tf.zeros_like(x))
+def _without(ring: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+    """Return a ring `[N, H, D]` with zeros in the rows where a bool tensor `[N]` is false."""
+    return where(rows, ring[tf.newaxis])[0]
 
 
 @op("attention", state=_rings, rows=lambda node: node.attributes["window"])
@@ -111,8 +97,8 @@ def _attention(
     heads, window = node.attributes["heads"], node.attributes["window"]
     first, end = node.attributes["first_column"], node.attributes["end_column"]
     query_delay = node.attributes["query_delay"]
-    key = step.put("key", _with_heads(key, heads), 1)
-    value = step.put("value", _with_heads(value, heads), 1)
+    key = _put_heads(step, "key", key, heads)
+    value = _put_heads(step, "value", value, heads)
     ages = step.ages(window)
     allowed = ages <= step.position
     some_are_left_out = node.has_gaps or (first, end) != (0, window)
@@ -122,7 +108,12 @@ def _attention(
             allowed &= _key_mask(step)
         # Rows that are left out may hold a NaN.
         key, value = _without(key, allowed), _without(value, allowed)
-    y = _attend(_with_heads(query, heads), key, value, _bias(allowed), node.attributes["scale"])
+    query = tf.reshape(query * node.attributes["scale"], [1, heads, -1])
+    # Two products and sums. Products of matrices, for which LiteRT first copies a ring into another
+    # order, took up to 1.5 times as long (AVX-512, windows of 64 to 512 steps).
+    logits = tf.transpose(tf.reduce_sum(key * query, -1))
+    weights = tf.transpose(tf.nn.softmax(logits + _bias(allowed)))
+    y = tf.reduce_sum(value * weights[..., tf.newaxis], 0)
     y = tf.reshape(y, [1, *node.shape])
     if some_are_left_out:
         y = where(tf.reduce_any(allowed, keepdims=True), y)
@@ -133,7 +124,17 @@ def _attention(
 
 def _key_mask(step: Step) -> tf.Tensor:
     """Write whether this step has a key, and return which rows of the ring do: bool `[N]`."""
-    return tf.reshape(step.put("key_mask", step.has_key, 1), [-1])
+    return step.put("key_mask", tf.reshape(step.has_key, [1]))
+
+
+def _attend(
+    query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, bias: tf.Tensor, scale: float
+) -> tf.Tensor:
+    """Return attention `[Nq, H * Dv]` of query `[Nq, H, D]` to key and value `[N, H, ...]`."""
+    query, key, value = (tf.transpose(x, [1, 0, 2]) for x in (query, key, value))
+    logits = tf.matmul(query * scale, key, transpose_b=True)
+    y = tf.transpose(tf.matmul(tf.nn.softmax(logits + bias), value), [1, 0, 2])
+    return tf.reshape(y, [y.shape[0], -1])
 
 
 @op("retroactive_attention", state=_rings, rows=lambda node: node.attributes["window"])
@@ -142,15 +143,15 @@ def _retroactive_attention(
 ) -> tf.Tensor:
     heads, window = node.attributes["heads"], node.attributes["window"]
     query, key, value = (
-        step.put(name, _with_heads(x, heads), 1)
+        _put_heads(step, name, x, heads)
         for name, x in (("query", query), ("key", key), ("value", value))
     )
     allowed = step.ages(window) <= step.position
     if node.has_gaps:
         allowed &= _key_mask(step)
         key, value = _without(key, allowed), _without(value, allowed)
+    # All rows are computed again: LiteRT has no float64, which the sums of an update need.
     y = _attend(query, key, value, _bias(allowed), node.attributes["scale"])
-    y = tf.reshape(tf.transpose(y, [1, 0, 2]), [window, -1])
     # From the ring's order to the oldest first: the oldest is in the row after the newest.
     rows = tf.range(1, window + 1, dtype=step.position.dtype)
     y = tf.gather(y, tf.math.floormod(step.position + rows, window))
@@ -175,9 +176,6 @@ def _window_attention(
     allowed = taken[tf.newaxis]
     if not seen.all():
         allowed &= seen
-    query, key, value = (
-        tf.transpose(tf.reshape(x, [x.shape[1], heads, -1]), [1, 0, 2]) for x in (query, key, value)
-    )
-    y = _attend(query, key, value, _bias(allowed), node.attributes["scale"])
-    y = tf.reshape(tf.transpose(y, [1, 0, 2]), [1, *node.shape])
+    query, key, value = (tf.reshape(x, [x.shape[1], heads, -1]) for x in (query, key, value))
+    y = _attend(query, key, value, _bias(allowed), node.attributes["scale"])[tf.newaxis]
     return y if seen.all() else where(tf.reduce_any(allowed, -1), y)
