@@ -15,7 +15,6 @@ from continual_transformers_tf.models.own_calls import (
 from continual_transformers_tf.models.problem import CannotStream, Problem
 from continual_transformers_tf.models.streaming_model import StreamingModel
 
-
 # The layers of Keras that become continual.
 ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
 
