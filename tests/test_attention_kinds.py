@@ -161,6 +161,33 @@ def test_group_query_attention_in_a_model(random):
             assert reference.relative_error(got[t], expected) < 5e-6
 
 
+@pytest.mark.parametrize("parallel", [False, True])
+def test_blocks_of_today_on_windows_and_steps(random, parallel):
+    """Causal blocks with RMS norms and SwiGLU: one after the other, or attention beside it."""
+    inputs = keras.Input((None, E))
+    x = inputs
+    for _ in range(2):
+        y = keras.layers.RMSNormalization()(x)
+        attended = keras.layers.GroupQueryAttention(D, H, 2, sliding_window=N)(
+            y, y, use_causal_mask=True
+        )
+        if not parallel:
+            x = x + attended
+            y = keras.layers.RMSNormalization()(x)
+        gate = keras.layers.Dense(12, activation="silu")(y) * keras.layers.Dense(12)(y)
+        x = x + keras.layers.Dense(E)(gate) + (attended if parallel else 0)
+    model = keras.Model(inputs, keras.layers.RMSNormalization()(x))
+    randomize(model, random)
+    x = random.normal(size=(2, 4 * N, E)).astype("float32")
+    expected = model(x).numpy()
+    streaming = ct.convert(model, N, warm_up="partial")
+    session = ct.Session(model, seq_len=N)
+    for t in range(4 * N):
+        for y in (streaming.call_step(x[:, t]), session.step(x[:, t])):
+            assert reference.relative_error(y, expected[:, t]) < 2e-5
+    assert ct.explain(model, N).equals_windows
+
+
 @pytest.mark.parametrize("kind", ["rotary", "rotary_interleaved", "rotary_part", "everything"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_an_old_stream_of_a_session_is_as_exact_as_a_young_one(random, kind, dtype):
