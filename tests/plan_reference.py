@@ -274,8 +274,10 @@ def recurrent(context, weights, x, function, activation, gate, goes_on, first):
     state = context.history[-1] if goes_on and context.history else np.zeros((2, units))
     (h, c), outputs = state, []
     for r, row in enumerate(rows):
-        number = context.position * len(rows) + first + r if goes_on else context.position - (
-            len(rows) - 1 - r
+        number = (
+            context.position * len(rows) + first + r
+            if goes_on
+            else context.position - (len(rows) - 1 - r)
         )
         if number >= 0 and context.masks.get("step", True):
             parts = np.split(row, len(row) // units)

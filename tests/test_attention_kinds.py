@@ -161,6 +161,84 @@ def test_group_query_attention_in_a_model(random):
             assert reference.relative_error(got[t], expected) < 5e-6
 
 
+@pytest.mark.parametrize("parallel", [False, True])
+def test_blocks_of_today_on_windows_and_steps(random, parallel):
+    """Causal blocks with RMS norms and SwiGLU: one after the other, or attention beside it."""
+    inputs = keras.Input((None, E))
+    x = inputs
+    for _ in range(2):
+        y = keras.layers.RMSNormalization()(x)
+        attended = keras.layers.GroupQueryAttention(D, H, 2, sliding_window=N)(
+            y, y, use_causal_mask=True
+        )
+        if not parallel:
+            x = x + attended
+            y = keras.layers.RMSNormalization()(x)
+        gate = keras.layers.Dense(12, activation="silu")(y) * keras.layers.Dense(12)(y)
+        x = x + keras.layers.Dense(E)(gate) + (attended if parallel else 0)
+    model = keras.Model(inputs, keras.layers.RMSNormalization()(x))
+    randomize(model, random)
+    x = random.normal(size=(2, 4 * N, E)).astype("float32")
+    expected = model(x).numpy()
+    streaming = ct.convert(model, N, warm_up="partial")
+    session = ct.Session(model, seq_len=N)
+    for t in range(4 * N):
+        for y in (streaming.call_step(x[:, t]), session.step(x[:, t])):
+            assert reference.relative_error(y, expected[:, t]) < 2e-5
+    assert ct.explain(model, N).equals_windows
+
+
+@pytest.mark.parametrize("kind", ["rotary", "rotary_interleaved", "rotary_part", "everything"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_an_old_stream_of_a_session_is_as_exact_as_a_young_one(random, kind, dtype):
+    layer = build(kind, random, dtype=dtype)
+    x = random.normal(size=(2, 3 * N, E)).astype(dtype)
+    layer.ensure_streams(2)
+    state = layer.get_state()
+    state["position"] = np.array([FAR, 2**62])
+    state["key_mask"] = np.zeros_like(state["key_mask"])
+    if "query_mask" in state:  # A session has no mask of queries.
+        state["query_mask"] = np.ones_like(state["query_mask"])
+    session = ct.Session(layer)
+    ids = session.open(2)
+    session.set_state(state, ids)
+    halves = [session.steps(x[:, :N], streams=ids), session.steps(x[:, N:], streams=ids)]
+    got = np.concatenate(halves, 1)[:, layer.delay :]
+    expected = np.stack([Reference(layer, kind).steps(row) for row in x])
+    assert reference.relative_error(got, expected) < reference.BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("kind", ["grouped", "rotary", "everything"])
+def test_narrow_rings_of_a_session(random, kind, cache_dtype):
+    layer = build(kind, random)
+    x = random.normal(size=(3, 3 * N, E)).astype("float32")
+    narrow = ct.Session(layer, cache_dtype=cache_dtype)
+    has_key = random.random((3, 3 * N)) > 0.2
+    got = narrow.steps(x, streams=narrow.open(3), key_mask=has_key)[:, layer.delay :]
+    expected = np.stack(
+        [Reference(layer, kind).steps(*row) for row in zip(x, [N] * 3, has_key, strict=True)]
+    )
+    bound = {"bfloat16": 3e-2, "float16": 4e-3, "int8": 6e-2}[cache_dtype]
+    assert 1e-6 < reference.relative_error(got, expected) < bound
+
+
+@pytest.mark.parametrize("kind", ["grouped", "everything"])
+def test_threads_that_share_the_rows_of_a_long_window(random, kind):
+    n = 900
+    layer = build(kind, random, seq_len=n)
+    x = random.normal(size=(1, 2 * n, E)).astype("float32")
+    outputs = []
+    for threads in (1, 2):
+        session = ct.Session(layer, threads=threads)
+        ids = session.open(1)
+        session.steps(x[:, :-3], streams=ids)
+        outputs.append(np.stack([session.step(x[:, t], streams=ids) for t in (-3, -2, -1)], 1))
+    expected = Reference(layer, kind).steps(x[0, -n - 2 :], n)[-3:][None]
+    for got in outputs:
+        assert reference.relative_error(got, expected) < 5e-6
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_windows_and_steps_agree(random, kind):
     """The newest row of a window is that of a stream's N-th step, for every weight."""

@@ -115,7 +115,9 @@ def test_what_sees_later_rows_is_refused(random):
 )
 def test_wrong_arguments(options, message):
     with pytest.raises(ValueError, match=message):
-        ct.CoChunkedMultiHeadAttention(**{"chunk": 2, "left_chunks": 1, **options}, num_heads=H, key_dim=D)
+        ct.CoChunkedMultiHeadAttention(
+            **{"chunk": 2, "left_chunks": 1, **options}, num_heads=H, key_dim=D
+        )
 
 
 def test_wrong_steps(random):

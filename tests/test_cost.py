@@ -98,6 +98,27 @@ def test_bytes_of_attention_are_those_of_its_variables(random):
     assert ct.cost(layer, "regular").state_bytes == 0
 
 
+def test_what_keras_attention_does_not_have():
+    options = dict(num_key_value_heads=2, rotary=ct.Rotary(size=6), use_sinks=True)
+    plain, layer = (ct.CoSiMultiHeadAttention(N, 4, 8, **more) for more in ({}, options))
+    for each in (plain, layer):
+        each.build((None, N, E))
+    # Two heads of keys and two of values less, 6 of 8 elements turned in 4 + 2 heads, and 4 sinks.
+    products = -2 * 2 * 8 * E
+    expected = np.array([products + 2 * 6 * 6, products + 6 * 6 + 4, 4])
+    difference = np.subtract(operations(ct.cost(layer)), operations(ct.cost(plain)))
+    assert difference.tolist() == expected.tolist()
+    assert ct.cost(layer).state_bytes == 2 * 2 * N * 8 * 4 + N + 8
+    terms = dict(logit_soft_cap=2.0, position_bias=ct.ALiBi(), query_key_norm=True)
+    other = ct.CoSiMultiHeadAttention(N, 4, 8, **terms)
+    other.build((None, N, E))
+    for mode, rows in (("step", 1), ("regular", N)):
+        heads, logits = 4 * (1 + rows), 4 * N
+        expected = [heads * 25 + 2 * logits, heads * 8 + logits, logits]
+        difference = np.subtract(operations(ct.cost(other, mode)), operations(ct.cost(plain, mode)))
+        assert difference.tolist() == expected
+
+
 def test_the_encoder_is_its_parts():
     layer = ct.CoSiTransformerEncoder(N, E, H, 9)
     layer.build((None, N, E))

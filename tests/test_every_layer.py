@@ -16,6 +16,9 @@ def residual():
 
 LAYERS = {
     "CoSiMultiHeadAttention": lambda: ct.CoSiMultiHeadAttention(N, 2, 4),
+    "CoSiMultiHeadAttention, modern": lambda: ct.CoSiMultiHeadAttention(
+        N, 2, 4, num_key_value_heads=1, rotary=ct.Rotary(), position_bias=ct.ALiBi()
+    ),
     "CoReMultiHeadAttention": lambda: ct.CoReMultiHeadAttention(N, 2, 4),
     "CoSiTransformerEncoder": lambda: ct.CoSiTransformerEncoder(**ENCODER),
     "CoReTransformerEncoder": lambda: ct.CoReTransformerEncoder(**ENCODER),

@@ -179,7 +179,8 @@ class Entries:
 
 # Attributes that may have a fraction.
 NUMBERS = {
-    "alpha", "b", "epsilon", "max_value", "negative_slope", "scale", "threshold", "value",
+    "alpha", "b", "epsilon", "max_value", "negative_slope", "scale", "soft_cap", "threshold",
+    "value",
 }  # fmt: skip
 
 
@@ -231,6 +232,12 @@ def test_fingerprints_are_those_of_the_document(random, plan, tmp_path):
         "attention", [x, x, x], masked.value(4), masks={"key": m, "query": late},
         heads=2, window=5, first_column=1, end_column=4, query_delay=1, scale=1,
     ))  # fmt: skip
+    masked.output("grouped", masked.node(
+        "attention", [masked.node("concat", [x, x], masked.value(8), axis=0), x, x],
+        masked.value(8), {"bias": random.standard_normal((4, 3)).astype("float32")},
+        heads=4, key_heads=2, soft_cap=3, window=3, first_column=0, end_column=3, query_delay=0,
+        scale=1,
+    ))  # fmt: skip
     weights = {"gamma": random.standard_normal(4).astype("float32")}
     masked.output("z", masked.node(
         "norm", [x], masked.value(4), weights, function="rms", epsilon=1e-6
@@ -238,7 +245,7 @@ def test_fingerprints_are_those_of_the_document(random, plan, tmp_path):
     masked.output("flat", masked.node(
         "strided", [x], masked.value(2, 2), offset=3, strides=[-2, -1]
     ))  # fmt: skip
-    masked.plan["output_structure"] = [0, 1, [2]]
+    masked.plan["output_structure"] = [0, 1, [2], 3]
     loaded = model_file.load(masked.write(tmp_path))
     expected = fingerprints(masked.plan, masked.tensors)
     assert (loaded.plan_fingerprint, loaded.weights_fingerprint) == expected

@@ -60,7 +60,10 @@ def check(model, random, blocks=12, first=None, bound=5e-6, seq_len=None, **opti
     y = session.steps(x[:, half:], streams=ids)
     y = y.reshape(2, -1, *want.shape[2:])
     after = max(0, first - (rows - y.shape[1]))
-    assert reference.relative_error(y[:, after:], want[:, want.shape[1] - y.shape[1] + after :]) < bound
+    assert (
+        reference.relative_error(y[:, after:], want[:, want.shape[1] - y.shape[1] + after :])
+        < bound
+    )
     return streaming
 
 
@@ -110,7 +113,14 @@ def test_other_convolutions(kind, options, random):
 @pytest.mark.parametrize("kind", [kl.AveragePooling1D, kl.MaxPooling1D])
 @pytest.mark.parametrize(
     ("size", "stride", "padding"),
-    [(2, 2, "valid"), (3, 1, "same"), (3, 1, "valid"), (4, 2, "same"), (4, 3, "valid"), (2, 3, "valid")],
+    [
+        (2, 2, "valid"),
+        (3, 1, "same"),
+        (3, 1, "valid"),
+        (4, 2, "same"),
+        (4, 3, "valid"),
+        (2, 3, "valid"),
+    ],
 )
 def test_pooling(kind, size, stride, padding, random):
     x = keras.Input((None, F))
@@ -251,7 +261,12 @@ def test_pooling_of_the_whole_window(kind, keepdims, block, random):
     got = streaming.call_steps(data)
     rows = keras.Model(x, y)(data)
     of_rows = keras.Input((None, 6))
-    rest = keras.Model(of_rows, model.layers[[l.name for l in model.layers].index(pooled._keras_history.operation.name)](kind(keepdims=keepdims)(of_rows)))
+    rest = keras.Model(
+        of_rows,
+        model.layers[[l.name for l in model.layers].index(pooled._keras_history.operation.name)](
+            kind(keepdims=keepdims)(of_rows)
+        ),
+    )
     for step in range(12 // block):
         end = (step + 1) * block
         want = np.asarray(rest(rows[:, max(0, end - N) : end])).reshape(2, 3)

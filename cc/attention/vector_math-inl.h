@@ -173,8 +173,8 @@ HWY_INLINE hn::Vec<D> ExpOfNonPositive(D d, hn::Vec<D> x) {
   return hn::IfThenZeroElse(tiny, hn::Mul(p, PowerOfTwo(d, n)));
 }
 
-// tanh(x). Uses exponentials where they do not cancel. Near 0 it uses the first terms of the series; the
-// next term would be less than 1e-8 of the result in float and 1e-16 in double.
+// tanh(x). Uses exponentials where they do not cancel. Near 0 it uses the first terms of the
+// series; the next term would be less than 1e-8 of the result in float and 1e-16 in double.
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE V TanhOf(D d, V x) {
   using T = hn::TFromD<D>;

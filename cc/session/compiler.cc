@@ -23,8 +23,8 @@
 #include "cc/session/one_query_instruction.h"
 #include "cc/session/recurrent_instruction.h"
 #include "cc/session/retroactive_instruction.h"
-#include "cc/session/rotary_instructions.h"
 #include "cc/session/ring_instructions.h"
+#include "cc/session/rotary_instructions.h"
 #include "cc/session/row_instructions.h"
 #include "cc/session/state_layout.h"
 
@@ -776,11 +776,11 @@ class Compiler {
       spec.key_scales = Offset(i, "key_scale");
       spec.value_scales = Offset(i, "value_scale");
     }
-#define TRY(U, C)                                                                              \
-  if constexpr (std::is_same_v<T, U>) {                                                        \
-    if (options_.cache_dtype == kDType<C>)                                                     \
-      return std::make_unique<AttentionInstruction<T, C>>(spec, Kept(Weights(node, "bias")),   \
-                                                          Kept(Weights(node, "sink")));        \
+#define TRY(U, C)                                                                            \
+  if constexpr (std::is_same_v<T, U>) {                                                      \
+    if (options_.cache_dtype == kDType<C>)                                                   \
+      return std::make_unique<AttentionInstruction<T, C>>(spec, Kept(Weights(node, "bias")), \
+                                                          Kept(Weights(node, "sink")));      \
   }
     CONTINUAL_TRANSFORMERS_FOR_RING_TYPES(TRY)
 #undef TRY

@@ -60,8 +60,7 @@ std::unique_ptr<Instruction> MakeRotaryAngles(std::vector<int64_t> turns, int ou
                                                             int64_t position, int64_t r) {
     T* y = frame.Rows<T>(output) + r * 2 * size;
     for (int64_t i = 0; i < size; ++i) {
-      const auto turn =
-          Turn::Of(static_cast<uint64_t>(position) * static_cast<uint64_t>(turns[i]));
+      const auto turn = Turn::Of(static_cast<uint64_t>(position) * static_cast<uint64_t>(turns[i]));
       y[i] = static_cast<T>(turn.cos);
       y[size + i] = static_cast<T>(turn.sin);
     }

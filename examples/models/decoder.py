@@ -14,9 +14,7 @@ import numpy as np
 import continual_transformers_tf as ct
 
 
-def build(
-    vocabulary=1000, features=128, heads=8, key_heads=2, blocks=4, window=64, **options
-):
+def build(vocabulary=1000, features=128, heads=8, key_heads=2, blocks=4, window=64, **options):
     """Return a causal language model: tokens `(B, T)` to logits `(B, T, vocabulary)`.
 
     Every query attends to the newest `window` steps, so the model may be called on sequences of any

@@ -90,8 +90,8 @@ class NativeSession:
         """Take T steps of M streams: the same outputs and state as T calls of `step`.
 
         Args:
-            x: As in `step`, with the time axis: `(M, T, ...)`. If the model has layers with strides,
-                T is a multiple of its `block`; or it is `(M, T / block, block, ...)`.
+            x: As in `step`, with the time axis: `(M, T, ...)`. If the model has layers with
+                strides, T is a multiple of its `block`; or it is `(M, T / block, block, ...)`.
             streams: As in `step`.
             out: As in `step`, `(M, T / block, ...)`.
             key_mask: bool `(M, T / block)`, as in `step`.

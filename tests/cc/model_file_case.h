@@ -261,6 +261,9 @@ inline PlanBuilder EveryOp(const std::string& compute_dtype = "float32") {
              {{"rows", b.Random({7, 4})}, {"start", b.Weight({}, {3}, "int64")}});
   const int normal = b.Node("norm", {y}, {4}, {{"function", "layer"}, {"epsilon", 1e-6}},
                             {{"gamma", b.Random({4})}, {"beta", b.Random({4})}});
+  const int angles =
+      b.Node("rotary_angles", {}, {2, 1}, {}, {{"turns", b.Weight({1}, {-3e18}, "int64")}});
+  const int turned = b.Node("rotary", {normal, angles}, {4}, {{"interleaved", true}});
 
   // Tokens, reversed, as [1, 2], and looked up.
   int t = b.Node("strided", {tokens}, {2}, {{"offset", 1}, {"strides", {-1}}}, {}, {}, "int32");
@@ -274,8 +277,8 @@ inline PlanBuilder EveryOp(const std::string& compute_dtype = "float32") {
   const int mask = b.Node("mask_and", {differs, nonzero}, {1}, {}, {}, {}, "bool");
   const int late = b.Node("delay", {mask}, {1}, {{"steps", 1}}, {}, {}, "bool");
 
-  const int query = b.Node("delay", {normal}, {4}, {{"steps", 1}});
-  const int seen = b.Attention(query, normal, x, 2, 4, {{"query_delay", 1}, {"first_column", 1}},
+  const int query = b.Node("delay", {turned}, {4}, {{"steps", 1}});
+  const int seen = b.Attention(query, turned, x, 2, 4, {{"query_delay", 1}, {"first_column", 1}},
                                {{"key", mask}, {"query", late}});
   const int all = b.Node("retroactive_attention", {normal, normal, x}, {4, 6},
                          {{"heads", 2}, {"window", 4}, {"scale", 0.7}, {"algorithm", "auto"}}, {},

@@ -1077,7 +1077,8 @@ TEST_F(EveryOpTest, ChecksEveryAttribute) {
   const auto number = [](const AttributeEntry& a) {
     return a.type == Type::kNumber || a.type == Type::kNumberOrNull;
   };
-  check(Json(Json::value_t::discarded), nullable);  // absent
+  check(Json(Json::value_t::discarded),  // absent
+        [&](const AttributeEntry& a) { return nullable(a) || !a.needed; });
   check(nullptr, nullable);
   check(Json::object(), none);
   check({1, "2"}, none);
@@ -1519,6 +1520,15 @@ TEST(AttentionTest, ChecksHeadsAndColumns) {
   ExpectIn("do not divide the key's 7", refusal(none, 6, 7));
   ExpectIn("a query of 6 elements and a key of 9", refusal(none, 6, 9));
   ExpectIn("expected [9]", refusal(none, 6, 6, 9, 6));
+  EXPECT_EQ(refusal({{"heads", 6}, {"key_heads", 3}}, 12, 6, 9, 18), "");
+  EXPECT_EQ(refusal({{"soft_cap", 2}}), "");
+  ExpectIn("expected [18]", refusal({{"heads", 6}, {"key_heads", 3}}, 12, 6, 9, 9));
+  ExpectIn("\"key_heads\" is 0", refusal({{"key_heads", 0}}));
+  ExpectIn("3 heads of queries and 2 of keys", refusal({{"key_heads", 2}}, 6, 4, 4, 6));
+  ExpectIn("do not divide the key's 7", refusal({{"key_heads", 2}}, 6, 7));
+  ExpectIn("a query of 6 elements and a key of 6", refusal({{"key_heads", 1}}, 6, 6, 9, 27));
+  ExpectIn("has a soft_cap of 0", refusal({{"soft_cap", 0}}));
+  ExpectIn("\"soft_cap\" is -1", refusal({{"soft_cap", -1}}));
   ExpectIn("expected 1 axis", RefusalOfNode("attention", {{6}, {1, 6}, {9}}, {9},
                                             {{"heads", 3},
                                              {"window", 4},
@@ -1526,6 +1536,58 @@ TEST(AttentionTest, ChecksHeadsAndColumns) {
                                              {"end_column", 4},
                                              {"query_delay", 0},
                                              {"scale", 0.5}}));
+}
+
+TEST(AttentionTest, ChecksItsBiasAndSink) {
+  const auto refusal = [](const std::string& name, const Shape& shape) {
+    PlanBuilder b;
+    const int x = b.Input("x", {4});
+    b.Output("y", b.Node("attention", {x, x, x}, {4},
+                         {{"heads", 2},
+                          {"window", 3},
+                          {"first_column", 0},
+                          {"end_column", 3},
+                          {"query_delay", 0},
+                          {"scale", 0.5}},
+                         {{name, b.Random(shape)}}));
+    return Refusal(b);
+  };
+  EXPECT_EQ(refusal("bias", {2, 3}), "");
+  EXPECT_EQ(refusal("sink", {2}), "");
+  ExpectIn("expected [2, 3]", refusal("bias", {3, 2}));
+  ExpectIn("expected [2]", refusal("sink", {1}));
+}
+
+// A plan of an earlier version has the fingerprint that it had.
+TEST(AttentionTest, WhatIsLeftOutIsNotInTheFingerprint) {
+  const auto attributes = [](const Json& changes) {
+    PlanBuilder b;
+    const int x = b.Input("x", {4});
+    b.Output("y", b.Attention(x, x, x, 2, 3, changes));
+    return b.File()->plan().nodes[0].attributes;
+  };
+  EXPECT_EQ(attributes(Json::object()).count("key_heads"), 0u);
+  EXPECT_EQ(attributes(Json::object()).count("soft_cap"), 0u);
+  EXPECT_EQ(attributes({{"soft_cap", 2}}).count("soft_cap"), 1u);
+  EXPECT_EQ(attributes({{"key_heads", 2}}).count("key_heads"), 1u);
+}
+
+TEST(RotaryTest, ChecksItsAngles) {
+  const auto refusal = [](const Shape& x, const Shape& turns, const Shape& angles) {
+    PlanBuilder b;
+    const int in = b.Input("x", x);
+    const std::vector<double> some(Elements(turns), 1e18);
+    const int of =
+        b.Node("rotary_angles", {}, angles, {}, {{"turns", b.Weight(turns, some, "int64")}});
+    b.Output("y", b.Node("rotary", {in, of}, x, {{"interleaved", false}}));
+    return Refusal(b);
+  };
+  EXPECT_EQ(refusal({3, 4}, {2}, {2, 2}), "");
+  EXPECT_EQ(refusal({7}, {3}, {2, 3}), "");
+  ExpectIn("expected [2, 2]", refusal({3, 4}, {2}, {2, 3}));
+  ExpectIn("expected [2]", refusal({3, 4}, {2, 1}, {2, 2}));
+  ExpectIn("turns 2 pairs of heads of 3 elements", refusal({4, 3}, {2}, {2, 2}));
+  ExpectIn("at least one axis", refusal({}, {1}, {2, 1}));
 }
 
 TEST(RetroactiveAttentionTest, ChecksHeadsAndWindow) {

@@ -24,6 +24,7 @@ struct Sizes {
   int64_t rows, heads, key_dim, value_dim;
   int64_t group = 1;      // query heads for each head of keys and values
   bool has_bias = false;  // on the logits
+  double soft_cap = 0;    // 0: none
 };
 
 class RingAttentionTest : public ::testing::TestWithParam<Target> {
@@ -94,6 +95,7 @@ class RingAttentionTest : public ::testing::TestWithParam<Target> {
     p.key_mask = masked ? mask.get() : nullptr;
     p.spans = spans;
     p.output = output.data() + 1;
+    p.soft_cap = static_cast<T>(z.soft_cap);
     p.bias = z.has_bias ? bias.data() : nullptr;
     p.bias_rows = bias_rows;
     p.bias_first = bias_first;
@@ -122,6 +124,7 @@ class RingAttentionTest : public ::testing::TestWithParam<Target> {
         }
         if constexpr (std::is_same_v<C, int8_t>) logit *= key_scales[row];
         logit *= static_cast<double>(p.scale);
+        if (z.soft_cap > 0) logit = z.soft_cap * std::tanh(logit / z.soft_cap);
         if (z.has_bias) logit += bias[h * bias_rows + (row + bias_first) % bias_rows];
         weights.push_back(mask[row] ? logit : -std::numeric_limits<double>::infinity());
         max = std::max(max, weights.back());
@@ -177,6 +180,10 @@ class RingAttentionTest : public ::testing::TestWithParam<Target> {
     }
     Check<T, C>({40, 3, 16, 16, 1, true}, {{9, 31}, {0, 7}}, true, 1, bound);
     Check<T, C>({17, 140, 12, 12, 35, true}, {{0, 17}, {0, 0}}, false, 1, bound);
+    for (int64_t rows : {1, 7, 16, 33}) {
+      Check<T, C>({rows, 3, 16, 16, 1, false, 0.7}, {{0, rows}, {0, 0}}, true, 1, bound);
+      Check<T, C>({rows, 4, 12, 12, 2, true, 5}, {{0, rows}, {0, 0}}, false, 10, 2 * bound);
+    }
   }
 
   std::mt19937 random_{1};

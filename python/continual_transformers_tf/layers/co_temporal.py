@@ -19,7 +19,7 @@ from continual_transformers_tf.layers.inputs import (
 )
 from continual_transformers_tf.layers.warm_up import check_warm_up
 from continual_transformers_tf.ops.delay import put_steps, steps_before
-from continual_transformers_tf.ops.step import Rows, Step
+from continual_transformers_tf.ops.step import ALL_ROWS, Rows, Step
 from continual_transformers_tf.ops.stream_state import StreamState, check_integer
 
 CONVOLUTIONS = (
@@ -166,7 +166,7 @@ class CoTemporal(ContinualLayer):
         """Whether an output is one row for the whole window, without an axis of time."""
         return self._window is not None
 
-    def frames(self, given: Rows = Rows()) -> Frames:
+    def frames(self, given: Rows = ALL_ROWS) -> Frames:
         """Return the `Frames` of the layer, given the `Rows` of its input."""
         layer: Any = self.layer
         span, stride = self.span, self.block
@@ -355,8 +355,7 @@ class CoTemporal(ContinualLayer):
             raise ValueError(f"Expected x of shape {expected}, but got {tuple(x.shape)}")
         if rank == 3 and x.shape[1] is not None and (x.shape[1] == 0 or x.shape[1] % self.block):
             raise ValueError(
-                f"Expected a multiple of {self.block} steps, at least one, but got "
-                f"{tuple(x.shape)}"
+                f"Expected a multiple of {self.block} steps, at least one, but got {tuple(x.shape)}"
             )
         return x
 

@@ -101,10 +101,10 @@ class Rotary:
         Returns:
             A tensor like x.
         """
-        turns = tf.constant(self.turns(x.shape[-1]).view(np.uint64))
-        # Unsigned products wrap around, which drops whole turns.
-        product = tf.bitcast(positions, tf.uint64)[..., tf.newaxis, tf.newaxis] * turns
-        angle = tf.cast(tf.bitcast(product, tf.int64), tf.float64) * (2 * math.pi / 2**64)
+        turns = tf.constant(self.turns(x.shape[-1]))
+        # Products of int64 wrap around, which drops whole turns.
+        product = positions[..., tf.newaxis, tf.newaxis] * turns
+        angle = tf.cast(product, tf.float64) * (2 * math.pi / 2**64)
         dtype = tf.float64 if x.dtype == tf.float64 else tf.float32
         cos, sin = (tf.cast(f(angle), dtype) for f in (tf.cos, tf.sin))
         size = 2 * turns.shape[0]

@@ -445,9 +445,7 @@ class StreamingAttention(ContinualLayer, keras.layers.MultiHeadAttention):
         def compute(step: Step) -> tuple[Any, Any]:
             masks, present = step_masks, step.present(steps)
             if present is not None:
-                masks = masks._replace(
-                    key=present if masks.key is None else masks.key & present
-                )
+                masks = masks._replace(key=present if masks.key is None else masks.key & present)
             attended, scores = self._attend(
                 step, query, value, key, masks, return_attention_scores, training
             )

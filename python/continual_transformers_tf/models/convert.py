@@ -21,7 +21,6 @@ from continual_transformers_tf.models.problem import CannotStream, Problem
 from continual_transformers_tf.models.row_wise import name_of_op
 from continual_transformers_tf.models.streaming_model import StreamingModel
 
-
 # The layers of Keras that become continual attention.
 ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
 

@@ -205,12 +205,13 @@ def _(layer: CoSiMultiHeadAttention, rows: Rows) -> Cost:
     attended = single_output_attention_cost(layer.seq_len, layer._key_dim, layer._value_dim)
     projected = _projections(layer, 1, 1)
     itemsize = cache.dtype.size
-    ring = bytes_of((layer._num_heads, layer.seq_len, layer._key_dim + layer._value_dim), itemsize)
+    ring = bytes_of((layer._key_heads, layer.seq_len, layer._key_dim + layer._value_dim), itemsize)
     waited = bytes_of_state(cache, ("query", "query_mask", "gate")) // max(1, layer.delay)
     read = ring + layer.seq_len + waited + bytes_of_weights(layer, layer.weights_dtype)
     return (
         projected
         + attended * layer._num_heads
+        + _beside_keras(layer, 1, 1, layer.seq_len)
         + Cost(state_bytes=bytes_of_state(cache), read_bytes=read)
     )
 
@@ -340,16 +341,43 @@ def attention_of_windows(
     if single_output:
         queries = 1
     attended = attention_cost(queries, keys, layer._key_dim, layer._value_dim)
-    weights = Cost(read_bytes=bytes_of_weights(layer))
-    return _projections(layer, queries, keys) + attended * layer._num_heads + weights
+    total = _projections(layer, queries, keys) + attended * layer._num_heads
+    if isinstance(layer, CoSiMultiHeadAttention):
+        total += _beside_keras(layer, queries, keys, keys)
+    return total + Cost(read_bytes=bytes_of_weights(layer))
+
+
+def _beside_keras(layer: CoSiMultiHeadAttention, queries: int, keys: int, attended: int) -> Cost:
+    """Return the cost of what Keras' attention does not have.
+
+    Args:
+        layer: The layer.
+        queries, keys: How many rows of each are new.
+        attended: How many keys a query attends to.
+    """
+    heads, total = queries * layer._num_heads + keys * layer._key_heads, Cost()
+    if layer._query_key_norm:  # The squares, their mean, epsilon, the root, dividing, the scale.
+        total += Cost(heads * (3 * layer._key_dim + 1), heads * layer._key_dim)
+    if layer._rotary is not None:  # Not the angles, which all layers of a session share.
+        turned = layer._rotary.size or layer._key_dim
+        total += Cost(2 * heads * turned, heads * turned)
+    rows = queries * layer._num_heads
+    if layer._logit_soft_cap is not None:
+        total += (Cost(2) + Cost(exponentials=1)) * (rows * attended)
+    if layer.position_bias is not None:
+        total += Cost(additions=rows * attended)
+    if layer._use_sinks:
+        total += Cost(additions=rows, exponentials=rows)
+    return total
 
 
 def _projections(layer: keras.layers.Layer, queries: int, keys: int) -> Cost:
     """Return the cost of the projections into heads and back, and of the gate."""
     heads = layer._num_heads
     total = projection(layer._query_dense, queries, heads * layer._key_dim)
-    total += projection(layer._key_dense, keys, heads * layer._key_dim)
-    total += projection(layer._value_dense, keys, heads * layer._value_dim)
+    key_heads = getattr(layer, "_key_heads", heads)
+    total += projection(layer._key_dense, keys, key_heads * layer._key_dim)
+    total += projection(layer._value_dense, keys, key_heads * layer._value_dim)
     outputs = math.prod(layer._output_dense.kernel.shape[2:])
     total += projection(layer._output_dense, queries, outputs)
     if getattr(layer, "_use_gate", False):

@@ -196,9 +196,7 @@ class StreamingModel(CompositeLayer, keras.Model):
         inputs = self._inputs(inputs, axes_of_steps=2)
         return self._take_steps(inputs, training, streams, update_state)
 
-    def _inputs(
-        self, inputs: Any, axes_of_steps: int, steps: int | None = None
-    ) -> list[tf.Tensor]:
+    def _inputs(self, inputs: Any, axes_of_steps: int, steps: int | None = None) -> list[tf.Tensor]:
         """Check the inputs, and return them as a list of tensors.
 
         Args:

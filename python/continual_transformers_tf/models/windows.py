@@ -158,9 +158,7 @@ def _through_layer(
         if layer.gives_one_row:
             return inputs | Windows(frozenset({least}), every_row=False)
         late = inputs.delayed(layer.delay * stride)
-        return dataclasses.replace(
-            inputs | late | Windows(least=least), every_row=inputs.every_row
-        )
+        return dataclasses.replace(inputs | late | Windows(least=least), every_row=inputs.every_row)
     if isinstance(layer, CoChunkedMultiHeadAttention):
         least = attended.least + (layer.receptive_field - 1) * stride
         return dataclasses.replace(inputs | attended, least=least)

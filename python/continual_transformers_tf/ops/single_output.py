@@ -137,7 +137,8 @@ def attend_steps(
         (output `[M, T, H, Dv]`; scores `[M, H, T, N]`, without columns if they are not wanted;
         int64 `[M]`, the number of steps that each of these streams has taken, these included).
     """
-    grouped = query.shape[2] not in (None, cache.keys.shape[2])
+    heads = query.shape[2] if query.shape.rank == 4 else None
+    grouped = heads not in (None, cache.keys.shape[2])
     plain = dropout is not None or terms is not None or grouped
     fused = None if plain else library.fused_ops(cache.device_type)
     scale = scale_tensor(

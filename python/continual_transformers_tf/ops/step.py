@@ -32,6 +32,10 @@ class Rows:
     delay: int = 0
 
 
+# The rows of a model's own inputs.
+ALL_ROWS = Rows()
+
+
 class Step:
     """T steps of M streams that are being taken. `Streams.take_steps` makes it.
 
@@ -68,7 +72,7 @@ class Step:
         self.update_state = update_state
         self.one = isinstance(steps, int) and steps == 1
         self.one_row = False
-        self.rows_of_input = Rows()
+        self.rows_of_input = ALL_ROWS
         self.op_advances = False
         self._advanced = False
         self._changes: list[Callable[[], None]] = []

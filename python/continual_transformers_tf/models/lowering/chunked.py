@@ -13,7 +13,7 @@ from continual_transformers_tf.models.lowering.continual_layers import (
 )
 from continual_transformers_tf.models.lowering.plan_builder import PlanBuilder, Symbol
 from continual_transformers_tf.models.lowering.temporal import history
-from continual_transformers_tf.ops.step import Rows
+from continual_transformers_tf.ops.step import ALL_ROWS, Rows
 
 
 def co_chunked(
@@ -22,7 +22,7 @@ def co_chunked(
     query: Symbol,
     value: Symbol | None = None,
     key: Symbol | None = None,
-    given: Rows = Rows(),
+    given: Rows = ALL_ROWS,
     rows: int | None = None,
 ) -> tuple[Symbol, State]:
     """Lower a step of a `CoChunkedMultiHeadAttention`.

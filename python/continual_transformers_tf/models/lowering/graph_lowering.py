@@ -18,6 +18,7 @@ from continual_transformers_tf.models.lowering import (
     logic_ops,  # noqa: F401  They register how operations are lowered.
     order_ops,  # noqa: F401
 )
+from continual_transformers_tf.models.lowering.chunked import co_chunked  # noqa: F401
 from continual_transformers_tf.models.lowering.continual_layers import (
     State,
     attend_whole,
@@ -32,7 +33,6 @@ from continual_transformers_tf.models.lowering.keras_layers import (
 )
 from continual_transformers_tf.models.lowering.keras_ops import Call, lower_op
 from continual_transformers_tf.models.lowering.plan_builder import CannotLower, PlanBuilder, Symbol
-from continual_transformers_tf.models.lowering.chunked import co_chunked  # noqa: F401
 from continual_transformers_tf.models.lowering.recurrent import co_recurrent  # noqa: F401
 from continual_transformers_tf.models.lowering.temporal import mask_of_sequence
 from continual_transformers_tf.models.problem import Problem
@@ -134,7 +134,9 @@ class GraphLowering:
         masks = masks_of_call(layer, given)
         lag = max(self.graph.known(x).lag for x in node.input_tensors if id(x) in values)
         if lag > 0:
-            masks["value_mask"] = self.b.mask_and(masks.get("value_mask"), mask_of_sequence(self.b, lag))
+            masks["value_mask"] = self.b.mask_and(
+                masks.get("value_mask"), mask_of_sequence(self.b, lag)
+            )
         causal = {k: True for k in ("use_causal_mask",) if arguments.get(k)}
         y, self.state[id(layer)] = lower_continual(self.b, layer, *given, **masks, **causal)
         return y.with_mask(continual_mask_after(layer, given[0].mask))
@@ -146,9 +148,7 @@ class GraphLowering:
         arguments: dict[str, Any] = {"given": Rows(known.lag, known.delay), "rows": rows}
         if isinstance(layer, CoRecurrent):
             arguments["mask"] = x.mask
-        y, self.state[id(layer)] = lower_continual(
-            self.b, layer, x.with_mask(None), **arguments
-        )
+        y, self.state[id(layer)] = lower_continual(self.b, layer, x.with_mask(None), **arguments)
         return y.with_mask(x.mask if isinstance(layer, CoRecurrent) else None)
 
     def _chunked(self, node: Node, values: dict[int, Symbol]) -> Symbol:

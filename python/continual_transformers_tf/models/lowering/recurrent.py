@@ -14,7 +14,7 @@ from continual_transformers_tf.models.lowering.continual_layers import (
     window_of,
 )
 from continual_transformers_tf.models.lowering.plan_builder import CannotLower, PlanBuilder, Symbol
-from continual_transformers_tf.ops.step import Rows
+from continual_transformers_tf.ops.step import ALL_ROWS, Rows
 
 # The functions that a `recurrent` node knows: those without numbers, and plain relu.
 _FUNCTIONS = {
@@ -31,7 +31,7 @@ def co_recurrent(
     b: PlanBuilder,
     layer: Any,
     x: Symbol,
-    given: Rows = Rows(),
+    given: Rows = ALL_ROWS,
     rows: int = 1,
     mask: Symbol | None = None,
 ) -> tuple[Symbol, State]:

@@ -26,14 +26,14 @@ from continual_transformers_tf.models.lowering.plan_builder import (
     Symbol,
     contiguous_strides,
 )
-from continual_transformers_tf.ops.step import Rows
+from continual_transformers_tf.ops.step import ALL_ROWS, Rows
 
 # Far below every number of a pooling, and finite, as all numbers of a plan.
 _LOWEST = -3e38
 
 
 def co_temporal(
-    b: PlanBuilder, layer: Any, x: Symbol, given: Rows = Rows(), rows: int | None = None
+    b: PlanBuilder, layer: Any, x: Symbol, given: Rows = ALL_ROWS, rows: int | None = None
 ) -> tuple[Symbol, State]:
     """Lower a step of a `CoTemporal` layer.
 
