@@ -53,7 +53,8 @@ def test_all_that_stands_in_the_way_is_named_at_once(random):
         ct.convert(model_of(function, random), seq_len=N)
     lines = str(error.value).splitlines()[1:]
     assert [line.split(" (")[0] for line in lines] == ["- first", "- second", "- second", "- flat"]
-    assert "conv delays by 1 steps" in lines[0] and 'padding="causal"' in lines[0]
+    assert "conv delays by 1 steps" in lines[0]
+    assert 'padding="causal"' in lines[0]
 
 
 def test_other_options_of_layers_are_named(random):

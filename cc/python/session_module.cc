@@ -474,8 +474,9 @@ PYBIND11_MODULE(_session, module) {
                              }))
       .def_property_readonly(
           "_delay", Read([](PythonSession& session) { return session.session().plan().delay; }))
-      .def_property_readonly(
-          "_goes_on", Read([](PythonSession& session) { return session.session().plan().GoesOn(); }))
+      .def_property_readonly("_goes_on", Read([](PythonSession& session) {
+                               return session.session().plan().GoesOn();
+                             }))
       .def_property_readonly(
           "_block", Read([](PythonSession& session) { return session.session().plan().block; }))
       .def_property_readonly("_open_streams", Read([](PythonSession& session) {

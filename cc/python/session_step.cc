@@ -181,8 +181,8 @@ constexpr char kMakeOutput[] = ": np.empty makes such an array.";
 PyArrayObject* CheckOutput(const ArraySpec& spec, PyObject* given, const Rows& rows) {
   if (!PyArray_Check(given)) {
     Raise(PyExc_TypeError, spec.label + " is of type " + Py_TYPE(given)->tp_name +
-                               ". Expected a NumPy array " + rows.Expected(spec, false) +
-                               " of " + DTypeText(spec) + " to be written, or None.");
+                               ". Expected a NumPy array " + rows.Expected(spec, false) + " of " +
+                               DTypeText(spec) + " to be written, or None.");
   }
   PyArrayObject* array = reinterpret_cast<PyArrayObject*>(given);
   if (!HasType(array, spec.type_number)) {

@@ -709,8 +709,8 @@ class Compiler {
     spec.memory = spec.goes_on && spec.cell == Cell::kLstm ? Offset(i, "memory") : 0;
     spec.activation = ActivationNamed(node.Text("activation"), node);
     spec.gate = ActivationNamed(node.Text("gate"), node);
-#define TRY(U, W)                                                                      \
-  if constexpr (std::is_same_v<T, U>) {                                                \
+#define TRY(U, W)                                                               \
+  if constexpr (std::is_same_v<T, U>) {                                         \
     if (options_.weights_dtype == kDType<W>) return RecurrentOf<W>(spec, node); \
   }
     CONTINUAL_TRANSFORMERS_FOR_PACKED_TYPES(TRY)

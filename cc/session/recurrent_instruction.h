@@ -27,7 +27,7 @@ struct RecurrentSpec {
   bool goes_on;
   int64_t first;  // if it goes on, the number of the first step's row; rows before 0 are skipped
   int input, output, mask;  // plan values; mask -1: none. A step that it hides changes nothing.
-  int64_t state, memory;  // offsets in a stream's block, if it goes on; memory only for kLstm
+  int64_t state, memory;    // offsets in a stream's block, if it goes on; memory only for kLstm
   ActivationSpec activation, gate;  // of new values, and of gates
 };
 
@@ -76,9 +76,7 @@ class RecurrentInstruction : public Instruction {
  private:
   static constexpr int64_t kGroup = 64;
 
-  int64_t Gates() const {
-    return s_.cell == Cell::kSimple ? 1 : s_.cell == Cell::kLstm ? 4 : 3;
-  }
+  int64_t Gates() const { return s_.cell == Cell::kSimple ? 1 : s_.cell == Cell::kLstm ? 4 : 3; }
 
   static void Multiply(const Frame& frame, const PackedKernel<T, W>& kernel, const T* bias,
                        const T* input, int64_t rows, T* output) {
@@ -122,7 +120,8 @@ class RecurrentInstruction : public Instruction {
       if (s_.cell == Cell::kGruResetBefore) {
         for (int64_t m = 0; m < streams; ++m) {
           Gate(x(m) + units, products + m * 2 * units + units, units, gates);
-          for (int64_t i = 0; i < units; ++i) reset[m * units + i] = gates[i] * state[m * units + i];
+          for (int64_t i = 0; i < units; ++i)
+            reset[m * units + i] = gates[i] * state[m * units + i];
         }
         // Behind the products of z and r, which are still needed.
         Multiply(frame, candidate_, nullptr, reset, streams, products + kGroup * 2 * units);

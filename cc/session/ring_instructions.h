@@ -96,18 +96,17 @@ inline std::unique_ptr<Instruction> MakeZeroUntaken(int64_t window, int input, i
       });
 }
 
-// Writes 1 for rows that a stream has made by now, and 0 for those before its first. Each step makes
-// `rows` rows; at position 0 the first of the `size` rows has the number `first`.
+// Writes 1 for rows that a stream has made by now, and 0 for those before its first. Each step
+// makes `rows` rows; at position 0 the first of the `size` rows has the number `first`.
 template <typename T>
 std::unique_ptr<Instruction> MakePresent(int64_t rows, int64_t first, int64_t size, int output) {
-  return MakeSteps(size / 4 + 10,
-                   [=](const Frame& frame, const char*, int64_t position, int64_t r) {
-                     // Rows before the first. Far into a stream the product could overflow.
-                     const int64_t none =
-                         position > -first ? 0 : std::max<int64_t>(0, -first - position * rows);
-                     T* y = frame.Rows<T>(output) + r * size;
-                     for (int64_t i = 0; i < size; ++i) y[i] = i < none ? T(0) : T(1);
-                   });
+  return MakeSteps(
+      size / 4 + 10, [=](const Frame& frame, const char*, int64_t position, int64_t r) {
+        // Rows before the first. Far into a stream the product could overflow.
+        const int64_t none = position > -first ? 0 : std::max<int64_t>(0, -first - position * rows);
+        T* y = frame.Rows<T>(output) + r * size;
+        for (int64_t i = 0; i < size; ++i) y[i] = i < none ? T(0) : T(1);
+      });
 }
 
 }  // namespace continual_transformers

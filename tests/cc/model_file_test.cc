@@ -1480,8 +1480,11 @@ TEST(RecurrentTest, ChecksUnitsAndGates) {
                           const Shape& kernel, const Shape& bias) {
     std::vector<std::pair<std::string, Shape>> weights = {{"kernel", kernel}};
     if (!bias.empty()) weights.push_back({"bias", bias});
-    const Json attributes = {{"function", function}, {"activation", "tanh"}, {"gate", "sigmoid"},
-                             {"goes_on", true},      {"first", -2}};
+    const Json attributes = {{"function", function},
+                             {"activation", "tanh"},
+                             {"gate", "sigmoid"},
+                             {"goes_on", true},
+                             {"first", -2}};
     return RefusalOfNode("recurrent", {in}, out, attributes, weights);
   };
   EXPECT_EQ(refusal("lstm", {20}, {5}, {5, 20}, {20}), "");

@@ -271,7 +271,7 @@ class CoChunkedMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttentio
         self._ensure_built(query, value, key)
         given = {"query": query, "value": value, "key": key}
         for (name, x), size in zip(given.items(), self._features, strict=True):
-            check_features(name, x, size)
+            check_features(name, x, size or 0)
         steps = query.shape[1]
         if steps is not None and (steps == 0 or steps % self._chunk):
             raise ValueError(
@@ -303,15 +303,20 @@ class CoChunkedMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttentio
         if before > 0:
             earlier = position[:, tf.newaxis] - before + tf.range(before, dtype=tf.int64)
             was_there = earlier >= max(0, step.rows_of_input.lag)
+            new = {"keys": keys, "values": values}
+
+            def keep() -> None:
+                for name, rows in new.items():
+                    put_steps(getattr(kept, name), rows, step.numbers, position)
+
+            step.at_the_end(keep)
             past = []
-            for ring, new in ((kept.keys, keys), (kept.values, values)):
-                rows = steps_before(ring, step.numbers, position, before)
+            for name, rows in new.items():
+                kept_rows = steps_before(getattr(kept, name), step.numbers, position, before)
                 # tf.where, because what an earlier stream left there may be NaN.
-                rows = tf.where(was_there[..., tf.newaxis, tf.newaxis], rows, tf.zeros([], dtype))
-                past.append(tf.concat([rows, new], 1))
-                step.at_the_end(
-                    lambda ring=ring, new=new: put_steps(ring, new, step.numbers, position)
-                )
+                there_too = was_there[..., tf.newaxis, tf.newaxis]
+                kept_rows = tf.where(there_too, kept_rows, tf.zeros([], dtype))
+                past.append(tf.concat([kept_rows, rows], 1))
             keys, values = past
             there = tf.concat([was_there, there], 1)
         chunks = taken // size

@@ -323,12 +323,13 @@ class CoRecurrent(ContinualLayer):
             over_time.append(tf.transpose(mask))
         states, outputs = tf.scan(take_one, tuple(over_time), (tuple(before), outputs))
         after = [state[-1] for state in states]
-        for i, new in enumerate(after):
-            step.at_the_end(
-                lambda i=i, new=new: getattr(kept, f"state_{i}").scatter_nd_update(
-                    step.numbers[:, tf.newaxis], new
-                )
-            )
+        index = step.numbers[:, tf.newaxis]
+
+        def keep() -> None:
+            for i, new in enumerate(after):
+                getattr(kept, f"state_{i}").scatter_nd_update(index, new)
+
+        step.at_the_end(keep)
         return tf.transpose(outputs, [1, 0, 2])
 
     def _run_windows(

@@ -127,8 +127,8 @@ def _through_node(node: Node, values: dict[int, Windows], stride: int) -> Window
     inputs = _union(x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, Windows))
     attended = [x for name in ("value", "key") if isinstance(x := given.get(name), Windows)]
     causal = bool(given.get("use_causal_mask"))
-    attended = _union(attended) if attended else inputs
-    return _through_layer(node.operation, inputs, attended, causal, stride)
+    of_steps = _union(attended) if attended else inputs
+    return _through_layer(node.operation, inputs, of_steps, causal, stride)
 
 
 def _through_layer(

@@ -3,6 +3,7 @@
 from typing import Any
 
 import keras
+import numpy as np
 
 from continual_transformers_tf.layers.co_recurrent import CoRecurrent
 from continual_transformers_tf.models.lowering.activations import NUMBERS
@@ -47,7 +48,8 @@ def co_recurrent(
     """
     inner, window = layer.layer, layer.window
     cells = getattr(inner.cell, "cells", [inner.cell])
-    x, state = b.cast(x, b.dtype), {"position": POSITION}
+    x = b.cast(x, b.dtype)
+    state: dict[str, State] = {"position": POSITION}
     if rows > 1 and (window or mask):
         raise CannotLower(
             f"has {rows} rows in each step, and a window or a mask: a plan has a node for such "
@@ -88,7 +90,8 @@ def _cell(
 
     `first` is the number in the sequence of the row of a stream's first step.
     """
-    units, bias, again = cell.units, cell.bias, None
+    units, bias = cell.units, cell.bias
+    again: str | None = None
     gate = getattr(cell, "recurrent_activation", cell.activation)
     if type(cell) is keras.layers.SimpleRNNCell:
         function = "simple"
@@ -102,13 +105,12 @@ def _cell(
             "and SimpleRNNCell"
         )
     kernel = b.variable(cell.kernel, kernel=True)
+    of_input: str | None = None
     if bias is not None and function == "gru":
-        of_input, again = (
-            b.variable(bias, transform=lambda array, i=i: array[i], name=f"{bias.path}_{i}")
-            for i in (0, 1)
-        )
-    else:
-        of_input = None if bias is None else b.variable(bias)
+        array = np.asarray(bias.value)
+        of_input, again = (b.derived(f"bias_{i}", array[i]) for i in (0, 1))
+    elif bias is not None:
+        of_input = b.variable(bias)
     products = b.dense(x, kernel, of_input, name="input")
     weights = {"kernel": b.variable(cell.recurrent_kernel, kernel=True)}
     if again is not None:
@@ -126,7 +128,6 @@ def _cell(
         goes_on=goes_on,
         first=first,
     )
-    return y
 
 
 def _named(function: Any) -> str:

@@ -1,7 +1,7 @@
 """Lowering of layers that read neighbouring steps: convolutions, pooling, spectra.
 
-A value of a place in the model where a step has several rows is `[rows, ...]`; where it has one row,
-`[...]`.
+A value of a place in the model where a step has several rows is `[rows, ...]`; where it has one
+row, `[...]`.
 """
 
 import math
@@ -144,8 +144,10 @@ def _of_frames(
         return convolution(b, layer, x, outputs)
     if isinstance(layer, (keras.layers.DepthwiseConv1D, keras.layers.SeparableConv1D)):
         return depthwise(b, layer, x, outputs)
-    pooled = [y and frames_of(b, y, outputs, frames.stride, frames.span) for y in (x, there)]
-    taken, counted = pooled
+    taken = frames_of(b, x, outputs, frames.stride, frames.span)
+    counted = None
+    if there is not None:
+        counted = frames_of(b, there, outputs, frames.stride, frames.span)
     if isinstance(layer, (keras.layers.MaxPooling1D, keras.layers.GlobalMaxPooling1D)):
         if counted is not None:  # 0 where there is a row, and far below elsewhere.
             taken = b.binary("add", taken, b.affine(counted, -_LOWEST, _LOWEST))
