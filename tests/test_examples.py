@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import keras
+import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -46,3 +47,26 @@ def test_a_decoder_of_today_streams():
         model = example["build"](features=32, heads=4, blocks=2, window=7, **options)
         error, _ = example["compare"](model, steps=40)
         assert error < 5e-6
+
+
+@pytest.mark.parametrize("name", ["conformer", "watch"])
+def test_a_model_of_examples_equals_itself_on_the_whole_recording(name, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES / "models")
+    example = runpy.run_path(str(EXAMPLES / "models" / f"{name}.py"))
+    keras.utils.set_random_seed(1)
+    if name == "conformer":
+        model, recording = example["build"](24, 2, 1, 5), example["recording"](seconds=2)
+    else:
+        random = np.random.default_rng(1)
+        model = example["build"](features=8, heads=2, window=16)
+        recording = random.normal(size=(1, 80, 6)).astype("float32")
+    result = example["compare"](model, recording, seq_len=16)
+    assert result.error < 2e-5
+    assert result.block == (1280 if name == "conformer" else 2)
+
+
+def test_a_keyword_spotter_equals_itself_on_windows():
+    example = runpy.run_path(str(EXAMPLES / "models" / "keyword_spotter.py"))
+    keras.utils.set_random_seed(1)
+    error, _ = example["compare"](example["build"](8, 1, 2, 3, window=12), steps=20)
+    assert error < 5e-6
