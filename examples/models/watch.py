@@ -2,9 +2,10 @@
 
     python examples/models/watch.py
 
-A convolution halves the rate, a GRU follows the wearer, and causal attention looks back at the newest
-rows. It builds the model, untrained, streams random samples with `ct.Session`, and compares the steps
-with the same model on the whole recording. With labels, `fit` trains it on whole recordings.
+A convolution halves the rate, a GRU follows the wearer, and causal attention looks back at the
+newest rows. It builds the model, untrained, streams random samples with `ct.Session`, and compares
+the steps with the same model on the whole recording. With labels, `fit` trains it on whole
+recordings.
 """
 
 import keras
