@@ -30,7 +30,10 @@ class RingPass {
         end_(end),
         group_(params.heads / params.key_heads),
         rows_(params.spans.before_wrap.rows + params.spans.after_wrap.rows),
-        stride_(RingAttentionLogits(rows_)) {}
+        stride_(RingAttentionLogits(rows_)),
+        rows_of_part_(RowsOfBytes(kPartBytes, params.value_stride)),
+        rows_ahead_(RowsOfBytes(kBytesAhead, params.key_stride)),
+        in_parts_(rows_ > 2 * rows_of_part_) {}
 
   void Run() {
     int64_t column = 0;
@@ -59,7 +62,20 @@ class RingPass {
   static constexpr int64_t kRowsPerDot = 8;
   static constexpr int kAnyNumber = -1;
   static constexpr bool kScaled = std::is_same_v<C, int8_t>;
+  // The values of a long window are summed part by part. A part stays in a near cache while the
+  // heads take their columns of it, and the next one is prefetched meanwhile. With 1 MB a stream,
+  // in the last-level cache, the window took 3 times as long in one part, because each pass over
+  // some columns touches only pieces of rows, far apart.
+  static constexpr int64_t kPartBytes = 64 << 10;
+  // How far ahead the keys of a long window are prefetched.
+  static constexpr int64_t kBytesAhead = 16 << 10;
   static constexpr T kNotAttended = -std::numeric_limits<T>::infinity();
+
+  // Rows of so many bytes, a multiple of kRowsPerDot.
+  static int64_t RowsOfBytes(int64_t bytes, int64_t stride) {
+    const int64_t rows = bytes / (stride * static_cast<int64_t>(sizeof(C)));
+    return std::max(kRowsPerDot, rows / kRowsPerDot * kRowsPerDot);
+  }
 
   T* LogitsOf(int64_t head) const { return p_.logits + (head - begin_) * stride_; }
 
@@ -92,7 +108,9 @@ class RingPass {
     for (int64_t i = 0; i < span.rows; i += kRowsPerDot) {
       const int64_t count = std::min(kRowsPerDot, span.rows - i);
       const int64_t first = (span.first_row + i) * stride;
-      if (p_.next_key != nullptr) {
+      if (in_parts_) {
+        PrefetchAhead(span, i);
+      } else if (p_.next_key != nullptr) {
         Prefetch(p_.next_key + first, p_.key_heads * key_dim, stride, count);
       }
       // Separate names, as the compiler would keep an array in memory. The last row replaces
@@ -112,6 +130,24 @@ class RingPass {
         const T* HWY_RESTRICT from = kGrouped ? query + h * key_dim - at : query;
         Dots<kVectors, kRest>(from, at, k0, k1, k2, k3, k4, k5, k6, k7, logits);
       }
+    }
+  }
+
+  // Prefetches the keys that come `rows_ahead_` rows after row i of a span, and after the last keys
+  // the first part of the values.
+  HWY_NOINLINE void PrefetchAhead(const RingSpan& span, int64_t i) const {
+    const int64_t ahead = i + rows_ahead_;
+    const int64_t keys = std::min(kRowsPerDot, span.rows - ahead);
+    if (keys > 0) {
+      Prefetch(p_.key + (span.first_row + ahead) * p_.key_stride, p_.key_heads * p_.key_dim,
+               p_.key_stride, keys);
+      return;
+    }
+    const int64_t first = ahead - span.rows;
+    const int64_t values = std::min(kRowsPerDot, std::min(rows_of_part_, span.rows) - first);
+    if (values > 0) {
+      Prefetch(p_.value + (span.first_row + first) * p_.value_stride,
+               p_.key_heads * p_.value_dim, p_.value_stride, values);
     }
   }
 
@@ -253,22 +289,60 @@ class RingPass {
   // Sums the values with their weights, as many columns at a time as registers can hold. Small
   // heads are summed several at a time.
   void Sum() const {
-    const int64_t vectors = p_.value_dim / kLanes;
-    if (group_ > 1) return Columns(vectors);
-    if (p_.value_dim == kLanes) return Heads<8, 1, Width::kHead>(0);
-    if (p_.value_dim == 2 * kLanes) return Heads<4, 2, Width::kHead>(0);
-    if (p_.value_dim == 4 * kLanes) return Heads<2, 4, Width::kHead>(0);
-    if (p_.value_dim == 8 * kLanes) return Heads<1, 8, Width::kHead>(0);
-    Columns(vectors);
+    if (!in_parts_) {
+      if (p_.next_value != nullptr) {
+        for (const RingSpan& span : {p_.spans.before_wrap, p_.spans.after_wrap}) {
+          PrefetchValues(p_.next_value, span.first_row, span.rows);
+        }
+      }
+      return SumRows({p_.spans, 0, true, true});
+    }
+    int64_t column = 0;
+    for (const RingSpan& span : {p_.spans.before_wrap, p_.spans.after_wrap}) {
+      for (int64_t i = 0; i < span.rows; i += rows_of_part_) {
+        const int64_t rows = std::min(rows_of_part_, span.rows - i);
+        const int64_t row = span.first_row + i, left = span.rows - i - rows;
+        if (left > 0) {
+          PrefetchValues(p_.value, row + rows, std::min(rows_of_part_, left));
+        } else if (p_.next_key != nullptr) {
+          Prefetch(p_.next_key + p_.spans.before_wrap.first_row * p_.key_stride,
+                   p_.key_heads * p_.key_dim, p_.key_stride, std::min(rows_ahead_, rows_));
+        }
+        SumRows({{{row, rows}, {0, 0}}, column, column == 0, column + rows == rows_});
+        column += rows;
+      }
+    }
   }
 
-  void Columns(int64_t vectors) const {
+  void PrefetchValues(const C* values, int64_t row, int64_t rows) const {
+    Prefetch(values + row * p_.value_stride, p_.key_heads * p_.value_dim, p_.value_stride, rows);
+  }
+
+  // Rows whose values are summed, and the column of the logits of the first of them. The sums begin
+  // with the first rows, and are normalized after the last; between, they are in the output.
+  struct Part {
+    RingSpans spans;
+    int64_t column;
+    bool is_first, is_last;
+  };
+
+  void SumRows(const Part& part) const {
+    const int64_t vectors = p_.value_dim / kLanes;
+    if (group_ > 1) return Columns(part, vectors);
+    if (p_.value_dim == kLanes) return Heads<8, 1, Width::kHead>(part, 0);
+    if (p_.value_dim == 2 * kLanes) return Heads<4, 2, Width::kHead>(part, 0);
+    if (p_.value_dim == 4 * kLanes) return Heads<2, 4, Width::kHead>(part, 0);
+    if (p_.value_dim == 8 * kLanes) return Heads<1, 8, Width::kHead>(part, 0);
+    Columns(part, vectors);
+  }
+
+  void Columns(const Part& part, int64_t vectors) const {
     int64_t v = 0;
-    for (; v + 8 <= vectors; v += 8) Heads<1, 8, Width::kPart>(v);
-    for (; v + 4 <= vectors; v += 4) Heads<2, 4, Width::kPart>(v);
-    for (; v + 2 <= vectors; v += 2) Heads<4, 2, Width::kPart>(v);
-    for (; v < vectors; ++v) Heads<8, 1, Width::kPart>(v);
-    if (v * kLanes < p_.value_dim) Heads<8, 1, Width::kRest>(v);
+    for (; v + 8 <= vectors; v += 8) Heads<1, 8, Width::kPart>(part, v);
+    for (; v + 4 <= vectors; v += 4) Heads<2, 4, Width::kPart>(part, v);
+    for (; v + 2 <= vectors; v += 2) Heads<4, 2, Width::kPart>(part, v);
+    for (; v < vectors; ++v) Heads<8, 1, Width::kPart>(part, v);
+    if (v * kLanes < p_.value_dim) Heads<8, 1, Width::kRest>(part, v);
   }
 
   // The columns of a head that are summed: all, so that address offsets are constants; some whole
@@ -278,21 +352,21 @@ class RingPass {
   // Sums kVectors vectors of columns from vector v on, for all heads, kHeads at a time where
   // possible.
   template <int kHeads, int kVectors, Width kWidth>
-  void Heads(int64_t v) const {
+  void Heads(const Part& part, int64_t v) const {
     // Heads that are summed together have either values of their own, or all the same values.
     for (int64_t h = begin_; h < end_;) {
       const int64_t end = group_ == 1 ? end_ : std::min(end_, (h / group_ + 1) * group_);
-      for (; h + kHeads <= end; h += kHeads) SumOf<kHeads, kVectors, kWidth>(h, v * kLanes);
+      for (; h + kHeads <= end; h += kHeads) SumOf<kHeads, kVectors, kWidth>(part, h, v * kLanes);
       if constexpr (kHeads > 1) {
         constexpr int kHalf = kHeads / 2;
-        for (; h + kHalf <= end; h += kHalf) SumOf<kHalf, kVectors, kWidth>(h, v * kLanes);
-        for (; h < end; ++h) SumOf<1, kVectors, kWidth>(h, v * kLanes);
+        for (; h + kHalf <= end; h += kHalf) SumOf<kHalf, kVectors, kWidth>(part, h, v * kLanes);
+        for (; h < end; ++h) SumOf<1, kVectors, kWidth>(part, h, v * kLanes);
       }
     }
   }
 
   template <int kHeads, int kVectors, Width kWidth>
-  HWY_INLINE void SumOf(int64_t h, int64_t column) const {
+  HWY_INLINE void SumOf(const Part& part, int64_t h, int64_t column) const {
     const D d;
     // If there were too few chains of additions, alternate rows have separate sums.
     constexpr int kChains = std::max(1, 8 / (kHeads * kVectors));
@@ -311,18 +385,24 @@ class RingPass {
         for (int v = 0; v < kVectors; ++v) sum[c][i][v] = hn::Zero(d);
       }
     }
-    const bool first = h == begin_ && column == 0;
+    if (!part.is_first) {
+      CONTINUAL_TRANSFORMERS_UNROLL
+      for (int i = 0; i < kHeads; ++i) {
+        const T* output = p_.output + (h + i) * value_dim + column;
+        CONTINUAL_TRANSFORMERS_UNROLL
+        for (int v = 0; v < kVectors; ++v) {
+          sum[0][i][v] = kWidth == Width::kRest ? hn::LoadN(d, output, rest)
+                                                : hn::LoadU(d, output + v * kLanes);
+        }
+      }
+    }
     const int64_t value_stride = p_.value_stride;
     // From the values of one head to those of the next.
     const bool grouped = kWidth != Width::kHead && group_ > 1;
     const int64_t step = grouped ? 0 : value_dim;
     const C* values = p_.value + (grouped ? h / group_ : h) * value_dim + column;
-    const T* logits = LogitsOf(h);
-    for (const RingSpan& span : {p_.spans.before_wrap, p_.spans.after_wrap}) {
-      if (first && p_.next_value != nullptr) {
-        Prefetch(p_.next_value + span.first_row * value_stride, p_.key_heads * value_dim,
-                 value_stride, span.rows);
-      }
+    const T* logits = LogitsOf(h) + part.column;
+    for (const RingSpan& span : {part.spans.before_wrap, part.spans.after_wrap}) {
       const int64_t end = span.first_row + span.rows;
       for (int64_t next = span.first_row; next < end;) {
         const RingSpan run = NextRun(next, end);
@@ -357,7 +437,7 @@ class RingPass {
     }
     CONTINUAL_TRANSFORMERS_UNROLL
     for (int i = 0; i < kHeads; ++i) {
-      const V normalizer = hn::Set(d, normalizer_of_[h + i - begin_]);
+      const V normalizer = hn::Set(d, part.is_last ? normalizer_of_[h + i - begin_] : T(1));
       T* output = p_.output + (h + i) * value_dim + column;
       CONTINUAL_TRANSFORMERS_UNROLL
       for (int v = 0; v < kVectors; ++v) {
@@ -392,6 +472,8 @@ class RingPass {
   const int64_t group_;  // Queries that share a head of keys and values.
   const int64_t rows_;
   const int64_t stride_;
+  const int64_t rows_of_part_, rows_ahead_;
+  const bool in_parts_;
   T normalizer_of_[kMostHeads];
 };
 
