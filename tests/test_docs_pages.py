@@ -65,9 +65,8 @@ def run_bash(code):
 def test_the_snippets_of_a_page_run(monkeypatch, tmp_path, page):
     for language, _, code in RUN[page]:
         for package, extra in {"torch": "torch", "ai_edge_litert": "test"}.items():
-            if language == "python" and re.search(
-                rf"^(import|from) {package}\b", code, re.MULTILINE
-            ):
+            imports = re.search(rf"^(import|from) {package}\b", code, re.MULTILINE)
+            if language == "python" and imports:
                 pytest.importorskip(package, reason=f"the extra {extra} is not installed")
     monkeypatch.chdir(tmp_path)  # They may write files.
     namespace = {}

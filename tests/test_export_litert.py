@@ -374,15 +374,25 @@ def test_gaps_that_the_caller_marks(random, tmp_path, kind):
     assert reference.relative_error(expected, got) < 1e-5
 
 
-def test_a_gap_may_hold_a_nan(random, tmp_path):
+@pytest.mark.parametrize("op", ["attention", "retroactive_attention"])
+def test_a_gap_may_hold_a_nan(random, tmp_path, op):
     plan = attention_only_plan(window=4, size=4)
+    if op == "retroactive_attention":
+        (node,) = plan.plan["nodes"]
+        node["op"] = op
+        node["attributes"] = dict(heads=1, window=4, scale=0.5, algorithm="auto")
+        plan.plan["values"][node["outputs"][0]]["shape"] = [4, 4]
     ct.export_litert(plan.write(tmp_path), tmp_path / "model.tflite", key_mask=True)
-    stream = Stream(tmp_path / "model.tflite")
-    x = random.standard_normal((9, 1, 4)).astype("float32")
-    for t in range(9):
-        given = x[t] if t != 4 else np.full((1, 4), np.nan, "float32")
-        y = stream.step(x=given, key_mask=np.array([t != 4], np.int32))["y"]
-        assert np.isfinite(y).all() == (t != 4)  # The query of step 4 is NaN too.
+    session, stream = plan.session(), Stream(tmp_path / "model.tflite")
+    x = random.standard_normal((12, 1, 4)).astype("float32")
+    x[[0, 4]] = np.nan
+    for t in range(12):
+        has_key = t not in (0, 4)
+        y = stream.step(x=x[t], key_mask=np.array([has_key], np.int32))["y"]
+        # A NaN query gives NaN, but zeros if there is no key.
+        expected = session.step(x[t], key_mask=[has_key])
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6, err_msg=str(t))
+        assert np.isfinite(y).all() or t >= 4 or op != "attention"
 
 
 def test_a_stream_outlives_the_largest_position(random, tmp_path):
@@ -420,6 +430,42 @@ def test_rings_without_a_common_multiple(random, tmp_path):
         plan.session(), tmp_path / "model.tflite", [random.standard_normal((1, 9, 2))], 1e-5
     )
     assert stream.state["state_position"].dtype == np.int64
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_rows_of_the_window(random, tmp_path, gaps):
+    """Attention of all rows, from the first step on: rows that were never taken are zeros."""
+    window, size = 5, 4
+    plan = PlanFile(receptive_field=window)
+    x = plan.input("x", size)
+    rows = plan.node("window", [x], plan.value(window, size), window=window)
+    # A logarithm makes infinities of rows that were never taken.
+    logs = plan.node("activation", [rows], plan.value(window, size), function="log")
+    made = [
+        plan.node(
+            "retroactive_attention", [x, x, x], plan.value(window, size),
+            heads=2, window=window, scale=0.7, algorithm="auto",
+        ),
+        plan.node("zero_untaken", [logs], plan.value(window, size)),
+    ]  # fmt: skip
+    for queries, band, causal in [(5, 0, False), (5, 2, False), (5, 0, True), (2, 2, True)]:
+        newest = plan.node(
+            "strided", [rows], plan.value(queries, size),
+            offset=(window - queries) * size, strides=[size, 1],
+        )  # fmt: skip
+        made.append(
+            plan.node(
+                "window_attention", [newest, logs, logs], plan.value(queries, size),
+                heads=2, scale=0.7, band=band, causal=causal,
+            )
+        )  # fmt: skip
+    for i, value in enumerate(made):
+        plan.output(f"y_{i}", value)
+    plan.plan["output_structure"] = list(range(len(made)))
+    ct.export_litert(plan.write(tmp_path), tmp_path / "model.tflite", key_mask=gaps)
+    x = np.exp(random.standard_normal((1, 30, size)))
+    mask_of = (lambda t: t not in (0, 1, 7, 12, 13, 14, 15, 16)) if gaps else lambda t: None
+    check_stream(plan.session(), tmp_path / "model.tflite", [x], 1e-5, mask_of)
 
 
 # What it takes.

@@ -37,6 +37,7 @@ def train() -> None:
     print(ct.cost(stack).flops)
     streaming = ct.convert(encoder, seq_len=64)
     ct.export(streaming, "folder", streams=10, states=False)
+    ct.export_litert(streaming, "step.tflite", weights="int8", key_mask=True)
     ct.clean_state(streaming, streams=[1])
     session = ct.Session(streaming, weights_dtype="bfloat16")
     session.load_weights(streaming)
