@@ -18,6 +18,7 @@ from continual_transformers_tf.layers.model_streams import (
 )
 from continual_transformers_tf.layers.position_bias import ALiBi, RelativePositionBias
 from continual_transformers_tf.layers.rotary import Rotary
+from continual_transformers_tf.layers.rotary_embedding import RotaryEmbedding
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "CoSiTransformerEncoder",
     "RelativePositionBias",
     "Rotary",
+    "RotaryEmbedding",
     "TransformerEncoder",
     "call_mode",
     "clean_state",

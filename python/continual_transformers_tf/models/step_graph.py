@@ -32,6 +32,7 @@ from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
+from continual_transformers_tf.layers.rotary_embedding import RotaryEmbedding
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
 from continual_transformers_tf.models.own_calls import (
@@ -341,7 +342,7 @@ class StepGraph:
                 node,
                 f"takes no steps, with {layer._no_steps}: steps only attend along time, axis 1",
             )
-        if isinstance(layer, (CoDelay, CircularPositionalEncoding)):
+        if isinstance(layer, (CoDelay, CircularPositionalEncoding, RotaryEmbedding)):
             if layer.delay > 0 and not all(x.causal for x in inputs):
                 self._refuse(
                     node,
