@@ -270,6 +270,15 @@ def modern(rotary=None, position_bias=None, **options):
     )
 
 
+@case
+def rotary_embedding():
+    inputs = keras.Input((N, E))
+    heads = kl.EinsumDense("abc,cde->abde", (N, 3, 2))(inputs)
+    heads = ct.RotaryEmbedding(interleaved=True)(heads)
+    y = kl.EinsumDense("abde,def->abf", (N, E))(heads)
+    return keras.Model(inputs, co_si(single_output=False)(ct.RotaryEmbedding(size=4)(inputs + y)))
+
+
 for name, options in MODERN.items():
     case(lambda options=options: built(modern(**options), E), name=f"co_si_{name}")
 CO_RE = {

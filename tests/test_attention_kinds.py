@@ -324,3 +324,36 @@ def test_options_that_do_not_fit_are_refused():
         ct.RelativePositionBias(32, 16)
     with pytest.raises(ValueError, match="num_buckets to be an integer >= 4"):
         ct.RelativePositionBias(2, 16, bidirectional=True)
+
+
+def test_a_layer_of_rotary_positions(backend, random):
+    layer, rotary = ct.RotaryEmbedding(size=4), ct.Rotary(size=4)
+    x = random.normal(size=(2, 9, 3, D)).astype("float32")
+    expected = rotary.rotate(tf.constant(x), tf.range(9, dtype=tf.int64)[tf.newaxis]).numpy()
+    np.testing.assert_array_equal(layer(x), expected)
+    steps = [layer.call_step(x[:, t]) for t in range(4)]
+    np.testing.assert_array_equal(np.stack(steps, 1), expected[:, :4])
+    np.testing.assert_array_equal(layer.call_steps(x[:, 4:]), expected[:, 4:])
+    for bad in (x[0], x[..., :-1], x.astype("int32")):
+        with pytest.raises(ValueError, match="Expected x of"):
+            layer.call_steps(bad)
+    assert layer.position.numpy().tolist() == [9, 9]
+
+
+def test_rotary_embedding_of_keras_hub(random):
+    hub = pytest.importorskip("keras_hub", reason="KerasHub is not installed")
+    for options in (dict(), dict(max_wavelength=500, scaling_factor=3.0)):
+        inputs = keras.Input((N, D))
+        x = hub.layers.RotaryEmbedding(name="turned", **options)(inputs)
+        model = keras.Model(inputs, keras.layers.GroupQueryAttention(D, H, 2)(x, x)[:, -1])
+        streaming = ct.convert(model, N, warm_up="partial")
+        x = random.normal(size=(2, N, D)).astype("float32")
+        session = ct.Session(streaming)
+        for t in range(N):
+            outputs = streaming.call_step(x[:, t]), session.step(x[:, t])
+        for y in outputs:
+            assert reference.relative_error(y, model(x).numpy()) < 5e-6
+    x = hub.layers.RotaryEmbedding(rope_type="yarn", name="yarn")(inputs)
+    model = keras.Model(inputs, keras.layers.GroupQueryAttention(D, H, 2)(x, x))
+    with pytest.raises(ValueError, match="yarn .*Expected rope_type='linear', but got 'yarn'"):
+        ct.convert(model, N)

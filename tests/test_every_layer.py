@@ -28,6 +28,7 @@ LAYERS = {
     ),
     "TransformerEncoder, norm_first": lambda: ct.TransformerEncoder(2, norm_first=True, **ENCODER),
     "CircularPositionalEncoding": lambda: ct.CircularPositionalEncoding(2 * N - 1, E),
+    "RotaryEmbedding": lambda: ct.RotaryEmbedding(size=4),
     "CoDelay": lambda: ct.CoDelay(3),
     "CoResidual": residual,
 }

@@ -42,6 +42,13 @@ def stream(model: Any, folder: Path) -> npt.NDArray[np.float32]:
 def layers(x: npt.NDArray[np.float32]) -> list[Any]:
     """Call every layer on windows and on steps."""
     attention = ct.CoSiMultiHeadAttention(64, num_heads=8, key_dim=64, warm_up="partial")
+    modern = [
+        ct.CoSiMultiHeadAttention(64, 8, 64, num_key_value_heads=2, rotary=ct.Rotary(size=32)),
+        ct.CoSiMultiHeadAttention(64, 8, 64, position_bias=ct.ALiBi(), use_sinks=True),
+        ct.CoSiMultiHeadAttention(64, 8, 64, position_bias=ct.RelativePositionBias(32, 128)),
+        ct.RotaryEmbedding(max_wavelength=5e5),
+    ]
+    print(modern)
     retroactive = ct.CoReMultiHeadAttention(64, 8, 64)
     y = attention.call_regular(x, x)
     step = attention.call_step(x[:, 0], streams=[0, 1], update_state=False)

@@ -21,6 +21,7 @@ from continual_transformers_tf.layers.model_streams import (
 )
 from continual_transformers_tf.layers.position_bias import ALiBi, RelativePositionBias
 from continual_transformers_tf.layers.rotary import Rotary
+from continual_transformers_tf.layers.rotary_embedding import RotaryEmbedding
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "CoTemporal",
     "RelativePositionBias",
     "Rotary",
+    "RotaryEmbedding",
     "TransformerEncoder",
     "call_mode",
     "clean_state",

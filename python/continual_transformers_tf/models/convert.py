@@ -11,6 +11,7 @@ from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_temporal import GLOBAL_POOLING, TEMPORAL, CoTemporal
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
+from continual_transformers_tf.layers.rotary_embedding import RotaryEmbedding
 from continual_transformers_tf.models.own_calls import (
     OWN_CALL,
     check_streaming_model,
@@ -36,9 +37,10 @@ def convert(
 
     Every `keras.layers.MultiHeadAttention` and `GroupQueryAttention` becomes a
     `CoSiMultiHeadAttention` with a window of `seq_len` steps, and continual layers in the model get
-    that window too. Convolutions and pooling along time become `CoTemporal` layers, and recurrent
-    layers `CoRecurrent` ones. Regular calls give the same outputs as before. A step gives the
-    output of a regular call for the newest step of the window (see `StreamingModel`).
+    that window too. Convolutions and pooling along time become `CoTemporal` layers, recurrent
+    layers `CoRecurrent` ones, and a `keras_hub.layers.RotaryEmbedding` a `ct.RotaryEmbedding`.
+    Regular calls give the same outputs as before. A step gives the output of a regular call for the
+    newest step of the window (see `StreamingModel`).
 
     Args:
         model: A functional or built sequential `keras.Model`. Models inside it must be of these
@@ -132,6 +134,8 @@ def convert_layers(
                 return CoResidual.from_config({**layer.get_config(), "layer": within})
             if isinstance(layer, ContinualLayer):
                 return _with_options(layer, attention if also_continual else {})
+            if _is_of_keras_hub(layer, "RotaryEmbedding"):
+                return _rotary_embedding(layer)
             if isinstance(layer, ATTENTION):
                 return CoSiMultiHeadAttention.from_regular(layer, single_output=False, **attention)
         except CannotStream as error:
@@ -174,7 +178,8 @@ def layers_of(model: keras.Model) -> Iterator[keras.layers.Layer]:
 
 def is_converted(layer: keras.layers.Layer) -> bool:
     """Return whether `convert` makes another layer of a Keras layer."""
-    return needs_window(layer) or is_temporal(layer) or is_recurrent(layer)
+    known = needs_window(layer) or is_temporal(layer) or is_recurrent(layer)
+    return known or _is_of_keras_hub(layer, "RotaryEmbedding")
 
 
 def is_recurrent(layer: keras.layers.Layer) -> bool:
@@ -188,6 +193,27 @@ def needs_window(layer: keras.layers.Layer) -> bool:
     if isinstance(layer, ATTENTION):
         return not isinstance(layer, ContinualLayer)
     return isinstance(layer, GLOBAL_POOLING) and is_temporal(layer)
+
+
+def _is_of_keras_hub(layer: keras.layers.Layer, name: str) -> bool:
+    """Return whether a layer is of a class of KerasHub, which need not be installed here."""
+    kind = type(layer)
+    return kind.__name__ == name and kind.__module__.startswith("keras_hub.")
+
+
+def _rotary_embedding(layer: Any) -> RotaryEmbedding:
+    """Return the continual layer of a `keras_hub.layers.RotaryEmbedding`.
+
+    Raises:
+        ValueError: If its frequencies or axes are others.
+    """
+    config = layer.get_config()
+    expected = dict(sequence_axis=1, feature_axis=-1, rope_type="linear", denominator_dim=None)
+    for name, value in expected.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"Expected {name}={value!r}, but got {config[name]!r}")
+    own = {name: config[name] for name in ("name", "dtype", "max_wavelength", "scaling_factor")}
+    return RotaryEmbedding.from_config(own)
 
 
 def _copy(layer: keras.layers.Layer) -> keras.layers.Layer:

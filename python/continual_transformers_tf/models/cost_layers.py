@@ -21,6 +21,7 @@ from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
 from continual_transformers_tf.layers.co_temporal import CoTemporal
+from continual_transformers_tf.layers.rotary_embedding import RotaryEmbedding
 from continual_transformers_tf.models.cost_formulas import (
     Cost,
     activation_cost,
@@ -236,6 +237,14 @@ def _(layer: CircularPositionalEncoding, rows: Rows) -> Cost:
         return added + Cost(read_bytes=read)
     state = bytes_of_state(layer._stream_state)
     return added + Cost(state_bytes=state, read_bytes=read + state)
+
+
+@cost_of.register
+def _(layer: RotaryEmbedding, rows: Rows) -> Cost:
+    (features,) = layer.input_features.values()
+    turned = rows.count * math.prod(features[:-1]) * (layer.rotary.size or features[-1])
+    state = 0 if rows.mode == "regular" else bytes_of_state(layer._stream_state)
+    return Cost(2 * turned, turned, state_bytes=state, read_bytes=state)
 
 
 @cost_of.register

@@ -14,6 +14,7 @@ from continual_transformers_tf.layers.co_recurrent import CoRecurrent
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_temporal import CoTemporal
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
+from continual_transformers_tf.layers.rotary_embedding import RotaryEmbedding
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
 from continual_transformers_tf.models.lowering import LoweredGraph, lower, lower_graph
 from continual_transformers_tf.models.problem import CannotStream, Problem
@@ -324,6 +325,8 @@ def _how_continual(layer: keras.layers.Layer) -> str:
         return f"runs on a window of {_steps(layer.window)}, from zeros"
     if isinstance(layer, CircularPositionalEncoding):
         return f"positions: row p mod {layer.get_config()['max_len']:,} for step p of a stream"
+    if isinstance(layer, RotaryEmbedding):
+        return "turned by the number of the step"
     if not hasattr(layer, "seq_len"):
         return "takes steps in its own way"
     late = f", delay of {_steps(layer.delay)}" if layer.delay else ""
@@ -371,8 +374,8 @@ def _compared_with_windows(windows: Windows, length: int | None) -> tuple[bool, 
         if windows.placed:
             return False, (
                 "only the first window of a new stream: positions go on with a stream, and every "
-                "window begins at row 0. Training moves the first row, so a trained model can be "
-                "read from any row"
+                "window begins at row 0. Training moves the first row of a "
+                "CircularPositionalEncoding, so a trained model can be read from any row"
             )
         least = "" if windows.lengths else "at least "
         return True, f"on windows of {least}{_steps(windows.length)}"

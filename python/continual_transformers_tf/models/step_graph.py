@@ -40,6 +40,7 @@ from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
 from continual_transformers_tf.layers.co_temporal import CoTemporal
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
+from continual_transformers_tf.layers.rotary_embedding import RotaryEmbedding
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
 from continual_transformers_tf.models.own_calls import (
@@ -430,7 +431,7 @@ class StepGraph:
                 "strides: put the layers with strides before it",
             )
         if late.lag > 0 and (
-            isinstance(layer, CircularPositionalEncoding)
+            isinstance(layer, (CircularPositionalEncoding, RotaryEmbedding))
             or any(getattr(part, "gives_windows", False) for part in layer._flatten_layers())
         ):
             self._refuse(
@@ -461,7 +462,7 @@ class StepGraph:
             if not all(x.causal for x in inputs):
                 self._refuse(node, _READS_ATTENTION)
             return True
-        if isinstance(layer, (CoDelay, CircularPositionalEncoding)):
+        if isinstance(layer, (CoDelay, CircularPositionalEncoding, RotaryEmbedding)):
             if layer.delay > 0 and not all(x.causal for x in inputs):
                 self._refuse(
                     node,

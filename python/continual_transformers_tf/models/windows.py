@@ -18,6 +18,7 @@ from continual_transformers_tf.layers.co_recurrent import CoRecurrent
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_temporal import CoTemporal
+from continual_transformers_tf.layers.rotary_embedding import RotaryEmbedding
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
 from continual_transformers_tf.models.step_graph import Node, StepGraph, inputs_of_model
 
@@ -34,7 +35,8 @@ class Windows:
         every_row: Whether this holds for each row that is the last of `least` rows or more, and
             not only for the newest row. Attention can then attend to these rows.
         placed: Whether a row also depends on its place: a `CircularPositionalEncoding` adds row 0
-            to the first step of a window, and in a stream only to the first of all steps.
+            to the first step of a window, and in a stream only to the first of all steps. A
+            `RotaryEmbedding` counts from there too.
         goes_on: Whether a row depends on all earlier steps, through a recurrent layer.
     """
 
@@ -149,7 +151,7 @@ def _through_layer(
     """
     if isinstance(layer, CoResidual):
         return inputs | _through_layer(layer.layer, inputs, attended, causal)
-    if isinstance(layer, CircularPositionalEncoding):
+    if isinstance(layer, (CircularPositionalEncoding, RotaryEmbedding)):
         return dataclasses.replace(inputs, placed=True)
     if isinstance(layer, CoDelay):
         return inputs.delayed(layer.delay)

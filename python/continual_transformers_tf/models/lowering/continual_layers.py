@@ -22,6 +22,8 @@ from continual_transformers_tf.layers.co_re_transformer_encoder import CoReTrans
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
+from continual_transformers_tf.layers.rotary import Rotary
+from continual_transformers_tf.layers.rotary_embedding import RotaryEmbedding
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
 from continual_transformers_tf.models.lowering.activations import activate
@@ -171,15 +173,14 @@ def placed(b: PlanBuilder, layer: CoSiMultiHeadAttention, name: str, x: Symbol) 
         norm = layer.query_norm if name == "query" else layer.key_norm
         heads = rms_norm(b, heads, norm, f"{name}_norm")
     if layer._rotary is not None:
-        angles = b.rotary_angles(layer._rotary.turns(layer._key_dim))
-        heads = b.node(
-            "rotary",
-            [heads, angles],
-            heads.shape,
-            name=f"{name}_rotary",
-            interleaved=layer._rotary.interleaved,
-        )
+        heads = turned(b, heads, layer._rotary, f"{name}_rotary")
     return b.reshape(heads, x.shape)
+
+
+def turned(b: PlanBuilder, x: Symbol, rotary: Rotary, name: str | None = None) -> Symbol:
+    """Turn heads [..., D] by the number of the step."""
+    angles = b.rotary_angles(rotary.turns(x.shape[-1]))
+    return b.node("rotary", [x, angles], x.shape, name=name, interleaved=rotary.interleaved)
 
 
 def rms_norm(
@@ -487,6 +488,13 @@ def positional_encoding(
     return y, {"index": index, "position": POSITION}
 
 
+def rotary_embedding(
+    b: PlanBuilder, layer: RotaryEmbedding, x: Symbol, **ignored: Any
+) -> tuple[Symbol, State]:
+    """Lower a step of the layer of rotary positions."""
+    return turned(b, b.cast(x, b.dtype), layer.rotary), {"position": POSITION}
+
+
 def co_delay(b: PlanBuilder, layer: CoDelay, x: Symbol, **ignored: Any) -> tuple[Symbol, State]:
     """Lower a step of a delay."""
     dtype = layer.compute_dtype
@@ -523,6 +531,7 @@ CONTINUAL: dict[type, Callable[..., tuple[Symbol, State]]] = {
     CoReTransformerEncoder: co_re_encoder,
     TransformerEncoder: transformer_encoder,
     CircularPositionalEncoding: positional_encoding,
+    RotaryEmbedding: rotary_embedding,
     CoDelay: co_delay,
     CoResidual: co_residual,
 }
