@@ -27,6 +27,7 @@ LAYERS = {
     "CircularPositionalEncoding": lambda: ct.CircularPositionalEncoding(2 * N - 1, E),
     "CoDelay": lambda: ct.CoDelay(3),
     "CoResidual": residual,
+    "CoWindow": lambda: ct.CoWindow(N),
 }
 
 

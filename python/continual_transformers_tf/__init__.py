@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         CoReTransformerEncoder,
         CoSiMultiHeadAttention,
         CoSiTransformerEncoder,
+        CoWindow,
         TransformerEncoder,
         call_mode,
         clean_state,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from continual_transformers_tf.models.export import export
     from continual_transformers_tf.models.from_torch import from_torch
     from continual_transformers_tf.models.paper import co_audio_transformer, co_oad_tr
+    from continual_transformers_tf.models.row_wise_mark import row_wise
     from continual_transformers_tf.models.streaming_model import StreamingModel
     from continual_transformers_tf.session import Session
 
@@ -49,6 +51,7 @@ __all__ = [
     "CoResidual",
     "CoSiMultiHeadAttention",
     "CoSiTransformerEncoder",
+    "CoWindow",
     "Session",
     "StreamingModel",
     "TransformerEncoder",
@@ -65,6 +68,7 @@ __all__ = [
     "from_torch",
     "hold_streams",
     "ops",
+    "row_wise",
     "serving",
 ]
 
@@ -79,6 +83,7 @@ _MODULES = {
     "explain": "models",
     "export": "models",
     "from_torch": "models",
+    "row_wise": "models.row_wise_mark",
 }
 
 

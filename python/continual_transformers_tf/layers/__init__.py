@@ -10,6 +10,7 @@ from continual_transformers_tf.layers.co_re_transformer_encoder import CoReTrans
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
+from continual_transformers_tf.layers.co_window import CoWindow
 from continual_transformers_tf.layers.model_streams import (
     clean_state,
     convert_weights,
@@ -27,6 +28,7 @@ __all__ = [
     "CoResidual",
     "CoSiMultiHeadAttention",
     "CoSiTransformerEncoder",
+    "CoWindow",
     "TransformerEncoder",
     "call_mode",
     "clean_state",

@@ -18,6 +18,7 @@ from continual_transformers_tf.layers.co_delay import CoDelay
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
+from continual_transformers_tf.layers.co_window import CoWindow
 from continual_transformers_tf.models.cost_formulas import (
     Cost,
     activation_cost,
@@ -241,6 +242,14 @@ def _(layer: CoDelay, rows: Rows) -> Cost:
     state = bytes_of_state(layer._stream_state)
     kept = bytes_of_state(layer._stream_state, ("steps",))
     return Cost(state_bytes=state, read_bytes=kept // max(1, layer.delay) + state - kept)
+
+
+@cost_of.register
+def _(layer: CoWindow, rows: Rows) -> Cost:
+    if rows.mode == "regular":
+        return Cost()
+    state = bytes_of_state(layer._stream_state)
+    return Cost(state_bytes=state, read_bytes=state)
 
 
 @cost_of.register

@@ -10,6 +10,7 @@ import keras
 from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
 from continual_transformers_tf.layers.co_delay import CoDelay
 from continual_transformers_tf.layers.co_residual import CoResidual
+from continual_transformers_tf.layers.co_window import CoWindow
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
 from continual_transformers_tf.models.lowering import LoweredGraph, lower, lower_graph
@@ -300,6 +301,8 @@ def _how_continual(layer: keras.layers.Layer) -> str:
         return f"delay of {_steps(layer.delay)}"
     if isinstance(layer, CircularPositionalEncoding):
         return f"positions: row p mod {layer.get_config()['max_len']:,} for step p of a stream"
+    if isinstance(layer, CoWindow):
+        return f"gives the whole window of {_steps(layer.seq_len)} at every step"
     if not hasattr(layer, "seq_len"):
         return "takes steps in its own way"
     late = f", delay of {_steps(layer.delay)}" if layer.delay else ""

@@ -2,7 +2,8 @@
 
 An operation works row by row if it computes each row of a window `(B, T, ...)` only from that row,
 whatever T is. The tables below say when: a predicate for each operation of `keras.ops` and each
-layer, on the axes that it reads or moves. An operation that is in no table is not trusted.
+layer, on the axes that it reads or moves. An operation that is in no table is not trusted, unless
+the user says so with `ct.row_wise`.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import keras
 import numpy as np
 
 from continual_transformers_tf.models.own_calls import computes_as
+from continual_transformers_tf.models.row_wise_mark import is_marked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -438,6 +440,8 @@ def reshapes(op: keras.Operation) -> bool:
 
 
 def _layer_is_row_wise(call: Call) -> bool:
+    if is_marked(call.op):
+        return True
     for kind in type(call.op).__mro__:
         if kind in LAYERS and computes_as(call.op, kind):
             return LAYERS[kind](call)
@@ -451,7 +455,7 @@ def _activation_layer(layer: keras.layers.Layer, shape: tuple[int | None, ...]) 
 
 def _function_is_row_wise(function: Any, shapes: Sequence[tuple[int | None, ...]]) -> bool:
     """Return whether a function of windows is row-wise. Its operations of Keras tell."""
-    if function is None or function in ELEMENT_WISE_FUNCTIONS:
+    if function is None or function in ELEMENT_WISE_FUNCTIONS or is_marked(function):
         return True
     if isinstance(function, keras.layers.Layer):
         return all(_activation_layer(function, shape) for shape in shapes)

@@ -17,6 +17,7 @@ A step's row of a window may be delayed. Step t then returns row -1 - delay of t
 with step t. So a step still returns what a regular call returns for that window.
 """
 
+import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -31,6 +32,7 @@ from continual_transformers_tf.layers.co_delay import CoDelay
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
+from continual_transformers_tf.layers.co_window import CoWindow
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
@@ -40,6 +42,7 @@ from continual_transformers_tf.models.own_calls import (
     computes_as_ours,
     has_own_call,
 )
+from continual_transformers_tf.models.positions import table_of
 from continual_transformers_tf.models.problem import Problem
 from continual_transformers_tf.models.row_wise import (
     Tensor,
@@ -48,6 +51,7 @@ from continual_transformers_tf.models.row_wise import (
     reshapes,
     row_taken,
 )
+from continual_transformers_tf.models.row_wise_mark import difference_from_mark, relies_on_mark
 from continual_transformers_tf.ops.step import Step
 
 Node = Any  # A node of Keras' graph. Its class is not public.
@@ -76,6 +80,10 @@ class StepGraph:
         self._inner: dict[int, StepGraph] = {}  # Id of a nested model's node -> its StepGraph.
         self._known: dict[int, Tensor] = {}  # Id of a tensor of the graph -> its Tensor.
         self._refused: set[int] = set()  # Ids of nodes with problems.
+        # (Id of a tensor of windows, N) -> the layer that keeps its N newest rows.
+        self._windows: dict[tuple[int, int], CoWindow] = {}
+        # (Id of a node, id of its input) -> the layer of those that gives the input's rows.
+        self._kept: dict[tuple[int, int], CoWindow] = {}
         self.problems: list[Problem] = []
         self.layers: list[keras.layers.Layer] = []
         if self.model is None and _graph_of(model) is not None:
@@ -148,6 +156,19 @@ class StepGraph:
         """Return the `Tensor` that describes a tensor of the graph."""
         return self._known[id(tensor)]
 
+    def kept_window(self, node: Node, x: keras.KerasTensor) -> CoWindow | None:
+        """Return the layer that keeps the newest rows of a node's input; None: there is none.
+
+        A node that combines a window with whole windows is given the rows of the window that an
+        earlier step gave.
+        """
+        return self._kept.get((id(node), id(x)))
+
+    @property
+    def kept_windows(self) -> list[CoWindow]:
+        """The layers of `kept_window`."""
+        return list(self._windows.values())
+
     @property
     def has_whole_windows(self) -> bool:
         """Whether a layer of the model gives all rows of the window at every step."""
@@ -183,6 +204,7 @@ class StepGraph:
 
     def _plan_node(self, node: Node, values: dict[int, Tensor]) -> list[Tensor]:
         op = node.operation
+        values = self._with_kept_windows(node, values)
         args, kwargs = node.arguments.fill_in(values)
         inputs = [x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, Tensor)]
         causal = all(x.causal for x in inputs)
@@ -263,9 +285,9 @@ class StepGraph:
         if "whole" in kinds:
             self._refuse(
                 node,
-                "combines the output of retroactive attention with a window. Every step changes "
-                "all rows of the first, but only adds a row to the second. "
-                "ct.CoReTransformerEncoder has the residual inside",
+                "combines the whole windows of retroactive attention with a window of which no "
+                "rows can be kept: each of its rows must see no later step, come without a delay, "
+                "and belong to a window of the same length",
             )
         elif kinds != {"window"}:
             self._refuse(
@@ -274,7 +296,8 @@ class StepGraph:
                 "the windows too, as by x[:, -1:]",
             )
         elif not is_row_wise(node, args, kwargs):
-            self._refuse(node, _looks_at_more(node.operation))
+            table = table_of(node)
+            self._refuse(node, _looks_at_more(node.operation) if table is None else table.why)
             # Guess the kinds of its outputs by their shapes, to find the problems of later nodes.
             rank = len(node.input_tensors[0].shape)
             return [
@@ -287,9 +310,45 @@ class StepGraph:
                 )
                 for x in node.outputs
             ]
+        elif relies_on_mark(op):
+            difference = difference_from_mark(node)
+            if difference is not None:
+                self._refuse(node, f"is marked with ct.row_wise, but {difference}")
         self._check_nothing_streams_within(node)
         self._plan[id(node)] = "reshaped" if reshapes(op) else "row by row"
         return [Tensor("window", causal, field, tuple(x.shape), **late) for x in node.outputs]
+
+    def _with_kept_windows(self, node: Node, values: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Return values in which the windows that a node combines with whole ones are whole too.
+
+        This plans a layer for each of them that keeps its newest rows.
+        """
+        given = {id(x): (x, values[id(x)]) for x in node.input_tensors if id(x) in values}
+        lengths = {known.shape[1] for _, known in given.values() if known.kind == "whole"}
+        if len(lengths) != 1 or None in lengths or isinstance(node.operation, keras.Model):
+            return values
+        n: Any = lengths.pop()
+        windows = [(x, known) for x, known in given.values() if known.kind == "window"]
+        if any(not y.causal or y.delay or y.shape[1] not in (None, n) for _, y in windows):
+            return values
+        kept = {}
+        for x, known in windows:
+            layer = self._windows.get((id(x), n))
+            if layer is None:
+                name = f"{x._keras_history.operation.name}_window"
+                layer = CoWindow(n, warm_up="partial", name=name, dtype=x.dtype)
+                layer.build((None, *known.shape[1:]))
+                layer.built = True
+                self._windows[id(x), n] = layer
+                self._add_layer(layer)
+            self._kept[id(node), id(x)] = layer
+            kept[id(x)] = dataclasses.replace(
+                known,
+                kind="whole",
+                receptive_field=known.receptive_field + n - 1,
+                shape=(known.shape[0], n, *known.shape[2:]),
+            )
+        return {**values, **kept} if kept else values
 
     def _shapes_of_newest(self, node: Node, values: dict[int, Tensor]) -> list[Shape]:
         """Return the shapes of a node's outputs for the newest step only."""
@@ -370,7 +429,7 @@ class StepGraph:
             self._refuse(
                 node,
                 "attends to the outputs of another attention. Every new step changes all of "
-                "them, so none can be kept. ct.TransformerEncoder(kind='retroactive') has the "
+                "them, so none can be kept: ct.convert(model, seq_len, kind='retroactive') has the "
                 "outputs of the model on windows. With use_causal_mask=True the lower attention "
                 "streams too. For the outputs of the model on windows it then needs a "
                 "sliding_window, or train the model on steps",
@@ -492,7 +551,14 @@ class StepGraph:
         """Run a node with steps as samples: (M, T, ...) becomes (M * T, ...), and back."""
         inputs = [x for x in node.input_tensors if id(x) in values]
         lead = tf.shape(values[id(inputs[0])])[:2]
-        samples = {id(x): _to_samples(self._known[id(x)].kind, values[id(x)]) for x in inputs}
+        samples = {}
+        for x in inputs:
+            layer, kind, y = self.kept_window(node, x), self._known[id(x)].kind, values[id(x)]
+            if layer is not None:
+                if id(layer) not in values:  # Another node may have called it already.
+                    values[id(layer)] = layer.call_steps(y, update_state=step.update_state)
+                kind, y = "whole", values[id(layer)]
+            samples[id(x)] = _to_samples(kind, y)
         outputs = keras.tree.flatten(_call(node, samples, training, **more))
         return [
             _to_steps(self._known[id(x)].kind, y, lead)
@@ -541,30 +607,34 @@ def _takes_mask_of_whole(node: Node, values: dict[int, Tensor]) -> bool:
     )
 
 
-_POSITIONS = (
-    "If it gives each place of the window a position, use ct.CircularPositionalEncoding instead, "
-    "and train with it: the place of a step in the window changes at every step"
-)
+_WHOLE = "put a ct.CoWindow before it, which gives it the whole window at every step"
+_FEATURES = "keep the first two axes, samples and time, and work along the others"
+_FUNCTION = "write its function with keras.ops along features, or mark it with @ct.row_wise"
 # What to do about operations that look at several steps, by the names of their classes.
 _CURES = {
-    "Add": _POSITIONS,
-    "Cumsum": _POSITIONS,
-    "GetItem": "Take the newest step, as by x[:, -1]",
-    "GroupedQueryAttention": "Use keras.layers.MultiHeadAttention",
+    **dict.fromkeys(("Activation", "Dense", "EinsumDense", "Lambda"), _FUNCTION),
+    **dict.fromkeys(
+        ("ExpandDims", "Moveaxis", "Permute", "Reshape", "Squeeze", "Swapaxes", "Transpose"),
+        _FEATURES,
+    ),
+    "GetItem": "take the newest step, as by x[:, -1]",
+    "GroupedQueryAttention": "use keras.layers.MultiHeadAttention",
+    "GroupNormalization": "put it into a keras.layers.TimeDistributed, which normalizes each row",
+    "PReLU": "give it shared_axes=[1], so that its slopes are the same for all steps",
 }
 
 
 def _looks_at_more(operation: keras.Operation) -> str:
+    """Return why an operation on windows cannot run on a step, and what to do."""
     if isinstance(operation, keras.Model) and _graph_of(operation) is not None:
         return OWN_CALL
-    why = "may look at several steps of the window, but a step has only the newest one. "
+    why = "may look at several steps of the window, but a step has only the newest one: "
     if not type(operation).__module__.startswith("keras."):
-        own = "A layer of your own can be read as a keras.layers.Lambda of keras.ops. "
-        return why + own + _POSITIONS
-    return why + _CURES.get(
-        type(operation).__name__,
-        "A ct.CoReTransformerEncoder before it would give it the whole window at every step",
-    )
+        return (
+            f"{why}if it computes each row of a window only from that row, mark its class with "
+            f"@ct.row_wise. Otherwise {_WHOLE}"
+        )
+    return why + _CURES.get(type(operation).__name__, _WHOLE)
 
 
 def names_of_inputs(model: keras.Model) -> list[str]:
