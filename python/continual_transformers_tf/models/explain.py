@@ -129,19 +129,21 @@ def explain(model: keras.layers.Layer, seq_len: int | None = None) -> Explanatio
             needed if the length of the model's time axis is None.
 
     Returns:
-        An `Explanation`, also if the model does not stream.
+        An `Explanation`, also if the model does not stream, was never called, or has a window that
+        is not known without `seq_len`.
 
     Raises:
-        ValueError: If `model` is none of these, or was never called, or if `seq_len` is needed.
+        ValueError: If `model` is none of these.
     """
     if not isinstance(model, keras.Model):
         return _explain_layer(model)
     try:
         lowered = lower_graph(model, seq_len)
-    except CannotStream as error:  # There is no graph, or no copy of it.
-        rows = tuple(_rows_without_a_graph(model, error.problems))
+    except ValueError as error:  # There is no graph, or no copy of it, or no window is known.
+        problems = getattr(error, "problems", [Problem(str(error))])
+        rows = tuple(_rows_without_a_graph(model, problems))
         layers = model._flatten_layers(recursive=False, include_self=False)
-        left = [p for p in error.problems if not any(p.layer is layer for layer in layers)]
+        left = [p for p in problems if not any(p.layer is layer for layer in layers)]
         return Explanation(model.name, False, False, rows, tuple(map(str, left)))
     graph = lowered.graph
     table = _Rows(model, lowered)
@@ -269,6 +271,8 @@ def _operations(model: keras.Model, scope: str = "") -> Iterator[tuple[str, kera
 def _rows_without_a_graph(model: keras.Model, problems: list[Problem]) -> Iterator[ExplainedLayer]:
     """Return the rows of a model of which it is not known how its layers are called."""
     for layer in model._flatten_layers(recursive=False, include_self=False):
+        if isinstance(layer, keras.layers.InputLayer):
+            continue
         reasons = tuple(problem.why for problem in problems if problem.layer is layer)
         streams = isinstance(layer, ContinualLayer) and not reasons
         how = NOT_AT_ALL if reasons else "not known"

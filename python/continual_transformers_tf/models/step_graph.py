@@ -297,7 +297,7 @@ class StepGraph:
             )
         elif not is_row_wise(node, args, kwargs):
             table = table_of(node)
-            self._refuse(node, _looks_at_more(node.operation) if table is None else table.why)
+            self._refuse(node, _looks_at_more(op, causal) if table is None else table.why)
             # Guess the kinds of its outputs by their shapes, to find the problems of later nodes.
             rank = len(node.input_tensors[0].shape)
             return [
@@ -428,11 +428,10 @@ class StepGraph:
         if not all(x.causal for x in attended or inputs):
             self._refuse(
                 node,
-                "attends to the outputs of another attention. Every new step changes all of "
-                "them, so none can be kept: ct.convert(model, seq_len, kind='retroactive') has the "
-                "outputs of the model on windows. With use_causal_mask=True the lower attention "
-                "streams too. For the outputs of the model on windows it then needs a "
-                "sliding_window, or train the model on steps",
+                "attends to the outputs of another attention, and every new step changes all of "
+                "them: ct.convert(model, seq_len, kind='retroactive') computes them all, exactly. "
+                "Or give the lower attention use_causal_mask=True and a sliding_window, and train "
+                "on longer windows",
             )
         return bool(given.get("use_causal_mask"))
 
@@ -607,7 +606,12 @@ def _takes_mask_of_whole(node: Node, values: dict[int, Tensor]) -> bool:
     )
 
 
-_WHOLE = "put a ct.CoWindow before it, which gives it the whole window at every step"
+_WINDOW = "put a ct.CoWindow before it, which gives it the whole window at every step"
+# Rows that see later steps cannot be kept in a window.
+_RETROACTIVE = (
+    "ct.convert(model, seq_len, kind='retroactive') gives it the whole window at every step, as a "
+    "ct.CoReTransformerEncoder before it does"
+)
 _FEATURES = "keep the first two axes, samples and time, and work along the others"
 _FUNCTION = "write its function with keras.ops along features, or mark it with @ct.row_wise"
 # What to do about operations that look at several steps, by the names of their classes.
@@ -624,17 +628,33 @@ _CURES = {
 }
 
 
-def _looks_at_more(operation: keras.Operation) -> str:
-    """Return why an operation on windows cannot run on a step, and what to do."""
+def _looks_at_more(operation: keras.Operation, causal: bool) -> str:
+    """Return why an operation on windows cannot run on a step, and what to do.
+
+    Args:
+        operation: The operation.
+        causal: Whether no row that it is given depends on a later one.
+    """
     if isinstance(operation, keras.Model) and _graph_of(operation) is not None:
         return OWN_CALL
     why = "may look at several steps of the window, but a step has only the newest one: "
-    if not type(operation).__module__.startswith("keras."):
+    whole = _WINDOW if causal else _RETROACTIVE
+    if type(operation).__module__.startswith("keras."):
+        return why + _CURES.get(type(operation).__name__, whole)
+    attention = [
+        layer
+        for layer in getattr(operation, "_flatten_layers", list)()
+        if isinstance(layer, keras.layers.MultiHeadAttention)
+    ]
+    if attention:
         return (
-            f"{why}if it computes each row of a window only from that row, mark its class with "
-            f"@ct.row_wise. Otherwise {_WHOLE}"
+            f"calls {attention[0].name} ({type(attention[0]).__name__}) by itself, and a layer of "
+            "your own is not read: put the layers inside it into the graph of the model"
         )
-    return why + _CURES.get(type(operation).__name__, _WHOLE)
+    return (
+        f"{why}if it computes each row of a window only from that row, mark its class with "
+        f"@ct.row_wise. Otherwise {whole}"
+    )
 
 
 def names_of_inputs(model: keras.Model) -> list[str]:
