@@ -116,8 +116,9 @@ def _features(axis: Any, rank: int) -> bool:
 
 def _same_for_all_steps(call: Call) -> bool:
     """Return whether the fixed arrays, broadcast to the windows, are the same for all steps."""
-    limits = [getattr(call.op, name) for name in ("x_min", "x_max") if hasattr(call.op, name)]
-    return all(_is_same_for_all_steps(x, call.rank) for x in [*call.arrays, *limits])
+    own = [getattr(call.op, name, None) for name in ("x_min", "x_max", "nan", "posinf", "neginf")]
+    arrays = [*call.arrays, *(x for x in own if x is not None)]
+    return all(_is_same_for_all_steps(x, call.rank) for x in arrays)
 
 
 def _is_same_for_all_steps(x: Any, rank: int) -> bool:
@@ -144,6 +145,16 @@ def _along(*names: str, new_axes: bool = False) -> Predicate:
 
 def _along_the_last(call: Call) -> bool:
     return call.rank > 2 and _same_for_all_steps(call)
+
+
+def _chosen(call: Call) -> bool:
+    """Of `where`, which chooses between two, or returns the places of what is true."""
+    return call.argument(1, "x1") is not None and _same_for_all_steps(call)
+
+
+def _summed_by_places(call: Call) -> bool:
+    """Of the trapezoidal rule, whose places may be an array of their own."""
+    return np.ndim(call.op.x) <= 1 and _features(call.op.axis, call.rank)
 
 
 def _transposed(call: Call) -> bool:
@@ -272,7 +283,7 @@ _ops(
     Nextafter NotEqual OnesLike Power Rad2deg ReLU Real Reciprocal Relu Relu6 Round Rsqrt
     SaturateCast Select Selu Sigmoid Sign Signbit Silu Sin Sinc Sinh SoftShrink Softplus Softsign
     SparsePlus SparseSigmoid Sqrt Square Squareplus StopGradient Subtract Tan Tanh TanhShrink
-    Threshold TrueDivide Trunc Where ZerosLike BitwiseAnd BitwiseInvert BitwiseNot BitwiseOr
+    Threshold TrueDivide Trunc ZerosLike BitwiseAnd BitwiseInvert BitwiseNot BitwiseOr
     BitwiseXor BitwiseLeftShift BitwiseRightShift ConvertToTensor Digitize LeftShift RightShift""",
 )
 _ops(
@@ -280,9 +291,10 @@ _ops(
     """All Amax Amin Any Argmax Argmin Argsort ArraySplit Average Concatenate CountNonzero Cumprod
     Cumsum Diff Flip Glu LogSoftmax Logsumexp Max Mean Median Min Nanargmax Nanargmin Nancumprod
     Nancumsum Nanmax Nanmean Nanmedian Nanmin Nanprod Nanstd Nansum Nanvar Norm Normalize Prod Ptp
-    Repeat Roll Softmax Sort Sparsemax Split Squeeze Std Sum TakeAlongAxis Trapezoid Unstack
-    Var""",
+    Repeat Roll Softmax Sort Sparsemax Split Squeeze Std Sum TakeAlongAxis Unstack Var""",
 )
+_ops(_chosen, "Where")
+_ops(_summed_by_places, "Trapezoid")
 _ops(_along("axis", new_axes=True), "ExpandDims OneHot Stack")
 _ops(_along("axis1", "axis2"), "Swapaxes")
 _ops(_along("source", "destination"), "Moveaxis")
@@ -315,6 +327,16 @@ def _of_features(call: Call) -> bool:
 
 def _along_own_axis(call: Call) -> bool:
     return _features(getattr(call.op, "axis", ()), call.rank)
+
+
+def _normalized(call: Call) -> bool:
+    """Of a layer with a given or learned mean and variance, perhaps for each step."""
+    numbers = (call.op.mean, call.op.variance)
+    return _along_own_axis(call) and all(_is_same_for_all_steps(x, call.rank) for x in numbers)
+
+
+def _discretized(call: Call) -> bool:
+    return call.op.output_mode == "int"  # Other modes sum over the last axis.
 
 
 def _activated(call: Call) -> bool:
@@ -381,7 +403,7 @@ LAYERS: dict[type, Predicate] = {
     keras.layers.Concatenate: _along_own_axis,
     keras.layers.Conv1D: _conv1d,
     keras.layers.Dense: _dense,
-    keras.layers.Discretization: _always,
+    keras.layers.Discretization: _discretized,
     keras.layers.Dropout: _always,
     keras.layers.ELU: _always,
     keras.layers.EinsumDense: _einsum_dense,
@@ -396,7 +418,7 @@ LAYERS: dict[type, Predicate] = {
     keras.layers.Maximum: _always,
     keras.layers.Minimum: _always,
     keras.layers.Multiply: _always,
-    keras.layers.Normalization: _along_own_axis,
+    keras.layers.Normalization: _normalized,
     keras.layers.PReLU: _prelu,
     keras.layers.Permute: _permuted,
     keras.layers.RMSNormalization: _along_own_axis,
@@ -423,10 +445,9 @@ def is_row_wise(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
     masks = keras.tree.flatten(node.arguments.kwargs.get("mask"))
     tensors = [x for x in node.input_tensors if not any(x is mask for mask in masks)]
     shapes = [tuple(x.shape) for x in tensors]
-    if len({len(shape) for shape in shapes}) > 1 or lengths_differ(node.input_tensors):
+    ranks = {len(shape) for shape in shapes}
+    if len(ranks) > 1 or min(ranks) < 2 or lengths_differ(node.input_tensors):
         return False  # One would be broadcast over the time axis of the other.
-    if len(shapes[0]) < 2:
-        return False
     call = Call(node.operation, args, kwargs, shapes, [tuple(x.shape) for x in node.outputs])
     name = name_of_op(node.operation)
     if name is not None:
