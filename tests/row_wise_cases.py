@@ -200,6 +200,7 @@ _every(
         kl.Activation("softmax")(x),
         kl.Activation(ops.square)(x),
         kl.Activation(lambda y: ops.sum(y, -1, keepdims=True) * y)(x),
+        kl.Activation("mish")(x),
     ],
     ActivityRegularization=lambda x: kl.ActivityRegularization()(x),
     Conv1D=lambda x: [kl.Conv1D(3, 1, activation="tanh")(x), kl.Conv1D(2, 1, use_bias=False)(x)],

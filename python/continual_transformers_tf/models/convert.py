@@ -188,6 +188,13 @@ def convert_layers(
     return copy, problems
 
 
+def _sees_other_steps(op: keras.Operation) -> bool:
+    """Return whether an operation is attention, or a continual layer with a state like it."""
+    if isinstance(op, ContinualLayer):
+        return op.receptive_field > 1
+    return isinstance(op, keras.layers.MultiHeadAttention)
+
+
 def _above_attention(model: keras.Model) -> set[int]:
     """Return the ids of the attention layers that attend to what other attention gave."""
     above: set[int] = set()
@@ -205,7 +212,7 @@ def _above_attention(model: keras.Model) -> set[int]:
                 outputs = [any(inputs)] * len(node.outputs)
                 if isinstance(op, keras.Model) and hasattr(op, "inputs") and op.inputs:
                     outputs = follow(op, inputs[: len(op.inputs)])
-                elif hasattr(op, "seq_len") or isinstance(op, keras.layers.MultiHeadAttention):
+                elif _sees_other_steps(op):
                     if any(inputs):
                         above.add(id(op))
                     outputs = [True] * len(node.outputs)

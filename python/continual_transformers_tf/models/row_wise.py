@@ -474,12 +474,34 @@ def _activation_layer(layer: keras.layers.Layer, shape: tuple[int | None, ...]) 
     return _layer_is_row_wise(Call(layer, (window,), {}, [shape], [shape]))
 
 
+# Functions of keras.activations, some of which Keras cannot trace.
+_ALONG_THE_LAST_AXIS = {
+    getattr(keras.activations, name) for name in ("glu", "log_softmax", "softmax", "sparsemax")
+}
+_ELEMENT_WISE = {
+    getattr(keras.activations, name)
+    for name in (
+        "celu", "elu", "exponential", "gelu", "hard_shrink", "hard_sigmoid", "hard_silu",
+        "hard_tanh", "leaky_relu", "linear", "log_sigmoid", "mish", "relu", "relu6", "selu",
+        "sigmoid", "silu", "soft_shrink", "softplus", "softsign", "sparse_plus", "sparse_sigmoid",
+        "squareplus", "tanh", "tanh_shrink", "threshold",
+    )
+}  # fmt: skip
+
+
 def _function_is_row_wise(function: Any, shapes: Sequence[tuple[int | None, ...]]) -> bool:
     """Return whether a function of windows is row-wise. Its operations of Keras tell."""
-    if function is None or function in ELEMENT_WISE_FUNCTIONS or is_marked(function):
+    if function is None or is_marked(function):
         return True
     if isinstance(function, keras.layers.Layer):
         return all(_activation_layer(function, shape) for shape in shapes)
+    plain, options = function, {}
+    if isinstance(function, functools.partial) and not function.args:
+        plain, options = function.func, function.keywords
+    if plain in _ELEMENT_WISE:
+        return all(np.ndim(x) == 0 for x in options.values())
+    if plain in _ALONG_THE_LAST_AXIS:
+        return all(_features(options.get("axis", -1), len(shape)) for shape in shapes)
     # Of unknown length: what it computes must not depend on the length.
     given = [keras.KerasTensor((shape[0], None, *shape[2:]), "float32") for shape in shapes]
     try:
@@ -492,16 +514,6 @@ def _function_is_row_wise(function: Any, shapes: Sequence[tuple[int | None, ...]
     return all(
         is_row_wise(node, *node.arguments.fill_in(values)) for node in nodes if not node.is_input
     )
-
-
-ELEMENT_WISE_FUNCTIONS = (
-    keras.activations.linear,
-    keras.activations.relu,
-    keras.activations.gelu,
-    keras.activations.silu,
-    keras.activations.tanh,
-    keras.activations.sigmoid,
-)
 
 
 def lengths_differ(tensors: Iterable[keras.KerasTensor]) -> bool:
