@@ -404,6 +404,8 @@ def _delay(shape, delay=3, **options):
         return built(layer, *shape)
 
 
+for n in (1, 3):
+    case(lambda n=n: built(ct.CoWindow(n, warm_up="partial"), N, E), name=f"whole_window_{n}")
 case(lambda: built(ct.CoResidual(co_si()), N, E), name="residual")
 case(lambda: built(ct.CoResidual(co_si(query_index=0)), N, E), name="residual_delayed")
 case(lambda: built(ct.CoResidual(ct.CoDelay(2, warm_up="partial")), N, E), name="residual_of_delay")
@@ -497,6 +499,19 @@ def retroactive_then_anything(x):
     x = kl.MultiHeadAttention(H, D, use_gate=True)(x, x) + x
     pooled = kl.GlobalAveragePooling1D()(x)
     return kl.Concatenate()([pooled, kl.GlobalMaxPooling1D()(x), kl.Flatten()(x), x[:, -2]])
+
+
+@model(E)
+def retroactive_with_residuals(x):
+    y = x + ct.CoReMultiHeadAttention(N, H, D)(x)
+    z = kl.MultiHeadAttention(H, D)(x, y)  # Queries of the window itself.
+    return kl.Concatenate()([(x * y)[:, -2], z[:, -1], y[:, -1]])
+
+
+@model(E)
+def window_then_anything(x):
+    x = ct.CoWindow(N)(kl.Dense(4)(x))
+    return kl.Concatenate()([kl.Flatten()(kl.Conv1D(2, 3, padding="same")(x)), x[:, 0]])
 
 
 @model(E, taken_only=True)

@@ -59,7 +59,7 @@ def test_all_that_stands_in_the_way_is_named_at_once(random):
 
 def test_other_options_of_layers_are_named(random):
     model = model_of(one_block, random)
-    with pytest.raises(ValueError, match="only warm_up.*but got weights_dtype.*from_regular"):
+    with pytest.raises(ValueError, match="only kind.*but got weights_dtype.*from_regular"):
         ct.convert(model, N, weights_dtype="bfloat16")
 
 

@@ -31,6 +31,7 @@ LAYERS = {
     "RotaryEmbedding": lambda: ct.RotaryEmbedding(size=4),
     "CoDelay": lambda: ct.CoDelay(3),
     "CoResidual": residual,
+    "CoWindow": lambda: ct.CoWindow(N),
 }
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import continual_transformers_tf as ct
+from brought_models import BROUGHT
 from convert_cases import CANNOT, MODELS, D, E, H, N, attention, model_of, one_block
 
 
@@ -99,10 +100,10 @@ def test_reasons_have_a_cure(random):
     y = attention("second")(x, x) + np.ones((N, E), "float32")
     (row,) = [row for row in ct.explain(keras.Model(x, y)).rows if row.reasons]
     assert "ct.CircularPositionalEncoding" in row.reasons[0]
-    for places in (lambda x: keras.ops.cumsum(x, 1), Places()):
+    for places, cure in ((lambda x: keras.ops.cumsum(x, 1), "ct.CoWindow"), (Places(), "recycle")):
         y = attention("third")(x, keras.layers.Dense(E)(places(x)))
         (row,) = [row for row in ct.explain(keras.Model(x, y)).rows if row.reasons]
-        assert "ct.CircularPositionalEncoding" in row.reasons[0]
+        assert cure in row.reasons[0]
     y = keras.layers.Concatenate(name="both")([attention()(x, x), x])[:, 1]
     (row,) = [row for row in ct.explain(keras.Model(x, y)).rows if row.reasons]
     assert "x[:, -1]" in row.reasons[0]
@@ -235,11 +236,33 @@ def test_layers_that_do_not_stream():
 
 def test_a_window_that_is_not_known_is_asked_for(random):
     model = model_of(one_block, random, None)
-    with pytest.raises(ValueError, match="Expected seq_len"):
-        ct.explain(model)
+    found = ct.explain(model)
+    assert not found.streams
+    assert "Expected seq_len" in found.reasons[0]
     assert ct.explain(model, 9).receptive_field == 9
-    with pytest.raises(ValueError, match="has never been called"):
-        ct.explain(keras.Sequential([keras.layers.Dense(2)]))
+
+
+@pytest.mark.parametrize("name", BROUGHT)
+def test_it_explains_every_model_that_people_bring(name):
+    make, parts = BROUGHT[name]
+    found = ct.explain(make())
+    said = " ".join(str(found).split())
+    if parts is not None:
+        assert found.streams == (not parts)
+    for part in parts or []:
+        assert part in said
+    reasons = [*found.reasons, *(reason for row in found.rows for reason in row.reasons)]
+    assert bool(reasons) != found.streams
+    for reason in reasons:
+        assert "\n" not in reason
+        assert len(reason) < 330
+    json.dumps(found.as_dict())
+
+
+def test_what_it_says_to_do_about_pooling_is_done():
+    model = BROUGHT["pooling"][0]()
+    assert "kind='retroactive'" in " ".join(str(ct.explain(model)).split())
+    assert ct.explain(ct.convert(model, 8, kind="retroactive")).equals_windows
 
 
 # What it says of windows.

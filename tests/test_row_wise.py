@@ -1,5 +1,7 @@
 """Operations and layers that work row by row stream below attention, and others are refused."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 import continual_transformers_tf as ct
 import reference
 from continual_transformers_tf.models import row_wise
+from continual_transformers_tf.models.step_graph import StepGraph
 from row_wise_cases import CASES, ONLY_IN_KERAS, TIME, E, N, model_of
 
 BOUND = 1e-5
@@ -63,6 +66,24 @@ def test_what_looks_along_time_is_refused(name):
         ct.convert(model, N)
     with pytest.raises(ValueError, match="cannot be run by a session"):
         ct.Session(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "streams"),
+    [
+        ("celu", {"alpha": 0.5}, True),
+        ("celu", {"alpha": np.ones((N, 1))}, False),
+        ("softmax", {"axis": 2}, True),
+        ("softmax", {"axis": 1}, False),
+        ("glu", {"axis": -2}, False),
+    ],
+)
+def test_activations_with_options(name, options, streams):
+    """Keras makes no copy of a partial function from a config, so these are never converted."""
+    function = functools.partial(getattr(keras.activations, name), **options)
+    x = keras.Input((N, E))
+    graph = StepGraph(keras.Model(x, keras.layers.Activation(function)(x)))
+    assert (not graph.problems) == streams
 
 
 def names_of_ops(functions):

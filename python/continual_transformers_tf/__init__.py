@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         CoSiMultiHeadAttention,
         CoSiTransformerEncoder,
         CoTemporal,
+        CoWindow,
         RelativePositionBias,
         Rotary,
         RotaryEmbedding,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from continual_transformers_tf.models.export_litert import export_litert
     from continual_transformers_tf.models.from_torch import from_torch
     from continual_transformers_tf.models.paper import co_audio_transformer, co_oad_tr
+    from continual_transformers_tf.models.row_wise_mark import row_wise
     from continual_transformers_tf.models.streaming_model import StreamingModel
     from continual_transformers_tf.session import Session
 
@@ -61,6 +63,7 @@ __all__ = [
     "CoSiMultiHeadAttention",
     "CoSiTransformerEncoder",
     "CoTemporal",
+    "CoWindow",
     "RelativePositionBias",
     "Rotary",
     "RotaryEmbedding",
@@ -81,6 +84,7 @@ __all__ = [
     "from_torch",
     "hold_streams",
     "ops",
+    "row_wise",
     "serving",
 ]
 
@@ -96,6 +100,7 @@ _MODULES = {
     "export": "models",
     "export_litert": "models",
     "from_torch": "models",
+    "row_wise": "models.row_wise_mark",
 }
 
 

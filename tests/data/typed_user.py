@@ -39,6 +39,12 @@ def stream(model: Any, folder: Path) -> npt.NDArray[np.float32]:
     return result
 
 
+@ct.row_wise
+def halved(x: Any) -> Any:
+    """Compute each row from that row."""
+    return x / 2
+
+
 def layers(x: npt.NDArray[np.float32]) -> list[Any]:
     """Call every layer on windows and on steps."""
     attention = ct.CoSiMultiHeadAttention(64, num_heads=8, key_dim=64, warm_up="partial")
@@ -58,6 +64,7 @@ def layers(x: npt.NDArray[np.float32]) -> list[Any]:
         ct.CoReTransformerEncoder(64, 32, 4, 128),
         ct.TransformerEncoder(2, 64, 32, 4, 128, kind="retroactive"),
         ct.CoResidual(ct.CoDelay(2)),
+        ct.CoWindow(64),
         ct.CircularPositionalEncoding(127, 32),
     ]
     for block in blocks:

@@ -13,6 +13,7 @@ from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
 from continual_transformers_tf.layers.co_temporal import CoTemporal
+from continual_transformers_tf.layers.co_window import CoWindow
 from continual_transformers_tf.layers.model_streams import (
     clean_state,
     convert_weights,
@@ -37,6 +38,7 @@ __all__ = [
     "CoSiMultiHeadAttention",
     "CoSiTransformerEncoder",
     "CoTemporal",
+    "CoWindow",
     "RelativePositionBias",
     "Rotary",
     "RotaryEmbedding",

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from continual_transformers_tf.layers.co_re_mha import CoReMultiHeadAttention
 from continual_transformers_tf.layers.co_recurrent import RECURRENT, CoRecurrent
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
@@ -18,18 +19,22 @@ from continual_transformers_tf.models.own_calls import (
     computes_as,
     own_calls_within,
 )
+from continual_transformers_tf.models.positions import Recycled, tables_within
 from continual_transformers_tf.models.problem import CannotStream, Problem
 from continual_transformers_tf.models.row_wise import name_of_op
 from continual_transformers_tf.models.streaming_model import StreamingModel
 
 # The layers of Keras that become continual attention.
 ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
+KINDS = ("single_output", "retroactive")
 
 
 def convert(
     model: keras.Model,
     seq_len: int | None = None,
     *,
+    kind: str = "single_output",
+    positions: str | None = None,
     recurrence: str = "stream",
     **options: Any,
 ) -> StreamingModel:
@@ -48,6 +53,17 @@ def convert(
         seq_len: N, the window: how many of the newest steps a step's query attends to, or a global
             pooling reads. They are counted where that layer is: after layers with strides, a step
             is one of their rows. None: the model has no such layers.
+        kind: What plain attention becomes. "single_output": `CoSiMultiHeadAttention`, whose cost
+            grows with N only by its attention. "retroactive": the first attention becomes a
+            `CoReMultiHeadAttention`, which gives all rows of the window at every step, and
+            everything above it runs on whole windows. This is exact for attention on attention, at
+            any depth.
+        positions: What becomes of a table of positions: a part of the model that adds row i of a
+            table to step i of a window. None: it is refused, because it cannot stream exactly.
+            "recycle": a `CircularPositionalEncoding` with the table's rows takes its place. Regular
+            calls stay as they were. A stream goes on with the next row where a window begins at the
+            first, so fine-tune the model, which then meets every row at every place. It should have
+            at least N rows; the paper takes 2 N - 1.
         recurrence: What recurrent layers do at a step. "stream": their state goes on from step to
             step, as on one endless sequence. "window": each step runs them on the newest `seq_len`
             steps, from zeros, as they were trained on windows of that length.
@@ -64,6 +80,10 @@ def convert(
     """
     if recurrence not in ("stream", "window"):
         raise ValueError(f"Expected recurrence 'stream' or 'window', but got {recurrence!r}")
+    if kind not in KINDS:
+        raise ValueError(f"Expected kind to be one of {KINDS}, but got {kind!r}")
+    if positions not in (None, "recycle"):
+        raise ValueError(f"Expected positions to be None or 'recycle', but got {positions!r}")
     attention: dict[str, Any] = {"seq_len": seq_len}
     if options.get("cache_dtype") is not None:
         attention["cache_dtype"] = options["cache_dtype"]
@@ -76,7 +96,7 @@ def convert(
     unknown = sorted(set(options) - {"warm_up", "call_mode", "name", "dtype", "trainable"})
     if unknown:
         raise ValueError(
-            "Expected only warm_up, call_mode, name and cache_dtype, but got "
+            "Expected only kind, positions, warm_up, call_mode, name and cache_dtype, but got "
             f"{' and '.join(unknown)}. CoSiMultiHeadAttention.from_regular(layer, seq_len, ...) "
             "takes every option of a single layer"
         )
@@ -89,7 +109,9 @@ def convert(
         raise ValueError(
             f"Expected a built model, but {model.name} has never been called: call it once"
         )
-    copy, problems = convert_layers(model, attention, recurrence=recurrence)
+    copy, problems = convert_layers(
+        model, attention, kind=kind, positions=positions, recurrence=recurrence
+    )
     if problems:
         raise CannotStream(problems, f"{model.name} cannot be converted")
     return StreamingModel(copy, **options)
@@ -99,6 +121,8 @@ def convert_layers(
     model: keras.Model,
     attention: dict[str, Any],
     also_continual: bool = True,
+    kind: str = "single_output",
+    positions: str | None = None,
     recurrence: str = "stream",
 ) -> tuple[keras.Model, list[Problem]]:
     """Return a copy of a model with continual attention, and the problems that were found.
@@ -108,15 +132,22 @@ def convert_layers(
             is.
         attention: A dict of options of the attention: seq_len, and perhaps cache_dtype.
         also_continual: Whether continual layers in the model get these options too.
-        recurrence: As in `convert`.
+        kind, positions, recurrence: As in `convert`.
 
     Returns:
         (the copy, a list of `Problem`). If there are no problems, the copy has the model's weights.
     """
     problems: list[Problem] = []
     window = attention["seq_len"]
+    above = _above_attention(model) if kind == "retroactive" else set()
+    tables = {} if positions is None else tables_within(model)
+    copies: list[tuple[Any, Any]] = []  # Layers and operations with their copies.
 
     def convert_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
+        copies.append((layer, convert_one(layer)))
+        return copies[-1][1]
+
+    def convert_one(layer: keras.layers.Layer) -> keras.layers.Layer:
         try:
             if needs_window(layer) and window is None:
                 problems.append(Problem("needs seq_len, its window of newest steps", layer))
@@ -136,6 +167,10 @@ def convert_layers(
                 return _with_options(layer, attention if also_continual else {})
             if _is_of_keras_hub(layer, "RotaryEmbedding"):
                 return _rotary_embedding(layer)
+            if isinstance(layer, ATTENTION) and id(layer) in above:
+                return _copy(layer)
+            if isinstance(layer, keras.layers.MultiHeadAttention) and kind == "retroactive":
+                return CoReMultiHeadAttention.from_regular(layer, **attention)
             if isinstance(layer, ATTENTION):
                 return CoSiMultiHeadAttention.from_regular(layer, single_output=False, **attention)
         except CannotStream as error:
@@ -146,14 +181,36 @@ def convert_layers(
 
     if not isinstance(model, keras.Sequential) and not hasattr(model, "_nodes_by_depth"):
         return model, problems  # It has no graph; StreamingModel reports that.
-    copy = keras.models.clone_model(model, clone_function=convert_layer, recursive=True)
+    if tables and isinstance(model, keras.Sequential):
+        model = model._functional  # Keras calls the layers of a sequential model itself.
+    recycled = Recycled(convert_layer)
+
+    def call(copied: Any, *args: Any, **kwargs: Any) -> Any:
+        op = next(op for op, copy in copies if copy is copied)
+        if id(op) in tables:
+            return recycled.call(op, tables[id(op)], *args, **kwargs)
+        return copied(*args, **kwargs)
+
+    copy = keras.models.clone_model(
+        model,
+        clone_function=convert_layer,
+        recursive=True,
+        call_function=call if tables else None,
+    )
     # Keras copies some subclasses of models as the plain model.
     lost = own_calls_within(model)
     for of_copy in own_calls_within(copy):
         lost.remove(next(x for x in lost if type(x) is type(of_copy)))
     problems += [Problem(OWN_CALL, x) for x in lost]
-    if not problems:
+    if problems:
+        return copy, problems
+    if not tables:
         copy.set_weights(model.get_weights())
+        return copy, problems
+    recycled.assign_rows()
+    for layer, copied in copies:
+        if isinstance(layer, keras.layers.Layer) and copied.built and id(layer) not in tables:
+            copied.set_weights(layer.get_weights())
     return copy, problems
 
 
@@ -214,6 +271,43 @@ def _rotary_embedding(layer: Any) -> RotaryEmbedding:
             raise ValueError(f"Expected {name}={value!r}, but got {config[name]!r}")
     own = {name: config[name] for name in ("name", "dtype", "max_wavelength", "scaling_factor")}
     return RotaryEmbedding.from_config(own)
+
+
+def _sees_other_steps(op: keras.Operation) -> bool:
+    """Return whether an operation is attention, or a continual layer with a state like it."""
+    if isinstance(op, ContinualLayer):
+        return op.receptive_field > 1
+    return isinstance(op, keras.layers.MultiHeadAttention)
+
+
+def _above_attention(model: keras.Model) -> set[int]:
+    """Return the ids of the attention layers that attend to what other attention gave."""
+    above: set[int] = set()
+
+    def follow(model: keras.Model, given: list[bool]) -> list[bool]:
+        """Return which outputs of a model depend on attention, given which inputs do."""
+        graph = model._functional if isinstance(model, keras.Sequential) else model
+        depends = dict(zip(map(id, graph.inputs), given, strict=True))
+        for depth in sorted(graph._nodes_by_depth, reverse=True):
+            for node in graph._nodes_by_depth[depth]:
+                if node.is_input:
+                    continue
+                op = node.operation
+                inputs = [depends[id(x)] for x in node.input_tensors if id(x) in depends]
+                outputs = [any(inputs)] * len(node.outputs)
+                if isinstance(op, keras.Model) and hasattr(op, "inputs") and op.inputs:
+                    outputs = follow(op, inputs[: len(op.inputs)])
+                elif _sees_other_steps(op):
+                    if any(inputs):
+                        above.add(id(op))
+                    outputs = [True] * len(node.outputs)
+                depends.update(zip(map(id, node.outputs), outputs, strict=True))
+        return [depends[id(x)] for x in graph.outputs]
+
+    if isinstance(model, keras.Sequential) or hasattr(model, "_nodes_by_depth"):
+        graph = model._functional if isinstance(model, keras.Sequential) else model
+        follow(model, [False] * len(graph.inputs))
+    return above
 
 
 def _copy(layer: keras.layers.Layer) -> keras.layers.Layer:

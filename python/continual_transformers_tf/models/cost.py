@@ -92,6 +92,8 @@ def _cost_of_graph(graph: StepGraph, mode: str, seq_len: int | None) -> Cost:
         for node in nodes:
             if not node.is_input:
                 total += _cost_of_node(graph, node, mode, seq_len)
+    for layer in graph.kept_windows:
+        total += cost_of(layer, Rows(mode, 1))
     return total
 
 

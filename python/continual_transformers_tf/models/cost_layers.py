@@ -21,6 +21,7 @@ from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
 from continual_transformers_tf.layers.co_temporal import CoTemporal
+from continual_transformers_tf.layers.co_window import CoWindow
 from continual_transformers_tf.layers.rotary_embedding import RotaryEmbedding
 from continual_transformers_tf.models.cost_formulas import (
     Cost,
@@ -317,6 +318,14 @@ def _(layer: CoRecurrent, rows: Rows) -> Cost:
         return total
     state = bytes_of_state(layer._stream_state)
     return total + Cost(state_bytes=state, read_bytes=state)
+
+
+@cost_of.register
+def _(layer: CoWindow, rows: Rows) -> Cost:
+    if rows.mode == "regular":
+        return Cost()
+    state = bytes_of_state(layer._stream_state)
+    return Cost(state_bytes=state, read_bytes=state)
 
 
 @cost_of.register

@@ -13,6 +13,7 @@ from continual_transformers_tf.layers.co_delay import CoDelay
 from continual_transformers_tf.layers.co_recurrent import CoRecurrent
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_temporal import CoTemporal
+from continual_transformers_tf.layers.co_window import CoWindow
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.rotary_embedding import RotaryEmbedding
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
@@ -140,19 +141,21 @@ def explain(model: keras.layers.Layer, seq_len: int | None = None) -> Explanatio
             needed if the length of the model's time axis is None.
 
     Returns:
-        An `Explanation`, also if the model does not stream.
+        An `Explanation`, also if the model does not stream, was never called, or has a window that
+        is not known without `seq_len`.
 
     Raises:
-        ValueError: If `model` is none of these, or was never called, or if `seq_len` is needed.
+        ValueError: If `model` is none of these.
     """
     if not isinstance(model, keras.Model):
         return _explain_layer(model)
     try:
         lowered = lower_graph(model, seq_len)
-    except CannotStream as error:  # There is no graph, or no copy of it.
-        rows = tuple(_rows_without_a_graph(model, error.problems))
+    except ValueError as error:  # There is no graph, or no copy of it, or no window is known.
+        problems = getattr(error, "problems", [Problem(str(error))])
+        rows = tuple(_rows_without_a_graph(model, problems))
         layers = model._flatten_layers(recursive=False, include_self=False)
-        left = [p for p in error.problems if not any(p.layer is layer for layer in layers)]
+        left = [p for p in problems if not any(p.layer is layer for layer in layers)]
         return Explanation(model.name, False, False, rows, tuple(map(str, left)))
     graph = lowered.graph
     table = _Rows(model, lowered)
@@ -284,6 +287,8 @@ def _operations(model: keras.Model, scope: str = "") -> Iterator[tuple[str, kera
 def _rows_without_a_graph(model: keras.Model, problems: list[Problem]) -> Iterator[ExplainedLayer]:
     """Return the rows of a model of which it is not known how its layers are called."""
     for layer in model._flatten_layers(recursive=False, include_self=False):
+        if isinstance(layer, keras.layers.InputLayer):
+            continue
         reasons = tuple(problem.why for problem in problems if problem.layer is layer)
         streams = isinstance(layer, ContinualLayer) and not reasons
         how = NOT_AT_ALL if reasons else "not known"
@@ -327,6 +332,8 @@ def _how_continual(layer: keras.layers.Layer) -> str:
         return f"positions: row p mod {layer.get_config()['max_len']:,} for step p of a stream"
     if isinstance(layer, RotaryEmbedding):
         return "turned by the number of the step"
+    if isinstance(layer, CoWindow):
+        return f"gives the whole window of {_steps(layer.seq_len)} at every step"
     if not hasattr(layer, "seq_len"):
         return "takes steps in its own way"
     late = f", delay of {_steps(layer.delay)}" if layer.delay else ""

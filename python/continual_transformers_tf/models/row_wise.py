@@ -2,7 +2,8 @@
 
 An operation works row by row if it computes each row of a window `(B, T, ...)` only from that row,
 whatever T is. The tables below say when: a predicate for each operation of `keras.ops` and each
-layer, on the axes that it reads or moves. An operation that is in no table is not trusted.
+layer, on the axes that it reads or moves. An operation that is in no table is not trusted, unless
+the user says so with `ct.row_wise`.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import keras
 import numpy as np
 
 from continual_transformers_tf.models.own_calls import computes_as
+from continual_transformers_tf.models.row_wise_mark import is_marked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +120,9 @@ def _features(axis: Any, rank: int) -> bool:
 
 def _same_for_all_steps(call: Call) -> bool:
     """Return whether the fixed arrays, broadcast to the windows, are the same for all steps."""
-    limits = [getattr(call.op, name) for name in ("x_min", "x_max") if hasattr(call.op, name)]
-    return all(_is_same_for_all_steps(x, call.rank) for x in [*call.arrays, *limits])
+    own = [getattr(call.op, name, None) for name in ("x_min", "x_max", "nan", "posinf", "neginf")]
+    arrays = [*call.arrays, *(x for x in own if x is not None)]
+    return all(_is_same_for_all_steps(x, call.rank) for x in arrays)
 
 
 def _is_same_for_all_steps(x: Any, rank: int) -> bool:
@@ -146,6 +149,16 @@ def _along(*names: str, new_axes: bool = False) -> Predicate:
 
 def _along_the_last(call: Call) -> bool:
     return call.rank > 2 and _same_for_all_steps(call)
+
+
+def _chosen(call: Call) -> bool:
+    """Of `where`, which chooses between two, or returns the places of what is true."""
+    return call.argument(1, "x1") is not None and _same_for_all_steps(call)
+
+
+def _summed_by_places(call: Call) -> bool:
+    """Of the trapezoidal rule, whose places may be an array of their own."""
+    return np.ndim(call.op.x) <= 1 and _features(call.op.axis, call.rank)
 
 
 def _transposed(call: Call) -> bool:
@@ -274,7 +287,7 @@ _ops(
     Nextafter NotEqual OnesLike Power Rad2deg ReLU Real Reciprocal Relu Relu6 Round Rsqrt
     SaturateCast Select Selu Sigmoid Sign Signbit Silu Sin Sinc Sinh SoftShrink Softplus Softsign
     SparsePlus SparseSigmoid Sqrt Square Squareplus StopGradient Subtract Tan Tanh TanhShrink
-    Threshold TrueDivide Trunc Where ZerosLike BitwiseAnd BitwiseInvert BitwiseNot BitwiseOr
+    Threshold TrueDivide Trunc ZerosLike BitwiseAnd BitwiseInvert BitwiseNot BitwiseOr
     BitwiseXor BitwiseLeftShift BitwiseRightShift ConvertToTensor Digitize LeftShift RightShift""",
 )
 _ops(
@@ -282,9 +295,10 @@ _ops(
     """All Amax Amin Any Argmax Argmin Argsort ArraySplit Average Concatenate CountNonzero Cumprod
     Cumsum Diff Flip Glu LogSoftmax Logsumexp Max Mean Median Min Nanargmax Nanargmin Nancumprod
     Nancumsum Nanmax Nanmean Nanmedian Nanmin Nanprod Nanstd Nansum Nanvar Norm Normalize Prod Ptp
-    Repeat Roll Softmax Sort Sparsemax Split Squeeze Std Sum TakeAlongAxis Trapezoid Unstack
-    Var""",
+    Repeat Roll Softmax Sort Sparsemax Split Squeeze Std Sum TakeAlongAxis Unstack Var""",
 )
+_ops(_chosen, "Where")
+_ops(_summed_by_places, "Trapezoid")
 _ops(_along("axis", new_axes=True), "ExpandDims OneHot Stack")
 _ops(_along("axis1", "axis2"), "Swapaxes")
 _ops(_along("source", "destination"), "Moveaxis")
@@ -317,6 +331,16 @@ def _of_features(call: Call) -> bool:
 
 def _along_own_axis(call: Call) -> bool:
     return _features(getattr(call.op, "axis", ()), call.rank)
+
+
+def _normalized(call: Call) -> bool:
+    """Of a layer with a given or learned mean and variance, perhaps for each step."""
+    numbers = (call.op.mean, call.op.variance)
+    return _along_own_axis(call) and all(_is_same_for_all_steps(x, call.rank) for x in numbers)
+
+
+def _discretized(call: Call) -> bool:
+    return call.op.output_mode == "int"  # Other modes sum over the last axis.
 
 
 def _activated(call: Call) -> bool:
@@ -383,7 +407,7 @@ LAYERS: dict[type, Predicate] = {
     keras.layers.Concatenate: _along_own_axis,
     keras.layers.Conv1D: _conv1d,
     keras.layers.Dense: _dense,
-    keras.layers.Discretization: _always,
+    keras.layers.Discretization: _discretized,
     keras.layers.Dropout: _always,
     keras.layers.ELU: _always,
     keras.layers.EinsumDense: _einsum_dense,
@@ -398,7 +422,7 @@ LAYERS: dict[type, Predicate] = {
     keras.layers.Maximum: _always,
     keras.layers.Minimum: _always,
     keras.layers.Multiply: _always,
-    keras.layers.Normalization: _along_own_axis,
+    keras.layers.Normalization: _normalized,
     keras.layers.PReLU: _prelu,
     keras.layers.Permute: _permuted,
     keras.layers.RMSNormalization: _along_own_axis,
@@ -425,10 +449,9 @@ def is_row_wise(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
     masks = keras.tree.flatten(node.arguments.kwargs.get("mask"))
     tensors = [x for x in node.input_tensors if not any(x is mask for mask in masks)]
     shapes = [tuple(x.shape) for x in tensors]
-    if len({len(shape) for shape in shapes}) > 1 or lengths_differ(node.input_tensors):
+    ranks = {len(shape) for shape in shapes}
+    if len(ranks) > 1 or min(ranks) < 2 or lengths_differ(node.input_tensors):
         return False  # One would be broadcast over the time axis of the other.
-    if len(shapes[0]) < 2:
-        return False
     call = Call(node.operation, args, kwargs, shapes, [tuple(x.shape) for x in node.outputs])
     name = name_of_op(node.operation)
     if name is not None:
@@ -442,6 +465,8 @@ def reshapes(op: keras.Operation) -> bool:
 
 
 def _layer_is_row_wise(call: Call) -> bool:
+    if is_marked(call.op):
+        return True
     for kind in type(call.op).__mro__:
         if kind in LAYERS and computes_as(call.op, kind):
             return LAYERS[kind](call)
@@ -453,12 +478,34 @@ def _activation_layer(layer: keras.layers.Layer, shape: tuple[int | None, ...]) 
     return _layer_is_row_wise(Call(layer, (window,), {}, [shape], [shape]))
 
 
+# Functions of keras.activations, some of which Keras cannot trace.
+_ALONG_THE_LAST_AXIS = {
+    getattr(keras.activations, name) for name in ("glu", "log_softmax", "softmax", "sparsemax")
+}
+_ELEMENT_WISE = {
+    getattr(keras.activations, name)
+    for name in (
+        "celu", "elu", "exponential", "gelu", "hard_shrink", "hard_sigmoid", "hard_silu",
+        "hard_tanh", "leaky_relu", "linear", "log_sigmoid", "mish", "relu", "relu6", "selu",
+        "sigmoid", "silu", "soft_shrink", "softplus", "softsign", "sparse_plus", "sparse_sigmoid",
+        "squareplus", "tanh", "tanh_shrink", "threshold",
+    )
+}  # fmt: skip
+
+
 def _function_is_row_wise(function: Any, shapes: Sequence[tuple[int | None, ...]]) -> bool:
     """Return whether a function of windows is row-wise. Its operations of Keras tell."""
-    if function is None or function in ELEMENT_WISE_FUNCTIONS:
+    if function is None or is_marked(function):
         return True
     if isinstance(function, keras.layers.Layer):
         return all(_activation_layer(function, shape) for shape in shapes)
+    plain, options = function, {}
+    if isinstance(function, functools.partial) and not function.args:
+        plain, options = function.func, function.keywords
+    if plain in _ELEMENT_WISE:
+        return all(np.ndim(x) == 0 for x in options.values())
+    if plain in _ALONG_THE_LAST_AXIS:
+        return all(_features(options.get("axis", -1), len(shape)) for shape in shapes)
     # Of unknown length: what it computes must not depend on the length.
     given = [keras.KerasTensor((shape[0], None, *shape[2:]), "float32") for shape in shapes]
     try:
@@ -471,16 +518,6 @@ def _function_is_row_wise(function: Any, shapes: Sequence[tuple[int | None, ...]
     return all(
         is_row_wise(node, *node.arguments.fill_in(values)) for node in nodes if not node.is_input
     )
-
-
-ELEMENT_WISE_FUNCTIONS = (
-    keras.activations.linear,
-    keras.activations.relu,
-    keras.activations.gelu,
-    keras.activations.silu,
-    keras.activations.tanh,
-    keras.activations.sigmoid,
-)
 
 
 def lengths_differ(tensors: Iterable[keras.KerasTensor]) -> bool:

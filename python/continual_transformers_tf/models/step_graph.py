@@ -21,6 +21,7 @@ block of steps, as many as one row of its slowest tensor stands for. Before the 
 have several rows in each step.
 """
 
+import dataclasses
 import inspect
 import math
 import re
@@ -39,6 +40,7 @@ from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
 from continual_transformers_tf.layers.co_temporal import CoTemporal
+from continual_transformers_tf.layers.co_window import CoWindow
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.rotary_embedding import RotaryEmbedding
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
@@ -49,6 +51,7 @@ from continual_transformers_tf.models.own_calls import (
     computes_as_ours,
     has_own_call,
 )
+from continual_transformers_tf.models.positions import table_of
 from continual_transformers_tf.models.problem import Problem
 from continual_transformers_tf.models.row_wise import (
     Tensor,
@@ -57,6 +60,7 @@ from continual_transformers_tf.models.row_wise import (
     reshapes,
     row_taken,
 )
+from continual_transformers_tf.models.row_wise_mark import difference_from_mark, relies_on_mark
 from continual_transformers_tf.ops.step import Rows, Step
 
 Node = Any  # A node of Keras' graph. Its class is not public.
@@ -134,6 +138,10 @@ class StepGraph:
         self._known: dict[int, Tensor] = {}  # Id of a tensor of the graph -> its Tensor.
         self._refused: set[int] = set()  # Ids of nodes with problems.
         self.problems: list[Problem] = list(problems)
+        # (Id of a tensor of windows, N) -> the layer that keeps its N newest rows.
+        self._windows: dict[tuple[int, int], CoWindow] = {}
+        # (Id of a node, id of its input) -> the layer of those that gives the input's rows.
+        self._kept: dict[tuple[int, int], CoWindow] = {}
         self.layers: list[keras.layers.Layer] = []
         self._needed = 1  # How many steps the layers with strides or chunks take at once.
 
@@ -182,6 +190,19 @@ class StepGraph:
         known = tensor if isinstance(tensor, Tensor) else self._known[id(tensor)]
         return max(1, self.block // known.stride)
 
+    def kept_window(self, node: Node, x: keras.KerasTensor) -> CoWindow | None:
+        """Return the layer that keeps the newest rows of a node's input; None: there is none.
+
+        A node that combines a window with whole windows is given the rows of the window that an
+        earlier step gave.
+        """
+        return self._kept.get((id(node), id(x)))
+
+    @property
+    def kept_windows(self) -> list[CoWindow]:
+        """The layers of `kept_window`."""
+        return list(self._windows.values())
+
     @property
     def has_whole_windows(self) -> bool:
         """Whether a layer of the model gives all rows of the window at every step."""
@@ -217,6 +238,7 @@ class StepGraph:
 
     def _plan_node(self, node: Node, values: dict[int, Tensor]) -> list[Tensor]:
         op = node.operation
+        values = self._with_kept_windows(node, values)
         args, kwargs = node.arguments.fill_in(values)
         inputs = [x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, Tensor)]
         causal = all(x.causal for x in inputs)
@@ -318,9 +340,9 @@ class StepGraph:
         if "whole" in kinds:
             self._refuse(
                 node,
-                "combines the output of retroactive attention with a window. Every step changes "
-                "all rows of the first, but only adds a row to the second. "
-                "ct.CoReTransformerEncoder has the residual inside",
+                "combines the whole windows of retroactive attention with a window of which no "
+                "rows can be kept: each of its rows must see no later step, come without a delay, "
+                "and belong to a window of the same length",
             )
         elif kinds != {"window"}:
             self._refuse(
@@ -329,7 +351,8 @@ class StepGraph:
                 "the windows too, as by x[:, -1:]",
             )
         elif not is_row_wise(node, args, kwargs):
-            self._refuse(node, _looks_at_more(node.operation))
+            table = table_of(node)
+            self._refuse(node, _looks_at_more(op, causal) if table is None else table.why)
             # Guess the kinds of its outputs by their shapes, to find the problems of later nodes.
             rank = len(node.input_tensors[0].shape)
             return [
@@ -342,6 +365,10 @@ class StepGraph:
                 )
                 for x in node.outputs
             ]
+        elif relies_on_mark(op):
+            difference = difference_from_mark(node)
+            if difference is not None:
+                self._refuse(node, f"is marked with ct.row_wise, but {difference}")
         self._check_nothing_streams_within(node)
         self._plan[id(node)] = "reshaped" if reshapes(op) else "row by row"
         return [Tensor("window", causal, field, tuple(x.shape), **late) for x in node.outputs]
@@ -380,6 +407,40 @@ class StepGraph:
             stride=x.stride * op.block if kind == "window" else self.block,
             lag=frames.rows.lag,
         )
+
+    def _with_kept_windows(self, node: Node, values: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Return values in which the windows that a node combines with whole ones are whole too.
+
+        This plans a layer for each of them that keeps its newest rows.
+        """
+        given = {id(x): (x, values[id(x)]) for x in node.input_tensors if id(x) in values}
+        lengths = {known.shape[1] for _, known in given.values() if known.kind == "whole"}
+        if len(lengths) != 1 or None in lengths or isinstance(node.operation, keras.Model):
+            return values
+        n: Any = lengths.pop()
+        windows = [(x, known) for x, known in given.values() if known.kind == "window"]
+        if any(not y.causal or y.delay or y.shape[1] not in (None, n) for _, y in windows):
+            return values
+        if any(y.lag or self.rows(y) > 1 for _, y in windows):
+            return values
+        kept = {}
+        for x, known in windows:
+            layer = self._windows.get((id(x), n))
+            if layer is None:
+                name = f"{x._keras_history.operation.name}_window"
+                layer = CoWindow(n, warm_up="partial", name=name, dtype=x.dtype)
+                layer.build((None, *known.shape[1:]))
+                layer.built = True
+                self._windows[id(x), n] = layer
+                self._add_layer(layer)
+            self._kept[id(node), id(x)] = layer
+            kept[id(x)] = dataclasses.replace(
+                known,
+                kind="whole",
+                receptive_field=known.receptive_field + (n - 1) * known.stride,
+                shape=(known.shape[0], n, *known.shape[2:]),
+            )
+        return {**values, **kept} if kept else values
 
     def _shapes_of_newest(self, node: Node, values: dict[int, Tensor]) -> list[Shape]:
         """Return the shapes of a node's outputs for the newest step only."""
@@ -503,11 +564,10 @@ class StepGraph:
         if not all(x.causal for x in attended or inputs):
             self._refuse(
                 node,
-                "attends to the outputs of another attention. Every new step changes all of "
-                "them, so none can be kept. ct.TransformerEncoder(kind='retroactive') has the "
-                "outputs of the model on windows. With use_causal_mask=True the lower attention "
-                "streams too. For the outputs of the model on windows it then needs a "
-                "sliding_window, or train the model on steps",
+                "attends to the outputs of another attention, and every new step changes all of "
+                "them: ct.convert(model, seq_len, kind='retroactive') computes them all, exactly. "
+                "Or give the lower attention use_causal_mask=True and a sliding_window, and train "
+                "on longer windows",
             )
         return bool(given.get("use_causal_mask"))
 
@@ -651,7 +711,14 @@ class StepGraph:
         """Run a node with steps as samples: (M, T, ...) becomes (M * T, ...), and back."""
         inputs = [x for x in node.input_tensors if id(x) in values]
         lead = tf.shape(values[id(inputs[0])])[:2]
-        samples = {id(x): _to_samples(self._known[id(x)].kind, values[id(x)]) for x in inputs}
+        samples = {}
+        for x in inputs:
+            layer, kind, y = self.kept_window(node, x), self._known[id(x)].kind, values[id(x)]
+            if layer is not None:
+                if id(layer) not in values:  # Another node may have called it already.
+                    values[id(layer)] = layer.call_steps(y, update_state=step.update_state)
+                kind, y = "whole", values[id(layer)]
+            samples[id(x)] = _to_samples(kind, y)
         with call_mode("regular"):
             outputs = keras.tree.flatten(_call(node, samples, training, **more))
         return [
@@ -701,15 +768,24 @@ def _takes_mask_of_whole(node: Node, values: dict[int, Tensor]) -> bool:
     )
 
 
-_POSITIONS = (
-    "If it gives each place of the window a position, use ct.CircularPositionalEncoding instead, "
-    "and train with it: the place of a step in the window changes at every step"
+_WINDOW = "put a ct.CoWindow before it, which gives it the whole window at every step"
+# Rows that see later steps cannot be kept in a window.
+_RETROACTIVE = (
+    "ct.convert(model, seq_len, kind='retroactive') gives it the whole window at every step, as a "
+    "ct.CoReTransformerEncoder before it does"
 )
+_FEATURES = "keep the first two axes, samples and time, and work along the others"
+_FUNCTION = "write its function with keras.ops along features, or mark it with @ct.row_wise"
 # What to do about operations that look at several steps, by the names of their classes.
 _CURES = {
-    "Add": _POSITIONS,
-    "Cumsum": _POSITIONS,
-    "GetItem": "Take the newest step, as by x[:, -1]",
+    **dict.fromkeys(("Activation", "Dense", "EinsumDense", "Lambda"), _FUNCTION),
+    **dict.fromkeys(
+        ("ExpandDims", "Moveaxis", "Permute", "Reshape", "Squeeze", "Swapaxes", "Transpose"),
+        _FEATURES,
+    ),
+    "GetItem": "take the newest step, as by x[:, -1]",
+    "GroupNormalization": "put it into a keras.layers.TimeDistributed, which normalizes each row",
+    "PReLU": "give it shared_axes=[1], so that its slopes are the same for all steps",
 }
 
 
@@ -720,16 +796,32 @@ _READS_ATTENTION = (
 )
 
 
-def _looks_at_more(operation: keras.Operation) -> str:
+def _looks_at_more(operation: keras.Operation, causal: bool) -> str:
+    """Return why an operation on windows cannot run on a step, and what to do.
+
+    Args:
+        operation: The operation.
+        causal: Whether no row that it is given depends on a later one.
+    """
     if isinstance(operation, keras.Model) and _graph_of(operation) is not None:
         return OWN_CALL
-    why = "may look at several steps of the window, but a step has only the newest one. "
-    if not type(operation).__module__.startswith("keras."):
-        own = "A layer of your own can be read as a keras.layers.Lambda of keras.ops. "
-        return why + own + _POSITIONS
-    return why + _CURES.get(
-        type(operation).__name__,
-        "A ct.CoReTransformerEncoder before it would give it the whole window at every step",
+    why = "may look at several steps of the window, but a step has only the newest one: "
+    whole = _WINDOW if causal else _RETROACTIVE
+    if type(operation).__module__.startswith("keras."):
+        return why + _CURES.get(type(operation).__name__, whole)
+    attention = [
+        layer
+        for layer in getattr(operation, "_flatten_layers", list)()
+        if isinstance(layer, keras.layers.MultiHeadAttention)
+    ]
+    if attention:
+        return (
+            f"calls {attention[0].name} ({type(attention[0]).__name__}) by itself, and a layer of "
+            "your own is not read: put the layers inside it into the graph of the model"
+        )
+    return (
+        f"{why}if it computes each row of a window only from that row, mark its class with "
+        f"@ct.row_wise. Otherwise {whole}"
     )
 
 

@@ -117,10 +117,18 @@ def _follow(graph: StepGraph, inputs: Sequence[Windows]) -> list[Windows]:
             stride = max(graph.known(x).stride for x in node.input_tensors if id(x) in values)
             result = _through_node(node, values, stride)
         else:
-            result = _union(values[id(x)] for x in node.input_tensors if id(x) in values)
+            result = _union(
+                _kept(graph, node, x, values[id(x)]) for x in node.input_tensors if id(x) in values
+            )
         return [result] * len(node.outputs)
 
     return keras.tree.flatten(graph.walk(inputs, visit))
+
+
+def _kept(graph: StepGraph, node: Node, x: keras.KerasTensor, windows: Windows) -> Windows:
+    """Return the `Windows` of a node's input, of which the graph may keep the newest rows."""
+    layer = graph.kept_window(node, x)
+    return windows if layer is None else _through_layer(layer, windows, windows, causal=False)
 
 
 def _through_node(node: Node, values: dict[int, Windows], stride: int) -> Windows:

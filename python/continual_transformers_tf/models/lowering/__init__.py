@@ -203,7 +203,9 @@ def _window(model: keras.Model, seq_len: int | None) -> int:
     if seq_len is not None:
         return seq_len
     functional = model._functional if isinstance(model, keras.Sequential) else model
-    lengths = {x.shape[1] for x in functional.inputs if len(x.shape) > 1}
+    # An input of floats (B, E) has no axis of time, which the graph refuses.
+    timed = [x for x in functional.inputs if len(x.shape) > 2 or "int" in x.dtype]
+    lengths = {x.shape[1] for x in timed or functional.inputs if len(x.shape) > 1}
     if len(lengths) == 1 and None not in lengths:
         return lengths.pop()
     raise ValueError(

@@ -22,6 +22,7 @@ from continual_transformers_tf.layers.co_re_transformer_encoder import CoReTrans
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
+from continual_transformers_tf.layers.co_window import CoWindow
 from continual_transformers_tf.layers.rotary import Rotary
 from continual_transformers_tf.layers.rotary_embedding import RotaryEmbedding
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
@@ -509,6 +510,14 @@ def co_delay(b: PlanBuilder, layer: CoDelay, x: Symbol, **ignored: Any) -> tuple
     return y, {"steps": StateOf(y.index, "ring"), "position": POSITION}
 
 
+def co_window(b: PlanBuilder, layer: CoWindow, x: Symbol, **ignored: Any) -> tuple[Symbol, State]:
+    """Lower a step of a window."""
+    if x.dtype != b.dtype:
+        raise CannotLower(f"keeps a window of {x.dtype}: a plan keeps windows only of floats")
+    y = window_of(b, x, layer.seq_len)
+    return y, {"steps": StateOf(y.index, "ring"), "position": POSITION}
+
+
 def co_residual(
     b: PlanBuilder, layer: CoResidual, x: Symbol, **arguments: Any
 ) -> tuple[Symbol, State]:
@@ -534,6 +543,7 @@ CONTINUAL: dict[type, Callable[..., tuple[Symbol, State]]] = {
     RotaryEmbedding: rotary_embedding,
     CoDelay: co_delay,
     CoResidual: co_residual,
+    CoWindow: co_window,
 }
 
 

@@ -13,6 +13,7 @@ from continual_transformers_tf.layers.co_recurrent import CoRecurrent
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_temporal import CoTemporal
+from continual_transformers_tf.layers.co_window import CoWindow
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
 from continual_transformers_tf.models.lowering import (
     logic_ops,  # noqa: F401  They register how operations are lowered.
@@ -60,6 +61,7 @@ class GraphLowering:
         self.problems = list(graph.problems)
         self.state: dict[int, State] = {}
         self._scope = scope
+        self._windows: dict[int, Symbol] = {}  # Id of a layer that keeps rows -> its output.
 
     def run(self, inputs: Sequence[Symbol]) -> Any:
         """Lower the model with these Symbols as inputs.
@@ -203,10 +205,21 @@ class GraphLowering:
         samples = {}
         for x in node.input_tensors:
             y = values[id(x)].with_mask(None)
-            if self.graph.known(x).kind == "newest":
+            layer = self.graph.kept_window(node, x)
+            if layer is not None:
+                y = self._kept(layer, y)
+            elif self.graph.known(x).kind == "newest":
                 y = self.b.reshape(y, (1, *y.shape))
             samples[id(x)] = y
         return samples
+
+    def _kept(self, layer: CoWindow, x: Symbol) -> Symbol:
+        """Return the newest rows of a window, kept once for all nodes that use them."""
+        if id(layer) not in self._windows:
+            scope, self.b.scope = self.b.scope, layer.name
+            self._windows[id(layer)], self.state[id(layer)] = lower_continual(self.b, layer, x)
+            self.b.scope = scope
+        return self._windows[id(layer)]
 
     def _steps(self, node: Node, outputs: Sequence[Symbol]) -> list[Symbol]:
         """Return outputs of samples as outputs of steps."""
