@@ -790,9 +790,10 @@ _CURES = {
 
 
 _READS_ATTENTION = (
-    "reads the outputs of attention. Every new step changes all of them, so none can be kept. With "
-    "use_causal_mask=True that attention streams too. A ct.CoReTransformerEncoder in its place "
-    "would give it the whole window at every step"
+    "reads the outputs of attention. Every new step changes all of them, so none can be kept. "
+    "ct.convert(model, seq_len, kind='retroactive') runs it on the whole window at every step, as a "
+    "ct.CoReTransformerEncoder in place of that attention does. With use_causal_mask=True the "
+    "attention streams as it is"
 )
 
 
