@@ -791,8 +791,8 @@ _CURES = {
 
 _READS_ATTENTION = (
     "reads the outputs of attention. Every new step changes all of them, so none can be kept. "
-    "ct.convert(model, seq_len, kind='retroactive') runs it on the whole window at every step, as a "
-    "ct.CoReTransformerEncoder in place of that attention does. With use_causal_mask=True the "
+    "ct.convert(model, seq_len, kind='retroactive') runs it on the whole window at every step, as "
+    "does a ct.CoReTransformerEncoder in place of that attention. With use_causal_mask=True the "
     "attention streams as it is"
 )
 
