@@ -4,8 +4,8 @@
 
 Samples at 8 kHz become a row of a log-mel spectrum every 10 ms. Two convolutions with strides leave
 a row every 40 ms. The blocks (Gulati et al., arXiv 2005.08100) look ahead within chunks of four
-rows: 160 ms. It builds the model, untrained, streams the speech with `ct.Session`, and compares the steps
-with the same model on the whole recording. Without a file it streams a sweep of tones.
+rows: 160 ms. It builds the model, untrained, streams the speech with `ct.Session`, and compares the
+steps with the same model on the whole recording. Without a file it streams a sweep of tones.
 """
 
 import sys
