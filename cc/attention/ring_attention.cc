@@ -146,8 +146,8 @@ class RingPass {
     const int64_t first = ahead - span.rows;
     const int64_t values = std::min(kRowsPerDot, std::min(rows_of_part_, span.rows) - first);
     if (values > 0) {
-      Prefetch(p_.value + (span.first_row + first) * p_.value_stride,
-               p_.key_heads * p_.value_dim, p_.value_stride, values);
+      Prefetch(p_.value + (span.first_row + first) * p_.value_stride, p_.key_heads * p_.value_dim,
+               p_.value_stride, values);
     }
   }
 
