@@ -70,3 +70,10 @@ def test_a_keyword_spotter_equals_itself_on_windows():
     keras.utils.set_random_seed(1)
     error, _ = example["compare"](example["build"](8, 1, 2, 3, window=12), steps=20)
     assert error < 5e-6
+
+
+def test_oad_tr_with_its_decoder_equals_itself_on_windows():
+    example = runpy.run_path(str(EXAMPLES / "models" / "oad_tr.py"))
+    keras.utils.set_random_seed(1)
+    error, _ = example["compare"](example["build"](8, 2, 3, 4, 1, window=6, inputs=5), steps=10)
+    assert error < 5e-6

@@ -215,14 +215,6 @@ def test_reasons(what):
     assert any(re.search(rf"^- \w+ \(\w+\) .*({pattern})", line) for line in lines), lines
 
 
-def test_attention_among_rows_that_are_no_steps():
-    x = keras.Input((N, E))
-    y = kl.Reshape((3, 2))(co_si()(x, x)[:, -1])
-    y = kl.MultiHeadAttention(1, 2, name="among")(y, y)
-    (_, line) = refused(ct.StreamingModel(keras.Model(x, y)))
-    assert line.startswith("- among (MultiHeadAttention) attends among the rows of one step")
-
-
 def test_quantized_layers():
     x = keras.Input((N, E))
     dense = kl.Dense(E, name="dense")

@@ -14,6 +14,7 @@ from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
 from continual_transformers_tf.layers.co_temporal import CoTemporal
 from continual_transformers_tf.layers.co_window import CoWindow
+from continual_transformers_tf.layers.learned_queries import LearnedQueries
 from continual_transformers_tf.layers.model_streams import (
     clean_state,
     convert_weights,
@@ -39,6 +40,7 @@ __all__ = [
     "CoSiTransformerEncoder",
     "CoTemporal",
     "CoWindow",
+    "LearnedQueries",
     "RelativePositionBias",
     "Rotary",
     "RotaryEmbedding",

@@ -42,6 +42,7 @@ from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTrans
 from continual_transformers_tf.layers.co_temporal import CoTemporal
 from continual_transformers_tf.layers.co_window import CoWindow
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
+from continual_transformers_tf.layers.learned_queries import LearnedQueries
 from continual_transformers_tf.layers.rotary_embedding import RotaryEmbedding
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
@@ -167,6 +168,7 @@ class StepGraph:
     def way(self, node: Node) -> str | None:
         """Return how a node is run on steps; None if it cannot be.
 
+        - "queries": the same rows at every step.
         - "continual": a continual layer takes a step.
         - "model": a model within the model, whose `StepGraph` is `inner(node)`.
         - "row taken": the node takes the row that the step gives, so it does nothing in steps.
@@ -238,6 +240,10 @@ class StepGraph:
 
     def _plan_node(self, node: Node, values: dict[int, Tensor]) -> list[Tensor]:
         op = node.operation
+        if isinstance(op, LearnedQueries):
+            self._plan[id(node)] = "queries"
+            shape = tuple(node.outputs[0].shape)
+            return [Tensor("sample", True, 1, shape, stride=self.block)]
         values = self._with_kept_windows(node, values)
         args, kwargs = node.arguments.fill_in(values)
         inputs = [x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, Tensor)]
@@ -293,7 +299,7 @@ class StepGraph:
                 "is given rows of padding before the stream's first, which only a convolution or a "
                 "pooling can read: put keras.layers.ZeroPadding1D right before that layer",
             )
-        if isinstance(op, ContinualLayer) and _streams_on(op, kinds):
+        if isinstance(op, ContinualLayer) and _streams_on(op, inputs):
             self._plan[id(node)] = "continual"
             self._needed = math.lcm(self._needed, op.block * inputs[0].stride)
             causal = self._plan_continual(node, args, kwargs, inputs) and causal
@@ -320,6 +326,8 @@ class StepGraph:
             if whole and isinstance(op, (ContinualLayer, keras.layers.MultiHeadAttention)):
                 self._plan_attention_to_whole(node)
             shapes = self._shapes_of_newest(node, values)
+            if _asks_from_elsewhere(op, inputs):
+                whole = set()  # The output has a row for each query, also if they are N.
             return [
                 Tensor(_kind_of_one(shape, whole), causal, field, shape, **late) for shape in shapes
             ]
@@ -415,6 +423,11 @@ class StepGraph:
         """
         given = {id(x): (x, values[id(x)]) for x in node.input_tensors if id(x) in values}
         lengths = {known.shape[1] for _, known in given.values() if known.kind == "whole"}
+        op = node.operation
+        if isinstance(op, CoSiMultiHeadAttention) and _asks_from_elsewhere(
+            op, [values[id(x)] for x in node.input_tensors if id(x) in values]
+        ):
+            lengths |= {op.seq_len}
         if len(lengths) != 1 or None in lengths or isinstance(node.operation, keras.Model):
             return values
         n: Any = lengths.pop()
@@ -690,8 +703,11 @@ class StepGraph:
         self, node: Node, values: dict[int, tf.Tensor], step: Step, training: bool | None
     ) -> list[tf.Tensor]:
         """Run as `_run_on_samples`, but let no row attend to a step that was never taken."""
-        x = next(values[id(x)] for x in node.input_tensors if self._known[id(x)].kind == "whole")
-        steps, n = tf.shape(x, tf.int64)[1], x.shape[2]
+        inputs = [x for x in node.input_tensors if id(x) in values]
+        kept = [layer for x in inputs if (layer := self.kept_window(node, x)) is not None]
+        whole = [x for x in inputs if self._known[id(x)].kind == "whole"]
+        n = kept[0].seq_len if kept else values[id(whole[0])].shape[2]
+        steps = tf.shape(values[id(inputs[0])], tf.int64)[1]
         number = step.position[:, tf.newaxis] + tf.range(steps)
         row = tf.range(n, dtype=tf.int64) - n + 1  # 0 is the newest step's row.
         there = tf.reshape(number[..., tf.newaxis] + row >= 0, [-1, n])
@@ -726,8 +742,18 @@ class StepGraph:
             for x, y in zip(node.outputs, outputs, strict=True)
         ]
 
+    def _run_queries(
+        self, node: Node, values: dict[int, tf.Tensor], step: Step, training: bool | None
+    ) -> tf.Tensor:
+        """Return the same queries for every step: `(M, T, Q, E)`."""
+        given = node.input_tensors[0]
+        lead = tf.shape(values[id(given)])[:2] // [1, self.rows(given)]
+        queries = _call(node, {id(x): values[id(x)] for x in node.input_tensors}, training)
+        return tf.broadcast_to(queries[:, tf.newaxis], tf.concat([lead, tf.shape(queries)[1:]], 0))
+
 
 _RUNS = {
+    "queries": StepGraph._run_queries,
     "continual": StepGraph._run_continual,
     "model": StepGraph._run_model,
     "row taken": StepGraph._run_identity,
@@ -901,11 +927,23 @@ def _kind_of_step(layer: ContinualLayer, output: keras.KerasTensor) -> str:
     return "newest" if output.shape[1] == 1 else "window"
 
 
-def _streams_on(layer: ContinualLayer, kinds: set[str]) -> bool:
-    """Return whether a continual layer takes steps of inputs of these kinds.
+def _asks_from_elsewhere(op: keras.Operation, inputs: Sequence[Tensor]) -> bool:
+    """Return whether attention has queries that are rows of a sample, or the newest row alone."""
+    first = inputs[0]
+    attends = isinstance(op, keras.layers.MultiHeadAttention)
+    rows = first.kind == "newest" or (first.kind == "sample" and len(first.shape) == 3)
+    return attends and rows
+
+
+def _streams_on(layer: ContinualLayer, inputs: Sequence[Tensor]) -> bool:
+    """Return whether a continual layer takes steps of such inputs.
 
     Convolutions, pooling and recurrent layers also run on whole windows, and on single rows.
+    Attention also runs among the rows of a sample.
     """
+    kinds = {x.kind for x in inputs}
+    if _asks_from_elsewhere(layer, inputs) and kinds != {"newest"}:
+        return False
     if isinstance(layer, (CoTemporal, CoRecurrent)):
         return "window" in kinds
     return "whole" not in kinds

@@ -330,10 +330,12 @@ def attend_whole(
     value: Symbol | None = None,
     key: Symbol | None = None,
     use_causal_mask: bool = False,
+    all_there: bool = False,
     **ignored: Any,
 ) -> Symbol:
     """Lower a regular call of a MultiHeadAttention on windows [N, E], in which all rows may be new.
 
+    With `all_there` the rows are no steps: none is missing in a new stream.
     Return only the Symbol of the output: there is no state.
     """
     check_computation(layer)
@@ -375,6 +377,7 @@ def attend_whole(
     keys = project(b, key, layer._key_dense, "key")
     values = project(b, value, layer._value_dense, "value")
     queries = project(b, query, layer._query_dense, "query")
+    more: dict[str, Any] = {"rows": 1, "first": 0} if all_there else {}
     attended = b.node(
         "window_attention",
         [queries, keys, values],
@@ -384,6 +387,7 @@ def attend_whole(
         scale=layer._inverse_sqrt_key_dim,
         band=band,
         causal=bool(use_causal_mask),
+        **more,
     )
     gate = project(b, query, layer._gate_dense, "gate") if layer._use_gate else None
     output = project(b, gated(b, attended, gate), layer._output_dense, "output", axes=2)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
 from continual_transformers_tf.layers.co_chunked_mha import CoChunkedMultiHeadAttention
@@ -242,8 +243,12 @@ class GraphLowering:
         call = Call(args, kwargs, lead, node.outputs[0].dtype, shapes)
         return lower_call(self.b, node.operation, call)
 
+    def _queries(self, node: Node, values: dict[int, Symbol]) -> Symbol:
+        return self.b.constant(np.asarray(node.operation.queries.value))
+
 
 _WAYS = {
+    "queries": GraphLowering._queries,
     "continual": GraphLowering._continual,
     "model": GraphLowering._model,
     "row taken": GraphLowering._row_taken,

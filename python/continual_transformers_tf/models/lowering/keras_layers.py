@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 from continual_transformers_tf.layers.co_recurrent import CoRecurrent
+from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_temporal import CoTemporal
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.models.lowering.activations import activate, softmax
@@ -156,16 +157,16 @@ def _regular(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -
     return lower_layer(b, layer.layer, call=call)
 
 
-@layer(keras.layers.MultiHeadAttention)
+@layer(keras.layers.MultiHeadAttention, CoSiMultiHeadAttention)
 def _attention(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -> Symbol:
+    """Lower attention among the rows of a sample, none of which is a step."""
     given = bound(layer, call)
     refuse_masks(given)
-    value = given["value"]
-    if len(value.shape) != 2 or value.shape[0] != 1:
+    if call.lead != 1 or len(given["value"].shape) != 2:
         raise CannotLower(
             "attends among the rows of one step: a plan only has nodes that attend to steps of time"
         )
-    return attend_whole(b, layer, **attention_arguments(given))
+    return attend_whole(b, layer, **attention_arguments(given), all_there=True)
 
 
 def attention_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
