@@ -6,7 +6,7 @@ from typing import Any
 import keras
 
 from continual_transformers_tf.layers.co_residual import CoResidual
-from continual_transformers_tf.models.cost_formulas import Cost
+from continual_transformers_tf.models.cost_formulas import Cost, activation_cost
 from continual_transformers_tf.models.cost_layers import Rows, cost_of, largest, with_register
 from continual_transformers_tf.models.own_calls import check_streaming_model
 from continual_transformers_tf.models.problem import CannotStream
@@ -73,6 +73,8 @@ def _check_built(layer: keras.layers.Layer) -> None:
 # keras.ops, by the names of their classes: (multiplications, additions) for each element.
 _OPS = {"Add": (0, 1), "Subtract": (0, 1), "Multiply": (1, 0), "Divide": (1, 0), "GetItem": (0, 0)}
 _OPS |= {"TrueDivide": (1, 0), "Negative": (0, 0), "Cast": (0, 0), "Reshape": (0, 0)}
+_OPS |= {"Maximum": (0, 0), "Minimum": (0, 0), "Square": (1, 0), "Sqrt": (1, 0), "Glu": (1, 1)}
+_OPS |= dict.fromkeys(("Concatenate", "ExpandDims", "Squeeze", "Transpose", "Split"), (0, 0))
 
 
 def _cost_of_model(model: keras.Model, mode: str, seq_len: int | None) -> Cost:
@@ -113,7 +115,13 @@ def _cost_of_node(graph: StepGraph, node: Any, mode: str, seq_len: int | None) -
     rows = Rows(mode, math.prod(known) if len(known) == len(given) else None, shapes)
     if isinstance(op, keras.layers.Layer):
         return cost_of(op, rows)
-    counts = _OPS.get(type(op).__name__)
+    kind = type(op).__name__
+    # Logarithms and exponentials count alike.
+    name = {"Exp": "exponential", "Log": "exponential"}.get(kind, kind.lower())
+    activation = activation_cost(name, 1)
+    if activation is not None:
+        return activation * rows.numbers(op)
+    counts = _OPS.get(kind)
     if counts is None:
         raise ValueError(
             f"Expected layers and operations whose cost is known, but got {type(op).__name__}"

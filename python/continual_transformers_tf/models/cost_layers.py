@@ -22,6 +22,7 @@ from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
 from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
 from continual_transformers_tf.layers.co_temporal import CoTemporal
 from continual_transformers_tf.layers.co_window import CoWindow
+from continual_transformers_tf.layers.learned_queries import LearnedQueries
 from continual_transformers_tf.layers.rotary_embedding import RotaryEmbedding
 from continual_transformers_tf.models.cost_formulas import (
     Cost,
@@ -146,6 +147,19 @@ def _(layer: keras.layers.EinsumDense, rows: Rows) -> Cost:
 def _(layer: keras.layers.LayerNormalization, rows: Rows) -> Cost:
     features = math.prod(layer.gamma.shape)
     return layer_norm_cost(rows.count, features) + _weights(layer)
+
+
+@cost_of.register
+def _(layer: keras.layers.RMSNormalization, rows: Rows) -> Cost:
+    (features,) = layer.scale.shape
+    # A square, a sum, the scale and the division by the root of the mean.
+    each = Cost(3 * features + 1, features)
+    return each * rows.count + _weights(layer)
+
+
+@cost_of.register
+def _(layer: LearnedQueries, rows: Rows) -> Cost:
+    return _weights(layer)
 
 
 @cost_of.register

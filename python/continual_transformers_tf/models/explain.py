@@ -306,6 +306,7 @@ def _how(graph: StepGraph, node: Node, values: dict[int, Any], way: str) -> str:
         return "takes the row that a step gives: nothing to do"
     whole = any(graph.known(x).kind == "whole" for x in node.input_tensors if id(x) in values)
     return {
+        "queries": "the same rows at every step",
         "row by row": "row by row",
         "reshaped": "row by row",
         "on samples": "on the whole window at every step" if whole else "on the newest row",
