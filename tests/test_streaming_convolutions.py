@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers as kl
 
 import continual_transformers_tf as ct
@@ -376,3 +377,30 @@ def test_a_pooling_of_the_window_needs_its_length():
     model = keras.Model(x, kl.GlobalAveragePooling1D()(x))
     with pytest.raises(ValueError, match="global_average_pooling1d.*needs seq_len"):
         ct.convert(model)
+
+
+IN_GRAPHS = {
+    "convolution": lambda: kl.Conv1D(4, 3, strides=2, padding="same", activation="tanh"),
+    "depthwise": lambda: kl.DepthwiseConv1D(3, padding="same"),
+    "separable": lambda: kl.SeparableConv1D(4, 3, strides=2),
+    "spectrogram": lambda: kl.STFTSpectrogram("magnitude", 8, 4, 8),
+}
+
+
+@pytest.mark.parametrize("name", IN_GRAPHS)
+def test_the_weights_are_those_of_the_layer_in_graphs_too(name, random):
+    layer = IN_GRAPHS[name]()
+    steps = ct.CoTemporal(layer, warm_up="partial")
+    x = tf.constant(random.normal(size=(2, 16, F)), "float32")
+    eager = steps.call_steps(x, update_state=False)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(steps.call_steps(x, update_state=False) ** 2)
+    assert all(g is not None for g in tape.gradient(loss, steps.trainable_weights))
+    unknown = tf.function(
+        lambda x: steps.call_steps(x), input_signature=[tf.TensorSpec([None, None, F])]
+    )
+    np.testing.assert_allclose(unknown(x), eager, atol=1e-5)
+    for weight in layer.trainable_weights:
+        weight.assign(2 * weight)
+    steps.clean_state()
+    assert not layer.trainable_weights or np.abs(unknown(x) - eager).max() > 1e-3

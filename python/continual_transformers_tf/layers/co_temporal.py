@@ -1,6 +1,5 @@
 """A layer that reads a few neighbouring steps, such as a convolution, on the steps of streams."""
 
-import copy
 import dataclasses
 from typing import Any
 
@@ -428,10 +427,7 @@ class CoTemporal(ContinualLayer):
         if isinstance(layer, keras.layers.ZeroPadding1D):
             return x
         if not isinstance(layer, (*_POOLING, *GLOBAL_POOLING)):
-            # A copy that shares the layer's weights: the padding is among the rows already.
-            valid = copy.copy(layer)
-            object.__setattr__(valid, "padding", "valid")
-            return valid(x)
+            return _without_padding(layer)(x)
         # Rows of padding, and rows before the stream's first, do not count in a pooling.
         row = tf.range(tf.shape(x)[1]) - frames.before
         number = first[:, tf.newaxis] * frames.stride + tf.cast(row, tf.int64)
@@ -443,6 +439,17 @@ class CoTemporal(ContinualLayer):
         mean = keras.ops.average_pool(tf.where(there, x, tf.zeros([], x.dtype)), *pool)
         share = keras.ops.average_pool(tf.cast(there, x.dtype), *pool)
         return tf.math.divide_no_nan(mean, share)
+
+
+def _without_padding(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """Return a layer that shares the given one's weights, for rows with the padding among them.
+
+    copy.copy would save the layer to a file and load it: with weights of its own, and not in a
+    graph.
+    """
+    valid = object.__new__(type(layer))
+    valid.__dict__.update(layer.__dict__, padding="valid")
+    return valid
 
 
 def _expanded(x: tf.Tensor, rank: int) -> tf.Tensor:
