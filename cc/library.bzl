@@ -63,6 +63,7 @@ SESSION_HEADERS = [
     "session/plan.h",
     "session/plan_ops.h",
     "session/one_query_instruction.h",
+    "session/recurrent_instruction.h",
     "session/retroactive_instruction.h",
     "session/ring_instructions.h",
     "session/rotary_instructions.h",

@@ -185,7 +185,7 @@ def test_pack_loads_keras_files_by_itself(files):
 
 
 def test_every_layer_is_saved_under_the_name_that_says_what_to_import():
-    assert len(LAYERS) == 9
+    assert len(LAYERS) == 17
     for name in LAYERS:
         layer_class = getattr(ct, name)
         assert keras.saving.get_registered_name(layer_class) == f"{IMPORT}>{name}"

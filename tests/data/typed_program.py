@@ -39,6 +39,9 @@ def train() -> None:
     ct.export(streaming, "folder", streams=10, states=False)
     ct.export_litert(streaming, "step.tflite", weights="int8", key_mask=True)
     ct.clean_state(streaming, streams=[1])
+    chunked = ct.CoChunkedMultiHeadAttention(chunk=4, left_chunks=2, num_heads=2, key_dim=8)
+    print(chunked.block, ct.CoTemporal(chunked, window=3).span, ct.CoRecurrent(chunked).goes_on)
+    print(ct.LearnedQueries(count=3, features=8)(np.zeros((1, 4, 8), "float32")))
     session = ct.Session(streaming, weights_dtype="bfloat16")
     session.load_weights(streaming)
 
