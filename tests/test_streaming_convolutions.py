@@ -404,3 +404,36 @@ def test_the_weights_are_those_of_the_layer_in_graphs_too(name, random):
         weight.assign(2 * weight)
     steps.clean_state()
     assert not layer.trainable_weights or np.abs(unknown(x) - eager).max() > 1e-3
+
+
+def test_strides_within_a_model_within_the_model(random):
+    x = keras.Input((None, F))
+    inner = keras.Sequential(
+        [keras.Input((None, F)), kl.Conv1D(4, 3, 2, "causal"), kl.Conv1D(3, 3, 2, "same")]
+    )
+    assert check(keras.Model(x, kl.Dense(2)(inner(x))), random).block == 4
+
+
+def test_one_row_beside_strides(random):
+    x = keras.Input((8, F))
+    late = kl.GlobalAveragePooling1D()(kl.Conv1D(2, 3, padding="same")(x))
+    last = kl.GRU(3)(x)
+    model = keras.Model(x, [kl.Conv1D(2, 4, 4, "causal")(x), last, late])
+    streaming = ct.convert(model, 8, warm_up="partial")
+    assert (streaming.block, streaming.delay) == (4, 1)  # Not the delay of a block.
+    data = random.normal(size=(2, 8, F)).astype("float32")
+    expected = model(data)
+    session = ct.Session(streaming)
+    for source in (streaming, session):
+        for first in (0, 4):
+            call = source.call_step if source is streaming else source.step
+            rows, newest, _ = call(data[:, first : first + 4])
+        np.testing.assert_allclose(rows, expected[0][:, -1], atol=1e-5)
+        np.testing.assert_allclose(newest, expected[1], atol=1e-5)
+
+
+def test_an_input_without_time_is_refused_beside_strides():
+    x, still = keras.Input((8, F)), keras.Input((3,), name="still")
+    y = kl.Concatenate()([kl.GlobalMaxPooling1D()(kl.Conv1D(2, 2, 2)(x)), kl.Dense(2)(still)])
+    with pytest.raises(ValueError, match="no axis of time in still"):
+        ct.convert(keras.Model([x, still], y), 8)
