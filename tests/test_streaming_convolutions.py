@@ -404,3 +404,93 @@ def test_the_weights_are_those_of_the_layer_in_graphs_too(name, random):
         weight.assign(2 * weight)
     steps.clean_state()
     assert not layer.trainable_weights or np.abs(unknown(x) - eager).max() > 1e-3
+
+
+def test_strides_within_a_model_within_the_model(random):
+    x = keras.Input((None, F))
+    inner = keras.Sequential(
+        [keras.Input((None, F)), kl.Conv1D(4, 3, 2, "causal"), kl.Conv1D(3, 3, 2, "same")]
+    )
+    assert check(keras.Model(x, kl.Dense(2)(inner(x))), random).block == 4
+
+
+def test_one_row_beside_strides(random):
+    x = keras.Input((8, F))
+    late = kl.GlobalAveragePooling1D()(kl.Conv1D(2, 3, padding="same")(x))
+    last = kl.GRU(3)(x)
+    model = keras.Model(x, [kl.Conv1D(2, 4, 4, "causal")(x), last, late])
+    streaming = ct.convert(model, 8, warm_up="partial")
+    assert (streaming.block, streaming.delay) == (4, 1)  # Not the delay of a block.
+    data = random.normal(size=(2, 8, F)).astype("float32")
+    expected = model(data)
+    session = ct.Session(streaming)
+    for source in (streaming, session):
+        for first in (0, 4):
+            call = source.call_step if source is streaming else source.step
+            rows, newest, _ = call(data[:, first : first + 4])
+        np.testing.assert_allclose(rows, expected[0][:, -1], atol=1e-5)
+        np.testing.assert_allclose(newest, expected[1], atol=1e-5)
+
+
+def test_an_input_without_time_is_refused_beside_strides():
+    x, still = keras.Input((8, F)), keras.Input((3,), name="still")
+    y = kl.Concatenate()([kl.GlobalMaxPooling1D()(kl.Conv1D(2, 2, 2)(x)), kl.Dense(2)(still)])
+    with pytest.raises(ValueError, match="no axis of time in still"):
+        ct.convert(keras.Model([x, still], y), 8)
+
+
+def in_graph(steps, features=F):
+    """Return call_steps in a graph that knows neither the streams nor the steps."""
+    return tf.function(
+        lambda x: steps.call_steps(x), input_signature=[tf.TensorSpec([None, None, features])]
+    )
+
+
+def of_blocks(name):
+    options = dict(warm_up="partial")
+    if name == "chunks":
+        return ct.CoChunkedMultiHeadAttention(2, 1, 2, 3, **options)
+    if name == "convolution":
+        return ct.CoTemporal(kl.Conv1D(F, 3, 2, "causal"), **options)
+    x = keras.Input((None, F))
+    y = kl.GRU(F, return_sequences=True)(x)
+    return ct.convert(keras.Model(x, kl.Conv1D(F, 2, 2, "causal")(y)), 4, **options)
+
+
+@pytest.mark.parametrize("name", ["chunks", "convolution", "model"])
+def test_a_graph_refuses_steps_that_are_no_multiple_of_the_block(name, random):
+    steps = of_blocks(name)
+    x = random.normal(size=(2, 8, F)).astype("float32")
+    expected = steps.call_steps(x)
+    steps.clean_state()
+    call = in_graph(steps)
+    first = call(x[:, :4])
+    for wrong, message in ((3, "multiple of 2 steps"), (1, "multiple of 2"), (0, "at least one")):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+            call(x[:, 4 : 4 + wrong])
+    y = np.concatenate([first, call(x[:, 4:])], 1)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm", "stack"])
+def test_dropout_of_recurrent_layers(kind, random):
+    options = dict(dropout=0.5, recurrent_dropout=0.3)
+    layer = {
+        "gru": lambda: kl.GRU(8, **options),
+        "lstm": lambda: kl.LSTM(8, **options),
+        "stack": lambda: kl.RNN(
+            kl.StackedRNNCells([kl.LSTMCell(4, **options), kl.GRUCell(8, **options)])
+        ),
+    }[kind]()
+    steps = ct.CoRecurrent(layer)
+    x = random.normal(size=(2, 6, F)).astype("float32")
+    plain = steps.call_steps(x, update_state=False)
+
+    def dropped(x):
+        return steps.call_steps(x, training=True, update_state=False)
+
+    for call in (dropped, tf.function(dropped)):
+        a, b = call(x), call(x)
+        assert np.abs(a - b).max() > 1e-3  # Each call drops others.
+        assert call(x[:1]).shape == (1, 6, 8)
+    np.testing.assert_allclose(steps.call_steps(x, update_state=False), plain)

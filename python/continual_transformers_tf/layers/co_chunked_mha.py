@@ -13,6 +13,7 @@ from continual_transformers_tf.layers.inputs import (
     check_features,
     check_same_rows,
     expect_given,
+    in_blocks,
     rows_and_steps,
     step_input,
     without_keras_mask,
@@ -278,6 +279,7 @@ class CoChunkedMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttentio
                 f"Expected a multiple of {self._chunk} steps, whole chunks, but got "
                 f"{tuple(query.shape)}"
             )
+        query = in_blocks(query, self._chunk)
         rows, steps = rows_and_steps(query)
 
         def compute(step: Step) -> tf.Tensor | None:

@@ -321,7 +321,16 @@ class CoRecurrent(ContinualLayer):
         over_time = [tf.transpose(x, [1, 0, 2])]
         if mask is not None:
             over_time.append(tf.transpose(mask))
-        states, outputs = tf.scan(take_one, tuple(over_time), (tuple(before), outputs))
+        drops = training is not False and _drops_out(cell)
+        if drops:
+            # Cells keep their masks for a call: they must be of this graph, not of the loop's.
+            packed = keras.tree.pack_sequence_as(structure, before)
+            self.layer._maybe_config_dropout_masks(cell, x[:, 0], packed)
+        try:
+            states, outputs = tf.scan(take_one, tuple(over_time), (tuple(before), outputs))
+        finally:
+            if drops:
+                self.layer._maybe_reset_dropout_masks(cell)
         after = [state[-1] for state in states]
         index = step.numbers[:, tf.newaxis]
 
@@ -355,6 +364,12 @@ def _states_of_last(cell: Any) -> int:
     """Return how many states the cell, or the last of stacked cells, has."""
     cells = getattr(cell, "cells", [cell])
     return len(keras.tree.flatten(cells[-1].state_size))
+
+
+def _drops_out(cell: Any) -> bool:
+    """Return whether the cell, or one of stacked cells, has dropout."""
+    cells = getattr(cell, "cells", [cell])
+    return any(getattr(c, "dropout", 0) or getattr(c, "recurrent_dropout", 0) for c in cells)
 
 
 def _numbers_of_windows(step: Step, rows: tf.Tensor, n: int) -> tf.Tensor:

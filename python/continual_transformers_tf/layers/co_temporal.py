@@ -13,6 +13,7 @@ from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.inputs import (
     TensorLike,
     expect_given,
+    in_blocks,
     rows_and_steps,
     without_keras_mask,
 )
@@ -356,7 +357,7 @@ class CoTemporal(ContinualLayer):
             raise ValueError(
                 f"Expected a multiple of {self.block} steps, at least one, but got {tuple(x.shape)}"
             )
-        return x
+        return in_blocks(x, self.block) if rank == 3 else x
 
     def _keep(self, features: tuple[int | None, ...]) -> None:
         """Make the ring for rows of these features."""

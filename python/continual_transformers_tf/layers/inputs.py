@@ -83,6 +83,23 @@ def _size(x: tf.Tensor, axis: int) -> int | tf.Tensor:
     return tf.shape(x)[axis] if x.shape[axis] is None else x.shape[axis]
 
 
+def in_blocks(x: tf.Tensor, block: int) -> tf.Tensor:
+    """Return steps `(M, T, ...)`; if T is not known, they fail unless it is a multiple of `block`.
+
+    Raises:
+        tf.errors.InvalidArgumentError: When the graph runs, if T is no such multiple, or 0.
+    """
+    if block == 1 or x.shape[1] is not None:
+        return x
+    steps = tf.shape(x)[1]
+    whole = [
+        tf.debugging.assert_positive(steps, "Expected at least one step, but got 0"),
+        tf.debugging.assert_equal(steps % block, 0, f"Expected a multiple of {block} steps"),
+    ]
+    with tf.control_dependencies(whole):
+        return tf.identity(x)
+
+
 def check_features(name: str, x: tf.Tensor, features: int) -> None:
     """Raise ValueError unless the last axis of a tensor is what the layer was built for."""
     if x.shape[-1] != features:

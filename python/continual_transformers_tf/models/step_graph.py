@@ -116,13 +116,12 @@ class StepGraph:
                 for x, name in zip(self.model.inputs, names_of_inputs(self.model), strict=True)
                 if len(x.shape) < 3 and not (len(x.shape) == 2 and "int" in x.dtype)
             ]
-        problems = self.problems
+        of_inputs = list(self.problems)
         outputs = self.walk(inputs, self._plan_node, self._known)
-        needed = math.lcm(self._needed, *(graph.block for graph in self._inner.values()))
-        if block is None and needed > 1:
+        if block is None and self._needed > 1:
             # Plan again: whether the newest row of a tensor is one of several depends on the block.
-            self.block = needed
-            self._begin(problems[: len(problems) - len(self.problems)])
+            self.block = self._needed
+            self._begin(of_inputs)
             outputs = self.walk(inputs, self._plan_node, self._known)
         self.outputs = keras.tree.flatten(outputs)
         self.receptive_field = max(x.receptive_field for x in self.outputs)
@@ -190,7 +189,7 @@ class StepGraph:
     def rows(self, tensor: keras.KerasTensor | Tensor) -> int:
         """Return how many rows of a tensor of the graph a step has."""
         known = tensor if isinstance(tensor, Tensor) else self._known[id(tensor)]
-        return max(1, self.block // known.stride)
+        return max(1, self.block // known.stride) if known.kind == "window" else 1
 
     def kept_window(self, node: Node, x: keras.KerasTensor) -> CoWindow | None:
         """Return the layer that keeps the newest rows of a node's input; None: there is none.
@@ -249,11 +248,11 @@ class StepGraph:
         inputs = [x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, Tensor)]
         causal = all(x.causal for x in inputs)
         field = max(x.receptive_field for x in inputs)
-        latest = max(inputs, key=lambda x: x.delay)
+        latest = max(inputs, key=lambda x: x.delay * x.stride)
         late: dict[str, Any] = dict(
             delay=latest.delay,
             delayed_by=latest.delayed_by,
-            stride=inputs[0].stride,
+            stride=latest.stride,
             lag=max(x.lag for x in inputs),
         )
         kinds = {x.kind for x in inputs}
@@ -278,6 +277,7 @@ class StepGraph:
                 given = [values[id(x)] for x in inputs_of_model(node)]
                 graph = self._inner[id(node)] = StepGraph(inner, given, self.block)
                 self._plan[id(node)] = "model"
+                self._needed = math.lcm(self._needed, graph._needed)
                 self.problems += graph.problems
                 for layer in graph.layers:
                     self._add_layer(layer)
@@ -322,7 +322,6 @@ class StepGraph:
             self._plan[id(node)] = "on samples"
             self._check_nothing_streams_within(node)
             whole = {x.shape[1] for x in inputs if x.kind == "whole"}
-            late |= dict(stride=self.block)
             if whole and isinstance(op, (ContinualLayer, keras.layers.MultiHeadAttention)):
                 self._plan_attention_to_whole(node)
             shapes = self._shapes_of_newest(node, values)
@@ -343,7 +342,6 @@ class StepGraph:
                 )
             lead, *features = node.outputs[0].shape
             shape = (lead, 1, *features[1:]) if kind == "newest" else (lead, *features)
-            late |= dict(stride=self.block)
             return [Tensor(kind, causal, field, shape, **late)]
         if "whole" in kinds:
             self._refuse(
@@ -412,7 +410,7 @@ class StepGraph:
             tuple(node.outputs[0].shape),
             delay=frames.rows.delay,
             delayed_by=op.name if frames.rows.delay > x.delay else x.delayed_by,
-            stride=x.stride * op.block if kind == "window" else self.block,
+            stride=x.stride * op.block,
             lag=frames.rows.lag,
         )
 

@@ -8,7 +8,7 @@ import tensorflow as tf
 from continual_transformers_tf._keras_registration import registered
 from continual_transformers_tf.layers.call_modes import call_mode
 from continual_transformers_tf.layers.composite_layer import CompositeLayer
-from continual_transformers_tf.layers.inputs import expect_given, rows_and_steps
+from continual_transformers_tf.layers.inputs import expect_given, in_blocks, rows_and_steps
 from continual_transformers_tf.layers.warm_up import always_partial, check_warm_up
 from continual_transformers_tf.models.problem import CannotStream, Problem
 from continual_transformers_tf.models.step_graph import (
@@ -228,7 +228,10 @@ class StreamingModel(CompositeLayer, keras.Model):
                 )
             if x.dtype.is_floating and "int" in symbolic.dtype:
                 raise ValueError(f"Expected {name} of integers, but got {x.dtype.name}")
-            tensors.append(with_mask(tf.cast(x, symbolic.dtype), getattr(x, "_keras_mask", None)))
+            mask, x = getattr(x, "_keras_mask", None), tf.cast(x, symbolic.dtype)
+            if axes_of_steps == 2:
+                x = in_blocks(x, self.block)
+            tensors.append(with_mask(x, mask))
         return _of_same_steps(tensors, letters)
 
     def _by_name(self, inputs: Any) -> Any:
