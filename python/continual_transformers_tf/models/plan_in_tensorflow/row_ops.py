@@ -275,9 +275,9 @@ def _rotary(node: Node, step: Step, x: tf.Tensor, angles: tf.Tensor) -> tf.Tenso
         a, b = both[..., 0], both[..., 1]
     else:
         a, b = y[:, :pairs], y[:, pairs : 2 * pairs]
-    turned = a * cos - b * sin, b * cos + a * sin
+    turned = [a * cos - b * sin, b * cos + a * sin]
     if node.attributes["interleaved"]:
-        turned = (tf.reshape(tf.stack(turned, -1), [-1, 2 * pairs]),)
+        turned = [tf.reshape(tf.stack(turned, -1), [-1, 2 * pairs])]
     return tf.reshape(tf.concat([*turned, y[:, 2 * pairs :]], -1), x.shape)
 
 
