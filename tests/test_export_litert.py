@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -12,7 +13,7 @@ import continual_transformers_tf as ct
 import reference
 from continual_transformers_tf.models.lowering import lower
 from continual_transformers_tf.models.plan_in_tensorflow import PlanStep
-from model_cases import BOUNDS, CASES, E, N
+from model_cases import BOUNDS, CASES, D, E, H, N
 from plan_files import PlanFile, attention_only_plan, attention_plan, many_ports_plan
 from test_session import packed
 
@@ -110,6 +111,11 @@ FEW = [
     "several_tokens_a_step",
     "masked_query_that_waits",
     "masked_self_attention",
+    "convolutions",
+    "recurrent",
+    "pooling_of_the_window",
+    "co_si_everything",
+    "rotary_embedding",
 ]
 
 
@@ -132,6 +138,38 @@ def test_a_file_gives_what_a_session_gives(random, tmp_path, name):
 @pytest.mark.parametrize("name", [n for n in CASES if n not in FEW])
 def test_every_model_gives_what_its_session_gives(random, tmp_path, name):
     test_a_file_gives_what_a_session_gives(random, tmp_path, name)
+
+
+# Models that take a block of steps at once.
+
+
+def strided_model():
+    x = keras.Input((None, E))
+    y = kl.Conv1D(E, 3, 2, "causal", activation="relu")(x)
+    y = kl.LSTM(E, return_sequences=True)(kl.MaxPooling1D(2, 1)(y))
+    y = ct.CoSiMultiHeadAttention(3, H, D, single_output=False)(y)
+    return keras.Model(x, kl.Dense(3)(y))
+
+
+def chunked_model():
+    x = keras.Input((None, E))
+    y = kl.Conv1D(E, 3, padding="causal")(x)
+    y = y + ct.CoChunkedMultiHeadAttention(3, 2, H, D)(kl.LayerNormalization()(y))
+    y = kl.DepthwiseConv1D(3)(kl.ZeroPadding1D((2, 0))(y))
+    y = kl.Dense(4)(kl.GRU(5, return_sequences=True)(y))
+    return keras.Model(x, y)
+
+
+@pytest.mark.parametrize(("make", "block"), [(strided_model, 2), (chunked_model, 3)])
+def test_a_block_of_steps(random, tmp_path, make, block):
+    keras.utils.set_random_seed(5)
+    session = ct.Session(ct.convert(make(), 3, warm_up="partial"))
+    assert session.block == block
+    ct.export_litert(session, tmp_path / "model.tflite")
+    x = random.standard_normal((1, 60, block, E))
+    stream = check_stream(session, tmp_path / "model.tflite", [x], 2 * BOUNDS["float32"])
+    assert tuple(stream.inputs[session.inputs[0].name]["shape"]) == (1, block, E)
+    assert stream.state["state_position"] == 60
 
 
 # Every function of every op, in hand-made plans.
@@ -165,17 +203,21 @@ RELUS = [
     for threshold in (0.0, 0.3, -0.3)
 ]
 OF_POSITIVE = {"log", "log1p", "sqrt", "rsqrt"}
+OF_LESS_THAN_ONE = {"arccos", "arcsin", "arctanh"}
 OTHERS = [
     "exponential", "gelu", "gelu_tanh", "hard_sigmoid", "hard_silu", "hard_tanh", "linear",
     "log_sigmoid", "mish", "relu6", "selu", "sigmoid", "silu", "softplus", "softsign",
     "sparse_plus", "sparse_sigmoid", "tanh", "tanh_shrink", "absolute", "cos", "negative",
-    "reciprocal", "sign", "sin", "square",
+    "reciprocal", "sign", "sin", "square", "arcsinh", "arctan", "cbrt", "ceil", "cosh", "erf",
+    "erfc", "expm1", "floor", "round", "sinc", "sinh", "tan", "trunc",
 ]  # fmt: skip
 
 
-def functions(random, positive):
-    if positive:
-        return [("activation", {}, dict(function=name)) for name in sorted(OF_POSITIVE)]
+def functions(random, domain):
+    """Return the nodes of functions of any number, or of one of the smaller domains."""
+    if domain != "any":
+        names = {"positive": OF_POSITIVE, "below_one": OF_LESS_THAN_ONE, "above_one": {"arccosh"}}
+        return [("activation", {}, dict(function=name)) for name in sorted(names[domain])]
     weights = {"alpha": random.standard_normal(FEATURES).astype("float32")}
     nodes = [("activation", weights, dict(function="prelu"))]
     nodes += [("activation", {}, dict(function="relu", **numbers)) for numbers in RELUS]
@@ -196,19 +238,26 @@ def functions(random, positive):
     return nodes
 
 
-@pytest.mark.parametrize("positive", [False, True])
-def test_every_function_of_an_element_or_row(random, tmp_path, positive):
-    plan = branches_plan(random, functions(random, positive))
+DOMAINS = ("any", "positive", "below_one", "above_one")
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_every_function_of_an_element_or_row(random, tmp_path, domain):
+    plan = branches_plan(random, functions(random, domain))
     ct.export_litert(plan.write(tmp_path), tmp_path / "model.tflite")
     x = 2 * random.standard_normal((1, 40, FEATURES))
-    if positive:
+    if domain != "any":
         x = np.exp(4 * x)  # Small numbers too, of which log1p must keep the digits.
+    if domain == "below_one":
+        x = np.sign(random.standard_normal(x.shape)) * x / (1.01 + x)
+    if domain == "above_one":
+        x += 1
     session, stream = plan.session(), Stream(tmp_path / "model.tflite")
     for step, by_name in steps_of(session, [x]):
         expected, got = of_session(session, step), stream.step(**by_name)
         for i, node in enumerate(plan.plan["nodes"]):
             np.testing.assert_allclose(
-                got[f"y_{i}"], expected[f"y_{i}"], rtol=1e-5, atol=3e-6 * (not positive),
+                got[f"y_{i}"], expected[f"y_{i}"], rtol=1e-5, atol=3e-6 * (domain == "any"),
                 err_msg=str(node["attributes"]),
             )  # fmt: skip
 
@@ -218,9 +267,12 @@ def binary_plan(random):
     shape = (2, 3, 4)
     x, y = plan.input("x", *shape), plan.input("y", *shape)
     made = []
-    for function in ("add", "subtract", "multiply", "divide", "maximum", "minimum", "power"):
+    for function in (
+        "add", "subtract", "multiply", "divide", "maximum", "minimum", "power", "arctan2", "equal",
+        "fmod", "greater", "greater_equal", "hypot", "logaddexp", "mod", "not_equal",
+    ):  # fmt: skip
         made.append(plan.node("binary", [x, y], plan.value(*shape), function=function))
-    for function in ("sum", "mean", "max", "min"):
+    for function in ("sum", "mean", "max", "min", "product", "argmax", "argmin"):
         for axis in range(3):
             rest = shape[:axis] + shape[axis + 1 :]
             made.append(plan.node("reduce", [x], plan.value(*rest), function=function, axis=axis))
@@ -246,6 +298,17 @@ def binary_plan(random):
         made.append(
             plan.node("strided", [x], plan.value(*out), offset=offset, strides=list(strides))
         )
+    for axis in range(3):
+        for op, options in [
+            ("cumulative", dict(function="sum")),
+            ("cumulative", dict(function="product")),
+            ("sort", dict(function="values", descending=False)),
+            ("sort", dict(function="indices", descending=True)),
+            ("sort", dict(function="indices", descending=False)),
+        ]:
+            made.append(plan.node(op, [x], plan.value(*shape), axis=axis, **options))
+    condition = plan.node("cast", [x], plan.value(*shape, dtype="bool"))
+    made.append(plan.node("where", [condition, y, x], plan.value(*shape)))
     made.append(plan.node("reshape", [x], plan.value(4, 6)))
     table = random.standard_normal((2, 3, 4)).astype("float32")
     made.append(plan.node("constant", [], plan.value(*shape), {"value": table}))
@@ -290,14 +353,131 @@ def test_every_op_is_tested():
 
     random = np.random.default_rng(1)
     used = {}
-    plans = [branches_plan(random, functions(random, p)).plan for p in (False, True)]
+    plans = [branches_plan(random, functions(random, domain)).plan for domain in DOMAINS]
     plans.append(binary_plan(random).plan)
+    plans.append(lower(ct.convert(chunked_model(), warm_up="partial")).plan)
     plans += [lower(CASES[name].build(), CASES[name].seq_len).plan for name in FEW]
     for node in (node for plan in plans for node in plan["nodes"]):
         used.setdefault(node["op"], set()).add(node["attributes"].get("function"))
     assert set(used) == set(OPS)
     for name, op in OPS.items():
         assert op.functions is None or op.functions == used[name], name
+
+
+def test_every_op_of_a_model_file_is_there():
+    from continual_transformers_tf.models.plan_in_tensorflow.op_table import OPS
+
+    table = Path(__file__).parents[1] / "docs/model_file.md"
+    nodes = table.read_text().split("## The nodes")[1].split("## Fingerprints")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", nodes, re.M)) == set(OPS)
+    functions = nodes.split("**`activation`.** Functions")[1]
+    named = set(re.findall(r"`(\w+)`", re.sub(r"\([^)]*`[^)]*\)", "", functions)))
+    assert set(OPS["activation"].functions) <= named
+    assert named - set(OPS["activation"].functions) <= {"value"}
+
+
+SPECIAL = [
+    [1, np.nan, 3, np.nan, -np.inf, 2], [np.inf, np.nan, np.inf, 0, 0, -1],
+    [-np.inf, -np.inf, np.inf, np.inf, 5, 5], [np.nan] * 6,
+]  # fmt: skip
+
+
+def test_nan_and_infinity_in_order(tmp_path):
+    nodes = [
+        ("sort", {}, dict(function=function, axis=0, descending=descending))
+        for function in ("values", "indices")
+        for descending in (False, True)
+    ]
+    plan = branches_plan(None, nodes)
+    for function in ("argmax", "argmin"):
+        made = plan.node("reduce", [0], plan.value(), function=function, axis=0)
+        plan.output(f"y_{len(plan.plan['outputs'])}", made)
+    plan.plan["output_structure"] = list(range(len(plan.plan["outputs"])))
+    ct.export_litert(plan.write(tmp_path), tmp_path / "model.tflite")
+    session, stream = plan.session(), Stream(tmp_path / "model.tflite")
+    for x in np.array(SPECIAL, "float32")[:, np.newaxis]:
+        expected, got = of_session(session, [x]), stream.step(x=x)
+        for name, y in expected.items():
+            # An infinity is as large as a NaN here, so only the sorted values are in order.
+            if name in ("y_2", "y_3") and np.isnan(x).any():
+                continue
+            if name in ("y_0", "y_1"):
+                finite = np.isfinite(y)
+                np.testing.assert_array_equal(got[name][finite], y[finite], err_msg=name)
+                np.testing.assert_array_equal(np.isnan(got[name]).sum(), np.isnan(y).sum())
+            else:
+                np.testing.assert_array_equal(got[name], y, err_msg=name)
+
+
+# Recurrent cells and rotary positions, in hand-made plans.
+
+CELLS = {
+    "simple": (1, "tanh", "sigmoid"),
+    "gru": (3, "softsign", "hard_sigmoid"),
+    "gru_reset_before": (3, "tanh", "sigmoid"),
+    "lstm": (4, "tanh", "sigmoid"),
+}
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_recurrent_cells(random, tmp_path, goes_on):
+    """Cells of several rows, with and without rows before the stream, biases and masks."""
+    rows, units = 3, 4
+    plan = PlanFile(receptive_field=5)
+    keep = plan.input("keep", 1, dtype="bool")
+    outputs = []
+    for name, (gates, activation, gate) in CELLS.items():
+        x = plan.input(name, rows, gates * units)
+        size = gates * units
+        weights = {"kernel": random.standard_normal((units, size)).astype("float32")}
+        if name != "gru_reset_before":
+            weights["bias"] = random.standard_normal(size).astype("float32")
+        options = dict(function=name, activation=activation, gate=gate, goes_on=goes_on)
+        for first, masks in ((0, {}), (-4 * goes_on, {"step": keep})):
+            outputs.append(
+                plan.node(
+                    "recurrent", [x], plan.value(rows, units), weights, masks, first=first,
+                    **options,
+                )
+            )  # fmt: skip
+    for i, value in enumerate(outputs):
+        plan.output(f"y_{i}", value)
+    plan.plan["input_structure"] = list(range(len(CELLS) + 1))
+    plan.plan["output_structure"] = list(range(len(outputs)))
+    ct.export_litert(plan.write(tmp_path), tmp_path / "model.tflite")
+    inputs = [random.random((1, 60, 1)) < 0.8]
+    inputs += [random.standard_normal((1, 60, rows, g * units)) for g, _, _ in CELLS.values()]
+    stream = check_stream(plan.session(), tmp_path / "model.tflite", inputs, 1e-5)
+    assert ("state_0_state" in stream.state) == goes_on
+
+
+def test_rotary_angles_are_exact_far_into_a_stream(random, tmp_path):
+    """The angles are those of any position, also beyond 2^31 steps and in the browser's int32."""
+    turns = random.integers(-(2**63), 2**63 - 1, 40)
+    turns[:4] = 1, -1, 2**63 - 1, 2**62
+    plan = PlanFile()
+    x = plan.input("x", 1)
+    angles = plan.node("rotary_angles", [], plan.value(2, 40), {"turns": turns})
+    plan.output("x", x)
+    plan.output("angles", angles)
+    plan.plan["output_structure"] = [0, 1]
+    ct.export_litert(plan.write(tmp_path), tmp_path / "model.tflite")
+    stream, session = Stream(tmp_path / "model.tflite"), plan.session()
+    one = np.zeros((1, 1), "float32")
+    assert {part.dtype for part in stream.state.values()} == {np.dtype("int32")}
+    for _ in range(20):
+        got, expected = stream.step(x=one)["angles"], of_session(session, [one])["angles"]
+        np.testing.assert_allclose(got, expected, rtol=0, atol=3e-7)
+    for position in (2**31 - 3, 10**12, 2**61 + 12345):
+        exact = [position * int(turn) % 2**64 for turn in turns]
+        limbs = [[angle >> 16 * i & 0xFFFF for angle in exact] for i in range(4)]
+        stream.state["state_0_angles"] = np.array(limbs, np.int32)
+        for step in range(5):
+            exact = [(position + step) * int(turn) % 2**64 for turn in turns]
+            radians = np.array(exact, "float64") * (2 * np.pi / 2**64)
+            got = stream.step(x=one)["angles"][0]
+            np.testing.assert_allclose(got[0], np.cos(radians), rtol=0, atol=3e-7)
+            np.testing.assert_allclose(got[1], np.sin(radians), rtol=0, atol=3e-7)
 
 
 # The three kinds of weights.
@@ -549,9 +729,9 @@ def test_models_that_do_not_stream(tmp_path):
 def test_nodes_that_litert_cannot_express(random):
     plan = attention_plan(random)
     plan.plan["nodes"][0]["op"] = "unheard_of"
-    plan.plan["nodes"][-2]["attributes"]["function"] = "arctan2"
+    plan.plan["nodes"][-2]["attributes"]["function"] = "unheard_of"
     with pytest.raises(ValueError, match="plan cannot be exported to LiteRT:") as refused:
         PlanStep(plan.plan, plan.tensors)
     said = str(refused.value)
     assert re.search(r"\n- dense_0 \(unheard_of\) cannot be expressed in LiteRT's built-in", said)
-    assert re.search(r"\n- binary_\d \(binary 'arctan2'\) cannot be expressed", said)
+    assert re.search(r"\n- binary_\d \(binary 'unheard_of'\) cannot be expressed", said)

@@ -28,6 +28,9 @@ def export_litert(
 ) -> None:
     """Write a LiteRT file (`.tflite`) that takes one step of one stream.
 
+    If the model takes a block of steps at once (`Session.block` is more than 1: it has strides or
+    attention in chunks), a step of the file takes a block too: inputs are `[1, block, ...]`.
+
     It has LiteRT's built-in ops only, so it runs wherever LiteRT does: on phones, in browsers, on
     small boards. Neither this package nor TensorFlow is needed there. The stream's state is inputs
     and outputs of the step: the caller hands it on to the next step. A new stream's state is zeros.

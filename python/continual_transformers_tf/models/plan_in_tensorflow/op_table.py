@@ -95,6 +95,22 @@ class Step:
         number = tf.range(rows, dtype=self.position.dtype)
         return tf.math.floormod(self.position - number, rows)
 
+    def are_taken(self, n: int, rows: int = 1, first: int | None = None) -> tf.Tensor:
+        """Return which of n rows are of steps that were taken: bool `[n]`.
+
+        Row i has the number `position * rows + first + i`, which is below 0 before the stream.
+
+        Args:
+            n: How many rows.
+            rows: How many rows each step has.
+            first: The number of the first row at position 0. None: the last row is that of the
+                newest step.
+        """
+        first = 1 - n if first is None else first
+        # The position at which each is taken, because a product with the position could overflow.
+        taken_at = [max(0, -((first + i) // rows)) for i in range(n)]
+        return tf.constant(taken_at, self.position.dtype) <= self.position
+
     def put(self, entry: str, update: tf.Tensor) -> tf.Tensor:
         """Write this step's row `[1, ...]` into a ring, and return the ring `[rows, ...]`."""
         ring = self.state[entry]
@@ -123,14 +139,16 @@ class Op:
         state: A function of a node that returns the shape and dtype of each entry of its state.
             A new stream's state is zeros.
         rows: A function of a node that returns how many rows its ring or table has. Once so many
-            steps were taken, its output must only depend on the position modulo this number. None:
-            it depends on the position itself.
+            steps were taken, its output must only depend on the position modulo this number.
+        beginning: A function of a node that returns after how many steps, or that many rows if
+            they are more, its output no longer depends on the position otherwise.
         functions: The values of the attribute "function" that it has; None: the op has none.
     """
 
     trace: Callable[..., tf.Tensor]
     state: Callable[[Node], State]
-    rows: Callable[[Node], int] | None
+    rows: Callable[[Node], int]
+    beginning: Callable[[Node], int]
     functions: frozenset[str] | None
 
     def has(self, node: Node) -> bool:
@@ -146,13 +164,15 @@ Trace = Callable[..., tf.Tensor]
 def op(
     name: str,
     state: Callable[[Node], State] = lambda node: {},
-    rows: Callable[[Node], int] | None = lambda node: 1,
+    rows: Callable[[Node], int] = lambda node: 1,
+    beginning: Callable[[Node], int] = lambda node: 0,
     functions: Mapping[str, Any] | None = None,
 ) -> Callable[[Trace], Trace]:
     """Add the decorated function to the table. The arguments are the attributes of `Op`."""
 
     def add(trace: Trace) -> Trace:
-        OPS[name] = Op(trace, state, rows, None if functions is None else frozenset(functions))
+        names = None if functions is None else frozenset(functions)
+        OPS[name] = Op(trace, state, rows, beginning, names)
         return trace
 
     return add

@@ -30,11 +30,12 @@ class PlanStep:
 
     Attributes:
         inputs, outputs, state: A `tf.TensorSpec` for each, by name. The shapes of inputs and
-            outputs are those of the plan with the axis of streams before them, `[1, ...]`. The
-            state is "position" and entries such as "0_key": the entry "key" of the first node that
-            has a state. A new stream's state is zeros. All are float32 or int32, with 0 and 1 for
-            bools: LiteRT in browsers knows no int64 and no bool. Only the position is int64 if the
-            rings of the plan do not come to their first rows together within 2^31 steps.
+            outputs are those of the plan with the axis of streams before them, `[1, ...]`; inputs
+            of a plan that takes a block of steps are `[1, block, ...]`. The state is "position"
+            and entries such as "0_key": the entry "key" of the first node that has a state. A new
+            stream's state is zeros. All are float32 or int32, with 0 and 1 for bools: LiteRT in
+            browsers knows no int64 and no bool. Only the position is int64 if the rings of the
+            plan do not come to their first rows together within 2^31 steps.
 
     Raises:
         CannotStream: If a node has no counterpart in LiteRT's ops: a line for each.
@@ -49,6 +50,8 @@ class PlanStep:
         if problems:
             raise CannotStream(problems, f"{plan['name']} cannot be exported to LiteRT")
         self._names: list[dict[str, str]] = []  # For each node, the names of its entries.
+        # The receptive field is in steps of the inputs.
+        self._steps_to_ready = -(-plan["receptive_field"] // plan["block"])
         self._period = self._common_period()
         self.inputs = {port["name"]: self._spec(port) for port in plan["inputs"]}
         self.outputs = {port["name"]: self._spec(port) for port in plan["outputs"]}
@@ -69,15 +72,12 @@ class PlanStep:
 
     def _common_period(self) -> int:
         """Return by how much the position may be lowered; 0: not at all, so it is an int64."""
-        rows = [self._plan["receptive_field"]]
-        period = 1
+        period, least = 1, self._steps_to_ready
         for node in self._nodes:
-            of_node = OPS[node.op].rows
-            if of_node is None:
-                return 0
-            rows.append(of_node(node))
-            period = math.lcm(period, rows[-1])
-        return (MOST_STEPS - max(rows)) // period * period
+            rows = OPS[node.op].rows(node)
+            period = math.lcm(period, rows)
+            least = max(least, rows, OPS[node.op].beginning(node))
+        return max(0, MOST_STEPS - least) // period * period
 
     def __call__(
         self,
@@ -117,7 +117,7 @@ class PlanStep:
             port["name"]: _to(self.outputs[port["name"]].dtype.name, values[port["value"]])
             for port in plan["outputs"]
         }
-        ready = new_state[POSITION] >= plan["receptive_field"]
+        ready = new_state[POSITION] >= self._steps_to_ready
         return outputs, new_state, tf.cast(ready, tf.int32)
 
     def _next(self, position: tf.Tensor) -> tf.Tensor:

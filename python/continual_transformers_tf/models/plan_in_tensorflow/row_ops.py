@@ -1,11 +1,12 @@
 """The ops of a plan that need nothing but their inputs."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
 
-from continual_transformers_tf.models.plan_in_tensorflow.activations import ACTIVATIONS
+from continual_transformers_tf.models.plan_in_tensorflow.activations import ACTIVATIONS, log1p
 from continual_transformers_tf.models.plan_in_tensorflow.op_table import Array, Node, Step, op
 
 
@@ -60,15 +61,49 @@ def _around(x: tf.Tensor, axis: int) -> tf.Tensor:
     return tf.reshape(x, [before, n] if after == 1 else [before, n, after])
 
 
+def _comparison(compare: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
+    return lambda x, y: tf.cast(compare(x, y), x.dtype)
+
+
+def _fmod(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+    # LiteRT's remainder has the sign of the divisor.
+    rest = tf.math.floormod(tf.abs(x), tf.abs(y))
+    return tf.where(x < 0, rest * -1.0, rest)
+
+
+def _hypot(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+    """Return the root of x^2 + y^2, without squares that overflow."""
+    x, y = tf.abs(x), tf.abs(y)
+    most, least = tf.maximum(x, y), tf.minimum(x, y)
+    ratio = tf.where(tf.equal(most, least), tf.ones_like(x), least / most)
+    return most * tf.sqrt(1 + tf.square(ratio))
+
+
+def _logaddexp(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+    smaller = log1p(tf.exp(tf.abs(x - y) * -1.0))
+    # The difference of two equal infinities is a NaN.
+    return tf.where(tf.equal(x, y), x + math.log(2), tf.maximum(x, y) + smaller)
+
+
 BINARY = {
     "add": tf.add, "subtract": tf.subtract, "multiply": tf.multiply, "divide": tf.divide,
     "maximum": tf.maximum, "minimum": tf.minimum, "power": tf.pow,
+    "arctan2": tf.atan2, "fmod": _fmod, "hypot": _hypot, "logaddexp": _logaddexp,
+    "mod": tf.math.floormod, "equal": _comparison(tf.equal),
+    "not_equal": _comparison(tf.not_equal), "greater": _comparison(tf.greater),
+    "greater_equal": _comparison(tf.greater_equal),
 }  # fmt: skip
 
 
 @op("binary", functions=BINARY)
 def _binary(node: Node, step: Step, x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
     return BINARY[str(node.function)](x, y)
+
+
+@op("where")
+def _where(node: Node, step: Step, condition: tf.Tensor, x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+    flat = (tf.reshape(part, [-1]) for part in (condition, x, y))
+    return tf.reshape(tf.where(*flat), [1, *node.shape])
 
 
 @op("constant")
@@ -164,8 +199,23 @@ def _reshape(node: Node, step: Step, x: tf.Tensor) -> tf.Tensor:
     return tf.reshape(x, [1, *node.shape])
 
 
+def _first_largest(x: tf.Tensor, axis: int) -> tf.Tensor:
+    """Return the index of the first largest element as a number. NaN counts as the largest."""
+    is_nan = tf.not_equal(x, x)
+    numbers = tf.where(is_nan, tf.fill(x.shape, tf.constant(-np.inf, x.dtype)), x)
+    is_largest = tf.equal(numbers, tf.reduce_max(numbers, axis, keepdims=True))
+    found = tf.where(tf.reduce_any(is_nan, axis, keepdims=True), is_nan, is_largest)
+    n = x.shape[axis]
+    index = np.arange(n, dtype=np.float32).reshape(
+        [n if i == axis else 1 for i in range(len(x.shape))]
+    )
+    return tf.reduce_min(tf.where(found, tf.constant(index), tf.constant(float(n))), axis)
+
+
 REDUCE = {
-    "sum": tf.reduce_sum, "mean": tf.reduce_mean, "max": tf.reduce_max, "min": tf.reduce_min
+    "sum": tf.reduce_sum, "mean": tf.reduce_mean, "max": tf.reduce_max, "min": tf.reduce_min,
+    "product": tf.reduce_prod, "argmax": _first_largest,
+    "argmin": lambda x, axis: _first_largest(x * -1.0, axis),
 }  # fmt: skip
 
 
@@ -173,6 +223,62 @@ REDUCE = {
 def _reduce(node: Node, step: Step, x: tf.Tensor) -> tf.Tensor:
     y = REDUCE[str(node.function)](_around(x, node.attributes["axis"] + 1), 1)
     return tf.reshape(y, [1, *node.shape])
+
+
+def _cumulative_product(x: tf.Tensor, axis: int) -> tf.Tensor:
+    """Return the products of all elements up to each, of x `[A, n]` or `[A, n, B]`."""
+    n, distance = x.shape[axis], 1
+    while distance < n:
+        ones = tf.ones_like(x[:, :distance])
+        x *= tf.concat([ones, x[:, : n - distance]], axis)
+        distance *= 2
+    return x
+
+
+CUMULATIVE = {"sum": tf.cumsum, "product": _cumulative_product}
+
+
+@op("cumulative", functions=CUMULATIVE)
+def _cumulative(node: Node, step: Step, x: tf.Tensor) -> tf.Tensor:
+    y = CUMULATIVE[str(node.function)](_around(x, node.attributes["axis"] + 1), 1)
+    return tf.reshape(y, x.shape)
+
+
+@op("sort", functions={"values": 0, "indices": 0})
+def _sort(node: Node, step: Step, x: tf.Tensor) -> tf.Tensor:
+    y = _around(x, node.attributes["axis"] + 1)
+    is_last = len(y.shape) == 2
+    if not is_last:
+        y = tf.transpose(y, [0, 2, 1])
+    turned, n = y.shape, y.shape[-1]
+    y = tf.reshape(y, [-1, n])
+    # The largest first; equal elements keep their order. A NaN cannot be compared, so it becomes
+    # infinity, and infinity the largest number.
+    keys = tf.where(tf.not_equal(y, y), tf.constant(np.inf, y.dtype), tf.minimum(y, y.dtype.max))
+    keys = keys if node.attributes["descending"] else keys * -1.0
+    order = tf.math.top_k(keys, n).indices
+    if node.function == "indices":
+        y = tf.cast(order, y.dtype)
+    else:
+        starts = tf.constant(np.arange(y.shape[0], dtype=np.int32)[:, np.newaxis] * n)
+        y = tf.gather(tf.reshape(y, [-1]), tf.reshape(order + starts, [-1]))
+    y = tf.reshape(y, turned)
+    return tf.reshape(y if is_last else tf.transpose(y, [0, 2, 1]), x.shape)
+
+
+@op("rotary")
+def _rotary(node: Node, step: Step, x: tf.Tensor, angles: tf.Tensor) -> tf.Tensor:
+    y, (cos, sin) = _as_rows(x), (angles[0, :1], angles[0, 1:])
+    pairs = cos.shape[-1]
+    if node.attributes["interleaved"]:
+        both = tf.reshape(y[:, : 2 * pairs], [-1, pairs, 2])
+        a, b = both[..., 0], both[..., 1]
+    else:
+        a, b = y[:, :pairs], y[:, pairs : 2 * pairs]
+    turned = [a * cos - b * sin, b * cos + a * sin]
+    if node.attributes["interleaved"]:
+        turned = [tf.reshape(tf.stack(turned, -1), [-1, 2 * pairs])]
+    return tf.reshape(tf.concat([*turned, y[:, 2 * pairs :]], -1), x.shape)
 
 
 @op("cast")

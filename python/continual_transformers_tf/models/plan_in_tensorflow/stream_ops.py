@@ -1,8 +1,11 @@
 """The ops of a plan that depend on the stream's past."""
 
+import math
+
 import numpy as np
 import tensorflow as tf
 
+from continual_transformers_tf.models.plan_in_tensorflow.activations import ACTIVATIONS
 from continual_transformers_tf.models.plan_in_tensorflow.op_table import Node, State, Step, op
 from continual_transformers_tf.models.plan_in_tensorflow.row_ops import where
 
@@ -49,21 +52,29 @@ def _window(node: Node, step: Step, x: tf.Tensor) -> tf.Tensor:
     return y[tf.newaxis]
 
 
-@op("zero_untaken", rows=lambda node: node.shape[0])
+@op("zero_untaken", beginning=lambda node: node.shape[0])
 def _zero_untaken(node: Node, step: Step, x: tf.Tensor) -> tf.Tensor:
-    return where(_taken(step, node.shape[0]), x)
+    return where(step.are_taken(node.shape[0]), x)
 
 
-def _taken(step: Step, n: int) -> tf.Tensor:
-    """Return which rows of the window, oldest first, are steps that were taken: bool `[N]`."""
-    return tf.constant(np.arange(n - 1, -1, -1), step.position.dtype) <= step.position
+def _steps_before_all_rows(node: Node) -> int:
+    """Return how many steps pass before all rows of a window are of steps that were taken."""
+    n = node.input_shapes[1][0] if node.op == "window_attention" else 0
+    return -(node.attributes.get("first", 1 - n) // node.attributes.get("rows", 1))
+
+
+@op("present", beginning=_steps_before_all_rows)
+def _present(node: Node, step: Step) -> tf.Tensor:
+    (size,) = node.shape
+    taken = step.are_taken(size, node.attributes["rows"], node.attributes["first"])
+    return tf.cast(taken, node.dtype)[tf.newaxis]
 
 
 # Attention. Rings are [N, H, D], as in a stream block.
 
 
 def _rings(node: Node) -> State:
-    heads, window = node.attributes["heads"], node.attributes["window"]
+    heads, window = _key_heads(node), node.attributes["window"]
     names = ("query", "key", "value") if node.op == "retroactive_attention" else ("key", "value")
     shapes = node.input_shapes[-len(names) :]
     state: State = {
@@ -73,6 +84,10 @@ def _rings(node: Node) -> State:
     if node.has_gaps:
         state["key_mask"] = ((window,), "bool")
     return state
+
+
+def _key_heads(node: Node) -> int:
+    return node.attributes.get("key_heads", node.attributes["heads"])
 
 
 def _put_heads(step: Step, entry: str, x: tf.Tensor, heads: int) -> tf.Tensor:
@@ -97,8 +112,9 @@ def _attention(
     heads, window = node.attributes["heads"], node.attributes["window"]
     first, end = node.attributes["first_column"], node.attributes["end_column"]
     query_delay = node.attributes["query_delay"]
-    key = _put_heads(step, "key", key, heads)
-    value = _put_heads(step, "value", value, heads)
+    key_heads, cap = _key_heads(node), node.attributes.get("soft_cap", 0)
+    key = _put_heads(step, "key", key, key_heads)
+    value = _put_heads(step, "value", value, key_heads)
     ages = step.ages(window)
     allowed = ages <= step.position
     some_are_left_out = node.has_gaps or (first, end) != (0, window)
@@ -109,10 +125,22 @@ def _attention(
         # Rows that are left out may hold a NaN.
         key, value = _without(key, allowed), _without(value, allowed)
     query = tf.reshape(query * node.attributes["scale"], [1, heads, -1])
+    if key_heads != heads:
+        key, value = (_for_queries(ring, heads // key_heads) for ring in (key, value))
     # Two products and sums. Products of matrices, for which LiteRT first copies a ring into another
     # order, took up to 1.5 times as long (AVX-512, windows of 64 to 512 steps).
-    logits = tf.transpose(tf.reduce_sum(key * query, -1))
-    weights = tf.transpose(tf.nn.softmax(logits + _bias(allowed)))
+    logits = tf.reduce_sum(key * query, -1)
+    if cap:
+        logits = cap * tf.tanh(logits / cap)
+    if "bias" in node.weights:
+        by_age = np.ascontiguousarray(node.weights["bias"].T[::-1])
+        logits += tf.gather(tf.constant(by_age), ages)
+    logits = tf.transpose(logits) + _bias(allowed)
+    if "sink" in node.weights:
+        sink = tf.constant(node.weights["sink"][:, np.newaxis])
+        weights = tf.transpose(tf.nn.softmax(tf.concat([logits, sink], 1))[:, :window])
+    else:
+        weights = tf.transpose(tf.nn.softmax(logits))
     y = tf.reduce_sum(value * weights[..., tf.newaxis], 0)
     y = tf.reshape(y, [1, *node.shape])
     if some_are_left_out:
@@ -120,6 +148,13 @@ def _attention(
     if query_delay:
         y = where(step.position >= query_delay, y)
     return where(step.masks["query"], y) if "query" in step.masks else y
+
+
+def _for_queries(ring: tf.Tensor, queries: int) -> tf.Tensor:
+    """Return a ring `[N, Hk, D]` with each head as often as it has heads of queries."""
+    n, heads, size = ring.shape
+    repeated = tf.tile(ring[:, :, tf.newaxis], [1, 1, queries, 1])
+    return tf.reshape(repeated, [n, heads * queries, size])
 
 
 def _key_mask(step: Step) -> tf.Tensor:
@@ -155,17 +190,18 @@ def _retroactive_attention(
     # From the ring's order to the oldest first: the oldest is in the row after the newest.
     rows = tf.range(1, window + 1, dtype=step.position.dtype)
     y = tf.gather(y, tf.math.floormod(step.position + rows, window))
-    y = where(_taken(step, window), y[tf.newaxis])
+    y = where(step.are_taken(window), y[tf.newaxis])
     return where(tf.reduce_any(allowed, keepdims=True), y) if node.has_gaps else y
 
 
-@op("window_attention", rows=lambda node: node.input_shapes[1][0])
+@op("window_attention", beginning=_steps_before_all_rows)
 def _window_attention(
     node: Node, step: Step, query: tf.Tensor, key: tf.Tensor, value: tf.Tensor
 ) -> tf.Tensor:
     heads, band = node.attributes["heads"], node.attributes["band"]
     queries, n = query.shape[1], key.shape[1]
-    taken = _taken(step, n)
+    first = node.attributes.get("first", 1 - n)
+    taken = step.are_taken(n, node.attributes.get("rows", 1), first)
     key, value = where(taken, key), where(taken, value)
     rows, columns = np.arange(n - queries, n)[:, np.newaxis], np.arange(n)
     seen = np.ones([queries, n], bool)
@@ -178,4 +214,122 @@ def _window_attention(
         allowed &= seen
     query, key, value = (tf.reshape(x, [x.shape[1], heads, -1]) for x in (query, key, value))
     y = _attend(query, key, value, _bias(allowed), node.attributes["scale"])[tf.newaxis]
-    return y if seen.all() else where(tf.reduce_any(allowed, -1), y)
+    # If every query may attend to all rows, and one of them is of the first step.
+    always = seen.all() and first + n > 0
+    return y if always else where(tf.reduce_any(allowed, -1), y)
+
+
+# Rotary positions.
+
+LIMBS, LIMB = 4, 2**16  # A number of 64 bits in four int32.
+
+
+@op(
+    "rotary_angles",
+    state=lambda node: {"angles": ((LIMBS, len(node.weights["turns"])), "int32")},
+)
+def _rotary_angles(node: Node, step: Step) -> tf.Tensor:
+    """Return the cosines and sines of the angles, which are the node's state.
+
+    Each step adds the turns modulo 2^64. So the angles are those of a session however many steps
+    the stream took, without an int64, and without a sum that an int32 cannot hold.
+    """
+    turns = node.weights["turns"].astype(np.uint64)
+    angles, limbs, carry = step.state["angles"], [], 0
+    for i in range(LIMBS):
+        limb = (turns >> np.uint64(16 * i)).astype(np.int64) % LIMB
+        total = angles[i] + limb.astype(np.int32) + carry
+        carry = total // LIMB
+        limbs.append(total - carry * LIMB)
+    step.new_state["angles"] = tf.stack(limbs)
+    # The nearest quarter of a turn, and the rest: at most an eighth of a turn, so that a float32
+    # has it within 3e-8.
+    highest = angles[LIMBS - 1]
+    quarter = (highest + LIMB // 8) // (LIMB // 4)
+    rest = tf.cast(highest - quarter * (LIMB // 4), tf.float32)
+    rest += tf.cast(angles[LIMBS - 2], tf.float32) / LIMB
+    cos, sin = tf.cos(rest * (2 * np.pi / LIMB)), tf.sin(rest * (2 * np.pi / LIMB))
+    cos_at = tf.gather(tf.constant([1.0, 0.0, -1.0, 0.0, 1.0]), quarter)
+    sin_at = tf.gather(tf.constant([0.0, 1.0, 0.0, -1.0, 0.0]), quarter)
+    return tf.stack([cos_at * cos - sin_at * sin, sin_at * cos + cos_at * sin])[tf.newaxis]
+
+
+# Recurrent cells.
+
+GATES = {"simple": 1, "gru": 3, "gru_reset_before": 3, "lstm": 4}
+
+
+def _recurrent_state(node: Node) -> State:
+    if not node.attributes["goes_on"]:
+        return {}
+    names = ("state", "memory") if node.function == "lstm" else ("state",)
+    return dict.fromkeys(names, ((node.shape[-1],), node.dtype))
+
+
+def _first_rows(node: Node) -> tuple[int, int, int]:
+    """Return the arguments of `Step.are_taken` for the rows of a recurrent node."""
+    n = math.prod(node.shape[:-1])
+    return (n, n, node.attributes["first"]) if node.attributes["goes_on"] else (n, 1, 1 - n)
+
+
+def _steps_before_all_recurrent_rows(node: Node) -> int:
+    _, rows, first = _first_rows(node)
+    return -(first // rows)
+
+
+@op(
+    "recurrent",
+    state=_recurrent_state,
+    beginning=_steps_before_all_recurrent_rows,
+    functions=GATES,
+)
+def _recurrent(node: Node, step: Step, x: tf.Tensor) -> tf.Tensor:
+    n, rows, first = _first_rows(node)
+    units = node.shape[-1]
+    x = tf.reshape(x, [n, -1])
+    zeros = tf.zeros([1, units])
+    h, c = (
+        tf.reshape(step.state[name], [1, units]) if name in step.state else zeros
+        for name in ("state", "memory")
+    )
+    taken = step.are_taken(n, rows, first)
+    outputs = []
+    for r in range(n):
+        new_h, new_c = _cell(node, x[r : r + 1], h, c)
+        changes = []
+        if first + r < 0:
+            changes.append(taken[r : r + 1, tf.newaxis])
+        if "step" in step.masks:
+            changes.append(step.masks["step"])
+        for change in changes:
+            new_h, new_c = tf.where(change, new_h, h), tf.where(change, new_c, c)
+        h, c = new_h, new_c
+        outputs.append(h)
+    for name, new in (("state", h), ("memory", c)):
+        if name in step.state:
+            step.new_state[name] = tf.reshape(new, [units])
+    return tf.reshape(tf.concat(outputs, 0), [1, *node.shape])
+
+
+def _cell(node: Node, x: tf.Tensor, h: tf.Tensor, c: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return the new (h, c) of a cell, `[1, U]` each, for its input's products `[1, G * U]`."""
+    activation, gate = (ACTIVATIONS[node.attributes[key]] for key in ("activation", "gate"))
+    kernel, units = node.weights["kernel"], h.shape[-1]
+    x = tf.split(x, GATES[str(node.function)], -1)
+    if node.function == "gru_reset_before":
+        s = tf.split(tf.matmul(h, tf.constant(kernel[:, : 2 * units])), 2, -1)
+        z, r = gate(x[0] + s[0]), gate(x[1] + s[1])
+        new = activation(x[2] + tf.matmul(r * h, tf.constant(kernel[:, 2 * units :])))
+        return z * h + (1 - z) * new, c
+    s = tf.matmul(h, tf.constant(kernel))
+    if "bias" in node.weights:
+        s += node.weights["bias"]
+    s = tf.split(s, len(x), -1)
+    if node.function == "simple":
+        return activation(x[0] + s[0]), c
+    if node.function == "gru":
+        z, r = gate(x[0] + s[0]), gate(x[1] + s[1])
+        return z * h + (1 - z) * activation(x[2] + r * s[2]), c
+    i, f, o = (gate(x[k] + s[k]) for k in (0, 1, 3))
+    c = f * c + i * activation(x[2] + s[2])
+    return o * activation(c), c
