@@ -416,7 +416,7 @@ def test_strides_within_a_model_within_the_model(random):
 
 def test_one_row_beside_strides(random):
     x = keras.Input((8, F))
-    late = kl.GlobalAveragePooling1D()(kl.Conv1D(2, 3, padding="same")(x))
+    late = kl.Conv1D(2, 3, padding="same")(x)[:, -2]
     last = kl.GRU(3)(x)
     model = keras.Model(x, [kl.Conv1D(2, 4, 4, "causal")(x), last, late])
     streaming = ct.convert(model, 8, warm_up="partial")
@@ -427,7 +427,8 @@ def test_one_row_beside_strides(random):
     for source in (streaming, session):
         for first in (0, 4):
             call = source.call_step if source is streaming else source.step
-            rows, newest, _ = call(data[:, first : first + 4])
+            rows, newest, earlier = call(data[:, first : first + 4])
+        np.testing.assert_allclose(earlier, expected[2], atol=1e-5)
         np.testing.assert_allclose(rows, expected[0][:, -1], atol=1e-5)
         np.testing.assert_allclose(newest, expected[1], atol=1e-5)
 
@@ -494,3 +495,11 @@ def test_dropout_of_recurrent_layers(kind, random):
         assert np.abs(a - b).max() > 1e-3  # Each call drops others.
         assert call(x[:1]).shape == (1, 6, 8)
     np.testing.assert_allclose(steps.call_steps(x, update_state=False), plain)
+
+
+@pytest.mark.parametrize("layer", [kl.GRU(3), kl.GlobalAveragePooling1D()])
+def test_one_row_of_a_window_that_ended_before_is_refused(layer):
+    x = keras.Input((8, F))
+    y = layer(kl.Conv1D(4, 3, padding="same", name="late")(x))
+    with pytest.raises(ValueError, match='late delays by 1 steps.*padding="causal"'):
+        ct.convert(keras.Model(x, y), 8)

@@ -400,6 +400,8 @@ class StepGraph:
             )
         self._needed = math.lcm(self._needed, op.block * x.stride)
         frames = op.frames(Rows(x.lag, x.delay))
+        if op.gives_one_row and x.delay > 0:
+            self._refuse(node, _sees_an_older_window(x.delayed_by, x.delay))
         kind = "window"
         if op.gives_one_row:
             kind = "newest" if op.layer.keepdims else "sample"
@@ -489,13 +491,10 @@ class StepGraph:
         late = max(inputs, key=lambda x: x.delay)
         finished = (CoChunkedMultiHeadAttention, CoDelay, CoRecurrent)
         sees_no_later = isinstance(layer, finished) or kwargs.get("use_causal_mask")
-        if late.delay > 0 and not sees_no_later:
-            self._refuse(
-                node,
-                f"is given rows that {late.delayed_by} delays by {late.delay} steps, so it would "
-                f"see a window that ended before: put {late.delayed_by} after it, or, if that is "
-                'a convolution, give it padding="causal"',
-            )
+        # One output for the whole window is that of the newest row, which has not come yet.
+        sums_up = isinstance(layer, CoRecurrent) and not layer.layer.return_sequences
+        if late.delay > 0 and (sums_up or not sees_no_later):
+            self._refuse(node, _sees_an_older_window(late.delayed_by, late.delay))
         if self.rows(inputs[0]) > 1 and not isinstance(layer, finished):
             self._refuse(
                 node,
@@ -821,6 +820,15 @@ _READS_ATTENTION = (
 )
 
 
+def _sees_an_older_window(delayed_by: str, delay: int) -> str:
+    """Return why a layer that sees a whole window cannot be given delayed rows."""
+    return (
+        f"is given rows that {delayed_by} delays by {delay} steps, so it would see a window that "
+        f"ended before: put {delayed_by} after it, or, if that is a convolution, give it "
+        'padding="causal"'
+    )
+
+
 def _looks_at_more(operation: keras.Operation, causal: bool) -> str:
     """Return why an operation on windows cannot run on a step, and what to do.
 
@@ -878,15 +886,16 @@ def _graph_of(model: keras.Model) -> keras.Model | None:
 
 def _unequal_delays(tensors: Iterable[Tensor]) -> str | None:
     """Return what is wrong if windows have different delays, and the cure; otherwise None."""
-    windows = sorted((x for x in tensors if x.kind == "window"), key=lambda x: x.delay)
-    if not windows or windows[0].delay == windows[-1].delay:
+    windows = [(x.delay * x.stride, x) for x in tensors if x.kind == "window"]
+    windows.sort(key=lambda pair: pair[0])
+    if not windows or windows[0][0] == windows[-1][0]:
         return None
-    early, late = windows[0], windows[-1]
+    (early, other), (late, latest) = windows[0], windows[-1]
     return (
-        f"windows with different delays: {late.delayed_by} delays one by {late.delay} steps, the "
-        f"delay of another is {early.delay}. Pass the other through "
-        f"ct.CoDelay({late.delay - early.delay}). If this is the sum of the input and the output "
-        f"of {late.delayed_by}, put ct.CoResidual around that layer"
+        f"windows with different delays: {latest.delayed_by} delays one by {late} steps, the delay "
+        f"of another is {early}. Pass the other through "
+        f"ct.CoDelay({(late - early) // other.stride}). If this is the sum of the input and the "
+        f"output of {latest.delayed_by}, put ct.CoResidual around that layer"
     )
 
 
