@@ -299,13 +299,24 @@ inline PlanBuilder EveryOp(const std::string& compute_dtype = "float32") {
   const int masked = b.Node("masked", {sum, mask}, {6});
   const int constant = b.Node("constant", {}, {6}, {}, {{"value", b.Random({6})}});
   const int newer = b.Node("reduce", {windowed}, {6}, {{"function", "mean"}, {"axis", 0}});
-  const int joined = b.Node("concat", {seen, masked, constant, newer}, {24}, {{"axis", 0}});
+  const int present = b.Node("present", {}, {6}, {{"rows", 1}, {"first", -2}});
+  const int there = b.Node("binary", {newer, present}, {6}, function("add"));
+  const int joined = b.Node("concat", {seen, masked, constant, there}, {24}, {{"axis", 0}});
+  const int state =
+      b.Node("recurrent", {joined}, {6},
+             {{"function", "lstm"},
+              {"activation", "tanh"},
+              {"gate", "sigmoid"},
+              {"goes_on", true},
+              {"first", -1}},
+             {{"kernel", b.Random({6, 24})}, {"bias", b.Random({24})}}, {{"step", mask}});
   const int soft = b.Node("softmax", {joined}, {24}, {{"function", "softmax"}, {"axis", 0}});
   const int whole = b.Node("cast", {soft}, {24}, {}, {}, {}, "int32");
   b.Output("y", soft);
   b.Output("all", all);
   b.Output("whole", whole);
   b.Output("mask", mask);
+  b.Output("state", state);
   return b;
 }
 

@@ -150,7 +150,7 @@ TEST(ModelFileTest, HasEveryOpInItsTests) {
   const std::shared_ptr<const ModelFile> file = EveryOp().File();
   for (const Node& node : file->plan().nodes) ops.insert(node.op);
   EXPECT_EQ(ops.size(), OpEntries().size());
-  EXPECT_EQ(OpEntries().size(), static_cast<size_t>(Op::kWindowAttention) + 1);
+  EXPECT_EQ(OpEntries().size(), static_cast<size_t>(Op::kRecurrent) + 1);
 }
 
 TEST(ModelFileTest, GivesAttributesByTheirTypes) {
@@ -672,7 +672,7 @@ TEST(PlanTest, RefusesATopLevelThatIsWrong) {
   expect("/input_structure", {0, 1, -1}, "has the leaf -1");
   expect("/input_structure", {0, 1, "x"}, "has the leaf \"x\"");
   expect("/input_structure", {0, 1, nullptr}, "has the leaf null");
-  expect("/output_structure", {{"y", 0}}, "\"output_structure\" has 1 leaves, expected 4");
+  expect("/output_structure", {{"y", 0}}, "\"output_structure\" has 1 leaves, expected 5");
   expect("/nodes", 1, "\"nodes\" is 1, expected a list");
   expect("/nodes/0", 1, "node 0 is 1, expected a JSON object");
   expect("/sampling", 1, "the plan has \"sampling\", which this version does not know");
@@ -957,8 +957,9 @@ TEST_F(EveryOpTest, ChecksItsOutput) {
         "its output is ");
   }
   // Wrong shapes: one more axis, one less, or one more element in an axis.
-  const auto shape = [](const std::function<bool(Json*)>& change) {
-    return [=](PlanBuilder* builder, Json* node, const OpEntry&) {
+  const auto shape = [](const std::function<bool(Json*)>& change, bool longer = false) {
+    return [=](PlanBuilder* builder, Json* node, const OpEntry& entry) {
+      if (longer && entry.op == Op::kPresent) return false;  // Any number of rows is right.
       return change(&builder->plan["values"][(*node)["outputs"][0].get<int>()]["shape"]);
     };
   };
@@ -975,11 +976,13 @@ TEST_F(EveryOpTest, ChecksItsOutput) {
                          }),
                          "");
   for (size_t axis = 0; axis < 3; ++axis) {
-    ExpectEveryNodeRefused(shape([&](Json* shape) {
-                             if (shape->size() <= axis) return false;
-                             (*shape)[axis] = (*shape)[axis].get<int>() + 1;
-                             return true;
-                           }),
+    ExpectEveryNodeRefused(shape(
+                               [&](Json* shape) {
+                                 if (shape->size() <= axis) return false;
+                                 (*shape)[axis] = (*shape)[axis].get<int>() + 1;
+                                 return true;
+                               },
+                               true),
                            "");
   }
 }
@@ -1059,7 +1062,10 @@ TEST_F(EveryOpTest, ChecksEveryAttribute) {
         entries.push_back(AttributeEntry::Choice("function", {}));
       }
       for (const AttributeEntry& attribute : entries) {
-        if (fits(attribute)) continue;
+        const bool in_range = attribute.type == AttributeEntry::Type::kWhole &&
+                              value.is_number_integer() && value >= attribute.least &&
+                              value <= attribute.most;
+        if (in_range || fits(attribute)) continue;
         PlanBuilder builder = every;
         Json& changed = builder.plan["nodes"][i]["attributes"];
         if (value.is_discarded()) {
@@ -1491,7 +1497,7 @@ TEST(RecurrentTest, ChecksUnitsAndGates) {
   EXPECT_EQ(refusal("gru", {3, 15}, {3, 5}, {5, 15}, {}), "");
   EXPECT_EQ(refusal("simple", {5}, {5}, {5, 5}, {5}), "");
   ExpectIn("expected [20]", refusal("lstm", {15}, {5}, {5, 20}, {}));
-  ExpectIn("expected [2, 5]", refusal("gru", {2, 15}, {3, 5}, {5, 15}, {}));
+  ExpectIn("expected [3, 15]", refusal("gru", {2, 15}, {3, 5}, {5, 15}, {}));
   ExpectIn("expected [5, 15]", refusal("gru", {15}, {5}, {15, 5}, {}));
   ExpectIn("adds to its input", refusal("gru_reset_before", {15}, {5}, {5, 15}, {15}));
   ExpectIn("at least one axis", refusal("simple", {}, {}, {1, 1}, {}));
@@ -1619,7 +1625,9 @@ TEST(WindowAttentionTest, ChecksRowsAndHeads) {
   EXPECT_EQ(refusal({{"band", 100}}, {{5, 6}, {5, 6}, {5, 9}}, {5, 9}), "");
   ExpectIn("\"band\" is -1", refusal({{"band", -1}}, {{1, 6}, {5, 6}, {5, 9}}, {1, 9}));
   ExpectIn("has 6 rows of queries, more than the 5 rows of its window",
-           refusal(Json::object(), {{6, 6}, {5, 6}, {5, 9}}, {6, 9}));
+           refusal({{"causal", true}}, {{6, 6}, {5, 6}, {5, 9}}, {6, 9}));
+  EXPECT_EQ(refusal({{"rows", 2}, {"first", -3}}, {{6, 6}, {5, 6}, {5, 9}}, {6, 9}), "");
+  ExpectIn("\"rows\" is 0", refusal({{"rows", 0}}, {{1, 6}, {5, 6}, {5, 9}}, {1, 9}));
   ExpectIn("input 2 has shape [4, 9], expected [5, 9]",
            refusal(Json::object(), {{1, 6}, {5, 6}, {4, 9}}, {1, 9}));
   ExpectIn("expected [1, 9]", refusal(Json::object(), {{1, 6}, {5, 6}, {5, 9}}, {1, 6}));
