@@ -195,6 +195,14 @@ def test_explain_a_model_that_does_not(tmp_path):
 # check
 
 
+def test_check_counts_steps_of_the_input(random, tmp_path):
+    x = keras.Input((None, E))
+    keras.Model(x, keras.layers.Conv1D(3, 3, 2, "causal")(x)).save(tmp_path / "model.keras")
+    np.save(tmp_path / "x.npy", random.standard_normal((3, 13, E)))
+    said = run("check", tmp_path / "model.keras", tmp_path / "x.npy")
+    assert "3 streams of 12 steps" in said
+
+
 def test_check(saved, random, tmp_path):
     np.save(tmp_path / "x.npy", random.standard_normal((3, 12, E)))
     arguments = "check", saved, tmp_path / "x.npy", "--seq-len", N

@@ -97,7 +97,7 @@ class Comparison(NamedTuple):
     """The result of streaming the same recordings through a Keras model and a session.
 
     Attributes:
-        streams, steps: How many streams and steps were taken.
+        streams, steps: How many streams, and steps of the input, were taken.
         difference: The largest difference of two outputs; NaN if only one of the two is NaN.
         largest: The largest absolute output of the Keras model.
     """
@@ -177,7 +177,7 @@ def compare(
             differences.append(np.max(np.abs(got - y), initial=0, where=got != y))
             sizes.append(np.max(np.abs(y), initial=0))
     session.close(ids)
-    return Comparison(streams, steps, float(np.max(differences)), float(np.max(sizes)))
+    return Comparison(streams, steps * block, float(np.max(differences)), float(np.max(sizes)))
 
 
 class WindowComparison(NamedTuple):
