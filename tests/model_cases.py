@@ -20,6 +20,7 @@ import continual_transformers_tf as ct
 import convert_cases
 from continual_transformers_tf.models.convert import is_converted, layers_of
 from continual_transformers_tf.models.step_graph import StepGraph
+from continual_transformers_tf.models.step_run import StepRun
 
 N, E, H, D = 4, 6, 2, 3
 HALVES = ("float16", "bfloat16")
@@ -133,7 +134,7 @@ def _steps(streaming, inputs, streams, held, traced):
     streams = [int(i) for i in streams]
     if isinstance(streaming, StepGraph):
         tensors = [tf.cast(x, y.dtype) for x, y in zip(inputs, streaming.model.inputs, strict=True)]
-        outputs = streaming.run(tensors, step=None, training=False)  # It has no streams.
+        outputs = StepRun(streaming, step=None, training=False).outputs(tensors)  # No streams.
     elif isinstance(streaming, keras.Model):
         streaming.ensure_streams(held)
         structure = streaming._graph.model._inputs_struct

@@ -168,6 +168,18 @@ def test_valid_in_several_rows_a_step(random):
     check(keras.Model(x, y), random)
 
 
+@pytest.mark.parametrize("strides", [1, 2])
+def test_rows_before_the_first_may_be_nan(strides, random):
+    x = keras.Input((None, F))
+    difference = kl.DepthwiseConv1D(2, use_bias=False)
+    # Every step is greater than half the next one. Only of row -1, where there is no step before,
+    # the difference is negative, and its root NaN.
+    y = keras.ops.sqrt(difference(keras.ops.sigmoid(0.1 * x)))
+    y = kl.Conv1D(4, 3, strides=strides, padding="causal")(y)
+    difference.set_weights([np.broadcast_to([[[1.0]], [[-0.5]]], (2, F, 1))])
+    check(keras.Model(x, y), random)
+
+
 @pytest.mark.parametrize("kind", [kl.GRU, kl.LSTM, kl.SimpleRNN])
 @pytest.mark.parametrize("before", [None, "valid", "causal"])
 def test_recurrent(kind, before, random):

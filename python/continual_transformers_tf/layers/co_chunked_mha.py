@@ -20,7 +20,7 @@ from continual_transformers_tf.layers.inputs import (
 )
 from continual_transformers_tf.layers.plain_layers import cast, project
 from continual_transformers_tf.layers.warm_up import check_warm_up
-from continual_transformers_tf.ops.delay import put_steps, steps_before
+from continual_transformers_tf.ops.delay import put_steps, sequence_before
 from continual_transformers_tf.ops.step import Step
 from continual_transformers_tf.ops.stream_state import StreamState, check_integer
 
@@ -303,8 +303,7 @@ class CoChunkedMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttentio
         position, number = step.rows_before(taken), step.numbers_of(taken)
         there = number >= 0
         if before > 0:
-            earlier = position[:, tf.newaxis] - before + tf.range(before, dtype=tf.int64)
-            was_there = earlier >= max(0, step.rows_of_input.lag)
+            first = max(0, step.rows_of_input.lag)
             new = {"keys": keys, "values": values}
 
             def keep() -> None:
@@ -312,15 +311,13 @@ class CoChunkedMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttentio
                     put_steps(getattr(kept, name), rows, step.numbers, position)
 
             step.at_the_end(keep)
-            past = []
-            for name, rows in new.items():
-                kept_rows = steps_before(getattr(kept, name), step.numbers, position, before)
-                # tf.where, because what an earlier stream left there may be NaN.
-                there_too = was_there[..., tf.newaxis, tf.newaxis]
-                kept_rows = tf.where(there_too, kept_rows, tf.zeros([], dtype))
-                past.append(tf.concat([kept_rows, rows], 1))
-            keys, values = past
-            there = tf.concat([was_there, there], 1)
+            past_keys, were_there = sequence_before(
+                kept.keys, step.numbers, position, before, first
+            )
+            past_values, _ = sequence_before(kept.values, step.numbers, position, before, first)
+            keys = tf.concat([past_keys, keys], 1)
+            values = tf.concat([past_values, values], 1)
+            there = tf.concat([were_there, there], 1)
         chunks = taken // size
         # The rows that each chunk attends to.
         attended = tf.range(chunks)[:, tf.newaxis] * size + tf.range(size + before)

@@ -7,21 +7,16 @@ import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf._keras_registration import registered
-from continual_transformers_tf.layers.continual_layer import ContinualLayer
-from continual_transformers_tf.layers.inputs import (
-    TensorLike,
-    expect_given,
-    rows_and_steps,
-    without_keras_mask,
-)
+from continual_transformers_tf.layers.inputs import TensorLike, rows_and_steps
+from continual_transformers_tf.layers.row_ring_layer import RowRingLayer
 from continual_transformers_tf.layers.warm_up import check_warm_up
-from continual_transformers_tf.ops.delay import delayed_steps, put_steps
+from continual_transformers_tf.ops.delay import delayed_steps, mask_rows, put_steps
 from continual_transformers_tf.ops.step import Step
 from continual_transformers_tf.ops.stream_state import StreamState, check_integer
 
 
 @registered
-class CoDelay(ContinualLayer):
+class CoDelay(RowRingLayer):
     """Returns each step `delay` steps later. Windows are returned as they are.
 
     With it, a branch without delay meets another whose outputs come later, such as attention with a
@@ -70,8 +65,7 @@ class CoDelay(ContinualLayer):
         self._warm_up = check_warm_up(warm_up)
         self.call_mode = call_mode
         self._made_for = self.compute_dtype
-        # The shape of a step's row. It is known when the layer is built, and with it the ring's.
-        self._features: tuple[int | None, ...] | None = None
+        self._ring_rows = self._delay
         self._stream_state = StreamState(0, name="state")
 
     @property
@@ -86,10 +80,6 @@ class CoDelay(ContinualLayer):
     @property
     def delay(self) -> int:
         return self._delay
-
-    @property
-    def input_features(self) -> dict[str, Any]:
-        return {"x": self._features}
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -110,15 +100,7 @@ class CoDelay(ContinualLayer):
         if self.active_call_mode != "step":
             features.pop(self._time_axis(len(input_shape)) - 1)
         if None not in features:
-            self._keep(tuple(features))
-
-    def get_build_config(self) -> dict[str, Any]:
-        return {"features": self._features}
-
-    def build_from_config(self, config: dict[str, Any]) -> None:
-        if config["features"] is not None:
-            self._keep(tuple(config["features"]))
-        self.built = True
+            self._keep(features)
 
     def call(
         self, x: TensorLike, streams: TensorLike | None = None, update_state: bool = True
@@ -192,23 +174,6 @@ class CoDelay(ContinualLayer):
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return tuple(input_shape)
 
-    def _states(self, state: dict[str, Any]) -> list[tuple[StreamState, dict[str, Any]]]:
-        # A layer that was never called learns a step's features from the state.
-        if self._features is None and isinstance(state, dict) and "steps" in state:
-            ring = np.asarray(state["steps"])
-            if ring.ndim >= 2 and ring.shape[1] == self._delay:
-                self._keep(ring.shape[2:])
-                self.built = True
-        return super()._states(state)
-
-    def _keep(self, features: tuple[int | None, ...]) -> None:
-        """Make the ring for steps of these features."""
-        if self._features == features:
-            return
-        self._features = features
-        if self._delay > 0:
-            self._stream_state.add_row("steps", [self._delay, *features], self.compute_dtype)
-
     def _time_axis(self, rank: int | None) -> int:
         """Return the axis of time in several steps or windows of this rank."""
         axis = self._temporal_dim
@@ -216,15 +181,6 @@ class CoDelay(ContinualLayer):
             shape = "(M, T, ...)" if axis == 1 else f"with time on axis {axis}"
             raise ValueError(f"Expected x of shape {shape}, but got one of rank {rank}")
         return axis % rank
-
-    def _as_own_dtype(self, x: TensorLike) -> tf.Tensor:
-        expect_given("x", x)
-        x = tf.convert_to_tensor(x)
-        own = tf.as_dtype(self.compute_dtype)
-        if x.dtype != own and not (x.dtype.is_floating and own.is_floating):
-            raise ValueError(f"Expected x of dtype {own.name}, but got {x.dtype.name}")
-        # A mask of Keras is not kept for later, so none is returned at once either.
-        return without_keras_mask(x if x.dtype == own else tf.cast(x, own))
 
     def _check_features(
         self, x: tf.Tensor, features: Sequence[int | None], time_axis: int | None
@@ -234,7 +190,7 @@ class CoDelay(ContinualLayer):
             if None in features:
                 raise ValueError(f"Expected x of known features, but got {tuple(x.shape)}")
             with tf.init_scope():
-                self._keep(tuple(features))
+                self._keep(features)
             self.built = True
         if not tf.TensorShape(features).is_compatible_with(self._features):
             expected = ["M", *map(str, self._features or ())]
@@ -259,10 +215,7 @@ class CoDelay(ContinualLayer):
                 delayed = delayed_steps(state.steps, x, step.numbers, position)
                 number = tf.range(tf.cast(steps, tf.int64))
                 came = tf.expand_dims(position, 1) + number >= self._delay
-                ones = tf.ones([x.shape.rank - 2], tf.int32)
-                came = tf.reshape(came, tf.concat([tf.shape(came), ones], 0))
-                # tf.where, because what an earlier stream left there may be NaN.
-                delayed = tf.where(came, delayed, tf.zeros([], delayed.dtype))
+                delayed = mask_rows(delayed, came)
                 step.at_the_end(lambda: put_steps(state.steps, x, step.numbers, position))
             return self._ready_outputs(step, delayed)
 

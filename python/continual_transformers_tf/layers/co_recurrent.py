@@ -7,7 +7,6 @@ import tensorflow as tf
 
 from continual_transformers_tf._keras_registration import registered
 from continual_transformers_tf.layers.call_modes import call_mode as calling
-from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.inputs import (
     TensorLike,
     check_features,
@@ -15,17 +14,16 @@ from continual_transformers_tf.layers.inputs import (
     rows_and_steps,
     step_input,
 )
-from continual_transformers_tf.layers.warm_up import check_warm_up
+from continual_transformers_tf.layers.wrapping_layer import WrappingLayer
 from continual_transformers_tf.ops.delay import put_steps, windows_of
 from continual_transformers_tf.ops.step import Step
-from continual_transformers_tf.ops.stream_state import StreamState, check_integer
 
 RECURRENT = (keras.layers.GRU, keras.layers.LSTM, keras.layers.SimpleRNN, keras.layers.RNN)
 _CELLS = (keras.layers.GRUCell, keras.layers.LSTMCell, keras.layers.SimpleRNNCell)
 
 
 @registered
-class CoRecurrent(ContinualLayer):
+class CoRecurrent(WrappingLayer):
     """Runs a recurrent Keras layer on windows or step by step.
 
     There are two ways to take steps, because a layer that was trained on windows begins each of
@@ -52,8 +50,7 @@ class CoRecurrent(ContinualLayer):
             given layer's.
 
     Attributes:
-        layer: The layer that was given.
-        window: The window that was given.
+        layer, window: As given.
 
     Returns:
         The result of `call_regular`, `call_step` or `call_steps`, as the call mode says.
@@ -85,17 +82,9 @@ class CoRecurrent(ContinualLayer):
                 raise ValueError(
                     f"Expected {option}=False, but {layer.name} has True: it {why}. Leave it out"
                 )
-        if window is not None:
-            check_integer("window", window, at_least=1)
-            window = int(window)
-        super().__init__(**{"dtype": layer.dtype_policy, **kwargs})
-        self.layer = layer
-        self.window = window
-        self._warm_up = check_warm_up(warm_up) if window else "partial"
-        self.call_mode = call_mode
-        self._made_for = self.compute_dtype
+        warm_up = "partial" if window is None else warm_up
+        super().__init__(layer, window, warm_up, call_mode, **kwargs)
         self._features: int | None = None  # Of a row; known when the layer is built.
-        self._stream_state = StreamState(0, name="state")
 
     @property
     def seq_len(self) -> int | None:
@@ -148,18 +137,6 @@ class CoRecurrent(ContinualLayer):
         if config["features"] is not None:
             self.build((None, None, config["features"]))
         self.built = True
-
-    def call(
-        self,
-        x: TensorLike,
-        mask: TensorLike | None = None,
-        training: bool | None = None,
-        streams: TensorLike | None = None,
-        update_state: bool = True,
-    ) -> Any:
-        return self._call_by_mode(
-            x, mask=mask, training=training, streams=streams, update_state=update_state
-        )
 
     def call_regular(
         self, x: TensorLike, mask: TensorLike | None = None, training: bool | None = None
@@ -241,18 +218,6 @@ class CoRecurrent(ContinualLayer):
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
         return self.layer.compute_mask(inputs, previous_mask)
-
-    def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            "layer": keras.saving.serialize_keras_object(self.layer),
-            "window": self.window,
-            "warm_up": self._warm_up,
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "CoRecurrent":
-        return cls(**{**config, "layer": keras.saving.deserialize_keras_object(config["layer"])})
 
     # Steps.
 

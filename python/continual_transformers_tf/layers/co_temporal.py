@@ -1,15 +1,14 @@
 """A layer that reads a few neighbouring steps, such as a convolution, on the steps of streams."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf._keras_registration import registered
 from continual_transformers_tf.layers.call_modes import call_mode as calling
-from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.inputs import (
     TensorLike,
     expect_given,
@@ -17,10 +16,10 @@ from continual_transformers_tf.layers.inputs import (
     rows_and_steps,
     without_keras_mask,
 )
-from continual_transformers_tf.layers.warm_up import check_warm_up
-from continual_transformers_tf.ops.delay import put_steps, steps_before
+from continual_transformers_tf.layers.row_ring_layer import RowRingLayer
+from continual_transformers_tf.layers.wrapping_layer import WrappingLayer
+from continual_transformers_tf.ops.delay import mask_rows, put_steps, sequence_before
 from continual_transformers_tf.ops.step import ALL_ROWS, Rows, Step
-from continual_transformers_tf.ops.stream_state import StreamState, check_integer
 
 CONVOLUTIONS = (
     keras.layers.Conv1D,
@@ -62,7 +61,7 @@ class Frames:
 
 
 @registered
-class CoTemporal(ContinualLayer):
+class CoTemporal(RowRingLayer, WrappingLayer):
     """Runs a Keras layer that reads a few neighbouring steps, on windows or step by step.
 
     The layer is a convolution, a pooling or a short-time Fourier transform along time. A stream
@@ -91,7 +90,7 @@ class CoTemporal(ContinualLayer):
             given layer's.
 
     Attributes:
-        layer: The layer that was given.
+        layer, window: As given.
 
     Returns:
         The result of `call_regular`, `call_step` or `call_steps`, as the call mode says.
@@ -124,23 +123,15 @@ class CoTemporal(ContinualLayer):
                     f"Expected window, the number of steps that {layer.name} "
                     f"({type(layer).__name__}) reads, but got None"
                 )
-            check_integer("window", window, at_least=1)
-            window = int(window)
         elif window is not None:
             raise ValueError(
                 f"Expected window only for a global pooling, but {layer.name} is a "
                 f"{type(layer).__name__}"
             )
-        super().__init__(**{"dtype": layer.dtype_policy, **kwargs})
-        self.layer = layer
-        self._window = window
-        self._warm_up = check_warm_up(warm_up)
-        self.call_mode = call_mode
-        self._made_for = self.compute_dtype
-        self._features: tuple[int, ...] | None = None  # Of a row; known when the layer is built.
-        self._stream_state = StreamState(0, name="state")
+        super().__init__(layer, window, warm_up, call_mode, **kwargs)
+        self._ring_rows = self.span - 1
 
-    # What an output reads.
+    # The rows of the input that an output is computed from.
 
     @property
     def span(self) -> int:
@@ -152,7 +143,7 @@ class CoTemporal(ContinualLayer):
             return layer.pool_size[0]
         if isinstance(layer, keras.layers.STFTSpectrogram):
             return layer.frame_length
-        return self._window or 1
+        return self.window or 1
 
     @property
     def block(self) -> int:
@@ -164,7 +155,7 @@ class CoTemporal(ContinualLayer):
     @property
     def gives_one_row(self) -> bool:
         """Whether an output is one row for the whole window, without an axis of time."""
-        return self._window is not None
+        return self.window is not None
 
     def frames(self, given: Rows = ALL_ROWS) -> Frames:
         """Return the `Frames` of the layer, given the `Rows` of its input."""
@@ -176,7 +167,7 @@ class CoTemporal(ContinualLayer):
         if isinstance(layer, keras.layers.ZeroPadding1D):
             before, after = layer.padding
             return Frames(1, 1, 0, 0, Rows(given.lag - before, given.delay + after))
-        padding = "left out" if self._window else layer.padding
+        padding = "left out" if self.window else layer.padding
         if padding == "valid":
             before, more = 0, (c - span) // stride + 1
         elif padding == "same":
@@ -208,30 +199,6 @@ class CoTemporal(ContinualLayer):
         if self.active_call_mode == "step" and self.block == 1:
             features = tuple(input_shape[1:])
         self._keep(features)
-        if not self.layer.built:
-            self.layer.build((None, None, *features))
-
-    def get_build_config(self) -> dict[str, Any]:
-        return {"features": self._features}
-
-    def build_from_config(self, config: dict[str, Any]) -> None:
-        if config["features"] is not None:
-            self._keep(tuple(config["features"]))
-            if not self.layer.built:
-                self.layer.build((None, None, *config["features"]))
-        self.built = True
-
-    def call(
-        self,
-        x: TensorLike,
-        mask: TensorLike | None = None,
-        training: bool | None = None,
-        streams: TensorLike | None = None,
-        update_state: bool = True,
-    ) -> Any:
-        return self._call_by_mode(
-            x, mask=mask, training=training, streams=streams, update_state=update_state
-        )
 
     def call_regular(
         self, x: TensorLike, mask: TensorLike | None = None, training: bool | None = None
@@ -301,11 +268,6 @@ class CoTemporal(ContinualLayer):
         self._expect_no_mask(mask)
         return self._take_steps(self._rows_of(x, "(M, T, F)"), streams, update_state)
 
-    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
-        if self.active_call_mode != "regular":
-            raise NotImplementedError
-        return self.layer.compute_output_shape(input_shape)
-
     def compute_output_spec(self, x: Any, mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         if self.active_call_mode == "regular":
             return self.layer.compute_output_spec(x, **self._mask_of_call(mask))
@@ -321,18 +283,6 @@ class CoTemporal(ContinualLayer):
             raise ValueError(
                 f"Expected no mask, but {self.name} got one: its steps pool all rows of the window"
             )
-
-    def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            "layer": keras.saving.serialize_keras_object(self.layer),
-            "window": self._window,
-            "warm_up": self._warm_up,
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "CoTemporal":
-        return cls(**{**config, "layer": keras.saving.deserialize_keras_object(config["layer"])})
 
     # Steps.
 
@@ -359,23 +309,13 @@ class CoTemporal(ContinualLayer):
             )
         return in_blocks(x, self.block) if rank == 3 else x
 
-    def _keep(self, features: tuple[int | None, ...]) -> None:
-        """Make the ring for rows of these features."""
+    def _keep(self, features: Sequence[Any]) -> None:
+        """Make the ring for rows of these features, and build the layer."""
         if None in features:
             raise ValueError(f"Expected features of a known size, but got (B, T, {features})")
-        if self._features == features:
-            return
-        self._features = tuple(int(n or 0) for n in features)
-        if self.span > 1:
-            self._stream_state.add_row("steps", [self.span - 1, *features], self.compute_dtype)
-
-    def _states(self, state: dict[str, Any]) -> list[tuple[StreamState, dict[str, Any]]]:
-        # A layer that was never called learns a step's features from the state.
-        if self._features is None and isinstance(state, dict) and "steps" in state:
-            ring = np.asarray(state["steps"])
-            if ring.ndim >= 2 and ring.shape[1] == self.span - 1:
-                self._keep(ring.shape[2:])
-        return super()._states(state)
+        if not self.layer.built:
+            self.layer.build((None, None, *features))
+        super()._keep(features)
 
     def _take_steps(
         self, x: tf.Tensor, streams: TensorLike | None, update_state: bool
@@ -396,22 +336,16 @@ class CoTemporal(ContinualLayer):
         """Return the outputs for all steps x, and keep what the next call reads."""
         ring = getattr(self._stream_state, "steps", None)
         taken, before, given = tf.shape(x)[1], frames.history, step.rows_of_input
-        number = step.numbers_of(taken)
         position = step.rows_before(taken)
-        # Rows before the sequence's first are zeros. An earlier stream may have left NaN there.
-        zero, real = tf.zeros([], x.dtype), x
-        if given.lag > 0:
-            real = tf.where(_expanded(number >= 0, x.shape.rank), x, zero)
+        # Rows before the sequence's first are zeros.
+        real = x if given.lag <= 0 else mask_rows(x, step.numbers_of(taken) >= 0)
         if before > 0:
-            past = steps_before(ring, step.numbers, position, before)
-            number = position[:, tf.newaxis] - before + tf.range(before, dtype=tf.int64)
-            there = number >= max(given.lag, 0)
-            past = tf.where(_expanded(there, x.shape.rank), past, zero)
+            first = max(given.lag, 0)
+            past, _ = sequence_before(ring, step.numbers, position, before, first)
             real = tf.concat([past, real], 1)
+            step.at_the_end(lambda: put_steps(ring, x, step.numbers, position))
         elif before < 0:
             real = real[:, -before:]
-        if before > 0:
-            step.at_the_end(lambda: put_steps(ring, x, step.numbers, position))
         outputs = taken // frames.stride
         real = real[:, : (outputs - 1) * frames.stride + frames.span]
         return self._of_frames(real, frames, position // frames.stride - frames.rows.lag)
@@ -432,13 +366,12 @@ class CoTemporal(ContinualLayer):
         # Rows of padding, and rows before the stream's first, do not count in a pooling.
         row = tf.range(tf.shape(x)[1]) - frames.before
         number = first[:, tf.newaxis] * frames.stride + tf.cast(row, tf.int64)
-        there = _expanded(number >= 0, x.shape.rank)
+        there = number >= 0
         pool = (frames.span, frames.stride, "valid")
         if not isinstance(layer, _AVERAGES):
-            lowest = tf.constant(x.dtype.min, x.dtype)
-            return keras.ops.max_pool(tf.where(there, x, lowest), *pool)
-        mean = keras.ops.average_pool(tf.where(there, x, tf.zeros([], x.dtype)), *pool)
-        share = keras.ops.average_pool(tf.cast(there, x.dtype), *pool)
+            return keras.ops.max_pool(mask_rows(x, there, x.dtype.min), *pool)
+        mean = keras.ops.average_pool(mask_rows(x, there), *pool)
+        share = keras.ops.average_pool(tf.cast(there, x.dtype)[..., tf.newaxis], *pool)
         return tf.math.divide_no_nan(mean, share)
 
 
@@ -451,8 +384,3 @@ def _without_padding(layer: keras.layers.Layer) -> keras.layers.Layer:
     valid = object.__new__(type(layer))
     valid.__dict__.update(layer.__dict__, padding="valid")
     return valid
-
-
-def _expanded(x: tf.Tensor, rank: int) -> tf.Tensor:
-    """Return x `[M, T]` with more last axes, of size 1."""
-    return tf.reshape(x, tf.concat([tf.shape(x), [1] * (rank - 2)], 0))

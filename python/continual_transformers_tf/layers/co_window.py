@@ -3,17 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf._keras_registration import registered
-from continual_transformers_tf.layers.continual_layer import ContinualLayer
-from continual_transformers_tf.layers.inputs import (
-    TensorLike,
-    expect_given,
-    rows_and_steps,
-    without_keras_mask,
-)
+from continual_transformers_tf.layers.inputs import TensorLike, rows_and_steps
+from continual_transformers_tf.layers.row_ring_layer import RowRingLayer
 from continual_transformers_tf.layers.warm_up import check_warm_up
 from continual_transformers_tf.ops.delay import put_steps, windows_of
 from continual_transformers_tf.ops.step import Step
@@ -21,7 +15,7 @@ from continual_transformers_tf.ops.stream_state import StreamState, check_intege
 
 
 @registered
-class CoWindow(ContinualLayer):
+class CoWindow(RowRingLayer):
     """Returns the window of the newest `seq_len` steps at every step. Windows stay as they are.
 
     Any layer may follow it: it is then called on the whole window at every step, as in a regular
@@ -56,8 +50,7 @@ class CoWindow(ContinualLayer):
         self._warm_up = check_warm_up(warm_up)
         self.call_mode = call_mode
         self._made_for = self.compute_dtype
-        # The shape of a step's row. It is known when the layer is built, and with it the ring's.
-        self._features: tuple[int, ...] | None = None
+        self._ring_rows = max(1, self._seq_len - 1)
         self._stream_state = StreamState(0, name="state")
 
     @property
@@ -68,10 +61,6 @@ class CoWindow(ContinualLayer):
     @property
     def receptive_field(self) -> int:
         return self._seq_len
-
-    @property
-    def input_features(self) -> dict[str, Any]:
-        return {"x": self._features}
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "seq_len": self._seq_len, "warm_up": self._warm_up}
@@ -84,17 +73,8 @@ class CoWindow(ContinualLayer):
                 learned from the first step instead.
         """
         features = input_shape[1 if self.active_call_mode == "step" else 2 :]
-        known = tuple(n for n in features if n is not None)
-        if len(known) == len(features):
-            self._keep(known)
-
-    def get_build_config(self) -> dict[str, Any]:
-        return {"features": self._features}
-
-    def build_from_config(self, config: dict[str, Any]) -> None:
-        if config["features"] is not None:
-            self._keep(tuple(config["features"]))
-        self.built = True
+        if None not in features:
+            self._keep(features)
 
     def call(
         self, x: TensorLike, streams: TensorLike | None = None, update_state: bool = True
@@ -154,34 +134,13 @@ class CoWindow(ContinualLayer):
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return tuple(input_shape)
 
-    def _states(self, state: dict[str, Any]) -> list[tuple[StreamState, dict[str, Any]]]:
-        # A layer that was never called learns a step's features from the state.
-        if self._features is None and isinstance(state, dict) and "steps" in state:
-            ring = np.asarray(state["steps"])
-            if ring.ndim >= 2 and ring.shape[1] == max(1, self._seq_len - 1):
-                self._keep(ring.shape[2:])
-                self.built = True
-        return super()._states(state)
-
-    def _keep(self, features: tuple[int, ...]) -> None:
-        """Make the ring for steps of these features."""
-        if self._features != features:
-            self._features = features
-            rows = max(1, self._seq_len - 1)
-            self._stream_state.add_row("steps", [rows, *features], self.compute_dtype)
-
     def _tensor(self, x: TensorLike) -> tf.Tensor:
-        expect_given("x", x)
-        x = tf.convert_to_tensor(x)
-        own = tf.as_dtype(self.compute_dtype)
-        if x.dtype != own and not (x.dtype.is_floating and own.is_floating):
-            raise ValueError(f"Expected x of dtype {own.name}, but got {x.dtype.name}")
+        x = self._as_own_dtype(x)
         if x.shape.rank == 0:
             raise ValueError(
                 f"Expected x of shape (M, ...), one step of M streams, but got {x.shape}"
             )
-        # A step keeps no mask of Keras for later, so a window has none either.
-        return without_keras_mask(x if x.dtype == own else tf.cast(x, own))
+        return x
 
     def _take_steps(
         self, x: tf.Tensor, streams: TensorLike | None, update_state: bool
@@ -192,7 +151,7 @@ class CoWindow(ContinualLayer):
             if None in x.shape[2:]:
                 raise ValueError(f"Expected x of known features, but got {tuple(x.shape)}")
             with tf.init_scope():
-                self._keep(tuple(x.shape[2:]))
+                self._keep(x.shape[2:])
             self.built = True
         if not x.shape[2:].is_compatible_with(self._features):
             raise ValueError(

@@ -25,11 +25,10 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from continual_transformers_tf.layers.call_modes import call_mode
 from continual_transformers_tf.layers.circular_positional_encoding import CircularPositionalEncoding
@@ -38,22 +37,27 @@ from continual_transformers_tf.layers.co_delay import CoDelay
 from continual_transformers_tf.layers.co_recurrent import CoRecurrent
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.co_si_mha import CoSiMultiHeadAttention
-from continual_transformers_tf.layers.co_si_transformer_encoder import CoSiTransformerEncoder
 from continual_transformers_tf.layers.co_temporal import CoTemporal
 from continual_transformers_tf.layers.co_window import CoWindow
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.learned_queries import LearnedQueries
 from continual_transformers_tf.layers.rotary_embedding import RotaryEmbedding
-from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
 from continual_transformers_tf.layers.transformer_encoder_block import TransformerEncoderBlock
 from continual_transformers_tf.models.own_calls import (
     OWN_CALL,
-    computes_as,
     computes_as_ours,
     has_own_call,
 )
 from continual_transformers_tf.models.positions import table_of
 from continual_transformers_tf.models.problem import Problem
+from continual_transformers_tf.models.refusals import (
+    DROP_THE_MASK,
+    READS_ATTENTION,
+    looks_at_more,
+    sees_an_older_window,
+    unequal_delays,
+    uneven_rows,
+)
 from continual_transformers_tf.models.row_wise import (
     Tensor,
     is_row_wise,
@@ -62,7 +66,7 @@ from continual_transformers_tf.models.row_wise import (
     row_taken,
 )
 from continual_transformers_tf.models.row_wise_mark import difference_from_mark, relies_on_mark
-from continual_transformers_tf.ops.step import Rows, Step
+from continual_transformers_tf.ops.step import Rows
 
 Node = Any  # A node of Keras' graph. Its class is not public.
 Shape = tuple[int | None, ...]
@@ -127,13 +131,13 @@ class StepGraph:
         self.receptive_field = max(x.receptive_field for x in self.outputs)
         self.delay = max(x.delay * x.stride for x in self.outputs)
         self.goes_on = any(getattr(layer, "goes_on", False) for layer in self.layers)
-        late = _unequal_delays(self.outputs)
+        late = unequal_delays(self.outputs)
         if late and inputs_are_own:
             self.problems.append(Problem(f"its outputs are {late}"))
 
     def _begin(self, problems: list[Problem]) -> None:
         """Forget a plan, and begin another."""
-        self._plan: dict[int, str] = {}  # Id of a node -> how it is run, one of the names in _RUNS.
+        self._plan: dict[int, str] = {}  # Id of a node -> how it is run: see `way`.
         self._inner: dict[int, StepGraph] = {}  # Id of a nested model's node -> its StepGraph.
         self._known: dict[int, Tensor] = {}  # Id of a tensor of the graph -> its Tensor.
         self._refused: set[int] = set()  # Ids of nodes with problems.
@@ -144,25 +148,6 @@ class StepGraph:
         self._kept: dict[tuple[int, int], CoWindow] = {}
         self.layers: list[keras.layers.Layer] = []
         self._needed = 1  # How many steps the layers with strides or chunks take at once.
-
-    def run(self, inputs: Sequence[tf.Tensor], step: Step, training: bool | None) -> Any:
-        """Compute the outputs of T steps.
-
-        Args:
-            inputs: Tensors `(M, T, ...)`, in the order of the model's inputs. T is a multiple of
-                `block`.
-            step: The `Step` that the model's streams are taking.
-            training: Whether this is training.
-
-        Returns:
-            Tensors `(M, T / stride, ...)`, in the structure of the model's outputs.
-        """
-        for layer in self.layers:  # Before anything is computed.
-            layer._check_policy()
-        return self.walk(
-            inputs,
-            lambda node, values: _RUNS[self._plan[id(node)]](self, node, values, step, training),
-        )
 
     def way(self, node: Node) -> str | None:
         """Return how a node is run on steps; None if it cannot be.
@@ -256,15 +241,14 @@ class StepGraph:
             lag=max(x.lag for x in inputs),
         )
         kinds = {x.kind for x in inputs}
-        unequal = _unequal_delays(inputs)
+        unequal = unequal_delays(inputs)
         if unequal:
             self._refuse(node, f"is given {unequal}")
         if "whole" in kinds and _takes_mask_of_whole(node, values):
             self._refuse(
                 node,
                 "is given the mask of a window, as from keras.layers.Masking, after retroactive "
-                "attention, which keeps no such mask in steps: pass the window through an "
-                "operation that drops masks, such as keras.ops.multiply(x, 1)",
+                f"attention, which keeps no such mask in steps: {DROP_THE_MASK}",
             )
         if isinstance(op, keras.Model):
             inner = op
@@ -288,7 +272,7 @@ class StepGraph:
                         "from keras.layers.Masking: put the layers of the model into this graph",
                     )
                 return graph.outputs
-        uneven = _uneven_rows(inputs)
+        uneven = uneven_rows(inputs)
         if uneven:
             self._refuse(node, uneven)
         if isinstance(op, CoTemporal) and kinds == {"window"}:
@@ -357,8 +341,7 @@ class StepGraph:
                 "the windows too, as by x[:, -1:]",
             )
         elif not is_row_wise(node, args, kwargs):
-            table = table_of(node)
-            self._refuse(node, _looks_at_more(op, causal) if table is None else table.why)
+            self._refuse(node, _why_not_row_wise(node, causal))
             # Guess the kinds of its outputs by their shapes, to find the problems of later nodes.
             rank = len(node.input_tensors[0].shape)
             return [
@@ -390,18 +373,14 @@ class StepGraph:
             self._refuse(
                 node,
                 "is given the mask of a window, as from keras.layers.Masking, and steps keep none "
-                "for it: pass the window through an operation that drops masks, such as "
-                "keras.ops.multiply(x, 1)",
+                f"for it: {DROP_THE_MASK}",
             )
         if not x.causal:
-            self._refuse(
-                node,
-                _READS_ATTENTION,
-            )
+            self._refuse(node, READS_ATTENTION)
         self._needed = math.lcm(self._needed, op.block * x.stride)
         frames = op.frames(Rows(x.lag, x.delay))
         if op.gives_one_row and x.delay > 0:
-            self._refuse(node, _sees_an_older_window(x.delayed_by, x.delay))
+            self._refuse(node, sees_an_older_window(x.delayed_by, x.delay))
         kind = "window"
         if op.gives_one_row:
             kind = "newest" if op.layer.keepdims else "sample"
@@ -494,7 +473,7 @@ class StepGraph:
         # One output for the whole window is that of the newest row, which has not come yet.
         sums_up = isinstance(layer, CoRecurrent) and not layer.layer.return_sequences
         if late.delay > 0 and (sums_up or not sees_no_later):
-            self._refuse(node, _sees_an_older_window(late.delayed_by, late.delay))
+            self._refuse(node, sees_an_older_window(late.delayed_by, late.delay))
         if self.rows(inputs[0]) > 1 and not isinstance(layer, finished):
             self._refuse(
                 node,
@@ -523,15 +502,7 @@ class StepGraph:
                 f"takes no steps, with {layer._no_steps}: steps only attend along time, axis 1",
             )
         if isinstance(layer, CoChunkedMultiHeadAttention):
-            if late.lag % layer.chunk:
-                self._refuse(
-                    node,
-                    f"has chunks of {layer.chunk} steps, but is given no row in the first "
-                    f"{late.lag} steps of a stream, so its chunks would begin elsewhere: give the "
-                    'layers before it padding="causal"',
-                )
-            if not all(x.causal for x in inputs):
-                self._refuse(node, _READS_ATTENTION)
+            self._check_chunks(node, layer, inputs)
             return True
         if isinstance(layer, (CoDelay, CircularPositionalEncoding, RotaryEmbedding)):
             if layer.delay > 0 and not all(x.causal for x in inputs):
@@ -543,21 +514,45 @@ class StepGraph:
                 )
             return True
         if isinstance(layer, CoRecurrent):
-            masked = any(map(_has_mask, node.input_tensors))
-            if masked and (layer.window or not layer.heeds_masks):
-                self._refuse(
-                    node,
-                    "is given the mask of a window, but with a window, or with a cell of your own, "
-                    "it cannot skip steps: pass the window through an operation that drops masks, "
-                    "such as keras.ops.multiply(x, 1)",
-                )
-            if not all(x.causal for x in inputs):
-                self._refuse(
-                    node,
-                    _READS_ATTENTION,
-                )
+            self._check_recurrence(node, layer, inputs)
             return True
         given = inspect.signature(layer.call).bind(*args, **kwargs).arguments
+        self._check_attention(node, given, inputs)
+        return bool(given.get("use_causal_mask"))
+
+    def _check_chunks(
+        self, node: Node, layer: CoChunkedMultiHeadAttention, inputs: list[Tensor]
+    ) -> None:
+        lag = max(inputs, key=lambda x: x.delay).lag
+        if lag % layer.chunk:
+            self._refuse(
+                node,
+                f"has chunks of {layer.chunk} steps, but is given no row in the first {lag} steps "
+                "of a stream, so its chunks would begin elsewhere: give the layers before it "
+                'padding="causal"',
+            )
+        if not all(x.causal for x in inputs):
+            self._refuse(node, READS_ATTENTION)
+
+    def _check_recurrence(self, node: Node, layer: CoRecurrent, inputs: list[Tensor]) -> None:
+        masked = any(map(_has_mask, node.input_tensors))
+        if masked and (layer.window or not layer.heeds_masks):
+            self._refuse(
+                node,
+                "is given the mask of a window, but with a window, or with a cell of your own, it "
+                f"cannot skip steps: {DROP_THE_MASK}",
+            )
+        if not all(x.causal for x in inputs):
+            self._refuse(node, READS_ATTENTION)
+
+    def _check_attention(self, node: Node, given: dict[str, Any], inputs: list[Tensor]) -> None:
+        """Refuse attention, or an encoder, whose call has no equal in steps.
+
+        Args:
+            node: The node.
+            given: The arguments of its call, by their names.
+            inputs: The `Tensor`s among them.
+        """
         unknown = [k for k, x in given.items() if k not in STEP_ARGUMENTS and x is not None]
         unknown = [k for k in unknown if given[k] is not False]
         if unknown:
@@ -579,7 +574,6 @@ class StepGraph:
                 "Or give the lower attention use_causal_mask=True and a sliding_window, and train "
                 "on longer windows",
             )
-        return bool(given.get("use_causal_mask"))
 
     def _plan_attention_to_whole(self, node: Node) -> None:
         """Plan a regular call on the whole window of every step, which uses no stream's state."""
@@ -636,129 +630,6 @@ class StepGraph:
         self._refused.add(id(node))
         self.problems.append(Problem(why, node.operation))
 
-    # Running.
-
-    def _run_continual(
-        self, node: Node, values: dict[int, tf.Tensor], step: Step, training: bool | None
-    ) -> Any:
-        options: dict[str, Any] = {"update_state": step.update_state}
-        given = [self._known[id(x)] for x in node.input_tensors if id(x) in values]
-        before = step.rows_of_input
-        step.rows_of_input = Rows(max(x.lag for x in given), max(x.delay for x in given))
-        try:
-            outputs = self._continual_outputs(node, values, step, training, options)
-        finally:
-            step.rows_of_input = before
-        if self._known[id(node.outputs[0])].kind in ("newest", "sample"):
-            return keras.tree.map_structure(lambda y: self._newest_rows(y, given[0]), outputs)
-        return outputs
-
-    def _newest_rows(self, x: tf.Tensor, known: Tensor) -> tf.Tensor:
-        """Return the last of the rows that a tensor has in each step."""
-        rows = self.rows(known)
-        return x if rows == 1 else x[:, rows - 1 :: rows]
-
-    def _continual_outputs(
-        self,
-        node: Node,
-        values: dict[int, tf.Tensor],
-        step: Step,
-        training: bool | None,
-        options: dict[str, Any],
-    ) -> Any:
-        if not (step.one_row and _steps_in_one_op(node.operation)):
-            return _call(node, values, training, **options)
-        rows = {id(x): _without_time(values[id(x)]) for x in node.input_tensors if id(x) in values}
-        with call_mode("step"):
-            outputs = _call(node, rows, training, **options)
-        return keras.tree.map_structure(with_time, outputs)
-
-    def _run_model(
-        self, node: Node, values: dict[int, tf.Tensor], step: Step, training: bool | None
-    ) -> Any:
-        inner = [values[id(x)] for x in inputs_of_model(node)]
-        return self._inner[id(node)].run(inner, step, training)
-
-    def _run_identity(
-        self, node: Node, values: dict[int, tf.Tensor], step: Step, training: bool | None
-    ) -> tf.Tensor:
-        x = node.input_tensors[0]
-        return self._newest_rows(values[id(x)], self._known[id(x)])
-
-    def _run_row_wise(
-        self, node: Node, values: dict[int, tf.Tensor], step: Step, training: bool | None
-    ) -> Any:
-        return _call(node, values, training)
-
-    def _run_reshaped(
-        self, node: Node, values: dict[int, tf.Tensor], step: Step, training: bool | None
-    ) -> tf.Tensor:
-        x = values[id(node.input_tensors[0])]
-        return tf.reshape(x, tf.concat([tf.shape(x)[:2], node.outputs[0].shape[2:]], 0))
-
-    def _run_attention_to_whole(
-        self, node: Node, values: dict[int, tf.Tensor], step: Step, training: bool | None
-    ) -> list[tf.Tensor]:
-        """Run as `_run_on_samples`, but let no row attend to a step that was never taken."""
-        inputs = [x for x in node.input_tensors if id(x) in values]
-        kept = [layer for x in inputs if (layer := self.kept_window(node, x)) is not None]
-        whole = [x for x in inputs if self._known[id(x)].kind == "whole"]
-        n = kept[0].seq_len if kept else values[id(whole[0])].shape[2]
-        steps = tf.shape(values[id(inputs[0])], tf.int64)[1]
-        number = step.position[:, tf.newaxis] + tf.range(steps)
-        row = tf.range(n, dtype=tf.int64) - n + 1  # 0 is the newest step's row.
-        there = tf.reshape(number[..., tf.newaxis] + row >= 0, [-1, n])
-        if isinstance(node.operation, TransformerEncoderBlock):
-            regular = node.operation.call_regular
-            return self._run_on_samples(node, values, step, training, call=regular, key_mask=there)
-        return self._run_on_samples(node, values, step, training, value_mask=there)
-
-    def _run_on_samples(
-        self,
-        node: Node,
-        values: dict[int, tf.Tensor],
-        step: Step,
-        training: bool | None,
-        **more: Any,
-    ) -> list[tf.Tensor]:
-        """Run a node with steps as samples: (M, T, ...) becomes (M * T, ...), and back."""
-        inputs = [x for x in node.input_tensors if id(x) in values]
-        lead = tf.shape(values[id(inputs[0])])[:2]
-        samples = {}
-        for x in inputs:
-            layer, kind, y = self.kept_window(node, x), self._known[id(x)].kind, values[id(x)]
-            if layer is not None:
-                if id(layer) not in values:  # Another node may have called it already.
-                    values[id(layer)] = layer.call_steps(y, update_state=step.update_state)
-                kind, y = "whole", values[id(layer)]
-            samples[id(x)] = _to_samples(kind, y)
-        with call_mode("regular"):
-            outputs = keras.tree.flatten(_call(node, samples, training, **more))
-        return [
-            _to_steps(self._known[id(x)].kind, y, lead)
-            for x, y in zip(node.outputs, outputs, strict=True)
-        ]
-
-    def _run_queries(
-        self, node: Node, values: dict[int, tf.Tensor], step: Step, training: bool | None
-    ) -> tf.Tensor:
-        """Return the same queries for every step: `(M, T, Q, E)`."""
-        given = node.input_tensors[0]
-        lead = tf.shape(values[id(given)])[:2] // [1, self.rows(given)]
-        queries = _call(node, {id(x): values[id(x)] for x in node.input_tensors}, training)
-        return tf.broadcast_to(queries[:, tf.newaxis], tf.concat([lead, tf.shape(queries)[1:]], 0))
-
-
-_RUNS = {
-    "queries": StepGraph._run_queries,
-    "continual": StepGraph._run_continual,
-    "model": StepGraph._run_model,
-    "row taken": StepGraph._run_identity,
-    "row by row": StepGraph._run_row_wise,
-    "reshaped": StepGraph._run_reshaped,
-    "on samples": StepGraph._run_on_samples,
-    "attention to whole": StepGraph._run_attention_to_whole,
-}
 
 # The arguments that attention in a model's graph may be called with. All others are for whole
 # windows.
@@ -791,73 +662,6 @@ def _takes_mask_of_whole(node: Node, values: dict[int, Tensor]) -> bool:
     )
 
 
-_WINDOW = "put a ct.CoWindow before it, which gives it the whole window at every step"
-# Rows that see later steps cannot be kept in a window.
-_RETROACTIVE = (
-    "ct.convert(model, seq_len, kind='retroactive') gives it the whole window at every step, as a "
-    "ct.CoReTransformerEncoder before it does"
-)
-_FEATURES = "keep the first two axes, samples and time, and work along the others"
-_FUNCTION = "write its function with keras.ops along features, or mark it with @ct.row_wise"
-# What to do about operations that look at several steps, by the names of their classes.
-_CURES = {
-    **dict.fromkeys(("Activation", "Dense", "EinsumDense", "Lambda"), _FUNCTION),
-    **dict.fromkeys(
-        ("ExpandDims", "Moveaxis", "Permute", "Reshape", "Squeeze", "Swapaxes", "Transpose"),
-        _FEATURES,
-    ),
-    "GetItem": "take the newest step, as by x[:, -1]",
-    "GroupNormalization": "put it into a keras.layers.TimeDistributed, which normalizes each row",
-    "PReLU": "give it shared_axes=[1], so that its slopes are the same for all steps",
-}
-
-
-_READS_ATTENTION = (
-    "reads the outputs of attention. Every new step changes all of them, so none can be kept. "
-    "ct.convert(model, seq_len, kind='retroactive') runs it on the whole window at every step, as "
-    "does a ct.CoReTransformerEncoder in place of that attention. With use_causal_mask=True the "
-    "attention streams as it is"
-)
-
-
-def _sees_an_older_window(delayed_by: str, delay: int) -> str:
-    """Return why a layer that sees a whole window cannot be given delayed rows."""
-    return (
-        f"is given rows that {delayed_by} delays by {delay} steps, so it would see a window that "
-        f"ended before: put {delayed_by} after it, or, if that is a convolution, give it "
-        'padding="causal"'
-    )
-
-
-def _looks_at_more(operation: keras.Operation, causal: bool) -> str:
-    """Return why an operation on windows cannot run on a step, and what to do.
-
-    Args:
-        operation: The operation.
-        causal: Whether no row that it is given depends on a later one.
-    """
-    if isinstance(operation, keras.Model) and _graph_of(operation) is not None:
-        return OWN_CALL
-    why = "may look at several steps of the window, but a step has only the newest one: "
-    whole = _WINDOW if causal else _RETROACTIVE
-    if type(operation).__module__.startswith("keras."):
-        return why + _CURES.get(type(operation).__name__, whole)
-    attention = [
-        layer
-        for layer in getattr(operation, "_flatten_layers", list)()
-        if isinstance(layer, keras.layers.MultiHeadAttention)
-    ]
-    if attention:
-        return (
-            f"calls {attention[0].name} ({type(attention[0]).__name__}) by itself, and a layer of "
-            "your own is not read: put the layers inside it into the graph of the model"
-        )
-    return (
-        f"{why}if it computes each row of a window only from that row, mark its class with "
-        f"@ct.row_wise. Otherwise {whole}"
-    )
-
-
 def names_of_inputs(model: keras.Model) -> list[str]:
     """Return what messages call a model's inputs: their names, or their places if unnamed.
 
@@ -884,47 +688,14 @@ def _graph_of(model: keras.Model) -> keras.Model | None:
     return model if hasattr(model, "_nodes_by_depth") else None
 
 
-def _unequal_delays(tensors: Iterable[Tensor]) -> str | None:
-    """Return what is wrong if windows have different delays, and the cure; otherwise None."""
-    windows = [(x.delay * x.stride, x) for x in tensors if x.kind == "window"]
-    windows.sort(key=lambda pair: pair[0])
-    if not windows or windows[0][0] == windows[-1][0]:
-        return None
-    (early, other), (late, latest) = windows[0], windows[-1]
-    return (
-        f"windows with different delays: {latest.delayed_by} delays one by {late} steps, the delay "
-        f"of another is {early}. Pass the other through "
-        f"ct.CoDelay({(late - early) // other.stride}). If this is the sum of the input and the "
-        f"output of {latest.delayed_by}, put ct.CoResidual around that layer"
-    )
-
-
-def _steps_in_one_op(layer: keras.layers.Layer) -> bool:
-    """Return whether a layer's `call_step` can be one op, where its `call_steps` is many.
-
-    A subclass that computes something else is called with several steps, as its graph says.
-    """
-    kinds = (CoSiMultiHeadAttention, CoSiTransformerEncoder, TransformerEncoder)
-    return any(isinstance(layer, kind) and computes_as(layer, kind) for kind in kinds)
-
-
-def _without_time(x: tf.Tensor) -> tf.Tensor:
-    """Turn one step (M, 1, ...) into (M, ...), with its mask."""
-    mask = getattr(x, "_keras_mask", None)
-    return with_mask(tf.squeeze(x, 1), None if mask is None else tf.squeeze(mask, 1))
-
-
-def with_time(x: tf.Tensor) -> tf.Tensor:
-    """Turn one step (M, ...) into (M, 1, ...), with its mask."""
-    mask = getattr(x, "_keras_mask", None)
-    return with_mask(tf.expand_dims(x, 1), None if mask is None else tf.expand_dims(mask, 1))
-
-
-def with_mask(x: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
-    """Put Keras' mask on a tensor, and return the tensor; None: leave it as it is."""
-    if mask is not None:
-        x._keras_mask = mask
-    return x
+def _why_not_row_wise(node: Node, causal: bool) -> str:
+    """Return why an operation that may look at several steps of a window cannot run on one."""
+    op, table = node.operation, table_of(node)
+    if table is not None:
+        return table.why
+    if isinstance(op, keras.Model) and _graph_of(op) is not None:
+        return OWN_CALL
+    return looks_at_more(op, causal)
 
 
 def _kind_of_step(layer: ContinualLayer, output: keras.KerasTensor) -> str:
@@ -956,23 +727,6 @@ def _streams_on(layer: ContinualLayer, inputs: Sequence[Tensor]) -> bool:
     return "whole" not in kinds
 
 
-def _uneven_rows(tensors: Iterable[Tensor]) -> str | None:
-    """Return what is wrong if windows have other numbers of rows; otherwise None."""
-    windows = [x for x in tensors if x.kind == "window"]
-    strides = sorted({x.stride for x in windows})
-    if len(strides) > 1:
-        return (
-            f"combines windows with a row for every {strides[0]} and every {strides[-1]} steps: "
-            "give their layers the same strides"
-        )
-    if len({x.lag - x.delay for x in windows}) > 1:
-        return (
-            "combines windows of different lengths, because a layer before one of them leaves out "
-            'rows at the beginning: give that layer padding="causal"'
-        )
-    return None
-
-
 def _kind_of_one(shape: Shape, whole: Collection[int | None] = ()) -> str:
     """Return the kind of a tensor of one step, by its shape.
 
@@ -986,26 +740,3 @@ def _kind_of_one(shape: Shape, whole: Collection[int | None] = ()) -> str:
     if len(shape) > 2 and shape[1] in whole:
         return "whole"
     return "newest" if len(shape) > 2 and shape[1] == 1 else "sample"
-
-
-def _to_samples(kind: str, x: tf.Tensor) -> tf.Tensor:
-    axis_of_time = [1] if kind == "newest" else []
-    return tf.reshape(x, tf.concat([[-1], axis_of_time, tf.shape(x)[2:]], 0))
-
-
-def _to_steps(kind: str, x: tf.Tensor, lead: tf.Tensor) -> tf.Tensor:
-    first = 2 if kind == "newest" else 1
-    return tf.reshape(x, tf.concat([lead, tf.shape(x)[first:]], 0))
-
-
-def _call(
-    node: Node,
-    values: dict[int, tf.Tensor],
-    training: bool | None,
-    call: Callable[..., Any] | None = None,
-    **more: Any,
-) -> Any:
-    args, kwargs = node.arguments.fill_in(values)
-    if getattr(node.operation, "_call_has_training_arg", False):
-        kwargs = {"training": training, **kwargs}
-    return (call or node.operation)(*args, **kwargs, **more)

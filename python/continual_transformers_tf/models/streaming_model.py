@@ -11,12 +11,8 @@ from continual_transformers_tf.layers.composite_layer import CompositeLayer
 from continual_transformers_tf.layers.inputs import expect_given, in_blocks, rows_and_steps
 from continual_transformers_tf.layers.warm_up import always_partial, check_warm_up
 from continual_transformers_tf.models.problem import CannotStream, Problem
-from continual_transformers_tf.models.step_graph import (
-    StepGraph,
-    names_of_inputs,
-    with_mask,
-    with_time,
-)
+from continual_transformers_tf.models.step_graph import StepGraph, names_of_inputs
+from continual_transformers_tf.models.step_run import StepRun, with_mask, with_time
 from continual_transformers_tf.ops.step import Step
 
 
@@ -265,7 +261,7 @@ class StreamingModel(CompositeLayer, keras.Model):
         def compute(step: Step) -> Any:
             step.one_row = one_row
             with call_mode("steps"), always_partial():
-                outputs = self._graph.run(inputs, step, training)
+                outputs = StepRun(self._graph, step, training).outputs(inputs)
             return self._ready_outputs(step, outputs)
 
         return self._streams.take_steps(

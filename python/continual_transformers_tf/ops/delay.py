@@ -43,6 +43,24 @@ def steps_before(
     return gather_nd(ring, rows)
 
 
+def sequence_before(
+    ring: tf.Variable, streams: tf.Tensor, position: tf.Tensor, count: int, first: int = 0
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return the `count` newest steps before this call, and which of them are in the sequence.
+
+    Args:
+        ring, streams, position, count: As in `steps_before`.
+        first: The number of the sequence's first step.
+
+    Returns:
+        (`[M, count, ...]`, oldest first, zeros for steps before the first; bool `[M, count]`: which
+        are not before it).
+    """
+    steps = steps_before(ring, streams, position, count)
+    there = tf.expand_dims(position - count, 1) + tf.range(count, dtype=tf.int64) >= first
+    return mask_rows(steps, there), there
+
+
 def windows_of(
     ring: tf.Variable, steps: tf.Tensor, streams: tf.Tensor, position: tf.Tensor, seq_len: int
 ) -> tuple[tf.Tensor, tf.Tensor]:
@@ -58,15 +76,25 @@ def windows_of(
         `[M, T, N]`: which steps were taken).
     """
     taken = tf.shape(steps)[1]
-    before = steps_before(ring, streams, position, seq_len - 1)
+    before, were_there = sequence_before(ring, streams, position, seq_len - 1)
+    there = tf.concat([were_there, tf.ones(tf.shape(steps)[:2], tf.bool)], 1)
     # Row i of the window of step t.
     row = tf.range(taken)[:, tf.newaxis] + tf.range(seq_len)
-    windows = tf.gather(tf.concat([before, steps], 1), row, axis=1)
-    number = position[:, tf.newaxis, tf.newaxis] - (seq_len - 1) + tf.cast(row, tf.int64)
-    there = number >= 0
-    # Select instead of multiplying: an earlier stream may have left NaN there.
-    expanded = tf.reshape(there, tf.concat([tf.shape(there), [1] * (windows.shape.rank - 3)], 0))
-    return tf.where(expanded, windows, 0), there
+    return (
+        tf.gather(tf.concat([before, steps], 1), row, axis=1),
+        tf.gather(there, row, axis=1),
+    )
+
+
+def mask_rows(x: tf.Tensor, there: tf.Tensor, fill: float | None = None) -> tf.Tensor:
+    """Return x `[M, T, ...]` with `fill`, or zeros, in rows where `there`, bool `[M, T]`, is False.
+
+    It selects, where a product would keep NaN: an earlier stream may have left that in a ring.
+    """
+    last_axes = tf.ones([x.shape.rank - 2], tf.int32)
+    there = tf.reshape(there, tf.concat([tf.shape(there), last_axes], 0))
+    other = tf.zeros([], x.dtype) if fill is None else tf.constant(fill, x.dtype)
+    return tf.where(there, x, other)
 
 
 def put_steps(ring: tf.Variable, steps: tf.Tensor, streams: tf.Tensor, position: tf.Tensor) -> None:

@@ -126,10 +126,8 @@ class GraphLowering:
 
     def _continual(self, node: Node, values: dict[int, Symbol]) -> Symbol:
         layer = node.operation
-        if isinstance(layer, (CoTemporal, CoRecurrent)):
-            return self._temporal(node, values)
-        if isinstance(layer, CoChunkedMultiHeadAttention):
-            return self._chunked(node, values)
+        if isinstance(layer, (CoTemporal, CoRecurrent, CoChunkedMultiHeadAttention)):
+            return self._continual_on_rows(node, values)
         arguments = _bound(layer, *node.arguments.fill_in(values))
         check_time_axis(layer, node.input_tensors[0])
         given = [arguments.pop(k) for k in ("x", "query", "value", "key") if k in arguments]
@@ -144,28 +142,21 @@ class GraphLowering:
         y, self.state[id(layer)] = lower_continual(self.b, layer, *given, **masks, **causal)
         return y.with_mask(continual_mask_after(layer, given[0].mask))
 
-    def _temporal(self, node: Node, values: dict[int, Symbol]) -> Symbol:
-        layer, tensor = node.operation, node.input_tensors[0]
-        known, x = self.graph.known(tensor), values[id(tensor)]
-        rows = self.graph.rows(known)
-        arguments: dict[str, Any] = {"given": Rows(known.lag, known.delay), "rows": rows}
-        if isinstance(layer, CoRecurrent):
-            arguments["mask"] = x.mask
-        y, self.state[id(layer)] = lower_continual(self.b, layer, x.with_mask(None), **arguments)
-        return y.with_mask(x.mask if isinstance(layer, CoRecurrent) else None)
-
-    def _chunked(self, node: Node, values: dict[int, Symbol]) -> Symbol:
+    def _continual_on_rows(self, node: Node, values: dict[int, Symbol]) -> Symbol:
+        """Lower a layer that may be given several rows in a step, and rows of no sequence."""
         layer, known = node.operation, self.graph.known(node.input_tensors[0])
         arguments = _bound(layer, *node.arguments.fill_in(values))
-        given = [x for k in ("query", "value", "key") if (x := arguments.get(k)) is not None]
+        given = [x for k in ("x", "query", "value", "key") if (x := arguments.get(k)) is not None]
+        masks = {"mask": given[0].mask} if isinstance(layer, CoRecurrent) else {}
         y, self.state[id(layer)] = lower_continual(
             self.b,
             layer,
             *(x.with_mask(None) for x in given),
             given=Rows(known.lag, known.delay),
             rows=self.graph.rows(known),
+            **masks,
         )
-        return y
+        return y.with_mask(masks.get("mask"))
 
     def _model(self, node: Node, values: dict[int, Symbol]) -> Any:
         inner = GraphLowering(self.b, self.graph.inner(node), self.b.scope)

@@ -20,6 +20,7 @@ from continual_transformers_tf.models.lowering.continual_layers import (
     kernel_of,
     window_of,
 )
+from continual_transformers_tf.models.lowering.logic_ops import select
 from continual_transformers_tf.models.lowering.plan_builder import (
     CannotLower,
     PlanBuilder,
@@ -97,7 +98,7 @@ def of_sequence(b: PlanBuilder, x: Symbol, given: Rows, rows: int) -> Symbol:
     if rows == 1:
         return b.node("masked", [x, mask], x.shape, name="of_sequence")
     there = b.reshape(present(b, rows, -given.lag, rows), (rows, *[1] * (len(x.shape) - 1)))
-    return b.binary("multiply", x, there)
+    return select(b, there, x, 0.0)
 
 
 def history(b: PlanBuilder, x: Symbol, rows: int, before: int) -> tuple[Symbol, Symbol | None]:
