@@ -709,31 +709,15 @@ class Compiler {
     spec.memory = spec.goes_on && spec.cell == Cell::kLstm ? Offset(i, "memory") : 0;
     spec.activation = ActivationNamed(node.Text("activation"), node);
     spec.gate = ActivationNamed(node.Text("gate"), node);
-#define TRY(U, W)                                                               \
-  if constexpr (std::is_same_v<T, U>) {                                         \
-    if (options_.weights_dtype == kDType<W>) return RecurrentOf<W>(spec, node); \
+#define TRY(U, W)                                                                        \
+  if constexpr (std::is_same_v<T, U>) {                                                  \
+    if (options_.weights_dtype == kDType<W>)                                             \
+      return std::make_unique<RecurrentInstruction<T, W>>(spec, Weights(node, "kernel"), \
+                                                          Weights(node, "bias"));        \
   }
     CONTINUAL_TRANSFORMERS_FOR_PACKED_TYPES(TRY)
 #undef TRY
     throw Error(ErrorCode::kInternal, "no recurrent cell for this weights dtype");
-  }
-
-  template <typename W>
-  std::unique_ptr<Instruction> RecurrentOf(const RecurrentSpec& spec, const Node& node) {
-    const std::vector<T> kernel = Weights(node, "kernel");
-    const int64_t units = spec.units, width = static_cast<int64_t>(kernel.size()) / units;
-    // Columns first to first + count of the kernel.
-    const auto columns = [&](int64_t first, int64_t count) {
-      std::vector<T> part(units * count);
-      for (int64_t i = 0; i < units; ++i) {
-        std::copy_n(kernel.data() + i * width + first, count, part.data() + i * count);
-      }
-      return PackedKernel<T, W>(part.data(), units, count);
-    };
-    const bool before = spec.cell == Cell::kGruResetBefore;
-    return std::make_unique<RecurrentInstruction<T, W>>(
-        spec, columns(0, before ? 2 * units : width),
-        before ? columns(2 * units, units) : PackedKernel<T, W>(), Weights(node, "bias"));
   }
 
   std::unique_ptr<Instruction> RotaryAngles(const Node& node) {

@@ -118,7 +118,9 @@ struct Plan {
   uint64_t fingerprint;   // with the plan's own cache dtype; see docs/model_file.md
 
   // Whether a stream that has taken `position` steps of the plan has a full receptive field.
-  bool IsReadyAt(int64_t position) const { return position * block >= receptive_field; }
+  bool IsReadyAt(int64_t position) const {
+    return position >= receptive_field / block + (receptive_field % block > 0);
+  }
 
   // Whether outputs depend on all earlier steps of a stream, through a recurrent node.
   bool GoesOn() const;

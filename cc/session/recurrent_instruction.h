@@ -39,12 +39,13 @@ struct RecurrentSpec {
 template <typename T, typename W>
 class RecurrentInstruction : public Instruction {
  public:
-  RecurrentInstruction(const RecurrentSpec& spec, PackedKernel<T, W> kernel,
-                       PackedKernel<T, W> candidate, std::vector<T> bias)
-      : s_(spec),
-        kernel_(std::move(kernel)),
-        candidate_(std::move(candidate)),
-        bias_(std::move(bias)) {}
+  RecurrentInstruction(const RecurrentSpec& spec, const std::vector<T>& kernel, std::vector<T> bias)
+      : s_(spec), bias_(std::move(bias)) {
+    const int64_t units = s_.units, columns = Gates() * units;
+    const int64_t together = s_.cell == Cell::kGruResetBefore ? 2 * units : columns;
+    kernel_ = Columns(kernel, 0, together);
+    if (together < columns) candidate_ = Columns(kernel, together, columns);
+  }
 
   void Run(const Frame& frame) const override {
     // Streams are taken in groups that fit the scratch memory.
@@ -75,6 +76,16 @@ class RecurrentInstruction : public Instruction {
 
  private:
   static constexpr int64_t kGroup = 64;
+
+  // Columns begin to end - 1 of a kernel.
+  PackedKernel<T, W> Columns(const std::vector<T>& kernel, int64_t begin, int64_t end) const {
+    std::vector<T> part;
+    part.reserve(s_.units * (end - begin));
+    for (auto row = kernel.begin(); row != kernel.end(); row += Gates() * s_.units) {
+      part.insert(part.end(), row + begin, row + end);
+    }
+    return PackedKernel<T, W>(part.data(), s_.units, end - begin);
+  }
 
   int64_t Gates() const { return s_.cell == Cell::kSimple ? 1 : s_.cell == Cell::kLstm ? 4 : 3; }
 
@@ -190,7 +201,7 @@ class RecurrentInstruction : public Instruction {
   }
 
   const RecurrentSpec s_;
-  const PackedKernel<T, W> kernel_, candidate_;
+  PackedKernel<T, W> kernel_, candidate_;
   const std::vector<T> bias_;
 };
 
