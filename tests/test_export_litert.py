@@ -13,7 +13,8 @@ import continual_transformers_tf as ct
 import reference
 from continual_transformers_tf.models.lowering import lower
 from continual_transformers_tf.models.plan_in_tensorflow import PlanStep
-from model_cases import BOUNDS, CASES, D, E, H, N
+from model_case import BOUNDS, N
+from model_cases import CASES, D, E, H
 from plan_files import PlanFile, attention_only_plan, attention_plan, many_ports_plan
 from test_session import packed
 

@@ -11,7 +11,8 @@ import continual_transformers_tf as ct
 import reference
 from continual_transformers_tf.models.keras_state import blocks_from_keras_state
 from continual_transformers_tf.models.lowering import lower
-from model_cases import BOUNDS, CASES
+from model_case import BOUNDS
+from model_cases import CASES
 from old_states import new_state, old_keras_state, old_state
 
 pytestmark = pytest.mark.sampled(2)

@@ -11,7 +11,8 @@ import plan_reference
 import reference
 from continual_transformers_tf.layers import CircularPositionalEncoding
 from continual_transformers_tf.models.lowering import lower
-from model_cases import BOUNDS, CASES
+from model_case import BOUNDS
+from model_cases import CASES
 
 AGES = (0, 2)  # The streams' ages, in steps.
 

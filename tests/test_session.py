@@ -11,7 +11,8 @@ import plan_reference
 import reference
 from continual_transformers_tf.models.lowering import lower
 from continual_transformers_tf.session import OtherModelError, Session
-from model_cases import BOUNDS, CASES, E, N
+from model_case import BOUNDS, N
+from model_cases import CASES, E
 
 # The streams' ages, in steps, when they step together for the first time.
 AGES = (0, 2, 5)
