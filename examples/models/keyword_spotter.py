@@ -9,10 +9,9 @@ the stream. It builds the model, untrained, streams random features with `ct.Ses
 the steps with the same model on windows.
 """
 
-import time
-
 import keras
 import numpy as np
+from comparison import compare_first_window
 from keras import layers
 
 import continual_transformers_tf as ct
@@ -31,28 +30,7 @@ def build(features=64, heads=1, blocks=3, words=12, window=WINDOW):
     return keras.Model(rows, layers.Dense(words)(layers.Flatten()(x)), name="keyword_spotter")
 
 
-def compare(model, steps=2 * WINDOW):
-    """Stream random rows.
-
-    Returns:
-        (the largest difference from the model on the first window, as a part of the largest output;
-        the median time of a step in microseconds).
-    """
-    window = model.inputs[0].shape[1]
-    data = np.random.default_rng(1).normal(size=(1, steps, 40)).astype("float32")
-    session = ct.Session(model)
-    stream = session.open(1)
-    outputs, times = [], []
-    for t in range(steps):
-        start = time.perf_counter()
-        outputs.append(session.step(data[:, t], streams=stream))
-        times.append(time.perf_counter() - start)
-    expected = model(data[:, :window]).numpy()
-    error = np.abs(outputs[window - 1] - expected).max() / np.abs(expected).max()
-    return float(error), float(np.median(times[window:])) * 1e6
-
-
 if __name__ == "__main__":
     keras.utils.set_random_seed(1)
-    error, microseconds = compare(build())
-    print(f"largest error {error:.1e}, {microseconds:.0f} us a step")
+    rows = np.random.default_rng(1).normal(size=(1, 2 * WINDOW, 40)).astype("float32")
+    print(compare_first_window(build(), rows))

@@ -9,10 +9,9 @@ model, untrained, streams random features with `ct.Session`, and compares the st
 model on windows.
 """
 
-import time
-
 import keras
 import numpy as np
+from comparison import compare_first_window
 from keras import layers
 
 import continual_transformers_tf as ct
@@ -37,30 +36,7 @@ def build(features=128, heads=4, ahead=8, classes=22, decoder_layers=2, window=W
     return keras.Model(video, [layers.Dense(classes, name="now")(joined), future], name="oad_tr")
 
 
-def compare(model, steps=2 * WINDOW):
-    """Stream random features.
-
-    Returns:
-        (the largest difference from the model on the first window, as a part of the largest output;
-        the median time of a step in microseconds).
-    """
-    window, inputs = model.inputs[0].shape[1:]
-    data = np.random.default_rng(1).normal(size=(1, steps, inputs)).astype("float32")
-    session = ct.Session(model)
-    stream = session.open(1)
-    outputs, times = [], []
-    for t in range(steps):
-        start = time.perf_counter()
-        outputs.append(session.step(data[:, t], streams=stream))
-        times.append(time.perf_counter() - start)
-    error = max(
-        np.abs(got - want.numpy()).max() / np.abs(want).max()
-        for got, want in zip(outputs[window - 1], model(data[:, :window]), strict=True)
-    )
-    return float(error), float(np.median(times[window:])) * 1e6
-
-
 if __name__ == "__main__":
     keras.utils.set_random_seed(1)
-    error, microseconds = compare(build())
-    print(f"largest error {error:.1e}, {microseconds:.0f} us a step")
+    video = np.random.default_rng(1).normal(size=(1, 2 * WINDOW, 256)).astype("float32")
+    print(compare_first_window(build(), video))

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from continual_transformers_tf._keras_registration import registered
 from continual_transformers_tf.layers.inputs import TensorLike, expect_given, without_keras_mask
-from continual_transformers_tf.layers.plain_layers import cast, project
+from continual_transformers_tf.layers.plain_layers import cast, precise, project
 from continual_transformers_tf.layers.streaming_attention import StepMasks, StreamingAttention
 from continual_transformers_tf.ops.delay import put_steps, windows_of
 from continual_transformers_tf.ops.retroactive import (
@@ -112,7 +112,7 @@ class CoReMultiHeadAttention(StreamingAttention):
             seq_len,
             key_dim,
             self._value_dim,
-            "float64" if self.compute_dtype == "float64" else "float32",
+            precise(self.compute_dtype),
             name="state",
             extra_rows={"gate": gate} if use_gate else None,
         )

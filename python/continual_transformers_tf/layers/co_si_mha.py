@@ -17,7 +17,7 @@ from continual_transformers_tf.layers.inputs import (
     without_keras_mask,
 )
 from continual_transformers_tf.layers.narrow_kernels import NarrowKernels
-from continual_transformers_tf.layers.plain_layers import cast, project, rms_norm
+from continual_transformers_tf.layers.plain_layers import cast, precise, project, rms_norm
 from continual_transformers_tf.layers.position_bias import PositionBias, position_bias_of
 from continual_transformers_tf.layers.rotary import Rotary, rotary_of
 from continual_transformers_tf.layers.streaming_attention import StepMasks, StreamingAttention
@@ -76,25 +76,26 @@ class CoSiMultiHeadAttention(FusedStepLayer, StreamingAttention):
             (`tests/test_co_si_mha_step.py` holds 0.4 %).
         call_mode: What calling the layer does: "regular", "step" or "steps".
         num_key_value_heads: Hk, the number of heads of keys and values, a divisor of `num_heads`:
-            num_heads / Hk successive queries share them, as in `keras.layers.GroupQueryAttention`,
-            whose weights these then are, in the same order. None: num_heads.
-        rotary: A `ct.Rotary`, by which queries and keys are turned by the numbers of their steps.
-            In a regular call these are the places in the window, which gives the same. None: none.
-        query_key_norm: Whether each head's queries and keys are normalized by an
-            `RMSNormalization` of their own, before they are turned.
+            num_heads / Hk successive queries share a head, as in
+            `keras.layers.GroupQueryAttention`. The layer then has the weights of that layer, in the
+            same order. None: num_heads.
+        rotary: A `ct.Rotary`, which turns queries and keys by the numbers of their steps, and in a
+            regular call by their places in the window: both give the same. None: no such positions.
+        query_key_norm: Whether an `RMSNormalization` normalizes each head's queries, and another
+            its keys, before they are turned.
         norm_epsilon: The epsilon of these norms.
         logit_soft_cap: The bound c of c * tanh(logit / c), which replaces each scaled logit, as in
             Gemma 2. None: none.
-        position_bias: A `ct.ALiBi` or a `ct.RelativePositionBias`: what is added to a logit by how
-            many steps lie between query and key. None: nothing.
+        position_bias: A `ct.ALiBi` or a `ct.RelativePositionBias`. It adds to each logit a number
+            that depends on how many steps lie between query and key. None: no bias.
         use_sinks: Whether each head has a learned logit that only adds to the sum of its softmax,
             as in gpt-oss. A head can then attend to nothing.
         **kwargs: `name`, `dtype` and other arguments of `keras.layers.Layer`.
 
-    A `ct.Session` takes all of these in its own kernels. In TensorFlow, a step with any of the
-    arguments from `num_key_value_heads` on is several ops. With `rotary` and `query_key_norm` only,
-    one of them is the fused attention; with any other they are all plain TensorFlow. The weights
-    of such arguments come after those of Keras, in the order of the arguments.
+    Keras' layer does not have the arguments from `num_key_value_heads` on. Their weights come after
+    those of Keras, in the order of the arguments. A `ct.Session` computes them in its own kernels.
+    In TensorFlow, a step with any of them is several ops. With only `rotary` and `query_key_norm`,
+    one of these ops is the fused attention. With any other, all of them are plain TensorFlow.
 
     Call arguments:
         As in `keras.layers.MultiHeadAttention`, but `value` may be left out for self-attention. For
@@ -362,7 +363,7 @@ class CoSiMultiHeadAttention(FusedStepLayer, StreamingAttention):
             return_attention_scores=return_attention_scores,
             training=training,
             use_causal_mask=use_causal_mask,
-            **({} if self._is_plain else {"only_query": leave_out}),
+            only_query=leave_out,
         )
         if not self._single_output or leave_out:
             return result
@@ -458,7 +459,7 @@ class CoSiMultiHeadAttention(FusedStepLayer, StreamingAttention):
         Returns:
             `(B, T, H, Dv)` and the scores `(B, H, T, S)`.
         """
-        dtype, terms = self._cache_compute_dtype, self._logit_terms(distance)
+        dtype, terms = precise(self.compute_dtype), self._logit_terms(distance)
         assert terms is not None
         if mask is not None:
             for _ in range(4 - mask.shape.rank):
@@ -468,11 +469,6 @@ class CoSiMultiHeadAttention(FusedStepLayer, StreamingAttention):
         dropped = self._dropout_layer(scores, training=training) if self._dropout > 0 else scores
         attended = tf.einsum("bhts,bshd->bthd", cast(dropped, dtype), cast(value, dtype))
         return cast(attended, self.compute_dtype), cast(scores, self.compute_dtype)
-
-    @property
-    def _cache_compute_dtype(self) -> str:
-        """The dtype that attention computes in."""
-        return "float64" if self.compute_dtype == "float64" else "float32"
 
     def _placed(self, name: str, x: tf.Tensor, position: tf.Tensor) -> tf.Tensor:
         """Normalize and turn queries or keys as the layer's options say.
@@ -488,7 +484,7 @@ class CoSiMultiHeadAttention(FusedStepLayer, StreamingAttention):
         return x if self._rotary is None else self._rotary.rotate(x, position)
 
     def _logit_terms(self, distance: Any) -> LogitTerms | None:
-        """Return what is done with logits of these distances from key to query; None: nothing."""
+        """Return the changes of logits of these distances from key to query; None: no changes."""
         if not self._has_logit_terms:
             return None
         bias = None if self.position_bias is None else self.position_bias.call(distance)

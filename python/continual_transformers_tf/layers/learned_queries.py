@@ -1,4 +1,4 @@
-"""Queries that are weights, and belong to no step."""
+"""Learned queries, which belong to no step."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from continual_transformers_tf.ops.stream_state import check_integer
 
 @registered
 class LearnedQueries(keras.layers.Layer):
-    """Returns the same learned rows for every sample: queries for attention to a window.
+    """Learned rows, the same for every sample: queries for attention to a window.
 
     `keras.layers.MultiHeadAttention(...)(queries, x)` then attends from them to all steps of the
     window x, as a decoder of OadTR (Wang et al., arXiv 2106.11149) or LSTR (Xu et al., arXiv

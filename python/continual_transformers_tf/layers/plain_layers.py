@@ -88,9 +88,14 @@ def layer_norm(x: tf.Tensor, layer: keras.layers.LayerNormalization, dtype: str)
     return normal * _value(layer.gamma, dtype) + _value(layer.beta, dtype)
 
 
+def precise(dtype: str) -> str:
+    """Return the dtype of sums over values of a dtype: float64 for float64, otherwise float32."""
+    return "float64" if dtype == "float64" else "float32"
+
+
 def rms_norm(x: tf.Tensor, layer: keras.layers.RMSNormalization, dtype: str) -> tf.Tensor:
     """Return what an `RMSNormalization` layer over the last axis computes from x `(..., D)`."""
-    wide = cast(x, "float64" if dtype == "float64" else "float32")
+    wide = cast(x, precise(dtype))
     square = tf.reduce_mean(tf.square(wide), -1, keepdims=True)
     normal = wide * tf.math.rsqrt(square + layer.epsilon)
     return cast(normal * _value(layer.scale, normal.dtype), dtype)

@@ -1,5 +1,6 @@
 """Biases of attention by the distance between query and key."""
 
+import abc
 import math
 from typing import Any
 
@@ -7,10 +8,11 @@ import keras
 import tensorflow as tf
 
 from continual_transformers_tf._keras_registration import registered
+from continual_transformers_tf.layers.plain_layers import precise
 from continual_transformers_tf.ops.stream_state import check_integer
 
 
-class PositionBias(keras.layers.Layer):
+class PositionBias(keras.layers.Layer, abc.ABC):
     """A number that is added to each logit of attention, by head and by distance.
 
     The distance is the number of steps from the key to the query: positive for earlier keys.
@@ -31,14 +33,14 @@ class PositionBias(keras.layers.Layer):
             distance: Integers, of any shape.
 
         Returns:
-            `(H, *distance.shape)`, float32, or under a compute dtype of float64 float64.
+            `(H, *distance.shape)`, float64 if that is the compute dtype, otherwise float32.
         """
         bias = self._bias(tf.convert_to_tensor(distance, tf.int64))
-        return tf.cast(bias, tf.float64 if self.compute_dtype == "float64" else tf.float32)
+        return tf.cast(bias, precise(self.compute_dtype))
 
+    @abc.abstractmethod
     def _bias(self, distance: tf.Tensor) -> tf.Tensor:
         """Return the biases `(H, *distance.shape)` of any floating dtype."""
-        raise NotImplementedError
 
 
 @registered
@@ -76,10 +78,10 @@ class RelativePositionBias(PositionBias):
     `max_distance`. The last has all distances beyond.
 
     Args:
-        num_buckets: How many buckets there are.
-        max_distance: Where the last bucket begins, about.
-        bidirectional: Whether later keys have buckets of their own, a half of all. If False, they
-            are in the bucket of distance 0.
+        num_buckets: The number of buckets.
+        max_distance: About where the last bucket begins.
+        bidirectional: Whether later keys have half of the buckets. If False, they are in the bucket
+            of distance 0.
         initializer: The initializer of the table.
         **kwargs: `name`, `dtype` and other arguments of `keras.layers.Layer`.
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from continual_transformers_tf._keras_registration import registered
+from continual_transformers_tf.layers.plain_layers import precise
 from continual_transformers_tf.ops.stream_state import check_integer
 
 
@@ -105,7 +106,7 @@ class Rotary:
         # Products of int64 wrap around, which drops whole turns.
         product = positions[..., tf.newaxis, tf.newaxis] * turns
         angle = tf.cast(product, tf.float64) * (2 * math.pi / 2**64)
-        dtype = tf.float64 if x.dtype == tf.float64 else tf.float32
+        dtype = precise(x.dtype.name)
         cos, sin = (tf.cast(f(angle), dtype) for f in (tf.cos, tf.sin))
         size = 2 * turns.shape[0]
         turned, rest = tf.cast(x[..., :size], dtype), x[..., size:]

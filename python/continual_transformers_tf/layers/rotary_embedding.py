@@ -14,12 +14,12 @@ from continual_transformers_tf.ops.stream_state import StreamState
 
 @registered
 class RotaryEmbedding(ContinualLayer):
-    """Turns the rows of a window by their places, and the steps of a stream by their numbers.
+    """Rotary positions: the rows' places in a window, and the steps' numbers in a stream.
 
-    It is `keras_hub.layers.RotaryEmbedding` with `rope_type="linear"`, in place of which
-    `ct.convert` puts it. Windows and steps agree only for the first window of a stream, unless what
-    follows depends only on the distances of rows. In attention, use the argument `rotary` of
-    `CoSiMultiHeadAttention` instead: windows and steps then always agree.
+    `ct.convert` puts this layer in the place of a `keras_hub.layers.RotaryEmbedding` with
+    `rope_type="linear"`. If the layers that follow depend on more than the distances between rows,
+    windows and steps agree only for the first window of a stream. In attention, use the argument
+    `rotary` of `CoSiMultiHeadAttention` instead: windows and steps then always agree.
 
     Args:
         max_wavelength, scaling_factor, size, interleaved: As in `ct.Rotary`. A head is the last

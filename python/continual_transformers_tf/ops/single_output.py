@@ -119,8 +119,8 @@ def attend_steps(
     Args:
         query: Tensor `[M, T, H, D]` of the cache's compute dtype.
         key, value: Tensors `[M, T, Hk, D]` and `[M, T, Hk, Dv]` of the cache's dtype. Hk is the
-            cache's number of heads, a divisor of H. Fewer heads than queries make the call use
-            plain TensorFlow, because the fused op has as many keys as queries.
+            cache's number of heads, a divisor of H. If it is less than H, the call uses plain
+            TensorFlow, because the fused op has as many heads of keys as of queries.
         cache, scale, return_attention_scores, update_state: As in `single_output_attention`.
         streams: int32 tensor `[M]`.
         attention_mask: bool tensor `[M, H, T, N]`, whose first three axes may be 1; or None.
@@ -130,8 +130,8 @@ def attend_steps(
         training: Whether a graph may be asked for gradients; None: if it takes several steps.
         dropout: A function that is applied to the scores before they weight the values; None: none.
             It makes the call use plain TensorFlow, because the fused op has no random numbers.
-        terms: What is done with the logits; None: nothing. It makes the call use plain TensorFlow,
-            because the fused op has no such inputs.
+        terms: Changes of the logits; None: none. They make the call use plain TensorFlow, because
+            the fused op has no such inputs.
 
     Returns:
         (output `[M, T, H, Dv]`; scores `[M, H, T, N]`, without columns if they are not wanted;
@@ -229,7 +229,7 @@ def expand_mask(
         cache: The `AttentionCache` whose H and N it must fit.
         all_rows: Whether all queries of the window attend. The mask then has `[N, N]` in place of
             `[N]`, the queries first.
-        heads: H, if it is not the cache's.
+        heads: H. None: that of the cache.
 
     Raises:
         ValueError: If it is not bool, or does not fit.

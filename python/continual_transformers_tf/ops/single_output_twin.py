@@ -20,7 +20,7 @@ STEPS_PER_CHUNK = 64
 
 
 class LogitTerms(NamedTuple):
-    """What attention does with its logits beside scaling and masking them, in this order.
+    """Changes of attention's logits beside scaling and masking, in this order.
 
     Attributes:
         soft_cap: The bound c of c * tanh(logit / c), which replaces a scaled logit; None: none.
