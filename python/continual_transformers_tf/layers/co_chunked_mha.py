@@ -18,7 +18,7 @@ from continual_transformers_tf.layers.inputs import (
     step_input,
     without_keras_mask,
 )
-from continual_transformers_tf.layers.plain_layers import cast, project
+from continual_transformers_tf.layers.plain_layers import cast, precise, project
 from continual_transformers_tf.layers.warm_up import check_warm_up
 from continual_transformers_tf.ops.delay import put_steps, sequence_before
 from continual_transformers_tf.ops.step import Step
@@ -324,18 +324,18 @@ class CoChunkedMultiHeadAttention(ContinualLayer, keras.layers.MultiHeadAttentio
         keys, values, there = (tf.gather(x, attended, axis=1) for x in (keys, values, there))
         rows = tf.shape(queries)[0]
         queries = tf.reshape(queries, [rows, chunks, size, self._num_heads, self._key_dim])
-        precise = "float64" if dtype == "float64" else "float32"
-        logits = tf.einsum("mnchd,mnshd->mnhcs", cast(queries, precise), cast(keys, precise))
-        hidden = tf.constant(-np.inf, precise)
+        wide = precise(dtype)
+        logits = tf.einsum("mnchd,mnshd->mnhcs", cast(queries, wide), cast(keys, wide))
+        hidden = tf.constant(-np.inf, wide)
         logits = tf.where(
             there[:, :, tf.newaxis, tf.newaxis], self._inverse_sqrt_key_dim * logits, hidden
         )
         # Rows before the sequence's first may see nothing at all.
         scores = tf.math.multiply_no_nan(
-            tf.nn.softmax(logits), cast(there, precise)[:, :, tf.newaxis, tf.newaxis]
+            tf.nn.softmax(logits), cast(there, wide)[:, :, tf.newaxis, tf.newaxis]
         )
         if self._dropout > 0:
             scores = self._dropout_layer(scores, training=training)
-        result = tf.einsum("mnhcs,mnshd->mnchd", scores, cast(values, precise))
+        result = tf.einsum("mnhcs,mnshd->mnchd", scores, cast(values, wide))
         result = tf.reshape(result, [rows, taken, self._num_heads, self._value_dim])
         return cast(result, dtype)

@@ -98,7 +98,7 @@ def of_sequence(b: PlanBuilder, x: Symbol, given: Rows, rows: int) -> Symbol:
     if rows == 1:
         return b.node("masked", [x, mask], x.shape, name="of_sequence")
     there = b.reshape(present(b, rows, -given.lag, rows), (rows, *[1] * (len(x.shape) - 1)))
-    return select(b, there, x, 0.0)
+    return select(b, there, x, np.zeros(()))
 
 
 def history(b: PlanBuilder, x: Symbol, rows: int, before: int) -> tuple[Symbol, Symbol | None]:
