@@ -63,9 +63,9 @@ class RingPass {
   static constexpr int kAnyNumber = -1;
   static constexpr bool kScaled = std::is_same_v<C, int8_t>;
   // The values of a long window are summed part by part. A part stays in a near cache while the
-  // heads take their columns of it, and the next one is prefetched meanwhile. Windows of 1 MB in the
-  // last-level cache took 1.1 times as long as reading them once. In one part they took 1.65 times
-  // as long, because each pass over some columns touches only pieces of rows, far apart.
+  // heads take their columns of it, and the next one is prefetched meanwhile. Windows of 1 MB in
+  // the last-level cache took 1.1 times as long as reading them once. In one part they took 1.65
+  // times as long, because each pass over some columns touches only pieces of rows, far apart.
   static constexpr int64_t kPartBytes = 64 << 10;
   // How far ahead the keys of a long window are prefetched.
   static constexpr int64_t kBytesAhead = 16 << 10;
