@@ -59,8 +59,8 @@ def export_litert(
 
     All of them are float32, or int32 for integers and bools: browsers know no others. (If the sizes
     of a model's windows and tables have no common multiple below 2^31, "state_position" is int64.)
-    Keys and values of past steps are float32 too, whatever the model's `cache_dtype`. Outputs are
-    those of a `ct.Session` within rounding. A model of float64 is computed in float32.
+    Keys and values of past steps are float32 too: the model's `cache_dtype` has no effect here.
+    Outputs are those of a `ct.Session` within rounding. A model of float64 is computed in float32.
 
     Args:
         model: What `ct.Session` takes: a functional or sequential Keras model, a `StreamingModel`,

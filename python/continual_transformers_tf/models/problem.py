@@ -5,10 +5,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from continual_transformers_tf.layers.co_recurrent import CoRecurrent
-from continual_transformers_tf.layers.co_temporal import CoTemporal
-
-WRAPPERS = (CoRecurrent, CoTemporal)
+from continual_transformers_tf.layers.wrapping_layer import WrappingLayer
 
 
 class Problem(NamedTuple):
@@ -32,7 +29,7 @@ class Problem(NamedTuple):
     def _kind(self) -> str:
         """The kind of layer that the user knows: that within one that `ct.convert` put there."""
         layer: Any = self.layer
-        return type(layer.layer if isinstance(layer, WRAPPERS) else layer).__name__
+        return type(layer.layer if isinstance(layer, WrappingLayer) else layer).__name__
 
 
 class CannotStream(ValueError):

@@ -1,9 +1,9 @@
 """The description of a tensor in a Keras model's graph, and the operations that work row by row.
 
 An operation works row by row if it computes each row of a window `(B, T, ...)` only from that row,
-whatever T is. The tables below say when: a predicate for each operation of `keras.ops` and each
-layer, on the axes that it reads or moves. An operation that is in no table is not trusted, unless
-the user says so with `ct.row_wise`.
+for every T. The tables `OPS` and `LAYERS` have a predicate for each operation of `keras.ops` and
+each layer: it returns whether a call leaves samples and time alone. An operation that is in no
+table is refused, unless the user says with `ct.row_wise` that it works row by row.
 """
 
 import dataclasses
@@ -152,12 +152,12 @@ def _along_the_last(call: Call) -> bool:
 
 
 def _chosen(call: Call) -> bool:
-    """Of `where`, which chooses between two, or returns the places of what is true."""
+    """Return whether `where` chooses between two. With one argument it returns indices."""
     return call.argument(1, "x1") is not None and _same_for_all_steps(call)
 
 
 def _summed_by_places(call: Call) -> bool:
-    """Of the trapezoidal rule, whose places may be an array of their own."""
+    """Return whether the points x of the trapezoidal rule are the same for all steps."""
     return np.ndim(call.op.x) <= 1 and _features(call.op.axis, call.rank)
 
 
@@ -208,7 +208,7 @@ def _reshaped(call: Call) -> bool:
 
 
 def _multiplied(call: Call) -> bool:
-    """Of matmul: each step times a fixed matrix, or matrices within a step."""
+    """Return whether matmul multiplies steps by a fixed matrix, or matrices within a step."""
     x, y = call.argument(0, "x1"), call.argument(1, "x2")
     if call.rank > 3 and isinstance(x, Tensor) and isinstance(y, Tensor):
         return True
@@ -264,7 +264,7 @@ def _normalized_op(call: Call) -> bool:
 
 
 def _of_scalar(call: Call) -> bool:
-    """Of a quantile: one number, because several would make a new first axis."""
+    """Return whether q is one number, because several would make a new first axis."""
     q = call.argument(1, "q")
     return not isinstance(q, Tensor) and np.ndim(q) == 0 and _features(call.op.axis, call.rank)
 
@@ -325,7 +325,7 @@ def _always(call: Call) -> bool:
 
 
 def _of_features(call: Call) -> bool:
-    """Of a layer that works along the last axis."""
+    """Return whether the last axis, along which the layer works, is one of features."""
     return call.rank > 2
 
 
@@ -334,7 +334,7 @@ def _along_own_axis(call: Call) -> bool:
 
 
 def _normalized(call: Call) -> bool:
-    """Of a layer with a given or learned mean and variance, perhaps for each step."""
+    """Return whether mean and variance, given or learned, are the same for all steps."""
     numbers = (call.op.mean, call.op.variance)
     return _along_own_axis(call) and all(_is_same_for_all_steps(x, call.rank) for x in numbers)
 
@@ -367,7 +367,7 @@ def _einsum_dense(call: Call) -> bool:
 
 
 def _conv1d(call: Call) -> bool:
-    """Of a convolution of one step: a product."""
+    """Return whether a convolution reads one step for each row, so is a product."""
     layer = call.op
     one = layer.kernel_size == (1,) and layer.strides == (1,)
     return one and layer.data_format == "channels_last" and _activation_is_row_wise(call)
@@ -388,7 +388,7 @@ def _permuted(call: Call) -> bool:
 
 
 def _wrapped(call: Call) -> bool:
-    """Of a layer that calls another one, with other weights."""
+    """Return whether the layer that this one calls, with other weights, is row-wise."""
     return _layer_is_row_wise(dataclasses.replace(call, op=call.op.layer))
 
 

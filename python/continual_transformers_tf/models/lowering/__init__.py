@@ -8,6 +8,7 @@ import keras
 
 from continual_transformers_tf.layers.co_residual import CoResidual
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
+from continual_transformers_tf.layers.plain_layers import precise
 from continual_transformers_tf.models.convert import (
     ATTENTION,
     convert_layers,
@@ -248,7 +249,7 @@ def _lower_layer(
         raise ValueError(
             f"Expected a built layer, but {layer.name} has never been called: call it once"
         )
-    b = PlanBuilder("float64" if layer.compute_dtype == "float64" else "float32")
+    b = PlanBuilder(precise(layer.compute_dtype))
     b.scope = layer.name
     try:
         sizes = layer.input_features

@@ -132,7 +132,7 @@ State = dict[str, tuple[tuple[int, ...], str]]
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """What the table has for an op.
+    """How one op of a plan runs in TensorFlow, and the state that it keeps.
 
     Attributes:
         trace: A function of (node, step, *inputs), tensors `[1, ...]`, that returns the output.
