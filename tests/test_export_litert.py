@@ -161,7 +161,30 @@ def chunked_model():
     return keras.Model(x, y)
 
 
-@pytest.mark.parametrize(("make", "block"), [(strided_model, 2), (chunked_model, 3)])
+def attention_before_strides():
+    """A model whose attention, positions and masks are of several rows in each step."""
+    x = keras.Input((None, E))
+    y = kl.Masking(0.5)(ct.CircularPositionalEncoding(7, E)(x))
+    y = y + ct.CoSiMultiHeadAttention(
+        5,
+        4,
+        6,
+        value_dim=3,
+        single_output=False,
+        num_key_value_heads=2,
+        rotary=ct.Rotary(size=4),
+        position_bias=ct.ALiBi(),
+        use_sinks=True,
+        logit_soft_cap=3.0,
+    )(y, y, use_causal_mask=True)
+    y = kl.GRU(E, return_sequences=True)(ct.RotaryEmbedding()(y))
+    y = kl.GroupQueryAttention(4, 4, 2, sliding_window=4)(y, y, use_causal_mask=True)
+    return keras.Model(x, kl.Conv1D(4, 3, 3, padding="causal")(y))
+
+
+@pytest.mark.parametrize(
+    ("make", "block"), [(strided_model, 2), (chunked_model, 3), (attention_before_strides, 3)]
+)
 def test_a_block_of_steps(random, tmp_path, make, block):
     keras.utils.set_random_seed(5)
     session = ct.Session(ct.convert(make(), 3, warm_up="partial"))
@@ -171,6 +194,30 @@ def test_a_block_of_steps(random, tmp_path, make, block):
     stream = check_stream(session, tmp_path / "model.tflite", [x], 2 * BOUNDS["float32"])
     assert tuple(stream.inputs[session.inputs[0].name]["shape"]) == (1, block, E)
     assert stream.state["state_position"] == 60
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_several_rows_far_into_a_stream(random, tmp_path, gaps):
+    """An int32 position begins again where every ring is at its first row."""
+    keras.utils.set_random_seed(5)
+    session = ct.Session(ct.convert(attention_before_strides(), 5, warm_up="partial"))
+    path = tmp_path / "model.tflite"
+    ct.export_litert(session, path, key_mask=gaps)
+    old, young = Stream(path), Stream(path)
+    rounds = 5 * 7  # Of windows and of the table.
+    x = random.standard_normal((100, 1, 3, E)).astype("float32")
+    x[random.random(x.shape[:3]) < 0.2] = 0.5  # Masked rows.
+    has_key = random.random((100, 1)) > 0.2 * gaps
+    (name,), (output,) = ([spec.name for spec in s] for s in (session.inputs, session.outputs))
+    for t in range(100):
+        if t == 40:
+            old.state["state_position"] += np.int32((2**31 - 1 - 40 - 20) // rounds * rounds)
+        more = {"key_mask": has_key[t].astype("int32")} if gaps else {}
+        got, expected = (stream.step(**{name: x[t]}, **more)[output] for stream in (old, young))
+        np.testing.assert_array_equal(got, expected)
+        of_session = session.step(x[t], **({"key_mask": has_key[t]} if gaps else {}))
+        np.testing.assert_allclose(of_session, got.reshape(of_session.shape), atol=2e-5)
+    assert old.state["state_position"] < 2**31 - 200  # It began again.
 
 
 # Every function of every op, in hand-made plans.

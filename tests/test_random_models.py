@@ -30,11 +30,8 @@ class Maker:
         return choices[self.random.integers(len(choices))]
 
     def layer(self, x):
-        kinds = [self.row_wise, self.convolution, self.recurrence]
-        if self.strides:
-            kinds += [self.strided] * 3
-        else:
-            kinds += [self.attention] * 2
+        kinds = [self.row_wise, self.convolution, self.recurrence, self.attention]
+        kinds += [self.strided if self.strides else self.attention] * 2
         return self.pick(*kinds)(x)
 
     def row_wise(self, x):

@@ -262,7 +262,8 @@ py::list StateEntries(PythonSession& session) {
   py::list entries;
   for (const StateEntry& entry : session.session().executor()->state()) {
     entries.append(py::make_tuple(entry.node, entry.name, NameOf(entry.dtype),
-                                  py::tuple(py::cast(entry.shape)), entry.offset, entry.ring_rows));
+                                  py::tuple(py::cast(entry.shape)), entry.offset, entry.ring_rows,
+                                  entry.rows_a_step));
   }
   return entries;
 }

@@ -22,7 +22,8 @@ namespace continual_transformers {
 // Plan values, sizes, and byte offsets in the stream block.
 struct AttentionSpec {
   int query, key, value, output;
-  int key_mask = -1, query_mask = -1;  // plan values, bool [1]; -1: none
+  int key_mask = -1, query_mask = -1;  // plan values, bool [rows]; -1: none
+  int64_t rows = 1;                    // of each step
   int64_t heads, key_heads, window, key_dim, value_dim;
   int64_t first_column, end_column, query_delay;
   double scale;
@@ -32,10 +33,10 @@ struct AttentionSpec {
   int64_t threads = 1;                         // that may share a step
 };
 
-// Returns whether step r of a frame has a key.
-inline bool HasKey(const Frame& frame, int mask, int64_t r) {
-  return (frame.key_mask == nullptr || frame.key_mask[r]) &&
-         (mask < 0 || frame.Rows<bool>(mask)[r]);
+// Returns whether a row of a step of a frame has a key.
+inline bool HasKey(const Frame& frame, int mask, int64_t step, int64_t row) {
+  return (frame.key_mask == nullptr || frame.key_mask[step]) &&
+         (mask < 0 || frame.Rows<bool>(mask)[row]);
 }
 
 template <typename T, typename C>
@@ -58,14 +59,16 @@ class AttentionInstruction : public Instruction {
     for (int64_t m = 0; m < frame.streams; ++m) {
       const char* next =
           frame.streams > streams_near_ && m + 1 < frame.streams ? frame.blocks[m + 1] : nullptr;
-      for (int64_t t = 0; t < frame.steps; ++t) Step(frame, m, t, next);
+      for (int64_t t = 0; t < frame.steps; ++t) {
+        const int64_t step = m * frame.steps + t, first = FirstRow(frame.Position(m, t));
+        for (int64_t i = 0; i < s_.rows; ++i) {
+          Row(frame, m, step, step * s_.rows + i, first + i, next);
+        }
+      }
     }
   }
 
-  int64_t Cycles(int64_t rows) const override {
-    // Reading the ring, 16 bytes a cycle, plus the softmax of each head.
-    return rows * (RingBytes() / 16 + s_.heads * (100 + s_.window * 2));
-  }
+  int64_t Cycles(int64_t steps) const override { return steps * s_.rows * CyclesOfRow(); }
 
   int64_t ScratchBytes() const override {
     const int64_t parts = std::max<int64_t>(1, std::min(s_.threads, s_.window / kLeastRowsOfPart));
@@ -85,16 +88,32 @@ class AttentionInstruction : public Instruction {
     return s_.window * (key_size_ + value_size_) * static_cast<int64_t>(sizeof(C));
   }
 
-  void Step(const Frame& frame, int64_t m, int64_t t, const char* next) const {
-    const int64_t r = m * frame.steps + t, position = frame.Position(m, t), n = s_.window;
-    const int64_t row = position % n;
+  // Returns how many rows a stream has at a position, or as many a few windows earlier: far into a
+  // stream the product could overflow.
+  int64_t FirstRow(int64_t position) const {
+    if (s_.rows == 1) return position;
+    const int64_t n = s_.window;
+    return (position < n ? position : n + position % n) * s_.rows;
+  }
+
+  int64_t CyclesOfRow() const {
+    // Reading the ring, 16 bytes a cycle, plus the softmax of each head.
+    return RingBytes() / 16 + s_.heads * (100 + s_.window * 2);
+  }
+
+  // Adds a row to the ring and attends from it. `step` is its step in the frame, and `r` its row
+  // there. `position` is how many rows the stream had before. As a call this wrote more to the
+  // stack.
+  [[gnu::always_inline]] inline void Row(const Frame& frame, int64_t m, int64_t step, int64_t r,
+                                         int64_t position, const char* next) const {
+    const int64_t n = s_.window, row = position % n;
     char* block = frame.blocks[m];
     C* keys = reinterpret_cast<C*>(block + s_.key_ring);
     C* values = reinterpret_cast<C*>(block + s_.value_ring);
     bool* mask = reinterpret_cast<bool*>(block + s_.mask_ring);
     // The new row is written first. Softmax does not depend on order, so the filled part of the
     // ring is one span. A row without a key is zeros.
-    const bool has_key = HasKey(frame, s_.key_mask, r);
+    const bool has_key = HasKey(frame, s_.key_mask, step, r);
     mask[row] = has_key;
     T* key_scale = nullptr;
     T* value_scale = nullptr;
@@ -144,7 +163,7 @@ class AttentionInstruction : public Instruction {
     const int64_t rows = spans.before_wrap.rows + spans.after_wrap.rows;
     const int64_t parts =
         frame.pool == nullptr ? 1 : std::min(frame.pool->threads(), rows / kLeastRowsOfPart);
-    if (parts > 1 && Cycles(1) >= kCyclesWorthThreads) {
+    if (parts > 1 && CyclesOfRow() >= kCyclesWorthThreads) {
       AttendInParts(frame.pool, parts, rows, p);
       return;
     }

@@ -314,8 +314,8 @@ class Compiler {
         return MakeMasked<T>(In(node, 0), In(node, 1), output, size);
       case Op::kMaskAnd: {
         const int a = In(node, 0), b = In(node, 1);
-        return MakeRows(1, [=](const Frame& frame) {
-          for (int64_t r = 0; r < frame.rows(); ++r) {
+        return MakeRows(size, [=](const Frame& frame) {
+          for (int64_t r = 0; r < frame.rows() * size; ++r) {
             frame.Rows<bool>(output)[r] = frame.Rows<bool>(a)[r] && frame.Rows<bool>(b)[r];
           }
         });
@@ -323,7 +323,7 @@ class Compiler {
       case Op::kPositional: {
         const int64_t start = ElementsOf<int64_t>(file_.tensor(node.weights.at("start")))[0];
         return MakePositional<T>(Kept(Weights(node, "rows")), start, Offset(i, "offset"), In(node),
-                                 output, size);
+                                 output, shape.back(), RowsAStep(plan_, node));
       }
       case Op::kRotaryAngles:
         return RotaryAngles(node);
@@ -723,14 +723,14 @@ class Compiler {
   std::unique_ptr<Instruction> RotaryAngles(const Node& node) {
     std::vector<int64_t> turns = ElementsOf<int64_t>(file_.tensor(node.weights.at("turns")));
     other_weights_ += static_cast<int64_t>(turns.size() * sizeof(int64_t));
-    return MakeRotaryAngles<T>(std::move(turns), Out(node));
+    return MakeRotaryAngles<T>(std::move(turns), Out(node), RowsAStep(plan_, node));
   }
 
   std::unique_ptr<Instruction> Rotary(const Node& node) const {
     const int x = In(node, 0), angles = In(node, 1);
-    const int64_t size = ValueOf(node.inputs[0]).shape.back();
-    return MakeRotary<T>(node.Bool("interleaved"), x, angles, Out(node), Size(x) / size, size,
-                         Size(angles) / 2);
+    const int64_t size = ValueOf(node.inputs[0]).shape.back(), each = RowsAStep(plan_, node);
+    return MakeRotary<T>(node.Bool("interleaved"), x, angles, Out(node), each,
+                         Size(x) / size / each, size, Size(angles) / 2 / each);
   }
 
   std::unique_ptr<Instruction> Attention(int i) {
@@ -742,11 +742,12 @@ class Compiler {
     spec.output = Out(node);
     spec.key_mask = MaskOf(node, "key");
     spec.query_mask = MaskOf(node, "query");
+    spec.rows = RowsAStep(plan_, node);
     spec.heads = node.Int("heads");
     spec.key_heads = node.Int("key_heads", spec.heads);
     spec.window = node.Int("window");
-    spec.key_dim = Size(spec.key) / spec.key_heads;
-    spec.value_dim = Size(spec.value) / spec.key_heads;
+    spec.key_dim = Size(spec.key) / spec.rows / spec.key_heads;
+    spec.value_dim = Size(spec.value) / spec.rows / spec.key_heads;
     spec.first_column = node.Int("first_column");
     spec.end_column = node.Int("end_column");
     spec.query_delay = node.Int("query_delay");

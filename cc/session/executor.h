@@ -27,8 +27,9 @@ struct StateEntry {
   DType dtype;
   std::vector<int64_t> shape;  // the first axis of a ring is the step
   int64_t offset;              // bytes from the start of the block
-  // The number of rows of a ring: row p mod `ring_rows` has step p. 0: not a ring.
+  // The number of rows of a ring: row n is in n mod `ring_rows`. 0: not a ring.
   int64_t ring_rows;
+  int64_t rows_a_step;  // How many rows each step adds.
 };
 
 struct StepCall {

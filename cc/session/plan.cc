@@ -268,9 +268,10 @@ class PlanParser {
       const std::string where = where_ + ": the mask " + Quoted(name);
       const int value = MadeValue(*number, where);
       const Value& mask = plan_.values[value];
-      if (mask.dtype != DType::kBool || mask.shape != std::vector<int64_t>{1}) {
+      const std::vector<int64_t> shape = {RowsAStep(plan_, *node)};
+      if (mask.dtype != DType::kBool || mask.shape != shape) {
         Refuse(where + " is " + NameOf(mask.dtype) + " " + ShapeText(mask.shape) +
-               ", expected bool [1]");
+               ", expected bool " + ShapeText(shape));
       }
       node->masks[name] = value;
     }
@@ -572,6 +573,29 @@ const std::vector<int64_t>& Node::Ints(const std::string& attribute) const {
 bool Node::IsNull(const std::string& attribute) const {
   const auto found = attributes.find(attribute);
   return found == attributes.end() || std::holds_alternative<std::monostate>(found->second);
+}
+
+int64_t RowsAStep(const Plan& plan, const Node& node) {
+  // The value that has an axis of rows before the axes of one row.
+  const auto rows_of = [&](int value, size_t axes) -> int64_t {
+    const std::vector<int64_t>& shape = plan.values[value].shape;
+    return shape.size() > axes ? shape[0] : 1;
+  };
+  switch (node.op) {
+    case Op::kAttention:
+    case Op::kPositional:
+      return rows_of(node.inputs[0], 1);
+    case Op::kRecurrent: {
+      const Value& input = plan.values[node.inputs[0]];
+      return input.shape.empty() ? 1 : input.size / input.shape.back();
+    }
+    case Op::kRotary:
+      return rows_of(node.inputs[1], 2);
+    case Op::kRotaryAngles:
+      return rows_of(node.outputs[0], 2);
+    default:
+      return 1;
+  }
 }
 
 bool Plan::GoesOn() const {

@@ -129,6 +129,10 @@ struct Plan {
   uint64_t FingerprintWith(DType cache_dtype) const;
 };
 
+// Returns how many rows of a sequence a step gives to a node of attention, of positions or of a
+// recurrent cell. Where a later node has strides, there are several.
+int64_t RowsAStep(const Plan& plan, const Node& node);
+
 // Returns the tensor with that name, or null.
 using TensorLookup = std::function<const Tensor*(const std::string& name)>;
 

@@ -161,15 +161,15 @@ void CheckMasked(const NodeCheck& node) {
 }
 
 void CheckMaskAnd(const NodeCheck& node) {
-  node.ExpectInput(0, {1});
-  node.ExpectInput(1, {1});
-  node.ExpectOutput({1});
+  node.ExpectAxes(0, 1);
+  node.ExpectInput(1, node.input(0).shape);
+  CheckSameShape(node);
 }
 
 void CheckPositional(const NodeCheck& node) {
-  node.ExpectAxes(0, 1);
+  node.ExpectAxesOfRows(0);
   CheckSameShape(node);
-  node.ExpectWeight("rows", {RowsOf(*node.weight("rows")), node.input(0).shape[0]});
+  node.ExpectWeight("rows", {RowsOf(*node.weight("rows")), node.input(0).shape.back()});
   node.ExpectWeight("start", {});
   int64_t start;
   std::memcpy(&start, node.weight("start")->data, sizeof(start));
@@ -180,16 +180,19 @@ void CheckPositional(const NodeCheck& node) {
 }
 
 void CheckRotaryAngles(const NodeCheck& node) {
-  node.ExpectOutput({2, RowsOf(*node.weight("turns"))});
-  node.ExpectWeight("turns", {node.output().shape[1]});
+  const int64_t pairs = RowsOf(*node.weight("turns"));
+  const Shape& out = node.output().shape;
+  node.ExpectOutput(out.size() == 3 ? Shape{out[0], 2, pairs} : Shape{2, pairs});
+  node.ExpectWeight("turns", {pairs});
 }
 
 void CheckRotary(const NodeCheck& node) {
   node.ExpectSomeAxes(0);
   CheckSameShape(node);
-  node.ExpectAxes(1, 2);
-  node.ExpectInput(1, {2, node.input(1).shape[1]});
-  const int64_t pairs = node.input(1).shape[1], size = node.input(0).shape.back();
+  const Shape &x = node.input(0).shape, &angles = node.input(1).shape;
+  const int64_t pairs = angles.empty() ? 1 : angles.back(), size = x.back();
+  // Of several rows in each step, each has angles of its own.
+  node.ExpectInput(1, angles.size() == 3 ? Shape{x[0], 2, pairs} : Shape{2, pairs});
   if (2 * pairs > size) {
     node.Fail("turns " + Number(pairs) + " pairs of heads of " + Number(size) + " elements");
   }
@@ -230,14 +233,21 @@ void CheckHeads(const NodeCheck& node) {
 }
 
 void CheckAttention(const NodeCheck& node) {
-  for (size_t i = 0; i < 3; ++i) node.ExpectAxes(i, 1);
+  node.ExpectAxesOfRows(0);
+  const auto rows_of = [&](int64_t size) {
+    return node.input(0).shape.size() == 2 ? Shape{node.input(0).shape[0], size} : Shape{size};
+  };
+  for (size_t i = 1; i < 3; ++i) {
+    node.ExpectSomeAxes(i);
+    node.ExpectInput(i, rows_of(node.input(i).shape.back()));
+  }
   CheckHeads(node);
   const int64_t heads = node.node().Int("heads"), key_heads = node.node().Int("key_heads", heads);
   if (heads % key_heads != 0) {
     node.Fail("has " + Number(heads) + " heads of queries and " + Number(key_heads) +
               " of keys, which do not divide them");
   }
-  node.ExpectOutput({node.input(2).shape[0] / key_heads * heads});
+  node.ExpectOutput(rows_of(node.input(2).shape.back() / key_heads * heads));
   if (node.node().Number("soft_cap", 1) == 0) node.Fail("has a soft_cap of 0");
   node.ExpectWeight("bias", {heads, node.node().Int("window")});
   node.ExpectWeight("sink", {heads});
@@ -254,7 +264,8 @@ void CheckAttention(const NodeCheck& node) {
 }
 
 double AttentionStateBytes(const NodeCheck& node) {
-  const double row = Elements(node.input(1)) + Elements(node.input(2));
+  const auto last = [&](size_t i) { return static_cast<double>(node.input(i).shape.back()); };
+  const double row = last(1) + last(2);
   return static_cast<double>(node.node().Int("window")) * (row * node.compute_bytes() + 1);
 }
 
@@ -635,6 +646,14 @@ void NodeCheck::ExpectAxes(size_t i, size_t axes) const {
   if (input(i).shape.size() != axes) {
     Fail("input " + Number(i) + " has shape " + ShapeText(input(i).shape) + ", expected " +
          Number(axes) + (axes == 1 ? " axis" : " axes"));
+  }
+}
+
+void NodeCheck::ExpectAxesOfRows(size_t i) const {
+  const size_t axes = input(i).shape.size();
+  if (axes != 1 && axes != 2) {
+    Fail("input " + Number(i) + " has shape " + ShapeText(input(i).shape) +
+         ", expected 1 axis, or 2 for several rows in each step");
   }
 }
 

@@ -105,6 +105,8 @@ class NodeCheck {
 
   // Each throws if the check fails.
   void ExpectAxes(size_t input, size_t axes) const;
+  // That an input has one axis, or two: then each step has several rows.
+  void ExpectAxesOfRows(size_t input) const;
   void ExpectSomeAxes(size_t input) const;
   void ExpectInput(size_t input, const std::vector<int64_t>& shape) const;
   void ExpectOutput(const std::vector<int64_t>& shape) const;

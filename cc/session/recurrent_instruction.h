@@ -26,7 +26,7 @@ struct RecurrentSpec {
   // and each step begins with zeros; rows of steps that were never taken are skipped.
   bool goes_on;
   int64_t first;  // if it goes on, the number of the first step's row; rows before 0 are skipped
-  int input, output, mask;  // plan values; mask -1: none. A step that it hides changes nothing.
+  int input, output, mask;  // plan values; mask -1: none. A row that it hides changes nothing.
   int64_t state, memory;    // offsets in a stream's block, if it goes on; memory only for kLstm
   ActivationSpec activation, gate;  // of new values, and of gates
 };
@@ -145,7 +145,7 @@ class RecurrentInstruction : public Instruction {
         const bool untaken = s_.goes_on
                                  ? position <= -s_.first && position * rows + s_.first + r < 0
                                  : rows - 1 - r > position;
-        if (!untaken && (s_.mask < 0 || frame.Rows<bool>(s_.mask)[step])) {
+        if (!untaken && (s_.mask < 0 || frame.Rows<bool>(s_.mask)[step * rows + r])) {
           Take(x(m), products, m, gates, memory + m * units, h);
         }
         std::memcpy(frame.Rows<T>(s_.output) + (step * rows + r) * units, h, units * sizeof(T));

@@ -65,7 +65,7 @@ class RetroactiveInstruction : public Instruction {
     static constexpr int32_t kStream = 0;
     const int64_t r = m * frame.steps + t, position = frame.Position(m, t);
     char* block = frame.blocks[m];
-    const bool has_key = HasKey(frame, s_.key_mask, r);
+    const bool has_key = HasKey(frame, s_.key_mask, r, r);
     RetroactiveParams<T> p = p_;
     p.query = frame.Rows<T>(s_.query) + r * p.query_strides.stream;
     p.key = frame.Rows<T>(s_.key) + r * p.key_strides.stream;

@@ -26,22 +26,28 @@ std::unique_ptr<Instruction> MakeSteps(int64_t cycles_a_row, F f) {
   });
 }
 
-// Adds a row of a cyclic table. The int64 at `offset_at` of the block is the stream's offset in it.
+// Adds rows of a cyclic table, `each` of them in a step. The int64 at `offset_at` of the block is
+// the stream's offset in the table.
 template <typename T>
 std::unique_ptr<Instruction> MakePositional(std::vector<T> rows, int64_t start, int64_t offset_at,
-                                            int input, int output, int64_t size) {
+                                            int input, int output, int64_t size, int64_t each) {
   const int64_t count = static_cast<int64_t>(rows.size()) / size;
-  return MakeSteps(size / 4 + 40, [=, rows = std::move(rows)](const Frame& frame, const char* block,
-                                                              int64_t position, int64_t r) {
-    int64_t offset;
-    std::memcpy(&offset, block + offset_at, sizeof(offset));
-    // The offset may come from a copied state, so any value is possible.
-    const int64_t at = (start % count + offset % count + position % count) % count;
-    const T* row = rows.data() + (at < 0 ? at + count : at) * size;
-    const T* x = frame.Rows<T>(input) + r * size;
-    T* y = frame.Rows<T>(output) + r * size;
-    for (int64_t i = 0; i < size; ++i) y[i] = x[i] + row[i];
-  });
+  return MakeSteps(
+      each * (size / 4 + 40), [=, rows = std::move(rows)](const Frame& frame, const char* block,
+                                                          int64_t position, int64_t r) {
+        int64_t offset;
+        std::memcpy(&offset, block + offset_at, sizeof(offset));
+        // The offset may come from a copied state, so any value is possible.
+        int64_t at = (start % count + offset % count + position % count * each) % count;
+        if (at < 0) at += count;
+        const T* x = frame.Rows<T>(input) + r * each * size;
+        T* y = frame.Rows<T>(output) + r * each * size;
+        for (int64_t row = 0; row < each; ++row, x += size, y += size) {
+          const T* added = rows.data() + at * size;
+          for (int64_t i = 0; i < size; ++i) y[i] = x[i] + added[i];
+          if (++at == count) at = 0;
+        }
+      });
 }
 
 // Writes x of `steps` steps ago, or zeros if the stream has not taken that many.

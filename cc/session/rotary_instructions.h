@@ -50,33 +50,37 @@ class Turn {
   }
 };
 
-// Writes the cosines and then the sines of the angles of a step. An angle is the step's number
-// times its entry of `turns`, in 2^-64 of a turn. Unsigned products wrap around, which drops whole
-// turns: this is exact for steps of any number.
+// Writes the cosines and then the sines of the angles of each of a step's `each` rows. An angle is
+// the row's number times its entry of `turns`, in 2^-64 of a turn. Unsigned products wrap around,
+// which drops whole turns: this is exact for rows of any number.
 template <typename T>
-std::unique_ptr<Instruction> MakeRotaryAngles(std::vector<int64_t> turns, int output) {
+std::unique_ptr<Instruction> MakeRotaryAngles(std::vector<int64_t> turns, int output,
+                                              int64_t each) {
   const int64_t size = turns.size();
-  return MakeSteps(size * 12, [=, turns = std::move(turns)](const Frame& frame, const char*,
-                                                            int64_t position, int64_t r) {
-    T* y = frame.Rows<T>(output) + r * 2 * size;
-    for (int64_t i = 0; i < size; ++i) {
-      const auto turn = Turn::Of(static_cast<uint64_t>(position) * static_cast<uint64_t>(turns[i]));
-      y[i] = static_cast<T>(turn.cos);
-      y[size + i] = static_cast<T>(turn.sin);
+  return MakeSteps(each * size * 12, [=, turns = std::move(turns)](const Frame& frame, const char*,
+                                                                   int64_t position, int64_t r) {
+    T* y = frame.Rows<T>(output) + r * each * 2 * size;
+    const uint64_t first = static_cast<uint64_t>(position) * static_cast<uint64_t>(each);
+    for (int64_t row = 0; row < each; ++row, y += 2 * size) {
+      for (int64_t i = 0; i < size; ++i) {
+        const auto turn = Turn::Of((first + row) * static_cast<uint64_t>(turns[i]));
+        y[i] = static_cast<T>(turn.cos);
+        y[size + i] = static_cast<T>(turn.sin);
+      }
     }
   });
 }
 
 // Turns the first `pairs` pairs of each head by the angles. Pair i is elements 2 i and 2 i + 1 if
-// `interleaved`, otherwise i and i + pairs.
+// `interleaved`, otherwise i and i + pairs. Each of a step's `each` rows has `heads` heads.
 template <typename T>
 std::unique_ptr<Instruction> MakeRotary(bool interleaved, int input, int angles, int output,
-                                        int64_t heads, int64_t size, int64_t pairs) {
+                                        int64_t each, int64_t heads, int64_t size, int64_t pairs) {
   const int64_t stride = interleaved ? 2 : 1, apart = interleaved ? 1 : pairs;
-  return MakeRows(heads * (size + 4), [=](const Frame& frame) {
+  return MakeRows(each * heads * (size + 4), [=](const Frame& frame) {
     const T* x = frame.Rows<T>(input);
     T* y = frame.Rows<T>(output);
-    for (int64_t r = 0; r < frame.rows(); ++r) {
+    for (int64_t r = 0; r < frame.rows() * each; ++r) {
       const T* cos = frame.Rows<T>(angles) + r * 2 * pairs;
       const T* sin = cos + pairs;
       for (int64_t h = 0; h < heads; ++h, x += size, y += size) {

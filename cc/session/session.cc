@@ -164,7 +164,7 @@ class Session::Impl final : public ForkListener {
     for (const StateEntry& entry : executor_->state()) {
       const int64_t bytes = BytesOf(entry);
       segments_.push_back({entry.offset, bytes, entry.ring_rows != 0 ? bytes / entry.ring_rows : 0,
-                           entry.ring_rows, entry.dtype == DType::kBool});
+                           entry.ring_rows, entry.rows_a_step, entry.dtype == DType::kBool});
     }
     RegisterFork();
   }
@@ -334,11 +334,13 @@ class Session::Impl final : public ForkListener {
   struct Segment {
     int64_t offset, bytes;
     int64_t row_bytes, ring_rows;  // 0: not a ring.
+    int64_t rows_a_step;
     bool is_bool;
 
     // Bytes written by a stream at that position. The rows of a ring are written in order.
     int64_t Written(int64_t position) const {
-      return ring_rows == 0 ? bytes : std::min(position, ring_rows) * row_bytes;
+      if (ring_rows == 0) return bytes;
+      return std::min(std::min(position, ring_rows) * rows_a_step, ring_rows) * row_bytes;
     }
   };
 

@@ -19,8 +19,9 @@ class LayoutBuilder {
   explicit LayoutBuilder(const Plan& plan) : plan_(plan) {}
 
   // `ring_rows` 0: not a ring.
-  void Add(int node, const char* name, DType dtype, std::vector<int64_t> shape, int64_t ring_rows) {
-    StateEntry entry = {node, name, dtype, std::move(shape), end_, ring_rows};
+  void Add(int node, const char* name, DType dtype, std::vector<int64_t> shape, int64_t ring_rows,
+           int64_t rows_a_step = 1) {
+    StateEntry entry = {node, name, dtype, std::move(shape), end_, ring_rows, rows_a_step};
     // Value sizes are below 2^31, so a row is below 2^34 bytes and a ring below 2^65. int64 could
     // overflow.
     const double bytes = [&] {
@@ -82,14 +83,15 @@ StateLayout LayOut(const Plan& plan, DType cache_dtype) {
       case Op::kRetroactiveAttention: {
         const int64_t rows = node.Int("window");
         const int64_t heads = node.Int("key_heads", node.Int("heads"));  // Of the rings.
-        const int64_t key_dim = plan.values[node.inputs[1]].size / heads;
-        const int64_t value_dim = plan.values[node.inputs[2]].size / heads;
+        const int64_t key_dim = plan.values[node.inputs[1]].shape.back() / heads;
+        const int64_t value_dim = plan.values[node.inputs[2]].shape.back() / heads;
+        const int64_t each = RowsAStep(plan, node);
         if (node.op == Op::kAttention) {
-          layout.Add(n, "key", cache_dtype, {rows, heads, key_dim}, rows);
-          layout.Add(n, "value", cache_dtype, {rows, heads, value_dim}, rows);
+          layout.Add(n, "key", cache_dtype, {rows, heads, key_dim}, rows, each);
+          layout.Add(n, "value", cache_dtype, {rows, heads, value_dim}, rows, each);
           if (cache_dtype == DType::kInt8) {
-            layout.Add(n, "key_scale", DType::kFloat32, {rows}, rows);
-            layout.Add(n, "value_scale", DType::kFloat32, {rows}, rows);
+            layout.Add(n, "key_scale", DType::kFloat32, {rows}, rows, each);
+            layout.Add(n, "value_scale", DType::kFloat32, {rows}, rows, each);
           }
         } else {
           const DType compute = plan.compute_dtype;
@@ -100,7 +102,7 @@ StateLayout LayOut(const Plan& plan, DType cache_dtype) {
           layout.Add(n, "weighted_sum", DType::kFloat64, {heads, rows, value_dim}, 0);
           layout.Add(n, "made_with", DType::kFloat64, {2}, 0);
         }
-        layout.Add(n, "key_mask", DType::kBool, {rows}, rows);
+        layout.Add(n, "key_mask", DType::kBool, {rows}, rows, each);
         break;
       }
       case Op::kRecurrent: {

@@ -717,7 +717,8 @@ TEST(PositionalTest, ChecksRowsAndStart) {
   ExpectIn("has shape [7, 3], expected [7, 4]", refusal({7, 3}, 0));
   ExpectIn("has the start -1", refusal({7, 4}, -1));
   ExpectIn("has the start", refusal({7, 4}, std::numeric_limits<int64_t>::max()));
-  ExpectIn("expected 1 axis", refusal({7, 4}, 0, {2, 4}));
+  EXPECT_EQ(refusal({7, 4}, 0, {2, 4}), "");
+  ExpectIn("expected 1 axis, or 2", refusal({7, 4}, 0, {1, 2, 4}));
 }
 
 TEST(WindowTest, HasRowsOfTheNewestSteps) {
@@ -797,13 +798,47 @@ TEST(AttentionTest, ChecksHeadsAndColumns) {
   ExpectIn("a query of 6 elements and a key of 6", refusal({{"key_heads", 1}}, 6, 6, 9, 27));
   ExpectIn("has a soft_cap of 0", refusal({{"soft_cap", 0}}));
   ExpectIn("\"soft_cap\" is -1", refusal({{"soft_cap", -1}}));
-  ExpectIn("expected 1 axis", RefusalOfNode("attention", {{6}, {1, 6}, {9}}, {9},
-                                            {{"heads", 3},
-                                             {"window", 4},
-                                             {"first_column", 0},
-                                             {"end_column", 4},
-                                             {"query_delay", 0},
-                                             {"scale", 0.5}}));
+}
+
+TEST(AttentionTest, TakesSeveralRows) {
+  const auto refusal = [](const std::vector<Shape>& inputs, const Shape& out) {
+    return RefusalOfNode("attention", inputs, out,
+                         {{"heads", 3},
+                          {"window", 4},
+                          {"first_column", 0},
+                          {"end_column", 4},
+                          {"query_delay", 0},
+                          {"scale", 0.5}});
+  };
+  EXPECT_EQ(refusal({{2, 6}, {2, 6}, {2, 9}}, {2, 9}), "");
+  EXPECT_EQ(refusal({{1, 6}, {1, 6}, {1, 9}}, {1, 9}), "");
+  ExpectIn("input 1 has shape [1, 6], expected [6]", refusal({{6}, {1, 6}, {9}}, {9}));
+  ExpectIn("input 1 has shape [3, 6], expected [2, 6]", refusal({{2, 6}, {3, 6}, {2, 9}}, {2, 9}));
+  ExpectIn("input 2 has shape [9], expected [2, 9]", refusal({{2, 6}, {2, 6}, {9}}, {2, 9}));
+  ExpectIn("shape [9], expected [2, 9]", refusal({{2, 6}, {2, 6}, {2, 9}}, {9}));
+  ExpectIn("expected 1 axis, or 2", refusal({{2, 1, 6}, {2, 6}, {2, 9}}, {2, 9}));
+  ExpectIn("expected 1 axis, or 2", refusal({{}, {2, 6}, {2, 9}}, {2, 9}));
+  ExpectIn("at least one axis", refusal({{6}, {}, {9}}, {9}));
+}
+
+TEST(AttentionTest, HasAMaskForEachRow) {
+  const auto refusal = [](const char* name, int64_t rows) {
+    PlanBuilder b;
+    const int x = b.Input("x", {2, 6}), mask = b.Input("m", {rows}, "bool");
+    b.Output("y", b.Node("attention", {x, x, x}, {2, 6},
+                         {{"heads", 3},
+                          {"window", 4},
+                          {"first_column", 0},
+                          {"end_column", 4},
+                          {"query_delay", 0},
+                          {"scale", 0.5}},
+                         {}, {{name, mask}}));
+    return Refusal(b);
+  };
+  for (const char* name : {"key", "query"}) {
+    EXPECT_EQ(refusal(name, 2), "");
+    ExpectIn("is bool [1], expected bool [2]", refusal(name, 1));
+  }
 }
 
 TEST(AttentionTest, ChecksItsBiasAndSink) {
@@ -852,6 +887,9 @@ TEST(RotaryTest, ChecksItsAngles) {
   };
   EXPECT_EQ(refusal({3, 4}, {2}, {2, 2}), "");
   EXPECT_EQ(refusal({7}, {3}, {2, 3}), "");
+  EXPECT_EQ(refusal({5, 3, 4}, {2}, {5, 2, 2}), "");
+  EXPECT_EQ(refusal({5, 4}, {2}, {5, 2, 2}), "");
+  ExpectIn("expected [3, 2, 2]", refusal({3, 4}, {2}, {5, 2, 2}));
   ExpectIn("expected [2, 2]", refusal({3, 4}, {2}, {2, 3}));
   ExpectIn("expected [2]", refusal({3, 4}, {2, 1}, {2, 2}));
   ExpectIn("turns 2 pairs of heads of 3 elements", refusal({4, 3}, {2}, {2, 2}));
@@ -909,8 +947,10 @@ TEST(MaskTest, HasOneElement) {
   EXPECT_EQ(refusal("masked", {x, m}, {3}, ""), "");
   ExpectIn("input 1 has shape [3], expected [1]", refusal("masked", {x, n}, {3}, ""));
   EXPECT_EQ(refusal("mask_and", {m, m}, {1}, "bool"), "");
-  ExpectIn("input 0 has shape [3], expected [1]", refusal("mask_and", {n, m}, {1}, "bool"));
+  EXPECT_EQ(refusal("mask_and", {n, n}, {3}, "bool"), "");
+  ExpectIn("input 1 has shape [1], expected [3]", refusal("mask_and", {n, m}, {3}, "bool"));
   ExpectIn("input 1 has shape [3], expected [1]", refusal("mask_and", {m, n}, {1}, "bool"));
+  ExpectIn("expected [3]", refusal("mask_and", {n, n}, {1}, "bool"));
   const Json attributes = {{"value", -1}, {"any", false}};
   EXPECT_EQ(refusal("not_equal", {x}, {1}, "bool", attributes), "");
   EXPECT_EQ(refusal("not_equal", {n}, {1}, "bool", attributes), "");

@@ -170,7 +170,8 @@ class CircularPositionalEncoding(OneInputLayer):
     def get_state(self, streams: TensorLike | None = None) -> dict[str, Any]:
         """Return the state of streams: a dict of int64 arrays `[M]`. Eager mode only.
 
-        It has "index", the row that is next, and "position", the number of steps taken.
+        It has "index", the row that is next, and "position", the number of steps taken. In a model
+        with strides after this layer, where a step has several rows, "index" counts steps too.
 
         Args:
             streams: Integers `[M]`, the streams to read, in this order. None: all.
@@ -221,7 +222,7 @@ class CircularPositionalEncoding(OneInputLayer):
         x = tf.expand_dims(self._input(x, mode), 1) if one_step else self._steps_input(x, mode)
 
         def compute(step: Step) -> tf.Tensor:
-            moved = tf.gather(self._stream_state.offset, step.numbers) + step.position
+            moved = tf.gather(self._stream_state.offset, step.numbers) + step.rows_before(steps)
             return self._add_rows(x, self.first_row + moved)
 
         rows, steps = rows_and_steps(x)

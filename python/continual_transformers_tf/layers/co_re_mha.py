@@ -200,12 +200,12 @@ class CoReMultiHeadAttention(StreamingAttention):
             scale=self._inverse_sqrt_key_dim,
             return_attention_scores=return_attention_scores,
             algorithm=self._algorithm,
-            update_state=step.writes_rings,
+            update_state=step.update_state and step.has_one_row,
             advance_position=False,
             training=training,
             dropout=None if dropout is None else lambda x: cast(dropout(x), cache.dtype),
         )
-        if not step.one:
+        if not step.has_one_row:
             step.at_the_end(lambda: put_whole_window(cache, queries, keys, values, masks.key, step))
         attended = tf.transpose(cast(attended, dtype), (0, 1, 3, 2, 4))  # [M, T, N, H, Dv]
         if self._use_gate:

@@ -14,6 +14,7 @@ from continual_transformers_tf.layers.inputs import (
     checked_cache_dtype,
     checked_weights_dtype,
     expect_given,
+    rows_and_steps,
     without_keras_mask,
 )
 from continual_transformers_tf.layers.narrow_kernels import NarrowKernels
@@ -567,14 +568,15 @@ class CoSiMultiHeadAttention(FusedStepLayer, StreamingAttention):
         training: bool | None,
     ) -> tuple[tf.Tensor, tf.Tensor | None]:
         cache, dtype = self._stream_state, self.compute_dtype
+        position = step.rows_before(rows_and_steps(query)[1])
         keys = project(key, self._key_dense, dtype, training)
         values = cast(project(value, self._value_dense, dtype, training), cache.dtype)
         queries = project(query, self._query_dense, dtype, training)
         if not self._is_plain:
             # A query that waits was turned by its own step, like the keys in the ring.
-            position = tf.expand_dims(step.position, 1) + tf.range(tf.shape(query, tf.int64)[1])
-            queries = self._placed("query", queries, position)
-            keys = self._placed("key", keys, position)
+            numbers = tf.expand_dims(position, 1) + tf.range(tf.shape(query, tf.int64)[1])
+            queries = self._placed("query", queries, numbers)
+            keys = self._placed("key", keys, numbers)
         keys = cast(keys, cache.dtype)
         asking = {"query": queries}
         if self._use_gate:
@@ -582,7 +584,7 @@ class CoSiMultiHeadAttention(FusedStepLayer, StreamingAttention):
         if masks.query is not None:
             asking["query_mask"] = masks.query
         if self.delay > 0:
-            asking = self._exchange_queries(asking, step)
+            asking = self._exchange_queries(asking, step, position)
         attention_mask = masks.attention
         if "query_mask" in asking:
             asks = asking["query_mask"][:, tf.newaxis, :, tf.newaxis]  # [M, 1, T, 1]
@@ -598,23 +600,27 @@ class CoSiMultiHeadAttention(FusedStepLayer, StreamingAttention):
             key_mask=masks.key,
             scale=self._inverse_sqrt_key_dim,
             return_attention_scores=return_attention_scores,
-            update_state=step.writes_rings,
+            update_state=step.update_state and step.has_one_row,
             advance_position=False,
+            position=position if step.rows_of_input.each > 1 else None,
             training=training,
             dropout=self._scores_dropout(training),
             terms=self._logit_terms(self._seq_len - 1 - self.delay - np.arange(self._seq_len)),
         )
-        if not step.one:
-            step.at_the_end(lambda: put_window(cache, keys, values, masks.key, step))
+        if not step.has_one_row:
+            step.at_the_end(lambda: put_window(cache, keys, values, masks.key, step, position))
         attended = cast(attended, dtype)
         return attended * asking["gate"] if self._use_gate else attended, scores
 
-    def _exchange_queries(self, new: dict[str, tf.Tensor], step: Step) -> dict[str, tf.Tensor]:
+    def _exchange_queries(
+        self, new: dict[str, tf.Tensor], step: Step, position: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
         """Keep this call's queries, and return those of `delay` steps before.
 
         Args:
             new: "query" `[M, T, H, D]`, and if there are any, "gate" and "query_mask".
             step: The `Step`.
+            position: int64 `[M]`, how many queries the streams had before.
 
         Returns:
             The same names, and "query_mask" in any case.
@@ -623,11 +629,11 @@ class CoSiMultiHeadAttention(FusedStepLayer, StreamingAttention):
         shape = tf.shape(new["query"])[:2]
         new = {"query_mask": tf.ones(shape, bool), **new}
         due = {
-            name: delayed_steps(getattr(cache, name), steps, step.numbers, step.position)
+            name: delayed_steps(getattr(cache, name), steps, step.numbers, position)
             for name, steps in new.items()
         }
         # The first `delay` steps of a stream have no query whose turn it is.
-        number = tf.expand_dims(step.position, 1) + tf.range(tf.cast(shape[1], tf.int64))
+        number = tf.expand_dims(position, 1) + tf.range(tf.cast(shape[1], tf.int64))
         waited = number >= self.delay
         due["query_mask"] &= waited
         if "gate" in due:  # tf.where, because what an earlier stream left there may be NaN.
@@ -635,7 +641,7 @@ class CoSiMultiHeadAttention(FusedStepLayer, StreamingAttention):
 
         def keep() -> None:
             for name, steps in new.items():
-                put_steps(getattr(cache, name), steps, step.numbers, step.position)
+                put_steps(getattr(cache, name), steps, step.numbers, position)
 
         step.at_the_end(keep)
         return due

@@ -129,7 +129,7 @@ class RotaryEmbedding(ContinualLayer):
 
     def _take_steps(self, x: tf.Tensor, streams: Any, update_state: bool) -> tf.Tensor:
         def compute(step: Step) -> tf.Tensor:
-            return self._turned(x, step.position)
+            return self._turned(x, step.rows_before(steps))
 
         rows, steps = rows_and_steps(x)
         return self._streams.take_steps(self, compute, streams, rows, steps, update_state)

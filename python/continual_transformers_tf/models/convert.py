@@ -52,7 +52,8 @@ def convert(
             kinds too. It is not changed.
         seq_len: N, the window: how many of the newest steps a step's query attends to, or a global
             pooling reads. They are counted where that layer is: after layers with strides, a step
-            is one of their rows. None: the model has no such layers.
+            is one of their rows. None: continual layers keep their own windows, and there are no
+            other layers that need one.
         kind: What plain attention becomes. "single_output": `CoSiMultiHeadAttention`, whose cost
             grows with N only by its attention. "retroactive": the first attention becomes a
             `CoReMultiHeadAttention`, which gives all rows of the window at every step, and
@@ -333,7 +334,11 @@ def _copy(layer: keras.layers.Layer) -> keras.layers.Layer:
 
 
 def _with_options(layer: keras.layers.Layer, options: dict[str, Any]) -> keras.layers.Layer:
-    """Return a copy of a continual layer, with these options if the layer has a window."""
+    """Return a copy of a continual layer, with these options if the layer has a window.
+
+    An option that is None leaves the layer's own as it is.
+    """
+    options = {name: option for name, option in options.items() if option is not None}
     config = layer.get_config()
     if "seq_len" in config:
         if not set(options) <= set(config):

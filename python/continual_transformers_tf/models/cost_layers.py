@@ -217,17 +217,17 @@ def _(layer: keras.layers.MultiHeadAttention, rows: Rows) -> Cost:
 def _(layer: CoSiMultiHeadAttention, rows: Rows) -> Cost:
     if rows.mode == "regular":
         return attention_of_windows(layer, rows, single_output=layer._single_output)
-    cache = layer._stream_state
+    cache, new = layer._stream_state, rows.count
     attended = single_output_attention_cost(layer.seq_len, layer._key_dim, layer._value_dim)
-    projected = _projections(layer, 1, 1)
+    projected = _projections(layer, new, new)
     itemsize = cache.dtype.size
     ring = bytes_of((layer._key_heads, layer.seq_len, layer._key_dim + layer._value_dim), itemsize)
     waited = bytes_of_state(cache, ("query", "query_mask", "gate")) // max(1, layer.delay)
-    read = ring + layer.seq_len + waited + bytes_of_weights(layer, layer.weights_dtype)
+    read = new * (ring + layer.seq_len + waited) + bytes_of_weights(layer, layer.weights_dtype)
     return (
         projected
-        + attended * layer._num_heads
-        + _beside_keras(layer, 1, 1, layer.seq_len)
+        + attended * (new * layer._num_heads)
+        + _beside_keras(layer, new, new, layer.seq_len)
         + Cost(state_bytes=bytes_of_state(cache), read_bytes=read)
     )
 
@@ -235,7 +235,7 @@ def _(layer: CoSiMultiHeadAttention, rows: Rows) -> Cost:
 @cost_of.register
 def _(layer: CoSiTransformerEncoder, rows: Rows) -> Cost:
     """Return the cost. Only the newest row goes on after the attention, also in a regular call."""
-    newest = Rows(rows.mode, 1)
+    newest = rows if rows.mode == "step" else Rows(rows.mode, 1)
     total = cost_of(layer.attention, rows) + Cost(additions=2 * layer.input_features["x"])
     total += cost_of(layer.attention_norm, rows if layer.norm_first else newest)
     for part in (layer.feed_forward, layer.feed_forward_output, layer.output_norm):
@@ -268,7 +268,8 @@ def _(layer: CoDelay, rows: Rows) -> Cost:
         return Cost()
     state = bytes_of_state(layer._stream_state)
     kept = bytes_of_state(layer._stream_state, ("steps",))
-    return Cost(state_bytes=state, read_bytes=kept // max(1, layer.delay) + state - kept)
+    read = rows.count * (kept // max(1, layer.delay)) + state - kept
+    return Cost(state_bytes=state, read_bytes=read)
 
 
 @cost_of.register
@@ -348,7 +349,7 @@ def _(layer: CoResidual, rows: Rows) -> Cost:
     if layer._skip is not None:
         total += cost_of(layer._skip, rows)
     (features,) = layer.input_features.values()
-    added = 1 if rows.mode == "step" or _gives_one_row(layer.layer) else rows.count
+    added = 1 if rows.mode == "regular" and _gives_one_row(layer.layer) else rows.count
     return total + Cost(additions=added * int(np.prod(features)))
 
 

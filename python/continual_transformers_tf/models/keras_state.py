@@ -30,6 +30,7 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     offset: int
     ring_rows: int  # 0: not a ring.
+    rows_a_step: int = 1
 
 
 def blocks_from_keras_state(
@@ -196,9 +197,13 @@ def _ring(where: str, array: Array, positions: Positions, entry: Entry) -> Array
         )
     ring = np.zeros((len(array), rows, size), array.dtype)
     given = array.reshape(*array.shape[:2], size)
-    for i, position in enumerate(positions):
-        steps = np.arange(max(0, position - rows), position)
-        ring[i, steps % rows] = given[i, steps % array.shape[1]]
+    # Far into a stream a product could overflow. A common multiple of both rings earlier, the rows
+    # are the same.
+    rounds = rows * array.shape[1]
+    near = np.where(positions < rounds, positions, rounds + positions % rounds)
+    for i, taken in enumerate(near * entry.rows_a_step):
+        number = np.arange(max(0, taken - rows), taken)
+        ring[i, number % rows] = given[i, number % array.shape[1]]
     return ring
 
 

@@ -469,20 +469,21 @@ class StepGraph:
             layer = layer.layer
         late = max(inputs, key=lambda x: x.delay)
         finished = (CoChunkedMultiHeadAttention, CoDelay, CoRecurrent)
+        gives_windows = any(getattr(x, "gives_windows", False) for x in layer._flatten_layers())
         sees_no_later = isinstance(layer, finished) or kwargs.get("use_causal_mask")
         # One output for the whole window is that of the newest row, which has not come yet.
         sums_up = isinstance(layer, CoRecurrent) and not layer.layer.return_sequences
         if late.delay > 0 and (sums_up or not sees_no_later):
             self._refuse(node, sees_an_older_window(late.delayed_by, late.delay))
-        if self.rows(inputs[0]) > 1 and not isinstance(layer, finished):
+        if self.rows(inputs[0]) > 1 and gives_windows:
             self._refuse(
                 node,
-                f"is given {self.rows(inputs[0])} rows in each step, because a layer after it has "
-                "strides: put the layers with strides before it",
+                f"is given {self.rows(inputs[0])} rows in each step, because another layer has "
+                "strides, but gives all rows of a window at each step: put the layers with strides "
+                "before it",
             )
         if late.lag > 0 and (
-            isinstance(layer, (CircularPositionalEncoding, RotaryEmbedding))
-            or any(getattr(part, "gives_windows", False) for part in layer._flatten_layers())
+            isinstance(layer, (CircularPositionalEncoding, RotaryEmbedding)) or gives_windows
         ):
             self._refuse(
                 node,

@@ -54,7 +54,11 @@ class StepRun:
     def _continual(self, node: Node, values: dict[int, tf.Tensor]) -> Any:
         given = [self.graph.known(x) for x in node.input_tensors if id(x) in values]
         before = self.step.rows_of_input
-        self.step.rows_of_input = Rows(max(x.lag for x in given), max(x.delay for x in given))
+        self.step.rows_of_input = Rows(
+            lag=max(x.lag for x in given),
+            delay=max(x.delay for x in given),
+            each=self.graph.rows(given[0]),
+        )
         try:
             outputs = self._continual_outputs(node, values)
         finally:
@@ -70,7 +74,8 @@ class StepRun:
 
     def _continual_outputs(self, node: Node, values: dict[int, tf.Tensor]) -> Any:
         update_state = self.step.update_state
-        if not (self.step.one_row and _steps_in_one_op(node.operation)):
+        one_row = self.step.one_row and self.step.rows_of_input.each == 1
+        if not (one_row and _steps_in_one_op(node.operation)):
             return self._call(node, values, update_state=update_state)
         rows = {id(x): _without_time(values[id(x)]) for x in node.input_tensors if id(x) in values}
         with call_mode("step"):

@@ -158,11 +158,11 @@ def _through_layer(
         stride: How many steps of the model lie between the rows of its inputs.
     """
     if isinstance(layer, CoResidual):
-        return inputs | _through_layer(layer.layer, inputs, attended, causal)
+        return inputs | _through_layer(layer.layer, inputs, attended, causal, stride)
     if isinstance(layer, (CircularPositionalEncoding, RotaryEmbedding)):
         return dataclasses.replace(inputs, placed=True)
     if isinstance(layer, CoDelay):
-        return inputs.delayed(layer.delay)
+        return inputs.delayed(layer.delay * stride)
     if isinstance(layer, CoTemporal):
         least = inputs.least + (layer.receptive_field - 1) * stride
         if layer.gives_one_row:
@@ -174,11 +174,14 @@ def _through_layer(
         return dataclasses.replace(inputs | attended, least=least)
     if isinstance(layer, CoRecurrent) and layer.window is None:
         return dataclasses.replace(inputs, goes_on=True)
-    n = (layer.receptive_field - 1) * stride + 1
+    rows = layer.receptive_field
+    n = (rows - 1) * stride + 1
     # In longer windows these see no more steps.
-    slides = isinstance(layer, CoSiMultiHeadAttention) and n >= (layer._sliding_window or n + 1)
+    slides = isinstance(layer, CoSiMultiHeadAttention) and rows >= (
+        layer._sliding_window or rows + 1
+    )
     if slides and layer.delay == 0 and attended.every_row:
-        least = attended.least + layer._sliding_window - 1
+        least = attended.least + (layer._sliding_window - 1) * stride
         return inputs | Windows(least=least, every_row=causal and not layer._single_output)
     if not attended.rows:
         return dataclasses.replace(inputs, deep=True, every_row=False)

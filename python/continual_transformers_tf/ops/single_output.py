@@ -110,6 +110,7 @@ def attend_steps(
     return_attention_scores: bool = False,
     update_state: bool = True,
     advance_position: bool = True,
+    position: tf.Tensor | None = None,
     training: bool | None = None,
     dropout: Callable[[tf.Tensor], tf.Tensor] | None = None,
     terms: single_output_twin.LogitTerms | None = None,
@@ -127,6 +128,9 @@ def attend_steps(
         key_mask: bool tensor `[M, T]`, or None.
         advance_position: False: the rings are written, but the caller advances `cache.position`.
             Until then a call of one step can be repeated.
+        position: int64 `[M]`, how many rows the rings of each stream had been given before; None:
+            `cache.position`. It makes the call use plain TensorFlow, because the fused op reads the
+            variable.
         training: Whether a graph may be asked for gradients; None: if it takes several steps.
         dropout: A function that is applied to the scores before they weight the values; None: none.
             It makes the call use plain TensorFlow, because the fused op has no random numbers.
@@ -139,7 +143,7 @@ def attend_steps(
     """
     heads = query.shape[2] if query.shape.rank == 4 else None
     grouped = heads not in (None, cache.keys.shape[2])
-    plain = dropout is not None or terms is not None or grouped
+    plain = dropout is not None or terms is not None or position is not None or grouped
     fused = None if plain else library.fused_ops(cache.device_type)
     scale = scale_tensor(
         1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale,
@@ -161,6 +165,7 @@ def attend_steps(
                 value_cache=cache.values,
                 key_mask_cache=cache.key_mask,
                 position=cache.position,
+                start=position,
                 dropout=dropout,
                 terms=terms,
                 **options,
@@ -183,6 +188,7 @@ def put_window(
     value: tf.Tensor,
     key_mask: tf.Tensor | None,
     step: Step,
+    position: tf.Tensor,
 ) -> None:
     """Put a step's keys and values into the rings, as `attend_steps` does with `update_state`.
 
@@ -190,11 +196,12 @@ def put_window(
         cache: The `AttentionCache`.
         key, value, key_mask: As in `attend_steps`.
         step: The `Step`, of any number of steps.
+        position: int64 `[M]`, how many rows the streams had put into the rings before.
     """
     if key_mask is None:
         key_mask = tf.ones(tf.shape(key)[:2], bool)
     for ring, new in ((cache.keys, key), (cache.values, value), (cache.key_mask, key_mask)):
-        put_steps(ring, new, step.numbers, step.position)
+        put_steps(ring, new, step.numbers, position)
 
 
 def _gradient_may_be_wanted(inputs: list[tf.Tensor], training: bool | None) -> bool:

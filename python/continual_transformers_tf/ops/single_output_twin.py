@@ -68,14 +68,15 @@ def attend_steps(
     update_state: bool,
     dropout: Callable[[tf.Tensor], tf.Tensor] | None = None,
     advance_position: bool = True,
+    start: tf.Tensor | None = None,
     terms: LogitTerms | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Do what the op `ContinualTransformers>SingleOutputAttention` in cc/tensorflow does.
 
     The differences: this takes the cache's variables, not their handles; it takes `dropout`, a
     function that is applied to the scores before they weight the values; it takes `terms` of the
-    logits; keys and values may have fewer heads than queries, a divisor; and it returns no window
-    for its gradient.
+    logits; it takes `start`, int64 `[M]`, in place of the streams' positions; keys and values may
+    have fewer heads than queries, a divisor; and it returns no window for its gradient.
     """
     terms = terms or LogitTerms()
     mask = attention_mask[0] if attention_mask else None
@@ -85,7 +86,7 @@ def attend_steps(
         check_values(query, key, value, streams, position, mask, key_mask, key_cache)
     ):
         streams = tf.identity(streams)  # All that follows waits for the checks.
-    start = tf.gather(position, streams)  # [M]
+    start = tf.gather(position, streams) if start is None else start  # [M]
     seq_len = key_cache.shape[1]
 
     # The N steps before this call and its own, in order: column c is step start - N + c.

@@ -26,10 +26,12 @@ class Rows:
             before the stream begins.
         delay: How many rows a regular call of the whole sequence has after the newest row that the
             stream has given.
+        each: How many rows each step has.
     """
 
     lag: int = 0
     delay: int = 0
+    each: int = 1
 
 
 # The rows of a model's own inputs.
@@ -115,14 +117,14 @@ class Step:
         return self.position * tf.cast(rows // self.steps, tf.int64)
 
     @property
-    def writes_rings(self) -> bool:
-        """Whether an attention op may write its rings itself.
+    def has_one_row(self) -> bool:
+        """Whether the layer is known to be given one row of each stream.
 
-        The ring's row that one step overwrites holds a step that has left the window. So an attempt
-        that fails has overwritten nothing that is read again. Several steps overwrite more: their
-        rows are put into the rings at the end.
+        An attention op then writes its rings itself. The ring's row that it overwrites holds a step
+        that has left the window. So an attempt that fails has overwritten nothing that is read
+        again. Several rows overwrite more: they are put into the rings at the end.
         """
-        return self.update_state and self.one
+        return self.one and self.rows_of_input.each == 1
 
     def advancing(self) -> bool:
         """Return whether the next op must advance the position, as the step's last change."""

@@ -8,11 +8,11 @@ from continual_transformers_tf.models.lowering.continual_layers import (
     POSITION,
     State,
     StateOf,
+    history,
     output_shape,
     project,
 )
 from continual_transformers_tf.models.lowering.plan_builder import PlanBuilder, Symbol
-from continual_transformers_tf.models.lowering.temporal import history
 from continual_transformers_tf.ops.step import ALL_ROWS, Rows
 
 

@@ -114,6 +114,7 @@ def co_si_mha(
     use_causal_mask: bool = False,
     value_mask: Symbol | None = None,
     key_mask: Symbol | None = None,
+    rows: int = 1,
     **ignored: Any,
 ) -> tuple[Symbol, State]:
     """Lower a step of single-output attention."""
@@ -121,18 +122,17 @@ def co_si_mha(
     value = query if value is None else value
     key = value if key is None else key
     heads, n, late = layer._num_heads, layer.seq_len, layer.delay
+    several = (rows,) if rows > 1 else ()
     keys = placed(b, layer, "key", project(b, key, layer._key_dense, "key"))
     values = project(b, value, layer._value_dense, "value")
     queries = placed(b, layer, "query", project(b, query, layer._query_dense, "query"))
     gate = project(b, query, layer._gate_dense, "gate") if layer._use_gate else None
     state: dict[str, State] = {"position": POSITION}
     if late > 0:
-        queries = delayed(b, queries, late, "query_delay")
-        state["query"] = StateOf(queries.index, "ring")
+        queries, state["query"] = delayed(b, queries, late, "query_delay", rows)
         state["query_mask"] = ALL_TRUE
         if gate is not None:
-            gate = delayed(b, gate, late, "gate_delay")
-            state["gate"] = StateOf(gate.index, "ring")
+            gate, state["gate"] = delayed(b, gate, late, "gate_delay", rows)
     at, first, end = n - 1 - late, 0, n  # The query's own column; the columns it may attend to.
     if layer._sliding_window is not None:
         first, end = max(0, at - layer._sliding_window + 1), min(n, at + layer._sliding_window)
@@ -146,7 +146,7 @@ def co_si_mha(
     attended = b.node(
         "attention",
         [queries, keys, values],
-        (heads * layer._value_dim,),
+        (*several, heads * layer._value_dim),
         name="attention",
         weights=logit_weights(b, layer),
         masks={"key": b.mask_and(value_mask, key_mask)},
@@ -164,23 +164,26 @@ def co_si_mha(
         "key_mask": StateOf(attended.index, "key_mask"),
     }
     output = project(b, gated(b, attended, gate), layer._output_dense, "output", axes=2)
-    return b.reshape(output, output_shape(layer)), state
+    return b.reshape(output, (*several, *output_shape(layer))), state
 
 
 def placed(b: PlanBuilder, layer: CoSiMultiHeadAttention, name: str, x: Symbol) -> Symbol:
-    """Normalize and turn queries or keys [heads * D] as the layer's options say."""
-    heads = b.reshape(x, (x.size // layer._key_dim, layer._key_dim))
+    """Normalize and turn queries or keys [..., heads * D] as the layer's options say."""
+    heads = b.reshape(x, (*x.shape[:-1], x.shape[-1] // layer._key_dim, layer._key_dim))
     if layer._query_key_norm:
         norm = layer.query_norm if name == "query" else layer.key_norm
         heads = rms_norm(b, heads, norm, f"{name}_norm")
     if layer._rotary is not None:
-        heads = turned(b, heads, layer._rotary, f"{name}_rotary")
+        rows = x.shape[0] if len(x.shape) > 1 else 1
+        heads = turned(b, heads, layer._rotary, f"{name}_rotary", rows)
     return b.reshape(heads, x.shape)
 
 
-def turned(b: PlanBuilder, x: Symbol, rotary: Rotary, name: str | None = None) -> Symbol:
-    """Turn heads [..., D] by the number of the step."""
-    angles = b.rotary_angles(rotary.turns(x.shape[-1]))
+def turned(
+    b: PlanBuilder, x: Symbol, rotary: Rotary, name: str | None = None, rows: int = 1
+) -> Symbol:
+    """Turn heads [..., D], or with several rows a step [rows, ..., D], by the number of the row."""
+    angles = b.rotary_angles(rotary.turns(x.shape[-1]), rows)
     return b.node("rotary", [x, angles], x.shape, name=name, interleaved=rotary.interleaved)
 
 
@@ -310,14 +313,40 @@ def check_steps(layer: keras.layers.Layer) -> None:
         raise CannotLower(f"takes no steps, with {layer._no_steps}")
 
 
-def delayed(b: PlanBuilder, x: Symbol, steps: int, name: str | None = None) -> Symbol:
-    """Add a node that returns its input from `steps` steps ago."""
-    return b.node("delay", [x], x.shape, x.dtype, name=name, steps=steps)
+def delayed(
+    b: PlanBuilder, x: Symbol, late: int, name: str | None = None, rows: int = 1
+) -> tuple[Symbol, State]:
+    """Return (the rows `late` rows before those of a step, the state that keeps them).
+
+    Args:
+        b: The `PlanBuilder`.
+        x: One row a step, `[...]`, or several, `[rows, ...]`.
+        late: How many rows.
+        name: The name of the node.
+        rows: How many rows a step has.
+    """
+    if rows == 1:
+        y = b.node("delay", [x], x.shape, x.dtype, name=name, steps=late)
+        return y, StateOf(y.index, "ring")
+    past, ring = history(b, x, rows, late)
+    state = None if ring is None else StateOf(ring.index, "ring", ("rows", rows))
+    return b.slice(past, 0, 0, rows), state
 
 
 def window_of(b: PlanBuilder, x: Symbol, n: int, name: str | None = None) -> Symbol:
     """Add a node that returns the n newest inputs, oldest first."""
     return b.node("window", [x], (n, *x.shape), name=name, window=n)
+
+
+def history(b: PlanBuilder, x: Symbol, rows: int, before: int) -> tuple[Symbol, Symbol | None]:
+    """Return (the `before` rows before a step's, followed by its own; the node that keeps them)."""
+    if before == 0:
+        return (b.reshape(x, (1, *x.shape)) if rows == 1 else x), None
+    steps = 1 + -(-before // rows)
+    window = window_of(b, x, steps, "steps")
+    row = x.shape if rows == 1 else x.shape[1:]
+    past = b.reshape(window, (steps * rows, *row))
+    return b.slice(past, 0, (steps - 1) * rows - before, before + rows), window
 
 
 # Attention on whole windows.
@@ -433,12 +462,13 @@ def co_si_encoder(
     block: TransformerEncoderBlock,
     x: Symbol,
     value_mask: Symbol | None = None,
+    rows: int = 1,
     **ignored: Any,
 ) -> tuple[Symbol, State]:
     """Lower a step of a single-output encoder block."""
     normal = layer_norm(b, x, block.attention_norm, "attention_norm") if block.norm_first else x
     with b.within("attention"):
-        attended, state = co_si_mha(b, block.attention, normal, value_mask=value_mask)
+        attended, state = co_si_mha(b, block.attention, normal, value_mask=value_mask, rows=rows)
     return feed_forward(b, block, x, attended), state
 
 
@@ -460,6 +490,7 @@ def transformer_encoder(
     stack: TransformerEncoder,
     x: Symbol,
     value_mask: Symbol | None = None,
+    rows: int = 1,
     **ignored: Any,
 ) -> tuple[Symbol, State]:
     """Lower a step of a stack of encoder blocks."""
@@ -467,12 +498,13 @@ def transformer_encoder(
     for block in stack._streaming:
         lower = co_si_encoder if isinstance(block, CoSiTransformerEncoder) else co_re_encoder
         with b.within(block.name):
-            x, of_block = lower(b, block, x, value_mask=value_mask)
+            x, of_block = lower(b, block, x, value_mask=value_mask, rows=rows)
         state.append(of_block)
     for block in stack.blocks[len(stack._streaming) :]:
         with b.within(block.name):
             x = encoder_on_whole(b, block, x)
-    x = b.reshape(x, x.shape[-1:])
+    if rows == 1:
+        x = b.reshape(x, x.shape[-1:])
     if stack.final_norm is not None:
         x = layer_norm(b, x, stack.final_norm, "final_norm")
     return x, state
@@ -494,13 +526,15 @@ def positional_encoding(
 
 
 def rotary_embedding(
-    b: PlanBuilder, layer: RotaryEmbedding, x: Symbol, **ignored: Any
+    b: PlanBuilder, layer: RotaryEmbedding, x: Symbol, rows: int = 1, **ignored: Any
 ) -> tuple[Symbol, State]:
     """Lower a step of the layer of rotary positions."""
-    return turned(b, b.cast(x, b.dtype), layer.rotary), {"position": POSITION}
+    return turned(b, b.cast(x, b.dtype), layer.rotary, rows=rows), {"position": POSITION}
 
 
-def co_delay(b: PlanBuilder, layer: CoDelay, x: Symbol, **ignored: Any) -> tuple[Symbol, State]:
+def co_delay(
+    b: PlanBuilder, layer: CoDelay, x: Symbol, rows: int = 1, **ignored: Any
+) -> tuple[Symbol, State]:
     """Lower a step of a delay."""
     dtype = layer.compute_dtype
     if dtype in ("int32", "int64", "bool"):
@@ -510,8 +544,8 @@ def co_delay(b: PlanBuilder, layer: CoDelay, x: Symbol, **ignored: Any) -> tuple
         raise CannotLower(f"delays {dtype}: expected floats, int32, int64 or bool")
     if layer.delay == 0:
         return x, {"position": POSITION}
-    y = delayed(b, x, layer.delay)
-    return y, {"steps": StateOf(y.index, "ring"), "position": POSITION}
+    y, steps = delayed(b, x, layer.delay, rows=rows)
+    return y, {"steps": steps, "position": POSITION}
 
 
 def co_window(b: PlanBuilder, layer: CoWindow, x: Symbol, **ignored: Any) -> tuple[Symbol, State]:
@@ -523,17 +557,16 @@ def co_window(b: PlanBuilder, layer: CoWindow, x: Symbol, **ignored: Any) -> tup
 
 
 def co_residual(
-    b: PlanBuilder, layer: CoResidual, x: Symbol, **arguments: Any
+    b: PlanBuilder, layer: CoResidual, x: Symbol, rows: int = 1, **arguments: Any
 ) -> tuple[Symbol, State]:
     """Lower a step of a residual connection around another layer."""
     inner: keras.layers.Layer = layer.layer
     with b.within(inner.name):
-        y, state = lower_continual(b, inner, x, **arguments)
+        y, state = lower_continual(b, inner, x, rows=rows, **arguments)
     state, past = {"layer": state}, x
     if layer._skip is not None:
-        past = delayed(b, x, layer.delay, "skip")
-        skip = {"steps": StateOf(past.index, "ring"), "position": POSITION}
-        state["skip"] = skip
+        past, steps = delayed(b, x, layer.delay, "skip", rows)
+        state["skip"] = {"steps": steps, "position": POSITION}
     return b.binary("add", y, past), state
 
 
@@ -560,7 +593,8 @@ def lower_continual(
         b: The `PlanBuilder`.
         layer: A built layer.
         *inputs: Symbols, in the order of `call_step`.
-        **arguments: use_causal_mask, and Symbols value_mask and key_mask.
+        **arguments: use_causal_mask, and Symbols value_mask and key_mask. rows, how many rows a
+            step has: with more than one, inputs and the output are `[rows, ...]`.
 
     Returns:
         (the Symbol of its output, its entry of keras_state).

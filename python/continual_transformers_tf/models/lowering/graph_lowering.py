@@ -133,13 +133,18 @@ class GraphLowering:
         given = [arguments.pop(k) for k in ("x", "query", "value", "key") if k in arguments]
         given = given[: 1 + max(i for i, x in enumerate(given) if x is not None)]
         masks = masks_of_call(layer, given)
+        rows = self.graph.rows(node.input_tensors[0])
         lag = max(self.graph.known(x).lag for x in node.input_tensors if id(x) in values)
         if lag > 0:
             masks["value_mask"] = self.b.mask_and(
-                masks.get("value_mask"), mask_of_sequence(self.b, lag)
+                masks.get("value_mask"), mask_of_sequence(self.b, lag, rows)
             )
         causal = {k: True for k in ("use_causal_mask",) if arguments.get(k)}
-        y, self.state[id(layer)] = lower_continual(self.b, layer, *given, **masks, **causal)
+        y, self.state[id(layer)] = lower_continual(
+            self.b, layer, *given, rows=rows, **masks, **causal
+        )
+        if rows > 1 and self.graph.known(node.outputs[0]).kind == "newest":
+            y = self._newest_row(y, rows)
         return y.with_mask(continual_mask_after(layer, given[0].mask))
 
     def _continual_on_rows(self, node: Node, values: dict[int, Symbol]) -> Symbol:
@@ -169,17 +174,19 @@ class GraphLowering:
 
     def _row_taken(self, node: Node, values: dict[int, Symbol]) -> Symbol:
         (x, rows) = values[id(node.input_tensors[0])], self.graph.rows(node.input_tensors[0])
-        if rows == 1:
-            return x
+        return x if rows == 1 else self._newest_row(x, rows)
+
+    def _newest_row(self, x: Symbol, rows: int) -> Symbol:
+        """Return the last of the rows `[rows, ...]` of a step."""
         newest = self.b.slice(x, 0, rows - 1, 1)
         return self.b.reshape(newest, newest.shape[1:])
 
     def _row_by_row(self, node: Node, values: dict[int, Symbol]) -> list[Symbol]:
         # Several rows of a step are like a window of them.
-        return self._lower(node, values, lead=2 if self.graph.rows(node.outputs[0]) == 1 else 1)
+        return self._lower(node, values, of_rows=self.graph.rows(node.outputs[0]) > 1)
 
     def _on_samples(self, node: Node, values: dict[int, Symbol]) -> list[Symbol]:
-        outputs = self._lower(node, self._samples(node, values), lead=1)
+        outputs = self._lower(node, self._samples(node, values), of_samples=True)
         return self._steps(node, outputs)
 
     def _attention_to_whole(self, node: Node, values: dict[int, Symbol]) -> list[Symbol]:
@@ -223,15 +230,22 @@ class GraphLowering:
             steps.append(y)
         return steps
 
-    def _lower(self, node: Node, values: dict[int, Symbol], lead: int) -> list[Symbol]:
+    def _lower(
+        self,
+        node: Node,
+        values: dict[int, Symbol],
+        of_rows: bool = False,
+        of_samples: bool = False,
+    ) -> list[Symbol]:
         args, kwargs = node.arguments.fill_in(values)
+        lead = 1 if of_rows or of_samples else 2
         shapes: list[tuple[int, ...] | None] = []
         for x in node.outputs:
             known = self.graph.known(x)
             shape = self._shape(known) if known.kind == "window" else known.shape[lead:]
             sizes = tuple(n for n in shape if n is not None)
             shapes.append(sizes if len(sizes) == len(shape) else None)
-        call = Call(args, kwargs, lead, node.outputs[0].dtype, shapes)
+        call = Call(args, kwargs, lead, node.outputs[0].dtype, shapes, of_rows)
         return lower_call(self.b, node.operation, call)
 
     def _queries(self, node: Node, values: dict[int, Symbol]) -> Symbol:

@@ -436,17 +436,28 @@ def _masking(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, call: Call) -
         return b.node("masked", [x, mask_of(b, layer, x)], x.shape, name="masked")
     # A step of several rows masks each of them: multiply by 0 or 1. Keras does the same. NaN * 0
     # cannot occur: a NaN differs from any number, so its row is kept.
-    equal = b.activation(b.activation(b.affine(x, 1, -value), "sign"), "absolute")
-    # -0 stays, and both -1 and NaN become 1.
-    differs = b.activation(b.activation(equal, "negative"), "threshold", threshold=-0.5, value=1.0)
-    kept = b.reduce(differs, "max", [len(x.shape) - 1], keepdims=True)
+    kept = b.reduce(_differs(b, x, value), "max", [len(x.shape) - 1], keepdims=True)
     return b.binary("multiply", x, kept)
 
 
-def mask_of(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol) -> Symbol:
-    """Return the mask that a `Masking` or `Embedding` layer computes from its input."""
-    value = float(np.asarray(layer.mask_value)) if isinstance(layer, keras.layers.Masking) else 0
-    return b.not_equal(x if x.shape else b.reshape(x, (1,)), value)
+def _differs(b: PlanBuilder, x: Symbol, value: float) -> Symbol:
+    """Return 1 for each number that differs from a value, and 0 for each that does not."""
+    equal = b.activation(b.activation(b.affine(x, 1, -value), "sign"), "absolute")
+    # -0 stays, and both -1 and NaN become 1.
+    return b.activation(b.activation(equal, "negative"), "threshold", threshold=-0.5, value=1.0)
+
+
+def mask_of(b: PlanBuilder, layer: keras.layers.Layer, x: Symbol, of_rows: bool = False) -> Symbol:
+    """Return the mask that a `Masking` or `Embedding` layer computes from its input.
+
+    The mask is `[1]`, or with several rows a step, `[rows]`.
+    """
+    masking = isinstance(layer, keras.layers.Masking)
+    value = float(np.asarray(layer.mask_value)) if masking else 0
+    if not of_rows:
+        return b.not_equal(x if x.shape else b.reshape(x, (1,)), value)
+    differs = _differs(b, b.cast(x, b.dtype), value)
+    return b.cast(b.reduce(differs, "max", [1]) if masking else differs, "bool")
 
 
 # Layers that do nothing outside training.
@@ -583,11 +594,10 @@ def mask_after(b: PlanBuilder, layer: keras.layers.Layer, call: Call, y: Symbol)
     if isinstance(layer, (keras.layers.Masking, keras.layers.Embedding)):
         if isinstance(layer, keras.layers.Embedding) and not layer.mask_zero:
             return None
-        if len(given.shape) > (1 if isinstance(layer, keras.layers.Masking) else 0):
-            return (
-                None  # This would be a mask for every row of a step. No layer in a plan uses one.
-            )
-        return mask_of(b, layer, given)
+        axes_of_row = 1 if isinstance(layer, keras.layers.Masking) else 0
+        if len(given.shape) > axes_of_row + call.of_rows:
+            return None  # Keras' mask is of more than time. No layer in a plan uses one.
+        return mask_of(b, layer, given, call.of_rows)
     flat = keras.tree.flatten(given)
     masks: list[Symbol] = [x.mask for x in flat if getattr(x, "mask", None) is not None]
     if not masks or not layer.supports_masking:

@@ -35,6 +35,7 @@ class Call:
         lead: How many axes Keras' tensors have before those of a Symbol.
         dtype: The dtype of Keras' first output.
         shapes: The shapes of the outputs in a step; None if they are not known.
+        of_rows: Whether the Symbols are several rows of a step, `[rows, ...]`.
     """
 
     args: tuple[Any, ...]
@@ -42,6 +43,7 @@ class Call:
     lead: int
     dtype: str
     shapes: list[tuple[int, ...] | None]
+    of_rows: bool = False
 
     def axis(self, axis: int, x: Symbol) -> int:
         """Return the axis of a Symbol that is this axis of Keras' tensor."""

@@ -66,7 +66,8 @@ class PlanBuilder:
         # What was stored -> (its name, the variable, which must stay alive for its id).
         self._tensors: dict[tuple[Any, ...], tuple[str, Any]] = {}
         self._masks: dict[tuple[int, float], Symbol] = {}  # (index of a value, number) -> the mask.
-        self._angles: dict[bytes, Symbol] = {}  # The turns of a step -> their angles.
+        # (The turns of a step, how many rows it has) -> their angles.
+        self._angles: dict[tuple[bytes, int], Symbol] = {}
         # Index of a value that was only scaled -> (scaled Symbol, scale).
         self._affine_of: dict[int, tuple[Symbol, Array]] = {}
         # Index of a reshaped value -> the Symbol that was reshaped.
@@ -325,13 +326,21 @@ class PlanBuilder:
             x = self.node("reduce", [x], rest, name=function, function=function, axis=first)
         return self.reshape(x, shape) if keepdims else x
 
-    def rotary_angles(self, turns: Array) -> Symbol:
-        """Return the cosines and sines of a step's angles, [2, pairs]: one node for all layers."""
-        key = turns.tobytes()
+    def rotary_angles(self, turns: Array, rows: int = 1) -> Symbol:
+        """Return the cosines and sines of a step's angles: one node for all layers.
+
+        Args:
+            turns: int64 `[pairs]`, what a step adds to each angle, in 2^-64 of a turn.
+            rows: How many rows a step has, each with angles of its own.
+
+        Returns:
+            `[2, pairs]`, or with several rows `[rows, 2, pairs]`.
+        """
+        key = (turns.tobytes(), rows)
         if key not in self._angles:
             outer, self.scope = self.scope, ""
             weights = {"turns": self.derived("rotary_angles/turns", turns, "int64")}
-            shape = (2, len(turns))
+            shape = (*([rows] if rows > 1 else []), 2, len(turns))
             self._angles[key] = self.node(
                 "rotary_angles", [], shape, name="rotary_angles", weights=weights
             )
@@ -363,7 +372,7 @@ class PlanBuilder:
         """Return a mask that is true if both are. None stands for a mask that is left out."""
         if a is None or b is None or a == b:
             return b if a is None else a
-        return self.node("mask_and", [a, b], (1,), "bool")
+        return self.node("mask_and", [a, b], a.shape, "bool")
 
     def mask_not(self, a: Symbol) -> Symbol:
         """Return a mask that is true if the given one is false."""

@@ -44,16 +44,16 @@ def co_recurrent(
         x: Its input, `[F]`, or `[rows, F]` if a step has several rows.
         given: The `Rows` of its input.
         rows: How many rows of its input a step has.
-        mask: A mask of the step, or None.
+        mask: A mask of the step's rows, or None.
     """
     inner, window = layer.layer, layer.window
     cells = getattr(inner.cell, "cells", [inner.cell])
     x = b.cast(x, b.dtype)
     state: dict[str, State] = {"position": POSITION}
-    if rows > 1 and (window or mask):
+    if rows > 1 and window:
         raise CannotLower(
-            f"has {rows} rows in each step, and a window or a mask: a plan has a node for such "
-            "rows only without these"
+            f"has {rows} rows in each step, and a window: a plan has a node for such rows only "
+            'where the state goes on, with recurrence="stream"'
         )
     if window and given.lag > 0:
         raise CannotLower(

@@ -17,8 +17,8 @@ from continual_transformers_tf.models.lowering.continual_layers import (
     POSITION,
     State,
     StateOf,
+    history,
     kernel_of,
-    window_of,
 )
 from continual_transformers_tf.models.lowering.logic_ops import select
 from continual_transformers_tf.models.lowering.plan_builder import (
@@ -85,9 +85,9 @@ def present(b: PlanBuilder, rows: int, first: int, count: int) -> Symbol:
     return b.node("present", [], (count,), name="present", rows=rows, first=first)
 
 
-def mask_of_sequence(b: PlanBuilder, lag: int) -> Symbol | None:
-    """Return a mask that is false in the first `lag` steps of a stream; None if there are none."""
-    return b.cast(present(b, 1, -lag, 1), "bool") if lag > 0 else None
+def mask_of_sequence(b: PlanBuilder, lag: int, rows: int = 1) -> Symbol | None:
+    """Return a mask `[rows]` that is false in a stream's first `lag` rows; None if lag is 0."""
+    return b.cast(present(b, rows, -lag, rows), "bool") if lag > 0 else None
 
 
 def of_sequence(b: PlanBuilder, x: Symbol, given: Rows, rows: int) -> Symbol:
@@ -99,17 +99,6 @@ def of_sequence(b: PlanBuilder, x: Symbol, given: Rows, rows: int) -> Symbol:
         return b.node("masked", [x, mask], x.shape, name="of_sequence")
     there = b.reshape(present(b, rows, -given.lag, rows), (rows, *[1] * (len(x.shape) - 1)))
     return select(b, there, x, np.zeros(()))
-
-
-def history(b: PlanBuilder, x: Symbol, rows: int, before: int) -> tuple[Symbol, Symbol | None]:
-    """Return (the `before` rows before a step's, followed by its own; the node that keeps them)."""
-    if before == 0:
-        return (b.reshape(x, (1, *x.shape)) if rows == 1 else x), None
-    steps = 1 + -(-before // rows)
-    window = window_of(b, x, steps, "steps")
-    row = x.shape if rows == 1 else x.shape[1:]
-    past = b.reshape(window, (steps * rows, *row))
-    return b.slice(past, 0, (steps - 1) * rows - before, before + rows), window
 
 
 def frames_of(

@@ -70,8 +70,10 @@ class Step:
         position: How many steps the stream took before this one: an integer tensor `[1]`. For ops
             that say their `rows` it may be less, by a multiple of all their rows, but it is never
             less than the rows themselves once so many steps were taken.
-        masks: The node's masks by name: bool tensors `[1, 1]`.
-        has_key: Whether this step has a key, a bool tensor `[1, 1]`; None: it has.
+        masks: The node's masks by name: bool tensors `[1, 1]`, or `[1, R]` if the step has several
+            rows there.
+        has_key: Whether this step, or each of its rows, has a key: a bool tensor of the same shape;
+            None: it has.
         state: The node's state before this step: tensors by entry.
         new_state: The node's state after this step. The op sets every entry.
     """
@@ -81,6 +83,25 @@ class Step:
     has_key: tf.Tensor | None
     state: dict[str, tf.Tensor]
     new_state: dict[str, tf.Tensor] = dataclasses.field(default_factory=dict)
+
+    def of_row(self, i: int, each: int, rows: int) -> "Step":
+        """Return row i of a step of several rows as a step of its own.
+
+        Args:
+            i: Which row.
+            each: How many rows a step has.
+            rows: How many rows the op's ring has. The position of the row is right modulo this
+                number, and if it is less than this number.
+        """
+        # Far into a stream the product with the position could overflow. A whole ring earlier, the
+        # row is the same.
+        near = tf.math.floormod(self.position, rows)
+        near = tf.where(self.position < rows, near, near + rows)
+        masks = {name: mask[:, i : i + 1] for name, mask in self.masks.items()}
+        has_key = self.has_key
+        if has_key is not None and has_key.shape[1] > 1:
+            has_key = has_key[:, i : i + 1]
+        return Step(near * each + i, masks, has_key, {**self.state, **self.new_state})
 
     def row(self, rows: int) -> tf.Tensor:
         """Return the row of a ring that this step writes: an integer tensor `[1]`."""

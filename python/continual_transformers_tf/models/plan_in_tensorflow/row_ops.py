@@ -268,8 +268,11 @@ def _sort(node: Node, step: Step, x: tf.Tensor) -> tf.Tensor:
 
 @op("rotary")
 def _rotary(node: Node, step: Step, x: tf.Tensor, angles: tf.Tensor) -> tf.Tensor:
-    y, (cos, sin) = _as_rows(x), (angles[0, :1], angles[0, 1:])
-    pairs = cos.shape[-1]
+    y, pairs = _as_rows(x), angles.shape[-1]
+    cos, sin = angles[..., 0, :], angles[..., 1, :]  # [1, pairs], or [1, rows, pairs].
+    if len(angles.shape) == 4:  # Each row of the step has angles of its own, for all its heads.
+        heads = y.shape[0] // cos.shape[1]
+        cos, sin = (tf.repeat(a[0], heads, axis=0) for a in (cos, sin))
     if node.attributes["interleaved"]:
         both = tf.reshape(y[:, : 2 * pairs], [-1, pairs, 2])
         a, b = both[..., 0], both[..., 1]

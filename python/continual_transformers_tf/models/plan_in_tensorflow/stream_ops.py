@@ -6,7 +6,13 @@ import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf.models.plan_in_tensorflow.activations import ACTIVATIONS
-from continual_transformers_tf.models.plan_in_tensorflow.op_table import Node, State, Step, op
+from continual_transformers_tf.models.plan_in_tensorflow.op_table import (
+    Array,
+    Node,
+    State,
+    Step,
+    op,
+)
 from continual_transformers_tf.models.plan_in_tensorflow.row_ops import where
 
 # Added to the logits of keys that a query may not attend to. With infinity, a query without any key
@@ -19,7 +25,11 @@ def _positional(node: Node, step: Step, x: tf.Tensor) -> tf.Tensor:
     rows = node.weights["rows"]
     # The first step of a stream adds the row `start`, so that one comes first here.
     rows = np.roll(rows, -(int(node.weights["start"]) % len(rows)), axis=0)
-    return x + tf.gather(tf.constant(rows), step.row(len(rows)))
+    if len(node.shape) == 1:
+        return x + tf.gather(tf.constant(rows), step.row(len(rows)))
+    each = node.shape[0]
+    number = step.row(len(rows)) * each + tf.range(each, dtype=step.position.dtype)
+    return x + tf.gather(tf.constant(rows), tf.math.floormod(number, len(rows)))
 
 
 def _delayed(node: Node) -> State:
@@ -78,8 +88,8 @@ def _rings(node: Node) -> State:
     names = ("query", "key", "value") if node.op == "retroactive_attention" else ("key", "value")
     shapes = node.input_shapes[-len(names) :]
     state: State = {
-        name: ((window, heads, size // heads), node.dtype)
-        for name, (size,) in zip(names, shapes, strict=True)
+        name: ((window, heads, shape[-1] // heads), node.dtype)
+        for name, shape in zip(names, shapes, strict=True)
     }
     if node.has_gaps:
         state["key_mask"] = ((window,), "bool")
@@ -107,6 +117,19 @@ def _without(ring: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
 
 @op("attention", state=_rings, rows=lambda node: node.attributes["window"])
 def _attention(
+    node: Node, step: Step, query: tf.Tensor, key: tf.Tensor, value: tf.Tensor
+) -> tf.Tensor:
+    if len(node.shape) == 1:
+        return _attention_of_row(node, step, query, key, value)
+    each, outputs = node.shape[0], []
+    for i in range(each):  # One after the other: each row attends to those before it.
+        row = step.of_row(i, each, node.attributes["window"])
+        outputs.append(_attention_of_row(node, row, query[:, i], key[:, i], value[:, i]))
+        step.new_state |= row.new_state
+    return tf.stack(outputs, 1)
+
+
+def _attention_of_row(
     node: Node, step: Step, query: tf.Tensor, key: tf.Tensor, value: tf.Tensor
 ) -> tf.Tensor:
     heads, window = node.attributes["heads"], node.attributes["window"]
@@ -142,7 +165,7 @@ def _attention(
     else:
         weights = tf.transpose(tf.nn.softmax(logits))
     y = tf.reduce_sum(value * weights[..., tf.newaxis], 0)
-    y = tf.reshape(y, [1, *node.shape])
+    y = tf.reshape(y, [1, -1])
     if some_are_left_out:
         y = where(tf.reduce_any(allowed, keepdims=True), y)
     if query_delay:
@@ -235,13 +258,28 @@ def _rotary_angles(node: Node, step: Step) -> tf.Tensor:
     the stream took, without an int64, and without a sum that an int32 cannot hold.
     """
     turns = node.weights["turns"].astype(np.uint64)
-    angles, limbs, carry = step.state["angles"], [], 0
+    angles = step.state["angles"]
+    each = node.shape[0] if len(node.shape) == 3 else 1
+    step.new_state["angles"] = _plus_turns(angles, turns * np.uint64(each))
+    rows = [
+        _cos_sin(_plus_turns(angles, turns * np.uint64(i)) if i else angles) for i in range(each)
+    ]
+    return tf.reshape(tf.stack(rows), [1, *node.shape])
+
+
+def _plus_turns(angles: tf.Tensor, turns: Array) -> tf.Tensor:
+    """Return the sums of angles `[LIMBS, pairs]` and turns, uint64 `[pairs]`, modulo 2^64."""
+    limbs, carry = [], 0
     for i in range(LIMBS):
         limb = (turns >> np.uint64(16 * i)).astype(np.int64) % LIMB
         total = angles[i] + limb.astype(np.int32) + carry
         carry = total // LIMB
         limbs.append(total - carry * LIMB)
-    step.new_state["angles"] = tf.stack(limbs)
+    return tf.stack(limbs)
+
+
+def _cos_sin(angles: tf.Tensor) -> tf.Tensor:
+    """Return the cosines and the sines `[2, pairs]` of angles `[LIMBS, pairs]`."""
     # The nearest quarter of a turn, and the rest: at most an eighth of a turn, so that a float32
     # has it within 3e-8.
     highest = angles[LIMBS - 1]
@@ -251,7 +289,7 @@ def _rotary_angles(node: Node, step: Step) -> tf.Tensor:
     cos, sin = tf.cos(rest * (2 * np.pi / LIMB)), tf.sin(rest * (2 * np.pi / LIMB))
     cos_at = tf.gather(tf.constant([1.0, 0.0, -1.0, 0.0, 1.0]), quarter)
     sin_at = tf.gather(tf.constant([0.0, 1.0, 0.0, -1.0, 0.0]), quarter)
-    return tf.stack([cos_at * cos - sin_at * sin, sin_at * cos + cos_at * sin])[tf.newaxis]
+    return tf.stack([cos_at * cos - sin_at * sin, sin_at * cos + cos_at * sin])
 
 
 # Recurrent cells.
@@ -300,7 +338,7 @@ def _recurrent(node: Node, step: Step, x: tf.Tensor) -> tf.Tensor:
         if first + r < 0:
             changes.append(taken[r : r + 1, tf.newaxis])
         if "step" in step.masks:
-            changes.append(step.masks["step"])
+            changes.append(step.masks["step"][:, r : r + 1])
         for change in changes:
             new_h, new_c = tf.where(change, new_h, h), tf.where(change, new_c, c)
         h, c = new_h, new_c
