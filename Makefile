@@ -18,7 +18,8 @@ FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc cc/*/*/*.h cc/*/*/*.cc cuda/*.cu c
   python/continual_transformers_tf/include/*.h python/continual_transformers_tf/include/*.hpp)
 
 .PHONY: demo serve test test-torch test-slow test-wheels test-aarch64 test-every-case lint format bazel-build \
-  bazel-cuda bazel-test sanitize guard guard-record bench bench-session bench-serving bench-cc cuda-resources gpu docs wheel clean
+  bazel-cuda bazel-test sanitize guard guard-record bench bench-session bench-examples bench-serving \
+  bench-cc cuda-resources gpu docs wheel clean
 
 demo: .venv/installed
 	$(BIN)/continual-transformers demo --picture build/demo.png
@@ -114,6 +115,11 @@ bench: build/bench/programs
 # The other goals of a session: even steps, cheap streams, little memory.
 bench-session: build/bench/programs
 	$(BENCH) --session
+
+# The models of examples/models against their bounds, and layers against sequence-layers in JAX: the
+# tables of examples/models/README.md.
+bench-examples: build/bench/programs
+	build/bench/venv/bin/python benchmarks/examples/example_benchmark.py $(BENCH_FLAGS)
 
 # Only the kernels, and a plain read of the same bytes for comparison.
 bench-cc: .venv/test-tools

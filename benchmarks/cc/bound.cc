@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "benchmarks/cc/fma_loop.h"
@@ -37,7 +38,7 @@ BoundPart AttentionPart(int64_t streams, int64_t window, int64_t features, int64
 Bound::Bound(const std::vector<BoundPart>& parts, int64_t streams)
     : streams_(streams), clock_(ClockMicroseconds()) {
   for (const BoundPart& part : parts) {
-    parts_.push_back({part, weights_bytes_, stream_bytes_, false});
+    parts_.push_back({part, weights_bytes_, stream_bytes_, false, 0});
     weights_bytes_ += WholeLines(part.weight_bytes);
     stream_bytes_ += WholeLines(part.stream_bytes);
   }
@@ -86,8 +87,9 @@ void Bound::Classify() {
   }
   const double rate = Median(rates);
   for (size_t i = 0; i < parts_.size(); ++i) {
+    parts_[i].read_time = Median(times[i]);
     parts_[i].computes =
-        static_cast<double>(parts_[i].multiply_adds) / 1e6 * rate > Median(times[i]);
+        static_cast<double>(parts_[i].multiply_adds) / 1e6 * rate > parts_[i].read_time;
   }
 }
 
@@ -98,13 +100,16 @@ Bound::Time Bound::Measure(double seconds, int least) {
     reads.push_back(ReadOnce());
     if (reads.size() % 16 == 1) rates.push_back(MultiplyAddOnce());
   }
-  double millions = 0;
+  const double rate = Median(rates), reading = Median(reads);
+  double computing = 0;
+  std::vector<double> parts;
   for (const Part& part : parts_) {
-    if (part.computes) millions += static_cast<double>(part.multiply_adds) / 1e6;
+    const double products = static_cast<double>(part.multiply_adds) / 1e6 * rate;
+    if (part.computes) computing += products;
+    parts.push_back(part.computes ? products : part.read_time);
   }
-  const double reading = Median(reads), computing = Median(rates) * millions;
-  return {reading + computing, reading, computing, static_cast<int64_t>(reads.size()),
-          2e3 / Median(rates)};
+  return {reading + computing, reading,         computing, static_cast<int64_t>(reads.size()),
+          2e3 / rate,          std::move(parts)};
 }
 
 }  // namespace continual_transformers

@@ -49,6 +49,7 @@ class Bound {
     double reading, computing;  // the parts that are bound by reading, and by computing
     int64_t samples;
     double gigaflops;
+    std::vector<double> parts;  // microseconds of each part, those of reading from the constructor
   };
   // Reads everything again and again for this many seconds, and at least `least` times.
   Time Measure(double seconds, int least);
@@ -57,6 +58,7 @@ class Bound {
   struct Part : BoundPart {
     int64_t weights_at, stream_at;  // where its bytes begin
     bool computes;
+    double read_time;  // microseconds, of this part with the clock read around it
   };
 
   // Reads everything once as a step would. Returns the microseconds of the parts that are bound by

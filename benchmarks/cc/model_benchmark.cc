@@ -2,6 +2,8 @@
 // bound. The program takes the same requests as bench/worker.py, one line of JSON each.
 //
 //   model_benchmark session_cpp|kernels|bound THREADS
+//
+// For benchmarks/model_examples.py it also takes any model file, and the bound of any parts.
 
 #include <algorithm>
 #include <cmath>
@@ -21,6 +23,7 @@
 #include "cc/attention/co_si_encoder_step.h"
 #include "cc/attention/dense.h"
 #include "cc/attention/elementwise.h"
+#include "cc/session/plan.h"
 #include "cc/session/session.h"
 #include "nlohmann/json.hpp"
 
@@ -39,26 +42,35 @@ class Contestant {
   virtual const float* Step(const float* x) = 0;
 };
 
+// Any model file with one input and outputs of float32. The outputs lie one after another.
 class SessionContestant : public Contestant {
  public:
-  SessionContestant(const ModelSize& size, const std::string& directory, int64_t threads)
-      : session_(ModelFile::Map(directory + "/model.safetensors"), Options(size, threads)),
-        ids_(size.streams),
-        outputs_(size.streams * kModelOutputs) {
-    session_.Open(size.streams, ids_.data());
+  SessionContestant(const std::string& path, int64_t streams, int64_t threads)
+      : session_(ModelFile::Map(path), Options(streams, threads)), ids_(streams) {
+    const Plan& plan = session_.plan();
+    std::vector<int64_t> starts;
+    int64_t size = 0;
+    for (const Port& output : plan.outputs) {
+      starts.push_back(size);
+      size += streams * plan.values[output.value].size;
+    }
+    outputs_.resize(size);
+    for (const int64_t start : starts) to_.push_back(outputs_.data() + start);
+    session_.Open(streams, ids_.data());
   }
 
   const float* Step(const float* x) override {
     const void* inputs[] = {x};
-    void* outputs[] = {outputs_.data()};
-    session_.Step(ids_.data(), static_cast<int64_t>(ids_.size()), 1, inputs, outputs);
+    session_.Step(ids_.data(), static_cast<int64_t>(ids_.size()), 1, inputs, to_.data());
     return outputs_.data();
   }
 
+  int64_t outputs() const { return static_cast<int64_t>(outputs_.size()); }
+
  private:
-  static SessionOptions Options(const ModelSize& size, int64_t threads) {
+  static SessionOptions Options(int64_t streams, int64_t threads) {
     SessionOptions options;
-    options.streams = size.streams;
+    options.streams = streams;
     options.threads = threads;
     return options;
   }
@@ -66,6 +78,7 @@ class SessionContestant : public Contestant {
   Session session_;
   std::vector<StreamId> ids_;
   std::vector<float> outputs_;
+  std::vector<void*> to_;
 };
 
 // The kernels of whole layers, back to back, as a C++ program took a step before sessions existed.
@@ -183,10 +196,15 @@ class Worker {
 
   Json Answer(const std::string& what, const Json& arguments) {
     if (what == "prepare") return Prepare(arguments);
+    if (what == "prepare_file") return PrepareFile(arguments);
+    if (what == "prepare_parts") return PrepareParts(arguments);
     if (what == "check") return Check();
+    if (what == "steps") return TakeSteps(arguments["steps"]);
     if (what == "burst") return TimeBurst(arguments["seconds"], arguments["least"]);
     if (what == "versions") return Json::object();
-    throw std::invalid_argument("expected prepare, check, burst or versions, but got " + what);
+    throw std::invalid_argument(
+        "expected prepare, prepare_file, prepare_parts, check, steps, burst or versions, but got " +
+        what);
   }
 
  private:
@@ -194,12 +212,12 @@ class Worker {
     const auto& size = arguments["size"];
     size_ = {size[0], size[1], size[2], size[3], size[4], size[5]};
     const std::string directory = arguments["directory"];
-    contestant_.reset();  // Free the previous size's first.
-    bound_.reset();
+    Forget();
     inputs_ = ReadFloats(directory + "/inputs.bin");
-    at_ = 0;
+    step_ = size_.streams * size_.features;
     if (name_ == "session_cpp") {
-      contestant_ = std::make_unique<SessionContestant>(size_, directory, threads_);
+      contestant_ = std::make_unique<SessionContestant>(directory + "/model.safetensors",
+                                                        size_.streams, threads_);
     } else if (name_ == "kernels") {
       contestant_ = std::make_unique<KernelsContestant>(size_, directory);
     } else if (name_ == "bound") {
@@ -210,10 +228,43 @@ class Worker {
     return Json::object();
   }
 
+  // One stream of the model file of a directory. A step has `step` inputs of 4 bytes each.
+  Json PrepareFile(const Json& arguments) {
+    const std::string directory = arguments["directory"];
+    Forget();
+    inputs_ = ReadFloats(directory + "/inputs.bin");
+    step_ = arguments["step"];
+    auto made = std::make_unique<SessionContestant>(directory + "/model.safetensors", 1, threads_);
+    outputs_ = made->outputs();
+    contestant_ = std::move(made);
+    return Json::object();
+  }
+
+  // The bound of one stream's step: `parts` are lists of weight bytes, stream bytes, multiply-adds.
+  Json PrepareParts(const Json& arguments) {
+    Forget();
+    std::vector<BoundPart> parts;
+    for (const Json& part : arguments["parts"]) parts.push_back({part[0], part[1], part[2]});
+    bound_ = std::make_unique<Bound>(parts, 1);
+    return Json::object();
+  }
+
+  void Forget() {
+    contestant_.reset();
+    bound_.reset();
+    at_ = 0;
+  }
+
   const float* Take() {
-    const int64_t step = size_.streams * size_.features;
-    const int64_t steps = static_cast<int64_t>(inputs_.size()) / step;
-    return contestant_->Step(inputs_.data() + at_++ % steps * step);
+    const int64_t steps = static_cast<int64_t>(inputs_.size()) / step_;
+    return contestant_->Step(inputs_.data() + at_++ % steps * step_);
+  }
+
+  // Takes steps of a model file, and returns the outputs of the last one.
+  Json TakeSteps(int64_t steps) {
+    const float* outputs = nullptr;
+    for (int64_t step = 0; step < steps; ++step) outputs = Take();
+    return {{"outputs", std::vector<float>(outputs, outputs + outputs_)}};
   }
 
   // Returns the outputs of the first and the last stream, once the receptive field is full.
@@ -239,6 +290,8 @@ class Worker {
   int64_t threads_;
   ModelSize size_ = {};
   std::vector<float> inputs_;
+  int64_t step_ = 0;     // how many inputs a step takes
+  int64_t outputs_ = 0;  // how many outputs a step of a model file has
   int64_t at_ = 0;
   std::unique_ptr<Contestant> contestant_;
   std::unique_ptr<Bound> bound_;

@@ -51,11 +51,8 @@ nlohmann::json Burst(const F& step, double seconds, int least, int most = 64) {
 
 inline nlohmann::json BurstOfBound(Bound* bound, double seconds, int least) {
   const Bound::Time time = bound->Measure(seconds, least);
-  return {{"median", time.median},
-          {"steps", time.samples},
-          {"reading", time.reading},
-          {"computing", time.computing},
-          {"gigaflops", time.gigaflops}};
+  return {{"median", time.median},       {"steps", time.samples},       {"reading", time.reading},
+          {"computing", time.computing}, {"gigaflops", time.gigaflops}, {"parts", time.parts}};
 }
 
 }  // namespace continual_transformers
