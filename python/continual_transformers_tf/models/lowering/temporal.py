@@ -22,7 +22,6 @@ from continual_transformers_tf.models.lowering.continual_layers import (
 )
 from continual_transformers_tf.models.lowering.logic_ops import select
 from continual_transformers_tf.models.lowering.plan_builder import (
-    CannotLower,
     PlanBuilder,
     Symbol,
     contiguous_strides,
@@ -209,8 +208,6 @@ def depthwise(b: PlanBuilder, layer: Any, x: Symbol, outputs: int) -> Symbol:
 
 def spectrum(b: PlanBuilder, layer: Any, x: Symbol, outputs: int) -> Symbol:
     """Lower an `STFTSpectrogram` without padding, on rows `[L, channels]`."""
-    if layer.mode == "angle":
-        raise CannotLower("has mode='angle': a plan has no function for angles")
     frames = frames_of(b, x, outputs, layer._frame_step, layer.frame_length)
     frames = b.transpose(frames, (0, 2, 1))  # [outputs, channels, taps]
     kernels = [np.asarray(k)[:, 0] for k in _kernels(layer)]
@@ -218,7 +215,10 @@ def spectrum(b: PlanBuilder, layer: Any, x: Symbol, outputs: int) -> Symbol:
     name = b.derived("kernel", np.concatenate(kernels, 1))
     b.kernels.add(name)
     y = b.dense(frames, name)
-    if layer.mode not in ("real", "imag", "stft"):
+    if layer.mode == "angle":
+        real, imaginary = (b.slice(y, 2, i * bins, bins) for i in (0, 1))
+        y = b.binary("arctan2", imaginary, real)
+    elif layer.mode not in ("real", "imag", "stft"):
         squares = b.activation(y, "square")
         power = b.binary("add", *(b.slice(squares, 2, i * bins, bins) for i in (0, 1)))
         if layer.mode == "psd":
