@@ -26,6 +26,7 @@ ATTENTION_HEADERS = [
     "attention/retroactive_row-inl.h",
     "attention/ring_attention.h",
     "attention/ring_cache.h",
+    "attention/row_products.h",
     "attention/single_output.h",
     "attention/step_types.h",
     "attention/targets.h",
@@ -44,6 +45,7 @@ ATTENTION_SOURCES = [
     "attention/read_loop.cc",
     "attention/retroactive.cc",
     "attention/ring_attention.cc",
+    "attention/row_products.cc",
     "attention/single_output.cc",
     "attention/targets.cc",
 ]
@@ -63,6 +65,7 @@ SESSION_HEADERS = [
     "session/plan.h",
     "session/plan_ops.h",
     "session/one_query_instruction.h",
+    "session/product_instructions.h",
     "session/recurrent_instruction.h",
     "session/retroactive_instruction.h",
     "session/ring_instructions.h",

@@ -94,6 +94,25 @@ def dense(context, weights, x):
 
 
 @op
+def matmul(context, weights, x, y):
+    return np.einsum("bij,bjk->bik", x, y)
+
+
+@op
+def depthwise(context, weights, x, stride, dilation):
+    kernel = weights["kernel"]
+    taps, made = kernel.shape
+    x = np.repeat(x, made // x.shape[1], axis=1)
+    return np.stack(
+        [
+            sum(kernel[i] * x[o * stride + i * dilation] for i in range(taps))
+            + weights.get("bias", 0)
+            for o in range(context.shape[0])
+        ]
+    )
+
+
+@op
 def activation(context, weights, x, function, **numbers):
     of_number = np.vectorize(ACTIVATIONS[function], otypes=[np.float64])
     y = of_number(x, *weights.values(), **numbers)

@@ -122,6 +122,15 @@ def square(x):
     return ops.reshape(x, (-1, N, 2, E // 2))
 
 
+def cubes(x):
+    """Return x as rows of two matrices."""
+    return ops.reshape(x, (-1, N, 2, 2, E // 4))
+
+
+def _rows(*shape):
+    return np.linspace(0, 1, int(np.prod(shape))).reshape(shape).astype("float32")
+
+
 _every(
     CASES,
     reductions_of_nan=lambda x: [
@@ -193,6 +202,41 @@ _every(
         (ops.mean(x, -1) * 2 + ops.sum(x, 2))[..., None] * x, ops.expand_dims(ops.exp(x[..., 0]), 2)
     ],
 )  # fmt: skip
+# Products of several tensors, and with fixed ones that are not a matrix on the right.
+PRODUCTS = dict(
+    matrices=lambda x: [
+        ops.matmul(square(x), ops.swapaxes(square(x), 2, 3)),
+        ops.matmul(ops.swapaxes(square(x), 2, 3), 1 - square(x)),
+    ],
+    matrices_of_heads=lambda x: ops.matmul(
+        ops.softmax(ops.matmul(cubes(x), ops.swapaxes(cubes(x), -1, -2))), 1 - cubes(x)
+    ),
+    matrices_of_one_head=lambda x: ops.matmul(cubes(x), square(x)[:, :, None, :, :2]),
+    fixed_matrix_first=lambda x: ops.matmul(_rows(3, 2), square(x)),
+    einsum_of_two=lambda x: [
+        ops.einsum("btij,btij->bti", square(x), 1 - square(x)),
+        ops.einsum("btij,btkj->btki", square(x), ops.tanh(square(x))),
+        ops.einsum("btij,btjk->bt", square(x), ops.swapaxes(square(x), 2, 3))[..., None],
+        ops.einsum("bti,btj->btij", x, ops.tanh(x)),
+        ops.einsum("...i,...i->...", x, ops.tanh(x))[..., None],
+        ops.einsum("btij,btkl->btlj", square(x), square(x)),
+    ],
+    einsum_of_ranks=lambda x: [
+        ops.einsum("btij,btj->bti", square(x), x[..., :4]),
+        ops.einsum("...i,...ij->...j", x[..., 2:4], square(x)),
+        ops.einsum("btij,bt->btji", square(x), ops.sum(x, -1)),
+    ],
+    einsum_of_three=lambda x: [
+        ops.einsum("bti,ij,btj->bt", x, MATRIX, x[..., :3])[..., None],
+        ops.einsum("bti,btj,btk->btkij", x[..., :2], x[..., 2:5], x[..., 3:]),
+        ops.einsum("ij,btj,btk,kl->btil", MATRIX, x[..., :3], x, MATRIX),
+    ],
+    einsum_of_diagonals=lambda x: [
+        ops.einsum("btii->bti", square(x)[..., :2]),
+        ops.einsum("btii,bti->bt", square(x)[..., :2], x[..., :2])[..., None],
+    ],
+)  # fmt: skip
+CASES.update(PRODUCTS)
 # Layers.
 _every(
     CASES,
@@ -236,8 +280,6 @@ _every(
     nanpercentile=lambda x: ops.nanpercentile(x, 30, axis=-1, keepdims=True),
     trapezoid=lambda x: ops.trapezoid(x, axis=-1)[..., None],
     take_along_axis=lambda x: ops.take_along_axis(x, ops.argsort(x), axis=-1),
-    matrices=lambda x: ops.matmul(square(x), ops.transpose(square(x), (0, 1, 3, 2))),
-    two_tensors=lambda x: ops.einsum("btij,btij->bti", square(x), square(x)),
     rfft=lambda x: [*ops.rfft(x)],
     fft=lambda x: [*ops.fft((x, 0 * x))],
     bitwise=lambda x: [
@@ -252,12 +294,6 @@ _every(
 )  # fmt: skip
 
 # Along time.
-
-
-def _rows(*shape):
-    return np.linspace(0, 1, int(np.prod(shape))).reshape(shape).astype("float32")
-
-
 _every(
     TIME,
     cumsum=lambda x: ops.cumsum(x, 1),
@@ -300,6 +336,8 @@ _every(
     einsum=lambda x: ops.einsum("bti,ts->bsi", x, _rows(N, N)),
     einsum_of_two=lambda x: ops.einsum("bti,bsi->bts", x, x),
     einsum_of_rows=lambda x: ops.einsum("bti,ti->bti", x, _rows(N, E)),
+    einsum_of_ranks=lambda x: ops.einsum("btij,bj->bti", square(x), x[:, -1, :4]),
+    einsum_across_time=lambda x: ops.einsum("btij,bjt->bti", square(x), x[..., :4]),
     tensordot=lambda x: ops.tensordot(x, _rows(N, 3), [[1], [0]]),
     add_rows=lambda x: x + _rows(N, E),
     add_a_column=lambda x: x + _rows(1, N, 1),

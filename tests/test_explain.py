@@ -315,6 +315,16 @@ def dense(x):
     return keras.layers.Dense(3)(x)
 
 
+def convolved(padding, layer):
+    """Return a layer on the rows of a convolution of 3 steps."""
+
+    def build(x):
+        y = keras.layers.Conv1D(E, 3, padding=padding)(x)
+        return attention()(y, y)[:, -1] if layer == "attention" else layer()(y)
+
+    return build
+
+
 # The last has positions.
 NOT_AS_ON_WINDOWS = ("causal_stack", "causal_then_full", "already_ours")
 # Name: (function, length of the model's windows, whether steps equal the model on them).
@@ -338,6 +348,18 @@ CLAIMS = {
     "delayed query": (late_query, N, True),
     "retroactive, then pooling": (retroactive_then_pool, N, True),
     "only rows": (dense, N + 4, True),
+    "valid convolution, attention": (convolved("valid", "attention"), N, False),
+    "causal convolution, attention": (convolved("causal", "attention"), N, False),
+    "valid convolution, pooling": (
+        convolved("valid", keras.layers.GlobalAveragePooling1D),
+        N,
+        False,
+    ),
+    "causal convolution, pooling": (
+        convolved("causal", keras.layers.GlobalAveragePooling1D),
+        N,
+        False,
+    ),
 }
 
 
@@ -364,3 +386,39 @@ def test_what_it_says_of_windows_is_so(case, random):
         assert equal(session.steps(x[:, -length:], session.open(2))[:, -1])
     else:
         assert "positions" not in found.windows
+
+
+def gru():
+    return keras.layers.GRU(3)
+
+
+AVERAGE = keras.layers.GlobalAveragePooling1D
+PADDED = "reads outputs of attention, or of a layer with padding"
+
+
+@pytest.mark.parametrize(
+    ("layer", "padding", "length", "claim", "said"),
+    [
+        (gru, "valid", N + 2, True, f"on windows of {N + 2} steps"),
+        (gru, "valid", N, False, f"depends on {N + 2} steps, and the model's windows have {N}"),
+        (gru, "causal", N, False, f"a recurrent layer with a window {PADDED}"),
+        (gru, "causal", N + 2, False, f"a recurrent layer with a window {PADDED}"),
+        ("attention", "valid", N + 2, True, f"on windows of {N + 2} steps"),
+        ("attention", "causal", N + 2, False, "attention attends to the outputs of other"),
+        (AVERAGE, "valid", N + 2, True, f"on windows of {N + 2} steps"),
+        (AVERAGE, "causal", N + 2, False, f"a pooling of the whole window {PADDED}"),
+    ],
+)
+def test_what_it_says_of_layers_on_convolutions_is_so(random, layer, padding, length, claim, said):
+    """Layers with a window of N rows, on the rows of a convolution of 3 steps."""
+    inputs = keras.Input((length, E))
+    model = keras.Model(inputs, convolved(padding, layer)(inputs))
+    streaming = ct.convert(model, N, recurrence="window", warm_up="partial")
+    found = ct.explain(streaming)
+    assert found.equals_windows == claim
+    assert said in found.windows
+    x = random.standard_normal((2, 4 * N, E)).astype("float32")
+    steps = np.asarray(streaming.call_steps(x))
+    for end in (2 * N + 2, 4 * N):
+        rows = model(x[:, end - length : end])
+        assert np.allclose(steps[:, end - 1], rows, rtol=1e-4, atol=1e-5) == claim

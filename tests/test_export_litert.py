@@ -355,6 +355,19 @@ def binary_plan(random):
             ("sort", dict(function="indices", descending=False)),
         ]:
             made.append(plan.node(op, [x], plan.value(*shape), axis=axis, **options))
+    other = plan.node("reshape", [y], plan.value(2, 4, 3))
+    made.append(plan.node("matmul", [x, other], plan.value(2, 3, 3)))
+    rows = plan.node("reshape", [x], plan.value(8, 3))
+    for outputs, stride, dilation, several in ((3, 2, 1, 1), (2, 1, 3, 2), (6, 1, 1, 1)):
+        weights = {"kernel": random.standard_normal((3, 3 * several)).astype("float32")}
+        if several > 1:
+            weights["bias"] = random.standard_normal(3 * several).astype("float32")
+        made.append(
+            plan.node(
+                "depthwise", [rows], plan.value(outputs, 3 * several), weights, stride=stride,
+                dilation=dilation,
+            )
+        )  # fmt: skip
     condition = plan.node("cast", [x], plan.value(*shape, dtype="bool"))
     made.append(plan.node("where", [condition, y, x], plan.value(*shape)))
     made.append(plan.node("reshape", [x], plan.value(4, 6)))

@@ -10,7 +10,7 @@ import continual_transformers_tf as ct
 import reference
 from continual_transformers_tf.models import row_wise
 from continual_transformers_tf.models.step_graph import StepGraph
-from row_wise_cases import CASES, ONLY_IN_KERAS, TIME, E, N, model_of
+from row_wise_cases import CASES, ONLY_IN_KERAS, PRODUCTS, TIME, E, N, model_of
 
 BOUND = 1e-5
 
@@ -51,6 +51,71 @@ def test_steps_equal_windows(random, name):
         y = session.step(x[:, t])
         if t in windows:
             check_equal(y, windows[t])
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_in_float64(random, name):
+    x = keras.Input((N, E), dtype="float64")
+    y = PRODUCTS[name](x)
+    model = keras.Model(x, [z[:, -1] for z in (y if isinstance(y, list) else [y])])
+    window = random.normal(size=(2, N, E))
+    outputs = keras.tree.flatten(ct.Session(model).steps(window))
+    for y, z in zip(outputs, keras.tree.flatten(model(window)), strict=True):
+        assert y.dtype == np.float64
+        assert reference.relative_error(np.asarray(z), y[:, -1]) < 1e-12
+
+
+def on_samples(x, y):
+    """Return products of the newest rows of two windows, and of whole windows."""
+    first, second = x[:, -1], y[:, -1]
+    matrix = keras.layers.Reshape((2, 4))(first)
+    whole = ct.CoWindow(N)(x)
+    return [
+        keras.layers.Dot(1)([first, second]),
+        keras.layers.Dot(-1, normalize=True)([first, second]),
+        keras.layers.Dot((1, 1))([matrix, keras.layers.Reshape((2, 4))(second)]),
+        keras.layers.Dot((2, 1))([matrix, second[:, :4]]),
+        keras.layers.Dot((1, 2))([second[:, :4], matrix]),
+        keras.layers.Dot(2)([keras.layers.Reshape((2, 2, 2))(first), matrix[:, :2, 1:3]]),
+        keras.layers.Dot(2)([whole, whole]),
+        keras.ops.matmul(keras.ops.transpose(whole, (0, 2, 1)), whole),
+        keras.ops.matmul(matrix, matrix[:, 0][..., None]),
+        keras.ops.einsum("bti,bi->bt", whole, second),
+        keras.ops.einsum("...i,...i", first, second),
+    ]
+
+
+def test_products_of_samples(random):
+    inputs = [keras.Input((N, E)), keras.Input((N, E))]
+    given = random.normal(size=(2, 2, N, E)).astype("float32")
+    *outputs, implicit = on_samples(*inputs)
+    model = keras.Model(inputs, outputs)
+    session = ct.Session(model)
+    assert ct.explain(model).equals_windows
+    expected = model(list(given))
+    for y, z in zip(session.steps(list(given)), expected, strict=True):
+        assert y[:, -1].shape == z.shape
+        assert reference.relative_error(np.asarray(z), y[:, -1]) < BOUND
+    with pytest.raises(ValueError, match="expected 2 operands and an output"):
+        ct.Session(keras.Model(inputs, implicit))
+
+
+MIXED = {
+    "rows as samples": (lambda x: keras.ops.matmul(x, keras.ops.transpose(x)), "samples, or steps"),
+    "dot": (lambda x: keras.ops.dot(x, keras.ops.transpose(x)), "use matmul or einsum"),
+    "einsum": (lambda x: keras.ops.einsum("bi,ci->bc", x, x), "mixes samples, or steps"),
+    "integers": (
+        lambda x: keras.ops.einsum("bi,bi->b", *[keras.ops.cast(x, "int32")] * 2), "in int32"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_products_that_mix_samples_are_refused(name):
+    function, reason = MIXED[name]
+    x = keras.Input((N, E))
+    with pytest.raises(ValueError, match=reason):
+        ct.Session(keras.Model(x, function(x[:, -1])))
 
 
 def time_model(function):

@@ -81,6 +81,16 @@ def test_spectrogram(mode, padding, random):
     check(keras.Model(x, kl.Dense(4)(layer(x))), random, bound=2e-5)
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("padding", ["valid", "same"])
+def test_angles_of_a_spectrogram(padding, channels, random):
+    """As directions: the angle of a negative number is pi or -pi, by the sign of a zero."""
+    x = keras.Input((None, channels))
+    angles = kl.STFTSpectrogram("angle", 16, 6, padding=padding, expand_dims=channels > 1)(x)
+    y = keras.ops.concatenate([keras.ops.cos(angles), keras.ops.sin(angles)], 2)
+    check(keras.Model(x, y), random, bound=1e-4)
+
+
 def test_padding_in_front(random):
     x = keras.Input((None, F))
     y = kl.Conv1D(4, 3, strides=2)(kl.ZeroPadding1D((2, 0))(x))

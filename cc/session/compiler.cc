@@ -21,6 +21,7 @@
 #include "cc/session/error.h"
 #include "cc/session/layout_instructions.h"
 #include "cc/session/one_query_instruction.h"
+#include "cc/session/product_instructions.h"
 #include "cc/session/recurrent_instruction.h"
 #include "cc/session/retroactive_instruction.h"
 #include "cc/session/ring_instructions.h"
@@ -259,6 +260,8 @@ class Compiler {
       return;
     }
     if (ProjectsItself(i)) return TranslateOneQuery(i);
+    if (node.op == Op::kWindow && IsReadInPlace(i)) return;
+    if (node.op == Op::kDepthwise) return TranslateDepthwise(i);
     Emit(i, Make(i), node, RootsRead(node), Out(node));
   }
 
@@ -268,6 +271,11 @@ class Compiler {
     const int64_t size = Size(output);
     const std::vector<int64_t>& shape = ValueOf(node.outputs[0]).shape;
     switch (node.op) {
+      case Op::kMatmul: {
+        const std::vector<int64_t>& first = ValueOf(node.inputs[0]).shape;
+        return MakeMatmul<T>(OperandOf(In(node, 0)), OperandOf(In(node, 1)), output, first[0],
+                             first[1], first[2], shape[2]);
+      }
       case Op::kActivation:
         if (HasWeights(node)) return MakePRelu<T>(Kept(Weights(node, "alpha")), In(node), output);
         return MakeActivation<T>(ActivationOf(node), In(node), output, size);
@@ -348,6 +356,7 @@ class Compiler {
       case Op::kRecurrent:
         return Recurrent(i);
       case Op::kDense:
+      case Op::kDepthwise:
       case Op::kConstant:
       case Op::kReshape:
         break;  // Translate and FindUses handle them
@@ -527,13 +536,13 @@ class Compiler {
 
   // ---- Constants ----
 
-  // Returns whether only element-wise nodes read the constant. They read it in place.
+  // Returns whether only nodes that read a constant in place read this one.
   bool IsOperandOnly(const Node& constant) const {
     const int root = Out(constant);
     if (is_output_[root]) return false;
     for (const Node& node : plan_.nodes) {
       const std::vector<int> reads = RootsRead(node);
-      if (node.op != Op::kReshape && node.op != Op::kBinary &&
+      if (node.op != Op::kReshape && node.op != Op::kBinary && node.op != Op::kMatmul &&
           std::find(reads.begin(), reads.end(), root) != reads.end()) {
         return false;
       }
@@ -553,6 +562,49 @@ class Compiler {
     auto value = std::make_shared<std::vector<T>>(Kept(Weights(plan_.nodes[producer], "value")));
     result_.kept.push_back(value);
     return {root, value->data()};
+  }
+
+  // ---- Depthwise convolutions ----
+
+  // Returns whether only a depthwise convolution of one row reads a window. It reads the ring.
+  bool IsReadInPlace(int window) const {
+    const Node& node = plan_.nodes[window];
+    const int user = OnlyUser(Out(node));
+    if (user < 0 || plan_.nodes[user].op != Op::kDepthwise) return false;
+    const std::vector<int64_t>& rows = ValueOf(plan_.nodes[user].inputs[0]).shape;
+    return rows == std::vector<int64_t>{node.Int("window"), Size(In(node))} &&
+           ValueOf(plan_.nodes[user].outputs[0]).shape[0] == 1;
+  }
+
+  void TranslateDepthwise(int i) {
+    const Node& node = plan_.nodes[i];
+    const std::vector<int64_t>& shape = ValueOf(node.outputs[0]).shape;
+    DepthwiseSpec<T> spec;
+    spec.kernel = Weights(node, "kernel");
+    spec.bias = Weights(node, "bias", shape[1], T(0));
+    spec.rows = ValueOf(node.inputs[0]).shape[0];
+    spec.channels = ValueOf(node.inputs[0]).shape[1];
+    spec.output_rows = shape[0];
+    spec.stride = node.Int("stride");
+    spec.dilation = node.Int("dilation");
+    spec.input = In(node);
+    spec.output = Out(node);
+    std::string name = node.name, op = NameOf(node.op);
+    const int before = producer_[spec.input];
+    if (before >= 0 && plan_.nodes[before].op == Op::kWindow && IsReadInPlace(before)) {
+      const Node& window = plan_.nodes[before];
+      spec.ring_at = Offset(before, "ring");
+      spec.input = In(window);
+      name = window.name + " + " + name;
+      op = std::string(NameOf(window.op)) + " + " + op;
+    }
+    const int input = spec.input, output = spec.output;
+    emitted_.push_back({2 * i,
+                        std::make_unique<DepthwiseInstruction<T>>(std::move(spec)),
+                        name,
+                        op,
+                        {input},
+                        output});
   }
 
   // ---- Other nodes ----

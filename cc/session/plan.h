@@ -33,6 +33,8 @@ struct Tensor {
 
 enum class Op {
   kDense,
+  kMatmul,
+  kDepthwise,
   kActivation,
   kSoftmax,
   kBinary,

@@ -46,6 +46,35 @@ void CheckDense(const NodeCheck& node) {
   node.ExpectWeight("bias", {out.back()});
 }
 
+void CheckMatmul(const NodeCheck& node) {
+  node.ExpectAxes(0, 3);
+  node.ExpectAxes(1, 3);
+  const Shape &x = node.input(0).shape, &y = node.input(1).shape;
+  node.ExpectInput(1, {x[0], x[2], y[2]});
+  node.ExpectOutput({x[0], x[1], y[2]});
+}
+
+void CheckDepthwise(const NodeCheck& node) {
+  node.ExpectAxes(0, 2);
+  const int64_t rows = node.input(0).shape[0], channels = node.input(0).shape[1];
+  const int64_t taps = RowsOf(*node.weight("kernel"));
+  const Shape& out = node.output().shape;
+  // An output of a wrong shape is refused here, so that the rest may read its axes.
+  if (out.size() != 2 || out[1] % channels != 0) {
+    node.Fail("its output has shape " + ShapeText(out) + ", expected [R, k * " + Number(channels) +
+              "]");
+  }
+  node.ExpectWeight("kernel", {taps, out[1]});
+  node.ExpectWeight("bias", {out[1]});
+  // Of numbers below 2^31.
+  const int64_t stride = node.node().Int("stride"), dilation = node.node().Int("dilation");
+  const int64_t reach = (taps - 1) * dilation;
+  if (reach >= rows || (out[0] - 1) * stride >= rows - reach) {
+    node.Fail("reads row " + Number((out[0] - 1) * stride + reach) + " of its input, which has " +
+              Number(rows) + " rows");
+  }
+}
+
 void CheckSameShape(const NodeCheck& node) { node.ExpectOutput(node.input(0).shape); }
 
 void CheckActivation(const NodeCheck& node) {
@@ -406,6 +435,15 @@ std::vector<OpEntry> MakeEntries() {
        {},
        {},
        CheckDense},
+      {Op::kMatmul, "matmul", {F, F}, kF, {}, {}, {}, CheckMatmul},
+      {Op::kDepthwise,
+       "depthwise",
+       {F},
+       kF,
+       {{"kernel"}, {"bias", compute, false}},
+       {},
+       {A::Whole("stride", 1), A::Whole("dilation", 1)},
+       CheckDepthwise},
       {Op::kActivation,
        "activation",
        {F},

@@ -394,6 +394,46 @@ TEST(ExecutorTest, NeighboursOfDenseLayersAreFolded) {
   }
 }
 
+// A depthwise convolution of a window reads the window's ring, if nothing else reads the window.
+TEST(ExecutorTest, DepthwiseConvolutionsReadRings) {
+  for (const char* dtype : {"float32", "float64"}) {
+    for (int64_t dilation : {1, 2, 4}) {
+      SCOPED_TRACE(std::string(dtype) + ", dilation " + std::to_string(dilation));
+      PlanBuilder b(dtype);
+      const int x = b.Input("x", {5});
+      const int64_t taps = dilation == 4 ? 2 : 3, window = (taps - 1) * dilation + 1;
+      const TensorBytes kernel = b.Random({taps, 10}), bias = b.Random({10});
+      const auto convolve = [&](int rows, const std::string& name) {
+        const int y = b.Node("depthwise", {rows}, {1, 10}, {{"stride", 1}, {"dilation", dilation}},
+                             {{"kernel", kernel}, {"bias", bias}});
+        b.Output(name, y);
+      };
+      const int ring = b.Node("window", {x}, {window, 5}, {{"window", window}});
+      convolve(ring, "in_its_ring");
+      const int rows = b.Node("window", {x}, {window, 5}, {{"window", window}});
+      convolve(rows, "as_a_value");
+      b.Output("rows", rows);
+      const auto file = b.File();
+      Streams streams(file, OptionsOf(file->plan()), 3);
+      const Recording recording(file->plan(), 3, 40);
+      int64_t step = 0;
+      for (int64_t steps : {1, 1, 2, 5, 1, 20, 10}) {
+        const auto outputs = streams.Take(0, 3, steps, recording.Cut(0, 3, step, steps));
+        if (b.compute_dtype() == "float32") {
+          ExpectClose<float>(outputs[0], outputs[1], 1e-6);
+        } else {
+          ExpectClose<double>(outputs[0], outputs[1], 1e-14);
+        }
+        step += steps;
+      }
+      // One of the two windows is written as a value.
+      streams.executor().BeginProfile(streams.arena());
+      streams.Take(0, 1, 1, recording.Cut(0, 1, 0, 1));
+      EXPECT_EQ(streams.executor().EndProfile(streams.arena()).size(), 3u);
+    }
+  }
+}
+
 // Layers with tied weights hold them once, however many there are. A layer into which something was
 // folded has a kernel of its own.
 TEST(ExecutorTest, LayersThatShareAKernelPackItOnce) {

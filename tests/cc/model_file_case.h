@@ -284,6 +284,15 @@ inline PlanBuilder EveryOp(const std::string& compute_dtype = "float32") {
                          {{"heads", 2}, {"window", 4}, {"scale", 0.7}, {"algorithm", "auto"}}, {},
                          {{"key", mask}});
   const int rows = b.Node("window", {y}, {4, 4}, {{"window", 4}});
+  // Both read windows of y: one in its ring, the other as a value.
+  const int deep = b.Node("depthwise", {b.Node("window", {y}, {3, 4}, {{"window", 3}})}, {1, 8},
+                          {{"stride", 1}, {"dilation", 2}},
+                          {{"kernel", b.Random({2, 8})}, {"bias", b.Random({8})}});
+  const int wide = b.Node("depthwise", {rows}, {2, 4}, {{"stride", 2}, {"dilation", 1}},
+                          {{"kernel", b.Random({2, 4})}});
+  const int pair =
+      b.Node("matmul", {b.Node("reshape", {deep}, {1, 2, 4}), b.Node("reshape", {wide}, {1, 4, 2})},
+             {1, 2, 2});
   const int taken = b.Node("zero_untaken", {rows}, {4, 4});
   const int newest = b.Node("strided", {taken}, {1, 4}, {{"offset", 12}, {"strides", {4, 1}}});
   const int windowed = b.Node("window_attention", {newest, taken, all}, {1, 6},
@@ -317,6 +326,7 @@ inline PlanBuilder EveryOp(const std::string& compute_dtype = "float32") {
   b.Output("whole", whole);
   b.Output("mask", mask);
   b.Output("state", state);
+  b.Output("pair", pair);
   return b;
 }
 

@@ -527,6 +527,46 @@ TEST(SoftmaxAndReduceTest, HaveAnAxisOfTheInput) {
   }
 }
 
+TEST(MatmulTest, MultipliesMatricesThatFit) {
+  const auto refusal = [](const Shape& x, const Shape& y, const Shape& out) {
+    return RefusalOfNode("matmul", {x, y}, out, Json::object());
+  };
+  EXPECT_EQ(refusal({2, 3, 4}, {2, 4, 5}, {2, 3, 5}), "");
+  EXPECT_EQ(refusal({1, 1, 4}, {1, 4, 1}, {1, 1, 1}), "");
+  ExpectIn("input 0 has shape [3, 4], expected 3 axes", refusal({3, 4}, {1, 4, 5}, {3, 5}));
+  ExpectIn("input 1 has shape [4, 5], expected 3 axes", refusal({1, 3, 4}, {4, 5}, {3, 5}));
+  ExpectIn("input 1 has shape [1, 4, 5], expected [2, 4, 5]",
+           refusal({2, 3, 4}, {1, 4, 5}, {2, 3, 5}));
+  ExpectIn("input 1 has shape [2, 3, 5], expected [2, 4, 5]",
+           refusal({2, 3, 4}, {2, 3, 5}, {2, 3, 5}));
+  ExpectIn("its output has shape [2, 5, 3], expected [2, 3, 5]",
+           refusal({2, 3, 4}, {2, 4, 5}, {2, 5, 3}));
+}
+
+TEST(DepthwiseTest, ReadsRowsOfItsInput) {
+  const auto refusal = [](const Shape& in, const Shape& out, const Shape& kernel, int64_t stride,
+                          int64_t dilation, const Shape& bias = {}) {
+    std::vector<std::pair<std::string, Shape>> weights = {{"kernel", kernel}};
+    if (!bias.empty()) weights.emplace_back("bias", bias);
+    return RefusalOfNode("depthwise", {in}, out, {{"stride", stride}, {"dilation", dilation}},
+                         weights);
+  };
+  EXPECT_EQ(refusal({5, 4}, {3, 4}, {3, 4}, 1, 1, {4}), "");
+  EXPECT_EQ(refusal({5, 4}, {2, 8}, {2, 8}, 2, 2), "");
+  EXPECT_EQ(refusal({5, 4}, {1, 4}, {1, 4}, 9, 9), "");
+  ExpectIn("reads row 5 of its input, which has 5 rows", refusal({5, 4}, {4, 4}, {3, 4}, 1, 1));
+  ExpectIn("reads row 6 of its input, which has 5 rows", refusal({5, 4}, {1, 4}, {3, 4}, 1, 3));
+  const int64_t most = std::numeric_limits<int32_t>::max();
+  ExpectIn("its input, which has 5 rows", refusal({5, 4}, {4, 4}, {3, 4}, most, most));
+  ExpectIn("its output has shape [3, 6], expected [R, k * 4]",
+           refusal({5, 4}, {3, 6}, {3, 6}, 1, 1));
+  ExpectIn("its output has shape [4], expected [R, k * 4]", refusal({5, 4}, {4}, {3, 4}, 1, 1));
+  ExpectIn("input 0 has shape [5], expected 2 axes", refusal({5}, {3, 4}, {3, 4}, 1, 1));
+  ExpectIn("has shape [3, 5], expected [3, 4]", refusal({5, 4}, {3, 4}, {3, 5}, 1, 1));
+  ExpectIn("has shape [3], expected [4]", refusal({5, 4}, {3, 4}, {3, 4}, 1, 1, {3}));
+  ExpectIn("\"stride\" is 0", refusal({5, 4}, {3, 4}, {3, 4}, 0, 1));
+}
+
 TEST(BinaryTest, HasTwoOfOneShape) {
   for (const char* function :
        {"add", "subtract", "multiply", "divide", "maximum", "minimum", "power", "arctan2", "equal",

@@ -355,6 +355,25 @@ def _how_temporal(layer: CoTemporal) -> str:
     return f"reads {_steps(layer.span)}{every}{late}"
 
 
+# Why a step sees further back than a window, by `Windows.deep`.
+_FURTHER_BACK = (
+    "reads outputs of attention, or of a layer with padding: in a window the first of these see "
+    "fewer steps, or zeros, than in a stream. Train the model on steps, or give convolutions "
+    "padding='valid'"
+)
+_DEEP = {
+    "attention": (
+        "because attention attends to the outputs of other attention, or of convolutions with "
+        "padding, so a step sees further back than a window: give causal attention a "
+        "sliding_window, train the model on steps, or use ct.TransformerEncoder(kind='retroactive')"
+    ),
+    "recurrent": (
+        f"because a recurrent layer with a window {_FURTHER_BACK}, which a ct.StreamingModel takes"
+    ),
+    "pooling": f"because a pooling of the whole window {_FURTHER_BACK}",
+}
+
+
 def _compared_with_windows(windows: Windows, length: int | None) -> tuple[bool, str]:
     """Return whether a step equals the model on its windows, and the same in words.
 
@@ -372,9 +391,7 @@ def _compared_with_windows(windows: Windows, length: int | None) -> tuple[bool, 
         )
     if windows.length is None:
         return False, (
-            "because attention attends to the outputs of other attention, or of convolutions, so a "
-            "step sees further back than a window: give causal attention a sliding_window, train "
-            "the model on steps, or use ct.TransformerEncoder(kind='retroactive')"
+            _DEEP[windows.deep]
             if windows.deep
             else "because its layers have windows of different lengths: give them the same seq_len"
         )

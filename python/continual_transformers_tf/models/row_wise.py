@@ -450,10 +450,13 @@ def is_row_wise(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
     tensors = [x for x in node.input_tensors if not any(x is mask for mask in masks)]
     shapes = [tuple(x.shape) for x in tensors]
     ranks = {len(shape) for shape in shapes}
-    if len(ranks) > 1 or min(ranks) < 2 or lengths_differ(node.input_tensors):
-        return False  # One would be broadcast over the time axis of the other.
-    call = Call(node.operation, args, kwargs, shapes, [tuple(x.shape) for x in node.outputs])
     name = name_of_op(node.operation)
+    # Windows of other ranks would be broadcast over the time axis. An einsum names the axes.
+    if min(ranks) < 2 or (len(ranks) > 1 and name != "Einsum"):
+        return False
+    if lengths_differ(node.input_tensors):
+        return False
+    call = Call(node.operation, args, kwargs, shapes, [tuple(x.shape) for x in node.outputs])
     if name is not None:
         return name in OPS and OPS[name](call)
     return _layer_is_row_wise(call)

@@ -30,10 +30,12 @@ class Windows:
     Attributes:
         lengths: The lengths that the windows must have. If there are two, no windows fit.
         least: How many steps the windows must have at least.
-        deep: Whether attention attends to the outputs of other attention, and a step sees further
-            back than a window. Then there are no such windows.
+        deep: What keeps rows that see further back than a window: "attention", "recurrent" or
+            "pooling". Then there are no such windows. Empty: nothing does.
         every_row: Whether this holds for each row that is the last of `least` rows or more, and
             not only for the newest row. Attention can then attend to these rows.
+        complete: Whether this holds for every row that the model has on windows of `least` steps
+            or more. A layer that keeps rows of the stream then sees those of a window.
         placed: Whether a row also depends on its place: a `CircularPositionalEncoding` adds row 0
             to the first step of a window, and in a stream only to the first of all steps. A
             `RotaryEmbedding` counts from there too.
@@ -42,8 +44,9 @@ class Windows:
 
     lengths: frozenset[int] = frozenset()
     least: int = 1
-    deep: bool = False
+    deep: str = ""
     every_row: bool = True
+    complete: bool = True
     placed: bool = False
     goes_on: bool = False
 
@@ -73,6 +76,7 @@ class Windows:
             max(self.least, other.least),
             self.deep or other.deep,
             self.every_row and other.every_row,
+            self.complete and other.complete,
             self.placed or other.placed,
             self.goes_on or other.goes_on,
         )
@@ -81,7 +85,9 @@ class Windows:
         """Return the windows for a tensor that is delayed by some steps."""
         lengths = frozenset(n + steps for n in self.lengths)
         least = self.least + steps
-        return dataclasses.replace(self, lengths=lengths, least=least, every_row=False)
+        return dataclasses.replace(
+            self, lengths=lengths, least=least, every_row=False, complete=False
+        )
 
 
 def windows_of_graph(graph: StepGraph) -> Windows:
@@ -166,14 +172,22 @@ def _through_layer(
     if isinstance(layer, CoTemporal):
         least = inputs.least + (layer.receptive_field - 1) * stride
         if layer.gives_one_row:
-            return inputs | Windows(frozenset({least}), every_row=False)
+            if not inputs.complete:
+                return _deep(inputs, "pooling")
+            return inputs | Windows(frozenset({least}), every_row=False, complete=False)
         late = inputs.delayed(layer.delay * stride)
-        return dataclasses.replace(inputs | late | Windows(least=least), every_row=inputs.every_row)
+        # Other padding adds rows that a stream does not have.
+        valid = getattr(layer.layer, "padding", None) == "valid" and layer.delay == 0
+        return dataclasses.replace(
+            inputs | late | Windows(least=least),
+            every_row=inputs.every_row,
+            complete=inputs.complete and valid,
+        )
     if isinstance(layer, CoChunkedMultiHeadAttention):
         least = attended.least + (layer.receptive_field - 1) * stride
-        return dataclasses.replace(inputs | attended, least=least)
+        return dataclasses.replace(inputs | attended, least=least, complete=False)
     if isinstance(layer, CoRecurrent) and layer.window is None:
-        return dataclasses.replace(inputs, goes_on=True)
+        return dataclasses.replace(inputs, goes_on=True, complete=False)
     rows = layer.receptive_field
     n = (rows - 1) * stride + 1
     # In longer windows these see no more steps.
@@ -182,9 +196,16 @@ def _through_layer(
     )
     if slides and layer.delay == 0 and attended.every_row:
         least = attended.least + (layer._sliding_window - 1) * stride
-        return inputs | Windows(least=least, every_row=causal and not layer._single_output)
-    if not attended.rows:
-        return dataclasses.replace(inputs, deep=True, every_row=False)
+        every_row = causal and not layer._single_output
+        return inputs | Windows(least=least, every_row=every_row, complete=False)
+    if not attended.complete:
+        return _deep(inputs, "recurrent" if isinstance(layer, CoRecurrent) else "attention")
+    n += attended.least - 1
     if slides or (isinstance(layer, TransformerEncoder) and layer.kind == "single_output"):
-        return inputs | Windows(least=n, every_row=False)
-    return inputs | Windows(frozenset({n}), every_row=False)
+        return inputs | Windows(least=n, every_row=False, complete=False)
+    return inputs | Windows(frozenset({n}), every_row=False, complete=False)
+
+
+def _deep(inputs: Windows, layer: str) -> Windows:
+    """Return the windows of a layer that keeps rows which see further back than a window."""
+    return dataclasses.replace(inputs, deep=layer, every_row=False, complete=False)

@@ -1,10 +1,11 @@
-"""Einsum products of a step with a fixed tensor, lowered to dense nodes."""
+"""Einsum products: with a fixed tensor, lowered to dense nodes; of two values, to their sums."""
 
 import functools
 import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -14,6 +15,7 @@ from continual_transformers_tf.models.lowering.plan_builder import (
     CannotLower,
     PlanBuilder,
     Symbol,
+    contiguous_strides,
 )
 
 
@@ -104,6 +106,148 @@ def einsum(
     y = b.reshape(y, [sizes[a] for a in has])
     y = b.transpose(y, [has.index(a) for a in output])
     return y if bias is None else _plus(b, y, bias)
+
+
+def einsum_of_several(
+    b: PlanBuilder, equation: str, operands: Sequence[Any], lead: int, name: str
+) -> Symbol:
+    """Lower `keras.ops.einsum(equation, *operands)` for a step.
+
+    Args:
+        b: The `PlanBuilder`.
+        equation: For example "abij,abjk->abik"; it may have ellipses.
+        operands: At least one Symbol, and any fixed tensors.
+        lead: How many axes Keras' operands have before those of a Symbol.
+        name: The name of a fixed tensor that is not a variable.
+    """
+    parts, output = _letters_of_each(equation, operands, lead)
+    sizes: dict[str, int] = {}
+    for part, x in zip(parts, operands, strict=True):
+        for letter, n in zip(part, x.shape, strict=True):
+            sizes[letter] = max(n, sizes.get(letter, 1))
+    if any(letter not in sizes for letter in output):
+        raise CannotLower(f"has the equation {equation!r}, with an axis that only its output has")
+    terms = [
+        _term(b, x, part, sizes) if isinstance(x, Symbol) else (x, part)
+        for x, part in zip(operands, parts, strict=True)
+    ]
+    terms.sort(key=lambda term: not isinstance(term[0], Symbol))  # Symbols first.
+    (x, given), *others = terms
+    for i, (y, second) in enumerate(others, 1):
+        needed = {*output, *(letter for _, part in terms[i + 1 :] for letter in part)}
+        kept = [a for a in dict.fromkeys([*given, *second]) if a in needed]
+        kept = output if i == len(others) else kept
+        if isinstance(y, Symbol):
+            x = product(b, x, given, y, second, kept)
+        else:
+            x = einsum(b, f"{''.join(given)},{''.join(second)}->{''.join(kept)}", x, y, 0, name)
+        given = kept
+    x, given = _summed(b, x, given, output)
+    return b.transpose(x, [given.index(a) for a in output]).with_mask(None)
+
+
+def _letters_of_each(
+    equation: str, operands: Sequence[Any], lead: int
+) -> tuple[list[list[str]], list[str]]:
+    """Return the letters of each operand and of the output, without the first ones of a Symbol."""
+    given, arrow, rest = equation.replace(" ", "").partition("->")
+    texts = given.split(",")
+    if not arrow or len(texts) != len(operands):
+        raise CannotLower(
+            f"has the equation {equation!r}: expected {len(operands)} operands and an output"
+        )
+    ranks = [len(x.shape) + (lead if isinstance(x, Symbol) else 0) for x in operands]
+    unnamed = [r - len(t.replace("...", "")) for r, t in zip(ranks, texts, strict=True)]
+    names = "0123456789"[: max(0, *unnamed)]  # The axes of an ellipsis, aligned at the last.
+    parts = [
+        list(t.replace("...", names[len(names) - max(0, n) :]))
+        for t, n in zip(texts, unnamed, strict=True)
+    ]
+    output = list(rest.replace("...", names))
+    steps = output[:lead]
+    for i, (part, rank, x) in enumerate(zip(parts, ranks, operands, strict=True)):
+        if len(part) != rank:
+            raise CannotLower(f"has the equation {equation!r}, but an operand of {rank} axes")
+        own = part[lead:] if isinstance(x, Symbol) else part
+        if set(steps) & set(own) or (isinstance(x, Symbol) and part[:lead] != steps):
+            raise CannotLower(f"has the equation {equation!r}, which mixes samples, or steps")
+        parts[i] = own
+    return parts, output[lead:]
+
+
+def _term(
+    b: PlanBuilder, x: Symbol, part: Sequence[str], sizes: Mapping[str, int]
+) -> tuple[Symbol, list[str]]:
+    """Return x with each letter once, and without axes of size 1 that are broadcast."""
+    strides: dict[str, int] = {}
+    for letter, n, stride in zip(part, x.shape, contiguous_strides(x.shape), strict=True):
+        if n == sizes[letter]:
+            strides[letter] = strides.get(letter, 0) + stride
+    kept = list(strides)
+    return _view(b, b.cast(x, b.dtype), [sizes[a] for a in kept], list(strides.values())), kept
+
+
+def _view(b: PlanBuilder, x: Symbol, shape: Sequence[int], strides: Sequence[int]) -> Symbol:
+    """Return elements of x; a reshape, if they are all of them in their order."""
+    varies = [(n, s) for n, s in zip(shape, strides, strict=True) if n > 1]
+    same = [s for _, s in varies] == contiguous_strides([n for n, _ in varies])
+    if same and math.prod(shape) == x.size:
+        return b.reshape(x, shape)
+    return b.strided(x, shape, strides)
+
+
+def _summed(
+    b: PlanBuilder, x: Symbol, part: Sequence[str], needed: Collection[str]
+) -> tuple[Symbol, list[str]]:
+    """Return x, summed over the axes that nothing needs, and the letters of the others."""
+    alone = [i for i, a in enumerate(part) if a not in needed]
+    return b.reduce(x, "sum", alone) if alone else x, [a for a in part if a in needed]
+
+
+def product(
+    b: PlanBuilder,
+    x: Symbol,
+    first: Sequence[str],
+    y: Symbol,
+    second: Sequence[str],
+    output: Sequence[str],
+) -> Symbol:
+    """Lower an einsum of two Symbols to a product of matrices, or of elements.
+
+    Args:
+        b: The `PlanBuilder`.
+        x, y: Symbols.
+        first, second, output: The letters of their axes, and of those of the result. No operand
+            has a letter twice.
+    """
+    x, first = _summed(b, x, first, {*second, *output})
+    y, second = _summed(b, y, second, {*first, *output})
+    sizes = dict(zip(first, x.shape, strict=True)) | dict(zip(second, y.shape, strict=True))
+    contracted = [a for a in first if a not in output]
+    if not contracted:
+        return b.binary("multiply", _in_order(b, x, first, output), _in_order(b, y, second, output))
+    batched = [a for a in output if a in first and a in second]
+    rows = [a for a in output if a not in second]
+    columns = [a for a in output if a not in first]
+
+    def size(axes: Iterable[str]) -> int:
+        return math.prod(sizes[a] for a in axes)
+
+    x = _in_order(b, x, first, [*batched, *rows, *contracted])
+    y = _in_order(b, y, second, [*batched, *contracted, *columns])
+    x = b.reshape(x, (size(batched), size(rows), size(contracted)))
+    y = b.reshape(y, (size(batched), size(contracted), size(columns)))
+    z = b.node("matmul", [x, y], (size(batched), size(rows), size(columns)), name="matmul")
+    order = [*batched, *rows, *columns]
+    z = b.reshape(z, [sizes[a] for a in order])
+    return b.transpose(z, [order.index(a) for a in output])
+
+
+def _in_order(b: PlanBuilder, x: Symbol, part: Sequence[str], order: Sequence[str]) -> Symbol:
+    """Return x with its axes in an order. Axes that it does not have get the size 1."""
+    x = b.transpose(x, [part.index(a) for a in order if a in part])
+    sizes = iter(x.shape)
+    return b.reshape(x, [next(sizes) if a in part else 1 for a in order])
 
 
 def letters(equation: str, rank: int) -> tuple[list[str], list[str], list[str]]:

@@ -6,6 +6,7 @@ of Symbols), and a `Call`.
 
 import inspect
 import math
+import string
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from continual_transformers_tf.layers.co_temporal import CoTemporal
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.models.lowering.activations import activate, softmax
 from continual_transformers_tf.models.lowering.continual_layers import attend_whole, kernel_of
-from continual_transformers_tf.models.lowering.einsum import einsum
+from continual_transformers_tf.models.lowering.einsum import einsum, product
 from continual_transformers_tf.models.lowering.keras_ops import (
     Call,
     along_last,
@@ -395,6 +396,22 @@ def _extreme(b: PlanBuilder, function: str, xs: list[Symbol]) -> Symbol:
         mask = None if mask is None or own is None else b.mask_or(mask, own)
         y = b.binary(function, y, x)
     return y
+
+
+@layer(keras.layers.Dot)
+def _dot(b: PlanBuilder, layer: keras.layers.Layer, xs: list[Symbol], call: Call) -> Symbol:
+    axes = [layer.axes] * 2 if isinstance(layer.axes, int) else layer.axes
+    # Keras knows only axis 0 as that of samples, so `lead` is 1: in a window it would mix steps.
+    places = [call.axis(axis, x) for axis, x in zip(axes, xs, strict=True)]
+    if layer.normalize:
+        epsilon = keras.config.epsilon()
+        xs = [unit_norm(b, x, [i], epsilon) for x, i in zip(xs, places, strict=True)]
+    letters = string.ascii_letters
+    first, second = list(letters[: len(xs[0].shape)]), list(letters[-len(xs[1].shape) :])
+    second[places[1]] = first[places[0]]
+    output = [a for a in (*first, *second) if a != first[places[0]]]
+    y = product(b, xs[0], first, xs[1], second, output)
+    return y if y.shape else b.reshape(y, (1,))
 
 
 @layer(keras.layers.Concatenate)

@@ -6,7 +6,6 @@ The functions take a `PlanBuilder`, the operation, and a `Call`.
 import dataclasses
 import itertools
 import math
-import re
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ import keras
 import numpy as np
 
 from continual_transformers_tf.models.lowering import activations
-from continual_transformers_tf.models.lowering.einsum import einsum
+from continual_transformers_tf.models.lowering.einsum import einsum_of_several
 from continual_transformers_tf.models.lowering.plan_builder import (
     Array,
     CannotLower,
@@ -698,13 +697,16 @@ def get_item(b: PlanBuilder, x: Symbol, key: Any, lead: int) -> Symbol:
     return b.strided(x, shape, picked, offset, name="slice")
 
 
-# Products with constants.
+# Products.
 
 
 def _fixed_second(call: Call) -> tuple[Symbol, Any]:
     x, y = call.argument(0, "x1"), call.argument(1, "x2")
     if not isinstance(x, Symbol) or isinstance(y, Symbol):
-        raise CannotLower("multiplies two tensors: a plan multiplies only by constant matrices")
+        raise CannotLower(
+            "multiplies two tensors, which would mix samples: use matmul or einsum, which multiply "
+            "those of one sample"
+        )
     return x, y
 
 
@@ -725,15 +727,33 @@ def _product(b: PlanBuilder, x: Symbol, y: Any, axes: Sequence[int]) -> Symbol:
     return b.reshape(product, (*lead, *(y.shape[a] for a in rest)))
 
 
-@op("Matmul", "Dot")
+@op("Matmul")
 def _matmul(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
+    x, y = (
+        z if hasattr(z, "shape") else np.asarray(z)
+        for z in (call.argument(0, "x1"), call.argument(1, "x2"))
+    )
+    if isinstance(x, Symbol) and len(y.shape) <= 2 and not isinstance(y, Symbol):
+        return _product(b, x, y, [max(len(y.shape) - 2, 0)])
+    if len(call.symbols) > 1:
+        floats(call)
+    # How many axes Keras' operands have. Each has those of samples and time, or is fixed.
+    ranks = [len(z.shape) + (call.lead if isinstance(z, Symbol) else 0) for z in (x, y)]
+    if min(ranks) < 2 or any(isinstance(z, Symbol) and len(z.shape) < 2 for z in (x, y)):
+        raise CannotLower(
+            "multiplies matrices that have samples, or steps, as rows or columns: expected "
+            "matrices within a step"
+        )
+    return einsum_of_several(b, "...ij,...jk->...ik", (x, y), call.lead, scoped(b, "kernel"))
+
+
+@op("Dot")
+def _dot(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     x, y = _fixed_second(call)
     y = y if hasattr(y, "shape") else np.asarray(y)
     rank = len(y.shape)
     if rank == 0:
         return arithmetic(b, "multiply", x, fixed(y, b.dtype))
-    if rank > 2 and type(op).__name__ == "Matmul":
-        raise CannotLower("multiplies by several matrices: expected one")
     return _product(b, x, y, [max(rank - 2, 0)])
 
 
@@ -751,16 +771,10 @@ def _tensordot(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
 
 @op("Einsum")
 def _einsum(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
-    if len(call.args) != 2 or len(call.symbols) != 1:
-        raise CannotLower("multiplies two tensors: a plan multiplies only by constant ones")
-    x, y = call.args
-    equation = op.subscripts.replace(" ", "")
-    if not isinstance(x, Symbol):
-        x, y = y, x
-        first, second, output = re.split(",|->", equation)
-        equation = f"{second},{first}->{output}"
-    y = y if hasattr(y, "shape") else np.asarray(y)
-    return einsum(b, equation, x, y, call.lead, name=scoped(b, "kernel"))
+    if len(call.symbols) > 1:
+        floats(call)
+    operands = [x if hasattr(x, "shape") else np.asarray(x) for x in call.args]
+    return einsum_of_several(b, op.subscripts, operands, call.lead, scoped(b, "kernel"))
 
 
 def scoped(b: PlanBuilder, name: str) -> str:

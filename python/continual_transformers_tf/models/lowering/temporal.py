@@ -22,7 +22,6 @@ from continual_transformers_tf.models.lowering.continual_layers import (
 )
 from continual_transformers_tf.models.lowering.logic_ops import select
 from continual_transformers_tf.models.lowering.plan_builder import (
-    CannotLower,
     PlanBuilder,
     Symbol,
     contiguous_strides,
@@ -180,26 +179,24 @@ def depthwise(b: PlanBuilder, layer: Any, x: Symbol, outputs: int) -> Symbol:
     """Lower a `DepthwiseConv1D` or `SeparableConv1D` without padding, on rows `[L, channels]`."""
     separable = isinstance(layer, keras.layers.SeparableConv1D)
     (taps,), (stride,), (dilation,) = layer.kernel_size, layer.strides, layer.dilation_rate
-    kernel = np.asarray(layer.depthwise_kernel if separable else layer.kernel)
-    channels, many = kernel.shape[1:]
-    frames = frames_of(b, x, outputs, stride, taps, dilation)
-    frames = b.broadcast(b.reshape(frames, (*frames.shape, 1)), (*frames.shape, many))
-    frames = b.reshape(frames, (outputs, taps, channels * many))
-    weighted = b.affine(frames, kernel.reshape(taps, channels * many), 0)
-    y = b.reduce(weighted, "sum", [1])
-    bias = None if layer.bias is None else layer.bias
+    kernel = layer.depthwise_kernel if separable else layer.kernel
+    made = math.prod(kernel.shape[1:])
+    weights = {"kernel": b.variable(kernel, (taps, made))}
+    bias = None if layer.bias is None else b.variable(layer.bias)
+    if bias is not None and not separable:
+        weights["bias"] = bias
+    y = b.node(
+        "depthwise", [x], (outputs, made), name="depthwise" if separable else None,
+        weights=weights, stride=stride, dilation=dilation,
+    )  # fmt: skip
     if separable:
         pointwise = b.variable(layer.pointwise_kernel, (-1, layer.filters), kernel=True)
-        y = b.dense(y, pointwise, None if bias is None else b.variable(bias))
-    elif bias is not None:
-        y = b.affine(y, 1, np.asarray(bias.value))
+        y = b.dense(y, pointwise, bias)
     return activate(b, y, layer.activation)
 
 
 def spectrum(b: PlanBuilder, layer: Any, x: Symbol, outputs: int) -> Symbol:
     """Lower an `STFTSpectrogram` without padding, on rows `[L, channels]`."""
-    if layer.mode == "angle":
-        raise CannotLower("has mode='angle': a plan has no function for angles")
     frames = frames_of(b, x, outputs, layer._frame_step, layer.frame_length)
     frames = b.transpose(frames, (0, 2, 1))  # [outputs, channels, taps]
     kernels = [np.asarray(k)[:, 0] for k in _kernels(layer)]
@@ -207,7 +204,10 @@ def spectrum(b: PlanBuilder, layer: Any, x: Symbol, outputs: int) -> Symbol:
     name = b.derived("kernel", np.concatenate(kernels, 1))
     b.kernels.add(name)
     y = b.dense(frames, name)
-    if layer.mode not in ("real", "imag", "stft"):
+    if layer.mode == "angle":
+        real, imaginary = (b.slice(y, 2, i * bins, bins) for i in (0, 1))
+        y = b.binary("arctan2", imaginary, real)
+    elif layer.mode not in ("real", "imag", "stft"):
         squares = b.activation(y, "square")
         power = b.binary("add", *(b.slice(squares, 2, i * bins, bins) for i in (0, 1)))
         if layer.mode == "psd":

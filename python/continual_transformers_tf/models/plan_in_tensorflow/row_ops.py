@@ -18,6 +18,28 @@ def _dense(node: Node, step: Step, x: tf.Tensor) -> tf.Tensor:
     return tf.reshape(y, [1, *node.shape])
 
 
+@op("matmul")
+def _matmul(node: Node, step: Step, x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+    return tf.matmul(x[0], y[0])[tf.newaxis]
+
+
+@op("depthwise")
+def _depthwise(node: Node, step: Step, x: tf.Tensor) -> tf.Tensor:
+    kernel = node.weights["kernel"]
+    (taps, made), channels, outputs = kernel.shape, x.shape[-1], node.shape[0]
+    first = np.arange(outputs)[:, np.newaxis] * node.attributes["stride"]
+    rows = (first + np.arange(taps) * node.attributes["dilation"]).reshape(-1)
+    x = x[0]
+    if rows.tolist() != list(range(x.shape[0])):
+        x = tf.gather(x, tf.constant(rows, tf.int32))
+    frames = tf.reshape(x, [outputs, taps, channels, 1])
+    weighted = frames * kernel.reshape(taps, channels, -1)
+    y = tf.reduce_sum(tf.reshape(weighted, [outputs, taps, made]), 1)
+    if "bias" in node.weights:
+        y += node.weights["bias"]
+    return y[tf.newaxis]
+
+
 def _as_rows(x: tf.Tensor) -> tf.Tensor:
     """Return x `[1, ..., C]` as `[R, C]`. LiteRT's ops take few axes."""
     return tf.reshape(x, [-1, x.shape[-1]])
