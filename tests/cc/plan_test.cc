@@ -62,7 +62,7 @@ TEST(PlanTest, RefusesATopLevelThatIsWrong) {
   expect("/input_structure", {0, 1, -1}, "has the leaf -1");
   expect("/input_structure", {0, 1, "x"}, "has the leaf \"x\"");
   expect("/input_structure", {0, 1, nullptr}, "has the leaf null");
-  expect("/output_structure", {{"y", 0}}, "\"output_structure\" has 1 leaves, expected 5");
+  expect("/output_structure", {{"y", 0}}, "\"output_structure\" has 1 leaves, expected 6");
   expect("/nodes", 1, "\"nodes\" is 1, expected a list");
   expect("/nodes/0", 1, "node 0 is 1, expected a JSON object");
   expect("/sampling", 1, "the plan has \"sampling\", which this version does not know");
