@@ -311,3 +311,11 @@ def test_bad_input_changes_nothing(backend, random, index, call):
         for name, array in state.items():
             np.testing.assert_array_equal(array, before[part][name])
     assert layer.call_step(np.zeros((2, E), "float32")).shape == (2, E)
+
+
+def test_a_residual_within_a_residual_is_converted(random):
+    x = keras.Input((None, E))
+    model = keras.Model(x, ct.CoResidual(ct.CoResidual(ct.CoDelay(2)))(x))
+    streaming = ct.convert(model, warm_up="partial")
+    given = random.normal(size=(1, 7, E)).astype("float32")
+    np.testing.assert_allclose(streaming.call_steps(given)[:, 2:], 3 * given[:, :-2], rtol=1e-6)

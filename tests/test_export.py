@@ -267,3 +267,18 @@ def test_a_sequential_model_that_was_never_in_another(random, tmp_path):
     step = tf.saved_model.load(str(tmp_path / "saved")).signatures["step"]
     got = step(x=tf.constant(x[:, 0]), streams=tf.range(2))
     np.testing.assert_allclose(got["y"], streaming.call_step(x[:, 0]), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_with_strides_takes_a_block(backend, random, tmp_path):
+    x = keras.Input((None, 3))
+    y = keras.layers.Conv1D(4, 3, 2, padding="causal")(x)
+    model = ct.convert(keras.Model(x, y), warm_up="partial")
+    ct.export(model, tmp_path / "model", streams=2)
+    step = tf.saved_model.load(str(tmp_path / "model")).signatures["step"]
+    assert step.structured_input_signature[1]["x"].shape.as_list() == [None, 2, 3]
+    given = random.normal(size=(2, 6, 3)).astype("float32")
+    expected = model.call_steps(given)
+    for i in range(3):
+        got = step(x=tf.constant(given[:, 2 * i : 2 * i + 2]), streams=tf.constant([0, 1]))
+        (y,) = (value for name, value in got.items() if name != "ready")
+        np.testing.assert_allclose(tf.reshape(y, [2, 4]), expected[:, i], rtol=1e-5, atol=1e-6)

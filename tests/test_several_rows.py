@@ -111,6 +111,55 @@ def test_masks_of_rows(name, strides, random):
     assert reference.relative_error(np.concatenate(halves, 1), expected) < 5e-6
 
 
+def hidden(x):
+    """Return x with zeros in rows whose first number is small, and a mask of these rows."""
+    return kl.Masking()(keras.ops.where(x[..., :1] > 0.3, x, keras.ops.zeros_like(x)))
+
+
+def recurrent(x, **options):
+    return kl.GRU(E, return_sequences=True)(x, **options)
+
+
+HEEDED = {
+    "multiply": lambda x: kl.Multiply()([hidden(x), x]),
+    "multiply_hidden": lambda x: kl.Multiply()([hidden(x), hidden(kl.Dense(E)(x))]),
+    "maximum": lambda x: kl.Maximum()([hidden(x), x]),
+    "minimum": lambda x: kl.Minimum()([x, hidden(x)]),
+    "of_the_call": lambda x: recurrent(x, mask=x[..., 0] > 0.3),
+    "through_a_residual": lambda x: recurrent(
+        ct.CoResidual(
+            ct.CoSiMultiHeadAttention(N, 2, 3, single_output=False, sliding_window=N)
+        )(hidden(x), use_causal_mask=True)
+    ),
+    "causal_residual": lambda x: ct.CoResidual(
+        ct.CoSiMultiHeadAttention(
+            N, 2, 3, single_output=False, query_index=-2, sliding_window=N - 1
+        )
+    )(x, use_causal_mask=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize("name", HEEDED)
+def test_a_session_heeds_what_steps_in_keras_heed(name, strides, random):
+    x = keras.Input((None, E))
+    model = keras.Model(x, kl.AveragePooling1D(strides, strides)(HEEDED[name](x)))
+    streaming = ct.convert(model, N, warm_up="partial")
+    given = random.normal(size=(2, 24, E)).astype("float32")
+    expected = np.asarray(streaming.call_steps(given))
+    first = max(0, streaming._graph.outputs[0].lag)
+    got = ct.Session(streaming).steps(given).reshape(expected.shape)
+    assert reference.relative_error(got[:, first:], expected[:, first:]) < 5e-6
+
+
+def test_integers_are_not_delayed_before_strides():
+    x = keras.Input((None, E), dtype="int32")
+    y = keras.ops.cast(ct.CoDelay(2, dtype="int32")(x), "float32")
+    model = keras.Model(x, kl.AveragePooling1D(2, 2)(y))
+    with pytest.raises(ValueError, match="Cast the input to floats first"):
+        ct.Session(ct.convert(model, warm_up="partial"))
+
+
 @pytest.mark.filterwarnings("ignore:Layer 'conv1d:UserWarning")
 @pytest.mark.parametrize("strides", [1, 2])
 @pytest.mark.parametrize("dtype", ["int32", "int64"])
@@ -218,6 +267,15 @@ def test_the_windows_that_steps_equal(place, random):
     for length in (enough, enough - block):
         window = np.asarray(model(given[:, -length:]))[:, -1]
         assert (reference.relative_error(window, whole) < 1e-5) == (length >= least)
+
+
+def test_no_window_equals_a_step_that_keeps_rows_of_full_windows(random):
+    """The older of two pooled rows sees fewer steps in a window than in a stream."""
+    x = keras.Input((None, E))
+    y = kl.MultiHeadAttention(2, 3)(x, x, use_causal_mask=True)
+    found = ct.explain(keras.Model(x, kl.AveragePooling1D(2, 2)(y)), N)
+    assert not found.equals_windows
+    assert "convolution or pooling" in found.windows
 
 
 def test_the_cost_is_that_of_every_row():

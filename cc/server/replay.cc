@@ -52,8 +52,12 @@ int64_t ReceptiveField(const Plan& plan) {
       case Op::kDelay:
         most += node.Int("steps");
         break;
+      case Op::kAttention: {
+        const int64_t rows = RowsAStep(plan, node);  // In each step. The window counts rows.
+        most += (node.Int("window") - 1 + rows - 1) / rows;
+        break;
+      }
       case Op::kWindow:
-      case Op::kAttention:
       case Op::kRetroactiveAttention:
         most += node.Int("window") - 1;
         break;

@@ -29,7 +29,7 @@ struct StateEntry {
   int64_t offset;              // bytes from the start of the block
   // The number of rows of a ring: row n is in n mod `ring_rows`. 0: not a ring.
   int64_t ring_rows;
-  int64_t rows_a_step;  // How many rows each step adds.
+  int64_t rows_a_step;  // that each step adds to a ring
 };
 
 struct StepCall {

@@ -170,8 +170,9 @@ class CircularPositionalEncoding(OneInputLayer):
     def get_state(self, streams: TensorLike | None = None) -> dict[str, Any]:
         """Return the state of streams: a dict of int64 arrays `[M]`. Eager mode only.
 
-        It has "index", the row that is next, and "position", the number of steps taken. In a model
-        with strides after this layer, where a step has several rows, "index" counts steps too.
+        It has "position", the number of steps taken, and "index", the row that is next. In a model
+        with strides after this layer, a step has several rows. "index" is then not the next row,
+        but the stream's first row plus the number of steps taken.
 
         Args:
             streams: Integers `[M]`, the streams to read, in this order. None: all.

@@ -337,8 +337,9 @@ class CoTemporal(RowRingLayer, WrappingLayer):
         ring = getattr(self._stream_state, "steps", None)
         taken, before, given = tf.shape(x)[1], frames.history, step.rows_of_input
         position = step.rows_before(taken)
-        # Rows before the sequence's first are zeros.
-        real = x if given.lag <= 0 else mask_rows(x, step.numbers_of(taken) >= 0)
+        # Rows before the sequence's first are zeros. So they are in the ring, as in a session.
+        x = x if given.lag <= 0 else mask_rows(x, step.numbers_of(taken) >= 0)
+        real = x
         if before > 0:
             first = max(given.lag, 0)
             past, _ = sequence_before(ring, step.numbers, position, before, first)

@@ -162,8 +162,8 @@ def convert_layers(
             if isinstance(layer, StreamingModel):
                 return convert(layer, **attention) if also_continual else _copy(layer)
             if isinstance(layer, CoResidual) and also_continual:
-                within = keras.saving.serialize_keras_object(convert_layer(layer.layer))
-                return CoResidual.from_config({**layer.get_config(), "layer": within})
+                options = {**layer.get_config(), "layer": convert_layer(layer.layer)}
+                return type(layer)(**options)
             if isinstance(layer, ContinualLayer):
                 return _with_options(layer, attention if also_continual else {})
             if _is_of_keras_hub(layer, "RotaryEmbedding"):

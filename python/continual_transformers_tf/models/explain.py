@@ -370,6 +370,9 @@ _DEEP = {
     "recurrent": (
         f"because a recurrent layer with a window {_FURTHER_BACK}, which a ct.StreamingModel takes"
     ),
+    "temporal": (
+        f"because a convolution or pooling {_FURTHER_BACK}, and causal attention a sliding_window"
+    ),
     "pooling": f"because a pooling of the whole window {_FURTHER_BACK}",
 }
 

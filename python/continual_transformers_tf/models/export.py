@@ -370,6 +370,7 @@ def _save(module: tf.Module, path: str, signatures: dict[str, Any]) -> None:
 
 def _input_signature(model: keras.layers.Layer, inputs: Sequence[str] | None) -> Signature:
     """Return a dict from the name of an input to its tf.TensorSpec."""
+    block = [model.block] if model.block > 1 else []
     if isinstance(model, keras.Model):
         if inputs is not None:
             raise ValueError(f"Expected no inputs, which a model names itself, but got {inputs}")
@@ -383,7 +384,7 @@ def _input_signature(model: keras.layers.Layer, inputs: Sequence[str] | None) ->
                 f"Expected no output by the name of 'ready', but got {sorted(outputs)}"
             )
         return {
-            name: tf.TensorSpec([None, *x.shape[2:]], x.dtype, name=name)
+            name: tf.TensorSpec([None, *block, *x.shape[2:]], x.dtype, name=name)
             for name, x in zip(names, symbolic, strict=True)
         }
     features = model.input_features
@@ -393,7 +394,7 @@ def _input_signature(model: keras.layers.Layer, inputs: Sequence[str] | None) ->
     elif not inputs or list(inputs) != list(features)[: len(inputs)]:
         raise ValueError(f"Expected inputs to be the first of {list(features)}, but got {inputs}")
     return {
-        name: tf.TensorSpec([None, *np.atleast_1d(size)], model.compute_dtype, name=name)
+        name: tf.TensorSpec([None, *block, *np.atleast_1d(size)], model.compute_dtype, name=name)
         for name, size in zip(inputs, features.values(), strict=False)
     }
 

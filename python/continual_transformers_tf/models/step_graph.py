@@ -478,9 +478,9 @@ class StepGraph:
         if self.rows(inputs[0]) > 1 and gives_windows:
             self._refuse(
                 node,
-                f"is given {self.rows(inputs[0])} rows in each step, because another layer has "
-                "strides, but gives all rows of a window at each step: put the layers with strides "
-                "before it",
+                "gives all rows of a window at each step, but is given "
+                f"{self.rows(inputs[0])} rows in each step, because another layer has strides: put "
+                "the layers with strides before it",
             )
         if late.lag > 0 and (
             isinstance(layer, (CircularPositionalEncoding, RotaryEmbedding)) or gives_windows
@@ -537,6 +537,7 @@ class StepGraph:
 
     def _check_recurrence(self, node: Node, layer: CoRecurrent, inputs: list[Tensor]) -> None:
         masked = any(map(_has_mask, node.input_tensors))
+        masked |= node.arguments.kwargs.get("mask") is not None
         if masked and (layer.window or not layer.heeds_masks):
             self._refuse(
                 node,

@@ -30,8 +30,9 @@ class Windows:
     Attributes:
         lengths: The lengths that the windows must have. If there are two, no windows fit.
         least: How many steps the windows must have at least.
-        deep: What keeps rows that see further back than a window: "attention", "recurrent" or
-            "pooling". Then there are no such windows. Empty: nothing does.
+        deep: What reads rows that see further back than a window: "attention", "recurrent",
+            "temporal" (a convolution or pooling) or "pooling" (of the whole window). Then there are
+            no such windows. Empty: nothing does.
         every_row: Whether this holds for each row that is the last of `least` rows or more, and
             not only for the newest row. Attention can then attend to these rows.
         complete: Whether this holds for every row that the model has on windows of `least` steps
@@ -175,6 +176,8 @@ def _through_layer(
             if not inputs.complete:
                 return _deep(inputs, "pooling")
             return inputs | Windows(frozenset({least}), every_row=False, complete=False)
+        if inputs.lengths and not inputs.every_row and layer.receptive_field > 1:
+            return _deep(inputs, "temporal")
         late = inputs.delayed(layer.delay * stride)
         # Other padding adds rows that a stream does not have.
         valid = getattr(layer.layer, "padding", None) == "valid" and layer.delay == 0

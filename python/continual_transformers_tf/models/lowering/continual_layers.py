@@ -544,6 +544,11 @@ def co_delay(
         raise CannotLower(f"delays {dtype}: expected floats, int32, int64 or bool")
     if layer.delay == 0:
         return x, {"position": POSITION}
+    if rows > 1 and x.dtype != b.dtype:
+        raise CannotLower(
+            f"delays {x.dtype}, and a step has {rows} rows there, because a layer after it has "
+            "strides: a plan keeps several rows only of floats. Cast the input to floats first"
+        )
     y, steps = delayed(b, x, layer.delay, rows=rows)
     return y, {"steps": steps, "position": POSITION}
 

@@ -152,7 +152,9 @@ class GraphLowering:
         layer, known = node.operation, self.graph.known(node.input_tensors[0])
         arguments = _bound(layer, *node.arguments.fill_in(values))
         given = [x for k in ("x", "query", "value", "key") if (x := arguments.get(k)) is not None]
-        masks = {"mask": given[0].mask} if isinstance(layer, CoRecurrent) else {}
+        masks = {}
+        if isinstance(layer, CoRecurrent):
+            masks["mask"] = self._mask_of_recurrence(node, arguments.get("mask"), given[0])
         y, self.state[id(layer)] = lower_continual(
             self.b,
             layer,
@@ -162,6 +164,13 @@ class GraphLowering:
             **masks,
         )
         return y.with_mask(masks.get("mask"))
+
+    def _mask_of_recurrence(self, node: Node, given: Any, x: Symbol) -> Symbol | None:
+        """Return the mask of a recurrent layer's rows: that of its call, or that of its input x."""
+        own = node.input_tensors[0]
+        if not isinstance(given, Symbol) or node.arguments.kwargs.get("mask") is _mask(own):
+            return x.mask
+        return self.b.reshape(given, (1,)) if given.shape == () else given
 
     def _model(self, node: Node, values: dict[int, Symbol]) -> Any:
         inner = GraphLowering(self.b, self.graph.inner(node), self.b.scope)
@@ -348,12 +357,20 @@ def continual_mask_after(layer: keras.layers.Layer, mask: Symbol | None) -> Symb
         return None
     while isinstance(layer, CoResidual):
         layer = layer.layer
-    # Attention and encoders pass no mask on. A delayed row's mask came with an earlier step.
-    return None if hasattr(layer, "seq_len") or layer.delay > 0 else mask
+    # An encoder passes no mask on. A delayed row's mask came with an earlier step.
+    drops = hasattr(layer, "seq_len") and not layer.supports_masking
+    return None if drops or layer.delay > 0 else mask
+
+
+def _mask(x: keras.KerasTensor) -> Any:
+    """Return the mask that a tensor of the graph carries."""
+    return getattr(x, "_keras_mask", None)
 
 
 def _bound(
     layer: keras.layers.Layer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     arguments = inspect.signature(layer.call).bind(*args, **kwargs).arguments
+    if isinstance(layer, CoResidual):  # Its call hands the others on to the layer within.
+        arguments |= arguments.pop("arguments", {})
     return {k: x for k, x in arguments.items() if k != "training"}

@@ -377,6 +377,8 @@ def _merge(b: PlanBuilder, layer: keras.layers.Layer, xs: list[Symbol], call: Ca
     y = xs[0]
     if function in ("maximum", "minimum"):
         return _extreme(b, function, xs)
+    if function == "multiply":
+        return _multiplied(b, xs)
     for x in xs[1:]:
         y = b.binary(function, y, x)
     if isinstance(layer, keras.layers.Average):
@@ -396,6 +398,19 @@ def _extreme(b: PlanBuilder, function: str, xs: list[Symbol]) -> Symbol:
         mask = None if mask is None or own is None else b.mask_or(mask, own)
         y = b.binary(function, y, x)
     return y
+
+
+def _multiplied(b: PlanBuilder, xs: list[Symbol]) -> Symbol:
+    """Return the product of the inputs that are not masked, and 0 if all are, as Keras does."""
+    ones = b.constant(np.ones(xs[0].shape))
+    factors = [x if x.mask is None else b.where(x.mask, x, ones) for x in xs]
+    y = factors[0]
+    for x in factors[1:]:
+        y = b.binary("multiply", y, x)
+    masks = [x.mask for x in xs if x.mask is not None]
+    if len(masks) < len(xs):
+        return y
+    return b.where(_any_of(b, masks), y, b.constant(np.zeros(y.shape)))
 
 
 @layer(keras.layers.Dot)

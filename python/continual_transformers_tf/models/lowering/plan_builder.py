@@ -24,7 +24,8 @@ class Symbol:
     index: int  # Its place in the plan's values.
     shape: tuple[int, ...]
     dtype: str
-    # Keras' mask of the step, a Symbol of dtype bool and shape [1]; None if there is none.
+    # Keras' mask of the step, a Symbol of dtype bool and shape [1], or [rows] of several rows; None
+    # if there is none.
     mask: "Symbol | None" = None
 
     @property
@@ -390,11 +391,14 @@ class PlanBuilder:
         return self.cast(self.binary(function, self.cast(x, "bool"), self.cast(y, "bool")), "bool")
 
     def where(self, mask: Symbol, x: Symbol, y: Symbol) -> Symbol:
-        """Return x where a mask is true, y elsewhere. It selects, so a NaN does not spread."""
+        """Return x where a mask is true, y elsewhere. It selects, so a NaN does not spread.
+
+        The mask is `[1]`; or `[rows]`, for x and y `[rows, ...]`.
+        """
         x, y = (self.cast(z, self.dtype) for z in (x, y))
-        x = self.node("masked", [x, mask], x.shape)
-        y = self.node("masked", [y, self.mask_not(mask)], y.shape)
-        return self.binary("add", x, y)
+        axes = len(x.shape) - (mask.shape[0] > 1)
+        mask = self.reshape(mask, (*mask.shape, *[1] * axes)[: len(x.shape)])
+        return self.node("where", [self.broadcast(mask, x.shape), x, y], x.shape)
 
     # The end.
 
