@@ -1,4 +1,4 @@
-"""What steps of a model with strides must equal."""
+"""Comparison of a model with strides, on the steps of streams, with Keras on whole sequences."""
 
 import numpy as np
 

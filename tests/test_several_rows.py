@@ -238,7 +238,7 @@ def test_far_into_a_stream(kind, dtype, random):
     assert reference.relative_error(np.concatenate(halves, 1), young) < bound
 
 
-# What is said of such models.
+# `ct.explain` and `ct.cost` of such models.
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ class CacheLines {
   std::vector<char> memory_;
 };
 
-// What a part of a step must do.
+// The work of one part of a step.
 struct BoundPart {
   int64_t weight_bytes;   // read once for all streams
   int64_t stream_bytes;   // read for each stream

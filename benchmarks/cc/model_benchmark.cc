@@ -3,7 +3,8 @@
 //
 //   model_benchmark session_cpp|kernels|bound THREADS
 //
-// For benchmarks/model_examples.py it also takes any model file, and the bound of any parts.
+// For benchmarks/examples/example_benchmark.py it also takes any model file, and the bound of any
+// parts.
 
 #include <algorithm>
 #include <cmath>

@@ -15,7 +15,7 @@ DOUBLE = 8
 
 
 class Part(NamedTuple):
-    """What a part of a step must do, for one stream.
+    """The work of one part of a step, for one stream.
 
     Attributes:
         weight_bytes: The bytes of weights that it reads.

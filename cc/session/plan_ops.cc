@@ -66,7 +66,7 @@ void CheckDepthwise(const NodeCheck& node) {
   }
   node.ExpectWeight("kernel", {taps, out[1]});
   node.ExpectWeight("bias", {out[1]});
-  // Of numbers below 2^31.
+  // All of these numbers are below 2^31, so no product overflows.
   const int64_t stride = node.node().Int("stride"), dilation = node.node().Int("dilation");
   const int64_t reach = (taps - 1) * dilation;
   if (reach >= rows || (out[0] - 1) * stride >= rows - reach) {
@@ -220,7 +220,7 @@ void CheckRotary(const NodeCheck& node) {
   CheckSameShape(node);
   const Shape &x = node.input(0).shape, &angles = node.input(1).shape;
   const int64_t pairs = angles.empty() ? 1 : angles.back(), size = x.back();
-  // Of several rows in each step, each has angles of its own.
+  // If a step has several rows, each row has its own angles.
   node.ExpectInput(1, angles.size() == 3 ? Shape{x[0], 2, pairs} : Shape{2, pairs});
   if (2 * pairs > size) {
     node.Fail("turns " + Number(pairs) + " pairs of heads of " + Number(size) + " elements");

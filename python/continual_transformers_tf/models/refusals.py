@@ -17,7 +17,7 @@ _RETROACTIVE = (
 )
 _FEATURES = "keep the first two axes, samples and time, and work along the others"
 _FUNCTION = "write its function with keras.ops along features, or mark it with @ct.row_wise"
-# What to do about operations that look at several steps, by the names of their classes.
+# The ways out for operations that look at several steps, by the names of their classes.
 _CURES = {
     **dict.fromkeys(("Activation", "Dense", "EinsumDense", "Lambda"), _FUNCTION),
     **dict.fromkeys(

@@ -31,6 +31,7 @@ from continual_transformers_tf.models.lowering.keras_ops import (
     transpose,
     unit_norm,
 )
+from continual_transformers_tf.models.lowering.logic_ops import select_rows
 from continual_transformers_tf.models.lowering.order_ops import digitized
 from continual_transformers_tf.models.lowering.plan_builder import (
     Array,
@@ -392,9 +393,9 @@ def _extreme(b: PlanBuilder, function: str, xs: list[Symbol]) -> Symbol:
     for x in xs[1:]:
         own = x.mask
         if own is not None:
-            x = b.where(own, x, y)
+            x = select_rows(b, own, x, y)
         if mask is not None:
-            y = b.where(mask, y, x)
+            y = select_rows(b, mask, y, x)
         mask = None if mask is None or own is None else b.mask_or(mask, own)
         y = b.binary(function, y, x)
     return y
@@ -402,15 +403,15 @@ def _extreme(b: PlanBuilder, function: str, xs: list[Symbol]) -> Symbol:
 
 def _multiplied(b: PlanBuilder, xs: list[Symbol]) -> Symbol:
     """Return the product of the inputs that are not masked, and 0 if all are, as Keras does."""
-    ones = b.constant(np.ones(xs[0].shape))
-    factors = [x if x.mask is None else b.where(x.mask, x, ones) for x in xs]
+    one = np.ones(())
+    factors = [x if x.mask is None else select_rows(b, x.mask, x, one) for x in xs]
     y = factors[0]
     for x in factors[1:]:
         y = b.binary("multiply", y, x)
     masks = [x.mask for x in xs if x.mask is not None]
     if len(masks) < len(xs):
         return y
-    return b.where(_any_of(b, masks), y, b.constant(np.zeros(y.shape)))
+    return select_rows(b, _any_of(b, masks), y, np.zeros(()))
 
 
 @layer(keras.layers.Dot)

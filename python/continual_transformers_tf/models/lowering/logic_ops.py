@@ -138,6 +138,15 @@ def select(b: PlanBuilder, condition: Symbol, x: Symbol | Array, y: Symbol | Arr
     return b.node("where", [condition, x, y], shape, name="where")
 
 
+def select_rows(b: PlanBuilder, mask: Symbol, x: Symbol, y: Symbol | Array) -> Symbol:
+    """Return x where a mask is true, y elsewhere. It selects, so a NaN does not spread.
+
+    The mask is `[1]`; or `[rows]`, for x `[rows, ...]`.
+    """
+    shape = (*mask.shape, *[1] * len(x.shape))[: len(x.shape)]
+    return select(b, b.reshape(mask, shape), x, y)
+
+
 @op("Where")
 def _where(b: PlanBuilder, op: keras.Operation, call: Call) -> Symbol:
     if call.argument(1, "x1") is None:

@@ -390,16 +390,6 @@ class PlanBuilder:
         """Apply a function of two numbers, 0 or 1, to conditions, and return a condition."""
         return self.cast(self.binary(function, self.cast(x, "bool"), self.cast(y, "bool")), "bool")
 
-    def where(self, mask: Symbol, x: Symbol, y: Symbol) -> Symbol:
-        """Return x where a mask is true, y elsewhere. It selects, so a NaN does not spread.
-
-        The mask is `[1]`; or `[rows]`, for x and y `[rows, ...]`.
-        """
-        x, y = (self.cast(z, self.dtype) for z in (x, y))
-        axes = len(x.shape) - (mask.shape[0] > 1)
-        mask = self.reshape(mask, (*mask.shape, *[1] * axes)[: len(x.shape)])
-        return self.node("where", [self.broadcast(mask, x.shape), x, y], x.shape)
-
     # The end.
 
     def finish(

@@ -20,7 +20,7 @@ from continual_transformers_tf.models.lowering.continual_layers import (
     history,
     kernel_of,
 )
-from continual_transformers_tf.models.lowering.logic_ops import select
+from continual_transformers_tf.models.lowering.logic_ops import select_rows
 from continual_transformers_tf.models.lowering.plan_builder import (
     PlanBuilder,
     Symbol,
@@ -91,13 +91,12 @@ def mask_of_sequence(b: PlanBuilder, lag: int, rows: int = 1) -> Symbol | None:
 
 def of_sequence(b: PlanBuilder, x: Symbol, given: Rows, rows: int) -> Symbol:
     """Return x, with zeros in rows before row 0 of its sequence."""
-    mask = mask_of_sequence(b, given.lag)
+    mask = mask_of_sequence(b, given.lag, rows)
     if mask is None:
         return x
     if rows == 1:
         return b.node("masked", [x, mask], x.shape, name="of_sequence")
-    there = b.reshape(present(b, rows, -given.lag, rows), (rows, *[1] * (len(x.shape) - 1)))
-    return select(b, there, x, np.zeros(()))
+    return select_rows(b, mask, x, np.zeros(()))
 
 
 def frames_of(
