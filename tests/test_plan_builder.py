@@ -12,6 +12,7 @@ import plan_reference
 from continual_transformers_tf.models.lowering import keras_ops
 from continual_transformers_tf.models.lowering.activations import axis_of_step
 from continual_transformers_tf.models.lowering.einsum import einsum
+from continual_transformers_tf.models.lowering.logic_ops import select_rows
 from continual_transformers_tf.models.lowering.plan_builder import CannotLower, PlanBuilder
 
 SETTINGS = settings(max_examples=60, deadline=None)
@@ -191,7 +192,7 @@ def test_masks():
         def build(b, x, y, first_mask, second_mask):
             m, n = b.not_equal(first_mask, 0.0), b.not_equal(second_mask, 0.0)
             both, either = b.mask_and(m, n), b.mask_or(m, n)
-            return [b.where(m, x, y), both, either, b.mask_not(m), b.mask_and(None, n)]
+            return [select_rows(b, m, x, y), both, either, b.mask_not(m), b.mask_and(None, n)]
 
         arrays = (a, np.full_like(c, np.nan), np.array([first]), np.array([second]))
         got, _ = computed(build, *arrays)
