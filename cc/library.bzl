@@ -32,6 +32,7 @@ ATTENTION_HEADERS = [
     "attention/targets.h",
     "attention/threads.h",
     "attention/vector_math-inl.h",
+    "attention/window_attention.h",
 ]
 
 ATTENTION_SOURCES = [
@@ -48,6 +49,7 @@ ATTENTION_SOURCES = [
     "attention/row_products.cc",
     "attention/single_output.cc",
     "attention/targets.cc",
+    "attention/window_attention.cc",
 ]
 
 SESSION_HEADERS = [
@@ -57,6 +59,7 @@ SESSION_HEADERS = [
     "session/dense_instruction.h",
     "session/error.h",
     "session/executor.h",
+    "session/few_queries_instruction.h",
     "session/fingerprint.h",
     "session/fork.h",
     "session/instruction.h",
@@ -64,7 +67,6 @@ SESSION_HEADERS = [
     "session/model_file.h",
     "session/plan.h",
     "session/plan_ops.h",
-    "session/one_query_instruction.h",
     "session/product_instructions.h",
     "session/recurrent_instruction.h",
     "session/retroactive_instruction.h",

@@ -297,7 +297,8 @@ def test_every_function_of_an_element_or_row(random, tmp_path, domain):
     if domain != "any":
         x = np.exp(4 * x)  # Small numbers too, of which log1p must keep the digits.
     if domain == "below_one":
-        x = np.sign(random.standard_normal(x.shape)) * x / (1.01 + x)
+        # Not 1 itself: there LiteRT's arctanh is 44 with AVX2, and infinite with AVX-512.
+        x = np.sign(random.standard_normal(x.shape)) * np.minimum(x / (1.01 + x), 1 - 1e-6)
     if domain == "above_one":
         x += 1
     session, stream = plan.session(), Stream(tmp_path / "model.tflite")

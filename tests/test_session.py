@@ -366,6 +366,35 @@ def test_one_query_above_retroactive_attention(random, weights_dtype, sliding_wi
     expected = np.concatenate([model.model(inputs[:, t : t + n]) for t in range(2 * n + 1)])
     error = reference.relative_error(session.steps(inputs)[0, n - 1 :], expected)
     assert error < (5e-6 if weights_dtype == "float32" else 3e-2)
-    together = [row.op for row in session.profile(repeat=1) if "window_attention" in row.op]
-    one = "window_attention" if weights_dtype == "int8" else "dense + dense + window_attention"
-    assert together == [one]
+    assert _window_attention_of(session) == [_ops_of_few_queries(weights_dtype)]
+
+
+@pytest.mark.parametrize("queries", [2, 5])
+@pytest.mark.parametrize("weights_dtype", ["float32", "bfloat16", "int8"])
+def test_few_queries_above_retroactive_attention(random, weights_dtype, queries):
+    """Learned queries attend to the window's rows, which are not projected for them."""
+    n, features = 20, 12
+    x = keras.Input((n, features))
+    window = ct.CoReMultiHeadAttention(n, 2, 4)(x, x)
+    learned = ct.LearnedQueries(queries, 7)(window)
+    y = keras.layers.MultiHeadAttention(3, 4, value_dim=6, output_shape=5)(learned, window)
+    model = keras.Model(x, y)
+    for w in model.weights:
+        if "bias" in w.path or "queries" in w.path:
+            w.assign(random.normal(size=w.shape))
+    session = Session(model, weights_dtype=weights_dtype)
+    inputs = random.normal(size=(2, 3 * n, features)).astype("float32")
+    got = session.steps(inputs)
+    for t in (0, n - 1, 2 * n):
+        expected = model(inputs[:, t : t + n])
+        error = reference.relative_error(got[:, n - 1 + t], expected)
+        assert error < (5e-6 if weights_dtype == "float32" else 3e-2)
+    assert _window_attention_of(session) == [_ops_of_few_queries(weights_dtype)]
+
+
+def _window_attention_of(session):
+    return [row.op for row in session.profile(repeat=1) if "window_attention" in row.op]
+
+
+def _ops_of_few_queries(weights_dtype):
+    return "window_attention" if weights_dtype == "int8" else "dense + dense + window_attention"

@@ -40,11 +40,9 @@ HWY_INLINE V SigmoidOf(D d, V x) {
 // x P(Z <= x) for a standard normal Z (Hendrycks & Gimpel 2016, arXiv 1606.08415).
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE V GeluOf(D d, V x) {
-  using T = hn::TFromD<D>;
-  const V tail =
-      ErfcOfNonNegative(d, hn::Mul(hn::Abs(x), hn::Set(d, static_cast<T>(0.70710678118654752))));
-  const V twice = hn::IfThenElse(hn::Lt(x, hn::Zero(d)), tail, hn::Sub(hn::Set(d, T(2)), tail));
-  return hn::Mul(hn::Mul(hn::Set(d, T(0.5)), x), twice);
+  const V tail = NormalTail(d, hn::Abs(x));
+  const V one = hn::Set(d, hn::TFromD<D>(1));
+  return hn::Mul(x, hn::IfThenElse(hn::Lt(x, hn::Zero(d)), tail, hn::Sub(one, tail)));
 }
 
 template <class D, class V = hn::Vec<D>>

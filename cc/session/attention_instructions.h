@@ -15,6 +15,7 @@
 #include "cc/attention/online_softmax.h"
 #include "cc/attention/ring_attention.h"
 #include "cc/attention/ring_cache.h"
+#include "cc/attention/window_attention.h"
 #include "cc/session/instruction.h"
 
 namespace continual_transformers {
@@ -253,6 +254,7 @@ struct WindowAttentionSpec {
   int64_t heads, queries, window, key_dim, value_dim, band;
   bool causal;
   double scale;
+  int64_t threads = 1;  // that may share a step
   // Each step adds `rows` rows, and at position 0 the window's first row has the number `first`.
   int64_t rows, first;
 
@@ -282,41 +284,40 @@ class WindowAttentionInstruction : public Instruction {
   }
 
   int64_t ScratchBytes() const override {
-    return s_.heads * RingAttentionLogits(s_.window) * static_cast<int64_t>(sizeof(T));
+    return s_.threads * Params().ScratchSize() * static_cast<int64_t>(sizeof(T));
   }
 
  private:
-  void Step(const Frame& frame, int64_t r, int64_t position) const {
-    const int64_t n = s_.window, untaken = s_.Untaken(position);
-    RingAttentionParams<T, T> p;
-    p.key = frame.Rows<T>(s_.key) + r * n * key_size_;
-    p.key_stride = key_size_;
-    p.value = frame.Rows<T>(s_.value) + r * n * value_size_;
-    p.value_stride = value_size_;
-    p.key_scale = p.value_scale = nullptr;
-    p.key_mask = nullptr;
-    p.softmax = nullptr;
-    p.soft_cap = 0;
-    p.bias = nullptr;
-    p.heads = p.key_heads = s_.heads;
+  WindowAttentionParams<T> Params() const {
+    WindowAttentionParams<T> p = {};
+    p.queries = s_.queries;
+    p.rows = s_.window;
+    p.heads = s_.heads;
     p.key_dim = s_.key_dim;
     p.value_dim = s_.value_dim;
     p.scale = static_cast<T>(s_.scale);
-    p.logits = reinterpret_cast<T*>(frame.scratch);
-    p.next_key = p.next_value = nullptr;
-    for (int64_t i = 0; i < s_.queries; ++i) {
-      const int64_t row = i + n - s_.queries;
-      const int64_t first = std::max(untaken, s_.band > 0 ? row - s_.band + 1 : 0);
-      const int64_t end = s_.causal ? row + 1 : s_.band > 0 ? std::min(n, row + s_.band) : n;
-      p.query = frame.Rows<T>(s_.query) + (r * s_.queries + i) * key_size_;
-      p.output = frame.Rows<T>(s_.output) + (r * s_.queries + i) * value_size_;
-      p.spans = {{first, std::max<int64_t>(0, end - first)}, {0, 0}};
-      if (p.spans.before_wrap.rows == 0) {
-        std::fill_n(p.output, value_size_, T(0));
-      } else {
-        RingAttention(p, 0, s_.heads);
-      }
+    p.band = s_.band;
+    p.causal = s_.causal;
+    return p;
+  }
+
+  void Step(const Frame& frame, int64_t r, int64_t position) const {
+    WindowAttentionParams<T> p = Params();
+    p.query = frame.Rows<T>(s_.query) + r * s_.queries * key_size_;
+    p.key = frame.Rows<T>(s_.key) + r * s_.window * key_size_;
+    p.value = frame.Rows<T>(s_.value) + r * s_.window * value_size_;
+    p.output = frame.Rows<T>(s_.output) + r * s_.queries * value_size_;
+    p.first_row = s_.Untaken(position);
+    p.scratch = reinterpret_cast<T*>(frame.scratch);
+    if (frame.pool == nullptr || Cycles(1) < kCyclesWorthThreads) {
+      return WindowAttention(p, 0, s_.heads);
     }
+    const int64_t size = p.ScratchSize();
+    frame.pool->Share(s_.heads, [&p, size](int64_t head, int64_t worker) {
+      WindowAttentionParams<T> one = p;
+      one.scratch += worker * size;
+      WindowAttention(one, head, head + 1);
+    });
   }
 
   const WindowAttentionSpec s_;

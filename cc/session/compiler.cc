@@ -19,8 +19,8 @@
 #include "cc/session/attention_instructions.h"
 #include "cc/session/dense_instruction.h"
 #include "cc/session/error.h"
+#include "cc/session/few_queries_instruction.h"
 #include "cc/session/layout_instructions.h"
-#include "cc/session/one_query_instruction.h"
 #include "cc/session/product_instructions.h"
 #include "cc/session/recurrent_instruction.h"
 #include "cc/session/retroactive_instruction.h"
@@ -259,7 +259,7 @@ class Compiler {
       if (!IsOperandOnly(node)) Emit(i, Constant(node), node, {}, Out(node));
       return;
     }
-    if (ProjectsItself(i)) return TranslateOneQuery(i);
+    if (ProjectsItself(i)) return TranslateFewQueries(i);
     if (node.op == Op::kWindow && IsReadInPlace(i)) return;
     if (node.op == Op::kDepthwise) return TranslateDepthwise(i);
     Emit(i, Make(i), node, RootsRead(node), Out(node));
@@ -853,29 +853,30 @@ class Compiler {
   bool ProjectsItself(int i) const {
     const Node& node = plan_.nodes[i];
     // The scales of int8 kernels are for the columns of whole kernels, as the model has them.
-    if (node.op != Op::kWindowAttention || ValueOf(node.inputs[0]).shape[0] != 1 ||
-        options_.weights_dtype == DType::kInt8) {
-      return false;
-    }
-    for (int input : {1, 2}) {
-      const int root = In(node, input), producer = producer_[root];
+    if (node.op != Op::kWindowAttention || options_.weights_dtype == DType::kInt8) return false;
+    int64_t inputs[2];
+    for (int i_input : {1, 2}) {
+      const int root = In(node, i_input), producer = producer_[root];
       if (OnlyUser(root) != i || producer < 0 || plan_.nodes[producer].op != Op::kDense) {
         return false;
       }
+      inputs[i_input - 1] = file_.tensor(plan_.nodes[producer].weights.at("kernel")).shape[0];
     }
-    // What is left out is two projections of n rows. What is added is those of one row, and dot
-    // products and sums of whole rows.
     const WindowAttentionSpec spec = WindowAttentionSpecOf(node);
-    return (spec.window - 1) * (spec.key_dim + spec.value_dim) > 2 * spec.window;
+    if (spec.queries > 1 && (spec.causal || spec.band > 0)) return false;
+    const int64_t of_window =
+        spec.window * spec.heads *
+        (spec.key_dim * (inputs[0] + spec.queries) + spec.value_dim * (inputs[1] + spec.queries));
+    return FewQueriesInstruction<T, T>::Products(spec, inputs[0], inputs[1]) < of_window;
   }
 
-  void TranslateOneQuery(int i) {
+  void TranslateFewQueries(int i) {
     const Node& node = plan_.nodes[i];
     std::string name, op;
     const RowProjection<T> key = Projection(node, 1, &name, &op);
     RowProjection<T> value = Projection(node, 2, &name, &op);
     std::vector<int> reads = {In(node), key.input, value.input};
-    emitted_.push_back({2 * i, OneQuery(node, key, std::move(value)), name + node.name,
+    emitted_.push_back({2 * i, FewQueries(node, key, std::move(value)), name + node.name,
                         op + NameOf(node.op), std::move(reads), Out(node)});
   }
 
@@ -899,13 +900,13 @@ class Compiler {
             spec.outputs};
   }
 
-  std::unique_ptr<Instruction> OneQuery(const Node& node, const RowProjection<T>& key,
-                                        RowProjection<T> value) const {
+  std::unique_ptr<Instruction> FewQueries(const Node& node, const RowProjection<T>& key,
+                                          RowProjection<T> value) const {
     const WindowAttentionSpec spec = WindowAttentionSpecOf(node);
-#define TRY(U, W)                                                                      \
-  if constexpr (std::is_same_v<T, U>) {                                                \
-    if (options_.weights_dtype == kDType<W>)                                           \
-      return std::make_unique<OneQueryInstruction<T, W>>(spec, key, std::move(value)); \
+#define TRY(U, W)                                                                        \
+  if constexpr (std::is_same_v<T, U>) {                                                  \
+    if (options_.weights_dtype == kDType<W>)                                             \
+      return std::make_unique<FewQueriesInstruction<T, W>>(spec, key, std::move(value)); \
   }
     CONTINUAL_TRANSFORMERS_FOR_PACKED_TYPES(TRY)
 #undef TRY
@@ -928,6 +929,7 @@ class Compiler {
     spec.scale = node.Number("scale");
     spec.rows = node.Int("rows", 1);
     spec.first = node.Int("first", 1 - spec.window);
+    spec.threads = options_.threads;
     return spec;
   }
 
