@@ -61,7 +61,7 @@ def _parts_of_instruction(plan, run):
     last = run[-1]
     if last["op"] == "window_attention" and len(run) > 1:
         projections = [node for node in run if node["op"] == "dense"]
-        return _one_query(plan, *projections, last)
+        return _few_queries(plan, *projections, last)
     return [_PARTS[node["op"]](plan, node) for node in run if node["op"] in _PARTS]
 
 
@@ -115,17 +115,18 @@ def _pairs(queries, rows, attributes):
     )
 
 
-def _one_query(plan, key, value, attention):
-    """The parts of `one_query_instruction.h`, which multiplies the query by the keys' kernel."""
+def _few_queries(plan, key, value, attention):
+    """The parts of `few_queries_instruction.h`, which multiplies queries by the keys' kernel."""
     heads = attention["attributes"]["heads"]
+    queries = _shapes(plan, attention)[0][0]
     (rows, key_inputs), (_, key_outputs) = _shapes(plan, key)
     (_, value_inputs), (_, value_outputs) = _shapes(plan, value)
     read = key_inputs if key["inputs"] == value["inputs"] else key_inputs + value_inputs
-    among = heads * rows * (key_inputs + value_inputs)
+    among = queries * heads * rows * (key_inputs + value_inputs)
     return [
-        _product(1, key_outputs, key_inputs),
+        _product(queries, key_outputs, key_inputs),
         Part(0, FLOAT * rows * read, among),
-        _product(1, value_inputs, value_outputs),
+        _product(queries, value_inputs, value_outputs),
     ]
 
 

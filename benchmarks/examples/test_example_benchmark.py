@@ -60,7 +60,7 @@ def test_parts_of_rows_and_recurrence(tmp_path):
     assert parts[ops.index("recurrent")] == [Part(4 * 4 * 16, 0, 2 * 4 * 16)]
 
 
-def test_parts_of_retroactive_attention_and_of_one_query(tmp_path):
+def test_parts_of_retroactive_attention_and_of_few_queries(tmp_path):
     window = keras.Input((9, 8))
     stack = ct.TransformerEncoder(2, 9, 8, 2, 16, key_dim=4, kind="retroactive")
     ops, parts = parts_of(keras.Model(window, stack(window)[:, -1]), tmp_path)
@@ -69,6 +69,11 @@ def test_parts_of_retroactive_attention_and_of_one_query(tmp_path):
     # The second block computes neither keys nor values: both heads read the 9 rows of 8.
     fused = parts[ops.index("dense + dense + window_attention")]
     assert fused == [Part(256, 0, 64), Part(0, 4 * 9 * 8, 2 * 2 * 9 * 8), Part(256, 0, 64)]
+    rows = ct.CoReMultiHeadAttention(9, 2, 4)(window, window)
+    y = keras.layers.MultiHeadAttention(2, 4)(ct.LearnedQueries(3, 8)(rows), rows)
+    ops, parts = parts_of(keras.Model(window, y), tmp_path)
+    fused = parts[ops.index("dense + dense + window_attention")]
+    assert fused == [Part(256, 0, 192), Part(0, 4 * 9 * 8, 3 * 2 * 2 * 9 * 8), Part(256, 0, 192)]
 
 
 @pytest.mark.parametrize(
