@@ -41,16 +41,19 @@ struct alignas(2 * kElements) Words {
   }
   uint32_t words[kElements / 2];
 };
-template <>
-class Vector<BFloat16, 8> : Words<8> {
+template <typename C, int kElements>
+class WordVector : Words<kElements> {
  public:
-  __device__ float Get(int i) const { return ToCompute(BFloat16{Bits(i)}); }
+  __device__ float Get(int i) const { return ToCompute(C{this->Bits(i)}); }
 };
 template <>
-class Vector<Float16, 8> : Words<8> {
- public:
-  __device__ float Get(int i) const { return ToCompute(Float16{Bits(i)}); }
-};
+class Vector<BFloat16, 4> : public WordVector<BFloat16, 4> {};
+template <>
+class Vector<BFloat16, 8> : public WordVector<BFloat16, 8> {};
+template <>
+class Vector<Float16, 4> : public WordVector<Float16, 4> {};
+template <>
+class Vector<Float16, 8> : public WordVector<Float16, 8> {};
 
 // Rounds to the nearest, ties to even.
 template <typename C, typename T>
@@ -74,12 +77,12 @@ __device__ inline Float16 ToStored<Float16, float>(float x) {
   return {__half_as_ushort(__float2half_rn(x))};
 }
 
-// Returns whether vectors can be loaded from `data`, and from every multiple of `stride` elements
-// after it.
+// Returns whether vectors of so many bytes can be loaded from `data`, and from every multiple of
+// `stride` elements after it.
 template <typename C>
-bool IsAligned(const C* data, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
-         stride * static_cast<int64_t>(sizeof(C)) % kVectorBytes == 0;
+bool IsAligned(const C* data, int64_t stride, int bytes = kVectorBytes) {
+  return reinterpret_cast<uintptr_t>(data) % bytes == 0 &&
+         stride * static_cast<int64_t>(sizeof(C)) % bytes == 0;
 }
 
 }  // namespace continual_transformers

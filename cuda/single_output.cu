@@ -316,18 +316,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
   block.Run();
 }
 
-template <typename C>
-constexpr int kElementsOfVector = kVectorBytes / sizeof(C);
 using LargestLayout = RowLayout<1, 32, 8>;
 
 template <typename T, typename C>
-bool TakesVectors(const DeviceSingleOutputParams<T, C>& p) {
-  // Doubles are for tests. One kernel is enough for them.
-  if (std::is_same_v<C, double>) return false;
+bool TakesVectors(const DeviceSingleOutputParams<T, C>& p, int bytes) {
   // The stride of the heads or the steps is a row's size, so a row is whole vectors.
-  const auto aligned = [](const C* rows, const Strides& strides) {
-    return IsAligned(rows, strides.stream) && IsAligned(rows, strides.step) &&
-           IsAligned(rows, strides.head);
+  const auto aligned = [bytes](const C* rows, const Strides& strides) {
+    return IsAligned(rows, strides.stream, bytes) && IsAligned(rows, strides.step, bytes) &&
+           IsAligned(rows, strides.head, bytes);
   };
   return aligned(p.key, p.key_strides) && aligned(p.key_cache, p.key_cache_strides) &&
          aligned(p.value, p.value_strides) && aligned(p.value_cache, p.value_cache_strides);
@@ -344,15 +340,39 @@ cudaError_t LaunchWith(const DeviceSingleOutputParams<T, C>& p, cudaStream_t str
                 stream, p);
 }
 
+// Loads vectors of kBytes. Heads of more than 32 vectors take several loads of one element each.
+template <int kBytes, typename T, typename C>
+cudaError_t LaunchVectors(const DeviceSingleOutputParams<T, C>& p, cudaStream_t stream) {
+  constexpr int kVector = kBytes / sizeof(C);
+  const int64_t vectors = LargerHead(p) / kVector;
+  if (vectors <= 4) return LaunchWith<RowLayout<kVector, 4, 1>>(p, stream);
+  if (vectors <= 8) return LaunchWith<RowLayout<kVector, 8, 1>>(p, stream);
+  if (vectors <= 16) return LaunchWith<RowLayout<kVector, 16, 1>>(p, stream);
+  if (vectors <= 32) return LaunchWith<RowLayout<kVector, 32, 1>>(p, stream);
+  return LaunchWith<LargestLayout>(p, stream);
+}
+
 }  // namespace
 
 int64_t PlanWindowParts(int64_t queries, int64_t window, int multiprocessors) {
-  // Two blocks per multiprocessor keep enough loads in flight. A part with fewer rows than a block
-  // reads at a time would be cheaper than merging it.
-  constexpr int64_t kBlocks = 2, kRowsPerPart = 64;
+  // A part with fewer rows than a block reads at a time would be cheaper than merging it. The time
+  // of a call is that of its waves of blocks, and a block takes as long as its rows, plus beginning
+  // and merging it, which is counted as this many rows. That is a guess, which no GPU has measured.
+  constexpr int64_t kRowsPerPart = 64;
+  constexpr int64_t kMostWaves = 8;
   if (queries < 1) return 1;
-  const int64_t wanted = (kBlocks * multiprocessors + queries - 1) / queries;
-  return std::max<int64_t>(1, std::min(wanted, window / kRowsPerPart));
+  const int64_t resident = int64_t{kBlocksPerMultiprocessor<float>} * multiprocessors;
+  const auto cost = [=](int64_t parts) {
+    const int64_t waves = (queries * parts + resident - 1) / resident;
+    return waves * ((window + parts - 1) / parts + kRowsPerPart);
+  };
+  int64_t best = 1;
+  for (int64_t waves = 1; waves <= kMostWaves; ++waves) {
+    // The most parts that fit into these waves.
+    const int64_t parts = std::min(waves * resident / queries, window / kRowsPerPart);
+    if (parts > 1 && cost(parts) < cost(best)) best = parts;
+  }
+  return best;
 }
 
 template <typename T, typename C>
@@ -379,15 +399,13 @@ template <typename T, typename C>
 cudaError_t LaunchSingleOutput(const DeviceSingleOutputParams<T, C>& p, cudaStream_t stream) {
   if (p.num_streams == 0) return cudaSuccess;
   if (RefusesSingleOutput(p) != nullptr) return cudaErrorInvalidValue;
+  // Doubles are for tests. One kernel is enough for them.
   if constexpr (!std::is_same_v<C, double>) {
-    if (TakesVectors(p)) {
-      constexpr int kVector = kElementsOfVector<C>;
-      const int64_t vectors = LargerHead(p) / kVector;
-      if (vectors <= 4) return LaunchWith<RowLayout<kVector, 4, 1>>(p, stream);
-      if (vectors <= 8) return LaunchWith<RowLayout<kVector, 8, 1>>(p, stream);
-      if (vectors <= 16) return LaunchWith<RowLayout<kVector, 16, 1>>(p, stream);
-      if (vectors <= 32) return LaunchWith<RowLayout<kVector, 32, 1>>(p, stream);
-    }
+    if (TakesVectors(p, kVectorBytes)) return LaunchVectors<kVectorBytes>(p, stream);
+  }
+  // Heads of 16 bits whose size is a multiple of 4, such as the 12 of the paper's audio model.
+  if constexpr (sizeof(C) == 2) {
+    if (TakesVectors(p, kVectorBytes / 2)) return LaunchVectors<kVectorBytes / 2>(p, stream);
   }
   return LaunchWith<LargestLayout>(p, stream);
 }

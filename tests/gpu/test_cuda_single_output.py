@@ -109,6 +109,16 @@ def test_unaligned(machine, random, key_dim, dtype):
         check_call(machine, streams, [1, 0], inputs, **options)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dims", [(4, 4), (12, 12), (20, 28), (36, 60), (100, 68), (132, 12)])
+def test_rows_of_8_bytes(machine, random, dims, dtype):
+    """Rows of 16-bit numbers that are whole vectors of 8 bytes, but not of 16."""
+    streams = Streams(random, [0, 3, 40], Sizes(3, 17, *dims, dtype), gaps=0.2)
+    for t, parts in ((1, 1), (1, 3), (4, 1)):
+        inputs = streams.steps(random, 2, t)
+        check_call(machine, streams, [2, 0], inputs, windows=True, window_parts=parts)
+
+
 @pytest.mark.parametrize("t", [1, 7])
 @pytest.mark.parametrize("axes", ["N", "MN", "MHN", "MHTN", "HN", "TN"])
 def test_attention_mask(machine, random, axes, t):
@@ -393,6 +403,10 @@ def test_planned_parts(machine):
                 assert 1 <= parts <= window
     assert plan(8, 65536, 132) * 8 >= 132
     assert plan(1 << 20, 65536, 132) == 1
+    # 528 blocks run at once. A last wave with few blocks would be as long as a full one.
+    for queries in (528, 600, 1056):
+        parts = plan(queries, 4096, 132)
+        assert (queries * parts % 528 or 528) > 0.9 * 528
 
 
 def test_nothing_is_launched(machine):

@@ -18,9 +18,10 @@ from continual_transformers_tf.ops.stream_numbers import stream_tensor
 PLAIN_DTYPES = ("float32", "float64")
 
 # On a GPU, a step of more rows than this is taken by several ops. The fused op's products read the
-# weights once for every four rows, and the library's own matrix products are faster on many rows.
-# How many rows that takes was not measured.
-MOST_ROWS_ON_GPU = 16
+# weights once for every four rows, from L2 after the first, and TensorFlow's matrix products are
+# faster on many rows. The number is an estimate from the launches that the fused op saves, about
+# ten. No GPU has measured it.
+MOST_ROWS_ON_GPU = 128
 
 
 class FusedStep:
