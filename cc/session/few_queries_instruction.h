@@ -80,8 +80,9 @@ class FewQueriesInstruction : public Instruction {
   }
 
   int64_t ScratchBytes() const override {
-    const int64_t of_queries = s_.heads * s_.queries * (key_inputs_ + value_inputs_);
-    return (OfHeadSize() + of_queries + Params().ScratchSize()) * static_cast<int64_t>(sizeof(T));
+    return (OfHeadSize() + OfAllHeads(key_inputs_) + OfAllHeads(value_inputs_) +
+            Params().ScratchSize()) *
+           static_cast<int64_t>(sizeof(T));
   }
 
   int64_t WeightsBytes() const override {
@@ -104,8 +105,11 @@ class FewQueriesInstruction : public Instruction {
     return p;
   }
 
-  // The elements of the queries or the outputs of one head.
-  int64_t OfHeadSize() const { return s_.queries * std::max(s_.key_dim, s_.value_dim); }
+  // The elements of the queries or the outputs of one head, and of the vectors of all heads, each
+  // in whole vectors of the processor: the scratch of the attention begins after them.
+  int64_t OfHeadSize() const { return Aligned(s_.queries * std::max(s_.key_dim, s_.value_dim)); }
+  int64_t OfAllHeads(int64_t size) const { return Aligned(s_.heads * s_.queries * size); }
+  static int64_t Aligned(int64_t elements) { return (elements + 15) / 16 * 16; }
 
   void Step(const Frame& frame, int64_t r, int64_t position) const {
     const int64_t n = s_.window, d = s_.key_dim, dv = s_.value_dim, heads = s_.heads;
@@ -113,7 +117,7 @@ class FewQueriesInstruction : public Instruction {
     T* to = frame.Rows<T>(s_.output) + r * s_.queries * heads * dv;
     T* const of_head = reinterpret_cast<T*>(frame.scratch);
     T* const queries = of_head + OfHeadSize();
-    T* const sums = queries + heads * s_.queries * key_inputs_;
+    T* const sums = queries + OfAllHeads(key_inputs_);
     for (int64_t h = 0; h < heads; ++h) {
       for (int64_t i = 0; i < s_.queries; ++i) {
         std::copy_n(from + (i * heads + h) * d, d, of_head + i * d);
@@ -126,7 +130,7 @@ class FewQueriesInstruction : public Instruction {
     p.value = frame.Rows<T>(value_) + r * n * value_inputs_;
     p.output = sums;
     p.first_row = std::max(s_.Untaken(position), s_.band > 0 ? n - s_.band : int64_t{0});
-    p.scratch = sums + heads * s_.queries * value_inputs_;
+    p.scratch = sums + OfAllHeads(value_inputs_);
     WindowAttention(p, 0, 1);
     for (int64_t h = 0; h < heads; ++h) {
       Multiply(value_kernels_[h], bias_.empty() ? nullptr : bias_.data() + h * dv,
