@@ -53,8 +53,11 @@ ATTENTION_SOURCES = [
 SESSION_HEADERS = [
     "session/activations.h",
     "session/attention_instructions.h",
+    "session/block_memory.h",
     "session/compiler.h",
+    "session/cpu_executor.h",
     "session/dense_instruction.h",
+    "session/device.h",
     "session/error.h",
     "session/executor.h",
     "session/fingerprint.h",
@@ -80,8 +83,11 @@ SESSION_HEADERS = [
 
 SESSION_SOURCES = [
     "session/activations.cc",
+    "session/block_memory.cc",
     "session/c_api.cc",
     "session/compiler.cc",
+    "session/cpu_executor.cc",
+    "session/device.cc",
     "session/executor.cc",
     "session/fingerprint.cc",
     "session/fork.cc",
@@ -353,6 +359,7 @@ CORE_LINK_OPTIONS = [
     "-Wl,-Bsymbolic",
     "-Wl,-z,defs",
     "-pthread",
+    "-ldl",
 ]
 
 # The libraries that link the core library export only what is marked in their sources.

@@ -21,6 +21,7 @@ struct SessionOptions {
   int64_t threads = 1;
   std::optional<DType> cache_dtype;    // absent: the file's
   std::optional<DType> weights_dtype;  // absent: the file's
+  std::string device = "cpu";          // or "cuda:0" and so on
 };
 
 // Several threads may call any method at once. Errors (error.h) are thrown and leave every stream

@@ -37,6 +37,7 @@ class NativeSession:
         threads: int,
         cache_dtype: str | None,
         weights_dtype: str | None,
+        device: str,
     ) -> None: ...
     # Any: the result has the structure of the model's outputs, often that of one array.
     def step(
@@ -143,6 +144,8 @@ class NativeSession:
     def _cache_dtype(self) -> str: ...
     @property
     def _weights_dtype(self) -> str: ...
+    @property
+    def _device(self) -> str: ...
     @property
     def _limit(self) -> int: ...
     @property

@@ -25,7 +25,7 @@
 #include <vector>
 
 #include "cc/session/error.h"
-#include "cc/session/executor.h"
+#include "cc/session/cpu_executor.h"
 #include "cc/session/model_file.h"
 #include "cc/session/state_layout.h"
 #include "tests/cc/model_file_case.h"
@@ -112,7 +112,7 @@ bool TakeSteps(const std::shared_ptr<const ModelFile>& file) {
   if (bytes > kMostValueBytes) return false;
   if (LayOut(plan, plan.cache_dtype).block_bytes > kMostBlockBytes) return false;
 
-  const Executor executor(file, {plan.cache_dtype, plan.weights_dtype, 1});
+  const CpuExecutor executor(file, {plan.cache_dtype, plan.weights_dtype, 1});
   const std::unique_ptr<Arena> arena = executor.NewArena();
   constexpr int64_t kStreams = 2;
   std::vector<Buffer> blocks;

@@ -92,9 +92,10 @@ typedef struct ct_options {
   ct_dtype cache_dtype;   /* Keys and values: CT_FLOAT32, CT_BFLOAT16, CT_FLOAT16, CT_INT8;
                            * CT_FLOAT64. */
   ct_dtype weights_dtype; /* Dense kernels: CT_FLOAT32, CT_BFLOAT16, CT_INT8; CT_FLOAT64. */
+  const char* device;     /* "cpu", or "cuda:0" and so on: a GPU. NULL: "cpu". */
 } ct_options;
 
-#define CT_OPTIONS_DEFAULT {sizeof(ct_options), 0, 1, CT_DTYPE_OF_FILE, CT_DTYPE_OF_FILE}
+#define CT_OPTIONS_DEFAULT {sizeof(ct_options), 0, 1, CT_DTYPE_OF_FILE, CT_DTYPE_OF_FILE, NULL}
 
 /* Returns the library's version, for example "0.2.0". */
 CT_API const char* ct_version(void);
