@@ -3,6 +3,9 @@
 # Kernels, sessions and the C interface: no TensorFlow, no Python. The other two libraries link it.
 CORE_LIBRARY = "libcontinual_transformers.so"
 
+# Sessions on a GPU. The core library loads it when one is asked for; it links the core library.
+CUDA_LIBRARY = "libcontinual_transformers_cuda.so"
+
 # The TensorFlow ops, for one minor version of TensorFlow.
 OP_LIBRARY = "libcontinual_transformers_tf{MINOR}.so"
 
@@ -198,6 +201,7 @@ TENSORFLOW_GPU_SOURCES = [
 # the kernels have a separate library with it.
 CUDA_HEADERS = [
     "arrival.cuh",
+    "block_sum.cuh",
     "c_api.h",
     "co_si_encoder_step.h",
     "co_si_mha_step.h",
@@ -221,6 +225,42 @@ CUDA_SOURCES = [
 
 CUDA_C_API_SOURCES = [
     "c_api.cu",
+]
+
+# Sessions on a GPU, also in //cuda and for nvcc.
+CUDA_SESSION_HEADERS = [
+    "session/activate.cuh",
+    "session/advance.h",
+    "session/device_arena.h",
+    "session/device_executor.h",
+    "session/device_frame.h",
+    "session/device_memory.h",
+    "session/device_plan.h",
+    "session/element_size.h",
+    "session/for_each.cuh",
+    "session/node_kernels.h",
+]
+
+CUDA_SESSION_SOURCES = [
+    "session/advance.cu",
+    "session/attention_nodes.cu",
+    "session/axis_nodes.cu",
+    "session/backend.cc",
+    "session/device_arena.cc",
+    "session/device_executor.cc",
+    "session/device_memory.cc",
+    "session/device_plan.cc",
+    "session/element_nodes.cu",
+    "session/layout_nodes.cu",
+    "session/product_nodes.cu",
+    "session/recurrent_node.cu",
+    "session/ring_nodes.cu",
+]
+
+# Those of CUDA_SOURCES that sessions use.
+CUDA_SESSION_KERNEL_SOURCES = [
+    "dense.cu",
+    "normalize.cu",
 ]
 
 # The server: a program that links the core library. tools/server_packages.py finds the rest.

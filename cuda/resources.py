@@ -59,7 +59,8 @@ def parse(log):
 
 def measure(toolkit):
     """parse() of every kernel there is, compiled anew where it has changed."""
-    sources = nvcc.LISTS["CUDA_SOURCES"] + nvcc.LISTS["CUDA_C_API_SOURCES"]
+    parts = ("CUDA", "CUDA_C_API", "CUDA_SESSION")
+    sources = [name for part in parts for name in nvcc.LISTS[f"{part}_SOURCES"]]
     objects = toolkit.compile_all(sources, nvcc.OBJECTS)
     return parse("".join(path.with_suffix(".log").read_text() for path in objects))
 

@@ -7,9 +7,9 @@
 
 #include "cc/session/device.h"
 #include "cc/session/error.h"
-#include "continual_transformers.h"
 #include "cuda/session/device_executor.h"
 #include "cuda/session/device_memory.h"
+#include "include/continual_transformers.h"
 
 namespace continual_transformers {
 namespace {

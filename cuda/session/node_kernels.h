@@ -78,7 +78,7 @@ NodeLaunch RotaryNode(bool interleaved, int input, int angles, int output, int64
 
 // ---- Products (product_nodes.cu) ----
 
-// `rows` of a step. `kernel` is in `weights`, kFloat32, kBFloat16 or kFloat16.
+// `rows` of a step. `kernel` is in `weights`: kFloat32 or kBFloat16.
 NodeLaunch DenseNode(const void* kernel, DType weights, const float* bias, int64_t inputs,
                      int64_t outputs, int64_t rows, int input, int output);
 // `count` products of [rows, depth] and [depth, columns].

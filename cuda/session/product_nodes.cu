@@ -66,14 +66,9 @@ struct DepthwiseEach {
 
 NodeLaunch DenseNode(const void* kernel, DType weights, const float* bias, int64_t inputs,
                      int64_t outputs, int64_t rows, int input, int output) {
-  switch (weights) {
-    case DType::kBFloat16:
-      return DenseOf<BFloat16>(kernel, bias, inputs, outputs, rows, input, output);
-    case DType::kFloat16:
-      return DenseOf<Float16>(kernel, bias, inputs, outputs, rows, input, output);
-    default:
-      return DenseOf<float>(kernel, bias, inputs, outputs, rows, input, output);
-  }
+  return weights == DType::kBFloat16
+             ? DenseOf<BFloat16>(kernel, bias, inputs, outputs, rows, input, output)
+             : DenseOf<float>(kernel, bias, inputs, outputs, rows, input, output);
 }
 
 NodeLaunch MatmulNode(int a, int b, int output, int64_t count, int64_t rows, int64_t depth,
