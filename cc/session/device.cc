@@ -2,6 +2,7 @@
 
 #include <continual_transformers.h>
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <memory>
@@ -34,12 +35,14 @@ std::string PathOfCudaLibrary() {
   if (const char* path = std::getenv(kCudaLibraryVariable); path != nullptr && *path != '\0') {
     return path;
   }
-  // It lies beside this library.
   Dl_info info;
   if (dladdr(reinterpret_cast<const void*>(&ct_version), &info) == 0) return kCudaLibrary;
   const std::string own = info.dli_fname;
-  const size_t slash = own.rfind('/');
-  return slash == std::string::npos ? kCudaLibrary : own.substr(0, slash + 1) + kCudaLibrary;
+  const std::string folder = own.substr(0, own.rfind('/') + 1);
+  // The package continual-transformers-tf-cuda has it. A build from source puts it beside this
+  // library.
+  const std::string packaged = folder + "../continual_transformers_tf_cuda/" + kCudaLibrary;
+  return access(packaged.c_str(), R_OK) == 0 ? packaged : folder + kCudaLibrary;
 }
 
 NewCudaDevice* LoadCudaLibrary() {
@@ -51,8 +54,8 @@ NewCudaDevice* LoadCudaLibrary() {
                 std::string("a session on a GPU needs the library of its kernels, which could not "
                             "be loaded: ") +
                     dlerror() +
-                    "; build the package with CONTINUAL_TRANSFORMERS_CUDA=1 and an nvcc, or name "
-                    "the library's path in " +
+                    "; install continual-transformers-tf-cuda, or build the package with "
+                    "CONTINUAL_TRANSFORMERS_CUDA=1 and an nvcc, or name the library's path in " +
                     kCudaLibraryVariable);
   }
   void* const function = dlsym(library, kNewCudaDevice);

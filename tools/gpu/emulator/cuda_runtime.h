@@ -348,6 +348,15 @@ extern "C" __attribute__((used, visibility("default"))) inline void cuda_emulato
     int order) {
   cuda_emulator::order = order;
 }
+extern "C" __attribute__((used, visibility("default"))) inline size_t cuda_emulator_allocated() {
+  return cuda_emulator::DeviceMemory::Get().allocated();
+}
+// Sets how many bytes of device memory there are; at most 64 GB, which is also what there is
+// without this call.
+extern "C" __attribute__((used, visibility("default"))) inline void cuda_emulator_set_room(
+    size_t bytes) {
+  cuda_emulator::DeviceMemory::Get().SetRoom(bytes);
+}
 
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),

@@ -38,7 +38,7 @@ class DeviceMemory {
       if (begin - at >= size) break;
       at = begin + length;
     }
-    if (at + size > kRoom) return nullptr;
+    if (at + size > room_) return nullptr;
     allocated_[at] = size;
     if (at + size > used_) used_ = (at + size + kPage - 1) / kPage * kPage;
     Open();
@@ -54,6 +54,15 @@ class DeviceMemory {
     }
   }
 
+  size_t allocated() const {
+    size_t bytes = 0;
+    for (const auto& each : allocated_) bytes += each.second;
+    return bytes;
+  }
+
+  // Sets how much memory the device has.
+  void SetRoom(size_t bytes) { room_ = bytes; }
+
   // Lets the host touch the memory, until Close() was called as often.
   void Open() {
     if (depth_++ == 0) Protect(PROT_READ | PROT_WRITE);
@@ -63,11 +72,11 @@ class DeviceMemory {
   }
 
  private:
-  static constexpr size_t kRoom = size_t{1} << 36, kPage = 4096, kAlignment = 256;
+  static constexpr size_t kMostRoom = size_t{1} << 36, kPage = 4096, kAlignment = 256;
 
   DeviceMemory() {
     void* const base =
-        mmap(nullptr, kRoom, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        mmap(nullptr, kMostRoom, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED) {
       std::perror("CUDA emulator: mmap");
       std::abort();
@@ -83,6 +92,7 @@ class DeviceMemory {
   }
 
   char* base_;
+  size_t room_ = kMostRoom;
   size_t used_ = 0;
   int depth_ = 0;
   std::map<size_t, size_t> allocated_;  // by the beginning
