@@ -21,7 +21,8 @@ __global__ void __launch_bounds__(kBlockSumThreads)
   T sum = T(0), squares = T(0);
   for (int i = threadIdx.x; i < size; i += kBlockSumThreads) sum += x[i];
   const T mean = SumOverBlock(sum) / size;
-  for (int i = threadIdx.x; i < size; i += kBlockSumThreads) squares += (x[i] - mean) * (x[i] - mean);
+  for (int i = threadIdx.x; i < size; i += kBlockSumThreads)
+    squares += (x[i] - mean) * (x[i] - mean);
   const T factor = T(1) / std::sqrt(SumOverBlock(squares) / size + p.norm.epsilon);
   for (int i = threadIdx.x; i < size; i += kBlockSumThreads) {
     y[i] = (x[i] - mean) * factor * p.norm.scale[i] + p.norm.offset[i];

@@ -70,8 +70,7 @@ class PartialAttention {
 
   // The same with the logits logit_of(scaled product, column).
   template <int kRows, typename RowOf, typename LogitOf>
-  __device__ void Attend(int begin, int end, const RowOf& row, T* scores,
-                         const LogitOf& logit_of) {
+  __device__ void Attend(int begin, int end, const RowOf& row, T* scores, const LogitOf& logit_of) {
     // Zeros where a lane has nothing to load, so that products with them are not NaN.
     Loaded key[kRows] = {}, value[kRows] = {};
     // Every group has the same number of turns, because shuffles need all lanes of a warp.

@@ -436,8 +436,7 @@ PYBIND11_MODULE(_session, module) {
   py::class_<PythonSession> type(module, "NativeSession");
   type.def(py::init([](const py::object& model, bool is_path, int64_t streams, int64_t threads,
                        const std::optional<std::string>& cache_dtype,
-                       const std::optional<std::string>& weights_dtype,
-                       const std::string& device) {
+                       const std::optional<std::string>& weights_dtype, const std::string& device) {
              return Translated([&] {
                const SessionOptions options =
                    OptionsOf(streams, threads, cache_dtype, weights_dtype, device);
@@ -446,8 +445,7 @@ PYBIND11_MODULE(_session, module) {
              });
            }),
            py::arg("model"), py::kw_only(), py::arg("is_path"), py::arg("streams"),
-           py::arg("threads"), py::arg("cache_dtype"), py::arg("weights_dtype"),
-           py::arg("device"));
+           py::arg("threads"), py::arg("cache_dtype"), py::arg("weights_dtype"), py::arg("device"));
   AddMethod(type, &step_method);
   AddMethod(type, &steps_method);
   type.def("_open", Bound(&Open), py::arg("count"))

@@ -56,9 +56,7 @@ void HostMemory::Touch(char* begin, char* end) {
 
 void HostMemory::Zero(char* at, int64_t bytes) { std::memset(at, 0, bytes); }
 
-void HostMemory::CopyIn(const void* from, int64_t bytes, char* to) {
-  std::memcpy(to, from, bytes);
-}
+void HostMemory::CopyIn(const void* from, int64_t bytes, char* to) { std::memcpy(to, from, bytes); }
 
 void HostMemory::CopyOut(const char* from, int64_t bytes, void* to) {
   std::memcpy(to, from, bytes);

@@ -137,8 +137,7 @@ class CpuExecutor::Impl {
   }
 
   void RunFrame(const StepCall& call, int64_t first, int64_t streams, int64_t first_step,
-                int64_t steps, ThreadPool* pool, CpuArena* arena,
-                CpuArena::Part* part) const {
+                int64_t steps, ThreadPool* pool, CpuArena* arena, CpuArena::Part* part) const {
     const int64_t rows = streams * steps, row = first * call.steps + first_step;
     if (part->laid_out_for != rows) LayOutFor(rows, part);
     char** pointers = part->pointers.data();

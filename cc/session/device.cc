@@ -60,9 +60,8 @@ NewCudaDevice* LoadCudaLibrary() {
   }
   void* const function = dlsym(library, kNewCudaDevice);
   if (function == nullptr) {
-    throw Error(ErrorCode::kInvalidArgument,
-                path + " has no sessions on a GPU: name a " + kCudaLibrary + " in " +
-                    kCudaLibraryVariable);
+    throw Error(ErrorCode::kInvalidArgument, path + " has no sessions on a GPU: name a " +
+                                                 kCudaLibrary + " in " + kCudaLibraryVariable);
   }
   return reinterpret_cast<NewCudaDevice*>(function);
 }
@@ -85,9 +84,9 @@ std::shared_ptr<const Device> OpenDevice(const std::string& name) {
   if (name == "cpu") return std::make_shared<const Cpu>();
   const int number = CudaNumber(name);
   if (number < 0) {
-    throw Error(ErrorCode::kInvalidArgument,
-                "Expected device to be \"cpu\", or \"cuda:0\" for the first GPU, but got \"" +
-                    name + "\"");
+    throw Error(
+        ErrorCode::kInvalidArgument,
+        "Expected device to be \"cpu\", or \"cuda:0\" for the first GPU, but got \"" + name + "\"");
   }
   return std::shared_ptr<const Device>(LoadCudaLibrary()(number, ct_version()));
 }

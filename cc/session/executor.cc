@@ -13,8 +13,8 @@
 namespace continual_transformers {
 namespace {
 
-// Returns whether a node's state must be zeros in a fresh stream. The others write their rows before
-// they read them.
+// Returns whether a node's state must be zeros in a fresh stream. The others write their rows
+// before they read them.
 bool StartsAtZero(Op op) {
   return op == Op::kPositional || op == Op::kRetroactiveAttention || op == Op::kRecurrent;
 }

@@ -189,8 +189,9 @@ class Session::Impl final : public ForkListener {
         executor_(device_->NewExecutor(std::move(file), options_)),
         weights_fingerprint_(executor_->file().weights_fingerprint()),
         // The layout of a block depends only on the plan and the cache dtype, not on the weights.
-        store_(executor_->block_bytes(), options.streams,
-               [this](char* block) { executor()->InitBlock(block, memory_.get()); }, memory_) {
+        store_(
+            executor_->block_bytes(), options.streams,
+            [this](char* block) { executor()->InitBlock(block, memory_.get()); }, memory_) {
     for (const StateEntry& entry : executor_->state()) {
       const int64_t bytes = BytesOf(entry);
       segments_.push_back({entry.offset, bytes, entry.ring_rows != 0 ? bytes / entry.ring_rows : 0,

@@ -1,7 +1,6 @@
-#include "cuda/session/advance.h"
-
 #include <cstdint>
 
+#include "cuda/session/advance.h"
 #include "cuda/session/for_each.cuh"
 
 namespace continual_transformers {

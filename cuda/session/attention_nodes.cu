@@ -65,16 +65,15 @@ class RingQuery {
     // The row that is overwritten has left the window, so no one reads it. Blocks that share it
     // write the same bytes. A row without a key is zeros.
     const int at = static_cast<int>(position % window);
-    const bool has_key =
-        p_.key_mask[m] && (p_.node_key_mask == nullptr || p_.node_key_mask[r]);
+    const bool has_key = p_.key_mask[m] && (p_.node_key_mask == nullptr || p_.node_key_mask[r]);
     Put(has_key, p_.key + r * key_step + key_head * s.key_dim, s.key_dim, keys + at * key_step);
     Put(has_key, p_.value + r * value_step + key_head * s.value_dim, s.value_dim,
         values + at * value_step);
     if (threadIdx.x == 0) mask[at] = has_key;
     __syncthreads();
 
-    const bool asks = position >= s.query_delay &&
-                      (p_.node_query_mask == nullptr || p_.node_query_mask[r]);
+    const bool asks =
+        position >= s.query_delay && (p_.node_query_mask == nullptr || p_.node_query_mask[r]);
     // The steps that the query attends to: step 0 of the window is its column 0.
     const int64_t oldest = position - (window - 1), end = oldest + s.end_column;
     const int64_t first = oldest + s.first_column > 0 ? oldest + s.first_column : 0;
@@ -103,8 +102,8 @@ class RingQuery {
   }
 
  private:
-  // Returns how many rows the stream has before this one, or as many a few windows earlier: far into
-  // a stream the product could overflow.
+  // Returns how many rows the stream has before this one, or as many a few windows earlier: far
+  // into a stream the product could overflow.
   __device__ int64_t RowsBefore(int m) const {
     const int64_t n = p_.s.window, position = p_.positions[m];
     if (p_.s.rows == 1) return position;
@@ -218,8 +217,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<float>)
   attention.template Attend<L::kRowsAtATime>(0, count, row, nullptr);
   attention.MergeGroups();
   attention.Store(attention.softmax().Normalizer(),
-                  p.output + (static_cast<int64_t>(m) * window + i) * value_step +
-                      h * s.value_dim);
+                  p.output + (static_cast<int64_t>(m) * window + i) * value_step + h * s.value_dim);
 }
 
 // ---- Among the rows of a window that a step changes as a whole ----
@@ -253,8 +251,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<float>)
                       true};
   };
   const int64_t query = m * queries + i;
-  PartialAttention<float, float, L> attention(p.query + query * key_step + h * s.key_dim,
-                                              s.key_dim, s.value_dim, s.scale);
+  PartialAttention<float, float, L> attention(p.query + query * key_step + h * s.key_dim, s.key_dim,
+                                              s.value_dim, s.scale);
   attention.template Attend<L::kRowsAtATime>(static_cast<int>(first), static_cast<int>(end), row,
                                              nullptr);
   attention.MergeGroups();
@@ -277,12 +275,12 @@ NodeLaunch AttentionNode(const DeviceAttention& spec, DType cache) {
 
 NodeLaunch RetroactiveNode(const DeviceRetroactive& s) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
-    const cudaError_t error = ForEach(
-        frame.streams * s.heads * (2 * s.key_dim + s.value_dim),
-        RetroactivePutEach{frame.blocks, frame.positions, frame.key_mask,
-                           frame.RowsOrNull<bool>(s.key_mask), frame.Rows<float>(s.query),
-                           frame.Rows<float>(s.key), frame.Rows<float>(s.value), s},
-        stream);
+    const cudaError_t error =
+        ForEach(frame.streams * s.heads * (2 * s.key_dim + s.value_dim),
+                RetroactivePutEach{frame.blocks, frame.positions, frame.key_mask,
+                                   frame.RowsOrNull<bool>(s.key_mask), frame.Rows<float>(s.query),
+                                   frame.Rows<float>(s.key), frame.Rows<float>(s.value), s},
+                stream);
     if (error != cudaSuccess) return error;
     const RetroactiveParams p = {frame.blocks, frame.positions, frame.Rows<float>(s.output), s};
     return WithLayout<float>(s.key_dim, s.value_dim, [&](auto layout) {
@@ -294,9 +292,12 @@ NodeLaunch RetroactiveNode(const DeviceRetroactive& s) {
 
 NodeLaunch WindowAttentionNode(const DeviceWindowAttention& s) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
-    const WindowQueryParams p = {frame.positions, frame.Rows<float>(s.query),
-                                 frame.Rows<float>(s.key), frame.Rows<float>(s.value),
-                                 frame.Rows<float>(s.output), s};
+    const WindowQueryParams p = {frame.positions,
+                                 frame.Rows<float>(s.query),
+                                 frame.Rows<float>(s.key),
+                                 frame.Rows<float>(s.value),
+                                 frame.Rows<float>(s.output),
+                                 s};
     return WithLayout<float>(s.key_dim, s.value_dim, [&](auto layout) {
       return Launch(WindowQueryKernel<decltype(layout)>, frame.streams * s.queries * s.heads,
                     kThreads, false, stream, p);

@@ -85,8 +85,9 @@ struct SparsemaxEach {
     const float threshold = (sums - 1) / support;
     for (int64_t k = 0; k < lines.size; ++k) {
       const float rest = x[k * lines.inner] - threshold;
-      y[k * lines.inner] =
-          has_nan ? std::numeric_limits<float>::quiet_NaN() : rest > 0 ? rest : 0.f;
+      y[k * lines.inner] = has_nan    ? std::numeric_limits<float>::quiet_NaN()
+                           : rest > 0 ? rest
+                                      : 0.f;
     }
   }
 };
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(kBlockSumThreads)
   float squares = 0;
   for (int64_t i = threadIdx.x; i < p.size; i += kBlockSumThreads) squares += x[i] * x[i];
   const float sum = SumOverBlock(squares);
-  const float square = p.rms           ? sum / static_cast<float>(p.size) + p.epsilon
+  const float square = p.rms             ? sum / static_cast<float>(p.size) + p.epsilon
                        : sum < p.epsilon ? p.epsilon
                                          : sum;
   const float factor = 1 / std::sqrt(square);
@@ -259,7 +260,7 @@ NodeLaunch NormNode(const std::string& function, const float* gamma, const float
   const bool rms = function == "rms";
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     const ScaleNormParams p = {
-        frame.Rows<float>(input), gamma, beta, frame.Rows<float>(output), columns,
+        frame.Rows<float>(input),    gamma, beta, frame.Rows<float>(output), columns,
         static_cast<float>(epsilon), rms};
     return Launch(ScaleNormKernel, frame.streams * rows, kBlockSumThreads, false, stream, p);
   };

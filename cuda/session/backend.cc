@@ -16,8 +16,8 @@ namespace {
 
 #define TEXT(x) #x
 #define TEXT_OF(x) TEXT(x)
-constexpr char kVersion[] = TEXT_OF(CT_VERSION_MAJOR) "." TEXT_OF(CT_VERSION_MINOR) "." TEXT_OF(
-    CT_VERSION_PATCH);
+constexpr char kVersion[] =
+    TEXT_OF(CT_VERSION_MAJOR) "." TEXT_OF(CT_VERSION_MINOR) "." TEXT_OF(CT_VERSION_PATCH);
 #undef TEXT_OF
 #undef TEXT
 

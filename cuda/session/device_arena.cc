@@ -208,9 +208,8 @@ void DeviceArena::StepOnce(const StepCall& call, const Graph& graph) {
     Check(cudaMemcpyAsync(at, from, bytes, cudaMemcpyDeviceToHost, stream), "copying outputs");
   });
   Check(cudaStreamSynchronize(stream), "taking a step");
-  each_output([&](size_t i, int64_t bytes, const char* at) {
-    std::memcpy(call.outputs[i], at, bytes);
-  });
+  each_output(
+      [&](size_t i, int64_t bytes, const char* at) { std::memcpy(call.outputs[i], at, bytes); });
 }
 
 // The inputs of all steps are copied to the GPU at once, and the outputs back. There, each step

@@ -71,10 +71,10 @@ class DeviceArena final : public Arena {
   const DevicePlan& compiled_;
   const std::shared_ptr<const Gpu> gpu_;
   const GpuStream stream_;
-  GpuBytes step_;            // what a step of M streams works on
-  GpuBytes staged_;          // inputs and outputs of a call of several steps
-  GpuBytes sent_, received_; // of the host, pinned: what is copied to the GPU and back
-  std::list<Graph> graphs_;  // the newest used first
+  GpuBytes step_;             // what a step of M streams works on
+  GpuBytes staged_;           // inputs and outputs of a call of several steps
+  GpuBytes sent_, received_;  // of the host, pinned: what is copied to the GPU and back
+  std::list<Graph> graphs_;   // the newest used first
   bool profiles_ = false;
   std::vector<double> seconds_;
 };

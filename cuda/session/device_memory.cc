@@ -27,8 +27,8 @@ std::string Described(cudaError_t error) {
 }
 
 Error NoGpu(int number, const std::string& why) {
-  return Error(ErrorCode::kInvalidArgument, "there is no device \"cuda:" + std::to_string(number) +
-                                                "\": " + why);
+  return Error(ErrorCode::kInvalidArgument,
+               "there is no device \"cuda:" + std::to_string(number) + "\": " + why);
 }
 
 }  // namespace

@@ -100,8 +100,8 @@ class Compiler {
     const auto check = [&](const char* what, DType dtype, bool fits, const char* expected) {
       if (fits) return;
       throw Error(ErrorCode::kInvalidArgument, std::string("the ") + what + " " + NameOf(dtype) +
-                                                   " has no kernels on " + device_ +
-                                                   ", expected " + expected +
+                                                   " has no kernels on " + device_ + ", expected " +
+                                                   expected +
                                                    ": choose another one, or device=\"cpu\"");
     };
     check("compute dtype", plan_.compute_dtype, plan_.compute_dtype == DType::kFloat32, "float32");
@@ -318,8 +318,7 @@ class Compiler {
       scale.push_back(static_cast<float>(factor));
       offset.push_back(static_cast<float>(beta[i] - mean[i] * factor));
     }
-    return AffineNode(Upload(scale), Upload(offset), columns, In(node), Out(node),
-                      Size(Out(node)));
+    return AffineNode(Upload(scale), Upload(offset), columns, In(node), Out(node), Size(Out(node)));
   }
 
   void CheckHead(const Node& node, int64_t key_dim, int64_t value_dim) const {

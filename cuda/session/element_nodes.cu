@@ -51,22 +51,14 @@ enum class Binary {
 
 Binary BinaryNamed(const std::string& function) {
   static const std::map<std::string, Binary> functions = {
-      {"add", Binary::kAdd},
-      {"subtract", Binary::kSubtract},
-      {"multiply", Binary::kMultiply},
-      {"divide", Binary::kDivide},
-      {"maximum", Binary::kMaximum},
-      {"minimum", Binary::kMinimum},
-      {"power", Binary::kPower},
-      {"arctan2", Binary::kArctan2},
-      {"equal", Binary::kEqual},
-      {"fmod", Binary::kFmod},
-      {"greater", Binary::kGreater},
-      {"greater_equal", Binary::kGreaterEqual},
-      {"hypot", Binary::kHypot},
-      {"logaddexp", Binary::kLogaddexp},
-      {"mod", Binary::kMod},
-      {"not_equal", Binary::kNotEqual},
+      {"add", Binary::kAdd},           {"subtract", Binary::kSubtract},
+      {"multiply", Binary::kMultiply}, {"divide", Binary::kDivide},
+      {"maximum", Binary::kMaximum},   {"minimum", Binary::kMinimum},
+      {"power", Binary::kPower},       {"arctan2", Binary::kArctan2},
+      {"equal", Binary::kEqual},       {"fmod", Binary::kFmod},
+      {"greater", Binary::kGreater},   {"greater_equal", Binary::kGreaterEqual},
+      {"hypot", Binary::kHypot},       {"logaddexp", Binary::kLogaddexp},
+      {"mod", Binary::kMod},           {"not_equal", Binary::kNotEqual},
   };
   return functions.at(function);
 }
@@ -162,8 +154,7 @@ struct CastEach {
       y[i] = x[i] != From(0);
     } else if constexpr (std::is_floating_point_v<From> && std::is_integral_v<To>) {
       constexpr To kLeast = std::numeric_limits<To>::min();
-      const bool fits =
-          x[i] >= static_cast<From>(kLeast) && x[i] < -static_cast<From>(kLeast);
+      const bool fits = x[i] >= static_cast<From>(kLeast) && x[i] < -static_cast<From>(kLeast);
       y[i] = fits ? static_cast<To>(x[i]) : kLeast;
     } else {
       y[i] = static_cast<To>(x[i]);
@@ -212,7 +203,8 @@ NodeLaunch NotEqualOf(double number, bool any, int input, int output, int64_t si
   bool has = true;
   if constexpr (std::is_integral_v<T>) {
     // Converting a number that T does not have is undefined.
-    constexpr double kEnd = std::is_same_v<T, bool> ? 2 : -2.0 * (std::numeric_limits<T>::min() / 2);
+    constexpr double kEnd =
+        std::is_same_v<T, bool> ? 2 : -2.0 * (std::numeric_limits<T>::min() / 2);
     has = number >= static_cast<double>(std::numeric_limits<T>::min()) && number < kEnd &&
           number == std::floor(number);
   }
@@ -246,10 +238,10 @@ NodeLaunch PReluNode(const float* alpha, int input, int output, int64_t size) {
 NodeLaunch BinaryNode(const std::string& function, int a, int b, int output, int64_t size) {
   const Binary named = BinaryNamed(function);
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
-    return ForEach(frame.streams * size,
-                   BinaryEach{named, frame.Rows<float>(a), frame.Rows<float>(b),
-                              frame.Rows<float>(output)},
-                   stream);
+    return ForEach(
+        frame.streams * size,
+        BinaryEach{named, frame.Rows<float>(a), frame.Rows<float>(b), frame.Rows<float>(output)},
+        stream);
   };
 }
 
@@ -283,9 +275,9 @@ NodeLaunch MaskedNode(int input, int mask, int output, int64_t size) {
 
 NodeLaunch MaskAndNode(int a, int b, int output, int64_t size) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
-    return ForEach(
-        frame.streams * size,
-        MaskAndEach{frame.Rows<bool>(a), frame.Rows<bool>(b), frame.Rows<bool>(output)}, stream);
+    return ForEach(frame.streams * size,
+                   MaskAndEach{frame.Rows<bool>(a), frame.Rows<bool>(b), frame.Rows<bool>(output)},
+                   stream);
   };
 }
 

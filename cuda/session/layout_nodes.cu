@@ -62,10 +62,10 @@ struct EmbeddingEach {
 template <typename Index>
 NodeLaunch EmbeddingOf(const float* table, int64_t columns, int input, int output, int64_t size) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
-    return ForEach(frame.streams * size * columns,
-                   EmbeddingEach<Index>{frame.Rows<Index>(input), table,
-                                        frame.Rows<float>(output), columns},
-                   stream);
+    return ForEach(
+        frame.streams * size * columns,
+        EmbeddingEach<Index>{frame.Rows<Index>(input), table, frame.Rows<float>(output), columns},
+        stream);
   };
 }
 
@@ -109,10 +109,9 @@ NodeLaunch ConcatNode(const std::vector<std::pair<int, int64_t>>& parts, int64_t
     return [=](const DeviceFrame& frame, cudaStream_t stream) {
       int64_t first = 0;
       for (const auto& [value, size] : parts) {
-        const cudaError_t error =
-            ForEach(frame.streams * outer * size,
-                    ConcatEach<U>{frame.Rows<U>(value), frame.Rows<U>(output), size, first, width},
-                    stream);
+        const cudaError_t error = ForEach(
+            frame.streams * outer * size,
+            ConcatEach<U>{frame.Rows<U>(value), frame.Rows<U>(output), size, first, width}, stream);
         if (error != cudaSuccess) return error;
         first += size;
       }

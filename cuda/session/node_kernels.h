@@ -1,6 +1,6 @@
 // The launches of a plan's nodes; docs/model_file.md says what each node does. A node is given by
-// its plan values, its sizes and its weights, which are in device memory and outlive it. All compute
-// in float32.
+// its plan values, its sizes and its weights, which are in device memory and outlive it. All
+// compute in float32.
 
 #ifndef CONTINUAL_TRANSFORMERS_CUDA_SESSION_NODE_KERNELS_H_
 #define CONTINUAL_TRANSFORMERS_CUDA_SESSION_NODE_KERNELS_H_

@@ -75,8 +75,8 @@ NodeLaunch MatmulNode(int a, int b, int output, int64_t count, int64_t rows, int
                       int64_t columns) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(frame.streams * count * rows * columns,
-                   MatmulEach{frame.Rows<float>(a), frame.Rows<float>(b),
-                              frame.Rows<float>(output), rows, depth, columns},
+                   MatmulEach{frame.Rows<float>(a), frame.Rows<float>(b), frame.Rows<float>(output),
+                              rows, depth, columns},
                    stream);
   };
 }

@@ -1,5 +1,5 @@
-// Recurrent cells. A block of threads takes a stream, and its rows one after another; a thread takes
-// every n-th unit. See RecurrentInstruction in cc/session/recurrent_instruction.h.
+// Recurrent cells. A block of threads takes a stream, and its rows one after another; a thread
+// takes every n-th unit. See RecurrentInstruction in cc/session/recurrent_instruction.h.
 
 #include <cstdint>
 

@@ -185,9 +185,9 @@ NodeLaunch WindowNode(int64_t window, int64_t ring_at, int64_t element, int inpu
                                 rows, ring_at, size},
                   stream);
       if (error != cudaSuccess) return error;
-      return ForEach(
-          frame.streams * size,
-          WindowPutEach<U>{frame.blocks, frame.positions, x, rows, ring_at, size}, stream);
+      return ForEach(frame.streams * size,
+                     WindowPutEach<U>{frame.blocks, frame.positions, x, rows, ring_at, size},
+                     stream);
     };
   });
 }

@@ -1,8 +1,6 @@
 // A plan with every op, run with every division into calls: all must give the same outputs. Another
 // test compares the ops with a reference in Python (tests/plan_reference.py).
 
-#include "cc/session/cpu_executor.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -13,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "cc/session/cpu_executor.h"
 #include "cc/session/error.h"
 #include "gtest/gtest.h"
 #include "tests/cc/model_file_case.h"

@@ -362,18 +362,16 @@ template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                Args&&... args) {
   // A captured launch keeps copies of its parameters.
-  return cuda_emulator::Enqueue(
-      config->stream,
-      [grid = config->gridDim, threads = config->blockDim, body = std::function<void()>([=] {
-                                                             kernel(args...);
-                                                           })] {
-        gridDim = grid;
-        blockDim = threads;
-        for (int block : cuda_emulator::Ordered(grid.x)) {
-          blockIdx = dim3(block, 0, 0);
-          cuda_emulator::Block(threads.x, body).Run();
-        }
-      });
+  return cuda_emulator::Enqueue(config->stream,
+                                [grid = config->gridDim, threads = config->blockDim,
+                                 body = std::function<void()>([=] { kernel(args...); })] {
+                                  gridDim = grid;
+                                  blockDim = threads;
+                                  for (int block : cuda_emulator::Ordered(grid.x)) {
+                                    blockIdx = dim3(block, 0, 0);
+                                    cuda_emulator::Block(threads.x, body).Run();
+                                  }
+                                });
 }
 
 inline float __uint_as_float(unsigned bits) {
