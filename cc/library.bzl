@@ -105,12 +105,14 @@ SESSION_SOURCES = [
 ]
 
 PYTHON_HEADERS = [
+    "python/gpu_array.h",
     "python/numpy_api.h",
     "python/python_session.h",
     "python/small_vector.h",
 ]
 
 PYTHON_SOURCES = [
+    "python/gpu_array.cc",
     "python/python_session.cc",
     "python/session_module.cc",
     "python/session_step.cc",

@@ -6,6 +6,7 @@ tools/gpu/emulator.
 
 import ctypes
 import gc
+import json
 import os
 import pickle
 import subprocess
@@ -15,6 +16,7 @@ import zlib
 from functools import cache
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
@@ -31,7 +33,7 @@ from continual_transformers_tf.session import (
 from model_case import BOUNDS
 from model_cases import CASES
 from plan_files import attention_only_plan, attention_plan
-from test_session import Streamed, by_streams, check, referenced
+from test_session import Streamed, by_streams, check, packed, referenced
 
 CORE = Path(ct.__file__).parent / cuda_build.LISTS["CORE_LIBRARY"]
 LIBRARY = "CONTINUAL_TRANSFORMERS_CUDA_LIBRARY"
@@ -63,6 +65,45 @@ def device(request, monkeypatch):
         order = zlib.crc32(request.node.name.encode()) % 5
         ctypes.CDLL(str(found)).cuda_emulator_set_order(order)
     return "cuda:0"
+
+
+class OnEmulator:
+    """An array in the emulator's device memory."""
+
+    def __init__(self, array, gpu=0):
+        self.emulator = ctypes.CDLL(str(library("emulated")))
+        self.emulator.cuda_emulator_allocate.restype = ctypes.c_void_p
+        self.gpu, self.bytes = gpu, array.nbytes
+        self.address = self.emulator.cuda_emulator_allocate(ctypes.c_size_t(array.nbytes))
+        # NumPy knows the address and does not touch the elements.
+        memory = (ctypes.c_char * array.nbytes).from_address(self.address)
+        self.view = np.frombuffer(memory, array.dtype).reshape(array.shape)
+        self.copy(self.address, np.ascontiguousarray(array).ctypes.data)
+
+    def copy(self, to, source):
+        self.emulator.cuda_emulator_copy(*map(ctypes.c_void_p, (to, source, self.bytes)))
+
+    def on_host(self):
+        array = np.empty(self.view.shape, self.view.dtype)
+        self.copy(array.ctypes.data, self.address)
+        return array
+
+    def __dlpack_device__(self):
+        return 2, self.gpu
+
+    def __dlpack__(self, *, stream=None):
+        assert stream == 1  # CUDA's default stream.
+        return self.view.__dlpack__()
+
+
+def to_gpu(array):
+    """Return an array on the GPU, and a function that returns what it holds."""
+    if "emulated" in os.environ[LIBRARY]:
+        there = OnEmulator(array)
+        return there, there.on_host
+    torch = pytest.importorskip("torch")
+    there = torch.from_numpy(np.ascontiguousarray(array)).cuda()
+    return there, lambda: there.cpu().numpy()
 
 
 @pytest.fixture
@@ -477,3 +518,74 @@ def test_outputs_go_where_the_caller_wants(session, on_cpu, x):
     out = np.full((8, OUTPUTS), np.nan, F)
     assert session.step(x[:, 0], out=out) is out
     np.testing.assert_allclose(out, on_cpu.step(x[:, 0]), **CLOSE)
+
+
+def test_arrays_on_the_gpu(session, on_cpu, x):
+    ids, there = session.open(4), on_cpu.open(4)
+    for t in range(6):
+        expected = on_cpu.step(x[:4, t], streams=there)
+        given, _ = to_gpu(x[:4, t])
+        out, on_host = to_gpu(np.full((4, OUTPUTS), np.nan, F))
+        if t % 3 == 0:  # Only the input.
+            y = session.step(given, streams=ids)
+            assert type(y) is np.ndarray
+        elif t % 3 == 1:  # Only the output.
+            assert session.step(x[:4, t], streams=ids, out=out) is out
+            y = on_host()
+        else:
+            assert session.step(given, streams=ids, out=out) is out
+            y = on_host()
+        np.testing.assert_allclose(y, expected, **CLOSE)
+    expected = on_cpu.steps(x[:4, 6:], streams=there)
+    given, _ = to_gpu(x[:4, 6:13])
+    out, on_host = to_gpu(np.zeros((4, 7, OUTPUTS), F))
+    session.steps(given, streams=ids, out=out)
+    np.testing.assert_allclose(on_host(), expected[:, :7], **CLOSE)
+    y = session.steps(to_gpu(x[:4, 13:])[0], streams=ids)
+    np.testing.assert_allclose(y, expected[:, 7:], **CLOSE)
+
+
+def test_arrays_on_the_gpu_and_on_the_host_in_one_step(device):
+    case = CASES["two_inputs"]
+    model = case.build()
+    session, on_cpu = Session(model, device=device), Session(model)
+    inputs = case.inputs(model, np.random.default_rng(4), (2, 5))
+    for t in range(5):
+        step = [x[:, t] for x in inputs]
+        expected = Streamed(on_cpu).step(step)
+        given = [to_gpu(step[0])[0], step[1]] if t % 2 else [step[0], to_gpu(step[1])[0]]
+        y = session.step(packed(json.loads(session._plan_json)["input_structure"], given))
+        check(keras.tree.flatten(y), expected, BOUNDS[case.dtype])
+
+
+def test_arrays_on_a_gpu_that_do_not_fit(session, on_cpu, device, request, x):
+    if "emulated" not in request.node.name:
+        pytest.skip("the same checks for every GPU")
+    a = session.open()
+    row = x[:1, 0]
+    there = OnEmulator(row)
+    refused = [
+        (OnEmulator(x[:2, 0]), ValueError, "streams names 1 stream, but x has 2 rows"),
+        (OnEmulator(row[:, :-1]), ValueError, r"shape \(1, 5\)"),
+        (OnEmulator(row.astype("float64")), ValueError, "dtype float64"),
+        (OnEmulator(row.astype("int16")), ValueError, "a dtype or a number of axes that no input"),
+        (OnEmulator(row, gpu=1), ValueError, "is on GPU 1. Expected an array on the session's GPU"),
+    ]
+    transposed = OnEmulator(np.ones((FEATURES, 2), F))
+    transposed.view = transposed.view.T
+    refused.append((transposed, ValueError, "on the GPU and not C-contiguous"))
+    for given, error, message in refused:
+        with pytest.raises(error, match=message):
+            session.step(given, streams=a)
+    with pytest.raises(ValueError, match=r"shape \(1, 4\). Expected \(1, 5\)"):
+        session.step(row, streams=a, out=OnEmulator(np.zeros((1, OUTPUTS - 1), F)))
+    with pytest.raises(TypeError, match="of type OnEmulator. Expected a NumPy array"):
+        on_cpu.step(there)
+    assert session.position(a) == 0
+
+
+def test_indices_must_be_on_the_host(device):
+    session = Session(CASES["tokens"].build(), device=device)
+    spec = session.inputs[0]
+    with pytest.raises(TypeError, match="Expected a NumPy array"):
+        session.step(to_gpu(np.ones((1, *spec.shape), spec.dtype))[0])

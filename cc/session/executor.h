@@ -34,7 +34,9 @@ struct StateEntry {
 };
 
 struct StepCall {
-  const void* const* inputs;  // one per plan input, [M, T, ...], contiguous
+  // Contiguous, and of the host. An executor for a GPU also takes arrays that are there, except
+  // those that Check reads: inputs of whole numbers.
+  const void* const* inputs;  // one per plan input, [M, T, ...]
   void* const* outputs;       // one per plan output, [M, T, ...]; null: not wanted
   const bool* key_mask;       // [M, T]: which steps have a key; null: all
   int64_t streams;            // M

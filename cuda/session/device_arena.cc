@@ -164,8 +164,24 @@ void DeviceArena::FillHeader(const StepCall& call, const Layout& layout, char* t
   std::memcpy(to + layout.positions, call.positions, call.streams * sizeof(int64_t));
 }
 
+void DeviceArena::LookAtArrays(const StepCall& call) {
+  bool any = false;
+  const auto look = [&](const void* data) {
+    const bool on_gpu = data != nullptr && IsOnGpu(data);
+    any |= on_gpu;
+    return on_gpu;
+  };
+  input_on_gpu_.clear();
+  output_on_gpu_.clear();
+  for (size_t i = 0; i < plan_.inputs.size(); ++i) input_on_gpu_.push_back(look(call.inputs[i]));
+  for (size_t i = 0; i < plan_.outputs.size(); ++i) output_on_gpu_.push_back(look(call.outputs[i]));
+  // The caller may have put its work on the default stream, and not waited for it.
+  if (any) stream_.WaitForDefaultStream();
+}
+
 void DeviceArena::Step(const StepCall& call) {
   if (call.streams == 0 || call.steps == 0) return;
+  LookAtArrays(call);
   const Graph* const graph = GraphFor(call.streams);
   if (call.steps == 1) {
     StepOnce(call, *graph);
@@ -174,7 +190,8 @@ void DeviceArena::Step(const StepCall& call) {
   }
 }
 
-// One copy to the GPU, the graph, and a copy back for each output.
+// One copy to the GPU, the graph, and a copy back for each output. Arrays that are on the GPU take
+// no part in that: each has a copy there.
 void DeviceArena::StepOnce(const StepCall& call, const Graph& graph) {
   const Layout& layout = graph.layout;
   const cudaStream_t stream = stream_.get();
@@ -188,12 +205,21 @@ void DeviceArena::StepOnce(const StepCall& call, const Graph& graph) {
   } else {
     std::memcpy(sent_.get() + layout.key_mask, call.key_mask, call.streams);
   }
+  int64_t sent = layout.key_mask + call.streams;
   for (size_t i = 0; i < plan_.inputs.size(); ++i) {
-    std::memcpy(sent_.get() + layout.values[plan_.inputs[i].value], call.inputs[i],
-                call.streams * InputBytes(i));
+    if (input_on_gpu_[i]) continue;
+    const int64_t at = layout.values[plan_.inputs[i].value];
+    std::memcpy(sent_.get() + at, call.inputs[i], call.streams * InputBytes(i));
+    sent = std::max(sent, at + call.streams * InputBytes(i));
   }
-  Check(cudaMemcpyAsync(step_.get(), sent_.get(), layout.sent, cudaMemcpyHostToDevice, stream),
+  Check(cudaMemcpyAsync(step_.get(), sent_.get(), sent, cudaMemcpyHostToDevice, stream),
         "copying inputs");
+  for (size_t i = 0; i < plan_.inputs.size(); ++i) {
+    if (!input_on_gpu_[i]) continue;
+    Check(cudaMemcpyAsync(graph.values[plan_.inputs[i].value], call.inputs[i],
+                          call.streams * InputBytes(i), cudaMemcpyDeviceToDevice, stream),
+          "copying inputs");
+  }
   TakeStep(graph);
   const auto each_output = [&](const auto& f) {
     char* at = received_.get();
@@ -205,15 +231,21 @@ void DeviceArena::StepOnce(const StepCall& call, const Graph& graph) {
   };
   each_output([&](size_t i, int64_t bytes, char* at) {
     const char* const from = graph.values[compiled_.storage[plan_.outputs[i].value]];
-    Check(cudaMemcpyAsync(at, from, bytes, cudaMemcpyDeviceToHost, stream), "copying outputs");
+    void* const to = output_on_gpu_[i] ? call.outputs[i] : at;
+    Check(cudaMemcpyAsync(to, from, bytes,
+                          output_on_gpu_[i] ? cudaMemcpyDeviceToDevice : cudaMemcpyDeviceToHost,
+                          stream),
+          "copying outputs");
   });
   Check(cudaStreamSynchronize(stream), "taking a step");
-  each_output(
-      [&](size_t i, int64_t bytes, const char* at) { std::memcpy(call.outputs[i], at, bytes); });
+  each_output([&](size_t i, int64_t bytes, const char* at) {
+    if (!output_on_gpu_[i]) std::memcpy(call.outputs[i], at, bytes);
+  });
 }
 
 // The inputs of all steps are copied to the GPU at once, and the outputs back. There, each step
-// takes its rows from [M, T, ...] and puts them there.
+// takes its rows from [M, T, ...] and puts them there. Arrays that are on the GPU are used in
+// place.
 void DeviceArena::StepSeveral(const StepCall& call, const Graph& graph) {
   const Layout& layout = graph.layout;
   const cudaStream_t stream = stream_.get();
@@ -226,14 +258,20 @@ void DeviceArena::StepSeveral(const StepCall& call, const Graph& graph) {
     end += Align(bytes);
     return begin;
   };
-  for (size_t i = 0; i < plan_.inputs.size(); ++i) inputs.push_back(take(rows * InputBytes(i)));
+  for (size_t i = 0; i < plan_.inputs.size(); ++i) {
+    inputs.push_back(input_on_gpu_[i] ? -1 : take(rows * InputBytes(i)));
+  }
   const int64_t key_mask = take(rows), sent = end;
-  for (size_t i = 0; i < plan_.outputs.size(); ++i) outputs.push_back(take(rows * OutputBytes(i)));
+  for (size_t i = 0; i < plan_.outputs.size(); ++i) {
+    const bool staged = call.outputs[i] != nullptr && !output_on_gpu_[i];
+    outputs.push_back(staged ? take(rows * OutputBytes(i)) : -1);
+  }
   // The header of a single step follows in `sent_`.
   Reserve(&staged_, GpuBytes::Kind::kDevice, end);
   Reserve(&sent_, GpuBytes::Kind::kPinnedHost, sent + layout.key_mask);
   Reserve(&received_, GpuBytes::Kind::kPinnedHost, end - sent);
   for (size_t i = 0; i < plan_.inputs.size(); ++i) {
+    if (inputs[i] < 0) continue;
     std::memcpy(sent_.get() + inputs[i], call.inputs[i], rows * InputBytes(i));
   }
   if (call.key_mask == nullptr) {
@@ -257,23 +295,29 @@ void DeviceArena::StepSeveral(const StepCall& call, const Graph& graph) {
     };
     for (size_t i = 0; i < plan_.inputs.size(); ++i) {
       const int64_t bytes = InputBytes(i);
-      move(graph.values[plan_.inputs[i].value], bytes, staged_.get() + inputs[i] + t * bytes,
-           call.steps * bytes, bytes);
+      const char* const from =
+          inputs[i] < 0 ? static_cast<const char*>(call.inputs[i]) : staged_.get() + inputs[i];
+      move(graph.values[plan_.inputs[i].value], bytes, from + t * bytes, call.steps * bytes, bytes);
     }
     move(step_.get() + layout.key_mask, 1, staged_.get() + key_mask + t, call.steps, 1);
     TakeStep(graph);
     for (size_t i = 0; i < plan_.outputs.size(); ++i) {
+      if (call.outputs[i] == nullptr) continue;
       const int64_t bytes = OutputBytes(i);
-      move(staged_.get() + outputs[i] + t * bytes, call.steps * bytes,
+      char* const to =
+          outputs[i] < 0 ? static_cast<char*>(call.outputs[i]) : staged_.get() + outputs[i];
+      move(to + t * bytes, call.steps * bytes,
            graph.values[compiled_.storage[plan_.outputs[i].value]], bytes, bytes);
     }
   }
-  Check(cudaMemcpyAsync(received_.get(), staged_.get() + sent, end - sent, cudaMemcpyDeviceToHost,
-                        stream),
-        "copying outputs");
+  if (end > sent) {
+    Check(cudaMemcpyAsync(received_.get(), staged_.get() + sent, end - sent, cudaMemcpyDeviceToHost,
+                          stream),
+          "copying outputs");
+  }
   Check(cudaStreamSynchronize(stream), "taking steps");
   for (size_t i = 0; i < plan_.outputs.size(); ++i) {
-    if (call.outputs[i] == nullptr) continue;
+    if (outputs[i] < 0) continue;
     std::memcpy(call.outputs[i], received_.get() + outputs[i] - sent, rows * OutputBytes(i));
   }
 }

@@ -61,6 +61,8 @@ class DeviceArena final : public Arena {
   void StepOnce(const StepCall& call, const Graph& graph);
   void StepSeveral(const StepCall& call, const Graph& graph);
   void FillHeader(const StepCall& call, const Layout& layout, char* to) const;
+  // Finds which arrays of a call are on the GPU, and lets the steps wait for them.
+  void LookAtArrays(const StepCall& call);
   void DropGraphs();
   // Makes room, if there is less.
   void Reserve(GpuBytes* memory, GpuBytes::Kind kind, int64_t bytes);
@@ -74,7 +76,8 @@ class DeviceArena final : public Arena {
   GpuBytes step_;             // what a step of M streams works on
   GpuBytes staged_;           // inputs and outputs of a call of several steps
   GpuBytes sent_, received_;  // of the host, pinned: what is copied to the GPU and back
-  std::list<Graph> graphs_;   // the newest used first
+  std::vector<bool> input_on_gpu_, output_on_gpu_;  // of the call
+  std::list<Graph> graphs_;                         // the newest used first
   bool profiles_ = false;
   std::vector<double> seconds_;
 };

@@ -11,8 +11,9 @@
 namespace continual_transformers {
 namespace {
 
-// A guess, not measured: Python gives up its global lock for steps that take longer than 0.1 ms.
+// Guesses, not measured. Python gives up its global lock for steps that take longer than 0.1 ms.
 constexpr double kNanosecondsANode = 2000;
+constexpr double kStreamsAtOnce = 64;
 
 DevicePlan Compile(const Executor& executor, const std::shared_ptr<const Gpu>& gpu) {
   const Gpu::Use use(*gpu);
@@ -37,8 +38,9 @@ void DeviceExecutor::Step(const StepCall& call, Arena* arena) const {
 int64_t DeviceExecutor::EstimatedNanoseconds(int64_t streams, int64_t steps) const {
   if (streams == 0) return 0;
   const double nodes = static_cast<double>(compiled_.entries.size());
+  const double rounds = 1 + static_cast<double>(streams) / kStreamsAtOnce;
   return static_cast<int64_t>(
-      std::min(kNanosecondsANode * nodes * static_cast<double>(steps), 9e18));
+      std::min(kNanosecondsANode * nodes * rounds * static_cast<double>(steps), 9e18));
 }
 
 void DeviceExecutor::BeginProfile(Arena* arena) const {

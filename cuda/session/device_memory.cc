@@ -122,6 +122,22 @@ GpuStream::~GpuStream() {
   if (gpu_->IsOfThisProcess()) static_cast<void>(cudaStreamDestroy(stream_));
 }
 
+void GpuStream::WaitForDefaultStream() const {
+  cudaEvent_t event;
+  Check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "making an event");
+  const cudaError_t recorded = cudaEventRecord(event, cudaStreamLegacy);
+  const cudaError_t waits =
+      recorded == cudaSuccess ? cudaStreamWaitEvent(stream_, event, 0) : recorded;
+  static_cast<void>(cudaEventDestroy(event));  // CUDA keeps it until nothing waits for it.
+  Check(waits, "waiting for the caller's arrays");
+}
+
+bool IsOnGpu(const void* data) {
+  cudaPointerAttributes attributes;
+  Check(cudaPointerGetAttributes(&attributes, data), "looking at the caller's arrays");
+  return attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged;
+}
+
 GpuBlockMemory::GpuBlockMemory(std::shared_ptr<const Gpu> gpu)
     : gpu_(std::move(gpu)), stream_(gpu_) {}
 

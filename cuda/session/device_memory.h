@@ -73,11 +73,16 @@ class GpuStream {
   GpuStream& operator=(const GpuStream&) = delete;
 
   cudaStream_t get() const { return stream_; }
+  // What follows on this stream waits for what was put on the default stream until now.
+  void WaitForDefaultStream() const;
 
  private:
   const std::shared_ptr<const Gpu> gpu_;
   cudaStream_t stream_ = nullptr;
 };
+
+// Returns whether an address is of a GPU's memory, or of memory that both can touch.
+bool IsOnGpu(const void* data);
 
 // The memory of stream blocks. Each slab is an allocation, because kernels know blocks by their
 // addresses. So nothing limits how many there are, and slabs come and go without moving any.

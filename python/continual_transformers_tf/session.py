@@ -204,7 +204,7 @@ class Session(_session.NativeSession):
             "float16", "int8" with a scale for each step, or "float64"; None: what the model's
             layers ask for.
         device: "cpu", or "cuda:0" for the first GPU. The states of streams, the weights and the
-            steps are then on the GPU; inputs and outputs are NumPy arrays all the same.
+            steps are then on the GPU. Inputs and outputs are NumPy arrays, or arrays there.
         seq_len: The window, in steps, of every `keras.layers.MultiHeadAttention` inside. It is
             needed if the length of the model's time axis is None.
 

@@ -143,7 +143,8 @@ CT_API ct_status ct_session_close(ct_session* session, const ct_stream* streams,
  *   first needed, and again after it was closed.
  * inputs:  one pointer per input of the model, to an array [M, ...]: see ct_session_input.
  * outputs: one pointer per output, to room for an array [M, ...]; NULL: not wanted. Inputs and
- *   outputs must not overlap.
+ *   outputs must not overlap. In a session on a GPU, both may be in its memory, except inputs of
+ *   whole numbers: these are checked. The step waits for what is on CUDA's default stream.
  *
  * M = 0 does nothing. A step allocates no memory after a first one with as many streams. Until a
  * stream has taken ct_session_receptive_field steps, its window is not full, and attention uses the

@@ -149,6 +149,21 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
   return cuda_emulator::Enqueue(stream, [=] { std::memset(to, value, bytes); });
 }
 
+enum cudaMemoryType {
+  cudaMemoryTypeUnregistered,
+  cudaMemoryTypeHost,
+  cudaMemoryTypeDevice,
+  cudaMemoryTypeManaged
+};
+struct cudaPointerAttributes {
+  cudaMemoryType type;
+};
+inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* data) {
+  const bool on_device = cuda_emulator::DeviceMemory::Get().Has(data);
+  attributes->type = on_device ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
+  return cudaSuccess;
+}
+
 enum { cudaStreamNonBlocking = 1 };
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   return *stream = new CUstream_st, cudaSuccess;
@@ -180,6 +195,12 @@ inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
 inline cudaError_t cudaEventCreate(cudaEvent_t* event) {
   return *event = new CUevent_st, cudaSuccess;
 }
+enum { cudaEventDisableTiming = 2 };
+inline const cudaStream_t cudaStreamLegacy = nullptr;
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  return cudaEventCreate(event);
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
 inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
 inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
   return event->time = std::chrono::steady_clock::now(), cudaSuccess;
@@ -350,6 +371,20 @@ extern "C" __attribute__((used, visibility("default"))) inline void cuda_emulato
 }
 extern "C" __attribute__((used, visibility("default"))) inline size_t cuda_emulator_allocated() {
   return cuda_emulator::DeviceMemory::Get().allocated();
+}
+// Device memory for tests, and a copy to or from it.
+extern "C" __attribute__((used, visibility("default"))) inline void* cuda_emulator_allocate(
+    size_t bytes) {
+  void* data = nullptr;
+  return cudaMalloc(&data, bytes) == cudaSuccess ? data : nullptr;
+}
+extern "C" __attribute__((used, visibility("default"))) inline void cuda_emulator_free(void* data) {
+  cudaFree(data);
+}
+extern "C" __attribute__((used, visibility("default"))) inline void cuda_emulator_copy(
+    void* to, const void* from, size_t bytes) {
+  const cuda_emulator::Work here;
+  std::memcpy(to, from, bytes);
 }
 // Sets how many bytes of device memory there are; at most 64 GB, which is also what there is
 // without this call.

@@ -60,6 +60,11 @@ class DeviceMemory {
     return bytes;
   }
 
+  bool Has(const void* data) const {
+    const char* const at = static_cast<const char*>(data);
+    return at >= base_ && at < base_ + kMostRoom;
+  }
+
   // Sets how much memory the device has.
   void SetRoom(size_t bytes) { room_ = bytes; }
 
