@@ -14,6 +14,7 @@ BENCH := build/bench/venv/bin/python -m continual_transformers_tf.cli bench --pr
 RUN_BAZEL := bazel/offline/configure.sh && PATH="$(CURDIR)/$(BIN):$$PATH" $(BAZEL)
 TENSORFLOW = $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('cc/library.bzl')['TENSORFLOWS'][-1])")
 FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc cc/*/*/*.h cc/*/*/*.cc cuda/*.cu cuda/*.cuh cuda/*.h \
+  cuda/session/* \
   tests/cc/*.h tests/cc/*.cc tests/cc/*/*.h tests/cc/*/*.cc tools/gpu/emulator/*.h benchmarks/cc/*.cc examples/*/*.cc \
   python/continual_transformers_tf/include/*.h python/continual_transformers_tf/include/*.hpp)
 
@@ -173,7 +174,7 @@ build/bench/programs: build/bench/installed tools/build_benchmarks.py \
 # too. Unchanged files are not compiled again.
 .venv/installed: .venv/bin/python setup.py pyproject.toml tools/object_files.py \
   tools/server_packages.py tools/embed.py \
-  $(wildcard cc/*.bzl cc/*.lds cc/*/* cc/*/*/* cuda/*.*)
+  $(wildcard cc/*.bzl cc/*.lds cc/*/* cc/*/*/* cuda/*.* cuda/session/*)
 	@echo "Installing TensorFlow $(TENSORFLOW) in .venv ..."
 	@$(BIN)/python -m pip install --quiet "tensorflow-cpu==$(TENSORFLOW).*"
 	@echo "Building this package with $$($${CXX:-g++} --version | head -1) ..."

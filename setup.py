@@ -44,6 +44,7 @@ TENSORFLOWS = {
 # Files that are not Python extensions, although setuptools builds them as such.
 FILES = {
     "core_library": CC["CORE_LIBRARY"],
+    "cuda_library": CC["CUDA_LIBRARY"],
     "server": CC["SERVER_PROGRAM"],
     **{
         name: CC["OP_LIBRARY"].format(MINOR=tensorflow.minor)
@@ -107,16 +108,22 @@ class build_libraries(build_ext):
         self.server = server_packages.chosen()
         if not self.server:
             self.extensions = [ext for ext in self.extensions if not ext.name.endswith(".server")]
+        if not self.cuda:
+            self.extensions = [
+                ext for ext in self.extensions if not ext.name.endswith(".cuda_library")
+            ]
         self.remove_libraries_for_others()
         files = sum(len(ext.sources) for ext in self.extensions)
-        files += len(CC["CUDA_SOURCES"]) if self.cuda else 0
+        if self.cuda:
+            files += len({*CC["CUDA_SESSION_KERNEL_SOURCES"], *CC["CUDA_SESSION_SOURCES"]})
+            files += len(CC["CUDA_SOURCES"]) if TENSORFLOWS else 0
         with build_progress.Progress(self.what_is_built(), files) as self.progress:
             super().run()
 
     def wants_cuda(self):
         """Return whether GPU kernels are asked for, or a TensorFlow here can use them."""
         if os.environ.get(nvcc.CUDA):
-            return bool(TENSORFLOWS)
+            return True
         return any(tensorflow.has_cuda for tensorflow in TENSORFLOWS.values())
 
     @functools.cached_property
@@ -129,7 +136,7 @@ class build_libraries(build_ext):
         """Return a sentence: what the compiler is busy with, and what is left out and why."""
         parts = ["sessions"]
         parts += [f"TensorFlow {tensorflow.minor}'s ops" for tensorflow in TENSORFLOWS.values()]
-        parts += [f"GPU kernels (CUDA {self.cuda})"] if self.cuda else []
+        parts += [f"GPU kernels and sessions (CUDA {self.cuda})"] if self.cuda else []
         parts += ["the server"] if self.server else []
         built = (
             f"Compiling {', '.join(parts)}. The first time this takes some minutes, because vector "
@@ -159,6 +166,9 @@ class build_libraries(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         name = ext.name.split(".")[-1]
         print(f"building {target.name}")
+        if name == "cuda_library":
+            self.cuda.session_library(target, self.core_library(), nvcc.OBJECTS, self.progress.step)
+            return
         kind = "op_library" if name in TENSORFLOWS else name
         options, objects, links = getattr(self, f"options_of_{kind}")(ext)
         cuda_sources = sources("BUILD_INFO", "TENSORFLOW_GPU") if self.cuda else []
@@ -253,20 +263,27 @@ class build_libraries(build_ext):
         return ["-Iinclude", *includes, *self.server.compile], [], links
 
     def remove_libraries_for_others(self):
-        """Remove op libraries that an earlier build in this folder made for other TensorFlows."""
-        folder = Path(self.get_ext_fullpath(f"{PACKAGE}.core_library")).parent
+        """Remove what an earlier build in this folder made for other TensorFlows, or with CUDA."""
+        folder = self.core_library().parent
+        if not self.cuda:
+            (folder / CC["CUDA_LIBRARY"]).unlink(missing_ok=True)
         for path in folder.glob(CC["OP_LIBRARY"].format(MINOR="*")):
             if path.name not in FILES.values():
                 path.unlink()
 
+    def core_library(self):
+        """Return the path that the core library is built at."""
+        return Path(self.get_ext_fullpath(f"{PACKAGE}.core_library"))
+
     def core_link_options(self):
         """Return the linker options of a library that links the core library."""
-        core = Path(self.get_ext_fullpath(f"{PACKAGE}.core_library"))
+        core = self.core_library()
         return [f"-L{core.parent}", f"-l:{core.name}", *CC["BESIDE_CORE_LINK_OPTIONS"]]
 
 
 PARTS = {
     "core_library": ("ATTENTION", "SESSION"),
+    "cuda_library": (),  # nvcc compiles its sources
     **dict.fromkeys(TENSORFLOWS, ("TENSORFLOW", "BUILD_INFO")),
     CC["EXTENSION"]: ("PYTHON",),
     "server": ("SERVER_MODEL", "SERVER", "SERVER_MAIN"),

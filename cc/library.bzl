@@ -3,6 +3,9 @@
 # Kernels, sessions and the C interface: no TensorFlow, no Python. The other two libraries link it.
 CORE_LIBRARY = "libcontinual_transformers.so"
 
+# Sessions on a GPU. The core library loads it when one is asked for; it links the core library.
+CUDA_LIBRARY = "libcontinual_transformers_cuda.so"
+
 # The TensorFlow ops, for one minor version of TensorFlow.
 OP_LIBRARY = "libcontinual_transformers_tf{MINOR}.so"
 
@@ -55,8 +58,11 @@ ATTENTION_SOURCES = [
 SESSION_HEADERS = [
     "session/activations.h",
     "session/attention_instructions.h",
+    "session/block_memory.h",
     "session/compiler.h",
+    "session/cpu_executor.h",
     "session/dense_instruction.h",
+    "session/device.h",
     "session/error.h",
     "session/executor.h",
     "session/few_queries_instruction.h",
@@ -82,8 +88,11 @@ SESSION_HEADERS = [
 
 SESSION_SOURCES = [
     "session/activations.cc",
+    "session/block_memory.cc",
     "session/c_api.cc",
     "session/compiler.cc",
+    "session/cpu_executor.cc",
+    "session/device.cc",
     "session/executor.cc",
     "session/fingerprint.cc",
     "session/fork.cc",
@@ -98,12 +107,14 @@ SESSION_SOURCES = [
 ]
 
 PYTHON_HEADERS = [
+    "python/gpu_array.h",
     "python/numpy_api.h",
     "python/python_session.h",
     "python/small_vector.h",
 ]
 
 PYTHON_SOURCES = [
+    "python/gpu_array.cc",
     "python/python_session.cc",
     "python/session_module.cc",
     "python/session_step.cc",
@@ -194,6 +205,7 @@ TENSORFLOW_GPU_SOURCES = [
 # the kernels have a separate library with it.
 CUDA_HEADERS = [
     "arrival.cuh",
+    "block_sum.cuh",
     "c_api.h",
     "co_si_encoder_step.h",
     "co_si_mha_step.h",
@@ -217,6 +229,42 @@ CUDA_SOURCES = [
 
 CUDA_C_API_SOURCES = [
     "c_api.cu",
+]
+
+# Sessions on a GPU, also in //cuda and for nvcc.
+CUDA_SESSION_HEADERS = [
+    "session/activate.cuh",
+    "session/advance.h",
+    "session/device_arena.h",
+    "session/device_executor.h",
+    "session/device_frame.h",
+    "session/device_memory.h",
+    "session/device_plan.h",
+    "session/element_size.h",
+    "session/for_each.cuh",
+    "session/node_kernels.h",
+]
+
+CUDA_SESSION_SOURCES = [
+    "session/advance.cu",
+    "session/attention_nodes.cu",
+    "session/axis_nodes.cu",
+    "session/backend.cc",
+    "session/device_arena.cc",
+    "session/device_executor.cc",
+    "session/device_memory.cc",
+    "session/device_plan.cc",
+    "session/element_nodes.cu",
+    "session/layout_nodes.cu",
+    "session/product_nodes.cu",
+    "session/recurrent_node.cu",
+    "session/ring_nodes.cu",
+]
+
+# Those of CUDA_SOURCES that sessions use.
+CUDA_SESSION_KERNEL_SOURCES = [
+    "dense.cu",
+    "normalize.cu",
 ]
 
 # The server: a program that links the core library. tools/server_packages.py finds the rest.
@@ -355,6 +403,7 @@ CORE_LINK_OPTIONS = [
     "-Wl,-Bsymbolic",
     "-Wl,-z,defs",
     "-pthread",
+    "-ldl",
 ]
 
 # The libraries that link the core library export only what is marked in their sources.

@@ -2,35 +2,15 @@
 #include <cstdint>
 
 #include "cc/attention/step_types.h"
+#include "cuda/block_sum.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/normalize.h"
-#include "cuda/warp.cuh"
 
 namespace continual_transformers {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kLanesPerWarp;
-
-// Returns the sum over a block's threads, to all of them.
 template <typename T>
-__device__ T SumOverBlock(T x) {
-  __shared__ T sums[kWarps];
-#pragma unroll
-  for (int distance = kLanesPerWarp / 2; distance > 0; distance /= 2) {
-    x += OfLaneAcross(x, distance);
-  }
-  __syncthreads();  // until the sums of an earlier call have been read
-  if (threadIdx.x % kLanesPerWarp == 0) sums[threadIdx.x / kLanesPerWarp] = x;
-  __syncthreads();
-  x = T(0);
-#pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) x += sums[warp];
-  return x;
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kBlockSumThreads)
     NormalizeKernel(const __grid_constant__ DeviceNormalizeParams<T> p) {
   ReleaseNext();
   WaitForPrevious();
@@ -39,11 +19,12 @@ __global__ void __launch_bounds__(kThreads)
   const int size = static_cast<int>(p.size);
   // The row is read three times and not kept, because it has any size. It is in L1.
   T sum = T(0), squares = T(0);
-  for (int i = threadIdx.x; i < size; i += kThreads) sum += x[i];
+  for (int i = threadIdx.x; i < size; i += kBlockSumThreads) sum += x[i];
   const T mean = SumOverBlock(sum) / size;
-  for (int i = threadIdx.x; i < size; i += kThreads) squares += (x[i] - mean) * (x[i] - mean);
+  for (int i = threadIdx.x; i < size; i += kBlockSumThreads)
+    squares += (x[i] - mean) * (x[i] - mean);
   const T factor = T(1) / std::sqrt(SumOverBlock(squares) / size + p.norm.epsilon);
-  for (int i = threadIdx.x; i < size; i += kThreads) {
+  for (int i = threadIdx.x; i < size; i += kBlockSumThreads) {
     y[i] = (x[i] - mean) * factor * p.norm.scale[i] + p.norm.offset[i];
   }
 }
@@ -52,7 +33,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T>
 cudaError_t LaunchNormalize(const DeviceNormalizeParams<T>& params, cudaStream_t stream) {
-  return Launch(NormalizeKernel<T>, params.rows, kThreads, params.overlap, stream, params);
+  return Launch(NormalizeKernel<T>, params.rows, kBlockSumThreads, params.overlap, stream, params);
 }
 
 #define INSTANTIATE(T) \

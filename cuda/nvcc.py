@@ -90,11 +90,23 @@ class Toolkit(NamedTuple):
     def library(self, target):
         """Links the kernels and their C interface, compiled beside the target."""
         sources = LISTS["CUDA_SOURCES"] + LISTS["CUDA_C_API_SOURCES"]
-        objects = self.compile_all(sources, target.parent)
+        self.link(target, self.compile_all(sources, target.parent))
+
+    def session_library(self, target, core, folder, on_file=lambda name: None):
+        """Link the library of sessions on a GPU to the core library, a path.
+
+        Objects are kept in `folder`. `on_file` is as in `compile_all`.
+        """
+        sources = LISTS["CUDA_SESSION_KERNEL_SOURCES"] + LISTS["CUDA_SESSION_SOURCES"]
+        objects = self.compile_all(sources, folder, on_file)
+        beside = (*LISTS["BESIDE_CORE_LINK_OPTIONS"], f"-L{core.parent}", f"-l:{core.name}")
+        self.link(target, objects, beside)
+
+    def link(self, target, objects, options=()):
         status, said = run(
             *(os.environ.get("CXX", "g++"), "-shared", "-o", str(target), *map(str, objects)),
             *(f"-L{folder}" for folder in self.lib),
-            *(*LISTS["CUDA_LINK_OPTIONS"], "-Wl,-z,defs"),
+            *(*options, *LISTS["CUDA_LINK_OPTIONS"], "-Wl,-z,defs"),
         )
         if status:
             raise SystemExit(said)
@@ -191,6 +203,9 @@ def main():
     command.add_argument("target", type=Path)
     command = commands.add_parser("library", help="make a library of the kernels")
     command.add_argument("target", type=Path)
+    command = commands.add_parser("session-library", help="make the library of sessions on a GPU")
+    command.add_argument("target", type=Path)
+    command.add_argument("core", type=Path)
     options = parser.parse_args()
     try:
         if options.command == "describe":
@@ -200,6 +215,8 @@ def main():
             facts = json.loads(options.toolkit.read_text())
             toolkit = Toolkit(**{name: facts[name] for name in Toolkit._fields})
             toolkit.compile(options.source, options.target)
+        elif options.command == "session-library":
+            find().session_library(options.target, options.core, options.target.parent)
         else:
             find().library(options.target)
     except Unusable as why:

@@ -65,6 +65,12 @@ class PartialAttention {
   // rows at a time. The logits are written to `scores`; null: not wanted.
   template <int kRows, typename RowOf>
   __device__ void Attend(int begin, int end, const RowOf& row, T* scores) {
+    Attend<kRows>(begin, end, row, scores, [](T logit, int) { return logit; });
+  }
+
+  // The same with the logits logit_of(scaled product, column).
+  template <int kRows, typename RowOf, typename LogitOf>
+  __device__ void Attend(int begin, int end, const RowOf& row, T* scores, const LogitOf& logit_of) {
     // Zeros where a lane has nothing to load, so that products with them are not NaN.
     Loaded key[kRows] = {}, value[kRows] = {};
     // Every group has the same number of turns, because shuffles need all lanes of a warp.
@@ -84,7 +90,8 @@ class PartialAttention {
       T largest = -std::numeric_limits<T>::infinity();
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const T logit = Dot(key[r]) * scale_;
+        const int column = Column(base, r);
+        const T logit = logit_of(Dot(key[r]) * scale_, column < end ? column : end - 1);
         // The logit of a row that is not attended to is dropped, even if it is NaN.
         logits[r] = attended[r] ? logit : -std::numeric_limits<T>::infinity();
         if (logits[r] > largest) largest = logits[r];

@@ -245,7 +245,7 @@ def test_no_kernel_takes_more_than_its_limits(toolkit):
 
 @pytest.mark.slow
 def test_the_library_of_the_c_interface_loads_without_a_driver(toolkit):
-    path = nvcc.OBJECTS / "libcontinual_transformers_cuda.so"
+    path = nvcc.OBJECTS / "libcontinual_transformers_kernels.so"
     toolkit.library(path)
     declared = re.findall(
         r"\b(continual_transformers_cuda_\w+)\(", (ROOT / "cuda" / "c_api.h").read_text()

@@ -46,7 +46,7 @@ def test_the_lists_of_sources_are_complete():
             *("ATTENTION", "SESSION", "PYTHON", "TENSORFLOW", "BUILD_INFO", "TENSORFLOW_GPU"),
             *("SERVER", "SERVER_MODEL", "SERVER_MAIN"),
         ),
-        "cuda": ("CUDA", "CUDA_C_API"),
+        "cuda": ("CUDA", "CUDA_C_API", "CUDA_SESSION"),
     }
     for folder, parts in listed.items():
         kinds = [f"{part}_{kind}" for part in parts for kind in ("HEADERS", "SOURCES")]

@@ -132,13 +132,13 @@ def repair(wheel: Path, out: Path, machine: str = MACHINE, programs: str | None 
 
 
 def cuda_wheel(wheel: Path, python: Path) -> Path:
-    """Pack the op libraries of a wheel that was built with CUDA. Return the new wheel's path."""
+    """Pack the GPU libraries of a wheel that was built with CUDA. Return the new wheel's path."""
     source = WORK / "cuda_package"
     shutil.copytree(CUDA_PACKAGE, source)
     shutil.copy(ROOT / "LICENSE", source)
     with zipfile.ZipFile(wheel) as files:
-        for minor in LISTS["TENSORFLOWS"]:
-            name = LISTS["OP_LIBRARY"].format(MINOR=minor)
+        op_libraries = [LISTS["OP_LIBRARY"].format(MINOR=minor) for minor in LISTS["TENSORFLOWS"]]
+        for name in (LISTS["CUDA_LIBRARY"], *op_libraries):
             target = source / "continual_transformers_tf_cuda" / name
             target.write_bytes(files.read(f"continual_transformers_tf/{name}"))
     version = {"CONTINUAL_TRANSFORMERS_VERSION": PROJECT["version"]}

@@ -315,6 +315,8 @@ PythonSession::PythonSession(std::shared_ptr<const ModelFile> file, const Sessio
     }
     short_rows_ = fits;
   }
+  constexpr char kCuda[] = "cuda:";  // Session has checked what follows
+  if (options.device.rfind(kCuda, 0) == 0) gpu_ = std::stoi(options.device.substr(5));
 }
 
 bool PythonSession::ReleasesForNanoseconds(double nanoseconds) const {

@@ -106,6 +106,8 @@ class PythonSession {
 
   Session& session() { return *session_; }
   const SessionOptions& options() const { return options_; }
+  // The number of the GPU that it runs on; -1: it runs on the CPU.
+  int gpu() const { return gpu_; }
   const std::vector<ArraySpec>& inputs() const { return inputs_; }
   const std::vector<ArraySpec>& outputs() const { return outputs_; }
   const Structure& input_structure() const { return input_structure_; }
@@ -127,6 +129,7 @@ class PythonSession {
   std::vector<ArraySpec> inputs_, outputs_;
   Structure input_structure_, output_structure_;
   int64_t short_rows_ = 0;
+  int gpu_ = -1;
 };
 
 // Returns the PythonSession of a Python instance. Throws PythonError if it has none.

@@ -46,12 +46,14 @@ std::optional<DType> DTypeOrNone(const std::optional<std::string>& name) {
 
 SessionOptions OptionsOf(int64_t streams, int64_t threads,
                          const std::optional<std::string>& cache_dtype,
-                         const std::optional<std::string>& weights_dtype) {
+                         const std::optional<std::string>& weights_dtype,
+                         const std::string& device) {
   SessionOptions options;
   options.streams = streams;
   options.threads = threads;
   options.cache_dtype = DTypeOrNone(cache_dtype);
   options.weights_dtype = DTypeOrNone(weights_dtype);
+  options.device = device;
   return options;
 }
 
@@ -434,16 +436,16 @@ PYBIND11_MODULE(_session, module) {
   py::class_<PythonSession> type(module, "NativeSession");
   type.def(py::init([](const py::object& model, bool is_path, int64_t streams, int64_t threads,
                        const std::optional<std::string>& cache_dtype,
-                       const std::optional<std::string>& weights_dtype) {
+                       const std::optional<std::string>& weights_dtype, const std::string& device) {
              return Translated([&] {
                const SessionOptions options =
-                   OptionsOf(streams, threads, cache_dtype, weights_dtype);
+                   OptionsOf(streams, threads, cache_dtype, weights_dtype, device);
                return std::make_unique<PythonSession>(
                    is_path ? Map(py::cast<std::string>(model)) : Copy(model), options);
              });
            }),
            py::arg("model"), py::kw_only(), py::arg("is_path"), py::arg("streams"),
-           py::arg("threads"), py::arg("cache_dtype"), py::arg("weights_dtype"));
+           py::arg("threads"), py::arg("cache_dtype"), py::arg("weights_dtype"), py::arg("device"));
   AddMethod(type, &step_method);
   AddMethod(type, &steps_method);
   type.def("_open", Bound(&Open), py::arg("count"))
@@ -492,6 +494,8 @@ PYBIND11_MODULE(_session, module) {
       .def_property_readonly("_weights_dtype", Read([](PythonSession& session) {
                                return NameOf(session.session().executor()->options().weights_dtype);
                              }))
+      .def_property_readonly("_device",
+                             Read([](PythonSession& session) { return session.options().device; }))
       .def_property_readonly("_limit",
                              Read([](PythonSession& session) { return session.options().streams; }))
       .def_property_readonly("_threads",

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cc/python/gpu_array.h"
 #include "cc/python/python_session.h"
 
 namespace continual_transformers {
@@ -73,6 +74,7 @@ std::string ShapeText(PyArrayObject* array) {
 // The number of streams and steps of a call.
 struct Rows {
   int axes;             // 1: streams; 2: streams and steps
+  int gpu;              // the session's; -1: it is on the CPU
   npy_intp in_a_block;  // steps of the inputs in a step of the plan
   npy_intp streams = -1;
   npy_intp steps = 1;  // of the plan
@@ -126,9 +128,21 @@ PyArrayObject* Plain(PyArrayObject* array, int type_number, References* referenc
   return reinterpret_cast<PyArrayObject*>(copy);
 }
 
+// Returns an array on the session's GPU as GpuArrayOrNull does, or else what is given.
+PyObject* OrGpuArray(const ArraySpec& spec, PyObject* given, const Rows& rows,
+                     References* references) {
+  if (rows.gpu < 0 || PyArray_Check(given)) return given;
+  PyObject* const array = reinterpret_cast<PyObject*>(GpuArrayOrNull(given, rows.gpu, spec.label));
+  if (array == nullptr) return given;
+  references->Take(array);
+  return array;
+}
+
 // Checks an input. The first one sets the number of rows.
 PyArrayObject* CheckInput(const ArraySpec& spec, PyObject* given, Rows* rows,
                           References* references) {
+  // Indices are checked on the host.
+  if (!spec.is_integer) given = OrGpuArray(spec, given, *rows, references);
   if (!PyArray_Check(given)) {
     Raise(PyExc_TypeError, spec.label + " is of type " + Py_TYPE(given)->tp_name +
                                ". Expected a NumPy array " + rows->Expected(spec) + " of " +
@@ -178,7 +192,9 @@ PyArrayObject* CheckInput(const ArraySpec& spec, PyObject* given, Rows* rows,
 constexpr char kMakeOutput[] = ": np.empty makes such an array.";
 
 // Checks an output array.
-PyArrayObject* CheckOutput(const ArraySpec& spec, PyObject* given, const Rows& rows) {
+PyArrayObject* CheckOutput(const ArraySpec& spec, PyObject* given, const Rows& rows,
+                           References* references) {
+  given = OrGpuArray(spec, given, rows, references);
   if (!PyArray_Check(given)) {
     Raise(PyExc_TypeError, spec.label + " is of type " + Py_TYPE(given)->tp_name +
                                ". Expected a NumPy array " + rows.Expected(spec, false) + " of " +
@@ -382,6 +398,7 @@ PyObject* TakeSteps(PyObject* self, const Arguments& arguments, int axes) {
   References references;
   Rows rows;
   rows.axes = axes;
+  rows.gpu = python_session.gpu();
   rows.in_a_block = python_session.session().plan().block;
 
   SmallVector<PyObject*, kFew> items;
@@ -420,6 +437,7 @@ PyObject* TakeSteps(PyObject* self, const Arguments& arguments, int axes) {
   if (arguments.out) {
     Flatten(python_session.output_structure(), arguments.out, "out", &items, &references);
   }
+  SmallVector<PyArrayObject*, kFew> output_arrays;
   SmallVector<void*, kFew> output_data;
   for (size_t i = 0; i < outputs.size(); ++i) {
     const ArraySpec& spec = outputs[i];
@@ -438,18 +456,17 @@ PyObject* TakeSteps(PyObject* self, const Arguments& arguments, int axes) {
       items[i] = made;
       array = reinterpret_cast<PyArrayObject*>(made);
     } else {
-      array = CheckOutput(spec, items[i], rows);
+      array = CheckOutput(spec, items[i], rows, &references);
       bool overlaps = key_mask_array && Overlap(array, key_mask_array);
       for (PyArrayObject* input : input_arrays) overlaps = overlaps || Overlap(array, input);
-      for (size_t j = 0; j < i; ++j) {
-        overlaps = overlaps || Overlap(array, reinterpret_cast<PyArrayObject*>(items[j]));
-      }
+      for (PyArrayObject* output : output_arrays) overlaps = overlaps || Overlap(array, output);
       if (overlaps) {
         Raise(PyExc_ValueError, spec.label +
                                     " shares memory with an input or another output. Expected "
                                     "separate memory: np.empty makes such an array.");
       }
     }
+    output_arrays.push_back(array);
     output_data.push_back(PyArray_DATA(array));
   }
 
@@ -507,12 +524,13 @@ Args:
         layers with strides, its block of steps, `(M, block, ...)`; several in the
         model's own structure (a list, or a dict by name; for a list of named inputs also a dict).
         `inputs` has shapes and dtypes. Dtypes must be exact; an array that is not C-contiguous is
-        copied.
+        copied. On a GPU, arrays of numbers that are no indices may lie there: anything with
+        `__dlpack__`, contiguous.
     streams: The stream of each row: a list or tuple of ids, an int64 array `(M,)`, or one id if
         M = 1. None: row i is the session's i-th default stream, which the first such step opens.
     out: Arrays to write the outputs to, in the structure of the returned outputs. None, here or
-        inside the structure: a new array. Arrays must be C-contiguous, with the exact shape and
-        dtype, and share no memory with the inputs.
+        inside the structure: a new NumPy array. Arrays must be C-contiguous, with the exact shape
+        and dtype, and share no memory with the inputs. On a GPU they may lie there.
     key_mask: bool `(M,)`, an array or a list; False marks a gap of all inputs: no query attends to
         that step, now or later.
 

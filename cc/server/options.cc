@@ -79,6 +79,10 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
   batches->add_option("--threads", options->model.threads, "Threads that compute a batch")
       ->capture_default_str()
       ->check(CLI::Range(1, 1024));
+  batches
+      ->add_option("--device", options->model.device,
+                   "What computes batches: cpu, or cuda:0 for the first GPU")
+      ->capture_default_str();
   batches->add_option("--max-batch", options->model.queue.rows, "Most rows of a batch")
       ->capture_default_str()
       ->check(CLI::Range(1, 1 << 20));

@@ -28,6 +28,7 @@ int64_t Nanoseconds(Clock::duration duration) {
 SessionOptions OptionsOf(const ModelOptions& options) {
   SessionOptions of_session;
   of_session.threads = options.threads;
+  of_session.device = options.device;
   // The table counts streams. The session has room for more: a stream that begins anew has two
   // blocks until its first step is taken.
   return of_session;

@@ -26,6 +26,7 @@ namespace continual_transformers::server {
 
 struct ModelOptions {
   int64_t threads = 1;                        // that compute a batch
+  std::string device = "cpu";                 // or "cuda:0" and so on
   int64_t max_streams = 0;                    // the most open at once; 0: no limit
   bool strict_start = false;                  // a stream begins with sequence_start only
   std::chrono::milliseconds idle_timeout{0};  // 0: streams may be idle for ever

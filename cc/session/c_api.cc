@@ -4,6 +4,7 @@
 #include <continual_transformers.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <exception>
 #include <memory>
@@ -133,14 +134,17 @@ std::optional<ct::DType> OptionalDtype(const ct_dtype& dtype, const char* name) 
 
 ct::SessionOptions Options(const ct_options* options) {
   if (options == nullptr) return {};
-  // sizeof(ct_options) here is the size in the first version. A newer header may have a larger one.
-  if (options->size < sizeof(ct_options)) {
+  // The fields of the first version. An older caller has no more, a newer header may have a larger
+  // struct than this one.
+  constexpr size_t kFirst = offsetof(ct_options, device);
+  if (options->size < kFirst) {
     Invalid("the `size` of ct_options is " + std::to_string(options->size) + ", expected " +
             std::to_string(sizeof(ct_options)) +
             ": initialize the options with CT_OPTIONS_DEFAULT");
   }
   const char* const bytes = reinterpret_cast<const char*>(options);
-  if (std::any_of(bytes + sizeof(ct_options), bytes + options->size,
+  if (options->size > sizeof(ct_options) &&
+      std::any_of(bytes + sizeof(ct_options), bytes + options->size,
                   [](char byte) { return byte != 0; })) {
     Invalid("ct_options has fields that library version " + std::string(kVersion) +
             " does not know, and they are not zero: use a newer library");
@@ -150,6 +154,9 @@ ct::SessionOptions Options(const ct_options* options) {
   result.threads = options->threads;
   result.cache_dtype = OptionalDtype(options->cache_dtype, "cache_dtype");
   result.weights_dtype = OptionalDtype(options->weights_dtype, "weights_dtype");
+  if (options->size >= sizeof(ct_options) && options->device != nullptr) {
+    result.device = options->device;
+  }
   return result;
 }
 

@@ -109,10 +109,10 @@ class Compiler {
         producer_(plan_.values.size(), -1),
         uses_(plan_.values.size(), 0),
         user_(plan_.values.size(), -1),
-        is_output_(plan_.values.size(), false) {}
+        is_output_(plan_.values.size(), false),
+        state_(LayOut(plan_, options.cache_dtype).entries) {}
 
   CompiledPlan Compile() {
-    LayOutState();
     FindUses();
     for (size_t i = 0; i < plan_.nodes.size(); ++i) {
       if (!absorbed_[i]) Translate(i);
@@ -143,20 +143,8 @@ class Compiler {
 
   // ---- Facts about the plan, found before any instruction is made. ----
 
-  void LayOutState() {
-    StateLayout layout = LayOut(plan_, options_.cache_dtype);
-    result_.state = std::move(layout.entries);
-    result_.block_bytes = layout.block_bytes;
-    for (const StateEntry& entry : result_.state) {
-      const Op op = plan_.nodes[entry.node].op;
-      if (op == Op::kPositional || op == Op::kRetroactiveAttention || op == Op::kRecurrent) {
-        result_.zeroed.push_back({entry.offset, BytesOf(entry)});
-      }
-    }
-  }
-
   int64_t Offset(int node, const std::string& name) const {
-    for (const StateEntry& entry : result_.state) {
+    for (const StateEntry& entry : state_) {
       if (entry.node == node && entry.name == name) return entry.offset;
     }
     throw Error(ErrorCode::kInternal, plan_.nodes[node].name + " has no state " + name);
@@ -315,7 +303,7 @@ class Compiler {
       case Op::kCast:
         return Cast(ValueOf(In(node)).dtype, ValueOf(output).dtype, In(node), output, size);
       case Op::kEmbedding:
-        return Embedding(i);
+        return Embedding(node);
       case Op::kNotEqual:
         return NotEqual(node);
       case Op::kMasked:
@@ -692,10 +680,8 @@ class Compiler {
     }
   }
 
-  std::unique_ptr<Instruction> Embedding(int i) {
-    const Node& node = plan_.nodes[i];
+  std::unique_ptr<Instruction> Embedding(const Node& node) {
     const Tensor& table = file_.tensor(node.weights.at("table"));
-    AddTokenCheck(i, table.shape[0]);
     std::vector<T> rows = Kept(Weights(node, "table"));
     if (ValueOf(In(node)).dtype == DType::kInt32) {
       return MakeEmbedding<T, int32_t>(std::move(rows), table.shape[1], In(node), Out(node),
@@ -703,43 +689,6 @@ class Compiler {
     }
     return MakeEmbedding<T, int64_t>(std::move(rows), table.shape[1], In(node), Out(node),
                                      Size(In(node)));
-  }
-
-  // Follows the indices of an embedding back to an input of the plan.
-  void AddTokenCheck(int i, int64_t rows) {
-    int value = plan_.nodes[i].inputs[0];
-    std::vector<int64_t> elements(Size(value));
-    std::iota(elements.begin(), elements.end(), 0);
-    for (;;) {
-      const int root = Root(value);
-      const int producer = producer_[root];
-      if (producer < 0) {
-        for (size_t input = 0; input < plan_.inputs.size(); ++input) {
-          if (plan_.inputs[input].value == root) {
-            result_.token_checks.push_back({i, static_cast<int>(input), elements, rows});
-            return;
-          }
-        }
-      }
-      if (producer < 0 || plan_.nodes[producer].op != Op::kStrided) {
-        throw Error(ErrorCode::kBadModelFile,
-                    plan_.nodes[i].name +
-                        ": another node computes the indices of this embedding, expected an input "
-                        "of the plan, or elements of one");
-      }
-      const Node& strided = plan_.nodes[producer];
-      const std::vector<int64_t>& shape = ValueOf(strided.outputs[0]).shape;
-      const std::vector<int64_t>& strides = strided.Ints("strides");
-      for (int64_t& element : elements) {
-        int64_t at = strided.Int("offset"), rest = element;
-        for (size_t axis = shape.size(); axis-- > 0;) {
-          at += rest % shape[axis] * strides[axis];
-          rest /= shape[axis];
-        }
-        element = at;
-      }
-      value = strided.inputs[0];
-    }
   }
 
   std::unique_ptr<Instruction> Recurrent(int i) {
@@ -998,6 +947,7 @@ class Compiler {
   // One per storage: the node that writes it or -1, the number of reads, and the last reader.
   std::vector<int> producer_, uses_, user_;
   std::vector<bool> is_output_;
+  const std::vector<StateEntry> state_;
   std::map<std::string, std::shared_ptr<const void>> packed_;  // By the tensor's name.
   int64_t other_weights_ = 0;
 };

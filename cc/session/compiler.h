@@ -34,23 +34,6 @@ struct CompiledPlan {
   // outputs are copied there.
   std::vector<bool> written_in_place;
 
-  std::vector<StateEntry> state;
-  int64_t block_bytes = 0;
-  // Bytes that must be zero in the block of a fresh stream.
-  struct Bytes {
-    int64_t offset, size;
-  };
-  std::vector<Bytes> zeroed;
-
-  // The input elements that index a table, and its number of rows.
-  struct TokenCheck {
-    int node;
-    int input;  // index in Plan::inputs
-    std::vector<int64_t> elements;
-    int64_t rows;
-  };
-  std::vector<TokenCheck> token_checks;
-
   std::vector<std::shared_ptr<void>> kept;  // owns memory that instructions point to
   int64_t weights_bytes = 0;
 };

@@ -1,307 +1,113 @@
 #include "cc/session/executor.h"
 
-#include <algorithm>
-#include <chrono>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
 #include <memory>
-#include <new>
+#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "cc/session/compiler.h"
 #include "cc/session/error.h"
-#include "cc/session/instruction.h"
-#include "cc/session/thread_pool.h"
+#include "cc/session/state_layout.h"
 
 namespace continual_transformers {
 namespace {
 
-// The most rows that go through the plan at a time. Enough rows share one read of the weights, and
-// few enough stay in the near caches between two nodes. A multiple of the rows that a matrix
-// product keeps in registers.
-constexpr int64_t kRowsAtOnce = 96;
-// A rough clock rate, in cycles per nanosecond.
-constexpr double kCyclesANanosecond = 3;
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Bytes = std::unique_ptr<char, Free>;
-
-Bytes Allocate(int64_t bytes) {
-  const int64_t size = std::max<int64_t>(64, (bytes + 63) / 64 * 64);
-  Bytes p(static_cast<char*>(std::aligned_alloc(64, size)));
-  if (p == nullptr) throw std::bad_alloc();
-  return p;
+// Returns whether a node's state must be zeros in a fresh stream. The others write their rows
+// before they read them.
+bool StartsAtZero(Op op) {
+  return op == Op::kPositional || op == Op::kRetroactiveAttention || op == Op::kRecurrent;
 }
 
 }  // namespace
 
-struct Arena::Data {
-  // The memory of one thread.
-  struct Part {
-    Bytes values, scratch;
-    int64_t rows = 0;             // room in `values`
-    int64_t laid_out_for = -1;    // the number of rows that `pointers` is set for
-    std::vector<char*> pointers;  // one per plan value
-    int64_t bytes = 0;
-    std::vector<double> seconds;  // one per instruction
-  };
-  std::vector<Part> parts;
-  bool profiles = false;
-};
-
-Arena::Arena() : data_(std::make_unique<Data>()) {}
-Arena::~Arena() = default;
-
-class Executor::Impl {
- public:
-  Impl(std::shared_ptr<const ModelFile> file, const ExecutorOptions& options)
-      : file_(std::move(file)),
-        options_(options),
-        compiled_(Compile(*file_, options_)),
-        pool_(options.threads) {
-    if (options.threads < 1) {
-      throw Error(ErrorCode::kInvalidArgument,
-                  "Expected at least 1 thread, but got " + std::to_string(options.threads));
-    }
-    const Plan& plan = file_->plan();
-    for (const Port& input : plan.inputs) input_bytes_.push_back(RowBytes(input.value));
-    for (const Port& output : plan.outputs) output_bytes_.push_back(RowBytes(output.value));
-  }
-
-  const std::shared_ptr<const ModelFile> file_;
-  const ExecutorOptions options_;
-  const CompiledPlan compiled_;
-
-  void SizeArena(Arena::Data* arena) const {
-    arena->parts.resize(pool_.threads());
-    for (Arena::Data::Part& part : arena->parts) {
-      part.scratch = Allocate(compiled_.scratch_bytes);
-      part.bytes = compiled_.scratch_bytes;
-      part.seconds.resize(compiled_.instructions.size(), 0);
-      part.pointers.resize(file_->plan().values.size());
-    }
-  }
-
-  void Check(const StepCall& call) const {
-    for (const CompiledPlan::TokenCheck& check : compiled_.token_checks) {
-      const Value& value = file_->plan().values[file_->plan().inputs[check.input].value];
-      if (value.dtype == DType::kInt32) {
-        CheckTokens<int32_t>(check, value, call);
-      } else {
-        CheckTokens<int64_t>(check, value, call);
-      }
-    }
-  }
-
-  void Step(const StepCall& call, Arena::Data* arena) const {
-    const int64_t rows = call.streams * call.steps;
-    if (rows == 0) return;
-    const bool share = pool_.threads() > 1 && EstimatedCycles(rows) > kCyclesWorthThreads;
-    // Reserve all memory before the first stream steps. If there is not enough, no stream changes.
-    for (int64_t part = 0; part < (share ? pool_.threads() : 1); ++part) {
-      Reserve(std::min(rows, kRowsAtOnce), &arena->parts[part]);
-    }
-    if (!share || call.streams < pool_.threads()) {
-      // There are fewer streams than threads: the threads share the widest nodes.
-      StepStreams(call, 0, call.streams, share ? &pool_ : nullptr, arena, &arena->parts[0]);
-      return;
-    }
-    // Each thread takes its streams through the whole plan, without waiting for others between
-    // nodes.
-    const int64_t threads = pool_.threads();
-    const int64_t tasks = std::max(threads, (rows + kRowsAtOnce - 1) / kRowsAtOnce);
-    const int64_t count = std::min(call.streams, (tasks + threads - 1) / threads * threads);
-    pool_.Share(count, [&](int64_t task, int64_t worker) {
-      StepStreams(call, task * call.streams / count, (task + 1) * call.streams / count, nullptr,
-                  arena, &arena->parts[worker]);
-    });
-  }
-
-  int64_t EstimatedCycles(int64_t rows) const {
-    int64_t cycles = 0;
-    for (const auto& entry : compiled_.instructions) cycles += entry.instruction->Cycles(rows);
-    return cycles;
-  }
-
- private:
-  int64_t RowBytes(int value) const {
-    const Value& v = file_->plan().values[value];
-    return v.size * SizeOf(v.dtype);
-  }
-
-  template <typename Index>
-  void CheckTokens(const CompiledPlan::TokenCheck& check, const Value& value,
-                   const StepCall& call) const {
-    const Index* row = static_cast<const Index*>(call.inputs[check.input]);
-    for (int64_t r = 0; r < call.streams * call.steps; ++r, row += value.size) {
-      for (int64_t element : check.elements) {
-        const int64_t token = row[element];
-        if (token >= 0 && token < check.rows) continue;
-        throw Error(ErrorCode::kInvalidArgument,
-                    "Expected tokens from 0 to " + std::to_string(check.rows - 1) + " for " +
-                        file_->plan().nodes[check.node].name + ", but got " +
-                        std::to_string(token) + " for stream number " +
-                        std::to_string(r / call.steps) +
-                        " of the call; no stream has taken a step");
-      }
-    }
-  }
-
-  // Steps the streams begin, ..., end - 1 of a call, in groups of at most kRowsAtOnce rows.
-  void StepStreams(const StepCall& call, int64_t begin, int64_t end, ThreadPool* pool,
-                   Arena::Data* arena, Arena::Data::Part* part) const {
-    const int64_t steps = std::min(call.steps, kRowsAtOnce);
-    const int64_t most = std::max<int64_t>(1, kRowsAtOnce / call.steps);
-    const int64_t groups = (end - begin + most - 1) / most;
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t first = begin + g * (end - begin) / groups;
-      const int64_t last = begin + (g + 1) * (end - begin) / groups;
-      // A group of several streams takes all steps in one frame, so the rows are contiguous in both
-      // cases.
-      for (int64_t t = 0; t < call.steps; t += steps) {
-        RunFrame(call, first, last - first, t, std::min(steps, call.steps - t), pool, arena, part);
-      }
-    }
-  }
-
-  void RunFrame(const StepCall& call, int64_t first, int64_t streams, int64_t first_step,
-                int64_t steps, ThreadPool* pool, Arena::Data* arena,
-                Arena::Data::Part* part) const {
-    const Plan& plan = file_->plan();
-    const int64_t rows = streams * steps, row = first * call.steps + first_step;
-    if (part->laid_out_for != rows) LayOutFor(rows, part);
-    char** pointers = part->pointers.data();
-    for (size_t i = 0; i < plan.inputs.size(); ++i) {
-      // const_cast: instructions only read inputs.
-      pointers[plan.inputs[i].value] =
-          static_cast<char*>(const_cast<void*>(call.inputs[i])) + row * input_bytes_[i];
-    }
-    for (size_t i = 0; i < plan.outputs.size(); ++i) {
-      if (!compiled_.written_in_place[i]) continue;
-      const int root = compiled_.storage[plan.outputs[i].value];
-      pointers[root] = call.outputs[i] == nullptr
-                           ? part->values.get() + compiled_.arena_offset[root] * rows
-                           : static_cast<char*>(call.outputs[i]) + row * output_bytes_[i];
-    }
-    const Frame frame = {streams,
-                         steps,
-                         call.blocks + first,
-                         call.positions + first,
-                         first_step,
-                         call.key_mask == nullptr ? nullptr : call.key_mask + row,
-                         pointers,
-                         part->scratch.get(),
-                         pool};
-    if (arena->profiles) {
-      RunProfiled(frame, part);
-    } else {
-      for (const auto& entry : compiled_.instructions) entry.instruction->Run(frame);
-    }
-    for (size_t i = 0; i < plan.outputs.size(); ++i) {
-      if (compiled_.written_in_place[i] || call.outputs[i] == nullptr) continue;
-      std::memcpy(static_cast<char*>(call.outputs[i]) + row * output_bytes_[i],
-                  pointers[compiled_.storage[plan.outputs[i].value]], rows * output_bytes_[i]);
-    }
-  }
-
-  // Makes room for frames of up to `rows` rows.
-  void Reserve(int64_t rows, Arena::Data::Part* part) const {
-    if (part->rows >= rows) return;
-    part->values = Allocate(compiled_.arena_bytes_a_row * rows);
-    part->bytes += compiled_.arena_bytes_a_row * (rows - part->rows);
-    part->rows = rows;
-    part->laid_out_for = -1;
-  }
-
-  // Sets the pointers of all values that instructions write, for frames of `rows` rows.
-  void LayOutFor(int64_t rows, Arena::Data::Part* part) const {
-    for (size_t value = 0; value < part->pointers.size(); ++value) {
-      const int64_t offset = compiled_.arena_offset[value];
-      part->pointers[value] = offset < 0 ? nullptr : part->values.get() + offset * rows;
-    }
-    part->laid_out_for = rows;
-  }
-
-  void RunProfiled(const Frame& frame, Arena::Data::Part* part) const {
-    auto before = std::chrono::steady_clock::now();
-    for (size_t i = 0; i < compiled_.instructions.size(); ++i) {
-      compiled_.instructions[i].instruction->Run(frame);
-      const auto now = std::chrono::steady_clock::now();
-      part->seconds[i] += std::chrono::duration<double>(now - before).count();
-      before = now;
-    }
-  }
-
-  std::vector<int64_t> input_bytes_, output_bytes_;  // of one row
-  mutable ThreadPool pool_;
-};
-
 Executor::Executor(std::shared_ptr<const ModelFile> file, const ExecutorOptions& options)
-    : impl_(std::make_unique<Impl>(std::move(file), options)) {}
-
-Executor::~Executor() = default;
-
-const ModelFile& Executor::file() const { return *impl_->file_; }
-const Plan& Executor::plan() const { return impl_->file_->plan(); }
-const ExecutorOptions& Executor::options() const { return impl_->options_; }
-int64_t Executor::block_bytes() const { return impl_->compiled_.block_bytes; }
-const std::vector<StateEntry>& Executor::state() const { return impl_->compiled_.state; }
-int64_t Executor::weights_bytes() const { return impl_->compiled_.weights_bytes; }
-
-void Executor::InitBlock(char* block) const {
-  for (const CompiledPlan::Bytes& bytes : impl_->compiled_.zeroed) {
-    std::memset(block + bytes.offset, 0, bytes.size);
+    : file_(std::move(file)), options_(options) {
+  if (options.threads < 1) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "Expected at least 1 thread, but got " + std::to_string(options.threads));
+  }
+  StateLayout layout = LayOut(plan(), options_.cache_dtype);
+  state_ = std::move(layout.entries);
+  block_bytes_ = layout.block_bytes;
+  for (size_t i = 0; i < plan().nodes.size(); ++i) {
+    if (plan().nodes[i].op == Op::kEmbedding) {
+      token_checks_.push_back(TokenCheckOf(static_cast<int>(i)));
+    }
   }
 }
 
-std::unique_ptr<Arena> Executor::NewArena() const {
-  std::unique_ptr<Arena> arena(new Arena());
-  impl_->SizeArena(arena->data_.get());
-  return arena;
-}
-void Executor::Check(const StepCall& call) const { impl_->Check(call); }
-void Executor::Step(const StepCall& call, Arena* arena) const {
-  impl_->Step(call, arena->data_.get());
-}
-
-int64_t Executor::EstimatedNanoseconds(int64_t streams, int64_t steps) const {
-  // Many rows take time in proportion. Counting the cycles of all could overflow.
-  constexpr double kMostCounted = 1 << 20;
-  const double rows = static_cast<double>(streams) * static_cast<double>(steps);
-  const int64_t counted = static_cast<int64_t>(std::clamp(rows, 0.0, kMostCounted));
-  const double nanoseconds = static_cast<double>(impl_->EstimatedCycles(counted)) /
-                             kCyclesANanosecond * std::max(1.0, rows / kMostCounted);
-  return static_cast<int64_t>(std::min(nanoseconds, 9e18));
-}
-
-int64_t Executor::ArenaBytes(const Arena& arena) {
-  int64_t bytes = 0;
-  for (const Arena::Data::Part& part : arena.data_->parts) bytes += part.bytes;
-  return bytes;
-}
-
-void Executor::BeginProfile(Arena* arena) const {
-  arena->data_->profiles = true;
-  for (Arena::Data::Part& part : arena->data_->parts) {
-    std::fill(part.seconds.begin(), part.seconds.end(), 0);
+void Executor::InitBlock(char* block, BlockMemory* memory) const {
+  for (const StateEntry& entry : state_) {
+    if (StartsAtZero(plan().nodes[entry.node].op)) {
+      memory->Zero(block + entry.offset, BytesOf(entry));
+    }
   }
 }
 
-std::vector<Executor::ProfileEntry> Executor::EndProfile(Arena* arena) const {
-  arena->data_->profiles = false;
-  std::vector<ProfileEntry> entries;
-  for (size_t i = 0; i < impl_->compiled_.instructions.size(); ++i) {
-    const auto& entry = impl_->compiled_.instructions[i];
-    double seconds = 0;
-    for (const Arena::Data::Part& part : arena->data_->parts) seconds += part.seconds[i];
-    entries.push_back({entry.name, entry.op, seconds});
+void Executor::Check(const StepCall& call) const {
+  for (const TokenCheck& check : token_checks_) {
+    if (plan().values[plan().inputs[check.input].value].dtype == DType::kInt32) {
+      CheckTokens<int32_t>(check, call);
+    } else {
+      CheckTokens<int64_t>(check, call);
+    }
   }
-  return entries;
+}
+
+template <typename Index>
+void Executor::CheckTokens(const TokenCheck& check, const StepCall& call) const {
+  const int64_t size = plan().values[plan().inputs[check.input].value].size;
+  const Index* row = static_cast<const Index*>(call.inputs[check.input]);
+  for (int64_t r = 0; r < call.streams * call.steps; ++r, row += size) {
+    for (int64_t element : check.elements) {
+      const int64_t token = row[element];
+      if (token >= 0 && token < check.rows) continue;
+      throw Error(ErrorCode::kInvalidArgument,
+                  "Expected tokens from 0 to " + std::to_string(check.rows - 1) + " for " +
+                      plan().nodes[check.node].name + ", but got " + std::to_string(token) +
+                      " for stream number " + std::to_string(r / call.steps) +
+                      " of the call; no stream has taken a step");
+    }
+  }
+}
+
+// Follows the indices of an embedding back to an input of the plan.
+Executor::TokenCheck Executor::TokenCheckOf(int node) const {
+  const Node& embedding = plan().nodes[node];
+  const int64_t rows = file().tensor(embedding.weights.at("table")).shape[0];
+  int value = embedding.inputs[0];
+  std::vector<int64_t> elements(plan().values[value].size);
+  std::iota(elements.begin(), elements.end(), 0);
+  for (;;) {
+    for (size_t input = 0; input < plan().inputs.size(); ++input) {
+      if (plan().inputs[input].value == value) {
+        return {node, static_cast<int>(input), std::move(elements), rows};
+      }
+    }
+    const Node* producer = nullptr;
+    for (const Node& other : plan().nodes) {
+      if (other.outputs[0] == value) producer = &other;
+    }
+    if (producer == nullptr || (producer->op != Op::kStrided && producer->op != Op::kReshape)) {
+      throw Error(ErrorCode::kBadModelFile,
+                  embedding.name +
+                      ": another node computes the indices of this embedding, expected an input "
+                      "of the plan, or elements of one");
+    }
+    value = producer->inputs[0];
+    if (producer->op == Op::kReshape) continue;
+    const std::vector<int64_t>& shape = plan().values[producer->outputs[0]].shape;
+    const std::vector<int64_t>& strides = producer->Ints("strides");
+    for (int64_t& element : elements) {
+      int64_t at = producer->Int("offset"), rest = element;
+      for (size_t axis = shape.size(); axis-- > 0;) {
+        at += rest % shape[axis] * strides[axis];
+        rest /= shape[axis];
+      }
+      element = at;
+    }
+  }
 }
 
 }  // namespace continual_transformers

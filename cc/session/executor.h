@@ -1,5 +1,5 @@
-// Runs a plan on the steps of streams. Kernels, packed weights and arena offsets are chosen when
-// the executor is made. A step allocates nothing and checks no types.
+// Runs a plan on the steps of streams. What depends on the device is in the classes that are
+// derived from Executor: CpuExecutor here, and that of GPUs in cuda/session.
 
 #ifndef CONTINUAL_TRANSFORMERS_SESSION_EXECUTOR_H_
 #define CONTINUAL_TRANSFORMERS_SESSION_EXECUTOR_H_
@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cc/session/block_memory.h"
 #include "cc/session/model_file.h"
 #include "cc/session/plan.h"
 
@@ -33,54 +34,50 @@ struct StateEntry {
 };
 
 struct StepCall {
-  const void* const* inputs;  // one per plan input, [M, T, ...], contiguous
+  // Contiguous, and of the host. An executor for a GPU also takes arrays that are there, except
+  // those that Check reads: inputs of whole numbers.
+  const void* const* inputs;  // one per plan input, [M, T, ...]
   void* const* outputs;       // one per plan output, [M, T, ...]; null: not wanted
   const bool* key_mask;       // [M, T]: which steps have a key; null: all
   int64_t streams;            // M
   int64_t steps;              // T
-  char* const* blocks;        // [M]
+  char* const* blocks;        // [M], of the device's memory
   const int64_t* positions;   // [M], steps taken before this call; the caller advances them
 };
 
 // The working memory of one call in progress. It is allocated before the steps run, and reused.
 class Arena {
  public:
-  ~Arena();
-
- private:
-  friend class Executor;
-  struct Data;
-  Arena();
-  std::unique_ptr<Data> data_;
+  virtual ~Arena() = default;
+  virtual int64_t bytes() const = 0;
 };
 
 class Executor {
  public:
-  // Throws Error if the plan cannot run with these options.
-  Executor(std::shared_ptr<const ModelFile> file, const ExecutorOptions& options);
-  ~Executor();
+  virtual ~Executor() = default;
   Executor(const Executor&) = delete;
   Executor& operator=(const Executor&) = delete;
 
-  const ModelFile& file() const;
-  const Plan& plan() const;
-  const ExecutorOptions& options() const;
-  int64_t block_bytes() const;
-  const std::vector<StateEntry>& state() const;
+  const ModelFile& file() const { return *file_; }
+  const Plan& plan() const { return file_->plan(); }
+  const ExecutorOptions& options() const { return options_; }
+  int64_t block_bytes() const { return block_bytes_; }
+  const std::vector<StateEntry>& state() const { return state_; }
   // Initializes the block of a fresh stream. This is little, as ring rows are written before they
   // are read.
-  void InitBlock(char* block) const;
-
-  std::unique_ptr<Arena> NewArena() const;
+  void InitBlock(char* block, BlockMemory* memory) const;
   // Throws Error (kInvalidArgument) if a token is out of range. Changes nothing.
   void Check(const StepCall& call) const;
-  // Cannot fail after Check has passed. Grows the arena if a call has more rows than any before.
-  void Step(const StepCall& call, Arena* arena) const;
-  // Estimates how long a call takes, in nanoseconds.
-  int64_t EstimatedNanoseconds(int64_t streams, int64_t steps) const;
 
-  int64_t weights_bytes() const;  // of the packed weights
-  static int64_t ArenaBytes(const Arena& arena);
+  virtual std::unique_ptr<Arena> NewArena() const = 0;
+  // `arena` comes from this executor's NewArena. On the CPU it cannot fail after Check has passed,
+  // except for lack of memory, and then no stream has changed. A GPU may fail at any time: see
+  // docs/gpu.md. Grows the arena if a call has more rows than any before.
+  virtual void Step(const StepCall& call, Arena* arena) const = 0;
+  // Estimates how long a call takes, in nanoseconds.
+  virtual int64_t EstimatedNanoseconds(int64_t streams, int64_t steps) const = 0;
+
+  virtual int64_t weights_bytes() const = 0;  // as the device holds them
 
   // Seconds by node: the sum over the calls with `arena` since profiling began. An instruction that
   // runs several nodes has their names joined by " + ".
@@ -89,12 +86,30 @@ class Executor {
     std::string op;
     double seconds;
   };
-  void BeginProfile(Arena* arena) const;
-  std::vector<ProfileEntry> EndProfile(Arena* arena) const;
+  virtual void BeginProfile(Arena* arena) const = 0;
+  virtual std::vector<ProfileEntry> EndProfile(Arena* arena) const = 0;
+
+ protected:
+  // Throws Error if the plan cannot run on any device.
+  Executor(std::shared_ptr<const ModelFile> file, const ExecutorOptions& options);
 
  private:
-  class Impl;
-  std::unique_ptr<Impl> impl_;
+  // The input elements that index a table, and its number of rows.
+  struct TokenCheck {
+    int node;
+    int input;  // index in Plan::inputs
+    std::vector<int64_t> elements;
+    int64_t rows;
+  };
+  TokenCheck TokenCheckOf(int node) const;
+  template <typename Index>
+  void CheckTokens(const TokenCheck& check, const StepCall& call) const;
+
+  const std::shared_ptr<const ModelFile> file_;
+  const ExecutorOptions options_;
+  std::vector<StateEntry> state_;
+  int64_t block_bytes_;
+  std::vector<TokenCheck> token_checks_;
 };
 
 }  // namespace continual_transformers

@@ -10,6 +10,7 @@
 #include <string>
 #include <utility>
 
+#include "cc/session/device.h"
 #include "cc/session/error.h"
 #include "cc/session/fork.h"
 #include "cc/session/state_layout.h"
@@ -80,6 +81,33 @@ class CountedBytes {
  private:
   std::atomic<int64_t>* const all_;
   int64_t bytes_ = 0;
+};
+
+// Blocks that belong to no stream. They begin as zeros.
+class PrivateBlocks {
+ public:
+  PrivateBlocks(BlockMemory* memory, int64_t bytes)
+      : memory_(memory),
+        bytes_((bytes + memory->Granularity() - 1) / memory->Granularity() *
+               memory->Granularity()) {
+    std::string refusal;
+    base_ = memory_->Map(bytes_, &refusal);
+    if (base_ == nullptr) {
+      throw Error(ErrorCode::kTooManyStreams,
+                  "no memory for " + Text(bytes) + " bytes of private streams " + refusal);
+    }
+    memory_->Zero(base_, bytes_);
+  }
+  ~PrivateBlocks() { memory_->Unmap(base_, bytes_, 1); }
+  PrivateBlocks(const PrivateBlocks&) = delete;
+  PrivateBlocks& operator=(const PrivateBlocks&) = delete;
+
+  char* base() const { return base_; }
+
+ private:
+  BlockMemory* const memory_;
+  const int64_t bytes_;
+  char* base_;
 };
 
 // The streams, executor and memory of a call in progress. Kept afterwards for another call.
@@ -156,11 +184,14 @@ class Session::Impl final : public ForkListener {
       : plan_(file->plan()),
         options_(OptionsFor(plan_, options)),
         plan_fingerprint_(plan_.FingerprintWith(options_.cache_dtype)),
-        executor_(std::make_shared<const Executor>(std::move(file), options_)),
+        device_(OpenDevice(options.device)),
+        memory_(device_->memory()),
+        executor_(device_->NewExecutor(std::move(file), options_)),
         weights_fingerprint_(executor_->file().weights_fingerprint()),
         // The layout of a block depends only on the plan and the cache dtype, not on the weights.
-        store_(executor_->block_bytes(), options.streams,
-               [this](char* block) { executor()->InitBlock(block); }) {
+        store_(
+            executor_->block_bytes(), options.streams,
+            [this](char* block) { executor()->InitBlock(block, memory_.get()); }, memory_) {
     for (const StateEntry& entry : executor_->state()) {
       const int64_t bytes = BytesOf(entry);
       segments_.push_back({entry.offset, bytes, entry.ring_rows != 0 ? bytes / entry.ring_rows : 0,
@@ -185,7 +216,7 @@ class Session::Impl final : public ForkListener {
                       Hex(fingerprint) + ", this session's plan has " + Hex(plan_fingerprint_) +
                       ": make another session for that model");
     }
-    auto executor = std::make_shared<const Executor>(std::move(file), options_);
+    std::shared_ptr<const Executor> executor = device_->NewExecutor(std::move(file), options_);
     {
       std::lock_guard<std::mutex> lock(executor_mutex_);
       weights_fingerprint_ = executor->file().weights_fingerprint();
@@ -245,12 +276,17 @@ class Session::Impl final : public ForkListener {
   void GetState(StreamId id, void* state) {
     CallInProgress call(this);
     call->lease.Take(&store_, &id, 1);
-    WriteState(call->lease.blocks()[0], call->lease.positions()[0], state);
+    const char* const block = call->lease.blocks()[0];
+    WriteState(call->lease.positions()[0], state, [&](int64_t offset, int64_t bytes, char* to) {
+      memory_->CopyOut(block + offset, bytes, to);
+    });
   }
 
   void MakeState(const void* block, int64_t position, void* state) const {
     CheckPosition(position);
-    WriteState(static_cast<const char*>(block), position, state);
+    WriteState(position, state, [&](int64_t offset, int64_t bytes, char* to) {
+      std::memcpy(to, static_cast<const char*>(block) + offset, bytes);
+    });
   }
 
   void SetStates(const StreamId* ids, int64_t count, const void* const* states,
@@ -265,8 +301,8 @@ class Session::Impl final : public ForkListener {
       char* const block = call->lease.blocks()[i];
       for (const Segment& segment : segments_) {
         // Rows that were never written are never read.
-        std::memcpy(block + segment.offset, state + sizeof(header) + segment.offset,
-                    segment.Written(header.position));
+        memory_->CopyIn(state + sizeof(header) + segment.offset, segment.Written(header.position),
+                        block + segment.offset);
       }
       call->lease.SetPosition(i, header.position);
     }
@@ -286,11 +322,11 @@ class Session::Impl final : public ForkListener {
     }
     const std::shared_ptr<const Executor> now = executor();
     const int64_t stride = (now->block_bytes() + 63) / 64 * 64;
-    const Buffer blocks = Allocate(streams * stride);
+    const PrivateBlocks blocks(memory_.get(), streams * stride);
     std::vector<char*> block(streams);
     for (int64_t i = 0; i < streams; ++i) {
-      block[i] = blocks.get() + i * stride;
-      now->InitBlock(block[i]);
+      block[i] = blocks.base() + i * stride;
+      now->InitBlock(block[i], memory_.get());
     }
     std::vector<Buffer> buffers;
     std::vector<const void*> inputs;
@@ -355,7 +391,7 @@ class Session::Impl final : public ForkListener {
       call_->lease.Release();
       // A call with replaced weights is not kept.
       if (call_->version != session_->version_.load(std::memory_order_acquire)) return;
-      call_->arena_bytes.Set(Executor::ArenaBytes(*call_->arena));
+      call_->arena_bytes.Set(call_->arena->bytes());
       session_->calls_.Put(std::move(call_));
     }
     CallInProgress(const CallInProgress&) = delete;
@@ -377,7 +413,9 @@ class Session::Impl final : public ForkListener {
     std::unique_ptr<Call> call_;
   };
 
-  void WriteState(const char* block, int64_t position, void* state) const {
+  // copy(offset, bytes, to) copies a part of the block.
+  template <typename Copy>
+  void WriteState(int64_t position, void* state, const Copy& copy) const {
     StateHeader header = {};
     std::memcpy(header.magic, kMagic, sizeof(kMagic));
     header.version = kStateVersion;
@@ -394,7 +432,7 @@ class Session::Impl final : public ForkListener {
       // nothing: write zeros.
       std::memset(to + done, 0, segment.offset - done);
       const int64_t written = segment.Written(position);
-      std::memcpy(to + segment.offset, block + segment.offset, written);
+      copy(segment.offset, written, to + segment.offset);
       done = segment.offset + written;
     }
     std::memset(to + done, 0, store_.block_bytes() - done);
@@ -483,6 +521,8 @@ class Session::Impl final : public ForkListener {
   const Plan plan_;
   const ExecutorOptions options_;
   const uint64_t plan_fingerprint_;
+  const std::shared_ptr<const Device> device_;
+  const std::shared_ptr<BlockMemory> memory_;
   std::vector<Segment> segments_;
 
   mutable std::mutex executor_mutex_;

@@ -21,6 +21,7 @@ struct SessionOptions {
   int64_t threads = 1;
   std::optional<DType> cache_dtype;    // absent: the file's
   std::optional<DType> weights_dtype;  // absent: the file's
+  std::string device = "cpu";          // or "cuda:0" and so on
 };
 
 // Several threads may call any method at once. Errors (error.h) are thrown and leave every stream
@@ -36,7 +37,9 @@ class Session {
   void Close(const StreamId* ids, int64_t count);
   // Takes `steps` steps of `count` streams. `ids` null: the first `count` default streams. A step
   // opens those that are not open yet, or were closed. Inputs and outputs are contiguous
-  // [count, steps, ...]; see StepCall. With no streams or no steps, the call only checks `ids`.
+  // [count, steps, ...]; see StepCall. On a GPU they may be in its memory, except inputs of whole
+  // numbers: these are checked. Work on them that was put on CUDA's default stream is waited for.
+  // With no streams or no steps, the call only checks `ids`.
   void Step(const StreamId* ids, int64_t count, int64_t steps, const void* const* inputs,
             void* const* outputs, const bool* key_mask = nullptr);
   // The same. Also writes the number of steps that each stream has taken, including these.

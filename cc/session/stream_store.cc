@@ -1,14 +1,10 @@
 #include "cc/session/stream_store.h"
 
 #include <pthread.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <condition_variable>
-#include <cstring>
 #include <limits>
 #include <mutex>
 #include <new>
@@ -56,27 +52,6 @@ int64_t SlabBits(int64_t stride) {
   int64_t bits = 0;
   while (bits < kChunkBits && (stride << (bits + 1)) <= kSlabBytes) ++bits;
   return bits;
-}
-
-int64_t PageBytes() {
-  static const int64_t bytes = sysconf(_SC_PAGESIZE);
-  return bytes;
-}
-
-// Gives memory to the pages of [begin, end) and keeps their contents.
-void Touch(char* begin, char* end) {
-#ifndef MADV_POPULATE_WRITE
-  constexpr int MADV_POPULATE_WRITE = 23;
-#endif
-  const int64_t page = PageBytes();
-  char* const first = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(begin) / page * page);
-  if (madvise(first, RoundUp(end - first, page), MADV_POPULATE_WRITE) == 0) return;
-  // Linux before 5.14 does not know the flag. The pages at both ends may be shared with neighbours,
-  // so this writes nothing outside the range.
-  for (char* i = first; i < end; i += page) {
-    volatile char* const byte = std::max(i, begin);
-    *byte = 0;
-  }
 }
 
 // The free slots, as a tree of words: each bit says whether the word below has a bit set. The
@@ -162,14 +137,15 @@ struct StreamStore::State final : ForkListener {
   };
 
   State(int64_t block_bytes, int64_t limit, std::function<void(char*)> init,
-        uint32_t last_generation)
+        std::shared_ptr<BlockMemory> memory, uint32_t last_generation)
       : block_bytes(block_bytes),
         limit(limit),
         init(std::move(init)),
+        memory(memory != nullptr ? std::move(memory) : std::make_shared<HostMemory>()),
         last_generation(last_generation),
         stride(Stride(block_bytes)),
         slab_bits(SlabBits(stride)),
-        slab_bytes(RoundUp(stride << slab_bits, PageBytes())) {
+        slab_bytes(RoundUp(stride << slab_bits, this->memory->Granularity())) {
     RegisterFork();
   }
 
@@ -177,11 +153,11 @@ struct StreamStore::State final : ForkListener {
     UnregisterFork();
     for (auto& chunk : chunks) {
       for (Slab& slab : chunk->slabs) {
-        if (slab.base != nullptr) munmap(slab.base, slab_bytes);
+        if (slab.base != nullptr) memory->Unmap(slab.base, slab_bytes, 1);
       }
     }
-    for (char* base : loose) munmap(base, slab_bytes);
-    for (char* base : kept) munmap(base, slab_bytes);
+    for (char* base : loose) memory->Unmap(base, slab_bytes, 1);
+    for (char* base : kept) memory->Unmap(base, slab_bytes, 1);
     wake->~condition_variable();
   }
 
@@ -406,24 +382,18 @@ struct StreamStore::State final : ForkListener {
   void OpenStreams(int64_t count, StreamId* ids);
   void OpenBatch(int64_t count, StreamId* ids, bool publish);
 
-  Error NoMemory(int64_t bytes, int error) const {
-    return Error(ErrorCode::kTooManyStreams,
-                 "no memory for another stream: the system refused " + Text(bytes) +
-                     " bytes for streams of " + Text(block_bytes) + " bytes (" +
-                     std::strerror(error) +
-                     "): close streams, or raise the limit (ulimit -v, vm.overcommit_memory)");
+  // `refusal` says why, and what to do.
+  Error NoMemory(int64_t bytes, const std::string& refusal) const {
+    return Error(ErrorCode::kTooManyStreams, "no memory for another stream: the system refused " +
+                                                 Text(bytes) + " bytes for streams of " +
+                                                 Text(block_bytes) + " bytes " + refusal);
   }
 
   char* Map() {
-    void* const base =
-        mmap(nullptr, slab_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (base == MAP_FAILED) throw NoMemory(slab_bytes, errno);
-#ifdef MADV_NOHUGEPAGE
-    // With huge pages, one step would fill a whole page with zeros, and so take memory for streams
-    // that were never stepped.
-    madvise(base, slab_bytes, MADV_NOHUGEPAGE);
-#endif
-    return static_cast<char*>(base);
+    std::string refusal;
+    char* const base = memory->Map(slab_bytes, &refusal);
+    if (base == nullptr) throw NoMemory(slab_bytes, refusal);
+    return base;
   }
 
   // Unmaps slabs that no longer belong to slots.
@@ -445,9 +415,7 @@ struct StreamStore::State final : ForkListener {
       for (int64_t i = 0; i < count;) {
         int64_t n = 1;
         while (i + n < count && bases[i + n] == bases[i] + n * slab_bytes) ++n;
-        // munmap fails if the system cannot record another hole. Then at least free the memory.
-        if (munmap(bases[i], n * slab_bytes) != 0) {
-          madvise(bases[i], n * slab_bytes, MADV_DONTNEED);
+        if (!memory->Unmap(bases[i], slab_bytes, n)) {
           std::lock_guard<std::mutex> lock(mutex);
           mapped += n;
           for (int64_t k = 0; k < n; ++k) kept.push_back(bases[i] + k * slab_bytes);
@@ -501,6 +469,7 @@ struct StreamStore::State final : ForkListener {
 
   const int64_t block_bytes, limit;
   const std::function<void(char*)> init;
+  const std::shared_ptr<BlockMemory> memory;
   const uint32_t last_generation;
   const int64_t stride, slab_bits, slab_bytes;
 
@@ -614,7 +583,7 @@ void StreamStore::State::OpenBatch(int64_t count, StreamId* ids, bool publish) {
     ReserveLoose(slabs);
   } catch (const std::bad_alloc&) {
     undo();
-    throw NoMemory(sizeof(Chunk), ENOMEM);
+    throw NoMemory(sizeof(Chunk), "(out of memory): close streams");
   } catch (...) {
     undo();
     throw;
@@ -630,7 +599,7 @@ void StreamStore::State::OpenBatch(int64_t count, StreamId* ids, bool publish) {
   try {
     for (; made < slabs; ++made) bases[made] = Map();
   } catch (...) {
-    for (int64_t i = reused; i < made; ++i) munmap(bases[i], slab_bytes);
+    for (int64_t i = reused; i < made; ++i) memory->Unmap(bases[i], slab_bytes, 1);
     lock.lock();
     for (int64_t i = 0; i < reused; ++i) kept.push_back(bases[i]);
     undo();
@@ -647,7 +616,7 @@ void StreamStore::State::OpenBatch(int64_t count, StreamId* ids, bool publish) {
   for (int64_t i = 0; i < touches;) {
     int64_t n = 1;
     while (i + n < touches && blocks[i + n] == blocks[i] + n * stride) ++n;
-    Touch(blocks[i], blocks[i] + n * stride);
+    memory->Touch(blocks[i], blocks[i] + n * stride);
     i += n;
   }
   lock.lock();
@@ -655,12 +624,13 @@ void StreamStore::State::OpenBatch(int64_t count, StreamId* ids, bool publish) {
 }
 
 StreamStore::StreamStore(int64_t block_bytes, int64_t limit, std::function<void(char*)> init,
-                         uint32_t last_generation) {
+                         std::shared_ptr<BlockMemory> memory, uint32_t last_generation) {
   if (limit < 0) {
     throw Error(ErrorCode::kInvalidArgument,
                 "the limit of open streams must be at least 1, or 0 for none, got " + Text(limit));
   }
-  state_ = std::make_unique<State>(block_bytes, limit, std::move(init), last_generation);
+  state_ = std::make_unique<State>(block_bytes, limit, std::move(init), std::move(memory),
+                                   last_generation);
 }
 
 StreamStore::~StreamStore() = default;

@@ -17,6 +17,8 @@
 #include <memory>
 #include <vector>
 
+#include "cc/session/block_memory.h"
+
 namespace continual_transformers {
 
 // generation << 32 | slot; never negative. Generations begin with 1, so 0 is not an id, nor is an
@@ -30,9 +32,11 @@ class StreamStore {
   static constexpr uint32_t kLastGeneration = 0x7fffffff;
 
   // init(block) is called before the block of a new or cleaned stream is used: it writes the state
-  // of a fresh stream. `limit` is the most streams open at once; 0: no limit. A slot is not used
-  // again after `last_generation`; tests make that small.
+  // of a fresh stream. `limit` is the most streams open at once; 0: no limit. `memory` is where the
+  // blocks lie; null: HostMemory. A slot is not used again after `last_generation`; tests make that
+  // small.
   StreamStore(int64_t block_bytes, int64_t limit, std::function<void(char* block)> init,
+              std::shared_ptr<BlockMemory> memory = nullptr,
               uint32_t last_generation = kLastGeneration);
   ~StreamStore();
   StreamStore(const StreamStore&) = delete;

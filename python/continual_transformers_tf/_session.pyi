@@ -3,13 +3,20 @@
 # for the docs site, which reads sources only.
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-Arrays = npt.NDArray[Any] | Sequence["Arrays"] | Mapping[str, "Arrays"]
-OutArrays = npt.NDArray[Any] | Sequence["OutArrays | None"] | Mapping[str, "OutArrays | None"]
+class GpuArray(Protocol):
+    """An array of another library, which a session on a GPU takes if it is there."""
+
+    def __dlpack__(self, *, stream: int | None = ...) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+OneArray = npt.NDArray[Any] | GpuArray
+Arrays = OneArray | Sequence["Arrays"] | Mapping[str, "Arrays"]
+OutArrays = OneArray | Sequence["OutArrays | None"] | Mapping[str, "OutArrays | None"]
 KeyMask = npt.NDArray[np.bool_] | Sequence[bool | np.bool_ | Sequence[bool | np.bool_]]
 ManyStreams = Sequence[int] | npt.NDArray[np.int64]
 Streams = int | np.integer[Any] | ManyStreams
@@ -37,6 +44,7 @@ class NativeSession:
         threads: int,
         cache_dtype: str | None,
         weights_dtype: str | None,
+        device: str,
     ) -> None: ...
     # Any: the result has the structure of the model's outputs, often that of one array.
     def step(
@@ -58,13 +66,15 @@ class NativeSession:
                 model has layers with strides, its block of steps, `(M, block, ...)`; several in the
                 model's own structure (a list, or a dict by name; for a list of named inputs also a
                 dict). `inputs` has shapes and dtypes. Dtypes must be exact; an array that is not
-                C-contiguous is copied.
+                C-contiguous is copied. On a GPU, arrays of numbers that are no indices may lie
+                there: anything with `__dlpack__`, contiguous.
             streams: The stream of each row: a list or tuple of ids, an int64 array `(M,)`, or one
                 id if M = 1. None: row i is the session's i-th default stream, which the first such
                 step opens.
             out: Arrays to write the outputs to, in the structure of the returned outputs. None,
-                here or inside the structure: a new array. Arrays must be C-contiguous, with the
-                exact shape and dtype, and share no memory with the inputs.
+                here or inside the structure: a new NumPy array. Arrays must be C-contiguous, with
+                the exact shape and dtype, and share no memory with the inputs. On a GPU they may
+                lie there.
             key_mask: bool `(M,)`, an array or a list; False marks a gap of all inputs: no query
                 attends to that step, now or later.
 
@@ -143,6 +153,8 @@ class NativeSession:
     def _cache_dtype(self) -> str: ...
     @property
     def _weights_dtype(self) -> str: ...
+    @property
+    def _device(self) -> str: ...
     @property
     def _limit(self) -> int: ...
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, overload
 
@@ -52,7 +53,7 @@ __all__ = [
 
 CACHE_DTYPES = ("float32", "float64", "bfloat16", "float16", "int8")
 WEIGHTS_DTYPES = ("float32", "float64", "bfloat16", "int8")
-DEVICES = ("cpu",)
+DEVICE = re.compile(r"cpu|cuda:\d{1,4}")
 MOST_THREADS = 1024
 
 
@@ -63,6 +64,7 @@ class _Options(TypedDict):
     threads: int
     cache_dtype: str | None
     weights_dtype: str | None
+    device: str
 
 
 class ArraySpec(NamedTuple):
@@ -187,6 +189,7 @@ class Session(_session.NativeSession):
     was before the call.
 
     A session works after `fork`, in both processes; from then on their streams are independent.
+    On a GPU it works only in the process that made it.
     Pickles and copies hold the model, its weights and the options, but no streams: `get_state`
     copies those.
 
@@ -200,7 +203,8 @@ class Session(_session.NativeSession):
         cache_dtype: The dtype of the keys and values of past steps: "float32", "bfloat16",
             "float16", "int8" with a scale for each step, or "float64"; None: what the model's
             layers ask for.
-        device: "cpu".
+        device: "cpu", or "cuda:0" for the first GPU. The states of streams, the weights and the
+            steps are then on the GPU. Inputs and outputs are NumPy arrays, or arrays there.
         seq_len: The window, in steps, of every `keras.layers.MultiHeadAttention` inside. It is
             needed if the length of the model's time axis is None.
 
@@ -518,8 +522,8 @@ class Session(_session.NativeSession):
 
     @property
     def device(self) -> str:
-        """Where steps run: "cpu"."""
-        return "cpu"
+        """Where steps run: "cpu", "cuda:0" and so on."""
+        return self._device
 
     @property
     def state_bytes(self) -> int:
@@ -556,6 +560,7 @@ class Session(_session.NativeSession):
             "threads": self._threads,
             "cache_dtype": self._cache_dtype,
             "weights_dtype": self._weights_dtype,
+            "device": self._device,
         }
         arguments = (type(self), self._model_bytes(), options, self.release_gil)
         return _unpickle, arguments, self.__dict__ or None  # A subclass may have attributes.
@@ -567,7 +572,8 @@ class Session(_session.NativeSession):
         return (
             f"<Session {self.name!r}: {inputs} -> {outputs}; receptive field "
             f"{self.receptive_field}, delay {self.delay}; {self.open_streams}{limit} streams open, "
-            f"caches {self.cache_dtype}, weights {self.weights_dtype}, threads {self.threads}>"
+            f"caches {self.cache_dtype}, weights {self.weights_dtype}, threads {self.threads}"
+            f"{'' if self.device == 'cpu' else f', on {self.device}'}>"
         )
 
 
@@ -641,16 +647,16 @@ def _checked_options(
     device: str,
 ) -> _Options:
     """Check the options and return them as the native session takes them."""
-    if device not in DEVICES:
+    if not isinstance(device, str) or not DEVICE.fullmatch(device):
         raise ValueError(
-            f"Expected device to be 'cpu', but got {device!r}. A Session does not run on other "
-            "devices. The layers of this package do, in TensorFlow"
+            f"Expected device to be 'cpu', or 'cuda:0' for the first GPU, but got {device!r}"
         )
     return {
         "streams": 0 if streams is None else _whole("streams", streams, 1),
         "threads": _whole("threads", threads, 1, MOST_THREADS),
         "cache_dtype": _dtype_name("cache_dtype", cache_dtype, CACHE_DTYPES),
         "weights_dtype": _dtype_name("weights_dtype", weights_dtype, WEIGHTS_DTYPES),
+        "device": device,
     }
 
 

@@ -253,6 +253,17 @@ TEST_F(CApi, Options) {
   std::memcpy(&options.cache_dtype, &none, sizeof(none));
   ExpectStatus(load(), CT_INVALID_ARGUMENT, "99");
   options.cache_dtype = CT_DTYPE_OF_FILE;
+  options.device = "tpu:0";
+  ExpectStatus(load(), CT_INVALID_ARGUMENT, "cuda:0");
+  options.device = "cpu";
+  ASSERT_EQ(load(), CT_OK) << ct_last_error();
+  ct_session_free(session);
+  // The options of the first version ended before the device.
+  options.device = "tpu:0";
+  options.size = offsetof(ct_options, device);
+  ASSERT_EQ(load(), CT_OK) << ct_last_error();
+  ct_session_free(session);
+  options.device = nullptr;
   options.size = 4;
   ExpectStatus(load(), CT_INVALID_ARGUMENT, "CT_OPTIONS_DEFAULT");
 

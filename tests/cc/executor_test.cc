@@ -1,8 +1,6 @@
 // A plan with every op, run with every division into calls: all must give the same outputs. Another
 // test compares the ops with a reference in Python (tests/plan_reference.py).
 
-#include "cc/session/executor.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -13,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "cc/session/cpu_executor.h"
 #include "cc/session/error.h"
 #include "gtest/gtest.h"
 #include "tests/cc/model_file_case.h"
@@ -52,7 +51,7 @@ class Streams {
       blocks_.emplace_back(executor_.block_bytes() + 64, '\xff');
       char* p = blocks_.back().data();
       p += (64 - reinterpret_cast<uintptr_t>(p) % 64) % 64;
-      executor_.InitBlock(p);
+      executor_.InitBlock(p, &memory_);
       pointers_.push_back(p);
     }
   }
@@ -89,11 +88,12 @@ class Streams {
     return value.size * SizeOf(value.dtype);
   }
 
-  Executor& executor() { return executor_; }
+  CpuExecutor& executor() { return executor_; }
   Arena* arena() { return arena_.get(); }
 
  private:
-  Executor executor_;
+  HostMemory memory_;
+  CpuExecutor executor_;
   std::unique_ptr<Arena> arena_;
   std::vector<std::string> blocks_;
   std::vector<char*> pointers_;
@@ -505,7 +505,7 @@ TEST(ExecutorTest, NotEqualToAnyNumber) {
 
 TEST(ExecutorTest, EstimatesOfAnySize) {
   const auto file = Stack("float32", 32, 64, 4, 17).File();
-  const Executor executor(file, OptionsOf(file->plan()));
+  const CpuExecutor executor(file, OptionsOf(file->plan()));
   const int64_t most = std::numeric_limits<int64_t>::max();
   const int64_t some = executor.EstimatedNanoseconds(1 << 21, 1);
   EXPECT_NEAR(static_cast<double>(executor.EstimatedNanoseconds(1 << 21, 8)) / some, 8, 0.1);

@@ -24,8 +24,8 @@
 #include <utility>
 #include <vector>
 
+#include "cc/session/cpu_executor.h"
 #include "cc/session/error.h"
-#include "cc/session/executor.h"
 #include "cc/session/model_file.h"
 #include "cc/session/state_layout.h"
 #include "tests/cc/model_file_case.h"
@@ -112,7 +112,8 @@ bool TakeSteps(const std::shared_ptr<const ModelFile>& file) {
   if (bytes > kMostValueBytes) return false;
   if (LayOut(plan, plan.cache_dtype).block_bytes > kMostBlockBytes) return false;
 
-  const Executor executor(file, {plan.cache_dtype, plan.weights_dtype, 1});
+  HostMemory memory;
+  const CpuExecutor executor(file, {plan.cache_dtype, plan.weights_dtype, 1});
   const std::unique_ptr<Arena> arena = executor.NewArena();
   constexpr int64_t kStreams = 2;
   std::vector<Buffer> blocks;
@@ -121,7 +122,7 @@ bool TakeSteps(const std::shared_ptr<const ModelFile>& file) {
     blocks.emplace_back(executor.block_bytes());
     block_pointers.push_back(blocks.back().get());
     std::memset(block_pointers[m], 0xff, static_cast<size_t>(executor.block_bytes()));
-    executor.InitBlock(block_pointers[m]);
+    executor.InitBlock(block_pointers[m], &memory);
   }
   std::mt19937 random(1);
   std::vector<int64_t> positions(kStreams, 0);

@@ -134,7 +134,7 @@ TEST(StreamStore, IdsThatNoOneGot) {
 }
 
 TEST(StreamStore, ASlotIsRetiredAfterItsLastGeneration) {
-  StreamStore store(64, 0, NoInit, /*last_generation=*/3);
+  StreamStore store(64, 0, NoInit, /*memory=*/nullptr, /*last_generation=*/3);
   const StreamId first = OpenOne(&store);
   StreamId id = first;
   for (int i = 0; i < 3; ++i) {

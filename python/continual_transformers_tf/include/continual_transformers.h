@@ -92,9 +92,10 @@ typedef struct ct_options {
   ct_dtype cache_dtype;   /* Keys and values: CT_FLOAT32, CT_BFLOAT16, CT_FLOAT16, CT_INT8;
                            * CT_FLOAT64. */
   ct_dtype weights_dtype; /* Dense kernels: CT_FLOAT32, CT_BFLOAT16, CT_INT8; CT_FLOAT64. */
+  const char* device;     /* "cpu", or "cuda:0" and so on: a GPU. NULL: "cpu". */
 } ct_options;
 
-#define CT_OPTIONS_DEFAULT {sizeof(ct_options), 0, 1, CT_DTYPE_OF_FILE, CT_DTYPE_OF_FILE}
+#define CT_OPTIONS_DEFAULT {sizeof(ct_options), 0, 1, CT_DTYPE_OF_FILE, CT_DTYPE_OF_FILE, NULL}
 
 /* Returns the library's version, for example "0.2.0". */
 CT_API const char* ct_version(void);
@@ -142,7 +143,8 @@ CT_API ct_status ct_session_close(ct_session* session, const ct_stream* streams,
  *   first needed, and again after it was closed.
  * inputs:  one pointer per input of the model, to an array [M, ...]: see ct_session_input.
  * outputs: one pointer per output, to room for an array [M, ...]; NULL: not wanted. Inputs and
- *   outputs must not overlap.
+ *   outputs must not overlap. In a session on a GPU, both may be in its memory, except inputs of
+ *   whole numbers: these are checked. The step waits for what is on CUDA's default stream.
  *
  * M = 0 does nothing. A step allocates no memory after a first one with as many streams. Until a
  * stream has taken ct_session_receptive_field steps, its window is not full, and attention uses the

@@ -78,6 +78,7 @@ struct Options {
   int64_t threads = 1;
   ct_dtype cache_dtype = CT_DTYPE_OF_FILE;
   ct_dtype weights_dtype = CT_DTYPE_OF_FILE;
+  std::string device = "cpu";  // or "cuda:0" and so on
 };
 
 class Stream;
@@ -223,6 +224,7 @@ class Session {
     c.threads = options.threads;
     c.cache_dtype = options.cache_dtype;
     c.weights_dtype = options.weights_dtype;
+    c.device = options.device.c_str();
     return c;
   }
 

@@ -16,6 +16,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -23,10 +24,12 @@
 #include <cstring>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
+
+#include "emulated_memory.h"
 
 #define __global__
 #define __device__
@@ -50,6 +53,8 @@ enum cudaError_t {
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInsufficientDriver = 35,
   cudaErrorInvalidDeviceFunction = 98,
+  cudaErrorNoDevice = 100,
+  cudaErrorInvalidDevice = 101,
   cudaErrorInvalidKernelImage = 200,
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorInvalidPtx = 218,
@@ -63,7 +68,36 @@ inline const char* cudaGetErrorString(cudaError_t error) {
                                           : "invalid configuration argument";
 }
 
-using cudaStream_t = struct CUstream_st*;
+// All work is done when a call returns, unless the stream is being captured.
+struct CUgraph_st {
+  std::vector<std::function<void()>> work;
+};
+struct CUstream_st {
+  bool captures = false;
+  CUgraph_st captured;
+};
+struct CUevent_st {
+  std::chrono::steady_clock::time_point time;
+};
+using cudaStream_t = CUstream_st*;
+using cudaGraph_t = CUgraph_st*;
+using cudaGraphExec_t = struct CUgraphExec_st*;
+struct CUgraphExec_st : CUgraph_st {};
+using cudaEvent_t = CUevent_st*;
+
+namespace cuda_emulator {
+// Does the work, or keeps it for the graph that is being captured.
+inline cudaError_t Enqueue(cudaStream_t stream, std::function<void()> work) {
+  if (stream != nullptr && stream->captures) {
+    stream->captured.work.push_back(std::move(work));
+  } else {
+    const Work here;
+    work();
+  }
+  return cudaSuccess;
+}
+}  // namespace cuda_emulator
+
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrComputeCapabilityMajor,
@@ -75,16 +109,106 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
-// Host and device share one memory, and all work is done when a call returns.
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) {
+  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+}
+
+inline cudaError_t cudaMalloc(void** data, size_t bytes) {
+  const std::lock_guard<std::recursive_mutex> lock(cuda_emulator::running);
+  *data = cuda_emulator::DeviceMemory::Get().Allocate(bytes);
+  return *data == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
+}
+inline cudaError_t cudaFree(void* data) {
+  const std::lock_guard<std::recursive_mutex> lock(cuda_emulator::running);
+  return cuda_emulator::DeviceMemory::Get().Free(data), cudaSuccess;
+}
+inline cudaError_t cudaMallocHost(void** data, size_t bytes) {
+  *data = std::malloc(bytes);
+  return *data == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
+}
+inline cudaError_t cudaFreeHost(void* data) { return std::free(data), cudaSuccess; }
+
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
-                                   cudaStream_t) {
-  return std::memcpy(to, from, bytes), cudaSuccess;
+                                   cudaStream_t stream) {
+  return cuda_emulator::Enqueue(stream, [=] { std::memcpy(to, from, bytes); });
 }
-inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  return std::memset(to, value, bytes), cudaSuccess;
+inline cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch,
+                                     size_t width, size_t height, cudaMemcpyKind,
+                                     cudaStream_t stream) {
+  if (to_pitch < width || from_pitch < width) return cudaErrorInvalidValue;
+  return cuda_emulator::Enqueue(stream, [=] {
+    for (size_t i = 0; i < height; ++i) {
+      std::memcpy(static_cast<char*>(to) + i * to_pitch,
+                  static_cast<const char*>(from) + i * from_pitch, width);
+    }
+  });
 }
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+  return cuda_emulator::Enqueue(stream, [=] { std::memset(to, value, bytes); });
+}
+
+enum cudaMemoryType {
+  cudaMemoryTypeUnregistered,
+  cudaMemoryTypeHost,
+  cudaMemoryTypeDevice,
+  cudaMemoryTypeManaged
+};
+struct cudaPointerAttributes {
+  cudaMemoryType type;
+};
+inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* data) {
+  const bool on_device = cuda_emulator::DeviceMemory::Get().Has(data);
+  attributes->type = on_device ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
+  return cudaSuccess;
+}
+
+enum { cudaStreamNonBlocking = 1 };
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  return *stream = new CUstream_st, cudaSuccess;
+}
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete stream, cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  return stream->captures = true, cudaSuccess;
+}
+inline cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  stream->captures = false;
+  *graph = new CUgraph_st(std::exchange(stream->captured, {}));
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph,
+                                        unsigned long long) {
+  return *exec = new CUgraphExec_st{*graph}, cudaSuccess;
+}
+inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return delete exec, cudaSuccess; }
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
+  const cuda_emulator::Work here;
+  for (const auto& work : exec->work) work();
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaEventCreate(cudaEvent_t* event) {
+  return *event = new CUevent_st, cudaSuccess;
+}
+enum { cudaEventDisableTiming = 2 };
+inline const cudaStream_t cudaStreamLegacy = nullptr;
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  return cudaEventCreate(event);
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
+  return event->time = std::chrono::steady_clock::now(), cudaSuccess;
+}
+inline cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, cudaEvent_t end) {
+  *milliseconds = std::chrono::duration<float, std::milli>(end->time - begin->time).count();
+  return cudaSuccess;
+}
 
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
 struct cudaLaunchAttribute {
@@ -245,30 +369,55 @@ extern "C" __attribute__((used, visibility("default"))) inline void cuda_emulato
     int order) {
   cuda_emulator::order = order;
 }
-
-namespace cuda_emulator {
-// Only one launch runs at a time, also from several threads: threadIdx and the others are global.
-inline std::mutex launching;
-}  // namespace cuda_emulator
+extern "C" __attribute__((used, visibility("default"))) inline size_t cuda_emulator_allocated() {
+  return cuda_emulator::DeviceMemory::Get().allocated();
+}
+// Device memory for tests, and a copy to or from it.
+extern "C" __attribute__((used, visibility("default"))) inline void* cuda_emulator_allocate(
+    size_t bytes) {
+  void* data = nullptr;
+  return cudaMalloc(&data, bytes) == cudaSuccess ? data : nullptr;
+}
+extern "C" __attribute__((used, visibility("default"))) inline void cuda_emulator_free(void* data) {
+  cudaFree(data);
+}
+extern "C" __attribute__((used, visibility("default"))) inline void cuda_emulator_copy(
+    void* to, const void* from, size_t bytes) {
+  const cuda_emulator::Work here;
+  std::memcpy(to, from, bytes);
+}
+// Sets how many bytes of device memory there are; at most 64 GB, which is also what there is
+// without this call.
+extern "C" __attribute__((used, visibility("default"))) inline void cuda_emulator_set_room(
+    size_t bytes) {
+  cuda_emulator::DeviceMemory::Get().SetRoom(bytes);
+}
 
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                Args&&... args) {
-  const std::lock_guard<std::mutex> lock(cuda_emulator::launching);
-  gridDim = config->gridDim;
-  blockDim = config->blockDim;
-  const std::function<void()> body = [&] { kernel(args...); };
-  for (int block : cuda_emulator::Ordered(gridDim.x)) {
-    blockIdx = dim3(block, 0, 0);
-    cuda_emulator::Block(blockDim.x, body).Run();
-  }
-  return cudaSuccess;
+  // A captured launch keeps copies of its parameters.
+  return cuda_emulator::Enqueue(config->stream,
+                                [grid = config->gridDim, threads = config->blockDim,
+                                 body = std::function<void()>([=] { kernel(args...); })] {
+                                  gridDim = grid;
+                                  blockDim = threads;
+                                  for (int block : cuda_emulator::Ordered(grid.x)) {
+                                    blockIdx = dim3(block, 0, 0);
+                                    cuda_emulator::Block(threads.x, body).Run();
+                                  }
+                                });
 }
 
 inline float __uint_as_float(unsigned bits) {
   float x;
   std::memcpy(&x, &bits, sizeof(x));
   return x;
+}
+inline void sincospi(double x, double* sin, double* cos) {
+  constexpr double kPi = 3.14159265358979323846;
+  *sin = std::sin(kPi * x);
+  *cos = std::cos(kPi * x);
 }
 inline void __syncthreads() { cuda_emulator::Block::Running().WaitForBlock(); }
 inline void __threadfence() {}

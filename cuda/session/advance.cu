@@ -1,0 +1,21 @@
+#include <cstdint>
+
+#include "cuda/session/advance.h"
+#include "cuda/session/for_each.cuh"
+
+namespace continual_transformers {
+namespace {
+
+struct AdvanceEach {
+  int64_t* positions;
+  __device__ void operator()(int64_t m) const { ++positions[m]; }
+};
+
+}  // namespace
+
+cudaError_t AdvancePositions(const DeviceFrame& frame, cudaStream_t stream) {
+  // const_cast: nodes only read them.
+  return ForEach(frame.streams, AdvanceEach{const_cast<int64_t*>(frame.positions)}, stream);
+}
+
+}  // namespace continual_transformers

@@ -1,0 +1,308 @@
+// Attention of a plan. A block of threads takes a query of a head, and reads its rows as
+// single_output.cu does (partial_attention.cuh). The rings lie in the streams' blocks, so a launch
+// knows them by their addresses and not by a stride.
+
+#include <cmath>
+#include <cstdint>
+
+#include "cc/attention/half.h"
+#include "cc/attention/online_softmax.h"
+#include "cuda/elements.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/partial_attention.cuh"
+#include "cuda/session/for_each.cuh"
+#include "cuda/session/node_kernels.h"
+
+namespace continual_transformers {
+namespace {
+
+// Calls launch(layout) with the layout for heads of these sizes. Every row of a head begins at a
+// multiple of its size, from a 64-byte aligned address on.
+template <typename C, typename F>
+cudaError_t WithLayout(int64_t key_dim, int64_t value_dim, const F& launch) {
+  constexpr int kVector = kVectorBytes / sizeof(C);
+  if (key_dim % kVector == 0 && value_dim % kVector == 0) {
+    const int64_t vectors = (key_dim > value_dim ? key_dim : value_dim) / kVector;
+    if (vectors <= 4) return launch(RowLayout<kVector, 4, 1>{});
+    if (vectors <= 8) return launch(RowLayout<kVector, 8, 1>{});
+    if (vectors <= 16) return launch(RowLayout<kVector, 16, 1>{});
+    if (vectors <= 32) return launch(RowLayout<kVector, 32, 1>{});
+  }
+  static_assert(RowLayout<1, 32, 8>::kLargest == kLargestHead);
+  return launch(RowLayout<1, 32, 8>{});
+}
+
+// ---- Over the ring of a stream ----
+
+struct RingQueryParams {
+  char* const* blocks;
+  const int64_t* positions;
+  const bool* key_mask;  // [M], the caller's
+  const float *query, *key, *value;
+  const bool *node_key_mask, *node_query_mask;  // [M, rows]; null: all true
+  float* output;
+  int64_t row;  // of each step; a launch takes one
+  DeviceAttention s;
+};
+
+template <typename C, typename L>
+class RingQuery {
+ public:
+  __device__ explicit RingQuery(const RingQueryParams& p) : p_(p) {}
+
+  __device__ void Run() const {
+    const DeviceAttention& s = p_.s;
+    const int heads = static_cast<int>(s.heads), window = static_cast<int>(s.window);
+    const int m = blockIdx.x / heads, h = blockIdx.x % heads;
+    const int key_head = static_cast<int>(h / (s.heads / s.key_heads));
+    const int64_t r = m * s.rows + p_.row, position = RowsBefore(m);
+    const int64_t key_step = s.key_heads * s.key_dim, value_step = s.key_heads * s.value_dim;
+    char* const block = p_.blocks[m];
+    C* const keys = reinterpret_cast<C*>(block + s.key_ring) + key_head * s.key_dim;
+    C* const values = reinterpret_cast<C*>(block + s.value_ring) + key_head * s.value_dim;
+    bool* const mask = reinterpret_cast<bool*>(block + s.mask_ring);
+
+    // The row that is overwritten has left the window, so no one reads it. Blocks that share it
+    // write the same bytes. A row without a key is zeros.
+    const int at = static_cast<int>(position % window);
+    const bool has_key = p_.key_mask[m] && (p_.node_key_mask == nullptr || p_.node_key_mask[r]);
+    Put(has_key, p_.key + r * key_step + key_head * s.key_dim, s.key_dim, keys + at * key_step);
+    Put(has_key, p_.value + r * value_step + key_head * s.value_dim, s.value_dim,
+        values + at * value_step);
+    if (threadIdx.x == 0) mask[at] = has_key;
+    __syncthreads();
+
+    const bool asks =
+        position >= s.query_delay && (p_.node_query_mask == nullptr || p_.node_query_mask[r]);
+    // The steps that the query attends to: step 0 of the window is its column 0.
+    const int64_t oldest = position - (window - 1), end = oldest + s.end_column;
+    const int64_t first = oldest + s.first_column > 0 ? oldest + s.first_column : 0;
+    const int count = asks && end > first ? static_cast<int>(end - first) : 0;
+    const int first_row = static_cast<int>(first % window);
+    const auto row = [&](int i) {
+      int ring_row = first_row + i;
+      if (ring_row >= window) ring_row -= window;
+      return Row<C>{keys + ring_row * key_step + L::Element(0),
+                    values + ring_row * value_step + L::Element(0), mask[ring_row]};
+    };
+    const float* const bias =
+        s.bias == nullptr ? nullptr : s.bias + h * s.window + (first - oldest);
+    const auto logit_of = [&](float x, int i) {
+      if (s.soft_cap != 0) x = s.soft_cap * std::tanh(x / s.soft_cap);
+      return bias == nullptr ? x : x + bias[i];
+    };
+    PartialAttention<float, C, L> attention(p_.query + (r * s.heads + h) * s.key_dim, s.key_dim,
+                                            s.value_dim, s.scale);
+    attention.template Attend<L::kRowsAtATime>(0, count, row, nullptr, logit_of);
+    attention.MergeGroups();
+    OnlineSoftmax<float> softmax = attention.softmax();
+    float factor = 1;
+    if (s.sink != nullptr) factor = softmax.Merge({s.sink[h], 1.f}).own;
+    attention.Store(factor * softmax.Normalizer(), p_.output + (r * s.heads + h) * s.value_dim);
+  }
+
+ private:
+  // Returns how many rows the stream has before this one, or as many a few windows earlier: far
+  // into a stream the product could overflow.
+  __device__ int64_t RowsBefore(int m) const {
+    const int64_t n = p_.s.window, position = p_.positions[m];
+    if (p_.s.rows == 1) return position;
+    return (position < n ? position : n + position % n) * p_.s.rows + p_.row;
+  }
+
+  __device__ static void Put(bool has_key, const float* from, int64_t size, C* to) {
+    for (int i = threadIdx.x; i < size; i += kThreads) to[i] = ToStored<C>(has_key ? from[i] : 0.f);
+  }
+
+  const RingQueryParams& p_;
+};
+
+template <typename C, typename L>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<float>)
+    RingQueryKernel(const __grid_constant__ RingQueryParams p) {
+  RingQuery<C, L>(p).Run();
+}
+
+template <typename C>
+NodeLaunch AttentionOf(const DeviceAttention& s) {
+  return [=](const DeviceFrame& frame, cudaStream_t stream) {
+    RingQueryParams p = {frame.blocks,
+                         frame.positions,
+                         frame.key_mask,
+                         frame.Rows<float>(s.query),
+                         frame.Rows<float>(s.key),
+                         frame.Rows<float>(s.value),
+                         frame.RowsOrNull<bool>(s.key_mask),
+                         frame.RowsOrNull<bool>(s.query_mask),
+                         frame.Rows<float>(s.output),
+                         0,
+                         s};
+    // The next row overwrites a row of the ring that the query before it needs.
+    for (; p.row < s.rows; ++p.row) {
+      const cudaError_t error = WithLayout<C>(s.key_dim, s.value_dim, [&](auto layout) {
+        return Launch(RingQueryKernel<C, decltype(layout)>, frame.streams * s.heads, kThreads,
+                      false, stream, p);
+      });
+      if (error != cudaSuccess) return error;
+    }
+    return cudaSuccess;
+  };
+}
+
+// ---- Retroactive: all queries of a window ----
+
+// i is an element of the step's query, key and value, one after the other.
+struct RetroactivePutEach {
+  char* const* blocks;
+  const int64_t* positions;
+  const bool* key_mask;       // [M], the caller's
+  const bool* node_key_mask;  // [M]; null: all true
+  const float *query, *key, *value;
+  DeviceRetroactive s;
+  __device__ void operator()(int64_t i) const {
+    const int64_t keys = s.heads * s.key_dim, values = s.heads * s.value_dim;
+    const int64_t m = i / (2 * keys + values), k = i % (2 * keys + values);
+    char* const block = blocks[m];
+    const int64_t at = positions[m] % s.window;
+    const bool has_key = key_mask[m] && (node_key_mask == nullptr || node_key_mask[m]);
+    const auto ring = [&](int64_t offset) { return reinterpret_cast<float*>(block + offset); };
+    if (k == 0) {
+      reinterpret_cast<bool*>(block + s.mask_ring)[at] = has_key;
+      // There are no sums of this position: whoever goes on with them computes them again.
+      double* const made_with = reinterpret_cast<double*>(block + s.made_with);
+      made_with[0] = made_with[1] = 0;
+    }
+    if (k < keys) {
+      ring(s.query_ring)[at * keys + k] = query[m * keys + k];
+    } else if (k < 2 * keys) {
+      ring(s.key_ring)[at * keys + k - keys] = has_key ? key[m * keys + k - keys] : 0.f;
+    } else {
+      ring(s.value_ring)[at * values + k - 2 * keys] =
+          has_key ? value[m * values + k - 2 * keys] : 0.f;
+    }
+  }
+};
+
+struct RetroactiveParams {
+  char* const* blocks;
+  const int64_t* positions;
+  float* output;
+  DeviceRetroactive s;
+};
+
+template <typename L>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<float>)
+    RetroactiveKernel(const __grid_constant__ RetroactiveParams p) {
+  const DeviceRetroactive& s = p.s;
+  const int heads = static_cast<int>(s.heads), window = static_cast<int>(s.window);
+  const int h = blockIdx.x % heads, i = blockIdx.x / heads % window;
+  const int m = blockIdx.x / heads / window;
+  const int64_t position = p.positions[m], step = position - (window - 1) + i;
+  const int64_t key_step = s.heads * s.key_dim, value_step = s.heads * s.value_dim;
+  const char* const block = p.blocks[m];
+  const auto ring = [&](int64_t offset) { return reinterpret_cast<const float*>(block + offset); };
+  const float* const keys = ring(s.key_ring) + h * s.key_dim;
+  const float* const values = ring(s.value_ring) + h * s.value_dim;
+  const bool* const mask = reinterpret_cast<const bool*>(block + s.mask_ring);
+  // A query of a step that was never taken attends to nothing. Softmax does not depend on the order
+  // of the rows.
+  const int filled = static_cast<int>(position < window ? position + 1 : window);
+  const int count = step < 0 ? 0 : filled, query_row = step < 0 ? 0 : step % window;
+  const auto row = [&](int k) {
+    return Row<float>{keys + k * key_step + L::Element(0), values + k * value_step + L::Element(0),
+                      mask[k]};
+  };
+  PartialAttention<float, float, L> attention(
+      ring(s.query_ring) + query_row * key_step + h * s.key_dim, s.key_dim, s.value_dim, s.scale);
+  attention.template Attend<L::kRowsAtATime>(0, count, row, nullptr);
+  attention.MergeGroups();
+  attention.Store(attention.softmax().Normalizer(),
+                  p.output + (static_cast<int64_t>(m) * window + i) * value_step + h * s.value_dim);
+}
+
+// ---- Among the rows of a window that a step changes as a whole ----
+
+struct WindowQueryParams {
+  const int64_t* positions;
+  const float *query, *key, *value;
+  float* output;
+  DeviceWindowAttention s;
+};
+
+template <typename L>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<float>)
+    WindowQueryKernel(const __grid_constant__ WindowQueryParams p) {
+  const DeviceWindowAttention& s = p.s;
+  const int heads = static_cast<int>(s.heads), queries = static_cast<int>(s.queries);
+  const int h = blockIdx.x % heads, i = blockIdx.x / heads % queries;
+  const int64_t m = blockIdx.x / heads / queries, n = s.window, position = p.positions[m];
+  const int64_t key_step = s.heads * s.key_dim, value_step = s.heads * s.value_dim;
+  // How many rows of the window are of no step yet. Far into a stream the product could overflow.
+  int64_t first = position > -s.first ? 0 : -s.first - position * s.rows;
+  first = first < 0 ? 0 : first > n ? n : first;
+  const int64_t own = i + n - queries;  // the query's row of the window
+  if (s.band > 0 && own - s.band + 1 > first) first = own - s.band + 1;
+  int64_t end = s.causal ? own + 1 : s.band > 0 ? own + s.band : n;
+  if (end > n) end = n;
+  const float* const keys = p.key + m * n * key_step + h * s.key_dim;
+  const float* const values = p.value + m * n * value_step + h * s.value_dim;
+  const auto row = [&](int k) {
+    return Row<float>{keys + k * key_step + L::Element(0), values + k * value_step + L::Element(0),
+                      true};
+  };
+  const int64_t query = m * queries + i;
+  PartialAttention<float, float, L> attention(p.query + query * key_step + h * s.key_dim, s.key_dim,
+                                              s.value_dim, s.scale);
+  attention.template Attend<L::kRowsAtATime>(static_cast<int>(first), static_cast<int>(end), row,
+                                             nullptr);
+  attention.MergeGroups();
+  attention.Store(attention.softmax().Normalizer(),
+                  p.output + query * value_step + h * s.value_dim);
+}
+
+}  // namespace
+
+NodeLaunch AttentionNode(const DeviceAttention& spec, DType cache) {
+  switch (cache) {
+    case DType::kBFloat16:
+      return AttentionOf<BFloat16>(spec);
+    case DType::kFloat16:
+      return AttentionOf<Float16>(spec);
+    default:
+      return AttentionOf<float>(spec);
+  }
+}
+
+NodeLaunch RetroactiveNode(const DeviceRetroactive& s) {
+  return [=](const DeviceFrame& frame, cudaStream_t stream) {
+    const cudaError_t error =
+        ForEach(frame.streams * s.heads * (2 * s.key_dim + s.value_dim),
+                RetroactivePutEach{frame.blocks, frame.positions, frame.key_mask,
+                                   frame.RowsOrNull<bool>(s.key_mask), frame.Rows<float>(s.query),
+                                   frame.Rows<float>(s.key), frame.Rows<float>(s.value), s},
+                stream);
+    if (error != cudaSuccess) return error;
+    const RetroactiveParams p = {frame.blocks, frame.positions, frame.Rows<float>(s.output), s};
+    return WithLayout<float>(s.key_dim, s.value_dim, [&](auto layout) {
+      return Launch(RetroactiveKernel<decltype(layout)>, frame.streams * s.window * s.heads,
+                    kThreads, false, stream, p);
+    });
+  };
+}
+
+NodeLaunch WindowAttentionNode(const DeviceWindowAttention& s) {
+  return [=](const DeviceFrame& frame, cudaStream_t stream) {
+    const WindowQueryParams p = {frame.positions,
+                                 frame.Rows<float>(s.query),
+                                 frame.Rows<float>(s.key),
+                                 frame.Rows<float>(s.value),
+                                 frame.Rows<float>(s.output),
+                                 s};
+    return WithLayout<float>(s.key_dim, s.value_dim, [&](auto layout) {
+      return Launch(WindowQueryKernel<decltype(layout)>, frame.streams * s.queries * s.heads,
+                    kThreads, false, stream, p);
+    });
+  };
+}
+
+}  // namespace continual_transformers

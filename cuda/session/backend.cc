@@ -1,0 +1,54 @@
+// What the core library finds in this one; see cc/session/device.h.
+
+#include <cstring>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "cc/session/device.h"
+#include "cc/session/error.h"
+#include "cuda/session/device_executor.h"
+#include "cuda/session/device_memory.h"
+#include "include/continual_transformers.h"
+
+namespace continual_transformers {
+namespace {
+
+#define TEXT(x) #x
+#define TEXT_OF(x) TEXT(x)
+constexpr char kVersion[] =
+    TEXT_OF(CT_VERSION_MAJOR) "." TEXT_OF(CT_VERSION_MINOR) "." TEXT_OF(CT_VERSION_PATCH);
+#undef TEXT_OF
+#undef TEXT
+
+class CudaDevice final : public Device {
+ public:
+  explicit CudaDevice(int number)
+      : gpu_(std::make_shared<const Gpu>(number)),
+        memory_(std::make_shared<GpuBlockMemory>(gpu_)) {}
+
+  std::shared_ptr<BlockMemory> memory() const override { return memory_; }
+  std::shared_ptr<const Executor> NewExecutor(std::shared_ptr<const ModelFile> file,
+                                              const ExecutorOptions& options) const override {
+    return std::make_shared<const DeviceExecutor>(std::move(file), options, gpu_);
+  }
+
+ private:
+  const std::shared_ptr<const Gpu> gpu_;
+  const std::shared_ptr<BlockMemory> memory_;
+};
+
+}  // namespace
+}  // namespace continual_transformers
+
+extern "C" __attribute__((visibility("default"))) continual_transformers::Device*
+continual_transformers_cuda_device(int number, const char* version) {
+  namespace ct = continual_transformers;
+  if (std::strcmp(version, ct::kVersion) != 0) {
+    throw ct::Error(ct::ErrorCode::kInvalidArgument,
+                    std::string("the library of GPU kernels is of version ") + ct::kVersion +
+                        ", and sessions are of version " + version +
+                        ": build or install both together");
+  }
+  return new ct::CudaDevice(number);
+}

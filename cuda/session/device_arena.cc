@@ -1,0 +1,335 @@
+#include "cuda/session/device_arena.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <iterator>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "cuda/session/advance.h"
+
+namespace continual_transformers {
+namespace {
+
+// cudaMalloc's own alignment.
+constexpr int64_t kAlignment = 256;
+// A program steps few different numbers of streams at a time. A graph takes some memory, and
+// capturing it takes far longer than replaying it.
+constexpr size_t kMostGraphs = 16;
+
+int64_t Align(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+}  // namespace
+
+DeviceArena::Layout::Layout(const Plan& plan, const DevicePlan& compiled, int64_t streams)
+    : streams(streams), values(compiled.row_bytes.size(), -1) {
+  int64_t end = 0;
+  const auto take = [&](int64_t bytes) {
+    const int64_t begin = end;
+    end += Align(bytes);
+    return begin;
+  };
+  blocks = take(streams * static_cast<int64_t>(sizeof(char*)));
+  positions = take(streams * static_cast<int64_t>(sizeof(int64_t)));
+  key_mask = take(streams);
+  for (const Port& input : plan.inputs) {
+    if (values[input.value] < 0) {
+      values[input.value] = take(streams * compiled.row_bytes[input.value]);
+    }
+  }
+  sent = end;
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (values[i] < 0 && compiled.row_bytes[i] > 0) {
+      values[i] = take(streams * compiled.row_bytes[i]);
+    }
+  }
+  bytes = end;
+}
+
+DeviceArena::DeviceArena(const Plan& plan, const DevicePlan& compiled,
+                         std::shared_ptr<const Gpu> gpu)
+    : plan_(plan), compiled_(compiled), gpu_(std::move(gpu)), stream_(gpu_) {}
+
+DeviceArena::~DeviceArena() { DropGraphs(); }
+
+int64_t DeviceArena::bytes() const {
+  return step_.bytes() + staged_.bytes() + sent_.bytes() + received_.bytes();
+}
+
+int64_t DeviceArena::InputBytes(size_t i) const {
+  return compiled_.row_bytes[plan_.inputs[i].value];
+}
+
+int64_t DeviceArena::OutputBytes(size_t i) const {
+  return compiled_.row_bytes[compiled_.storage[plan_.outputs[i].value]];
+}
+
+void DeviceArena::Reserve(GpuBytes* memory, GpuBytes::Kind kind, int64_t bytes) {
+  if (memory->bytes() >= bytes) return;
+  *memory = GpuBytes();  // first: there may be no room for both
+  *memory = GpuBytes(gpu_, kind, bytes, "a step");
+}
+
+void DeviceArena::DropGraphs() {
+  if (gpu_->IsOfThisProcess()) {
+    for (Graph& graph : graphs_) {
+      if (graph.exec != nullptr) static_cast<void>(cudaGraphExecDestroy(graph.exec));
+    }
+  }
+  graphs_.clear();
+}
+
+DeviceFrame DeviceArena::FrameOf(const Graph& graph) const {
+  char* const base = step_.get();
+  return {graph.layout.streams, reinterpret_cast<char* const*>(base + graph.layout.blocks),
+          reinterpret_cast<const int64_t*>(base + graph.layout.positions),
+          reinterpret_cast<const bool*>(base + graph.layout.key_mask), graph.values.data()};
+}
+
+DeviceArena::Graph* DeviceArena::GraphFor(int64_t streams) {
+  for (auto i = graphs_.begin(); i != graphs_.end(); ++i) {
+    if (i->layout.streams != streams) continue;
+    graphs_.splice(graphs_.begin(), graphs_, i);
+    return &graphs_.front();
+  }
+  Graph graph = {Layout(plan_, compiled_, streams), {}};
+  if (step_.bytes() < graph.layout.bytes) {
+    DropGraphs();  // they hold addresses in this memory
+    Reserve(&step_, GpuBytes::Kind::kDevice, graph.layout.bytes);
+  }
+  for (int64_t offset : graph.layout.values) {
+    graph.values.push_back(offset < 0 ? nullptr : step_.get() + offset);
+  }
+  Capture(&graph);
+  if (graphs_.size() == kMostGraphs) {
+    static_cast<void>(cudaGraphExecDestroy(graphs_.back().exec));
+    graphs_.pop_back();
+  }
+  graphs_.push_front(std::move(graph));
+  return &graphs_.front();
+}
+
+cudaError_t DeviceArena::LaunchAll(const DeviceFrame& frame) const {
+  for (const DevicePlan::Entry& entry : compiled_.entries) {
+    const cudaError_t error = entry.launch(frame, stream_.get());
+    if (error != cudaSuccess) return error;
+  }
+  return AdvancePositions(frame, stream_.get());
+}
+
+void DeviceArena::Capture(Graph* graph) {
+  // Relaxed: kernels may be loaded meanwhile, and other threads may ask for memory.
+  Check(cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeRelaxed), "capturing a step");
+  const cudaError_t launched = LaunchAll(FrameOf(*graph));
+  cudaGraph_t captured = nullptr;
+  const cudaError_t ended = cudaStreamEndCapture(stream_.get(), &captured);
+  Check(launched, "capturing a step");
+  Check(ended, "capturing a step");
+  const cudaError_t made = cudaGraphInstantiate(&graph->exec, captured, 0);
+  static_cast<void>(cudaGraphDestroy(captured));
+  Check(made, "making a step's graph");
+}
+
+void DeviceArena::TakeStep(const Graph& graph) {
+  if (profiles_) {
+    TakeProfiledStep(graph);
+  } else {
+    Check(cudaGraphLaunch(graph.exec, stream_.get()), "launching a step");
+  }
+}
+
+void DeviceArena::TakeProfiledStep(const Graph& graph) {
+  const DeviceFrame frame = FrameOf(graph);
+  std::vector<cudaEvent_t> events(compiled_.entries.size() + 1);
+  for (cudaEvent_t& event : events) Check(cudaEventCreate(&event), "making an event");
+  Check(cudaEventRecord(events[0], stream_.get()), "recording an event");
+  for (size_t i = 0; i < compiled_.entries.size(); ++i) {
+    Check(compiled_.entries[i].launch(frame, stream_.get()), "launching a node");
+    Check(cudaEventRecord(events[i + 1], stream_.get()), "recording an event");
+  }
+  Check(AdvancePositions(frame, stream_.get()), "advancing positions");
+  Check(cudaStreamSynchronize(stream_.get()), "taking a step");
+  for (size_t i = 0; i < compiled_.entries.size(); ++i) {
+    float milliseconds;
+    Check(cudaEventElapsedTime(&milliseconds, events[i], events[i + 1]), "reading an event");
+    seconds_[i] += static_cast<double>(milliseconds) / 1e3;
+  }
+  for (cudaEvent_t event : events) static_cast<void>(cudaEventDestroy(event));
+}
+
+void DeviceArena::FillHeader(const StepCall& call, const Layout& layout, char* to) const {
+  std::memcpy(to + layout.blocks, call.blocks, call.streams * sizeof(char*));
+  std::memcpy(to + layout.positions, call.positions, call.streams * sizeof(int64_t));
+}
+
+void DeviceArena::LookAtArrays(const StepCall& call) {
+  bool any = false;
+  const auto look = [&](const void* data) {
+    const bool on_gpu = data != nullptr && IsOnGpu(data);
+    any |= on_gpu;
+    return on_gpu;
+  };
+  input_on_gpu_.clear();
+  output_on_gpu_.clear();
+  for (size_t i = 0; i < plan_.inputs.size(); ++i) input_on_gpu_.push_back(look(call.inputs[i]));
+  for (size_t i = 0; i < plan_.outputs.size(); ++i) output_on_gpu_.push_back(look(call.outputs[i]));
+  // The caller may have put its work on the default stream, and not waited for it.
+  if (any) stream_.WaitForDefaultStream();
+}
+
+void DeviceArena::Step(const StepCall& call) {
+  if (call.streams == 0 || call.steps == 0) return;
+  LookAtArrays(call);
+  const Graph* const graph = GraphFor(call.streams);
+  if (call.steps == 1) {
+    StepOnce(call, *graph);
+  } else {
+    StepSeveral(call, *graph);
+  }
+}
+
+// One copy to the GPU, the graph, and a copy back for each output. Arrays that are on the GPU take
+// no part in that: each has a copy there.
+void DeviceArena::StepOnce(const StepCall& call, const Graph& graph) {
+  const Layout& layout = graph.layout;
+  const cudaStream_t stream = stream_.get();
+  int64_t out_bytes = 0;
+  for (size_t i = 0; i < plan_.outputs.size(); ++i) out_bytes += call.streams * OutputBytes(i);
+  Reserve(&sent_, GpuBytes::Kind::kPinnedHost, layout.sent);
+  Reserve(&received_, GpuBytes::Kind::kPinnedHost, out_bytes);
+  FillHeader(call, layout, sent_.get());
+  if (call.key_mask == nullptr) {
+    std::memset(sent_.get() + layout.key_mask, 1, call.streams);
+  } else {
+    std::memcpy(sent_.get() + layout.key_mask, call.key_mask, call.streams);
+  }
+  int64_t sent = layout.key_mask + call.streams;
+  for (size_t i = 0; i < plan_.inputs.size(); ++i) {
+    if (input_on_gpu_[i]) continue;
+    const int64_t at = layout.values[plan_.inputs[i].value];
+    std::memcpy(sent_.get() + at, call.inputs[i], call.streams * InputBytes(i));
+    sent = std::max(sent, at + call.streams * InputBytes(i));
+  }
+  Check(cudaMemcpyAsync(step_.get(), sent_.get(), sent, cudaMemcpyHostToDevice, stream),
+        "copying inputs");
+  for (size_t i = 0; i < plan_.inputs.size(); ++i) {
+    if (!input_on_gpu_[i]) continue;
+    Check(cudaMemcpyAsync(graph.values[plan_.inputs[i].value], call.inputs[i],
+                          call.streams * InputBytes(i), cudaMemcpyDeviceToDevice, stream),
+          "copying inputs");
+  }
+  TakeStep(graph);
+  const auto each_output = [&](const auto& f) {
+    char* at = received_.get();
+    for (size_t i = 0; i < plan_.outputs.size(); ++i) {
+      const int64_t bytes = call.streams * OutputBytes(i);
+      if (call.outputs[i] != nullptr) f(i, bytes, at);
+      at += bytes;
+    }
+  };
+  each_output([&](size_t i, int64_t bytes, char* at) {
+    const char* const from = graph.values[compiled_.storage[plan_.outputs[i].value]];
+    void* const to = output_on_gpu_[i] ? call.outputs[i] : at;
+    Check(cudaMemcpyAsync(to, from, bytes,
+                          output_on_gpu_[i] ? cudaMemcpyDeviceToDevice : cudaMemcpyDeviceToHost,
+                          stream),
+          "copying outputs");
+  });
+  Check(cudaStreamSynchronize(stream), "taking a step");
+  each_output([&](size_t i, int64_t bytes, const char* at) {
+    if (!output_on_gpu_[i]) std::memcpy(call.outputs[i], at, bytes);
+  });
+}
+
+// The inputs of all steps are copied to the GPU at once, and the outputs back. There, each step
+// takes its rows from [M, T, ...] and puts them there. Arrays that are on the GPU are used in
+// place.
+void DeviceArena::StepSeveral(const StepCall& call, const Graph& graph) {
+  const Layout& layout = graph.layout;
+  const cudaStream_t stream = stream_.get();
+  const int64_t rows = call.streams * call.steps;
+  // In `staged_`: inputs, key mask, outputs.
+  std::vector<int64_t> inputs, outputs;
+  int64_t end = 0;
+  const auto take = [&](int64_t bytes) {
+    const int64_t begin = end;
+    end += Align(bytes);
+    return begin;
+  };
+  for (size_t i = 0; i < plan_.inputs.size(); ++i) {
+    inputs.push_back(input_on_gpu_[i] ? -1 : take(rows * InputBytes(i)));
+  }
+  const int64_t key_mask = take(rows), sent = end;
+  for (size_t i = 0; i < plan_.outputs.size(); ++i) {
+    const bool staged = call.outputs[i] != nullptr && !output_on_gpu_[i];
+    outputs.push_back(staged ? take(rows * OutputBytes(i)) : -1);
+  }
+  // The header of a single step follows in `sent_`.
+  Reserve(&staged_, GpuBytes::Kind::kDevice, end);
+  Reserve(&sent_, GpuBytes::Kind::kPinnedHost, sent + layout.key_mask);
+  Reserve(&received_, GpuBytes::Kind::kPinnedHost, end - sent);
+  for (size_t i = 0; i < plan_.inputs.size(); ++i) {
+    if (inputs[i] < 0) continue;
+    std::memcpy(sent_.get() + inputs[i], call.inputs[i], rows * InputBytes(i));
+  }
+  if (call.key_mask == nullptr) {
+    std::memset(sent_.get() + key_mask, 1, rows);
+  } else {
+    std::memcpy(sent_.get() + key_mask, call.key_mask, rows);
+  }
+  FillHeader(call, layout, sent_.get() + sent);
+  Check(cudaMemcpyAsync(staged_.get(), sent_.get(), sent, cudaMemcpyHostToDevice, stream),
+        "copying inputs");
+  Check(cudaMemcpyAsync(step_.get(), sent_.get() + sent, layout.key_mask, cudaMemcpyHostToDevice,
+                        stream),
+        "copying inputs");
+  for (int64_t t = 0; t < call.steps; ++t) {
+    // Row m of a step is row m * T + t of the call.
+    const auto move = [&](char* to, int64_t to_pitch, const char* from, int64_t from_pitch,
+                          int64_t bytes) {
+      Check(cudaMemcpy2DAsync(to, to_pitch, from, from_pitch, bytes, call.streams,
+                              cudaMemcpyDeviceToDevice, stream),
+            "moving the rows of a step");
+    };
+    for (size_t i = 0; i < plan_.inputs.size(); ++i) {
+      const int64_t bytes = InputBytes(i);
+      const char* const from =
+          inputs[i] < 0 ? static_cast<const char*>(call.inputs[i]) : staged_.get() + inputs[i];
+      move(graph.values[plan_.inputs[i].value], bytes, from + t * bytes, call.steps * bytes, bytes);
+    }
+    move(step_.get() + layout.key_mask, 1, staged_.get() + key_mask + t, call.steps, 1);
+    TakeStep(graph);
+    for (size_t i = 0; i < plan_.outputs.size(); ++i) {
+      if (call.outputs[i] == nullptr) continue;
+      const int64_t bytes = OutputBytes(i);
+      char* const to =
+          outputs[i] < 0 ? static_cast<char*>(call.outputs[i]) : staged_.get() + outputs[i];
+      move(to + t * bytes, call.steps * bytes,
+           graph.values[compiled_.storage[plan_.outputs[i].value]], bytes, bytes);
+    }
+  }
+  if (end > sent) {
+    Check(cudaMemcpyAsync(received_.get(), staged_.get() + sent, end - sent, cudaMemcpyDeviceToHost,
+                          stream),
+          "copying outputs");
+  }
+  Check(cudaStreamSynchronize(stream), "taking steps");
+  for (size_t i = 0; i < plan_.outputs.size(); ++i) {
+    if (outputs[i] < 0) continue;
+    std::memcpy(call.outputs[i], received_.get() + outputs[i] - sent, rows * OutputBytes(i));
+  }
+}
+
+void DeviceArena::BeginProfile() {
+  profiles_ = true;
+  seconds_.assign(compiled_.entries.size(), 0);
+}
+
+const std::vector<double>& DeviceArena::EndProfile() {
+  profiles_ = false;
+  return seconds_;
+}
+
+}  // namespace continual_transformers

@@ -1,0 +1,87 @@
+// The memory of a call in progress on a GPU, and the graphs of its steps.
+
+#ifndef CONTINUAL_TRANSFORMERS_CUDA_SESSION_DEVICE_ARENA_H_
+#define CONTINUAL_TRANSFORMERS_CUDA_SESSION_DEVICE_ARENA_H_
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <list>
+#include <memory>
+#include <vector>
+
+#include "cc/session/executor.h"
+#include "cc/session/plan.h"
+#include "cuda/session/device_frame.h"
+#include "cuda/session/device_memory.h"
+#include "cuda/session/device_plan.h"
+
+namespace continual_transformers {
+
+// One call at a time uses it, with the GPU in use.
+class DeviceArena final : public Arena {
+ public:
+  DeviceArena(const Plan& plan, const DevicePlan& compiled, std::shared_ptr<const Gpu> gpu);
+  ~DeviceArena() override;
+  int64_t bytes() const override;
+
+  // Throws Error. No stream has changed if it is for lack of memory.
+  void Step(const StepCall& call);
+
+  void BeginProfile();
+  // Seconds by entry of the plan.
+  const std::vector<double>& EndProfile();
+
+ private:
+  // Where the things of a step of M streams lie in `step_`. Everything that the host sends for a
+  // single step comes first, so that one copy brings it.
+  struct Layout {
+    explicit Layout(const Plan& plan, const DevicePlan& compiled, int64_t streams);
+
+    int64_t streams;
+    int64_t blocks, positions, key_mask;  // in bytes
+    std::vector<int64_t> values;          // one per row_bytes of the plan; -1: shares another's
+    int64_t sent;                         // bytes from the beginning
+    int64_t bytes;
+  };
+
+  // A captured step. It holds addresses in `step_`.
+  struct Graph {
+    Layout layout;
+    std::vector<char*> values;
+    cudaGraphExec_t exec = nullptr;
+  };
+
+  DeviceFrame FrameOf(const Graph& graph) const;
+  Graph* GraphFor(int64_t streams);
+  void Capture(Graph* graph);
+  cudaError_t LaunchAll(const DeviceFrame& frame) const;
+  void TakeStep(const Graph& graph);
+  void TakeProfiledStep(const Graph& graph);
+  void StepOnce(const StepCall& call, const Graph& graph);
+  void StepSeveral(const StepCall& call, const Graph& graph);
+  void FillHeader(const StepCall& call, const Layout& layout, char* to) const;
+  // Finds which arrays of a call are on the GPU, and lets the steps wait for them.
+  void LookAtArrays(const StepCall& call);
+  void DropGraphs();
+  // Makes room, if there is less.
+  void Reserve(GpuBytes* memory, GpuBytes::Kind kind, int64_t bytes);
+  int64_t InputBytes(size_t i) const;
+  int64_t OutputBytes(size_t i) const;
+
+  const Plan& plan_;
+  const DevicePlan& compiled_;
+  const std::shared_ptr<const Gpu> gpu_;
+  const GpuStream stream_;
+  GpuBytes step_;             // what a step of M streams works on
+  GpuBytes staged_;           // inputs and outputs of a call of several steps
+  GpuBytes sent_, received_;  // of the host, pinned: what is copied to the GPU and back
+  std::vector<bool> input_on_gpu_, output_on_gpu_;  // of the call
+  std::list<Graph> graphs_;                         // the newest used first
+  bool profiles_ = false;
+  std::vector<double> seconds_;
+};
+
+}  // namespace continual_transformers
+
+#endif  // CONTINUAL_TRANSFORMERS_CUDA_SESSION_DEVICE_ARENA_H_

@@ -1,0 +1,38 @@
+// What the launches of a plan's nodes work on: one step of M streams.
+
+#ifndef CONTINUAL_TRANSFORMERS_CUDA_SESSION_DEVICE_FRAME_H_
+#define CONTINUAL_TRANSFORMERS_CUDA_SESSION_DEVICE_FRAME_H_
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <functional>
+
+namespace continual_transformers {
+
+// All pointers are to device memory, except `values` itself. The host never reads what they point
+// to, so launches can be captured in a graph and replayed for other streams and positions.
+struct DeviceFrame {
+  int64_t streams;           // M
+  char* const* blocks;       // [M], the streams' blocks
+  const int64_t* positions;  // [M], steps taken before this one
+  const bool* key_mask;      // [M], whether the caller marks no gap
+  char* const* values;       // of the host: one per plan value and scratch, where its M rows lie
+
+  template <typename T>
+  T* Rows(int value) const {
+    return reinterpret_cast<T*>(values[value]);
+  }
+  // The same, or null if there is no such value.
+  template <typename T>
+  T* RowsOrNull(int value) const {
+    return value < 0 ? nullptr : Rows<T>(value);
+  }
+};
+
+// Launches the kernels of a node.
+using NodeLaunch = std::function<cudaError_t(const DeviceFrame& frame, cudaStream_t stream)>;
+
+}  // namespace continual_transformers
+
+#endif  // CONTINUAL_TRANSFORMERS_CUDA_SESSION_DEVICE_FRAME_H_

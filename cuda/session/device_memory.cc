@@ -1,0 +1,185 @@
+#include "cuda/session/device_memory.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "cc/session/error.h"
+
+namespace continual_transformers {
+namespace {
+
+// How often this process and its parents forked, since this library is loaded.
+std::atomic<int>& Forks() {
+  static std::atomic<int> forks{0};
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { ++Forks(); });
+  static_cast<void>(registered);
+  return forks;
+}
+
+std::string Described(cudaError_t error) {
+  return std::string(cudaGetErrorName(error)) + ", " + cudaGetErrorString(error);
+}
+
+Error NoGpu(int number, const std::string& why) {
+  return Error(ErrorCode::kInvalidArgument,
+               "there is no device \"cuda:" + std::to_string(number) + "\": " + why);
+}
+
+}  // namespace
+
+Gpu::Gpu(int number) : number_(number), forks_(Forks()) {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaErrorInsufficientDriver) {
+    throw NoGpu(number,
+                "the driver is missing, or older than the CUDA version that the kernels were built "
+                "with: install a newer driver, or leave out device=");
+  }
+  if (error == cudaErrorNoDevice || (error == cudaSuccess && count == 0)) {
+    throw NoGpu(number, "this machine has no GPU that CUDA can use: leave out device=");
+  }
+  if (error != cudaSuccess) throw NoGpu(number, "CUDA cannot be used: " + Described(error));
+  if (number >= count) {
+    throw NoGpu(number, "there are " + std::to_string(count) + " GPUs, counted from 0");
+  }
+}
+
+bool Gpu::IsOfThisProcess() const { return Forks() == forks_; }
+
+Gpu::Use::Use(const Gpu& gpu) {
+  if (!gpu.IsOfThisProcess()) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "a session on a GPU works only in the process that made it, and this is a forked "
+                "one: make the session after the fork");
+  }
+  Check(cudaGetDevice(&before_), "asking for the thread's GPU");
+  if (before_ == gpu.number()) {
+    before_ = -1;
+  } else {
+    Check(cudaSetDevice(gpu.number()), "choosing the GPU");
+  }
+}
+
+Gpu::Use::~Use() {
+  if (before_ >= 0) static_cast<void>(cudaSetDevice(before_));
+}
+
+void Check(cudaError_t error, const char* doing) {
+  if (error == cudaSuccess) return;
+  static_cast<void>(cudaGetLastError());  // An error that is not for good is over with this one.
+  throw Error(ErrorCode::kInternal,
+              std::string("the GPU failed while ") + doing + " (" + Described(error) +
+                  "): the streams of this call may be damaged; make a new session, and put back "
+                  "earlier copies of its streams");
+}
+
+GpuBytes::GpuBytes(std::shared_ptr<const Gpu> gpu, Kind kind, int64_t bytes,
+                   const std::string& what)
+    : gpu_(std::move(gpu)), kind_(kind) {
+  const size_t size = static_cast<size_t>(std::max<int64_t>(bytes, 1));
+  void* data = nullptr;
+  const cudaError_t error =
+      kind == Kind::kDevice ? cudaMalloc(&data, size) : cudaMallocHost(&data, size);
+  if (error == cudaErrorMemoryAllocation) {
+    static_cast<void>(cudaGetLastError());
+    throw Error(ErrorCode::kTooManyStreams,
+                std::string("the ") + (kind == Kind::kDevice ? "GPU" : "system") +
+                    " has no memory for the " + std::to_string(bytes) + " bytes of " + what +
+                    ": close streams, or step fewer at a time");
+  }
+  Check(error, "giving memory");
+  data_ = static_cast<char*>(data);
+  bytes_ = bytes;
+}
+
+GpuBytes& GpuBytes::operator=(GpuBytes&& other) noexcept {
+  std::swap(gpu_, other.gpu_);
+  std::swap(kind_, other.kind_);
+  std::swap(data_, other.data_);
+  std::swap(bytes_, other.bytes_);
+  return *this;
+}
+
+GpuBytes::~GpuBytes() {
+  // A child leaves its parent's memory alone.
+  if (data_ == nullptr || !gpu_->IsOfThisProcess()) return;
+  static_cast<void>(kind_ == Kind::kDevice ? cudaFree(data_) : cudaFreeHost(data_));
+}
+
+GpuStream::GpuStream(std::shared_ptr<const Gpu> gpu) : gpu_(std::move(gpu)) {
+  const Gpu::Use use(*gpu_);
+  // It does not wait for the default stream, which other libraries use.
+  Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a stream");
+}
+
+GpuStream::~GpuStream() {
+  if (gpu_->IsOfThisProcess()) static_cast<void>(cudaStreamDestroy(stream_));
+}
+
+void GpuStream::WaitForDefaultStream() const {
+  cudaEvent_t event;
+  Check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "making an event");
+  const cudaError_t recorded = cudaEventRecord(event, cudaStreamLegacy);
+  const cudaError_t waits =
+      recorded == cudaSuccess ? cudaStreamWaitEvent(stream_, event, 0) : recorded;
+  static_cast<void>(cudaEventDestroy(event));  // CUDA keeps it until nothing waits for it.
+  Check(waits, "waiting for the caller's arrays");
+}
+
+bool IsOnGpu(const void* data) {
+  cudaPointerAttributes attributes;
+  Check(cudaPointerGetAttributes(&attributes, data), "looking at the caller's arrays");
+  return attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged;
+}
+
+GpuBlockMemory::GpuBlockMemory(std::shared_ptr<const Gpu> gpu)
+    : gpu_(std::move(gpu)), stream_(gpu_) {}
+
+char* GpuBlockMemory::Map(int64_t bytes, std::string* refusal) {
+  const Gpu::Use use(*gpu_);
+  void* base = nullptr;
+  const cudaError_t error = cudaMalloc(&base, static_cast<size_t>(bytes));
+  if (error == cudaErrorMemoryAllocation) {
+    static_cast<void>(cudaGetLastError());
+    *refusal = "(the GPU's memory is full): close streams";
+    return nullptr;
+  }
+  Check(error, "giving memory for streams");
+  return static_cast<char*>(base);
+}
+
+bool GpuBlockMemory::Unmap(char* base, int64_t slab_bytes, int64_t count) {
+  if (!gpu_->IsOfThisProcess()) return true;  // A child leaves its parent's memory alone.
+  for (int64_t i = 0; i < count; ++i) static_cast<void>(cudaFree(base + i * slab_bytes));
+  return true;
+}
+
+void GpuBlockMemory::Zero(char* at, int64_t bytes) {
+  const Gpu::Use use(*gpu_);
+  Check(cudaMemsetAsync(at, 0, static_cast<size_t>(bytes), stream_.get()), "clearing a stream");
+  Check(cudaStreamSynchronize(stream_.get()), "clearing a stream");
+}
+
+void GpuBlockMemory::CopyIn(const void* from, int64_t bytes, char* to) {
+  Copy(to, from, bytes, cudaMemcpyHostToDevice);
+}
+
+void GpuBlockMemory::CopyOut(const char* from, int64_t bytes, void* to) {
+  Copy(to, from, bytes, cudaMemcpyDeviceToHost);
+}
+
+void GpuBlockMemory::Copy(void* to, const void* from, int64_t bytes, cudaMemcpyKind kind) {
+  if (bytes == 0) return;
+  const Gpu::Use use(*gpu_);
+  Check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), kind, stream_.get()),
+        "copying a stream");
+  Check(cudaStreamSynchronize(stream_.get()), "copying a stream");
+}
+
+}  // namespace continual_transformers

@@ -1,0 +1,92 @@
+// Nodes that multiply matrices, and depthwise convolutions.
+
+#include <cstdint>
+
+#include "cc/attention/half.h"
+#include "cuda/dense.h"
+#include "cuda/session/for_each.cuh"
+#include "cuda/session/node_kernels.h"
+
+namespace continual_transformers {
+namespace {
+
+template <typename W>
+NodeLaunch DenseOf(const void* kernel, const float* bias, int64_t inputs, int64_t outputs,
+                   int64_t rows, int input, int output) {
+  return [=](const DeviceFrame& frame, cudaStream_t stream) {
+    DeviceDenseParams<float, W> p = {};
+    DeviceDense<float, W>& layer = p.layers[0];
+    layer.input = frame.Rows<float>(input);
+    layer.kernel = static_cast<const W*>(kernel);
+    layer.bias = bias;
+    layer.inputs = inputs;
+    layer.outputs = outputs;
+    layer.activation = Activation::kLinear;
+    layer.output = frame.Rows<float>(output);
+    p.num_layers = 1;
+    p.rows = frame.streams * rows;
+    return LaunchDense(p, stream);
+  };
+}
+
+// i is an element of the output.
+struct MatmulEach {
+  const float *a, *b;
+  float* y;
+  int64_t rows, depth, columns;
+  __device__ void operator()(int64_t i) const {
+    const int64_t matrix = i / (rows * columns), row = i / columns % rows, column = i % columns;
+    const float* const x = a + (matrix * rows + row) * depth;
+    const float* const w = b + matrix * depth * columns + column;
+    float sum = 0;
+    for (int64_t k = 0; k < depth; ++k) sum += x[k] * w[k * columns];
+    y[i] = sum;
+  }
+};
+
+// i is an element of the output.
+struct DepthwiseEach {
+  DeviceDepthwise s;
+  const float* x;
+  float* y;
+  __device__ void operator()(int64_t i) const {
+    const int64_t m = i / (s.output_rows * s.outputs), row = i / s.outputs % s.output_rows;
+    const int64_t j = i % s.outputs, channel = j / (s.outputs / s.channels);
+    const float* const of_step = x + m * s.rows * s.channels;
+    float sum = s.bias == nullptr ? 0.f : s.bias[j];
+    for (int64_t tap = 0; tap < s.taps; ++tap) {
+      sum += of_step[(row * s.stride + tap * s.dilation) * s.channels + channel] *
+             s.kernel[tap * s.outputs + j];
+    }
+    y[i] = sum;
+  }
+};
+
+}  // namespace
+
+NodeLaunch DenseNode(const void* kernel, DType weights, const float* bias, int64_t inputs,
+                     int64_t outputs, int64_t rows, int input, int output) {
+  return weights == DType::kBFloat16
+             ? DenseOf<BFloat16>(kernel, bias, inputs, outputs, rows, input, output)
+             : DenseOf<float>(kernel, bias, inputs, outputs, rows, input, output);
+}
+
+NodeLaunch MatmulNode(int a, int b, int output, int64_t count, int64_t rows, int64_t depth,
+                      int64_t columns) {
+  return [=](const DeviceFrame& frame, cudaStream_t stream) {
+    return ForEach(frame.streams * count * rows * columns,
+                   MatmulEach{frame.Rows<float>(a), frame.Rows<float>(b), frame.Rows<float>(output),
+                              rows, depth, columns},
+                   stream);
+  };
+}
+
+NodeLaunch DepthwiseNode(const DeviceDepthwise& spec) {
+  return [=](const DeviceFrame& frame, cudaStream_t stream) {
+    return ForEach(
+        frame.streams * spec.output_rows * spec.outputs,
+        DepthwiseEach{spec, frame.Rows<float>(spec.input), frame.Rows<float>(spec.output)}, stream);
+  };
+}
+
+}  // namespace continual_transformers
