@@ -37,7 +37,7 @@ def build(sensors=6, features=48, heads=4, window=WINDOW, activities=6):
 class Pieces(keras.utils.PyDataset):
     """Batches of pieces of recordings at random places, with a label for every row of the model.
 
-    Each piece is tilted a little, made a little weaker or stronger, and has noise.
+    Each piece is made a little weaker or stronger, and has noise.
     """
 
     def __init__(self, recordings, batches, length=400, batch_size=64, seed=1):
