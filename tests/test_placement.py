@@ -57,7 +57,8 @@ def test_retroactive_attention_has_no_kernel_on_a_gpu():
 
 
 @pytest.mark.parametrize(("shape", "few"), [
-    ((16, E), True), ((17, E), False), ((0, E), True), ((), False),
+    ((fused_step.MOST_ROWS_ON_GPU, E), True), ((fused_step.MOST_ROWS_ON_GPU + 1, E), False),
+    ((0, E), True), ((), False),
 ])  # fmt: skip
 def test_few_rows(shape, few):
     assert fused_step.has_few_rows(np.zeros(shape, "float32")) == few

@@ -128,10 +128,11 @@ def test_progress_on_a_terminal():
         ("tensorflow-cpu", None, False),
         ("tensorflow_cpu", None, False),
         ("tensorflow_cpu", "1", True),
-        (None, "1", False),
+        (None, "1", True),  # Sessions on a GPU need no TensorFlow.
+        (None, None, False),
     ],
 )
-def test_gpu_kernels_are_for_a_tensorflow_that_can_use_them(tmp_path, distribution, asked, wants):
+def test_which_builds_have_gpu_kernels(tmp_path, distribution, asked, wants):
     """setup.py, in an environment with this TensorFlow."""
     if distribution:
         minor = tensorflow_headers.LISTS["TENSORFLOWS"][0]

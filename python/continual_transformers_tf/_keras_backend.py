@@ -15,9 +15,11 @@ def _refuse(found: str) -> NoReturn:
     )
 
 
-# Keras imports its backend, which may not be installed: ask the environment before it does.
+# Keras imports its backend, which may not be installed: ask the environment before it does. With
+# PyTorch as its backend, and installed, Keras may have been imported by TensorFlow.
 _named = os.environ.get("KERAS_BACKEND") or "tensorflow"
-if sys.modules.get("keras") is None and _named != "tensorflow":
+_imported = sys.modules.get("keras")
+if _named != "tensorflow" and (_imported is None or _imported.config.backend() == _named):
     _refuse(f"KERAS_BACKEND is {_named!r}")
 
 try:
