@@ -36,13 +36,13 @@ class Case(NamedTuple):
         window: How many steps fill every window in it.
         high: Integers among the inputs are below this.
         gaps: Whether a fifth of the inputs' rows are zeros.
-        dtype: The dtype that its bound belongs to.
+        bound: The largest allowed error, relative to the largest output.
     """
 
     window: int
     high: int
     gaps: bool
-    dtype: str
+    bound: float
 
     def inputs(
         self,
@@ -155,7 +155,9 @@ def package_is_built(target: Path = PACKAGE) -> bool:
 def why_unusable(folder: Path = FOLDER) -> str | None:
     """Return why there are no sessions to build from the bundle; None if there are."""
     if not (folder / "cases" / "cases.json").exists():
-        return f"there is no bundle in {folder}: `make gpu-bundle` makes it, on a machine with .venv"
+        return (
+            f"there is no bundle in {folder}: `make gpu-bundle` makes it, on a machine with .venv"
+        )
     return None
 
 

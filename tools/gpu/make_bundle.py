@@ -77,6 +77,7 @@ def pack_cases(target: Path, names: Iterable[str] | None = None) -> None:
         names: Those of the models; None: all.
     """
     from continual_transformers_tf.session import Session
+    from model_case import BOUNDS
     from model_cases import CASES
 
     target.mkdir()
@@ -87,7 +88,8 @@ def pack_cases(target: Path, names: Iterable[str] | None = None) -> None:
         if json.loads(session._plan_json)["compute_dtype"] == "float64":
             continue  # It has no kernels.
         session.save(target / f"{name}.safetensors")
-        listed[name] = bundle.Case(case.window, case.high, case.gaps, case.dtype)._asdict()
+        bound = BOUNDS[case.dtype]
+        listed[name] = bundle.Case(case.window, case.high, case.gaps, bound)._asdict()
     (target / "cases.json").write_text(json.dumps(listed, indent=1))
 
 
@@ -159,7 +161,9 @@ def make(
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--output", type=Path, default=bundle.FOLDER)
-    parser.add_argument("--cases", nargs="+", metavar="NAME", help="only these of the tests' models")
+    parser.add_argument(
+        "--cases", nargs="+", metavar="NAME", help="only these of the tests' models"
+    )
     chosen = parser.parse_args(arguments)
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # TensorFlow is to leave a GPU alone.
     try:
