@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 ROOT = Path(os.path.abspath(__file__)).parent.parent
 LISTS = runpy.run_path(str(ROOT / "cc" / "library.bzl"))
-# Where fetched headers are kept. The variable names a folder that was filled elsewhere, for a machine
-# without a network.
+# Where fetched headers are kept. The variable names a folder that was filled elsewhere, for
+# machines without a network.
 FETCHED = Path(
     os.environ.get("CONTINUAL_TRANSFORMERS_TENSORFLOW_HEADERS") or ROOT / "build" / "tensorflow"
 )

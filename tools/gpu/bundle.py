@@ -51,9 +51,10 @@ class Case(NamedTuple):
         lead: tuple[int, int],
     ) -> list[npt.NDArray[Any]]:
         """Return arrays `(*lead, *shape)` for the session's inputs."""
-        arrays = []
+        arrays: list[npt.NDArray[Any]] = []
         for _, shape, dtype in specs:
             full = (*lead, *shape)
+            x: npt.NDArray[Any]
             if dtype.kind == "b":
                 x = random.random(full) < 0.5
             elif dtype.kind in "iu":
@@ -155,9 +156,7 @@ def package_is_built(target: Path = PACKAGE) -> bool:
 def why_unusable(folder: Path = FOLDER) -> str | None:
     """Return why there are no sessions to build from the bundle; None if there are."""
     if not (folder / "cases" / "cases.json").exists():
-        return (
-            f"there is no bundle in {folder}: `make gpu-bundle` makes it, on a machine with .venv"
-        )
+        return f"no bundle in {folder}: `make gpu-bundle` makes it, on a machine with .venv"
     return None
 
 
