@@ -132,7 +132,11 @@ def microseconds(work, target=0.03, repeats=5):
 
 
 def least_bytes(session, weights_bytes, streams):
-    """Return the least bytes of a step: weights once, each stream's state, inputs and outputs."""
+    """Return the least bytes of a step: weights once, each stream's state, inputs and outputs.
+
+    A table of positions counts as a whole, although each stream reads one row: 1.4 % of
+    CoOadTR-b1's bytes.
+    """
     ends = sum(
         np.dtype(spec.dtype).itemsize * int(np.prod(spec.shape))
         for spec in (*session.inputs, *session.outputs)

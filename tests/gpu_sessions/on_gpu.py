@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import continual_transformers_tf as ct
+import continual_transformers_tf.session  # It loads the core library, which the others link.
 import cuda_build
 
 CORE = Path(ct.__file__).parent / cuda_build.LISTS["CORE_LIBRARY"]

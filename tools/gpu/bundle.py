@@ -26,7 +26,7 @@ VARIABLE = "CONTINUAL_TRANSFORMERS_GPU_BUNDLE"  # Names another folder.
 FOLDER = Path(os.environ.get(VARIABLE) or cuda_build.ROOT / "build" / "gpu-bundle")
 # Where the package is put that is built from the bundle.
 PACKAGE = cuda_build.ROOT / "build" / "gpu_sessions" / "package"
-FLOATS = {"F32": np.float32, "F64": np.float64}
+WEIGHTS = {"F32": np.float32, "F64": np.float64, "I32": np.int32, "I64": np.int64}
 
 
 class Case(NamedTuple):
@@ -97,10 +97,11 @@ def weights_bytes(header: bytes) -> int:
 def fill(plan: Path, target: Path) -> Path:
     """Write a model file with a plan's header and random weights, always the same.
 
-    Each product of a kernel has about the size of its input, so nothing overflows.
+    Each product of a kernel has about the size of its input, so nothing overflows. Integers, such
+    as the row that positions begin at, are 0.
 
     Raises:
-        ValueError: If a weight is not of a floating type that NumPy has.
+        ValueError: If a weight has another dtype.
     """
     header = plan.read_bytes()
     random = np.random.default_rng(17)
@@ -109,15 +110,16 @@ def fill(plan: Path, target: Path) -> Path:
     with open(target, "wb") as file:
         file.write(header)
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            if entry["dtype"] not in FLOATS:
+            if entry["dtype"] not in WEIGHTS:
                 raise ValueError(
-                    f"{plan}: weight {name} has dtype {entry['dtype']}, but random weights are "
-                    f"{' or '.join(FLOATS)}: pack the model with such weights"
+                    f"{plan}: weight {name} has dtype {entry['dtype']}, expected one of "
+                    f"{', '.join(WEIGHTS)}: pack the model with weights in float32"
                 )
-            shape = entry["shape"]
-            array = random.standard_normal(shape, np.float32)
-            array *= max(1, shape[0] if shape else 1) ** -0.5
-            file.write(array.astype(FLOATS[entry["dtype"]]).tobytes())
+            dtype, shape = np.dtype(WEIGHTS[entry["dtype"]]), entry["shape"]
+            array = np.zeros(shape)
+            if dtype.kind == "f":
+                array = random.standard_normal(shape) * max(1, *shape[:1]) ** -0.5
+            file.write(array.astype(dtype).tobytes())
     return target
 
 
