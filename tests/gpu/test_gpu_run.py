@@ -104,7 +104,7 @@ def test_the_steps_and_their_limits(tmp_path, monkeypatch):
     monkeypatch.setattr(bundle, "why_unusable", lambda: None)
     steps = {step.name: step for step in gpu_run.steps(tmp_path, "90")}
     assert list(steps) == [
-        "build", "suite", "session-build", "sessions", "session-benchmark", "memcheck",
+        "session-build", "build", "suite", "sessions", "session-benchmark", "memcheck",
         "racecheck", "session-memcheck", "benchmark", "tensorflow",
     ]  # fmt: skip
     assert gpu_run.ALL_SECONDS < 8 * 60
@@ -130,6 +130,23 @@ def test_without_the_bundle_sessions_are_no_fault_and_it_is_said(tmp_path, monke
     assert {step["went"] for step in found.values()} == {gpu_run.NOT_RUN}
     assert not gpu_run.is_wrong(found)
     assert "no bundle in build/gpu-bundle" in gpu_run.summary(found)
+
+
+def test_a_step_beside_others_runs_until_one_needs_it(tmp_path):
+    flag = tmp_path / "flag"
+    waits = f"import os, time\nwhile not os.path.exists({str(flag)!r}): time.sleep(0.01)"
+    steps = [
+        python(waits, name="slow", is_beside=True),
+        python(f"open({str(flag)!r}, 'w')", name="meanwhile"),
+        python("print('after')", name="after", needs=("slow",)),
+        python("raise SystemExit(1)", name="bad", is_beside=True),
+        python("", name="never", needs=("bad",)),
+        python("import time; time.sleep(60)", limit=0.5, name="last", is_beside=True),
+    ]
+    found = gpu_run.run_steps(steps, tmp_path)
+    assert list(found) == [step.name for step in steps]
+    went = [found[name]["went"] for name in found]
+    assert went == ["ok", "ok", "ok", "failed", gpu_run.NOT_RUN, "timed out"]
 
 
 def test_benchmarks_are_told_to_end_before_their_limit(tmp_path):
