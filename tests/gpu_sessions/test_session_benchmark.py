@@ -29,6 +29,9 @@ class EmulatedArrays:
     def array(self, host):
         return to_gpu(host)[0]
 
+    def free_bytes(self):
+        return 1 << 30
+
     def copy_rate(self):
         return 1e12
 
@@ -74,6 +77,11 @@ def test_late_models_are_skipped_and_failures_said(machine, folder, monkeypatch)
     found = session_benchmark.run(machine, folder, -1, jobs=[(SMALL, 1)], **QUICK)
     assert found["entries"][0]["skipped"] == "no time left of -1 s"
     assert "no time left" in session_report.table(found)[-1]
+    monkeypatch.setattr(session_benchmark, "ROOM", 1 << 40)
+    found = session_benchmark.run(machine, folder, 100, jobs=[(SMALL, 1)], **QUICK)
+    assert found["failures"] == []
+    assert "do not fit into the GPU's memory" in session_report.table(found)[-1]
+    monkeypatch.setattr(session_benchmark, "ROOM", 1)
     monkeypatch.setattr(session_benchmark, "AGREEMENT", 0)
     found = session_benchmark.run(machine, folder, 100, jobs=[(SMALL, 1)], **QUICK)
     assert "the CPU's output differs by" in found["failures"][0]
