@@ -128,7 +128,7 @@ def test_progress_on_a_terminal():
         ("tensorflow-cpu", None, False),
         ("tensorflow_cpu", None, False),
         ("tensorflow_cpu", "1", True),
-        (None, "1", False),
+        (None, "1", True),  # For sessions on a GPU.
     ],
 )
 def test_gpu_kernels_are_for_a_tensorflow_that_can_use_them(tmp_path, distribution, asked, wants):
