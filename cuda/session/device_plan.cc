@@ -16,6 +16,7 @@
 #include "cc/attention/half.h"
 #include "cc/session/activations.h"
 #include "cc/session/error.h"
+#include "cuda/dense.h"
 #include "cuda/session/node_kernels.h"
 
 namespace continual_transformers {
@@ -86,10 +87,15 @@ class Compiler {
       result_.row_bytes.push_back(
           result_.storage[i] == static_cast<int>(i) ? value.size * SizeOf(value.dtype) : 0);
     }
+    FindUses();
     for (size_t i = 0; i < plan_.nodes.size(); ++i) {
       const Node& node = plan_.nodes[i];
-      if (node.op == Op::kReshape) continue;
-      result_.entries.push_back({Launch(static_cast<int>(i)), node.name, NameOf(node.op)});
+      if (done_[i]) continue;
+      if (node.op == Op::kDense) {
+        Dense(static_cast<int>(i));
+      } else {
+        result_.entries.push_back({Launch(static_cast<int>(i)), node.name, NameOf(node.op)});
+      }
     }
     for (const GpuBytes& weights : result_.weights) result_.weights_bytes += weights.bytes();
     return std::move(result_);
@@ -178,6 +184,93 @@ class Compiler {
     return kernels_[tensor] = kernel;
   }
 
+  // ---- Dense layers, and the nodes fused into them ----
+
+  void FindUses() {
+    const size_t values = plan_.values.size();
+    done_.assign(plan_.nodes.size(), false);
+    producer_.assign(values, -1);
+    user_.assign(values, -1);
+    uses_.assign(values, 0);
+    const auto use = [&](int value, int by) {
+      ++uses_[result_.storage[value]];
+      user_[result_.storage[value]] = by;
+    };
+    for (size_t i = 0; i < plan_.nodes.size(); ++i) {
+      const Node& node = plan_.nodes[i];
+      done_[i] = node.op == Op::kReshape;
+      if (done_[i]) continue;
+      producer_[Out(node)] = static_cast<int>(i);
+      for (int value : node.inputs) use(value, static_cast<int>(i));
+      for (const auto& mask : node.masks) use(mask.second, static_cast<int>(i));
+    }
+    for (const Port& output : plan_.outputs) use(output.value, -1);
+  }
+
+  // Returns the only node that reads a value, or -1.
+  int OnlyUser(int value) const { return uses_[value] == 1 ? user_[value] : -1; }
+
+  // Dense layers that follow each other are one launch, if none reads what another writes.
+  void Dense(int first) {
+    std::vector<DeviceDenseLayer> layers;
+    DevicePlan::Entry entry;
+    const int64_t rows = RowsOf(first);
+    for (size_t i = first; i < plan_.nodes.size() && layers.size() < kMostDenseLayers; ++i) {
+      if (done_[i]) continue;
+      if (plan_.nodes[i].op != Op::kDense || RowsOf(static_cast<int>(i)) != rows ||
+          producer_[In(plan_.nodes[i])] >= first) {
+        break;
+      }
+      layers.push_back(Layer(static_cast<int>(i), first, &entry));
+    }
+    entry.launch = DenseNode(layers, options_.weights_dtype, rows);
+    result_.entries.push_back(std::move(entry));
+  }
+
+  int64_t RowsOf(int dense) const {
+    const Node& node = plan_.nodes[dense];
+    return Size(node.outputs[0]) / ValueOf(node.outputs[0]).shape.back();
+  }
+
+  // A dense layer with the activation and the sum after it, as far as they can be computed at the
+  // place of node `first`.
+  DeviceDenseLayer Layer(int dense, int first, DevicePlan::Entry* entry) {
+    const auto take = [&](int i) {
+      const char* const plus = entry->name.empty() ? "" : " + ";
+      entry->name += plus + plan_.nodes[i].name;
+      entry->op += std::string(plus) + NameOf(plan_.nodes[i].op);
+      done_[i] = true;
+      return Out(plan_.nodes[i]);
+    };
+    const Node& node = plan_.nodes[dense];
+    const std::vector<int64_t>& shape = file_.tensor(node.weights.at("kernel")).shape;
+    DeviceDenseLayer layer = {Kernel(node), Weight(node, "bias"), shape[0], shape[1],
+                              In(node),     take(dense)};
+    for (int next = OnlyUser(layer.output); next >= 0; next = OnlyUser(layer.output)) {
+      const Node& after = plan_.nodes[next];
+      if (after.op == Op::kActivation && layer.activation == Activation::kLinear &&
+          layer.residual < 0 && IsInDense(after)) {
+        layer.activation = ActivationOf(after).kind;
+      } else if (after.op == Op::kBinary && after.Text("function") == "add" && layer.residual < 0) {
+        const int other = In(after, 0) == layer.output ? In(after, 1) : In(after, 0);
+        if (producer_[other] >= first) break;
+        layer.residual = other;
+      } else {
+        break;
+      }
+      layer.output = take(next);
+    }
+    return layer;
+  }
+
+  // Returns whether the kernel of dense layers has an activation.
+  bool IsInDense(const Node& node) const {
+    if (Has(node, "alpha")) return false;
+    const ActivationSpec spec = ActivationOf(node), relu = PlainRelu();
+    return HasActivation(spec.kind) &&
+           (spec.kind != relu.kind || (spec.a == relu.a && spec.b == relu.b && spec.c == relu.c));
+  }
+
   // ---- Nodes ----
 
   NodeLaunch Launch(int i) {
@@ -186,11 +279,6 @@ class Compiler {
     const int64_t size = Size(output);
     const std::vector<int64_t>& shape = ValueOf(node.outputs[0]).shape;
     switch (node.op) {
-      case Op::kDense: {
-        const std::vector<int64_t>& kernel = file_.tensor(node.weights.at("kernel")).shape;
-        return DenseNode(Kernel(node), options_.weights_dtype, Weight(node, "bias"), kernel[0],
-                         kernel[1], size / kernel[1], In(node), output);
-      }
       case Op::kMatmul: {
         const std::vector<int64_t>& first = ValueOf(node.inputs[0]).shape;
         return MatmulNode(In(node, 0), In(node, 1), output, first[0], first[1], first[2], shape[2]);
@@ -296,8 +384,9 @@ class Compiler {
         return WindowAttention(node);
       case Op::kRecurrent:
         return Recurrent(i);
+      case Op::kDense:
       case Op::kReshape:
-        break;  // Compile() has handled it.
+        break;  // Compile() has handled them.
     }
     throw Error(ErrorCode::kInvalidArgument,
                 node.name + ": the node " + NameOf(node.op) + " has no kernel on " + device_ +
@@ -436,6 +525,9 @@ class Compiler {
   const std::string device_;
   const GpuStream stream_{gpu_};
   std::map<std::string, const void*> kernels_;  // by the tensor's name
+  std::vector<bool> done_;                      // one per node: whether it needs no launch
+  // One per value: the node that writes it or -1, the last node that reads it, and how many do.
+  std::vector<int> producer_, user_, uses_;
   DevicePlan result_;
 };
 

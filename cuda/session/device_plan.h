@@ -18,7 +18,7 @@ namespace continual_transformers {
 struct DevicePlan {
   struct Entry {
     NodeLaunch launch;
-    std::string name, op;
+    std::string name, op;  // of its nodes, joined by " + "
   };
   std::vector<Entry> entries;  // in execution order
 

@@ -78,9 +78,20 @@ NodeLaunch RotaryNode(bool interleaved, int input, int angles, int output, int64
 
 // ---- Products (product_nodes.cu) ----
 
-// `rows` of a step. `kernel` is in `weights`: kFloat32 or kBFloat16.
-NodeLaunch DenseNode(const void* kernel, DType weights, const float* bias, int64_t inputs,
-                     int64_t outputs, int64_t rows, int input, int output);
+// output = activation(input @ kernel + bias) + residual
+struct DeviceDenseLayer {
+  const void* kernel;  // [inputs, outputs]
+  const float* bias;   // [outputs]; null: none
+  int64_t inputs, outputs;
+  int input, output;
+  Activation activation = Activation::kLinear;  // HasActivation() in cuda/dense.h
+  int residual = -1;                            // -1: none
+};
+// Up to this many layers are one launch.
+constexpr size_t kMostDenseLayers = 4;
+// Layers that do not read each other's outputs, each with `rows` in a step. Kernels are in
+// `weights`: kFloat32 or kBFloat16.
+NodeLaunch DenseNode(const std::vector<DeviceDenseLayer>& layers, DType weights, int64_t rows);
 // `count` products of [rows, depth] and [depth, columns].
 NodeLaunch MatmulNode(int a, int b, int output, int64_t count, int64_t rows, int64_t depth,
                       int64_t columns);

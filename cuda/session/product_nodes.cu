@@ -1,6 +1,7 @@
 // Nodes that multiply matrices, and depthwise convolutions.
 
 #include <cstdint>
+#include <vector>
 
 #include "cc/attention/half.h"
 #include "cuda/dense.h"
@@ -11,19 +12,21 @@ namespace continual_transformers {
 namespace {
 
 template <typename W>
-NodeLaunch DenseOf(const void* kernel, const float* bias, int64_t inputs, int64_t outputs,
-                   int64_t rows, int input, int output) {
+NodeLaunch DenseOf(const std::vector<DeviceDenseLayer>& layers, int64_t rows) {
+  static_assert(DeviceDenseParams<float, W>::kMost == kMostDenseLayers);
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     DeviceDenseParams<float, W> p = {};
-    DeviceDense<float, W>& layer = p.layers[0];
-    layer.input = frame.Rows<float>(input);
-    layer.kernel = static_cast<const W*>(kernel);
-    layer.bias = bias;
-    layer.inputs = inputs;
-    layer.outputs = outputs;
-    layer.activation = Activation::kLinear;
-    layer.output = frame.Rows<float>(output);
-    p.num_layers = 1;
+    for (const DeviceDenseLayer& from : layers) {
+      DeviceDense<float, W>& layer = p.layers[p.num_layers++];
+      layer.input = frame.Rows<float>(from.input);
+      layer.kernel = static_cast<const W*>(from.kernel);
+      layer.bias = from.bias;
+      layer.inputs = from.inputs;
+      layer.outputs = from.outputs;
+      layer.activation = from.activation;
+      layer.residual = frame.RowsOrNull<float>(from.residual);
+      layer.output = frame.Rows<float>(from.output);
+    }
     p.rows = frame.streams * rows;
     return LaunchDense(p, stream);
   };
@@ -64,11 +67,9 @@ struct DepthwiseEach {
 
 }  // namespace
 
-NodeLaunch DenseNode(const void* kernel, DType weights, const float* bias, int64_t inputs,
-                     int64_t outputs, int64_t rows, int input, int output) {
-  return weights == DType::kBFloat16
-             ? DenseOf<BFloat16>(kernel, bias, inputs, outputs, rows, input, output)
-             : DenseOf<float>(kernel, bias, inputs, outputs, rows, input, output);
+NodeLaunch DenseNode(const std::vector<DeviceDenseLayer>& layers, DType weights, int64_t rows) {
+  return weights == DType::kBFloat16 ? DenseOf<BFloat16>(layers, rows)
+                                     : DenseOf<float>(layers, rows);
 }
 
 NodeLaunch MatmulNode(int a, int b, int output, int64_t count, int64_t rows, int64_t depth,

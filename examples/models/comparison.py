@@ -27,6 +27,47 @@ class Comparison(NamedTuple):
         return f"largest error {self.error:.1e}, {self.microseconds:.0f} us for {step}"
 
 
+class Score(NamedTuple):
+    """How a trained model and its stream classify the steps of recordings.
+
+    Attributes:
+        labels: The number of steps that have a label.
+        commonest: The share of the commonest label among them.
+        model: The share of steps that the model, on whole recordings or windows, gets right.
+        stream: The share that the stream gets right.
+        differ: The number of steps where the two predict different classes.
+        microseconds: The median time of a step of the session.
+    """
+
+    labels: int
+    commonest: float
+    model: float
+    stream: float
+    differ: int
+    microseconds: float
+
+    @classmethod
+    def of(cls, labels, expected, got, microseconds):
+        """Return the score of the model's outputs and the stream's, both `(labels, classes)`."""
+        expected, got = expected.argmax(-1), got.argmax(-1)
+        return cls(
+            len(labels),
+            float(np.bincount(labels).max() / len(labels)),
+            float(np.mean(expected == labels)),
+            float(np.mean(got == labels)),
+            int(np.sum(expected != got)),
+            microseconds,
+        )
+
+    def __str__(self):
+        return (
+            f"the model gets {self.model:.2%} right, the stream {self.stream:.2%} "
+            f"(always the commonest class: {self.commonest:.2%}); "
+            f"{self.differ} of {self.labels:,} predictions differ; "
+            f"{self.microseconds:.1f} us a step"
+        )
+
+
 def compare(model, recording, seq_len=None):
     """Compare the steps of a recording `(1, T, ...)` with the model on the whole recording.
 
@@ -65,6 +106,7 @@ def stream(session, recording):
         start = time.perf_counter()
         outputs.append(session.step(x, streams=ids))
         times.append(time.perf_counter() - start)
+    session.close(ids)
     return outputs, float(np.median(times[len(times) // 2 :])) * 1e6
 
 

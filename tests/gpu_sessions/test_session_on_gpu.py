@@ -392,7 +392,9 @@ def test_what_a_session_says(session, plan, device):
     assert memory.weights >= sum(array.nbytes for array in plan.tensors.values())
     assert memory.arenas > 0
     profile = session.profile(2, repeat=3)
-    assert [row.name for row in profile] == [node["name"] for node in plan.plan["nodes"]]
+    nodes = [node["name"] for node in plan.plan["nodes"]]
+    assert sorted(" + ".join(row.name for row in profile).split(" + ")) == sorted(nodes)
+    assert len(profile) < len(nodes)  # Dense layers are launched together.
     assert all(row.seconds > 0 for row in profile)
     again = pickle.loads(pickle.dumps(session))
     assert again.device == device

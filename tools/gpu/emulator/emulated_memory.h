@@ -1,6 +1,7 @@
 // The emulator's device memory; see cuda_runtime.h. It is a range of addresses that the host cannot
 // touch, except while a kernel or a copy runs. So code that reads device memory on the host fails
-// here as it does with a GPU. Memory begins as 0xff bytes: NaN in every floating type.
+// here as it does with a GPU. Memory begins as 0xff bytes: NaN in every floating type. So do the
+// guards after each allocation, which must still be so when it is freed.
 //
 // Tests of single kernels have no such memory. They give kernels the host's.
 
@@ -31,7 +32,7 @@ class DeviceMemory {
 
   // Returns null if there is no room. `running` must be held.
   void* Allocate(size_t bytes) {
-    const size_t size = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    const size_t size = (bytes + kAlignment - 1) / kAlignment * kAlignment + kAlignment;
     // The first gap that is large enough.
     size_t at = 0;
     for (const auto& [begin, length] : allocated_) {
@@ -40,6 +41,7 @@ class DeviceMemory {
     }
     if (at + size > room_) return nullptr;
     allocated_[at] = size;
+    asked_[at] = bytes;
     if (at + size > used_) used_ = (at + size + kPage - 1) / kPage * kPage;
     Open();
     std::memset(base_ + at, 0xff, size);
@@ -48,15 +50,22 @@ class DeviceMemory {
   }
 
   void Free(void* data) {
-    if (data != nullptr && allocated_.erase(static_cast<char*>(data) - base_) == 0) {
-      std::fprintf(stderr, "CUDA emulator: %p is freed, but was not allocated\n", data);
-      std::abort();
+    if (data == nullptr) return;
+    const size_t at = static_cast<char*>(data) - base_;
+    const auto found = allocated_.find(at);
+    if (found == allocated_.end()) Stop("memory is freed that was not allocated");
+    Open();
+    for (size_t i = asked_[at]; i < found->second; ++i) {
+      if (base_[at + i] != '\xff') Stop("something was written behind an allocation");
     }
+    Close();
+    allocated_.erase(found);
+    asked_.erase(at);
   }
 
   size_t allocated() const {
     size_t bytes = 0;
-    for (const auto& each : allocated_) bytes += each.second;
+    for (const auto& each : asked_) bytes += each.second;
     return bytes;
   }
 
@@ -82,25 +91,25 @@ class DeviceMemory {
   DeviceMemory() {
     void* const base =
         mmap(nullptr, kMostRoom, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (base == MAP_FAILED) {
-      std::perror("CUDA emulator: mmap");
-      std::abort();
-    }
+    if (base == MAP_FAILED) Stop("there are no addresses for device memory");
     base_ = static_cast<char*>(base);
   }
 
   void Protect(int how) {
-    if (used_ != 0 && mprotect(base_, used_, how) != 0) {
-      std::perror("CUDA emulator: mprotect");
-      std::abort();
-    }
+    if (used_ != 0 && mprotect(base_, used_, how) != 0) Stop("mprotect failed");
+  }
+
+  [[noreturn]] static void Stop(const char* why) {
+    std::fprintf(stderr, "CUDA emulator: %s\n", why);
+    std::abort();
   }
 
   char* base_;
   size_t room_ = kMostRoom;
   size_t used_ = 0;
   int depth_ = 0;
-  std::map<size_t, size_t> allocated_;  // by the beginning
+  // The bytes of each allocation, by its beginning: with its guard, and as they were asked for.
+  std::map<size_t, size_t> allocated_, asked_;
 };
 
 // During its life, its thread is the only one that works on the device, and may touch its memory.

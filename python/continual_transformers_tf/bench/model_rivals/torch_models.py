@@ -47,10 +47,10 @@ class _Model:
             (
                 _linear(block.query, block.key, block.value),
                 _linear(block.output),
-                [torch.from_numpy(array) for array in block.attention_norm],
+                _norm(block.attention_norm),
                 _linear(block.feed_forward),
                 _linear(block.feed_forward_output),
-                [torch.from_numpy(array) for array in block.output_norm],
+                _norm(block.output_norm),
             )
             for block in weights.blocks
         ]
@@ -78,6 +78,11 @@ class _Model:
             fed = F.linear(F.gelu(F.linear(x, *hidden)), *narrow)
             x = F.layer_norm(x + fed, features, *last_norm, EPSILON)
         return F.linear(x, *self._classifier)
+
+
+def _norm(pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+    gamma, beta = pair
+    return torch.from_numpy(gamma), torch.from_numpy(beta)
 
 
 def _linear(*layers: Pair) -> tuple[torch.Tensor, torch.Tensor]:
