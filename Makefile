@@ -20,7 +20,7 @@ FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc cc/*/*/*.h cc/*/*/*.cc cuda/*.cu c
 
 .PHONY: demo serve test test-torch test-slow test-wheels test-aarch64 test-every-case lint format bazel-build \
   bazel-cuda bazel-test sanitize guard guard-record bench bench-session bench-examples bench-serving \
-  bench-cc cuda-resources gpu docs wheel clean
+  bench-cc cuda-resources gpu gpu-bundle docs wheel clean
 
 demo: .venv/installed
 	$(BIN)/continual-transformers demo --picture build/demo.png
@@ -132,9 +132,15 @@ bench-serving: .venv/installed
 	$(BIN)/python benchmarks/serving.py
 
 # Builds, checks and times the CUDA kernels, in at most eight minutes. Results are in build/gpu or $OUT.
-# It needs a GPU, nvcc and PyTorch. It does not need .venv, TensorFlow or a network.
+# It needs a GPU, nvcc and PyTorch. It does not need .venv, TensorFlow or a network. With
+# build/gpu-bundle it does the same for sessions on a GPU.
 gpu:
 	$(PYTHON) tools/gpu/gpu_run.py
+
+# Collects in build/gpu-bundle what `make gpu` needs for sessions and a machine with only a GPU lacks.
+# Run it on a machine with .venv, and take the folder along.
+gpu-bundle: .venv/test-tools
+	$(BIN)/python tools/gpu/make_bundle.py
 
 # Writes the docs site to build/docs. A broken link is an error.
 docs: .venv/installed

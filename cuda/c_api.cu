@@ -121,6 +121,7 @@ DeviceCoSiMhaStep<T, C, W> StepOf(const ContinualTransformersCoSiMhaStep& call) 
   s.multiprocessors = call.multiprocessors;
   s.scratch = call.scratch;
   s.arrivals = attention.arrivals;
+  s.may_overlap = attention.overlap != 0;
   return s;
 }
 

@@ -41,7 +41,7 @@ class Launcher {
   cudaError_t Run() {
     if (rows_ == 0) return cudaSuccess;
     if (Refusal() != nullptr) return cudaErrorInvalidValue;
-    overlap_ = CanOverlap();
+    overlap_ = attention_.may_overlap && CanOverlap();
     if (step_.norm_first) Normalize(step_.attention_norm, step_.attention.query.input, normal_);
     Try([&] { return LaunchCoSiMhaStep(attention_, stream_); });
     if (step_.result == nullptr) return error_;

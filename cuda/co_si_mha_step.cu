@@ -136,7 +136,7 @@ cudaError_t LaunchCoSiMhaStep(const DeviceCoSiMhaStep<T, C, W>& step, cudaStream
   DeviceSingleOutputParams<T, C> attention = AttentionOf(step);
   // Sizes are refused before the first launch.
   if (RefusesSingleOutput(attention) != nullptr) return cudaErrorInvalidValue;
-  in.overlap = attention.overlap = CanOverlap();
+  in.overlap = attention.overlap = step.may_overlap && CanOverlap();
   cudaError_t error = LaunchDense(in, stream);
   if (error == cudaSuccess) error = LaunchSingleOutput(attention, stream);
   if (error != cudaSuccess || step.result == nullptr) return error;

@@ -16,12 +16,13 @@ namespace continual_transformers {
 // All pointers are to device memory. `attention.streams` may be null: then row m is stream m.
 template <typename T, typename C, typename W>
 struct DeviceCoSiMhaStep : CoSiMhaStep<T, C, W> {
-  int64_t num_held;        // S; see DeviceSingleOutputParams
-  int64_t* next_position;  // [S], the positions, which the launch advances; null: they stay
-  const T* residual;       // [M, output_features], added to the result; null: none
-  int multiprocessors;     // of the GPU
-  void* scratch;           // ScratchBytes(), 16-byte aligned, not initialized
-  uint32_t* arrivals;      // [NumArrivals()], zeros before the first launch; each leaves zeros
+  int64_t num_held;         // S; see DeviceSingleOutputParams
+  int64_t* next_position;   // [S], the positions, which the launch advances; null: they stay
+  const T* residual;        // [M, output_features], added to the result; null: none
+  int multiprocessors;      // of the GPU
+  void* scratch;            // ScratchBytes(), 16-byte aligned, not initialized
+  uint32_t* arrivals;       // [NumArrivals()], zeros before the first launch; each leaves zeros
+  bool may_overlap = true;  // false: no launch overlaps another, to measure what that gains
 
   int64_t ScratchBytes() const;
   int64_t NumArrivals() const;

@@ -16,7 +16,7 @@ from continual_transformers_tf.models.plan_in_tensorflow import PlanStep
 from model_case import BOUNDS, N
 from model_cases import CASES, D, E, H
 from plan_files import PlanFile, attention_only_plan, attention_plan, many_ports_plan
-from test_session import packed
+from streamed import packed
 
 litert = pytest.importorskip(
     "ai_edge_litert.interpreter", reason="the extra test has ai-edge-litert"

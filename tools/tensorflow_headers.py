@@ -21,7 +21,11 @@ from typing import NamedTuple
 
 ROOT = Path(os.path.abspath(__file__)).parent.parent
 LISTS = runpy.run_path(str(ROOT / "cc" / "library.bzl"))
-FETCHED = ROOT / "build" / "tensorflow"
+# Where fetched headers are kept. The variable names a folder that was filled elsewhere, for
+# machines without a network.
+FETCHED = Path(
+    os.environ.get("CONTINUAL_TRANSFORMERS_TENSORFLOW_HEADERS") or ROOT / "build" / "tensorflow"
+)
 
 # The machine to build for. _PYTHON_HOST_PLATFORM names another than this one (aarch64.py).
 MACHINE = sysconfig.get_platform().rpartition("-")[2]

@@ -175,9 +175,13 @@ class Bench:
 
 
 class AttentionRings:
-    """Several sets of full rings of one size, with a call for each."""
+    """Several sets of full rings of one size, with a call for each.
 
-    def __init__(self, bench, size, sets):
+    Args:
+        window_parts: Into how many parts windows are cut; None: as `PlanWindowParts` says.
+    """
+
+    def __init__(self, bench, size, sets, window_parts=None):
         torch = bench.torch
         self.bench, self.size = bench, size
         kind = getattr(torch, size.dtype)
@@ -198,7 +202,8 @@ class AttentionRings:
             output=self.output.data_ptr(),
             num_held=s, num_streams=s, num_steps=1, num_heads=h, window=n, key_dim=d, value_dim=d,
             scale=d**-0.5, update_state=1, advance_position=1,
-            window_parts=bench.library.plan_window_parts(s * h, n, bench.gpu.multiprocessors),
+            window_parts=window_parts
+            or bench.library.plan_window_parts(s * h, n, bench.gpu.multiprocessors),
         )  # fmt: skip
         self.window_parts = call.window_parts
         parts = bench.library.single_output_parts(ctypes.byref(call))
@@ -242,8 +247,7 @@ def measure_attention(bench, size):
     skipped = gpu_sizes.why_skipped(size, len(bench.pool))
     if skipped:
         return dict(size=size._asdict(), skipped=skipped)
-    sets = gpu_sizes.copies_beyond(bench.gpu.l2_bytes, size.ring_bytes)
-    sets = max(1, min(sets, len(bench.pool) // size.ring_bytes))
+    sets = _ring_sets(bench, size)
     rings = AttentionRings(bench, size, sets)
     error = rings.check()
     times = bench.pieces(sets, size.bytes)
@@ -268,6 +272,28 @@ def measure_attention(bench, size):
         ours=ours,
         sdpa=sdpa,
     )
+
+
+def _ring_sets(bench, size):
+    """Return how many sets of rings to use in turn, as far as they fit."""
+    sets = gpu_sizes.copies_beyond(bench.gpu.l2_bytes, size.ring_bytes)
+    return max(1, min(sets, len(bench.pool) // size.ring_bytes))
+
+
+def measure_window_parts(bench, size):
+    """Return an entry of the JSON's `window_parts`: a size with each number of parts."""
+    skipped = gpu_sizes.why_skipped(size, len(bench.pool))
+    if skipped:
+        return dict(size=size._asdict(), skipped=skipped)
+    sets = _ring_sets(bench, size)
+    tried = []
+    for parts in gpu_sizes.window_parts(size.window):
+        rings = AttentionRings(bench, size, sets, parts)
+        rings.check()
+        figures = bench.time_graph(rings.step, bench.pieces(sets, size.bytes))
+        tried.append(dict(parts=parts, out_of_l2=figures))
+    planned = AttentionRings(bench, size, 1).window_parts
+    return dict(size=size._asdict(), planned=planned, tried=tried)
 
 
 class LayerWeights:
@@ -307,6 +333,7 @@ class LayerWeights:
                 query=x, key=x, value=x,
                 num_held=m, num_streams=m, num_steps=1, num_heads=h, window=n, key_dim=d,
                 value_dim=d, scale=d**-0.5, update_state=1, advance_position=1, window_parts=1,
+                overlap=1,
             ),
             weights_dtype=cuda_calls.DTYPES[size.dtype],
             query_features=e, key_features=e, value_features=e, output_features=e,
@@ -375,6 +402,12 @@ class LayerWeights:
         take = library.co_si_encoder_step if self.size.hidden else library.co_si_mha_step
         take(ctypes.byref(step), self.bench.gpu.stream())
 
+    def set_overlap(self, overlap):
+        """Set whether the launches of a step overlap, where the GPU can do that."""
+        for step in self.steps:
+            layer = step.attention if self.size.hidden else step
+            layer.attention.overlap = int(overlap)
+
     def torch_step(self, i):
         """Take a step the usual way in PyTorch: project, write a row, SDPA, project back."""
         torch, (m, e, h, *_) = self.bench.torch, self.size
@@ -418,6 +451,8 @@ def measure_layer(bench, size):
         out_of_l2=bench.time_graph(layers.step, times),
         in_l2=bench.time_graph(lambda _: layers.step(0), few),
     )
+    layers.set_overlap(False)
+    ours["apart"] = bench.time_graph(layers.step, times)
     rival = dict(graph=bench.time_graph(layers.torch_step, times))
     turns = min(times, 200)
     rival["eager"] = bench.time(
@@ -435,7 +470,7 @@ def measure_layer(bench, size):
     )
 
 
-def run(bench, attention, layer, seconds, save=lambda found: None):
+def run(bench, attention, layer, seconds, save=lambda found: None, window_parts=()):
     """Measure all sizes, and skip those that are left when the seconds are over.
 
     An error is recorded in the entry of its size. `save` is called now and then with the results so
@@ -456,9 +491,11 @@ def run(bench, attention, layer, seconds, save=lambda found: None):
         empty_kernel=bench.empty_kernel(),
         attention=[],
         layer=[],
+        window_parts=[],
         failures=[],
     )
     jobs = [("layer", measure_layer, size) for size in layer]
+    jobs += [("window_parts", measure_window_parts, size) for size in window_parts]
     jobs += [("attention", measure_attention, size) for size in attention]
     with torch.inference_mode():
         for done, (part, measure, size) in enumerate(jobs):
@@ -531,10 +568,13 @@ def main(arguments=None):
         memory = min(chosen.memory_gb * 1e9, 0.85 * gpu.free_bytes())
         bench = Bench(gpu, cuda_calls.CudaLibrary(path), int(memory) // 16 * 16)
         sizes = gpu_sizes.attention_sizes(), gpu_sizes.layer_sizes()
+        parts = gpu_sizes.window_parts_sizes()
         if chosen.quick:
             bench.repeats = 1
-            sizes = sizes[0][:40:8], sizes[1][:1]
-        found = run(bench, *sizes, chosen.seconds, lambda found: write(found, chosen.json, None))
+            sizes, parts = (sizes[0][:40:8], sizes[1][:1]), parts[:1]
+        found = run(
+            bench, *sizes, chosen.seconds, lambda found: write(found, chosen.json, None), parts
+        )
     gpu_report.print_tables(found)
     write(found, chosen.json, chosen.picture)
     for failure in found["failures"]:

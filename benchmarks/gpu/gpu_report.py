@@ -116,7 +116,8 @@ ATTENTION_HEAD = (
     "size", "µs", "in L2", "overlap", "bytes / copy", "of copy",
     "SDPA graph", "SDPA", "× SDPA", "parts",
 )  # fmt: skip
-LAYER_HEAD = ("size", "µs", "in L2", "bytes / copy", "torch graph", "torch", "× torch")
+LAYER_HEAD = ("size", "µs", "in L2", "apart", "bytes / copy", "torch graph", "torch", "× torch")
+PARTS_HEAD = ("size", "parts", "µs", "planned")
 
 
 def table_cells(found):
@@ -144,12 +145,21 @@ def table_cells(found):
         ours, torch = entry["ours"], entry["torch"]
         rival = min(figures["median"] for figures in torch.values())
         layer.append([
-            str(size), _us(ours["out_of_l2"]), _us(ours["in_l2"]),
+            str(size), _us(ours["out_of_l2"]), _us(ours["in_l2"]), _us(ours["apart"]),
             f"{size.bytes / copy * 1e6:.2f}", _us(torch["graph"]), _us(torch["eager"]),
             f"{rival / ours['out_of_l2']['median']:.2f}",
         ])  # fmt: skip
+    parts = []
+    for entry in found["window_parts"]:
+        size = str(AttentionSize(**entry["size"]))
+        if "skipped" in entry:
+            parts.append([size, entry["skipped"]])
+        for one in entry.get("tried", []):
+            planned = "yes" if one["parts"] == entry["planned"] else ""
+            parts.append([size, str(one["parts"]), _us(one["out_of_l2"]), planned])
     return [
         ("One step of attention, µs", ATTENTION_HEAD, attention),
+        ("The same with other numbers of window parts, µs", PARTS_HEAD, parts),
         ("One step of the whole layer, and with F of a whole encoder block, µs", LAYER_HEAD, layer),
     ]
 

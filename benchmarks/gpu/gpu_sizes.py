@@ -8,6 +8,9 @@ HEADS = 8
 STREAMS = (1, 8, 64, 512, 2048)  # Times HEADS, this is 8 to 16,384 heads.
 DIMS = (64, 128)
 DTYPES = ("float32", "bfloat16", "float16")
+LAYER_STREAMS = (1, 16, 17, 64, 256, 4096)
+# One block for each query is 4, 4.5 and 8 for each of 132 multiprocessors.
+QUERIES = (528, 600, 1056)
 
 
 class AttentionSize(NamedTuple):
@@ -107,11 +110,24 @@ def attention_sizes():
         for streams in STREAMS
         for window in WINDOWS
     ]
+    sizes += [AttentionSize(queries // HEADS, HEADS, 4096, 64, "bfloat16") for queries in QUERIES]
+    # The paper's audio model, whose rows of 12 are no multiple of 16 bytes in 16-bit types.
+    sizes += [
+        AttentionSize(streams, 16, 120, 12, dtype)
+        for dtype in ("float32", "bfloat16")
+        for streams in (1, 2048)
+    ]
     sizes += [AttentionSize(1, HEADS, window, 64, "float64") for window in (64, 512)]
 
     def rank(size):
-        usual = size.dim == 64 and size.dtype in ("float32", "bfloat16")
-        return (not usual, size.dtype == "float64", size.dim, size.dtype != "bfloat16")
+        usual = size.dim in (12, 64) and size.dtype in ("float32", "bfloat16")
+        return (
+            not usual,
+            size.dtype == "float64",
+            size.dim != 64,
+            size.dim,
+            size.dtype != "bfloat16",
+        )
 
     return sorted(sizes, key=rank)
 
@@ -120,10 +136,20 @@ def layer_sizes():
     """Return the paper's sizes: E = 1024, 8 heads, windows of 64; for a layer and a whole block."""
     return [
         LayerSize(streams, 1024, 8, 64, dtype, hidden)
+        for streams in LAYER_STREAMS
         for hidden in (0, 1024)
         for dtype in ("float32", "bfloat16")
-        for streams in (1, 8, 32)
     ]
+
+
+def window_parts_sizes():
+    """Return the sizes that are timed with several numbers of window parts."""
+    return [AttentionSize(1, HEADS, window, 64, "bfloat16") for window in (512, 65536)]
+
+
+def window_parts(window):
+    """Return the numbers of parts to try: powers of 2, with at least 32 rows in each."""
+    return [2**i for i in range(9) if 2**i * 32 <= window]
 
 
 def copies_beyond(cache_bytes, size_bytes):

@@ -17,6 +17,8 @@ from gpu_sizes import (
     copies_beyond,
     layer_sizes,
     why_skipped,
+    window_parts,
+    window_parts_sizes,
 )
 
 
@@ -25,12 +27,19 @@ def test_sizes_span_what_was_asked_for():
     assert len(set(sizes)) == len(sizes)
     fused = [size for size in sizes if size.dtype != "float64"]
     assert {size.window for size in fused} >= {16, 512, 65536}
-    assert {size.dim for size in fused} == {64, 128}
+    assert {size.dim for size in fused} == {12, 64, 128}
+    assert {size.dtype for size in fused if size.dim == 12} == {"float32", "bfloat16"}
+    queries = {size.streams * size.heads for size in fused if size.window == 4096}
+    assert queries >= {528, 600, 1056}
+    assert all(size.dim == 64 and size.dtype == "bfloat16" for size in sizes[:40])
     pairs = {size.streams * size.heads for size in fused}
     assert min(pairs) == 8
-    assert max(pairs) == 16384
+    assert max(pairs) == 32768
     assert {size.dtype for size in sizes} == {"float32", "float64", "bfloat16", "float16"}
     assert {size.features for size in layer_sizes()} == {1024}
+    assert [size.streams for size in layer_sizes()][::4] == [1, 16, 17, 64, 256, 4096]
+    assert [size.window for size in window_parts_sizes()] == [512, 65536]
+    assert window_parts(512) == [1, 2, 4, 8, 16]
 
 
 def test_bytes_and_operations():
@@ -122,9 +131,16 @@ def found():
             dict(
                 size=layer._asdict(), weights_bytes=layer.weights_bytes, bytes=layer.bytes,
                 operations=layer.operations, sets=8, error_against_torch=1e-6,
-                ours=dict(out_of_l2=figures(8.0), in_l2=figures(6.0)),
+                ours=dict(out_of_l2=figures(8.0), in_l2=figures(6.0), apart=figures(9.0)),
                 torch=dict(graph=figures(20.0), eager=figures(80.0)),
             )
+        ],
+        window_parts=[
+            dict(
+                size=middle._asdict(), planned=4,
+                tried=[dict(parts=parts, out_of_l2=figures(20 / parts)) for parts in (2, 4)],
+            ),
+            dict(size=large._asdict(), skipped="too large"),
         ],
         failures=[],
     )  # fmt: skip
@@ -157,6 +173,8 @@ def test_tables_as_text(found):
     text = gpu_report.plain(found)
     for part in ("a sample", "4.000 TB/s", "N=512", "95%", "too large", "M=1 E=1024"):
         assert part in text
+    assert "bfloat16  2      10.00\n" in text
+    assert "bfloat16  4      5.00   yes\n" in text
     titles = [title for title, _, _ in gpu_report.table_cells(found)]
     assert all(title in text for title in titles)
 
@@ -234,8 +252,12 @@ def test_measured_by_the_emulator():
     ]
     saved = []
     many = layer + 20 * layer[:1]
-    found = gpu_benchmark.run(bench, attention, many, 100, lambda found: saved.append(dict(found)))
+    found = gpu_benchmark.run(
+        bench, attention, many, 100, lambda found: saved.append(dict(found)), attention[1:2]
+    )
     assert len(saved) == 1
+    (parts,) = found["window_parts"]
+    assert [one["parts"] for one in parts["tried"]] == [1, 2, 4]
     assert gpu_report.plain(saved[0])  # A report of an incomplete run works too.
     assert found["failures"] == []
     *measured, skipped = found["attention"]

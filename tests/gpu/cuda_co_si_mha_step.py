@@ -143,6 +143,7 @@ class LayerCall:
                 num_held=len(streams.position),
                 num_streams=m,
                 num_steps=1,
+                overlap=1,
                 num_heads=heads,
                 window=n,
                 key_dim=d,

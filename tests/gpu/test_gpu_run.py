@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+import bundle
 import cuda_build
 import gpu_run
 
@@ -100,13 +101,60 @@ def test_what_is_not_there_is_no_fault_and_is_said(tmp_path):
 
 def test_the_steps_and_their_limits(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_run, "why_no_tensorflow", lambda: "it is not wanted here")
-    steps = {step.name: step for step in gpu_run.steps(tmp_path)}
-    assert list(steps) == ["build", "suite", "memcheck", "racecheck", "benchmark", "tensorflow"]
+    monkeypatch.setattr(bundle, "why_unusable", lambda: None)
+    steps = {step.name: step for step in gpu_run.steps(tmp_path, "90")}
+    assert list(steps) == [
+        "session-build", "build", "suite", "sessions", "session-benchmark", "memcheck",
+        "racecheck", "session-memcheck", "benchmark", "tensorflow",
+    ]  # fmt: skip
     assert gpu_run.ALL_SECONDS < 8 * 60
     for step in steps.values():
+        assert step.limit < gpu_run.ALL_SECONDS / 2
+        assert set(step.needs) < set(steps)
         for word in step.command:
             if str(word).startswith(("tests/", "tools/", "benchmarks/")):
                 assert (cuda_build.ROOT / word).exists()
+    built = steps["session-build"].environment
+    assert built["CONTINUAL_TRANSFORMERS_CUDA_ARCHITECTURES"] == "90"
+    assert built["PYTHONPATH"].startswith(str(bundle.FOLDER))
+    for name in ("sessions", "session-benchmark", "session-memcheck"):
+        assert steps[name].environment["PYTHONPATH"].startswith(str(bundle.PACKAGE))
+
+
+def test_without_the_bundle_sessions_are_no_fault_and_it_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_run, "why_no_tensorflow", lambda: "it is not wanted here")
+    monkeypatch.setattr(bundle, "why_unusable", lambda: "no bundle in build/gpu-bundle")
+    chosen = [step for step in gpu_run.steps(tmp_path, "90") if "session" in step.name]
+    assert len(chosen) == 4
+    found = gpu_run.run_steps(chosen, tmp_path)
+    assert {step["went"] for step in found.values()} == {gpu_run.NOT_RUN}
+    assert not gpu_run.is_wrong(found)
+    assert "no bundle in build/gpu-bundle" in gpu_run.summary(found)
+
+
+def test_a_step_beside_others_runs_until_one_needs_it(tmp_path):
+    flag = tmp_path / "flag"
+    waits = f"import os, time\nwhile not os.path.exists({str(flag)!r}): time.sleep(0.01)"
+    steps = [
+        python(waits, name="slow", is_beside=True),
+        python(f"open({str(flag)!r}, 'w')", name="meanwhile"),
+        python("print('after')", name="after", needs=("slow",)),
+        python("raise SystemExit(1)", name="bad", is_beside=True),
+        python("", name="never", needs=("bad",)),
+        python("import time; time.sleep(60)", limit=0.5, name="last", is_beside=True),
+    ]
+    found = gpu_run.run_steps(steps, tmp_path)
+    assert list(found) == [step.name for step in steps]
+    went = [found[name]["went"] for name in found]
+    assert went == ["ok", "ok", "ok", "failed", gpu_run.NOT_RUN, "timed out"]
+
+
+def test_benchmarks_are_told_to_end_before_their_limit(tmp_path):
+    program = "import sys; print(sys.argv[1:])"
+    names = ("benchmark", "session-benchmark", "sessions")
+    found = gpu_run.run_steps([python(program, limit=20, name=name) for name in names], tmp_path)
+    said = [found[name]["last_line"] for name in names]
+    assert said == ["['--seconds', '16']", "['--seconds', '16']", "[]"]
 
 
 @pytest.mark.parametrize("good", [True, False])
@@ -114,7 +162,7 @@ def test_what_it_leaves_and_says(monkeypatch, tmp_path, capsys, good):
     monkeypatch.setattr(cuda_build, "find_capability", lambda: "90")
     status = 0 if good else 1
     build = python(f"print('built'); raise SystemExit({status})", name="build")
-    monkeypatch.setattr(gpu_run, "steps", lambda out: [build, python("", name="suite")])
+    monkeypatch.setattr(gpu_run, "steps", lambda out, capability: [build, python("", name="suite")])
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     assert gpu_run.main(["--only", "build"]) == status
     printed = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The server with `--device`. The GPU is emulated: tests/test_session_on_gpu.py has the rest."""
+"""The server with `--device`. The GPU is emulated: tests/gpu_sessions has the rest."""
 
 import subprocess
 from pathlib import Path

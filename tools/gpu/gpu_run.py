@@ -1,9 +1,10 @@
-"""`make gpu`: build the kernels for this machine's GPU, check them and time them.
+"""`make gpu`: build the kernels and sessions for this machine's GPU, check them and time them.
 
     python tools/gpu/gpu_run.py [--out DIRECTORY] [--only STEP ...]
 
-It needs nvcc, a C++ compiler, Python, NumPy, PyTorch and pytest. It needs no TensorFlow, no network
-and not this package. Each step is a process with its own time limit, and there is one for all.
+It needs nvcc, a C++ compiler, Python, NumPy, PyTorch and pytest, and for sessions the bundle
+(bundle.py). It needs no TensorFlow, no network and not this package. Each step is a process with
+its own time limit, and there is one for all.
 The results are in DIRECTORY (build/gpu, or $OUT): gpu.json, pictures, and the output of each step.
 The exit status is 0 only if nothing went wrong. A figure that misses its goal is not an error.
 """
@@ -18,18 +19,21 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import bundle
 import cuda_build
 
 ROOT = cuda_build.ROOT
 ALL_SECONDS = 475
 NOT_RUN = "not run"
-SUITE = [
-    sys.executable, "-m", "pytest", "--confcutdir=tests/gpu", "tests/gpu", "benchmarks/gpu",
-    "-q", "-rfE", "-p", "no:cacheprovider", "-k", "not emulated",
+PYTEST = [
+    sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-k", "not emulated",
 ]  # fmt: skip
+SUITE = [*PYTEST, "--confcutdir=tests/gpu", "tests/gpu", "benchmarks/gpu"]
+SESSIONS = [*PYTEST, "--confcutdir=tests/gpu_sessions", "tests/gpu_sessions"]
 # The tests of the op, the layer and the encoder, which run on TensorFlow's GPU.
 TENSORFLOW_TESTS = ("test_single_output*.py", "test_co_si_*.py")
 
@@ -41,6 +45,8 @@ class Step(NamedTuple):
         limit: The seconds after which the step is stopped.
         needs: The names of steps that must succeed before this one runs.
         reason: Why it cannot run on this machine, or None.
+        environment: Variables that are set for it.
+        is_beside: Whether it runs beside the steps after it, up to the first that needs it.
     """
 
     name: str
@@ -49,36 +55,77 @@ class Step(NamedTuple):
     needs: tuple[str, ...] = ()
     reason: str | None = None
     environment: dict[str, str] = {}  # noqa: RUF012
+    is_beside: bool = False
 
 
-def steps(out: Path) -> list[Step]:
-    """Return the steps of `make gpu`, on a machine with a GPU."""
+def steps(out: Path, capability: str | None = None) -> list[Step]:
+    """Return the steps of `make gpu`, the most telling first.
+
+    Args:
+        out: Where results are written.
+        capability: The GPU's compute capability.
+    """
     many = ["-n", "4"] if importlib.util.find_spec("xdist") else []
     sanitizer = find_sanitizer()
     lacking = None if sanitizer else "found no compute-sanitizer on PATH or in CUDA_HOME"
+    unbundled = bundle.why_unusable()
     # For the sanitizer, each buffer is a separate allocation, so that it sees the buffer's end.
     expected = {"CONTINUAL_TRANSFORMERS_EXPECT_GPU": "1"}  # Without a GPU, a test fails.
     apart = {**expected, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    # The package that is built from the bundle, not one that may be installed here.
+    path = os.pathsep.join(filter(None, [str(bundle.PACKAGE), os.environ.get("PYTHONPATH")]))
+    packaged = {"PYTHONPATH": path}
+
+    def under(tool: str, tests: list[str]) -> list[str]:
+        checked = [sanitizer or "", "--tool", tool, "--error-exitcode", "86"]
+        return [*checked, *tests, "-m", "sanitizer"]
+
+    def timed(name: str, program: str, *options: str) -> list[str]:
+        return [sys.executable, program, "--json", str(out / f"{name}.json"), *options]
+
     made = [
+        Step(
+            "session-build",
+            bundle.build_command(sys.executable),
+            200,
+            (),
+            unbundled,
+            bundle.build_environment(capability),
+            is_beside=True,
+        ),
         Step("build", [sys.executable, "tools/gpu/cuda_build.py"], 100),
-        Step("suite", [*SUITE, *many], 110, ("build",), None, expected),
+        Step("suite", [*SUITE, *many], 100, ("build",), None, expected),
+        Step(
+            "sessions",
+            [*SESSIONS, *many],
+            75,
+            ("session-build",),
+            unbundled,
+            {**expected, **packaged},
+        ),
+        Step(
+            "session-benchmark",
+            timed("session-benchmark", "benchmarks/gpu/session_benchmark.py"),
+            75,
+            ("session-build",),
+            unbundled,
+            packaged,
+        ),
     ]
     for tool in ("memcheck", "racecheck"):
-        command = [
-            sanitizer or "",
-            "--tool",
-            tool,
-            "--error-exitcode",
-            "86",
-            *SUITE,
-            "-m",
-            "sanitizer",
-        ]
-        made.append(Step(tool, command, 60, ("build",), lacking, apart))
-    command = [
-        sys.executable, "benchmarks/gpu/gpu_benchmark.py",
-        "--json", str(out / "benchmark.json"), "--picture", str(out / "benchmark.png"),
-    ]  # fmt: skip
+        made.append(Step(tool, under(tool, SUITE), 45, ("build",), lacking, apart))
+    made.append(
+        Step(
+            "session-memcheck",
+            under("memcheck", SESSIONS),
+            45,
+            ("session-build",),
+            lacking or unbundled,
+            {**apart, **packaged},
+        )
+    )
+    picture = ["--picture", str(out / "benchmark.png")]
+    command = timed("benchmark", "benchmarks/gpu/gpu_benchmark.py", *picture)
     made.append(Step("benchmark", command, 230, ("build",)))
     tests = sorted(
         str(path.relative_to(ROOT))
@@ -149,7 +196,11 @@ def run_steps(
     """Run one step after another. The rest of `seconds` also limits each step."""
     begin = time.monotonic()
     found: dict[str, dict[str, Any]] = {}
+    beside: dict[str, Future[dict[str, Any]]] = {}
+    pool = ThreadPoolExecutor()
     for step in chosen:
+        for name in beside.keys() & step.needs:
+            found[name] = beside.pop(name).result()
         left = seconds - (time.monotonic() - begin)
         missing = [name for name in step.needs if found.get(name, {}).get("went", "ok") != "ok"]
         reason = step.reason
@@ -164,21 +215,34 @@ def run_steps(
             print(f"{step.name} ...", flush=True)
             limit = min(step.limit, left)
             command = [*step.command]
-            if step.name == "benchmark":  # It must end before the limit.
+            if step.name.endswith("benchmark"):  # It must end before the limit.
                 command += ["--seconds", f"{0.8 * limit:.0f}"]
             log = out / f"{step.name}.txt"
-            found[step.name] = run_step(step._replace(command=command), log, limit)
-    return found
+            started = step._replace(command=command)
+            if step.is_beside:
+                beside[step.name] = pool.submit(run_step, started, log, limit)
+            else:
+                found[step.name] = run_step(started, log, limit)
+    found |= {name: run.result() for name, run in beside.items()}
+    return {step.name: found[step.name] for step in chosen}
 
 
-def summary(found: dict[str, dict[str, Any]], benchmark: dict[str, Any] | None = None) -> str:
-    """Return the summary, which is printed last."""
+def summary(
+    found: dict[str, dict[str, Any]],
+    benchmark: dict[str, Any] | None = None,
+    of_sessions: dict[str, Any] | None = None,
+) -> str:
+    """Return the summary, which is printed last: of the steps, and of what the benchmarks found."""
     lines = []
     for name, step in found.items():
         took = f"{step['seconds']:6.1f} s" if "seconds" in step else " " * 8
-        lines.append(f"{name:12} {step['went']:10} {took}  {step['last_line']}")
+        lines.append(f"{name:17} {step['went']:10} {took}  {step['last_line']}")
+    sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
+    if of_sessions:
+        import session_report
+
+        lines += ["", *session_report.table(of_sessions)]
     if benchmark:
-        sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
         import gpu_report
 
         lines += ["", *gpu_report.heading(benchmark), *gpu_report.goal_lines(benchmark)]
@@ -203,7 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     out = Path(chosen.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    wanted = steps(out)
+    wanted = steps(out, capability)
     names = [step.name for step in wanted]
     if chosen.only:
         unknown = set(chosen.only) - set(names)
@@ -212,18 +276,23 @@ def main(arguments: list[str] | None = None) -> int:
                 f"no such step: {', '.join(sorted(unknown))}; there are {', '.join(names)}"
             )
         wanted = [step for step in wanted if step.name in chosen.only]
-    recorded = out / "benchmark.json"
-    recorded.unlink(missing_ok=True)  # It may be from an earlier run.
+    recorded = [out / f"{name}.json" for name in ("benchmark", "session-benchmark")]
+    for path in recorded:
+        path.unlink(missing_ok=True)  # It may be from an earlier run.
     found = run_steps(wanted, out)
-    benchmark = json.loads(recorded.read_text()) if recorded.exists() else None
+    benchmark, of_sessions = (
+        json.loads(path.read_text()) if path.exists() else None for path in recorded
+    )
     wrong = is_wrong(found)
-    everything = dict(capability=capability, wrong=wrong, steps=found, benchmark=benchmark)
+    everything = dict(
+        capability=capability, wrong=wrong, steps=found, benchmark=benchmark, sessions=of_sessions
+    )
     (out / "gpu.json").write_text(json.dumps(everything, indent=1))
     for name, step in found.items():
         if step["went"] in ("failed", "timed out") and (out / f"{name}.txt").exists():
             print(f"\n--- {name}: the end of its output")
             print("\n".join((out / f"{name}.txt").read_text(errors="replace").split("\n")[-40:]))
-    print("\n" + summary(found, benchmark))
+    print("\n" + summary(found, benchmark, of_sessions))
     print(f"\n{'SOMETHING WAS WRONG' if wrong else 'Nothing was wrong'}; all results are in {out}")
     return 1 if wrong else 0
 

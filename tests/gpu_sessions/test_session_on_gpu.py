@@ -1,4 +1,4 @@
-"""Sessions on a GPU, against the float64 reference of the plan and against sessions on the CPU.
+"""Sessions of hand-made plans on a GPU, against sessions on the CPU.
 
 `gpu` runs on a GPU. `emulated` runs everywhere: the same sources, built for the emulator of CUDA in
 tools/gpu/emulator.
@@ -6,104 +6,29 @@ tools/gpu/emulator.
 
 import ctypes
 import gc
-import json
 import os
 import pickle
 import subprocess
 import sys
 import threading
-import zlib
-from functools import cache
 from pathlib import Path
 
-import keras
 import numpy as np
 import pytest
 
-import continual_transformers_tf as ct
 import cuda_build
 import nvcc
-from continual_transformers_tf.models.lowering import lower
 from continual_transformers_tf.session import (
     OtherModelError,
-    Session,
     TooManyStreamsError,
     UnknownStreamError,
 )
-from model_case import BOUNDS
-from model_cases import CASES
-from plan_files import attention_only_plan, attention_plan
-from test_session import Streamed, by_streams, check, packed, referenced
+from on_gpu import CORE, LIBRARY, OnEmulator, library, to_gpu
+from plan_files import attention_only_plan, attention_plan, many_ports_plan, two_ports_plan
 
-CORE = Path(ct.__file__).parent / cuda_build.LISTS["CORE_LIBRARY"]
-LIBRARY = "CONTINUAL_TRANSFORMERS_CUDA_LIBRARY"
 FEATURES, OUTPUTS, WINDOW = 6, 5, 4
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 F = np.float32
-
-
-@cache
-def library(machine):
-    """Return the path of the library for a machine, or the reason why there is none."""
-    emulated, capability = machine == "emulated", None
-    if not emulated:
-        capability = cuda_build.find_capability()
-        if capability is None:
-            return cuda_build.why_no_driver() or "there is no GPU here"
-    directory = cuda_build.default_directory(emulated, capability, sessions=True)
-    return cuda_build.build(directory, emulated, capability, CORE)
-
-
-@pytest.fixture(params=["emulated", "gpu"])
-def device(request, monkeypatch):
-    """Return the name of the device to test."""
-    found = library(request.param)
-    if isinstance(found, str):
-        pytest.skip(found)
-    monkeypatch.setenv(LIBRARY, str(found))
-    if request.param == "emulated":  # Each test has its own order of threads and blocks.
-        order = zlib.crc32(request.node.name.encode()) % 5
-        ctypes.CDLL(str(found)).cuda_emulator_set_order(order)
-    return "cuda:0"
-
-
-class OnEmulator:
-    """An array in the emulator's device memory."""
-
-    def __init__(self, array, gpu=0):
-        self.emulator = ctypes.CDLL(str(library("emulated")))
-        self.emulator.cuda_emulator_allocate.restype = ctypes.c_void_p
-        self.gpu, self.bytes = gpu, array.nbytes
-        self.address = self.emulator.cuda_emulator_allocate(ctypes.c_size_t(array.nbytes))
-        # NumPy knows the address and does not touch the elements.
-        memory = (ctypes.c_char * array.nbytes).from_address(self.address)
-        self.view = np.frombuffer(memory, array.dtype).reshape(array.shape)
-        self.copy(self.address, np.ascontiguousarray(array).ctypes.data)
-
-    def copy(self, to, source):
-        self.emulator.cuda_emulator_copy(*map(ctypes.c_void_p, (to, source, self.bytes)))
-
-    def on_host(self):
-        array = np.empty(self.view.shape, self.view.dtype)
-        self.copy(array.ctypes.data, self.address)
-        return array
-
-    def __dlpack_device__(self):
-        return 2, self.gpu
-
-    def __dlpack__(self, *, stream=None):
-        assert stream == 1  # CUDA's default stream.
-        return self.view.__dlpack__()
-
-
-def to_gpu(array):
-    """Return an array on the GPU, and a function that returns what it holds."""
-    if "emulated" in os.environ[LIBRARY]:
-        there = OnEmulator(array)
-        return there, there.on_host
-    torch = pytest.importorskip("torch")
-    there = torch.from_numpy(np.ascontiguousarray(array)).cuda()
-    return there, lambda: there.cpu().numpy()
 
 
 @pytest.fixture
@@ -125,33 +50,6 @@ def on_cpu(plan):
 def x(random):
     """Return steps of 8 streams, (8, 20, FEATURES)."""
     return random.standard_normal((8, 20, FEATURES)).astype(F)
-
-
-@pytest.mark.sampled(4)
-@pytest.mark.parametrize("name", CASES)
-def test_every_model(random, device, name):
-    case = CASES[name]
-    model = case.build()
-    lowered = lower(model, case.seq_len)
-    if lowered.plan["compute_dtype"] == "float64":
-        with pytest.raises(ValueError, match="compute dtype float64 has no kernels on cuda:0"):
-            Session(model, seq_len=case.seq_len, device=device)
-        return
-    session = Session(model, seq_len=case.seq_len, device=device)
-    inputs = case.inputs(model, random, (3, 2 * case.window + 8))
-    ids = session.open(5)[[3, 0, 4]]
-    outputs = by_streams(Streamed(session), inputs, ids)
-    check(outputs, referenced(lowered.plan, lowered.weights, inputs), BOUNDS[case.dtype])
-    # Copies of the streams continue on the CPU, and from there on the GPU again.
-    on_cpu = Session(model, seq_len=case.seq_len)
-    there = on_cpu.open(3)
-    on_cpu.set_state(session.get_state(ids), there)
-    step = [x[:, 0] for x in inputs]
-    here, there_too = Streamed(session), Streamed(on_cpu)
-    check(there_too.step(step, streams=there), here.step(step, streams=ids), BOUNDS[case.dtype])
-    back = session.open(3)
-    session.set_state(on_cpu.get_state(there), back)
-    check(here.step(step, streams=back), there_too.step(step, streams=there), BOUNDS[case.dtype])
 
 
 def test_steps_of_several_streams(session, on_cpu, x):
@@ -179,6 +77,7 @@ def test_no_streams_and_no_steps(session, x):
     assert session.position(a) == 0
 
 
+@pytest.mark.sanitizer
 def test_gaps(session, on_cpu, x):
     ids, there = session.open(3), on_cpu.open(3)
     random = np.random.default_rng(2)
@@ -233,6 +132,7 @@ def test_cleaned_and_reopened_streams_have_seen_nothing(session, x):
     np.testing.assert_array_equal(again, fresh)
 
 
+@pytest.mark.sanitizer
 def test_default_streams(session, on_cpu, x):
     for t in range(5):
         y, expected = session.step(x[:, t]), on_cpu.step(x[:, t])
@@ -240,6 +140,7 @@ def test_default_streams(session, on_cpu, x):
     assert session.open_streams == 8
 
 
+@pytest.mark.sanitizer
 def test_errors_leave_streams_as_they_were(session, x):
     a, b = session.open(2)
     session.steps(x[:2, :5], streams=[a, b])
@@ -260,16 +161,14 @@ def test_errors_leave_streams_as_they_were(session, x):
 
 
 def test_tokens_out_of_range_are_refused_before_a_stream_changes(device, random):
-    case = CASES["tokens"]
-    session = Session(case.build(), device=device)
+    plan, table = many_ports_plan(random)
+    session = plan.session(device=device)
     ids = session.open(2)
-    spec = session.inputs[0]
-    good = np.ones((2, *spec.shape), spec.dtype)
-    session.step(good, streams=ids)
+    given = {"sound": np.ones((2, 3), F), "word": np.array([1, len(table) - 1], np.int32)}
+    session.step(given, streams=ids)
     before = session.get_state(ids)
     with pytest.raises(ValueError, match="no stream has taken a step"):
-        session.step(np.where(np.arange(2)[(...,) + (None,) * len(spec.shape)], good, 10**6)
-                     .astype(spec.dtype), streams=ids)  # fmt: skip
+        session.step({**given, "word": np.array([1, len(table)], np.int32)}, streams=ids)
     assert session.get_state(ids) == before
 
 
@@ -473,7 +372,7 @@ os.wait()
 assert session.position(stream) == 1
 session.step(x, streams=stream)
 """
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=root, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(CORE.parent.parent)},
@@ -522,6 +421,7 @@ def test_outputs_go_where_the_caller_wants(session, on_cpu, x):
     np.testing.assert_allclose(out, on_cpu.step(x[:, 0]), **CLOSE)
 
 
+@pytest.mark.sanitizer
 def test_arrays_on_the_gpu(session, on_cpu, x):
     ids, there = session.open(4), on_cpu.open(4)
     for t in range(6):
@@ -547,17 +447,15 @@ def test_arrays_on_the_gpu(session, on_cpu, x):
     np.testing.assert_allclose(y, expected[:, 7:], **CLOSE)
 
 
-def test_arrays_on_the_gpu_and_on_the_host_in_one_step(device):
-    case = CASES["two_inputs"]
-    model = case.build()
-    session, on_cpu = Session(model, device=device), Session(model)
-    inputs = case.inputs(model, np.random.default_rng(4), (2, 5))
+def test_arrays_on_the_gpu_and_on_the_host_in_one_step(device, random):
+    plan = two_ports_plan(random)
+    session, on_cpu = plan.session(device=device), plan.session()
     for t in range(5):
-        step = [x[:, t] for x in inputs]
-        expected = Streamed(on_cpu).step(step)
+        step = [random.standard_normal((2, size)).astype(F) for size in (3, 2)]
+        expected = on_cpu.step(step)
         given = [to_gpu(step[0])[0], step[1]] if t % 2 else [step[0], to_gpu(step[1])[0]]
-        y = session.step(packed(json.loads(session._plan_json)["input_structure"], given))
-        check(keras.tree.flatten(y), expected, BOUNDS[case.dtype])
+        for y, x in zip(session.step(given), expected, strict=True):
+            np.testing.assert_allclose(y, x, **CLOSE)
 
 
 def test_arrays_on_a_gpu_that_do_not_fit(session, on_cpu, device, request, x):
@@ -586,8 +484,8 @@ def test_arrays_on_a_gpu_that_do_not_fit(session, on_cpu, device, request, x):
     assert session.position(a) == 0
 
 
-def test_indices_must_be_on_the_host(device):
-    session = Session(CASES["tokens"].build(), device=device)
-    spec = session.inputs[0]
+def test_indices_must_be_on_the_host(device, random):
+    session = many_ports_plan(random)[0].session(device=device)
+    words, _ = to_gpu(np.ones(1, np.int32))
     with pytest.raises(TypeError, match="Expected a NumPy array"):
-        session.step(to_gpu(np.ones((1, *spec.shape), spec.dtype))[0])
+        session.step({"sound": np.ones((1, 3), F), "word": words})

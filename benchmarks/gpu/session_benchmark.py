@@ -1,0 +1,280 @@
+"""Time whole models on a GPU: `python benchmarks/gpu/session_benchmark.py --json FILE`.
+
+It times `Session.step`, with NumPy arrays and with arrays on the GPU, and beside it the CPU's
+session. The rival is the same step in PyTorch: a ring, scaled_dot_product_attention, a CUDA graph.
+All are timed by the clock on the wall, from the call to when the output can be read. The bound is
+the time of the least bytes of a step at the rate of a large copy on the device.
+
+The models are the bundle's plans (tools/gpu/bundle.py) with random weights. Each result is printed
+and written when it is there, the most telling first. It needs this package, PyTorch and the bundle.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools" / "gpu"))
+
+import bundle  # noqa: E402
+import gpu_benchmark  # noqa: E402
+import session_report  # noqa: E402
+import session_sizes  # noqa: E402
+
+AGREEMENT = 1e-3  # The largest difference from the CPU's outputs, relative to the largest output.
+COPY_BYTES = 1 << 30
+ROOM = 4  # How many times a step's least bytes must be free.
+
+
+class TorchArrays:
+    """Arrays on the GPU, by PyTorch."""
+
+    device = "cuda:0"
+
+    def __init__(self):
+        import torch
+
+        self.torch, self.gpu = torch, gpu_benchmark.Gpu()
+
+    def array(self, host):
+        """Return a copy on the GPU."""
+        return self.torch.from_numpy(host).to(self.gpu.device)
+
+    def free_bytes(self):
+        self.torch.cuda.empty_cache()
+        return self.gpu.free_bytes()
+
+    def copy_rate(self):
+        """Return the bytes per second that a large copy on the device reads and writes."""
+        source = self.torch.empty(COPY_BYTES, dtype=self.torch.uint8, device=self.gpu.device)
+        target = self.torch.empty_like(source)
+        taken = [self.gpu.seconds(lambda: target.copy_(source)) for _ in range(8)][1:]
+        return 2 * COPY_BYTES / statistics.median(taken)
+
+
+class TorchRival:
+    """A size's step in PyTorch, with random weights: for its time, not for its numbers.
+
+    Each layer has rings [M, H, N, D], into which a step writes a row, the same each time. Only the
+    retroactive layer computes all outputs of its window; encoders compute the newest.
+    """
+
+    def __init__(self, torch, size, streams, device):
+        self.torch, self.size, self.streams = torch, size, streams
+        e, f = size.features, size.hidden
+
+        def random(*shape):
+            return torch.randn(*shape, device=device) * shape[0] ** -0.5
+
+        rings = (streams, size.heads, size.window, e // size.heads)
+        self.row = torch.zeros(1, dtype=torch.int64, device=device)
+        self.x = random(streams, size.inputs or e)
+        self.first = random(size.inputs, e) if size.inputs else None
+        self.last = random(e, size.outputs) if size.outputs else None
+        count = 3 if size.kind == "retroactive" else 2
+        self.layers = [
+            dict(
+                projections=random(e, 3 * e), output=random(e, e), bias=random(e),
+                rings=[random(*rings) for _ in range(count)],
+                up=random(e, f) if f else None, hidden_bias=random(f) if f else None,
+                down=random(f, e) if f else None,
+            )
+            for _ in range(size.layers)
+        ]  # fmt: skip
+
+    def attention(self, layer, x):
+        size, torch = self.size, self.torch
+        parts = (x @ layer["projections"]).view(self.streams, 3, size.heads, 1, -1).unbind(1)
+        newest = parts if size.kind == "retroactive" else parts[1:]
+        for ring, row in zip(layer["rings"], newest, strict=True):
+            ring.index_copy_(2, self.row, row)
+        query, key, value = [parts[0], *layer["rings"]][-3:]
+        y = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        y = y.transpose(1, 2).reshape(-1, size.features)  # All rows that were asked for.
+        return torch.addmm(layer["bias"], y, layer["output"])
+
+    def step(self):
+        torch, functional = self.torch, self.torch.nn.functional
+        x = self.x if self.first is None else self.x @ self.first
+        if self.size.kind == "retroactive":
+            return self.attention(self.layers[0], x)
+        of = (self.size.features,)
+        for layer in self.layers:
+            x = functional.layer_norm(x + self.attention(layer, x), of)
+            y = functional.gelu(torch.addmm(layer["hidden_bias"], x, layer["up"]))
+            x = functional.layer_norm(x + torch.addmm(layer["bias"], y, layer["down"]), of)
+        return x if self.last is None else x @ self.last
+
+
+def microseconds(work, target=0.03, repeats=5):
+    """Return the microseconds of `work` by the clock on the wall: median, least and most.
+
+    Args:
+        work: A function that returns when its work is done.
+        target: The seconds of a timed piece.
+        repeats: How many pieces; a piece that takes longer than a second is timed once.
+    """
+    work()
+    begin = time.perf_counter()
+    work()
+    once = time.perf_counter() - begin
+    if once > 1:
+        return dict(median=once * 1e6, least=once * 1e6, most=once * 1e6)
+    laps = max(1, min(2000, round(target / max(once, 1e-7))))
+    taken = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        for _ in range(laps):
+            work()
+        taken.append((time.perf_counter() - begin) * 1e6 / laps)
+    return dict(median=statistics.median(taken), least=min(taken), most=max(taken))
+
+
+def least_bytes(session, weights_bytes, streams):
+    """Return the least bytes of a step: weights once, each stream's state, inputs and outputs.
+
+    A table of positions counts as a whole, although each stream reads one row: 1.4 % of
+    CoOadTR-b1's bytes.
+    """
+    ends = sum(
+        np.dtype(spec.dtype).itemsize * int(np.prod(spec.shape))
+        for spec in (*session.inputs, *session.outputs)
+    )
+    return weights_bytes + streams * (session.state_bytes + ends)
+
+
+def measure(machine, size, streams, path, copy_rate, save=lambda entry: None, **timing):
+    """Return the entry of one size and number of streams.
+
+    `save` is called with the entry as far as it is known, after each of its figures.
+
+    Raises:
+        RuntimeError: If the GPU's outputs are not the CPU's.
+    """
+    from continual_transformers_tf.session import Session
+
+    on_gpu = Session.load(path, device=machine.device)
+    on_cpu = Session.load(path, threads=os.cpu_count() or 1)
+    (given,), (returned,) = on_gpu.inputs, on_gpu.outputs
+    header = bundle.beginning(path.read_bytes())
+    size_bytes = least_bytes(on_gpu, bundle.weights_bytes(header), streams)
+    # Streams, a step's values, and the rival's rings.
+    if ROOM * size_bytes > machine.free_bytes():
+        return dict(skipped=f"{ROOM * size_bytes / 1e9:.1f} GB do not fit into the GPU's memory")
+    ids, there = on_gpu.open(streams), on_cpu.open(streams)
+    random = np.random.default_rng(streams)
+    # All streams begin as copies of one whose window is full.
+    past = random.standard_normal((1, size.window, *given.shape)).astype(given.dtype)
+    filled = on_cpu.open()
+    on_cpu.steps(past, streams=filled)
+    copies = on_cpu.get_state(filled) * streams
+    on_gpu.set_state(copies, ids)
+    on_cpu.set_state(copies, there)
+    x = random.standard_normal((streams, *given.shape)).astype(given.dtype)
+    out = np.empty((streams, *returned.shape), returned.dtype)
+    expected = on_cpu.step(x, streams=there)
+    error = np.abs(on_gpu.step(x, streams=ids) - expected).max() / np.abs(expected).max()
+    if not error < AGREEMENT:  # True for NaN, too.
+        raise RuntimeError(f"the CPU's output differs by {error:g}, expected <{AGREEMENT:g}")
+    entry = dict(
+        size=size._asdict(), streams=streams, bytes=size_bytes, error_against_cpu=float(error),
+        bound=size_bytes / copy_rate * 1e6,
+    )  # fmt: skip
+    x_there, out_there = machine.array(x), machine.array(out)
+    works = dict(
+        device_arrays=lambda: on_gpu.step(x_there, streams=ids, out=out_there),
+        numpy_arrays=lambda: on_gpu.step(x, streams=ids, out=out),
+        torch_graph=rival_step(machine, size, streams),
+        cpu=lambda: on_cpu.step(x, streams=there, out=out),
+    )
+    for name, work in works.items():
+        entry[name] = microseconds(work, **timing)
+        save(entry)
+    return entry
+
+
+def rival_step(machine, size, streams):
+    """Return a function that copies an input, replays PyTorch's step, and waits for it."""
+    torch, gpu = machine.torch, machine.gpu
+    with torch.inference_mode():
+        rival = TorchRival(torch, size, streams, gpu.device)
+        given = rival.x.clone()
+        for _ in range(3):  # What happens only in first calls happens outside the graph.
+            rival.step()
+        gpu.synchronize()
+        replay = gpu.capture(rival.step)
+
+    def step():
+        with torch.inference_mode():
+            rival.x.copy_(given)
+            replay()
+        gpu.synchronize()
+
+    return step
+
+
+def run(machine, folder, seconds, save=lambda found: None, jobs=None, **timing):
+    """Measure all jobs, and skip those that are left when the seconds are over.
+
+    An error is recorded in the entry of its job. `save` is called after every figure.
+    """
+    begin = time.monotonic()
+    rate = machine.copy_rate()
+    found = dict(machine=machine.gpu.facts, copy_bytes_per_second=rate, entries=[], failures=[])
+    print("\n".join(session_report.heading(found)), flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        for size, streams in session_sizes.jobs() if jobs is None else jobs:
+            entry = dict(size=size._asdict(), streams=streams)
+            found["entries"].append(entry)
+            try:
+                if time.monotonic() - begin > seconds:
+                    entry["skipped"] = f"no time left of {seconds:g} s"
+                else:
+                    path = Path(temporary, f"{size.name}.safetensors")
+                    if not path.exists():
+                        bundle.fill(bundle.plan_file(size.name, folder), path)
+
+                    def keep(figures, entry=entry):
+                        entry.update(figures)
+                        save(found)
+
+                    keep(measure(machine, size, streams, path, rate, keep, **timing))
+            except (RuntimeError, ValueError) as error:  # Full memory is one, too.
+                entry["skipped"] = f"failed: {str(error).splitlines()[0]}"
+                found["failures"].append(f"{size.name} M={streams}: {entry['skipped']}")
+            print(session_report.line(entry), flush=True)
+            save(found)
+    found["seconds"] = time.monotonic() - begin
+    save(found)
+    return found
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].split(":")[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--seconds", type=float, default=60, help="start no model after these")
+    chosen = parser.parse_args(arguments)
+    why = bundle.why_unusable()
+    if why:
+        print(f"Found {why}.", file=sys.stderr)
+        return 1
+    if gpu_benchmark.cuda_build.find_capability() is None:
+        print("Found no GPU on this machine, expected one to measure.", file=sys.stderr)
+        return 1
+    found = run(
+        TorchArrays(), bundle.FOLDER, chosen.seconds,
+        lambda found: gpu_benchmark.write(found, chosen.json, None),
+    )  # fmt: skip
+    for failure in found["failures"]:
+        print(failure, file=sys.stderr)
+    return 1 if found["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
