@@ -81,7 +81,9 @@ class WindowAttentionTest : public ::testing::TestWithParam<Target> {
           ASSERT_EQ(std::isnan(p.output[at]), std::isnan(expected[c])) << i << " " << h;
           if (std::isnan(expected[c])) continue;
           ASSERT_NEAR(p.output[at], static_cast<double>(expected[c]), bound) << i << " " << h;
-          ASSERT_EQ(p.output[at], whole[at + 1]) << "heads apart differ from heads together";
+          // One by one, RingAttention sums in another order with fewer heads.
+          const double apart = p.IsInBlocks() ? 0 : bound;
+          ASSERT_NEAR(p.output[at], whole[at + 1], apart) << "heads apart differ from together";
         }
       }
     }
