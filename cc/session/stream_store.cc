@@ -849,7 +849,17 @@ void StreamStore::Lease::Take(StreamStore* store, const StreamId* ids, int64_t c
     }
     state.Link(this);
   }
-  for (int64_t i = 0; i < fresh; ++i) state.init(fresh_[i]);
+  try {
+    for (int64_t i = 0; i < fresh; ++i) state.init(fresh_[i]);
+  } catch (...) {
+    // A GPU may have failed. The next call initializes the blocks again.
+    std::lock_guard<std::mutex> lock(state.mutex);
+    const auto end = fresh_.begin() + fresh;
+    for (int64_t i = 0; i < count; ++i) {
+      if (std::find(fresh_.begin(), end, blocks_[i]) != end) slots_[i]->flags |= kFresh;
+    }
+    throw;
+  }
 }
 
 void StreamStore::Lease::TakeDefaults(StreamStore* store, int64_t count) {

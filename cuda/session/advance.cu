@@ -13,6 +13,11 @@ struct AdvanceEach {
 
 }  // namespace
 
+cudaError_t ProbeKernels() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, ForEachKernel<AdvanceEach>);
+}
+
 cudaError_t AdvancePositions(const DeviceFrame& frame, cudaStream_t stream) {
   // const_cast: nodes only read them.
   return ForEach(frame.streams, AdvanceEach{const_cast<int64_t*>(frame.positions)}, stream);

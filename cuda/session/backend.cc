@@ -7,6 +7,7 @@
 
 #include "cc/session/device.h"
 #include "cc/session/error.h"
+#include "cuda/session/advance.h"
 #include "cuda/session/device_executor.h"
 #include "cuda/session/device_memory.h"
 #include "include/continual_transformers.h"
@@ -24,8 +25,16 @@ constexpr char kVersion[] =
 class CudaDevice final : public Device {
  public:
   explicit CudaDevice(int number)
-      : gpu_(std::make_shared<const Gpu>(number)),
-        memory_(std::make_shared<GpuBlockMemory>(gpu_)) {}
+      : gpu_(std::make_shared<const Gpu>(number)), memory_(std::make_shared<GpuBlockMemory>(gpu_)) {
+    const Gpu::Use use(*gpu_);
+    const cudaError_t error = ProbeKernels();
+    if (error == cudaSuccess) return;
+    static_cast<void>(cudaGetLastError());
+    throw Error(ErrorCode::kInvalidArgument,
+                "the kernels of this library do not run on \"cuda:" + std::to_string(number) +
+                    "\" (" + cudaGetErrorName(error) +
+                    "): build them for its compute capability, or install a newer driver");
+  }
 
   std::shared_ptr<BlockMemory> memory() const override { return memory_; }
   std::shared_ptr<const Executor> NewExecutor(std::shared_ptr<const ModelFile> file,

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <limits>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -167,7 +168,7 @@ void DeviceArena::FillHeader(const StepCall& call, const Layout& layout, char* t
 void DeviceArena::LookAtArrays(const StepCall& call) {
   bool any = false;
   const auto look = [&](const void* data) {
-    const bool on_gpu = data != nullptr && IsOnGpu(data);
+    const bool on_gpu = data != nullptr && IsOnGpu(data, gpu_->number());
     any |= on_gpu;
     return on_gpu;
   };
@@ -183,10 +184,17 @@ void DeviceArena::Step(const StepCall& call) {
   if (call.streams == 0 || call.steps == 0) return;
   LookAtArrays(call);
   const Graph* const graph = GraphFor(call.streams);
-  if (call.steps == 1) {
-    StepOnce(call, *graph);
-  } else {
-    StepSeveral(call, *graph);
+  try {
+    if (call.steps == 1) {
+      StepOnce(call, *graph);
+    } else {
+      StepSeveral(call, *graph);
+    }
+  } catch (...) {
+    // Other calls may take the streams as soon as this one has ended, so nothing of it may run on.
+    static_cast<void>(cudaStreamSynchronize(stream_.get()));
+    static_cast<void>(cudaGetLastError());
+    throw;
   }
 }
 
@@ -289,6 +297,16 @@ void DeviceArena::StepSeveral(const StepCall& call, const Graph& graph) {
     // Row m of a step is row m * T + t of the call.
     const auto move = [&](char* to, int64_t to_pitch, const char* from, int64_t from_pitch,
                           int64_t bytes) {
+      // A larger pitch is an error (cudaDevAttrMaxPitch).
+      constexpr int64_t kMostPitch = std::numeric_limits<int32_t>::max();
+      if (call.streams == 1 || std::max(to_pitch, from_pitch) > kMostPitch) {
+        for (int64_t m = 0; m < call.streams; ++m) {
+          Check(cudaMemcpyAsync(to + m * to_pitch, from + m * from_pitch, bytes,
+                                cudaMemcpyDeviceToDevice, stream),
+                "moving the rows of a step");
+        }
+        return;
+      }
       Check(cudaMemcpy2DAsync(to, to_pitch, from, from_pitch, bytes, call.streams,
                               cudaMemcpyDeviceToDevice, stream),
             "moving the rows of a step");
@@ -319,6 +337,11 @@ void DeviceArena::StepSeveral(const StepCall& call, const Graph& graph) {
   for (size_t i = 0; i < plan_.outputs.size(); ++i) {
     if (outputs[i] < 0) continue;
     std::memcpy(call.outputs[i], received_.get() + outputs[i] - sent, rows * OutputBytes(i));
+  }
+  // One long recording must not hold gigabytes of pinned memory for the session's life.
+  constexpr int64_t kKept = 64 << 20;
+  for (GpuBytes* memory : {&sent_, &received_, &staged_}) {
+    if (memory->bytes() > kKept) *memory = GpuBytes();
   }
 }
 

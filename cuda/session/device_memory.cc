@@ -1,9 +1,8 @@
 #include "cuda/session/device_memory.h"
 
-#include <pthread.h>
+#include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -13,14 +12,6 @@
 
 namespace continual_transformers {
 namespace {
-
-// How often this process and its parents forked, since this library is loaded.
-std::atomic<int>& Forks() {
-  static std::atomic<int> forks{0};
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { ++Forks(); });
-  static_cast<void>(registered);
-  return forks;
-}
 
 std::string Described(cudaError_t error) {
   return std::string(cudaGetErrorName(error)) + ", " + cudaGetErrorString(error);
@@ -33,7 +24,7 @@ Error NoGpu(int number, const std::string& why) {
 
 }  // namespace
 
-Gpu::Gpu(int number) : number_(number), forks_(Forks()) {
+Gpu::Gpu(int number) : number_(number), process_(getpid()) {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error == cudaErrorInsufficientDriver) {
@@ -50,13 +41,15 @@ Gpu::Gpu(int number) : number_(number), forks_(Forks()) {
   }
 }
 
-bool Gpu::IsOfThisProcess() const { return Forks() == forks_; }
+bool Gpu::IsOfThisProcess() const { return getpid() == process_; }
 
 Gpu::Use::Use(const Gpu& gpu) {
   if (!gpu.IsOfThisProcess()) {
-    throw Error(ErrorCode::kInvalidArgument,
-                "a session on a GPU works only in the process that made it, and this is a forked "
-                "one: make the session after the fork");
+    throw Error(
+        ErrorCode::kInvalidArgument,
+        "a session on a GPU works only in the process that made it, and this is a forked "
+        "one. CUDA works in a child only if its parent never used it: start the process with "
+        "spawn, or make no session on a GPU before the fork");
   }
   Check(cudaGetDevice(&before_), "asking for the thread's GPU");
   if (before_ == gpu.number()) {
@@ -73,10 +66,12 @@ Gpu::Use::~Use() {
 void Check(cudaError_t error, const char* doing) {
   if (error == cudaSuccess) return;
   static_cast<void>(cudaGetLastError());  // An error that is not for good is over with this one.
-  throw Error(ErrorCode::kInternal,
-              std::string("the GPU failed while ") + doing + " (" + Described(error) +
-                  "): the streams of this call may be damaged; make a new session, and put back "
-                  "earlier copies of its streams");
+  throw Error(
+      ErrorCode::kInternal,
+      std::string("the GPU failed while ") + doing + " (" + Described(error) +
+          "): the streams of this call may be damaged; make a new session, in a new process "
+          "if CUDA refuses further work in this one, and put back earlier copies of its "
+          "streams");
 }
 
 GpuBytes::GpuBytes(std::shared_ptr<const Gpu> gpu, Kind kind, int64_t bytes,
@@ -132,9 +127,14 @@ void GpuStream::WaitForDefaultStream() const {
   Check(waits, "waiting for the caller's arrays");
 }
 
-bool IsOnGpu(const void* data) {
+bool IsOnGpu(const void* data, int gpu) {
   cudaPointerAttributes attributes;
   Check(cudaPointerGetAttributes(&attributes, data), "looking at the caller's arrays");
+  if (attributes.type == cudaMemoryTypeDevice && attributes.device != gpu) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "an array is on GPU " + std::to_string(attributes.device) + ", expected GPU " +
+                    std::to_string(gpu) + ", which the session is on");
+  }
   return attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged;
 }
 

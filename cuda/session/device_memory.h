@@ -36,7 +36,7 @@ class Gpu {
 
  private:
   const int number_;
-  const int forks_;  // of this process before it
+  const int process_;  // its id
 };
 
 // Throws Error (kInternal) that says what failed. CUDA's errors are for good in most cases.
@@ -81,8 +81,9 @@ class GpuStream {
   cudaStream_t stream_ = nullptr;
 };
 
-// Returns whether an address is of a GPU's memory, or of memory that both can touch.
-bool IsOnGpu(const void* data);
+// Returns whether an address is of this GPU's memory, or of memory that both can touch. Throws
+// Error for another GPU's.
+bool IsOnGpu(const void* data, int gpu);
 
 // The memory of stream blocks. Each slab is an allocation, because kernels know blocks by their
 // addresses. So nothing limits how many there are, and slabs come and go without moving any.

@@ -138,6 +138,7 @@ inline cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from
                                      size_t width, size_t height, cudaMemcpyKind,
                                      cudaStream_t stream) {
   if (to_pitch < width || from_pitch < width) return cudaErrorInvalidValue;
+  if (std::max(to_pitch, from_pitch) > 0x7fffffff) return cudaErrorInvalidValue;
   return cuda_emulator::Enqueue(stream, [=] {
     for (size_t i = 0; i < height; ++i) {
       std::memcpy(static_cast<char*>(to) + i * to_pitch,
@@ -157,10 +158,18 @@ enum cudaMemoryType {
 };
 struct cudaPointerAttributes {
   cudaMemoryType type;
+  int device;
 };
 inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* data) {
   const bool on_device = cuda_emulator::DeviceMemory::Get().Has(data);
   attributes->type = on_device ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
+  attributes->device = 0;
+  return cudaSuccess;
+}
+
+struct cudaFuncAttributes {};
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
   return cudaSuccess;
 }
 
