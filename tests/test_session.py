@@ -11,6 +11,7 @@ from continual_transformers_tf.models.lowering import lower
 from continual_transformers_tf.session import OtherModelError, Session
 from model_case import BOUNDS, N
 from model_cases import CASES, E
+from plan_files import PlanFile
 from streamed import Streamed, by_streams, check
 
 
@@ -318,6 +319,64 @@ def test_few_queries_above_retroactive_attention(random, weights_dtype, queries)
         error = reference.relative_error(got[:, n - 1 + t], expected)
         assert error < (5e-6 if weights_dtype == "float32" else 3e-2)
     assert _window_attention_of(session) == [_ops_of_few_queries(weights_dtype)]
+
+
+def _few_queries_plan(random, queries, case="", n=8, features=6, heads=2, size=4):
+    """Queries, an input, attend to projections of the window of the other input."""
+    plan = PlanFile(receptive_field=n)
+    plan.plan["input_structure"] = [0, 1]
+    x, query = plan.input("x", features), plan.input("q", queries, heads * size)
+    rows = plan.node("window", [x], plan.value(n, features), window=n)
+    cut = 2 if case == "reshaped" else 1
+    if cut > 1:
+        rows = plan.node("reshape", [rows], plan.value(cut * n, features // cut))
+
+    def projected():
+        weights = {
+            "kernel": random.standard_normal((features // cut, heads * size // cut)),
+            "bias": random.standard_normal(heads * size // cut),
+        }
+        weights = {name: array.astype("float32") for name, array in weights.items()}
+        y = plan.node("dense", [rows], plan.value(cut * n, heads * size // cut), weights)
+        return y if cut == 1 else plan.node("reshape", [y], plan.value(n, heads * size))
+
+    attributes = dict(heads=heads, scale=size**-0.5, band=0, causal=False)
+    if case == "late":
+        attributes |= dict(rows=1, first=-n - 3)
+    inputs = [query, projected(), projected()]
+    y = plan.node("window_attention", inputs, plan.value(queries, heads * size), **attributes)
+    plan.output("y", y)
+    return plan
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("case", ["plain", "late", "reshaped"])
+def test_few_queries_of_a_hand_made_plan(random, case, queries):
+    """Queries without keys give zeros. Projections that a reshape cuts are computed."""
+    plan = _few_queries_plan(random, queries, case)
+    x, q = random.standard_normal((2, 20, 6)), random.standard_normal((2, 20, queries, 8))
+    inputs = [x.astype("float32"), q.astype("float32")]
+    session = plan.session()
+    outputs = by_streams(Streamed(session), inputs, session.open(2))
+    check(outputs, referenced(plan.plan, plan.tensors, inputs), BOUNDS["float32"])
+    together = _window_attention_of(session)
+    assert together == ["window_attention" if case == "reshaped" else _ops_of_few_queries("")]
+
+
+@pytest.mark.parametrize("queries", [3, 8])
+def test_threads_share_the_heads_of_a_window_bit_for_bit(random, queries):
+    plan = _few_queries_plan(random, queries, n=120, features=256, heads=8, size=32)
+    for name in ("k", "v"):  # As outputs they are computed, and attended to.
+        dense = [node for node in plan.plan["nodes"] if node["op"] == "dense"][name == "v"]
+        plan.output(name, dense["outputs"][0])
+    plan.plan["output_structure"] = [0, 1, 2]
+    inputs = [
+        random.standard_normal((1, *shape)).astype("float32") for shape in ((256,), (queries, 256))
+    ]
+    one, two = (plan.session(threads=threads) for threads in (1, 2))
+    for _ in range(3):
+        for y, z in zip(one.step(inputs), two.step(inputs), strict=True):
+            np.testing.assert_array_equal(y, z)
 
 
 def _window_attention_of(session):

@@ -284,10 +284,14 @@ class WindowAttentionInstruction : public Instruction {
   }
 
   int64_t ScratchBytes() const override {
-    return s_.threads * Params().ScratchSize() * static_cast<int64_t>(sizeof(T));
+    return Parts() * Params().ScratchSize() * static_cast<int64_t>(sizeof(T));
   }
 
  private:
+  // How many threads share the heads. One by one, the heads' sums depend on which are together, so
+  // the bits would depend on the threads.
+  int64_t Parts() const { return Params().IsInBlocks() ? std::min(s_.threads, s_.heads) : 1; }
+
   WindowAttentionParams<T> Params() const {
     WindowAttentionParams<T> p = {};
     p.queries = s_.queries;
@@ -309,14 +313,14 @@ class WindowAttentionInstruction : public Instruction {
     p.output = frame.Rows<T>(s_.output) + r * s_.queries * value_size_;
     p.first_row = s_.Untaken(position);
     p.scratch = reinterpret_cast<T*>(frame.scratch);
-    if (frame.pool == nullptr || Cycles(1) < kCyclesWorthThreads) {
+    const int64_t parts = Parts();
+    if (frame.pool == nullptr || parts == 1 || Cycles(1) < kCyclesWorthThreads) {
       return WindowAttention(p, 0, s_.heads);
     }
-    const int64_t size = p.ScratchSize();
-    frame.pool->Share(s_.heads, [&p, size](int64_t head, int64_t worker) {
+    frame.pool->Share(parts, [&](int64_t part, int64_t) {
       WindowAttentionParams<T> one = p;
-      one.scratch += worker * size;
-      WindowAttention(one, head, head + 1);
+      one.scratch += part * p.ScratchSize();
+      WindowAttention(one, part * s_.heads / parts, (part + 1) * s_.heads / parts);
     });
   }
 

@@ -137,7 +137,7 @@ ct::SessionOptions Options(const ct_options* options) {
   // The fields of the first version. An older caller has no more, a newer header may have a larger
   // struct than this one.
   constexpr size_t kFirst = offsetof(ct_options, device);
-  if (options->size < kFirst) {
+  if (options->size < kFirst || (options->size > kFirst && options->size < sizeof(ct_options))) {
     Invalid("the `size` of ct_options is " + std::to_string(options->size) + ", expected " +
             std::to_string(sizeof(ct_options)) +
             ": initialize the options with CT_OPTIONS_DEFAULT");

@@ -809,6 +809,8 @@ class Compiler {
       if (OnlyUser(root) != i || producer < 0 || plan_.nodes[producer].op != Op::kDense) {
         return false;
       }
+      // A reshape between them may have cut the projection's rows in another way.
+      if (ValueOf(root).shape.back() != ValueOf(node.inputs[i_input]).shape.back()) return false;
       inputs[i_input - 1] = file_.tensor(plan_.nodes[producer].weights.at("kernel")).shape[0];
     }
     const WindowAttentionSpec spec = WindowAttentionSpecOf(node);
@@ -816,7 +818,9 @@ class Compiler {
     const int64_t of_window =
         spec.window * spec.heads *
         (spec.key_dim * (inputs[0] + spec.queries) + spec.value_dim * (inputs[1] + spec.queries));
-    return FewQueriesInstruction<T, T>::Products(spec, inputs[0], inputs[1]) < of_window;
+    // Threads share the projections of a window, and not those of few queries.
+    const int64_t threads = spec.queries > 1 ? options_.threads : 1;
+    return FewQueriesInstruction<T, T>::Products(spec, inputs[0], inputs[1]) < of_window / threads;
   }
 
   void TranslateFewQueries(int i) {

@@ -115,6 +115,11 @@ class FewQueriesInstruction : public Instruction {
     const int64_t n = s_.window, d = s_.key_dim, dv = s_.value_dim, heads = s_.heads;
     const T* from = frame.Rows<T>(s_.query) + r * s_.queries * heads * d;
     T* to = frame.Rows<T>(s_.output) + r * s_.queries * heads * dv;
+    const int64_t first = std::max(s_.Untaken(position), s_.band > 0 ? n - s_.band : int64_t{0});
+    if (first == n) {  // No bias either: a query without keys gives zeros.
+      std::fill_n(to, s_.queries * heads * dv, T(0));
+      return;
+    }
     T* const of_head = reinterpret_cast<T*>(frame.scratch);
     T* const queries = of_head + OfHeadSize();
     T* const sums = queries + OfAllHeads(key_inputs_);
@@ -129,7 +134,7 @@ class FewQueriesInstruction : public Instruction {
     p.key = frame.Rows<T>(key_) + r * n * key_inputs_;
     p.value = frame.Rows<T>(value_) + r * n * value_inputs_;
     p.output = sums;
-    p.first_row = std::max(s_.Untaken(position), s_.band > 0 ? n - s_.band : int64_t{0});
+    p.first_row = first;
     p.scratch = sums + OfAllHeads(value_inputs_);
     WindowAttention(p, 0, 1);
     for (int64_t h = 0; h < heads; ++h) {

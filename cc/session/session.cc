@@ -96,7 +96,12 @@ class PrivateBlocks {
       throw Error(ErrorCode::kTooManyStreams,
                   "no memory for " + Text(bytes) + " bytes of private streams " + refusal);
     }
-    memory_->Zero(base_, bytes_);
+    try {
+      memory_->Zero(base_, bytes_);
+    } catch (...) {
+      memory_->Unmap(base_, bytes_, 1);
+      throw;
+    }
   }
   ~PrivateBlocks() { memory_->Unmap(base_, bytes_, 1); }
   PrivateBlocks(const PrivateBlocks&) = delete;

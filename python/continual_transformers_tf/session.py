@@ -580,7 +580,8 @@ class Session(_session.NativeSession):
 def _unpickle(
     cls: type[Session], data: bytes, options: _Options, release_gil: bool | None
 ) -> Session:
-    session = cls._make(data, False, options)
+    # Pickles of versions without sessions on a GPU have no device.
+    session = cls._make(data, False, {"device": "cpu", **options})
     session.release_gil = release_gil
     return session
 
