@@ -213,7 +213,8 @@ def main(only, rounds, seconds, programs):
     finally:
         race.stop()
     about = machine()
-    named = ", ".join(f"{name} {versions[name]}" for name in ("jax", "sequence-layers", "keras"))
+    packages = [name for name in ("jax", "sequence-layers", "keras") if name in versions]
+    named = ", ".join(f"{name} {versions[name]}" for name in packages)
     print(f"{about.get('Model name', 'unknown')}, {about['instructions']}, {named}, one thread\n")
     goals = goals_of(results)
     for title, chosen in (
