@@ -71,6 +71,7 @@ SESSION_HEADERS = [
     "session/instruction.h",
     "session/layout_instructions.h",
     "session/model_file.h",
+    "session/node_weights.h",
     "session/plan.h",
     "session/plan_ops.h",
     "session/product_instructions.h",

@@ -1,7 +1,6 @@
 #include "cc/session/compiler.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <map>
@@ -21,6 +20,7 @@
 #include "cc/session/error.h"
 #include "cc/session/few_queries_instruction.h"
 #include "cc/session/layout_instructions.h"
+#include "cc/session/node_weights.h"
 #include "cc/session/product_instructions.h"
 #include "cc/session/recurrent_instruction.h"
 #include "cc/session/retroactive_instruction.h"
@@ -47,51 +47,6 @@ template <>
 constexpr DType kDType<int8_t> = DType::kInt8;
 
 int64_t Align(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-
-template <typename From, typename T>
-void CopyElements(const Tensor& tensor, std::vector<T>* to) {
-  const char* from = static_cast<const char*>(tensor.data);
-  for (size_t i = 0; i < to->size(); ++i) {
-    From x;
-    std::memcpy(&x, from + i * sizeof(From), sizeof(From));  // The tensor may be unaligned.
-    if constexpr (std::is_arithmetic_v<From>) {
-      (*to)[i] = static_cast<T>(x);
-    } else {
-      (*to)[i] = static_cast<T>(Widen(x));
-    }
-  }
-}
-
-template <typename T>
-std::vector<T> ElementsOf(const Tensor& tensor) {
-  std::vector<T> elements(tensor.elements());
-  switch (tensor.dtype) {
-    case DType::kFloat32:
-      CopyElements<float>(tensor, &elements);
-      break;
-    case DType::kFloat64:
-      CopyElements<double>(tensor, &elements);
-      break;
-    case DType::kBFloat16:
-      CopyElements<BFloat16>(tensor, &elements);
-      break;
-    case DType::kFloat16:
-      CopyElements<Float16>(tensor, &elements);
-      break;
-    case DType::kInt32:
-      CopyElements<int32_t>(tensor, &elements);
-      break;
-    case DType::kInt64:
-      CopyElements<int64_t>(tensor, &elements);
-      break;
-    case DType::kBool:
-      CopyElements<bool>(tensor, &elements);
-      break;
-    case DType::kInt8:
-      throw Error(ErrorCode::kInternal, "a tensor of a model file is int8");
-  }
-  return elements;
-}
 
 // Returns whether an activation has weights for each element. Such an activation cannot be fused
 // into another node.
@@ -279,7 +234,7 @@ class Compiler {
         return MakeWhere<T>(In(node, 0), In(node, 1), In(node, 2), output, size);
       case Op::kAffine:
       case Op::kBatchNorm: {
-        Affine affine = AffineOf(node);
+        Affine<T> affine = AffineOf<T>(file_, node);
         return MakeAffine<T>(Kept(affine.scale), Kept(affine.offset), In(node), output, size);
       }
       case Op::kNorm:
@@ -427,30 +382,6 @@ class Compiler {
     return options_.weights_dtype != DType::kBFloat16 && plan_.weights_dtype != DType::kBFloat16;
   }
 
-  struct Affine {
-    std::vector<T> scale, offset;
-  };
-
-  Affine AffineOf(const Node& node) const {
-    if (node.op == Op::kAffine) return {Weights(node, "scale"), Weights(node, "offset")};
-    const auto doubles = [&](const char* name, int64_t size, double otherwise) {
-      const auto found = node.weights.find(name);
-      return found == node.weights.end() ? std::vector<double>(size, otherwise)
-                                         : ElementsOf<double>(file_.tensor(found->second));
-    };
-    const std::vector<double> mean = doubles("mean", 0, 0);
-    const int64_t size = mean.size();
-    const std::vector<double> variance = doubles("variance", 0, 0);
-    const std::vector<double> gamma = doubles("gamma", size, 1), beta = doubles("beta", size, 0);
-    Affine affine;
-    for (int64_t i = 0; i < size; ++i) {
-      const double scale = gamma[i] / std::sqrt(variance[i] + node.Number("epsilon"));
-      affine.scale.push_back(static_cast<T>(scale));
-      affine.offset.push_back(static_cast<T>(beta[i] - mean[i] * scale));
-    }
-    return affine;
-  }
-
   // Returns whether an affine node is fused into the dense layer that reads it.
   bool FoldsIntoNext(int i) const {
     const Node& node = plan_.nodes[i];
@@ -465,7 +396,7 @@ class Compiler {
     if (before < 0 || absorbed_[before]) return;
     const Node& node = plan_.nodes[before];
     if ((node.op != Op::kAffine && node.op != Op::kBatchNorm) || !FoldsIntoNext(before)) return;
-    const Affine affine = AffineOf(node);
+    const Affine<T> affine = AffineOf<T>(file_, node);
     if (spec->bias.empty()) spec->bias.assign(spec->outputs, T(0));
     for (int64_t o = 0; o < spec->outputs; ++o) {
       double bias = spec->bias[o];
@@ -494,7 +425,7 @@ class Compiler {
             ValueOf(node.outputs[0]).shape.back() != spec->outputs) {
           return false;
         }
-        const Affine affine = AffineOf(node);
+        const Affine<T> affine = AffineOf<T>(file_, node);
         if (spec->bias.empty()) spec->bias.assign(spec->outputs, T(0));
         for (int64_t o = 0; o < spec->outputs; ++o) {
           for (int64_t i = 0; i < spec->inputs; ++i) {

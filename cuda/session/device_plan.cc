@@ -1,14 +1,11 @@
 #include "cuda/session/device_plan.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <map>
 #include <memory>
 #include <numeric>
 #include <string>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -16,46 +13,12 @@
 #include "cc/attention/half.h"
 #include "cc/session/activations.h"
 #include "cc/session/error.h"
+#include "cc/session/node_weights.h"
 #include "cuda/dense.h"
 #include "cuda/session/node_kernels.h"
 
 namespace continual_transformers {
 namespace {
-
-// A tensor of the model file may be unaligned.
-template <typename From, typename T>
-void CopyElements(const Tensor& tensor, std::vector<T>* to) {
-  const char* const from = static_cast<const char*>(tensor.data);
-  for (size_t i = 0; i < to->size(); ++i) {
-    From x;
-    std::memcpy(&x, from + i * sizeof(From), sizeof(From));
-    if constexpr (std::is_arithmetic_v<From>) {
-      (*to)[i] = static_cast<T>(x);
-    } else {
-      (*to)[i] = static_cast<T>(Widen(x));
-    }
-  }
-}
-
-// The numbers of a tensor; those of a plan in float32 are of these dtypes.
-template <typename T>
-std::vector<T> ElementsOf(const Tensor& tensor) {
-  std::vector<T> elements(tensor.elements());
-  switch (tensor.dtype) {
-    case DType::kFloat32:
-      CopyElements<float>(tensor, &elements);
-      break;
-    case DType::kBFloat16:
-      CopyElements<BFloat16>(tensor, &elements);
-      break;
-    case DType::kInt64:
-      CopyElements<int64_t>(tensor, &elements);
-      break;
-    default:
-      throw Error(ErrorCode::kInternal, std::string("a tensor is ") + NameOf(tensor.dtype));
-  }
-  return elements;
-}
 
 DeviceAxis AxisOf(const std::vector<int64_t>& shape, int64_t axis) {
   DeviceAxis found = {1, shape[axis], 1};
@@ -303,10 +266,11 @@ class Compiler {
       case Op::kConstant:
         return ConstantNode(Weight(node, "value"), output, size);
       case Op::kAffine:
-        return AffineNode(Weight(node, "scale"), Weight(node, "offset"), shape.back(), In(node),
+      case Op::kBatchNorm: {
+        const Affine<float> affine = AffineOf<float>(file_, node);
+        return AffineNode(Upload(affine.scale), Upload(affine.offset), shape.back(), In(node),
                           output, size);
-      case Op::kBatchNorm:
-        return BatchNorm(node);
+      }
       case Op::kNorm: {
         const int64_t columns = shape.back();
         return NormNode(node.Text("function"), Weight(node, "gamma", columns, 1),
@@ -391,23 +355,6 @@ class Compiler {
     throw Error(ErrorCode::kInvalidArgument,
                 node.name + ": the node " + NameOf(node.op) + " has no kernel on " + device_ +
                     ": leave out device=, and the session runs on the CPU");
-  }
-
-  NodeLaunch BatchNorm(const Node& node) {
-    const int64_t columns = ValueOf(node.outputs[0]).shape.back();
-    const auto doubles = [&](const char* name, double otherwise) {
-      return Has(node, name) ? ElementsOf<double>(file_.tensor(node.weights.at(name)))
-                             : std::vector<double>(columns, otherwise);
-    };
-    const std::vector<double> mean = doubles("mean", 0), variance = doubles("variance", 1);
-    const std::vector<double> gamma = doubles("gamma", 1), beta = doubles("beta", 0);
-    std::vector<float> scale, offset;
-    for (int64_t i = 0; i < columns; ++i) {
-      const double factor = gamma[i] / std::sqrt(variance[i] + node.Number("epsilon"));
-      scale.push_back(static_cast<float>(factor));
-      offset.push_back(static_cast<float>(beta[i] - mean[i] * factor));
-    }
-    return AffineNode(Upload(scale), Upload(offset), columns, In(node), Out(node), Size(Out(node)));
   }
 
   void CheckHead(const Node& node, int64_t key_dim, int64_t value_dim) const {
