@@ -81,7 +81,7 @@ bool ParseOptions(int argc, char** argv, Options* options, int* status) {
       ->check(CLI::Range(1, 1024));
   batches
       ->add_option("--device", options->model.device,
-                   "What computes batches: cpu, or cuda:0 for the first GPU")
+                   "The device that computes batches: cpu, or cuda:0 for the first GPU")
       ->capture_default_str();
   batches->add_option("--max-batch", options->model.queue.rows, "Most rows of a batch")
       ->capture_default_str()

@@ -1,5 +1,5 @@
-// What a session runs on: the processor, or a GPU. The GPU's part is in a library of its own, which
-// is loaded only when a GPU is asked for.
+// The device that a session runs on: the processor, or a GPU. The GPU's part is in a separate
+// library, which is loaded only when a GPU is asked for.
 
 #ifndef CONTINUAL_TRANSFORMERS_SESSION_DEVICE_H_
 #define CONTINUAL_TRANSFORMERS_SESSION_DEVICE_H_

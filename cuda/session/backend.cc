@@ -1,4 +1,4 @@
-// What the core library finds in this one; see cc/session/device.h.
+// The function of this library that the core library calls; see cc/session/device.h.
 
 #include <cstring>
 #include <memory>

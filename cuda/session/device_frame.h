@@ -1,4 +1,4 @@
-// What the launches of a plan's nodes work on: one step of M streams.
+// One step of M streams, on which the launches of a plan's nodes work.
 
 #ifndef CONTINUAL_TRANSFORMERS_CUDA_SESSION_DEVICE_FRAME_H_
 #define CONTINUAL_TRANSFORMERS_CUDA_SESSION_DEVICE_FRAME_H_

@@ -73,7 +73,7 @@ class GpuStream {
   GpuStream& operator=(const GpuStream&) = delete;
 
   cudaStream_t get() const { return stream_; }
-  // What follows on this stream waits for what was put on the default stream until now.
+  // Lets later work on this stream wait for the work that the default stream has by now.
   void WaitForDefaultStream() const;
 
  private:

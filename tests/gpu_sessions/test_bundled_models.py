@@ -13,7 +13,7 @@ from moves import moved_to_the_cpu_and_back
 from streamed import Streamed, by_streams, check
 
 CASES = bundle.read_cases()
-# Of each kind of attention one, for compute-sanitizer, which is slow.
+# One case of each kind of attention: compute-sanitizer is slow.
 SMALL = ("co_si_gate", "co_re_gate", "demo", "tokens", "two_inputs")
 LARGE = {
     "three_layers": (1, 16, 17, 64, 256, 4096),

@@ -252,7 +252,7 @@ def test_without_the_library_it_says_so(plan, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_without_a_driver_it_says_so(plan, monkeypatch):
-    """What nvcc builds loads on every machine."""
+    """A library that nvcc built loads on every machine."""
     if cuda_build.why_no_driver() is None:
         pytest.skip("this machine has a driver")
     try:
