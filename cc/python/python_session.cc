@@ -5,6 +5,8 @@
 #include <nlohmann/json.hpp>
 #include <set>
 
+#include "cc/session/device.h"
+
 namespace continual_transformers {
 namespace {
 
@@ -315,8 +317,7 @@ PythonSession::PythonSession(std::shared_ptr<const ModelFile> file, const Sessio
     }
     short_rows_ = fits;
   }
-  constexpr char kCuda[] = "cuda:";  // Session has checked what follows
-  if (options.device.rfind(kCuda, 0) == 0) gpu_ = std::stoi(options.device.substr(5));
+  gpu_ = CudaNumber(options.device);
 }
 
 bool PythonSession::ReleasesForNanoseconds(double nanoseconds) const {

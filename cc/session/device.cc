@@ -66,7 +66,8 @@ NewCudaDevice* LoadCudaLibrary() {
   return reinterpret_cast<NewCudaDevice*>(function);
 }
 
-// Returns N of "cuda:N", or -1.
+}  // namespace
+
 int CudaNumber(const std::string& name) {
   const std::string prefix = "cuda:";
   if (name.rfind(prefix, 0) != 0) return -1;
@@ -77,8 +78,6 @@ int CudaNumber(const std::string& name) {
   }
   return std::stoi(digits);
 }
-
-}  // namespace
 
 std::shared_ptr<const Device> OpenDevice(const std::string& name) {
   if (name == "cpu") return std::make_shared<const Cpu>();

@@ -24,6 +24,9 @@ class Device {
                                                       const ExecutorOptions& options) const = 0;
 };
 
+// Returns N of the device "cuda:N", or -1 for other names.
+int CudaNumber(const std::string& name);
+
 // `name`: "cpu", or "cuda:0" and so on. Throws Error (kInvalidArgument) with the cure if there is
 // no such device, or if it cannot be used.
 std::shared_ptr<const Device> OpenDevice(const std::string& name);
