@@ -27,6 +27,7 @@ ATTENTION_HEADERS = [
     "attention/read_loop.h",
     "attention/retroactive.h",
     "attention/retroactive_row-inl.h",
+    "attention/retroactive_rule.h",
     "attention/ring_attention.h",
     "attention/ring_cache.h",
     "attention/row_products.h",
@@ -135,6 +136,7 @@ TENSORFLOW_HEADERS = [
     "tensorflow/masks.h",
     "tensorflow/op_io.h",
     "tensorflow/op_shapes.h",
+    "tensorflow/retroactive_op.h",
     "tensorflow/ring_inputs.h",
     "tensorflow/session_op.h",
     "tensorflow/session_resource.h",
@@ -154,6 +156,7 @@ TENSORFLOW_SOURCES = [
     "tensorflow/locked_variables.cc",
     "tensorflow/op_shapes.cc",
     "tensorflow/release_session_op.cc",
+    "tensorflow/retroactive_kernel.cc",
     "tensorflow/retroactive_op.cc",
     "tensorflow/session_clean_op.cc",
     "tensorflow/session_ensure_streams_op.cc",
@@ -199,6 +202,7 @@ TENSORFLOW_GPU_SOURCES = [
     "tensorflow/gpu/cuda_status.cc",
     "tensorflow/gpu/gpu_call.cc",
     "tensorflow/gpu/op_stream.cc",
+    "tensorflow/gpu/retroactive_kernel.cc",
     "tensorflow/gpu/single_output_kernel.cc",
 ]
 
@@ -212,9 +216,12 @@ CUDA_HEADERS = [
     "co_si_mha_step.h",
     "dense.h",
     "elements.cuh",
+    "for_each.cuh",
     "launch.cuh",
     "normalize.h",
     "partial_attention.cuh",
+    "retroactive.cuh",
+    "retroactive.h",
     "scratch.h",
     "single_output.h",
     "warp.cuh",
@@ -225,6 +232,7 @@ CUDA_SOURCES = [
     "co_si_mha_step.cu",
     "dense.cu",
     "normalize.cu",
+    "retroactive.cu",
     "single_output.cu",
 ]
 
@@ -242,7 +250,6 @@ CUDA_SESSION_HEADERS = [
     "session/device_memory.h",
     "session/device_plan.h",
     "session/element_size.h",
-    "session/for_each.cuh",
     "session/node_kernels.h",
 ]
 

@@ -10,6 +10,7 @@
 #include "cuda/co_si_encoder_step.h"
 #include "cuda/co_si_mha_step.h"
 #include "cuda/launch.cuh"
+#include "cuda/retroactive.h"
 #include "cuda/single_output.h"
 
 namespace continual_transformers {
@@ -172,6 +173,45 @@ DeviceCoSiEncoderStep<T, C, W> EncoderOf(const ContinualTransformersCoSiEncoderS
   return e;
 }
 
+template <typename T>
+DeviceRetroactiveParams<T> RetroactiveParamsOf(const ContinualTransformersRetroactive& call) {
+  DeviceRetroactiveParams<T> p = {};
+  const int64_t t = call.num_steps, h = call.num_heads, n = call.window;
+  p.query = static_cast<const T*>(call.query);
+  p.key = static_cast<const T*>(call.key);
+  p.value = static_cast<const T*>(call.value);
+  p.query_strides = p.key_strides = BatchTimeHead(t, h, call.key_dim);
+  p.value_strides = BatchTimeHead(t, h, call.value_dim);
+  p.key_mask = static_cast<const bool*>(call.key_mask);
+  p.query_cache = static_cast<T*>(call.query_cache);
+  p.key_cache = static_cast<T*>(call.key_cache);
+  p.value_cache = static_cast<T*>(call.value_cache);
+  p.query_cache_strides = p.key_cache_strides = RowMajorRing(h, n, call.key_dim);
+  p.value_cache_strides = RowMajorRing(h, n, call.value_dim);
+  p.key_mask_cache = static_cast<bool*>(call.key_mask_cache);
+  p.softmax = call.softmax;
+  p.weighted_sum = call.weighted_sum;
+  p.made_with = call.made_with;
+  p.position = call.position;
+  p.next_position = call.advance_position != 0 ? call.position : nullptr;
+  p.streams = call.streams;
+  p.output = static_cast<T*>(call.output);
+  p.output_strides = BatchTimeHead(t, h, n * call.value_dim);
+  p.output_row_stride = call.value_dim;
+  p.num_held = call.num_held;
+  p.num_streams = call.num_streams;
+  p.num_steps = t;
+  p.num_heads = h;
+  p.window = n;
+  p.key_dim = call.key_dim;
+  p.value_dim = call.value_dim;
+  p.scale = static_cast<T>(call.scale);
+  p.update_state = call.update_state != 0;
+  p.recompute = call.recompute != 0;
+  p.steps_taken = call.steps_taken;
+  return p;
+}
+
 struct Nothing {};
 __global__ void NothingKernel(const __grid_constant__ Nothing) {}
 
@@ -238,6 +278,20 @@ int64_t continual_transformers_cuda_co_si_encoder_step_scratch_bytes(
   return WithStep(call->attention, int64_t{-1}, [&](const auto& attention) {
     return EncoderOf(*call, attention).ScratchBytes();
   });
+}
+
+const char* continual_transformers_cuda_retroactive(const ContinualTransformersRetroactive* call,
+                                                    void* stream) {
+#define TRY(T)                                                                      \
+  if (call->compute_dtype == kDtype<T>) {                                           \
+    const DeviceRetroactiveParams<T> params = RetroactiveParamsOf<T>(*call);        \
+    const char* refused = RefusesRetroactive(params);                               \
+    if (refused != nullptr) return refused;                                         \
+    return ToMessage(LaunchRetroactive(params, static_cast<cudaStream_t>(stream))); \
+  }
+  CONTINUAL_TRANSFORMERS_FOR_COMPUTE_TYPES(TRY)
+#undef TRY
+  return "expected float32 or float64";
 }
 
 const char* continual_transformers_cuda_nothing(void* stream) {

@@ -88,6 +88,27 @@ const char* continual_transformers_cuda_co_si_encoder_step(
 int64_t continual_transformers_cuda_co_si_encoder_step_scratch_bytes(
     const ContinualTransformersCoSiEncoderStep* call);
 
+// DeviceRetroactiveParams without types. `compute_dtype` is that of all arrays but softmax,
+// weighted_sum and made_with, which are in double. Arrays are contiguous, with the axes of
+// params.h; rings are [S, N, H, D], and the output is [M, T, H, N, Dv].
+typedef struct {
+  int32_t compute_dtype;
+  const void *query, *key, *value;
+  const void* key_mask;
+  void *query_cache, *key_cache, *value_cache, *key_mask_cache;
+  double *softmax, *weighted_sum, *made_with;
+  int64_t* position;
+  const int32_t* streams;
+  void* output;
+  int64_t num_held, num_streams, num_steps, num_heads, window, key_dim, value_dim;
+  double scale;
+  int32_t update_state, advance_position, recompute;
+  int64_t* steps_taken;
+} ContinualTransformersRetroactive;
+
+const char* continual_transformers_cuda_retroactive(const ContinualTransformersRetroactive* call,
+                                                    void* stream);
+
 // Launches a kernel that does nothing, to measure the cost of a launch.
 const char* continual_transformers_cuda_nothing(void* stream);
 

@@ -40,6 +40,23 @@ struct RowLayout {
   static constexpr int kStride = kLanes * kElements;  // from one load of a lane to its next
 };
 
+// The layout for rows of any size up to kLargest, of which every element is loaded by itself.
+using LargestLayout = RowLayout<1, 32, 8>;
+
+// Returns launch(layout), with the layout for rows of `size` elements that are loaded in vectors of
+// kElements.
+template <int kElements, typename F>
+cudaError_t WithLayout(int64_t size, const F& launch) {
+  if constexpr (kElements > 1) {
+    const int64_t vectors = size / kElements;
+    if (vectors <= 4) return launch(RowLayout<kElements, 4, 1>{});
+    if (vectors <= 8) return launch(RowLayout<kElements, 8, 1>{});
+    if (vectors <= 16) return launch(RowLayout<kElements, 16, 1>{});
+    if (vectors <= 32) return launch(RowLayout<kElements, 32, 1>{});
+  }
+  return launch(LargestLayout{});
+}
+
 // A row, from a lane's first element on.
 template <typename C>
 struct Row {

@@ -316,8 +316,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
   block.Run();
 }
 
-using LargestLayout = RowLayout<1, 32, 8>;
-
 template <typename T, typename C>
 bool TakesVectors(const DeviceSingleOutputParams<T, C>& p, int bytes) {
   // The stride of the heads or the steps is a row's size, so a row is whole vectors.
@@ -334,22 +332,13 @@ int64_t LargerHead(const DeviceSingleOutputParams<T, C>& p) {
   return std::max(p.key_dim, p.value_dim);
 }
 
-template <typename L, typename T, typename C>
-cudaError_t LaunchWith(const DeviceSingleOutputParams<T, C>& p, cudaStream_t stream) {
-  return Launch(SingleOutputKernel<T, C, L>, p.NumQueries() * p.window_parts, kThreads, p.overlap,
-                stream, p);
-}
-
-// Loads vectors of kBytes. Heads of more than 32 vectors take several loads of one element each.
-template <int kBytes, typename T, typename C>
+// Loads vectors of kElements.
+template <int kElements, typename T, typename C>
 cudaError_t LaunchVectors(const DeviceSingleOutputParams<T, C>& p, cudaStream_t stream) {
-  constexpr int kVector = kBytes / sizeof(C);
-  const int64_t vectors = LargerHead(p) / kVector;
-  if (vectors <= 4) return LaunchWith<RowLayout<kVector, 4, 1>>(p, stream);
-  if (vectors <= 8) return LaunchWith<RowLayout<kVector, 8, 1>>(p, stream);
-  if (vectors <= 16) return LaunchWith<RowLayout<kVector, 16, 1>>(p, stream);
-  if (vectors <= 32) return LaunchWith<RowLayout<kVector, 32, 1>>(p, stream);
-  return LaunchWith<LargestLayout>(p, stream);
+  return WithLayout<kElements>(LargerHead(p), [&](auto layout) {
+    return Launch(SingleOutputKernel<T, C, decltype(layout)>, p.NumQueries() * p.window_parts,
+                  kThreads, p.overlap, stream, p);
+  });
 }
 
 }  // namespace
@@ -399,15 +388,16 @@ template <typename T, typename C>
 cudaError_t LaunchSingleOutput(const DeviceSingleOutputParams<T, C>& p, cudaStream_t stream) {
   if (p.num_streams == 0) return cudaSuccess;
   if (RefusesSingleOutput(p) != nullptr) return cudaErrorInvalidValue;
+  constexpr int kVector = kVectorBytes / sizeof(C);
   // Doubles are for tests. One kernel is enough for them.
   if constexpr (!std::is_same_v<C, double>) {
-    if (TakesVectors(p, kVectorBytes)) return LaunchVectors<kVectorBytes>(p, stream);
+    if (TakesVectors(p, kVectorBytes)) return LaunchVectors<kVector>(p, stream);
   }
   // Heads of 16 bits whose size is a multiple of 4, such as the 12 of the paper's audio model.
   if constexpr (sizeof(C) == 2) {
-    if (TakesVectors(p, kVectorBytes / 2)) return LaunchVectors<kVectorBytes / 2>(p, stream);
+    if (TakesVectors(p, kVectorBytes / 2)) return LaunchVectors<kVector / 2>(p, stream);
   }
-  return LaunchWith<LargestLayout>(p, stream);
+  return LaunchVectors<1>(p, stream);
 }
 
 #define INSTANTIATE(T, C)                                                                \

@@ -9,7 +9,6 @@ import pytest
 import tensorflow as tf
 
 import continual_transformers_tf as ct
-from continual_transformers_tf.ops.library import has_kernel
 
 # One thread for each worker of pytest-xdist would be enough, but two can show races between them.
 tf.config.threading.set_intra_op_parallelism_threads(2)
@@ -74,10 +73,6 @@ def backend(request, monkeypatch):
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", request.param)
     if request.param == "fused":
         assert ct.ops.load_error() is None
-        of = request.node.get_closest_marker("fused_op")
-        device_type = default_device(request.config)
-        if of and not has_kernel(f"ContinualTransformers>{of.args[0]}", device_type):
-            pytest.skip(f"{of.args[0]} has no fused kernel for a {device_type}")
     return request.param
 
 

@@ -10,7 +10,7 @@ import reference
 from co_re_mha_cases import D, E, H, N, all_of_windows, pair
 from traced import traced
 
-pytestmark = [pytest.mark.sampled(3), pytest.mark.fused_op("RetroactiveAttention")]
+pytestmark = pytest.mark.sampled(3)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,6 @@ def test_state_goes_on_in_another_layer_of_all_rows(backend, random):
         other.set_state({"position": 3})
 
 
-@pytest.mark.cpu_only("RetroactiveAttention has no fused kernel there")
 def test_fused_and_plain_go_on_from_each_other(monkeypatch, random):
     layer, regular = pair(random=random)
     x = random.normal(size=(2, 5 * N, E)).astype("float32")

@@ -7,8 +7,6 @@ import continual_transformers_tf as ct
 from co_re_mha_cases import D, E, H, N, pair
 from errors import BAD_INPUT
 
-pytestmark = pytest.mark.fused_op("RetroactiveAttention")
-
 STEP = np.ones((2, E), np.float32)
 
 BAD = {

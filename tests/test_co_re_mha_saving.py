@@ -13,8 +13,6 @@ import continual_transformers_tf as ct
 from co_re_mha_cases import D, E, H, N, pair
 from traced import traced
 
-pytestmark = pytest.mark.fused_op("RetroactiveAttention")
-
 OPTIONS = dict(
     seq_len=N,
     num_heads=H,

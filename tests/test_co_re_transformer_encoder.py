@@ -10,7 +10,7 @@ import reference
 from encoder_cases import FF, E, H, N, RegularEncoder
 from errors import BAD_INPUT
 
-pytestmark = [pytest.mark.sampled(2), pytest.mark.fused_op("RetroactiveAttention")]
+pytestmark = pytest.mark.sampled(2)
 
 
 def block(random, **options):

@@ -14,8 +14,6 @@ from old_states import NEW_NAMES, old_state
 from retroactive_cases import GOOD, cache_at, expected_of, steps_of
 from traced import traced
 
-pytestmark = pytest.mark.cpu_only("RetroactiveAttention has no fused kernel there")
-
 WINDOWS = (1, 2, 3, 16, 17, 64, 120)
 KEY_DIMS = (1, 12, 16, 24, 33, 64, 128)
 WAYS = ["update", "recompute", "tensorflow"]

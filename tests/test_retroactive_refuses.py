@@ -9,8 +9,6 @@ from errors import BAD_INPUT
 from retroactive_cases import BAD, GOOD, cache_at
 from traced import traced
 
-pytestmark = pytest.mark.cpu_only("RetroactiveAttention has no fused kernel there")
-
 
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_is_named_and_changes_nothing(backend, random, what):

@@ -10,8 +10,6 @@ from published_retroactive import PublishedUpdate, naive_attention
 from retroactive_cases import expected_of, steps_of
 from traced import traced
 
-pytestmark = pytest.mark.cpu_only("RetroactiveAttention has no fused kernel there")
-
 
 @pytest.fixture(autouse=True)
 def fused(monkeypatch):

@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "cc/attention/params.h"
+#include "cc/attention/retroactive_rule.h"
 #include "cc/attention/ring_attention.h"
 #include "cc/attention/step_types.h"
 #include "cc/attention/targets.h"
@@ -16,31 +17,12 @@
 #define CONTINUAL_TRANSFORMERS_ATTENTION_RETROACTIVE_CC_ONCE_
 namespace continual_transformers {
 
-// The contents of made_with: the arithmetic and the scale of the rows' weights.
-struct MadeWith {
-  double arithmetic;
-  double scale;
-};
-
-// Returns what describes the sums of a stream after `position` steps. The arithmetic is one number
-// for two things: the target in use, because its order of sums decides the bits of a weight, and
-// the position. If a model's step fails after this layer, the sums have moved on and the position
-// has not; they then do not match, and the next step computes the sums anew. 0 is for rows without
-// a softmax, and for new streams. Change the numbers of all targets when the order of sums changes:
-// files may hold old state.
 template <typename T>
 MadeWith MadeWithOf(const RetroactiveParams<T>& params, int64_t position) {
   if (params.recompute) return {0, 0};
-  constexpr double kTargets = 64, kFirst = 5;
-  return {kFirst + static_cast<int>(TargetInUse()) + kTargets * static_cast<double>(position),
-          static_cast<double>(params.scale)};
+  const int64_t order = kFirstOrderOnCpu + static_cast<int>(TargetInUse());
+  return {ArithmeticOf(order, position), static_cast<double>(params.scale)};
 }
-
-// The remainder of a subtraction is exact enough down to this fraction of the sums' peak. The sums
-// are off by at most about 2 N 2^-53 of the peak, 2e-13 for N = 1000, and by about 1e-14 in
-// practice. A bound of 5e-6 leaves much room for that, and one of 1e-12 little.
-template <typename T>
-constexpr double kLeastOfPeak = sizeof(T) == 4 ? 0x1p-20 : 0x1p-5;
 
 // A task's working memory, not initialized. The next task uses it again.
 template <typename T>
@@ -319,8 +301,6 @@ class RetroactiveHead {
       RingAttention(params, 0, 1);
     }
   }
-
-  static constexpr double kMostWeight = 1.142007389815684e26;  // e^kMostAboveReference
 
   const RetroactiveParams<T>& p_;
   Scratch<T>& s_;

@@ -13,6 +13,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "cc/attention/retroactive_rule.h"
 #include "cc/attention/vector_math-inl.h"
 #include "hwy/cache_control.h"
 #include "hwy/highway.h"
@@ -23,10 +24,6 @@ namespace HWY_NAMESPACE {
 
 // Rows whose dot products are computed together.
 constexpr int64_t kRowsPerDot = 4;
-
-// A logit further above its reference than this is recomputed instead. e^60 is far from overflow in
-// float, and in double the sums of such weights are as exact as any.
-constexpr double kMostAboveReference = 60;
 
 // logits[i] = scale * (vector . row i) for rows of `size` elements, `stride` apart; the same for a
 // second vector, so that the rows are read once. What is added to a row's sums when a key enters

@@ -6,6 +6,7 @@
 //   DeviceMemory* memory();    the memory of all inputs but streams and scale; null: the host's
 //   Status Positions(AttentionState*, const int64_t**);   of all streams, in host memory
 //   Status Take(params, const Tensor* streams, ...);      takes the step and advances the streams
+//   static bool RecomputingIsFaster(const RetroactiveParams<T>&);
 //
 // `streams` is in host memory. It may be null if memory() is not: then row m is stream m.
 
@@ -18,6 +19,7 @@
 #include "cc/attention/co_si_encoder_step.h"
 #include "cc/attention/co_si_mha_step.h"
 #include "cc/attention/params.h"
+#include "cc/attention/retroactive.h"
 #include "cc/attention/single_output.h"
 #include "cc/attention/threads.h"
 #include "cc/tensorflow/attention_state.h"
@@ -59,6 +61,22 @@ class CpuDevice {
       SingleOutputAttention(params, begin, end);
     });
     FinishSingleOutput(params);
+    state->Advance(params, steps_taken);
+    return absl::OkStatus();
+  }
+
+  template <typename T>
+  static bool RecomputingIsFaster(const RetroactiveParams<T>& params) {
+    return continual_transformers::RecomputingIsFaster(params);
+  }
+
+  template <typename T>
+  absl::Status Take(const RetroactiveParams<T>& params, const tensorflow::Tensor*,
+                    int64_t* steps_taken, AttentionState* state) {
+    threads_.share(
+        params.num_streams * params.num_heads, RetroactiveCyclesPerTask(params),
+        [&params](int64_t begin, int64_t end) { RetroactiveAttention(params, begin, end); });
+    FinishRetroactive(params);
     state->Advance(params, steps_taken);
     return absl::OkStatus();
   }

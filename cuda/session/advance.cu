@@ -1,7 +1,7 @@
 #include <cstdint>
 
+#include "cuda/for_each.cuh"
 #include "cuda/session/advance.h"
-#include "cuda/session/for_each.cuh"
 
 namespace continual_transformers {
 namespace {

@@ -1,6 +1,6 @@
 // Attention of a plan. A block of threads takes a query of a head, and reads its rows as
-// single_output.cu does (partial_attention.cuh). The rings lie in the streams' blocks, so a launch
-// knows them by their addresses and not by a stride.
+// single_output.cu does (partial_attention.cuh); retroactive attention is in retroactive.cuh. The
+// rings lie in the streams' blocks, so a launch knows them by their addresses and not by a stride.
 
 #include <cmath>
 #include <cstdint>
@@ -8,28 +8,24 @@
 #include "cc/attention/half.h"
 #include "cc/attention/online_softmax.h"
 #include "cuda/elements.cuh"
+#include "cuda/for_each.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/partial_attention.cuh"
-#include "cuda/session/for_each.cuh"
+#include "cuda/retroactive.cuh"
 #include "cuda/session/node_kernels.h"
 
 namespace continual_transformers {
 namespace {
 
-// Calls launch(layout) with the layout for heads of these sizes. Every row of a head begins at a
+// Returns launch(layout) with the layout for heads of these sizes. Every row of a head begins at a
 // multiple of its size, from a 64-byte aligned address on.
 template <typename C, typename F>
-cudaError_t WithLayout(int64_t key_dim, int64_t value_dim, const F& launch) {
+cudaError_t WithHeadLayout(int64_t key_dim, int64_t value_dim, const F& launch) {
+  static_assert(LargestLayout::kLargest == kLargestHead);
   constexpr int kVector = kVectorBytes / sizeof(C);
-  if (key_dim % kVector == 0 && value_dim % kVector == 0) {
-    const int64_t vectors = (key_dim > value_dim ? key_dim : value_dim) / kVector;
-    if (vectors <= 4) return launch(RowLayout<kVector, 4, 1>{});
-    if (vectors <= 8) return launch(RowLayout<kVector, 8, 1>{});
-    if (vectors <= 16) return launch(RowLayout<kVector, 16, 1>{});
-    if (vectors <= 32) return launch(RowLayout<kVector, 32, 1>{});
-  }
-  static_assert(RowLayout<1, 32, 8>::kLargest == kLargestHead);
-  return launch(RowLayout<1, 32, 8>{});
+  const int64_t larger = key_dim > value_dim ? key_dim : value_dim;
+  if (key_dim % kVector != 0 || value_dim % kVector != 0) return WithLayout<1>(larger, launch);
+  return WithLayout<kVector>(larger, launch);
 }
 
 // ---- Over the ring of a stream ----
@@ -139,7 +135,7 @@ NodeLaunch AttentionOf(const DeviceAttention& s) {
                          s};
     // The next row overwrites a row of the ring that the query before it needs.
     for (; p.row < s.rows; ++p.row) {
-      const cudaError_t error = WithLayout<C>(s.key_dim, s.value_dim, [&](auto layout) {
+      const cudaError_t error = WithHeadLayout<C>(s.key_dim, s.value_dim, [&](auto layout) {
         return Launch(RingQueryKernel<C, decltype(layout)>, frame.streams * s.heads, kThreads,
                       false, stream, p);
       });
@@ -149,76 +145,47 @@ NodeLaunch AttentionOf(const DeviceAttention& s) {
   };
 }
 
-// ---- Retroactive: all queries of a window ----
+// ---- Retroactive: all queries of a window (cuda/retroactive.cuh) ----
 
-// i is an element of the step's query, key and value, one after the other.
-struct RetroactivePutEach {
+struct RetroactiveSteps {
+  using Number = float;
+
   char* const* blocks;
   const int64_t* positions;
   const bool* key_mask;       // [M], the caller's
   const bool* node_key_mask;  // [M]; null: all true
   const float *query, *key, *value;
-  DeviceRetroactive s;
-  __device__ void operator()(int64_t i) const {
-    const int64_t keys = s.heads * s.key_dim, values = s.heads * s.value_dim;
-    const int64_t m = i / (2 * keys + values), k = i % (2 * keys + values);
-    char* const block = blocks[m];
-    const int64_t at = positions[m] % s.window;
-    const bool has_key = key_mask[m] && (node_key_mask == nullptr || node_key_mask[m]);
-    const auto ring = [&](int64_t offset) { return reinterpret_cast<float*>(block + offset); };
-    if (k == 0) {
-      reinterpret_cast<bool*>(block + s.mask_ring)[at] = has_key;
-      // There are no sums of this position: whoever goes on with them computes them again.
-      double* const made_with = reinterpret_cast<double*>(block + s.made_with);
-      made_with[0] = made_with[1] = 0;
-    }
-    if (k < keys) {
-      ring(s.query_ring)[at * keys + k] = query[m * keys + k];
-    } else if (k < 2 * keys) {
-      ring(s.key_ring)[at * keys + k - keys] = has_key ? key[m * keys + k - keys] : 0.f;
-    } else {
-      ring(s.value_ring)[at * values + k - 2 * keys] =
-          has_key ? value[m * values + k - 2 * keys] : 0.f;
-    }
-  }
-};
-
-struct RetroactiveParams {
-  char* const* blocks;
-  const int64_t* positions;
   float* output;
   DeviceRetroactive s;
-};
 
-template <typename L>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<float>)
-    RetroactiveKernel(const __grid_constant__ RetroactiveParams p) {
-  const DeviceRetroactive& s = p.s;
-  const int heads = static_cast<int>(s.heads), window = static_cast<int>(s.window);
-  const int h = blockIdx.x % heads, i = blockIdx.x / heads % window;
-  const int m = blockIdx.x / heads / window;
-  const int64_t position = p.positions[m], step = position - (window - 1) + i;
-  const int64_t key_step = s.heads * s.key_dim, value_step = s.heads * s.value_dim;
-  const char* const block = p.blocks[m];
-  const auto ring = [&](int64_t offset) { return reinterpret_cast<const float*>(block + offset); };
-  const float* const keys = ring(s.key_ring) + h * s.key_dim;
-  const float* const values = ring(s.value_ring) + h * s.value_dim;
-  const bool* const mask = reinterpret_cast<const bool*>(block + s.mask_ring);
-  // A query of a step that was never taken attends to nothing. Softmax does not depend on the order
-  // of the rows.
-  const int filled = static_cast<int>(position < window ? position + 1 : window);
-  const int count = step < 0 ? 0 : filled, query_row = step < 0 ? 0 : step % window;
-  const auto row = [&](int k) {
-    return Row<float>{keys + k * key_step + L::Element(0), values + k * value_step + L::Element(0),
-                      mask[k]};
-  };
-  PartialAttention<float, float, L> attention(
-      ring(s.query_ring) + query_row * key_step + h * s.key_dim, s.key_dim, s.value_dim, s.scale);
-  attention.template Attend<L::kRowsAtATime>(0, count, row, nullptr);
-  attention.MergeGroups();
-  attention.Store(attention.softmax().Normalizer(),
-                  p.output + (static_cast<int64_t>(m) * window + i) * value_step + h * s.value_dim);
-}
+  __device__ RetroactiveHead<float> Head(int64_t m, int h) const {
+    const int64_t keys = s.heads * s.key_dim, values = s.heads * s.value_dim, n = s.window;
+    char* const block = blocks[m];
+    const auto ring = [&](int64_t offset) { return reinterpret_cast<float*>(block + offset); };
+    const auto sums = [&](int64_t offset) { return reinterpret_cast<double*>(block + offset); };
+    RetroactiveHead<float> head;
+    head.taken = positions[m];
+    head.query = query + m * keys + h * s.key_dim;
+    head.key = key + m * keys + h * s.key_dim;
+    head.value = value + m * values + h * s.value_dim;
+    head.query_stride = head.key_stride = head.query_row = head.key_row = keys;
+    head.value_stride = head.value_row = head.output_row = values;
+    head.query_ring = ring(s.query_ring) + h * s.key_dim;
+    head.key_ring = ring(s.key_ring) + h * s.key_dim;
+    head.value_ring = ring(s.value_ring) + h * s.value_dim;
+    head.mask_ring = reinterpret_cast<bool*>(block + s.mask_ring);
+    head.softmax = sums(s.softmax) + h * 4 * n;
+    head.weighted_sum = sums(s.weighted_sum) + h * n * s.value_dim;
+    head.made_with = sums(s.made_with);
+    head.output = output + m * n * values + h * s.value_dim;
+    head.output_stride = n * values;
+    return head;
+  }
+
+  __device__ bool HasKey(int64_t m, int64_t) const {
+    return key_mask[m] && (node_key_mask == nullptr || node_key_mask[m]);
+  }
+};
 
 // ---- Among the rows of a window that a step changes as a whole ----
 
@@ -275,17 +242,28 @@ NodeLaunch AttentionNode(const DeviceAttention& spec, DType cache) {
 
 NodeLaunch RetroactiveNode(const DeviceRetroactive& s) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
-    const cudaError_t error =
-        ForEach(frame.streams * s.heads * (2 * s.key_dim + s.value_dim),
-                RetroactivePutEach{frame.blocks, frame.positions, frame.key_mask,
-                                   frame.RowsOrNull<bool>(s.key_mask), frame.Rows<float>(s.query),
-                                   frame.Rows<float>(s.key), frame.Rows<float>(s.value), s},
-                stream);
-    if (error != cudaSuccess) return error;
-    const RetroactiveParams p = {frame.blocks, frame.positions, frame.Rows<float>(s.output), s};
-    return WithLayout<float>(s.key_dim, s.value_dim, [&](auto layout) {
-      return Launch(RetroactiveKernel<decltype(layout)>, frame.streams * s.window * s.heads,
-                    kThreads, false, stream, p);
+    RetroactiveLaunch<RetroactiveSteps> p = {};
+    p.source = {frame.blocks,
+                frame.positions,
+                frame.key_mask,
+                frame.RowsOrNull<bool>(s.key_mask),
+                frame.Rows<float>(s.query),
+                frame.Rows<float>(s.key),
+                frame.Rows<float>(s.value),
+                frame.Rows<float>(s.output),
+                s};
+    p.streams = frame.streams;
+    p.steps = 1;
+    p.heads = s.heads;
+    p.window = s.window;
+    p.key_dim = s.key_dim;
+    p.value_dim = s.value_dim;
+    p.scale = s.scale;
+    p.recompute = s.recompute;
+    p.keep = true;
+    return WithHeadLayout<float>(s.key_dim, s.value_dim, [&](auto layout) {
+      const cudaError_t error = LaunchRetroactiveRows<decltype(layout)>(p, stream);
+      return error == cudaSuccess ? KeepRetroactiveSteps<decltype(layout)>(p, stream) : error;
     });
   };
 }
@@ -298,7 +276,7 @@ NodeLaunch WindowAttentionNode(const DeviceWindowAttention& s) {
                                  frame.Rows<float>(s.value),
                                  frame.Rows<float>(s.output),
                                  s};
-    return WithLayout<float>(s.key_dim, s.value_dim, [&](auto layout) {
+    return WithHeadLayout<float>(s.key_dim, s.value_dim, [&](auto layout) {
       return Launch(WindowQueryKernel<decltype(layout)>, frame.streams * s.queries * s.heads,
                     kThreads, false, stream, p);
     });

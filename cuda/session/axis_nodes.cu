@@ -7,9 +7,9 @@
 #include <string>
 
 #include "cuda/block_sum.cuh"
+#include "cuda/for_each.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/normalize.h"
-#include "cuda/session/for_each.cuh"
 #include "cuda/session/node_kernels.h"
 
 namespace continual_transformers {

@@ -15,6 +15,7 @@
 #include "cc/session/error.h"
 #include "cc/session/node_weights.h"
 #include "cuda/dense.h"
+#include "cuda/retroactive.h"
 #include "cuda/session/node_kernels.h"
 
 namespace continual_transformers {
@@ -413,7 +414,12 @@ class Compiler {
     spec.key_ring = Offset(i, "key");
     spec.value_ring = Offset(i, "value");
     spec.mask_ring = Offset(i, "key_mask");
+    spec.softmax = Offset(i, "softmax");
+    spec.weighted_sum = Offset(i, "weighted_sum");
     spec.made_with = Offset(i, "made_with");
+    const std::string& algorithm = node.Text("algorithm");
+    spec.recompute =
+        algorithm == "recompute" || (algorithm == "auto" && RecomputingIsFasterOnGpu(spec.window));
     CheckHead(node, spec.key_dim, spec.value_dim);
     return RetroactiveNode(spec);
   }

@@ -9,8 +9,8 @@
 #include <type_traits>
 
 #include "cc/session/plan.h"
+#include "cuda/for_each.cuh"
 #include "cuda/session/activate.cuh"
-#include "cuda/session/for_each.cuh"
 #include "cuda/session/node_kernels.h"
 
 namespace continual_transformers {

@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "cc/session/plan_ops.h"
+#include "cuda/for_each.cuh"
 #include "cuda/session/element_size.h"
-#include "cuda/session/for_each.cuh"
 #include "cuda/session/node_kernels.h"
 
 namespace continual_transformers {

@@ -124,9 +124,10 @@ struct DeviceRetroactive {
   int key_mask = -1;
   int64_t heads, window, key_dim, value_dim;
   float scale;
-  int64_t query_ring, key_ring, value_ring, mask_ring, made_with;  // bytes in a block
+  // Bytes in a block.
+  int64_t query_ring, key_ring, value_ring, mask_ring, softmax, weighted_sum, made_with;
+  bool recompute;  // all rows in each step
 };
-// Recomputes all rows in each step.
 NodeLaunch RetroactiveNode(const DeviceRetroactive& spec);
 
 struct DeviceWindowAttention {

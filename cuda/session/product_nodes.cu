@@ -5,7 +5,7 @@
 
 #include "cc/attention/half.h"
 #include "cuda/dense.h"
-#include "cuda/session/for_each.cuh"
+#include "cuda/for_each.cuh"
 #include "cuda/session/node_kernels.h"
 
 namespace continual_transformers {

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
+#include "cuda/for_each.cuh"
 #include "cuda/session/element_size.h"
-#include "cuda/session/for_each.cuh"
 #include "cuda/session/node_kernels.h"
 
 namespace continual_transformers {

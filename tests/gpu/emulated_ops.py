@@ -31,6 +31,7 @@ LEFT_OUT = {
     "tensorflow/single_output_kernel.cc",
     "tensorflow/co_si_encoder_step_kernel.cc",
     "tensorflow/co_si_mha_step_kernel.cc",
+    "tensorflow/retroactive_kernel.cc",
     "tensorflow/gpu/op_stream.cc",
 }
 NO_STREAM = """
@@ -44,6 +45,7 @@ TESTS = (
     "test_single_output.py", "test_single_output_state.py", "test_single_output_refuses.py",
     "test_single_output_gradient.py", "test_co_si_mha_step.py", "test_co_si_mha_streams.py",
     "test_co_si_mha_query_index.py", "test_co_si_transformer_encoder.py",
+    "test_retroactive.py", "test_retroactive_stability.py", "test_co_re_mha.py",
 )  # fmt: skip
 
 

@@ -63,10 +63,25 @@ class CoSiEncoderStep(ctypes.Structure):
     )
 
 
+class Retroactive(ctypes.Structure):
+    """ContinualTransformersRetroactive."""
+
+    _fields_ = _fields(
+        (c_int32, "compute_dtype"),
+        (c_void_p, "query key value key_mask query_cache key_cache value_cache key_mask_cache"),
+        (c_void_p, "softmax weighted_sum made_with position streams output"),
+        (c_int64, "num_held num_streams num_steps num_heads window key_dim value_dim"),
+        (c_double, "scale"),
+        (c_int32, "update_state advance_position recompute"),
+        (c_void_p, "steps_taken"),
+    )
+
+
 STRUCTS = {
     "ContinualTransformersSingleOutput": SingleOutput,
     "ContinualTransformersCoSiMhaStep": CoSiMhaStep,
     "ContinualTransformersCoSiEncoderStep": CoSiEncoderStep,
+    "ContinualTransformersRetroactive": Retroactive,
 }
 FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "single_output": (c_char_p, [ctypes.POINTER(SingleOutput), c_void_p]),
@@ -78,6 +93,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "co_si_mha_step_arrivals": (c_int64, [ctypes.POINTER(CoSiMhaStep)]),
     "co_si_encoder_step": (c_char_p, [ctypes.POINTER(CoSiEncoderStep), c_void_p]),
     "co_si_encoder_step_scratch_bytes": (c_int64, [ctypes.POINTER(CoSiEncoderStep)]),
+    "retroactive": (c_char_p, [ctypes.POINTER(Retroactive), c_void_p]),
     "nothing": (c_char_p, [c_void_p]),
 }
 

@@ -17,6 +17,7 @@
 #include "cc/tensorflow/gpu/gpu_call.h"
 #include "cuda/co_si_encoder_step.h"
 #include "cuda/co_si_mha_step.h"
+#include "cuda/retroactive.h"
 #include "cuda/single_output.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/tensor.h"
@@ -57,6 +58,26 @@ class GpuDevice {
     TF_RETURN_IF_ERROR(AllocateArrivals(launched.NumArrivals(), &launched.arrivals));
     return CudaStatus(LaunchSingleOutput(launched, call_.stream()),
                       "launching SingleOutputAttention");
+  }
+
+  template <typename T>
+  static bool RecomputingIsFaster(const RetroactiveParams<T>& params) {
+    return RecomputingIsFasterOnGpu(params.window);
+  }
+
+  template <typename T>
+  absl::Status Take(const RetroactiveParams<T>& params, const tensorflow::Tensor* streams,
+                    int64_t* steps_taken, AttentionState* state) {
+    if (params.num_streams == 0) return absl::OkStatus();
+    DeviceRetroactiveParams<T> launched = {};
+    static_cast<RetroactiveParams<T>&>(launched) = params;
+    launched.num_held = state->held();
+    launched.next_position = NextPosition(state);
+    launched.steps_taken = steps_taken;
+    TF_RETURN_IF_ERROR(NotRefused(RefusesRetroactive(launched), params));
+    TF_RETURN_IF_ERROR(CopyStreams(streams, &launched.streams));
+    return CudaStatus(LaunchRetroactive(launched, call_.stream()),
+                      "launching RetroactiveAttention");
   }
 
   template <typename T, typename C, typename W>
@@ -100,7 +121,7 @@ class GpuDevice {
  private:
   // Turns a launcher's refusal of these sizes into an error. Null: it does not refuse.
   template <typename T, typename C>
-  static absl::Status NotRefused(const char* refusal, const SingleOutputParams<T, C>& p) {
+  static absl::Status NotRefused(const char* refusal, const RingParams<T, C>& p) {
     if (refusal == nullptr) return absl::OkStatus();
     return InvalidArgument("on a GPU ", refusal, "; but got keys of size ", p.key_dim,
                            " and values of size ", p.value_dim, ", a window of ", p.window, " and ",

@@ -150,14 +150,18 @@ def attend_all_steps(
         `[M]`, the number of steps that each of these streams has taken, these included).
     """
     check_algorithm(algorithm)
-    scale = scale_tensor(1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale)
-    inputs = dict(query=query, key=key, value=value, streams=streams, scale=scale)
-    masks = [] if key_mask is None else [key_mask]
+    recorded = [x for x in (query, key, value, scale) if tf.is_tensor(x)]
     # The fused op has no gradient, random numbers or scores. It keeps, for each row, sums over all
     # that the row has seen, so no mask of the window can change them.
-    plain = training or dropout is not None or record.should_record_backprop(list(inputs.values()))
+    plain = training or dropout is not None or record.should_record_backprop(recorded)
     plain = plain or attention_mask is not None or return_attention_scores
     fused = None if plain else library.fused_ops(cache.device_type, OP)
+    scale = scale_tensor(
+        1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale,
+        on_host=fused is not None and cache.device_type == "GPU",
+    )
+    inputs = dict(query=query, key=key, value=value, streams=streams, scale=scale)
+    masks = [] if key_mask is None else [key_mask]
     with cache.turn():
         if fused is None:
             return retroactive_twin.attend_all_steps(

@@ -1,7 +1,7 @@
 // Launches of one thread for each of many like things.
 
-#ifndef CONTINUAL_TRANSFORMERS_CUDA_SESSION_FOR_EACH_CUH_
-#define CONTINUAL_TRANSFORMERS_CUDA_SESSION_FOR_EACH_CUH_
+#ifndef CONTINUAL_TRANSFORMERS_CUDA_FOR_EACH_CUH_
+#define CONTINUAL_TRANSFORMERS_CUDA_FOR_EACH_CUH_
 
 #include <cuda_runtime.h>
 
@@ -40,4 +40,4 @@ cudaError_t ForEach(int64_t count, const F& f, cudaStream_t stream) {
 
 }  // namespace continual_transformers
 
-#endif  // CONTINUAL_TRANSFORMERS_CUDA_SESSION_FOR_EACH_CUH_
+#endif  // CONTINUAL_TRANSFORMERS_CUDA_FOR_EACH_CUH_
