@@ -62,6 +62,13 @@ class RingPass {
   static constexpr int64_t kRowsPerDot = 8;
   static constexpr int kAnyNumber = -1;
   static constexpr bool kScaled = std::is_same_v<C, int8_t>;
+  // Whether two vectors of a row are loaded together, the even elements and then the odd ones. So
+  // is the rest of a row, if that is an even number, unless one masked load and conversion is
+  // enough. It took 0.75 of the time for N=256 H=16 D=12, and 0.9 for D=64 (AVX2).
+  static constexpr bool kEvenOdd = std::is_same_v<C, BFloat16>;
+  static bool IsLoadedTogether(int64_t rest) {
+    return rest > 0 && rest % 2 == 0 && (HWY_TARGET != HWY_AVX3 || rest > kLanes);
+  }
   // The values of a long window are summed part by part. A part stays in a near cache while the
   // heads take their columns of it, and the next one is prefetched meanwhile. Windows of 1 MB in
   // the last-level cache took 1.1 times as long as reading them once. In one part they took 1.65
@@ -182,8 +189,39 @@ class RingPass {
     };
     const auto whole = [d](const auto* p) HWY_ATTR { return LoadWide(d, p); };
     const int64_t vectors = kVectors == kAnyNumber ? p_.key_dim / kLanes : kVectors;
-    for (int64_t v = 0; v < vectors; ++v, at += kLanes) add(at, whole);
-    if constexpr (kRest) {
+    int64_t v = 0;
+    if constexpr (kEvenOdd) {
+      const auto add_two = [&](V q0, V q1, auto load) HWY_ATTR {
+        ToEvenOdd(d, &q0, &q1);
+        const auto dot = [&](const C* k, V s) HWY_ATTR {
+          V even, odd;
+          load(k + at, &even, &odd);
+          return hn::MulAdd(q1, odd, hn::MulAdd(q0, even, s));
+        };
+        s0 = dot(k0, s0);
+        s1 = dot(k1, s1);
+        s2 = dot(k2, s2);
+        s3 = dot(k3, s3);
+        s4 = dot(k4, s4);
+        s5 = dot(k5, s5);
+        s6 = dot(k6, s6);
+        s7 = dot(k7, s7);
+      };
+      for (; v + 2 <= vectors; v += 2, at += 2 * kLanes) {
+        add_two(hn::LoadU(d, query + at), hn::LoadU(d, query + at + kLanes),
+                [d](const C* p, V* even, V* odd) HWY_ATTR { LoadEvenOdd(d, p, even, odd); });
+      }
+      const int64_t rest = p_.key_dim - v * kLanes;
+      if (kRest && IsLoadedTogether(rest)) {
+        const int64_t second = std::max<int64_t>(0, rest - kLanes);
+        add_two(hn::LoadN(d, query + at, rest), hn::LoadN(d, query + at + rest - second, second),
+                [d, rest](const C* p, V* even, V* odd)
+                    HWY_ATTR { LoadEvenOddN(d, p, rest, even, odd); });
+        v = vectors + 1;
+      }
+    }
+    for (; v < vectors; ++v, at += kLanes) add(at, whole);
+    if (kRest && v == vectors) {
       const size_t rest = p_.key_dim - vectors * kLanes;
       add(at, [d, rest](const auto* p) HWY_ATTR { return LoadWideN(d, p, rest); });
     }
@@ -341,12 +379,16 @@ class RingPass {
     for (; v + 8 <= vectors; v += 8) Heads<1, 8, Width::kPart>(part, v);
     for (; v + 4 <= vectors; v += 4) Heads<2, 4, Width::kPart>(part, v);
     for (; v + 2 <= vectors; v += 2) Heads<4, 2, Width::kPart>(part, v);
+    if constexpr (kEvenOdd) {
+      // What is left is less than two vectors.
+      if (IsLoadedTogether(p_.value_dim - v * kLanes)) return Heads<4, 2, Width::kRest>(part, v);
+    }
     for (; v < vectors; ++v) Heads<8, 1, Width::kPart>(part, v);
     if (v * kLanes < p_.value_dim) Heads<8, 1, Width::kRest>(part, v);
   }
 
   // The columns of a head that are summed: all, so that address offsets are constants; some whole
-  // vectors; or the last, fewer than a vector has.
+  // vectors; or the last, fewer than kVectors vectors have.
   enum class Width { kHead, kPart, kRest };
 
   // Sums kVectors vectors of columns from vector v on, for all heads, kHeads at a time where
@@ -372,8 +414,16 @@ class RingPass {
     constexpr int kChains = std::max(1, 8 / (kHeads * kVectors));
     const int64_t value_dim = kWidth == Width::kHead ? kVectors * kLanes : p_.value_dim;
     const size_t rest = value_dim - column;
+    constexpr bool kTogether = kEvenOdd && kVectors % 2 == 0;
     const auto load = [d, rest](const C* p) HWY_ATTR {
       return kWidth == Width::kRest ? LoadWideN(d, p, rest) : LoadWide(d, p);
+    };
+    const auto load_two = [d, rest](const auto* p, V* even, V* odd) HWY_ATTR {
+      kWidth == Width::kRest ? LoadEvenOddN(d, p, rest, even, odd) : LoadEvenOdd(d, p, even, odd);
+    };
+    // How many columns vector v has, if not all.
+    const auto left = [rest](int v) {
+      return std::min<size_t>(kLanes, rest - std::min<size_t>(rest, v * kLanes));
     };
     // All loops over these are unrolled. Otherwise the compiler keeps them in memory.
     V sum[kChains][kHeads][kVectors];
@@ -391,8 +441,12 @@ class RingPass {
         const T* output = p_.output + (h + i) * value_dim + column;
         CONTINUAL_TRANSFORMERS_UNROLL
         for (int v = 0; v < kVectors; ++v) {
-          sum[0][i][v] = kWidth == Width::kRest ? hn::LoadN(d, output, rest)
+          sum[0][i][v] = kWidth == Width::kRest ? hn::LoadN(d, output + v * kLanes, left(v))
                                                 : hn::LoadU(d, output + v * kLanes);
+        }
+        if constexpr (kTogether) {
+          CONTINUAL_TRANSFORMERS_UNROLL
+          for (int v = 0; v < kVectors; v += 2) ToEvenOdd(d, &sum[0][i][v], &sum[0][i][v + 1]);
         }
       }
     }
@@ -413,10 +467,20 @@ class RingPass {
           CONTINUAL_TRANSFORMERS_UNROLL
           for (int i = 0; i < kHeads; ++i) {
             const V weight = hn::Set(d, weights[i * stride_ + c]);
-            CONTINUAL_TRANSFORMERS_UNROLL
-            for (int v = 0; v < kVectors; ++v) {
-              sum[c][i][v] = hn::MulAdd(
-                  weight, load(value + c * value_stride + i * step + v * kLanes), sum[c][i][v]);
+            const C* from = value + c * value_stride + i * step;
+            if constexpr (kTogether) {
+              CONTINUAL_TRANSFORMERS_UNROLL
+              for (int v = 0; v < kVectors; v += 2) {
+                V even, odd;
+                load_two(from + v * kLanes, &even, &odd);
+                sum[c][i][v] = hn::MulAdd(weight, even, sum[c][i][v]);
+                sum[c][i][v + 1] = hn::MulAdd(weight, odd, sum[c][i][v + 1]);
+              }
+            } else {
+              CONTINUAL_TRANSFORMERS_UNROLL
+              for (int v = 0; v < kVectors; ++v) {
+                sum[c][i][v] = hn::MulAdd(weight, load(from + v * kLanes), sum[c][i][v]);
+              }
             }
           }
         };
@@ -439,16 +503,24 @@ class RingPass {
     for (int i = 0; i < kHeads; ++i) {
       const V normalizer = hn::Set(d, part.is_last ? normalizer_of_[h + i - begin_] : T(1));
       T* output = p_.output + (h + i) * value_dim + column;
+      V total[kVectors];
       CONTINUAL_TRANSFORMERS_UNROLL
       for (int v = 0; v < kVectors; ++v) {
-        V total = sum[0][i][v];
+        total[v] = sum[0][i][v];
         CONTINUAL_TRANSFORMERS_UNROLL
-        for (int c = 1; c < kChains; ++c) total = hn::Add(total, sum[c][i][v]);
-        total = hn::Mul(total, normalizer);
+        for (int c = 1; c < kChains; ++c) total[v] = hn::Add(total[v], sum[c][i][v]);
+        total[v] = hn::Mul(total[v], normalizer);
+      }
+      if constexpr (kTogether) {
+        CONTINUAL_TRANSFORMERS_UNROLL
+        for (int v = 0; v < kVectors; v += 2) FromEvenOdd(d, &total[v], &total[v + 1]);
+      }
+      CONTINUAL_TRANSFORMERS_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
         if (kWidth == Width::kRest) {
-          hn::StoreN(total, d, output, rest);
+          hn::StoreN(total[v], d, output + v * kLanes, left(v));
         } else {
-          hn::StoreU(total, d, output + v * kLanes);
+          hn::StoreU(total[v], d, output + v * kLanes);
         }
       }
     }
