@@ -21,6 +21,7 @@ LIMITS = {
 }
 # Doubles are for checking.
 LIMITS_OF_DOUBLES = {**LIMITS, "registers": 168}
+WITH_DOUBLES = re.compile("(Kernel|Source)Id")
 # CUDA's own sines keep a few words in memory for very large numbers. Only a model with such an
 # activation, and such numbers, touches them.
 LIMITS_OF_ACTIVATIONS = {**LIMITS, "stack": 64}
@@ -46,7 +47,7 @@ class Resources(NamedTuple):
 
 def excesses(kernel, resources):
     """What a kernel takes more of than it may."""
-    limits = LIMITS_OF_DOUBLES if "KernelId" in kernel else LIMITS
+    limits = LIMITS_OF_DOUBLES if WITH_DOUBLES.search(kernel) else LIMITS
     if WITH_ACTIVATIONS.search(kernel):
         limits = LIMITS_OF_ACTIVATIONS
     return [name for name, limit in limits.items() if getattr(resources, name) > limit]

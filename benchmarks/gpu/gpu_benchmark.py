@@ -296,6 +296,67 @@ def measure_window_parts(bench, size):
     return dict(size=size._asdict(), planned=planned, tried=tried)
 
 
+class RetroactiveStream:
+    """Streams with full windows, and a call that takes a step of them."""
+
+    def __init__(self, bench, size):
+        torch = bench.torch
+        self.bench, self.size = bench, size
+        s, h, n, d = size
+        make = dict(device=bench.gpu.device)
+        self.rings = torch.randn(3, s, n, h, d, **make)
+        self.query, self.key, self.value = torch.randn(3, s, 1, h, d, **make)
+        self.output = torch.full((s, h, n, d), float("nan"), **make)
+        self.has_key = torch.ones(s, n, dtype=torch.bool, **make)
+        self.position = torch.full((s,), 2 * n + 1, dtype=torch.int64, **make)
+        double = dict(dtype=torch.float64, **make)
+        self.softmax = torch.zeros(s, h, 4, n, **double)
+        self.weighted_sum = torch.zeros(s, h, n, d, **double)
+        self.made_with = torch.zeros(s, 2, **double)
+        query, key, value = self.rings
+        self.call = cuda_calls.Retroactive(
+            compute_dtype=cuda_calls.FLOAT32,
+            query=self.query.data_ptr(), key=self.key.data_ptr(), value=self.value.data_ptr(),
+            query_cache=query.data_ptr(), key_cache=key.data_ptr(), value_cache=value.data_ptr(),
+            key_mask_cache=self.has_key.data_ptr(), softmax=self.softmax.data_ptr(),
+            weighted_sum=self.weighted_sum.data_ptr(), made_with=self.made_with.data_ptr(),
+            position=self.position.data_ptr(), output=self.output.data_ptr(),
+            num_held=s, num_streams=s, num_steps=1, num_heads=h, window=n, key_dim=d, value_dim=d,
+            scale=d**-0.5, update_state=1, advance_position=1,
+        )  # fmt: skip
+
+    def step(self, recompute):
+        self.call.recompute = int(recompute)
+        self.bench.library.retroactive(ctypes.byref(self.call), self.bench.gpu.stream())
+
+    def sdpa(self):
+        """Compute the whole window again in PyTorch. The rows are in the order of the ring."""
+        query, key, value = self.rings.transpose(2, 3)
+        return self.bench.torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+    def check(self, recompute):
+        """Check that PyTorch's outputs are the same, after a step that updates sums of its own."""
+        self.step(recompute)
+        self.step(recompute)
+        oldest = self.position[0].item() % self.size.window
+        expected = self.sdpa().roll(-oldest, 2).double()
+        error = (self.output.double() - expected).abs().max() / expected.abs().max()
+        return _agreement(error.item(), "float32")
+
+
+def measure_retroactive(bench, size):
+    """Return an entry of the JSON's `retroactive`."""
+    stream = RetroactiveStream(bench, size)
+    times = bench.pieces(1, size.bytes)
+    entry = dict(size=size._asdict(), bytes=size.bytes, error_against_sdpa={})
+    for name, recompute in (("update", False), ("recompute", True)):
+        entry["error_against_sdpa"][name] = stream.check(recompute)
+        stream.step(recompute)  # The first update after recomputing makes all sums anew.
+        entry[name] = bench.time_graph(lambda _, how=recompute: stream.step(how), times)
+    entry["sdpa"] = bench.time_graph(lambda _: stream.sdpa(), times)
+    return entry
+
+
 class LayerWeights:
     """Several layers' weights and rings, with a step for each."""
 
@@ -470,7 +531,7 @@ def measure_layer(bench, size):
     )
 
 
-def run(bench, attention, layer, seconds, save=lambda found: None, window_parts=()):
+def run(bench, attention, layer, seconds, save=lambda found: None, window_parts=(), retroactive=()):
     """Measure all sizes, and skip those that are left when the seconds are over.
 
     An error is recorded in the entry of its size. `save` is called now and then with the results so
@@ -492,9 +553,11 @@ def run(bench, attention, layer, seconds, save=lambda found: None, window_parts=
         attention=[],
         layer=[],
         window_parts=[],
+        retroactive=[],
         failures=[],
     )
     jobs = [("layer", measure_layer, size) for size in layer]
+    jobs += [("retroactive", measure_retroactive, size) for size in retroactive]
     jobs += [("window_parts", measure_window_parts, size) for size in window_parts]
     jobs += [("attention", measure_attention, size) for size in attention]
     with torch.inference_mode():
@@ -568,13 +631,15 @@ def main(arguments=None):
         memory = min(chosen.memory_gb * 1e9, 0.85 * gpu.free_bytes())
         bench = Bench(gpu, cuda_calls.CudaLibrary(path), int(memory) // 16 * 16)
         sizes = gpu_sizes.attention_sizes(), gpu_sizes.layer_sizes()
-        parts = gpu_sizes.window_parts_sizes()
+        parts, retroactive = gpu_sizes.window_parts_sizes(), gpu_sizes.retroactive_sizes()
         if chosen.quick:
             bench.repeats = 1
-            sizes, parts = (sizes[0][:40:8], sizes[1][:1]), parts[:1]
+            sizes = sizes[0][:40:8], sizes[1][:1]
+            parts, retroactive = parts[:1], retroactive[:2]
         found = run(
-            bench, *sizes, chosen.seconds, lambda found: write(found, chosen.json, None), parts
-        )
+            bench, *sizes, chosen.seconds, lambda found: write(found, chosen.json, None),
+            parts, retroactive,
+        )  # fmt: skip
     gpu_report.print_tables(found)
     write(found, chosen.json, chosen.picture)
     for failure in found["failures"]:

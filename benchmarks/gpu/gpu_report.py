@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 
-from gpu_sizes import AttentionSize, LayerSize
+from gpu_sizes import AttentionSize, LayerSize, RetroactiveSize
 
 # The goals of issue 5: the share of a copy's bandwidth, for rings of at least BANDWIDTH_FROM times
 # L2; the microseconds of a step of one stream, for windows of up to LATENCY_TO; how many times as
@@ -118,6 +118,7 @@ ATTENTION_HEAD = (
 )  # fmt: skip
 LAYER_HEAD = ("size", "µs", "in L2", "apart", "bytes / copy", "torch graph", "torch", "× torch")
 PARTS_HEAD = ("size", "parts", "µs", "planned")
+RETROACTIVE_HEAD = ("size", "update", "recompute", "bytes / copy", "SDPA graph", "× SDPA")
 
 
 def table_cells(found):
@@ -157,9 +158,22 @@ def table_cells(found):
         for one in entry.get("tried", []):
             planned = "yes" if one["parts"] == entry["planned"] else ""
             parts.append([size, str(one["parts"]), _us(one["out_of_l2"]), planned])
+    retroactive = []
+    for entry in found["retroactive"]:
+        size = RetroactiveSize(**entry["size"])
+        if "skipped" in entry:
+            retroactive.append([str(size), entry["skipped"]])
+            continue
+        fastest = min(entry[name]["median"] for name in ("update", "recompute"))
+        retroactive.append([
+            str(size), _us(entry["update"]), _us(entry["recompute"]),
+            f"{size.bytes / copy * 1e6:.2f}", _us(entry["sdpa"]),
+            f"{entry['sdpa']['median'] / fastest:.2f}",
+        ])  # fmt: skip
     return [
         ("One step of attention, µs", ATTENTION_HEAD, attention),
         ("The same with other numbers of window parts, µs", PARTS_HEAD, parts),
+        ("One step of retroactive attention, µs", RETROACTIVE_HEAD, retroactive),
         ("One step of the whole layer, and with F of a whole encoder block, µs", LAYER_HEAD, layer),
     ]
 

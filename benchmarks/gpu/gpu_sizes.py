@@ -101,6 +101,38 @@ class LayerSize(NamedTuple):
         )
 
 
+class RetroactiveSize(NamedTuple):
+    """One step of retroactive attention, in float32: the outputs of all queries of the window."""
+
+    streams: int
+    heads: int
+    window: int
+    dim: int
+
+    @property
+    def bytes(self):
+        """The bytes that an update must read or write, without the few that are not N rows.
+
+        It reads queries, and reads and writes the sums of values and three numbers of each row's
+        softmax, all in double. It computes the newest row from all keys and values. It writes the
+        outputs.
+        """
+        rows = self.streams * self.heads * self.window
+        return rows * (4 * 4 * self.dim + 2 * 8 * self.dim + 2 * 8 * 3)
+
+    def __str__(self):
+        return f"S={self.streams} H={self.heads} N={self.window} D={self.dim} retroactive"
+
+
+def retroactive_sizes():
+    """Return the sizes that tell from which window on an update is faster than recomputing."""
+    return [
+        RetroactiveSize(streams, HEADS, window, 64)
+        for streams in (1, 64)
+        for window in (16, 64, 128, 256, 512, 1024)
+    ]
+
+
 def attention_sizes():
     """Return the sizes, the most important first: if time runs out, the last are missing."""
     sizes = [

@@ -1,6 +1,7 @@
 """Tests of the parts of the GPU benchmark that need no GPU: sizes, arithmetic, its report."""
 
 import json
+import re
 import sys
 import time
 
@@ -13,9 +14,11 @@ from cuda_calls import CudaLibrary
 from gpu_sizes import (
     AttentionSize,
     LayerSize,
+    RetroactiveSize,
     attention_sizes,
     copies_beyond,
     layer_sizes,
+    retroactive_sizes,
     why_skipped,
     window_parts,
     window_parts_sizes,
@@ -40,6 +43,7 @@ def test_sizes_span_what_was_asked_for():
     assert [size.streams for size in layer_sizes()][::4] == [1, 16, 17, 64, 256, 4096]
     assert [size.window for size in window_parts_sizes()] == [512, 65536]
     assert window_parts(512) == [1, 2, 4, 8, 16]
+    assert {size.window for size in retroactive_sizes()} >= {64, 128, 512}
 
 
 def test_bytes_and_operations():
@@ -142,6 +146,13 @@ def found():
             ),
             dict(size=large._asdict(), skipped="too large"),
         ],
+        retroactive=[
+            dict(
+                size=RetroactiveSize(1, 8, 512, 64)._asdict(), bytes=1, error_against_sdpa={},
+                update=figures(4.0), recompute=figures(5.0), sdpa=figures(20.0),
+            ),
+            dict(size=RetroactiveSize(64, 8, 512, 64)._asdict(), skipped="too late"),
+        ],
         failures=[],
     )  # fmt: skip
 
@@ -175,6 +186,8 @@ def test_tables_as_text(found):
         assert part in text
     assert "bfloat16  2      10.00\n" in text
     assert "bfloat16  4      5.00   yes\n" in text
+    assert re.search(r"N=512 D=64 retroactive +4\.00 +5\.00 +\S+ +20\.00 +5\.00\n", text)
+    assert "too late" in text
     titles = [title for title, _, _ in gpu_report.table_cells(found)]
     assert all(title in text for title in titles)
 
@@ -253,8 +266,9 @@ def test_measured_by_the_emulator():
     saved = []
     many = layer + 20 * layer[:1]
     found = gpu_benchmark.run(
-        bench, attention, many, 100, lambda found: saved.append(dict(found)), attention[1:2]
-    )
+        bench, attention, many, 100, lambda found: saved.append(dict(found)), attention[1:2],
+        [RetroactiveSize(2, 2, 9, 8), RetroactiveSize(1, 1, 20, 12)],
+    )  # fmt: skip
     assert len(saved) == 1
     (parts,) = found["window_parts"]
     assert [one["parts"] for one in parts["tried"]] == [1, 2, 4]
@@ -267,6 +281,10 @@ def test_measured_by_the_emulator():
         assert entry["sets"] * size.ring_bytes > 2 * bench.gpu.l2_bytes
         for figures in (*entry["ours"].values(), *entry["sdpa"].values()):
             assert 0 < figures["least"] <= figures["median"] <= figures["most"]
+    for entry in found["retroactive"]:
+        for name in ("update", "recompute"):
+            assert entry["error_against_sdpa"][name] < 1e-5
+            assert entry[name]["median"] > 0
     for entry in found["layer"]:
         assert entry["error_against_torch"] < 4e-2
     assert "the emulator" in gpu_report.plain(found)

@@ -1,4 +1,4 @@
-"""Streams and steps of retroactive attention, for the kernel that is called through cuda/c_api.h."""
+"""Streams and steps of retroactive attention, for the kernel called through cuda/c_api.h."""
 
 import ctypes
 
@@ -106,7 +106,7 @@ def check_call(machine, streams, chosen, inputs, bound=None, **options):
     call = RetroactiveCall(machine, streams, chosen, inputs, **options)
     call.launch()
     results = call.arena.results()
-    m, t = inputs[0].shape[:2]
+    t = inputs[0].shape[1]
     bound = reference.BOUNDS[streams.dtype.name] if bound is None else bound
     key_mask = options.get("key_mask")
     for i, stream in enumerate(chosen):
