@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "cc/attention/half.h"
+#include "cc/attention/params.h"
 
 namespace continual_transformers {
 
@@ -83,6 +84,13 @@ template <typename C>
 bool IsAligned(const C* data, int64_t stride, int bytes = kVectorBytes) {
   return reinterpret_cast<uintptr_t>(data) % bytes == 0 &&
          stride * static_cast<int64_t>(sizeof(C)) % bytes == 0;
+}
+
+// The same for all rows that these strides lead to.
+template <typename C>
+bool IsAligned(const C* data, const Strides& strides, int bytes = kVectorBytes) {
+  return IsAligned(data, strides.stream, bytes) && IsAligned(data, strides.step, bytes) &&
+         IsAligned(data, strides.head, bytes);
 }
 
 }  // namespace continual_transformers

@@ -44,7 +44,8 @@ struct RowLayout {
 using LargestLayout = RowLayout<1, 32, 8>;
 
 // Returns launch(layout), with the layout for rows of `size` elements that are loaded in vectors of
-// kElements.
+// kElements. The sums of retroactive attention depend on the layout: whoever changes it changes the
+// orders of retroactive_rule.h.
 template <int kElements, typename F>
 cudaError_t WithLayout(int64_t size, const F& launch) {
   if constexpr (kElements > 1) {
@@ -233,11 +234,7 @@ class PartialAttention {
     ForEachLoad(
         [&](int load, int i) { sum += query_[i] * key.vectors[load].Get(i % L::kElements); },
         key_dim_);
-#pragma unroll
-    for (int distance = L::kLanes / 2; distance > 0; distance /= 2) {
-      sum += OfLaneAcross(sum, distance);
-    }
-    return sum;
+    return SumOverLanes<L::kLanes>(sum);
   }
 
   const int key_dim_, value_dim_;

@@ -88,13 +88,12 @@ template <typename T>
 bool TakesVectors(const DeviceRetroactiveParams<T>& p) {
   constexpr int kVector = kVectorBytes / sizeof(T);
   if (p.key_dim % kVector != 0 || p.value_dim % kVector != 0) return false;
-  const auto aligned = [](const T* rows, const Strides& strides) {
-    return IsAligned(rows, strides.stream) && IsAligned(rows, strides.step) &&
-           IsAligned(rows, strides.head);
-  };
-  return aligned(p.query, p.query_strides) && aligned(p.key, p.key_strides) &&
-         aligned(p.value, p.value_strides) && aligned(p.query_cache, p.query_cache_strides) &&
-         aligned(p.key_cache, p.key_cache_strides) && aligned(p.value_cache, p.value_cache_strides);
+  return IsAligned(p.query, p.query_strides) && IsAligned(p.key, p.key_strides) &&
+         IsAligned(p.value, p.value_strides) && IsAligned(p.query_cache, p.query_cache_strides) &&
+         IsAligned(p.key_cache, p.key_cache_strides) &&
+         IsAligned(p.value_cache, p.value_cache_strides) &&
+         IsAligned(p.weighted_sum, p.value_dim) && IsAligned(p.output, p.output_strides) &&
+         IsAligned(p.output, p.output_row_stride);
 }
 
 template <int kElements, typename T>
@@ -112,8 +111,12 @@ cudaError_t LaunchSteps(const DeviceRetroactiveParams<T>& p, cudaStream_t stream
   // An update needs the sums of the step before it. Recomputing takes all steps at once.
   launch.steps = launch.recompute ? p.num_steps : 1;
   return WithLayout<kElements>(LargerHead(p), [&](auto layout) {
+    // If the second launch's code could not be loaded after the first had changed the sums, a step
+    // that is repeated would change them again.
+    cudaError_t error = LoadKeepRetroactiveSteps(launch);
+    if (error != cudaSuccess) return error;
     for (; launch.source.first < p.num_steps; launch.source.first += launch.steps) {
-      cudaError_t error = LaunchRetroactiveRows<decltype(layout)>(launch, stream);
+      error = LaunchRetroactiveRows<decltype(layout)>(launch, stream);
       if (error == cudaSuccess && p.update_state) {
         error = KeepRetroactiveSteps<decltype(layout)>(launch, stream);
       }
@@ -130,11 +133,7 @@ const char* RefusesRetroactive(const DeviceRetroactiveParams<T>& p) {
   if (p.num_steps < 1 || p.num_heads < 1 || p.window < 1 || p.key_dim < 1 || p.value_dim < 1) {
     return "expected steps, heads, rows of the window and features >= 1";
   }
-  // Rows of a window are numbered in 32 bits.
-  constexpr int64_t kMost = int64_t{1} << 30;
-  if (p.window > kMost || p.num_heads > kMost) {
-    return "expected windows of at most 2^30 rows, and as many heads";
-  }
+  if (p.window > kLongestRetroactiveWindow) return "expected windows of at most 2^29 rows";
   static_assert(LargestLayout::kLargest == 256);
   if (LargerHead(p) <= LargestLayout::kLargest) return nullptr;
   return "expected key and value sizes of at most 256";

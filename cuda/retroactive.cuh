@@ -1,13 +1,14 @@
-// The kernels of retroactive attention, for rings and sums that lie anywhere: where is up to a
-// Source, which an op and a session have each.
+// The kernels of retroactive attention. A Source says where rings and sums lie: the op and sessions
+// each have one.
 //
 //   using Number = float;                                          or double
 //   RetroactiveHead<Number> Head(int64_t m, int h) const;          of row m of the call
 //   bool HasKey(int64_t m, int64_t t) const;                       whether its step t has a key
 //
 // cc/attention/retroactive.h has the algorithm. Here a group of lanes takes a row of the window. It
-// reads the row's query once for both keys, that which enters and that which leaves. Rows that must
-// be computed exactly, always the newest, are then taken by all threads of the block.
+// reads the row's query once, for the key that enters and the key that leaves. Then all threads of
+// the block compute, one after the other, the newest row and the rows whose update is not exact
+// enough.
 
 #ifndef CONTINUAL_TRANSFORMERS_CUDA_RETROACTIVE_CUH_
 #define CONTINUAL_TRANSFORMERS_CUDA_RETROACTIVE_CUH_
@@ -91,14 +92,6 @@ struct LaneRow {
   }
 };
 
-// Returns the sum of a number of each lane of a group, or of a warp, to all of them.
-template <int kLanes, typename T>
-__device__ T SumOverLanes(T x) {
-#pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) x += OfLaneAcross(x, distance);
-  return x;
-}
-
 // Two positive doubles in the bits of one: the upper halves of their bits. They are rounded down by
 // at most 2^-20, which does not matter for a peak.
 __device__ inline uint64_t BitsOf(double x) {
@@ -119,6 +112,23 @@ __device__ inline double DenominatorPeak(double peaks) {
 }
 __device__ inline double MagnitudePeak(double peaks) { return DoubleOf(BitsOf(peaks) << 32); }
 
+// Elements that a lane loads or stores by vectors of 16 bytes.
+template <typename T, int kElements>
+struct alignas(kElements == 1 ? sizeof(T) : kVectorBytes) Pack {
+  T x[kElements];
+};
+
+// How sums in this layout are made: an order of retroactive_rule.h. It assumes that exp gives the
+// same bits on the GPUs among which streams move.
+template <typename L>
+constexpr int64_t kOrderOf = L::kElements == 1 ? kScalarOrderOnGpu : kVectorOrderOnGpu;
+
+// The blocks of an update, for each head of a stream.
+template <typename L>
+__host__ __device__ constexpr int64_t UpdateBlocks(int64_t window) {
+  return (window + L::kGroups - 1) / L::kGroups;
+}
+
 // A block's share of the update of one head: a row of the ring for each of its groups.
 template <typename Source, typename L>
 class RetroactiveUpdate {
@@ -126,14 +136,12 @@ class RetroactiveUpdate {
   using Launch = RetroactiveLaunch<Source>;
 
  public:
-  __device__ static int Blocks(int window) { return (window + L::kGroups - 1) / L::kGroups; }
-
   __device__ explicit RetroactiveUpdate(const Launch& p)
       : p_(p),
         window_(static_cast<int>(p.window)),
         key_dim_(static_cast<int>(p.key_dim)),
         value_dim_(static_cast<int>(p.value_dim)) {
-    const int blocks = Blocks(window_);
+    const int blocks = static_cast<int>(UpdateBlocks<L>(p.window));
     const int64_t pair = blockIdx.x / blocks, m = pair / p.heads;
     first_ = blockIdx.x % blocks * L::kGroups;
     head_ = p.source.Head(m, static_cast<int>(pair % p.heads));
@@ -231,7 +239,7 @@ class RetroactiveUpdate {
     const LaneRow<T, L> none;
     const LaneRow<T, L> leaving_value =
         had_key_ ? LaneRow<T, L>(head_.value_ring + row_ * head_.value_row, value_dim_) : none;
-    const double made_now = ArithmeticOf(Order(), head_.taken);
+    const double made_now = ArithmeticOf(kOrderOf<L>, head_.taken);
     // An infinity or NaN that leaves has spoiled every sum that it was in.
     const bool updates = head_.made_with[0] == made_now &&
                          head_.made_with[1] == static_cast<double>(p_.scale) &&
@@ -241,7 +249,7 @@ class RetroactiveUpdate {
     const LaneRow<T, L> query(QueryOf(at), key_dim_);
     const LaneRow<T, L> fresh_value = has_key_ ? LaneRow<T, L>(head_.value, value_dim_) : none;
     double* const softmax = head_.softmax + at;
-    const T reference = static_cast<T>(softmax[0]);
+    const T reference = kept ? static_cast<T>(softmax[0]) : T(0);
     double fresh = 0, leaving = 0;
     if (has_key_) {
       fresh = WeightOf(Logit(query, LaneRow<T, L>(head_.key, key_dim_)), reference);
@@ -250,10 +258,12 @@ class RetroactiveUpdate {
       const LaneRow<T, L> key(head_.key_ring + row_ * head_.key_row, key_dim_);
       leaving = WeightOf(Logit(query, key), reference);
     }
-    const double before = softmax[window_], peaks = softmax[3 * window_];
+    const double before = kept ? softmax[window_] : 0, peaks = kept ? softmax[3 * window_] : 0;
     const double denominator = before + fresh - leaving;
-    double magnitude = std::fma(fresh, MagnitudeOf(fresh_value), softmax[2 * window_]);
+    double magnitude = kept ? softmax[2 * window_] : 0;
+    magnitude = std::fma(fresh, MagnitudeOf(fresh_value), magnitude);
     magnitude = std::fma(-leaving, MagnitudeOf(leaving_value), magnitude);
+    __syncwarp();  // Lane 0 stores below what the other lanes have read.
     if (!kept) return row == row_;
 
     const double denominator_peak = DenominatorPeak(peaks), magnitude_peak = MagnitudePeak(peaks);
@@ -276,23 +286,24 @@ class RetroactiveUpdate {
 #pragma unroll
     for (int load = 0; load < L::kLoads; ++load) {
       if (L::Element(load) >= value_dim_) continue;
+      auto* const at_sums = reinterpret_cast<Pack<double, L::kElements>*>(sums + L::Element(load));
+      auto sum = *at_sums;
+      Pack<T, L::kElements> rounded;
 #pragma unroll
       for (int e = 0; e < L::kElements; ++e) {
-        const int i = load * L::kElements + e, d = L::Element(load) + e;
-        double sum = std::fma(fresh, static_cast<double>(fresh_value.x[i]), sums[d]);
-        sum = std::fma(-leaving, static_cast<double>(leaving_value.x[i]), sum);
-        if (p_.keep) sums[d] = sum;
-        output[d] = static_cast<T>(sum * normalizer);
+        const int i = load * L::kElements + e;
+        sum.x[e] = std::fma(fresh, static_cast<double>(fresh_value.x[i]), sum.x[e]);
+        sum.x[e] = std::fma(-leaving, static_cast<double>(leaving_value.x[i]), sum.x[e]);
+        rounded.x[e] = static_cast<T>(sum.x[e] * normalizer);
       }
+      if (p_.keep) *at_sums = sum;
+      *reinterpret_cast<Pack<T, L::kElements>*>(output + L::Element(load)) = rounded;
     }
     return false;
   }
 
   __device__ static double Normalizer(double denominator) {
     return denominator == 0 ? 0 : 1 / denominator;
-  }
-  static constexpr int64_t Order() {
-    return L::kElements == 1 ? kScalarOrderOnGpu : kVectorOrderOnGpu;
   }
 
   struct Shared {
@@ -375,7 +386,7 @@ class RetroactiveUpdate {
   // Calls f(row, logit, attended) for a group's share of the window's rows, with all lanes.
   template <typename F>
   __device__ void ForEachLogit(const LaneRow<T, L>& query, const F& f) const {
-#pragma unroll 2
+#pragma unroll(L::kLoads == 1 ? 4 : 1)
     for (int base = 0; base < filled_; base += L::kGroups) {
       const int mine = base + L::Group(), at = mine < filled_ ? mine : filled_ - 1;
       const T logit = Logit(query, LaneRow<T, L>(KeyOf(at), key_dim_));
@@ -471,8 +482,8 @@ cudaError_t LaunchRetroactiveRows(const RetroactiveLaunch<Source>& p, cudaStream
     return Launch(RetroactiveRecomputeKernel<Source, L>, pairs * p.steps * p.window, kThreads,
                   false, stream, p);
   }
-  const int64_t blocks = (p.window + L::kGroups - 1) / L::kGroups;
-  return Launch(RetroactiveUpdateKernel<Source, L>, pairs * blocks, kThreads, false, stream, p);
+  return Launch(RetroactiveUpdateKernel<Source, L>, pairs * UpdateBlocks<L>(p.window), kThreads,
+                false, stream, p);
 }
 
 // i is an element of the query, key and value of a head's step, one after the other.
@@ -506,11 +517,18 @@ struct KeepRetroactiveEach {
   }
 };
 
+// Has the GPU load the code of the next function's kernel.
+template <typename Source>
+cudaError_t LoadKeepRetroactiveSteps(const RetroactiveLaunch<Source>&) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, ForEachKernel<KeepRetroactiveEach<Source>>);
+}
+
 // Writes the steps into the rings, after their outputs have been computed. L as before.
 template <typename L, typename Source>
 cudaError_t KeepRetroactiveSteps(const RetroactiveLaunch<Source>& p, cudaStream_t stream) {
   const int64_t kept = p.steps < p.window ? p.steps : p.window;
-  const int64_t order = p.recompute ? 0 : L::kElements == 1 ? kScalarOrderOnGpu : kVectorOrderOnGpu;
+  const int64_t order = p.recompute ? 0 : kOrderOf<L>;
   return ForEach(p.streams * kept * p.heads * (2 * p.key_dim + p.value_dim),
                  KeepRetroactiveEach<Source>{p, kept, order}, stream);
 }

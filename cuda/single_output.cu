@@ -319,12 +319,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
 template <typename T, typename C>
 bool TakesVectors(const DeviceSingleOutputParams<T, C>& p, int bytes) {
   // The stride of the heads or the steps is a row's size, so a row is whole vectors.
-  const auto aligned = [bytes](const C* rows, const Strides& strides) {
-    return IsAligned(rows, strides.stream, bytes) && IsAligned(rows, strides.step, bytes) &&
-           IsAligned(rows, strides.head, bytes);
-  };
-  return aligned(p.key, p.key_strides) && aligned(p.key_cache, p.key_cache_strides) &&
-         aligned(p.value, p.value_strides) && aligned(p.value_cache, p.value_cache_strides);
+  return IsAligned(p.key, p.key_strides, bytes) &&
+         IsAligned(p.key_cache, p.key_cache_strides, bytes) &&
+         IsAligned(p.value, p.value_strides, bytes) &&
+         IsAligned(p.value_cache, p.value_cache_strides, bytes);
 }
 
 template <typename T, typename C>

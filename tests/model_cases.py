@@ -144,6 +144,7 @@ CO_RE = {
     "sliding_window": dict(sliding_window=2),
     "sliding_window_gate": dict(sliding_window=3, use_gate=True, value_dim=2),
     "update": dict(algorithm="update"),
+    "update_vectors": dict(algorithm="update", key_dim=4, value_dim=8),
     "recompute": dict(algorithm="recompute"),
 }
 for name, options in CO_RE.items():

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import reference
-from continual_transformers_tf.ops import RetroactiveCache, retroactive_attention
+from continual_transformers_tf.ops import RetroactiveCache, library, retroactive_attention
 from continual_transformers_tf.ops.retroactive import attend_all_steps
 from old_states import NEW_NAMES, old_state
 from retroactive_cases import GOOD, cache_at, expected_of, steps_of
@@ -146,8 +146,13 @@ def test_peeking_is_the_next_step_and_changes_nothing(algorithm, random):
             for name, array in cache.get_state().items():
                 np.testing.assert_array_equal(array, before[name])
             output = retroactive_attention(*inputs, cache, algorithm=algorithm)
-            np.testing.assert_array_equal(output, peeked)
-            assert reference.relative_error(output, expected_of(streams, *inputs)) < 5e-6
+            expected = expected_of(streams, *inputs)
+            assert reference.relative_error(output, expected) < 5e-6
+            # On a GPU several steps that are not kept are computed anew.
+            if t == 1 or algorithm != "update" or library.cuda_build() is None:
+                np.testing.assert_array_equal(output, peeked)
+            else:
+                assert reference.relative_error(peeked, expected) < 5e-6
 
 
 @pytest.mark.parametrize("t", [1, 3, 9])

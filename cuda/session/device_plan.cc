@@ -421,6 +421,13 @@ class Compiler {
     spec.recompute =
         algorithm == "recompute" || (algorithm == "auto" && RecomputingIsFasterOnGpu(spec.window));
     CheckHead(node, spec.key_dim, spec.value_dim);
+    if (spec.window > kLongestRetroactiveWindow) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  node.name + ": retroactive attention with a window of " +
+                      std::to_string(spec.window) + " has no kernel on " + device_ +
+                      ", expected at most " + std::to_string(kLongestRetroactiveWindow) +
+                      ": leave out device=, and the session runs on the CPU");
+    }
     return RetroactiveNode(spec);
   }
 

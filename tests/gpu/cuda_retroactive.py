@@ -118,8 +118,10 @@ def check_call(machine, streams, chosen, inputs, bound=None, **options):
         has_key = np.ones(t, bool) if key_mask is None else key_mask[i]
         one = streams.references[stream]
         known = len(one.steps)
-        expected = one.take(*steps, options.get("scale"), has_key)
-        assert reference.relative_error(results["output"][i], expected) < bound, (i, stream)
+        newest = t if streams.window < 64 else min(t, 3)  # The reference of long windows is slow.
+        expected = one.take(*steps, options.get("scale"), has_key, newest)
+        error = reference.relative_error(results["output"][i][t - newest :], expected)
+        assert error < bound, (i, stream)
         position = streams.state["position"][stream]
         assert results["steps_taken"][i] == position + t
         if options.get("update_state", True):
@@ -133,9 +135,12 @@ def check_call(machine, streams, chosen, inputs, bound=None, **options):
         if name in results:
             got, wanted = (x.view(np.uint8) for x in (results[name], streams.state[name]))
             np.testing.assert_array_equal(got, wanted, name)
+    taken = [stream for stream in chosen if streams.exists(stream)]
     for name in SUMS:
         if name in results:
-            others = np.setdiff1d(np.arange(len(streams.references)), chosen)
+            # Recomputing says in made_with that there are no sums, and leaves them.
+            written = [] if options.get("recompute") and name != "made_with" else taken
+            others = np.setdiff1d(np.arange(len(streams.references)), written)
             got, before = (x[others].view(np.uint8) for x in (results[name], streams.state[name]))
             np.testing.assert_array_equal(got, before, name)
             streams.state[name] = results[name]

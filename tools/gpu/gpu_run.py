@@ -34,8 +34,10 @@ PYTEST = [
 ]  # fmt: skip
 SUITE = [*PYTEST, "--confcutdir=tests/gpu", "tests/gpu", "benchmarks/gpu"]
 SESSIONS = [*PYTEST, "--confcutdir=tests/gpu_sessions", "tests/gpu_sessions"]
-# The tests of the op, the layer and the encoder, which run on TensorFlow's GPU.
-TENSORFLOW_TESTS = ("test_single_output*.py", "test_co_si_*.py")
+# The tests of the ops, the layers and the encoder, which run on TensorFlow's GPU.
+TENSORFLOW_TESTS = (
+    "test_single_output*.py", "test_co_si_*.py", "test_retroactive*.py", "test_co_re_mha.py",
+)  # fmt: skip
 
 
 class Step(NamedTuple):

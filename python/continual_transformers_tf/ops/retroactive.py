@@ -69,7 +69,8 @@ def retroactive_attention(
         algorithm: "update": each row of the window gains the new key and loses the oldest;
             "recompute": each row is computed again; "auto": the faster of the two at these sizes.
             The results are equal up to rounding. Plain TensorFlow always computes all rows again.
-        update_state: False: nothing changes, and the output is that of the next real call.
+        update_state: False: nothing changes, and the output is that of the next real call; on a
+            GPU up to rounding, for several steps.
 
     Returns:
         `[M, H, N, Dv]` or `[M, T, H, N, Dv]`: the outputs of the window's queries, oldest first.

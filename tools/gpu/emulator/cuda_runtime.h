@@ -434,6 +434,8 @@ template <typename T>
 T __shfl_xor_sync(unsigned, T value, int distance) {
   return cuda_emulator::Block::Running().Exchange(value, distance);
 }
+// It waits, as a shuffle does, for all lanes.
+inline void __syncwarp() { __shfl_xor_sync(0xffffffffu, 0, 0); }
 template <typename T>
 T atomicAdd(T* address, T value) {
   const T old = *address;
