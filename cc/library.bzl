@@ -212,6 +212,7 @@ CUDA_HEADERS = [
     "co_si_mha_step.h",
     "dense.h",
     "elements.cuh",
+    "graph_builder.h",
     "launch.cuh",
     "normalize.h",
     "partial_attention.cuh",

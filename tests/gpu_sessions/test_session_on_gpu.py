@@ -341,6 +341,31 @@ def test_threads(session, on_cpu, x):
     assert not failures
 
 
+def test_first_steps_beside_a_thread_that_synchronizes(session, on_cpu, x, request):
+    """A capture of a stream would fail, and so would the other thread."""
+    if "emulated" in request.node.name:
+        pytest.skip("the emulator has no captures: code that captures does not compile for it")
+    torch = pytest.importorskip("torch")
+    ends, failures = threading.Event(), []
+
+    def synchronize():
+        try:
+            while not ends.is_set():
+                torch.cuda.synchronize()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=synchronize)
+    thread.start()
+    try:
+        for m in range(1, 9):  # Each has a graph of its own.
+            np.testing.assert_allclose(session.step(x[:m, 0]), on_cpu.step(x[:m, 0]), **CLOSE)
+    finally:
+        ends.set()
+        thread.join()
+    assert not failures
+
+
 def test_a_forked_process_is_refused(device):
     """In a process of its own, because this one has TensorFlow's threads."""
     program = """
