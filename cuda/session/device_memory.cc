@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 
@@ -15,6 +17,16 @@ namespace {
 
 std::string Described(cudaError_t error) {
   return std::string(cudaGetErrorName(error)) + ", " + cudaGetErrorString(error);
+}
+
+// CUDA gives larger allocations in multiples of 2 MiB.
+constexpr int64_t kRounding = 2 << 20;
+constexpr int64_t kLargestRest = 1 << 20;
+constexpr int64_t kLargestAllocation = 64 << 20;
+
+// Returns the bytes that an allocation of `bytes` takes.
+int64_t AsAllocated(int64_t bytes) {
+  return bytes <= kLargestRest ? bytes : (bytes + kRounding - 1) / kRounding * kRounding;
 }
 
 Error NoGpu(int number, const std::string& why) {
@@ -143,20 +155,56 @@ GpuBlockMemory::GpuBlockMemory(std::shared_ptr<const Gpu> gpu)
 
 char* GpuBlockMemory::Map(int64_t bytes, std::string* refusal) {
   const Gpu::Use use(*gpu_);
-  void* base = nullptr;
-  const cudaError_t error = cudaMalloc(&base, static_cast<size_t>(bytes));
-  if (error == cudaErrorMemoryAllocation) {
-    static_cast<void>(cudaGetLastError());
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto fits = [bytes](const Allocation& a) {
+    return a.slab_bytes == bytes && !a.free.empty();
+  };
+  // The oldest: the newer ones become empty sooner.
+  const auto found = std::find_if(allocations_.begin(), allocations_.end(), fits);
+  Allocation* const from = found != allocations_.end() ? &*found : Allocate(bytes);
+  if (from == nullptr) {
     *refusal = "(the GPU's memory is full): close streams";
     return nullptr;
   }
-  Check(error, "giving memory for streams");
-  return static_cast<char*>(base);
+  char* const slab = from->free.back();
+  from->free.pop_back();
+  return slab;
+}
+
+GpuBlockMemory::Allocation* GpuBlockMemory::Allocate(int64_t slab_bytes) {
+  int64_t allocated = 0;
+  for (const Allocation& allocation : allocations_) allocated += allocation.bytes;
+  int64_t slabs = std::max<int64_t>(std::min(allocated, kLargestAllocation) / slab_bytes, 1);
+  for (;; slabs /= 2) {  // Where there is no room for many slabs, there may be for one.
+    if (slabs == 0) return nullptr;
+    const int64_t bytes = AsAllocated(slabs * slab_bytes);
+    void* base = nullptr;
+    const cudaError_t error = cudaMalloc(&base, static_cast<size_t>(bytes));
+    if (error == cudaErrorMemoryAllocation) {
+      static_cast<void>(cudaGetLastError());
+      continue;
+    }
+    Check(error, "giving memory for streams");
+    allocations_.push_back({static_cast<char*>(base), bytes, slab_bytes, {}});
+    Allocation* const made = &allocations_.back();
+    for (int64_t i = made->slabs(); i-- > 0;) made->free.push_back(made->base + i * slab_bytes);
+    return made;
+  }
 }
 
 bool GpuBlockMemory::Unmap(char* base, int64_t slab_bytes, int64_t count) {
   if (!gpu_->IsOfThisProcess()) return true;  // A child leaves its parent's memory alone.
-  for (int64_t i = 0; i < count; ++i) static_cast<void>(cudaFree(base + i * slab_bytes));
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (int64_t i = 0; i < count; ++i) {
+    char* const slab = base + i * slab_bytes;
+    const auto of = std::find_if(allocations_.begin(), allocations_.end(), [slab](const auto& a) {
+      return std::less_equal<char*>()(a.base, slab) && std::less<char*>()(slab, a.base + a.bytes);
+    });
+    of->free.push_back(slab);
+    if (static_cast<int64_t>(of->free.size()) < of->slabs()) continue;
+    static_cast<void>(cudaFree(of->base));
+    allocations_.erase(of);
+  }
   return true;
 }
 

@@ -6,8 +6,11 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <list>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <vector>
 
 #include "cc/session/block_memory.h"
 
@@ -85,8 +88,12 @@ class GpuStream {
 // Error for another GPU's.
 bool IsOnGpu(const void* data, int gpu);
 
-// The memory of stream blocks. Each slab is an allocation, because kernels know blocks by their
-// addresses. So nothing limits how many there are, and slabs come and go without moving any.
+// The memory of stream blocks. Slabs lie anywhere, because kernels know blocks by their addresses.
+// So nothing limits how many there are, and slabs come and go without moving any.
+//
+// Slabs lie in allocations of up to 64 MiB: CUDA rounds each one up to a multiple of 2 MiB. The
+// first has one slab, and the next ones are as large as all before them together. So a few streams
+// take little, and with many less than a thirtieth of the memory is lost by rounding.
 class GpuBlockMemory final : public BlockMemory {
  public:
   explicit GpuBlockMemory(std::shared_ptr<const Gpu> gpu);
@@ -100,10 +107,22 @@ class GpuBlockMemory final : public BlockMemory {
   void CopyOut(const char* from, int64_t bytes, void* to) override;
 
  private:
+  struct Allocation {
+    char* base;
+    int64_t bytes, slab_bytes;
+    std::vector<char*> free;  // slabs
+
+    int64_t slabs() const { return bytes / slab_bytes; }
+  };
+
+  // Returns an allocation with room for a slab, or null if there is no memory. `mutex_` is held.
+  Allocation* Allocate(int64_t slab_bytes);
   void Copy(void* to, const void* from, int64_t bytes, cudaMemcpyKind kind);
 
   const std::shared_ptr<const Gpu> gpu_;
   const GpuStream stream_;
+  std::mutex mutex_;
+  std::list<Allocation> allocations_;  // the oldest first; each has a slab that is in use
 };
 
 }  // namespace continual_transformers

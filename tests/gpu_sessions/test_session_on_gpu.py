@@ -287,6 +287,35 @@ def test_many_streams_come_and_go(device, random):
     assert 0 < used < 40 * session.state_bytes
 
 
+@pytest.mark.parametrize("window", [16, 128, 512])
+def test_little_memory_is_lost(device, request, window):
+    """Blocks of about 8 KiB, 64 KiB and 256 KiB. CUDA gives memory in multiples of 2 MiB."""
+    if "emulated" not in request.node.name:
+        pytest.skip("other programs may use the GPU too")
+    emulator = ctypes.CDLL(str(library("emulated")))
+    emulator.cuda_emulator_allocated.restype = ctypes.c_size_t
+    session = attention_only_plan(window=window, size=64).session(device=device)
+    before = emulator.cuda_emulator_allocated()
+
+    def taken():
+        return emulator.cuda_emulator_allocated() - before
+
+    first = session.open()
+    assert taken() <= 4 << 20
+    streams = (160 << 20) // session.state_bytes
+    ids = session.open(streams)
+    # The newest 64 MiB may not be used yet.
+    assert taken() <= 1.1 * streams * session.state_bytes + (64 << 20)
+    # Streams are opened where others were closed.
+    session.close(ids[::3])
+    most = taken()
+    again = session.open(len(ids[::3]))
+    assert taken() == most
+    session.close([*again, *np.delete(ids, np.s_[::3])])
+    assert taken() <= 8 << 20  # One empty slab is kept.
+    session.close(first)
+
+
 def test_memory_that_is_full(device, request, random):
     """The streams that are open go on."""
     if "emulated" not in request.node.name:
