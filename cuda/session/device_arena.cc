@@ -75,11 +75,9 @@ void DeviceArena::Reserve(GpuBytes* memory, GpuBytes::Kind kind, int64_t bytes) 
 }
 
 void DeviceArena::DropGraphs() {
-  if (gpu_->IsOfThisProcess()) {
-    for (Graph& graph : graphs_) {
-      if (graph.exec != nullptr) static_cast<void>(cudaGraphExecDestroy(graph.exec));
-    }
-  }
+  gpu_->Free([this] {
+    for (Graph& graph : graphs_) static_cast<void>(cudaGraphExecDestroy(graph.exec));
+  });
   graphs_.clear();
 }
 

@@ -1,5 +1,6 @@
 #include "cuda/session/device_memory.h"
 
+#include <cuda.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -17,6 +18,43 @@ namespace {
 
 std::string Described(cudaError_t error) {
   return std::string(cudaGetErrorName(error)) + ", " + cudaGetErrorString(error);
+}
+
+template <typename F>
+F DriverFunction(const char* name) {
+  void* function = nullptr;
+#if CUDART_VERSION >= 12050
+  Check(cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault),
+        "looking for the driver's functions");
+#else
+  Check(cudaGetDriverEntryPoint(name, &function, cudaEnableDefault),
+        "looking for the driver's functions");
+#endif
+  if (function == nullptr) {
+    throw Error(ErrorCode::kInvalidArgument,
+                std::string("the driver has no function ") + name + ": install a newer driver");
+  }
+  return reinterpret_cast<F>(function);
+}
+
+// Functions of the driver. This library does not link it, because it also loads without one.
+struct Driver {
+  static const Driver& Get() {
+    static const Driver driver;
+    return driver;
+  }
+  const decltype(&cuDeviceGet) device_get = DriverFunction<decltype(&cuDeviceGet)>("cuDeviceGet");
+  const decltype(&cuDevicePrimaryCtxRetain) retain =
+      DriverFunction<decltype(&cuDevicePrimaryCtxRetain)>("cuDevicePrimaryCtxRetain");
+  const decltype(&cuCtxPushCurrent) push =
+      DriverFunction<decltype(&cuCtxPushCurrent)>("cuCtxPushCurrent");
+  const decltype(&cuCtxPopCurrent) pop =
+      DriverFunction<decltype(&cuCtxPopCurrent)>("cuCtxPopCurrent");
+};
+
+// The errors of the driver have the same numbers as those of the runtime.
+void CheckDriver(CUresult error, const char* doing) {
+  Check(static_cast<cudaError_t>(error), doing);
 }
 
 // CUDA gives larger allocations in multiples of 2 MiB.
@@ -51,6 +89,9 @@ Gpu::Gpu(int number) : number_(number), process_(getpid()) {
   if (number >= count) {
     throw NoGpu(number, "there are " + std::to_string(count) + " GPUs, counted from 0");
   }
+  CUdevice device;
+  CheckDriver(Driver::Get().device_get(&device, number), "choosing the GPU");
+  CheckDriver(Driver::Get().retain(&context_, device), "making the GPU's context");
 }
 
 bool Gpu::IsOfThisProcess() const { return getpid() == process_; }
@@ -63,16 +104,14 @@ Gpu::Use::Use(const Gpu& gpu) {
         "one. CUDA works in a child only if its parent never used it: start the process with "
         "spawn, or make no session on a GPU before the fork");
   }
-  Check(cudaGetDevice(&before_), "asking for the thread's GPU");
-  if (before_ == gpu.number()) {
-    before_ = -1;
-  } else {
-    Check(cudaSetDevice(gpu.number()), "choosing the GPU");
-  }
+  // cudaSetDevice could not undo itself: it makes a context on the GPU that it chooses, and the
+  // thread may have had none.
+  CheckDriver(Driver::Get().push(gpu.context_), "choosing the GPU");
 }
 
 Gpu::Use::~Use() {
-  if (before_ >= 0) static_cast<void>(cudaSetDevice(before_));
+  CUcontext ours;
+  static_cast<void>(Driver::Get().pop(&ours));
 }
 
 void Check(cudaError_t error, const char* doing) {
@@ -114,9 +153,10 @@ GpuBytes& GpuBytes::operator=(GpuBytes&& other) noexcept {
 }
 
 GpuBytes::~GpuBytes() {
-  // A child leaves its parent's memory alone.
-  if (data_ == nullptr || !gpu_->IsOfThisProcess()) return;
-  static_cast<void>(kind_ == Kind::kDevice ? cudaFree(data_) : cudaFreeHost(data_));
+  if (data_ == nullptr) return;
+  gpu_->Free([this] {
+    static_cast<void>(kind_ == Kind::kDevice ? cudaFree(data_) : cudaFreeHost(data_));
+  });
 }
 
 GpuStream::GpuStream(std::shared_ptr<const Gpu> gpu) : gpu_(std::move(gpu)) {
@@ -126,7 +166,7 @@ GpuStream::GpuStream(std::shared_ptr<const Gpu> gpu) : gpu_(std::move(gpu)) {
 }
 
 GpuStream::~GpuStream() {
-  if (gpu_->IsOfThisProcess()) static_cast<void>(cudaStreamDestroy(stream_));
+  gpu_->Free([this] { static_cast<void>(cudaStreamDestroy(stream_)); });
 }
 
 void GpuStream::WaitForDefaultStream() const {
@@ -202,7 +242,7 @@ bool GpuBlockMemory::Unmap(char* base, int64_t slab_bytes, int64_t count) {
     });
     of->free.push_back(slab);
     if (static_cast<int64_t>(of->free.size()) < of->slabs()) continue;
-    static_cast<void>(cudaFree(of->base));
+    gpu_->Free([&of] { static_cast<void>(cudaFree(of->base)); });
     allocations_.erase(of);
   }
   return true;

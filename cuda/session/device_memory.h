@@ -13,6 +13,9 @@
 #include <vector>
 
 #include "cc/session/block_memory.h"
+#include "cc/session/error.h"
+
+struct CUctx_st;  // of CUDA's driver
 
 namespace continual_transformers {
 
@@ -32,14 +35,25 @@ class Gpu {
     ~Use();
     Use(const Use&) = delete;
     Use& operator=(const Use&) = delete;
-
-   private:
-    int before_ = -1;
   };
+
+  // Calls free() with this GPU in use: for destructors. A forked child leaves its parent's things
+  // alone.
+  template <typename F>
+  void Free(const F& free) const {
+    if (!IsOfThisProcess()) return;
+    try {
+      const Use use(*this);
+      free();
+    } catch (const Error&) {  // The GPU has failed, and nothing can be freed.
+    }
+  }
 
  private:
   const int number_;
   const int process_;  // its id
+  // The context that CUDA's runtime uses too. It lasts as long as the process.
+  CUctx_st* context_;
 };
 
 // Throws Error (kInternal) that says what failed. CUDA's errors are for good in most cases.

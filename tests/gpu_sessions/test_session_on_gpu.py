@@ -438,6 +438,42 @@ session.step(x, streams=stream)
     assert lines[2] == "works"
 
 
+def test_other_gpus_are_left_alone(device, request):
+    """In a process of its own, because a context stays for good."""
+    if "emulated" not in request.node.name:
+        pytest.skip("it needs two GPUs")
+    program = """
+import ctypes, os, sys
+sys.path[:0] = ["tests"]
+import numpy as np
+from plan_files import attention_plan
+plan = attention_plan(np.random.default_rng(0), 6)
+session = plan.session(device="cuda:1")
+emulator = ctypes.CDLL(os.environ["CONTINUAL_TRANSFORMERS_CUDA_LIBRARY"])
+
+def use(session):
+    ids, x = session.open(3), np.ones((3, 6), "float32")
+    session.step(x, streams=ids)
+    session.steps(x[:, None], streams=ids)
+    session.set_state(session.get_state(ids), ids)
+    session.profile(2)
+    session.close(ids)
+
+use(session)
+del session
+assert emulator.cuda_emulator_contexts() == 1 << 1
+assert emulator.cuda_emulator_gpu() == 0
+emulator.cuda_emulator_choose(0)
+use(plan.session(device="cuda:1"))
+assert emulator.cuda_emulator_gpu() == 0
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True,
+        text=True, env={**os.environ, "PYTHONPATH": str(CORE.parent.parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_a_session_says(session, plan, device):
     assert session.device == device
     assert f"on {device}>" in repr(session)

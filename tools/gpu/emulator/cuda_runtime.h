@@ -26,9 +26,11 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <string>
 #include <utility>
 #include <vector>
 
+#include "cuda.h"
 #include "emulated_memory.h"
 
 #define __global__
@@ -79,6 +81,7 @@ using cudaEvent_t = CUevent_st*;
 namespace cuda_emulator {
 template <typename F>
 cudaError_t Do(const F& work) {
+  NeedContext();
   const Work here;
   work();
   return cudaSuccess;
@@ -90,31 +93,57 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor
 };
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+  const CUcontext current = cuda_emulator::CurrentOrNull();
+  return *device = current == nullptr ? 0 : current->gpu, cudaSuccess;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return *value = 9, cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
-inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  return *count = cuda_emulator::kGpus, cudaSuccess;
+}
 inline cudaError_t cudaSetDevice(int device) {
-  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+  if (device < 0 || device >= cuda_emulator::kGpus) return cudaErrorInvalidDevice;
+  return cuda_emulator::MakeCurrent(device), cudaSuccess;
+}
+
+#define CUDART_VERSION 13000
+enum { cudaEnableDefault = 0 };
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned,
+                                                    unsigned long long) {
+  const std::string name = symbol;
+  *function = name == "cuDeviceGet" ? reinterpret_cast<void*>(&cuDeviceGet)
+              : name == "cuDevicePrimaryCtxRetain"
+                  ? reinterpret_cast<void*>(&cuDevicePrimaryCtxRetain)
+              : name == "cuCtxPushCurrent" ? reinterpret_cast<void*>(&cuCtxPushCurrent)
+              : name == "cuCtxPopCurrent"  ? reinterpret_cast<void*>(&cuCtxPopCurrent)
+                                           : nullptr;
+  return cudaSuccess;
 }
 
 inline cudaError_t cudaMalloc(void** data, size_t bytes) {
+  cuda_emulator::NeedContext();
   const std::lock_guard<std::recursive_mutex> lock(cuda_emulator::running);
   *data = cuda_emulator::DeviceMemory::Get().Allocate(bytes);
   return *data == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
 }
 inline cudaError_t cudaFree(void* data) {
+  cuda_emulator::NeedContext();
   const std::lock_guard<std::recursive_mutex> lock(cuda_emulator::running);
   return cuda_emulator::DeviceMemory::Get().Free(data), cudaSuccess;
 }
 inline cudaError_t cudaMallocHost(void** data, size_t bytes) {
+  cuda_emulator::NeedContext();
   *data = std::malloc(bytes);
   return *data == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
 }
-inline cudaError_t cudaFreeHost(void* data) { return std::free(data), cudaSuccess; }
+inline cudaError_t cudaFreeHost(void* data) {
+  cuda_emulator::NeedContext();
+  return std::free(data), cudaSuccess;
+}
 
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
@@ -161,9 +190,13 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
 
 enum { cudaStreamNonBlocking = 1 };
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  cuda_emulator::NeedContext();
   return *stream = new CUstream_st, cudaSuccess;
 }
-inline cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete stream, cudaSuccess; }
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  cuda_emulator::NeedContext();
+  return delete stream, cudaSuccess;
+}
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
 inline cudaError_t cudaEventCreate(cudaEvent_t* event) {
@@ -372,6 +405,18 @@ extern "C" __attribute__((used, visibility("default"))) inline void cuda_emulato
 extern "C" __attribute__((used, visibility("default"))) inline size_t cuda_emulator_allocated() {
   return cuda_emulator::DeviceMemory::Get().allocated();
 }
+// Bit n: whether GPU n has a context.
+extern "C" __attribute__((used, visibility("default"))) inline int cuda_emulator_contexts() {
+  return cuda_emulator::contexts;
+}
+// The thread's GPU, and its choice.
+extern "C" __attribute__((used, visibility("default"))) inline int cuda_emulator_gpu() {
+  int gpu;
+  return cudaGetDevice(&gpu), gpu;
+}
+extern "C" __attribute__((used, visibility("default"))) inline void cuda_emulator_choose(int gpu) {
+  cudaSetDevice(gpu);
+}
 // Device memory for tests, and a copy to or from it.
 extern "C" __attribute__((used, visibility("default"))) inline void* cuda_emulator_allocate(
     size_t bytes) {
@@ -461,7 +506,10 @@ inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph
   return cudaSuccess;
 }
 inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
-inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return delete exec, cudaSuccess; }
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+  cuda_emulator::NeedContext();
+  return delete exec, cudaSuccess;
+}
 inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
   return cuda_emulator::Do([&] {
     for (const auto& work : exec->work) work();
