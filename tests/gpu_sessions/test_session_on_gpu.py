@@ -370,6 +370,28 @@ def test_threads(session, on_cpu, x):
     assert not failures
 
 
+def test_pythons_lock_is_free_while_a_call_waits(session, request, x):
+    """A Python function on the default stream could otherwise not end, and so neither the call."""
+    if "emulated" not in request.node.name:
+        pytest.skip("a GPU cannot tell whether the lock is held")
+    emulator = ctypes.CDLL(str(library("emulated")))
+    emulator.cuda_emulator_set_probe(
+        ctypes.cast(ctypes.pythonapi.PyGILState_Check, ctypes.c_void_p)
+    )
+    try:
+        ids = session.open(2)
+        session.step(x[:2, 0], streams=ids)
+        session.step(OnEmulator(x[:2, 0]), streams=ids)
+        session.steps(x[:2], streams=ids)
+        session.set_state(session.get_state(ids), ids)
+        assert emulator.cuda_emulator_probed() == 0
+        session.release_gil = False
+        session.step(x[:2, 0], streams=ids)
+        assert emulator.cuda_emulator_probed() > 0
+    finally:
+        emulator.cuda_emulator_set_probe(None)
+
+
 def test_first_steps_beside_a_thread_that_synchronizes(session, on_cpu, x, request):
     """A capture of a stream would fail, and so would the other thread."""
     if "emulated" in request.node.name:

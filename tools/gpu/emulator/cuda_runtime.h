@@ -16,6 +16,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -79,6 +80,12 @@ using cudaStream_t = CUstream_st*;
 using cudaEvent_t = CUevent_st*;
 
 namespace cuda_emulator {
+// How often the host waited for the GPU, and memory was set. Tests read them.
+inline std::atomic<int64_t> waits{0}, memsets{0};
+// It is called where the host waits. Counted is how often it returned something else than 0.
+inline std::atomic<int (*)()> probe{nullptr};
+inline std::atomic<int64_t> probed{0};
+
 template <typename F>
 cudaError_t Do(const F& work) {
   NeedContext();
@@ -162,6 +169,7 @@ inline cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from
   });
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  ++cuda_emulator::memsets;
   return cuda_emulator::Do([=] { std::memset(to, value, bytes); });
 }
 
@@ -197,7 +205,12 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   cuda_emulator::NeedContext();
   return delete stream, cudaSuccess;
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  ++cuda_emulator::waits;
+  int (*const probe)() = cuda_emulator::probe;
+  if (probe != nullptr && probe() != 0) ++cuda_emulator::probed;
+  return cudaSuccess;
+}
 
 inline cudaError_t cudaEventCreate(cudaEvent_t* event) {
   return *event = new CUevent_st, cudaSuccess;
@@ -404,6 +417,21 @@ extern "C" __attribute__((used, visibility("default"))) inline void cuda_emulato
 }
 extern "C" __attribute__((used, visibility("default"))) inline size_t cuda_emulator_allocated() {
   return cuda_emulator::DeviceMemory::Get().allocated();
+}
+extern "C" __attribute__((used, visibility("default"))) inline int64_t cuda_emulator_waits() {
+  return cuda_emulator::waits;
+}
+extern "C" __attribute__((used, visibility("default"))) inline int64_t cuda_emulator_memsets() {
+  return cuda_emulator::memsets;
+}
+// Has `probe` called where the host waits, or nothing for null.
+extern "C" __attribute__((used, visibility("default"))) inline void cuda_emulator_set_probe(
+    int (*probe)()) {
+  cuda_emulator::probed = 0;
+  cuda_emulator::probe = probe;
+}
+extern "C" __attribute__((used, visibility("default"))) inline int64_t cuda_emulator_probed() {
+  return cuda_emulator::probed;
 }
 // Bit n: whether GPU n has a context.
 extern "C" __attribute__((used, visibility("default"))) inline int cuda_emulator_contexts() {
