@@ -23,7 +23,7 @@ from continual_transformers_tf.session import (
     TooManyStreamsError,
     UnknownStreamError,
 )
-from on_gpu import CORE, LIBRARY, OnEmulator, library, to_gpu
+from on_gpu import CORE, LIBRARY, OnEmulator, VersionedOnEmulator, library, to_gpu
 from plan_files import attention_only_plan, attention_plan, many_ports_plan, two_ports_plan
 
 FEATURES, OUTPUTS, WINDOW = 6, 5, 4
@@ -594,6 +594,28 @@ def test_arrays_on_a_gpu_that_do_not_fit(session, on_cpu, device, request, x):
     with pytest.raises(TypeError, match="of type OnEmulator. Expected a NumPy array"):
         on_cpu.step(there)
     assert session.position(a) == 0
+
+
+@pytest.mark.skipif(
+    np.lib.NumpyVersion(np.__version__) < "2.1.0", reason="this NumPy has no DLPack 1.0"
+)
+def test_read_only_arrays_on_a_gpu(session, on_cpu, request, x):
+    """DLPack 1.0 says what is read-only. Older libraries do not know `max_version`."""
+    if "emulated" not in request.node.name:
+        pytest.skip("the same code for every GPU")
+    a, there = session.open(), on_cpu.open()
+    row = x[:1, 0]
+    out = VersionedOnEmulator(np.zeros((1, OUTPUTS), F), read_only=True)
+    with pytest.raises(ValueError, match="out is read-only. Expected an array that can be written"):
+        session.step(row, streams=a, out=out)
+    assert (out.on_host() == 0).all()
+    assert session.position(a) == 0
+    later = VersionedOnEmulator(row, read_only=False, version=(2, 0))
+    with pytest.raises(ValueError, match="by version 2 of DLPack, although it was asked for ver"):
+        session.step(later, streams=a)
+    out = VersionedOnEmulator(np.zeros((1, OUTPUTS), F), read_only=False)
+    session.step(VersionedOnEmulator(row, read_only=True), streams=a, out=out)
+    np.testing.assert_allclose(out.on_host(), on_cpu.step(row, streams=there), **CLOSE)
 
 
 def test_indices_must_be_on_the_host(device, random):
