@@ -2,7 +2,8 @@
 // its device:
 //
 //   static Status Check();     whether the device can run kernels
-//   Device(OpKernelContext*);
+//   class Kept;                what it keeps between the calls of an op
+//   Device(OpKernelContext*, Kept*);
 //   DeviceMemory* memory();    the memory of all inputs but streams and scale; null: the host's
 //   Status Positions(AttentionState*, const int64_t**);   of all streams, in host memory
 //   Status Take(params, const Tensor* streams, ...);      takes the step and advances the streams
@@ -33,7 +34,9 @@ class CpuDevice {
  public:
   static absl::Status Check() { return ExpectTarget(); }
 
-  explicit CpuDevice(tensorflow::OpKernelContext* ctx)
+  class Kept {};
+
+  CpuDevice(tensorflow::OpKernelContext* ctx, Kept*)
       : ctx_(ctx), threads_(ThreadsOf(ctx->device())) {}
 
   DeviceMemory* memory() { return nullptr; }
