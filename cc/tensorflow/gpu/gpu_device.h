@@ -59,8 +59,10 @@ class GpuDevice {
 
   DeviceMemory* memory() { return &call_; }
 
-  absl::Status Positions(AttentionState* state, const int64_t** positions) {
-    TF_RETURN_IF_ERROR(call_.Positions(*state->position(), &positions_));
+  absl::Status Positions(AttentionState* state, int64_t first, int64_t count,
+                         const int64_t** positions) {
+    positions_.resize(count);
+    TF_RETURN_IF_ERROR(call_.Positions(*state->position(), first, &positions_));
     *positions = positions_.data();
     return absl::OkStatus();
   }
