@@ -30,7 +30,7 @@ struct DeviceFrame {
   }
 };
 
-// Launches the kernels of a node.
+// Launches the kernels of a node, all by Launch(): a GraphBuilder knows of no other work.
 using NodeLaunch = std::function<cudaError_t(const DeviceFrame& frame, cudaStream_t stream)>;
 
 }  // namespace continual_transformers
