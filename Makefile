@@ -83,9 +83,9 @@ format: .venv/test-tools
 bazel-build: .venv/test-tools
 	$(RUN_BAZEL) build $(BAZEL_FLAGS) //...
 
-# The op library with kernels for GPUs.
+# The op library with kernels for GPUs, and the library of sessions on them.
 bazel-cuda: .venv/test-tools
-	$(RUN_BAZEL) build $(BAZEL_FLAGS) --config=cuda //cc:op_library
+	$(RUN_BAZEL) build $(BAZEL_FLAGS) --config=cuda //cc:op_library //cuda:session_library
 
 bazel-test: .venv/test-tools
 	$(RUN_BAZEL) test $(BAZEL_FLAGS) //...

@@ -1,4 +1,4 @@
-"""The CUDA toolkit as an external repository, and a rule that compiles with cuda/nvcc.py."""
+"""The CUDA toolkit as an external repository, and rules that compile with cuda/nvcc.py."""
 
 load("//cc:library.bzl", "CUDA_LINK_OPTIONS")
 
@@ -55,24 +55,20 @@ cuda_configure = repository_rule(
     local = True,
 )
 
-def cuda_library(name, srcs, hdrs, attention_hdrs):
-    """Compile sources with nvcc into objects, which are linked into every target that uses them."""
+def _object(source):
+    return source.rsplit(".", 1)[0] + ".pic.o"
+
+def cuda_objects(srcs, hdrs):
+    """Compile sources with nvcc. Return the names of their objects."""
     for source in srcs:
         native.genrule(
             name = source + ".object",
-            srcs = [source, "@cuda//:toolkit.json"] + hdrs + attention_hdrs,
-            outs = [source.replace(".cu", ".pic.o")],
+            srcs = [source, "@cuda//:toolkit.json"] + hdrs,
+            outs = [_object(source)],
             cmd = "python3 $(location nvcc.py) object $(location @cuda//:toolkit.json) " +
                   "$(location %s) $@" % source,
             message = "Compiling for GPUs",
             tags = ["manual"],
             tools = ["nvcc.py", "//cc:library.bzl", "//tools:compiler_errors.py", "//tools:object_files.py"],
         )
-    native.cc_library(
-        name = name,
-        srcs = [source.replace(".cu", ".pic.o") for source in srcs],
-        hdrs = [header for header in hdrs if header.endswith(".h")],
-        tags = ["manual"],
-        deps = ["@cuda//:runtime"],
-        alwayslink = True,
-    )
+    return [_object(source) for source in srcs]

@@ -217,6 +217,7 @@ CUDA_HEADERS = [
     "dense.h",
     "elements.cuh",
     "for_each.cuh",
+    "graph_builder.h",
     "launch.cuh",
     "normalize.h",
     "partial_attention.cuh",

@@ -8,22 +8,28 @@
 #include <cstdint>
 #include <limits>
 
+#include "cuda/graph_builder.h"
+
 namespace continual_transformers {
 
 // With `overlap`, the kernel may begin while the kernel before it on the stream still runs
 // (programmatic dependent launch). It must call WaitForPrevious() before it reads what that one
-// writes. The caller sets `overlap` only if CanOverlap().
+// writes. The caller sets `overlap` only if CanOverlap(). Nodes of a GraphBuilder do not overlap.
 template <typename Params>
 cudaError_t Launch(void (*kernel)(Params), int64_t blocks, int threads, bool overlap,
                    cudaStream_t stream, const Params& params) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
+  const dim3 grid(static_cast<unsigned>(blocks)), block(threads);
+  if (GraphBuilder* const builder = GraphBuilder::Current()) {
+    return builder->Add(kernel, grid, block, params);
+  }
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(threads);
+  config.gridDim = grid;
+  config.blockDim = block;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = overlap ? 1 : 0;

@@ -8,8 +8,8 @@
 namespace continual_transformers {
 namespace {
 
-// The parts of dlpack.h, version 0 and 1, that are the same in both: what a capsule "dltensor"
-// points to begins with them.
+// Of dlpack.h: a capsule "dltensor" points to a DLTensor, and something that is not read here. A
+// capsule "dltensor_versioned", of version 1, points to a DLManagedTensorVersioned.
 struct DLDataType {
   uint8_t code;  // 0: int, 2: float, 6: bool
   uint8_t bits;
@@ -24,8 +24,17 @@ struct DLTensor {
   int64_t* strides;  // in elements; null: C-contiguous
   uint64_t byte_offset;
 };
+struct DLManagedTensorVersioned {
+  uint32_t major, minor;
+  void* manager;
+  void (*deleter)(DLManagedTensorVersioned*);
+  uint64_t flags;
+  DLTensor tensor;
+};
 constexpr long kCuda = 2, kCudaManaged = 13;
-constexpr char kCapsule[] = "dltensor";
+constexpr char kCapsule[] = "dltensor", kVersionedCapsule[] = "dltensor_versioned";
+constexpr uint32_t kMajor = 1;
+constexpr uint64_t kReadOnly = 1;
 
 // NumPy's number of the type, or -1: no input or output of a model has it.
 int TypeNumber(const DLDataType& type) {
@@ -78,15 +87,42 @@ bool IsOnGpu(PyObject* given, long* gpu) {
 }
 
 // Returns the capsule with a DLTensor. The owner's work is done before what is put on the default
-// stream afterwards, which is number 1.
+// stream afterwards, which is number 1. Only capsules of version 1 say that an array is read-only.
 PyObject* Capsule(PyObject* given) {
   const Reference method(PyObject_GetAttrString(given, "__dlpack__"));
   if (method.get() == nullptr) throw PythonError();
-  const Reference none(PyTuple_New(0)), options(Py_BuildValue("{s:i}", "stream", 1));
-  if (none.get() == nullptr || options.get() == nullptr) throw PythonError();
-  Reference capsule(PyObject_Call(method.get(), none.get(), options.get()));
-  if (capsule.get() == nullptr) throw PythonError();
-  return capsule.release();
+  const Reference none(PyTuple_New(0));
+  const Reference versioned(Py_BuildValue("{s:i,s:(ii)}", "stream", 1, "max_version", 1, 0));
+  const Reference plain(Py_BuildValue("{s:i}", "stream", 1));
+  if (none.get() == nullptr || versioned.get() == nullptr || plain.get() == nullptr) {
+    throw PythonError();
+  }
+  PyObject* capsule = PyObject_Call(method.get(), none.get(), versioned.get());
+  if (capsule == nullptr && PyErr_ExceptionMatches(PyExc_TypeError) != 0) {
+    PyErr_Clear();  // A library from before version 1 does not know the argument.
+    capsule = PyObject_Call(method.get(), none.get(), plain.get());
+  }
+  if (capsule == nullptr) throw PythonError();
+  return capsule;
+}
+
+// Returns what a capsule points to, and writes whether it may be written.
+const DLTensor* TensorOf(PyObject* capsule, const std::string& label, bool* is_writeable) {
+  *is_writeable = true;
+  if (PyCapsule_IsValid(capsule, kVersionedCapsule) == 0) {
+    const void* const tensor = PyCapsule_GetPointer(capsule, kCapsule);
+    if (tensor == nullptr) throw PythonError();
+    return static_cast<const DLTensor*>(tensor);
+  }
+  const auto* const versioned = static_cast<const DLManagedTensorVersioned*>(
+      PyCapsule_GetPointer(capsule, kVersionedCapsule));
+  if (versioned->major != kMajor) {
+    Raise(PyExc_ValueError, label + " gives its memory by version " +
+                                std::to_string(versioned->major) +
+                                " of DLPack, although it was asked for version 1.");
+  }
+  *is_writeable = (versioned->flags & kReadOnly) == 0;
+  return &versioned->tensor;
 }
 
 }  // namespace
@@ -101,9 +137,8 @@ PyArrayObject* GpuArrayOrNull(PyObject* given, int gpu, const std::string& label
   }
   // The capsule is not renamed to "used_dltensor": it frees the tensor when it goes.
   Reference capsule(Capsule(given));
-  const auto* const tensor =
-      static_cast<const DLTensor*>(PyCapsule_GetPointer(capsule.get(), kCapsule));
-  if (tensor == nullptr) throw PythonError();
+  bool is_writeable;
+  const DLTensor* const tensor = TensorOf(capsule.get(), label, &is_writeable);
   const int type = TypeNumber(tensor->dtype);
   if (type < 0 || tensor->ndim > kMostAxes) {
     Raise(PyExc_ValueError, label +
@@ -127,8 +162,9 @@ PyArrayObject* GpuArrayOrNull(PyObject* given, int gpu, const std::string& label
           label + " is on the GPU and not C-contiguous. Make a contiguous copy of it.");
   }
   PyArray_Descr* const dtype = PyArray_DescrFromType(type);
-  PyObject* const array = PyArray_NewFromDescr(&PyArray_Type, dtype, tensor->ndim, shape, nullptr,
-                                               data, NPY_ARRAY_WRITEABLE, nullptr);
+  PyObject* const array =
+      PyArray_NewFromDescr(&PyArray_Type, dtype, tensor->ndim, shape, nullptr, data,
+                           is_writeable ? NPY_ARRAY_WRITEABLE : 0, nullptr);
   if (array == nullptr) throw PythonError();
   if (PyArray_SetBaseObject(reinterpret_cast<PyArrayObject*>(array), capsule.release()) != 0) {
     Py_DECREF(array);

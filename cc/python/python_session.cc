@@ -322,7 +322,7 @@ PythonSession::PythonSession(std::shared_ptr<const ModelFile> file, const Sessio
 
 bool PythonSession::ReleasesForNanoseconds(double nanoseconds) const {
   if (release != Release::kByEstimate) return release == Release::kAlways;
-  return nanoseconds > kShortNanoseconds;
+  return gpu_ >= 0 || nanoseconds > kShortNanoseconds;
 }
 
 }  // namespace continual_transformers

@@ -116,9 +116,11 @@ class PythonSession {
   enum class Release { kByEstimate, kNever, kAlways };
   Release release = Release::kByEstimate;
 
-  // Returns whether a step of `rows` rows (M * T) is long enough to release the GIL.
+  // Returns whether a step of `rows` rows (M * T) releases the GIL: if it is long, or waits for a
+  // GPU. What it waits for may be a Python function on the GPU's default stream.
   bool ReleasesFor(int64_t rows) const {
-    return release == Release::kByEstimate ? rows > short_rows_ : release == Release::kAlways;
+    if (release != Release::kByEstimate) return release == Release::kAlways;
+    return gpu_ >= 0 || rows > short_rows_;
   }
   // The same for other work with a time estimate.
   bool ReleasesForNanoseconds(double nanoseconds) const;

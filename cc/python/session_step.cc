@@ -516,8 +516,8 @@ constexpr char kStepDoc[] = R"(step($self, x, streams=None, *, out=None, key_mas
 Take one step of M streams.
 
 Several threads may call one session. Calls that name the same stream run one after the other. A
-short step keeps Python's global lock, and a long one releases it; see `release_gil`. After an error
-every stream is as it was before the call.
+short step on the CPU keeps Python's global lock, and others release it; see `release_gil`. After an
+error every stream is as it was before the call.
 
 Args:
     x: The model's inputs without the time axis: one NumPy array `(M, ...)`, or, if the model has

@@ -44,7 +44,7 @@ class CoSiEncoderStepOp : public tensorflow::OpKernel {
 
  private:
   absl::Status Run(tensorflow::OpKernelContext* ctx) const {
-    Device device(ctx);
+    Device device(ctx, &kept_);
     StepVariables variables;
     TF_RETURN_IF_ERROR(
         variables.Get(ctx, variables_, options_.variables() + kCoSiEncoderStepWeights));
@@ -106,6 +106,7 @@ class CoSiEncoderStepOp : public tensorflow::OpKernel {
                            call.step().output_features);
   }
 
+  mutable typename Device::Kept kept_;
   CoSiMhaStepOptions options_;
   bool norm_first_;
   double epsilon_;  // of the layer norms

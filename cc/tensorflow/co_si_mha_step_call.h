@@ -173,12 +173,19 @@ class CoSiMhaStepCall {
   absl::Status HasOutputs(bool* has_outputs) {
     *has_outputs = true;
     if (options_.first_step <= 1) return absl::OkStatus();
-    const int64_t* positions;
-    TF_RETURN_IF_ERROR(device_->Positions(&state_, &positions));
+    const int64_t count = attention_.num_streams;
     const int32_t* streams = streams_ == nullptr ? nullptr : Data<int32_t>(*streams_);
+    int64_t first = 0, end = count;
+    if (streams != nullptr && count > 0) {
+      const auto [lowest, highest] = std::minmax_element(streams, streams + count);
+      first = *lowest;
+      end = *highest + int64_t{1};
+    }
+    const int64_t* positions;
+    TF_RETURN_IF_ERROR(device_->Positions(&state_, first, end - first, &positions));
     int64_t furthest = 0;
-    for (int64_t m = 0; m < attention_.num_streams; ++m) {
-      furthest = std::max(furthest, positions[streams == nullptr ? m : streams[m]] + 1);
+    for (int64_t m = 0; m < count; ++m) {
+      furthest = std::max(furthest, positions[streams == nullptr ? m : streams[m] - first] + 1);
     }
     *has_outputs = furthest >= options_.first_step;
     return absl::OkStatus();

@@ -33,7 +33,7 @@ class CoSiMhaStepOp : public tensorflow::OpKernel {
 
  private:
   absl::Status Run(tensorflow::OpKernelContext* ctx) const {
-    Device device(ctx);
+    Device device(ctx, &kept_);
     StepVariables variables;
     TF_RETURN_IF_ERROR(variables.Get(ctx, variables_, options_.variables()));
     const CoSiMhaStepInputs inputs = {
@@ -45,6 +45,7 @@ class CoSiMhaStepOp : public tensorflow::OpKernel {
     });
   }
 
+  mutable typename Device::Kept kept_;
   CoSiMhaStepOptions options_;
   OpInput query_, variables_;
   OptionalOpInput value_, key_, streams_, attention_mask_, query_mask_, key_mask_;

@@ -2,9 +2,11 @@
 // its device:
 //
 //   static Status Check();     whether the device can run kernels
-//   Device(OpKernelContext*);
+//   class Kept;                what it keeps between the calls of an op
+//   Device(OpKernelContext*, Kept*);
 //   DeviceMemory* memory();    the memory of all inputs but streams and scale; null: the host's
-//   Status Positions(AttentionState*, const int64_t**);   of all streams, in host memory
+//   Status Positions(AttentionState*, int64_t first, int64_t count, const int64_t**);
+//                              of streams from the first on, in host memory
 //   Status Take(params, const Tensor* streams, ...);      takes the step and advances the streams
 //   static bool RecomputingIsFaster(const RetroactiveParams<T>&);
 //
@@ -35,13 +37,15 @@ class CpuDevice {
  public:
   static absl::Status Check() { return ExpectTarget(); }
 
-  explicit CpuDevice(tensorflow::OpKernelContext* ctx)
+  class Kept {};
+
+  CpuDevice(tensorflow::OpKernelContext* ctx, Kept*)
       : ctx_(ctx), threads_(ThreadsOf(ctx->device())) {}
 
   DeviceMemory* memory() { return nullptr; }
 
-  absl::Status Positions(AttentionState* state, const int64_t** positions) {
-    *positions = state->position()->flat<int64_t>().data();
+  absl::Status Positions(AttentionState* state, int64_t first, int64_t, const int64_t** positions) {
+    *positions = state->position()->flat<int64_t>().data() + first;
     return absl::OkStatus();
   }
 

@@ -40,7 +40,7 @@ class SingleOutputAttentionOp : public tensorflow::OpKernel {
 
  private:
   absl::Status Run(tensorflow::OpKernelContext* ctx) const {
-    Device device(ctx);
+    Device device(ctx, &kept_);
     RingInputs::Variables variables;
     TF_RETURN_IF_ERROR(inputs_.GetVariables(ctx, &variables));
     AttentionState state = inputs_.State(device.memory());
@@ -80,6 +80,7 @@ class SingleOutputAttentionOp : public tensorflow::OpKernel {
     return absl::OkStatus();
   }
 
+  mutable typename Device::Kept kept_;
   RingInputs inputs_;
   OptionalOpInput attention_mask_;
   OpOutput output_, attention_scores_, steps_taken_, window_key_, window_value_, window_key_mask_;

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/graph_builder.h"
 #include "cuda/session/advance.h"
 
 namespace continual_transformers {
@@ -17,7 +18,7 @@ namespace {
 // cudaMalloc's own alignment.
 constexpr int64_t kAlignment = 256;
 // A program steps few different numbers of streams at a time. A graph takes some memory, and
-// capturing it takes far longer than replaying it.
+// making it takes far longer than replaying it.
 constexpr size_t kMostGraphs = 16;
 
 int64_t Align(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
@@ -74,11 +75,9 @@ void DeviceArena::Reserve(GpuBytes* memory, GpuBytes::Kind kind, int64_t bytes) 
 }
 
 void DeviceArena::DropGraphs() {
-  if (gpu_->IsOfThisProcess()) {
-    for (Graph& graph : graphs_) {
-      if (graph.exec != nullptr) static_cast<void>(cudaGraphExecDestroy(graph.exec));
-    }
-  }
+  gpu_->Free([this] {
+    for (Graph& graph : graphs_) static_cast<void>(cudaGraphExecDestroy(graph.exec));
+  });
   graphs_.clear();
 }
 
@@ -103,7 +102,7 @@ DeviceArena::Graph* DeviceArena::GraphFor(int64_t streams) {
   for (int64_t offset : graph.layout.values) {
     graph.values.push_back(offset < 0 ? nullptr : step_.get() + offset);
   }
-  Capture(&graph);
+  Build(&graph);
   if (graphs_.size() == kMostGraphs) {
     static_cast<void>(cudaGraphExecDestroy(graphs_.back().exec));
     graphs_.pop_back();
@@ -120,17 +119,17 @@ cudaError_t DeviceArena::LaunchAll(const DeviceFrame& frame) const {
   return AdvancePositions(frame, stream_.get());
 }
 
-void DeviceArena::Capture(Graph* graph) {
-  // Relaxed: kernels may be loaded meanwhile, and other threads may ask for memory.
-  Check(cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeRelaxed), "capturing a step");
-  const cudaError_t launched = LaunchAll(FrameOf(*graph));
-  cudaGraph_t captured = nullptr;
-  const cudaError_t ended = cudaStreamEndCapture(stream_.get(), &captured);
-  Check(launched, "capturing a step");
-  Check(ended, "capturing a step");
-  const cudaError_t made = cudaGraphInstantiate(&graph->exec, captured, 0);
-  static_cast<void>(cudaGraphDestroy(captured));
-  Check(made, "making a step's graph");
+void DeviceArena::Build(Graph* graph) {
+  cudaGraph_t nodes = nullptr;
+  Check(cudaGraphCreate(&nodes, 0), "making a step's graph");
+  cudaError_t error;
+  {
+    const GraphBuilder builder(nodes);
+    error = LaunchAll(FrameOf(*graph));
+  }
+  if (error == cudaSuccess) error = cudaGraphInstantiate(&graph->exec, nodes, 0);
+  static_cast<void>(cudaGraphDestroy(nodes));
+  Check(error, "making a step's graph");
 }
 
 void DeviceArena::TakeStep(const Graph& graph) {

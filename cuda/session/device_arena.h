@@ -45,7 +45,7 @@ class DeviceArena final : public Arena {
     int64_t bytes;
   };
 
-  // A captured step. It holds addresses in `step_`.
+  // A step of M streams. It holds addresses in `step_`.
   struct Graph {
     Layout layout;
     std::vector<char*> values;
@@ -54,7 +54,7 @@ class DeviceArena final : public Arena {
 
   DeviceFrame FrameOf(const Graph& graph) const;
   Graph* GraphFor(int64_t streams);
-  void Capture(Graph* graph);
+  void Build(Graph* graph);
   cudaError_t LaunchAll(const DeviceFrame& frame) const;
   void TakeStep(const Graph& graph);
   void TakeProfiledStep(const Graph& graph);

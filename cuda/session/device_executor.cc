@@ -11,7 +11,7 @@
 namespace continual_transformers {
 namespace {
 
-// Guesses, not measured. Python gives up its global lock for steps that take longer than 0.1 ms.
+// Guesses, not measured.
 constexpr double kNanosecondsANode = 2000;
 constexpr double kStreamsAtOnce = 64;
 

@@ -1,4 +1,4 @@
-// The executor for a GPU. A step of M streams is captured once as a CUDA graph, and replayed: one
+// The executor for a GPU. A step of M streams becomes a CUDA graph once, and is replayed: one
 // launch a step, however deep the model is.
 
 #ifndef CONTINUAL_TRANSFORMERS_CUDA_SESSION_DEVICE_EXECUTOR_H_

@@ -11,7 +11,7 @@
 namespace continual_transformers {
 
 // All pointers are to device memory, except `values` itself. The host never reads what they point
-// to, so launches can be captured in a graph and replayed for other streams and positions.
+// to, so launches can be nodes of a graph and replayed for other streams and positions.
 struct DeviceFrame {
   int64_t streams;           // M
   char* const* blocks;       // [M], the streams' blocks
@@ -30,7 +30,7 @@ struct DeviceFrame {
   }
 };
 
-// Launches the kernels of a node.
+// Launches the kernels of a node, all by Launch(): a GraphBuilder knows of no other work.
 using NodeLaunch = std::function<cudaError_t(const DeviceFrame& frame, cudaStream_t stream)>;
 
 }  // namespace continual_transformers

@@ -1,10 +1,13 @@
 #include "cuda/session/device_memory.h"
 
+#include <cuda.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 
@@ -15,6 +18,53 @@ namespace {
 
 std::string Described(cudaError_t error) {
   return std::string(cudaGetErrorName(error)) + ", " + cudaGetErrorString(error);
+}
+
+template <typename F>
+F DriverFunction(const char* name) {
+  void* function = nullptr;
+#if CUDART_VERSION >= 12050
+  Check(cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault),
+        "looking for the driver's functions");
+#else
+  Check(cudaGetDriverEntryPoint(name, &function, cudaEnableDefault),
+        "looking for the driver's functions");
+#endif
+  if (function == nullptr) {
+    throw Error(ErrorCode::kInvalidArgument,
+                std::string("the driver has no function ") + name + ": install a newer driver");
+  }
+  return reinterpret_cast<F>(function);
+}
+
+// Functions of the driver. This library does not link it, because it also loads without one.
+struct Driver {
+  static const Driver& Get() {
+    static const Driver driver;
+    return driver;
+  }
+  const decltype(&cuDeviceGet) device_get = DriverFunction<decltype(&cuDeviceGet)>("cuDeviceGet");
+  const decltype(&cuDevicePrimaryCtxRetain) retain =
+      DriverFunction<decltype(&cuDevicePrimaryCtxRetain)>("cuDevicePrimaryCtxRetain");
+  const decltype(&cuCtxPushCurrent) push =
+      DriverFunction<decltype(&cuCtxPushCurrent)>("cuCtxPushCurrent");
+  const decltype(&cuCtxPopCurrent) pop =
+      DriverFunction<decltype(&cuCtxPopCurrent)>("cuCtxPopCurrent");
+};
+
+// The errors of the driver have the same numbers as those of the runtime.
+void CheckDriver(CUresult error, const char* doing) {
+  Check(static_cast<cudaError_t>(error), doing);
+}
+
+// CUDA gives larger allocations in multiples of 2 MiB.
+constexpr int64_t kRounding = 2 << 20;
+constexpr int64_t kLargestRest = 1 << 20;
+constexpr int64_t kLargestAllocation = 64 << 20;
+
+// Returns the bytes that an allocation of `bytes` takes.
+int64_t AsAllocated(int64_t bytes) {
+  return bytes <= kLargestRest ? bytes : (bytes + kRounding - 1) / kRounding * kRounding;
 }
 
 Error NoGpu(int number, const std::string& why) {
@@ -39,6 +89,9 @@ Gpu::Gpu(int number) : number_(number), process_(getpid()) {
   if (number >= count) {
     throw NoGpu(number, "there are " + std::to_string(count) + " GPUs, counted from 0");
   }
+  CUdevice device;
+  CheckDriver(Driver::Get().device_get(&device, number), "choosing the GPU");
+  CheckDriver(Driver::Get().retain(&context_, device), "making the GPU's context");
 }
 
 bool Gpu::IsOfThisProcess() const { return getpid() == process_; }
@@ -51,16 +104,14 @@ Gpu::Use::Use(const Gpu& gpu) {
         "one. CUDA works in a child only if its parent never used it: start the process with "
         "spawn, or make no session on a GPU before the fork");
   }
-  Check(cudaGetDevice(&before_), "asking for the thread's GPU");
-  if (before_ == gpu.number()) {
-    before_ = -1;
-  } else {
-    Check(cudaSetDevice(gpu.number()), "choosing the GPU");
-  }
+  // cudaSetDevice could not undo itself: it makes a context on the GPU that it chooses, and the
+  // thread may have had none.
+  CheckDriver(Driver::Get().push(gpu.context_), "choosing the GPU");
 }
 
 Gpu::Use::~Use() {
-  if (before_ >= 0) static_cast<void>(cudaSetDevice(before_));
+  CUcontext ours;
+  static_cast<void>(Driver::Get().pop(&ours));
 }
 
 void Check(cudaError_t error, const char* doing) {
@@ -102,9 +153,10 @@ GpuBytes& GpuBytes::operator=(GpuBytes&& other) noexcept {
 }
 
 GpuBytes::~GpuBytes() {
-  // A child leaves its parent's memory alone.
-  if (data_ == nullptr || !gpu_->IsOfThisProcess()) return;
-  static_cast<void>(kind_ == Kind::kDevice ? cudaFree(data_) : cudaFreeHost(data_));
+  if (data_ == nullptr) return;
+  gpu_->Free([this] {
+    static_cast<void>(kind_ == Kind::kDevice ? cudaFree(data_) : cudaFreeHost(data_));
+  });
 }
 
 GpuStream::GpuStream(std::shared_ptr<const Gpu> gpu) : gpu_(std::move(gpu)) {
@@ -114,7 +166,7 @@ GpuStream::GpuStream(std::shared_ptr<const Gpu> gpu) : gpu_(std::move(gpu)) {
 }
 
 GpuStream::~GpuStream() {
-  if (gpu_->IsOfThisProcess()) static_cast<void>(cudaStreamDestroy(stream_));
+  gpu_->Free([this] { static_cast<void>(cudaStreamDestroy(stream_)); });
 }
 
 void GpuStream::WaitForDefaultStream() const {
@@ -143,20 +195,56 @@ GpuBlockMemory::GpuBlockMemory(std::shared_ptr<const Gpu> gpu)
 
 char* GpuBlockMemory::Map(int64_t bytes, std::string* refusal) {
   const Gpu::Use use(*gpu_);
-  void* base = nullptr;
-  const cudaError_t error = cudaMalloc(&base, static_cast<size_t>(bytes));
-  if (error == cudaErrorMemoryAllocation) {
-    static_cast<void>(cudaGetLastError());
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto fits = [bytes](const Allocation& a) {
+    return a.slab_bytes == bytes && !a.free.empty();
+  };
+  // The oldest: the newer ones become empty sooner.
+  const auto found = std::find_if(allocations_.begin(), allocations_.end(), fits);
+  Allocation* const from = found != allocations_.end() ? &*found : Allocate(bytes);
+  if (from == nullptr) {
     *refusal = "(the GPU's memory is full): close streams";
     return nullptr;
   }
-  Check(error, "giving memory for streams");
-  return static_cast<char*>(base);
+  char* const slab = from->free.back();
+  from->free.pop_back();
+  return slab;
+}
+
+GpuBlockMemory::Allocation* GpuBlockMemory::Allocate(int64_t slab_bytes) {
+  int64_t allocated = 0;
+  for (const Allocation& allocation : allocations_) allocated += allocation.bytes;
+  int64_t slabs = std::max<int64_t>(std::min(allocated, kLargestAllocation) / slab_bytes, 1);
+  for (;; slabs /= 2) {  // Where there is no room for many slabs, there may be for one.
+    if (slabs == 0) return nullptr;
+    const int64_t bytes = AsAllocated(slabs * slab_bytes);
+    void* base = nullptr;
+    const cudaError_t error = cudaMalloc(&base, static_cast<size_t>(bytes));
+    if (error == cudaErrorMemoryAllocation) {
+      static_cast<void>(cudaGetLastError());
+      continue;
+    }
+    Check(error, "giving memory for streams");
+    allocations_.push_back({static_cast<char*>(base), bytes, slab_bytes, {}});
+    Allocation* const made = &allocations_.back();
+    for (int64_t i = made->slabs(); i-- > 0;) made->free.push_back(made->base + i * slab_bytes);
+    return made;
+  }
 }
 
 bool GpuBlockMemory::Unmap(char* base, int64_t slab_bytes, int64_t count) {
   if (!gpu_->IsOfThisProcess()) return true;  // A child leaves its parent's memory alone.
-  for (int64_t i = 0; i < count; ++i) static_cast<void>(cudaFree(base + i * slab_bytes));
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (int64_t i = 0; i < count; ++i) {
+    char* const slab = base + i * slab_bytes;
+    const auto of = std::find_if(allocations_.begin(), allocations_.end(), [slab](const auto& a) {
+      return std::less_equal<char*>()(a.base, slab) && std::less<char*>()(slab, a.base + a.bytes);
+    });
+    of->free.push_back(slab);
+    if (static_cast<int64_t>(of->free.size()) < of->slabs()) continue;
+    gpu_->Free([&of] { static_cast<void>(cudaFree(of->base)); });
+    allocations_.erase(of);
+  }
   return true;
 }
 

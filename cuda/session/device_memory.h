@@ -6,10 +6,16 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <list>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <vector>
 
 #include "cc/session/block_memory.h"
+#include "cc/session/error.h"
+
+struct CUctx_st;  // of CUDA's driver
 
 namespace continual_transformers {
 
@@ -29,14 +35,25 @@ class Gpu {
     ~Use();
     Use(const Use&) = delete;
     Use& operator=(const Use&) = delete;
-
-   private:
-    int before_ = -1;
   };
+
+  // Calls free() with this GPU in use: for destructors. A forked child leaves its parent's things
+  // alone.
+  template <typename F>
+  void Free(const F& free) const {
+    if (!IsOfThisProcess()) return;
+    try {
+      const Use use(*this);
+      free();
+    } catch (const Error&) {  // The GPU has failed, and nothing can be freed.
+    }
+  }
 
  private:
   const int number_;
   const int process_;  // its id
+  // The context that CUDA's runtime uses too. It lasts as long as the process.
+  CUctx_st* context_;
 };
 
 // Throws Error (kInternal) that says what failed. CUDA's errors are for good in most cases.
@@ -85,8 +102,12 @@ class GpuStream {
 // Error for another GPU's.
 bool IsOnGpu(const void* data, int gpu);
 
-// The memory of stream blocks. Each slab is an allocation, because kernels know blocks by their
-// addresses. So nothing limits how many there are, and slabs come and go without moving any.
+// The memory of stream blocks. Slabs lie anywhere, because kernels know blocks by their addresses.
+// So nothing limits how many there are, and slabs come and go without moving any.
+//
+// Slabs lie in allocations of up to 64 MiB: CUDA rounds each one up to a multiple of 2 MiB. The
+// first has one slab, and the next ones are as large as all before them together. So a few streams
+// take little, and with many less than a thirtieth of the memory is lost by rounding.
 class GpuBlockMemory final : public BlockMemory {
  public:
   explicit GpuBlockMemory(std::shared_ptr<const Gpu> gpu);
@@ -100,10 +121,22 @@ class GpuBlockMemory final : public BlockMemory {
   void CopyOut(const char* from, int64_t bytes, void* to) override;
 
  private:
+  struct Allocation {
+    char* base;
+    int64_t bytes, slab_bytes;
+    std::vector<char*> free;  // slabs
+
+    int64_t slabs() const { return bytes / slab_bytes; }
+  };
+
+  // Returns an allocation with room for a slab, or null if there is no memory. `mutex_` is held.
+  Allocation* Allocate(int64_t slab_bytes);
   void Copy(void* to, const void* from, int64_t bytes, cudaMemcpyKind kind);
 
   const std::shared_ptr<const Gpu> gpu_;
   const GpuStream stream_;
+  std::mutex mutex_;
+  std::list<Allocation> allocations_;  // the oldest first; each has a slab that is in use
 };
 
 }  // namespace continual_transformers

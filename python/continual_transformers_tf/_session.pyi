@@ -58,7 +58,7 @@ class NativeSession:
         """Take one step of M streams.
 
         Several threads may call one session. Calls that name the same stream run one after the
-        other. A short step keeps Python's global lock, and a long one releases it; see
+        other. A short step on the CPU keeps Python's global lock, and others release it; see
         `release_gil`. After an error every stream is as it was before the call.
 
         Args:

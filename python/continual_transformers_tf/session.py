@@ -210,9 +210,10 @@ class Session(_session.NativeSession):
 
     Attributes:
         release_gil: Whether a step lets other Python threads run. True: every step. False: no step.
-            None: only a step that takes longer than about 0.1 ms, by an estimate. Taking Python's
-            global lock back from a thread that computes takes 0.08 ms on average and up to 5 ms,
-            too much for a shorter step.
+            None: every step on a GPU, and on the CPU only a step that takes longer than about
+            0.1 ms, by an estimate. Taking Python's global lock back from a thread that computes
+            takes 0.08 ms on average and up to 5 ms, too much for a shorter step. With False on a
+            GPU, a step must not wait for a Python function that was put on the default stream.
 
     Raises:
         ValueError: If the model cannot run step by step (the message lists each layer in the way

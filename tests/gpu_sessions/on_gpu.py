@@ -60,6 +60,26 @@ class OnEmulator:
         return self.view.__dlpack__()
 
 
+class VersionedOnEmulator(OnEmulator):
+    """The same, which can say by DLPack 1.0 that it is read-only."""
+
+    def __init__(self, array, read_only, version=(1, 0)):
+        super().__init__(array)
+        self.view.flags.writeable = not read_only
+        self.version = version
+
+    def __dlpack__(self, *, stream=None, max_version=None):
+        assert stream == 1
+        assert max_version == (1, 0)
+        capsule = self.view.__dlpack__(max_version=max_version)
+        # The structure of the capsule begins with its version.
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        numbers = (ctypes.c_uint32 * 2).from_address(pointer(capsule, b"dltensor_versioned"))
+        numbers[:] = self.version
+        return capsule
+
+
 def to_gpu(array):
     """Return an array on the GPU, and a function that returns what it holds."""
     if "emulated" in os.environ[LIBRARY]:

@@ -23,7 +23,7 @@ from continual_transformers_tf.session import (
     TooManyStreamsError,
     UnknownStreamError,
 )
-from on_gpu import CORE, LIBRARY, OnEmulator, library, to_gpu
+from on_gpu import CORE, LIBRARY, OnEmulator, VersionedOnEmulator, library, to_gpu
 from plan_files import attention_only_plan, attention_plan, many_ports_plan, two_ports_plan
 
 FEATURES, OUTPUTS, WINDOW = 6, 5, 4
@@ -287,6 +287,35 @@ def test_many_streams_come_and_go(device, random):
     assert 0 < used < 40 * session.state_bytes
 
 
+@pytest.mark.parametrize("window", [16, 128, 512])
+def test_little_memory_is_lost(device, request, window):
+    """Blocks of about 8 KiB, 64 KiB and 256 KiB. CUDA gives memory in multiples of 2 MiB."""
+    if "emulated" not in request.node.name:
+        pytest.skip("other programs may use the GPU too")
+    emulator = ctypes.CDLL(str(library("emulated")))
+    emulator.cuda_emulator_allocated.restype = ctypes.c_size_t
+    session = attention_only_plan(window=window, size=64).session(device=device)
+    before = emulator.cuda_emulator_allocated()
+
+    def taken():
+        return emulator.cuda_emulator_allocated() - before
+
+    first = session.open()
+    assert taken() <= 4 << 20
+    streams = (160 << 20) // session.state_bytes
+    ids = session.open(streams)
+    # The newest 64 MiB may not be used yet.
+    assert taken() <= 1.1 * streams * session.state_bytes + (64 << 20)
+    # Streams are opened where others were closed.
+    session.close(ids[::3])
+    most = taken()
+    again = session.open(len(ids[::3]))
+    assert taken() == most
+    session.close([*again, *np.delete(ids, np.s_[::3])])
+    assert taken() <= 8 << 20  # One empty slab is kept.
+    session.close(first)
+
+
 def test_memory_that_is_full(device, request, random):
     """The streams that are open go on."""
     if "emulated" not in request.node.name:
@@ -341,6 +370,53 @@ def test_threads(session, on_cpu, x):
     assert not failures
 
 
+def test_pythons_lock_is_free_while_a_call_waits(session, request, x):
+    """A Python function on the default stream could otherwise not end, and so neither the call."""
+    if "emulated" not in request.node.name:
+        pytest.skip("a GPU cannot tell whether the lock is held")
+    emulator = ctypes.CDLL(str(library("emulated")))
+    emulator.cuda_emulator_set_probe(
+        ctypes.cast(ctypes.pythonapi.PyGILState_Check, ctypes.c_void_p)
+    )
+    try:
+        ids = session.open(2)
+        session.step(x[:2, 0], streams=ids)
+        session.step(OnEmulator(x[:2, 0]), streams=ids)
+        session.steps(x[:2], streams=ids)
+        session.set_state(session.get_state(ids), ids)
+        assert emulator.cuda_emulator_probed() == 0
+        session.release_gil = False
+        session.step(x[:2, 0], streams=ids)
+        assert emulator.cuda_emulator_probed() > 0
+    finally:
+        emulator.cuda_emulator_set_probe(None)
+
+
+def test_first_steps_beside_a_thread_that_synchronizes(session, on_cpu, x, request):
+    """A capture of a stream would fail, and so would the other thread."""
+    if "emulated" in request.node.name:
+        pytest.skip("the emulator has no captures: code that captures does not compile for it")
+    torch = pytest.importorskip("torch")
+    ends, failures = threading.Event(), []
+
+    def synchronize():
+        try:
+            while not ends.is_set():
+                torch.cuda.synchronize()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=synchronize)
+    thread.start()
+    try:
+        for m in range(1, 9):  # Each has a graph of its own.
+            np.testing.assert_allclose(session.step(x[:m, 0]), on_cpu.step(x[:m, 0]), **CLOSE)
+    finally:
+        ends.set()
+        thread.join()
+    assert not failures
+
+
 def test_a_forked_process_is_refused(device):
     """In a process of its own, because this one has TensorFlow's threads."""
     program = """
@@ -382,6 +458,42 @@ session.step(x, streams=stream)
     lines = done.stdout.splitlines()
     assert [line.startswith(refused) for line in lines] == [True, True, False]
     assert lines[2] == "works"
+
+
+def test_other_gpus_are_left_alone(device, request):
+    """In a process of its own, because a context stays for good."""
+    if "emulated" not in request.node.name:
+        pytest.skip("it needs two GPUs")
+    program = """
+import ctypes, os, sys
+sys.path[:0] = ["tests"]
+import numpy as np
+from plan_files import attention_plan
+plan = attention_plan(np.random.default_rng(0), 6)
+session = plan.session(device="cuda:1")
+emulator = ctypes.CDLL(os.environ["CONTINUAL_TRANSFORMERS_CUDA_LIBRARY"])
+
+def use(session):
+    ids, x = session.open(3), np.ones((3, 6), "float32")
+    session.step(x, streams=ids)
+    session.steps(x[:, None], streams=ids)
+    session.set_state(session.get_state(ids), ids)
+    session.profile(2)
+    session.close(ids)
+
+use(session)
+del session
+assert emulator.cuda_emulator_contexts() == 1 << 1
+assert emulator.cuda_emulator_gpu() == 0
+emulator.cuda_emulator_choose(0)
+use(plan.session(device="cuda:1"))
+assert emulator.cuda_emulator_gpu() == 0
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True,
+        text=True, env={**os.environ, "PYTHONPATH": str(CORE.parent.parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_a_session_says(session, plan, device):
@@ -482,6 +594,28 @@ def test_arrays_on_a_gpu_that_do_not_fit(session, on_cpu, device, request, x):
     with pytest.raises(TypeError, match="of type OnEmulator. Expected a NumPy array"):
         on_cpu.step(there)
     assert session.position(a) == 0
+
+
+@pytest.mark.skipif(
+    np.lib.NumpyVersion(np.__version__) < "2.1.0", reason="this NumPy has no DLPack 1.0"
+)
+def test_read_only_arrays_on_a_gpu(session, on_cpu, request, x):
+    """DLPack 1.0 says what is read-only. Older libraries do not know `max_version`."""
+    if "emulated" not in request.node.name:
+        pytest.skip("the same code for every GPU")
+    a, there = session.open(), on_cpu.open()
+    row = x[:1, 0]
+    out = VersionedOnEmulator(np.zeros((1, OUTPUTS), F), read_only=True)
+    with pytest.raises(ValueError, match="out is read-only. Expected an array that can be written"):
+        session.step(row, streams=a, out=out)
+    assert (out.on_host() == 0).all()
+    assert session.position(a) == 0
+    later = VersionedOnEmulator(row, read_only=False, version=(2, 0))
+    with pytest.raises(ValueError, match="by version 2 of DLPack, although it was asked for ver"):
+        session.step(later, streams=a)
+    out = VersionedOnEmulator(np.zeros((1, OUTPUTS), F), read_only=False)
+    session.step(VersionedOnEmulator(row, read_only=True), streams=a, out=out)
+    np.testing.assert_allclose(out.on_host(), on_cpu.step(row, streams=there), **CLOSE)
 
 
 def test_indices_must_be_on_the_host(device, random):

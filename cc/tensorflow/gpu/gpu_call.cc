@@ -62,13 +62,12 @@ Status GpuCall::Streams(const Tensor& streams, Tensor* memory, const int32_t** d
                     "copying streams to the GPU");
 }
 
-Status GpuCall::Positions(const Tensor& position, std::vector<int64_t>* positions) {
-  positions->resize(position.NumElements());
+Status GpuCall::Positions(const Tensor& position, int64_t first, std::vector<int64_t>* positions) {
   if (positions->empty()) return absl::OkStatus();
-  TF_RETURN_IF_ERROR(
-      CudaStatus(cudaMemcpyAsync(positions->data(), position.data(), position.TotalBytes(),
-                                 cudaMemcpyDeviceToHost, stream_),
-                 "copying positions from the GPU"));
+  TF_RETURN_IF_ERROR(CudaStatus(
+      cudaMemcpyAsync(positions->data(), position.flat<int64_t>().data() + first,
+                      positions->size() * sizeof(int64_t), cudaMemcpyDeviceToHost, stream_),
+      "copying positions from the GPU"));
   return CudaStatus(cudaStreamSynchronize(stream_), "waiting for positions from the GPU");
 }
 

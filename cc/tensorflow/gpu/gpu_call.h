@@ -34,8 +34,9 @@ class GpuCall : public DeviceMemory {
   absl::Status Streams(const tensorflow::Tensor& streams, tensorflow::Tensor* memory,
                        const int32_t** data);
 
-  // Copies the positions of all streams to the host, and waits for them.
-  absl::Status Positions(const tensorflow::Tensor& position, std::vector<int64_t>* positions);
+  // Copies positions from stream `first` on to the host, and waits for them.
+  absl::Status Positions(const tensorflow::Tensor& position, int64_t first,
+                         std::vector<int64_t>* positions);
 
  private:
   tensorflow::OpKernelContext* const ctx_;

@@ -5,6 +5,7 @@
 #define CONTINUAL_TRANSFORMERS_TENSORFLOW_GPU_GPU_DEVICE_H_
 
 #include <cstdint>
+#include <mutex>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -28,12 +29,41 @@ class GpuDevice {
  public:
   static absl::Status Check() { return absl::OkStatus(); }
 
-  explicit GpuDevice(tensorflow::OpKernelContext* ctx) : call_(ctx) {}
+  // Counters that are zeros between launches. They are set to zero once, and not in every call. All
+  // calls of an op are on one CUDA stream, so they can share them.
+  class Kept {
+   public:
+    // Sets *counters to zeros. *memory keeps them.
+    absl::Status Zeros(GpuCall* call, int64_t count, tensorflow::Tensor* memory,
+                       uint32_t** counters) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      // Beside the work of a call with more counters, setting them to zero is little.
+      constexpr int64_t kMost = 16384;
+      if (count > kMost) {
+        TF_RETURN_IF_ERROR(call->AllocateZeros(count * sizeof(uint32_t), memory));
+      } else {
+        if (zeros_.NumElements() == 0) {
+          TF_RETURN_IF_ERROR(call->AllocateZeros(kMost * sizeof(uint32_t), &zeros_));
+        }
+        *memory = zeros_;
+      }
+      *counters = reinterpret_cast<uint32_t*>(memory->data());
+      return absl::OkStatus();
+    }
+
+   private:
+    std::mutex mutex_;
+    tensorflow::Tensor zeros_;
+  };
+
+  GpuDevice(tensorflow::OpKernelContext* ctx, Kept* kept) : call_(ctx), kept_(kept) {}
 
   DeviceMemory* memory() { return &call_; }
 
-  absl::Status Positions(AttentionState* state, const int64_t** positions) {
-    TF_RETURN_IF_ERROR(call_.Positions(*state->position(), &positions_));
+  absl::Status Positions(AttentionState* state, int64_t first, int64_t count,
+                         const int64_t** positions) {
+    positions_.resize(count);
+    TF_RETURN_IF_ERROR(call_.Positions(*state->position(), first, &positions_));
     *positions = positions_.data();
     return absl::OkStatus();
   }
@@ -55,7 +85,8 @@ class GpuDevice {
     tensorflow::Tensor parts;
     TF_RETURN_IF_ERROR(call_.Allocate(launched.NumParts() * sizeof(T), &parts));
     launched.parts = reinterpret_cast<T*>(parts.data());
-    TF_RETURN_IF_ERROR(AllocateArrivals(launched.NumArrivals(), &launched.arrivals));
+    TF_RETURN_IF_ERROR(
+        kept_->Zeros(&call_, launched.NumArrivals(), &arrivals_, &launched.arrivals));
     return CudaStatus(LaunchSingleOutput(launched, call_.stream()),
                       "launching SingleOutputAttention");
   }
@@ -146,7 +177,7 @@ class GpuDevice {
   absl::Status FillTemporaries(const tensorflow::Tensor* streams,
                                DeviceCoSiMhaStep<T, C, W>* launched) {
     TF_RETURN_IF_ERROR(CopyStreams(streams, &launched->attention.streams));
-    return AllocateArrivals(launched->NumArrivals(), &launched->arrivals);
+    return kept_->Zeros(&call_, launched->NumArrivals(), &arrivals_, &launched->arrivals);
   }
 
   absl::Status CopyStreams(const tensorflow::Tensor* streams, const int32_t** data) {
@@ -154,13 +185,8 @@ class GpuDevice {
     return call_.Streams(*streams, &streams_, data);
   }
 
-  absl::Status AllocateArrivals(int64_t count, uint32_t** data) {
-    TF_RETURN_IF_ERROR(call_.AllocateZeros(count * sizeof(uint32_t), &arrivals_));
-    *data = reinterpret_cast<uint32_t*>(arrivals_.data());
-    return absl::OkStatus();
-  }
-
   GpuCall call_;
+  Kept* const kept_;
   std::vector<int64_t> positions_;
   tensorflow::Tensor streams_, arrivals_;
 };

@@ -3,6 +3,7 @@
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf._keras_registration import registered
@@ -217,7 +218,11 @@ class CoReMultiHeadAttention(StreamingAttention):
         # The rows of steps that were never taken are zeros, not the projection's bias.
         if tf.executing_eagerly():
             filled = self._seq_len - 1 + output.shape[1] - step.steps
-            if (step.position.numpy() >= filled).all():
+
+            def are_full(positions: np.ndarray) -> bool:
+                return bool((positions >= filled).all())
+
+            if are_full(step.known_position(are_full)):
                 return output
         shape = tf.shape(output)
         newest = step.position + tf.cast(step.steps, tf.int64)

@@ -116,7 +116,8 @@ class ContinualLayer(keras.layers.Layer):
         first = self._first_output
         if first == 1:
             return 0
-        furthest = int((step.position.numpy() + step.steps).max(initial=0))
+        before = step.known_position(lambda least: least.max(initial=0) >= first - 1)
+        furthest = int((before + step.steps).max(initial=0))
         return step.steps - max(0, min(step.steps, furthest - first + 1))
 
     def _ready_outputs(self, step: Step, outputs: Any) -> Any:

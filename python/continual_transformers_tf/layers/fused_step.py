@@ -101,7 +101,12 @@ class FusedStep:
                 all_streams.ensure_rows(tf.shape(inputs[0])[0] if rows is None else rows)
             else:
                 streams = stream_tensor(streams)
+        known = all_streams.known
         with all_streams.turn():
+            if first_output > 1 and known.is_far:
+                furthest = known.bounds(streams, rows).max(initial=0)
+                if furthest >= first_output - 1:
+                    first_output = 0  # The op need not ask, which would wait for the GPU.
             result, *others = layer_step(
                 self._fused,
                 self._op,
@@ -116,9 +121,11 @@ class FusedStep:
                 **self._attributes,
                 **attributes,
             )
-        # The op returns no rows if no stream has come to its first output.
-        if first_output > 1 and result.shape[0] == 0:
-            result = None
+            # The op returns no rows if no stream has come to its first output.
+            if first_output > 1 and result.shape[0] == 0:
+                result = None
+            elif first_output > 1 and known.is_far:
+                known.read(streams, rows)  # The next step need not ask.
         return result, *others
 
 

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf.ops.graph_order import last_ops, wait_for, writing_ops
@@ -88,6 +89,19 @@ class Step:
     def position(self) -> tf.Tensor:
         """The number of steps that each row's stream had taken before: int64 `[M]`."""
         return tf.gather(self._all.position, self.numbers)
+
+    def known_position(self, are_enough: Callable[[np.ndarray], bool]) -> np.ndarray:
+        """Return `position` as an array, or lower bounds that are enough. Eager mode only.
+
+        Args:
+            are_enough: Function of lower bounds, int64 `[M]`. If it returns False, the positions
+                are read. Then the host waits for a GPU.
+        """
+        known = self._all.known
+        if not known.is_far:
+            return self.position.numpy()
+        bounds = known.bounds(self.streams, int(self.rows))
+        return bounds if are_enough(bounds) else known.read(self.streams, int(self.rows))
 
     def present(self, rows: int | tf.Tensor) -> tf.Tensor | None:
         """Return which rows of the layer's input belong to the sequence: bool `[M, rows]`.

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from continual_transformers_tf.native import backend
+from continual_transformers_tf.ops.known_positions import KnownPositions
 from continual_transformers_tf.ops.library import in_xla
 from continual_transformers_tf.ops.scatter import scatter_nd_update
 from continual_transformers_tf.ops.step import Step
@@ -46,6 +47,7 @@ class Streams:
 
     Attributes:
         position: tf.Variable int64 `[S]`, the steps that each stream has taken.
+        known: What the host knows of `position`, `KnownPositions`.
         members: The `StreamState`s that share these streams.
         wholes: The layers and models that step all members. While there is one, no member steps by
             itself.
@@ -53,6 +55,7 @@ class Streams:
 
     def __init__(self, state: StreamState, held: int):
         self.position = state.position
+        self.known = KnownPositions(state.position)
         self.members = [state]
         self.wholes: list[Any] = []
         self._turn = EagerTurn()
@@ -294,6 +297,7 @@ class Streams:
         # position, may stay.
         numbers = [v for v in self._variables() if v.shape.rank == 1]
         with self.turn():
+            self.known.forget()
             if streams is not None:
                 streams = self.checked(streams)
             for number in numbers:
@@ -335,6 +339,7 @@ class Streams:
             if name != "position"
         ] + [(self.position, tf.constant(taken[0]))]
         with self.turn():
+            self.known.forget()
             if streams is None:
                 self.ensure(len(taken[0]))
                 streams = np.arange(len(taken[0]))

@@ -16,6 +16,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -26,9 +27,11 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <string>
 #include <utility>
 #include <vector>
 
+#include "cuda.h"
 #include "emulated_memory.h"
 
 #define __global__
@@ -68,32 +71,26 @@ inline const char* cudaGetErrorString(cudaError_t error) {
                                           : "invalid configuration argument";
 }
 
-// All work is done when a call returns, unless the stream is being captured.
-struct CUgraph_st {
-  std::vector<std::function<void()>> work;
-};
-struct CUstream_st {
-  bool captures = false;
-  CUgraph_st captured;
-};
+// All work is done when a call returns.
+struct CUstream_st {};
 struct CUevent_st {
   std::chrono::steady_clock::time_point time;
 };
 using cudaStream_t = CUstream_st*;
-using cudaGraph_t = CUgraph_st*;
-using cudaGraphExec_t = struct CUgraphExec_st*;
-struct CUgraphExec_st : CUgraph_st {};
 using cudaEvent_t = CUevent_st*;
 
 namespace cuda_emulator {
-// Does the work, or keeps it for the graph that is being captured.
-inline cudaError_t Enqueue(cudaStream_t stream, std::function<void()> work) {
-  if (stream != nullptr && stream->captures) {
-    stream->captured.work.push_back(std::move(work));
-  } else {
-    const Work here;
-    work();
-  }
+// How often the host waited for the GPU, and memory was set. Tests read them.
+inline std::atomic<int64_t> waits{0}, memsets{0};
+// It is called where the host waits. Counted is how often it returned something else than 0.
+inline std::atomic<int (*)()> probe{nullptr};
+inline std::atomic<int64_t> probed{0};
+
+template <typename F>
+cudaError_t Do(const F& work) {
+  NeedContext();
+  const Work here;
+  work();
   return cudaSuccess;
 }
 }  // namespace cuda_emulator
@@ -103,51 +100,77 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor
 };
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+  const CUcontext current = cuda_emulator::CurrentOrNull();
+  return *device = current == nullptr ? 0 : current->gpu, cudaSuccess;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return *value = 9, cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
-inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  return *count = cuda_emulator::kGpus, cudaSuccess;
+}
 inline cudaError_t cudaSetDevice(int device) {
-  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+  if (device < 0 || device >= cuda_emulator::kGpus) return cudaErrorInvalidDevice;
+  return cuda_emulator::MakeCurrent(device), cudaSuccess;
+}
+
+#define CUDART_VERSION 13000
+enum { cudaEnableDefault = 0 };
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned,
+                                                    unsigned long long) {
+  const std::string name = symbol;
+  *function = name == "cuDeviceGet" ? reinterpret_cast<void*>(&cuDeviceGet)
+              : name == "cuDevicePrimaryCtxRetain"
+                  ? reinterpret_cast<void*>(&cuDevicePrimaryCtxRetain)
+              : name == "cuCtxPushCurrent" ? reinterpret_cast<void*>(&cuCtxPushCurrent)
+              : name == "cuCtxPopCurrent"  ? reinterpret_cast<void*>(&cuCtxPopCurrent)
+                                           : nullptr;
+  return cudaSuccess;
 }
 
 inline cudaError_t cudaMalloc(void** data, size_t bytes) {
+  cuda_emulator::NeedContext();
   const std::lock_guard<std::recursive_mutex> lock(cuda_emulator::running);
   *data = cuda_emulator::DeviceMemory::Get().Allocate(bytes);
   return *data == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
 }
 inline cudaError_t cudaFree(void* data) {
+  cuda_emulator::NeedContext();
   const std::lock_guard<std::recursive_mutex> lock(cuda_emulator::running);
   return cuda_emulator::DeviceMemory::Get().Free(data), cudaSuccess;
 }
 inline cudaError_t cudaMallocHost(void** data, size_t bytes) {
+  cuda_emulator::NeedContext();
   *data = std::malloc(bytes);
   return *data == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
 }
-inline cudaError_t cudaFreeHost(void* data) { return std::free(data), cudaSuccess; }
+inline cudaError_t cudaFreeHost(void* data) {
+  cuda_emulator::NeedContext();
+  return std::free(data), cudaSuccess;
+}
 
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
-                                   cudaStream_t stream) {
-  return cuda_emulator::Enqueue(stream, [=] { std::memcpy(to, from, bytes); });
+                                   cudaStream_t) {
+  return cuda_emulator::Do([=] { std::memcpy(to, from, bytes); });
 }
 inline cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch,
-                                     size_t width, size_t height, cudaMemcpyKind,
-                                     cudaStream_t stream) {
+                                     size_t width, size_t height, cudaMemcpyKind, cudaStream_t) {
   if (to_pitch < width || from_pitch < width) return cudaErrorInvalidValue;
   if (std::max(to_pitch, from_pitch) > 0x7fffffff) return cudaErrorInvalidValue;
-  return cuda_emulator::Enqueue(stream, [=] {
+  return cuda_emulator::Do([=] {
     for (size_t i = 0; i < height; ++i) {
       std::memcpy(static_cast<char*>(to) + i * to_pitch,
                   static_cast<const char*>(from) + i * from_pitch, width);
     }
   });
 }
-inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
-  return cuda_emulator::Enqueue(stream, [=] { std::memset(to, value, bytes); });
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  ++cuda_emulator::memsets;
+  return cuda_emulator::Do([=] { std::memset(to, value, bytes); });
 }
 
 enum cudaMemoryType {
@@ -175,29 +198,17 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
 
 enum { cudaStreamNonBlocking = 1 };
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  cuda_emulator::NeedContext();
   return *stream = new CUstream_st, cudaSuccess;
 }
-inline cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete stream, cudaSuccess; }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-
-enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
-inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
-  return stream->captures = true, cudaSuccess;
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  cuda_emulator::NeedContext();
+  return delete stream, cudaSuccess;
 }
-inline cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
-  stream->captures = false;
-  *graph = new CUgraph_st(std::exchange(stream->captured, {}));
-  return cudaSuccess;
-}
-inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph,
-                                        unsigned long long) {
-  return *exec = new CUgraphExec_st{*graph}, cudaSuccess;
-}
-inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
-inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return delete exec, cudaSuccess; }
-inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
-  const cuda_emulator::Work here;
-  for (const auto& work : exec->work) work();
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  ++cuda_emulator::waits;
+  int (*const probe)() = cuda_emulator::probe;
+  if (probe != nullptr && probe() != 0) ++cuda_emulator::probed;
   return cudaSuccess;
 }
 
@@ -372,6 +383,32 @@ class Block {
   jmp_buf scheduler_;
 };
 
+inline void RunGrid(dim3 grid, dim3 threads, const std::function<void()>& body) {
+  gridDim = grid;
+  blockDim = threads;
+  for (int block : Ordered(grid.x)) {
+    blockIdx = dim3(block, 0, 0);
+    Block(threads.x, body).Run();
+  }
+}
+
+// A kernel with one parameter, in place of CUDA's void*, which does not know the parameter's type.
+class AnyKernel {
+ public:
+  AnyKernel() = default;
+  template <typename Params>
+  explicit AnyKernel(void (*kernel)(Params))
+      : with_([kernel](void** arguments) {
+          return [kernel, params = *static_cast<Params*>(arguments[0])] { kernel(params); };
+        }) {}
+
+  // Returns a call with a copy of the parameter.
+  std::function<void()> With(void** arguments) const { return with_(arguments); }
+
+ private:
+  std::function<std::function<void()>(void**)> with_;
+};
+
 }  // namespace cuda_emulator
 
 extern "C" __attribute__((used, visibility("default"))) inline void cuda_emulator_set_order(
@@ -380,6 +417,33 @@ extern "C" __attribute__((used, visibility("default"))) inline void cuda_emulato
 }
 extern "C" __attribute__((used, visibility("default"))) inline size_t cuda_emulator_allocated() {
   return cuda_emulator::DeviceMemory::Get().allocated();
+}
+extern "C" __attribute__((used, visibility("default"))) inline int64_t cuda_emulator_waits() {
+  return cuda_emulator::waits;
+}
+extern "C" __attribute__((used, visibility("default"))) inline int64_t cuda_emulator_memsets() {
+  return cuda_emulator::memsets;
+}
+// Has `probe` called where the host waits, or nothing for null.
+extern "C" __attribute__((used, visibility("default"))) inline void cuda_emulator_set_probe(
+    int (*probe)()) {
+  cuda_emulator::probed = 0;
+  cuda_emulator::probe = probe;
+}
+extern "C" __attribute__((used, visibility("default"))) inline int64_t cuda_emulator_probed() {
+  return cuda_emulator::probed;
+}
+// Bit n: whether GPU n has a context.
+extern "C" __attribute__((used, visibility("default"))) inline int cuda_emulator_contexts() {
+  return cuda_emulator::contexts;
+}
+// The thread's GPU, and its choice.
+extern "C" __attribute__((used, visibility("default"))) inline int cuda_emulator_gpu() {
+  int gpu;
+  return cudaGetDevice(&gpu), gpu;
+}
+extern "C" __attribute__((used, visibility("default"))) inline void cuda_emulator_choose(int gpu) {
+  cudaSetDevice(gpu);
 }
 // Device memory for tests, and a copy to or from it.
 extern "C" __attribute__((used, visibility("default"))) inline void* cuda_emulator_allocate(
@@ -405,17 +469,79 @@ extern "C" __attribute__((used, visibility("default"))) inline void cuda_emulato
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                Args&&... args) {
-  // A captured launch keeps copies of its parameters.
-  return cuda_emulator::Enqueue(config->stream,
-                                [grid = config->gridDim, threads = config->blockDim,
-                                 body = std::function<void()>([=] { kernel(args...); })] {
-                                  gridDim = grid;
-                                  blockDim = threads;
-                                  for (int block : cuda_emulator::Ordered(grid.x)) {
-                                    blockIdx = dim3(block, 0, 0);
-                                    cuda_emulator::Block(threads.x, body).Run();
-                                  }
-                                });
+  return cuda_emulator::Do(
+      [&] { cuda_emulator::RunGrid(config->gridDim, config->blockDim, [&] { kernel(args...); }); });
+}
+
+// There is no capture of streams here. While one is captured, a cudaDeviceSynchronize of another
+// thread fails, and so does the capture: graphs must be built node by node.
+using cudaGraphNode_t = struct CUgraphNode_st*;
+struct CUgraphNode_st {
+  std::vector<cudaGraphNode_t> after;
+  std::function<void()> work;
+};
+struct CUgraph_st {
+  std::vector<std::unique_ptr<CUgraphNode_st>> nodes;
+};
+struct CUgraphExec_st {
+  std::vector<std::function<void()>> work;
+};
+using cudaGraph_t = CUgraph_st*;
+using cudaGraphExec_t = CUgraphExec_st*;
+
+struct cudaKernelNodeParams {
+  cuda_emulator::AnyKernel func;
+  dim3 gridDim, blockDim;
+  unsigned sharedMemBytes;
+  void** kernelParams;
+  void** extra;
+};
+inline cudaError_t cudaGraphCreate(cudaGraph_t* graph, unsigned) {
+  return *graph = new CUgraph_st, cudaSuccess;
+}
+inline cudaError_t cudaGraphAddKernelNode(cudaGraphNode_t* node, cudaGraph_t graph,
+                                          const cudaGraphNode_t* dependencies, size_t count,
+                                          const cudaKernelNodeParams* params) {
+  auto made = std::make_unique<CUgraphNode_st>();
+  made->after.assign(dependencies, dependencies + count);
+  made->work = [grid = params->gridDim, threads = params->blockDim,
+                body = params->func.With(params->kernelParams)] {
+    cuda_emulator::RunGrid(grid, threads, body);
+  };
+  *node = made.get();
+  graph->nodes.push_back(std::move(made));
+  return cudaSuccess;
+}
+// Nodes run in any order that their dependencies allow.
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph,
+                                        unsigned long long) {
+  *exec = new CUgraphExec_st;
+  std::vector<cudaGraphNode_t> waiting, done;
+  for (int i : cuda_emulator::Ordered(static_cast<int>(graph->nodes.size()))) {
+    waiting.push_back(graph->nodes[i].get());
+  }
+  while (!waiting.empty()) {
+    const auto next = std::find_if(waiting.begin(), waiting.end(), [&](cudaGraphNode_t node) {
+      return std::all_of(node->after.begin(), node->after.end(), [&](cudaGraphNode_t before) {
+        return std::find(done.begin(), done.end(), before) != done.end();
+      });
+    });
+    if (next == waiting.end()) return cudaErrorInvalidValue;
+    (*exec)->work.push_back((*next)->work);
+    done.push_back(*next);
+    waiting.erase(next);
+  }
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+  cuda_emulator::NeedContext();
+  return delete exec, cudaSuccess;
+}
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
+  return cuda_emulator::Do([&] {
+    for (const auto& work : exec->work) work();
+  });
 }
 
 inline float __uint_as_float(unsigned bits) {

@@ -32,7 +32,10 @@ class DeviceMemory {
 
   // Returns null if there is no room. `running` must be held.
   void* Allocate(size_t bytes) {
-    const size_t size = (bytes + kAlignment - 1) / kAlignment * kAlignment + kAlignment;
+    // As CUDA does, in multiples of 2 MiB from 1 MiB on.
+    const size_t multiple = bytes > size_t{1} << 20 ? size_t{2} << 20 : kAlignment;
+    const size_t taken = (bytes + multiple - 1) / multiple * multiple;
+    const size_t size = taken + kAlignment;  // with the guard
     // The first gap that is large enough.
     size_t at = 0;
     for (const auto& [begin, length] : allocated_) {
@@ -42,6 +45,7 @@ class DeviceMemory {
     if (at + size > room_) return nullptr;
     allocated_[at] = size;
     asked_[at] = bytes;
+    taken_ += taken;
     if (at + size > used_) used_ = (at + size + kPage - 1) / kPage * kPage;
     Open();
     std::memset(base_ + at, 0xff, size);
@@ -59,15 +63,13 @@ class DeviceMemory {
       if (base_[at + i] != '\xff') Stop("something was written behind an allocation");
     }
     Close();
+    taken_ -= found->second - kAlignment;
     allocated_.erase(found);
     asked_.erase(at);
   }
 
-  size_t allocated() const {
-    size_t bytes = 0;
-    for (const auto& each : asked_) bytes += each.second;
-    return bytes;
-  }
+  // The bytes that all allocations take.
+  size_t allocated() const { return taken_; }
 
   bool Has(const void* data) const {
     const char* const at = static_cast<const char*>(data);
@@ -106,7 +108,7 @@ class DeviceMemory {
 
   char* base_;
   size_t room_ = kMostRoom;
-  size_t used_ = 0;
+  size_t used_ = 0, taken_ = 0;
   int depth_ = 0;
   // The bytes of each allocation, by its beginning: with its guard, and as they were asked for.
   std::map<size_t, size_t> allocated_, asked_;

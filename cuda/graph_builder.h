@@ -1,0 +1,48 @@
+// Makes a CUDA graph of launches, node by node.
+//
+// The alternative is to capture a stream. But while a stream is captured, a cudaDeviceSynchronize
+// of any other thread fails, and so does the capture.
+
+#ifndef CONTINUAL_TRANSFORMERS_CUDA_GRAPH_BUILDER_H_
+#define CONTINUAL_TRANSFORMERS_CUDA_GRAPH_BUILDER_H_
+
+#include <cuda_runtime.h>
+
+namespace continual_transformers {
+
+class GraphBuilder {
+ public:
+  // During its life, what this thread launches with Launch() is not run. It becomes nodes of
+  // `graph`, each after the one before.
+  explicit GraphBuilder(cudaGraph_t graph) : graph_(graph) { current_ = this; }
+  ~GraphBuilder() { current_ = nullptr; }
+  GraphBuilder(const GraphBuilder&) = delete;
+  GraphBuilder& operator=(const GraphBuilder&) = delete;
+
+  // This thread's builder, or null.
+  static GraphBuilder* Current() { return current_; }
+
+  template <typename Params>
+  cudaError_t Add(void (*kernel)(Params), dim3 blocks, dim3 threads, const Params& params) {
+    void* arguments[] = {const_cast<Params*>(&params)};  // CUDA copies what they point to.
+    cudaKernelNodeParams node = {};
+    // `func` is a void*. In the emulator it has a type that knows Params.
+    using Function = decltype(node.func);
+    node.func = Function(kernel);
+    node.gridDim = blocks;
+    node.blockDim = threads;
+    node.kernelParams = arguments;
+    const cudaGraphNode_t before = last_;
+    return cudaGraphAddKernelNode(&last_, graph_, &before, before == nullptr ? 0 : 1, &node);
+  }
+
+ private:
+  static inline thread_local GraphBuilder* current_ = nullptr;
+
+  const cudaGraph_t graph_;
+  cudaGraphNode_t last_ = nullptr;
+};
+
+}  // namespace continual_transformers
+
+#endif  // CONTINUAL_TRANSFORMERS_CUDA_GRAPH_BUILDER_H_
