@@ -76,8 +76,8 @@ def attention_steps(size, random):
     def ours():
         cache = AttentionCache(s, h, n, d, dtype=size.dtype)
         for ring, rows in zip((cache.keys, cache.values), past, strict=True):
-            ring.assign(tf.broadcast_to(tf.cast(rows, size.dtype), ring.shape))
-        cache.key_mask.assign(tf.ones_like(cache.key_mask))
+            ring.assign(tf.broadcast_to(tf.cast(rows, size.dtype), (s, n, h, d)))
+        cache.key_mask.assign(tf.fill([s, n], True))
         cache.position.assign(tf.fill([s], tf.constant(n, tf.int64)))
         return lambda query, key, value: single_output_attention(query, key, value, cache)
 

@@ -50,8 +50,8 @@ DROPPED = (
     "tensorflow/compiler/mlir/stablehlo/stablehlo_extension.so",
     "tensorflow/python/profiler/internal/_pywrap_profiler_plugin.so",
 )
-# These modules import what is dropped, and TensorFlow imports them.
-EMPTIED = ("tensorflow/python/profiler/internal/_pywrap_profiler_plugin.py",)
+# An empty module in the place of a library that is dropped, because TensorFlow imports it.
+EMPTY = "tensorflow/python/profiler/internal/_pywrap_profiler_plugin.py"
 
 # The libraries with device code, and with the names of the CUDA functions that TensorFlow calls.
 TENSORFLOW_LIBRARIES = (
@@ -94,9 +94,7 @@ def slim(site: Path, capability: int) -> device_code.Sizes:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    for name in EMPTIED:
-        if (site / name).exists():
-            (site / name).write_text("")
+    (site / EMPTY).write_text("")
     sizes = [
         device_code.keep_one_capability(site / name, capability) for name in TENSORFLOW_LIBRARIES
     ]
@@ -106,8 +104,8 @@ def slim(site: Path, capability: int) -> device_code.Sizes:
 def functions_asked_for(site: Path) -> dict[str, list[str]]:
     """Return the names of CUDA functions in TensorFlow's libraries, by the library that has them.
 
-    TensorFlow looks its CUDA functions up by these names when it first calls them. Some names may
-    be of other things than functions.
+    TensorFlow looks a function up by its name when it first calls it. It knows all functions of
+    each library, also those that it never calls.
     """
     begin = "|".join(sorted(PREFIXES.values(), key=len, reverse=True))
     names = re.compile(rb"(?<=\0)(%s)[A-Z]\w*(?=\0)" % begin.encode())

@@ -47,6 +47,10 @@ LIBRARIES = {
 }
 
 
+# The most functions that are named of those that a library lacks.
+MOST_NAMES = 12
+
+
 class Damaged(Exception):
     """A slice is missing or has other bytes than it should have."""
 
@@ -247,10 +251,13 @@ def what_lacks(
 ) -> tuple[str | None, list[str]]:
     """Return why a library cannot be opened, or None, and which functions it lacks.
 
+    TensorFlow knows all functions of CUDA 12's libraries by name, and calls some. One that is
+    lacking gives an error when it is called.
+
     Args:
         wanted: The name by which TensorFlow opens it.
         path: What answers for it.
-        functions: The functions that TensorFlow may call.
+        functions: The names that TensorFlow knows.
         variables: From `environment`.
     """
     if path is None:
@@ -282,22 +289,23 @@ def main(folder: Path = FOLDER) -> int:
     variables = environment(tree, found)
     functions = (read_about(folder) or {}).get("functions", {})
     needed = []
-    lacking = 0
+    lacking = []
     for wanted, path in found.items():
         error, lacks = what_lacks(wanted, path, functions.get(wanted, []), variables)
         print(f"{wanted:20} {error or path}")
         if lacks:
-            lacking += len(lacks)
-            print(f"{'':20} it lacks {len(lacks)} functions that TensorFlow may call: "
-                  f"{', '.join(lacks)}")  # fmt: skip
+            lacking.append(wanted)
+            named = ", ".join(lacks[:MOST_NAMES])
+            if len(lacks) > MOST_NAMES:
+                named += f" and {len(lacks) - MOST_NAMES} more"
+            print(f"{'':20} of {len(functions[wanted])} functions it lacks {named}")
         if error and LIBRARIES[wanted][1]:
             needed.append(wanted)
     if needed:
         print(f"TensorFlow will use no GPU without {', '.join(needed)}.")
         return 1
-    print(
-        f"TensorFlow is in {tree.folder}. The libraries lack {lacking} functions that it may call."
-    )
+    lack = f"; functions of CUDA 12 are lacking in {', '.join(lacking)}" if lacking else ""
+    print(f"TensorFlow is in {tree.folder}{lack}.")
     return 0
 
 
