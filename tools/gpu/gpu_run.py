@@ -4,8 +4,7 @@
 
 It needs nvcc, a C++ compiler, Python, NumPy, PyTorch and pytest, and for sessions the bundle
 (bundle.py). It needs no network and not this package, and TensorFlow only for its last step
-(tensorflow_run.py). Each step is a process with
-its own time limit, and there is one for all.
+(tensorflow_run.py). Each step is a process with its own time limit, and there is one for all.
 The results are in DIRECTORY (build/gpu, or $OUT): gpu.json, pictures, and the output of each step.
 The exit status is 0 only if nothing went wrong. A figure that misses its goal is not an error.
 """
@@ -145,7 +144,7 @@ def why_no_tensorflow() -> str | None:
 
     It may in the TensorFlow of the slices, if they are here, or else in one that is installed.
     """
-    why = tensorflow_bundle.why_unusable()
+    why = tensorflow_bundle.why_unusable(capability=cuda_build.find_capability())
     if tensorflow_bundle.read_about() is not None:
         return why
     for module in ("tensorflow", "continual_transformers_tf"):

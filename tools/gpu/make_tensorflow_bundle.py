@@ -161,7 +161,7 @@ def pack(folder: Path, write: Callable[[bytes], Any]) -> None:
 
 def cut(source: Path, target: Path, name: str, most_bytes: int) -> dict[str, dict[str, Any]]:
     """Pack a folder into slices of at most `most_bytes`. Return what about.json says of them."""
-    slices = {}
+    slices: dict[str, dict[str, Any]] = {}
     whole = target / f"{name}.whole"
     with open(whole, "wb") as archive:
         pack(source, archive.write)

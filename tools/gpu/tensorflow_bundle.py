@@ -90,8 +90,13 @@ def this_python() -> str:
     return f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
-def why_unusable(folder: Path = FOLDER) -> str | None:
-    """Return why TensorFlow cannot be put together here; None if it can."""
+def why_unusable(folder: Path = FOLDER, capability: str | None = None) -> str | None:
+    """Return why TensorFlow cannot be put together here and run; None if it can.
+
+    Args:
+        folder: The slices.
+        capability: The GPU's compute capability; None: it is not asked about.
+    """
     about = read_about(folder)
     if about is None:
         return (
@@ -103,6 +108,15 @@ def why_unusable(folder: Path = FOLDER) -> str | None:
             f"the slices in {folder} hold TensorFlow for Python {about['python']}, and this is "
             f"Python {this_python()}: `make gpu-tensorflow-bundle "
             f'TENSORFLOW_BUNDLE_FLAGS="--python {this_python()}"` makes others'
+        )
+    # As chosen() in device_code.py: of the same major version, and not newer.
+    made_for = about["capability"]
+    fits = capability is None or (made_for[:-1] == capability[:-1] and made_for <= capability)
+    if not fits:
+        return (
+            f"the slices in {folder} hold device code for compute capability {made_for}, and this "
+            f"GPU has {capability}: `make gpu-tensorflow-bundle "
+            f'TENSORFLOW_BUNDLE_FLAGS="--capability {capability}"` makes others'
         )
     missing = [name for name in about["files"] if not (folder / name).exists()]
     if missing:
@@ -252,7 +266,7 @@ def what_lacks(
     """Return why a library cannot be opened, or None, and which functions it lacks.
 
     TensorFlow knows all functions of CUDA 12's libraries by name, and calls some. One that is
-    lacking gives an error when it is called.
+    lacking fails when it is called.
 
     Args:
         wanted: The name by which TensorFlow opens it.
@@ -291,19 +305,19 @@ def main(folder: Path = FOLDER) -> int:
     needed = []
     lacking = []
     for wanted, path in found.items():
-        error, lacks = what_lacks(wanted, path, functions.get(wanted, []), variables)
-        print(f"{wanted:20} {error or path}")
+        why, lacks = what_lacks(wanted, path, functions.get(wanted, []), variables)
+        print(f"{wanted:20} {why or path}")
         if lacks:
             lacking.append(wanted)
             named = ", ".join(lacks[:MOST_NAMES])
             if len(lacks) > MOST_NAMES:
                 named += f" and {len(lacks) - MOST_NAMES} more"
             print(f"{'':20} of {len(functions[wanted])} functions it lacks {named}")
-        if error and LIBRARIES[wanted][1]:
+        if why and LIBRARIES[wanted][1]:
             needed.append(wanted)
-    if needed:
-        print(f"TensorFlow will use no GPU without {', '.join(needed)}.")
-        return 1
+    if needed:  # Then TensorFlow says so too, when it starts.
+        print(f"TensorFlow is in {tree.folder}, but uses no GPU without {', '.join(needed)}.")
+        return 0
     lack = f"; functions of CUDA 12 are lacking in {', '.join(lacking)}" if lacking else ""
     print(f"TensorFlow is in {tree.folder}{lack}.")
     return 0
