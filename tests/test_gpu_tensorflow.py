@@ -22,11 +22,9 @@ import device_code
 import gpu_run
 import make_tensorflow_bundle as maker
 import nvcc
-import tensorflow_benchmark
 import tensorflow_bundle as bundle
 import tensorflow_run
 import tensorflow_start
-from gpu_sizes import AttentionSize, LayerSize
 
 ROOT = cuda_build.ROOT
 MACHINE_CODE, PTX = device_code.MACHINE_CODE, device_code.PTX
@@ -60,6 +58,7 @@ def elf(**sections):
     return header + made + rows
 
 
+needs_xz = pytest.mark.skipif(shutil.which("xz") is None, reason="there is no xz here")
 OTHERS = bytes(range(1, 255))  # Not zeros, and what no test may change.
 
 
@@ -173,6 +172,7 @@ def what_is_in(folder):
     }
 
 
+@needs_xz
 def test_slices_are_put_together_to_the_same_tree(tmp_path):
     folder = tmp_path / "slices"
     source = made_slices(folder)
@@ -195,6 +195,7 @@ def test_slices_are_put_together_to_the_same_tree(tmp_path):
     assert not (bundle.unpack(folder).site / "mark").exists()
 
 
+@needs_xz
 def test_slices_that_are_missing_or_damaged_are_named(tmp_path):
     folder = tmp_path / "slices"
     assert "make gpu-tensorflow-bundle" in bundle.why_unusable(folder)
@@ -271,6 +272,7 @@ def small_wheels(tmp_path, monkeypatch):
     return headers
 
 
+@needs_xz
 def test_a_wheel_becomes_slices(small_wheels, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "slices"
     options = ["--output", str(folder), "--python", bundle.this_python(), "--slice-bytes", "1000"]
@@ -302,6 +304,7 @@ def test_a_wheel_becomes_slices(small_wheels, tmp_path, capsys, monkeypatch):
     assert bundle.read_about(folder) == about
 
 
+@needs_xz
 def test_a_tensorflow_that_does_not_fit_is_refused(small_wheels, tmp_path):
     options = ["--output", str(tmp_path / "slices"), "--python", bundle.this_python()]
     with pytest.raises(SystemExit, match="device code for .* 80, 90, and none that runs on 75"):
@@ -347,6 +350,7 @@ def test_cuda_libraries_are_linked_and_what_they_lack_is_said(tmp_path):
     assert lacks("libcudnn.so.9") == ("found no libcudnn.so.9 here", [])
 
 
+@needs_xz
 def test_unpacking_on_a_machine_without_cuda(tmp_path, monkeypatch, capsys):
     """The program puts the slices together, and says which libraries are missing."""
     monkeypatch.setattr(bundle, "library_folders", lambda: [])
@@ -371,10 +375,8 @@ def test_without_a_gpu_one_sentence_and_a_status(monkeypatch, capsys, tmp_path):
 def test_tensorflow_that_sees_no_gpu(monkeypatch, capsys):
     """As on a GPU machine whose libraries TensorFlow cannot open."""
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: [])
-    for program in (tensorflow_start, tensorflow_benchmark):
-        assert program.main([]) == 1
-        printed = capsys.readouterr()
-        assert "sees no GPU here" in (printed.out + printed.err).splitlines()[-1]
+    assert tensorflow_start.main([]) == 1
+    assert "sees no GPU here" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_why_the_op_cannot_run_on_a_gpu():
@@ -442,26 +444,6 @@ def test_make_gpu_uses_the_slices_that_are_here(monkeypatch, tmp_path):
     step = gpu_run.steps(tmp_path, "90")[-1]
     assert (step.name, step.reason) == ("tensorflow", None)
     assert (ROOT / step.command[1]).name == "tensorflow_run.py"
-
-
-@pytest.mark.cpu_only("it times the CPU, only to see that all steps agree and are timed")
-@pytest.mark.parametrize("size", [
-    AttentionSize(2, 2, 5, 4, "float32"), AttentionSize(3, 2, 6, 8, "bfloat16"),
-    LayerSize(2, 16, 2, 5, "float32"), LayerSize(2, 16, 2, 5, "float32", hidden=8),
-], ids=str)  # fmt: skip
-def test_the_benchmark(size, monkeypatch):
-    monkeypatch.setattr(tensorflow_benchmark, "STEPS", 3)
-    kept = []
-    found = tensorflow_benchmark.run([size], 1e9, kept.append, target=1e-3, repeats=1)
-    assert found["failures"] == []
-    (entry,) = found["entries"]
-    for way in tensorflow_benchmark.WAYS:
-        assert list(entry[way]) == list(tensorflow_benchmark.COLUMNS)
-        assert all(figures["median"] > 0 for figures in entry[way].values())
-    assert len(tensorflow_benchmark.lines(entry)) == 3
-    assert len(kept) > 9  # Once for each figure.
-    found = tensorflow_benchmark.run([size], -1)
-    assert found["entries"][0]["skipped"].startswith("not measured: no time left")
 
 
 def test_git_ignores_the_slices():

@@ -250,6 +250,10 @@ def make(folder: Path, python: str, capability: str, most_bytes: int = SLICE_BYT
     here = tensorflow_headers.wanted()
     if not here:
         raise SystemExit("There is no TensorFlow in .venv: the slices are made of the same version")
+    if shutil.which("xz") is None:
+        raise SystemExit(
+            "There is no xz here, which packs TensorFlow: on Debian, apt install xz-utils"
+        )
     wanted = dict(
         tensorflow=here[0].version, keras=metadata.version("keras"), python=python,
         capability=capability,
