@@ -391,7 +391,7 @@ def test_the_parts(monkeypatch, tmp_path):
     monkeypatch.setattr(bundle, "read_about", lambda: dict(files={}))
     parts = {part.name: part for part in tensorflow_run.parts(tmp_path)}
     assert list(parts) == [
-        "unpack", "start", "product", "op", "layer", "encoder", "tensorflow-benchmark"
+        "unpack", "start", "product", "op", "layer", "encoder", "benchmark"
     ]  # fmt: skip
     assert tensorflow_run.ALL_SECONDS < 8 * 60
     for part in parts.values():
@@ -422,16 +422,17 @@ def test_results_are_written_after_each_part(monkeypatch, tmp_path, capsys, good
     monkeypatch.setattr(tensorflow_run, "parts", lambda out: [
         gpu_run.Step("start", [sys.executable, "-c", "print('begun')"], 20),
         gpu_run.Step("op", [sys.executable, "-c", program], 20),
-        gpu_run.Step("layer", [sys.executable, "-c", ""], 20, ("op",)),
+        gpu_run.Step("benchmark", [sys.executable, "-c", "print('a table')"], 20, ("op",)),
     ])  # fmt: skip
     assert tensorflow_run.main(["--out", str(out)]) == (0 if good else 1)
     assert list(json.loads((out / "op.txt").read_text())["parts"]) == ["start"]
     found = json.loads(results.read_text())
-    assert list(found["parts"]) == ["start", "op", "layer"]
+    assert list(found["parts"]) == ["start", "op", "benchmark"]
     assert found["wrong"] is not good
     printed = capsys.readouterr().out
     assert ("SOMETHING WAS WRONG" in printed) is not good
     assert ("op: failed" in printed) is not good
+    assert (printed.count("a table") == 2) is good  # As the last line, and as a whole.
 
 
 def test_make_gpu_uses_the_slices_that_are_here(monkeypatch, tmp_path):

@@ -5,8 +5,8 @@
 It puts the slices of TensorFlow together (tensorflow_bundle.py). Without slices it uses TensorFlow
 and this package as they are installed here. It runs the tests of the op, the layer and the encoder
 on TensorFlow's GPU, then a benchmark. Each part is a process with its own time limit.
-The results are in DIRECTORY (build/gpu, or $OUT): tensorflow.json, which is written after each
-part, and the output of each part. The exit status is 0 only if nothing went wrong.
+The results are in DIRECTORY (build/gpu/tensorflow, or $OUT): tensorflow.json, which is written
+after each part, and the output of each part. The exit status is 0 only if nothing went wrong.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def parts(out: Path) -> list[gpu_run.Step]:
     pytest = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider"]
     pytest += ["-m", "not slow and not every_case", "--device", "GPU:0", *many]
     benchmark = [sys.executable, "benchmarks/gpu/tensorflow_benchmark.py"]
-    benchmark += ["--json", str(out / "tensorflow-benchmark.json")]
+    benchmark += ["--json", str(out / "benchmark.json")]
     return [
         *begin,
         gpu_run.Step("start", start, 90, before, None, environment),
@@ -55,7 +55,7 @@ def parts(out: Path) -> list[gpu_run.Step]:
             gpu_run.Step(name, [*pytest, *tests_of(name)], 120, ("start",), None, environment)
             for name in TESTS
         ),
-        gpu_run.Step("tensorflow-benchmark", benchmark, 100, ("start",), None, environment),
+        gpu_run.Step("benchmark", benchmark, 100, ("start",), None, environment),
     ]
 
 
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = os.environ.get("OUT") or cuda_build.ROOT / "build/gpu"
+    default = os.environ.get("OUT") or cuda_build.ROOT / "build/gpu/tensorflow"
     parser.add_argument("--out", type=Path, default=default)
     parser.add_argument("--seconds", type=float, default=ALL_SECONDS)
     parser.add_argument("--only", nargs="+", metavar="PART", help="for example: start op")
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = Path(chosen.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     wanted = gpu_run.named(parts(out), chosen.only, parser)
-    timed = out / "tensorflow-benchmark.json"
+    timed = out / "benchmark.json"
     timed.unlink(missing_ok=True)  # It may be from an earlier run.
 
     def record(found: dict[str, dict[str, Any]]) -> None:
@@ -95,11 +95,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     found = gpu_run.run_steps(wanted, out, chosen.seconds, record)
     gpu_run.print_failures(found, out)
-    if "unpack" in found:
-        print("\n" + (out / "unpack.txt").read_text(errors="replace").strip())
+    for name in ("unpack", "benchmark"):
+        if found.get(name, {}).get("went") == "ok":
+            print("\n" + (out / f"{name}.txt").read_text(errors="replace").strip())
     print("\n" + gpu_run.summary(found))
-    if "tensorflow-benchmark" in found:
-        print("\n" + (out / "tensorflow-benchmark.txt").read_text(errors="replace").strip())
     # A part that was not run needed one that failed.
     wrong = gpu_run.is_wrong(found)
     print(f"\n{'SOMETHING WAS WRONG' if wrong else 'Nothing was wrong'}; all results are in {out}")
