@@ -260,6 +260,7 @@ def small_wheels(tmp_path, monkeypatch):
     headers = tmp_path / "headers"
     (headers / "include").mkdir(parents=True)
     (headers / "include/a.h").write_text("// a header\n")
+    (headers / "include/b.h").write_text("// a header of the CPU's\n")
     fake = here._replace(folder=headers)
     monkeypatch.setattr(maker.tensorflow_headers, "wanted", lambda: [fake])
     monkeypatch.setattr(maker, "headers_read", lambda version: ["a.h"])
@@ -302,6 +303,10 @@ def test_a_wheel_becomes_slices(small_wheels, tmp_path, capsys, monkeypatch):
     assert maker.main(options) == 0
     assert "kept the slices of TensorFlow" in capsys.readouterr().out
     assert bundle.read_about(folder) == about
+    # The op library now reads a header that TensorFlow for GPUs does not have.
+    monkeypatch.setattr(maker, "headers_read", lambda version: ["a.h", "b.h"])
+    with pytest.raises(SystemExit, match=r"headers that .* does not have so: b\.h"):
+        maker.main(options)
 
 
 @needs_xz
@@ -310,7 +315,7 @@ def test_a_tensorflow_that_does_not_fit_is_refused(small_wheels, tmp_path):
     with pytest.raises(SystemExit, match="device code for .* 80, 90, and none that runs on 75"):
         maker.main([*options, "--capability", "75"])
     (small_wheels / "include/a.h").write_text("// another header\n")
-    with pytest.raises(SystemExit, match=r"headers of .* does not have so: a\.h"):
+    with pytest.raises(SystemExit, match=r"headers that .* does not have so: a\.h"):
         maker.main(options)
     shutil.rmtree(tmp_path / "wheels")
     with pytest.raises(SystemExit, match="pip could not install tensorflow=="):

@@ -132,13 +132,33 @@ def headers_read(version: str) -> list[str]:
     return sorted(name.removeprefix(begin) for name in read if name.startswith(begin))
 
 
-def other_headers(names: Sequence[str], ours: Path, theirs: Path) -> list[str]:
-    """Return those of the headers that are not the same in two folders."""
+def other_headers(ours: Path, theirs: Path) -> list[str]:
+    """Return the headers in `ours` that are not the same in `theirs`, relative to the folders."""
+    names = (path.relative_to(ours) for path in sorted(ours.rglob("*")) if path.is_file())
     return [
-        name
+        str(name)
         for name in names
-        if not (theirs / name).exists() or not filecmp.cmp(ours / name, theirs / name, False)
+        if not (theirs / name).is_file()
+        or not filecmp.cmp(ours / name, theirs / name, shallow=False)
     ]
+
+
+def check_headers(version: str, others: Sequence[str]) -> None:
+    """Check that the op library fits TensorFlow for GPUs.
+
+    Args:
+        version: The version of TensorFlow.
+        others: The headers that are not the same there.
+
+    Raises:
+        SystemExit: If it was built with one of these.
+    """
+    differ = sorted({*others}.intersection(headers_read(version)))
+    if differ:
+        raise SystemExit(
+            f"The op library was built with headers that TensorFlow {version} for GPUs does not "
+            f"have so: {', '.join(differ[:9])}"
+        )
 
 
 def pack(folder: Path, write: Callable[[bytes], Any]) -> None:
@@ -194,13 +214,8 @@ def make_tensorflow(target: Path, wanted: dict[str, Any], most_bytes: int) -> di
         print(f"pip fetches {' and '.join(requirements)} for Python {wanted['python']}", flush=True)
         pip_install(tree.site, wanted["python"], requirements)
         here = tensorflow_headers.wanted()[0]
-        folders = (here.folder / "include", tree.site / "tensorflow" / "include")
-        differ = other_headers(headers_read(here.version), *folders)
-        if differ:
-            raise SystemExit(
-                f"The op library was built with headers of {here.distribution} {here.version} that "
-                f"TensorFlow for GPUs does not have so: {', '.join(differ[:9])}"
-            )
+        others = other_headers(here.folder / "include", tree.site / "tensorflow" / "include")
+        check_headers(here.version, others)
         pip_install(tree.site, wanted["python"], [cuda_runtime(tree.site)], "--no-deps")
         functions = functions_asked_for(tree.site)
         try:
@@ -212,9 +227,8 @@ def make_tensorflow(target: Path, wanted: dict[str, Any], most_bytes: int) -> di
             f"{wanted['capability']}, and removed {sizes.zeroed:,}; packing takes minutes",
             flush=True,
         )
-        return dict(
-            functions=functions, files=cut(tree.folder, target, bundle.TENSORFLOW, most_bytes)
-        )
+        files = cut(tree.folder, target, bundle.TENSORFLOW, most_bytes)
+        return dict(functions=functions, other_headers=others, files=files)
 
 
 def build_environment(capability: str) -> dict[str, str]:
@@ -268,7 +282,8 @@ def make(folder: Path, python: str, capability: str, most_bytes: int = SLICE_BYT
     package = make_package(folder, capability)
     if is_kept:
         print(f"kept the slices of TensorFlow {wanted['tensorflow']} that are in {folder}")
-        made = dict(functions=about["functions"], files=files)
+        check_headers(wanted["tensorflow"], about["other_headers"])
+        made = dict(about, files=files)
     else:
         for old in (folder / bundle.ABOUT, *folder.glob(f"{bundle.TENSORFLOW}.*")):
             old.unlink(missing_ok=True)
