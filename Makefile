@@ -20,7 +20,7 @@ FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc cc/*/*/*.h cc/*/*/*.cc cuda/*.cu c
 
 .PHONY: demo serve test test-torch test-slow test-wheels test-aarch64 test-every-case lint format bazel-build \
   bazel-cuda bazel-test sanitize guard guard-record bench bench-session bench-examples bench-serving \
-  bench-cc cuda-resources gpu gpu-bundle docs wheel clean
+  bench-cc cuda-resources gpu gpu-bundle gpu-tensorflow gpu-tensorflow-bundle docs wheel clean
 
 demo: .venv/installed
 	$(BIN)/continual-transformers demo --picture build/demo.png
@@ -141,6 +141,17 @@ gpu:
 # Run it on a machine with .venv, and take the folder along.
 gpu-bundle: .venv/test-tools
 	$(BIN)/python tools/gpu/make_bundle.py
+
+# Runs the op inside TensorFlow on the GPU of this machine: its tests, then a benchmark, in at most eight
+# minutes. It needs a GPU and pytest. With the slices in build/gpu-tensorflow it needs no TensorFlow.
+gpu-tensorflow:
+	$(PYTHON) tools/gpu/tensorflow_run.py
+
+# Downloads GPU TensorFlow (600 MB), removes what one kind of GPU does not need, builds the op library
+# for it, and cuts all into slices in build/gpu-tensorflow. Run it on a machine with .venv, nvcc and xz.
+# TENSORFLOW_BUNDLE_FLAGS="--python 3.12 --capability 90" says for which GPU machine.
+gpu-tensorflow-bundle: .venv/test-tools
+	$(BIN)/python tools/gpu/make_tensorflow_bundle.py $(TENSORFLOW_BUNDLE_FLAGS)
 
 # Writes the docs site to build/docs. A broken link is an error.
 docs: .venv/installed

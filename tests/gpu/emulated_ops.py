@@ -43,8 +43,9 @@ cudaStream_t StreamOf(tensorflow::OpKernelContext*) { return nullptr; }
 
 TESTS = (
     "test_single_output.py", "test_single_output_state.py", "test_single_output_refuses.py",
-    "test_single_output_gradient.py", "test_co_si_mha_step.py", "test_co_si_mha_streams.py",
-    "test_co_si_mha_query_index.py", "test_co_si_transformer_encoder.py",
+    "test_single_output_gradient.py", "test_single_output_device.py", "test_co_si_mha_step.py",
+    "test_co_si_mha_streams.py", "test_co_si_mha_query_index.py", "test_co_si_mha_device.py",
+    "test_co_si_transformer_encoder.py",
     "test_retroactive.py", "test_retroactive_stability.py", "test_co_re_mha.py",
     "test_known_positions.py",
 )  # fmt: skip

@@ -3,8 +3,8 @@
     python tools/gpu/gpu_run.py [--out DIRECTORY] [--only STEP ...]
 
 It needs nvcc, a C++ compiler, Python, NumPy, PyTorch and pytest, and for sessions the bundle
-(bundle.py). It needs no TensorFlow, no network and not this package. Each step is a process with
-its own time limit, and there is one for all.
+(bundle.py). It needs no network and not this package, and TensorFlow only for its last step
+(tensorflow_run.py). Each step is a process with its own time limit, and there is one for all.
 The results are in DIRECTORY (build/gpu, or $OUT): gpu.json, pictures, and the output of each step.
 The exit status is 0 only if nothing went wrong. A figure that misses its goal is not an error.
 """
@@ -19,12 +19,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import bundle
 import cuda_build
+import tensorflow_bundle
 
 ROOT = cuda_build.ROOT
 ALL_SECONDS = 475
@@ -34,10 +36,6 @@ PYTEST = [
 ]  # fmt: skip
 SUITE = [*PYTEST, "--confcutdir=tests/gpu", "tests/gpu", "benchmarks/gpu"]
 SESSIONS = [*PYTEST, "--confcutdir=tests/gpu_sessions", "tests/gpu_sessions"]
-# The tests of the ops, the layers and the encoder, which run on TensorFlow's GPU.
-TENSORFLOW_TESTS = (
-    "test_single_output*.py", "test_co_si_*.py", "test_retroactive*.py", "test_co_re_mha.py",
-)  # fmt: skip
 
 
 class Step(NamedTuple):
@@ -129,13 +127,8 @@ def steps(out: Path, capability: str | None = None) -> list[Step]:
     picture = ["--picture", str(out / "benchmark.png")]
     command = timed("benchmark", "benchmarks/gpu/gpu_benchmark.py", *picture)
     made.append(Step("benchmark", command, 230, ("build",)))
-    tests = sorted(
-        str(path.relative_to(ROOT))
-        for glob in TENSORFLOW_TESTS
-        for path in ROOT.glob(f"tests/{glob}")
-    )
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "--device", "GPU:0", *tests]
-    made.append(Step("tensorflow", [*command, *many], 120, (), why_no_tensorflow()))
+    command = [sys.executable, "tools/gpu/tensorflow_run.py", "--out", str(out / "tensorflow")]
+    made.append(Step("tensorflow", command, 230, (), why_no_tensorflow()))
     return made
 
 
@@ -147,22 +140,26 @@ def find_sanitizer() -> str | None:
 
 
 def why_no_tensorflow() -> str | None:
-    """Return why the ops' tests cannot run in TensorFlow on its GPU; None if they can."""
+    """Return why the op cannot run on a GPU in TensorFlow; None if it may.
+
+    It may in the TensorFlow of the slices, if they are here, or else in one that is installed.
+    """
+    why = tensorflow_bundle.why_unusable(capability=cuda_build.find_capability())
+    if tensorflow_bundle.read_about() is not None:
+        return why
     for module in ("tensorflow", "continual_transformers_tf"):
         if importlib.util.find_spec(module) is None:
-            return f"{module} is not installed here"
-    program = (
-        "import tensorflow as tf, continual_transformers_tf as ct\n"
-        "assert tf.config.list_physical_devices('GPU'), 'TensorFlow sees no GPU'\n"
-        "assert 'GPU' in ct.ops.kernels(), 'the op library was built without GPU kernels'\n"
-    )
+            return f"{module} is not installed here, and there are {why}"
     try:
         asked = subprocess.run(
-            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
-        )
+            [sys.executable, "tools/gpu/tensorflow_start.py"],
+            cwd=ROOT, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return "TensorFlow did not start within 60 s"
-    return None if asked.returncode == 0 else asked.stderr.strip().split("\n")[-1]
+    if asked.returncode == 0:
+        return None
+    return (asked.stdout.strip() or asked.stderr.strip()).split("\n")[-1]
 
 
 def run_step(step: Step, log: Path, limit: float) -> dict[str, Any]:
@@ -193,9 +190,15 @@ def run_step(step: Step, log: Path, limit: float) -> dict[str, Any]:
 
 
 def run_steps(
-    chosen: list[Step], out: Path, seconds: float = ALL_SECONDS
+    chosen: list[Step],
+    out: Path,
+    seconds: float = ALL_SECONDS,
+    record: Callable[[dict[str, dict[str, Any]]], None] = lambda found: None,
 ) -> dict[str, dict[str, Any]]:
-    """Run one step after another. The rest of `seconds` also limits each step."""
+    """Run one step after another. The rest of `seconds` also limits each step.
+
+    `record` is called after each step, with how the steps so far went.
+    """
     begin = time.monotonic()
     found: dict[str, dict[str, Any]] = {}
     beside: dict[str, Future[dict[str, Any]]] = {}
@@ -217,7 +220,7 @@ def run_steps(
             print(f"{step.name} ...", flush=True)
             limit = min(step.limit, left)
             command = [*step.command]
-            if step.name.endswith("benchmark"):  # It must end before the limit.
+            if step.name.endswith(("benchmark", "tensorflow")):  # It must end before the limit.
                 command += ["--seconds", f"{0.8 * limit:.0f}"]
             log = out / f"{step.name}.txt"
             started = step._replace(command=command)
@@ -225,6 +228,7 @@ def run_steps(
                 beside[step.name] = pool.submit(run_step, started, log, limit)
             else:
                 found[step.name] = run_step(started, log, limit)
+        record(found)
     found |= {name: run.result() for name, run in beside.items()}
     return {step.name: found[step.name] for step in chosen}
 
@@ -256,6 +260,27 @@ def is_wrong(found: dict[str, dict[str, Any]]) -> bool:
     return any(step["went"] not in ("ok", NOT_RUN) for step in found.values())
 
 
+def named(made: list[Step], names: list[str] | None, parser: argparse.ArgumentParser) -> list[Step]:
+    """Return the steps of these names; None: all. An unknown name is an error of the parser's."""
+    if names is None:
+        return made
+    there_are = [step.name for step in made]
+    unknown = set(names) - set(there_are)
+    if unknown:
+        parser.error(
+            f"no such step: {', '.join(sorted(unknown))}; there are {', '.join(there_are)}"
+        )
+    return [step for step in made if step.name in names]
+
+
+def print_failures(found: dict[str, dict[str, Any]], out: Path) -> None:
+    """Print the end of the output of each step that did not succeed."""
+    for name, step in found.items():
+        if step["went"] in ("failed", "timed out") and (out / f"{name}.txt").exists():
+            print(f"\n--- {name}: the end of its output")
+            print("\n".join((out / f"{name}.txt").read_text(errors="replace").split("\n")[-40:]))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -269,15 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     out = Path(chosen.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    wanted = steps(out, capability)
-    names = [step.name for step in wanted]
-    if chosen.only:
-        unknown = set(chosen.only) - set(names)
-        if unknown:
-            parser.error(
-                f"no such step: {', '.join(sorted(unknown))}; there are {', '.join(names)}"
-            )
-        wanted = [step for step in wanted if step.name in chosen.only]
+    wanted = named(steps(out, capability), chosen.only, parser)
     recorded = [out / f"{name}.json" for name in ("benchmark", "session-benchmark")]
     for path in recorded:
         path.unlink(missing_ok=True)  # It may be from an earlier run.
@@ -290,10 +307,7 @@ def main(arguments: list[str] | None = None) -> int:
         capability=capability, wrong=wrong, steps=found, benchmark=benchmark, sessions=of_sessions
     )
     (out / "gpu.json").write_text(json.dumps(everything, indent=1))
-    for name, step in found.items():
-        if step["went"] in ("failed", "timed out") and (out / f"{name}.txt").exists():
-            print(f"\n--- {name}: the end of its output")
-            print("\n".join((out / f"{name}.txt").read_text(errors="replace").split("\n")[-40:]))
+    print_failures(found, out)
     print("\n" + summary(found, benchmark, of_sessions))
     print(f"\n{'SOMETHING WAS WRONG' if wrong else 'Nothing was wrong'}; all results are in {out}")
     return 1 if wrong else 0
