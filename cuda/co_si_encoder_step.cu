@@ -45,14 +45,16 @@ class Launcher {
     if (step_.norm_first) Normalize(step_.attention_norm, step_.attention.query.input, normal_);
     Try([&] { return LaunchCoSiMhaStep(attention_, stream_); });
     if (step_.result == nullptr) return error_;
-    Normalize(step_.norm_first ? step_.output_norm : step_.attention_norm, attended_, normal_);
-    Project(step_.hidden, normal_, step_.hidden_features, step_.activation, nullptr, hidden_);
-    if (step_.norm_first) {
-      Project(step_.output, hidden_, features_, Activation::kLinear, attended_, step_.result);
-    } else {
-      Project(step_.output, hidden_, features_, Activation::kLinear, normal_, attended_);
-      Normalize(step_.output_norm, attended_, step_.result);
-    }
+    DeviceDenseParams<T, W> hidden = Layer(step_.hidden, normal_, step_.hidden_features, hidden_);
+    hidden.layers[0].activation = step_.activation;
+    hidden.norm =
+        Norm(step_.norm_first ? step_.output_norm : step_.attention_norm, attended_, normal_);
+    Try([&] { return LaunchDense(hidden, stream_); });
+    DeviceDenseParams<T, W> output =
+        Layer(step_.output, hidden_, features_, step_.norm_first ? step_.result : attended_);
+    output.layers[0].residual = step_.norm_first ? attended_ : normal_;
+    Try([&] { return LaunchDense(output, stream_); });
+    if (!step_.norm_first) Normalize(step_.output_norm, attended_, step_.result);
     return error_;
   }
 
@@ -63,21 +65,23 @@ class Launcher {
     if (error_ == cudaSuccess) error_ = launch();
   }
 
-  void Normalize(const LayerNorm<T>& norm, const T* x, T* y) {
-    Try([&] { return LaunchNormalize<T>({norm, x, y, rows_, features_, overlap_}, stream_); });
+  DeviceNormalizeParams<T> Norm(const LayerNorm<T>& norm, const T* x, T* y) const {
+    return {norm, x, y, rows_, features_, overlap_};
   }
 
-  void Project(const Projection<T, W>& layer, const T* input, int64_t outputs,
-               Activation activation, const T* residual, T* output) {
+  void Normalize(const LayerNorm<T>& norm, const T* x, T* y) {
+    Try([&] { return LaunchNormalize(Norm(norm, x, y), stream_); });
+  }
+
+  DeviceDenseParams<T, W> Layer(const Projection<T, W>& layer, const T* input, int64_t outputs,
+                                T* output) const {
     DeviceDenseParams<T, W> dense = {};
     dense.layers[0] = DenseOf(layer, outputs, output);
     dense.layers[0].input = input;
-    dense.layers[0].activation = activation;
-    dense.layers[0].residual = residual;
     dense.num_layers = 1;
     dense.rows = rows_;
     dense.overlap = overlap_;
-    Try([&] { return LaunchDense(dense, stream_); });
+    return dense;
   }
 
   const DeviceCoSiEncoderStep<T, C, W>& step_;

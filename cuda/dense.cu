@@ -8,6 +8,7 @@
 
 #include "cc/attention/half.h"
 #include "cc/attention/step_types.h"
+#include "cuda/block_sum.cuh"
 #include "cuda/dense.h"
 #include "cuda/elements.cuh"
 #include "cuda/launch.cuh"
@@ -32,7 +33,12 @@ struct StripLayout {
 // The number of rows of a kernel that a lane loads before it uses the first.
 constexpr int kLoads = 8;
 
-template <typename T, typename W, typename L, int kRows>
+// Up to this many rows, each block normalizes its input by itself: that takes less time than a
+// launch does. With more rows, so many blocks would do the same again. The limit is a guess, which
+// no GPU has measured.
+constexpr int64_t kMostNormalizedRows = 16;
+
+template <typename T, typename W, typename L, int kRows, bool kNormalizes>
 class StripBlock {
  public:
   using Params = DeviceDenseParams<T, W>;
@@ -63,6 +69,7 @@ class StripBlock {
 
   __device__ void Run() {
     const DeviceDense<T, W>& layer = p_.layers[layer_];
+    if constexpr (kNormalizes) Normalize();
     const int lane = threadIdx.x % L::kLanes, group = threadIdx.x / L::kLanes;
     const int64_t column = strip_ * L::kStrip + lane * L::kColumns;
     T sums[kRows][L::kColumns] = {};
@@ -86,7 +93,7 @@ class StripBlock {
           if (i >= inputs) continue;
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
-            const T x = Input(layer, first_row_ + r, i);
+            const T x = Input(layer, r, i);
 #pragma unroll
             for (int c = 0; c < L::kColumns; ++c) sums[r][c] += x * loaded[load].Get(c);
           }
@@ -112,8 +119,41 @@ class StripBlock {
     return sums;
   }
 
-  __device__ T Input(const DeviceDense<T, W>& layer, int64_t row, int i) const {
+  // Finds the mean and the factor of each row's norm. The block of the first strip writes the
+  // result, for later launches.
+  __device__ void Normalize() {
+    const DeviceNormalizeParams<T>& norm = p_.norm;
+    const int size = static_cast<int>(norm.size);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const T* const x = norm.x + (first_row_ + r) * norm.size;
+      const bool exists = first_row_ + r < p_.rows;
+      T sum = T(0), squares = T(0);
+      for (int i = threadIdx.x; exists && i < size; i += kThreads) sum += x[i];
+      mean_[r] = SumOverBlock(sum) / size;
+      for (int i = threadIdx.x; exists && i < size; i += kThreads) {
+        squares += (x[i] - mean_[r]) * (x[i] - mean_[r]);
+      }
+      factor_[r] = T(1) / std::sqrt(SumOverBlock(squares) / size + norm.norm.epsilon);
+      if (layer_ != 0 || strip_ != 0) continue;
+      for (int i = threadIdx.x; exists && i < size; i += kThreads) {
+        norm.y[(first_row_ + r) * norm.size + i] = Normalized(r, i);
+      }
+    }
+  }
+
+  __device__ T Normalized(int r, int i) const {
+    const DeviceNormalizeParams<T>& norm = p_.norm;
+    const T x = norm.x[(first_row_ + r) * norm.size + i];
+    return (x - mean_[r]) * factor_[r] * norm.norm.scale[i] + norm.norm.offset[i];
+  }
+
+  __device__ T Input(const DeviceDense<T, W>& layer, int r, int i) const {
+    const int64_t row = first_row_ + r;
     if (row >= p_.rows) return T(0);
+    if constexpr (kNormalizes) {
+      if (layer.input == p_.norm.y) return Normalized(r, i);
+    }
     const T x = layer.input[row * layer.inputs + i];
     return layer.factor == nullptr ? x : x * layer.factor[row * layer.inputs + i];
   }
@@ -198,13 +238,14 @@ class StripBlock {
 
   const Params& p_;
   int layer_, strip_, first_row_;
+  T mean_[kRows], factor_[kRows];  // of norms
 };
 
-template <typename T, typename W, typename L, int kRows>
+template <typename T, typename W, typename L, int kRows, bool kNormalizes>
 __global__ void __launch_bounds__(kThreads)
     DenseKernel(const __grid_constant__ DeviceDenseParams<T, W> params) {
   ReleaseNext();
-  StripBlock<T, W, L, kRows> block(params);
+  StripBlock<T, W, L, kRows, kNormalizes> block(params);
   block.Prefetch();
   WaitForPrevious();
   block.Run();
@@ -216,14 +257,23 @@ cudaError_t LaunchWith(const DeviceDenseParams<T, W>& p, cudaStream_t stream) {
   for (int i = 0; i < p.num_layers; ++i) {
     strips += (p.layers[i].outputs + L::kStrip - 1) / L::kStrip;
   }
-  return Launch(DenseKernel<T, W, L, kRows>, strips * ((p.rows + kRows - 1) / kRows), kThreads,
-                p.overlap, stream, p);
+  const auto kernel =
+      p.norm.x == nullptr ? DenseKernel<T, W, L, kRows, false> : DenseKernel<T, W, L, kRows, true>;
+  return Launch(kernel, strips * ((p.rows + kRows - 1) / kRows), kThreads, p.overlap, stream, p);
 }
 
 }  // namespace
 
 template <typename T, typename W>
 cudaError_t LaunchDense(const DeviceDenseParams<T, W>& p, cudaStream_t stream) {
+  if (p.norm.x != nullptr && p.rows > kMostNormalizedRows) {
+    const cudaError_t error = LaunchNormalize(p.norm, stream);
+    if (error != cudaSuccess) return error;
+    DeviceDenseParams<T, W> rest = p;
+    rest.norm = {};
+    return LaunchDense(rest, stream);
+  }
+  static_assert(kThreads == kBlockSumThreads);
   bool vectors = !std::is_same_v<T, double>;  // doubles are for tests: one kernel is enough
   for (int i = 0; i < p.num_layers; ++i) {
     if (p.layers[i].inputs > std::numeric_limits<int>::max()) return cudaErrorInvalidValue;

@@ -9,6 +9,7 @@
 
 #include "cc/attention/activations.h"
 #include "cc/attention/co_si_mha_step.h"
+#include "cuda/normalize.h"
 
 namespace continual_transformers {
 
@@ -58,6 +59,10 @@ struct DeviceDenseParams {
   DeviceDense<T, W> layers[kMost];
   int num_layers;
   int64_t rows;  // M
+
+  // If norm.x is not null, rows of it are normalized to norm.y first. Layers may have norm.y as
+  // their input, but not as their residual. With few rows this is part of the same launch.
+  DeviceNormalizeParams<T> norm;
 
   // The streams of the delay rings. Not read if no layer has a ring.
   const int32_t* streams;   // [M]; null: row m is stream m

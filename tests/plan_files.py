@@ -154,6 +154,30 @@ def attention_only_plan(window=4, size=4, **options):
     return plan
 
 
+def normalized_plan(random, features=37, size=9, **options):
+    """n = norm(x); x -> [dense(n), dense(n) + n, sigmoid(dense(n)), n]."""
+    plan = PlanFile(**options)
+    x = plan.input("x", features)
+    weights = {
+        name: random.standard_normal(features).astype(plan.compute_dtype)
+        for name in ("gamma", "beta")
+    }
+    normalized = plan.node(
+        "norm", [x], plan.value(features), weights, function="layer", epsilon=1e-3
+    )
+    plan.output("first", plan.dense(random, normalized, size))
+    second = plan.dense(random, normalized, features)
+    plan.output(
+        "second",
+        plan.node("binary", [second, normalized], plan.value(features), function="add"),
+    )
+    third = plan.dense(random, normalized, size)
+    plan.output("third", plan.node("activation", [third], plan.value(size), function="sigmoid"))
+    plan.output("normalized", normalized)
+    plan.plan["output_structure"] = {port["name"]: i for i, port in enumerate(plan.plan["outputs"])}
+    return plan
+
+
 def many_ports_plan(random, rows=7, size=3):
     """{"sound": (3,), "word": ()} -> {"sum": sound + row of word, "late": [its delay]}.
 

@@ -43,7 +43,7 @@ class RetroactiveAttentionOp : public tensorflow::OpKernel {
   };
 
   absl::Status Run(tensorflow::OpKernelContext* ctx) const {
-    Device device(ctx);
+    Device device(ctx, &kept_);
     RingInputs::Variables rings;
     RowVariables rows;
     TF_RETURN_IF_ERROR(inputs_.GetVariables(ctx, &rings));
@@ -91,6 +91,7 @@ class RetroactiveAttentionOp : public tensorflow::OpKernel {
     return absl::OkStatus();
   }
 
+  mutable typename Device::Kept kept_;
   std::string algorithm_;
   RingInputs inputs_;
   OpInput query_cache_, softmax_, weighted_sum_, made_with_;

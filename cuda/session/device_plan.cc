@@ -55,8 +55,9 @@ class Compiler {
     for (size_t i = 0; i < plan_.nodes.size(); ++i) {
       const Node& node = plan_.nodes[i];
       if (done_[i]) continue;
-      if (node.op == Op::kDense) {
-        Dense(static_cast<int>(i));
+      const int dense = node.op == Op::kDense ? static_cast<int>(i) : DenseAfterNorm(i);
+      if (dense >= 0) {
+        Dense(dense, dense == static_cast<int>(i) ? -1 : static_cast<int>(i));
       } else {
         result_.entries.push_back({Launch(static_cast<int>(i)), node.name, NameOf(node.op)});
       }
@@ -174,10 +175,39 @@ class Compiler {
   // Returns the only node that reads a value, or -1.
   int OnlyUser(int value) const { return uses_[value] == 1 ? user_[value] : -1; }
 
-  // Dense layers that follow each other are one launch, if none reads what another writes.
-  void Dense(int first) {
+  // Returns the dense layer that comes right after a layer normalization and reads it, or -1.
+  int DenseAfterNorm(size_t norm) const {
+    const Node& node = plan_.nodes[norm];
+    if (node.op != Op::kNorm || node.Text("function") != "layer") return -1;
+    size_t next = norm + 1;
+    while (next < plan_.nodes.size() && done_[next]) ++next;
+    if (next == plan_.nodes.size()) return -1;
+    const Node& dense = plan_.nodes[next];
+    const bool follows = dense.op == Op::kDense && In(dense) == Out(node) &&
+                         ValueOf(dense.inputs[0]).shape.back() == Columns(node);
+    return follows ? static_cast<int>(next) : -1;
+  }
+
+  int64_t Columns(const Node& node) const { return ValueOf(node.outputs[0]).shape.back(); }
+
+  // Dense layers that follow each other are one launch, if none reads what another writes. `norm`
+  // is the normalization that is part of it, or -1.
+  void Dense(int first, int norm) {
     std::vector<DeviceDenseLayer> layers;
     DevicePlan::Entry entry;
+    DeviceLayerNorm normalizes = {};
+    if (norm >= 0) {
+      const Node& node = plan_.nodes[norm];
+      const int64_t columns = Columns(node);
+      normalizes = {Weight(node, "gamma", columns, 1),
+                    Weight(node, "beta", columns, 0),
+                    static_cast<float>(node.Number("epsilon")),
+                    columns,
+                    In(node),
+                    Out(node)};
+      entry = {{}, node.name, NameOf(node.op)};
+      done_[norm] = true;
+    }
     const int64_t rows = RowsOf(first);
     for (size_t i = first; i < plan_.nodes.size() && layers.size() < kMostDenseLayers; ++i) {
       if (done_[i]) continue;
@@ -185,9 +215,9 @@ class Compiler {
           producer_[In(plan_.nodes[i])] >= first) {
         break;
       }
-      layers.push_back(Layer(static_cast<int>(i), first, &entry));
+      layers.push_back(Layer(static_cast<int>(i), norm < 0 ? first : norm, &entry));
     }
-    entry.launch = DenseNode(layers, options_.weights_dtype, rows);
+    entry.launch = DenseNode(layers, normalizes, options_.weights_dtype, rows);
     result_.entries.push_back(std::move(entry));
   }
 

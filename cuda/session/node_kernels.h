@@ -89,9 +89,18 @@ struct DeviceDenseLayer {
 };
 // Up to this many layers are one launch.
 constexpr size_t kMostDenseLayers = 4;
-// Layers that do not read each other's outputs, each with `rows` in a step. Kernels are in
-// `weights`: kFloat32 or kBFloat16.
-NodeLaunch DenseNode(const std::vector<DeviceDenseLayer>& layers, DType weights, int64_t rows);
+// A layer normalization, of rows of `columns` elements.
+struct DeviceLayerNorm {
+  const float *gamma, *beta;  // [columns]
+  float epsilon;
+  int64_t columns;
+  int input = -1, output = -1;  // -1: there is none
+};
+// Layers that do not read each other's outputs, each with `rows` in a step. They may read that of
+// `norm`, which comes first, but not as a residual. Kernels are in `weights`: kFloat32 or
+// kBFloat16.
+NodeLaunch DenseNode(const std::vector<DeviceDenseLayer>& layers, const DeviceLayerNorm& norm,
+                     DType weights, int64_t rows);
 // `count` products of [rows, depth] and [depth, columns].
 NodeLaunch MatmulNode(int a, int b, int output, int64_t count, int64_t rows, int64_t depth,
                       int64_t columns);

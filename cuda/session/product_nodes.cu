@@ -12,7 +12,8 @@ namespace continual_transformers {
 namespace {
 
 template <typename W>
-NodeLaunch DenseOf(const std::vector<DeviceDenseLayer>& layers, int64_t rows) {
+NodeLaunch DenseOf(const std::vector<DeviceDenseLayer>& layers, const DeviceLayerNorm& norm,
+                   int64_t rows) {
   static_assert(DeviceDenseParams<float, W>::kMost == kMostDenseLayers);
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     DeviceDenseParams<float, W> p = {};
@@ -28,6 +29,13 @@ NodeLaunch DenseOf(const std::vector<DeviceDenseLayer>& layers, int64_t rows) {
       layer.output = frame.Rows<float>(from.output);
     }
     p.rows = frame.streams * rows;
+    if (norm.input >= 0) {
+      p.norm.norm = {norm.gamma, norm.beta, norm.epsilon};
+      p.norm.x = frame.Rows<float>(norm.input);
+      p.norm.y = frame.Rows<float>(norm.output);
+      p.norm.rows = p.rows;
+      p.norm.size = norm.columns;
+    }
     return LaunchDense(p, stream);
   };
 }
@@ -67,9 +75,10 @@ struct DepthwiseEach {
 
 }  // namespace
 
-NodeLaunch DenseNode(const std::vector<DeviceDenseLayer>& layers, DType weights, int64_t rows) {
-  return weights == DType::kBFloat16 ? DenseOf<BFloat16>(layers, rows)
-                                     : DenseOf<float>(layers, rows);
+NodeLaunch DenseNode(const std::vector<DeviceDenseLayer>& layers, const DeviceLayerNorm& norm,
+                     DType weights, int64_t rows) {
+  return weights == DType::kBFloat16 ? DenseOf<BFloat16>(layers, norm, rows)
+                                     : DenseOf<float>(layers, norm, rows);
 }
 
 NodeLaunch MatmulNode(int a, int b, int output, int64_t count, int64_t rows, int64_t depth,

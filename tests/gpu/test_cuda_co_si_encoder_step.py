@@ -136,6 +136,15 @@ def test_blocks(machine, random, activation, norm_first):
             check_step(machine, block, streams, random.permutation(5)[:m], x)
 
 
+@pytest.mark.parametrize("m", [16, 17])
+def test_many_rows(machine, random, m):
+    """With up to 16 rows the norm before the feed-forward part shares a launch with it."""
+    block = Block(random, Sizes(2, 5, 12, 8, "float32"), 21, "float32", "gelu", False)
+    streams = LayerStreams(random, random.integers(0, 12, m), block.layer)
+    x = random.normal(size=(m, block.features)).astype(np.float32)
+    check_step(machine, block, streams, random.permutation(m), x)
+
+
 @pytest.mark.parametrize(
     ("result", "update_state"), list(itertools.product([False, True], repeat=2))
 )

@@ -24,7 +24,13 @@ from continual_transformers_tf.session import (
     UnknownStreamError,
 )
 from on_gpu import CORE, LIBRARY, OnEmulator, VersionedOnEmulator, library, to_gpu
-from plan_files import attention_only_plan, attention_plan, many_ports_plan, two_ports_plan
+from plan_files import (
+    attention_only_plan,
+    attention_plan,
+    many_ports_plan,
+    normalized_plan,
+    two_ports_plan,
+)
 
 FEATURES, OUTPUTS, WINDOW = 6, 5, 4
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -494,6 +500,23 @@ assert emulator.cuda_emulator_gpu() == 0
         text=True, env={**os.environ, "PYTHONPATH": str(CORE.parent.parent)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("features", [1, 12, 37, 300])
+def test_a_norm_before_dense_layers(device, random, features):
+    """With few rows it is part of their launch, with many a launch of its own."""
+    plan = normalized_plan(random, features)
+    session, on_cpu = plan.session(device=device), plan.session()
+    for m in (1, 3, 16, 17, 40):
+        x = (5 * random.standard_normal((m, features)) + 7).astype(F)
+        got, expected = session.step(x), on_cpu.step(x)
+        assert len(got) == len(expected) == 4
+        for name in expected:
+            np.testing.assert_allclose(got[name], expected[name], **CLOSE, err_msg=name)
+    assert [row.op for row in session.profile(1)] == [
+        "norm + dense + dense", "binary", "dense + activation"
+    ]  # fmt: skip
 
 
 def test_what_a_session_says(session, plan, device):
