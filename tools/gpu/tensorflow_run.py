@@ -3,8 +3,8 @@
     python tools/gpu/tensorflow_run.py [--out DIRECTORY] [--seconds 470] [--only PART ...]
 
 It puts the slices of TensorFlow together (tensorflow_bundle.py). Without slices it uses TensorFlow
-and this package as they are installed here. It runs the tests of the ops, the layers and the encoder
-on TensorFlow's GPU, then a benchmark. Each part is a process with its own time limit.
+and this package as they are installed here. It runs the tests of the ops, the layers and the
+encoder on TensorFlow's GPU, then a benchmark. Each part is a process with its own time limit.
 The results are in DIRECTORY (build/gpu/tensorflow, or $OUT): tensorflow.json, which is written
 after each part, and the output of each part. The exit status is 0 only if nothing went wrong.
 """
