@@ -150,7 +150,7 @@ CO_RE = {
 for name, options in CO_RE.items():
     case(
         lambda options=options: built(
-            ct.CoReMultiHeadAttention(N, H, D, warm_up="partial", **options), E
+            ct.CoReMultiHeadAttention(N, H, warm_up="partial", **{"key_dim": D, **options}), E
         ),
         name=f"co_re_{name}",
     )

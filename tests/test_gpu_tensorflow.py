@@ -405,9 +405,14 @@ def test_the_parts(monkeypatch, tmp_path):
             if word.startswith(("tests/", "tools/", "benchmarks/")):
                 assert (ROOT / word).exists()
     assert parts["op"].environment["PYTHONPATH"].startswith(str(bundle.tree_of().package))
-    # Every test of single-output attention is in one part.
+    # Every test of the ops and their layers is in one part.
     listed = [name for part in tensorflow_run.TESTS for name in tensorflow_run.tests_of(part)]
-    globs = ("test_single_output*.py", "test_co_si_*.py")
+    globs = (
+        "test_single_output*.py",
+        "test_co_si_*.py",
+        "test_retroactive*.py",
+        "test_co_re_mha.py",
+    )
     there_are = (path for glob in globs for path in ROOT.glob(f"tests/{glob}"))
     assert sorted(listed) == sorted(str(path.relative_to(ROOT)) for path in there_are)
     monkeypatch.setattr(bundle, "read_about", lambda: None)

@@ -503,12 +503,12 @@ assert emulator.cuda_emulator_gpu() == 0
 
 
 @pytest.mark.sanitizer
-@pytest.mark.parametrize("features", [1, 12, 37, 300])
+@pytest.mark.parametrize("features", [1, 12, 37])
 def test_a_norm_before_dense_layers(device, random, features):
     """With few rows it is part of their launch, with many a launch of its own."""
     plan = normalized_plan(random, features)
     session, on_cpu = plan.session(device=device), plan.session()
-    for m in (1, 3, 16, 17, 40):
+    for m in (1, 3, 16, 17):
         x = (5 * random.standard_normal((m, features)) + 7).astype(F)
         got, expected = session.step(x), on_cpu.step(x)
         assert len(got) == len(expected) == 4
