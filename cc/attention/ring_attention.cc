@@ -33,7 +33,9 @@ class RingPass {
         stride_(RingAttentionLogits(rows_)),
         rows_of_part_(RowsOfBytes(kPartBytes, params.value_stride)),
         rows_ahead_(RowsOfBytes(kBytesAhead, params.key_stride)),
-        in_parts_(rows_ > 2 * rows_of_part_) {}
+        in_parts_(rows_ > 2 * rows_of_part_),
+        are_words_(AreWords(params.key, params.key_stride) &&
+                   AreWords(params.value, params.value_stride)) {}
 
   void Run() {
     int64_t column = 0;
@@ -66,8 +68,12 @@ class RingPass {
   // is the rest of a row, if that is an even number, unless one masked load and conversion is
   // enough. It took 0.75 of the time for N=256 H=16 D=12, and 0.9 for D=64 (AVX2).
   static constexpr bool kEvenOdd = std::is_same_v<C, BFloat16>;
-  static bool IsLoadedTogether(int64_t rest) {
-    return rest > 0 && rest % 2 == 0 && (HWY_TARGET != HWY_AVX3 || rest > kLanes);
+  bool IsLoadedTogether(int64_t rest) const {
+    return are_words_ && rest > 0 && rest % 2 == 0 && (HWY_TARGET != HWY_AVX3 || rest > kLanes);
+  }
+  // Whether every other element of the rows is aligned for two.
+  static bool AreWords(const C* rows, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(rows) % (2 * sizeof(C)) == 0 && stride % 2 == 0;
   }
   // The values of a long window are summed part by part. A part stays in a near cache while the
   // heads take their columns of it, and the next one is prefetched meanwhile. Windows of 1 MB in
@@ -546,6 +552,7 @@ class RingPass {
   const int64_t stride_;
   const int64_t rows_of_part_, rows_ahead_;
   const bool in_parts_;
+  const bool are_words_;
   T normalizer_of_[kMostHeads];
 };
 
