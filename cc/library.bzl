@@ -223,6 +223,7 @@ CUDA_HEADERS = [
     "partial_attention.cuh",
     "retroactive.cuh",
     "retroactive.h",
+    "row_norm.cuh",
     "scratch.h",
     "single_output.h",
     "warp.cuh",

@@ -8,10 +8,10 @@
 
 #include "cc/attention/half.h"
 #include "cc/attention/step_types.h"
-#include "cuda/block_sum.cuh"
 #include "cuda/dense.h"
 #include "cuda/elements.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/row_norm.cuh"
 #include "cuda/warp.cuh"
 
 namespace continual_transformers {
@@ -119,33 +119,23 @@ class StripBlock {
     return sums;
   }
 
-  // Finds the mean and the factor of each row's norm. The block of the first strip writes the
-  // result, for later launches.
+  // Measures the rows. The block of the first strip writes the normalized ones, for later launches.
   __device__ void Normalize() {
-    const DeviceNormalizeParams<T>& norm = p_.norm;
-    const int size = static_cast<int>(norm.size);
+    const DeviceNormalizeParams<T>& p = p_.norm;
+    const int size = static_cast<int>(p.size);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const T* const x = norm.x + (first_row_ + r) * norm.size;
-      const bool exists = first_row_ + r < p_.rows;
-      T sum = T(0), squares = T(0);
-      for (int i = threadIdx.x; exists && i < size; i += kThreads) sum += x[i];
-      mean_[r] = SumOverBlock(sum) / size;
-      for (int i = threadIdx.x; exists && i < size; i += kThreads) {
-        squares += (x[i] - mean_[r]) * (x[i] - mean_[r]);
-      }
-      factor_[r] = T(1) / std::sqrt(SumOverBlock(squares) / size + norm.norm.epsilon);
+      if (first_row_ + r >= p_.rows) continue;  // the same for all threads
+      norms_[r] = MeasureRow(p.norm, p.x + (first_row_ + r) * p.size, size);
       if (layer_ != 0 || strip_ != 0) continue;
-      for (int i = threadIdx.x; exists && i < size; i += kThreads) {
-        norm.y[(first_row_ + r) * norm.size + i] = Normalized(r, i);
-      }
+      T* const y = p.y + (first_row_ + r) * p.size;
+      for (int i = threadIdx.x; i < size; i += kThreads) y[i] = Normalized(r, i);
     }
   }
 
   __device__ T Normalized(int r, int i) const {
-    const DeviceNormalizeParams<T>& norm = p_.norm;
-    const T x = norm.x[(first_row_ + r) * norm.size + i];
-    return (x - mean_[r]) * factor_[r] * norm.norm.scale[i] + norm.norm.offset[i];
+    const DeviceNormalizeParams<T>& p = p_.norm;
+    return norms_[r].Of(p.norm, p.x + (first_row_ + r) * p.size, i);
   }
 
   __device__ T Input(const DeviceDense<T, W>& layer, int r, int i) const {
@@ -238,7 +228,7 @@ class StripBlock {
 
   const Params& p_;
   int layer_, strip_, first_row_;
-  T mean_[kRows], factor_[kRows];  // of norms
+  RowNorm<T> norms_[kRows];
 };
 
 template <typename T, typename W, typename L, int kRows, bool kNormalizes>

@@ -1,10 +1,10 @@
-#include <cmath>
 #include <cstdint>
 
 #include "cc/attention/step_types.h"
 #include "cuda/block_sum.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/normalize.h"
+#include "cuda/row_norm.cuh"
 
 namespace continual_transformers {
 namespace {
@@ -17,16 +17,8 @@ __global__ void __launch_bounds__(kBlockSumThreads)
   const T* const x = p.x + blockIdx.x * p.size;
   T* const y = p.y + blockIdx.x * p.size;
   const int size = static_cast<int>(p.size);
-  // The row is read three times and not kept, because it has any size. It is in L1.
-  T sum = T(0), squares = T(0);
-  for (int i = threadIdx.x; i < size; i += kBlockSumThreads) sum += x[i];
-  const T mean = SumOverBlock(sum) / size;
-  for (int i = threadIdx.x; i < size; i += kBlockSumThreads)
-    squares += (x[i] - mean) * (x[i] - mean);
-  const T factor = T(1) / std::sqrt(SumOverBlock(squares) / size + p.norm.epsilon);
-  for (int i = threadIdx.x; i < size; i += kBlockSumThreads) {
-    y[i] = (x[i] - mean) * factor * p.norm.scale[i] + p.norm.offset[i];
-  }
+  const RowNorm<T> row = MeasureRow(p.norm, x, size);
+  for (int i = threadIdx.x; i < size; i += kBlockSumThreads) y[i] = row.Of(p.norm, x, i);
 }
 
 }  // namespace

@@ -15,9 +15,10 @@ namespace continual_transformers {
 // Returns whether recomputing all rows of a window is expected to take less time on a GPU than
 // updating their sums. An update reads a row's query, and reads and writes its sums in double. The
 // two keys are the same for all rows. Recomputing reads N keys and values for each row, most of
-// them from a cache. The limit is a guess for few streams, which no GPU has measured. It does not
-// depend on their number, because a stream whose calls use one and the other would have its sums
-// made anew again and again. Many streams with short windows want algorithm="update".
+// them from a cache. The limit is a guess for few streams, which no GPU has measured. It is the
+// same for any number of streams: if calls of a stream updated and recomputed in turn, each update
+// would have to compute all sums again. For many streams with short windows, choose
+// algorithm="update".
 constexpr bool RecomputingIsFasterOnGpu(int64_t window) { return window < 128; }
 
 // Rows of a window, and three more such numbers of its softmax, are counted in 32 bits.

@@ -351,7 +351,7 @@ def measure_retroactive(bench, size):
     entry = dict(size=size._asdict(), bytes=size.bytes, error_against_sdpa={})
     for name, recompute in (("update", False), ("recompute", True)):
         entry["error_against_sdpa"][name] = stream.check(recompute)
-        stream.step(recompute)  # The first update after recomputing makes all sums anew.
+        stream.step(recompute)  # Not timed: it computes all sums, if there are none yet.
         entry[name] = bench.time_graph(lambda _, how=recompute: stream.step(how), times)
     entry["sdpa"] = bench.time_graph(lambda _: stream.sdpa(), times)
     return entry

@@ -35,9 +35,9 @@ constexpr int64_t kVectorOrderOnGpu = 62;
 constexpr int64_t kScalarOrderOnGpu = 63;
 
 // Returns what describes the sums of a stream after `position` steps. The arithmetic is one number
-// for two things: the order of sums and the position. If a model's step fails after this layer, the
-// sums have moved on and the position has not; they then do not match, and the next step computes
-// the sums anew.
+// for two things: the order of sums and the position. If a model's step fails after this layer, it
+// has changed the sums, but not the position. The two then do not match, and the next step computes
+// the sums again.
 constexpr double ArithmeticOf(int64_t order, int64_t position) {
   return static_cast<double>(order) + static_cast<double>(kOrdersOfSums) * position;
 }

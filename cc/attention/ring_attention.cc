@@ -386,7 +386,7 @@ class RingPass {
     for (; v + 4 <= vectors; v += 4) Heads<2, 4, Width::kPart>(part, v);
     for (; v + 2 <= vectors; v += 2) Heads<4, 2, Width::kPart>(part, v);
     if constexpr (kEvenOdd) {
-      // What is left is less than two vectors.
+      // Fewer columns than two vectors have remain.
       if (IsLoadedTogether(p_.value_dim - v * kLanes)) return Heads<4, 2, Width::kRest>(part, v);
     }
     for (; v < vectors; ++v) Heads<8, 1, Width::kPart>(part, v);

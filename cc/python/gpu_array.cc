@@ -8,8 +8,9 @@
 namespace continual_transformers {
 namespace {
 
-// Of dlpack.h: a capsule "dltensor" points to a DLTensor, and something that is not read here. A
-// capsule "dltensor_versioned", of version 1, points to a DLManagedTensorVersioned.
+// The structs of dlpack.h. A capsule "dltensor" points to a DLTensor; what follows the DLTensor is
+// not read here. A capsule "dltensor_versioned", of version 1, points to a
+// DLManagedTensorVersioned.
 struct DLDataType {
   uint8_t code;  // 0: int, 2: float, 6: bool
   uint8_t bits;

@@ -15,7 +15,7 @@ SUMS = ("softmax", "weighted_sum", "made_with")
 class RetroactiveStreams:
     """The arrays of a cache at given positions, without sums, and the reference of each stream.
 
-    What no step has written holds NaN.
+    Rows that no step has written hold NaN, and so do all sums.
     """
 
     def __init__(self, random, positions, heads, window, key_dim, value_dim, dtype="float32"):

@@ -1,4 +1,4 @@
-"""What the host knows of the positions of streams without waiting for a GPU."""
+"""Lower bounds of streams' positions, which the host can read without waiting for a GPU."""
 
 import numpy as np
 import tensorflow as tf
