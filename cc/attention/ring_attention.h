@@ -47,10 +47,9 @@ struct RingAttentionParams {
   T* logits;
   OnlineSoftmax<T>* softmax;  // [H], written; null: not wanted
 
-  // The rows that will be attended to next; null: unknown. As many of them are prefetched as there
-  // are rows here.
+  // The keys that will be attended to next; null: unknown. If it is given, these keys and values
+  // are not in a near cache either, and are prefetched.
   const C* next_key;
-  const C* next_value;
 };
 
 // The scratch elements that one head needs for `rows` rows.

@@ -160,7 +160,6 @@ class AttentionInstruction : public Instruction {
     p.scale = static_cast<T>(s_.scale);
     p.logits = reinterpret_cast<T*>(frame.scratch);
     p.next_key = next == nullptr ? nullptr : reinterpret_cast<const C*>(next + s_.key_ring);
-    p.next_value = next == nullptr ? nullptr : reinterpret_cast<const C*>(next + s_.value_ring);
     const int64_t rows = spans.before_wrap.rows + spans.after_wrap.rows;
     const int64_t parts =
         frame.pool == nullptr ? 1 : std::min(frame.pool->threads(), rows / kLeastRowsOfPart);
