@@ -52,9 +52,10 @@ class DeviceArena final : public Arena {
     cudaGraphExec_t exec = nullptr;
   };
 
-  DeviceFrame FrameOf(const Graph& graph) const;
+  DeviceFrame FrameOf(const Graph& graph, bool overlap) const;
   Graph* GraphFor(int64_t streams);
   void Build(Graph* graph);
+  cudaError_t Instantiate(Graph* graph, bool overlap) const;
   cudaError_t LaunchAll(const DeviceFrame& frame) const;
   void TakeStep(const Graph& graph);
   void TakeProfiledStep(const Graph& graph);
