@@ -123,7 +123,7 @@ cudaError_t DeviceArena::LaunchAll(const DeviceFrame& frame) const {
 }
 
 void DeviceArena::Build(Graph* graph) {
-  const bool overlap = CanOverlapSteps();
+  const bool overlap = may_overlap && CanOverlapSteps();
   cudaError_t error = Instantiate(graph, overlap);
   if (error != cudaSuccess && overlap) {
     // The driver may be too old for launches that overlap in a graph.

@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <list>
 #include <memory>
@@ -31,6 +32,10 @@ class DeviceArena final : public Arena {
   void BeginProfile();
   // Seconds by entry of the plan.
   const std::vector<double>& EndProfile();
+
+  // Whether launches may overlap, in graphs that are made from now on. A benchmark sets it to
+  // false, to measure what that gains.
+  static inline std::atomic<bool> may_overlap{true};
 
  private:
   // Where the things of a step of M streams lie in `step_`. Everything that the host sends for a
