@@ -28,7 +28,7 @@ class GraphBuilder {
 
   // `overlap`: see Launch().
   template <typename Params>
-  cudaError_t Add(void (*kernel)(Params), dim3 blocks, dim3 threads, bool overlap,
+  cudaError_t Add(void (*kernel)(Params), dim3 blocks, dim3 threads, [[maybe_unused]] bool overlap,
                   const Params& params) {
     void* arguments[] = {const_cast<Params*>(&params)};  // CUDA copies what they point to.
     cudaKernelNodeParams node = {};
