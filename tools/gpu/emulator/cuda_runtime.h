@@ -714,8 +714,6 @@ inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
   });
 }
 
-// Without a kernel before this one, it does not wait.
-inline void cudaTriggerProgrammaticLaunchCompletion() {}
 inline void cudaGridDependencySynchronize() { cuda_emulator::Block::Running().WaitForPrevious(); }
 
 inline float __uint_as_float(unsigned bits) {
