@@ -1,6 +1,7 @@
-"""That the emulator notices a kernel that begins early and does not wait as it must.
+"""Kernels that begin early: that the emulator notices one that does not wait as it must.
 
-The kernels themselves are checked with this in tests/gpu_sessions.
+With the emulator, tests/gpu_sessions checks the kernels themselves. Here is also what nvcc makes of
+them.
 """
 
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import cuda_build
+import nvcc
 
 ORDERS = range(5)
 
@@ -68,3 +70,33 @@ def test_a_kernel_that_does_not_overlap_needs_no_wait(program):
 def test_drivers_that_refuse(program):
     assert program("Good", "old_driver", 0)[0] == "adding: error 36"
     assert program("Good", "strict_driver", 0)[0] == "instantiating: error 801"
+
+
+@pytest.mark.slow
+def test_compiled_kernels_wait(tmp_path):
+    """A session's kernels: a compiler may move loads and stores, and the emulator uses another."""
+    try:
+        compiler = nvcc.find().nvcc
+    except nvcc.Unusable as why:
+        pytest.skip(str(why))
+    sources = nvcc.LISTS["CUDA_SESSION_KERNEL_SOURCES"] + nvcc.LISTS["CUDA_SESSION_SOURCES"]
+    options = [*nvcc.LISTS["CUDA_OPTIONS"], f"-I{cuda_build.ROOT}", "-arch=sm_90", "-ptx"]
+    before_waiting = {}
+    for source in (cuda_build.ROOT / "cuda" / name for name in sources if name.endswith(".cu")):
+        compiled = tmp_path / f"{source.stem}.ptx"
+        subprocess.run([compiler, *options, source, "-o", compiled], check=True)
+        for name, body in re.findall(
+            r"\.entry (\w+)\(.*?\n\{(.*?)\n\}\n", compiled.read_text(), re.S
+        ):
+            assert body.count("griddepcontrol.wait;") == 1, name
+            before, _ = body.split("griddepcontrol.wait;")
+            assert "griddepcontrol.launch_dependents;" in before, name
+            before_waiting[name] = re.findall(
+                r"\b(?:ld|st|atom|red|ret)\b(?!\.param)[^\n]*", before
+            )
+    assert len(before_waiting) > 100
+    for name, instructions in before_waiting.items():
+        # Only attention reads something: a position, and a block's address for keys and values.
+        loads = 3 if "RingQueryKernel" in name else 0
+        kinds = [instruction.split()[0] for instruction in instructions]
+        assert kinds == ["ld.global.u64"] * loads, name
