@@ -1,7 +1,8 @@
-// A program for test_overlap.py: overlap KERNEL WHERE ORDER. It launches four kernels a few times,
-// one after the other, and prints how often the result was wrong. The third one is KERNEL. WHERE is
-// "graph", "full_edges" (a graph without overlap), "stream", "old_driver" (it does not know edges
-// that overlap) or "strict_driver" (it refuses to instantiate them). ORDER is the emulator's.
+// A program for test_emulated_overlap.py: overlap KERNEL WHERE ORDER. It launches four kernels a
+// few times, one after the other, and prints how often the result was wrong. The third one is
+// KERNEL. WHERE is "graph", "full_edges" (a graph without overlap), "stream", "old_driver" (it does
+// not know edges that overlap) or "strict_driver" (it refuses to instantiate them). ORDER is the
+// emulator's.
 
 #include <cuda_runtime.h>
 
