@@ -39,12 +39,31 @@ struct RingQueryParams {
   float* output;
   int64_t row;  // of each step; a launch takes one
   DeviceAttention s;
+  bool overlap;
 };
 
 template <typename C, typename L>
 class RingQuery {
  public:
   __device__ explicit RingQuery(const RingQueryParams& p) : p_(p) {}
+
+  // Fetches this head's share of the rows of the stream's rings into L2, before WaitForPrevious().
+  // The rows of one head are not contiguous: the other heads' blocks fetch the rest. After the
+  // first row of a step they are there.
+  __device__ void Prefetch() const {
+    const DeviceAttention& s = p_.s;
+    if (!p_.overlap || p_.row != 0 || threadIdx.x != 0) return;
+    const int64_t m = blockIdx.x / s.heads, share = blockIdx.x % s.heads;
+    const int64_t before = RowsBefore(static_cast<int>(m));
+    const int64_t rows = (before < s.window ? before : s.window) * s.key_heads;
+    const int64_t begin = rows * share / s.heads, end = rows * (share + 1) / s.heads;
+    const auto prefetch = [&](int64_t ring, int64_t size) {
+      const int64_t bytes = size * static_cast<int64_t>(sizeof(C));
+      PrefetchIntoL2(p_.blocks[m] + ring + begin * bytes, (end - begin) * bytes);
+    };
+    prefetch(s.key_ring, s.key_dim);
+    prefetch(s.value_ring, s.value_dim);
+  }
 
   __device__ void Run() const {
     const DeviceAttention& s = p_.s;
@@ -116,7 +135,11 @@ class RingQuery {
 template <typename C, typename L>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<float>)
     RingQueryKernel(const __grid_constant__ RingQueryParams p) {
-  RingQuery<C, L>(p).Run();
+  ReleaseNext();
+  const RingQuery<C, L> query(p);
+  query.Prefetch();
+  WaitForPrevious();
+  query.Run();
 }
 
 template <typename C>
@@ -132,12 +155,13 @@ NodeLaunch AttentionOf(const DeviceAttention& s) {
                          frame.RowsOrNull<bool>(s.query_mask),
                          frame.Rows<float>(s.output),
                          0,
-                         s};
+                         s,
+                         frame.overlap};
     // The next row overwrites a row of the ring that the query before it needs.
     for (; p.row < s.rows; ++p.row) {
       const cudaError_t error = WithHeadLayout<C>(s.key_dim, s.value_dim, [&](auto layout) {
         return Launch(RingQueryKernel<C, decltype(layout)>, frame.streams * s.heads, kThreads,
-                      false, stream, p);
+                      p.overlap, stream, p);
       });
       if (error != cudaSuccess) return error;
     }
@@ -199,6 +223,8 @@ struct WindowQueryParams {
 template <typename L>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<float>)
     WindowQueryKernel(const __grid_constant__ WindowQueryParams p) {
+  ReleaseNext();
+  WaitForPrevious();
   const DeviceWindowAttention& s = p.s;
   const int heads = static_cast<int>(s.heads), queries = static_cast<int>(s.queries);
   const int h = blockIdx.x % heads, i = blockIdx.x / heads % queries;
@@ -261,6 +287,7 @@ NodeLaunch RetroactiveNode(const DeviceRetroactive& s) {
     p.scale = s.scale;
     p.recompute = s.recompute;
     p.keep = true;
+    p.overlap = frame.overlap;
     return WithHeadLayout<float>(s.key_dim, s.value_dim, [&](auto layout) {
       const cudaError_t error = LaunchRetroactiveRows<decltype(layout)>(p, stream);
       return error == cudaSuccess ? KeepRetroactiveSteps<decltype(layout)>(p, stream) : error;
@@ -278,7 +305,7 @@ NodeLaunch WindowAttentionNode(const DeviceWindowAttention& s) {
                                  s};
     return WithHeadLayout<float>(s.key_dim, s.value_dim, [&](auto layout) {
       return Launch(WindowQueryKernel<decltype(layout)>, frame.streams * s.queries * s.heads,
-                    kThreads, false, stream, p);
+                    kThreads, frame.overlap, stream, p);
     });
   };
 }

@@ -18,6 +18,10 @@ struct DeviceFrame {
   const int64_t* positions;  // [M], steps taken before this one
   const bool* key_mask;      // [M], whether the caller marks no gap
   char* const* values;       // of the host: one per plan value and scratch, where its M rows lie
+  // Whether a launch may begin while the one before it still runs; see Launch(). Before it waits, a
+  // kernel may read weights, and `blocks` and `positions`: they are written before the step's first
+  // launch and by its last.
+  bool overlap;
 
   template <typename T>
   T* Rows(int value) const {
