@@ -169,11 +169,12 @@ def measure(machine, size, streams, path, copy_rate, save=lambda entry: None, **
         return dict(skipped=f"{ROOM * size_bytes / 1e9:.1f} GB do not fit into the GPU's memory")
     ids, there = on_gpu.open(streams), on_cpu.open(streams)
     random = np.random.default_rng(streams)
-    # All streams begin as copies of one whose window is full.
+    # All streams begin as copies of one whose window is full. The CPU would take minutes to fill a
+    # long one.
     past = random.standard_normal((1, size.window, *given.shape)).astype(given.dtype)
-    filled = on_cpu.open()
-    on_cpu.steps(past, streams=filled)
-    copies = on_cpu.get_state(filled) * streams
+    filled = on_gpu.open()
+    on_gpu.steps(past, streams=filled)
+    copies = on_gpu.get_state(filled) * streams
     on_gpu.set_state(copies, ids)
     on_cpu.set_state(copies, there)
     x = random.standard_normal((streams, *given.shape)).astype(given.dtype)
