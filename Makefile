@@ -15,7 +15,7 @@ RUN_BAZEL := bazel/offline/configure.sh && PATH="$(CURDIR)/$(BIN):$$PATH" $(BAZE
 TENSORFLOW = $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('cc/library.bzl')['TENSORFLOWS'][-1])")
 FORMATTED_CC := $(wildcard cc/*/*.h cc/*/*.cc cc/*/*/*.h cc/*/*/*.cc cuda/*.cu cuda/*.cuh cuda/*.h \
   cuda/session/* \
-  tests/cc/*.h tests/cc/*.cc tests/cc/*/*.h tests/cc/*/*.cc tools/gpu/emulator/*.h benchmarks/cc/*.cc examples/*/*.cc \
+  tests/cc/*.h tests/cc/*.cc tests/cc/*/*.h tests/cc/*/*.cc tests/gpu/*.cu tools/gpu/emulator/*.h benchmarks/cc/*.cc examples/*/*.cc \
   python/continual_transformers_tf/include/*.h python/continual_transformers_tf/include/*.hpp)
 
 .PHONY: demo serve test test-torch test-slow test-wheels test-aarch64 test-every-case lint format bazel-build \

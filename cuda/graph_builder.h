@@ -12,6 +12,10 @@ namespace continual_transformers {
 
 class GraphBuilder {
  public:
+  // Whether this CUDA has graphs whose kernels overlap. The driver may still refuse them: with an
+  // error of Add(), or when the graph is instantiated.
+  static constexpr bool kCanOverlap = CUDART_VERSION >= 12030;
+
   // During its life, what this thread launches with Launch() is not run. It becomes nodes of
   // `graph`, each after the one before.
   explicit GraphBuilder(cudaGraph_t graph) : graph_(graph) { current_ = this; }
@@ -22,8 +26,10 @@ class GraphBuilder {
   // This thread's builder, or null.
   static GraphBuilder* Current() { return current_; }
 
+  // `overlap`: see Launch().
   template <typename Params>
-  cudaError_t Add(void (*kernel)(Params), dim3 blocks, dim3 threads, const Params& params) {
+  cudaError_t Add(void (*kernel)(Params), dim3 blocks, dim3 threads, [[maybe_unused]] bool overlap,
+                  const Params& params) {
     void* arguments[] = {const_cast<Params*>(&params)};  // CUDA copies what they point to.
     cudaKernelNodeParams node = {};
     // `func` is a void*. In the emulator it has a type that knows Params.
@@ -33,10 +39,31 @@ class GraphBuilder {
     node.blockDim = threads;
     node.kernelParams = arguments;
     const cudaGraphNode_t before = last_;
+#if CUDART_VERSION >= 12030
+    if (overlap && before != nullptr) {
+      const cudaError_t error = cudaGraphAddKernelNode(&last_, graph_, nullptr, 0, &node);
+      return error == cudaSuccess ? AddProgrammaticEdge(before, last_) : error;
+    }
+#endif
     return cudaGraphAddKernelNode(&last_, graph_, &before, before == nullptr ? 0 : 1, &node);
   }
 
  private:
+#if CUDART_VERSION >= 12030
+  // The edge that a captured stream has where a launch has the attribute
+  // cudaLaunchAttributeProgrammaticStreamSerialization.
+  cudaError_t AddProgrammaticEdge(cudaGraphNode_t from, cudaGraphNode_t to) {
+    cudaGraphEdgeData edge = {};
+    edge.from_port = cudaGraphKernelNodePortProgrammatic;
+    edge.type = cudaGraphDependencyTypeProgrammatic;
+#if CUDART_VERSION >= 13000
+    return cudaGraphAddDependencies(graph_, &from, &to, &edge, 1);
+#else
+    return cudaGraphAddDependencies_v2(graph_, &from, &to, &edge, 1);
+#endif
+  }
+#endif
+
   static inline thread_local GraphBuilder* current_ = nullptr;
 
   const cudaGraph_t graph_;

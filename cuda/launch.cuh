@@ -12,9 +12,11 @@
 
 namespace continual_transformers {
 
-// With `overlap`, the kernel may begin while the kernel before it on the stream still runs
-// (programmatic dependent launch). It must call WaitForPrevious() before it reads what that one
-// writes. The caller sets `overlap` only if CanOverlap(). Nodes of a GraphBuilder do not overlap.
+// With `overlap`, the kernel may begin while the kernel before it on the stream, or in the graph of
+// a GraphBuilder, still runs (programmatic dependent launch). Then each of its threads must call
+// WaitForPrevious(): before it writes anything, and before it reads what another launch writes.
+// That one waits only for the kernel right before. It has waited too, so all earlier ones have
+// ended as well. The caller sets `overlap` only if CanOverlap().
 template <typename Params>
 cudaError_t Launch(void (*kernel)(Params), int64_t blocks, int threads, bool overlap,
                    cudaStream_t stream, const Params& params) {
@@ -22,7 +24,7 @@ cudaError_t Launch(void (*kernel)(Params), int64_t blocks, int threads, bool ove
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   const dim3 grid(static_cast<unsigned>(blocks)), block(threads);
   if (GraphBuilder* const builder = GraphBuilder::Current()) {
-    return builder->Add(kernel, grid, block, params);
+    return builder->Add(kernel, grid, block, overlap, params);
   }
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -64,6 +66,8 @@ __device__ inline void ReleaseNext() {
 __device__ inline void WaitForPrevious() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#elif !defined(__CUDACC__)
+  cudaGridDependencySynchronize();  // the emulator's
 #endif
 }
 

@@ -122,7 +122,7 @@ cudaError_t LaunchSteps(const DeviceRetroactiveParams<T>& p, cudaStream_t stream
       }
       if (error != cudaSuccess) return error;
     }
-    return ForEach(p.num_streams, AdvanceEach<T>{{p, 0}}, stream);
+    return ForEach(p.num_streams, AdvanceEach<T>{{p, 0}}, false, stream);
   });
 }
 

@@ -56,6 +56,7 @@ struct RetroactiveLaunch {
   T scale;
   bool recompute;  // all rows of all steps. If false, the launch is of one step.
   bool keep;       // whether the rows' sums are stored
+  bool overlap;    // see Launch()
 };
 
 // Returns a * b. The compiler may otherwise fuse the product with a later sum in one place and not
@@ -428,6 +429,8 @@ class RetroactiveUpdate {
 template <typename Source, typename L>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<typename Source::Number>)
     RetroactiveUpdateKernel(const __grid_constant__ RetroactiveLaunch<Source> p) {
+  ReleaseNext();
+  WaitForPrevious();
   RetroactiveUpdate<Source, L>(p).Run();
 }
 
@@ -435,6 +438,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<typename So
 template <typename Source, typename L>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<typename Source::Number>)
     RetroactiveRecomputeKernel(const __grid_constant__ RetroactiveLaunch<Source> p) {
+  ReleaseNext();
+  WaitForPrevious();
   using T = typename Source::Number;
   const int heads = static_cast<int>(p.heads), window = static_cast<int>(p.window);
   const int h = blockIdx.x % heads, i = blockIdx.x / heads % window;
@@ -480,10 +485,10 @@ cudaError_t LaunchRetroactiveRows(const RetroactiveLaunch<Source>& p, cudaStream
   const int64_t pairs = p.streams * p.heads;
   if (p.recompute) {
     return Launch(RetroactiveRecomputeKernel<Source, L>, pairs * p.steps * p.window, kThreads,
-                  false, stream, p);
+                  p.overlap, stream, p);
   }
   return Launch(RetroactiveUpdateKernel<Source, L>, pairs * UpdateBlocks<L>(p.window), kThreads,
-                false, stream, p);
+                p.overlap, stream, p);
 }
 
 // i is an element of the query, key and value of a head's step, one after the other.
@@ -530,7 +535,7 @@ cudaError_t KeepRetroactiveSteps(const RetroactiveLaunch<Source>& p, cudaStream_
   const int64_t kept = p.steps < p.window ? p.steps : p.window;
   const int64_t order = p.recompute ? 0 : kOrderOf<L>;
   return ForEach(p.streams * kept * p.heads * (2 * p.key_dim + p.value_dim),
-                 KeepRetroactiveEach<Source>{p, kept, order}, stream);
+                 KeepRetroactiveEach<Source>{p, kept, order}, p.overlap, stream);
 }
 
 }  // namespace continual_transformers

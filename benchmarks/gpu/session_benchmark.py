@@ -1,15 +1,17 @@
 """Time whole models on a GPU: `python benchmarks/gpu/session_benchmark.py --json FILE`.
 
-It times `Session.step`, with NumPy arrays and with arrays on the GPU, and beside it the CPU's
-session. The rival is the same step in PyTorch: a ring, scaled_dot_product_attention, a CUDA graph.
-All are timed by the clock on the wall, from the call to when the output can be read. The bound is
-the time of the least bytes of a step at the rate of a large copy on the device.
+It times `Session.step`, with NumPy arrays and with arrays on the GPU, the latter also with launches
+that do not overlap. Beside it is the CPU's session. The rival is the same step in PyTorch: a ring,
+scaled_dot_product_attention, a CUDA graph. All are timed by the clock on the wall, from the call to
+when the output can be read. The bound is the time of the least bytes of a step at the rate of a
+large copy on the device.
 
 The models are the bundle's plans (tools/gpu/bundle.py) with random weights. Each result is printed
 and written when it is there, the most telling first. It needs this package, PyTorch and the bundle.
 """
 
 import argparse
+import ctypes
 import os
 import statistics
 import sys
@@ -29,7 +31,8 @@ import session_sizes  # noqa: E402
 
 AGREEMENT = 1e-3  # The largest difference from the CPU's outputs, relative to the largest output.
 COPY_BYTES = 1 << 30
-ROOM = 4  # How many times a step's least bytes must be free.
+ROOM = 5  # How many times a step's least bytes must be free.
+CUDA_LIBRARY = gpu_benchmark.cuda_build.LISTS["CUDA_LIBRARY"]
 
 
 class TorchArrays:
@@ -149,6 +152,14 @@ def least_bytes(session, weights_bytes, streams):
     return weights_bytes + streams * (session.state_bytes + ends)
 
 
+def set_overlap(overlap):
+    """Set whether the launches of a step overlap, in the graphs that sessions make from now on."""
+    with open("/proc/self/maps") as maps:
+        libraries = {line.split()[-1] for line in maps if CUDA_LIBRARY in line}
+    for library in libraries:
+        ctypes.CDLL(library).continual_transformers_cuda_set_overlap(int(overlap))
+
+
 def measure(machine, size, streams, path, copy_rate, save=lambda entry: None, **timing):
     """Return the entry of one size and number of streams.
 
@@ -159,15 +170,16 @@ def measure(machine, size, streams, path, copy_rate, save=lambda entry: None, **
     """
     from continual_transformers_tf.session import Session
 
-    on_gpu = Session.load(path, device=machine.device)
+    on_gpu, no_overlap = (Session.load(path, device=machine.device) for _ in range(2))
     on_cpu = Session.load(path, threads=os.cpu_count() or 1)
     (given,), (returned,) = on_gpu.inputs, on_gpu.outputs
     header = bundle.beginning(path.read_bytes())
     size_bytes = least_bytes(on_gpu, bundle.weights_bytes(header), streams)
-    # Streams, a step's values, and the rival's rings.
+    # Streams of two sessions, a step's values, and the rival's rings.
     if ROOM * size_bytes > machine.free_bytes():
         return dict(skipped=f"{ROOM * size_bytes / 1e9:.1f} GB do not fit into the GPU's memory")
     ids, there = on_gpu.open(streams), on_cpu.open(streams)
+    no_overlap_ids = no_overlap.open(streams)
     random = np.random.default_rng(streams)
     # All streams begin as copies of one whose window is full. The CPU would take minutes to fill a
     # long one.
@@ -176,11 +188,18 @@ def measure(machine, size, streams, path, copy_rate, save=lambda entry: None, **
     on_gpu.steps(past, streams=filled)
     copies = on_gpu.get_state(filled) * streams
     on_gpu.set_state(copies, ids)
+    no_overlap.set_state(copies, no_overlap_ids)
     on_cpu.set_state(copies, there)
     x = random.standard_normal((streams, *given.shape)).astype(given.dtype)
     out = np.empty((streams, *returned.shape), returned.dtype)
     expected = on_cpu.step(x, streams=there)
-    error = np.abs(on_gpu.step(x, streams=ids) - expected).max() / np.abs(expected).max()
+    outputs = [on_gpu.step(x, streams=ids)]
+    set_overlap(False)
+    try:
+        outputs.append(no_overlap.step(x, streams=no_overlap_ids))  # It makes the graph.
+    finally:
+        set_overlap(True)
+    error = np.abs(np.stack(outputs) - expected).max() / np.abs(expected).max()
     if not error < AGREEMENT:  # True for NaN, too.
         raise RuntimeError(f"the CPU's output differs by {error:g}, expected <{AGREEMENT:g}")
     entry = dict(
@@ -190,6 +209,7 @@ def measure(machine, size, streams, path, copy_rate, save=lambda entry: None, **
     x_there, out_there = machine.array(x), machine.array(out)
     works = dict(
         device_arrays=lambda: on_gpu.step(x_there, streams=ids, out=out_there),
+        no_overlap=lambda: no_overlap.step(x_there, streams=no_overlap_ids, out=out_there),
         numpy_arrays=lambda: on_gpu.step(x, streams=ids, out=out),
         torch_graph=rival_step(machine, size, streams),
         cpu=lambda: on_cpu.step(x, streams=there, out=out),

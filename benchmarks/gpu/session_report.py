@@ -1,6 +1,6 @@
 """The results of session_benchmark.py as a table. It needs nothing but Python."""
 
-COLUMNS = ("bound", "device_arrays", "numpy_arrays", "cpu", "torch_graph")
+COLUMNS = ("bound", "device_arrays", "no_overlap", "numpy_arrays", "cpu", "torch_graph")
 
 
 def heading(found):

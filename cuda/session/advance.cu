@@ -13,6 +13,8 @@ struct AdvanceEach {
 
 }  // namespace
 
+bool CanOverlapSteps() { return GraphBuilder::kCanOverlap && CanOverlap(); }
+
 cudaError_t ProbeKernels() {
   cudaFuncAttributes attributes;
   return cudaFuncGetAttributes(&attributes, ForEachKernel<AdvanceEach>);
@@ -20,7 +22,8 @@ cudaError_t ProbeKernels() {
 
 cudaError_t AdvancePositions(const DeviceFrame& frame, cudaStream_t stream) {
   // const_cast: nodes only read them.
-  return ForEach(frame.streams, AdvanceEach{const_cast<int64_t*>(frame.positions)}, stream);
+  return ForEach(frame.streams, AdvanceEach{const_cast<int64_t*>(frame.positions)}, frame.overlap,
+                 stream);
 }
 
 }  // namespace continual_transformers

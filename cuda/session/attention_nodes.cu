@@ -44,6 +44,7 @@ struct RingQueryParams {
   float* parts;        // [M, H, window_parts, Dv + 2]; see PartsMerger
   uint32_t* arrivals;  // [M, H], zeros
   DeviceAttention s;
+  bool overlap;
 };
 
 // kCut: whether there is more than one part of a window.
@@ -52,10 +53,29 @@ class RingQuery {
  public:
   __device__ explicit RingQuery(const RingQueryParams& p) : p_(p) {}
 
+  // Fetches this block's share of the rows of the stream's rings into L2, before WaitForPrevious().
+  // The rows of one head are not contiguous: the other heads' blocks fetch the rest. After the
+  // first row of a step they are there.
+  __device__ void Prefetch() const {
+    const DeviceAttention& s = p_.s;
+    if (!p_.overlap || p_.row != 0 || threadIdx.x != 0) return;
+    const int64_t shares = s.heads * NumParts();
+    const int64_t m = blockIdx.x / shares, share = blockIdx.x % shares;
+    const int64_t before = RowsBefore(static_cast<int>(m));
+    const int64_t rows = (before < s.window ? before : s.window) * s.key_heads;
+    const int64_t begin = rows * share / shares, end = rows * (share + 1) / shares;
+    const auto prefetch = [&](int64_t ring, int64_t size) {
+      const int64_t bytes = size * static_cast<int64_t>(sizeof(C));
+      PrefetchIntoL2(p_.blocks[m] + ring + begin * bytes, (end - begin) * bytes);
+    };
+    prefetch(s.key_ring, s.key_dim);
+    prefetch(s.value_ring, s.value_dim);
+  }
+
   __device__ void Run() const {
     const DeviceAttention& s = p_.s;
     const int heads = static_cast<int>(s.heads), window = static_cast<int>(s.window);
-    const int num_parts = kCut ? p_.window_parts : 1, part = blockIdx.x % num_parts;
+    const int num_parts = NumParts(), part = blockIdx.x % num_parts;
     const int query = blockIdx.x / num_parts, m = query / heads, h = query % heads;
     const int key_head = static_cast<int>(h / (s.heads / s.key_heads));
     const int64_t r = m * s.rows + p_.row, position = RowsBefore(m);
@@ -119,6 +139,8 @@ class RingQuery {
   }
 
  private:
+  __device__ int NumParts() const { return kCut ? p_.window_parts : 1; }
+
   // Returns how many rows the stream has before this one, or as many a few windows earlier: far
   // into a stream the product could overflow.
   __device__ int64_t RowsBefore(int m) const {
@@ -137,7 +159,11 @@ class RingQuery {
 template <typename C, typename L, bool kCut>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<float>)
     RingQueryKernel(const __grid_constant__ RingQueryParams p) {
-  RingQuery<C, L, kCut>(p).Run();
+  ReleaseNext();
+  const RingQuery<C, L, kCut> query(p);
+  query.Prefetch();
+  WaitForPrevious();
+  query.Run();
 }
 
 template <typename C>
@@ -157,14 +183,16 @@ NodeLaunch AttentionOf(const DeviceAttention& s) {
                          static_cast<int>(window_parts),
                          frame.Rows<float>(s.parts),
                          frame.arrivals,
-                         s};
+                         s,
+                         frame.overlap};
     // The next row overwrites a row of the ring that the query before it needs.
     for (; p.row < s.rows; ++p.row) {
       const cudaError_t error = WithHeadLayout<C>(s.key_dim, s.value_dim, [&](auto layout) {
         using L = decltype(layout);
         const auto kernel =
             window_parts > 1 ? RingQueryKernel<C, L, true> : RingQueryKernel<C, L, false>;
-        return Launch(kernel, frame.streams * s.heads * window_parts, kThreads, false, stream, p);
+        return Launch(kernel, frame.streams * s.heads * window_parts, kThreads, p.overlap, stream,
+                      p);
       });
       if (error != cudaSuccess) return error;
     }
@@ -226,6 +254,8 @@ struct WindowQueryParams {
 template <typename L>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<float>)
     WindowQueryKernel(const __grid_constant__ WindowQueryParams p) {
+  ReleaseNext();
+  WaitForPrevious();
   const DeviceWindowAttention& s = p.s;
   const int heads = static_cast<int>(s.heads), queries = static_cast<int>(s.queries);
   const int h = blockIdx.x % heads, i = blockIdx.x / heads % queries;
@@ -288,6 +318,7 @@ NodeLaunch RetroactiveNode(const DeviceRetroactive& s) {
     p.scale = s.scale;
     p.recompute = s.recompute;
     p.keep = true;
+    p.overlap = frame.overlap;
     return WithHeadLayout<float>(s.key_dim, s.value_dim, [&](auto layout) {
       const cudaError_t error = LaunchRetroactiveRows<decltype(layout)>(p, stream);
       return error == cudaSuccess ? KeepRetroactiveSteps<decltype(layout)>(p, stream) : error;
@@ -305,7 +336,7 @@ NodeLaunch WindowAttentionNode(const DeviceWindowAttention& s) {
                                  s};
     return WithHeadLayout<float>(s.key_dim, s.value_dim, [&](auto layout) {
       return Launch(WindowQueryKernel<decltype(layout)>, frame.streams * s.queries * s.heads,
-                    kThreads, false, stream, p);
+                    kThreads, frame.overlap, stream, p);
     });
   };
 }

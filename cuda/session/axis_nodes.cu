@@ -192,6 +192,8 @@ struct ScaleNormParams {
 // A block takes a row.
 __global__ void __launch_bounds__(kBlockSumThreads)
     ScaleNormKernel(const __grid_constant__ ScaleNormParams p) {
+  ReleaseNext();
+  WaitForPrevious();
   const float* const x = p.x + blockIdx.x * p.size;
   float* const y = p.y + blockIdx.x * p.size;
   float squares = 0;
@@ -212,13 +214,13 @@ NodeLaunch SoftmaxNode(const std::string& function, const DeviceAxis& axis, int 
   if (function == "sparsemax") {
     return [=](const DeviceFrame& frame, cudaStream_t stream) {
       return ForEach(NumLines(frame, axis), SparsemaxEach{Lines(frame, axis, input, output)},
-                     stream);
+                     frame.overlap, stream);
     };
   }
   const bool log = function == "log_softmax";
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(NumLines(frame, axis), SoftmaxEach{Lines(frame, axis, input, output), log},
-                   stream);
+                   frame.overlap, stream);
   };
 }
 
@@ -226,21 +228,23 @@ NodeLaunch ReduceNode(const std::string& function, const DeviceAxis& axis, int i
   const Reduction named = ReductionNamed(function);
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(NumLines(frame, axis), ReduceEach{Lines(frame, axis, input, output), named},
-                   stream);
+                   frame.overlap, stream);
   };
 }
 
 NodeLaunch CumulativeNode(bool product, const DeviceAxis& axis, int input, int output) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(NumLines(frame, axis),
-                   CumulativeEach{Lines(frame, axis, input, output), product}, stream);
+                   CumulativeEach{Lines(frame, axis, input, output), product}, frame.overlap,
+                   stream);
   };
 }
 
 NodeLaunch SortNode(bool indices, bool descending, const DeviceAxis& axis, int input, int output) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(NumLines(frame, axis) * axis.size,
-                   SortEach{Lines(frame, axis, input, output), indices, descending}, stream);
+                   SortEach{Lines(frame, axis, input, output), indices, descending}, frame.overlap,
+                   stream);
   };
 }
 
@@ -254,6 +258,7 @@ NodeLaunch NormNode(const std::string& function, const float* gamma, const float
       p.y = frame.Rows<float>(output);
       p.rows = frame.streams * rows;
       p.size = columns;
+      p.overlap = frame.overlap;
       return LaunchNormalize(p, stream);
     };
   }
@@ -262,7 +267,8 @@ NodeLaunch NormNode(const std::string& function, const float* gamma, const float
     const ScaleNormParams p = {
         frame.Rows<float>(input),    gamma, beta, frame.Rows<float>(output), columns,
         static_cast<float>(epsilon), rms};
-    return Launch(ScaleNormKernel, frame.streams * rows, kBlockSumThreads, false, stream, p);
+    return Launch(ScaleNormKernel, frame.streams * rows, kBlockSumThreads, frame.overlap, stream,
+                  p);
   };
 }
 

@@ -1,4 +1,5 @@
-// The function of this library that the core library calls; see cc/session/device.h.
+// The function of this library that the core library calls (cc/session/device.h), and one for
+// benchmarks/gpu/session_benchmark.py.
 
 #include <cstring>
 #include <memory>
@@ -8,6 +9,7 @@
 #include "cc/session/device.h"
 #include "cc/session/error.h"
 #include "cuda/session/advance.h"
+#include "cuda/session/device_arena.h"
 #include "cuda/session/device_executor.h"
 #include "cuda/session/device_memory.h"
 #include "include/continual_transformers.h"
@@ -60,4 +62,9 @@ continual_transformers_cuda_device(int number, const char* version) {
                         ": build or install both together");
   }
   return new ct::CudaDevice(number);
+}
+
+extern "C" __attribute__((visibility("default"))) void continual_transformers_cuda_set_overlap(
+    int overlap) {
+  continual_transformers::DeviceArena::may_overlap = overlap != 0;
 }

@@ -82,14 +82,15 @@ void DeviceArena::DropGraphs() {
   graphs_.clear();
 }
 
-DeviceFrame DeviceArena::FrameOf(const Graph& graph) const {
+DeviceFrame DeviceArena::FrameOf(const Graph& graph, bool overlap) const {
   char* const base = step_.get();
   return {graph.layout.streams,
           reinterpret_cast<char* const*>(base + graph.layout.blocks),
           reinterpret_cast<const int64_t*>(base + graph.layout.positions),
           reinterpret_cast<const bool*>(base + graph.layout.key_mask),
           reinterpret_cast<uint32_t*>(arrivals_.get()),
-          graph.values.data()};
+          graph.values.data(),
+          overlap};
 }
 
 // Every launch leaves zeros, unless the GPU has failed for good. So nothing clears them again.
@@ -135,16 +136,27 @@ cudaError_t DeviceArena::LaunchAll(const DeviceFrame& frame) const {
 }
 
 void DeviceArena::Build(Graph* graph) {
+  const bool overlap = may_overlap && CanOverlapSteps();
+  cudaError_t error = Instantiate(graph, overlap);
+  if (error != cudaSuccess && overlap) {
+    // The driver may be too old for launches that overlap in a graph.
+    static_cast<void>(cudaGetLastError());
+    error = Instantiate(graph, false);
+  }
+  Check(error, "making a step's graph");
+}
+
+cudaError_t DeviceArena::Instantiate(Graph* graph, bool overlap) const {
   cudaGraph_t nodes = nullptr;
-  Check(cudaGraphCreate(&nodes, 0), "making a step's graph");
-  cudaError_t error;
+  cudaError_t error = cudaGraphCreate(&nodes, 0);
+  if (error != cudaSuccess) return error;
   {
     const GraphBuilder builder(nodes);
-    error = LaunchAll(FrameOf(*graph));
+    error = LaunchAll(FrameOf(*graph, overlap));
   }
   if (error == cudaSuccess) error = cudaGraphInstantiate(&graph->exec, nodes, 0);
   static_cast<void>(cudaGraphDestroy(nodes));
-  Check(error, "making a step's graph");
+  return error;
 }
 
 void DeviceArena::TakeStep(const Graph& graph) {
@@ -156,7 +168,7 @@ void DeviceArena::TakeStep(const Graph& graph) {
 }
 
 void DeviceArena::TakeProfiledStep(const Graph& graph) {
-  const DeviceFrame frame = FrameOf(graph);
+  const DeviceFrame frame = FrameOf(graph, false);
   std::vector<cudaEvent_t> events(compiled_.entries.size() + 1);
   for (cudaEvent_t& event : events) Check(cudaEventCreate(&event), "making an event");
   Check(cudaEventRecord(events[0], stream_.get()), "recording an event");

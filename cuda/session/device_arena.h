@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <list>
 #include <memory>
@@ -32,6 +33,10 @@ class DeviceArena final : public Arena {
   // Seconds by entry of the plan.
   const std::vector<double>& EndProfile();
 
+  // Whether launches may overlap, in graphs that are made from now on. A benchmark sets it to
+  // false, to measure what that gains.
+  static inline std::atomic<bool> may_overlap{true};
+
  private:
   // Where the things of a step of M streams lie in `step_`. Everything that the host sends for a
   // single step comes first, so that one copy brings it.
@@ -52,10 +57,11 @@ class DeviceArena final : public Arena {
     cudaGraphExec_t exec = nullptr;
   };
 
-  DeviceFrame FrameOf(const Graph& graph) const;
+  DeviceFrame FrameOf(const Graph& graph, bool overlap) const;
   Graph* GraphFor(int64_t streams);
   void MakeArrivals();
   void Build(Graph* graph);
+  cudaError_t Instantiate(Graph* graph, bool overlap) const;
   cudaError_t LaunchAll(const DeviceFrame& frame) const;
   void TakeStep(const Graph& graph);
   void TakeProfiledStep(const Graph& graph);

@@ -19,6 +19,10 @@ struct DeviceFrame {
   const bool* key_mask;      // [M], whether the caller marks no gap
   uint32_t* arrivals;        // counters, zeros before and after each launch; see arrival.cuh
   char* const* values;       // of the host: where each plan value's M rows lie, and each scratch
+  // Whether a launch may begin while the one before it still runs; see Launch(). Before it waits, a
+  // kernel may read weights, and `blocks` and `positions`: they are written before the step's first
+  // launch and by its last.
+  bool overlap;
 
   template <typename T>
   T* Rows(int value) const {

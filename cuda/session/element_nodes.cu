@@ -168,7 +168,8 @@ NodeLaunch CastFrom(DType to, int input, int output, int64_t size) {
     using To = decltype(example);
     return [=](const DeviceFrame& frame, cudaStream_t stream) {
       return ForEach(frame.streams * size,
-                     CastEach<From, To>{frame.Rows<From>(input), frame.Rows<To>(output)}, stream);
+                     CastEach<From, To>{frame.Rows<From>(input), frame.Rows<To>(output)},
+                     frame.overlap, stream);
     };
   };
   switch (to) {
@@ -213,7 +214,7 @@ NodeLaunch NotEqualOf(double number, bool any, int input, int output, int64_t si
     return ForEach(
         frame.streams,
         NotEqualEach<T>{frame.Rows<T>(input), frame.Rows<bool>(output), as_T, has, any, size},
-        stream);
+        frame.overlap, stream);
   };
 }
 
@@ -223,7 +224,8 @@ NodeLaunch ActivationNode(const ActivationSpec& spec, int input, int output, int
   const DeviceActivation f(spec);
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(frame.streams * size,
-                   ActivateEach{frame.Rows<float>(input), frame.Rows<float>(output), f}, stream);
+                   ActivateEach{frame.Rows<float>(input), frame.Rows<float>(output), f},
+                   frame.overlap, stream);
   };
 }
 
@@ -231,7 +233,7 @@ NodeLaunch PReluNode(const float* alpha, int input, int output, int64_t size) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(frame.streams * size,
                    PReluEach{frame.Rows<float>(input), alpha, frame.Rows<float>(output), size},
-                   stream);
+                   frame.overlap, stream);
   };
 }
 
@@ -241,7 +243,7 @@ NodeLaunch BinaryNode(const std::string& function, int a, int b, int output, int
     return ForEach(
         frame.streams * size,
         BinaryEach{named, frame.Rows<float>(a), frame.Rows<float>(b), frame.Rows<float>(output)},
-        stream);
+        frame.overlap, stream);
   };
 }
 
@@ -250,7 +252,7 @@ NodeLaunch WhereNode(int condition, int a, int b, int output, int64_t size) {
     return ForEach(frame.streams * size,
                    WhereEach{frame.Rows<bool>(condition), frame.Rows<float>(a),
                              frame.Rows<float>(b), frame.Rows<float>(output)},
-                   stream);
+                   frame.overlap, stream);
   };
 }
 
@@ -260,7 +262,7 @@ NodeLaunch AffineNode(const float* scale, const float* offset, int64_t columns, 
     return ForEach(
         frame.streams * size,
         AffineEach{frame.Rows<float>(input), scale, offset, frame.Rows<float>(output), columns},
-        stream);
+        frame.overlap, stream);
   };
 }
 
@@ -269,7 +271,7 @@ NodeLaunch MaskedNode(int input, int mask, int output, int64_t size) {
     return ForEach(frame.streams * size,
                    MaskedEach{frame.Rows<float>(input), frame.Rows<bool>(mask),
                               frame.Rows<float>(output), size},
-                   stream);
+                   frame.overlap, stream);
   };
 }
 
@@ -277,7 +279,7 @@ NodeLaunch MaskAndNode(int a, int b, int output, int64_t size) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(frame.streams * size,
                    MaskAndEach{frame.Rows<bool>(a), frame.Rows<bool>(b), frame.Rows<bool>(output)},
-                   stream);
+                   frame.overlap, stream);
   };
 }
 

@@ -65,7 +65,7 @@ NodeLaunch EmbeddingOf(const float* table, int64_t columns, int input, int outpu
     return ForEach(
         frame.streams * size * columns,
         EmbeddingEach<Index>{frame.Rows<Index>(input), table, frame.Rows<float>(output), columns},
-        stream);
+        frame.overlap, stream);
   };
 }
 
@@ -74,7 +74,7 @@ NodeLaunch EmbeddingOf(const float* table, int64_t columns, int input, int outpu
 NodeLaunch ConstantNode(const float* value, int output, int64_t size) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(frame.streams * size, ConstantEach{value, frame.Rows<float>(output), size},
-                   stream);
+                   frame.overlap, stream);
   };
 }
 
@@ -95,7 +95,7 @@ NodeLaunch StridedNode(int64_t offset, const std::vector<int64_t>& shape,
       StridedEach<U> of_frame = each;
       of_frame.x = frame.Rows<U>(input);
       of_frame.y = frame.Rows<U>(output);
-      return ForEach(frame.streams * each.size, of_frame, stream);
+      return ForEach(frame.streams * each.size, of_frame, frame.overlap, stream);
     };
   });
 }
@@ -109,9 +109,10 @@ NodeLaunch ConcatNode(const std::vector<std::pair<int, int64_t>>& parts, int64_t
     return [=](const DeviceFrame& frame, cudaStream_t stream) {
       int64_t first = 0;
       for (const auto& [value, size] : parts) {
-        const cudaError_t error = ForEach(
-            frame.streams * outer * size,
-            ConcatEach<U>{frame.Rows<U>(value), frame.Rows<U>(output), size, first, width}, stream);
+        const cudaError_t error =
+            ForEach(frame.streams * outer * size,
+                    ConcatEach<U>{frame.Rows<U>(value), frame.Rows<U>(output), size, first, width},
+                    frame.overlap, stream);
         if (error != cudaSuccess) return error;
         first += size;
       }

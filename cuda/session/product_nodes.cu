@@ -29,12 +29,14 @@ NodeLaunch DenseOf(const std::vector<DeviceDenseLayer>& layers, const DeviceLaye
       layer.output = frame.Rows<float>(from.output);
     }
     p.rows = frame.streams * rows;
+    p.overlap = frame.overlap;
     if (norm.input >= 0) {
       p.norm.norm = {norm.gamma, norm.beta, norm.epsilon};
       p.norm.x = frame.Rows<float>(norm.input);
       p.norm.y = frame.Rows<float>(norm.output);
       p.norm.rows = p.rows;
       p.norm.size = norm.columns;
+      p.norm.overlap = frame.overlap;
     }
     return LaunchDense(p, stream);
   };
@@ -87,7 +89,7 @@ NodeLaunch MatmulNode(int a, int b, int output, int64_t count, int64_t rows, int
     return ForEach(frame.streams * count * rows * columns,
                    MatmulEach{frame.Rows<float>(a), frame.Rows<float>(b), frame.Rows<float>(output),
                               rows, depth, columns},
-                   stream);
+                   frame.overlap, stream);
   };
 }
 
@@ -95,7 +97,8 @@ NodeLaunch DepthwiseNode(const DeviceDepthwise& spec) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(
         frame.streams * spec.output_rows * spec.outputs,
-        DepthwiseEach{spec, frame.Rows<float>(spec.input), frame.Rows<float>(spec.output)}, stream);
+        DepthwiseEach{spec, frame.Rows<float>(spec.input), frame.Rows<float>(spec.output)},
+        frame.overlap, stream);
   };
 }
 

@@ -25,6 +25,7 @@ struct RecurrentParams {
   bool goes_on;
   int64_t first, state, memory;
   DeviceActivation activation, gate;
+  bool overlap;
 };
 
 class StreamBlock {
@@ -34,6 +35,12 @@ class StreamBlock {
     c_ = h_ + p.units;
     reset_ = c_ + p.units;
     products_ = reset_ + p.units;
+  }
+
+  // Fetches the kernel into L2, before WaitForPrevious(). One thread does it for all blocks.
+  __device__ void Prefetch() const {
+    if (!p_.overlap || blockIdx.x != 0 || threadIdx.x != 0) return;
+    PrefetchIntoL2(p_.kernel, p_.units * p_.gates * p_.units * static_cast<int64_t>(sizeof(float)));
   }
 
   __device__ void Run() const {
@@ -130,7 +137,11 @@ class StreamBlock {
 
 __global__ void __launch_bounds__(kThreads)
     RecurrentKernel(const __grid_constant__ RecurrentParams p) {
-  StreamBlock(p).Run();
+  ReleaseNext();
+  const StreamBlock block(p);
+  block.Prefetch();
+  WaitForPrevious();
+  block.Run();
 }
 
 }  // namespace
@@ -155,8 +166,9 @@ NodeLaunch RecurrentNode(const DeviceRecurrent& s) {
                                s.state,
                                s.memory,
                                activation,
-                               gate};
-    return Launch(RecurrentKernel, frame.streams, kThreads, false, stream, p);
+                               gate,
+                               frame.overlap};
+    return Launch(RecurrentKernel, frame.streams, kThreads, p.overlap, stream, p);
   };
 }
 

@@ -155,7 +155,7 @@ NodeLaunch PositionalNode(const float* table, int64_t table_rows, int64_t start,
                    PositionalEach{frame.blocks, frame.positions, frame.Rows<float>(input), table,
                                   frame.Rows<float>(output), table_rows, start, offset_at, columns,
                                   rows_a_step},
-                   stream);
+                   frame.overlap, stream);
   };
 }
 
@@ -167,7 +167,7 @@ NodeLaunch DelayNode(int64_t steps, int64_t ring_at, int64_t element, int input,
       return ForEach(frame.streams * size,
                      DelayEach<U>{frame.blocks, frame.positions, frame.Rows<U>(input),
                                   frame.Rows<U>(output), steps, ring_at, size},
-                     stream);
+                     frame.overlap, stream);
     };
   });
 }
@@ -183,11 +183,11 @@ NodeLaunch WindowNode(int64_t window, int64_t ring_at, int64_t element, int inpu
           ForEach(frame.streams * window * size,
                   WindowEach<U>{frame.blocks, frame.positions, x, frame.Rows<U>(output), window,
                                 rows, ring_at, size},
-                  stream);
+                  frame.overlap, stream);
       if (error != cudaSuccess) return error;
       return ForEach(frame.streams * size,
                      WindowPutEach<U>{frame.blocks, frame.positions, x, rows, ring_at, size},
-                     stream);
+                     frame.overlap, stream);
     };
   });
 }
@@ -197,7 +197,7 @@ NodeLaunch ZeroUntakenNode(int64_t window, int input, int output, int64_t row_si
     return ForEach(frame.streams * window * row_size,
                    ZeroUntakenEach{frame.positions, frame.Rows<float>(input),
                                    frame.Rows<float>(output), window, row_size},
-                   stream);
+                   frame.overlap, stream);
   };
 }
 
@@ -205,7 +205,7 @@ NodeLaunch PresentNode(int64_t rows, int64_t first, int64_t size, int output) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(frame.streams * size,
                    PresentEach{frame.positions, frame.Rows<float>(output), rows, first, size},
-                   stream);
+                   frame.overlap, stream);
   };
 }
 
@@ -214,7 +214,7 @@ NodeLaunch RotaryAnglesNode(const int64_t* turns, int64_t pairs, int64_t rows_a_
     return ForEach(
         frame.streams * rows_a_step * pairs,
         RotaryAnglesEach{frame.positions, turns, frame.Rows<float>(output), pairs, rows_a_step},
-        stream);
+        frame.overlap, stream);
   };
 }
 
@@ -224,7 +224,7 @@ NodeLaunch RotaryNode(bool interleaved, int input, int angles, int output, int64
     return ForEach(frame.streams * rows_a_step * heads * (head_size - pairs),
                    RotaryEach{frame.Rows<float>(input), frame.Rows<float>(angles),
                               frame.Rows<float>(output), heads, head_size, pairs, interleaved},
-                   stream);
+                   frame.overlap, stream);
   };
 }
 

@@ -1,5 +1,6 @@
 """The benchmark of sessions, on the emulator: that everything runs, and not how fast."""
 
+import ctypes
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ import bundle
 import session_benchmark
 import session_report
 import session_sizes
-from on_gpu import to_gpu
+from on_gpu import library, to_gpu
 from plan_files import attention_plan
 from session_sizes import SessionSize
 from test_gpu_benchmark import EmulatedGpu
@@ -69,8 +70,29 @@ def test_what_it_measures(machine, folder, capsys):
     assert found["entries"][0]["bound"] == pytest.approx(one / 1e12 * 1e6)
     # Every figure is written when it is there, and a table can be printed of what there is.
     tables = [session_report.table(json.loads(text)) for text in saved]
-    assert [sum(line.count(" -") for line in table) for table in tables][:3] == [3, 2, 1]
+    assert [sum(line.count(" -") for line in table) for table in tables][:4] == [4, 3, 2, 1]
     assert capsys.readouterr().out.splitlines() == tables[-1]
+
+
+def test_the_switch_of_what_overlaps(device, request, random):
+    if "emulated" not in request.node.name:
+        pytest.skip("a GPU's graphs do not say how they run")
+    emulator = ctypes.CDLL(str(library("emulated")))
+    emulator.cuda_emulator_early_nodes.restype = ctypes.c_int64
+    session = attention_plan(random, 6, window=4).session(device=device)
+
+    def early_nodes(streams):
+        before = emulator.cuda_emulator_early_nodes()
+        session.step(np.zeros((streams, 6), np.float32))
+        return emulator.cuda_emulator_early_nodes() - before
+
+    session_benchmark.set_overlap(False)
+    try:
+        assert early_nodes(1) == 0
+    finally:
+        session_benchmark.set_overlap(True)
+    assert early_nodes(1) == 0  # The graph stays.
+    assert early_nodes(2) > 0
 
 
 def test_late_models_are_skipped_and_failures_said(machine, folder, monkeypatch):

@@ -76,6 +76,33 @@ def test_steps_of_several_streams(session, on_cpu, x):
     np.testing.assert_array_equal(session.position(ids), on_cpu.position(there))
 
 
+@pytest.mark.parametrize("refused", ["nowhere", "by an old driver", "when it is instantiated"])
+def test_launches_of_a_step_overlap(session, on_cpu, x, request, refused):
+    """All but the first of each step. If the driver refuses such graphs, steps are taken too."""
+    if "emulated" not in request.node.name:
+        pytest.skip("a GPU's graphs do not say how they run")
+    emulator = ctypes.CDLL(str(library("emulated")))
+    for counter in (emulator.cuda_emulator_nodes, emulator.cuda_emulator_early_nodes):
+        counter.restype = ctypes.c_int64
+
+    def counts():
+        return emulator.cuda_emulator_nodes(), emulator.cuda_emulator_early_nodes()
+
+    ids, there = session.open(2), on_cpu.open(2)
+    before = counts()
+    try:
+        where = ["nowhere", "by an old driver", "when it is instantiated"].index(refused)
+        emulator.cuda_emulator_set_refuses_overlap(where)
+        for t in range(2 * WINDOW):
+            y = session.step(x[:2, t], streams=ids)
+            np.testing.assert_allclose(y, on_cpu.step(x[:2, t], streams=there), **CLOSE)
+    finally:
+        emulator.cuda_emulator_set_refuses_overlap(0)
+    nodes, early = (after - first for after, first in zip(counts(), before, strict=True))
+    assert nodes > 2 * (2 * WINDOW)
+    assert early == (nodes - 2 * WINDOW if refused == "nowhere" else 0)
+
+
 def test_no_streams_and_no_steps(session, x):
     assert session.step(x[:0, 0], streams=np.zeros(0, np.int64)).shape == (0, OUTPUTS)
     a = session.open()

@@ -8,6 +8,12 @@
 // order, or that waits at a point that not all threads reach. The emulator cannot find races.
 // Between two waits of a thread, compute-sanitizer finds them on a GPU, for shared memory. Between
 // two blocks, only reading the code and wrong results show them.
+//
+// Some blocks of a graph's kernel begin early if its edges are programmatic: up to kMostEarly nodes
+// before their turn they run as far as they may, and stand still where they wait for the kernels
+// before theirs. So a kernel that reads or writes too early gives wrong numbers. What such a block
+// has put into shared memory by then is lost, because all blocks share it. Every thread of a kernel
+// that may begin early must wait.
 
 #ifndef CONTINUAL_TRANSFORMERS_TESTS_GPU_EMULATOR_CUDA_RUNTIME_H_
 #define CONTINUAL_TRANSFORMERS_TESTS_GPU_EMULATOR_CUDA_RUNTIME_H_
@@ -24,6 +30,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -55,6 +62,7 @@ enum cudaError_t {
   cudaErrorMemoryAllocation = 2,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInsufficientDriver = 35,
+  cudaErrorCallRequiresNewerDriver = 36,
   cudaErrorInvalidDeviceFunction = 98,
   cudaErrorNoDevice = 100,
   cudaErrorInvalidDevice = 101,
@@ -62,7 +70,8 @@ enum cudaError_t {
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorInvalidPtx = 218,
   cudaErrorJitCompilerNotFound = 221,
-  cudaErrorUnsupportedPtxVersion = 222
+  cudaErrorUnsupportedPtxVersion = 222,
+  cudaErrorNotSupported = 801
 };
 inline const char* cudaGetErrorName(cudaError_t) { return "cudaError"; }
 inline const char* cudaGetErrorString(cudaError_t error) {
@@ -270,33 +279,50 @@ struct Barrier {
 
 class Block {
  public:
-  Block(int threads, const std::function<void()>& body)
-      : body_(body), fibers_(threads), warps_((threads + kLanes - 1) / kLanes) {}
+  // `must_wait`: whether each thread has to call cudaGridDependencySynchronize.
+  Block(int number, int threads, const std::function<void()>& body, bool must_wait)
+      : number_(number),
+        body_(body),
+        must_wait_(must_wait),
+        fibers_(threads),
+        warps_((threads + kLanes - 1) / kLanes),
+        alive_(threads),
+        numbers_(Ordered(threads)) {}
 
-  void Run() {
+  // Runs the threads to their end. If the kernels before this one have not ended, it runs them
+  // until they wait for these; the next call goes on.
+  void Run(bool previous_ended) {
     running_ = this;
-    int alive = static_cast<int>(fibers_.size());
-    const std::vector<int> numbers = Ordered(alive);
-    while (alive > 0) {
-      bool moved = false;
-      for (int number : numbers) {
+    previous_ended_ = previous_ended;
+    blockIdx = dim3(number_, 0, 0);
+    for (bool moved = true; alive_ > 0 && moved;) {
+      moved = false;
+      for (int number : numbers_) {
         Fiber& fiber = fibers_[number];
         if (fiber.done || !Released(fiber)) continue;
         moved = true;
         threadIdx = dim3(number, 0, 0);
         current_ = &fiber;
         Resume(&fiber);
-        if (fiber.done) --alive;
+        if (fiber.done) End(&fiber);
         // Threads that have ended are not waited for.
-        if (alive > 0 && block_.waiting == alive) Release(&block_);
+        if (alive_ > 0 && block_.waiting == alive_) Release(&block_);
       }
-      if (!moved) Stop("some threads wait for others that never arrive");
     }
+    if (alive_ > 0 && previous_ended) Stop("some threads wait for others that never arrive");
   }
 
   static Block& Running() { return *running_; }
 
   void WaitForBlock() { Wait(&block_, -1); }
+
+  void WaitForPrevious() {
+    current_->has_waited = true;
+    if (previous_ended_) return;
+    current_->waits_for_previous = true;
+    Switch();
+    current_->waits_for_previous = false;
+  }
 
   template <typename T>
   T Exchange(T value, int distance) {
@@ -314,8 +340,9 @@ class Block {
   static constexpr size_t kStack = 64 << 10;
 
   struct Fiber {
+    std::unique_ptr<char[]> stack;  // null: it has not begun, or has ended
     jmp_buf state;
-    bool begun = false, done = false;
+    bool done = false, has_waited = false, waits_for_previous = false;
     Barrier* barrier = nullptr;
     unsigned generation = 0;
   };
@@ -325,7 +352,8 @@ class Block {
     char slots[2][kLanes][8];
   };
 
-  static bool Released(const Fiber& fiber) {
+  bool Released(const Fiber& fiber) const {
+    if (fiber.waits_for_previous) return previous_ended_;
     return fiber.barrier == nullptr || fiber.barrier->generation != fiber.generation;
   }
   static void Release(Barrier* barrier) {
@@ -339,26 +367,28 @@ class Block {
     fiber.barrier = barrier;
     fiber.generation = barrier->generation;
     if (++barrier->waiting == all) Release(barrier);
-    const dim3 index = threadIdx;
-    if (_setjmp(fiber.state) == 0) _longjmp(scheduler_, 1);
-    threadIdx = index;
+    Switch();
     fiber.barrier = nullptr;
+  }
+
+  // Lets other threads run.
+  void Switch() {
+    const dim3 index = threadIdx;
+    if (_setjmp(current_->state) == 0) _longjmp(scheduler_, 1);
+    threadIdx = index;
   }
 
   // Switches to a fiber. Only its first start uses a context: swapcontext makes a system call for
   // the signal mask at every switch, and jumps do not.
   void Resume(Fiber* fiber) {
     if (_setjmp(scheduler_) != 0) return;
-    if (fiber->begun) _longjmp(fiber->state, 1);
-    fiber->begun = true;
-    // Kept for later blocks: freeing the memory and allocating it again would take most of the
-    // time.
-    static std::vector<std::unique_ptr<char[]>> stacks;
-    const size_t number = fiber - fibers_.data();
-    while (stacks.size() <= number) stacks.emplace_back(new char[kStack]);
+    if (fiber->stack != nullptr) _longjmp(fiber->state, 1);
+    if (stacks_.empty()) stacks_.emplace_back(new char[kStack]);
+    fiber->stack = std::move(stacks_.back());
+    stacks_.pop_back();
     ucontext_t context;
     getcontext(&context);
-    context.uc_stack.ss_sp = stacks[number].get();
+    context.uc_stack.ss_sp = fiber->stack.get();
     context.uc_stack.ss_size = kStack;
     context.uc_link = nullptr;
     makecontext(&context, &Block::Begin, 0);
@@ -369,6 +399,13 @@ class Block {
     running_->current_->done = true;
     _longjmp(running_->scheduler_, 1);
   }
+  void End(Fiber* fiber) {
+    --alive_;
+    stacks_.push_back(std::move(fiber->stack));
+    if (must_wait_ && !fiber->has_waited) {
+      Stop("a kernel may begin early, but a thread did not wait for the kernels before it");
+    }
+  }
 
   [[noreturn]] static void Stop(const char* why) {
     std::fprintf(stderr, "CUDA emulator, block %u: %s\n", blockIdx.x, why);
@@ -376,23 +413,62 @@ class Block {
   }
 
   static inline Block* running_;
+  static inline bool previous_ended_;
+  // Kept for later threads: freeing the memory and allocating it again would take most of the time.
+  static inline std::vector<std::unique_ptr<char[]>> stacks_;
+  const int number_;
   const std::function<void()>& body_;
+  const bool must_wait_;
   std::vector<Fiber> fibers_;
   std::vector<Warp> warps_;
   Barrier block_;
+  int alive_;
+  const std::vector<int> numbers_;
   Fiber* current_ = nullptr;
   jmp_buf scheduler_;
 };
 
-inline void RunGrid(dim3 grid, dim3 threads, const std::function<void()>& body) {
-  gridDim = grid;
-  blockDim = threads;
-  blocks += grid.x;
-  for (int block : Ordered(grid.x)) {
-    blockIdx = dim3(block, 0, 0);
-    Block(threads.x, body).Run();
+// A launch's blocks.
+class Grid {
+ public:
+  Grid(dim3 blocks, dim3 threads, std::function<void()> body, bool must_wait)
+      : blocks_(blocks), threads_(threads), body_(std::move(body)), must_wait_(must_wait) {}
+
+  // Lets some blocks run until they wait for the kernels before this one.
+  void Begin() {
+    constexpr unsigned kMostThreads = 512;
+    Enter();
+    for (int block : Ordered(blocks_.x)) {
+      if (begun_.size() * threads_.x >= kMostThreads) break;
+      begun_.try_emplace(block, block, threads_.x, body_, must_wait_).first->second.Run(false);
+    }
   }
-}
+
+  void Run() {
+    Enter();
+    blocks += blocks_.x;
+    for (int block : Ordered(blocks_.x)) {
+      const auto begun = begun_.find(block);
+      if (begun == begun_.end()) {
+        Block(block, threads_.x, body_, must_wait_).Run(true);
+      } else {
+        begun->second.Run(true);
+      }
+    }
+    begun_.clear();
+  }
+
+ private:
+  void Enter() const {
+    gridDim = blocks_;
+    blockDim = threads_;
+  }
+
+  const dim3 blocks_, threads_;
+  const std::function<void()> body_;
+  const bool must_wait_;
+  std::map<int, Block> begun_;  // by number
+};
 
 // A kernel with one parameter, in place of CUDA's void*, which does not know the parameter's type.
 class AnyKernel {
@@ -474,25 +550,76 @@ extern "C" __attribute__((used, visibility("default"))) inline void cuda_emulato
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                Args&&... args) {
-  return cuda_emulator::Do(
-      [&] { cuda_emulator::RunGrid(config->gridDim, config->blockDim, [&] { kernel(args...); }); });
+  bool may_overlap = false;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    may_overlap |= config->attrs[i].val.programmaticStreamSerializationAllowed != 0;
+  }
+  return cuda_emulator::Do([&] {
+    cuda_emulator::Grid(
+        config->gridDim, config->blockDim, [&] { kernel(args...); }, may_overlap)
+        .Run();
+  });
 }
 
 // There is no capture of streams here. While one is captured, a cudaDeviceSynchronize of another
 // thread fails, and so does the capture: graphs must be built node by node.
 using cudaGraphNode_t = struct CUgraphNode_st*;
 struct CUgraphNode_st {
-  std::vector<cudaGraphNode_t> after;
-  std::function<void()> work;
+  struct Edge {
+    cudaGraphNode_t from;
+    bool programmatic;
+  };
+  std::vector<Edge> after;
+  std::function<cuda_emulator::Grid(bool must_wait)> grid;
+
+  bool MayBeginEarly() const {
+    return std::any_of(after.begin(), after.end(), [](const Edge& e) { return e.programmatic; });
+  }
 };
 struct CUgraph_st {
   std::vector<std::unique_ptr<CUgraphNode_st>> nodes;
 };
 struct CUgraphExec_st {
-  std::vector<std::function<void()>> work;
+  struct Step {
+    std::function<cuda_emulator::Grid()> grid;
+    int earliest;  // the step before which it may begin; its own number: not early
+  };
+  std::vector<Step> steps;
+  std::mt19937 random;
 };
 using cudaGraph_t = CUgraph_st*;
 using cudaGraphExec_t = CUgraphExec_st*;
+
+enum { cudaGraphDependencyTypeDefault = 0, cudaGraphDependencyTypeProgrammatic = 1 };
+enum {
+  cudaGraphKernelNodePortDefault = 0,
+  cudaGraphKernelNodePortProgrammatic = 1,
+  cudaGraphKernelNodePortLaunchCompletion = 2
+};
+struct cudaGraphEdgeData {
+  unsigned char from_port, to_port, type, reserved[5];
+};
+
+namespace cuda_emulator {
+// Up to so many nodes before its own turn, a node begins.
+constexpr int kMostEarly = 3;
+// Where programmatic edges are refused: 0: nowhere, 1: as by a driver that does not know the
+// function, 2: when the graph is instantiated.
+inline int refuses_overlap = 0;
+// How many nodes graphs have launched, and how many of them could begin early.
+inline std::atomic<int64_t> nodes{0}, early_nodes{0};
+}  // namespace cuda_emulator
+
+extern "C" __attribute__((used, visibility("default"))) inline void
+cuda_emulator_set_refuses_overlap(int where) {
+  cuda_emulator::refuses_overlap = where;
+}
+extern "C" __attribute__((used, visibility("default"))) inline int64_t cuda_emulator_nodes() {
+  return cuda_emulator::nodes;
+}
+extern "C" __attribute__((used, visibility("default"))) inline int64_t cuda_emulator_early_nodes() {
+  return cuda_emulator::early_nodes;
+}
 
 struct cudaKernelNodeParams {
   cuda_emulator::AnyKernel func;
@@ -504,39 +631,67 @@ struct cudaKernelNodeParams {
 inline cudaError_t cudaGraphCreate(cudaGraph_t* graph, unsigned) {
   return *graph = new CUgraph_st, cudaSuccess;
 }
+inline cudaError_t cudaGraphAddDependencies(cudaGraph_t, const cudaGraphNode_t* from,
+                                            const cudaGraphNode_t* to,
+                                            const cudaGraphEdgeData* edges, size_t count) {
+  for (size_t i = 0; i < count; ++i) {
+    const cudaGraphEdgeData edge = edges == nullptr ? cudaGraphEdgeData{} : edges[i];
+    const bool programmatic = edge.type == cudaGraphDependencyTypeProgrammatic;
+    if (programmatic && cuda_emulator::refuses_overlap == 1) {
+      return cudaErrorCallRequiresNewerDriver;
+    }
+    // A programmatic edge comes from a port of its own, and the others do not.
+    if ((edge.from_port != cudaGraphKernelNodePortDefault) != programmatic || edge.to_port != 0) {
+      return cudaErrorInvalidValue;
+    }
+    for (const CUgraphNode_st::Edge& other : to[i]->after) {
+      if (other.from == from[i]) return cudaErrorInvalidValue;
+    }
+    to[i]->after.push_back({from[i], programmatic});
+  }
+  return cudaSuccess;
+}
 inline cudaError_t cudaGraphAddKernelNode(cudaGraphNode_t* node, cudaGraph_t graph,
                                           const cudaGraphNode_t* dependencies, size_t count,
                                           const cudaKernelNodeParams* params) {
-  auto made = std::make_unique<CUgraphNode_st>();
-  made->after.assign(dependencies, dependencies + count);
-  made->work = [grid = params->gridDim, threads = params->blockDim,
-                body = params->func.With(params->kernelParams)] {
-    cuda_emulator::RunGrid(grid, threads, body);
+  graph->nodes.push_back(std::make_unique<CUgraphNode_st>());
+  *node = graph->nodes.back().get();
+  (*node)->grid = [blocks = params->gridDim, threads = params->blockDim,
+                   body = params->func.With(params->kernelParams)](bool must_wait) {
+    return cuda_emulator::Grid(blocks, threads, body, must_wait);
   };
-  *node = made.get();
-  graph->nodes.push_back(std::move(made));
-  return cudaSuccess;
+  const std::vector<cudaGraphNode_t> to(count, *node);
+  return cudaGraphAddDependencies(graph, dependencies, to.data(), nullptr, count);
 }
 // Nodes run in any order that their dependencies allow.
 inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph,
                                         unsigned long long) {
-  *exec = new CUgraphExec_st;
-  std::vector<cudaGraphNode_t> waiting, done;
+  std::vector<cudaGraphNode_t> waiting;
   for (int i : cuda_emulator::Ordered(static_cast<int>(graph->nodes.size()))) {
     waiting.push_back(graph->nodes[i].get());
   }
+  auto made = std::make_unique<CUgraphExec_st>();
+  made->random.seed(cuda_emulator::order);
+  std::map<cudaGraphNode_t, int> done;  // the number of its step
   while (!waiting.empty()) {
     const auto next = std::find_if(waiting.begin(), waiting.end(), [&](cudaGraphNode_t node) {
-      return std::all_of(node->after.begin(), node->after.end(), [&](cudaGraphNode_t before) {
-        return std::find(done.begin(), done.end(), before) != done.end();
-      });
+      return std::all_of(node->after.begin(), node->after.end(),
+                         [&](const CUgraphNode_st::Edge& edge) { return done.count(edge.from); });
     });
     if (next == waiting.end()) return cudaErrorInvalidValue;
-    (*exec)->work.push_back((*next)->work);
-    done.push_back(*next);
+    const int number = static_cast<int>(made->steps.size());
+    const bool early = (*next)->MayBeginEarly();
+    if (early && cuda_emulator::refuses_overlap == 2) return cudaErrorNotSupported;
+    int earliest = early ? std::max(0, number - cuda_emulator::kMostEarly) : number;
+    for (const CUgraphNode_st::Edge& edge : (*next)->after) {
+      const int before = done[edge.from];
+      earliest = std::max(earliest, edge.programmatic ? made->steps[before].earliest : before + 1);
+    }
+    made->steps.push_back({[grid = (*next)->grid, early] { return grid(early); }, earliest});
+    done[*next] = number;
     waiting.erase(next);
   }
-  return cudaSuccess;
+  return *exec = made.release(), cudaSuccess;
 }
 inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
 inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
@@ -545,9 +700,26 @@ inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
 }
 inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
   return cuda_emulator::Do([&] {
-    for (const auto& work : exec->work) work();
+    const int count = static_cast<int>(exec->steps.size());
+    std::vector<std::vector<int>> beginning(count);  // by the step before which they begin
+    std::vector<std::unique_ptr<cuda_emulator::Grid>> grids;
+    for (int i = 0; i < count; ++i) {
+      const auto& step = exec->steps[i];
+      grids.push_back(std::make_unique<cuda_emulator::Grid>(step.grid()));
+      ++cuda_emulator::nodes;
+      if (step.earliest == i) continue;
+      ++cuda_emulator::early_nodes;
+      const int early = static_cast<int>(exec->random() % (i - step.earliest + 1));
+      if (early > 0) beginning[i - early].push_back(i);
+    }
+    for (int i = 0; i < count; ++i) {
+      for (int other : beginning[i]) grids[other]->Begin();
+      grids[i]->Run();
+    }
   });
 }
+
+inline void cudaGridDependencySynchronize() { cuda_emulator::Block::Running().WaitForPrevious(); }
 
 inline float __uint_as_float(unsigned bits) {
   float x;
