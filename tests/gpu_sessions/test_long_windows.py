@@ -10,9 +10,9 @@ import pytest
 
 import plan_reference
 from continual_transformers_tf.session import TooManyStreamsError
-from model_case import BOUNDS
 from on_gpu import library
 from plan_files import attention_only_plan, attention_plan, attention_ports_plan
+from reference import BOUNDS
 from streamed import Streamed, check
 
 F = np.float32
