@@ -227,6 +227,7 @@ CUDA_HEADERS = [
     "scratch.h",
     "single_output.h",
     "warp.cuh",
+    "window_parts.h",
 ]
 
 CUDA_SOURCES = [
@@ -236,6 +237,7 @@ CUDA_SOURCES = [
     "normalize.cu",
     "retroactive.cu",
     "single_output.cu",
+    "window_parts.cu",
 ]
 
 CUDA_C_API_SOURCES = [
@@ -275,6 +277,7 @@ CUDA_SESSION_SOURCES = [
 CUDA_SESSION_KERNEL_SOURCES = [
     "dense.cu",
     "normalize.cu",
+    "window_parts.cu",
 ]
 
 # The server: a program that links the core library. tools/server_packages.py finds the rest.

@@ -12,6 +12,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/retroactive.h"
 #include "cuda/single_output.h"
+#include "cuda/window_parts.h"
 
 namespace continual_transformers {
 namespace {

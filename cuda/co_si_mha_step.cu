@@ -8,6 +8,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/scratch.h"
 #include "cuda/single_output.h"
+#include "cuda/window_parts.h"
 
 namespace continual_transformers {
 namespace {
@@ -31,7 +32,7 @@ struct Scratch {
     attended = layout.Take<T>(pairs * p.value_dim);
     asking = layout.Take<bool>(p.num_streams);
     window_parts = PlanWindowParts(pairs, p.window, step.multiprocessors);
-    parts = layout.Take<T>(window_parts > 1 ? pairs * window_parts * (p.value_dim + 2) : 0);
+    parts = layout.Take<T>(PartsSize(pairs, window_parts, p.value_dim));
     bytes = layout.bytes();
   }
 

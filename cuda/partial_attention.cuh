@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "cc/attention/online_softmax.h"
+#include "cuda/arrival.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/warp.cuh"
 
@@ -179,6 +180,19 @@ class PartialAttention {
     }
   }
 
+  // Leaves what the block has read in `parts`, as part `part` of its query's window. Returns
+  // whether it is the last of `num_parts` blocks that do, which then merges them. See PartsMerger
+  // for `parts`, and ArrivesLast() for `counter`.
+  __device__ bool LeavePart(int part, int num_parts, T* parts, uint32_t* counter) const {
+    T* const own = parts + static_cast<int64_t>(part) * (value_dim_ + 2);
+    Store(T(1), own);
+    if (threadIdx.x == 0) {
+      own[value_dim_] = softmax_.max;
+      own[value_dim_ + 1] = softmax_.denominator;
+    }
+    return ArrivesLast(counter, static_cast<uint32_t>(num_parts));
+  }
+
  private:
   // This lane's elements of a row.
   struct Loaded {
@@ -272,10 +286,9 @@ class PartsMerger {
 
   __device__ const OnlineSoftmax<T>& softmax() const { return softmax_; }
 
-  // Writes the query's output [size].
-  __device__ void Store(T* output) const {
+  // Writes the query's sum of values times `factor` to output [size].
+  __device__ void Store(T factor, T* output) const {
     __shared__ T sums[kThreads];
-    const T normalizer = softmax_.Normalizer();
 #pragma unroll 1
     for (int first = 0; first < size_; first += kThreads) {
       const int elements = size_ - first < kThreads ? size_ - first : kThreads;
@@ -293,7 +306,7 @@ class PartsMerger {
       __syncthreads();
       if (sharer == 0) {
         for (int other = 1; other < sharers; ++other) sum += sums[other * elements + d];
-        output[first + d] = sum * normalizer;
+        output[first + d] = sum * factor;
       }
       __syncthreads();
     }

@@ -19,6 +19,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/partial_attention.cuh"
 #include "cuda/single_output.h"
+#include "cuda/window_parts.h"
 
 namespace continual_transformers {
 namespace {
@@ -198,18 +199,11 @@ class QueryBlock {
     if (Parts() == 1) {
       attention.Store(softmax.Normalizer(), output);
     } else {
-      const int64_t size = p_.value_dim + 2;
-      T* const parts = p_.parts + static_cast<int64_t>(Here().query) * Parts() * size;
-      T* const own_part = parts + part * size;
-      attention.Store(T(1), own_part);
-      if (threadIdx.x == 0) {
-        own_part[p_.value_dim] = softmax.max;
-        own_part[p_.value_dim + 1] = softmax.denominator;
-      }
-      if (!ArrivesLast(p_.arrivals + Here().query, static_cast<uint32_t>(Parts()))) return false;
+      T* const parts = p_.parts + PartsSize(Here().query, Parts(), p_.value_dim);
+      if (!attention.LeavePart(part, Parts(), parts, p_.arrivals + Here().query)) return false;
       const PartsMerger<T> merger(parts, Parts(), p_.value_dim);
-      merger.Store(output);
       softmax = merger.softmax();
+      merger.Store(softmax.Normalizer(), output);
     }
     if (scores == nullptr) return true;
     __syncthreads();  // for this block's logits; ArrivesLast() has waited for those of other parts
@@ -340,27 +334,6 @@ cudaError_t LaunchVectors(const DeviceSingleOutputParams<T, C>& p, cudaStream_t 
 }
 
 }  // namespace
-
-int64_t PlanWindowParts(int64_t queries, int64_t window, int multiprocessors) {
-  // A part with fewer rows than a block reads at a time would be cheaper than merging it. The time
-  // of a call is that of its waves of blocks, and a block takes as long as its rows, plus beginning
-  // and merging it, which is counted as this many rows. That is a guess, which no GPU has measured.
-  constexpr int64_t kRowsPerPart = 64;
-  constexpr int64_t kMostWaves = 8;
-  if (queries < 1) return 1;
-  const int64_t resident = int64_t{kBlocksPerMultiprocessor<float>} * multiprocessors;
-  const auto cost = [=](int64_t parts) {
-    const int64_t waves = (queries * parts + resident - 1) / resident;
-    return waves * ((window + parts - 1) / parts + kRowsPerPart);
-  };
-  int64_t best = 1;
-  for (int64_t waves = 1; waves <= kMostWaves; ++waves) {
-    // The most parts that fit into these waves.
-    const int64_t parts = std::min(waves * resident / queries, window / kRowsPerPart);
-    if (parts > 1 && cost(parts) < cost(best)) best = parts;
-  }
-  return best;
-}
 
 template <typename T, typename C>
 const char* RefusesSingleOutput(const DeviceSingleOutputParams<T, C>& p) {

@@ -9,6 +9,7 @@
 
 #include "cc/attention/host_device.h"
 #include "cc/attention/params.h"
+#include "cuda/window_parts.h"
 
 namespace continual_transformers {
 
@@ -36,13 +37,8 @@ struct DeviceSingleOutputParams : SingleOutputParams<T, C> {
     return this->num_streams * this->num_heads * this->num_steps;
   }
   int64_t NumArrivals() const { return NumQueries() + this->num_streams * (this->num_heads + 1); }
-  int64_t NumParts() const {
-    return this->window_parts > 1 ? NumQueries() * this->window_parts * (this->value_dim + 2) : 0;
-  }
+  int64_t NumParts() const { return PartsSize(NumQueries(), this->window_parts, this->value_dim); }
 };
-
-// Returns the value for window_parts that keeps a GPU with this many multiprocessors busy.
-int64_t PlanWindowParts(int64_t queries, int64_t window, int multiprocessors);
 
 // Returns the reason why no kernel takes these sizes, or null if one does.
 template <typename T, typename C>

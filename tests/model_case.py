@@ -10,13 +10,13 @@ import tensorflow as tf
 from keras import layers as kl
 
 import continual_transformers_tf as ct
+import reference
 from continual_transformers_tf.models.convert import is_converted, layers_of
 from continual_transformers_tf.models.step_graph import StepGraph
 from continual_transformers_tf.models.step_run import StepRun
 
 N = 4  # The window of most models.
-# The largest allowed error against the float64 reference, relative to the largest output.
-BOUNDS = {"float64": 1e-12, "float32": 5e-6, "bfloat16": 2e-2, "float16": 4e-3}
+BOUNDS = reference.BOUNDS
 
 
 @dataclasses.dataclass(frozen=True)

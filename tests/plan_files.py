@@ -135,22 +135,60 @@ def attention_plan(random, features=6, heads=2, key_size=3, window=4, outputs=5,
     return plan
 
 
-def attention_only_plan(window=4, size=4, **options):
-    """Return a plan whose query, key and value are the input; y is attention over the window."""
-    plan = PlanFile(receptive_field=window, **options)
-    x = plan.input("x", size)
-    y = plan.node(
-        "attention",
-        [x, x, x],
-        plan.value(size),
-        heads=1,
-        window=window,
-        first_column=0,
-        end_column=window,
-        query_delay=0,
-        scale=0.5,
-    )
+def attention_only_plan(window=4, size=4, layers=1, **options):
+    """Return a plan of attention layers whose query, key and value are the input or the last y."""
+    plan = PlanFile(receptive_field=layers * (window - 1) + 1, **options)
+    y = plan.input("x", size)
+    for _ in range(layers):
+        y = plan.node(
+            "attention",
+            [y, y, y],
+            plan.value(size),
+            heads=1,
+            window=window,
+            first_column=0,
+            end_column=window,
+            query_delay=0,
+            scale=0.5,
+        )
     plan.output("y", y)
+    return plan
+
+
+def attention_ports_plan(
+    random, heads=4, key_heads=2, key_size=8, value_size=12, window=150, rows=None, *, bias=False,
+    sink=False, **attributes
+):  # fmt: skip
+    """[query, key, value, has_key, asks] -> attention over the window, with both masks.
+
+    Args:
+        random: For the weights `bias` and `sink`.
+        rows: Of each step, on an axis of its own; None: there is no such axis.
+        **attributes: Of the node, in place of all columns and no delay, cap or scale.
+    """
+    plan = PlanFile(receptive_field=window)
+    axis = [] if rows is None else [rows]
+    sizes = (heads * key_size, key_heads * key_size, key_heads * value_size)
+    ports = [
+        plan.input(name, *axis, size)
+        for name, size in zip(("query", "key", "value"), sizes, strict=True)
+    ]
+    masks = {
+        name: plan.input(port, rows or 1, dtype="bool")
+        for name, port in (("key", "has_key"), ("query", "asks"))
+    }
+    weights = {"bias": (heads, window)} if bias else {}
+    weights |= {"sink": (heads,)} if sink else {}
+    weights = {name: random.standard_normal(shape).astype("f4") for name, shape in weights.items()}
+    attributes = {
+        "first_column": 0, "end_column": window, "query_delay": 0, "scale": 1.0, **attributes
+    }  # fmt: skip
+    y = plan.node(
+        "attention", ports, plan.value(*axis, heads * value_size), weights, masks, heads=heads,
+        key_heads=key_heads, window=window, **attributes,
+    )  # fmt: skip
+    plan.output("y", y)
+    plan.plan["input_structure"] = list(range(5))
     return plan
 
 

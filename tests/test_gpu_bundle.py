@@ -65,6 +65,9 @@ def test_plans_are_filled_with_weights(made, tmp_path, size):
     if size.kind == "co_oad_tr":
         table = 4 * (2 * size.window - 1) * size.features + 8  # Positions, and where they begin.
         assert count == 4 * 9_468_950 + table  # The paper's parameters.
+    if size.kind != "retroactive":  # Keys, values and a mask. The rival in PyTorch has as many.
+        rings = size.layers * size.window * (2 * 4 * size.features + 1)
+        assert session.state_bytes == pytest.approx(rings, rel=0.01)
     again = bundle.fill(plan, tmp_path / "again.safetensors")
     assert again.read_bytes() == path.read_bytes()
 

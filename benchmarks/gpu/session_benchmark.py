@@ -181,11 +181,12 @@ def measure(machine, size, streams, path, copy_rate, save=lambda entry: None, **
     ids, there = on_gpu.open(streams), on_cpu.open(streams)
     no_overlap_ids = no_overlap.open(streams)
     random = np.random.default_rng(streams)
-    # All streams begin as copies of one whose window is full.
+    # All streams begin as copies of one whose window is full. The CPU would take minutes to fill a
+    # long one.
     past = random.standard_normal((1, size.window, *given.shape)).astype(given.dtype)
-    filled = on_cpu.open()
-    on_cpu.steps(past, streams=filled)
-    copies = on_cpu.get_state(filled) * streams
+    filled = on_gpu.open()
+    on_gpu.steps(past, streams=filled)
+    copies = on_gpu.get_state(filled) * streams
     on_gpu.set_state(copies, ids)
     no_overlap.set_state(copies, no_overlap_ids)
     on_cpu.set_state(copies, there)

@@ -1,6 +1,7 @@
-// Attention of a plan. A block of threads takes a query of a head, and reads its rows as
-// single_output.cu does (partial_attention.cuh); retroactive attention is in retroactive.cuh. The
-// rings lie in the streams' blocks, so a launch knows them by their addresses and not by a stride.
+// Attention of a plan. A block of threads takes a query of a head, or one part of its window, and
+// reads its rows as single_output.cu does (partial_attention.cuh); retroactive attention is in
+// retroactive.cuh. The rings lie in the streams' blocks, so a launch knows them by their addresses
+// and not by a stride.
 
 #include <cmath>
 #include <cstdint>
@@ -13,6 +14,7 @@
 #include "cuda/partial_attention.cuh"
 #include "cuda/retroactive.cuh"
 #include "cuda/session/node_kernels.h"
+#include "cuda/window_parts.h"
 
 namespace continual_transformers {
 namespace {
@@ -38,25 +40,30 @@ struct RingQueryParams {
   const bool *node_key_mask, *node_query_mask;  // [M, rows]; null: all true
   float* output;
   int64_t row;  // of each step; a launch takes one
+  int window_parts;
+  float* parts;        // [M, H, window_parts, Dv + 2]; see PartsMerger
+  uint32_t* arrivals;  // [M, H], zeros
   DeviceAttention s;
   bool overlap;
 };
 
-template <typename C, typename L>
+// kCut: whether there is more than one part of a window.
+template <typename C, typename L, bool kCut>
 class RingQuery {
  public:
   __device__ explicit RingQuery(const RingQueryParams& p) : p_(p) {}
 
-  // Fetches this head's share of the rows of the stream's rings into L2, before WaitForPrevious().
+  // Fetches this block's share of the rows of the stream's rings into L2, before WaitForPrevious().
   // The rows of one head are not contiguous: the other heads' blocks fetch the rest. After the
   // first row of a step they are there.
   __device__ void Prefetch() const {
     const DeviceAttention& s = p_.s;
     if (!p_.overlap || p_.row != 0 || threadIdx.x != 0) return;
-    const int64_t m = blockIdx.x / s.heads, share = blockIdx.x % s.heads;
+    const int64_t shares = s.heads * NumParts();
+    const int64_t m = blockIdx.x / shares, share = blockIdx.x % shares;
     const int64_t before = RowsBefore(static_cast<int>(m));
     const int64_t rows = (before < s.window ? before : s.window) * s.key_heads;
-    const int64_t begin = rows * share / s.heads, end = rows * (share + 1) / s.heads;
+    const int64_t begin = rows * share / shares, end = rows * (share + 1) / shares;
     const auto prefetch = [&](int64_t ring, int64_t size) {
       const int64_t bytes = size * static_cast<int64_t>(sizeof(C));
       PrefetchIntoL2(p_.blocks[m] + ring + begin * bytes, (end - begin) * bytes);
@@ -68,7 +75,8 @@ class RingQuery {
   __device__ void Run() const {
     const DeviceAttention& s = p_.s;
     const int heads = static_cast<int>(s.heads), window = static_cast<int>(s.window);
-    const int m = blockIdx.x / heads, h = blockIdx.x % heads;
+    const int num_parts = NumParts(), part = blockIdx.x % num_parts;
+    const int query = blockIdx.x / num_parts, m = query / heads, h = query % heads;
     const int key_head = static_cast<int>(h / (s.heads / s.key_heads));
     const int64_t r = m * s.rows + p_.row, position = RowsBefore(m);
     const int64_t key_step = s.key_heads * s.key_dim, value_step = s.key_heads * s.value_dim;
@@ -77,14 +85,17 @@ class RingQuery {
     C* const values = reinterpret_cast<C*>(block + s.value_ring) + key_head * s.value_dim;
     bool* const mask = reinterpret_cast<bool*>(block + s.mask_ring);
 
-    // The row that is overwritten has left the window, so no one reads it. Blocks that share it
+    // The row that is overwritten has left the window, so no one reads it. The new row is in the
+    // last part, whose block writes it, so that no block waits for another. Blocks that share it
     // write the same bytes. A row without a key is zeros.
-    const int at = static_cast<int>(position % window);
-    const bool has_key = p_.key_mask[m] && (p_.node_key_mask == nullptr || p_.node_key_mask[r]);
-    Put(has_key, p_.key + r * key_step + key_head * s.key_dim, s.key_dim, keys + at * key_step);
-    Put(has_key, p_.value + r * value_step + key_head * s.value_dim, s.value_dim,
-        values + at * value_step);
-    if (threadIdx.x == 0) mask[at] = has_key;
+    if (part == num_parts - 1) {
+      const int at = static_cast<int>(position % window);
+      const bool has_key = p_.key_mask[m] && (p_.node_key_mask == nullptr || p_.node_key_mask[r]);
+      Put(has_key, p_.key + r * key_step + key_head * s.key_dim, s.key_dim, keys + at * key_step);
+      Put(has_key, p_.value + r * value_step + key_head * s.value_dim, s.value_dim,
+          values + at * value_step);
+      if (threadIdx.x == 0) mask[at] = has_key;
+    }
     __syncthreads();
 
     const bool asks =
@@ -92,7 +103,7 @@ class RingQuery {
     // The steps that the query attends to: step 0 of the window is its column 0.
     const int64_t oldest = position - (window - 1), end = oldest + s.end_column;
     const int64_t first = oldest + s.first_column > 0 ? oldest + s.first_column : 0;
-    const int count = asks && end > first ? static_cast<int>(end - first) : 0;
+    const int64_t count = asks && end > first ? end - first : 0;
     const int first_row = static_cast<int>(first % window);
     const auto row = [&](int i) {
       int ring_row = first_row + i;
@@ -108,15 +119,28 @@ class RingQuery {
     };
     PartialAttention<float, C, L> attention(p_.query + (r * s.heads + h) * s.key_dim, s.key_dim,
                                             s.value_dim, s.scale);
-    attention.template Attend<L::kRowsAtATime>(0, count, row, nullptr, logit_of);
+    attention.template Attend<L::kRowsAtATime>(static_cast<int>(count * part / num_parts),
+                                               static_cast<int>(count * (part + 1) / num_parts),
+                                               row, nullptr, logit_of);
     attention.MergeGroups();
-    OnlineSoftmax<float> softmax = attention.softmax();
-    float factor = 1;
-    if (s.sink != nullptr) factor = softmax.Merge({s.sink[h], 1.f}).own;
-    attention.Store(factor * softmax.Normalizer(), p_.output + (r * s.heads + h) * s.value_dim);
+    const auto store = [&](const auto& attended) {
+      OnlineSoftmax<float> softmax = attended.softmax();
+      float factor = 1;
+      if (s.sink != nullptr) factor = softmax.Merge({s.sink[h], 1.f}).own;
+      attended.Store(factor * softmax.Normalizer(), p_.output + (r * s.heads + h) * s.value_dim);
+    };
+    if constexpr (kCut) {
+      float* const parts = p_.parts + PartsSize(query, num_parts, s.value_dim);
+      if (!attention.LeavePart(part, num_parts, parts, p_.arrivals + query)) return;
+      store(PartsMerger<float>(parts, num_parts, s.value_dim));
+    } else {
+      store(attention);
+    }
   }
 
  private:
+  __device__ int NumParts() const { return kCut ? p_.window_parts : 1; }
+
   // Returns how many rows the stream has before this one, or as many a few windows earlier: far
   // into a stream the product could overflow.
   __device__ int64_t RowsBefore(int m) const {
@@ -132,11 +156,11 @@ class RingQuery {
   const RingQueryParams& p_;
 };
 
-template <typename C, typename L>
+template <typename C, typename L, bool kCut>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<float>)
     RingQueryKernel(const __grid_constant__ RingQueryParams p) {
   ReleaseNext();
-  const RingQuery<C, L> query(p);
+  const RingQuery<C, L, kCut> query(p);
   query.Prefetch();
   WaitForPrevious();
   query.Run();
@@ -145,6 +169,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<float>)
 template <typename C>
 NodeLaunch AttentionOf(const DeviceAttention& s) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
+    const int64_t window_parts = s.WindowParts(frame.streams);
     RingQueryParams p = {frame.blocks,
                          frame.positions,
                          frame.key_mask,
@@ -155,13 +180,19 @@ NodeLaunch AttentionOf(const DeviceAttention& s) {
                          frame.RowsOrNull<bool>(s.query_mask),
                          frame.Rows<float>(s.output),
                          0,
+                         static_cast<int>(window_parts),
+                         frame.Rows<float>(s.parts),
+                         frame.arrivals,
                          s,
                          frame.overlap};
     // The next row overwrites a row of the ring that the query before it needs.
     for (; p.row < s.rows; ++p.row) {
       const cudaError_t error = WithHeadLayout<C>(s.key_dim, s.value_dim, [&](auto layout) {
-        return Launch(RingQueryKernel<C, decltype(layout)>, frame.streams * s.heads, kThreads,
-                      p.overlap, stream, p);
+        using L = decltype(layout);
+        const auto kernel =
+            window_parts > 1 ? RingQueryKernel<C, L, true> : RingQueryKernel<C, L, false>;
+        return Launch(kernel, frame.streams * s.heads * window_parts, kThreads, p.overlap, stream,
+                      p);
       });
       if (error != cudaSuccess) return error;
     }

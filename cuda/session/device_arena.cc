@@ -47,6 +47,7 @@ DeviceArena::Layout::Layout(const Plan& plan, const DevicePlan& compiled, int64_
       values[i] = take(streams * compiled.row_bytes[i]);
     }
   }
+  for (const auto& scratch : compiled.scratch_bytes) values.push_back(take(scratch(streams)));
   bytes = end;
 }
 
@@ -57,7 +58,7 @@ DeviceArena::DeviceArena(const Plan& plan, const DevicePlan& compiled,
 DeviceArena::~DeviceArena() { DropGraphs(); }
 
 int64_t DeviceArena::bytes() const {
-  return step_.bytes() + staged_.bytes() + sent_.bytes() + received_.bytes();
+  return step_.bytes() + arrivals_.bytes() + staged_.bytes() + sent_.bytes() + received_.bytes();
 }
 
 int64_t DeviceArena::InputBytes(size_t i) const {
@@ -87,8 +88,19 @@ DeviceFrame DeviceArena::FrameOf(const Graph& graph, bool overlap) const {
           reinterpret_cast<char* const*>(base + graph.layout.blocks),
           reinterpret_cast<const int64_t*>(base + graph.layout.positions),
           reinterpret_cast<const bool*>(base + graph.layout.key_mask),
+          reinterpret_cast<uint32_t*>(arrivals_.get()),
           graph.values.data(),
           overlap};
+}
+
+// Every launch leaves zeros, unless the GPU has failed for good. So nothing clears them again.
+void DeviceArena::MakeArrivals() {
+  const int64_t bytes = compiled_.arrivals * static_cast<int64_t>(sizeof(uint32_t));
+  if (arrivals_.bytes() == bytes) return;
+  GpuBytes made(gpu_, GpuBytes::Kind::kDevice, bytes, "a step");
+  Check(cudaMemsetAsync(made.get(), 0, static_cast<size_t>(bytes), stream_.get()),
+        "clearing counters");
+  arrivals_ = std::move(made);
 }
 
 DeviceArena::Graph* DeviceArena::GraphFor(int64_t streams) {
@@ -97,6 +109,7 @@ DeviceArena::Graph* DeviceArena::GraphFor(int64_t streams) {
     graphs_.splice(graphs_.begin(), graphs_, i);
     return &graphs_.front();
   }
+  MakeArrivals();
   Graph graph = {Layout(plan_, compiled_, streams), {}};
   if (step_.bytes() < graph.layout.bytes) {
     DropGraphs();  // they hold addresses in this memory

@@ -45,7 +45,7 @@ class DeviceArena final : public Arena {
 
     int64_t streams;
     int64_t blocks, positions, key_mask;  // in bytes
-    std::vector<int64_t> values;          // one per row_bytes of the plan; -1: shares another's
+    std::vector<int64_t> values;          // and then scratches; -1: shares another's rows
     int64_t sent;                         // bytes from the beginning
     int64_t bytes;
   };
@@ -59,6 +59,7 @@ class DeviceArena final : public Arena {
 
   DeviceFrame FrameOf(const Graph& graph, bool overlap) const;
   Graph* GraphFor(int64_t streams);
+  void MakeArrivals();
   void Build(Graph* graph);
   cudaError_t Instantiate(Graph* graph, bool overlap) const;
   cudaError_t LaunchAll(const DeviceFrame& frame) const;
@@ -80,6 +81,7 @@ class DeviceArena final : public Arena {
   const std::shared_ptr<const Gpu> gpu_;
   const GpuStream stream_;
   GpuBytes step_;             // what a step of M streams works on
+  GpuBytes arrivals_;         // counters of blocks, for all graphs
   GpuBytes staged_;           // inputs and outputs of a call of several steps
   GpuBytes sent_, received_;  // of the host, pinned: what is copied to the GPU and back
   std::vector<bool> input_on_gpu_, output_on_gpu_;  // of the call

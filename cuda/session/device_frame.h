@@ -17,7 +17,8 @@ struct DeviceFrame {
   char* const* blocks;       // [M], the streams' blocks
   const int64_t* positions;  // [M], steps taken before this one
   const bool* key_mask;      // [M], whether the caller marks no gap
-  char* const* values;       // of the host: one per plan value and scratch, where its M rows lie
+  uint32_t* arrivals;        // counters, zeros before and after each launch; see arrival.cuh
+  char* const* values;       // of the host: where each plan value's M rows lie, and each scratch
   // Whether a launch may begin while the one before it still runs; see Launch(). Before it waits, a
   // kernel may read weights, and `blocks` and `positions`: they are written before the step's first
   // launch and by its last.

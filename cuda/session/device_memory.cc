@@ -89,6 +89,8 @@ Gpu::Gpu(int number) : number_(number), process_(getpid()) {
   if (number >= count) {
     throw NoGpu(number, "there are " + std::to_string(count) + " GPUs, counted from 0");
   }
+  Check(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, number),
+        "counting the GPU's multiprocessors");
   CUdevice device;
   CheckDriver(Driver::Get().device_get(&device, number), "choosing the GPU");
   CheckDriver(Driver::Get().retain(&context_, device), "making the GPU's context");

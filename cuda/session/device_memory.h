@@ -26,6 +26,7 @@ class Gpu {
   explicit Gpu(int number);
 
   int number() const { return number_; }
+  int multiprocessors() const { return multiprocessors_; }
   bool IsOfThisProcess() const;
 
   // Makes it this thread's GPU for a while. Throws Error in a forked child.
@@ -52,6 +53,7 @@ class Gpu {
  private:
   const int number_;
   const int process_;  // its id
+  int multiprocessors_;
   // The context that CUDA's runtime uses too. It lasts as long as the process.
   CUctx_st* context_;
 };

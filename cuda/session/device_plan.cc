@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -17,6 +18,7 @@
 #include "cuda/dense.h"
 #include "cuda/retroactive.h"
 #include "cuda/session/node_kernels.h"
+#include "cuda/window_parts.h"
 
 namespace continual_transformers {
 namespace {
@@ -388,6 +390,12 @@ class Compiler {
                     ": leave out device=, and the session runs on the CPU");
   }
 
+  // Returns the number of a new scratch, which has bytes(M) bytes in a step of M streams.
+  int Scratch(std::function<int64_t(int64_t streams)> bytes) {
+    result_.scratch_bytes.push_back(std::move(bytes));
+    return static_cast<int>(plan_.values.size() + result_.scratch_bytes.size() - 1);
+  }
+
   void CheckHead(const Node& node, int64_t key_dim, int64_t value_dim) const {
     const int64_t larger = std::max(key_dim, value_dim);
     if (larger <= kLargestHead) return;
@@ -423,6 +431,9 @@ class Compiler {
     spec.key_ring = Offset(i, "key");
     spec.value_ring = Offset(i, "value");
     spec.mask_ring = Offset(i, "key_mask");
+    spec.multiprocessors = gpu_->multiprocessors();
+    spec.parts = Scratch([spec](int64_t streams) { return spec.PartsBytes(streams); });
+    if (spec.WindowParts(1) > 1) result_.arrivals = MostCutQueries(spec.multiprocessors);
     CheckHead(node, spec.key_dim, spec.value_dim);
     return AttentionNode(spec, options_.cache_dtype);
   }
@@ -502,8 +513,7 @@ class Compiler {
     spec.memory = spec.goes_on && spec.cell == DeviceCell::kLstm ? Offset(i, "memory") : 0;
     spec.activation = ActivationNamed(node.Text("activation"), node);
     spec.gate = ActivationNamed(node.Text("gate"), node);
-    spec.scratch = static_cast<int>(result_.row_bytes.size());
-    result_.row_bytes.push_back(spec.ScratchFloats() * static_cast<int64_t>(sizeof(float)));
+    spec.scratch = Scratch([spec](int64_t streams) { return spec.ScratchBytes(streams); });
     return RecurrentNode(spec);
   }
 

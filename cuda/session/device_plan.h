@@ -4,6 +4,7 @@
 #define CONTINUAL_TRANSFORMERS_CUDA_SESSION_DEVICE_PLAN_H_
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -24,8 +25,12 @@ struct DevicePlan {
 
   // One per plan value: the value whose rows it shares; itself, except after a reshape.
   std::vector<int> storage;
-  // One per plan value, and then one per scratch: the bytes of a row. 0: it shares another's rows.
+  // One per plan value: the bytes of a row. 0: it shares another's rows.
   std::vector<int64_t> row_bytes;
+  // The bytes of each scratch in a step of M streams. Scratches are numbered after the plan values.
+  std::vector<std::function<int64_t(int64_t streams)>> scratch_bytes;
+  // How many counters a launch needs at most (DeviceFrame::arrivals).
+  int64_t arrivals = 0;
 
   std::vector<GpuBytes> weights;
   int64_t weights_bytes = 0;

@@ -13,6 +13,7 @@
 #include "cc/attention/activations.h"
 #include "cc/session/plan.h"
 #include "cuda/session/device_frame.h"
+#include "cuda/window_parts.h"
 
 namespace continual_transformers {
 
@@ -124,6 +125,17 @@ struct DeviceAttention {
   const float* bias;                        // [H, N]; null: none
   const float* sink;                        // [H]; null: none
   int64_t key_ring, value_ring, mask_ring;  // bytes in a block
+  int multiprocessors;                      // of the GPU
+  int parts = -1;                           // a scratch of PartsBytes()
+
+  // How many parts each query's window is cut into in a step of M streams.
+  int64_t WindowParts(int64_t streams) const {
+    return PlanWindowParts(streams * heads, end_column - first_column, multiprocessors);
+  }
+  int64_t PartsBytes(int64_t streams) const {
+    return PartsSize(streams * heads, WindowParts(streams), value_dim) *
+           static_cast<int64_t>(sizeof(float));
+  }
 };
 // `cache`: kFloat32, kBFloat16 or kFloat16.
 NodeLaunch AttentionNode(const DeviceAttention& spec, DType cache);
@@ -163,11 +175,13 @@ struct DeviceRecurrent {
   bool goes_on;
   int64_t first;
   int input, output, mask;  // mask -1: none
-  int scratch;              // ScratchFloats() of each stream
+  int scratch = -1;         // of ScratchBytes()
   int64_t state, memory;    // bytes in a block
   ActivationSpec activation, gate;
 
-  int64_t ScratchFloats() const { return (3 + GatesOf(cell)) * units; }
+  int64_t ScratchBytes(int64_t streams) const {
+    return streams * (3 + GatesOf(cell)) * units * static_cast<int64_t>(sizeof(float));
+  }
 };
 NodeLaunch RecurrentNode(const DeviceRecurrent& spec);
 

@@ -403,6 +403,8 @@ def test_planned_parts(machine):
                 assert 1 <= parts <= window
     assert plan(8, 65536, 132) * 8 >= 132
     assert plan(1 << 20, 65536, 132) == 1
+    # Two parts of each query would be more than eight waves (`MostCutQueries`).
+    assert {plan(8 * 528 // 2 + 1, window, 132) for window in (128, 4096, 1 << 20)} == {1}
     # 528 blocks run at once. A last wave with few blocks would be as long as a full one.
     for queries in (528, 600, 1056):
         parts = plan(queries, 4096, 132)

@@ -18,6 +18,7 @@ SMALL = ("co_si_gate", "co_re_gate", "demo", "tokens", "two_inputs")
 LARGE = {
     "three_layers": (1, 16, 17, 64, 256, 4096),
     "co_oad_tr_b1": (1, 17),
+    "long_window": (1, 17),
     "retroactive_64": (1, 17),
     "retroactive_512": (1,),
 }

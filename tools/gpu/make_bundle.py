@@ -118,8 +118,9 @@ def benchmark_model(size: session_sizes.SessionSize) -> Any:
         layer = ct.CoReMultiHeadAttention(size.window, size.heads, size.features // size.heads)
     else:
         layer = ct.TransformerEncoder(
-            size.layers, size.window, size.features, size.heads, size.hidden
-        )
+            size.layers, size.window, size.features, size.heads, size.hidden,
+            key_dim=size.features // size.heads,
+        )  # fmt: skip
     layer.build((None, size.window, size.features))
     return layer
 

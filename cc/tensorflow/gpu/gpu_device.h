@@ -20,6 +20,7 @@
 #include "cuda/co_si_mha_step.h"
 #include "cuda/retroactive.h"
 #include "cuda/single_output.h"
+#include "cuda/window_parts.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/tensor.h"
 

@@ -89,8 +89,9 @@ using cudaStream_t = CUstream_st*;
 using cudaEvent_t = CUevent_st*;
 
 namespace cuda_emulator {
-// How often the host waited for the GPU, and memory was set. Tests read them.
-inline std::atomic<int64_t> waits{0}, memsets{0};
+// How often the host waited for the GPU, and memory was set, and how many blocks of threads ran.
+// Tests read them.
+inline std::atomic<int64_t> waits{0}, memsets{0}, blocks{0};
 // It is called where the host waits. Counted is how often it returned something else than 0.
 inline std::atomic<int (*)()> probe{nullptr};
 inline std::atomic<int64_t> probed{0};
@@ -445,6 +446,7 @@ class Grid {
 
   void Run() {
     Enter();
+    blocks += blocks_.x;
     for (int block : Ordered(blocks_.x)) {
       const auto begun = begun_.find(block);
       if (begun == begun_.end()) {
@@ -499,6 +501,9 @@ extern "C" __attribute__((used, visibility("default"))) inline int64_t cuda_emul
 }
 extern "C" __attribute__((used, visibility("default"))) inline int64_t cuda_emulator_memsets() {
   return cuda_emulator::memsets;
+}
+extern "C" __attribute__((used, visibility("default"))) inline int64_t cuda_emulator_blocks() {
+  return cuda_emulator::blocks;
 }
 // Has `probe` called where the host waits, or nothing for null.
 extern "C" __attribute__((used, visibility("default"))) inline void cuda_emulator_set_probe(
