@@ -433,7 +433,8 @@ class Compiler {
     spec.mask_ring = Offset(i, "key_mask");
     spec.multiprocessors = gpu_->multiprocessors();
     spec.parts = Scratch([spec](int64_t streams) { return spec.PartsBytes(streams); });
-    if (spec.WindowParts(1) > 1) result_.arrivals = MostCutQueries(spec.multiprocessors);
+    // Also if one stream's window is not cut: that of several may be.
+    result_.arrivals = MostCutQueries(spec.multiprocessors);
     CheckHead(node, spec.key_dim, spec.value_dim);
     return AttentionNode(spec, options_.cache_dtype);
   }

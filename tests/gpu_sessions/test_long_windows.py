@@ -184,6 +184,20 @@ def test_other_numbers_of_streams(device, random, layers):
     check(*both.call([x[:3, 0]], np.arange(3)), BOUNDS["float32"])
 
 
+def test_windows_that_only_several_streams_cut(device, random):
+    """The 27 blocks of one stream fit into one wave of the emulator's 36, those of two into a bad
+    second one.
+    """
+    plan = attention_ports_plan(
+        random, heads=27, key_heads=27, key_size=4, value_size=4, window=300
+    )
+    both = OnBoth(plan, device, 2)
+    arrays, _ = random_calls(random, plan, 2, 301)
+    both.age([x[:, :300] for x in arrays])
+    given = [x[:, 300] for x in arrays]
+    check(*both.call(given, np.arange(2)), BOUNDS["float32"])
+
+
 def test_errors_leave_no_trace(device, emulator, random):
     """A step of 1,000 streams takes 16 MB, and 1,000 steps of one stream as much."""
     both = OnBoth(attention_plan(random, window=256, outputs=4_000), device, 1000)
