@@ -48,9 +48,12 @@ struct RingAttentionParams {
   OnlineSoftmax<T>* softmax;  // [H], written; null: not wanted
 
   // The keys that will be attended to next; null: unknown. If it is given, these keys and values
-  // are not in a near cache either, and are prefetched.
+  // are not in a near cache either, and are prefetched. For rings of more than kNearRingsBytes.
   const C* next_key;
 };
+
+// Rings of so many bytes, of all streams together, stay in a near cache until their next turn.
+constexpr int64_t kNearRingsBytes = 256 << 10;
 
 // The scratch elements that one head needs for `rows` rows.
 inline int64_t RingAttentionLogits(int64_t rows) { return (rows + 15) / 16 * 16 + 16; }

@@ -221,7 +221,18 @@ class HeadStepper {
     ring.scale = p_.scale;
     ring.logits = s_.logits;
     ring.softmax = s_.softmax.empty() ? nullptr : s_.softmax.data();
+    ring.next_key = NextKey();
     RingAttention(ring, 0, heads_);
+  }
+
+  // Returns the keys of the next stream, if rings must be prefetched, and null otherwise.
+  const C* NextKey() const {
+    const int64_t row_bytes = p_.num_heads * (p_.key_dim + p_.value_dim) * int64_t{sizeof(C)};
+    const bool far = p_.num_streams * p_.window * row_bytes > kNearRingsBytes;
+    if (!far || p_.num_steps > 1 || heads_ < p_.num_heads || m_ + 1 == p_.num_streams) {
+      return nullptr;
+    }
+    return p_.key_cache + p_.streams[m_ + 1] * p_.key_cache_strides.stream;
   }
 
   // Returns the rows of step t's window that have a key and are not masked.

@@ -52,9 +52,8 @@ class AttentionInstruction : public Instruction {
         key_size_(spec.key_heads * spec.key_dim),
         value_size_(spec.key_heads * spec.value_dim),
         output_size_(spec.heads * spec.value_dim),
-        // With more streams than this, a ring is no longer in a near cache when its turn comes, so
-        // it is prefetched.
-        streams_near_(std::max<int64_t>(1, kNearBytes / RingBytes())) {}
+        // With more streams than this, rings are prefetched.
+        streams_near_(std::max<int64_t>(1, kNearRingsBytes / RingBytes())) {}
 
   void Run(const Frame& frame) const override {
     for (int64_t m = 0; m < frame.streams; ++m) {
@@ -83,7 +82,6 @@ class AttentionInstruction : public Instruction {
  private:
   static constexpr int64_t kLeastRowsOfPart = 32;
   static constexpr bool kScaled = std::is_same_v<C, int8_t>;
-  static constexpr int64_t kNearBytes = 256 << 10;
 
   int64_t RingBytes() const {
     return s_.window * (key_size_ + value_size_) * static_cast<int64_t>(sizeof(C));
