@@ -15,8 +15,7 @@ namespace continual_transformers {
 // With `overlap`, the kernel may begin while the kernel before it on the stream, or in the graph of
 // a GraphBuilder, still runs (programmatic dependent launch). Then each of its threads must call
 // WaitForPrevious(): before it writes anything, and before it reads what another launch writes.
-// That one waits only for the kernel right before. It has waited too, so all earlier ones have
-// ended as well. The caller sets `overlap` only if CanOverlap().
+// The caller sets `overlap` only if CanOverlap().
 template <typename Params>
 cudaError_t Launch(void (*kernel)(Params), int64_t blocks, int threads, bool overlap,
                    cudaStream_t stream, const Params& params) {
@@ -62,7 +61,9 @@ __device__ inline void ReleaseNext() {
 #endif
 }
 
-// Waits until all kernels before this one have ended and their writes are visible.
+// Waits until all kernels before this one have ended and their writes are visible. The GPU itself
+// waits only for the kernel right before. But that one ends only after its own wait, and so on, if
+// no kernel leaves the wait out.
 __device__ inline void WaitForPrevious() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -70,6 +71,10 @@ __device__ inline void WaitForPrevious() {
   cudaGridDependencySynchronize();  // the emulator's
 #endif
 }
+
+// Kernels prefetch no more than so many bytes together: L2 would lose them before they are read. A
+// guess; GPUs that overlap launches have 50 MB and more.
+constexpr int64_t kMostPrefetchedBytes = 16 << 20;
 
 // Fetches bytes into L2. It may be called before WaitForPrevious(): all multiprocessors share L2,
 // so a later write by another kernel is seen there.

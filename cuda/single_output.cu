@@ -34,7 +34,9 @@ class QueryBlock {
 
   // Runs while the kernel before this one may still be writing the query.
   __device__ void Prefetch() const {
-    if (!p_.overlap || threadIdx.x != 0) return;
+    const int64_t row = p_.num_heads * (p_.key_dim + p_.value_dim) * int64_t{sizeof(C)};
+    const bool fits = p_.num_streams * p_.window * row <= kMostPrefetchedBytes;
+    if (!p_.overlap || !fits || threadIdx.x != 0) return;
     const Place place = PlaceOfBlock();
     const int stream = Stream(place.m);
     // The stream may be written at this moment, so it can be any number.

@@ -36,7 +36,7 @@ int64_t PlanWindowParts(int64_t queries, int64_t window, int multiprocessors) {
   return best;
 }
 
-// Two parts of each are no more than the most waves.
+// Two parts for each of more queries would take more than kMostWaves, so they get one.
 int64_t MostCutQueries(int multiprocessors) { return kMostWaves * Resident(multiprocessors) / 2; }
 
 }  // namespace continual_transformers

@@ -14,7 +14,8 @@ int64_t PlanWindowParts(int64_t queries, int64_t window, int multiprocessors);
 // Returns a number of queries above which PlanWindowParts() always returns 1.
 int64_t MostCutQueries(int multiprocessors);
 
-// Returns how many numbers the parts of all queries take; see PartsMerger.
+// Returns how many numbers the parts of so many queries take, and so where those of the next query
+// begin; see PartsMerger.
 constexpr int64_t PartsSize(int64_t queries, int64_t window_parts, int64_t value_dim) {
   return window_parts > 1 ? queries * window_parts * (value_dim + 2) : 0;
 }

@@ -119,6 +119,7 @@ class RingOf : public Attention {
       p.key_dim = p.value_dim = size_.head;
       p.scale = 1 / std::sqrt(static_cast<float>(size_.head));
       p.logits = logits_.data();
+      p.far = far;
       if (far && m + 1 < size_.streams) p.next_key = Ring(m + 1);
       RingAttention(p, 0, size_.heads);
     }

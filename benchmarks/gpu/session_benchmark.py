@@ -154,10 +154,11 @@ def least_bytes(session, weights_bytes, streams):
 
 def set_overlap(overlap):
     """Set whether the launches of a step overlap, in the graphs that sessions make from now on."""
-    with open("/proc/self/maps") as maps:
-        libraries = {line.split()[-1] for line in maps if CUDA_LIBRARY in line}
-    for library in libraries:
-        ctypes.CDLL(library).continual_transformers_cuda_set_overlap(int(overlap))
+    from continual_transformers_tf import session
+
+    beside = Path(session.__file__).with_name(CUDA_LIBRARY)
+    library = os.environ.get("CONTINUAL_TRANSFORMERS_CUDA_LIBRARY", beside)
+    ctypes.CDLL(library).continual_transformers_cuda_set_overlap(int(overlap))
 
 
 def measure(machine, size, streams, path, copy_rate, save=lambda entry: None, **timing):
@@ -181,12 +182,13 @@ def measure(machine, size, streams, path, copy_rate, save=lambda entry: None, **
     ids, there = on_gpu.open(streams), on_cpu.open(streams)
     no_overlap_ids = no_overlap.open(streams)
     random = np.random.default_rng(streams)
-    # All streams begin as copies of one whose window is full. The CPU would take minutes to fill a
-    # long one.
+    # All streams begin as copies of one whose window is full. The CPU fills it, so that both steps
+    # below start from a state that is right; it would take minutes to fill a long window.
     past = random.standard_normal((1, size.window, *given.shape)).astype(given.dtype)
-    filled = on_gpu.open()
-    on_gpu.steps(past, streams=filled)
-    copies = on_gpu.get_state(filled) * streams
+    filler = on_cpu if size.window <= 1024 else on_gpu
+    filled = filler.open()
+    filler.steps(past, streams=filled)
+    copies = filler.get_state(filled) * streams
     on_gpu.set_state(copies, ids)
     no_overlap.set_state(copies, no_overlap_ids)
     on_cpu.set_state(copies, there)

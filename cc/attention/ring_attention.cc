@@ -34,6 +34,8 @@ class RingPass {
         rows_of_part_(RowsOfBytes(kPartBytes, params.value_stride)),
         rows_ahead_(RowsOfBytes(kBytesAhead, params.key_stride)),
         in_parts_(rows_ > 2 * rows_of_part_),
+        takes_rows_((end - begin) / group_ * params.key_dim == params.key_stride &&
+                    (end - begin) / group_ * params.value_dim == params.value_stride),
         are_words_(AreWords(params.key, params.key_stride) &&
                    AreWords(params.value, params.value_stride)) {}
 
@@ -91,9 +93,10 @@ class RingPass {
   // Plain loads, which are never dropped, took 1.1 to 1.4 times as long.
   class Ahead {
    public:
-    // Adds `count` rows from row `first` on.
+    // Adds `count` rows from row `first` on, without anything between two rows.
     void Add(const C* rows, int64_t stride, int64_t first, int64_t count) {
       if (count <= 0) return;
+      lines_ += LinesOf(count * stride);
       const C* const begin = rows + first * stride;
       const Piece piece = {reinterpret_cast<const char*>(begin),
                            reinterpret_cast<const char*>(begin + count * stride)};
@@ -109,6 +112,9 @@ class RingPass {
       now_.at += lines * kLineBytes;
       if (now_.at >= now_.end) GoOn();
     }
+
+    // Of all that was added.
+    int64_t lines() const { return lines_; }
 
     static constexpr int64_t LinesOf(int64_t elements) {
       return (elements * static_cast<int64_t>(sizeof(C)) + kLineBytes - 1) / kLineBytes;
@@ -126,6 +132,7 @@ class RingPass {
     }
 
     Piece now_, then_;
+    int64_t lines_ = 0;
   };
 
   // Rows of so many bytes, a multiple of kRowsPerDot.
@@ -163,7 +170,8 @@ class RingPass {
     const int64_t key_dim = p_.key_dim, stride = p_.key_stride, heads = end_ - begin_;
     const T* HWY_RESTRICT query = p_.query + begin_ * key_dim;
     Ahead ahead = AfterKeys(span);
-    const int64_t lines_a_head = (Ahead::LinesOf(kRowsPerDot * stride) + heads - 1) / heads;
+    const int64_t dots = std::max<int64_t>(1, (span.rows + kRowsPerDot - 1) / kRowsPerDot * heads);
+    const int64_t lines_a_dot = (ahead.lines() + dots - 1) / dots;
     for (int64_t i = 0; i < span.rows; i += kRowsPerDot) {
       const int64_t count = std::min(kRowsPerDot, span.rows - i);
       const int64_t first = (span.first_row + i) * stride;
@@ -179,7 +187,7 @@ class RingPass {
       const C* HWY_RESTRICT k7 = k6 + (count > 7 ? stride : 0);
       T* HWY_RESTRICT logits = p_.logits + column + i;
       for (int64_t h = 0; h < heads; ++h, logits += stride_) {
-        ahead.Fetch(lines_a_head);
+        ahead.Fetch(lines_a_dot);
         // The head's query and key are both at `at`.
         const int64_t at = (kGrouped ? (begin_ + h) / group_ : h) * key_dim;
         const T* HWY_RESTRICT from = kGrouped ? query + h * key_dim - at : query;
@@ -192,14 +200,23 @@ class RingPass {
   // further on, and then the first part of the values; of a short one that is far away, its values.
   Ahead AfterKeys(const RingSpan& span) const {
     Ahead ahead;
+    if (!takes_rows_) return ahead;
     int64_t values = 0;
     if (in_parts_) {
       ahead.Add(p_.key, p_.key_stride, span.first_row + rows_ahead_, span.rows - rows_ahead_);
       values = std::min(rows_of_part_, span.rows);
-    } else if (p_.next_key != nullptr) {
+    } else if (p_.far) {
       values = span.rows;
     }
     ahead.Add(p_.value, p_.value_stride, span.first_row, values);
+    return ahead;
+  }
+
+  // What is prefetched while a part of the values is read: the part after it.
+  Ahead AfterPart(const RingSpan& left) const {
+    Ahead ahead;
+    if (!takes_rows_) return ahead;
+    ahead.Add(p_.value, p_.value_stride, left.first_row, std::min(rows_of_part_, left.rows));
     return ahead;
   }
 
@@ -207,7 +224,7 @@ class RingPass {
   // known. Of a long window, the pass that reads them prefetches the others.
   Ahead AfterValues() const {
     Ahead ahead;
-    if (p_.next_key == nullptr) return ahead;
+    if (!takes_rows_ || p_.next_key == nullptr) return ahead;
     for (const RingSpan& span : {p_.spans.before_wrap, p_.spans.after_wrap}) {
       ahead.Add(p_.next_key, p_.key_stride, span.first_row,
                 in_parts_ ? std::min(rows_ahead_, span.rows) : span.rows);
@@ -383,8 +400,11 @@ class RingPass {
       for (int64_t i = 0; i < span.rows; i += rows_of_part_) {
         const int64_t rows = std::min(rows_of_part_, span.rows - i);
         const int64_t row = span.first_row + i, left = span.rows - i - rows;
-        ahead_ = left > 0 ? Ahead() : AfterValues();
-        ahead_.Add(p_.value, p_.value_stride, row + rows, std::min(rows_of_part_, left));
+        if (column + rows == rows_) {
+          ahead_ = AfterValues();
+        } else {
+          ahead_ = AfterPart(left > 0 ? RingSpan{row + rows, left} : p_.spans.after_wrap);
+        }
         SumRows({{{row, rows}, {0, 0}}, column, column == 0, column + rows == rows_});
         column += rows;
       }
@@ -583,6 +603,7 @@ class RingPass {
   const int64_t stride_;
   const int64_t rows_of_part_, rows_ahead_;
   const bool in_parts_;
+  const bool takes_rows_;  // Whether it reads whole rows: only then is anything prefetched.
   const bool are_words_;
   T normalizer_of_[kMostHeads];
   Ahead ahead_;  // what is prefetched while values are summed

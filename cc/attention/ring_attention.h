@@ -47,8 +47,9 @@ struct RingAttentionParams {
   T* logits;
   OnlineSoftmax<T>* softmax;  // [H], written; null: not wanted
 
-  // The keys that will be attended to next; null: unknown. If it is given, these keys and values
-  // are not in a near cache either, and are prefetched. For rings of more than kNearRingsBytes.
+  // For prefetching: whether these rows are not in a near cache (see kNearRingsBytes), and the keys
+  // that will be attended to next, if they are not either. Null: they are, or are not known.
+  bool far;
   const C* next_key;
 };
 

@@ -221,17 +221,20 @@ class HeadStepper {
     ring.scale = p_.scale;
     ring.logits = s_.logits;
     ring.softmax = s_.softmax.empty() ? nullptr : s_.softmax.data();
+    ring.far = IsFar();
     ring.next_key = NextKey();
     RingAttention(ring, 0, heads_);
   }
 
-  // Returns the keys of the next stream, if rings must be prefetched, and null otherwise.
-  const C* NextKey() const {
+  // Whether the ring is read once, and so many others before it that it is in no near cache.
+  bool IsFar() const {
     const int64_t row_bytes = p_.num_heads * (p_.key_dim + p_.value_dim) * int64_t{sizeof(C)};
-    const bool far = p_.num_streams * p_.window * row_bytes > kNearRingsBytes;
-    if (!far || p_.num_steps > 1 || heads_ < p_.num_heads || m_ + 1 == p_.num_streams) {
-      return nullptr;
-    }
+    return p_.num_steps == 1 && p_.num_streams * p_.window * row_bytes > kNearRingsBytes;
+  }
+
+  // Returns the keys of the next stream, if they are far too, and null otherwise.
+  const C* NextKey() const {
+    if (!IsFar() || heads_ < p_.num_heads || m_ + 1 == p_.num_streams) return nullptr;
     return p_.key_cache + p_.streams[m_ + 1] * p_.key_cache_strides.stream;
   }
 

@@ -56,13 +56,16 @@ class AttentionInstruction : public Instruction {
         streams_near_(std::max<int64_t>(1, kNearRingsBytes / RingBytes())) {}
 
   void Run(const Frame& frame) const override {
+    const bool far = frame.streams > streams_near_;
     for (int64_t m = 0; m < frame.streams; ++m) {
-      const char* next =
-          frame.streams > streams_near_ && m + 1 < frame.streams ? frame.blocks[m + 1] : nullptr;
+      const char* const next = far && m + 1 < frame.streams ? frame.blocks[m + 1] : nullptr;
       for (int64_t t = 0; t < frame.steps; ++t) {
         const int64_t step = m * frame.steps + t, first = FirstRow(frame.Position(m, t));
         for (int64_t i = 0; i < s_.rows; ++i) {
-          Row(frame, m, step, step * s_.rows + i, first + i, next);
+          const bool is_first = t == 0 && i == 0;
+          const bool is_last = t == frame.steps - 1 && i == s_.rows - 1;
+          Row(frame, m, step, step * s_.rows + i, first + i, far && is_first,
+              is_last ? next : nullptr);
         }
       }
     }
@@ -102,9 +105,10 @@ class AttentionInstruction : public Instruction {
 
   // Adds a row to the ring and attends from it. `step` is its step in the frame, and `r` its row
   // there. `position` is how many rows the stream had before. As a call it made a step of
-  // 32 streams write 2.5 % more, inlined 1.8 % (make guard).
+  // 32 streams write 2.5 % more, inlined 1.8 % (make guard). `far` and `next`, the block of the
+  // next stream: see RingAttentionParams.
   [[gnu::always_inline]] void Row(const Frame& frame, int64_t m, int64_t step, int64_t r,
-                                  int64_t position, const char* next) const {
+                                  int64_t position, bool far, const char* next) const {
     const int64_t n = s_.window, row = position % n;
     char* block = frame.blocks[m];
     C* keys = reinterpret_cast<C*>(block + s_.key_ring);
@@ -157,6 +161,7 @@ class AttentionInstruction : public Instruction {
     p.value_dim = s_.value_dim;
     p.scale = static_cast<T>(s_.scale);
     p.logits = reinterpret_cast<T*>(frame.scratch);
+    p.far = far;
     p.next_key = next == nullptr ? nullptr : reinterpret_cast<const C*>(next + s_.key_ring);
     const int64_t rows = spans.before_wrap.rows + spans.after_wrap.rows;
     const int64_t parts =

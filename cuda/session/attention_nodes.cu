@@ -44,7 +44,7 @@ struct RingQueryParams {
   float* parts;        // [M, H, window_parts, Dv + 2]; see PartsMerger
   uint32_t* arrivals;  // [M, H], zeros
   DeviceAttention s;
-  bool overlap;
+  bool prefetch;
 };
 
 // kCut: whether there is more than one part of a window.
@@ -54,11 +54,10 @@ class RingQuery {
   __device__ explicit RingQuery(const RingQueryParams& p) : p_(p) {}
 
   // Fetches this block's share of the rows of the stream's rings into L2, before WaitForPrevious().
-  // The rows of one head are not contiguous: the other heads' blocks fetch the rest. After the
-  // first row of a step they are there.
+  // The rows of one head are not contiguous: the other heads' blocks fetch the rest.
   __device__ void Prefetch() const {
     const DeviceAttention& s = p_.s;
-    if (!p_.overlap || p_.row != 0 || threadIdx.x != 0) return;
+    if (!p_.prefetch || threadIdx.x != 0) return;
     const int64_t shares = s.heads * NumParts();
     const int64_t m = blockIdx.x / shares, share = blockIdx.x % shares;
     const int64_t before = RowsBefore(static_cast<int>(m));
@@ -184,17 +183,19 @@ NodeLaunch AttentionOf(const DeviceAttention& s) {
                          frame.Rows<float>(s.parts),
                          frame.arrivals,
                          s,
-                         frame.overlap};
+                         frame.overlap && s.ReadsAll() &&
+                             s.RingBytes(frame.streams, sizeof(C)) <= kMostPrefetchedBytes};
     // The next row overwrites a row of the ring that the query before it needs.
     for (; p.row < s.rows; ++p.row) {
       const cudaError_t error = WithHeadLayout<C>(s.key_dim, s.value_dim, [&](auto layout) {
         using L = decltype(layout);
         const auto kernel =
             window_parts > 1 ? RingQueryKernel<C, L, true> : RingQueryKernel<C, L, false>;
-        return Launch(kernel, frame.streams * s.heads * window_parts, kThreads, p.overlap, stream,
-                      p);
+        return Launch(kernel, frame.streams * s.heads * window_parts, kThreads, frame.overlap,
+                      stream, p);
       });
       if (error != cudaSuccess) return error;
+      p.prefetch = false;  // The first row's launch has fetched all.
     }
     return cudaSuccess;
   };

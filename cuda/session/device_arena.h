@@ -33,8 +33,8 @@ class DeviceArena final : public Arena {
   // Seconds by entry of the plan.
   const std::vector<double>& EndProfile();
 
-  // Whether launches may overlap, in graphs that are made from now on. A benchmark sets it to
-  // false, to measure what that gains.
+  // Whether launches may overlap, in graphs that any session makes from now on. A benchmark sets it
+  // to false for a while, to measure what that gains.
   static inline std::atomic<bool> may_overlap{true};
 
  private:

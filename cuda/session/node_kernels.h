@@ -128,6 +128,12 @@ struct DeviceAttention {
   int multiprocessors;                      // of the GPU
   int parts = -1;                           // a scratch of PartsBytes()
 
+  // Whether a query reads the whole window.
+  bool ReadsAll() const { return first_column == 0 && end_column == window && query_delay == 0; }
+  // The bytes of the rings of M streams.
+  int64_t RingBytes(int64_t streams, int64_t element_bytes) const {
+    return streams * window * key_heads * (key_dim + value_dim) * element_bytes;
+  }
   // How many parts each query's window is cut into in a step of M streams.
   int64_t WindowParts(int64_t streams) const {
     return PlanWindowParts(streams * heads, end_column - first_column, multiprocessors);

@@ -39,8 +39,9 @@ class StreamBlock {
 
   // Fetches the kernel into L2, before WaitForPrevious(). One thread does it for all blocks.
   __device__ void Prefetch() const {
-    if (!p_.overlap || blockIdx.x != 0 || threadIdx.x != 0) return;
-    PrefetchIntoL2(p_.kernel, p_.units * p_.gates * p_.units * static_cast<int64_t>(sizeof(float)));
+    const int64_t bytes = p_.units * p_.gates * p_.units * static_cast<int64_t>(sizeof(float));
+    const bool fits = bytes <= kMostPrefetchedBytes;
+    if (p_.overlap && fits && blockIdx.x == 0 && threadIdx.x == 0) PrefetchIntoL2(p_.kernel, bytes);
   }
 
   __device__ void Run() const {

@@ -184,18 +184,29 @@ def test_other_numbers_of_streams(device, random, layers):
     check(*both.call([x[:3, 0]], np.arange(3)), BOUNDS["float32"])
 
 
-def test_windows_that_only_several_streams_cut(device, random):
+def test_windows_that_only_several_streams_cut(device, emulator, random):
     """The 27 blocks of one stream fit into one wave of the emulator's 36, those of two into a bad
     second one.
     """
+    heads, full = 27, 300
     plan = attention_ports_plan(
-        random, heads=27, key_heads=27, key_size=4, value_size=4, window=300
+        random, heads=heads, key_heads=heads, key_size=4, value_size=4, window=full
     )
     both = OnBoth(plan, device, 2)
-    arrays, _ = random_calls(random, plan, 2, 301)
-    both.age([x[:, :300] for x in arrays])
-    given = [x[:, 300] for x in arrays]
-    check(*both.call(given, np.arange(2)), BOUNDS["float32"])
+    arrays, _ = random_calls(random, plan, 2, full + 2)
+    both.age([x[:, :full] for x in arrays])
+
+    def step(at, order):
+        outputs = both.call([x[order, at] for x in arrays], order)
+        check(*outputs, BOUNDS["float32"])
+
+    if emulator is None:
+        step(full, np.arange(1))
+        step(full + 1, np.arange(2))
+        return
+    of_one = blocks(emulator, lambda: step(full, np.arange(1)))
+    of_two = blocks(emulator, lambda: step(full + 1, np.arange(2)))
+    assert of_two - of_one >= 3 * heads  # 27 blocks, and then 108
 
 
 def test_errors_leave_no_trace(device, emulator, random):
