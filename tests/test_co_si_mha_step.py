@@ -19,7 +19,7 @@ from continual_transformers_tf.ops.layer_step import MHA_STEP, handles, layer_st
 from errors import BAD_INPUT
 from traced import traced
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(6)
 
 # Few cases that cover the options of the layer; the steps cover inputs, masks and scores.
 LAYERS = [

@@ -10,7 +10,7 @@ import reference
 from co_si_mha_cases import D, E, H, N, pair
 from traced import traced
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(6)
 
 T = N + 4
 

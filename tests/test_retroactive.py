@@ -47,6 +47,7 @@ def grid_case(key_dim, value_dim, n, dtype, t):
     return positions, cache.get_state(), chosen, calls
 
 
+@pytest.mark.sampled(8)  # `make bazel-test` runs all cases.
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("seq_len", WINDOWS)
 @pytest.mark.parametrize("key_dim", KEY_DIMS)

@@ -25,6 +25,7 @@ def referenced(plan, weights, inputs):
     return [np.stack(rows) for rows in zip(*outputs, strict=True)]
 
 
+@pytest.mark.sampled(4, rest="slow")
 @pytest.mark.parametrize("name", CASES)
 def test_a_session_gives_what_the_plan_says(random, tmp_path, name):
     case = CASES[name]
@@ -85,6 +86,7 @@ KERAS_CASES = [
 ]
 
 
+@pytest.mark.sampled(3, rest="slow")
 @pytest.mark.parametrize("name", KERAS_CASES)
 def test_a_session_goes_on_where_keras_was(random, name):
     case = CASES[name]
