@@ -65,7 +65,7 @@ test-aarch64: .venv/test-tools
 
 # The cases of grids of which `make test` and `make test-slow` run a sample.
 test-every-case: .venv/test-tools
-	$(BIN)/python -m pytest -m every_case $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "every_case" $(PYTEST_FLAGS)
 
 # About a minute on two idle cores, most of it clang-tidy.
 lint: .venv/test-tools

@@ -363,6 +363,7 @@ def run_with_target(target, *arguments):
 
 
 @pytest.mark.cpu_only("it is about the CPU's instructions")
+@pytest.mark.slow
 def test_a_target_that_there_is_not_is_refused():
     step = (
         "import numpy as np, continual_transformers_tf as ct;"

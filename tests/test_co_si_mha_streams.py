@@ -97,6 +97,7 @@ def test_partial_warm_up_equals_regular_attention_on_the_shorter_sequence(backen
     assert reference.relative_error(together[:, -1], expected) < 5e-6
 
 
+@pytest.mark.slow
 def test_100_000_steps_show_no_drift_and_no_growth_of_memory(monkeypatch, random):
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     layer, regular = pair(random=random, layer_options=dict(warm_up="partial", query_index=-2))

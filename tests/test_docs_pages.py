@@ -61,6 +61,7 @@ def run_bash(code):
     assert result.returncode == 0, result.stdout[-3000:]
 
 
+@pytest.mark.sampled(4)  # `make test-torch` runs all pages.
 @pytest.mark.parametrize("page", RUN)
 def test_the_snippets_of_a_page_run(monkeypatch, tmp_path, page):
     for language, _, code in RUN[page]:

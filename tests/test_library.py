@@ -177,6 +177,7 @@ def test_a_library_for_another_tensorflow_is_named(copied_package, monkeypatch, 
     assert re.search(there, ct.ops.load_error())
 
 
+@pytest.mark.slow
 def test_the_op_library_needs_the_core_library_beside_it(copied_package):
     (copied_package / native.CORE_LIBRARY_PATH.name).unlink()
     output = run(copied_package)

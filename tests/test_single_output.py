@@ -37,6 +37,7 @@ def grid_case(key_dim, value_dim, n, dtype, t):
     return positions, cache.get_state(), chosen, calls
 
 
+@pytest.mark.sampled(6)  # `make bazel-test` runs all fused cases.
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("seq_len", WINDOWS)
 @pytest.mark.parametrize("key_dim", KEY_DIMS)

@@ -502,8 +502,11 @@ assert emulator.cuda_emulator_gpu() == 0
     assert done.returncode == 0, done.stderr
 
 
+# The emulator takes seconds.
 @pytest.mark.sanitizer
-@pytest.mark.parametrize("features", [1, 12, 37])
+@pytest.mark.parametrize(
+    "features", [37, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 12))]
+)
 def test_a_norm_before_dense_layers(device, random, features):
     """With few rows it is part of their launch, with many a launch of its own."""
     plan = normalized_plan(random, features)
