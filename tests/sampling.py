@@ -1,7 +1,7 @@
 """The cases of a large grid that `make test` runs: the marker `sampled`.
 
-    @pytest.mark.sampled(4)                 # The other cases are `every_case`.
-    @pytest.mark.sampled(4, rest="slow")    # The other cases are `slow`: .ci/run runs all.
+@pytest.mark.sampled(4)                 # The other cases are `every_case`.
+@pytest.mark.sampled(4, rest="slow")    # The other cases are `slow`: .ci/run runs all.
 """
 
 import zlib

@@ -255,6 +255,7 @@ def looks_further_back(x):
     return ct.TransformerEncoder(2, N, E, 2, 8, kind="single_output")(x)[:, -1]
 
 
+@pytest.mark.sampled(2, rest="slow")
 @pytest.mark.parametrize(
     ("function", "streams", "windows", "equal"),
     [
