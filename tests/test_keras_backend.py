@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 USES = [
     "ct.CoSiMultiHeadAttention",
     "ct.convert",
@@ -42,6 +44,7 @@ def test_a_backend_named_in_the_environment():
         assert "KERAS_BACKEND=tensorflow" in line
 
 
+@pytest.mark.slow
 def test_keras_imported_with_another_backend():
     program = "import keras\nkeras.config.backend = lambda: 'jax'\n"
     output = said(program + PROGRAM, KERAS_BACKEND="tensorflow")
@@ -49,6 +52,7 @@ def test_keras_imported_with_another_backend():
     assert "need Keras' TensorFlow backend, but Keras runs on 'jax'" in output
 
 
+@pytest.mark.slow
 def test_a_backend_named_in_the_configuration_that_is_not_installed(tmp_path):
     (tmp_path / "keras.json").write_text('{"backend": "jax"}')
     environment = {k: v for k, v in os.environ.items() if k != "KERAS_BACKEND"}
@@ -63,5 +67,6 @@ def test_a_backend_named_in_the_configuration_that_is_not_installed(tmp_path):
     assert "need Keras' TensorFlow backend, but Keras cannot be imported" in result.stdout
 
 
+@pytest.mark.slow
 def test_tensorflow_is_fine():
     assert said(PROGRAM, KERAS_BACKEND="tensorflow") == ""

@@ -14,6 +14,8 @@ from old_states import NEW_NAMES, old_state
 from retroactive_cases import GOOD, cache_at, expected_of, steps_of
 from traced import traced
 
+pytestmark = pytest.mark.sampled(3)  # `make bazel-test` runs all fused cases.
+
 WINDOWS = (1, 2, 3, 16, 17, 64, 120)
 KEY_DIMS = (1, 12, 16, 24, 33, 64, 128)
 WAYS = ["update", "recompute", "tensorflow"]
@@ -47,7 +49,7 @@ def grid_case(key_dim, value_dim, n, dtype, t):
     return positions, cache.get_state(), chosen, calls
 
 
-@pytest.mark.sampled(8)  # `make bazel-test` runs all fused cases.
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("seq_len", WINDOWS)
 @pytest.mark.parametrize("key_dim", KEY_DIMS)

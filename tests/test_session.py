@@ -25,7 +25,7 @@ def referenced(plan, weights, inputs):
     return [np.stack(rows) for rows in zip(*outputs, strict=True)]
 
 
-@pytest.mark.sampled(4, rest="slow")
+@pytest.mark.sampled(6, rest="slow")
 @pytest.mark.parametrize("name", CASES)
 def test_a_session_gives_what_the_plan_says(random, tmp_path, name):
     case = CASES[name]

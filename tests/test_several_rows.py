@@ -11,7 +11,7 @@ import reference
 from attention_kinds import KINDS, E, N
 from strided_models import check
 
-pytestmark = pytest.mark.sampled(4)
+pytestmark = pytest.mark.sampled(6)
 
 FAR = 10**9 + 8  # A multiple of all strides below.
 
