@@ -120,6 +120,7 @@ FEW = [
 ]
 
 
+@pytest.mark.sampled(5, rest="slow")
 @pytest.mark.parametrize("name", FEW)
 def test_a_file_gives_what_a_session_gives(random, tmp_path, name):
     case = CASES[name]
