@@ -11,6 +11,8 @@ import reference
 from co_si_mha_cases import E, N, newest_of_windows, pair
 from traced import traced
 
+pytestmark = pytest.mark.sampled(3, rest="slow")
+
 
 def test_streams_of_different_ages_in_any_order(backend, random):
     layer, regular = pair(random=random, layer_options=dict(warm_up="partial"))

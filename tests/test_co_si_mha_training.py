@@ -94,6 +94,7 @@ def test_a_regular_call_has_the_gradients_of_keras_layer(random):
             assert reference.relative_error(gradient, wanted.numpy()) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_model_learns_in_steps_mode_what_then_streams(backend, random):
     """fit, evaluate and predict in "steps" mode, from clean states; then single steps."""
     layer = ct.CoSiMultiHeadAttention(N, H, D, warm_up="partial", dropout=0.1)

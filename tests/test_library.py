@@ -94,6 +94,7 @@ def answer(output):
     return re.search("answer: (.*)", output).group(1)
 
 
+@pytest.mark.slow
 def test_copied_package_is_fused(copied_package):
     output = run(copied_package)
     assert f"kernels: {sorted(ct.ops.kernels())}\nerror: None" in output

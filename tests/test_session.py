@@ -14,6 +14,8 @@ from model_cases import CASES, E
 from plan_files import PlanFile
 from streamed import Streamed, by_streams, check
 
+pytestmark = pytest.mark.sampled(3, rest="slow")
+
 
 def referenced(plan, weights, inputs):
     """Return the outputs of the float64 reference: arrays (M, T, ...)."""
