@@ -82,7 +82,7 @@ LAYERS = {
 COMPOSED = ("whole", "single_output", "retroactive", "late_model", "deep_model")
 
 
-@pytest.mark.sampled(4, rest="slow")
+@pytest.mark.sampled(8, rest="slow")
 @pytest.mark.parametrize(("backend", "name"), [
     pytest.param(
         backend, name,

@@ -502,11 +502,8 @@ assert emulator.cuda_emulator_gpu() == 0
     assert done.returncode == 0, done.stderr
 
 
-# The emulator takes seconds.
 @pytest.mark.sanitizer
-@pytest.mark.parametrize(
-    "features", [37, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 12))]
-)
+@pytest.mark.parametrize("features", [1, 12, 37])
 def test_a_norm_before_dense_layers(device, random, features):
     """With few rows it is part of their launch, with many a launch of its own."""
     plan = normalized_plan(random, features)
@@ -517,7 +514,7 @@ def test_a_norm_before_dense_layers(device, random, features):
         assert len(got) == len(expected) == 4
         for name in expected:
             np.testing.assert_allclose(got[name], expected[name], **CLOSE, err_msg=name)
-    assert [row.op for row in session.profile(1)] == [
+    assert [row.op for row in session.profile(repeat=1)] == [
         "norm + dense + dense", "binary", "dense + activation"
     ]  # fmt: skip
 
