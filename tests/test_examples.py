@@ -117,6 +117,7 @@ def test_a_watch_is_trained_and_streams_what_the_model_predicts(example, monkeyp
     assert (differ, of) == (0, 2 * 250)
 
 
+@pytest.mark.sampled(2, rest="slow")
 @pytest.mark.parametrize(
     ("name", "small"),
     [
