@@ -41,7 +41,8 @@ def test_ci_runs_a_case_of_every_test_and_every_case_has_a_target(request):
     tests, run_by_ci, run_nowhere = set(), set(), []
     for test, markers in request.config.stash[MARKERS]:
         has = Chosen(markers)
-        tests.add(test)
+        if "aarch64" not in markers:  # CI runs a few of the C++ tests there, and no others.
+            tests.add(test)
         if any(eval(choice, {}, has) for choice in by_ci):
             run_by_ci.add(test)
         elif not any(eval(choice, {}, has) for choice in anywhere):
