@@ -24,7 +24,7 @@ from convert_cases import (
 )
 from traced import traced
 
-pytestmark = pytest.mark.sampled(4)
+pytestmark = pytest.mark.sampled(4, rest="slow")
 
 
 @pytest.mark.parametrize("function", MODELS, ids=lambda f: f.__name__)

@@ -9,7 +9,7 @@ import continual_transformers_tf as ct
 import reference
 from convert_cases import D, E, H, N, model_of
 
-pytestmark = pytest.mark.sampled(4)
+pytestmark = pytest.mark.sampled(4, rest="slow")
 
 BOUND = 5e-6
 STEPS = N + 4
