@@ -37,6 +37,8 @@ serve: build/watch.safetensors
 build/watch.safetensors: .venv/installed
 	$(BIN)/continual-transformers demo --save-model $@
 
+# About five minutes on two idle cores. The first run, and one after a change in cuda/, takes half a minute
+# more: it builds the kernels for the emulator.
 test: .venv/test-tools
 	$(BIN)/python -m pytest -m "not slow and not every_case" $(PYTEST_FLAGS)
 
@@ -47,7 +49,8 @@ test-torch: .venv/test-tools
 	$(BIN)/python -m pytest tests/test_from_torch.py tests/test_docs.py tests/test_docs_pages.py \
 	  benchmarks/gpu/test_gpu_benchmark.py $(PYTEST_FLAGS)
 
-# The slow tests: wheels in clean environments, every instruction set of the kernels, deep stacks.
+# The slow tests: wheels in clean environments, every instruction set of the kernels, deep stacks, and
+# the cases of model grids of which `make test` runs a sample.
 test-slow: .venv/test-tools
 	$(BIN)/python -m pytest -m "slow and not every_wheel and not every_case and not aarch64" $(PYTEST_FLAGS)
 
@@ -65,7 +68,7 @@ test-aarch64: .venv/test-tools
 
 # The cases of grids of which `make test` and `make test-slow` run a sample.
 test-every-case: .venv/test-tools
-	$(BIN)/python -m pytest -m every_case $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "every_case" $(PYTEST_FLAGS)
 
 # About a minute on two idle cores, most of it clang-tidy.
 lint: .venv/test-tools

@@ -1,5 +1,4 @@
 import os
-import zlib
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -9,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 import continual_transformers_tf as ct
+from sampling import MARKERS, choose_samples
 
 # One thread for each worker of pytest-xdist would be enough, but two can show races between them.
 tf.config.threading.set_intra_op_parallelism_threads(2)
@@ -28,17 +28,12 @@ def pytest_configure(config):
     tf.config.experimental.enable_tensor_float_32_execution(False)
 
 
-def pytest_collection_modifyitems(items):
-    """Choose the cases of tests that are `sampled`, by their names: always the same ones."""
-    seen = set()
-    for item in items:
-        sampled = item.get_closest_marker("sampled")
-        if sampled is None or not hasattr(item, "callspec"):
-            continue
-        first = item.function not in seen  # A test is never left out.
-        seen.add(item.function)
-        if not first and zlib.crc32(item.name.encode()) % sampled.args[0]:
-            item.add_marker("every_case")
+def pytest_collection_modifyitems(config, items):
+    choose_samples(items)
+    config.stash[MARKERS] = [
+        (item.nodeid.partition("[")[0], {marker.name for marker in item.iter_markers()})
+        for item in items
+    ]
 
 
 def default_device(config):

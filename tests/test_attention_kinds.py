@@ -11,6 +11,8 @@ import continual_transformers_tf as ct
 import reference
 from attention_kinds import KINDS, D, E, H, N, Reference, build, randomize
 
+pytestmark = pytest.mark.sampled(6, rest="slow")
+
 FAR = 10**9 + 7
 
 

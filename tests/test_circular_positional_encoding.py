@@ -8,6 +8,8 @@ import tensorflow as tf
 import continual_transformers_tf as ct
 from traced import traced
 
+pytestmark = pytest.mark.sampled(3, rest="slow")
+
 ROWS, E = 5, 3
 
 

@@ -8,6 +8,8 @@ from keras import layers as kl
 import continual_transformers_tf as ct
 import reference
 
+pytestmark = pytest.mark.sampled(3, rest="slow")
+
 E, H, D = 6, 2, 3
 
 

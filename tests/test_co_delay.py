@@ -9,6 +9,8 @@ import continual_transformers_tf as ct
 from errors import BAD_INPUT
 from traced import traced
 
+pytestmark = pytest.mark.sampled(3, rest="slow")
+
 E = 3
 
 

@@ -10,7 +10,7 @@ import reference
 from co_re_mha_cases import D, E, H, N, all_of_windows, pair
 from traced import traced
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(9)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from continual_transformers_tf.ops import retroactive_attention
 from retroactive_cases import cache_at, steps_of
 from traced import traced
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(9)
 
 SHAPES = {"[N, N]": (), "[M, N, N]": (3,), "[M, H, N, N]": (3, 2), "[M, H, T, N, N]": (3, 2, None)}
 

@@ -7,6 +7,8 @@ import continual_transformers_tf as ct
 from co_re_mha_cases import D, E, H, N, pair
 from errors import BAD_INPUT
 
+pytestmark = pytest.mark.sampled(3, rest="slow")
+
 STEP = np.ones((2, E), np.float32)
 
 BAD = {

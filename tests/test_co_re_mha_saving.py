@@ -13,6 +13,8 @@ import continual_transformers_tf as ct
 from co_re_mha_cases import D, E, H, N, pair
 from traced import traced
 
+pytestmark = pytest.mark.sampled(3, rest="slow")
+
 OPTIONS = dict(
     seq_len=N,
     num_heads=H,

@@ -10,7 +10,7 @@ import reference
 from encoder_cases import FF, E, H, N, RegularEncoder
 from errors import BAD_INPUT
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(6)
 
 
 def block(random, **options):

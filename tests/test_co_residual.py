@@ -11,7 +11,7 @@ from co_si_mha_cases import D, E, H, N, pair
 from errors import BAD_INPUT
 from traced import traced
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(9)
 
 
 def residual(random, **layer_options):

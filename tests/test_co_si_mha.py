@@ -9,7 +9,7 @@ import continual_transformers_tf as ct
 import reference
 from co_si_mha_cases import D, E, H, N, newest_of_windows, pair
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(6)
 
 
 @pytest.mark.parametrize(

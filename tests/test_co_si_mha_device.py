@@ -12,6 +12,8 @@ from encoder_cases import E as ENCODER_E
 from encoder_cases import H as ENCODER_H
 from encoder_cases import N as ENCODER_N
 
+pytestmark = pytest.mark.sampled(4)
+
 
 def encoder(random):
     """Return an encoder block, and a function of the regular one: its newest row of each window."""

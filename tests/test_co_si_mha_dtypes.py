@@ -9,6 +9,8 @@ import continual_transformers_tf as ct
 import reference
 from co_si_mha_cases import D, E, H, N, pair
 
+pytestmark = pytest.mark.sampled(3)
+
 HALF = ["bfloat16", "float16"]
 
 

@@ -10,6 +10,8 @@ import reference
 from co_si_mha_cases import D, E, H, N, pair
 from traced import traced
 
+pytestmark = pytest.mark.sampled(4)
+
 
 @pytest.mark.parametrize("mask_rank", [1, 2, 3])
 def test_attention_mask_in_a_step(backend, random, mask_rank):

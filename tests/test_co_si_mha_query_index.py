@@ -10,7 +10,7 @@ from co_si_mha_cases import E, H, N, pair
 from errors import BAD_INPUT
 from traced import traced
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(9)
 
 
 def expected_rows(regular, x, index, **kwargs):

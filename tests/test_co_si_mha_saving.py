@@ -15,6 +15,8 @@ import reference
 from co_si_mha_cases import D, E, H, N, pair
 from traced import traced
 
+pytestmark = pytest.mark.sampled(3)
+
 OPTIONS = dict(
     seq_len=N,
     num_heads=H,

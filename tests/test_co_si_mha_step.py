@@ -19,7 +19,7 @@ from continual_transformers_tf.ops.layer_step import MHA_STEP, handles, layer_st
 from errors import BAD_INPUT
 from traced import traced
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(6)
 
 # Few cases that cover the options of the layer; the steps cover inputs, masks and scores.
 LAYERS = [
@@ -363,6 +363,7 @@ def run_with_target(target, *arguments):
 
 
 @pytest.mark.cpu_only("it is about the CPU's instructions")
+@pytest.mark.slow
 def test_a_target_that_there_is_not_is_refused():
     step = (
         "import numpy as np, continual_transformers_tf as ct;"

@@ -11,6 +11,8 @@ import reference
 from co_si_mha_cases import E, N, newest_of_windows, pair
 from traced import traced
 
+pytestmark = pytest.mark.sampled(3, rest="slow")
+
 
 def test_streams_of_different_ages_in_any_order(backend, random):
     layer, regular = pair(random=random, layer_options=dict(warm_up="partial"))
@@ -97,6 +99,7 @@ def test_partial_warm_up_equals_regular_attention_on_the_shorter_sequence(backen
     assert reference.relative_error(together[:, -1], expected) < 5e-6
 
 
+@pytest.mark.slow
 def test_100_000_steps_show_no_drift_and_no_growth_of_memory(monkeypatch, random):
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     layer, regular = pair(random=random, layer_options=dict(warm_up="partial", query_index=-2))

@@ -10,7 +10,7 @@ import reference
 from co_si_mha_cases import D, E, H, N, pair
 from traced import traced
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(6)
 
 T = N + 4
 
@@ -94,6 +94,7 @@ def test_a_regular_call_has_the_gradients_of_keras_layer(random):
             assert reference.relative_error(gradient, wanted.numpy()) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_model_learns_in_steps_mode_what_then_streams(backend, random):
     """fit, evaluate and predict in "steps" mode, from clean states; then single steps."""
     layer = ct.CoSiMultiHeadAttention(N, H, D, warm_up="partial", dropout=0.1)

@@ -24,6 +24,8 @@ from convert_cases import (
 )
 from traced import traced
 
+pytestmark = pytest.mark.sampled(4, rest="slow")
+
 
 @pytest.mark.parametrize("function", MODELS, ids=lambda f: f.__name__)
 def test_steps_give_what_a_regular_call_gives_for_the_newest_step(backend, random, function):

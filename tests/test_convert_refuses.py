@@ -7,6 +7,8 @@ import pytest
 import continual_transformers_tf as ct
 from convert_cases import CANNOT, E, N, attention, model_of, one_block
 
+pytestmark = pytest.mark.sampled(3, rest="slow")
+
 
 def test_what_needs_more_than_the_newest_is_named():
     inputs = keras.Input((None, E))

@@ -9,6 +9,8 @@ import continual_transformers_tf as ct
 import reference
 from convert_cases import D, E, H, N, model_of
 
+pytestmark = pytest.mark.sampled(4, rest="slow")
+
 BOUND = 5e-6
 STEPS = N + 4
 
@@ -112,6 +114,7 @@ def test_a_copy_from_its_configuration_has_the_same_states(random, tmp_path):
     np.testing.assert_allclose(loaded.call_step(x[:, -1]), streaming.call_step(x[:, -1]), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_steps_in_a_graph_train(random):
     model = model_of(CASES["2 blocks"], random)
     streaming = ct.convert(model, N, kind="retroactive", warm_up="partial", call_mode="steps")

@@ -8,6 +8,8 @@ import continual_transformers_tf as ct
 from co_si_mha_cases import D, E, H, N, pair
 from continual_transformers_tf.models import cost_formulas as formulas
 
+pytestmark = pytest.mark.sampled(3, rest="slow")
+
 # The paper's models: window, features, heads, feed-forward.
 STEPS, WIDTH, HEADS, HIDDEN, CLASSES = 64, 1024, 8, 1024, 22
 

@@ -36,6 +36,8 @@ RUN = {
     for name, path in PAGES.items()
     if name not in WITH_A_SERVER and (snippets := titled_snippets_of(path))
 }
+# Pages that take seconds.
+LONG = {"concepts/warm_up.md", "how-to/cpp.md", "how-to/keras_model.md", "how-to/phone.md"}
 NOTEBOOK = DOCS / "start" / "first_stream.ipynb"
 
 
@@ -61,7 +63,9 @@ def run_bash(code):
     assert result.returncode == 0, result.stdout[-3000:]
 
 
-@pytest.mark.parametrize("page", RUN)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.slow if page in LONG else ()) for page in RUN]
+)
 def test_the_snippets_of_a_page_run(monkeypatch, tmp_path, page):
     for language, _, code in RUN[page]:
         for package, extra in {"torch": "torch", "ai_edge_litert": "test"}.items():

@@ -6,6 +6,8 @@ import tensorflow as tf
 
 import continual_transformers_tf as ct
 
+pytestmark = pytest.mark.sampled(3, rest="slow")
+
 N, E, STEPS = 6, 8, 16
 ENCODER = dict(seq_len=N, embed_dim=E, num_heads=2, ff_dim=8)
 

@@ -101,6 +101,7 @@ def trained_and_streamed(monkeypatch, main, arguments, **small):
 
 
 @pytest.mark.skipif(util.find_spec("seglearn") is None, reason="the extra demo is not installed")
+@pytest.mark.slow
 def test_a_watch_is_trained_and_streams_what_the_model_predicts(example, monkeypatch):
     names = example("watch")
     load = names["watch"].load_recordings
@@ -116,6 +117,7 @@ def test_a_watch_is_trained_and_streams_what_the_model_predicts(example, monkeyp
     assert (differ, of) == (0, 2 * 250)
 
 
+@pytest.mark.sampled(2, rest="slow")
 @pytest.mark.parametrize(
     ("name", "small"),
     [

@@ -10,6 +10,8 @@ import continual_transformers_tf as ct
 from brought_models import BROUGHT
 from convert_cases import CANNOT, MODELS, D, E, H, N, attention, model_of, one_block
 
+pytestmark = pytest.mark.sampled(3, rest="slow")
+
 
 def rows_of(explanation):
     return {row.name: row for row in explanation.rows}

@@ -21,6 +21,8 @@ CLEAN_PYTHON = """
 import sys
 import numpy as np
 import tensorflow as tf
+
+pytestmark = pytest.mark.sampled(3, rest="slow")
 library, folder, steps = sys.argv[1:]
 tf.load_op_library(library)
 step = tf.saved_model.load(folder).signatures["step"]
@@ -80,6 +82,7 @@ LAYERS = {
 COMPOSED = ("whole", "single_output", "retroactive", "late_model", "deep_model")
 
 
+@pytest.mark.sampled(8, rest="slow")
 @pytest.mark.parametrize(("backend", "name"), [
     pytest.param(
         backend, name,

@@ -18,6 +18,8 @@ from model_cases import CASES, D, E, H
 from plan_files import PlanFile, attention_only_plan, attention_plan, many_ports_plan
 from streamed import packed
 
+pytestmark = pytest.mark.sampled(3, rest="slow")
+
 litert = pytest.importorskip(
     "ai_edge_litert.interpreter", reason="the extra test has ai-edge-litert"
 )
@@ -120,6 +122,7 @@ FEW = [
 ]
 
 
+@pytest.mark.sampled(5, rest="slow")
 @pytest.mark.parametrize("name", FEW)
 def test_a_file_gives_what_a_session_gives(random, tmp_path, name):
     case = CASES[name]

@@ -24,11 +24,11 @@ def model_of(activation=None):
     return ct.StreamingModel(keras.Model(inputs, x), warm_up="partial")
 
 
-# TensorFlow takes seconds to trace the plain graph.
-PLAIN = pytest.param("plain graph", marks=pytest.mark.slow)
+# TensorFlow takes seconds to trace a graph.
+GRAPHS = [pytest.param(name, marks=pytest.mark.slow) for name in ("graph", "plain graph")]
 
 
-@pytest.fixture(params=["session", "graph", PLAIN])
+@pytest.fixture(params=["session", *GRAPHS])
 def model(request, monkeypatch):
     """Return a model that is exported on a session, as a graph, or as a graph without our ops."""
     plain = request.param == "plain graph"

@@ -15,7 +15,7 @@ from model_case import BOUNDS
 from model_cases import CASES
 from old_states import new_state, old_keras_state, old_state
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(6)
 
 DATA = Path(__file__).parent / "data"
 

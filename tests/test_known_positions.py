@@ -10,6 +10,8 @@ import tensorflow as tf
 import continual_transformers_tf as ct
 from continual_transformers_tf.ops.known_positions import KnownPositions
 
+pytestmark = pytest.mark.sampled(3, rest="slow")
+
 FEATURES, WINDOW = 8, 4
 
 

@@ -17,6 +17,7 @@ def decoder(x, queries):
     return kl.Dense(3)(y + kl.MultiHeadAttention(H, D)(y, x))
 
 
+@pytest.mark.sampled(4, rest="slow")
 @pytest.mark.parametrize("queries", [1, 3, N, 9])
 @pytest.mark.parametrize("below", ["dense", "convolution", "causal", "retroactive"])
 def test_steps_equal_windows(below, queries, random, tmp_path):

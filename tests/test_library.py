@@ -94,6 +94,7 @@ def answer(output):
     return re.search("answer: (.*)", output).group(1)
 
 
+@pytest.mark.slow
 def test_copied_package_is_fused(copied_package):
     output = run(copied_package)
     assert f"kernels: {sorted(ct.ops.kernels())}\nerror: None" in output
@@ -177,6 +178,7 @@ def test_a_library_for_another_tensorflow_is_named(copied_package, monkeypatch, 
     assert re.search(there, ct.ops.load_error())
 
 
+@pytest.mark.slow
 def test_the_op_library_needs_the_core_library_beside_it(copied_package):
     (copied_package / native.CORE_LIBRARY_PATH.name).unlink()
     output = run(copied_package)

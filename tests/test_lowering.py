@@ -32,6 +32,7 @@ def streamed(plan, weights, inputs):
     return [np.stack(rows) for rows in zip(*outputs, strict=True)]
 
 
+@pytest.mark.sampled(6, rest="slow")
 @pytest.mark.parametrize("name", CASES)
 def test_a_plan_gives_what_keras_gives(random, name):
     case = CASES[name]

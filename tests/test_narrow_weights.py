@@ -11,7 +11,7 @@ import tensorflow as tf
 import continual_transformers_tf as ct
 import reference
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(6)
 
 N, E = 6, 8
 # bfloat16 changes the outputs of these layers by less; other weights change them by more than 0.1.

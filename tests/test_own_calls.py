@@ -7,6 +7,8 @@ import pytest
 import continual_transformers_tf as ct
 import reference
 
+pytestmark = pytest.mark.sampled(3, rest="slow")
+
 N, E = 6, 8
 ENCODER = dict(seq_len=N, embed_dim=E, num_heads=2, ff_dim=8)
 OWN_CALL = r"has a call of its own. Steps would leave it out"

@@ -29,6 +29,7 @@ def test_sizes_that_are_none_are_named(build, size, wrong):
 SMALL = dict(features=7, classes=3, seq_len=6, embed_dim=16, num_heads=4, ff_dim=12)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("build", [ct.co_oad_tr, ct.co_audio_transformer])
 @pytest.mark.parametrize("num_layers", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_steps_are_the_windows_newest_outputs(tmp_path, random, build, num_layers):

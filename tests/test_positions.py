@@ -10,6 +10,8 @@ import continual_transformers_tf as ct
 import reference
 from convert_cases import E, N, attention
 
+pytestmark = pytest.mark.sampled(3, rest="slow")
+
 TABLE = np.random.default_rng(5).normal(size=(N, E)).astype("float32")
 
 

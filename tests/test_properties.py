@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 import continual_transformers_tf as ct
 
+pytestmark = pytest.mark.sampled(2, rest="slow")
+
 # Every run has the same examples, so `make test-slow` takes more of them.
-examples = pytest.mark.parametrize("examples", [6, pytest.param(40, marks=pytest.mark.slow)])
+examples = pytest.mark.parametrize("examples", [3, pytest.param(40, marks=pytest.mark.slow)])
 
 
 def check(holds, examples):

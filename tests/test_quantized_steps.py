@@ -8,7 +8,7 @@ import tensorflow as tf
 import continual_transformers_tf as ct
 import reference
 
-pytestmark = pytest.mark.sampled(4)
+pytestmark = pytest.mark.sampled(20)
 
 N, E = 6, 8
 ENCODER = dict(seq_len=N, embed_dim=E, num_heads=2, ff_dim=8)

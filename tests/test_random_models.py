@@ -89,6 +89,7 @@ def model_of(random):
     return model, maker.window
 
 
+@pytest.mark.sampled(6, rest="slow")
 @pytest.mark.parametrize("seed", range(24))
 def test_a_random_model(seed):
     random = np.random.default_rng(seed)

@@ -10,6 +10,8 @@ from published_retroactive import PublishedUpdate, naive_attention
 from retroactive_cases import expected_of, steps_of
 from traced import traced
 
+pytestmark = pytest.mark.sampled(4)
+
 
 @pytest.fixture(autouse=True)
 def fused(monkeypatch):

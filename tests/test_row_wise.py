@@ -32,6 +32,7 @@ def steps_and_windows(model, random):
     }
 
 
+@pytest.mark.sampled(8, rest="slow")
 @pytest.mark.parametrize("name", [*CASES, *ONLY_IN_KERAS])
 def test_steps_equal_windows(random, name):
     model = model_of({**CASES, **ONLY_IN_KERAS}[name])
@@ -124,6 +125,7 @@ def time_model(function):
     return keras.Model(x, [y, keras.layers.MultiHeadAttention(2, 4)(x, x)])
 
 
+@pytest.mark.sampled(8, rest="slow")
 @pytest.mark.parametrize("name", TIME)
 def test_what_looks_along_time_is_refused(name):
     model = time_model(TIME[name])

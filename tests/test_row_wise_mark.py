@@ -11,6 +11,8 @@ import continual_transformers_tf as ct
 import reference
 from convert_cases import E, N, attention
 
+pytestmark = pytest.mark.sampled(3, rest="slow")
+
 STEPS = N + 3
 
 

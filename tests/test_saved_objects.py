@@ -90,6 +90,7 @@ print(json.dumps(errors))
 """
 
 
+@pytest.mark.slow
 def test_keras_says_what_to_import(files):
     """Keras cannot find the classes by itself, in any format: its error has the import's words."""
     errors = json.loads(run(ERRORS, files).splitlines()[-1])

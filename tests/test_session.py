@@ -14,6 +14,8 @@ from model_cases import CASES, E
 from plan_files import PlanFile
 from streamed import Streamed, by_streams, check
 
+pytestmark = pytest.mark.sampled(3, rest="slow")
+
 
 def referenced(plan, weights, inputs):
     """Return the outputs of the float64 reference: arrays (M, T, ...)."""
@@ -25,6 +27,7 @@ def referenced(plan, weights, inputs):
     return [np.stack(rows) for rows in zip(*outputs, strict=True)]
 
 
+@pytest.mark.sampled(6, rest="slow")
 @pytest.mark.parametrize("name", CASES)
 def test_a_session_gives_what_the_plan_says(random, tmp_path, name):
     case = CASES[name]
@@ -85,6 +88,7 @@ KERAS_CASES = [
 ]
 
 
+@pytest.mark.sampled(3, rest="slow")
 @pytest.mark.parametrize("name", KERAS_CASES)
 def test_a_session_goes_on_where_keras_was(random, name):
     case = CASES[name]

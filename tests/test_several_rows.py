@@ -11,6 +11,8 @@ import reference
 from attention_kinds import KINDS, E, N
 from strided_models import check
 
+pytestmark = pytest.mark.sampled(6, rest="slow")
+
 FAR = 10**9 + 8  # A multiple of all strides below.
 
 

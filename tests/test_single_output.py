@@ -13,6 +13,8 @@ from continual_transformers_tf.ops.library import SINGLE_OUTPUT, has_kernel
 from single_output_cases import GOOD, cache_at, expected_of, steps_of
 from traced import traced
 
+pytestmark = pytest.mark.sampled(3)  # `make bazel-test` runs all fused cases.
+
 WINDOWS = (1, 2, 3, 16, 17, 64, 120, 1000)
 
 
@@ -37,6 +39,7 @@ def grid_case(key_dim, value_dim, n, dtype, t):
     return positions, cache.get_state(), chosen, calls
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("seq_len", WINDOWS)
 @pytest.mark.parametrize("key_dim", KEY_DIMS)

@@ -8,6 +8,8 @@ from continual_transformers_tf.ops import AttentionCache, single_output_attentio
 from single_output_cases import cache_at, steps_of
 from traced import traced
 
+pytestmark = pytest.mark.sampled(4)
+
 H, D, DV = 2, 4, 3
 
 

@@ -9,6 +9,8 @@ from errors import BAD_INPUT
 from single_output_cases import BAD, GOOD, cache_at
 from traced import traced
 
+pytestmark = pytest.mark.sampled(3, rest="slow")
+
 
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_is_named_and_changes_nothing(backend, random, what):

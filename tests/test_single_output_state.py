@@ -12,6 +12,8 @@ from continual_transformers_tf.ops.single_output import attend_steps
 from old_states import old_state
 from single_output_cases import cache_at, expected_of, steps_of
 
+pytestmark = pytest.mark.sampled(3, rest="slow")
+
 
 @pytest.mark.parametrize("t", [1, 3, 9])
 def test_peeking_gives_the_next_output_and_changes_nothing(backend, random, t):

@@ -9,7 +9,7 @@ import continual_transformers_tf as ct
 import reference
 from traced import traced
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(9)
 
 N, E = 6, 8
 ENCODER = dict(seq_len=N, embed_dim=E, num_heads=2, ff_dim=8, warm_up="partial")

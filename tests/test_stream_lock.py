@@ -13,6 +13,8 @@ from continual_transformers_tf.ops.library import fused_ops
 from continual_transformers_tf.ops.turn import FusedLock, PlainLock, new_graph_lock
 from traced import traced
 
+pytestmark = pytest.mark.sampled(3, rest="slow")
+
 N, E = 5, 6
 SECONDS = 60  # More than any of this takes.
 ACQUIRE = ("MutexLock", "ContinualTransformers>AcquireStreamLock")
@@ -227,6 +229,7 @@ def test_functions_of_two_models_in_either_order_do_not_wait_for_each_other(back
     assert a.position.numpy().tolist() == b.position.numpy().tolist() == [403, 403]
 
 
+@pytest.mark.slow
 def test_an_export_in_plain_tensorflow_has_no_lock_of_the_library(monkeypatch, random, tmp_path):
     monkeypatch.setenv("CONTINUAL_TRANSFORMERS_BACKEND", "fused")
     layer = attention()

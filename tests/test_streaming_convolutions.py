@@ -10,6 +10,8 @@ import continual_transformers_tf as ct
 import reference
 from strided_models import check
 
+pytestmark = pytest.mark.sampled(4, rest="slow")
+
 F = 5
 
 

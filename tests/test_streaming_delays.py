@@ -9,7 +9,7 @@ import continual_transformers_tf as ct
 import reference
 from errors import BAD_INPUT
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(6)
 
 N, H, D, E = 6, 2, 3, 5
 

@@ -19,6 +19,8 @@ from convert_cases import (
 )
 from traced import traced
 
+pytestmark = pytest.mark.sampled(3, rest="slow")
+
 
 def test_streams_and_state(backend, random):
     streaming = ct.convert(model_of(causal_then_full, random), seq_len=N, warm_up="partial")

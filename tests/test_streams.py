@@ -296,13 +296,13 @@ def made(name):
     return model
 
 
-# A sample for `make test`: every way, in both backends where they differ.
-QUICK = {
-    ("fused", "retroactive stack", called),
-    ("fused", "model", traced),
-    ("fused", "attention", saved),
-    ("tensorflow", "delayed", traced),
-    ("tensorflow", "model", saved),
+# A sample for CI: every way, in both backends where they differ. `make test` runs a part of it.
+THREADS = {
+    ("fused", "retroactive stack", called): (),
+    ("fused", "model", traced): pytest.mark.slow,
+    ("fused", "attention", saved): (),
+    ("tensorflow", "delayed", traced): (),
+    ("tensorflow", "model", saved): pytest.mark.slow,
 }
 PLAIN_GRAPHS = ("stack", "delayed", "model")
 
@@ -310,7 +310,7 @@ PLAIN_GRAPHS = ("stack", "delayed", "model")
 @pytest.mark.parametrize(
     ("backend", "name", "way"),
     [
-        pytest.param(*case, marks=() if case in QUICK else pytest.mark.every_case)
+        pytest.param(*case, marks=THREADS.get(case, pytest.mark.every_case))
         for case in itertools.product(("fused", "tensorflow"), MODELS, (called, traced, saved))
         # Eager calls take turns in the same way in both backends. Graphs of the plain backend have
         # another lock, whose use does not depend on the model.

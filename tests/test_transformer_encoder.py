@@ -13,7 +13,7 @@ import reference
 from encoder_cases import FF, E, H, N, RegularStack
 from errors import BAD_INPUT
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(6)
 
 DEPTHS = [1, 2, 3, pytest.param(6, marks=pytest.mark.slow)]
 

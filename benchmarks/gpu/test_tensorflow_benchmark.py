@@ -14,6 +14,7 @@ SIZES = (
 )  # fmt: skip
 
 
+@pytest.mark.sampled(3, rest="slow")
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_a_size(size, monkeypatch):
     monkeypatch.setattr(tensorflow_benchmark, "STEPS", 3)

@@ -9,6 +9,8 @@ import cuda_calls
 import reference
 from cuda_retroactive import RetroactiveCall, RetroactiveStreams, check_call
 
+pytestmark = pytest.mark.sampled(3, rest="slow")
+
 ALGORITHMS = pytest.mark.parametrize("recompute", [False, True], ids=["update", "recompute"])
 # Window, key size, value size, type. Vectors of 4 with each number of lanes, single elements, and
 # windows that are no multiple of the rows of a block.

@@ -16,6 +16,8 @@ from cuda_single_output import (
     to_stored,
 )
 
+pytestmark = pytest.mark.sampled(3, rest="slow")
+
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 WINDOWS = (1, 2, 3, 16, 17, 64, 120, 1000)
 KEY_DIMS = (1, 12, 16, 24, 33, 64, 128)

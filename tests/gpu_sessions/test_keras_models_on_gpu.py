@@ -11,7 +11,7 @@ from streamed import Streamed, by_streams, check
 from test_session import referenced
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(20, rest="slow")
 @pytest.mark.parametrize("name", CASES)
 def test_every_model(random, device, name):
     case = CASES[name]

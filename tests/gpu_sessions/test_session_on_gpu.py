@@ -541,7 +541,7 @@ def test_a_norm_before_dense_layers(device, random, features):
         assert len(got) == len(expected) == 4
         for name in expected:
             np.testing.assert_allclose(got[name], expected[name], **CLOSE, err_msg=name)
-    assert [row.op for row in session.profile(1)] == [
+    assert [row.op for row in session.profile(repeat=1)] == [
         "norm + dense + dense", "binary", "dense + activation"
     ]  # fmt: skip
 

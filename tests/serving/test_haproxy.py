@@ -89,6 +89,7 @@ def test_a_call_without_a_key_reaches_any_server(servers, client, samples):
     assert 0 < refused(servers) < 20
 
 
+@pytest.mark.slow
 def test_streams_go_on_when_servers_join_leave_and_die(servers, proxy, client, samples, session):
     names = [f"s{i}" for i in range(40)]
     ids = session.open(len(names))

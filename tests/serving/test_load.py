@@ -289,6 +289,7 @@ def one_in_a_dict():
     return structured(x, {"x": x})
 
 
+@pytest.mark.sampled(3, rest="slow")
 @pytest.mark.parametrize("function", [list_of_inputs, dict_of_inputs, one_in_a_dict])
 def test_any_model(tmp_path, random, function):
     """Recordings are sent, or random numbers, and all outputs are checked."""

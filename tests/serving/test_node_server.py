@@ -42,7 +42,7 @@ def wait_for(node, condition, seconds=60):
     return state
 
 
-@pytest.mark.parametrize("guarded", [False, True])
+@pytest.mark.parametrize("guarded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_server_that_dies_or_hangs_is_started_again(
     monkeypatch, start_node, certificates, samples, guarded
 ):

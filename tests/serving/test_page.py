@@ -46,6 +46,7 @@ def stepping(server):
 
 
 @needs_browser
+@pytest.mark.sampled(2, rest="slow")
 @pytest.mark.parametrize("width", [1280, 420])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_shows_what_happens(server, stepping, scheme, width):
