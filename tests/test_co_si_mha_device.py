@@ -12,7 +12,7 @@ from encoder_cases import E as ENCODER_E
 from encoder_cases import H as ENCODER_H
 from encoder_cases import N as ENCODER_N
 
-pytestmark = pytest.mark.sampled(4)
+pytestmark = pytest.mark.sampled(4, rest="slow")
 
 
 def encoder(random):

@@ -9,7 +9,7 @@ import continual_transformers_tf as ct
 import reference
 from co_si_mha_cases import D, E, H, N, pair
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(3, rest="slow")
 
 HALF = ["bfloat16", "float16"]
 

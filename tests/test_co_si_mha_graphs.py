@@ -12,7 +12,7 @@ import reference
 from co_si_mha_cases import D, E, H, N, newest_of_windows, pair
 from traced import traced
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(3, rest="slow")
 
 
 def test_inside_a_graph_warm_up_is_partial_and_nothing_retraces(backend, random):

@@ -10,7 +10,7 @@ import reference
 from co_si_mha_cases import D, E, H, N, pair
 from traced import traced
 
-pytestmark = pytest.mark.sampled(4)
+pytestmark = pytest.mark.sampled(4, rest="slow")
 
 
 @pytest.mark.parametrize("mask_rank", [1, 2, 3])

@@ -15,7 +15,7 @@ import reference
 from co_si_mha_cases import D, E, H, N, pair
 from traced import traced
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(3, rest="slow")
 
 OPTIONS = dict(
     seq_len=N,

@@ -11,7 +11,7 @@ from continual_transformers_tf.ops.layer_step import ENCODER_STEP, handles, laye
 from encoder_cases import FF, E, H, N, RegularEncoder
 from errors import BAD_INPUT
 
-pytestmark = pytest.mark.sampled(4)
+pytestmark = pytest.mark.sampled(4, rest="slow")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from published_retroactive import PublishedUpdate, naive_attention
 from retroactive_cases import expected_of, steps_of
 from traced import traced
 
-pytestmark = pytest.mark.sampled(4)
+pytestmark = pytest.mark.sampled(4, rest="slow")
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import reference
 from continual_transformers_tf.ops import AttentionCache, single_output_attention
 from single_output_cases import expected_of, steps_of
 
-pytestmark = pytest.mark.sampled(4)
+pytestmark = pytest.mark.sampled(4, rest="slow")
 
 
 def test_state_and_outputs_stay_on_the_device(backend, random):

@@ -8,7 +8,7 @@ from continual_transformers_tf.ops import AttentionCache, single_output_attentio
 from single_output_cases import cache_at, steps_of
 from traced import traced
 
-pytestmark = pytest.mark.sampled(4)
+pytestmark = pytest.mark.sampled(4, rest="slow")
 
 H, D, DV = 2, 4, 3
 

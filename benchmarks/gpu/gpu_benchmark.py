@@ -228,6 +228,36 @@ class AttentionRings:
         key, value = self.rings[i % len(self.rings)].transpose(2, 3)
         return self.bench.torch.nn.functional.scaled_dot_product_attention(self.asked, key, value)
 
+    def flashinfer(self):
+        """Return a function like `sdpa` that calls FlashInfer: each stream's ring is one page.
+
+        Raises:
+            ImportError: FlashInfer is not installed.
+        """
+        import flashinfer
+
+        torch, size = self.bench.torch, self.size
+        make = dict(dtype=torch.int32, device=self.bench.gpu.device)
+        pages = torch.arange(size.streams + 1, **make)
+        rows = torch.full((size.streams,), size.window, **make)
+        workspace = torch.empty(128 << 20, dtype=torch.uint8, device=self.bench.gpu.device)
+        decoder = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            workspace, "NHD", use_cuda_graph=True, paged_kv_indptr_buffer=pages,
+            paged_kv_indices_buffer=pages[:-1].clone(), paged_kv_last_page_len_buffer=rows,
+        )  # fmt: skip
+        kind = getattr(torch, size.dtype)
+        decoder.plan(
+            pages.clone(), pages[:-1].clone(), rows.clone(), size.heads, size.heads, size.dim,
+            size.window, q_data_type=kind, kv_data_type=kind,
+        )  # fmt: skip
+        query = self.asked.view(size.streams, size.heads, size.dim)
+
+        def step(i):
+            key, value = self.rings[i % len(self.rings)]
+            return decoder.run(query, (key, value))
+
+        return step
+
     def check(self):
         """Check that PyTorch's output is the same, within the precision of the ring's type."""
         self.step(0)
@@ -262,7 +292,7 @@ def measure_attention(bench, size):
     sdpa = dict(graph=bench.time_graph(rings.sdpa, times))
     turns = min(times, 200)
     sdpa["eager"] = bench.time(lambda: [rings.sdpa(i) for i in range(turns)] and None, turns)
-    return dict(
+    entry = dict(
         size=size._asdict(),
         bytes=size.bytes,
         operations=size.operations,
@@ -272,6 +302,26 @@ def measure_attention(bench, size):
         ours=ours,
         sdpa=sdpa,
     )
+    if size in gpu_sizes.GOAL_SIZES:
+        entry.update(measure_flashinfer(bench, rings, times))
+    return entry
+
+
+def measure_flashinfer(bench, rings, times):
+    """Return what of an entry is FlashInfer's: its time, why there is none, or nothing.
+
+    It is timed for few sizes, because it first compiles a kernel for each type and head size.
+    """
+    try:
+        step = rings.flashinfer()
+        found, expected = step(0).double().flatten(), rings.sdpa(0).double().flatten()
+        error = (found - expected).abs().max() / expected.abs().max()
+        _agreement(error.item(), rings.size.dtype)
+        return dict(flashinfer=bench.time_graph(step, times))
+    except ImportError:
+        return {}
+    except Exception as error:  # A rival that fails, whatever it is, must not cost our figures.
+        return dict(flashinfer_failed=f"{type(error).__name__}: {error}")
 
 
 def _ring_sets(bench, size):

@@ -222,16 +222,30 @@ def measure(machine, size, streams, path, copy_rate, save=lambda entry: None, **
     return entry
 
 
-def rival_step(machine, size, streams):
-    """Return a function that copies an input, replays PyTorch's step, and waits for it."""
+def measure_compiled(machine, size, streams, **timing):
+    """Return what of an entry is `torch.compile`'s: its time, or why there is none."""
+    try:
+        step = rival_step(machine, size, streams, torch_compile=True)
+        return dict(torch_compiled=microseconds(step, **timing))
+    except Exception as error:  # A rival that fails, whatever it is, must not cost our figures.
+        return dict(torch_compiled_failed=f"{type(error).__name__}: {error}")
+
+
+def rival_step(machine, size, streams, torch_compile=False):
+    """Return a function that copies an input, replays PyTorch's step, and waits for it.
+
+    Args:
+        torch_compile: Whether the step is compiled by `torch.compile`, which takes a minute.
+    """
     torch, gpu = machine.torch, machine.gpu
     with torch.inference_mode():
         rival = TorchRival(torch, size, streams, gpu.device)
         given = rival.x.clone()
+        one_step = torch.compile(rival.step) if torch_compile else rival.step
         for _ in range(3):  # What happens only in first calls happens outside the graph.
-            rival.step()
+            one_step()
         gpu.synchronize()
-        replay = gpu.capture(rival.step)
+        replay = gpu.capture(one_step)
 
     def step():
         with torch.inference_mode():
@@ -273,6 +287,15 @@ def run(machine, folder, seconds, save=lambda found: None, jobs=None, **timing):
                 found["failures"].append(f"{size.name} M={streams}: {entry['skipped']}")
             print(session_report.line(entry), flush=True)
             save(found)
+    # Last, because it takes a minute for each model.
+    for entry in found["entries"]:
+        size = session_sizes.SessionSize(**entry["size"])
+        in_time = time.monotonic() - begin < seconds
+        if in_time and session_report.has_goal(entry) and size.kind != "retroactive":
+            entry.update(measure_compiled(machine, size, entry["streams"], **timing))
+            save(found)
+    for text in session_report.last_lines(found):
+        print(text, flush=True)
     found["seconds"] = time.monotonic() - begin
     save(found)
     return found

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import time
+import types
 
 import pytest
 
@@ -12,6 +13,7 @@ import gpu_benchmark
 import gpu_report
 from cuda_calls import CudaLibrary
 from gpu_sizes import (
+    GOAL_SIZES,
     AttentionSize,
     LayerSize,
     RetroactiveSize,
@@ -34,7 +36,8 @@ def test_sizes_span_what_was_asked_for():
     assert {size.dtype for size in fused if size.dim == 12} == {"float32", "bfloat16"}
     queries = {size.streams * size.heads for size in fused if size.window == 4096}
     assert queries >= {528, 600, 1056}
-    assert all(size.dim == 64 and size.dtype == "bfloat16" for size in sizes[:40])
+    assert tuple(sizes[:2]) == GOAL_SIZES
+    assert all(size.dim == 64 and size.dtype == "bfloat16" for size in sizes[2:41])
     pairs = {size.streams * size.heads for size in fused}
     assert min(pairs) == 8
     assert max(pairs) == 32768
@@ -158,10 +161,11 @@ def found():
 
 
 def test_goals(found):
-    copy, latency, sdpa, of_one = gpu_report.goals(found)
+    copy, latency, published, sdpa, of_one = gpu_report.goals(found)
     assert copy["worst"] == pytest.approx(0.95)
     assert copy["reached"]
     assert (latency["worst"], latency["reached"], latency["of"]) == (4.0, True, 2)
+    assert published["reached"] is None
     assert sdpa["worst"] == pytest.approx(1.1 * 0.95)
     assert sdpa["reached"]
     assert of_one["worst"] == pytest.approx(1.5)
@@ -169,8 +173,10 @@ def test_goals(found):
     assert "N=512" in of_one["where"]
     lines = gpu_report.goal_lines(found)
     assert sum("NOT REACHED" in line for line in lines) == 1
-    found["attention"] = found["attention"][:1]
-    assert gpu_report.goals(found)[0]["reached"] is None
+    found["attention"] = [found["attention"][0], *(entry(size, 5.1, 9) for size in GOAL_SIZES)]
+    copy, _, published, *_ = gpu_report.goals(found)
+    assert copy["reached"] is None
+    assert (published["worst"], published["reached"], published["of"]) == (5.1, False, 2)
     assert "not measured" in gpu_report.goal_lines(found)[0]
 
 
@@ -188,6 +194,11 @@ def test_tables_as_text(found):
     assert "bfloat16  4      5.00   yes\n" in text
     assert re.search(r"N=512 D=64 retroactive +4\.00 +5\.00 +\S+ +20\.00 +5\.00\n", text)
     assert "too late" in text
+    found["attention"][0]["flashinfer"] = figures(7.7)
+    found["attention"][1]["flashinfer_failed"] = "ImportError: it broke"
+    text = gpu_report.plain(found)
+    assert re.search(r" 3\.00 +7\.70 +2\n", text)
+    assert re.search(r" 1\.50 +failed +2\n", text)
     titles = [title for title, _, _ in gpu_report.table_cells(found)]
     assert all(title in text for title in titles)
 
@@ -244,7 +255,7 @@ class EmulatedGpu:
         return time.perf_counter() - begin
 
 
-def test_measured_by_the_emulator():
+def test_measured_by_the_emulator(monkeypatch):
     """This does not measure speed: it checks that everything runs, and agrees with PyTorch."""
     torch = pytest.importorskip("torch", reason="the benchmark is PyTorch's")
     path = cuda_build.build(cuda_build.default_directory(True), emulated=True)
@@ -296,5 +307,11 @@ def test_measured_by_the_emulator():
     with pytest.raises(RuntimeError, match="differs"):
         rings.check()
     assert torch.isfinite(rings.output).all()
+    # FlashInfer is a rival where it is installed. If it fails, that is no failure of ours.
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    assert gpu_benchmark.measure_flashinfer(bench, rings, 1) == {}
+    monkeypatch.setitem(sys.modules, "flashinfer", types.ModuleType("of another version"))
+    failed = gpu_benchmark.measure_flashinfer(bench, rings, 1)
+    assert "BatchDecodeWithPagedKVCacheWrapper" in failed["flashinfer_failed"]
     late = gpu_benchmark.run(bench, attention[:1], layer[:1], seconds=0)
     assert [entry["skipped"] for entry in late["attention"]] == ["no time left of 0 s"]

@@ -25,6 +25,7 @@ struct Sizes {
   int64_t group = 1;      // query heads for each head of keys and values
   bool has_bias = false;  // on the logits
   double soft_cap = 0;    // 0: none
+  bool far = false;       // rows without gaps, which are prefetched
 };
 
 class RingAttentionTest : public ::testing::TestWithParam<Target> {
@@ -44,7 +45,8 @@ class RingAttentionTest : public ::testing::TestWithParam<Target> {
     std::normal_distribution<double> normal;
     const int64_t query_size = z.heads * z.key_dim, output_size = z.heads * z.value_dim;
     const int64_t key_size = query_size / z.group, value_size = output_size / z.group;
-    const int64_t key_stride = key_size + 3, value_stride = value_size + 1;
+    const int64_t key_stride = key_size + (z.far ? 0 : 3);
+    const int64_t value_stride = value_size + (z.far ? 0 : 1);
     const T nan = std::numeric_limits<T>::quiet_NaN();
     std::vector<T> query(query_size + 1), key(z.rows * key_stride + 1, nan);
     std::vector<T> value(z.rows * value_stride + 1, nan), output(output_size + 2, nan);
@@ -107,6 +109,8 @@ class RingAttentionTest : public ::testing::TestWithParam<Target> {
     p.logits = logits.data();
     std::vector<OnlineSoftmax<T>> softmax(z.heads);
     p.softmax = softmax.data();
+    p.far = z.far;
+    p.next_key = z.far ? p.key : nullptr;
     RingAttention(p, 0, z.heads);
     ASSERT_TRUE(std::isnan(output.front()) && std::isnan(output.back()));
     ASSERT_TRUE(std::isnan(logits.back()));
@@ -183,6 +187,19 @@ class RingAttentionTest : public ::testing::TestWithParam<Target> {
     for (int64_t rows : {1, 7, 16, 33}) {
       Check<T, C>({rows, 3, 16, 16, 1, false, 0.7}, {{0, rows}, {0, 0}}, true, 1, bound);
       Check<T, C>({rows, 4, 12, 12, 2, true, 5}, {{0, rows}, {0, 0}}, false, 10, 2 * bound);
+    }
+    const auto far = [](int64_t rows, int64_t heads, int64_t key_dim, int64_t value_dim,
+                        int64_t group) {
+      return Sizes{rows, heads, key_dim, value_dim, group, false, 0, true};
+    };
+    for (int64_t rows : {1, 9, 64, 300}) {  // The longest are summed in parts.
+      for (int64_t group : {1, 2}) {
+        Check<T, C>(far(rows, 4, 64, 64, group), {{0, rows}, {0, 0}}, false, 1, bound);
+        Check<T, C>(far(rows, 4, 12, 33, group), {{0, rows}, {0, 0}}, true, 1, bound);
+        const int64_t after = rows / 3;
+        const RingSpans wrapped = {{after + 1, rows - after - 1}, {0, after}};
+        Check<T, C>(far(rows, 4, 65, 64, group), wrapped, false, 1, bound);
+      }
     }
   }
 

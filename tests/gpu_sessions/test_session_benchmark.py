@@ -74,6 +74,25 @@ def test_what_it_measures(machine, folder, capsys):
     assert capsys.readouterr().out.splitlines() == tables[-1]
 
 
+@pytest.mark.slow
+def test_a_compiled_rival_and_the_goals(machine, tmp_path, random, capsys):
+    """PyTorch compiles for the CPU here."""
+    (tmp_path / "plans").mkdir()
+    model = attention_plan(random, 6, window=4).to_bytes()
+    sizes = [SMALL._replace(name="three_layers"), SMALL._replace(name="r", kind="retroactive")]
+    for size in sizes:
+        bundle.plan_file(size.name, tmp_path).write_bytes(bundle.beginning(model))
+    jobs = [(size, streams) for size in sizes for streams in (1, 2)]
+    found = session_benchmark.run(machine, tmp_path, 100, jobs=jobs, **QUICK)
+    assert found["failures"] == []
+    compiled = ["torch_compiled" in entry for entry in found["entries"]]
+    assert compiled == [True, False, False, False]
+    by_compile, of_layers, of_retroactive = capsys.readouterr().out.splitlines()[-3:]
+    assert by_compile.startswith("three_layers M=1: ")
+    assert "goal ≤ 15" in of_layers
+    assert "goal ≥ 5" in of_retroactive
+
+
 def test_the_switch_of_what_overlaps(device, request, random):
     if "emulated" not in request.node.name:
         pytest.skip("a GPU's graphs do not say how they run")
