@@ -511,7 +511,7 @@ class RingPass {
     const int64_t step = grouped ? 0 : value_dim;
     const C* values = p_.value + (grouped ? h / group_ : h) * value_dim + column;
     const T* logits = LogitsOf(h) + part.column;
-    constexpr int64_t kLinesARow = Ahead::LinesOf(kHeads * kVectors * kLanes);
+    constexpr int64_t kLinesARow = Ahead::LinesOf(kLanes * kHeads * kVectors);
     for (const RingSpan& span : {part.spans.before_wrap, part.spans.after_wrap}) {
       const int64_t end = span.first_row + span.rows;
       for (int64_t next = span.first_row; next < end;) {
