@@ -37,8 +37,8 @@ serve: build/watch.safetensors
 build/watch.safetensors: .venv/installed
 	$(BIN)/continual-transformers demo --save-model $@
 
-# About five minutes on two idle cores. The first run, and one after a change in cuda/, takes half a minute
-# more: it builds the kernels for the emulator.
+# About six minutes on two cores. The first run, and one after a change in cuda/, takes a minute more: it
+# builds the kernels for the emulator.
 test: .venv/test-tools
 	$(BIN)/python -m pytest -m "not slow and not every_case" $(PYTEST_FLAGS)
 
