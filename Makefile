@@ -47,7 +47,7 @@ test: .venv/test-tools
 test-torch: .venv/test-tools
 	$(BIN)/python -m pip install --quiet "continual-transformers-tf[torch]"
 	$(BIN)/python -m pytest tests/test_from_torch.py tests/test_docs.py tests/test_docs_pages.py \
-	  benchmarks/gpu/test_gpu_benchmark.py $(PYTEST_FLAGS)
+	  benchmarks/gpu/test_gpu_benchmark.py tests/gpu_sessions/test_session_benchmark.py $(PYTEST_FLAGS)
 
 # The slow tests: wheels in clean environments, every instruction set of the kernels, deep stacks, and
 # the cases of model grids of which `make test` runs a sample.
