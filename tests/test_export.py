@@ -22,7 +22,6 @@ import sys
 import numpy as np
 import tensorflow as tf
 
-pytestmark = pytest.mark.sampled(3, rest="slow")
 library, folder, steps = sys.argv[1:]
 tf.load_op_library(library)
 step = tf.saved_model.load(folder).signatures["step"]

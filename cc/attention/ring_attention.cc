@@ -106,6 +106,7 @@ class RingPass {
     // Fetches the next lines, and maybe some beyond the end.
     HWY_INLINE void Fetch(int64_t lines) {
       if (now_.at == nullptr) return;
+      HWY_UNROLL(1)  // Unrolled, the library has 0.25 MB more.
       for (int64_t i = 0; i < lines; ++i) {
         __builtin_prefetch(now_.at + i * kLineBytes, /*rw=*/0, /*locality=*/2);
       }
@@ -520,7 +521,6 @@ class RingPass {
         const C* HWY_RESTRICT value = values + run.first_row * value_stride;
         const T* HWY_RESTRICT weights = logits + (run.first_row - span.first_row);
         const auto add = [&](int c) HWY_ATTR {
-          ahead_.Fetch(kLinesARow);
           CONTINUAL_TRANSFORMERS_UNROLL
           for (int i = 0; i < kHeads; ++i) {
             const V weight = hn::Set(d, weights[i * stride_ + c]);
@@ -543,6 +543,7 @@ class RingPass {
         };
         int64_t row = 0;
         for (; row + kChains <= run.rows; row += kChains) {
+          ahead_.Fetch(kChains * kLinesARow);
           CONTINUAL_TRANSFORMERS_UNROLL
           for (int c = 0; c < kChains; ++c) add(c);
           value += kChains * value_stride;
