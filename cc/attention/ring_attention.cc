@@ -88,9 +88,9 @@ class RingPass {
 
   // Memory that will be read soon, in one piece or two. It is fetched into the second-level cache a
   // few lines at a time, between computations. A processor drops prefetches that it has no room
-  // for: of a burst, such as all the lines of a part, most were dropped. Beyond the last-level
-  // cache, bursts took 1.2 times as long for N=64 H=8 D=64 float32 and 1.7 for int8 (AVX2, Zen 3).
-  // Plain loads, which are never dropped, took 1.1 to 1.4 times as long.
+  // for. So when all lines of a part were prefetched at once, most were dropped: beyond the
+  // last-level cache, N=64 H=8 D=64 took 1.1 times as long in float32 and 2.2 times in int8 (make
+  // bench, AVX2). Plain loads are never dropped, but were slower than these prefetches too.
   class Ahead {
    public:
     // Adds `count` rows from row `first` on, without anything between two rows.
@@ -114,7 +114,7 @@ class RingPass {
       if (now_.at >= now_.end) GoOn();
     }
 
-    // Of all that was added.
+    // How many lines were added in all.
     int64_t lines() const { return lines_; }
 
     static constexpr int64_t LinesOf(int64_t elements) {
@@ -197,8 +197,9 @@ class RingPass {
     }
   }
 
-  // What is prefetched while the keys of a span are read: of a long window the keys a little
-  // further on, and then the first part of the values; of a short one that is far away, its values.
+  // Returns what to prefetch while the keys of a span are read. A long window needs the keys a
+  // little further on, and then the first part of its values. A short one needs its values, if they
+  // are far.
   Ahead AfterKeys(const RingSpan& span) const {
     Ahead ahead;
     if (!takes_rows_) return ahead;
@@ -213,7 +214,8 @@ class RingPass {
     return ahead;
   }
 
-  // What is prefetched while a part of the values is read: the part after it.
+  // Returns what to prefetch while a part of the values is read: the next part. `left`: the rows of
+  // the span after the part.
   Ahead AfterPart(const RingSpan& left) const {
     Ahead ahead;
     if (!takes_rows_) return ahead;
@@ -221,8 +223,8 @@ class RingPass {
     return ahead;
   }
 
-  // What is prefetched while the last values are read: the keys that come next, as far as they are
-  // known. Of a long window, the pass that reads them prefetches the others.
+  // Returns what to prefetch while the last values are read: the next keys, if they are known. Of a
+  // long window these are the first ones. The next pass prefetches the others itself.
   Ahead AfterValues() const {
     Ahead ahead;
     if (!takes_rows_ || p_.next_key == nullptr) return ahead;
@@ -607,7 +609,7 @@ class RingPass {
   const bool takes_rows_;  // Whether it reads whole rows: only then is anything prefetched.
   const bool are_words_;
   T normalizer_of_[kMostHeads];
-  Ahead ahead_;  // what is prefetched while values are summed
+  Ahead ahead_;  // What to prefetch while values are summed.
 };
 
 template <typename T, typename C>

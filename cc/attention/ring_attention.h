@@ -47,10 +47,8 @@ struct RingAttentionParams {
   T* logits;
   OnlineSoftmax<T>* softmax;  // [H], written; null: not wanted
 
-  // For prefetching: whether these rows are not in a near cache (see kNearRingsBytes), and the keys
-  // that will be attended to next, if they are not either. Null: they are, or are not known.
-  bool far;
-  const C* next_key;
+  bool far;           // Whether these rows are in no near cache (kNearRingsBytes).
+  const C* next_key;  // The keys of the next call, to prefetch; null: near, or not known.
 };
 
 // Rings of so many bytes, of all streams together, stay in a near cache until their next turn.

@@ -226,7 +226,8 @@ class HeadStepper {
     RingAttention(ring, 0, heads_);
   }
 
-  // Whether the ring is read once, and so many others before it that it is in no near cache.
+  // Returns whether the ring is in no near cache: it is read only once in a call, and all rings
+  // together are too large for one.
   bool IsFar() const {
     const int64_t row_bytes = p_.num_heads * (p_.key_dim + p_.value_dim) * int64_t{sizeof(C)};
     return p_.num_steps == 1 && p_.num_streams * p_.window * row_bytes > kNearRingsBytes;
