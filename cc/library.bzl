@@ -226,6 +226,7 @@ CUDA_HEADERS = [
     "row_norm.cuh",
     "scratch.h",
     "single_output.h",
+    "strip_block.cuh",
     "warp.cuh",
     "window_parts.h",
 ]
@@ -255,6 +256,10 @@ CUDA_SESSION_HEADERS = [
     "session/device_plan.h",
     "session/element_size.h",
     "session/node_kernels.h",
+    "session/phases.h",
+    "session/positional_each.h",
+    "session/ring_query.cuh",
+    "session/ring_query.h",
 ]
 
 CUDA_SESSION_SOURCES = [
@@ -268,6 +273,7 @@ CUDA_SESSION_SOURCES = [
     "session/device_plan.cc",
     "session/element_nodes.cu",
     "session/layout_nodes.cu",
+    "session/phases.cu",
     "session/product_nodes.cu",
     "session/recurrent_node.cu",
     "session/ring_nodes.cu",

@@ -76,6 +76,9 @@ struct DeviceDenseParams {
   bool* asking;            // [M]; null: not wanted
 
   bool overlap;  // see DeviceSingleOutputParams
+  // Whether no launch that may overlap this one writes the kernels. Then they are read before it
+  // waits for the launch before it.
+  bool constant_kernels;
 };
 
 // Instantiated for the weight types of step_types.h.

@@ -40,12 +40,32 @@ class GraphBuilder {
     node.kernelParams = arguments;
     const cudaGraphNode_t before = last_;
 #if CUDART_VERSION >= 12030
-    if (overlap && before != nullptr) {
+    // A kernel whose blocks run together may not be followed by one that begins early.
+    if (overlap && before != nullptr && !blocks_run_together_) {
       const cudaError_t error = cudaGraphAddKernelNode(&last_, graph_, nullptr, 0, &node);
       return error == cudaSuccess ? AddProgrammaticEdge(before, last_) : error;
     }
 #endif
+    blocks_run_together_ = false;
     return cudaGraphAddKernelNode(&last_, graph_, &before, before == nullptr ? 0 : 1, &node);
+  }
+
+  // Adds a kernel whose blocks all run at once, so that they can wait for each other, by
+  // cooperative_groups' grid_group. With `cluster` they are one cluster, and wait by its barrier.
+  template <typename Params>
+  cudaError_t AddTogether(void (*kernel)(Params), dim3 blocks, dim3 threads, bool cluster,
+                          const Params& params) {
+    const cudaError_t error = Add(kernel, blocks, threads, false, params);
+    if (error != cudaSuccess) return error;
+    blocks_run_together_ = true;
+    cudaLaunchAttributeValue value = {};
+    if (cluster) {
+      value.clusterDim.x = blocks.x;
+      value.clusterDim.y = value.clusterDim.z = 1;
+      return cudaGraphKernelNodeSetAttribute(last_, cudaLaunchAttributeClusterDimension, &value);
+    }
+    value.cooperative = 1;
+    return cudaGraphKernelNodeSetAttribute(last_, cudaLaunchAttributeCooperative, &value);
   }
 
  private:
@@ -68,6 +88,7 @@ class GraphBuilder {
 
   const cudaGraph_t graph_;
   cudaGraphNode_t last_ = nullptr;
+  bool blocks_run_together_ = false;  // those of the last kernel
 };
 
 }  // namespace continual_transformers

@@ -14,11 +14,7 @@ __global__ void __launch_bounds__(kBlockSumThreads)
     NormalizeKernel(const __grid_constant__ DeviceNormalizeParams<T> p) {
   ReleaseNext();
   WaitForPrevious();
-  const T* const x = p.x + blockIdx.x * p.size;
-  T* const y = p.y + blockIdx.x * p.size;
-  const int size = static_cast<int>(p.size);
-  const RowNorm<T> row = MeasureRow(p.norm, x, size);
-  for (int i = threadIdx.x; i < size; i += kBlockSumThreads) y[i] = row.Of(p.norm, x, i);
+  NormalizeRow(p, blockIdx.x);
 }
 
 }  // namespace

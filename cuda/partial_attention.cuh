@@ -15,6 +15,7 @@
 
 namespace continual_transformers {
 
+// Of a block that has nothing else to do.
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kLanesPerWarp;
 
@@ -25,10 +26,12 @@ template <typename T>
 constexpr int kBlocksPerMultiprocessor = sizeof(T) == 8 ? 3 : 4;
 
 // How a row is divided among the lanes of a group. Each of kLanes lanes makes kLoads loads of
-// kElements elements. Load l of lane j begins at element (l * kLanes + j) * kElements.
-template <int kElements_, int kLanes_, int kLoads_>
+// kElements elements. Load l of lane j begins at element (l * kLanes + j) * kElements. The block has
+// kThreads threads.
+template <int kElements_, int kLanes_, int kLoads_, int kThreads_>
 struct RowLayout {
   static constexpr int kElements = kElements_, kLanes = kLanes_, kLoads = kLoads_;
+  static constexpr int kThreads = kThreads_, kWarps = kThreads / kLanesPerWarp;
   static constexpr int kElementsPerLane = kElements * kLoads;
   static constexpr int kLargest = kElementsPerLane * kLanes;
   static constexpr int kGroups = kThreads / kLanes;
@@ -42,21 +45,26 @@ struct RowLayout {
 };
 
 // The layout for rows of any size up to kLargest, of which every element is loaded by itself.
-using LargestLayout = RowLayout<1, 32, 8>;
+template <int kBlockThreads>
+using LargestLayoutOf = RowLayout<1, 32, 8, kBlockThreads>;
+using LargestLayout = LargestLayoutOf<kThreads>;
 
-// Returns launch(layout), with the layout for rows of `size` elements that are loaded in vectors of
+// Returns f(layout), with the layout for rows of `size` elements that are loaded in vectors of
 // kElements. The sums of retroactive attention depend on the layout: whoever changes it changes the
 // orders of retroactive_rule.h.
-template <int kElements, typename F>
-cudaError_t WithLayout(int64_t size, const F& launch) {
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable  // f is of the host or of the GPU, as its caller is.
+#endif
+template <int kElements, int kBlockThreads = kThreads, typename F>
+__host__ __device__ auto WithLayout(int64_t size, const F& f) {
   if constexpr (kElements > 1) {
     const int64_t vectors = size / kElements;
-    if (vectors <= 4) return launch(RowLayout<kElements, 4, 1>{});
-    if (vectors <= 8) return launch(RowLayout<kElements, 8, 1>{});
-    if (vectors <= 16) return launch(RowLayout<kElements, 16, 1>{});
-    if (vectors <= 32) return launch(RowLayout<kElements, 32, 1>{});
+    if (vectors <= 4) return f(RowLayout<kElements, 4, 1, kBlockThreads>{});
+    if (vectors <= 8) return f(RowLayout<kElements, 8, 1, kBlockThreads>{});
+    if (vectors <= 16) return f(RowLayout<kElements, 16, 1, kBlockThreads>{});
+    if (vectors <= 32) return f(RowLayout<kElements, 32, 1, kBlockThreads>{});
   }
-  return launch(LargestLayout{});
+  return f(LargestLayoutOf<kBlockThreads>{});
 }
 
 // A row, from a lane's first element on.
@@ -163,7 +171,7 @@ class PartialAttention {
     __syncthreads();
     softmax_ = {};
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) softmax_.Merge({shared.max[w], shared.denominator[w]});
+    for (int w = 0; w < L::kWarps; ++w) softmax_.Merge({shared.max[w], shared.denominator[w]});
   }
 
   __device__ const OnlineSoftmax<T>& softmax() const { return softmax_; }
@@ -172,10 +180,10 @@ class PartialAttention {
   __device__ void Store(T factor, T* output) const {
     const Shared& shared = SharedByWarps();
 #pragma unroll 1
-    for (int d = threadIdx.x; d < value_dim_; d += kThreads) {
+    for (int d = threadIdx.x; d < value_dim_; d += L::kThreads) {
       T sum = T(0);
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum += shared.sums[w][d] * softmax_.Weight(shared.max[w]);
+      for (int w = 0; w < L::kWarps; ++w) sum += shared.sums[w][d] * softmax_.Weight(shared.max[w]);
       output[d] = sum * factor;
     }
   }
@@ -210,8 +218,8 @@ class PartialAttention {
   };
 
   struct Shared {
-    T sums[kWarps][L::kLargest];
-    T max[kWarps], denominator[kWarps];
+    T sums[L::kWarps][L::kLargest];
+    T max[L::kWarps], denominator[L::kWarps];
   };
   __device__ static Shared& SharedByWarps() {
     __shared__ Shared shared;
@@ -260,7 +268,7 @@ class PartialAttention {
 
 // Merges the parts of a query's attention, [parts, size + 2]: sum of values, maximum, denominator.
 // All threads of a block share the work: in one thread, the loop would wait for each part in turn.
-template <typename T>
+template <typename T, int kThreads>
 class PartsMerger {
  public:
   __device__ PartsMerger(const T* parts, int num_parts, int64_t size)
@@ -316,6 +324,8 @@ class PartsMerger {
   __device__ const T* Part(int part) const {
     return parts_ + static_cast<int64_t>(part) * (size_ + 2);
   }
+
+  static constexpr int kWarps = kThreads / kLanesPerWarp;
 
   const T* const parts_;
   const int num_parts_, size_;

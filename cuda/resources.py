@@ -26,6 +26,12 @@ WITH_DOUBLES = re.compile("(Kernel|Source)Id")
 # activation, and such numbers, touches them.
 LIMITS_OF_ACTIVATIONS = {**LIMITS, "stack": 64}
 WITH_ACTIVATIONS = re.compile("ActivateEach|RecurrentKernel")
+# Its phases are functions. What it needs after a phase, it keeps on its stack. One block of 256
+# threads is resident.
+LIMITS_OF_PERSISTENT = {
+    **LIMITS, "registers": 255, "spill_stores": 64, "spill_loads": 64, "stack": 256,
+}  # fmt: skip
+PERSISTENT = re.compile("PersistentKernel")
 
 REPORT = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<architecture>sm_\w+)'"
@@ -50,6 +56,8 @@ def excesses(kernel, resources):
     limits = LIMITS_OF_DOUBLES if WITH_DOUBLES.search(kernel) else LIMITS
     if WITH_ACTIVATIONS.search(kernel):
         limits = LIMITS_OF_ACTIVATIONS
+    if PERSISTENT.search(kernel):
+        limits = LIMITS_OF_PERSISTENT
     return [name for name, limit in limits.items() if getattr(resources, name) > limit]
 
 

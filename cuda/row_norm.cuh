@@ -6,9 +6,11 @@
 #include <cuda_runtime.h>
 
 #include <cmath>
+#include <cstdint>
 
 #include "cc/attention/elementwise.h"
 #include "cuda/block_sum.cuh"
+#include "cuda/normalize.h"
 
 namespace continual_transformers {
 
@@ -33,6 +35,16 @@ __device__ RowNorm<T> MeasureRow(const LayerNorm<T>& norm, const T* row, int siz
     squares += (row[i] - mean) * (row[i] - mean);
   }
   return {mean, T(1) / std::sqrt(SumOverBlock(squares) / size + norm.epsilon)};
+}
+
+// Normalizes one of the rows. All threads of the block call it.
+template <typename T>
+__device__ void NormalizeRow(const DeviceNormalizeParams<T>& p, int64_t row) {
+  const T* const x = p.x + row * p.size;
+  T* const y = p.y + row * p.size;
+  const int size = static_cast<int>(p.size);
+  const RowNorm<T> of_row = MeasureRow(p.norm, x, size);
+  for (int i = threadIdx.x; i < size; i += kBlockSumThreads) y[i] = of_row.Of(p.norm, x, i);
 }
 
 }  // namespace continual_transformers

@@ -203,7 +203,7 @@ class QueryBlock {
     } else {
       T* const parts = p_.parts + PartsSize(Here().query, Parts(), p_.value_dim);
       if (!attention.LeavePart(part, Parts(), parts, p_.arrivals + Here().query)) return false;
-      const PartsMerger<T> merger(parts, Parts(), p_.value_dim);
+      const PartsMerger<T, kThreads> merger(parts, Parts(), p_.value_dim);
       softmax = merger.softmax();
       merger.Store(softmax.Normalizer(), output);
     }

@@ -11,6 +11,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/normalize.h"
 #include "cuda/session/node_kernels.h"
+#include "cuda/session/phases.h"
 
 namespace continual_transformers {
 namespace {
@@ -210,7 +211,7 @@ __global__ void __launch_bounds__(kBlockSumThreads)
 
 }  // namespace
 
-NodeLaunch SoftmaxNode(const std::string& function, const DeviceAxis& axis, int input, int output) {
+NodeKernels SoftmaxNode(const std::string& function, const DeviceAxis& axis, int input, int output) {
   if (function == "sparsemax") {
     return [=](const DeviceFrame& frame, cudaStream_t stream) {
       return ForEach(NumLines(frame, axis), SparsemaxEach{Lines(frame, axis, input, output)},
@@ -224,7 +225,7 @@ NodeLaunch SoftmaxNode(const std::string& function, const DeviceAxis& axis, int 
   };
 }
 
-NodeLaunch ReduceNode(const std::string& function, const DeviceAxis& axis, int input, int output) {
+NodeKernels ReduceNode(const std::string& function, const DeviceAxis& axis, int input, int output) {
   const Reduction named = ReductionNamed(function);
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(NumLines(frame, axis), ReduceEach{Lines(frame, axis, input, output), named},
@@ -232,7 +233,7 @@ NodeLaunch ReduceNode(const std::string& function, const DeviceAxis& axis, int i
   };
 }
 
-NodeLaunch CumulativeNode(bool product, const DeviceAxis& axis, int input, int output) {
+NodeKernels CumulativeNode(bool product, const DeviceAxis& axis, int input, int output) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(NumLines(frame, axis),
                    CumulativeEach{Lines(frame, axis, input, output), product}, frame.overlap,
@@ -240,7 +241,7 @@ NodeLaunch CumulativeNode(bool product, const DeviceAxis& axis, int input, int o
   };
 }
 
-NodeLaunch SortNode(bool indices, bool descending, const DeviceAxis& axis, int input, int output) {
+NodeKernels SortNode(bool indices, bool descending, const DeviceAxis& axis, int input, int output) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(NumLines(frame, axis) * axis.size,
                    SortEach{Lines(frame, axis, input, output), indices, descending}, frame.overlap,
@@ -248,10 +249,10 @@ NodeLaunch SortNode(bool indices, bool descending, const DeviceAxis& axis, int i
   };
 }
 
-NodeLaunch NormNode(const std::string& function, const float* gamma, const float* beta,
+NodeKernels NormNode(const std::string& function, const float* gamma, const float* beta,
                     double epsilon, int64_t rows, int64_t columns, int input, int output) {
   if (function == "layer") {
-    return [=](const DeviceFrame& frame, cudaStream_t stream) {
+    const auto params_of = [=](const DeviceFrame& frame) {
       DeviceNormalizeParams<float> p = {};
       p.norm = {gamma, beta, static_cast<float>(epsilon)};
       p.x = frame.Rows<float>(input);
@@ -259,8 +260,13 @@ NodeLaunch NormNode(const std::string& function, const float* gamma, const float
       p.rows = frame.streams * rows;
       p.size = columns;
       p.overlap = frame.overlap;
-      return LaunchNormalize(p, stream);
+      return p;
     };
+    NodeKernels node = [=](const DeviceFrame& frame, cudaStream_t stream) {
+      return LaunchNormalize(params_of(frame), stream);
+    };
+    node.phase = [=](const DeviceFrame& frame, Phases* phases) { phases->Add(params_of(frame)); };
+    return node;
   }
   const bool rms = function == "rms";
   return [=](const DeviceFrame& frame, cudaStream_t stream) {

@@ -1,4 +1,4 @@
-// The function of this library that the core library calls (cc/session/device.h), and one for
+// The function of this library that the core library calls (cc/session/device.h), and two for
 // benchmarks/gpu/session_benchmark.py.
 
 #include <cstring>
@@ -67,4 +67,9 @@ continual_transformers_cuda_device(int number, const char* version) {
 extern "C" __attribute__((visibility("default"))) void continual_transformers_cuda_set_overlap(
     int overlap) {
   continual_transformers::DeviceArena::may_overlap = overlap != 0;
+}
+
+extern "C" __attribute__((visibility("default"))) void continual_transformers_cuda_set_persist(
+    int persist) {
+  continual_transformers::DeviceArena::may_persist = persist != 0;
 }

@@ -11,6 +11,7 @@
 
 #include "cuda/graph_builder.h"
 #include "cuda/session/advance.h"
+#include "cuda/session/phases.h"
 
 namespace continual_transformers {
 namespace {
@@ -58,7 +59,8 @@ DeviceArena::DeviceArena(const Plan& plan, const DevicePlan& compiled,
 DeviceArena::~DeviceArena() { DropGraphs(); }
 
 int64_t DeviceArena::bytes() const {
-  return step_.bytes() + arrivals_.bytes() + staged_.bytes() + sent_.bytes() + received_.bytes();
+  return step_.bytes() + arrivals_.bytes() + phases_.bytes() + staged_.bytes() + sent_.bytes() +
+         received_.bytes();
 }
 
 int64_t DeviceArena::InputBytes(size_t i) const {
@@ -127,32 +129,48 @@ DeviceArena::Graph* DeviceArena::GraphFor(int64_t streams) {
   return &graphs_.front();
 }
 
-cudaError_t DeviceArena::LaunchAll(const DeviceFrame& frame) const {
+cudaError_t DeviceArena::LaunchAll(const DeviceFrame& frame, Phases* phases) const {
+  const cudaStream_t stream = stream_.get();
   for (const DevicePlan::Entry& entry : compiled_.entries) {
-    const cudaError_t error = entry.launch(frame, stream_.get());
+    if (phases != nullptr && entry.kernels.phase != nullptr) {
+      entry.kernels.phase(frame, phases);
+      continue;
+    }
+    cudaError_t error = phases == nullptr ? cudaSuccess : phases->Launch(nullptr, stream);
+    if (error == cudaSuccess) error = entry.kernels.launch(frame, stream);
     if (error != cudaSuccess) return error;
   }
-  return AdvancePositions(frame, stream_.get());
+  if (phases == nullptr || phases->empty()) return AdvancePositions(frame, stream);
+  return phases->Launch(const_cast<int64_t*>(frame.positions), stream);
 }
 
 void DeviceArena::Build(Graph* graph) {
   const bool overlap = may_overlap && CanOverlapSteps();
-  cudaError_t error = Instantiate(graph, overlap);
-  if (error != cudaSuccess && overlap) {
-    // The driver may be too old for launches that overlap in a graph.
+  const bool persist = may_persist && CanOverlapSteps() && graph->layout.streams == 1;
+  if (persist) {
+    Reserve(&phases_, GpuBytes::Kind::kDevice, Phases::BytesOf(compiled_.entries.size()));
+  }
+  cudaError_t error = Instantiate(graph, overlap, persist);
+  // The driver may be too old for kernels that persist, or for launches that overlap in a graph.
+  if (error != cudaSuccess && persist) {
     static_cast<void>(cudaGetLastError());
-    error = Instantiate(graph, false);
+    error = Instantiate(graph, overlap, false);
+  }
+  if (error != cudaSuccess && overlap) {
+    static_cast<void>(cudaGetLastError());
+    error = Instantiate(graph, false, false);
   }
   Check(error, "making a step's graph");
 }
 
-cudaError_t DeviceArena::Instantiate(Graph* graph, bool overlap) const {
+cudaError_t DeviceArena::Instantiate(Graph* graph, bool overlap, bool persist) const {
   cudaGraph_t nodes = nullptr;
   cudaError_t error = cudaGraphCreate(&nodes, 0);
   if (error != cudaSuccess) return error;
+  Phases phases(phases_.get(), phases_.bytes(), compiled_.cache_dtype, gpu_->multiprocessors());
   {
     const GraphBuilder builder(nodes);
-    error = LaunchAll(FrameOf(*graph, overlap));
+    error = LaunchAll(FrameOf(*graph, overlap), persist ? &phases : nullptr);
   }
   if (error == cudaSuccess) error = cudaGraphInstantiate(&graph->exec, nodes, 0);
   static_cast<void>(cudaGraphDestroy(nodes));
@@ -173,7 +191,7 @@ void DeviceArena::TakeProfiledStep(const Graph& graph) {
   for (cudaEvent_t& event : events) Check(cudaEventCreate(&event), "making an event");
   Check(cudaEventRecord(events[0], stream_.get()), "recording an event");
   for (size_t i = 0; i < compiled_.entries.size(); ++i) {
-    Check(compiled_.entries[i].launch(frame, stream_.get()), "launching a node");
+    Check(compiled_.entries[i].kernels.launch(frame, stream_.get()), "launching a node");
     Check(cudaEventRecord(events[i + 1], stream_.get()), "recording an event");
   }
   Check(AdvancePositions(frame, stream_.get()), "advancing positions");

@@ -36,6 +36,9 @@ class DeviceArena final : public Arena {
   // Whether launches may overlap, in graphs that any session makes from now on. A benchmark sets it
   // to false for a while, to measure what that gains.
   static inline std::atomic<bool> may_overlap{true};
+  // The same for whether a step of one stream may be a persistent kernel (phases.h), as far as its
+  // nodes have phases. No GPU has run one yet, so sessions take graphs of launches.
+  static inline std::atomic<bool> may_persist{false};
 
  private:
   // Where the things of a step of M streams lie in `step_`. Everything that the host sends for a
@@ -61,8 +64,9 @@ class DeviceArena final : public Arena {
   Graph* GraphFor(int64_t streams);
   void MakeArrivals();
   void Build(Graph* graph);
-  cudaError_t Instantiate(Graph* graph, bool overlap) const;
-  cudaError_t LaunchAll(const DeviceFrame& frame) const;
+  cudaError_t Instantiate(Graph* graph, bool overlap, bool persist) const;
+  // Null: no work becomes a phase.
+  cudaError_t LaunchAll(const DeviceFrame& frame, Phases* phases) const;
   void TakeStep(const Graph& graph);
   void TakeProfiledStep(const Graph& graph);
   void StepOnce(const StepCall& call, const Graph& graph);
@@ -82,6 +86,7 @@ class DeviceArena final : public Arena {
   const GpuStream stream_;
   GpuBytes step_;             // what a step of M streams works on
   GpuBytes arrivals_;         // counters of blocks, for all graphs
+  GpuBytes phases_;           // of the persistent kernels of a step of one stream
   GpuBytes staged_;           // inputs and outputs of a call of several steps
   GpuBytes sent_, received_;  // of the host, pinned: what is copied to the GPU and back
   std::vector<bool> input_on_gpu_, output_on_gpu_;  // of the call

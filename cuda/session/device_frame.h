@@ -35,8 +35,20 @@ struct DeviceFrame {
   }
 };
 
-// Launches the kernels of a node, all by Launch(): a GraphBuilder knows of no other work.
-using NodeLaunch = std::function<cudaError_t(const DeviceFrame& frame, cudaStream_t stream)>;
+class Phases;
+
+// The kernels of a node.
+struct NodeKernels {
+  NodeKernels() = default;
+  template <typename F>
+  NodeKernels(const F& launch) : launch(launch) {}  // NOLINT: a lambda becomes a node
+
+  // Launches them, all by Launch(): a GraphBuilder knows of no other work.
+  std::function<cudaError_t(const DeviceFrame& frame, cudaStream_t stream)> launch;
+  // Adds the work of `launch` to a persistent kernel, for a step of one stream. Null: it has no
+  // phase for it.
+  std::function<void(const DeviceFrame& frame, Phases* phases)> phase;
+};
 
 }  // namespace continual_transformers
 

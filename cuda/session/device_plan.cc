@@ -43,6 +43,7 @@ class Compiler {
 
   DevicePlan Compile() {
     CheckDTypes();
+    result_.cache_dtype = options_.cache_dtype;
     result_.storage.resize(plan_.values.size());
     std::iota(result_.storage.begin(), result_.storage.end(), 0);
     for (const Node& node : plan_.nodes) {
@@ -219,7 +220,7 @@ class Compiler {
       }
       layers.push_back(Layer(static_cast<int>(i), norm < 0 ? first : norm, &entry));
     }
-    entry.launch = DenseNode(layers, normalizes, options_.weights_dtype, rows);
+    entry.kernels = DenseNode(layers, normalizes, options_.weights_dtype, rows);
     result_.entries.push_back(std::move(entry));
   }
 
@@ -269,7 +270,7 @@ class Compiler {
 
   // ---- Nodes ----
 
-  NodeLaunch Launch(int i) {
+  NodeKernels Launch(int i) {
     const Node& node = plan_.nodes[i];
     const int output = Out(node);
     const int64_t size = Size(output);
@@ -406,7 +407,7 @@ class Compiler {
                     ": leave out device=, and the session runs on the CPU");
   }
 
-  NodeLaunch Attention(int i) {
+  NodeKernels Attention(int i) {
     const Node& node = plan_.nodes[i];
     DeviceAttention spec;
     spec.query = In(node, 0);
@@ -439,7 +440,7 @@ class Compiler {
     return AttentionNode(spec, options_.cache_dtype);
   }
 
-  NodeLaunch Retroactive(int i) {
+  NodeKernels Retroactive(int i) {
     const Node& node = plan_.nodes[i];
     DeviceRetroactive spec;
     spec.query = In(node, 0);
@@ -473,7 +474,7 @@ class Compiler {
     return RetroactiveNode(spec);
   }
 
-  NodeLaunch WindowAttention(const Node& node) {
+  NodeKernels WindowAttention(const Node& node) {
     DeviceWindowAttention spec;
     spec.query = In(node, 0);
     spec.key = In(node, 1);
@@ -493,7 +494,7 @@ class Compiler {
     return WindowAttentionNode(spec);
   }
 
-  NodeLaunch Recurrent(int i) {
+  NodeKernels Recurrent(int i) {
     const Node& node = plan_.nodes[i];
     const std::string& function = node.Text("function");
     DeviceRecurrent spec;

@@ -11,6 +11,7 @@
 
 #include "cc/session/executor.h"
 #include "cc/session/model_file.h"
+#include "cc/session/plan.h"
 #include "cuda/session/device_frame.h"
 #include "cuda/session/device_memory.h"
 
@@ -18,7 +19,7 @@ namespace continual_transformers {
 
 struct DevicePlan {
   struct Entry {
-    NodeLaunch launch;
+    NodeKernels kernels;
     std::string name, op;  // of its nodes, joined by " + "
   };
   std::vector<Entry> entries;  // in execution order
@@ -31,6 +32,8 @@ struct DevicePlan {
   std::vector<std::function<int64_t(int64_t streams)>> scratch_bytes;
   // How many counters a launch needs at most (DeviceFrame::arrivals).
   int64_t arrivals = 0;
+
+  DType cache_dtype;  // of attention's rings
 
   std::vector<GpuBytes> weights;
   int64_t weights_bytes = 0;

@@ -163,8 +163,8 @@ struct CastEach {
 };
 
 template <typename From>
-NodeLaunch CastFrom(DType to, int input, int output, int64_t size) {
-  const auto node = [=](auto example) -> NodeLaunch {
+NodeKernels CastFrom(DType to, int input, int output, int64_t size) {
+  const auto node = [=](auto example) -> NodeKernels {
     using To = decltype(example);
     return [=](const DeviceFrame& frame, cudaStream_t stream) {
       return ForEach(frame.streams * size,
@@ -200,7 +200,7 @@ struct NotEqualEach {
 };
 
 template <typename T>
-NodeLaunch NotEqualOf(double number, bool any, int input, int output, int64_t size) {
+NodeKernels NotEqualOf(double number, bool any, int input, int output, int64_t size) {
   bool has = true;
   if constexpr (std::is_integral_v<T>) {
     // Converting a number that T does not have is undefined.
@@ -220,7 +220,7 @@ NodeLaunch NotEqualOf(double number, bool any, int input, int output, int64_t si
 
 }  // namespace
 
-NodeLaunch ActivationNode(const ActivationSpec& spec, int input, int output, int64_t size) {
+NodeKernels ActivationNode(const ActivationSpec& spec, int input, int output, int64_t size) {
   const DeviceActivation f(spec);
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(frame.streams * size,
@@ -229,7 +229,7 @@ NodeLaunch ActivationNode(const ActivationSpec& spec, int input, int output, int
   };
 }
 
-NodeLaunch PReluNode(const float* alpha, int input, int output, int64_t size) {
+NodeKernels PReluNode(const float* alpha, int input, int output, int64_t size) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(frame.streams * size,
                    PReluEach{frame.Rows<float>(input), alpha, frame.Rows<float>(output), size},
@@ -237,7 +237,7 @@ NodeLaunch PReluNode(const float* alpha, int input, int output, int64_t size) {
   };
 }
 
-NodeLaunch BinaryNode(const std::string& function, int a, int b, int output, int64_t size) {
+NodeKernels BinaryNode(const std::string& function, int a, int b, int output, int64_t size) {
   const Binary named = BinaryNamed(function);
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(
@@ -247,7 +247,7 @@ NodeLaunch BinaryNode(const std::string& function, int a, int b, int output, int
   };
 }
 
-NodeLaunch WhereNode(int condition, int a, int b, int output, int64_t size) {
+NodeKernels WhereNode(int condition, int a, int b, int output, int64_t size) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(frame.streams * size,
                    WhereEach{frame.Rows<bool>(condition), frame.Rows<float>(a),
@@ -256,7 +256,7 @@ NodeLaunch WhereNode(int condition, int a, int b, int output, int64_t size) {
   };
 }
 
-NodeLaunch AffineNode(const float* scale, const float* offset, int64_t columns, int input,
+NodeKernels AffineNode(const float* scale, const float* offset, int64_t columns, int input,
                       int output, int64_t size) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(
@@ -266,7 +266,7 @@ NodeLaunch AffineNode(const float* scale, const float* offset, int64_t columns, 
   };
 }
 
-NodeLaunch MaskedNode(int input, int mask, int output, int64_t size) {
+NodeKernels MaskedNode(int input, int mask, int output, int64_t size) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(frame.streams * size,
                    MaskedEach{frame.Rows<float>(input), frame.Rows<bool>(mask),
@@ -275,7 +275,7 @@ NodeLaunch MaskedNode(int input, int mask, int output, int64_t size) {
   };
 }
 
-NodeLaunch MaskAndNode(int a, int b, int output, int64_t size) {
+NodeKernels MaskAndNode(int a, int b, int output, int64_t size) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(frame.streams * size,
                    MaskAndEach{frame.Rows<bool>(a), frame.Rows<bool>(b), frame.Rows<bool>(output)},
@@ -283,7 +283,7 @@ NodeLaunch MaskAndNode(int a, int b, int output, int64_t size) {
   };
 }
 
-NodeLaunch CastNode(DType from, DType to, int input, int output, int64_t size) {
+NodeKernels CastNode(DType from, DType to, int input, int output, int64_t size) {
   switch (from) {
     case DType::kInt32:
       return CastFrom<int32_t>(to, input, output, size);
@@ -296,7 +296,7 @@ NodeLaunch CastNode(DType from, DType to, int input, int output, int64_t size) {
   }
 }
 
-NodeLaunch NotEqualNode(DType dtype, double number, bool any, int input, int output, int64_t size) {
+NodeKernels NotEqualNode(DType dtype, double number, bool any, int input, int output, int64_t size) {
   switch (dtype) {
     case DType::kInt32:
       return NotEqualOf<int32_t>(number, any, input, output, size);

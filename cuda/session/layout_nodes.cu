@@ -60,7 +60,7 @@ struct EmbeddingEach {
 };
 
 template <typename Index>
-NodeLaunch EmbeddingOf(const float* table, int64_t columns, int input, int output, int64_t size) {
+NodeKernels EmbeddingOf(const float* table, int64_t columns, int input, int output, int64_t size) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(
         frame.streams * size * columns,
@@ -71,17 +71,17 @@ NodeLaunch EmbeddingOf(const float* table, int64_t columns, int input, int outpu
 
 }  // namespace
 
-NodeLaunch ConstantNode(const float* value, int output, int64_t size) {
+NodeKernels ConstantNode(const float* value, int output, int64_t size) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(frame.streams * size, ConstantEach{value, frame.Rows<float>(output), size},
                    frame.overlap, stream);
   };
 }
 
-NodeLaunch StridedNode(int64_t offset, const std::vector<int64_t>& shape,
+NodeKernels StridedNode(int64_t offset, const std::vector<int64_t>& shape,
                        const std::vector<int64_t>& strides, int64_t element, int input,
                        int64_t input_size, int output) {
-  return WithElement(element, [&](auto example) -> NodeLaunch {
+  return WithElement(element, [&](auto example) -> NodeKernels {
     using U = decltype(example);
     StridedEach<U> each = {};
     each.offset = offset;
@@ -100,11 +100,11 @@ NodeLaunch StridedNode(int64_t offset, const std::vector<int64_t>& shape,
   });
 }
 
-NodeLaunch ConcatNode(const std::vector<std::pair<int, int64_t>>& parts, int64_t outer,
+NodeKernels ConcatNode(const std::vector<std::pair<int, int64_t>>& parts, int64_t outer,
                       int64_t element, int output) {
   int64_t width = 0;
   for (const auto& part : parts) width += part.second;
-  return WithElement(element, [&](auto example) -> NodeLaunch {
+  return WithElement(element, [&](auto example) -> NodeKernels {
     using U = decltype(example);
     return [=](const DeviceFrame& frame, cudaStream_t stream) {
       int64_t first = 0;
@@ -121,7 +121,7 @@ NodeLaunch ConcatNode(const std::vector<std::pair<int, int64_t>>& parts, int64_t
   });
 }
 
-NodeLaunch EmbeddingNode(const float* table, int64_t columns, DType index, int input, int output,
+NodeKernels EmbeddingNode(const float* table, int64_t columns, DType index, int input, int output,
                          int64_t size) {
   return index == DType::kInt32 ? EmbeddingOf<int32_t>(table, columns, input, output, size)
                                 : EmbeddingOf<int64_t>(table, columns, input, output, size);

@@ -22,29 +22,29 @@ constexpr int64_t kLargestHead = 256;
 
 // ---- Element by element (element_nodes.cu). `size` elements of each step. ----
 
-NodeLaunch ActivationNode(const ActivationSpec& spec, int input, int output, int64_t size);
-NodeLaunch PReluNode(const float* alpha, int input, int output, int64_t size);
+NodeKernels ActivationNode(const ActivationSpec& spec, int input, int output, int64_t size);
+NodeKernels PReluNode(const float* alpha, int input, int output, int64_t size);
 // `function` is one of plan_ops.cc; ParsePlan has checked it.
-NodeLaunch BinaryNode(const std::string& function, int a, int b, int output, int64_t size);
-NodeLaunch WhereNode(int condition, int a, int b, int output, int64_t size);
+NodeKernels BinaryNode(const std::string& function, int a, int b, int output, int64_t size);
+NodeKernels WhereNode(int condition, int a, int b, int output, int64_t size);
 // x * scale + offset, along the last axis.
-NodeLaunch AffineNode(const float* scale, const float* offset, int64_t columns, int input,
+NodeKernels AffineNode(const float* scale, const float* offset, int64_t columns, int input,
                       int output, int64_t size);
-NodeLaunch MaskedNode(int input, int mask, int output, int64_t size);
-NodeLaunch MaskAndNode(int a, int b, int output, int64_t size);
-NodeLaunch CastNode(DType from, DType to, int input, int output, int64_t size);
-NodeLaunch NotEqualNode(DType dtype, double number, bool any, int input, int output, int64_t size);
+NodeKernels MaskedNode(int input, int mask, int output, int64_t size);
+NodeKernels MaskAndNode(int a, int b, int output, int64_t size);
+NodeKernels CastNode(DType from, DType to, int input, int output, int64_t size);
+NodeKernels NotEqualNode(DType dtype, double number, bool any, int input, int output, int64_t size);
 
 // ---- Moving elements (layout_nodes.cu). `element` is the size of one in bytes. ----
 
-NodeLaunch ConstantNode(const float* value, int output, int64_t size);
-NodeLaunch StridedNode(int64_t offset, const std::vector<int64_t>& shape,
+NodeKernels ConstantNode(const float* value, int output, int64_t size);
+NodeKernels StridedNode(int64_t offset, const std::vector<int64_t>& shape,
                        const std::vector<int64_t>& strides, int64_t element, int input,
                        int64_t input_size, int output);
 // Each part is a plan value, and its elements in each of the `outer` blocks before the axis.
-NodeLaunch ConcatNode(const std::vector<std::pair<int, int64_t>>& parts, int64_t outer,
+NodeKernels ConcatNode(const std::vector<std::pair<int, int64_t>>& parts, int64_t outer,
                       int64_t element, int output);
-NodeLaunch EmbeddingNode(const float* table, int64_t columns, DType index, int input, int output,
+NodeKernels EmbeddingNode(const float* table, int64_t columns, DType index, int input, int output,
                          int64_t size);
 
 // ---- Along an axis (axis_nodes.cu) ----
@@ -54,27 +54,27 @@ struct DeviceAxis {
   int64_t outer, size, inner;
 };
 
-NodeLaunch SoftmaxNode(const std::string& function, const DeviceAxis& axis, int input, int output);
-NodeLaunch ReduceNode(const std::string& function, const DeviceAxis& axis, int input, int output);
-NodeLaunch CumulativeNode(bool product, const DeviceAxis& axis, int input, int output);
-NodeLaunch SortNode(bool indices, bool descending, const DeviceAxis& axis, int input, int output);
+NodeKernels SoftmaxNode(const std::string& function, const DeviceAxis& axis, int input, int output);
+NodeKernels ReduceNode(const std::string& function, const DeviceAxis& axis, int input, int output);
+NodeKernels CumulativeNode(bool product, const DeviceAxis& axis, int input, int output);
+NodeKernels SortNode(bool indices, bool descending, const DeviceAxis& axis, int input, int output);
 // `function`: "layer", "rms" or "unit". `rows` of `columns` elements in a step.
-NodeLaunch NormNode(const std::string& function, const float* gamma, const float* beta,
+NodeKernels NormNode(const std::string& function, const float* gamma, const float* beta,
                     double epsilon, int64_t rows, int64_t columns, int input, int output);
 
 // ---- With the position or the past of a stream (ring_nodes.cu). `_at`: bytes in a block. ----
 
-NodeLaunch PositionalNode(const float* table, int64_t table_rows, int64_t start, int64_t offset_at,
+NodeKernels PositionalNode(const float* table, int64_t table_rows, int64_t start, int64_t offset_at,
                           int input, int output, int64_t columns, int64_t rows_a_step);
-NodeLaunch DelayNode(int64_t steps, int64_t ring_at, int64_t element, int input, int output,
+NodeKernels DelayNode(int64_t steps, int64_t ring_at, int64_t element, int input, int output,
                      int64_t size);
 // `size` elements of each of the window's rows.
-NodeLaunch WindowNode(int64_t window, int64_t ring_at, int64_t element, int input, int output,
+NodeKernels WindowNode(int64_t window, int64_t ring_at, int64_t element, int input, int output,
                       int64_t size);
-NodeLaunch ZeroUntakenNode(int64_t window, int input, int output, int64_t row_size);
-NodeLaunch PresentNode(int64_t rows, int64_t first, int64_t size, int output);
-NodeLaunch RotaryAnglesNode(const int64_t* turns, int64_t pairs, int64_t rows_a_step, int output);
-NodeLaunch RotaryNode(bool interleaved, int input, int angles, int output, int64_t rows_a_step,
+NodeKernels ZeroUntakenNode(int64_t window, int input, int output, int64_t row_size);
+NodeKernels PresentNode(int64_t rows, int64_t first, int64_t size, int output);
+NodeKernels RotaryAnglesNode(const int64_t* turns, int64_t pairs, int64_t rows_a_step, int output);
+NodeKernels RotaryNode(bool interleaved, int input, int angles, int output, int64_t rows_a_step,
                       int64_t heads, int64_t head_size, int64_t pairs);
 
 // ---- Products (product_nodes.cu) ----
@@ -100,10 +100,10 @@ struct DeviceLayerNorm {
 // Layers that do not read each other's outputs, each with `rows` in a step. They may read that of
 // `norm`, which comes first, but not as a residual. Kernels are in `weights`: kFloat32 or
 // kBFloat16.
-NodeLaunch DenseNode(const std::vector<DeviceDenseLayer>& layers, const DeviceLayerNorm& norm,
+NodeKernels DenseNode(const std::vector<DeviceDenseLayer>& layers, const DeviceLayerNorm& norm,
                      DType weights, int64_t rows);
 // `count` products of [rows, depth] and [depth, columns].
-NodeLaunch MatmulNode(int a, int b, int output, int64_t count, int64_t rows, int64_t depth,
+NodeKernels MatmulNode(int a, int b, int output, int64_t count, int64_t rows, int64_t depth,
                       int64_t columns);
 struct DeviceDepthwise {
   const float* kernel;  // [taps, outputs]
@@ -111,7 +111,7 @@ struct DeviceDepthwise {
   int64_t rows, channels, output_rows, outputs, taps, stride, dilation;
   int input, output;
 };
-NodeLaunch DepthwiseNode(const DeviceDepthwise& spec);
+NodeKernels DepthwiseNode(const DeviceDepthwise& spec);
 
 // ---- Attention (attention_nodes.cu) ----
 
@@ -144,7 +144,7 @@ struct DeviceAttention {
   }
 };
 // `cache`: kFloat32, kBFloat16 or kFloat16.
-NodeLaunch AttentionNode(const DeviceAttention& spec, DType cache);
+NodeKernels AttentionNode(const DeviceAttention& spec, DType cache);
 
 struct DeviceRetroactive {
   int query, key, value, output;
@@ -155,7 +155,7 @@ struct DeviceRetroactive {
   int64_t query_ring, key_ring, value_ring, mask_ring, softmax, weighted_sum, made_with;
   bool recompute;  // all rows in each step
 };
-NodeLaunch RetroactiveNode(const DeviceRetroactive& spec);
+NodeKernels RetroactiveNode(const DeviceRetroactive& spec);
 
 struct DeviceWindowAttention {
   int query, key, value, output;
@@ -163,7 +163,7 @@ struct DeviceWindowAttention {
   bool causal;
   float scale;
 };
-NodeLaunch WindowAttentionNode(const DeviceWindowAttention& spec);
+NodeKernels WindowAttentionNode(const DeviceWindowAttention& spec);
 
 // ---- Recurrent cells (recurrent_node.cu) ----
 
@@ -189,7 +189,7 @@ struct DeviceRecurrent {
     return streams * (3 + GatesOf(cell)) * units * static_cast<int64_t>(sizeof(float));
   }
 };
-NodeLaunch RecurrentNode(const DeviceRecurrent& spec);
+NodeKernels RecurrentNode(const DeviceRecurrent& spec);
 
 }  // namespace continual_transformers
 

@@ -7,15 +7,16 @@
 #include "cuda/dense.h"
 #include "cuda/for_each.cuh"
 #include "cuda/session/node_kernels.h"
+#include "cuda/session/phases.h"
 
 namespace continual_transformers {
 namespace {
 
 template <typename W>
-NodeLaunch DenseOf(const std::vector<DeviceDenseLayer>& layers, const DeviceLayerNorm& norm,
+NodeKernels DenseOf(const std::vector<DeviceDenseLayer>& layers, const DeviceLayerNorm& norm,
                    int64_t rows) {
   static_assert(DeviceDenseParams<float, W>::kMost == kMostDenseLayers);
-  return [=](const DeviceFrame& frame, cudaStream_t stream) {
+  const auto params_of = [=](const DeviceFrame& frame) {
     DeviceDenseParams<float, W> p = {};
     for (const DeviceDenseLayer& from : layers) {
       DeviceDense<float, W>& layer = p.layers[p.num_layers++];
@@ -30,6 +31,7 @@ NodeLaunch DenseOf(const std::vector<DeviceDenseLayer>& layers, const DeviceLaye
     }
     p.rows = frame.streams * rows;
     p.overlap = frame.overlap;
+    p.constant_kernels = true;
     if (norm.input >= 0) {
       p.norm.norm = {norm.gamma, norm.beta, norm.epsilon};
       p.norm.x = frame.Rows<float>(norm.input);
@@ -38,8 +40,15 @@ NodeLaunch DenseOf(const std::vector<DeviceDenseLayer>& layers, const DeviceLaye
       p.norm.size = norm.columns;
       p.norm.overlap = frame.overlap;
     }
-    return LaunchDense(p, stream);
+    return p;
   };
+  NodeKernels node = [=](const DeviceFrame& frame, cudaStream_t stream) {
+    return LaunchDense(params_of(frame), stream);
+  };
+  if (rows == 1) {
+    node.phase = [=](const DeviceFrame& frame, Phases* phases) { phases->Add(params_of(frame)); };
+  }
+  return node;
 }
 
 // i is an element of the output.
@@ -77,13 +86,13 @@ struct DepthwiseEach {
 
 }  // namespace
 
-NodeLaunch DenseNode(const std::vector<DeviceDenseLayer>& layers, const DeviceLayerNorm& norm,
+NodeKernels DenseNode(const std::vector<DeviceDenseLayer>& layers, const DeviceLayerNorm& norm,
                      DType weights, int64_t rows) {
   return weights == DType::kBFloat16 ? DenseOf<BFloat16>(layers, norm, rows)
                                      : DenseOf<float>(layers, norm, rows);
 }
 
-NodeLaunch MatmulNode(int a, int b, int output, int64_t count, int64_t rows, int64_t depth,
+NodeKernels MatmulNode(int a, int b, int output, int64_t count, int64_t rows, int64_t depth,
                       int64_t columns) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(frame.streams * count * rows * columns,
@@ -93,7 +102,7 @@ NodeLaunch MatmulNode(int a, int b, int output, int64_t count, int64_t rows, int
   };
 }
 
-NodeLaunch DepthwiseNode(const DeviceDepthwise& spec) {
+NodeKernels DepthwiseNode(const DeviceDepthwise& spec) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(
         frame.streams * spec.output_rows * spec.outputs,

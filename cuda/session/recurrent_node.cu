@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-NodeLaunch RecurrentNode(const DeviceRecurrent& s) {
+NodeKernels RecurrentNode(const DeviceRecurrent& s) {
   const DeviceActivation activation(s.activation), gate(s.gate);
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     const RecurrentParams p = {frame.blocks,

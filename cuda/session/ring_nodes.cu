@@ -6,28 +6,11 @@
 #include "cuda/for_each.cuh"
 #include "cuda/session/element_size.h"
 #include "cuda/session/node_kernels.h"
+#include "cuda/session/phases.h"
+#include "cuda/session/positional_each.h"
 
 namespace continual_transformers {
 namespace {
-
-// i is an element of the output.
-struct PositionalEach {
-  char* const* blocks;
-  const int64_t* positions;
-  const float *x, *table;
-  float* y;
-  int64_t table_rows, start, offset_at, columns, rows;
-  __device__ void operator()(int64_t i) const {
-    const int64_t m = i / (rows * columns), row = i / columns % rows;
-    const int64_t offset = *reinterpret_cast<const int64_t*>(blocks[m] + offset_at);
-    // The offset may come from a copied state, so any value is possible.
-    int64_t at = (start % table_rows + offset % table_rows +
-                  (positions[m] % table_rows * rows + row) % table_rows) %
-                 table_rows;
-    if (at < 0) at += table_rows;
-    y[i] = x[i] + table[at * columns + i % columns];
-  }
-};
 
 // i is an element of a row.
 template <typename U>
@@ -148,20 +131,32 @@ struct RotaryEach {
 
 }  // namespace
 
-NodeLaunch PositionalNode(const float* table, int64_t table_rows, int64_t start, int64_t offset_at,
+NodeKernels PositionalNode(const float* table, int64_t table_rows, int64_t start, int64_t offset_at,
                           int input, int output, int64_t columns, int64_t rows_a_step) {
-  return [=](const DeviceFrame& frame, cudaStream_t stream) {
-    return ForEach(frame.streams * rows_a_step * columns,
-                   PositionalEach{frame.blocks, frame.positions, frame.Rows<float>(input), table,
-                                  frame.Rows<float>(output), table_rows, start, offset_at, columns,
-                                  rows_a_step},
-                   frame.overlap, stream);
+  const auto each_of = [=](const DeviceFrame& frame) {
+    return PositionalEach{frame.blocks,
+                          frame.positions,
+                          frame.Rows<float>(input),
+                          table,
+                          frame.Rows<float>(output),
+                          table_rows,
+                          start,
+                          offset_at,
+                          columns,
+                          rows_a_step};
   };
+  NodeKernels node = [=](const DeviceFrame& frame, cudaStream_t stream) {
+    return ForEach(frame.streams * rows_a_step * columns, each_of(frame), frame.overlap, stream);
+  };
+  node.phase = [=](const DeviceFrame& frame, Phases* phases) {
+    phases->Add(each_of(frame), frame.streams * rows_a_step * columns);
+  };
+  return node;
 }
 
-NodeLaunch DelayNode(int64_t steps, int64_t ring_at, int64_t element, int input, int output,
+NodeKernels DelayNode(int64_t steps, int64_t ring_at, int64_t element, int input, int output,
                      int64_t size) {
-  return WithElement(element, [&](auto example) -> NodeLaunch {
+  return WithElement(element, [&](auto example) -> NodeKernels {
     using U = decltype(example);
     return [=](const DeviceFrame& frame, cudaStream_t stream) {
       return ForEach(frame.streams * size,
@@ -172,10 +167,10 @@ NodeLaunch DelayNode(int64_t steps, int64_t ring_at, int64_t element, int input,
   });
 }
 
-NodeLaunch WindowNode(int64_t window, int64_t ring_at, int64_t element, int input, int output,
+NodeKernels WindowNode(int64_t window, int64_t ring_at, int64_t element, int input, int output,
                       int64_t size) {
   const int64_t rows = window > 1 ? window - 1 : 1;
-  return WithElement(element, [&](auto example) -> NodeLaunch {
+  return WithElement(element, [&](auto example) -> NodeKernels {
     using U = decltype(example);
     return [=](const DeviceFrame& frame, cudaStream_t stream) {
       const U* const x = frame.Rows<U>(input);
@@ -192,7 +187,7 @@ NodeLaunch WindowNode(int64_t window, int64_t ring_at, int64_t element, int inpu
   });
 }
 
-NodeLaunch ZeroUntakenNode(int64_t window, int input, int output, int64_t row_size) {
+NodeKernels ZeroUntakenNode(int64_t window, int input, int output, int64_t row_size) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(frame.streams * window * row_size,
                    ZeroUntakenEach{frame.positions, frame.Rows<float>(input),
@@ -201,7 +196,7 @@ NodeLaunch ZeroUntakenNode(int64_t window, int input, int output, int64_t row_si
   };
 }
 
-NodeLaunch PresentNode(int64_t rows, int64_t first, int64_t size, int output) {
+NodeKernels PresentNode(int64_t rows, int64_t first, int64_t size, int output) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(frame.streams * size,
                    PresentEach{frame.positions, frame.Rows<float>(output), rows, first, size},
@@ -209,7 +204,7 @@ NodeLaunch PresentNode(int64_t rows, int64_t first, int64_t size, int output) {
   };
 }
 
-NodeLaunch RotaryAnglesNode(const int64_t* turns, int64_t pairs, int64_t rows_a_step, int output) {
+NodeKernels RotaryAnglesNode(const int64_t* turns, int64_t pairs, int64_t rows_a_step, int output) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(
         frame.streams * rows_a_step * pairs,
@@ -218,7 +213,7 @@ NodeLaunch RotaryAnglesNode(const int64_t* turns, int64_t pairs, int64_t rows_a_
   };
 }
 
-NodeLaunch RotaryNode(bool interleaved, int input, int angles, int output, int64_t rows_a_step,
+NodeKernels RotaryNode(bool interleaved, int input, int angles, int output, int64_t rows_a_step,
                       int64_t heads, int64_t head_size, int64_t pairs) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(frame.streams * rows_a_step * heads * (head_size - pairs),

@@ -46,6 +46,7 @@
 #define __host__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __noinline__ __attribute__((noinline))
 #define __shared__ static
 
 struct dim3 {
@@ -240,12 +241,21 @@ inline cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, 
   return cudaSuccess;
 }
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeProgrammaticStreamSerialization,
+  cudaLaunchAttributeCooperative,
+  cudaLaunchAttributeClusterDimension
+};
+union cudaLaunchAttributeValue {
+  int programmaticStreamSerializationAllowed;
+  int cooperative;
+  struct {
+    unsigned x, y, z;
+  } clusterDim;
+};
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
-  struct {
-    int programmaticStreamSerializationAllowed;
-  } val;
+  cudaLaunchAttributeValue val;
 };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -277,30 +287,41 @@ struct Barrier {
   unsigned generation = 0;
 };
 
+// Where the threads of all blocks of a launch wait for each other; see cooperative_groups.h.
+struct GridBarrier {
+  Barrier barrier;
+  int threads;
+};
+
 class Block {
  public:
-  // `must_wait`: whether each thread has to call cudaGridDependencySynchronize.
-  Block(int number, int threads, const std::function<void()>& body, bool must_wait)
+  // `must_wait`: whether each thread has to call cudaGridDependencySynchronize. `grid`: null if the
+  // blocks of the launch do not run together.
+  Block(int number, int threads, const std::function<void()>& body, bool must_wait,
+        GridBarrier* grid)
       : number_(number),
         body_(body),
         must_wait_(must_wait),
+        grid_(grid),
         fibers_(threads),
         warps_((threads + kLanes - 1) / kLanes),
         alive_(threads),
         numbers_(Ordered(threads)) {}
 
   // Runs the threads to their end. If the kernels before this one have not ended, it runs them
-  // until they wait for these; the next call goes on.
-  void Run(bool previous_ended) {
+  // until they wait for these; the next call goes on. So it does if they wait for other blocks.
+  // Returns whether any thread moved.
+  bool Run(bool previous_ended) {
     running_ = this;
     previous_ended_ = previous_ended;
     blockIdx = dim3(number_, 0, 0);
+    bool any_moved = false;
     for (bool moved = true; alive_ > 0 && moved;) {
       moved = false;
       for (int number : numbers_) {
         Fiber& fiber = fibers_[number];
         if (fiber.done || !Released(fiber)) continue;
-        moved = true;
+        any_moved = moved = true;
         threadIdx = dim3(number, 0, 0);
         current_ = &fiber;
         Resume(&fiber);
@@ -309,10 +330,40 @@ class Block {
         if (alive_ > 0 && block_.waiting == alive_) Release(&block_);
       }
     }
-    if (alive_ > 0 && previous_ended) Stop("some threads wait for others that never arrive");
+    if (alive_ > 0 && previous_ended && grid_ == nullptr) {
+      Stop("some threads wait for others that never arrive");
+    }
+    return any_moved;
   }
 
+  bool ended() const { return alive_ == 0; }
+
+  // For cooperative_groups.h: the thread arrives where all threads of all blocks do, and waits for
+  // the others. Returns what the wait needs.
+  unsigned ArriveAtGrid() {
+    if (grid_ == nullptr) Stop("blocks that do not run together cannot wait for each other");
+    Barrier& barrier = grid_->barrier;
+    const unsigned generation = barrier.generation;
+    if (++barrier.waiting == grid_->threads) Release(&barrier);
+    return generation;
+  }
+  void WaitForGrid(unsigned generation) {
+    current_->barrier = &grid_->barrier;
+    current_->generation = generation;
+    if (!Released(*current_)) Switch();
+    current_->barrier = nullptr;
+  }
+
+  // The same for a cluster, which is all blocks. The hardware keeps what the wait needs.
+  void ArriveAtCluster() { current_->cluster_generation = ArriveAtGrid(); }
+  void WaitForCluster() { WaitForGrid(current_->cluster_generation); }
+
   static Block& Running() { return *running_; }
+
+  [[noreturn]] static void Stop(const char* why) {
+    std::fprintf(stderr, "CUDA emulator, block %u: %s\n", blockIdx.x, why);
+    std::abort();
+  }
 
   void WaitForBlock() { Wait(&block_, -1); }
 
@@ -344,7 +395,7 @@ class Block {
     jmp_buf state;
     bool done = false, has_waited = false, waits_for_previous = false;
     Barrier* barrier = nullptr;
-    unsigned generation = 0;
+    unsigned generation = 0, cluster_generation = 0;
   };
   struct Warp {
     Barrier barrier;
@@ -407,11 +458,6 @@ class Block {
     }
   }
 
-  [[noreturn]] static void Stop(const char* why) {
-    std::fprintf(stderr, "CUDA emulator, block %u: %s\n", blockIdx.x, why);
-    std::abort();
-  }
-
   static inline Block* running_;
   static inline bool previous_ended_;
   // Kept for later threads: freeing the memory and allocating it again would take most of the time.
@@ -419,6 +465,7 @@ class Block {
   const int number_;
   const std::function<void()>& body_;
   const bool must_wait_;
+  GridBarrier* const grid_;
   std::vector<Fiber> fibers_;
   std::vector<Warp> warps_;
   Barrier block_;
@@ -431,8 +478,13 @@ class Block {
 // A launch's blocks.
 class Grid {
  public:
-  Grid(dim3 blocks, dim3 threads, std::function<void()> body, bool must_wait)
-      : blocks_(blocks), threads_(threads), body_(std::move(body)), must_wait_(must_wait) {}
+  // `together`: whether the blocks may wait for each other.
+  Grid(dim3 blocks, dim3 threads, std::function<void()> body, bool must_wait, bool together = false)
+      : blocks_(blocks),
+        threads_(threads),
+        body_(std::move(body)),
+        must_wait_(must_wait),
+        together_(together) {}
 
   // Lets some blocks run until they wait for the kernels before this one.
   void Begin() {
@@ -440,17 +492,19 @@ class Grid {
     Enter();
     for (int block : Ordered(blocks_.x)) {
       if (begun_.size() * threads_.x >= kMostThreads) break;
-      begun_.try_emplace(block, block, threads_.x, body_, must_wait_).first->second.Run(false);
+      begun_.try_emplace(block, block, threads_.x, body_, must_wait_, nullptr)
+          .first->second.Run(false);
     }
   }
 
   void Run() {
     Enter();
     blocks += blocks_.x;
+    if (together_) return RunTogether();
     for (int block : Ordered(blocks_.x)) {
       const auto begun = begun_.find(block);
       if (begun == begun_.end()) {
-        Block(block, threads_.x, body_, must_wait_).Run(true);
+        Block(block, threads_.x, body_, must_wait_, nullptr).Run(true);
       } else {
         begun->second.Run(true);
       }
@@ -464,9 +518,26 @@ class Grid {
     blockDim = threads_;
   }
 
+  // Runs each block until it waits for others, then the next one. They share what is __shared__, so
+  // a block must not need it from before it waits.
+  void RunTogether() {
+    GridBarrier barrier = {{}, static_cast<int>(blocks_.x * threads_.x)};
+    for (int block : Ordered(blocks_.x)) {
+      begun_.try_emplace(block, block, threads_.x, body_, must_wait_, &barrier);
+    }
+    for (bool moved = true; moved;) {
+      moved = false;
+      for (int block : Ordered(blocks_.x)) moved |= begun_.at(block).Run(true);
+    }
+    for (const auto& [number, block] : begun_) {
+      if (!block.ended()) Block::Stop("some blocks wait for others that never arrive");
+    }
+    begun_.clear();
+  }
+
   const dim3 blocks_, threads_;
   const std::function<void()> body_;
-  const bool must_wait_;
+  const bool must_wait_, together_;
   std::map<int, Block> begun_;  // by number
 };
 
@@ -570,7 +641,9 @@ struct CUgraphNode_st {
     bool programmatic;
   };
   std::vector<Edge> after;
-  std::function<cuda_emulator::Grid(bool must_wait)> grid;
+  std::function<cuda_emulator::Grid(bool must_wait, bool together)> grid;
+  unsigned blocks;
+  bool together = false;  // whether its blocks can wait for each other
 
   bool MayBeginEarly() const {
     return std::any_of(after.begin(), after.end(), [](const Edge& e) { return e.programmatic; });
@@ -657,11 +730,53 @@ inline cudaError_t cudaGraphAddKernelNode(cudaGraphNode_t* node, cudaGraph_t gra
   graph->nodes.push_back(std::make_unique<CUgraphNode_st>());
   *node = graph->nodes.back().get();
   (*node)->grid = [blocks = params->gridDim, threads = params->blockDim,
-                   body = params->func.With(params->kernelParams)](bool must_wait) {
-    return cuda_emulator::Grid(blocks, threads, body, must_wait);
+                   body = params->func.With(params->kernelParams)](bool must_wait, bool together) {
+    return cuda_emulator::Grid(blocks, threads, body, must_wait, together);
   };
+  (*node)->blocks = params->gridDim.x;
   const std::vector<cudaGraphNode_t> to(count, *node);
   return cudaGraphAddDependencies(graph, dependencies, to.data(), nullptr, count);
+}
+// There is room for all blocks of a launch at once, if they are no more than these.
+namespace cuda_emulator {
+constexpr int kMultiprocessors = 9, kBlocksPerMultiprocessor = 2, kLargestCluster = 8;
+// How many nodes had blocks that could wait for each other.
+inline std::atomic<int64_t> together_nodes{0};
+// Whether such nodes are refused, as by a driver that does not know them.
+inline bool refuses_together = false;
+}  // namespace cuda_emulator
+extern "C" __attribute__((used, visibility("default"))) inline int64_t
+cuda_emulator_together_nodes() {
+  return cuda_emulator::together_nodes;
+}
+extern "C" __attribute__((used, visibility("default"))) inline void
+cuda_emulator_set_refuses_together(int refuses) {
+  cuda_emulator::refuses_together = refuses != 0;
+}
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
+  return *blocks = cuda_emulator::kBlocksPerMultiprocessor, cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxPotentialClusterSize(int* size, Kernel*, const cudaLaunchConfig_t*) {
+  return *size = cuda_emulator::kLargestCluster, cudaSuccess;
+}
+enum cudaFuncAttribute { cudaFuncAttributeNonPortableClusterSizeAllowed };
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphKernelNodeSetAttribute(cudaGraphNode_t node, cudaLaunchAttributeID id,
+                                                   const cudaLaunchAttributeValue* value) {
+  if (cuda_emulator::refuses_together) return cudaErrorNotSupported;
+  const bool cluster = id == cudaLaunchAttributeClusterDimension;
+  const int most = cluster ? cuda_emulator::kLargestCluster
+                           : cuda_emulator::kMultiprocessors *
+                                 cuda_emulator::kBlocksPerMultiprocessor;
+  if (node->blocks > static_cast<unsigned>(most)) return cudaErrorInvalidConfiguration;
+  if (cluster && node->blocks % value->clusterDim.x != 0) return cudaErrorInvalidConfiguration;
+  node->together = cluster ? value->clusterDim.x == node->blocks : value->cooperative != 0;
+  return cudaSuccess;
 }
 // Nodes run in any order that their dependencies allow.
 inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph,
@@ -681,13 +796,18 @@ inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph
     if (next == waiting.end()) return cudaErrorInvalidValue;
     const int number = static_cast<int>(made->steps.size());
     const bool early = (*next)->MayBeginEarly();
+    cuda_emulator::together_nodes += (*next)->together;
     if (early && cuda_emulator::refuses_overlap == 2) return cudaErrorNotSupported;
     int earliest = early ? std::max(0, number - cuda_emulator::kMostEarly) : number;
     for (const CUgraphNode_st::Edge& edge : (*next)->after) {
       const int before = done[edge.from];
       earliest = std::max(earliest, edge.programmatic ? made->steps[before].earliest : before + 1);
     }
-    made->steps.push_back({[grid = (*next)->grid, early] { return grid(early); }, earliest});
+    made->steps.push_back(
+        {[grid = (*next)->grid, early, together = (*next)->together] {
+           return grid(early, together);
+         },
+         earliest});
     done[*next] = number;
     waiting.erase(next);
   }

@@ -1,0 +1,84 @@
+// A persistent kernel: a step of one stream in one launch. What would be a launch of its own is a
+// phase of it. All its blocks of threads run at once, and before each phase they wait for each
+// other. While they wait, they fetch what no phase writes: their parts of the next weights.
+
+#ifndef CONTINUAL_TRANSFORMERS_CUDA_SESSION_PHASES_H_
+#define CONTINUAL_TRANSFORMERS_CUDA_SESSION_PHASES_H_
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "cc/attention/half.h"
+#include "cc/session/plan.h"
+#include "cuda/dense.h"
+#include "cuda/normalize.h"
+#include "cuda/session/positional_each.h"
+#include "cuda/session/ring_query.h"
+
+namespace continual_transformers {
+
+// It is copied to the GPU as it is.
+struct Phase {
+  enum class Kind : int32_t { kDense, kNarrowDense, kAttention, kNorm, kPositional };
+  struct Positional {
+    PositionalEach each;
+    int64_t count;
+  };
+
+  Kind kind;
+  int32_t blocks;  // how many blocks of threads its work is divided into
+  bool vectors;    // of a dense phase: whether rows of its kernels can be loaded in vectors
+  // Of the type that Add() took.
+  alignas(8) unsigned char params[std::max(sizeof(DeviceDenseParams<float, float>),
+                                           sizeof(RingQueryParams))];
+
+  template <typename Params>
+  __host__ __device__ const Params& As() const {
+    static_assert(sizeof(Params) <= sizeof(params) && alignof(Params) <= 8);
+    return *reinterpret_cast<const Params*>(params);
+  }
+};
+
+// Collects phases for a GraphBuilder. The GPU must be in use, and CanOverlapSteps().
+class Phases {
+ public:
+  // How much memory so many phases need.
+  static int64_t BytesOf(size_t phases) { return static_cast<int64_t>(phases * sizeof(Phase)); }
+
+  // `memory` of the GPU has `bytes`, and lives as long as the graph. `cache` is the plan's.
+  Phases(char* memory, int64_t bytes, DType cache, int multiprocessors)
+      : memory_(memory), end_(memory + bytes), cache_(cache), multiprocessors_(multiprocessors) {}
+
+  // The work of LaunchDense, and so on, for one row, query or stream.
+  void Add(const DeviceDenseParams<float, float>& params);
+  void Add(const DeviceDenseParams<float, BFloat16>& params);
+  void Add(const RingQueryParams& params);
+  void Add(const DeviceNormalizeParams<float>& params);
+  void Add(const PositionalEach& each, int64_t count);
+
+  bool empty() const { return phases_.empty(); }
+
+  // Launches what was added since the last call. `advance` [1] are the step's positions, to which 1
+  // is added when no phase needs them any more. Null: none.
+  cudaError_t Launch(int64_t* advance, cudaStream_t stream);
+
+ private:
+  template <typename Params>
+  Phase* New(Phase::Kind kind, int64_t blocks, const Params& params);
+  template <typename W>
+  void AddDense(Phase::Kind kind, DeviceDenseParams<float, W> params);
+
+  char* memory_;
+  char* const end_;
+  const DType cache_;
+  const int multiprocessors_;
+  std::vector<Phase> phases_;
+};
+
+}  // namespace continual_transformers
+
+#endif  // CONTINUAL_TRANSFORMERS_CUDA_SESSION_PHASES_H_
