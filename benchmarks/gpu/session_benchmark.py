@@ -1,7 +1,7 @@
 """Time whole models on a GPU: `python benchmarks/gpu/session_benchmark.py --json FILE`.
 
 It times `Session.step`, with NumPy arrays and with arrays on the GPU, the latter also with launches
-that do not overlap. Beside it is the CPU's session. The rival is the same step in PyTorch: a ring,
+that do not overlap, and for one stream as a persistent kernel. Beside it is the CPU's session. The rival is the same step in PyTorch: a ring,
 scaled_dot_product_attention, a CUDA graph. All are timed by the clock on the wall, from the call to
 when the output can be read. The bound is the time of the least bytes of a step at the rate of a
 large copy on the device.
@@ -11,7 +11,9 @@ and written when it is there, the most telling first. It needs this package, PyT
 """
 
 import argparse
+import contextlib
 import ctypes
+import functools
 import os
 import statistics
 import sys
@@ -152,13 +154,28 @@ def least_bytes(session, weights_bytes, streams):
     return weights_bytes + streams * (session.state_bytes + ends)
 
 
-def set_overlap(overlap):
-    """Set whether the launches of a step overlap, in the graphs that sessions make from now on."""
+@contextlib.contextmanager
+def launches(*, overlap=True, persist=False):
+    """Choose how steps are launched in the graphs that sessions make within the context.
+
+    Args:
+        overlap: Whether launches may overlap.
+        persist: Whether a step of one stream may be a persistent kernel.
+    """
     from continual_transformers_tf import session
 
     beside = Path(session.__file__).with_name(CUDA_LIBRARY)
-    library = os.environ.get("CONTINUAL_TRANSFORMERS_CUDA_LIBRARY", beside)
-    ctypes.CDLL(library).continual_transformers_cuda_set_overlap(int(overlap))
+    library = ctypes.CDLL(os.environ.get("CONTINUAL_TRANSFORMERS_CUDA_LIBRARY", beside))
+
+    def choose(overlap, persist):
+        library.continual_transformers_cuda_set_overlap(int(overlap))
+        library.continual_transformers_cuda_set_persist(int(persist))
+
+    choose(overlap, persist)
+    try:
+        yield
+    finally:
+        choose(True, False)
 
 
 def measure(machine, size, streams, path, copy_rate, save=lambda entry: None, **timing):
@@ -171,16 +188,19 @@ def measure(machine, size, streams, path, copy_rate, save=lambda entry: None, **
     """
     from continual_transformers_tf.session import Session
 
-    on_gpu, no_overlap = (Session.load(path, device=machine.device) for _ in range(2))
+    on_gpu = Session.load(path, device=machine.device)
     on_cpu = Session.load(path, threads=os.cpu_count() or 1)
+    # Sessions that launch their steps in another way: see `launches`.
+    others = dict(no_overlap=dict(overlap=False))
+    if streams == 1:
+        others["persistent"] = dict(persist=True)
     (given,), (returned,) = on_gpu.inputs, on_gpu.outputs
     header = bundle.beginning(path.read_bytes())
     size_bytes = least_bytes(on_gpu, bundle.weights_bytes(header), streams)
-    # Streams of two sessions, a step's values, and the rival's rings.
+    # Streams of two sessions (of three with one stream), a step's values, and the rival's rings.
     if ROOM * size_bytes > machine.free_bytes():
         return dict(skipped=f"{ROOM * size_bytes / 1e9:.1f} GB do not fit into the GPU's memory")
     ids, there = on_gpu.open(streams), on_cpu.open(streams)
-    no_overlap_ids = no_overlap.open(streams)
     random = np.random.default_rng(streams)
     # All streams begin as copies of one whose window is full. The CPU fills it, so that both steps
     # below start from a state that is right; it would take minutes to fill a long window.
@@ -190,17 +210,20 @@ def measure(machine, size, streams, path, copy_rate, save=lambda entry: None, **
     filler.steps(past, streams=filled)
     copies = filler.get_state(filled) * streams
     on_gpu.set_state(copies, ids)
-    no_overlap.set_state(copies, no_overlap_ids)
     on_cpu.set_state(copies, there)
     x = random.standard_normal((streams, *given.shape)).astype(given.dtype)
     out = np.empty((streams, *returned.shape), returned.dtype)
     expected = on_cpu.step(x, streams=there)
     outputs = [on_gpu.step(x, streams=ids)]
-    set_overlap(False)
-    try:
-        outputs.append(no_overlap.step(x, streams=no_overlap_ids))  # It makes the graph.
-    finally:
-        set_overlap(True)
+    x_there, out_there = machine.array(x), machine.array(out)
+    other_steps = {}
+    for name, how in others.items():
+        session = Session.load(path, device=machine.device)
+        at = session.open(streams)
+        session.set_state(copies, at)
+        with launches(**how):
+            outputs.append(session.step(x, streams=at))  # It makes the graph.
+        other_steps[name] = functools.partial(session.step, x_there, streams=at, out=out_there)
     error = np.abs(np.stack(outputs) - expected).max() / np.abs(expected).max()
     if not error < AGREEMENT:  # True for NaN, too.
         raise RuntimeError(f"the CPU's output differs by {error:g}, expected <{AGREEMENT:g}")
@@ -208,10 +231,9 @@ def measure(machine, size, streams, path, copy_rate, save=lambda entry: None, **
         size=size._asdict(), streams=streams, bytes=size_bytes, error_against_cpu=float(error),
         bound=size_bytes / copy_rate * 1e6,
     )  # fmt: skip
-    x_there, out_there = machine.array(x), machine.array(out)
     works = dict(
         device_arrays=lambda: on_gpu.step(x_there, streams=ids, out=out_there),
-        no_overlap=lambda: no_overlap.step(x_there, streams=no_overlap_ids, out=out_there),
+        **other_steps,
         numpy_arrays=lambda: on_gpu.step(x, streams=ids, out=out),
         torch_graph=rival_step(machine, size, streams),
         cpu=lambda: on_cpu.step(x, streams=there, out=out),

@@ -1,6 +1,8 @@
 """The results of session_benchmark.py as a table. It needs nothing but Python."""
 
-COLUMNS = ("bound", "device_arrays", "no_overlap", "numpy_arrays", "cpu", "torch_graph")
+COLUMNS = (
+    "bound", "device_arrays", "no_overlap", "persistent", "numpy_arrays", "cpu", "torch_graph"
+)  # fmt: skip
 # The most microseconds of a step of one stream, with device arrays.
 GOALS = {"co_oad_tr_b1": 12.0, "three_layers": 15.0}
 # How many times as long PyTorch's recomputing step takes for one retroactive layer.

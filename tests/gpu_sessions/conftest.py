@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from on_gpu import LIBRARY, library
+from session_benchmark import launches
 
 collect_ignore = []
 if importlib.util.find_spec("keras") is None:
@@ -34,6 +35,13 @@ def device(request, monkeypatch):
         order = zlib.crc32(request.node.name.encode()) % 5
         ctypes.CDLL(str(found)).cuda_emulator_set_order(order)
     return "cuda:0"
+
+
+@pytest.fixture(params=[False, True], ids=["launches", "persistent"])
+def persist(device, request):
+    """Let steps of one stream be launches, and then, where they can, a persistent kernel."""
+    with launches(persist=request.param):
+        yield
 
 
 @pytest.fixture

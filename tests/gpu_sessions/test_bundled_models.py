@@ -30,6 +30,7 @@ def marked(name):
 
 
 @pytest.mark.parametrize("name", map(marked, CASES))
+@pytest.mark.usefixtures("persist")
 def test_every_bundled_model(random, device, name):
     case = CASES[name]
     session = Session.load(bundle.model_file(name), device=device)

@@ -130,6 +130,7 @@ class OnBoth:
     [(kind, "float32") for kind in KINDS]
     + [(kind, t) for kind in ("bias_sink_and_cap", "unaligned") for t in ("bfloat16", "float16")],
 )
+@pytest.mark.usefixtures("persist")
 def test_every_kind_of_attention(device, emulator, kind, cache_dtype):
     """Streams of all ages in any order, in single steps and several, with gaps and both masks."""
     options = {"window": WINDOW, "scale": 0.5, **KINDS[kind]}

@@ -60,7 +60,10 @@ def test_what_it_measures(machine, folder, capsys):
     assert found["failures"] == []
     for entry in found["entries"]:
         assert entry["error_against_cpu"] < 1e-5
-        for name in session_report.COLUMNS[1:]:
+        columns = [name for name in session_report.COLUMNS[1:] if name in entry]
+        assert ("persistent" in columns) == (entry["streams"] == 1)
+        assert len(columns) >= len(session_report.COLUMNS) - 2
+        for name in columns:
             figures = entry[name]
             assert 0 < figures["least"] <= figures["median"] <= figures["most"]
     weights, state = 4 * (4 * (6 * 6 + 6) + 6 * 5 + 5), 4 * 2 * 4 * 6
@@ -70,7 +73,7 @@ def test_what_it_measures(machine, folder, capsys):
     assert found["entries"][0]["bound"] == pytest.approx(one / 1e12 * 1e6)
     # Every figure is written when it is there, and a table can be printed of what there is.
     tables = [session_report.table(json.loads(text)) for text in saved]
-    assert [sum(line.count(" -") for line in table) for table in tables][:4] == [4, 3, 2, 1]
+    assert [sum(line.count(" -") for line in table) for table in tables][:5] == [5, 4, 3, 2, 1]
     assert capsys.readouterr().out.splitlines() == tables[-1]
 
 
@@ -105,11 +108,8 @@ def test_the_switch_of_what_overlaps(device, request, random):
         session.step(np.zeros((streams, 6), np.float32))
         return emulator.cuda_emulator_early_nodes() - before
 
-    session_benchmark.set_overlap(False)
-    try:
+    with session_benchmark.launches(overlap=False):
         assert early_nodes(1) == 0
-    finally:
-        session_benchmark.set_overlap(True)
     assert early_nodes(1) == 0  # The graph stays.
     assert early_nodes(2) > 0
 

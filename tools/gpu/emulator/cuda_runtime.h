@@ -739,8 +739,8 @@ inline cudaError_t cudaGraphAddKernelNode(cudaGraphNode_t* node, cudaGraph_t gra
 }
 // There is room for all blocks of a launch at once, if they are no more than these.
 namespace cuda_emulator {
-constexpr int kMultiprocessors = 9, kBlocksPerMultiprocessor = 2, kLargestCluster = 8;
-// How many nodes had blocks that could wait for each other.
+constexpr int kMultiprocessors = 9, kBlocksPerMultiprocessor = 1, kLargestCluster = 8;
+// How many nodes of instantiated graphs have blocks that can wait for each other.
 inline std::atomic<int64_t> together_nodes{0};
 // Whether such nodes are refused, as by a driver that does not know them.
 inline bool refuses_together = false;
