@@ -26,8 +26,8 @@ template <typename T>
 constexpr int kBlocksPerMultiprocessor = sizeof(T) == 8 ? 3 : 4;
 
 // How a row is divided among the lanes of a group. Each of kLanes lanes makes kLoads loads of
-// kElements elements. Load l of lane j begins at element (l * kLanes + j) * kElements. The block has
-// kThreads threads.
+// kElements elements. Load l of lane j begins at element (l * kLanes + j) * kElements. The block
+// has kThreads threads.
 template <int kElements_, int kLanes_, int kLoads_, int kThreads_>
 struct RowLayout {
   static constexpr int kElements = kElements_, kLanes = kLanes_, kLoads = kLoads_;

@@ -79,8 +79,8 @@ class StripBlock {
     return static_cast<int>((layer.outputs + L::kStrip - 1) / L::kStrip);
   }
 
-  // Is called before WaitForPrevious(). It fetches the kernel's strip into L2, which is safe, whoever
-  // writes it. If no launch does, it also loads what the block uses first.
+  // Is called before WaitForPrevious(). It fetches the kernel's strip into L2, which is safe,
+  // whoever writes it. If no launch does, it also loads what the block uses first.
   __device__ void Begin() {
     if (p_.constant_kernels) Load(Group());
     if (!p_.overlap || first_row_ != 0) return;

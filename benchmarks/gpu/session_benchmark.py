@@ -1,10 +1,10 @@
 """Time whole models on a GPU: `python benchmarks/gpu/session_benchmark.py --json FILE`.
 
 It times `Session.step`, with NumPy arrays and with arrays on the GPU, the latter also with launches
-that do not overlap, and for one stream as a persistent kernel. Beside it is the CPU's session. The rival is the same step in PyTorch: a ring,
-scaled_dot_product_attention, a CUDA graph. All are timed by the clock on the wall, from the call to
-when the output can be read. The bound is the time of the least bytes of a step at the rate of a
-large copy on the device.
+that do not overlap, and at the end one stream's in persistent kernels. Beside it is the CPU's
+session. The rival is the same step in PyTorch: a ring, scaled_dot_product_attention, a CUDA graph.
+All are timed by the clock on the wall, from the call to when the output can be read. The bound is
+the time of the least bytes of a step at the rate of a large copy on the device.
 
 The models are the bundle's plans (tools/gpu/bundle.py) with random weights. Each result is printed
 and written when it is there, the most telling first. It needs this package, PyTorch and the bundle.
@@ -178,6 +178,18 @@ def launches(*, overlap=True, persist=False):
         choose(True, False)
 
 
+def compare(outputs, expected):
+    """Return the largest difference of outputs from the CPU's, relative to the largest of these.
+
+    Raises:
+        RuntimeError: If it is too large.
+    """
+    error = float(np.abs(np.stack(outputs) - expected).max() / np.abs(expected).max())
+    if not error < AGREEMENT:  # True for NaN, too.
+        raise RuntimeError(f"the CPU's output differs by {error:g}, expected <{AGREEMENT:g}")
+    return error
+
+
 def measure(machine, size, streams, path, copy_rate, save=lambda entry: None, **timing):
     """Return the entry of one size and number of streams.
 
@@ -188,19 +200,16 @@ def measure(machine, size, streams, path, copy_rate, save=lambda entry: None, **
     """
     from continual_transformers_tf.session import Session
 
-    on_gpu = Session.load(path, device=machine.device)
+    on_gpu, no_overlap = (Session.load(path, device=machine.device) for _ in range(2))
     on_cpu = Session.load(path, threads=os.cpu_count() or 1)
-    # Sessions that launch their steps in another way: see `launches`.
-    others = dict(no_overlap=dict(overlap=False))
-    if streams == 1:
-        others["persistent"] = dict(persist=True)
     (given,), (returned,) = on_gpu.inputs, on_gpu.outputs
     header = bundle.beginning(path.read_bytes())
     size_bytes = least_bytes(on_gpu, bundle.weights_bytes(header), streams)
-    # Streams of two sessions (of three with one stream), a step's values, and the rival's rings.
+    # Streams of two sessions, a step's values, and the rival's rings.
     if ROOM * size_bytes > machine.free_bytes():
         return dict(skipped=f"{ROOM * size_bytes / 1e9:.1f} GB do not fit into the GPU's memory")
     ids, there = on_gpu.open(streams), on_cpu.open(streams)
+    no_overlap_ids = no_overlap.open(streams)
     random = np.random.default_rng(streams)
     # All streams begin as copies of one whose window is full. The CPU fills it, so that both steps
     # below start from a state that is right; it would take minutes to fill a long window.
@@ -210,30 +219,23 @@ def measure(machine, size, streams, path, copy_rate, save=lambda entry: None, **
     filler.steps(past, streams=filled)
     copies = filler.get_state(filled) * streams
     on_gpu.set_state(copies, ids)
+    no_overlap.set_state(copies, no_overlap_ids)
     on_cpu.set_state(copies, there)
     x = random.standard_normal((streams, *given.shape)).astype(given.dtype)
     out = np.empty((streams, *returned.shape), returned.dtype)
     expected = on_cpu.step(x, streams=there)
     outputs = [on_gpu.step(x, streams=ids)]
-    x_there, out_there = machine.array(x), machine.array(out)
-    other_steps = {}
-    for name, how in others.items():
-        session = Session.load(path, device=machine.device)
-        at = session.open(streams)
-        session.set_state(copies, at)
-        with launches(**how):
-            outputs.append(session.step(x, streams=at))  # It makes the graph.
-        other_steps[name] = functools.partial(session.step, x_there, streams=at, out=out_there)
-    error = np.abs(np.stack(outputs) - expected).max() / np.abs(expected).max()
-    if not error < AGREEMENT:  # True for NaN, too.
-        raise RuntimeError(f"the CPU's output differs by {error:g}, expected <{AGREEMENT:g}")
+    with launches(overlap=False):
+        outputs.append(no_overlap.step(x, streams=no_overlap_ids))  # It makes the graph.
+    error = compare(outputs, expected)
     entry = dict(
-        size=size._asdict(), streams=streams, bytes=size_bytes, error_against_cpu=float(error),
+        size=size._asdict(), streams=streams, bytes=size_bytes, error_against_cpu=error,
         bound=size_bytes / copy_rate * 1e6,
     )  # fmt: skip
+    x_there, out_there = machine.array(x), machine.array(out)
     works = dict(
         device_arrays=lambda: on_gpu.step(x_there, streams=ids, out=out_there),
-        **other_steps,
+        no_overlap=lambda: no_overlap.step(x_there, streams=no_overlap_ids, out=out_there),
         numpy_arrays=lambda: on_gpu.step(x, streams=ids, out=out),
         torch_graph=rival_step(machine, size, streams),
         cpu=lambda: on_cpu.step(x, streams=there, out=out),
@@ -242,6 +244,28 @@ def measure(machine, size, streams, path, copy_rate, save=lambda entry: None, **
         entry[name] = microseconds(work, **timing)
         save(entry)
     return entry
+
+
+def measure_persistent(machine, path, window, **timing):
+    """Return what of an entry is a stream's step in persistent kernels: its time, or an error."""
+    from continual_transformers_tf.session import Session
+
+    sessions = [Session.load(path, device=device) for device in (machine.device, "cpu")]
+    on_gpu, on_cpu = sessions
+    stream, there = (session.open() for session in sessions)
+    (given,), (returned,) = on_gpu.inputs, on_gpu.outputs
+    x = np.random.default_rng(1).standard_normal((1, *given.shape)).astype(given.dtype)
+    x_there = machine.array(x)
+    out = machine.array(np.empty((1, *returned.shape), returned.dtype))
+    try:
+        with launches(persist=True):
+            outputs = [on_gpu.step(x, streams=stream)]  # It makes the graph.
+        compare(outputs, on_cpu.step(x, streams=there))
+        on_gpu.steps(np.repeat(x[:, None], window, axis=1), streams=stream)  # Windows are full.
+        step = functools.partial(on_gpu.step, x_there, streams=stream, out=out)
+        return dict(persistent=microseconds(step, **timing))
+    except RuntimeError as error:
+        return dict(persistent_failed=str(error).splitlines()[0])
 
 
 def measure_compiled(machine, size, streams, **timing):
@@ -309,13 +333,23 @@ def run(machine, folder, seconds, save=lambda found: None, jobs=None, **timing):
                 found["failures"].append(f"{size.name} M={streams}: {entry['skipped']}")
             print(session_report.line(entry), flush=True)
             save(found)
-    # Last, because it takes a minute for each model.
-    for entry in found["entries"]:
-        size = session_sizes.SessionSize(**entry["size"])
-        in_time = time.monotonic() - begin < seconds
-        if in_time and session_report.has_goal(entry) and size.kind != "retroactive":
-            entry.update(measure_compiled(machine, size, entry["streams"], **timing))
+        # Last: no GPU has run persistent kernels yet, so they may never end, and compiling takes a
+        # minute for each model.
+        encoders = [
+            (session_sizes.SessionSize(**entry["size"]), entry)
+            for entry in found["entries"]
+            if entry["streams"] == 1 and "torch_graph" in entry
+        ]
+        encoders = [(size, entry) for size, entry in encoders if size.kind != "retroactive"]
+        for size, entry in encoders:
+            path = Path(temporary, f"{size.name}.safetensors")
+            entry.update(measure_persistent(machine, path, size.window, **timing))
             save(found)
+        for size, entry in encoders:
+            in_time = time.monotonic() - begin < seconds
+            if in_time and session_report.has_goal(entry):
+                entry.update(measure_compiled(machine, size, entry["streams"], **timing))
+                save(found)
     for text in session_report.last_lines(found):
         print(text, flush=True)
     found["seconds"] = time.monotonic() - begin

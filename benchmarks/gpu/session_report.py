@@ -1,8 +1,6 @@
 """The results of session_benchmark.py as a table. It needs nothing but Python."""
 
-COLUMNS = (
-    "bound", "device_arrays", "no_overlap", "persistent", "numpy_arrays", "cpu", "torch_graph"
-)  # fmt: skip
+COLUMNS = ("bound", "device_arrays", "no_overlap", "numpy_arrays", "cpu", "torch_graph")
 # The most microseconds of a step of one stream, with device arrays.
 GOALS = {"co_oad_tr_b1": 12.0, "three_layers": 15.0}
 # How many times as long PyTorch's recomputing step takes for one retroactive layer.
@@ -40,10 +38,15 @@ def has_goal(entry):
 
 
 def last_lines(found):
-    """Return the lines below the table: the steps that torch.compile made, and the goals."""
+    """Return the lines below the table: what was timed at the end, and the goals."""
     lines = []
     for entry in found["entries"]:
         name = f"{entry['size']['name']} M={entry['streams']}"
+        if "persistent" in entry:
+            us, graph = (entry[key]["median"] for key in ("persistent", "device_arrays"))
+            lines.append(f"{name}: {us:,.2f} µs in persistent kernels, {graph:,.2f} as a graph")
+        if "persistent_failed" in entry:
+            lines.append(f"{name}: persistent kernels failed: {entry['persistent_failed']}")
         if "torch_compiled" in entry:
             us = entry["torch_compiled"]["median"]
             lines.append(f"{name}: {us:,.2f} µs by torch.compile, in a CUDA graph")

@@ -211,7 +211,8 @@ __global__ void __launch_bounds__(kBlockSumThreads)
 
 }  // namespace
 
-NodeKernels SoftmaxNode(const std::string& function, const DeviceAxis& axis, int input, int output) {
+NodeKernels SoftmaxNode(const std::string& function, const DeviceAxis& axis, int input,
+                        int output) {
   if (function == "sparsemax") {
     return [=](const DeviceFrame& frame, cudaStream_t stream) {
       return ForEach(NumLines(frame, axis), SparsemaxEach{Lines(frame, axis, input, output)},
@@ -250,7 +251,7 @@ NodeKernels SortNode(bool indices, bool descending, const DeviceAxis& axis, int 
 }
 
 NodeKernels NormNode(const std::string& function, const float* gamma, const float* beta,
-                    double epsilon, int64_t rows, int64_t columns, int input, int output) {
+                     double epsilon, int64_t rows, int64_t columns, int input, int output) {
   if (function == "layer") {
     const auto params_of = [=](const DeviceFrame& frame) {
       DeviceNormalizeParams<float> p = {};

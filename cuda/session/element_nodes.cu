@@ -257,7 +257,7 @@ NodeKernels WhereNode(int condition, int a, int b, int output, int64_t size) {
 }
 
 NodeKernels AffineNode(const float* scale, const float* offset, int64_t columns, int input,
-                      int output, int64_t size) {
+                       int output, int64_t size) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(
         frame.streams * size,
@@ -296,7 +296,8 @@ NodeKernels CastNode(DType from, DType to, int input, int output, int64_t size) 
   }
 }
 
-NodeKernels NotEqualNode(DType dtype, double number, bool any, int input, int output, int64_t size) {
+NodeKernels NotEqualNode(DType dtype, double number, bool any, int input, int output,
+                         int64_t size) {
   switch (dtype) {
     case DType::kInt32:
       return NotEqualOf<int32_t>(number, any, input, output, size);

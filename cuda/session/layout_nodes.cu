@@ -79,8 +79,8 @@ NodeKernels ConstantNode(const float* value, int output, int64_t size) {
 }
 
 NodeKernels StridedNode(int64_t offset, const std::vector<int64_t>& shape,
-                       const std::vector<int64_t>& strides, int64_t element, int input,
-                       int64_t input_size, int output) {
+                        const std::vector<int64_t>& strides, int64_t element, int input,
+                        int64_t input_size, int output) {
   return WithElement(element, [&](auto example) -> NodeKernels {
     using U = decltype(example);
     StridedEach<U> each = {};
@@ -101,7 +101,7 @@ NodeKernels StridedNode(int64_t offset, const std::vector<int64_t>& shape,
 }
 
 NodeKernels ConcatNode(const std::vector<std::pair<int, int64_t>>& parts, int64_t outer,
-                      int64_t element, int output) {
+                       int64_t element, int output) {
   int64_t width = 0;
   for (const auto& part : parts) width += part.second;
   return WithElement(element, [&](auto example) -> NodeKernels {
@@ -122,7 +122,7 @@ NodeKernels ConcatNode(const std::vector<std::pair<int, int64_t>>& parts, int64_
 }
 
 NodeKernels EmbeddingNode(const float* table, int64_t columns, DType index, int input, int output,
-                         int64_t size) {
+                          int64_t size) {
   return index == DType::kInt32 ? EmbeddingOf<int32_t>(table, columns, input, output, size)
                                 : EmbeddingOf<int64_t>(table, columns, input, output, size);
 }

@@ -29,7 +29,7 @@ NodeKernels BinaryNode(const std::string& function, int a, int b, int output, in
 NodeKernels WhereNode(int condition, int a, int b, int output, int64_t size);
 // x * scale + offset, along the last axis.
 NodeKernels AffineNode(const float* scale, const float* offset, int64_t columns, int input,
-                      int output, int64_t size);
+                       int output, int64_t size);
 NodeKernels MaskedNode(int input, int mask, int output, int64_t size);
 NodeKernels MaskAndNode(int a, int b, int output, int64_t size);
 NodeKernels CastNode(DType from, DType to, int input, int output, int64_t size);
@@ -39,13 +39,13 @@ NodeKernels NotEqualNode(DType dtype, double number, bool any, int input, int ou
 
 NodeKernels ConstantNode(const float* value, int output, int64_t size);
 NodeKernels StridedNode(int64_t offset, const std::vector<int64_t>& shape,
-                       const std::vector<int64_t>& strides, int64_t element, int input,
-                       int64_t input_size, int output);
+                        const std::vector<int64_t>& strides, int64_t element, int input,
+                        int64_t input_size, int output);
 // Each part is a plan value, and its elements in each of the `outer` blocks before the axis.
 NodeKernels ConcatNode(const std::vector<std::pair<int, int64_t>>& parts, int64_t outer,
-                      int64_t element, int output);
+                       int64_t element, int output);
 NodeKernels EmbeddingNode(const float* table, int64_t columns, DType index, int input, int output,
-                         int64_t size);
+                          int64_t size);
 
 // ---- Along an axis (axis_nodes.cu) ----
 
@@ -60,22 +60,22 @@ NodeKernels CumulativeNode(bool product, const DeviceAxis& axis, int input, int 
 NodeKernels SortNode(bool indices, bool descending, const DeviceAxis& axis, int input, int output);
 // `function`: "layer", "rms" or "unit". `rows` of `columns` elements in a step.
 NodeKernels NormNode(const std::string& function, const float* gamma, const float* beta,
-                    double epsilon, int64_t rows, int64_t columns, int input, int output);
+                     double epsilon, int64_t rows, int64_t columns, int input, int output);
 
 // ---- With the position or the past of a stream (ring_nodes.cu). `_at`: bytes in a block. ----
 
 NodeKernels PositionalNode(const float* table, int64_t table_rows, int64_t start, int64_t offset_at,
-                          int input, int output, int64_t columns, int64_t rows_a_step);
+                           int input, int output, int64_t columns, int64_t rows_a_step);
 NodeKernels DelayNode(int64_t steps, int64_t ring_at, int64_t element, int input, int output,
-                     int64_t size);
+                      int64_t size);
 // `size` elements of each of the window's rows.
 NodeKernels WindowNode(int64_t window, int64_t ring_at, int64_t element, int input, int output,
-                      int64_t size);
+                       int64_t size);
 NodeKernels ZeroUntakenNode(int64_t window, int input, int output, int64_t row_size);
 NodeKernels PresentNode(int64_t rows, int64_t first, int64_t size, int output);
 NodeKernels RotaryAnglesNode(const int64_t* turns, int64_t pairs, int64_t rows_a_step, int output);
 NodeKernels RotaryNode(bool interleaved, int input, int angles, int output, int64_t rows_a_step,
-                      int64_t heads, int64_t head_size, int64_t pairs);
+                       int64_t heads, int64_t head_size, int64_t pairs);
 
 // ---- Products (product_nodes.cu) ----
 
@@ -101,10 +101,10 @@ struct DeviceLayerNorm {
 // `norm`, which comes first, but not as a residual. Kernels are in `weights`: kFloat32 or
 // kBFloat16.
 NodeKernels DenseNode(const std::vector<DeviceDenseLayer>& layers, const DeviceLayerNorm& norm,
-                     DType weights, int64_t rows);
+                      DType weights, int64_t rows);
 // `count` products of [rows, depth] and [depth, columns].
 NodeKernels MatmulNode(int a, int b, int output, int64_t count, int64_t rows, int64_t depth,
-                      int64_t columns);
+                       int64_t columns);
 struct DeviceDepthwise {
   const float* kernel;  // [taps, outputs]
   const float* bias;    // [outputs]; null: none

@@ -1,5 +1,3 @@
-#include "cuda/session/phases.h"
-
 #include <cooperative_groups.h>
 
 #include <algorithm>
@@ -11,6 +9,7 @@
 #include "cuda/graph_builder.h"
 #include "cuda/launch.cuh"
 #include "cuda/row_norm.cuh"
+#include "cuda/session/phases.h"
 #include "cuda/session/ring_query.cuh"
 #include "cuda/strip_block.cuh"
 
@@ -20,11 +19,12 @@ namespace {
 constexpr int kPhaseThreads = 256;
 static_assert(VectorStrip<float>::kThreads == kPhaseThreads);
 static_assert(kBlockSumThreads == kPhaseThreads);
-// With 2, a thread would have 128 registers, and attention would keep some of its numbers in memory.
+// With 2, a thread would have 128 registers, and attention would keep some of its numbers in
+// memory.
 constexpr int kPhaseBlocksPerMultiprocessor = 1;
 
-// A step that is divided into few blocks runs as one cluster, whose barrier takes less time than one
-// through memory. But a cluster has few multiprocessors, so a block then takes up to this many
+// A step that is divided into few blocks runs as one cluster, whose barrier takes less time than
+// one through memory. But a cluster has few multiprocessors, so a block then takes up to this many
 // turns in a phase. The limit is a guess, which no GPU has measured.
 constexpr int kMostTurns = 2;
 constexpr int kLargestCluster = 16;

@@ -14,7 +14,7 @@ namespace {
 
 template <typename W>
 NodeKernels DenseOf(const std::vector<DeviceDenseLayer>& layers, const DeviceLayerNorm& norm,
-                   int64_t rows) {
+                    int64_t rows) {
   static_assert(DeviceDenseParams<float, W>::kMost == kMostDenseLayers);
   const auto params_of = [=](const DeviceFrame& frame) {
     DeviceDenseParams<float, W> p = {};
@@ -87,13 +87,13 @@ struct DepthwiseEach {
 }  // namespace
 
 NodeKernels DenseNode(const std::vector<DeviceDenseLayer>& layers, const DeviceLayerNorm& norm,
-                     DType weights, int64_t rows) {
+                      DType weights, int64_t rows) {
   return weights == DType::kBFloat16 ? DenseOf<BFloat16>(layers, norm, rows)
                                      : DenseOf<float>(layers, norm, rows);
 }
 
 NodeKernels MatmulNode(int a, int b, int output, int64_t count, int64_t rows, int64_t depth,
-                      int64_t columns) {
+                       int64_t columns) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(frame.streams * count * rows * columns,
                    MatmulEach{frame.Rows<float>(a), frame.Rows<float>(b), frame.Rows<float>(output),

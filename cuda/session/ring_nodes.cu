@@ -132,7 +132,7 @@ struct RotaryEach {
 }  // namespace
 
 NodeKernels PositionalNode(const float* table, int64_t table_rows, int64_t start, int64_t offset_at,
-                          int input, int output, int64_t columns, int64_t rows_a_step) {
+                           int input, int output, int64_t columns, int64_t rows_a_step) {
   const auto each_of = [=](const DeviceFrame& frame) {
     return PositionalEach{frame.blocks,
                           frame.positions,
@@ -155,7 +155,7 @@ NodeKernels PositionalNode(const float* table, int64_t table_rows, int64_t start
 }
 
 NodeKernels DelayNode(int64_t steps, int64_t ring_at, int64_t element, int input, int output,
-                     int64_t size) {
+                      int64_t size) {
   return WithElement(element, [&](auto example) -> NodeKernels {
     using U = decltype(example);
     return [=](const DeviceFrame& frame, cudaStream_t stream) {
@@ -168,7 +168,7 @@ NodeKernels DelayNode(int64_t steps, int64_t ring_at, int64_t element, int input
 }
 
 NodeKernels WindowNode(int64_t window, int64_t ring_at, int64_t element, int input, int output,
-                      int64_t size) {
+                       int64_t size) {
   const int64_t rows = window > 1 ? window - 1 : 1;
   return WithElement(element, [&](auto example) -> NodeKernels {
     using U = decltype(example);
@@ -214,7 +214,7 @@ NodeKernels RotaryAnglesNode(const int64_t* turns, int64_t pairs, int64_t rows_a
 }
 
 NodeKernels RotaryNode(bool interleaved, int input, int angles, int output, int64_t rows_a_step,
-                      int64_t heads, int64_t head_size, int64_t pairs) {
+                       int64_t heads, int64_t head_size, int64_t pairs) {
   return [=](const DeviceFrame& frame, cudaStream_t stream) {
     return ForEach(frame.streams * rows_a_step * heads * (head_size - pairs),
                    RotaryEach{frame.Rows<float>(input), frame.Rows<float>(angles),

@@ -1,6 +1,6 @@
 // Attention of one query of a head over a ring in a stream's block. A block of threads reads the
-// window, or one part of it, as single_output.cu does (partial_attention.cuh). It knows the rings by
-// their addresses, and not by a stride.
+// window, or one part of it, as single_output.cu does (partial_attention.cuh). It knows the rings
+// by their addresses, and not by a stride.
 
 #ifndef CONTINUAL_TRANSFORMERS_CUDA_SESSION_RING_QUERY_CUH_
 #define CONTINUAL_TRANSFORMERS_CUDA_SESSION_RING_QUERY_CUH_
@@ -136,7 +136,8 @@ class RingQuery {
   }
 
   __device__ static void Put(bool has_key, const float* from, int64_t size, C* to) {
-    for (int i = threadIdx.x; i < size; i += L::kThreads) to[i] = ToStored<C>(has_key ? from[i] : 0.f);
+    for (int i = threadIdx.x; i < size; i += L::kThreads)
+      to[i] = ToStored<C>(has_key ? from[i] : 0.f);
   }
 
   const RingQueryParams& p_;

@@ -104,8 +104,8 @@ def test_the_steps_and_their_limits(tmp_path, monkeypatch):
     monkeypatch.setattr(bundle, "why_unusable", lambda: None)
     steps = {step.name: step for step in gpu_run.steps(tmp_path, "90")}
     assert list(steps) == [
-        "session-build", "build", "suite", "sessions", "session-benchmark", "memcheck",
-        "racecheck", "session-memcheck", "benchmark", "tensorflow",
+        "session-build", "build", "suite", "sessions", "session-benchmark", "persistent",
+        "memcheck", "racecheck", "session-memcheck", "benchmark", "tensorflow",
     ]  # fmt: skip
     assert gpu_run.ALL_SECONDS < 8 * 60
     for step in steps.values():
@@ -117,7 +117,7 @@ def test_the_steps_and_their_limits(tmp_path, monkeypatch):
     built = steps["session-build"].environment
     assert built["CONTINUAL_TRANSFORMERS_CUDA_ARCHITECTURES"] == "90"
     assert built["PYTHONPATH"].startswith(str(bundle.FOLDER))
-    for name in ("sessions", "session-benchmark", "session-memcheck"):
+    for name in ("sessions", "session-benchmark", "persistent", "session-memcheck"):
         assert steps[name].environment["PYTHONPATH"].startswith(str(bundle.PACKAGE))
 
 

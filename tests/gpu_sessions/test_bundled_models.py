@@ -10,6 +10,7 @@ import pytest
 import bundle
 from continual_transformers_tf.session import Session
 from moves import moved_to_the_cpu_and_back
+from session_benchmark import launches
 from streamed import Streamed, by_streams, check
 
 CASES = bundle.read_cases()
@@ -29,9 +30,22 @@ def marked(name):
     return pytest.param(name, marks=pytest.mark.sanitizer) if name in SMALL else name
 
 
-@pytest.mark.parametrize("name", map(marked, CASES))
-@pytest.mark.usefixtures("persist")
+MARKED = [marked(name) for name in CASES]
+
+
+@pytest.mark.parametrize("name", MARKED)
 def test_every_bundled_model(random, device, name):
+    check_model(random, device, name)
+
+
+@pytest.mark.sampled(4, rest="slow")
+@pytest.mark.parametrize("name", MARKED)
+def test_bundled_models_in_persistent_kernels(random, device, name):
+    with launches(persist=True):
+        check_model(random, device, name)
+
+
+def check_model(random, device, name):
     case = CASES[name]
     session = Session.load(bundle.model_file(name), device=device)
     on_cpu = Session.load(bundle.model_file(name))
@@ -45,6 +59,7 @@ def test_every_bundled_model(random, device, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "streams"), [(n, m) for n in LARGE for m in LARGE[n]])
+@pytest.mark.usefixtures("persist")
 def test_large_models(random, device, request, tmp_path, name, streams):
     """The benchmark's models, at its numbers of streams, with random weights."""
     if "emulated" in request.node.name and (name != "three_layers" or streams > 64):

@@ -129,6 +129,7 @@ def test_a_driver_that_refuses(device, emulator, random):
         emulator.cuda_emulator_set_refuses_together(0)
 
 
+@pytest.mark.sanitizer
 def test_between_other_numbers_of_streams(device, random):
     """A graph of one stream is made again when the memory of a step grows."""
     with launches(persist=True):

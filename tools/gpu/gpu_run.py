@@ -31,11 +31,12 @@ import tensorflow_bundle
 ROOT = cuda_build.ROOT
 ALL_SECONDS = 475
 NOT_RUN = "not run"
-PYTEST = [
-    sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-k", "not emulated",
-]  # fmt: skip
-SUITE = [*PYTEST, "--confcutdir=tests/gpu", "tests/gpu", "benchmarks/gpu"]
-SESSIONS = [*PYTEST, "--confcutdir=tests/gpu_sessions", "tests/gpu_sessions"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-k"]
+SUITE = [*PYTEST, "not emulated", "--confcutdir=tests/gpu", "tests/gpu", "benchmarks/gpu"]
+IN_SESSIONS = ["--confcutdir=tests/gpu_sessions", "tests/gpu_sessions"]
+SESSIONS = [*PYTEST, "not emulated and not persistent", *IN_SESSIONS]
+# By themselves: a kernel that never ends would take the time of what is tested with it.
+PERSISTENT = [*PYTEST, "not emulated and persistent", *IN_SESSIONS]
 
 
 class Step(NamedTuple):
@@ -112,6 +113,16 @@ def steps(out: Path, capability: str | None = None) -> list[Step]:
             packaged,
         ),
     ]
+    made.append(
+        Step(
+            "persistent",
+            [*PERSISTENT, *many],
+            45,
+            ("session-build",),
+            unbundled,
+            {**expected, **packaged},
+        )
+    )
     for tool in ("memcheck", "racecheck"):
         made.append(Step(tool, under(tool, SUITE), 45, ("build",), lacking, apart))
     made.append(

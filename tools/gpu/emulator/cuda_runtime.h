@@ -770,9 +770,9 @@ inline cudaError_t cudaGraphKernelNodeSetAttribute(cudaGraphNode_t node, cudaLau
                                                    const cudaLaunchAttributeValue* value) {
   if (cuda_emulator::refuses_together) return cudaErrorNotSupported;
   const bool cluster = id == cudaLaunchAttributeClusterDimension;
-  const int most = cluster ? cuda_emulator::kLargestCluster
-                           : cuda_emulator::kMultiprocessors *
-                                 cuda_emulator::kBlocksPerMultiprocessor;
+  const int most = cluster
+                       ? cuda_emulator::kLargestCluster
+                       : cuda_emulator::kMultiprocessors * cuda_emulator::kBlocksPerMultiprocessor;
   if (node->blocks > static_cast<unsigned>(most)) return cudaErrorInvalidConfiguration;
   if (cluster && node->blocks % value->clusterDim.x != 0) return cudaErrorInvalidConfiguration;
   node->together = cluster ? value->clusterDim.x == node->blocks : value->cooperative != 0;
@@ -803,11 +803,10 @@ inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph
       const int before = done[edge.from];
       earliest = std::max(earliest, edge.programmatic ? made->steps[before].earliest : before + 1);
     }
-    made->steps.push_back(
-        {[grid = (*next)->grid, early, together = (*next)->together] {
-           return grid(early, together);
-         },
-         earliest});
+    made->steps.push_back({[grid = (*next)->grid, early, together = (*next)->together] {
+                             return grid(early, together);
+                           },
+                           earliest});
     done[*next] = number;
     waiting.erase(next);
   }
