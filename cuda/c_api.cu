@@ -81,7 +81,7 @@ DeviceSingleOutputParams<T, C> ParamsOf(const ContinualTransformersSingleOutput&
   p.value_dim = call.value_dim;
   p.scale = static_cast<T>(call.scale);
   p.update_state = call.update_state != 0;
-  p.overlap = call.overlap != 0 && CanOverlap();
+  p.overlap = call.overlap != 0;
   p.window_parts = call.window_parts;
   p.parts = static_cast<T*>(call.parts);
   p.steps_taken = call.steps_taken;

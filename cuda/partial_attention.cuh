@@ -49,6 +49,12 @@ template <int kBlockThreads>
 using LargestLayoutOf = RowLayout<1, 32, 8, kBlockThreads>;
 using LargestLayout = LargestLayoutOf<kThreads>;
 
+// Returns the size of the larger head, of keys or of values.
+template <typename Params>
+int64_t LargerHead(const Params& params) {
+  return params.key_dim > params.value_dim ? params.key_dim : params.value_dim;
+}
+
 // Returns f(layout), with the layout for rows of `size` elements that are loaded in vectors of
 // kElements. The sums of retroactive attention depend on the layout: whoever changes it changes the
 // orders of retroactive_rule.h.

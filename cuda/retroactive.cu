@@ -1,10 +1,10 @@
-#include <algorithm>
 #include <cstdint>
 
 #include "cc/attention/params.h"
 #include "cc/attention/step_types.h"
 #include "cuda/elements.cuh"
 #include "cuda/for_each.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/partial_attention.cuh"
 #include "cuda/retroactive.cuh"
 #include "cuda/retroactive.h"
@@ -80,11 +80,6 @@ struct AdvanceEach {
 };
 
 template <typename T>
-int64_t LargerHead(const DeviceRetroactiveParams<T>& p) {
-  return std::max(p.key_dim, p.value_dim);
-}
-
-template <typename T>
 bool TakesVectors(const DeviceRetroactiveParams<T>& p) {
   constexpr int kVector = kVectorBytes / sizeof(T);
   if (p.key_dim % kVector != 0 || p.value_dim % kVector != 0) return false;
@@ -107,6 +102,7 @@ cudaError_t LaunchSteps(const DeviceRetroactiveParams<T>& p, cudaStream_t stream
   launch.value_dim = p.value_dim;
   launch.scale = p.scale;
   launch.keep = p.update_state;
+  launch.overlap = CanOverlap();
   launch.recompute = p.recompute || (!p.update_state && p.num_steps > 1);
   // An update needs the sums of the step before it. Recomputing takes all steps at once.
   launch.steps = launch.recompute ? p.num_steps : 1;
@@ -122,7 +118,7 @@ cudaError_t LaunchSteps(const DeviceRetroactiveParams<T>& p, cudaStream_t stream
       }
       if (error != cudaSuccess) return error;
     }
-    return ForEach(p.num_streams, AdvanceEach<T>{{p, 0}}, false, stream);
+    return ForEach(p.num_streams, AdvanceEach<T>{{p, 0}}, launch.overlap, stream);
   });
 }
 

@@ -321,11 +321,6 @@ bool TakesVectors(const DeviceSingleOutputParams<T, C>& p, int bytes) {
          IsAligned(p.value_cache, p.value_cache_strides, bytes);
 }
 
-template <typename T, typename C>
-int64_t LargerHead(const DeviceSingleOutputParams<T, C>& p) {
-  return std::max(p.key_dim, p.value_dim);
-}
-
 // Loads vectors of kElements.
 template <int kElements, typename T, typename C>
 cudaError_t LaunchVectors(const DeviceSingleOutputParams<T, C>& p, cudaStream_t stream) {
@@ -358,9 +353,11 @@ const char* RefusesSingleOutput(const DeviceSingleOutputParams<T, C>& p) {
 }
 
 template <typename T, typename C>
-cudaError_t LaunchSingleOutput(const DeviceSingleOutputParams<T, C>& p, cudaStream_t stream) {
-  if (p.num_streams == 0) return cudaSuccess;
-  if (RefusesSingleOutput(p) != nullptr) return cudaErrorInvalidValue;
+cudaError_t LaunchSingleOutput(const DeviceSingleOutputParams<T, C>& params, cudaStream_t stream) {
+  if (params.num_streams == 0) return cudaSuccess;
+  if (RefusesSingleOutput(params) != nullptr) return cudaErrorInvalidValue;
+  DeviceSingleOutputParams<T, C> p = params;
+  p.overlap = params.overlap && CanOverlap();
   constexpr int kVector = kVectorBytes / sizeof(C);
   // Doubles are for tests. One kernel is enough for them.
   if constexpr (!std::is_same_v<C, double>) {

@@ -30,7 +30,7 @@ struct DeviceSingleOutputParams : SingleOutputParams<T, C> {
   // Counts the blocks that have arrived. Zeros before the first launch; each launch leaves zeros.
   uint32_t* arrivals;  // [NumArrivals()]
   // Whether this kernel may begin before the kernel before it on the stream has ended: programmatic
-  // dependent launch, from compute capability 9.0 on.
+  // dependent launch. GPUs older than compute capability 9.0 do not do that.
   bool overlap;
 
   CONTINUAL_TRANSFORMERS_HOST_DEVICE int64_t NumQueries() const {

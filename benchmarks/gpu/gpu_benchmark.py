@@ -261,12 +261,17 @@ class AttentionRings:
     def check(self):
         """Check that PyTorch's output is the same, within the precision of the ring's type."""
         self.step(0)
-        expected = self.sdpa(0).double().flatten()
-        error = (self.output.double().flatten() - expected).abs().max() / expected.abs().max()
-        return _agreement(error.item(), self.size.dtype)
+        return _agreement(self.output.flatten(), self.sdpa(0).flatten(), self.size.dtype)
 
 
-def _agreement(error, dtype):
+def _agreement(found, expected, dtype):
+    """Return the largest difference of two tensors, relative to the largest expected number.
+
+    Raises:
+        RuntimeError: If it is too large for the type.
+    """
+    found, expected = found.double(), expected.double()
+    error = ((found - expected).abs().max() / expected.abs().max()).item()
     if not error < AGREEMENT[dtype]:  # True for NaN, too.
         raise RuntimeError(f"PyTorch's output differs by {error:g}, expected <{AGREEMENT[dtype]:g}")
     return error
@@ -314,9 +319,7 @@ def measure_flashinfer(bench, rings, times):
     """
     try:
         step = rings.flashinfer()
-        found, expected = step(0).double().flatten(), rings.sdpa(0).double().flatten()
-        error = (found - expected).abs().max() / expected.abs().max()
-        _agreement(error.item(), rings.size.dtype)
+        _agreement(step(0).flatten(), rings.sdpa(0).flatten(), rings.size.dtype)
         return dict(flashinfer=bench.time_graph(step, times))
     except ImportError:
         return {}
@@ -389,9 +392,7 @@ class RetroactiveStream:
         self.step(recompute)
         self.step(recompute)
         oldest = self.position[0].item() % self.size.window
-        expected = self.sdpa().roll(-oldest, 2).double()
-        error = (self.output.double() - expected).abs().max() / expected.abs().max()
-        return _agreement(error.item(), "float32")
+        return _agreement(self.output, self.sdpa().roll(-oldest, 2), "float32")
 
 
 def measure_retroactive(bench, size):
@@ -544,9 +545,8 @@ class LayerWeights:
 
     def check(self):
         self.step(0)
-        expected = self.torch_step(0).double()  # This writes the same row again.
-        error = (self.result.double() - expected).abs().max() / expected.abs().max()
-        return _agreement(error.item(), self.size.dtype)
+        expected = self.torch_step(0)  # This writes the same row again.
+        return _agreement(self.result, expected, self.size.dtype)
 
 
 def measure_layer(bench, size):

@@ -78,6 +78,7 @@ class GpuDevice {
     launched.num_held = state->held();
     launched.next_position = NextPosition(state);
     launched.steps_taken = steps_taken;
+    launched.overlap = true;
     int multiprocessors;
     TF_RETURN_IF_ERROR(call_.Multiprocessors(&multiprocessors));
     launched.window_parts = PlanWindowParts(launched.NumQueries(), params.window, multiprocessors);
