@@ -76,8 +76,8 @@ struct DeviceDenseParams {
   bool* asking;            // [M]; null: not wanted
 
   bool overlap;  // see DeviceSingleOutputParams
-  // Whether no launch that may overlap this one writes the kernels. Then they are read before it
-  // waits for the launch before it.
+  // Whether no launch that may overlap this one writes the kernels. Then this one reads them before
+  // it waits.
   bool constant_kernels;
 };
 

@@ -40,7 +40,8 @@ class GraphBuilder {
     node.kernelParams = arguments;
     const cudaGraphNode_t before = last_;
 #if CUDART_VERSION >= 12030
-    // A kernel whose blocks run together may not be followed by one that begins early.
+    // No kernel begins early behind one whose blocks run together: what we have read does not say
+    // that it may.
     if (overlap && before != nullptr && !blocks_run_together_) {
       const cudaError_t error = cudaGraphAddKernelNode(&last_, graph_, nullptr, 0, &node);
       return error == cudaSuccess ? AddProgrammaticEdge(before, last_) : error;

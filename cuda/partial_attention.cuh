@@ -15,7 +15,7 @@
 
 namespace continual_transformers {
 
-// Of a block that has nothing else to do.
+// Of a block of a launch. Persistent kernels have larger ones.
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kLanesPerWarp;
 

@@ -26,23 +26,29 @@ WITH_DOUBLES = re.compile("(Kernel|Source)Id")
 # activation, and such numbers, touches them.
 LIMITS_OF_ACTIVATIONS = {**LIMITS, "stack": 64}
 WITH_ACTIVATIONS = re.compile("ActivateEach|RecurrentKernel")
-# Its phases are functions. What it needs after a phase, it keeps on its stack. One block of 256
-# threads is resident.
+# Its phases are functions, which save the registers of their caller. What the kernel needs after a
+# phase, it keeps on its stack. One block of 256 threads is resident.
 LIMITS_OF_PERSISTENT = {
-    **LIMITS, "registers": 255, "spill_stores": 64, "spill_loads": 64, "stack": 256,
+    **LIMITS, "registers": 255, "spill_stores": 128, "spill_loads": 160, "stack": 256,
 }  # fmt: skip
 PERSISTENT = re.compile("PersistentKernel")
 
-REPORT = re.compile(
+KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<architecture>sm_\w+)'"
-    r"(?:\n.*){1,3}?\n *(?P<stack>\d+) bytes stack frame, "
+    r"(?:\n.*){1,6}?\n.*Used (?P<registers>\d+) registers(?:.*?, (?P<shared>\d+) bytes smem)?"
+)
+# Of the kernel, and of each function that it calls.
+FUNCTION = re.compile(
+    r"Function properties for .*\n *(?P<stack>\d+) bytes stack frame, "
     r"(?P<spill_stores>\d+) bytes spill stores, (?P<spill_loads>\d+) bytes spill loads"
-    r"(?:\n.*){0,3}?\n.*Used (?P<registers>\d+) registers(?:.*?, (?P<shared>\d+) bytes smem)?"
 )
 
 
 class Resources(NamedTuple):
-    """Of one kernel on one architecture; bytes but for the registers, which are a thread's."""
+    """Of one kernel on one architecture; bytes but for the registers, which are a thread's.
+
+    Spills are those of the function that has most: of the kernel, or of one that it calls.
+    """
 
     registers: int
     spill_stores: int
@@ -64,11 +70,18 @@ def excesses(kernel, resources):
 def parse(log):
     """{(kernel, architecture): Resources} of what nvcc said under -Xptxas=-v."""
     found = {}
-    for match in REPORT.finditer(log):
-        figures = (int(match[name] or 0) for name in Resources._fields)
-        found[match["name"], match["architecture"]] = Resources(*figures)
-    if len(found) != log.count("Compiling entry function"):
-        raise ValueError(f"Expected ptxas' reports of kernels, but got\n{log}")
+    _, *reports = re.split("(?=Compiling entry function)", log)
+    for report in reports:
+        kernel, functions = KERNEL.match(report), list(FUNCTION.finditer(report))
+        if kernel is None or not functions:
+            raise ValueError(f"Expected ptxas' report of a kernel, but got\n{report}")
+        of_functions = {
+            name: max(int(function[name]) for function in functions)
+            for name in ("spill_stores", "spill_loads", "stack")
+        }
+        found[kernel["name"], kernel["architecture"]] = Resources(
+            registers=int(kernel["registers"]), shared=int(kernel["shared"] or 0), **of_functions
+        )
     return found
 
 

@@ -31,7 +31,7 @@ struct StripLayout {
   static constexpr int kGroups = kThreads / kLanes;
   // The number of rows of a kernel that a lane loads before it uses the first.
   static constexpr int kLoads = 8;
-  static constexpr int kTurn = kGroups * kLoads;  // the rows that a block loads at once
+  static constexpr int kRowsAtOnce = kGroups * kLoads;  // the rows that a block loads at once
 };
 
 // The layout for kernels whose rows can be loaded in vectors, and the one for others.
@@ -79,13 +79,13 @@ class StripBlock {
     return static_cast<int>((layer.outputs + L::kStrip - 1) / L::kStrip);
   }
 
-  // Is called before WaitForPrevious(). It fetches the kernel's strip into L2, which is safe,
-  // whoever writes it. If no launch does, it also loads what the block uses first.
+  // Is called before WaitForPrevious(). It has L2 fetch the kernel's strip. That is safe, whoever
+  // writes the kernel. If it is constant, Begin() also loads what the block uses first.
   __device__ void Begin() {
     if (p_.constant_kernels) Load(Group());
     if (!p_.overlap || first_row_ != 0) return;
     const DeviceDense<T, W>& layer = p_.layers[layer_];
-    const int64_t loaded = p_.constant_kernels ? L::kTurn : 0;
+    const int64_t loaded = p_.constant_kernels ? L::kRowsAtOnce : 0;
     for (int64_t i = loaded + threadIdx.x; i < layer.inputs; i += L::kThreads) {
       PrefetchLineIntoL2(layer.kernel + i * layer.outputs + strip_ * L::kStrip);
     }
@@ -99,7 +99,7 @@ class StripBlock {
     if (Column() < layer.outputs) {
       const int inputs = static_cast<int>(layer.inputs);
 #pragma unroll 1
-      for (int base = Group(); base < inputs; base += L::kTurn) {
+      for (int base = Group(); base < inputs; base += L::kRowsAtOnce) {
 #pragma unroll
         for (int load = 0; load < L::kLoads; ++load) {
           const int i = base + load * L::kGroups;
@@ -111,7 +111,7 @@ class StripBlock {
             for (int c = 0; c < L::kColumns; ++c) sums[r][c] += x * loaded_[load].Get(c);
           }
         }
-        Load(base + L::kTurn);
+        Load(base + L::kRowsAtOnce);
       }
     }
     AddUp(sums);

@@ -199,9 +199,11 @@ LOG = """\
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_Z4TakeIfEvPT_i' for 'sm_75'
 ptxas info    : Function properties for _Z4TakeIfEvPT_i
-    24 bytes stack frame, 28 bytes spill stores, 64 bytes spill loads
+    24 bytes stack frame, 0 bytes spill stores, 64 bytes spill loads
 ptxas info    : Used 80 registers, used 1 barriers, 4132 bytes smem, 364 bytes cmem[0]
 ptxas info    : Compile time = 6.150 ms
+ptxas info    : Function properties for _Z6CalledPf
+    0 bytes stack frame, 28 bytes spill stores, 12 bytes spill loads
 ptxas info    : Compiling entry function '_Z4TakeIfEvPT_i' for 'sm_90'
 ptxas info    : Function properties for _Z4TakeIfEvPT_i
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
@@ -220,7 +222,7 @@ def test_ptxas_reports_are_read():
     many = new._replace(registers=130)
     assert resources.excesses("_Z4TakeIfEvPT_i", many) == ["registers"]
     assert resources.excesses("_Z10TakeKernelIdEvPT_i", many) == []
-    with pytest.raises(ValueError, match="Expected ptxas' reports"):
+    with pytest.raises(ValueError, match="Expected ptxas' report"):
         resources.parse(LOG.replace("Used 80", "Uses 80"))
 
 

@@ -1,10 +1,11 @@
 """Time whole models on a GPU: `python benchmarks/gpu/session_benchmark.py --json FILE`.
 
 It times `Session.step`, with NumPy arrays and with arrays on the GPU, the latter also with launches
-that do not overlap, and at the end one stream's in persistent kernels. Beside it is the CPU's
-session. The rival is the same step in PyTorch: a ring, scaled_dot_product_attention, a CUDA graph.
-All are timed by the clock on the wall, from the call to when the output can be read. The bound is
-the time of the least bytes of a step at the rate of a large copy on the device.
+that do not overlap. Beside it is the CPU's session. The rival is the same step in PyTorch: a ring,
+scaled_dot_product_attention, a CUDA graph. All are timed by the clock on the wall, from the call to
+when the output can be read. The bound is the time of the least bytes of a step at the rate of a
+large copy on the device. With `--persistent` it times only a stream's step of each encoder, as a
+graph of launches and in persistent kernels.
 
 The models are the bundle's plans (tools/gpu/bundle.py) with random weights. Each result is printed
 and written when it is there, the most telling first. It needs this package, PyTorch and the bundle.
@@ -154,6 +155,16 @@ def least_bytes(session, weights_bytes, streams):
     return weights_bytes + streams * (session.state_bytes + ends)
 
 
+def cuda_library():
+    """Return the library that sessions on a GPU use."""
+    from continual_transformers_tf import session
+
+    beside = Path(session.__file__).with_name(CUDA_LIBRARY)
+    library = ctypes.CDLL(os.environ.get("CONTINUAL_TRANSFORMERS_CUDA_LIBRARY", beside))
+    library.continual_transformers_cuda_persistent_graphs.restype = ctypes.c_int64
+    return library
+
+
 @contextlib.contextmanager
 def launches(*, overlap=True, persist=False):
     """Choose how steps are launched in the graphs that sessions make within the context.
@@ -162,10 +173,7 @@ def launches(*, overlap=True, persist=False):
         overlap: Whether launches may overlap.
         persist: Whether a step of one stream may be a persistent kernel.
     """
-    from continual_transformers_tf import session
-
-    beside = Path(session.__file__).with_name(CUDA_LIBRARY)
-    library = ctypes.CDLL(os.environ.get("CONTINUAL_TRANSFORMERS_CUDA_LIBRARY", beside))
+    library = cuda_library()
 
     def choose(overlap, persist):
         library.continual_transformers_cuda_set_overlap(int(overlap))
@@ -176,6 +184,14 @@ def launches(*, overlap=True, persist=False):
         yield
     finally:
         choose(True, False)
+
+
+def persistent_graphs():
+    """Return how many graphs with persistent kernels sessions have made.
+
+    A graph that the driver refuses does not count: the session makes one of launches instead.
+    """
+    return cuda_library().continual_transformers_cuda_persistent_graphs()
 
 
 def compare(outputs, expected):
@@ -246,26 +262,59 @@ def measure(machine, size, streams, path, copy_rate, save=lambda entry: None, **
     return entry
 
 
-def measure_persistent(machine, path, window, **timing):
-    """Return what of an entry is a stream's step in persistent kernels: its time, or an error."""
+def measure_persistent(machine, size, path, copy_rate, **timing):
+    """Return the entry of a stream's step, as a graph of launches and in persistent kernels.
+
+    Raises:
+        RuntimeError: If the outputs are not the CPU's, or the driver refuses persistent kernels.
+    """
     from continual_transformers_tf.session import Session
 
-    sessions = [Session.load(path, device=device) for device in (machine.device, "cpu")]
-    on_gpu, on_cpu = sessions
-    stream, there = (session.open() for session in sessions)
-    (given,), (returned,) = on_gpu.inputs, on_gpu.outputs
-    x = np.random.default_rng(1).standard_normal((1, *given.shape)).astype(given.dtype)
-    x_there = machine.array(x)
+    on_cpu = Session.load(path)
+    (given,), (returned,) = on_cpu.inputs, on_cpu.outputs
+    random = np.random.default_rng(1)
+    x = random.standard_normal((1, size.window + 2, *given.shape)).astype(given.dtype)
+    x_there = machine.array(x[:, -1])
     out = machine.array(np.empty((1, *returned.shape), returned.dtype))
-    try:
-        with launches(persist=True):
-            outputs = [on_gpu.step(x, streams=stream)]  # It makes the graph.
-        compare(outputs, on_cpu.step(x, streams=there))
-        on_gpu.steps(np.repeat(x[:, None], window, axis=1), streams=stream)  # Windows are full.
-        step = functools.partial(on_gpu.step, x_there, streams=stream, out=out)
-        return dict(persistent=microseconds(step, **timing))
-    except RuntimeError as error:
-        return dict(persistent_failed=str(error).splitlines()[0])
+    weights_bytes = bundle.weights_bytes(bundle.beginning(path.read_bytes()))
+    entry = dict(size=size._asdict(), streams=1)
+    for name in ("device_arrays", "persistent"):
+        session = Session.load(path, device=machine.device)
+        stream, there = session.open(), on_cpu.open()
+        before = persistent_graphs()
+        with launches(persist=name == "persistent"):
+            outputs = [session.step(x[:, 0], streams=stream)]  # It makes the graph.
+        if (persistent_graphs() > before) != (name == "persistent"):
+            raise RuntimeError("the GPU's driver refuses persistent kernels")
+        compare(outputs, on_cpu.step(x[:, 0], streams=there))
+        outputs = session.steps(x[:, 1:], streams=stream)[:, -1:]  # The window is full.
+        error = compare(outputs, on_cpu.steps(x[:, 1:], streams=there)[:, -1:])
+        step = functools.partial(session.step, x_there, streams=stream, out=out)
+        entry[name] = microseconds(step, **timing)
+        entry["error_against_cpu"] = max(error, entry.get("error_against_cpu", 0.0))
+    entry["bytes"] = least_bytes(session, weights_bytes, 1)
+    entry["bound"] = entry["bytes"] / copy_rate * 1e6
+    return entry
+
+
+def run_persistent(machine, folder, save=lambda found: None, sizes=None, **timing):
+    """Measure a stream's step of each encoder in persistent kernels."""
+    rate = machine.copy_rate()
+    found = dict(machine=machine.gpu.facts, copy_bytes_per_second=rate, entries=[], failures=[])
+    encoders = [size for size in session_sizes.SIZES if size.kind != "retroactive"]
+    with tempfile.TemporaryDirectory() as temporary:
+        for size in encoders if sizes is None else sizes:
+            path = bundle.fill(
+                bundle.plan_file(size.name, folder), Path(temporary, f"{size.name}.safetensors")
+            )
+            try:
+                entry = measure_persistent(machine, size, path, rate, **timing)
+                found["entries"].append(entry)
+                print(session_report.persistent_line(entry), flush=True)
+            except RuntimeError as error:
+                found["failures"].append(f"{size.name}: {str(error).splitlines()[0]}")
+            save(found)
+    return found
 
 
 def measure_compiled(machine, size, streams, **timing):
@@ -333,23 +382,13 @@ def run(machine, folder, seconds, save=lambda found: None, jobs=None, **timing):
                 found["failures"].append(f"{size.name} M={streams}: {entry['skipped']}")
             print(session_report.line(entry), flush=True)
             save(found)
-        # Last: no GPU has run persistent kernels yet, so they may never end, and compiling takes a
-        # minute for each model.
-        encoders = [
-            (session_sizes.SessionSize(**entry["size"]), entry)
-            for entry in found["entries"]
-            if entry["streams"] == 1 and "torch_graph" in entry
-        ]
-        encoders = [(size, entry) for size, entry in encoders if size.kind != "retroactive"]
-        for size, entry in encoders:
-            path = Path(temporary, f"{size.name}.safetensors")
-            entry.update(measure_persistent(machine, path, size.window, **timing))
+    # Last, because it takes a minute for each model.
+    for entry in found["entries"]:
+        size = session_sizes.SessionSize(**entry["size"])
+        in_time = time.monotonic() - begin < seconds
+        if in_time and session_report.has_goal(entry) and size.kind != "retroactive":
+            entry.update(measure_compiled(machine, size, entry["streams"], **timing))
             save(found)
-        for size, entry in encoders:
-            in_time = time.monotonic() - begin < seconds
-            if in_time and session_report.has_goal(entry):
-                entry.update(measure_compiled(machine, size, entry["streams"], **timing))
-                save(found)
     for text in session_report.last_lines(found):
         print(text, flush=True)
     found["seconds"] = time.monotonic() - begin
@@ -361,6 +400,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].split(":")[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seconds", type=float, default=60, help="start no model after these")
+    parser.add_argument("--persistent", action="store_true", help="time only persistent kernels")
     chosen = parser.parse_args(arguments)
     why = bundle.why_unusable()
     if why:
@@ -369,10 +409,14 @@ def main(arguments=None):
     if gpu_benchmark.cuda_build.find_capability() is None:
         print("Found no GPU on this machine, expected one to measure.", file=sys.stderr)
         return 1
-    found = run(
-        TorchArrays(), bundle.FOLDER, chosen.seconds,
-        lambda found: gpu_benchmark.write(found, chosen.json, None),
-    )  # fmt: skip
+
+    def save(found):
+        gpu_benchmark.write(found, chosen.json, None)
+
+    if chosen.persistent:
+        found = run_persistent(TorchArrays(), bundle.FOLDER, save)
+    else:
+        found = run(TorchArrays(), bundle.FOLDER, chosen.seconds, save)
     for failure in found["failures"]:
         print(failure, file=sys.stderr)
     return 1 if found["failures"] else 0

@@ -30,6 +30,15 @@ def line(entry):
     return " ".join([name, *cells, *filter(None, [entry.get("skipped")])])
 
 
+def persistent_line(entry):
+    """Return an entry of persistent kernels as a line."""
+    persistent, graph = (entry[name]["median"] for name in ("persistent", "device_arrays"))
+    return (
+        f"{entry['size']['name']} M=1: {persistent:,.2f} µs in persistent kernels, {graph:,.2f} as "
+        f"a graph of launches, {graph / persistent:.2f} ×, bound {entry['bound']:,.2f}"
+    )
+
+
 def has_goal(entry):
     """Return whether it was measured and there is a goal for it."""
     size = entry["size"]
@@ -38,15 +47,10 @@ def has_goal(entry):
 
 
 def last_lines(found):
-    """Return the lines below the table: what was timed at the end, and the goals."""
+    """Return the lines below the table: the steps that torch.compile made, and the goals."""
     lines = []
     for entry in found["entries"]:
         name = f"{entry['size']['name']} M={entry['streams']}"
-        if "persistent" in entry:
-            us, graph = (entry[key]["median"] for key in ("persistent", "device_arrays"))
-            lines.append(f"{name}: {us:,.2f} µs in persistent kernels, {graph:,.2f} as a graph")
-        if "persistent_failed" in entry:
-            lines.append(f"{name}: persistent kernels failed: {entry['persistent_failed']}")
         if "torch_compiled" in entry:
             us = entry["torch_compiled"]["median"]
             lines.append(f"{name}: {us:,.2f} µs by torch.compile, in a CUDA graph")

@@ -1,6 +1,7 @@
-// The function of this library that the core library calls (cc/session/device.h), and two for
+// The function of this library that the core library calls (cc/session/device.h), and some for
 // benchmarks/gpu/session_benchmark.py.
 
+#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -72,4 +73,9 @@ extern "C" __attribute__((visibility("default"))) void continual_transformers_cu
 extern "C" __attribute__((visibility("default"))) void continual_transformers_cuda_set_persist(
     int persist) {
   continual_transformers::DeviceArena::may_persist = persist != 0;
+}
+
+extern "C" __attribute__((visibility("default"))) int64_t
+continual_transformers_cuda_persistent_graphs() {
+  return continual_transformers::DeviceArena::persistent_graphs;
 }

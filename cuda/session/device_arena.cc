@@ -167,13 +167,14 @@ cudaError_t DeviceArena::Instantiate(Graph* graph, bool overlap, bool persist) c
   cudaGraph_t nodes = nullptr;
   cudaError_t error = cudaGraphCreate(&nodes, 0);
   if (error != cudaSuccess) return error;
+  const std::unique_ptr<CUgraph_st, cudaError_t (*)(cudaGraph_t)> owner(nodes, cudaGraphDestroy);
   Phases phases(phases_.get(), phases_.bytes(), compiled_.cache_dtype, gpu_->multiprocessors());
   {
-    const GraphBuilder builder(nodes);
+    GraphBuilder builder(nodes);
     error = LaunchAll(FrameOf(*graph, overlap), persist ? &phases : nullptr);
   }
   if (error == cudaSuccess) error = cudaGraphInstantiate(&graph->exec, nodes, 0);
-  static_cast<void>(cudaGraphDestroy(nodes));
+  if (error == cudaSuccess && phases.launched()) ++persistent_graphs;
   return error;
 }
 

@@ -39,6 +39,8 @@ class DeviceArena final : public Arena {
   // The same for whether a step of one stream may be a persistent kernel (phases.h), as far as its
   // nodes have phases. No GPU has run one yet, so sessions take graphs of launches.
   static inline std::atomic<bool> may_persist{false};
+  // How many graphs have such kernels: a driver may refuse them.
+  static inline std::atomic<int64_t> persistent_graphs{0};
 
  private:
   // Where the things of a step of M streams lie in `step_`. Everything that the host sends for a

@@ -23,28 +23,28 @@ static_assert(kBlockSumThreads == kPhaseThreads);
 // memory.
 constexpr int kPhaseBlocksPerMultiprocessor = 1;
 
-// A step that is divided into few blocks runs as one cluster, whose barrier takes less time than
-// one through memory. But a cluster has few multiprocessors, so a block then takes up to this many
-// turns in a phase. The limit is a guess, which no GPU has measured.
-constexpr int kMostTurns = 2;
+// A step whose phases have few tasks runs as one cluster, whose barrier takes less time than one
+// through memory. But a cluster has few multiprocessors, so a block then does up to this many tasks
+// of a phase. The limit is a guess, which no GPU has measured.
+constexpr int kMostTasksOfBlock = 2;
 constexpr int kLargestCluster = 16;
 
-// The kernels of dense layers are fetched into L2 when the step begins, up to this many bytes: from
-// then on, no barrier delays the reading of memory. A guess; an H100 and an H200 have 50 MB.
+// When the step begins, L2 fetches the weights of dense layers, up to this many bytes. So memory is
+// also read while blocks wait at barriers. A guess; an H100 and an H200 have 50 MB.
 constexpr int64_t kMostFetchedBytes = 32 << 20;
 
 struct PersistentParams {
   const Phase* phases;
   int count;
-  int fetched;       // the kernels of so many phases are fetched when the step begins
+  int fetched;       // the weights of so many phases are fetched when the step begins
   bool cluster;      // whether the blocks are one cluster
   int64_t* advance;  // null: none
   int advance_in;    // the first phase in which no one needs positions; `count`: after all phases
 };
 
-// Calls f(data, bytes) for each kernel of a dense phase.
+// Calls f(data, bytes) for the weights of each layer of a dense phase.
 template <typename F>
-__host__ __device__ void ForEachKernel(const Phase& phase, const F& f) {
+__host__ __device__ void ForEachMatrix(const Phase& phase, const F& f) {
   const auto of = [&](const auto& p) {
     for (int i = 0; i < p.num_layers; ++i) {
       const auto& layer = p.layers[i];
@@ -55,7 +55,10 @@ __host__ __device__ void ForEachKernel(const Phase& phase, const F& f) {
   if (phase.kind == Phase::Kind::kNarrowDense) of(phase.As<DeviceDenseParams<float, BFloat16>>());
 }
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// Before CUDA 12.2, a block could not do anything between its arrival and its wait.
+#if CUDART_VERSION >= 12030 && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900)
+#define CONTINUAL_TRANSFORMERS_HAS_PERSISTENT_KERNELS
+static_assert(GraphBuilder::kCanOverlap);
 
 // All blocks of the kernel wait for each other. What a block wrote before it arrived, all see after
 // they waited.
@@ -89,20 +92,20 @@ class PhaseBarrier {
   cooperative_groups::grid_group::arrival_token token_;
 };
 
-// Blocks of phases which, as StripBlock and RingQuery do, take one of the phase's blocks of work.
-struct NormBlock {
+// Tasks of phases, as StripBlock and RingQuery are. Begin() may read only what no phase writes.
+struct NormTask {
   const DeviceNormalizeParams<float>& p;
   const int row;
   __device__ void Begin() const {}
   __device__ void Run() const { NormalizeRow(p, row); }
 };
 
-struct PositionalBlock {
+struct PositionalTask {
   const Phase::Positional& p;
-  const int block;
+  const int task;
   __device__ void Begin() const {}
   __device__ void Run() const {
-    const int64_t i = int64_t{block} * kPhaseThreads + threadIdx.x;
+    const int64_t i = int64_t{task} * kPhaseThreads + threadIdx.x;
     if (i < p.count) p.each(i);
   }
 };
@@ -153,7 +156,7 @@ class PersistentBlock {
   // Each block has L2 fetch its share of each kernel.
   __device__ void Fetch() const {
     for (int i = threadIdx.x; i < p_.fetched; i += kPhaseThreads) {
-      ForEachKernel(p_.phases[i], [](const void* data, int64_t bytes) {
+      ForEachMatrix(p_.phases[i], [](const void* data, int64_t bytes) {
         const int64_t share = blockIdx.x, shares = gridDim.x;
         const int64_t begin = bytes * share / shares, end = bytes * (share + 1) / shares;
         PrefetchIntoL2(static_cast<const char*>(data) + begin, end - begin);
@@ -176,16 +179,16 @@ class PersistentBlock {
         return WithHeadLayout<C, kPhaseThreads>(p.s.key_dim, p.s.value_dim, [&](auto layout) {
           using L = decltype(layout);
           if (p.window_parts > 1) {
-            RunBlocks<RingQuery<C, L, true>>(phase, p);
+            RunTasks<RingQuery<C, L, true>>(phase, p);
           } else {
-            RunBlocks<RingQuery<C, L, false>>(phase, p);
+            RunTasks<RingQuery<C, L, false>>(phase, p);
           }
         });
       }
       case Phase::Kind::kNorm:
-        return RunBlocks<NormBlock>(phase, phase.As<DeviceNormalizeParams<float>>());
+        return RunTasks<NormTask>(phase, phase.As<DeviceNormalizeParams<float>>());
       case Phase::Kind::kPositional:
-        return RunBlocks<PositionalBlock>(phase, phase.As<Phase::Positional>());
+        return RunTasks<PositionalTask>(phase, phase.As<Phase::Positional>());
     }
   }
 
@@ -202,23 +205,24 @@ class PersistentBlock {
   __device__ void RunStrips(const Phase& phase) {
     const auto& p = phase.As<DeviceDenseParams<float, W>>();
     if (p.norm.x == nullptr) {
-      RunBlocks<StripBlock<float, W, L, 1, false>>(phase, p);
+      RunTasks<StripBlock<float, W, L, 1, false>>(phase, p);
     } else {
-      RunBlocks<StripBlock<float, W, L, 1, true>>(phase, p);
+      RunTasks<StripBlock<float, W, L, 1, true>>(phase, p);
     }
   }
 
-  // Does this block's share of a phase, after all blocks have done theirs of the phase before. Each
+  // Does this block's tasks of a phase, after all blocks have done theirs of the phase before. Each
   // is a function of its own: if all were part of the kernel, it would not have enough registers.
-  template <typename Block, typename Params>
-  __device__ __noinline__ void RunBlocks(const Phase& phase, const Params& params) {
-    for (int i = blockIdx.x; i < phase.blocks; i += static_cast<int>(gridDim.x)) {
-      Block block{params, i};
-      block.Begin();
+  template <typename Task, typename Params>
+  __device__ __noinline__ void RunTasks(const Phase& phase, const Params& params) {
+    const int blocks = static_cast<int>(gridDim.x);
+    for (int i = blockIdx.x; i < phase.tasks; i += blocks) {
+      Task task{params, i};
+      task.Begin();
       barrier_.Wait();
-      block.Run();
+      task.Run();
       // Until no thread needs the shared memory that the next one uses.
-      if (i + static_cast<int>(gridDim.x) < phase.blocks) __syncthreads();
+      if (i + blocks < phase.tasks) __syncthreads();
     }
     barrier_.Wait();
   }
@@ -232,12 +236,13 @@ class PersistentBlock {
 template <typename C>
 __global__ void __launch_bounds__(kPhaseThreads, kPhaseBlocksPerMultiprocessor)
     PersistentKernel(const __grid_constant__ PersistentParams p) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#ifdef CONTINUAL_TRANSFORMERS_HAS_PERSISTENT_KERNELS
   PersistentBlock<C>(p).Run();
 #endif
 }
 
-// Returns how many blocks a cluster of this kernel can have on this GPU.
+// Returns how many blocks one cluster of this kernel can have on this GPU; 1: there are no
+// clusters.
 cudaError_t FindClusterSize(void (*kernel)(PersistentParams), int* size) {
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
@@ -246,32 +251,44 @@ cudaError_t FindClusterSize(void (*kernel)(PersistentParams), int* size) {
   config.gridDim = dim3(kLargestCluster);
   config.blockDim = dim3(kPhaseThreads);
   error = cudaOccupancyMaxPotentialClusterSize(size, kernel, &config);
+  if (error != cudaSuccess) return error;
   *size = std::min(*size, kLargestCluster);
+  // Whether there is room for one, for example on a part of a GPU.
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = *size;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.gridDim = dim3(*size);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  if (clusters < 1) *size = 1;
   return error;
 }
 
-cudaError_t LaunchPersistent(void (*kernel)(PersistentParams), PersistentParams p, int most_blocks,
+cudaError_t LaunchPersistent(void (*kernel)(PersistentParams), PersistentParams p, int most_tasks,
                              int multiprocessors) {
   GraphBuilder* const builder = GraphBuilder::Current();
   if (builder == nullptr) return cudaErrorNotSupported;
   int cluster, resident;
   cudaError_t error = FindClusterSize(kernel, &cluster);
   if (error != cudaSuccess) return error;
-  p.cluster = most_blocks <= kMostTurns * cluster;
+  p.cluster = cluster > 1 && most_tasks <= kMostTasksOfBlock * cluster;
   if (p.cluster) return builder->AddTogether(kernel, cluster, kPhaseThreads, true, p);
   error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kPhaseThreads, 0);
   if (error != cudaSuccess) return error;
-  const int blocks = std::min(most_blocks, resident * multiprocessors);
+  const int blocks = std::min(most_tasks, resident * multiprocessors);
   return builder->AddTogether(kernel, blocks, kPhaseThreads, false, p);
 }
 
 }  // namespace
 
 template <typename Params>
-Phase* Phases::New(Phase::Kind kind, int64_t blocks, const Params& params) {
+Phase* Phases::New(Phase::Kind kind, int64_t tasks, const Params& params) {
   Phase phase = {};
   phase.kind = kind;
-  phase.blocks = static_cast<int32_t>(blocks);
+  phase.tasks = static_cast<int32_t>(tasks);
   static_assert(std::is_trivially_copyable_v<Params> && sizeof(params) <= sizeof(phase.params));
   std::memcpy(phase.params, &params, sizeof(params));
   phases_.push_back(phase);
@@ -280,7 +297,7 @@ Phase* Phases::New(Phase::Kind kind, int64_t blocks, const Params& params) {
 
 template <typename W>
 void Phases::AddDense(Phase::Kind kind, DeviceDenseParams<float, W> p) {
-  p.overlap = true;  // Begin() fetches the kernel.
+  p.overlap = true;  // Begin() has L2 fetch the weights.
   const bool vectors = HasVectors(p);
   New(kind, vectors ? NumStrips<VectorStrip<W>>(p) : NumStrips<ElementStrip>(p), p)->vectors =
       vectors;
@@ -295,7 +312,11 @@ void Phases::Add(const DeviceDenseParams<float, BFloat16>& params) {
 }
 
 void Phases::Add(const RingQueryParams& params) {
-  New(Phase::Kind::kAttention, params.s.heads * params.window_parts, params);
+  RingQueryParams p = params;
+  // PlanWindowParts() knows of several smaller blocks on a multiprocessor. Here it has one.
+  const int64_t parts = std::max<int64_t>(1, multiprocessors_ / p.s.heads);
+  p.window_parts = static_cast<int>(std::min<int64_t>(p.window_parts, parts));
+  New(Phase::Kind::kAttention, p.s.heads * p.window_parts, p);
 }
 
 void Phases::Add(const DeviceNormalizeParams<float>& params) {
@@ -314,15 +335,15 @@ cudaError_t Phases::Launch(int64_t* advance, cudaStream_t stream) {
   p.phases = reinterpret_cast<const Phase*>(memory_);
   p.advance = advance;
   p.fetched = p.count;
-  int most_blocks = 1;
+  int most_tasks = 1;
   int64_t bytes = 0;
   for (int i = 0; i < p.count; ++i) {
     const Phase& phase = phases_[i];
-    most_blocks = std::max(most_blocks, phase.blocks);
+    most_tasks = std::max(most_tasks, phase.tasks);
     if (phase.kind == Phase::Kind::kAttention || phase.kind == Phase::Kind::kPositional) {
       p.advance_in = i + 1;
     }
-    ForEachKernel(phase, [&](const void*, int64_t size) { bytes += size; });
+    ForEachMatrix(phase, [&](const void*, int64_t size) { bytes += size; });
     if (bytes > kMostFetchedBytes) p.fetched = std::min(p.fetched, i);
   }
   const int64_t size = BytesOf(phases_.size());
@@ -336,7 +357,7 @@ cudaError_t Phases::Launch(int64_t* advance, cudaStream_t stream) {
   const auto kernel = cache_ == DType::kBFloat16  ? PersistentKernel<BFloat16>
                       : cache_ == DType::kFloat16 ? PersistentKernel<Float16>
                                                   : PersistentKernel<float>;
-  return LaunchPersistent(kernel, p, most_blocks, multiprocessors_);
+  return LaunchPersistent(kernel, p, most_tasks, multiprocessors_);
 }
 
 }  // namespace continual_transformers

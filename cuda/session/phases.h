@@ -1,6 +1,7 @@
 // A persistent kernel: a step of one stream in one launch. What would be a launch of its own is a
-// phase of it. All its blocks of threads run at once, and before each phase they wait for each
-// other. While they wait, they fetch what no phase writes: their parts of the next weights.
+// phase of it, and what would be a block of that launch is a task. All blocks of threads run at
+// once, and before each phase they wait for each other. While they wait, they fetch what no phase
+// writes: their parts of the next weights.
 
 #ifndef CONTINUAL_TRANSFORMERS_CUDA_SESSION_PHASES_H_
 #define CONTINUAL_TRANSFORMERS_CUDA_SESSION_PHASES_H_
@@ -21,7 +22,7 @@
 
 namespace continual_transformers {
 
-// It is copied to the GPU as it is.
+// A Phase is copied to the GPU byte by byte.
 struct Phase {
   enum class Kind : int32_t { kDense, kNarrowDense, kAttention, kNorm, kPositional };
   struct Positional {
@@ -30,9 +31,9 @@ struct Phase {
   };
 
   Kind kind;
-  int32_t blocks;  // how many blocks of threads its work is divided into
-  bool vectors;    // of a dense phase: whether rows of its kernels can be loaded in vectors
-  // Of the type that Add() took.
+  int32_t tasks;
+  bool vectors;  // of a dense phase: whether rows of its weights can be loaded in vectors
+  // What Add() was given.
   alignas(8) unsigned char params[std::max(sizeof(DeviceDenseParams<float, float>),
                                            sizeof(RingQueryParams))];
 
@@ -51,9 +52,14 @@ class Phases {
 
   // `memory` of the GPU has `bytes`, and lives as long as the graph. `cache` is the plan's.
   Phases(char* memory, int64_t bytes, DType cache, int multiprocessors)
-      : memory_(memory), end_(memory + bytes), cache_(cache), multiprocessors_(multiprocessors) {}
+      : begin_(memory),
+        end_(memory + bytes),
+        memory_(memory),
+        cache_(cache),
+        multiprocessors_(multiprocessors) {}
 
-  // The work of LaunchDense, and so on, for one row, query or stream.
+  // Each adds the work of a launch with these parameters: of LaunchDense for one row, of attention
+  // for one query, of LaunchNormalize, and of ForEach.
   void Add(const DeviceDenseParams<float, float>& params);
   void Add(const DeviceDenseParams<float, BFloat16>& params);
   void Add(const RingQueryParams& params);
@@ -61,6 +67,8 @@ class Phases {
   void Add(const PositionalEach& each, int64_t count);
 
   bool empty() const { return phases_.empty(); }
+  // Whether Launch() has launched a kernel.
+  bool launched() const { return memory_ != begin_; }
 
   // Launches what was added since the last call. `advance` [1] are the step's positions, to which 1
   // is added when no phase needs them any more. Null: none.
@@ -68,12 +76,12 @@ class Phases {
 
  private:
   template <typename Params>
-  Phase* New(Phase::Kind kind, int64_t blocks, const Params& params);
+  Phase* New(Phase::Kind kind, int64_t tasks, const Params& params);
   template <typename W>
   void AddDense(Phase::Kind kind, DeviceDenseParams<float, W> params);
 
-  char* memory_;
-  char* const end_;
+  char *const begin_, *const end_;
+  char* memory_;  // for the next phases
   const DType cache_;
   const int multiprocessors_;
   std::vector<Phase> phases_;

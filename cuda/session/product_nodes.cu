@@ -1,6 +1,8 @@
 // Nodes that multiply matrices, and depthwise convolutions.
 
+#include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "cc/attention/half.h"
@@ -45,7 +47,10 @@ NodeKernels DenseOf(const std::vector<DeviceDenseLayer>& layers, const DeviceLay
   NodeKernels node = [=](const DeviceFrame& frame, cudaStream_t stream) {
     return LaunchDense(params_of(frame), stream);
   };
-  if (rows == 1) {
+  const bool fits = std::all_of(layers.begin(), layers.end(), [](const DeviceDenseLayer& layer) {
+    return layer.inputs <= std::numeric_limits<int>::max();  // as LaunchDense demands
+  });
+  if (rows == 1 && fits) {
     node.phase = [=](const DeviceFrame& frame, Phases* phases) { phases->Add(params_of(frame)); };
   }
   return node;

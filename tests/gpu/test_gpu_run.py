@@ -105,7 +105,8 @@ def test_the_steps_and_their_limits(tmp_path, monkeypatch):
     steps = {step.name: step for step in gpu_run.steps(tmp_path, "90")}
     assert list(steps) == [
         "session-build", "build", "suite", "sessions", "session-benchmark", "persistent",
-        "memcheck", "racecheck", "session-memcheck", "benchmark", "tensorflow",
+        "persistent-benchmark", "memcheck", "racecheck", "session-memcheck",
+        "persistent-racecheck", "benchmark", "tensorflow",
     ]  # fmt: skip
     assert gpu_run.ALL_SECONDS < 8 * 60
     for step in steps.values():
@@ -117,15 +118,21 @@ def test_the_steps_and_their_limits(tmp_path, monkeypatch):
     built = steps["session-build"].environment
     assert built["CONTINUAL_TRANSFORMERS_CUDA_ARCHITECTURES"] == "90"
     assert built["PYTHONPATH"].startswith(str(bundle.FOLDER))
-    for name in ("sessions", "session-benchmark", "persistent", "session-memcheck"):
+    for name in steps.keys() - {"session-build", "build", "suite", "memcheck", "racecheck"} - {
+        "benchmark", "tensorflow",
+    }:  # fmt: skip
         assert steps[name].environment["PYTHONPATH"].startswith(str(bundle.PACKAGE))
 
 
 def test_without_the_bundle_sessions_are_no_fault_and_it_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_run, "why_no_tensorflow", lambda: "it is not wanted here")
     monkeypatch.setattr(bundle, "why_unusable", lambda: "no bundle in build/gpu-bundle")
-    chosen = [step for step in gpu_run.steps(tmp_path, "90") if "session" in step.name]
-    assert len(chosen) == 4
+    chosen = [
+        step
+        for step in gpu_run.steps(tmp_path, "90")
+        if "session" in step.name or "persistent" in step.name
+    ]
+    assert len(chosen) == 7
     found = gpu_run.run_steps(chosen, tmp_path)
     assert {step["went"] for step in found.values()} == {gpu_run.NOT_RUN}
     assert not gpu_run.is_wrong(found)

@@ -39,9 +39,12 @@ def device(request, monkeypatch):
 
 @pytest.fixture(params=[False, True], ids=["launches", "persistent"])
 def persist(device, request):
-    """Let steps of one stream be launches, and then, where they can, a persistent kernel."""
+    """Let steps of one stream be launches, and then, where they can, a persistent kernel.
+
+    The value is whether they are.
+    """
     with launches(persist=request.param):
-        yield
+        yield request.param
 
 
 @pytest.fixture

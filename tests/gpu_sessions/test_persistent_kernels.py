@@ -8,7 +8,7 @@ import pytest
 from on_gpu import library
 from plan_files import PlanFile, attention_plan, normalized_plan
 from reference import BOUNDS
-from session_benchmark import launches
+from session_benchmark import launches, persistent_graphs
 from streamed import check
 from test_long_windows import OnBoth
 
@@ -76,8 +76,7 @@ def test_how_many_blocks_a_kernel_has(device, emulator, random):
 
 @pytest.mark.parametrize("plan", ["attention", "large", "unaligned", "norm", "segments", "alone"])
 @pytest.mark.parametrize("narrow", ["float32", "bfloat16", "float16"])
-@pytest.mark.usefixtures("persist")
-def test_plans(device, random, plan, narrow):
+def test_plans(device, random, plan, narrow, persist):
     """Streams of different ages, one at a time and together."""
     made = {
         "attention": lambda: attention_plan(random, 8, heads=2, key_size=8, outputs=8),
@@ -94,11 +93,13 @@ def test_plans(device, random, plan, narrow):
     x = random.standard_normal((3, steps, *spec.shape)).astype(F)
     bound = BOUNDS[narrow]
     taken = [0, 0, 0]
+    before = persistent_graphs()
     for t in range(2 * steps):
         m = t % 2
         if taken[m] < steps - 3:
             check(*both.call([x[[m], taken[m]]], [m]), bound)
             taken[m] += 1
+    assert persistent_graphs() - before == (1 if persist else 0)
     check(*both.call([x[:, -3]], np.arange(3)), bound)
     check(*both.call([x[1:2, -2:]], [1]), bound)
     np.testing.assert_array_equal(

@@ -60,9 +60,7 @@ def test_what_it_measures(machine, folder, capsys):
     assert found["failures"] == []
     for entry in found["entries"]:
         assert entry["error_against_cpu"] < 1e-5
-        assert ("persistent" in entry) == (entry["streams"] == 1)
-        columns = session_report.COLUMNS[1:]
-        for name in (*columns, "persistent") if entry["streams"] == 1 else columns:
+        for name in session_report.COLUMNS[1:]:
             figures = entry[name]
             assert 0 < figures["least"] <= figures["median"] <= figures["most"]
     weights, state = 4 * (4 * (6 * 6 + 6) + 6 * 5 + 5), 4 * 2 * 4 * 6
@@ -74,6 +72,22 @@ def test_what_it_measures(machine, folder, capsys):
     tables = [session_report.table(json.loads(text)) for text in saved]
     assert [sum(line.count(" -") for line in table) for table in tables][:4] == [4, 3, 2, 1]
     assert capsys.readouterr().out.splitlines() == tables[-1]
+
+
+def test_persistent_kernels(machine, folder, request, capsys):
+    found = session_benchmark.run_persistent(machine, folder, sizes=[SMALL], **QUICK)
+    assert found["failures"] == []
+    (entry,) = found["entries"]
+    assert entry["error_against_cpu"] < 1e-5
+    assert "in persistent kernels" in capsys.readouterr().out
+    if "emulated" in request.node.name:
+        emulator = ctypes.CDLL(str(library("emulated")))
+        try:
+            emulator.cuda_emulator_set_refuses_together(1)
+            found = session_benchmark.run_persistent(machine, folder, sizes=[SMALL], **QUICK)
+        finally:
+            emulator.cuda_emulator_set_refuses_together(0)
+        assert found["failures"] == ["small: the GPU's driver refuses persistent kernels"]
 
 
 @pytest.mark.slow
@@ -89,9 +103,7 @@ def test_a_compiled_rival_and_the_goals(machine, tmp_path, random, capsys):
     assert found["failures"] == []
     compiled = ["torch_compiled" in entry for entry in found["entries"]]
     assert compiled == [True, False, False, False]
-    persistent, by_compile, of_layers, of_retroactive = capsys.readouterr().out.splitlines()[-4:]
-    assert persistent.startswith("three_layers M=1: ")
-    assert "in persistent kernels" in persistent
+    by_compile, of_layers, of_retroactive = capsys.readouterr().out.splitlines()[-3:]
     assert by_compile.startswith("three_layers M=1: ")
     assert "goal ≤ 15" in of_layers
     assert "goal ≥ 5" in of_retroactive

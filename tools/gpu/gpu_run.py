@@ -113,28 +113,40 @@ def steps(out: Path, capability: str | None = None) -> list[Step]:
             packaged,
         ),
     ]
-    made.append(
+    made += [
         Step(
             "persistent",
-            [*PERSISTENT, *many],
+            [*PERSISTENT, *many, "-m", "not slow"],
             45,
             ("session-build",),
             unbundled,
             {**expected, **packaged},
-        )
-    )
+        ),
+        Step(
+            "persistent-benchmark",
+            timed("persistent-benchmark", "benchmarks/gpu/session_benchmark.py", "--persistent"),
+            30,
+            ("persistent",),
+            unbundled,
+            packaged,
+        ),
+    ]
     for tool in ("memcheck", "racecheck"):
         made.append(Step(tool, under(tool, SUITE), 45, ("build",), lacking, apart))
-    made.append(
-        Step(
-            "session-memcheck",
-            under("memcheck", SESSIONS),
-            45,
-            ("session-build",),
-            lacking or unbundled,
-            {**apart, **packaged},
+    for name, tool, tests, needed in (
+        ("session-memcheck", "memcheck", SESSIONS, "session-build"),
+        ("persistent-racecheck", "racecheck", PERSISTENT, "persistent"),
+    ):
+        made.append(
+            Step(
+                name,
+                under(tool, tests),
+                45,
+                (needed,),
+                lacking or unbundled,
+                {**apart, **packaged},
+            )
         )
-    )
     picture = ["--picture", str(out / "benchmark.png")]
     command = timed("benchmark", "benchmarks/gpu/gpu_benchmark.py", *picture)
     made.append(Step("benchmark", command, 230, ("build",)))

@@ -761,6 +761,10 @@ template <typename Kernel>
 cudaError_t cudaOccupancyMaxPotentialClusterSize(int* size, Kernel*, const cudaLaunchConfig_t*) {
   return *size = cuda_emulator::kLargestCluster, cudaSuccess;
 }
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*, const cudaLaunchConfig_t*) {
+  return *clusters = 1, cudaSuccess;
+}
 enum cudaFuncAttribute { cudaFuncAttributeNonPortableClusterSizeAllowed };
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
