@@ -248,22 +248,22 @@ CUDA_C_API_SOURCES = [
 # Sessions on a GPU, also in //cuda and for nvcc.
 CUDA_SESSION_HEADERS = [
     "session/activate.cuh",
-    "session/advance.h",
     "session/device_arena.h",
     "session/device_executor.h",
     "session/device_frame.h",
     "session/device_memory.h",
     "session/device_plan.h",
     "session/element_size.h",
+    "session/mailbox.h",
     "session/node_kernels.h",
     "session/phases.h",
     "session/positional_each.h",
     "session/ring_query.cuh",
     "session/ring_query.h",
+    "session/step_ends.h",
 ]
 
 CUDA_SESSION_SOURCES = [
-    "session/advance.cu",
     "session/attention_nodes.cu",
     "session/axis_nodes.cu",
     "session/backend.cc",
@@ -273,10 +273,12 @@ CUDA_SESSION_SOURCES = [
     "session/device_plan.cc",
     "session/element_nodes.cu",
     "session/layout_nodes.cu",
+    "session/mailbox.cc",
     "session/phases.cu",
     "session/product_nodes.cu",
     "session/recurrent_node.cu",
     "session/ring_nodes.cu",
+    "session/step_ends.cu",
 ]
 
 # Those of CUDA_SOURCES that sessions use.

@@ -40,16 +40,17 @@ class GraphBuilder {
     node.kernelParams = arguments;
     const cudaGraphNode_t before = last_;
 #if CUDART_VERSION >= 12030
-    // No kernel begins early behind one whose blocks run together: what we have read does not say
-    // that it may.
-    if (overlap && before != nullptr && !blocks_run_together_) {
+    if (overlap && before != nullptr && !next_waits_) {
       const cudaError_t error = cudaGraphAddKernelNode(&last_, graph_, nullptr, 0, &node);
       return error == cudaSuccess ? AddProgrammaticEdge(before, last_) : error;
     }
 #endif
-    blocks_run_together_ = false;
+    next_waits_ = false;
     return cudaGraphAddKernelNode(&last_, graph_, &before, before == nullptr ? 0 : 1, &node);
   }
+
+  // Lets the next kernel begin only when all kernels before it have ended.
+  void LetNextWait() { next_waits_ = true; }
 
   // Adds a kernel whose blocks all run at once, so that they can wait for each other, by
   // cooperative_groups' grid_group. With `cluster` they are one cluster, and wait by its barrier.
@@ -58,7 +59,8 @@ class GraphBuilder {
                           const Params& params) {
     const cudaError_t error = Add(kernel, blocks, threads, false, params);
     if (error != cudaSuccess) return error;
-    blocks_run_together_ = true;
+    // What we have read does not say that a kernel may begin early behind such a one.
+    next_waits_ = true;
     cudaLaunchAttributeValue value = {};
     if (cluster) {
       value.clusterDim.x = blocks.x;
@@ -89,7 +91,7 @@ class GraphBuilder {
 
   const cudaGraph_t graph_;
   cudaGraphNode_t last_ = nullptr;
-  bool blocks_run_together_ = false;  // those of the last kernel
+  bool next_waits_ = false;
 };
 
 }  // namespace continual_transformers

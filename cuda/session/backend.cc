@@ -9,10 +9,10 @@
 
 #include "cc/session/device.h"
 #include "cc/session/error.h"
-#include "cuda/session/advance.h"
 #include "cuda/session/device_arena.h"
 #include "cuda/session/device_executor.h"
 #include "cuda/session/device_memory.h"
+#include "cuda/session/step_ends.h"
 #include "include/continual_transformers.h"
 
 namespace continual_transformers {

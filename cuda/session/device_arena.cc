@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "cuda/graph_builder.h"
-#include "cuda/session/advance.h"
 #include "cuda/session/phases.h"
+#include "cuda/session/step_ends.h"
 
 namespace continual_transformers {
 namespace {
@@ -59,8 +59,8 @@ DeviceArena::DeviceArena(const Plan& plan, const DevicePlan& compiled,
 DeviceArena::~DeviceArena() { DropGraphs(); }
 
 int64_t DeviceArena::bytes() const {
-  return step_.bytes() + arrivals_.bytes() + phases_.bytes() + staged_.bytes() + sent_.bytes() +
-         received_.bytes();
+  return step_.bytes() + arrivals_.bytes() + phases_.bytes() + mailbox_.bytes() + staged_.bytes() +
+         sent_.bytes() + received_.bytes();
 }
 
 int64_t DeviceArena::InputBytes(size_t i) const {
@@ -105,14 +105,15 @@ void DeviceArena::MakeArrivals() {
   arrivals_ = std::move(made);
 }
 
-DeviceArena::Graph* DeviceArena::GraphFor(int64_t streams) {
+DeviceArena::Graph* DeviceArena::GraphFor(int64_t streams, bool mail) {
   for (auto i = graphs_.begin(); i != graphs_.end(); ++i) {
-    if (i->layout.streams != streams) continue;
+    if (i->layout.streams != streams || i->takes_mailbox != (mail && i->fits_mailbox)) continue;
     graphs_.splice(graphs_.begin(), graphs_, i);
     return &graphs_.front();
   }
   MakeArrivals();
-  Graph graph = {Layout(plan_, compiled_, streams), {}};
+  Graph graph = NewGraph(streams, mail);
+  if (graph.takes_mailbox && mailbox_.bytes() == 0) mailbox_ = Mailbox(gpu_);
   if (step_.bytes() < graph.layout.bytes) {
     DropGraphs();  // they hold addresses in this memory
     Reserve(&step_, GpuBytes::Kind::kDevice, graph.layout.bytes);
@@ -129,26 +130,86 @@ DeviceArena::Graph* DeviceArena::GraphFor(int64_t streams) {
   return &graphs_.front();
 }
 
-cudaError_t DeviceArena::LaunchAll(const DeviceFrame& frame, Phases* phases) const {
+DeviceArena::Graph DeviceArena::NewGraph(int64_t streams, bool mail) const {
+  Graph graph = {Layout(plan_, compiled_, streams), {}, {}, false, false, {}};
+  for (size_t i = 0; i < plan_.inputs.size(); ++i) {
+    graph.inputs.push_back({graph.layout.values[plan_.inputs[i].value], streams * InputBytes(i)});
+  }
+  std::vector<int64_t> sizes;
+  for (size_t i = 0; i < plan_.outputs.size(); ++i) sizes.push_back(streams * OutputBytes(i));
+  graph.outputs = MailedPortsOf(sizes);
+  graph.fits_mailbox = Mailbox::Fits(graph.layout.sent, graph.inputs, graph.outputs);
+  graph.takes_mailbox = mail && graph.fits_mailbox;
+  return graph;
+}
+
+TakeInputsEach DeviceArena::InputsOf(const Graph& graph) const {
+  TakeInputsEach inputs = {mailbox_.inputs(),
+                           step_.get(),
+                           graph.layout.sent,
+                           mailbox_.input_arrays(),
+                           static_cast<int>(graph.inputs.size()),
+                           {}};
+  std::copy(graph.inputs.begin(), graph.inputs.end(), inputs.ports);
+  return inputs;
+}
+
+DeliverOutputsEach DeviceArena::OutputsOf(const Graph& graph) const {
+  DeliverOutputsEach outputs = {mailbox_.outputs(),
+                                MailedBytes(graph.outputs),
+                                mailbox_.output_arrays(),
+                                static_cast<int>(graph.outputs.size()),
+                                {},
+                                {},
+                                reinterpret_cast<int64_t*>(step_.get() + graph.layout.positions),
+                                graph.layout.streams};
+  std::copy(graph.outputs.begin(), graph.outputs.end(), outputs.ports);
+  for (size_t i = 0; i < plan_.outputs.size(); ++i) {
+    outputs.values[i] = graph.values[compiled_.storage[plan_.outputs[i].value]];
+  }
+  return outputs;
+}
+
+cudaError_t DeviceArena::LaunchAll(const Graph& graph, const DeviceFrame& frame,
+                                   Phases* phases) const {
   const cudaStream_t stream = stream_.get();
+  cudaError_t error = cudaSuccess;
+  if (graph.takes_mailbox && phases != nullptr) {
+    phases->Add(InputsOf(graph));
+  } else if (graph.takes_mailbox) {
+    error = TakeInputs(InputsOf(graph), stream);
+  }
   for (const DevicePlan::Entry& entry : compiled_.entries) {
+    if (error != cudaSuccess) return error;
     if (phases != nullptr && entry.kernels.phase != nullptr) {
       entry.kernels.phase(frame, phases);
       continue;
     }
-    cudaError_t error = phases == nullptr ? cudaSuccess : phases->Launch(nullptr, stream);
+    if (phases != nullptr) error = phases->Launch(stream);
     if (error == cudaSuccess) error = entry.kernels.launch(frame, stream);
-    if (error != cudaSuccess) return error;
   }
-  if (phases == nullptr || phases->empty()) return AdvancePositions(frame, stream);
-  return phases->Launch(const_cast<int64_t*>(frame.positions), stream);
+  if (error != cudaSuccess) return error;
+  if (phases == nullptr) {
+    return graph.takes_mailbox ? DeliverOutputs(OutputsOf(graph), frame.overlap, stream)
+                               : AdvancePositions(frame, stream);
+  }
+  if (graph.takes_mailbox) {
+    phases->Add(OutputsOf(graph));
+  } else {
+    phases->Add(AdvanceEach{const_cast<int64_t*>(frame.positions)}, frame.streams);
+  }
+  return phases->Launch(stream);
+}
+
+int64_t DeviceArena::PhasesBytes() const {
+  return Phases::BytesOf(compiled_.entries.size() + 2);  // and the two ends
 }
 
 void DeviceArena::Build(Graph* graph) {
   const bool overlap = may_overlap && CanOverlapSteps();
   const bool persist = may_persist && CanOverlapSteps() && graph->layout.streams == 1;
   if (persist) {
-    Reserve(&phases_, GpuBytes::Kind::kDevice, Phases::BytesOf(compiled_.entries.size()));
+    Reserve(&phases_, GpuBytes::Kind::kDevice, 2 * PhasesBytes());
   }
   cudaError_t error = Instantiate(graph, overlap, persist);
   // The driver may be too old for kernels that persist, or for launches that overlap in a graph.
@@ -168,10 +229,12 @@ cudaError_t DeviceArena::Instantiate(Graph* graph, bool overlap, bool persist) c
   cudaError_t error = cudaGraphCreate(&nodes, 0);
   if (error != cudaSuccess) return error;
   const std::unique_ptr<CUgraph_st, cudaError_t (*)(cudaGraph_t)> owner(nodes, cudaGraphDestroy);
-  Phases phases(phases_.get(), phases_.bytes(), compiled_.cache_dtype, gpu_->multiprocessors());
+  // A graph that takes the mailbox has the second half.
+  Phases phases(phases_.get() + (graph->takes_mailbox ? PhasesBytes() : 0), PhasesBytes(),
+                compiled_.cache_dtype, gpu_->multiprocessors());
   {
     GraphBuilder builder(nodes);
-    error = LaunchAll(FrameOf(*graph, overlap), persist ? &phases : nullptr);
+    error = LaunchAll(*graph, FrameOf(*graph, overlap), persist ? &phases : nullptr);
   }
   if (error == cudaSuccess) error = cudaGraphInstantiate(&graph->exec, nodes, 0);
   if (error == cudaSuccess && phases.launched()) ++persistent_graphs;
@@ -208,6 +271,12 @@ void DeviceArena::TakeProfiledStep(const Graph& graph) {
 void DeviceArena::FillHeader(const StepCall& call, const Layout& layout, char* to) const {
   std::memcpy(to + layout.blocks, call.blocks, call.streams * sizeof(char*));
   std::memcpy(to + layout.positions, call.positions, call.streams * sizeof(int64_t));
+  if (call.steps > 1) return;  // Each step has its own mask.
+  if (call.key_mask == nullptr) {
+    std::memset(to + layout.key_mask, 1, call.streams);
+  } else {
+    std::memcpy(to + layout.key_mask, call.key_mask, call.streams);
+  }
 }
 
 void DeviceArena::LookAtArrays(const StepCall& call) {
@@ -228,9 +297,11 @@ void DeviceArena::LookAtArrays(const StepCall& call) {
 void DeviceArena::Step(const StepCall& call) {
   if (call.streams == 0 || call.steps == 0) return;
   LookAtArrays(call);
-  const Graph* const graph = GraphFor(call.streams);
+  const Graph* const graph = GraphFor(call.streams, call.steps == 1 && !profiles_);
   try {
-    if (call.steps == 1) {
+    if (graph->takes_mailbox) {
+      StepByMail(call, *graph);
+    } else if (call.steps == 1) {
       StepOnce(call, *graph);
     } else {
       StepSeveral(call, *graph);
@@ -240,6 +311,27 @@ void DeviceArena::Step(const StepCall& call) {
     static_cast<void>(cudaStreamSynchronize(stream_.get()));
     static_cast<void>(cudaGetLastError());
     throw;
+  }
+}
+
+// One launch: see mailbox.h.
+void DeviceArena::StepByMail(const StepCall& call, const Graph& graph) {
+  FillHeader(call, graph.layout, mailbox_.inputs());
+  for (size_t i = 0; i < plan_.inputs.size(); ++i) {
+    const char* const input = static_cast<const char*>(call.inputs[i]);
+    mailbox_.input_arrays()[i] = input_on_gpu_[i] ? input : nullptr;
+    if (!input_on_gpu_[i]) {
+      std::memcpy(mailbox_.inputs() + graph.inputs[i].at, input, graph.inputs[i].size);
+    }
+  }
+  for (size_t i = 0; i < plan_.outputs.size(); ++i) {
+    mailbox_.output_arrays()[i] = output_on_gpu_[i] ? static_cast<char*>(call.outputs[i]) : nullptr;
+  }
+  TakeStep(graph);
+  Check(cudaStreamSynchronize(stream_.get()), "taking a step");
+  for (size_t i = 0; i < plan_.outputs.size(); ++i) {
+    if (call.outputs[i] == nullptr || output_on_gpu_[i]) continue;
+    std::memcpy(call.outputs[i], mailbox_.outputs() + graph.outputs[i].at, graph.outputs[i].size);
   }
 }
 
@@ -253,11 +345,6 @@ void DeviceArena::StepOnce(const StepCall& call, const Graph& graph) {
   Reserve(&sent_, GpuBytes::Kind::kPinnedHost, layout.sent);
   Reserve(&received_, GpuBytes::Kind::kPinnedHost, out_bytes);
   FillHeader(call, layout, sent_.get());
-  if (call.key_mask == nullptr) {
-    std::memset(sent_.get() + layout.key_mask, 1, call.streams);
-  } else {
-    std::memcpy(sent_.get() + layout.key_mask, call.key_mask, call.streams);
-  }
   int64_t sent = layout.key_mask + call.streams;
   for (size_t i = 0; i < plan_.inputs.size(); ++i) {
     if (input_on_gpu_[i]) continue;

@@ -16,6 +16,8 @@
 #include "cuda/session/device_frame.h"
 #include "cuda/session/device_memory.h"
 #include "cuda/session/device_plan.h"
+#include "cuda/session/mailbox.h"
+#include "cuda/session/phases.h"
 
 namespace continual_transformers {
 
@@ -55,22 +57,31 @@ class DeviceArena final : public Arena {
     int64_t bytes;
   };
 
-  // A step of M streams. It holds addresses in `step_`.
+  // A step of M streams. It holds addresses in `step_`, and of the mailbox.
   struct Graph {
     Layout layout;
+    std::vector<MailedPort> inputs, outputs;
+    bool fits_mailbox;   // whether inputs and outputs are small enough
+    bool takes_mailbox;  // whether its kernels take them from there, and deliver them
     std::vector<char*> values;
     cudaGraphExec_t exec = nullptr;
   };
 
   DeviceFrame FrameOf(const Graph& graph, bool overlap) const;
-  Graph* GraphFor(int64_t streams);
+  // `mail`: whether the graph should take the mailbox, if it fits.
+  Graph* GraphFor(int64_t streams, bool mail);
+  Graph NewGraph(int64_t streams, bool mail) const;
   void MakeArrivals();
+  int64_t PhasesBytes() const;  // of one graph
   void Build(Graph* graph);
   cudaError_t Instantiate(Graph* graph, bool overlap, bool persist) const;
   // Null: no work becomes a phase.
-  cudaError_t LaunchAll(const DeviceFrame& frame, Phases* phases) const;
+  cudaError_t LaunchAll(const Graph& graph, const DeviceFrame& frame, Phases* phases) const;
+  TakeInputsEach InputsOf(const Graph& graph) const;
+  DeliverOutputsEach OutputsOf(const Graph& graph) const;
   void TakeStep(const Graph& graph);
   void TakeProfiledStep(const Graph& graph);
+  void StepByMail(const StepCall& call, const Graph& graph);
   void StepOnce(const StepCall& call, const Graph& graph);
   void StepSeveral(const StepCall& call, const Graph& graph);
   void FillHeader(const StepCall& call, const Layout& layout, char* to) const;
@@ -86,9 +97,10 @@ class DeviceArena final : public Arena {
   const DevicePlan& compiled_;
   const std::shared_ptr<const Gpu> gpu_;
   const GpuStream stream_;
-  GpuBytes step_;             // what a step of M streams works on
-  GpuBytes arrivals_;         // counters of blocks, for all graphs
-  GpuBytes phases_;           // of the persistent kernels of a step of one stream
+  GpuBytes step_;      // what a step of M streams works on
+  GpuBytes arrivals_;  // counters of blocks, for all graphs
+  GpuBytes phases_;    // of the persistent kernels of two graphs of one stream
+  Mailbox mailbox_;
   GpuBytes staged_;           // inputs and outputs of a call of several steps
   GpuBytes sent_, received_;  // of the host, pinned: what is copied to the GPU and back
   std::vector<bool> input_on_gpu_, output_on_gpu_;  // of the call

@@ -36,10 +36,8 @@ constexpr int64_t kMostFetchedBytes = 32 << 20;
 struct PersistentParams {
   const Phase* phases;
   int count;
-  int fetched;       // the weights of so many phases are fetched when the step begins
-  bool cluster;      // whether the blocks are one cluster
-  int64_t* advance;  // null: none
-  int advance_in;    // the first phase in which no one needs positions; `count`: after all phases
+  int fetched;   // the weights of so many phases are fetched when the step begins
+  bool cluster;  // whether the blocks are one cluster
 };
 
 // Calls f(data, bytes) for the weights of each layer of a dense phase.
@@ -100,13 +98,14 @@ struct NormTask {
   __device__ void Run() const { NormalizeRow(p, row); }
 };
 
-struct PositionalTask {
-  const Phase::Positional& p;
+template <typename F>
+struct EachTask {
+  const Phase::Each<F>& p;
   const int task;
   __device__ void Begin() const {}
   __device__ void Run() const {
     const int64_t i = int64_t{task} * kPhaseThreads + threadIdx.x;
-    if (i < p.count) p.each(i);
+    if (i < p.count) p.f(i);
   }
 };
 
@@ -127,16 +126,13 @@ class PersistentBlock {
       const int word = threadIdx.x;
       const bool copies = i + 1 < p_.count && word < kWords;
       const uint32_t next = copies ? WordOf(i + 1, word) : 0;
-      RunPhase(*reinterpret_cast<const Phase*>(Words(i)));
-      if (i == p_.advance_in) Advance();
+      const Phase& phase = *reinterpret_cast<const Phase*>(Words(i));
+      RunPhase(phase);
       if (copies) Words(i + 1)[word] = next;
       if (i + 1 < p_.count) barrier_.Arrive();
       __syncthreads();  // until the next phase has been copied
-    }
-    if (p_.advance_in == p_.count) {
-      barrier_.Arrive();
-      barrier_.Wait();
-      Advance();
+      // Begin() may read what is an input of the whole step.
+      if (phase.kind == Phase::Kind::kTakeInputs) barrier_.Wait();
     }
   }
 
@@ -164,10 +160,6 @@ class PersistentBlock {
     }
   }
 
-  __device__ void Advance() const {
-    if (p_.advance != nullptr && blockIdx.x == 0 && threadIdx.x == 0) ++*p_.advance;
-  }
-
   __device__ void RunPhase(const Phase& phase) {
     switch (phase.kind) {
       case Phase::Kind::kDense:
@@ -188,8 +180,19 @@ class PersistentBlock {
       case Phase::Kind::kNorm:
         return RunTasks<NormTask>(phase, phase.As<DeviceNormalizeParams<float>>());
       case Phase::Kind::kPositional:
-        return RunTasks<PositionalTask>(phase, phase.As<Phase::Positional>());
+        return RunEach<PositionalEach>(phase);
+      case Phase::Kind::kTakeInputs:
+        return RunEach<TakeInputsEach>(phase);
+      case Phase::Kind::kDeliverOutputs:
+        return RunEach<DeliverOutputsEach>(phase);
+      case Phase::Kind::kAdvance:
+        return RunEach<AdvanceEach>(phase);
     }
+  }
+
+  template <typename F>
+  __device__ void RunEach(const Phase& phase) {
+    RunTasks<EachTask<F>>(phase, phase.As<Phase::Each<F>>());
   }
 
   template <typename W>
@@ -323,26 +326,38 @@ void Phases::Add(const DeviceNormalizeParams<float>& params) {
   New(Phase::Kind::kNorm, params.rows, params);
 }
 
-void Phases::Add(const PositionalEach& each, int64_t count) {
-  New(Phase::Kind::kPositional, (count + kPhaseThreads - 1) / kPhaseThreads,
-      Phase::Positional{each, count});
+template <typename F>
+void Phases::AddEach(Phase::Kind kind, const F& f, int64_t count) {
+  New(kind, (count + kPhaseThreads - 1) / kPhaseThreads, Phase::Each<F>{f, count});
 }
 
-cudaError_t Phases::Launch(int64_t* advance, cudaStream_t stream) {
+void Phases::Add(const PositionalEach& each, int64_t count) {
+  AddEach(Phase::Kind::kPositional, each, count);
+}
+
+void Phases::Add(const TakeInputsEach& inputs) {
+  AddEach(Phase::Kind::kTakeInputs, inputs, inputs.Count());
+}
+
+void Phases::Add(const DeliverOutputsEach& outputs) {
+  AddEach(Phase::Kind::kDeliverOutputs, outputs, outputs.Count());
+}
+
+void Phases::Add(const AdvanceEach& each, int64_t count) {
+  AddEach(Phase::Kind::kAdvance, each, count);
+}
+
+cudaError_t Phases::Launch(cudaStream_t stream) {
   if (phases_.empty()) return cudaSuccess;
   PersistentParams p = {};
   p.count = static_cast<int>(phases_.size());
   p.phases = reinterpret_cast<const Phase*>(memory_);
-  p.advance = advance;
   p.fetched = p.count;
   int most_tasks = 1;
   int64_t bytes = 0;
   for (int i = 0; i < p.count; ++i) {
     const Phase& phase = phases_[i];
     most_tasks = std::max(most_tasks, phase.tasks);
-    if (phase.kind == Phase::Kind::kAttention || phase.kind == Phase::Kind::kPositional) {
-      p.advance_in = i + 1;
-    }
     ForEachMatrix(phase, [&](const void*, int64_t size) { bytes += size; });
     if (bytes > kMostFetchedBytes) p.fetched = std::min(p.fetched, i);
   }

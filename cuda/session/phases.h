@@ -17,16 +17,29 @@
 #include "cc/session/plan.h"
 #include "cuda/dense.h"
 #include "cuda/normalize.h"
+#include "cuda/session/mailbox.h"
 #include "cuda/session/positional_each.h"
 #include "cuda/session/ring_query.h"
+#include "cuda/session/step_ends.h"
 
 namespace continual_transformers {
 
 // A Phase is copied to the GPU byte by byte.
 struct Phase {
-  enum class Kind : int32_t { kDense, kNarrowDense, kAttention, kNorm, kPositional };
-  struct Positional {
-    PositionalEach each;
+  enum class Kind : int32_t {
+    kTakeInputs,
+    kDense,
+    kNarrowDense,
+    kAttention,
+    kNorm,
+    kPositional,
+    kDeliverOutputs,
+    kAdvance,
+  };
+  // The work of ForEach.
+  template <typename F>
+  struct Each {
+    F f;
     int64_t count;
   };
 
@@ -65,18 +78,21 @@ class Phases {
   void Add(const RingQueryParams& params);
   void Add(const DeviceNormalizeParams<float>& params);
   void Add(const PositionalEach& each, int64_t count);
+  void Add(const TakeInputsEach& inputs);
+  void Add(const DeliverOutputsEach& outputs);
+  void Add(const AdvanceEach& each, int64_t count);
 
-  bool empty() const { return phases_.empty(); }
   // Whether Launch() has launched a kernel.
   bool launched() const { return memory_ != begin_; }
 
-  // Launches what was added since the last call. `advance` [1] are the step's positions, to which 1
-  // is added when no phase needs them any more. Null: none.
-  cudaError_t Launch(int64_t* advance, cudaStream_t stream);
+  // Launches what was added since the last call.
+  cudaError_t Launch(cudaStream_t stream);
 
  private:
   template <typename Params>
   Phase* New(Phase::Kind kind, int64_t tasks, const Params& params);
+  template <typename F>
+  void AddEach(Phase::Kind kind, const F& f, int64_t count);
   template <typename W>
   void AddDense(Phase::Kind kind, DeviceDenseParams<float, W> params);
 

@@ -90,9 +90,9 @@ using cudaStream_t = CUstream_st*;
 using cudaEvent_t = CUevent_st*;
 
 namespace cuda_emulator {
-// How often the host waited for the GPU, and memory was set, and how many blocks of threads ran.
+// How often the host waited for the GPU, copied and set memory, and how many blocks of threads ran.
 // Tests read them.
-inline std::atomic<int64_t> waits{0}, memsets{0}, blocks{0};
+inline std::atomic<int64_t> waits{0}, copies{0}, memsets{0}, blocks{0};
 // It is called where the host waits. Counted is how often it returned something else than 0.
 inline std::atomic<int (*)()> probe{nullptr};
 inline std::atomic<int64_t> probed{0};
@@ -166,12 +166,14 @@ inline cudaError_t cudaFreeHost(void* data) {
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                                    cudaStream_t) {
+  ++cuda_emulator::copies;
   return cuda_emulator::Do([=] { std::memcpy(to, from, bytes); });
 }
 inline cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch,
                                      size_t width, size_t height, cudaMemcpyKind, cudaStream_t) {
   if (to_pitch < width || from_pitch < width) return cudaErrorInvalidValue;
   if (std::max(to_pitch, from_pitch) > 0x7fffffff) return cudaErrorInvalidValue;
+  ++cuda_emulator::copies;
   return cuda_emulator::Do([=] {
     for (size_t i = 0; i < height; ++i) {
       std::memcpy(static_cast<char*>(to) + i * to_pitch,
@@ -569,6 +571,9 @@ extern "C" __attribute__((used, visibility("default"))) inline size_t cuda_emula
 }
 extern "C" __attribute__((used, visibility("default"))) inline int64_t cuda_emulator_waits() {
   return cuda_emulator::waits;
+}
+extern "C" __attribute__((used, visibility("default"))) inline int64_t cuda_emulator_copies() {
+  return cuda_emulator::copies;
 }
 extern "C" __attribute__((used, visibility("default"))) inline int64_t cuda_emulator_memsets() {
   return cuda_emulator::memsets;

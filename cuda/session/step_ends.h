@@ -1,0 +1,37 @@
+// The first and the last kernel of a step on a GPU.
+
+#ifndef CONTINUAL_TRANSFORMERS_CUDA_SESSION_STEP_ENDS_H_
+#define CONTINUAL_TRANSFORMERS_CUDA_SESSION_STEP_ENDS_H_
+
+#include <cuda_runtime.h>
+
+#include "cuda/session/device_frame.h"
+#include "cuda/session/mailbox.h"
+
+namespace continual_transformers {
+
+// i is a stream.
+struct AdvanceEach {
+  int64_t* positions;
+  __device__ void operator()(int64_t i) const { ++positions[i]; }
+};
+
+// Takes what a step needs out of the mailbox. All later kernels of the step begin only after it:
+// before they wait, they may read what it writes.
+cudaError_t TakeInputs(const TakeInputsEach& inputs, cudaStream_t stream);
+
+// Puts the outputs of a step into the mailbox, and adds 1 to the positions.
+cudaError_t DeliverOutputs(const DeliverOutputsEach& outputs, bool overlap, cudaStream_t stream);
+
+// Adds 1 to the frame's positions, so that the same launches can take the next step.
+cudaError_t AdvancePositions(const DeviceFrame& frame, cudaStream_t stream);
+
+// Returns whether the GPU in use can run launches that overlap.
+bool CanOverlapSteps();
+
+// Returns an error if the GPU in use cannot run the kernels of this library.
+cudaError_t ProbeKernels();
+
+}  // namespace continual_transformers
+
+#endif  // CONTINUAL_TRANSFORMERS_CUDA_SESSION_STEP_ENDS_H_
