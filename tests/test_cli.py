@@ -76,6 +76,26 @@ def test_pack_and_check(saved, random, tmp_path, shape):
     np.testing.assert_allclose(session.steps(x)[:, -1], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["watch.keras", "recording.npy", "no_suffix"])
+def test_pack_overwrites_no_other_kind_of_file(saved, name):
+    output = saved.with_name(name)
+    before = output.read_bytes() if output.exists() else None
+    said = run("pack", saved, output, "--seq-len", N, status=2)
+    assert "expected .safetensors" in said
+    assert (output.read_bytes() if output.exists() else None) == before
+
+
+def test_a_recurrent_model_depends_on_all_steps(tmp_path):
+    x = keras.Input((None, E))
+    model = keras.Model(x, keras.layers.GRU(4, return_sequences=True)(x))
+    model.save(tmp_path / "gru.keras")
+    said = run("pack", tmp_path / "gru.keras", tmp_path / "gru.safetensors")
+    assert "receptive field all earlier steps, delay 0" in said
+    said = run("info", tmp_path / "gru.safetensors")
+    assert "receptive field  all earlier steps" in said
+    assert run_json("info", tmp_path / "gru.safetensors")["goes_on"] is True
+
+
 def test_the_check_finds_a_difference(saved, random, tmp_path):
     """bfloat16 weights change the outputs by more than float32's bound, but not much."""
     np.save(tmp_path / "x.npy", random.standard_normal((12, E)).astype("float32"))
@@ -157,10 +177,15 @@ def test_info_of_a_model_file(saved, tmp_path):
     assert "Error: " in run("info", saved, status=1)
 
 
-def test_info_of_the_installation():
+def test_info_of_the_installation(monkeypatch, tmp_path):
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_CUDA_LIBRARY", str(tmp_path / "none.so"))
     said = run("info")
     assert f"core library {native.CORE_LIBRARY_PATH}\n" in said
-    assert "ct.Session: steps run on the CPU" in said
+    assert "ct.Session: steps run on the CPU\n" in said
+    library = tmp_path / "some.so"
+    library.touch()
+    monkeypatch.setenv("CONTINUAL_TRANSFORMERS_CUDA_LIBRARY", str(library))
+    assert f"ct.Session: steps run on the CPU, and on GPUs by {library}\n" in run("info")
     assert run("info", "--cmake-dir").strip() == str(native.PACKAGE / "cmake")
     assert run("info", "--pkg-config-dir").strip() == str(native.PACKAGE / "pkgconfig")
 
@@ -379,7 +404,7 @@ def test_what_is_no_recording_is_a_sentence(saved, tmp_path, content):
 
 MISSING = {
     ("explain", "x"): {"cpu": ["tensorflow"]},
-    ("pack", "x", "y"): {"cpu": ["keras"]},
+    ("pack", "x", "y.safetensors"): {"cpu": ["keras"]},
     ("check", "x", "x"): {"cpu": ["tensorflow", "keras"]},
     ("demo",): {"demo": ["seglearn"], "cpu": ["keras"]},
     ("demo", "--save-model", "y"): {"cpu": ["tensorflow"]},

@@ -465,6 +465,14 @@ def test_a_state_does_not_depend_on_what_was_in_its_room(session, x):
     assert session.get_state(a) == session.get_state(fresh)
 
 
+def test_a_model_file_is_not_named_as_a_keras_model(session, tmp_path):
+    path = tmp_path / "model.keras"
+    path.write_text("a Keras model")
+    with pytest.raises(ValueError, match="ending of a Keras model"):
+        session.save(path)
+    assert path.read_text() == "a Keras model"
+
+
 def test_save_and_load(session, plan, x, tmp_path):
     path = tmp_path / "saved.safetensors"
     session.save(path)

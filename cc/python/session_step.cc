@@ -421,7 +421,8 @@ PyObject* TakeSteps(PyObject* self, const Arguments& arguments, int axes) {
                                   (ids->count() == 1 ? " stream" : " streams") + ", but x has " +
                                   std::to_string(rows.streams) +
                                   (rows.streams == 1 ? " row" : " rows") +
-                                  ". Expected a stream for each row.");
+                                  ". Expected a stream for each row. For several steps of one "
+                                  "stream, call steps(x[None]).");
     }
   }
 

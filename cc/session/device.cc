@@ -50,13 +50,15 @@ NewCudaDevice* LoadCudaLibrary() {
   // It is never closed: CUDA's runtime does not bear it.
   void* const library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
-    throw Error(ErrorCode::kInvalidArgument,
-                std::string("a session on a GPU needs the library of its kernels, which could not "
-                            "be loaded: ") +
-                    dlerror() +
-                    "; install continual-transformers-tf-cuda, or build the package with "
-                    "CONTINUAL_TRANSFORMERS_CUDA=1 and an nvcc, or name the library's path in " +
-                    kCudaLibraryVariable);
+    throw Error(
+        ErrorCode::kInvalidArgument,
+        std::string("a session on a GPU needs the library of its kernels, which could not "
+                    "be loaded: ") +
+            dlerror() +
+            "; build the package with CONTINUAL_TRANSFORMERS_CUDA=1 and an nvcc, or install the "
+            "wheel continual-transformers-tf-cuda that `make wheel` makes, or name the "
+            "library's path in " +
+            kCudaLibraryVariable);
   }
   void* const function = dlsym(library, kNewCudaDevice);
   if (function == nullptr) {

@@ -80,7 +80,8 @@ Gpu::Gpu(int number) : number_(number), process_(getpid()) {
   if (error == cudaErrorInsufficientDriver) {
     throw NoGpu(number,
                 "the driver is missing, or older than the CUDA version that the kernels were built "
-                "with: install a newer driver, or leave out device=");
+                "with: install a newer driver, or, if this machine has no NVIDIA GPU, leave out "
+                "device=");
   }
   if (error == cudaErrorNoDevice || (error == cudaSuccess && count == 0)) {
     throw NoGpu(number, "this machine has no GPU that CUDA can use: leave out device=");

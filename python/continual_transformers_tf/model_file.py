@@ -64,6 +64,8 @@ class ModelFile:
         cache_dtype: The dtype of the rings of keys and values.
         weights_dtype: The dtype of the kernels of dense products.
         receptive_field: How many steps an output depends on.
+        goes_on: Whether it depends on all earlier steps, through a recurrent layer.
+            `receptive_field` is then that of the other layers.
         delay: How many steps lie between an input and its output.
         inputs, outputs: The inputs and outputs of a step, in the model's order.
         nodes: How many nodes each op has, the most frequent first.
@@ -78,6 +80,7 @@ class ModelFile:
     cache_dtype: str
     weights_dtype: str
     receptive_field: int
+    goes_on: bool
     delay: int
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
@@ -129,6 +132,10 @@ class ModelFile:
                 cache_dtype=str(plan["cache_dtype"]),
                 weights_dtype=str(plan["weights_dtype"]),
                 receptive_field=int(plan["receptive_field"]),
+                goes_on=any(
+                    node["op"] == "recurrent" and node["attributes"]["goes_on"]
+                    for node in plan["nodes"]
+                ),
                 delay=int(plan["delay"]),
                 inputs=_ports(plan, "inputs"),
                 outputs=_ports(plan, "outputs"),
@@ -227,7 +234,10 @@ def describe(path: str | os.PathLike[str]) -> str:
         ("written by", file.producer),
         *(("input" if i == 0 else "", str(port)) for i, port in enumerate(file.inputs)),
         *(("output" if i == 0 else "", str(port)) for i, port in enumerate(file.outputs)),
-        ("receptive field", _counted(file.receptive_field, "step")),
+        (
+            "receptive field",
+            "all earlier steps" if file.goes_on else _counted(file.receptive_field, "step"),
+        ),
         ("delay", _counted(file.delay, "step")),
         (
             "dtypes",

@@ -17,6 +17,7 @@ BACKENDS = ("auto", "fused", "tensorflow")
 # The package with GPU kernels: op libraries of the same names as here, built with CUDA.
 CUDA_PACKAGE = "continual_transformers_tf_cuda"
 CUDA_DISTRIBUTION = "continual-transformers-tf-cuda"
+CUDA_LIBRARY = "libcontinual_transformers_cuda.so"  # for sessions
 # Written into an op library by cc/tensorflow/build_info.cc.
 _CUDA_BUILD = re.compile(rb"\0((\d+)\.\d+) for sm_\d")
 
@@ -123,6 +124,17 @@ def _why_no_gpu_kernels(path: Path) -> str | None:
             f"built with CUDA {built[1].decode()}: install a newer driver"
         )
     return None
+
+
+def cuda_session_library() -> str | None:
+    """Return the path of the library for sessions on a GPU; None: there is none.
+
+    It is where the core library looks for it (cc/session/device.cc).
+    """
+    named = os.environ.get("CONTINUAL_TRANSFORMERS_CUDA_LIBRARY")
+    folders = [PACKAGE.parent / CUDA_PACKAGE, PACKAGE]
+    paths = [Path(named)] if named else [folder / CUDA_LIBRARY for folder in folders]
+    return next((str(path) for path in paths if path.exists()), None)
 
 
 def cuda_driver() -> tuple[int, int] | None:

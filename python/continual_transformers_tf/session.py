@@ -283,7 +283,13 @@ class Session(_session.NativeSession):
 
         Raises:
             OSError: If the file cannot be written.
+            ValueError: If the path ends in ".keras": what has that ending is read as a Keras model.
         """
+        if os.fsdecode(path).endswith(".keras"):
+            raise ValueError(
+                f"the path {os.fsdecode(path)!r} has the ending of a Keras model, expected another "
+                "one for a model file, for example model.safetensors"
+            )
         self._save(os.fspath(path))
 
     def load_weights(

@@ -79,6 +79,24 @@ def test_closing_takes_no_step(connect, proxy, samples):
     assert len(proxy.requests) == 2  # There was nothing to end.
 
 
+def test_an_address_is_no_url():
+    with pytest.raises(ValueError, match=r'expected "host:port" .* without http://'):
+        ct.serving.Client("http://127.0.0.1:8001")
+
+
+def test_a_closed_stream_takes_no_steps(connected, samples):
+    begun, new = connected.open("begun"), connected.open("new")
+    begun.step(samples(FEATURES))
+    for stream in (begun, new):
+        stream.close()
+        for call in (stream.step, lambda x, s=stream: s.steps(x[None])):
+            with pytest.raises(ValueError, match=r"is closed: client.open\('\w+'\) begins it"):
+                call(samples(FEATURES))
+        stream.close()
+    with connected.open("begun") as stream:
+        stream.step(samples(FEATURES))
+
+
 def test_a_stream_that_another_client_began_can_be_ended(connected, samples):
     connected.open("others").steps(samples(4, FEATURES))
     with pytest.raises(ct.serving.ServingError, match="expects step 4, got step 3") as error:

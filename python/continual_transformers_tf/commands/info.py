@@ -69,6 +69,7 @@ def about_sessions() -> dict[str, Any]:
         "instructions": in_use,
         "instructions_available": targets,
         "session_error": reason,
+        "cuda_library": native.cuda_session_library(),
         "server": str(program.PATH) if program.PATH.exists() else None,
         "cmake_dir": str(native.PACKAGE / "cmake"),
         "pkg_config_dir": str(native.PACKAGE / "pkgconfig"),
@@ -112,7 +113,12 @@ def lines_of(found: dict[str, Any]) -> list[str]:
     else:
         available = ", ".join(found["instructions_available"])
         lines.append(f"CPU instructions: {found['instructions']} of {available}")
-        lines.append("ct.Session: steps run on the CPU")
+        library = found["cuda_library"]
+        lines.append(
+            f"ct.Session: steps run on the CPU, and on GPUs by {library}"
+            if library
+            else "ct.Session: steps run on the CPU"
+        )
     lines.append(f"server: {found['server'] or 'none'}")
     if found["missing"]:
         names = [{"tensorflow": "TensorFlow", "keras": "Keras"}[name] for name in found["missing"]]

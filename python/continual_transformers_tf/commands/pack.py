@@ -49,6 +49,12 @@ def pack(
     """
     if tolerance is not None and not data:
         raise click.UsageError("--tolerance needs --check DATA, whose outputs it compares")
+    if output.suffix != ".safetensors":  # Or it could overwrite a Keras model, or recordings.
+        raise click.BadParameter(
+            f"{str(output)!r} ends in {output.suffix!r}, expected .safetensors: "
+            f"{str(output.with_suffix('.safetensors'))!r}",
+            param_hint="'OUTPUT'",
+        )
     common.need("cpu")
     with common.sentences():
         from continual_transformers_tf.models import packing
@@ -71,7 +77,7 @@ def pack(
         common.print_json({**written, "check": found._asdict() if found else None})
     else:
         click.echo(f"written: {output}, {size:,} bytes")
-        click.echo(packing.describe_costs(costs))
+        click.echo(packing.describe_costs(costs, explanation.goes_on))
         click.echo(f"as on windows: {explanation.as_on_windows}")
         if found:
             click.echo(found)

@@ -81,15 +81,22 @@ def costs(model: keras.Model, session: Session, seq_len: int | None = None) -> d
     }
 
 
-def describe_costs(found: dict[str, Any]) -> str:
-    """Return the result of `costs` as two lines of text."""
+def describe_costs(found: dict[str, Any], goes_on: bool | None) -> str:
+    """Return the result of `costs` as two lines of text.
+
+    Args:
+        found: The result.
+        goes_on: That of `ct.explain`: whether an output depends on all earlier steps.
+    """
+    field = found["receptive_field"]
+    steps = "all earlier steps" if goes_on else f"{field} step" if field == 1 else f"{field} steps"
     operations = f"its operations are not counted. {found['operations_not_counted']}"
     if found["operations"]:
         operations = ", ".join(f"{n:,} {name}" for name, n in found["operations"].items())
     return (
         f"a step: {operations}\n"
-        f"a stream: {found['state_bytes']:,} bytes; receptive field {found['receptive_field']} "
-        f"steps, delay {found['delay']}"
+        f"a stream: {found['state_bytes']:,} bytes; receptive field {steps}, "
+        f"delay {found['delay']}"
     )
 
 

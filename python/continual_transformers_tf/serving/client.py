@@ -58,7 +58,10 @@ class ServingError(RuntimeError):
         metadata = dict(error.trailing_metadata() or ())
         reason = metadata.get("reason", error.code().name.lower())
         expected = json.loads(metadata.get("expected-steps-bin", b"{}"))
-        return cls(f"{error.details()} ({reason})", reason, expected)
+        said = f"{error.details()} ({reason})"
+        if reason == "unavailable":
+            said += ". Is the server running, and is this the address of its gRPC port?"
+        return cls(said, reason, expected)
 
     @classmethod
     def of_parts(cls, errors: Sequence[grpc.RpcError]) -> Self:
@@ -160,6 +163,12 @@ class Client:
         urls = [url] if isinstance(url, str) else list(url)
         if not urls:
             raise ValueError('got no url, expected "host:port" of a server')
+        for one in urls:
+            if "://" in one:
+                raise ValueError(
+                    f'got the url {one!r}, expected "host:port" of the server\'s gRPC port, '
+                    f"without {one.split('://')[0]}://"
+                )
         self._channels = Channels(urls, access)
         self._url, self._model = ", ".join(urls), model
         self.timeout, self.attempt_timeout = timeout, attempt_timeout
@@ -468,6 +477,7 @@ class Stream:
         self.name, self.next_step = name, next_step
         self._kept: deque[list[Array]] = deque(maxlen=keep)  # Of steps up to next_step - 1.
         self._sent = 0  # The server may be at this step, if its newest answer was lost.
+        self._closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -482,7 +492,7 @@ class Stream:
         Args:
             x: An array. For a model of several inputs a list of arrays in the model's order, or a
                 dictionary by their names.
-            end: The stream ends after this step.
+            end: The stream ends after this step. The next step begins it anew.
 
         Returns:
             An array, or for a model of several outputs a dictionary of them.
@@ -490,6 +500,7 @@ class Stream:
         Raises:
             ServingError: If the step was refused, or not answered in time. If it is not known
                 whether the step was taken, take it again: it has the same number.
+            ValueError: If the stream is closed, or the array does not fit the model.
         """
         arrays = self._client._arrays(x, [(), ("1",)])
         return self._take(arrays, 1, end)
@@ -500,7 +511,7 @@ class Stream:
         return self._take(arrays, len(arrays[0]), end)
 
     def close(self) -> None:
-        """End the stream on the server, without a step.
+        """End the stream on the server, without a step. This object takes no more steps.
 
         Nothing is sent if the stream has not begun or has ended. A stream that the server does not
         have any more is no error. One whose newest steps the server has lost ends where it is.
@@ -509,6 +520,10 @@ class Stream:
             ServingError: If the server was not reached, or if it expects a later step: then another
                 client has taken steps of the stream.
         """
+        self._end()
+        self._closed = True
+
+    def _end(self) -> None:
         newest = max(self.next_step, self._sent)
         if newest == 0:
             return
@@ -525,9 +540,13 @@ class Stream:
         self._forget()
 
     def _take(self, arrays: list[Array], count: int, end: bool) -> Outputs:
+        if self._closed:
+            raise ValueError(
+                f"the stream {self.name!r} is closed: client.open({self.name!r}) begins it anew"
+            )
         if count == 0:
             if end:
-                self.close()
+                self._end()
             return self._client._step_stream(arrays, self.name, self.next_step)
         self._sent = self.next_step + count
         answer = self._send(arrays, self.next_step, end)
