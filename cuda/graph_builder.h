@@ -49,7 +49,7 @@ class GraphBuilder {
     return cudaGraphAddKernelNode(&last_, graph_, &before, before == nullptr ? 0 : 1, &node);
   }
 
-  // Lets the next kernel begin only when all kernels before it have ended.
+  // The next kernel begins only when all kernels before it have ended.
   void LetNextWait() { next_waits_ = true; }
 
   // Adds a kernel whose blocks all run at once, so that they can wait for each other, by

@@ -18,9 +18,10 @@ namespace {
 
 // cudaMalloc's own alignment.
 constexpr int64_t kAlignment = 256;
-// A program steps few different numbers of streams at a time. A graph takes some memory, and
-// making it takes far longer than replaying it.
-constexpr size_t kMostGraphs = 16;
+// A program steps few different numbers of streams at a time. Each has two graphs, if there are
+// calls of one step and of several. A graph takes some memory, and making it takes far longer than
+// replaying it.
+constexpr size_t kMostGraphs = 2 * 16;
 
 int64_t Align(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -37,6 +38,7 @@ DeviceArena::Layout::Layout(const Plan& plan, const DevicePlan& compiled, int64_
   blocks = take(streams * static_cast<int64_t>(sizeof(char*)));
   positions = take(streams * static_cast<int64_t>(sizeof(int64_t)));
   key_mask = take(streams);
+  arrays = take(sizeof(MailedArrays));
   for (const Port& input : plan.inputs) {
     if (values[input.value] < 0) {
       values[input.value] = take(streams * compiled.row_bytes[input.value]);
@@ -144,25 +146,24 @@ DeviceArena::Graph DeviceArena::NewGraph(int64_t streams, bool mail) const {
 }
 
 TakeInputsEach DeviceArena::InputsOf(const Graph& graph) const {
-  TakeInputsEach inputs = {mailbox_.inputs(),
-                           step_.get(),
-                           graph.layout.sent,
-                           mailbox_.input_arrays(),
-                           static_cast<int>(graph.inputs.size()),
-                           {}};
+  TakeInputsEach inputs = {};
+  inputs.from = mailbox_.inputs();
+  inputs.to = step_.get();
+  inputs.size = graph.layout.sent;
+  inputs.arrays = reinterpret_cast<const MailedArrays*>(mailbox_.inputs() + graph.layout.arrays);
+  inputs.num_ports = static_cast<int>(graph.inputs.size());
   std::copy(graph.inputs.begin(), graph.inputs.end(), inputs.ports);
   return inputs;
 }
 
 DeliverOutputsEach DeviceArena::OutputsOf(const Graph& graph) const {
-  DeliverOutputsEach outputs = {mailbox_.outputs(),
-                                MailedBytes(graph.outputs),
-                                mailbox_.output_arrays(),
-                                static_cast<int>(graph.outputs.size()),
-                                {},
-                                {},
-                                reinterpret_cast<int64_t*>(step_.get() + graph.layout.positions),
-                                graph.layout.streams};
+  DeliverOutputsEach outputs = {};
+  outputs.to = mailbox_.outputs();
+  outputs.size = MailedBytes(graph.outputs);
+  outputs.arrays = reinterpret_cast<const MailedArrays*>(step_.get() + graph.layout.arrays);
+  outputs.num_ports = static_cast<int>(graph.outputs.size());
+  outputs.positions = reinterpret_cast<int64_t*>(step_.get() + graph.layout.positions);
+  outputs.streams = graph.layout.streams;
   std::copy(graph.outputs.begin(), graph.outputs.end(), outputs.ports);
   for (size_t i = 0; i < plan_.outputs.size(); ++i) {
     outputs.values[i] = graph.values[compiled_.storage[plan_.outputs[i].value]];
@@ -230,8 +231,10 @@ cudaError_t DeviceArena::Instantiate(Graph* graph, bool overlap, bool persist) c
   if (error != cudaSuccess) return error;
   const std::unique_ptr<CUgraph_st, cudaError_t (*)(cudaGraph_t)> owner(nodes, cudaGraphDestroy);
   // A graph that takes the mailbox has the second half.
-  Phases phases(phases_.get() + (graph->takes_mailbox ? PhasesBytes() : 0), PhasesBytes(),
-                compiled_.cache_dtype, gpu_->multiprocessors());
+  char* const phases_at =
+      persist && graph->takes_mailbox ? phases_.get() + PhasesBytes() : phases_.get();
+  Phases phases(phases_at, persist ? PhasesBytes() : 0, compiled_.cache_dtype,
+                gpu_->multiprocessors());
   {
     GraphBuilder builder(nodes);
     error = LaunchAll(*graph, FrameOf(*graph, overlap), persist ? &phases : nullptr);
@@ -317,16 +320,21 @@ void DeviceArena::Step(const StepCall& call) {
 // One launch: see mailbox.h.
 void DeviceArena::StepByMail(const StepCall& call, const Graph& graph) {
   FillHeader(call, graph.layout, mailbox_.inputs());
+  MailedArrays arrays = {};
   for (size_t i = 0; i < plan_.inputs.size(); ++i) {
     const char* const input = static_cast<const char*>(call.inputs[i]);
-    mailbox_.input_arrays()[i] = input_on_gpu_[i] ? input : nullptr;
-    if (!input_on_gpu_[i]) {
+    if (input_on_gpu_[i]) {
+      arrays.inputs[i] = input;
+    } else {
       std::memcpy(mailbox_.inputs() + graph.inputs[i].at, input, graph.inputs[i].size);
     }
   }
   for (size_t i = 0; i < plan_.outputs.size(); ++i) {
-    mailbox_.output_arrays()[i] = output_on_gpu_[i] ? static_cast<char*>(call.outputs[i]) : nullptr;
+    char* const output = static_cast<char*>(call.outputs[i]);
+    if (output == nullptr) arrays.outputs[i] = UnwantedOutput();
+    if (output_on_gpu_[i]) arrays.outputs[i] = output;
   }
+  std::memcpy(mailbox_.inputs() + graph.layout.arrays, &arrays, sizeof(arrays));
   TakeStep(graph);
   Check(cudaStreamSynchronize(stream_.get()), "taking a step");
   for (size_t i = 0; i < plan_.outputs.size(); ++i) {

@@ -46,12 +46,13 @@ class DeviceArena final : public Arena {
 
  private:
   // Where the things of a step of M streams lie in `step_`. Everything that the host sends for a
-  // single step comes first, so that one copy brings it.
+  // single step comes first, so that one copy, or TakeInputs(), brings it.
   struct Layout {
     explicit Layout(const Plan& plan, const DevicePlan& compiled, int64_t streams);
 
     int64_t streams;
     int64_t blocks, positions, key_mask;  // in bytes
+    int64_t arrays;                       // a MailedArrays
     std::vector<int64_t> values;          // and then scratches; -1: shares another's rows
     int64_t sent;                         // bytes from the beginning
     int64_t bytes;

@@ -20,8 +20,7 @@ struct DeviceFrame {
   uint32_t* arrivals;        // counters, zeros before and after each launch; see arrival.cuh
   char* const* values;       // of the host: where each plan value's M rows lie, and each scratch
   // Whether a launch may begin while the one before it still runs; see Launch(). Before it waits, a
-  // kernel may read weights, and `blocks` and `positions`: they are written before the step's first
-  // launch and by its last.
+  // kernel may read weights, and `blocks` and `positions`: no kernel of a node writes them.
   bool overlap;
 
   template <typename T>

@@ -19,9 +19,7 @@ bool Mailbox::Fits(int64_t sent, const std::vector<MailedPort>& inputs,
 }
 
 Mailbox::Mailbox(std::shared_ptr<const Gpu> gpu)
-    : memory_(std::move(gpu), GpuBytes::Kind::kPinnedHost,
-              2 * kMostBytes + 2 * kMostMailedPorts * static_cast<int64_t>(sizeof(char*)),
-              "a step") {}
+    : memory_(std::move(gpu), GpuBytes::Kind::kPinnedHost, 2 * kMostBytes, "a step") {}
 
 std::vector<MailedPort> MailedPortsOf(const std::vector<int64_t>& sizes) {
   std::vector<MailedPort> ports;

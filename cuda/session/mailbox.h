@@ -27,47 +27,67 @@ struct MailedPort {
   int64_t size;  // of all streams
 };
 
+// The address of an output that the caller does not want.
+__host__ __device__ inline char* UnwantedOutput() { return reinterpret_cast<char*>(1); }
+
+// Where the arrays of ports are that are on the GPU. Null: the port is in the mailbox.
+struct MailedArrays {
+  const char* inputs[kMostMailedPorts];
+  char* outputs[kMostMailedPorts];  // may be UnwantedOutput()
+};
+
+struct alignas(kMailedPiece) MailedPieceOf {
+  uint32_t words[kMailedPiece / sizeof(uint32_t)];
+};
+
 // Copies `bytes`, at most a piece.
 __device__ inline void CopyPiece(const char* from, char* to, int64_t bytes) {
-  struct alignas(kMailedPiece) Piece {
-    uint64_t words[2];
-  };
+  constexpr int kWords = kMailedPiece / sizeof(uint32_t);
   const auto address = reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to);
   if (bytes >= kMailedPiece && address % kMailedPiece == 0) {
-    *reinterpret_cast<Piece*>(to) = *reinterpret_cast<const Piece*>(from);
-    return;
+    *reinterpret_cast<MailedPieceOf*>(to) = *reinterpret_cast<const MailedPieceOf*>(from);
+  } else if (bytes >= kMailedPiece && address % sizeof(uint32_t) == 0) {
+    uint32_t words[kWords];  // All are loaded before the first is stored.
+    for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const uint32_t*>(from)[i];
+    for (int i = 0; i < kWords; ++i) reinterpret_cast<uint32_t*>(to)[i] = words[i];
+  } else {
+    for (int64_t i = 0; i < bytes && i < kMailedPiece; ++i) to[i] = from[i];
   }
-  for (int64_t i = 0; i < bytes && i < kMailedPiece; ++i) to[i] = from[i];
 }
 
-// i is a piece of what the host sends: of the blocks' addresses, the positions, the key mask or an
-// input. They lie in the mailbox as in the step's memory.
+// i is a piece of what the host sends: of the blocks' addresses, the positions, the key mask, the
+// addresses of arrays, or an input. They lie in the mailbox as in the step's memory.
 struct TakeInputsEach {
   const char* from;
   char* to;
-  int64_t size;               // of all, a multiple of a piece
-  const char* const* arrays;  // in the mailbox, one for each port: an array on the GPU, or null
+  int64_t size;                // of all, a multiple of a piece
+  const MailedArrays* arrays;  // in the mailbox
   int num_ports;
   MailedPort ports[kMostMailedPorts];
 
   __host__ __device__ int64_t Count() const { return size / kMailedPiece; }
   __device__ void operator()(int64_t i) const {
     const int64_t at = i * kMailedPiece;
+    // Both are read at once: each read from the host's memory takes about as long as a kernel.
+    const MailedPieceOf piece = *reinterpret_cast<const MailedPieceOf*>(from + at);
+    const char* array = nullptr;
+    int64_t within = 0, rest = 0;
     for (int p = 0; p < num_ports; ++p) {
-      const int64_t within = at - ports[p].at;
-      if (within < 0 || within >= ports[p].size) continue;
-      if (arrays[p] == nullptr) break;
-      return CopyPiece(arrays[p] + within, to + at, ports[p].size - within);
+      if (at < ports[p].at || at >= ports[p].at + ports[p].size) continue;
+      within = at - ports[p].at;
+      rest = ports[p].size - within;
+      array = arrays->inputs[p];
     }
-    CopyPiece(from + at, to + at, kMailedPiece);
+    if (array != nullptr) return CopyPiece(array + within, to + at, rest);
+    *reinterpret_cast<MailedPieceOf*>(to + at) = piece;
   }
 };
 
 // i is a piece of an output, and also the number of a stream.
 struct DeliverOutputsEach {
   char* to;
-  int64_t size;         // of all outputs, a multiple of a piece
-  char* const* arrays;  // in the mailbox, one for each port: an array on the GPU, or null
+  int64_t size;                // of all outputs, a multiple of a piece
+  const MailedArrays* arrays;  // in the step's memory, where TakeInputsEach has put them
   int num_ports;
   MailedPort ports[kMostMailedPorts];
   const char* values[kMostMailedPorts];  // where the outputs are
@@ -84,8 +104,10 @@ struct DeliverOutputsEach {
     for (int p = 0; p < num_ports; ++p) {
       const int64_t within = at - ports[p].at;
       if (within < 0 || within >= ports[p].size) continue;
-      char* const target = arrays[p] == nullptr ? to + at : arrays[p] + within;
-      return CopyPiece(values[p] + within, target, ports[p].size - within);
+      char* const array = arrays->outputs[p];
+      if (array == UnwantedOutput()) return;
+      return CopyPiece(values[p] + within, array == nullptr ? to + at : array + within,
+                       ports[p].size - within);
     }
   }
 };
@@ -106,13 +128,6 @@ class Mailbox {
   // What the host sends, and what it receives. [kMostBytes]
   char* inputs() const { return memory_.get(); }
   char* outputs() const { return memory_.get() + kMostBytes; }
-  // The arrays of ports that are on the GPU; null: the port is in the mailbox. [kMostMailedPorts]
-  const char** input_arrays() const {
-    return reinterpret_cast<const char**>(memory_.get() + 2 * kMostBytes);
-  }
-  char** output_arrays() const {
-    return reinterpret_cast<char**>(memory_.get() + 2 * kMostBytes) + kMostMailedPorts;
-  }
 
   int64_t bytes() const { return memory_.bytes(); }
 

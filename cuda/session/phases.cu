@@ -90,7 +90,8 @@ class PhaseBarrier {
   cooperative_groups::grid_group::arrival_token token_;
 };
 
-// Tasks of phases, as StripBlock and RingQuery are. Begin() may read only what no phase writes.
+// Tasks of phases, as StripBlock and RingQuery are. Begin() may read weights, and what the first
+// phase takes: addresses and positions.
 struct NormTask {
   const DeviceNormalizeParams<float>& p;
   const int row;
@@ -127,12 +128,13 @@ class PersistentBlock {
       const bool copies = i + 1 < p_.count && word < kWords;
       const uint32_t next = copies ? WordOf(i + 1, word) : 0;
       const Phase& phase = *reinterpret_cast<const Phase*>(Words(i));
+      // Read here: as soon as other warps are at the barrier, they may copy a phase over this one.
+      const bool takes_inputs = phase.kind == Phase::Kind::kTakeInputs;
       RunPhase(phase);
       if (copies) Words(i + 1)[word] = next;
       if (i + 1 < p_.count) barrier_.Arrive();
-      __syncthreads();  // until the next phase has been copied
-      // Begin() may read what is an input of the whole step.
-      if (phase.kind == Phase::Kind::kTakeInputs) barrier_.Wait();
+      __syncthreads();                    // until the next phase has been copied
+      if (takes_inputs) barrier_.Wait();  // Begin() may read addresses and positions.
     }
   }
 

@@ -1,7 +1,7 @@
 // A persistent kernel: a step of one stream in one launch. What would be a launch of its own is a
 // phase of it, and what would be a block of that launch is a task. All blocks of threads run at
-// once, and before each phase they wait for each other. While they wait, they fetch what no phase
-// writes: their parts of the next weights.
+// once, and before each phase they wait for each other. While they wait, they fetch their parts of
+// the next weights.
 
 #ifndef CONTINUAL_TRANSFORMERS_CUDA_SESSION_PHASES_H_
 #define CONTINUAL_TRANSFORMERS_CUDA_SESSION_PHASES_H_

@@ -20,7 +20,8 @@ struct AdvanceEach {
 // before they wait, they may read what it writes.
 cudaError_t TakeInputs(const TakeInputsEach& inputs, cudaStream_t stream);
 
-// Puts the outputs of a step into the mailbox, and adds 1 to the positions.
+// Puts the outputs of a step into the mailbox, or into arrays on the GPU, and adds 1 to the
+// positions.
 cudaError_t DeliverOutputs(const DeliverOutputsEach& outputs, bool overlap, cudaStream_t stream);
 
 // Adds 1 to the frame's positions, so that the same launches can take the next step.

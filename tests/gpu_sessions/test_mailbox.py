@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from on_gpu import library, to_gpu
-from plan_files import attention_plan, negative_plan
+from plan_files import PlanFile, attention_plan, negative_plan
 
 F = np.float32
 # A step of one stream of `negative_plan` with so many features sends 64 KiB.
-LARGEST = (65536 - 3 * 256) // 4
+LARGEST = (65536 - 4 * 256) // 4
 
 
 @pytest.fixture
@@ -99,8 +99,35 @@ def test_many_ports(device, copies, random, ports):
         assert (copies() == before) == (ports <= 8)
 
 
+def test_outputs_that_are_inputs(device, random):
+    """An output is an input, and two have the same value."""
+    plan = PlanFile()
+    x = plan.input("x", 5)
+    y = plan.node("activation", [x], plan.value(5), function="negative")
+    for name, value in (("same", x), ("first", y), ("second", y)):
+        plan.output(name, value)
+    plan.plan["output_structure"] = [0, 1, 2]
+    session = plan.session(device=device)
+    for _ in range(3):
+        x = random.standard_normal((1, 5)).astype(F)
+        for y, expected in zip(session.step(x), (x, -x, -x), strict=True):
+            np.testing.assert_array_equal(y, expected)
+
+
+def test_large_outputs_alone(device, copies, random):
+    plan = PlanFile()
+    plan.output("y", plan.dense(random, plan.input("x", 2), 20_000))
+    session, on_cpu = plan.session(device=device), plan.session()
+    x = random.standard_normal((1, 2)).astype(F)
+    for _ in range(2):
+        before = copies()
+        np.testing.assert_allclose(session.step(x), on_cpu.step(x), rtol=1e-4, atol=1e-5)
+    if before is not None:
+        assert copies() > before
+
+
 def test_gaps_and_errors(device, random):
-    """The mailbox keeps nothing of a step before."""
+    """The mailbox keeps nothing of a step before, and an error leaves no trace."""
     plan = attention_plan(random)
     sessions = [plan.session(device=d) for d in (device, "cpu")]
     ids = [session.open(3) for session in sessions]

@@ -101,7 +101,11 @@ def test_plans(device, random, plan, narrow, persist):
             taken[m] += 1
     assert persistent_graphs() - before == (1 if persist else 0)
     check(*both.call([x[:, -3]], np.arange(3)), bound)
-    check(*both.call([x[1:2, -2:]], [1]), bound)
+    check(
+        *both.call([x[1:2, -2:]], [1]), bound
+    )  # Another graph of one stream, and the first again.
+    check(*both.call([x[2:, -2]], [2]), bound)
+    check(*both.call([x[2:, -1:]], [2]), bound)
     np.testing.assert_array_equal(
         both.on_gpu.session.position(both.ids), both.on_cpu.session.position(both.there)
     )

@@ -276,9 +276,7 @@ def test_a_device_that_does_not_exist(plan, device):
 
 def test_without_the_library_it_says_so(plan, monkeypatch, tmp_path):
     monkeypatch.setenv(LIBRARY, str(tmp_path / "none.so"))
-    with pytest.raises(
-        ValueError, match=r"none\.so: cannot open.*; install continual-transformers-tf-cuda, or b"
-    ):
+    with pytest.raises(ValueError, match=r"none\.so: cannot open.*; build the package with"):
         plan.session(device="cuda:0")
     monkeypatch.setenv(LIBRARY, str(CORE))
     with pytest.raises(ValueError, match="has no sessions on a GPU"):
