@@ -128,7 +128,7 @@ class PersistentBlock {
       const bool copies = i + 1 < p_.count && word < kWords;
       const uint32_t next = copies ? WordOf(i + 1, word) : 0;
       const Phase& phase = *reinterpret_cast<const Phase*>(Words(i));
-      // Read here: as soon as other warps are at the barrier, they may copy a phase over this one.
+      // Read before the barrier: behind it, a faster warp may copy a phase over this one.
       const bool takes_inputs = phase.kind == Phase::Kind::kTakeInputs;
       RunPhase(phase);
       if (copies) Words(i + 1)[word] = next;
