@@ -59,7 +59,7 @@ class GraphBuilder {
                           const Params& params) {
     const cudaError_t error = Add(kernel, blocks, threads, false, params);
     if (error != cudaSuccess) return error;
-    // What we have read does not say that a kernel may begin early behind such a one.
+    // CUDA does not document that the next kernel may begin early then.
     next_waits_ = true;
     cudaLaunchAttributeValue value = {};
     if (cluster) {

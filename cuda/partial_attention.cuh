@@ -15,7 +15,7 @@
 
 namespace continual_transformers {
 
-// Of a block of a launch. Persistent kernels have larger ones.
+// The threads of a block that is launched for attention. In a persistent kernel it has more.
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kLanesPerWarp;
 

@@ -37,7 +37,7 @@ KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<architecture>sm_\w+)'"
     r"(?:\n.*){1,6}?\n.*Used (?P<registers>\d+) registers(?:.*?, (?P<shared>\d+) bytes smem)?"
 )
-# Of the kernel, and of each function that it calls.
+# ptxas reports this for the kernel, and for each function that the kernel calls.
 FUNCTION = re.compile(
     r"Function properties for .*\n *(?P<stack>\d+) bytes stack frame, "
     r"(?P<spill_stores>\d+) bytes spill stores, (?P<spill_loads>\d+) bytes spill loads"
@@ -45,9 +45,9 @@ FUNCTION = re.compile(
 
 
 class Resources(NamedTuple):
-    """Of one kernel on one architecture; bytes but for the registers, which are a thread's.
+    """What one kernel takes on one architecture: the registers of a thread, and else bytes.
 
-    Spills are those of the function that has most: of the kernel, or of one that it calls.
+    Spills and stack are of the function that has most: of the kernel, or of one that it calls.
     """
 
     registers: int

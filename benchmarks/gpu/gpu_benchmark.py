@@ -323,7 +323,7 @@ def measure_flashinfer(bench, rings, times):
         return dict(flashinfer=bench.time_graph(step, times))
     except ImportError:
         return {}
-    except Exception as error:  # Our own figures are kept, whatever fails in a rival.
+    except Exception as error:  # If a rival fails, our own figures stay.
         return dict(flashinfer_failed=f"{type(error).__name__}: {error}")
 
 

@@ -35,7 +35,6 @@ import session_sizes  # noqa: E402
 AGREEMENT = 1e-3  # The largest difference from the CPU's outputs, relative to the largest output.
 COPY_BYTES = 1 << 30
 ROOM = 5  # How many times a step's least bytes must be free.
-CUDA_LIBRARY = gpu_benchmark.cuda_build.LISTS["CUDA_LIBRARY"]
 
 
 class TorchArrays:
@@ -157,10 +156,9 @@ def least_bytes(session, weights_bytes, streams):
 
 def cuda_library():
     """Return the library that sessions on a GPU use."""
-    from continual_transformers_tf import session
+    from continual_transformers_tf import native
 
-    beside = Path(session.__file__).with_name(CUDA_LIBRARY)
-    library = ctypes.CDLL(os.environ.get("CONTINUAL_TRANSFORMERS_CUDA_LIBRARY", beside))
+    library = ctypes.CDLL(native.cuda_session_library())
     library.continual_transformers_cuda_persistent_graphs.restype = ctypes.c_int64
     return library
 
@@ -287,8 +285,10 @@ def measure_persistent(machine, size, path, copy_rate, **timing):
         if (persistent_graphs() > before) != (name == "persistent"):
             raise RuntimeError("the GPU's driver refuses persistent kernels")
         compare(outputs, on_cpu.step(x[:, 0], streams=there))
-        outputs = session.steps(x[:, 1:], streams=stream)[:, -1:]  # The window is full.
-        error = compare(outputs, on_cpu.steps(x[:, 1:], streams=there)[:, -1:])
+        for filled, at in ((session, stream), (on_cpu, there)):
+            filled.steps(x[:, 1:-1], streams=at)  # Another graph takes these.
+        outputs = [session.step(x[:, -1], streams=stream)]
+        error = compare(outputs, on_cpu.step(x[:, -1], streams=there))
         step = functools.partial(session.step, x_there, streams=stream, out=out)
         entry[name] = microseconds(step, **timing)
         entry["error_against_cpu"] = max(error, entry.get("error_against_cpu", 0.0))
@@ -322,7 +322,7 @@ def measure_compiled(machine, size, streams, **timing):
     try:
         step = rival_step(machine, size, streams, torch_compile=True)
         return dict(torch_compiled=microseconds(step, **timing))
-    except Exception as error:  # Our own figures are kept, whatever fails in a rival.
+    except Exception as error:  # If a rival fails, our own figures stay.
         return dict(torch_compiled_failed=f"{type(error).__name__}: {error}")
 
 

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<float>)
   query.Run();
 }
 
-// Of the first row of each step.
+// Returns the parameters for the first row of each step.
 template <typename C>
 RingQueryParams ParamsOf(const DeviceAttention& s, const DeviceFrame& frame) {
   return {frame.blocks,

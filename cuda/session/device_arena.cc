@@ -174,32 +174,23 @@ DeliverOutputsEach DeviceArena::OutputsOf(const Graph& graph) const {
 cudaError_t DeviceArena::LaunchAll(const Graph& graph, const DeviceFrame& frame,
                                    Phases* phases) const {
   const cudaStream_t stream = stream_.get();
-  cudaError_t error = cudaSuccess;
-  if (graph.takes_mailbox && phases != nullptr) {
-    phases->Add(InputsOf(graph));
-  } else if (graph.takes_mailbox) {
-    error = TakeInputs(InputsOf(graph), stream);
-  }
+  const auto launch = [&](const NodeKernels& kernels) {
+    if (phases == nullptr) return kernels.launch(frame, stream);
+    if (kernels.phase != nullptr) {
+      kernels.phase(frame, phases);
+      return cudaSuccess;
+    }
+    const cudaError_t error = phases->Launch(stream);
+    return error == cudaSuccess ? kernels.launch(frame, stream) : error;
+  };
+  cudaError_t error = graph.takes_mailbox ? launch(TakeInputs(InputsOf(graph))) : cudaSuccess;
   for (const DevicePlan::Entry& entry : compiled_.entries) {
     if (error != cudaSuccess) return error;
-    if (phases != nullptr && entry.kernels.phase != nullptr) {
-      entry.kernels.phase(frame, phases);
-      continue;
-    }
-    if (phases != nullptr) error = phases->Launch(stream);
-    if (error == cudaSuccess) error = entry.kernels.launch(frame, stream);
+    error = launch(entry.kernels);
   }
   if (error != cudaSuccess) return error;
-  if (phases == nullptr) {
-    return graph.takes_mailbox ? DeliverOutputs(OutputsOf(graph), frame.overlap, stream)
-                               : AdvancePositions(frame, stream);
-  }
-  if (graph.takes_mailbox) {
-    phases->Add(OutputsOf(graph));
-  } else {
-    phases->Add(AdvanceEach{const_cast<int64_t*>(frame.positions)}, frame.streams);
-  }
-  return phases->Launch(stream);
+  error = launch(graph.takes_mailbox ? DeliverOutputs(OutputsOf(graph)) : AdvancePositions());
+  return error == cudaSuccess && phases != nullptr ? phases->Launch(stream) : error;
 }
 
 int64_t DeviceArena::PhasesBytes() const {
@@ -209,9 +200,7 @@ int64_t DeviceArena::PhasesBytes() const {
 void DeviceArena::Build(Graph* graph) {
   const bool overlap = may_overlap && CanOverlapSteps();
   const bool persist = may_persist && CanOverlapSteps() && graph->layout.streams == 1;
-  if (persist) {
-    Reserve(&phases_, GpuBytes::Kind::kDevice, 2 * PhasesBytes());
-  }
+  if (persist) Reserve(&phases_, GpuBytes::Kind::kDevice, 2 * PhasesBytes());
   cudaError_t error = Instantiate(graph, overlap, persist);
   // The driver may be too old for kernels that persist, or for launches that overlap in a graph.
   if (error != cudaSuccess && persist) {
@@ -261,7 +250,7 @@ void DeviceArena::TakeProfiledStep(const Graph& graph) {
     Check(compiled_.entries[i].kernels.launch(frame, stream_.get()), "launching a node");
     Check(cudaEventRecord(events[i + 1], stream_.get()), "recording an event");
   }
-  Check(AdvancePositions(frame, stream_.get()), "advancing positions");
+  Check(AdvancePositions().launch(frame, stream_.get()), "advancing positions");
   Check(cudaStreamSynchronize(stream_.get()), "taking a step");
   for (size_t i = 0; i < compiled_.entries.size(); ++i) {
     float milliseconds;

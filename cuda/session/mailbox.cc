@@ -8,7 +8,7 @@
 namespace continual_transformers {
 namespace {
 
-int64_t Align(int64_t bytes) { return (bytes + kMailedPiece - 1) / kMailedPiece * kMailedPiece; }
+int64_t Align(int64_t bytes) { return (bytes + kPieceBytes - 1) / kPieceBytes * kPieceBytes; }
 
 }  // namespace
 

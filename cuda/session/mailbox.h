@@ -1,6 +1,6 @@
 // Pinned memory of the host through which a small step's own kernels take its inputs and deliver
 // its outputs. A step is then one launch of a graph, without copies around it, each of which would
-// take about as long as a kernel. An array on the GPU is read and written where it is: the mailbox
+// take about as long as a kernel. From and to an array on the GPU they copy directly: the mailbox
 // has its address.
 
 #ifndef CONTINUAL_TRANSFORMERS_CUDA_SESSION_MAILBOX_H_
@@ -19,7 +19,7 @@ namespace continual_transformers {
 // How many inputs, and how many outputs, a small step can have.
 constexpr int kMostMailedPorts = 8;
 // Things in the mailbox begin at multiples of this many bytes, and are copied in such pieces.
-constexpr int64_t kMailedPiece = 16;
+constexpr int64_t kPieceBytes = 16;
 
 // The bytes of an input or output of a step.
 struct MailedPort {
@@ -36,22 +36,22 @@ struct MailedArrays {
   char* outputs[kMostMailedPorts];  // may be UnwantedOutput()
 };
 
-struct alignas(kMailedPiece) MailedPieceOf {
-  uint32_t words[kMailedPiece / sizeof(uint32_t)];
+struct alignas(kPieceBytes) MailedPiece {
+  uint32_t words[kPieceBytes / sizeof(uint32_t)];
 };
 
 // Copies `bytes`, at most a piece.
 __device__ inline void CopyPiece(const char* from, char* to, int64_t bytes) {
-  constexpr int kWords = kMailedPiece / sizeof(uint32_t);
+  constexpr int kWords = kPieceBytes / sizeof(uint32_t);
   const auto address = reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to);
-  if (bytes >= kMailedPiece && address % kMailedPiece == 0) {
-    *reinterpret_cast<MailedPieceOf*>(to) = *reinterpret_cast<const MailedPieceOf*>(from);
-  } else if (bytes >= kMailedPiece && address % sizeof(uint32_t) == 0) {
+  if (bytes >= kPieceBytes && address % kPieceBytes == 0) {
+    *reinterpret_cast<MailedPiece*>(to) = *reinterpret_cast<const MailedPiece*>(from);
+  } else if (bytes >= kPieceBytes && address % sizeof(uint32_t) == 0) {
     uint32_t words[kWords];  // All are loaded before the first is stored.
     for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const uint32_t*>(from)[i];
     for (int i = 0; i < kWords; ++i) reinterpret_cast<uint32_t*>(to)[i] = words[i];
   } else {
-    for (int64_t i = 0; i < bytes && i < kMailedPiece; ++i) to[i] = from[i];
+    for (int64_t i = 0; i < bytes && i < kPieceBytes; ++i) to[i] = from[i];
   }
 }
 
@@ -65,11 +65,11 @@ struct TakeInputsEach {
   int num_ports;
   MailedPort ports[kMostMailedPorts];
 
-  __host__ __device__ int64_t Count() const { return size / kMailedPiece; }
+  __host__ __device__ int64_t Count() const { return size / kPieceBytes; }
   __device__ void operator()(int64_t i) const {
-    const int64_t at = i * kMailedPiece;
+    const int64_t at = i * kPieceBytes;
     // Both are read at once: each read from the host's memory takes about as long as a kernel.
-    const MailedPieceOf piece = *reinterpret_cast<const MailedPieceOf*>(from + at);
+    const MailedPiece piece = *reinterpret_cast<const MailedPiece*>(from + at);
     const char* array = nullptr;
     int64_t within = 0, rest = 0;
     for (int p = 0; p < num_ports; ++p) {
@@ -79,7 +79,7 @@ struct TakeInputsEach {
       array = arrays->inputs[p];
     }
     if (array != nullptr) return CopyPiece(array + within, to + at, rest);
-    *reinterpret_cast<MailedPieceOf*>(to + at) = piece;
+    *reinterpret_cast<MailedPiece*>(to + at) = piece;
   }
 };
 
@@ -95,12 +95,12 @@ struct DeliverOutputsEach {
   int64_t streams;                       // M
 
   __host__ __device__ int64_t Count() const {
-    const int64_t pieces = size / kMailedPiece;
+    const int64_t pieces = size / kPieceBytes;
     return pieces > streams ? pieces : streams;
   }
   __device__ void operator()(int64_t i) const {
     if (i < streams) ++positions[i];
-    const int64_t at = i * kMailedPiece;
+    const int64_t at = i * kPieceBytes;
     for (int p = 0; p < num_ports; ++p) {
       const int64_t within = at - ports[p].at;
       if (within < 0 || within >= ports[p].size) continue;

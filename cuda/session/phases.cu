@@ -151,7 +151,7 @@ class PersistentBlock {
     return reinterpret_cast<const uint32_t*>(p_.phases + phase)[word];
   }
 
-  // Each block has L2 fetch its share of each kernel.
+  // Has L2 fetch this block's share of the weights.
   __device__ void Fetch() const {
     for (int i = threadIdx.x; i < p_.fetched; i += kPhaseThreads) {
       ForEachMatrix(p_.phases[i], [](const void* data, int64_t bytes) {

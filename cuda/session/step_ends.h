@@ -18,14 +18,14 @@ struct AdvanceEach {
 
 // Takes what a step needs out of the mailbox. All later kernels of the step begin only after it:
 // before they wait, they may read what it writes.
-cudaError_t TakeInputs(const TakeInputsEach& inputs, cudaStream_t stream);
+NodeKernels TakeInputs(const TakeInputsEach& inputs);
 
 // Puts the outputs of a step into the mailbox, or into arrays on the GPU, and adds 1 to the
 // positions.
-cudaError_t DeliverOutputs(const DeliverOutputsEach& outputs, bool overlap, cudaStream_t stream);
+NodeKernels DeliverOutputs(const DeliverOutputsEach& outputs);
 
 // Adds 1 to the frame's positions, so that the same launches can take the next step.
-cudaError_t AdvancePositions(const DeviceFrame& frame, cudaStream_t stream);
+NodeKernels AdvancePositions();
 
 // Returns whether the GPU in use can run launches that overlap.
 bool CanOverlapSteps();

@@ -234,10 +234,7 @@ def describe(path: str | os.PathLike[str]) -> str:
         ("written by", file.producer),
         *(("input" if i == 0 else "", str(port)) for i, port in enumerate(file.inputs)),
         *(("output" if i == 0 else "", str(port)) for i, port in enumerate(file.outputs)),
-        (
-            "receptive field",
-            "all earlier steps" if file.goes_on else _counted(file.receptive_field, "step"),
-        ),
+        ("receptive field", described_field(file.receptive_field, file.goes_on)),
         ("delay", _counted(file.delay, "step")),
         (
             "dtypes",
@@ -264,6 +261,16 @@ def describe(path: str | os.PathLike[str]) -> str:
             ("weights", f"fingerprint {loaded.weights_fingerprint:016x}"),
         ]
     return "\n".join(f"{name:<17}{_printable(value)}" for name, value in rows)
+
+
+def described_field(steps: int, goes_on: bool | None) -> str:
+    """Return a receptive field as text.
+
+    Args:
+        steps: The receptive field.
+        goes_on: Whether an output depends on all earlier steps, through a recurrent layer.
+    """
+    return "all earlier steps" if goes_on else _counted(steps, "step")
 
 
 def _counted(count: int, noun: str) -> str:

@@ -17,6 +17,7 @@ from continual_transformers_tf.layers.co_window import CoWindow
 from continual_transformers_tf.layers.continual_layer import ContinualLayer
 from continual_transformers_tf.layers.rotary_embedding import RotaryEmbedding
 from continual_transformers_tf.layers.transformer_encoder import TransformerEncoder
+from continual_transformers_tf.model_file import described_field
 from continual_transformers_tf.models.lowering import LoweredGraph, lower, lower_graph
 from continual_transformers_tf.models.problem import CannotStream, Problem
 from continual_transformers_tf.models.step_graph import Node, StepGraph
@@ -113,8 +114,7 @@ class Explanation:
                     yield from _wrapped(reason, "    ")
         if self.receptive_field is not None:
             yield ""
-            field = "all earlier steps" if self.goes_on else _steps(self.receptive_field)
-            yield f"receptive field   {field}"
+            yield f"receptive field   {described_field(self.receptive_field, self.goes_on)}"
             yield f"delay             {_steps(self.delay or 0)}"
             if self.block and self.block > 1:
                 yield f"a step takes      {_steps(self.block)} of the input"

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
+from continual_transformers_tf.model_file import described_field
 from continual_transformers_tf.models.cost import cost
 from continual_transformers_tf.models.lowering import continual_model
 from continual_transformers_tf.models.step_graph import StepGraph
@@ -88,14 +89,13 @@ def describe_costs(found: dict[str, Any], goes_on: bool | None) -> str:
         found: The result.
         goes_on: That of `ct.explain`: whether an output depends on all earlier steps.
     """
-    field = found["receptive_field"]
-    steps = "all earlier steps" if goes_on else f"{field} step" if field == 1 else f"{field} steps"
+    field = described_field(found["receptive_field"], goes_on)
     operations = f"its operations are not counted. {found['operations_not_counted']}"
     if found["operations"]:
         operations = ", ".join(f"{n:,} {name}" for name, n in found["operations"].items())
     return (
         f"a step: {operations}\n"
-        f"a stream: {found['state_bytes']:,} bytes; receptive field {steps}, "
+        f"a stream: {found['state_bytes']:,} bytes; receptive field {field}, "
         f"delay {found['delay']}"
     )
 
